@@ -1,0 +1,68 @@
+"""What fastokd raises for a user's mistake, and the exit code the command line gives each.
+
+Library calls raise plain ``ValueError``/``TypeError`` subclasses so that callers need no import from here; the
+command line turns every ``FastOKDError`` into one line on stderr and the class's exit code.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_IO = 5
+EXIT_INTERRUPTED = 130
+
+
+class FastOKDError(Exception):
+    """A user's mistake or the machine's refusal: reported in one line, never with a traceback."""
+
+    exit_code = EXIT_USAGE
+
+
+class GraphError(FastOKDError, ValueError):
+    """A distillation graph that makes no sense; the message names the node or term."""
+
+
+class ConfigError(FastOKDError, ValueError):
+    """An unknown name or a value out of range in a configuration or on the command line."""
+
+
+class ExecutorUnavailable(FastOKDError, RuntimeError):
+    """An explicitly chosen executor cannot run here; the message says why and what to do."""
+
+
+class MissingExtra(FastOKDError, ImportError):
+    """An optional dependency is not installed; the message names the ``pip install``."""
+
+
+class DataError(FastOKDError, ValueError):
+    """A dataset that cannot be trained on: missing, empty, unreadable or inconsistent."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(FastOKDError, RuntimeError):
+    """A checkpoint or export that is missing, damaged or of another architecture."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class StorageError(FastOKDError, OSError):
+    """The disk refused: full, read-only, no permission."""
+
+    exit_code = EXIT_IO
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A suffix for an error message: the close match if there is one, and all the choices.
+
+    >>> did_you_mean("ahfb", ["ahbf", "baseline"])
+    "; did you mean 'ahbf'? (choices: ahbf, baseline)"
+    """
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{hint} (choices: {', '.join(choices)})"

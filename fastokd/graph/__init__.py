@@ -1,0 +1,22 @@
+"""The distillation graph: what a loss computes, as data. This room does not import torch."""
+
+from fastokd.graph.draw import draw_mermaid, draw_text
+from fastokd.graph.graph import Graph
+from fastokd.graph.nodes import (
+    KL,
+    CrossEntropy,
+    External,
+    Logits,
+    LowestCrossEntropy,
+    MinLogit,
+    Mixture,
+    Node,
+    ProbabilityMixture,
+    Term,
+)
+from fastokd.graph.plan import Plan, PlanNode, PlanTerm, decode_plan, lower
+
+__all__ = [
+    "KL", "CrossEntropy", "External", "Graph", "Logits", "LowestCrossEntropy", "MinLogit", "Mixture", "Node", "Plan",
+    "PlanNode", "PlanTerm", "ProbabilityMixture", "Term", "decode_plan", "draw_mermaid", "draw_text", "lower",
+]

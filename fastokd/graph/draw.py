@@ -1,0 +1,83 @@
+"""Drawings of a graph: plain text for a terminal, Mermaid for documentation."""
+
+import re
+
+from fastokd.graph.graph import Graph
+from fastokd.graph.nodes import KL, CrossEntropy, Node, ProbabilityMixture
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _definition(node: Node) -> str:
+    """The right-hand side of a node's definition."""
+    if not node.inputs:
+        return "given"
+    weights = getattr(node, "weights", None)
+    if weights is None:
+        function = "min over inputs shifted by their label's logit" if node.kind == "minimum" else "the input with the lowest cross-entropy"
+        return f"{function}: {', '.join(node.inputs)}"
+    parts = []
+    for column, name in enumerate(node.inputs):
+        factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
+        row = f"softmax({name}/{_number(node.temperature)})" if isinstance(node, ProbabilityMixture) else name
+        parts.append(f"{factor}*{row}")
+    return " + ".join(parts)
+
+
+def _coefficient(term: CrossEntropy | KL) -> str:
+    """The weight of a term with everything constant multiplied out."""
+    value = term.weight
+    if isinstance(term, KL) and term.t2_scaling:
+        value *= term.temperature**2
+    return _number(value) + (" * kd_weight" if term.scheduled else "")
+
+
+def _notes(term: KL) -> str:
+    notes = [f"T={_number(term.temperature)}"]
+    if term.detach:
+        notes.append("teacher detached")
+    if term.eps:
+        notes.append(f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else ""))
+    if term.direction == "student_first":
+        notes.append("student first")
+    return ", ".join(notes)
+
+
+def draw_text(graph: Graph) -> str:
+    """The graph as lines of text: nodes with their definitions, terms with their effective coefficients."""
+    lines = [f"graph {graph.name}: {len(graph.nodes)} nodes, {len(graph.terms)} terms"]
+    width = max(len(node.name) for node in graph.nodes)
+    lines.append("nodes")
+    lines += [f"  {node.name:<{width}}  {node.kind:<11}  {_definition(node)}" for node in graph.ordered]
+    lines.append("terms (coefficient of each per-sample value; T^2 and weights multiplied out)")
+    for term in graph.terms:
+        if isinstance(term, CrossEntropy):
+            lines.append(f"  {_coefficient(term):>16}  CE({term.node}, target)")
+        else:
+            first, second = (term.teacher, term.student) if term.direction == "teacher_first" else (term.student, term.teacher)
+            lines.append(f"  {_coefficient(term):>16}  KL({first} || {second})  teaches {term.student}; {_notes(term)}")
+    if graph.label_smoothing:
+        lines.append(f"label smoothing {_number(graph.label_smoothing)} in every cross-entropy")
+    return "\n".join(lines)
+
+
+def draw_mermaid(graph: Graph) -> str:
+    """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are cross-entropies."""
+    ids = {node.name: re.sub(r"\W", "_", node.name) for node in graph.nodes}
+    lines = ["flowchart LR"]
+    for node in graph.ordered:
+        shape = ("[{}]", "([{}])")[bool(node.inputs)]
+        lines.append(f"  {ids[node.name]}" + shape.format(f'"{node.name}"'))
+        weights = getattr(node, "weights", None)
+        for column, name in enumerate(node.inputs):
+            label = "" if weights is None else f'|"{weights}[{column}]"|' if isinstance(weights, str) else f'|"{_number(weights[column])}"|'
+            lines.append(f"  {ids[name]} -->{label} {ids[node.name]}")
+    lines.append('  label{{"label"}}')
+    for term in graph.terms:
+        if isinstance(term, CrossEntropy):
+            lines.append(f'  label -. "{_coefficient(term)}" .-> {ids[term.node]}')
+        else:
+            lines.append(f'  {ids[term.teacher]} == "KL {_coefficient(term)}, {_notes(term)}" ==> {ids[term.student]}')
+    return "\n".join(lines)

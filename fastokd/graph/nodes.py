@@ -1,0 +1,126 @@
+"""Nodes and terms of a distillation graph.
+
+A node is one row per sample. Rows of logits (``Logits``, ``Mixture``) can learn: they may be students, carry
+cross-entropies and feed other nodes. The other nodes are teacher rows: they may only be the teacher of a KL edge
+(an ``External`` row may also feed a ``ProbabilityMixture``).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+Weights: TypeAlias = str | tuple[float, ...]
+"""Mixing weights: constants, or the name of a tensor given at run time, [B, K] or [K] for K inputs."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A row of logits [B, C] that a network computes: a branch, a leader, a fusion head."""
+
+    name: str
+    kind: ClassVar[str] = "logits"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A weighted sum of logits, ``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs: logits or mixtures."""
+
+    name: str
+    inputs: tuple[str, ...]
+    weights: Weights
+    kind: ClassVar[str] = "mixture"
+
+
+@dataclass(frozen=True)
+class ProbabilityMixture:
+    """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input enters as it is.
+
+    Weights must not be negative, and should add up to 1.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    weights: Weights
+    temperature: float = 1.0
+    kind: ClassVar[str] = "probability mixture"
+
+
+@dataclass(frozen=True)
+class External:
+    """A row of probabilities [B, C] from outside: a memory, a stored teacher. A constant: it gets no gradient."""
+
+    name: str
+    kind: ClassVar[str] = "external"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class MinLogit:
+    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no gradient.
+
+    For soft targets y, ``input_k[label]`` is ``<y, input_k>``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    kind: ClassVar[str] = "minimum"
+
+
+@dataclass(frozen=True)
+class LowestCrossEntropy:
+    """For each sample the input with the lowest cross-entropy, the first if equal (KDCL-Naive). A constant."""
+
+    name: str
+    inputs: tuple[str, ...]
+    kind: ClassVar[str] = "selection"
+
+
+Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | LowestCrossEntropy
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """``weight * CE(node, target)`` at temperature 1. ``scheduled`` terms are multiplied by ``kd_weight`` as well."""
+
+    node: str
+    weight: float = 1.0
+    scheduled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"ce/{self.node}"
+
+
+@dataclass(frozen=True)
+class KL:
+    """``weight * T^2 * KL(p_T(teacher) || p_T(student))``, multiplied by ``kd_weight`` if ``scheduled``.
+
+    Teacher rows that are probabilities enter as they are. ``t2_scaling=False`` drops the T^2. ``detach`` stops the
+    gradient into the teacher. ``eps`` is added to the teacher's probabilities without renormalising, inside and
+    outside the logarithm; ``eps_mode="first_order"`` replaces that by its first-order expansion in eps, which needs no
+    logarithm per element. ``direction="student_first"`` computes ``KL(student || teacher)``.
+    """
+
+    teacher: str
+    student: str
+    weight: float = 1.0
+    temperature: float = 1.0
+    t2_scaling: bool = True
+    detach: bool = False
+    eps: float = 0.0
+    eps_mode: Literal["exact", "first_order"] = "exact"
+    direction: Literal["teacher_first", "student_first"] = "teacher_first"
+    scheduled: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"kl/{self.teacher}->{self.student}"
+
+
+Term: TypeAlias = CrossEntropy | KL

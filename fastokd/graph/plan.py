@@ -1,0 +1,189 @@
+"""Lowering: a graph becomes a flat, hashable plan of integers and floats, which every executor reads.
+
+Node ids: the logits rows come first (0 .. num_logits-1), then the external rows, then the derived nodes in
+topological order. Term weights are not part of a plan: they are run-time data, so that changing one recompiles
+nothing.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from fastokd.graph.graph import Graph
+from fastokd.graph.nodes import (
+    KL,
+    External,
+    Logits,
+    LowestCrossEntropy,
+    MinLogit,
+    Mixture,
+    ProbabilityMixture,
+)
+
+PLAN_VERSION = 1
+
+MIXTURE, PROBABILITY_MIXTURE, MINIMUM, SELECTION = 0, 1, 2, 3
+CROSS_ENTROPY, KL_TERM = 0, 1
+EPS_NONE, EPS_FIRST_ORDER, EPS_EXACT = 0, 1, 2
+TEACHER_FIRST, STUDENT_FIRST = 0, 1
+
+_KINDS = {Mixture: MIXTURE, ProbabilityMixture: PROBABILITY_MIXTURE, MinLogit: MINIMUM, LowestCrossEntropy: SELECTION}
+
+
+class PlanNode(NamedTuple):
+    """A derived node. ``source`` is the index of the run-time weight tensor, or -1 if ``constants`` hold the weights.
+
+    ``temperature`` is that of a probability mixture (1.0 for the other kinds)."""
+
+    kind: int
+    inputs: tuple[int, ...]
+    source: int
+    constants: tuple[float, ...]
+    temperature: float
+
+
+class PlanTerm(NamedTuple):
+    """A term. For a cross-entropy only ``kind`` and ``student`` mean anything; ``teacher`` is -1.
+
+    ``scale`` is T^2, or 1 where the graph switches that off."""
+
+    kind: int
+    student: int
+    teacher: int
+    temperature: float
+    scale: float
+    detach: int
+    direction: int
+    eps_mode: int
+    eps: float
+
+
+class Plan(NamedTuple):
+    """A lowered graph. Hashable; equal graphs (whatever their names) give equal plans."""
+
+    num_logits: int
+    num_externals: int
+    weight_widths: tuple[int, ...]
+    nodes: tuple[PlanNode, ...]
+    terms: tuple[PlanTerm, ...]
+    label_smoothing: float
+
+    @property
+    def num_terms(self) -> int:
+        return len(self.terms)
+
+    @property
+    def first_derived(self) -> int:
+        """The id of the first derived node."""
+        return self.num_logits + self.num_externals
+
+    def is_external(self, node: int) -> bool:
+        return self.num_logits <= node < self.first_derived
+
+    def kind(self, node: int) -> int | None:
+        """The kind of a derived node; None for logits and external rows."""
+        return None if node < self.first_derived else self.nodes[node - self.first_derived].kind
+
+    def is_learning(self, node: int) -> bool:
+        """True for rows of logits that can learn: branches and their mixtures."""
+        return node < self.num_logits or self.kind(node) == MIXTURE
+
+    def is_probability(self, node: int) -> bool:
+        """True for rows that are probabilities already: external rows and probability mixtures."""
+        return self.is_external(node) or self.kind(node) == PROBABILITY_MIXTURE
+
+    def encode(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The plan as two flat arrays: what the registered operator and the C ABI take.
+
+        Integers: version, num_logits, num_externals, S, the S weight widths, N derived nodes, each as
+        (kind, source, K, K inputs), T terms, each as (kind, student, teacher, detach, direction, eps_mode).
+        Floats: label_smoothing; per node (temperature, then K constants if source is -1); per term
+        (temperature, scale, eps).
+        """
+        return _encode(self)
+
+
+@lru_cache(maxsize=512)
+def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    ints = [PLAN_VERSION, plan.num_logits, plan.num_externals, len(plan.weight_widths), *plan.weight_widths, len(plan.nodes)]
+    floats = [plan.label_smoothing]
+    for node in plan.nodes:
+        ints += [node.kind, node.source, len(node.inputs), *node.inputs]
+        floats += [node.temperature, *node.constants]
+    ints.append(len(plan.terms))
+    for term in plan.terms:
+        ints += [term.kind, term.student, term.teacher, term.detach, term.direction, term.eps_mode]
+        floats += [term.temperature, term.scale, term.eps]
+    return tuple(ints), tuple(floats)
+
+
+@lru_cache(maxsize=512)
+def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
+    """The inverse of ``Plan.encode``.
+
+    Raises:
+        ValueError: the arrays were made by another version of this encoding, or are cut short.
+    """
+    if not ints or ints[0] != PLAN_VERSION:
+        raise ValueError(f"plan version {ints[0] if ints else None} is not {PLAN_VERSION}: lower the graph again with this fastokd")
+    int_at, float_at = iter(ints[1:]), iter(floats)
+    try:
+        num_logits, num_externals = next(int_at), next(int_at)
+        widths = tuple(next(int_at) for _ in range(next(int_at)))
+        label_smoothing = next(float_at)
+        nodes = []
+        for _ in range(next(int_at)):
+            kind, source, count = next(int_at), next(int_at), next(int_at)
+            inputs = tuple([next(int_at) for _ in range(count)])
+            temperature = next(float_at)
+            weighted = source < 0 and kind in (MIXTURE, PROBABILITY_MIXTURE)
+            constants = tuple([next(float_at) for _ in range(count)]) if weighted else ()
+            nodes.append(PlanNode(kind, inputs, source, constants, temperature))
+        terms = []
+        for _ in range(next(int_at)):
+            kind, student, teacher, detach, direction, eps_mode = [next(int_at) for _ in range(6)]
+            temperature, scale, eps = [next(float_at) for _ in range(3)]
+            terms.append(PlanTerm(kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps))
+    except (StopIteration, RuntimeError) as error:
+        raise ValueError("the encoded plan is cut short: pass both arrays of Plan.encode() whole") from error
+    return Plan(num_logits, num_externals, widths, tuple(nodes), tuple(terms), label_smoothing)
+
+
+def lower(graph: Graph) -> Plan:
+    """Lower a graph to its plan."""
+    ids: dict[str, int] = {}
+    for name in (*graph.logits, *graph.externals):
+        ids[name] = len(ids)
+    derived = [node for node in graph.ordered if not isinstance(node, (Logits, External))]
+    for node in derived:
+        ids[node.name] = len(ids)
+    sources = list(graph.weight_sources)
+
+    nodes = []
+    for node in derived:
+        weights = getattr(node, "weights", ())
+        named = isinstance(weights, str)
+        nodes.append(PlanNode(
+            kind=_KINDS[type(node)],
+            inputs=tuple(ids[name] for name in node.inputs),
+            source=sources.index(weights) if named else -1,
+            constants=() if named else tuple(float(value) for value in weights),
+            temperature=float(getattr(node, "temperature", 1.0)),
+        ))
+    terms = []
+    for term in graph.terms:
+        if isinstance(term, KL):
+            temperature = float(term.temperature)
+            eps_mode = EPS_NONE if not term.eps else EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
+            terms.append(PlanTerm(
+                KL_TERM, ids[term.student], ids[term.teacher], temperature, temperature**2 if term.t2_scaling else 1.0,
+                int(term.detach), STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST, eps_mode, float(term.eps)))
+        else:
+            terms.append(PlanTerm(CROSS_ENTROPY, ids[term.node], -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0))
+    return Plan(
+        num_logits=len(graph.logits),
+        num_externals=len(graph.externals),
+        weight_widths=tuple(graph.weight_sources.values()),
+        nodes=tuple(nodes),
+        terms=tuple(terms),
+        label_smoothing=float(graph.label_smoothing),
+    )

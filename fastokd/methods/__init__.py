@@ -1,0 +1,35 @@
+"""The methods, one file each. A file is imported when its method is asked for."""
+
+import importlib
+
+from fastokd.errors import ConfigError, did_you_mean
+from fastokd.methods.base import Method
+
+_modules = {
+    "baseline": "fastokd.methods.baseline",
+    "ahbf": "fastokd.methods.ahbf",
+}
+
+
+def register_method(name: str, module: str) -> None:
+    """Add a method: the module that holds its constant ``METHOD``."""
+    _modules[name] = module
+
+
+def list_methods() -> list[str]:
+    """The names of all methods."""
+    return sorted(_modules)
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    if name not in _modules:
+        raise ConfigError(f"unknown method '{name}'{did_you_mean(name, _modules)}")
+    return importlib.import_module(_modules[name]).METHOD
+
+
+__all__ = ["Method", "get_method", "list_methods", "register_method"]

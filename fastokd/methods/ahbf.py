@@ -1,0 +1,237 @@
+"""AHBF-OKD: Adaptive Hierarchy-Branch Fusion (Gong et al., AAAI 2023).
+
+Branch 1 is the student; deeper branches teach it through recursively mixed teacher assistants (TAs).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastokd.errors import did_you_mean
+from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
+from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The paper, eq. 8-14 and section 4.1.
+    "paper": {"lambda_ta": 4.0, "lambda_branch": 2.0, "lambda_self": 0.0, "teacher_eps": 0.0},
+    # The published code with its readme's command: lambda_1 = 2, lambda_2 = 4 and an edge TA(m) -> branch m that the
+    # paper does not have, all times its hidden factor 0.5 * 1.5, which is multiplied out here.
+    "code": {"lambda_ta": 0.75 * 2, "lambda_branch": 0.75 * 4, "lambda_self": 0.75 * 2, "teacher_eps": 1e-7},
+}
+
+
+def ramp_up(epoch: int, length: int) -> float:
+    """The weight of the distillation terms in a 0-based epoch: ``exp(-5 (1 - min(e, E) / E)^2)`` (AHBF eq. 13).
+
+    1 if ``length`` (E) is 0.
+    """
+    if length < 0 or epoch < 0:
+        raise ValueError(f"ramp_up(epoch={epoch}, length={length}): both must be at least 0")
+    if length == 0:
+        return 1.0
+    return math.exp(-5.0 * (1.0 - min(epoch, length) / length) ** 2)
+
+
+def ahbf_graph(num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
+               lambda_self: float = 0.0, detach_teacher: bool = False, teacher_eps: float = 0.0,
+               label_smoothing: float = 0.0, mix: bool = True) -> Graph:
+    """The graph of AHBF: M branches, M-1 teacher assistants, their cross-entropies and the cascade of KL edges.
+
+    With ``mix`` the TAs are mixed from the branches with the weights ``scores2`` .. ``scoresM`` (column 0 for branch m,
+    column 1 for the previous TA, eq. 8); without it they are rows of logits given after the branches.
+    """
+    branches = [f"branch{m}" for m in range(1, num_branches + 1)]
+    tas = ["branch1"] + [f"ta{m}" for m in range(2, num_branches + 1)]
+    nodes: list[Logits | Mixture] = [Logits(name) for name in branches]
+    terms: list[CrossEntropy | KL] = [CrossEntropy(name) for name in (*branches, *tas[1:])]
+
+    def teach(teacher: str, student: str, weight: float) -> None:
+        if weight:
+            terms.append(KL(teacher, student, weight, temperature, detach=detach_teacher, eps=teacher_eps))
+
+    for m in range(1, num_branches):
+        nodes.append(Mixture(tas[m], (branches[m], tas[m - 1]), f"scores{m + 1}") if mix else Logits(tas[m]))
+        teach(tas[m], tas[m - 1], lambda_ta)
+        teach(branches[m], tas[m - 1], lambda_branch)
+        teach(tas[m], branches[m], lambda_self)
+    return Graph("ahbf", tuple(nodes), tuple(terms), label_smoothing)
+
+
+class AHBFLoss(nn.Module):
+    """The AHBF loss (eq. 14): cross-entropies of all branches and TAs, and the cascade of KL edges between them.
+
+    ``L = sum_m CE(z^m) + sum_{m>=2} CE(ta^m) + kd_weight * sum_{m>=2} T^2 [ lambda_ta KL(ta^m || ta^{m-1})
+    + lambda_branch KL(z^m || ta^{m-1}) + lambda_self KL(ta^m || z^m) ]`` with ``ta^1 = z^1`` and
+    ``ta^m = s_1^m z^m + s_2^m ta^{m-1}``; every KL softens both rows with the temperature T.
+
+    Args:
+        num_branches: M, at least 2. Branch 1 (index 0) is the student.
+        temperature: T, for the KL terms; cross-entropies are at temperature 1.
+        lambda_ta: weight of TA(m) -> TA(m-1) (the paper's lambda_1).
+        lambda_branch: weight of branch m -> TA(m-1) (the paper's lambda_2).
+        lambda_self: weight of TA(m) -> branch m, an edge that only the published code has.
+        detach_teacher: stop the gradient into the teacher of every KL edge.
+        teacher_eps: added to the teacher's probabilities, not renormalised (the published code: 1e-7).
+        label_smoothing: in [0, 1), for every cross-entropy.
+        reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
+        impl: the executor: "auto", "reference", "triton" or "cpu".
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
+                 lambda_self: float = 0.0, detach_teacher: bool = False, teacher_eps: float = 0.0,
+                 label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
+        super().__init__()
+        if not isinstance(num_branches, int) or num_branches < 2:
+            raise ValueError(f"num_branches={num_branches}; AHBF needs a student and at least one deeper branch: 2 or more")
+        for name, value in (("lambda_ta", lambda_ta), ("lambda_branch", lambda_branch), ("lambda_self", lambda_self)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}; it must be a number of at least 0")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature={temperature}; it must be a positive number")
+        if not 0 <= teacher_eps < 1:
+            raise ValueError(f"teacher_eps={teacher_eps}; it must be in [0, 1)")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}; it must be in [0, 1)")
+        self.num_branches = num_branches
+        self.temperature = temperature
+        self.lambda_ta, self.lambda_branch, self.lambda_self = lambda_ta, lambda_branch, lambda_self
+        self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
+        self.reduction, self.impl = reduction, impl
+        options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
+        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl)
+        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl)
+
+    @classmethod
+    def preset(cls, name: Literal["paper", "code"], num_branches: int = 4, **overrides: Any) -> "AHBFLoss":
+        """The loss of the paper, or of the published code; ``overrides`` are constructor arguments.
+
+        ``code`` has the published code's factor 0.75 multiplied into its weights, so that for both presets
+        ``kd_weight`` is the ramp-up value alone.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset '{name}'{did_you_mean(name, PRESETS)}")
+        return cls(num_branches=num_branches, **{**PRESETS[name], **overrides})
+
+    @property
+    def graph(self) -> Graph:
+        """The distillation graph that mixes the TAs itself."""
+        return self._mixing.graph
+
+    def forward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, scores: Sequence[Tensor] | Tensor | None = None,
+                ta_logits: Sequence[Tensor] | Tensor | None = None, kd_weight: float | Tensor = 1.0,
+                return_terms: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of B samples with C classes; give either ``scores`` or ``ta_logits``.
+
+        Args:
+            branch_logits: M tensors [B, C], or one [M, B, C]; index 0 is the student.
+            target: int64 [B], or floating [B, C] class probabilities.
+            scores: M-1 tensors [B, 2], or one [M-1, B, 2]: the mixing weights of ta^2 .. ta^M; column 0 weighs branch m,
+                column 1 the previous TA.
+            ta_logits: M-1 tensors [B, C], or one [M-1, B, C], for models that mix their TAs themselves.
+            kd_weight: the ramp-up value, a float or a 0-d tensor on the logits' device (see ``ramp_up``).
+            return_terms: also return each term's mean over the batch before its weight, as detached 0-d tensors.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
+        """
+        if (scores is None) == (ta_logits is None):
+            raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
+        branches = _rows(branch_logits, self.num_branches, "branch_logits")
+        if ta_logits is None:
+            assert scores is not None
+            return self._mixing(branches, target, weights=self._weights(scores), kd_weight=kd_weight, return_terms=return_terms)
+        tas = _rows(ta_logits, self.num_branches - 1, "ta_logits")
+        return self._mixed([*branches, *tas], target, kd_weight=kd_weight, return_terms=return_terms)
+
+    def mixtures(self, branch_logits: Sequence[Tensor] | Tensor, *, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+        """The logits [B, C] of ta2 .. taM, without gradient."""
+        return self._mixing.mixtures(_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
+
+    def _weights(self, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
+        return {f"scores{m}": score for m, score in enumerate(_rows(scores, self.num_branches - 1, "scores"), start=2)}
+
+
+def _rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """A sequence of ``count`` tensors, or a stacked tensor taken apart."""
+    if isinstance(value, Tensor):
+        if value.dim() != 3:
+            raise ValueError(f"{name} is one tensor of shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
+        value = list(value.unbind(0))
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
+    return list(value)
+
+
+class AHBFGate(nn.Module):
+    """The gate A^m: which share of ta^m comes from branch m, and which from the previous TA (eq. 9-12, published code).
+
+    A 1x1 convolution of the concatenated feature maps with batch norm gives the fused map F~^m; pooled, a linear layer
+    to two values with batch norm, ReLU and softmax gives the scores.
+
+    Args:
+        channels: c, channels of branch m's features.
+        fused_channels: c', channels of F~^{m-1} (F~^1 is branch 1's features).
+    """
+
+    def __init__(self, channels: int, fused_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels + fused_channels, channels, 1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, 2)
+        self.score_bn = nn.BatchNorm1d(2)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of branch m [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m [B, c, H, W] and scores [B, 2]."""
+        fused = self.bn(self.conv(torch.cat((features, fused), 1)))
+        pooled = F.adaptive_avg_pool2d(fused, 1).flatten(1)
+        return fused, torch.softmax(F.relu(self.score_bn(self.fc(pooled))), 1)
+
+
+class AHBFGates(nn.Module):
+    """The chain of the M-1 gates: each receives the fused map of the one before."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(AHBFGate(own, before) for before, own in itertools.pairwise(channels))
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """M feature maps [B, c_m, H, W] to M-1 scores [B, 2] (column 0 weighs branch m, column 1 the previous TA)."""
+        fused, scores = features[0], []
+        for gate, own in zip(self.gates, features[1:], strict=True):
+            fused, score = gate(own, fused)
+            scores.append(score)
+        return tuple(scores)
+
+
+def _loss_inputs(result: BranchResult) -> dict[str, Any]:
+    return {"scores": result.scores}
+
+
+def _ramp_epochs(epochs: int, preset: str) -> int:
+    """The paper ramps up over the whole run (300 of 300 epochs), the published code over 240 of its 300."""
+    return epochs if preset == "paper" else round(epochs * 240 / 300)
+
+
+METHOD = Method(
+    name="ahbf",
+    summary="Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed teacher assistants",
+    loss_class=AHBFLoss,
+    branch_range=(2, 8),
+    default_branches=4,
+    presets=PRESETS,
+    build_gates=AHBFGates,
+    loss_inputs=_loss_inputs,
+    hierarchical=True,
+    ramp_epochs=_ramp_epochs,
+)

@@ -1,0 +1,226 @@
+"""What a method is, and the loss module that runs any distillation graph."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.graph import CrossEntropy, Graph, lower
+from fastokd.ops import evaluate
+from fastokd.ops.reference import compute_dtype, node_rows
+
+Reduction = Literal["mean", "sum", "none"]
+Impl = Literal["auto", "reference", "triton", "cpu"]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class GraphLoss(nn.Module):
+    """The loss of any distillation graph, executed by the fastest executor that can.
+
+    Args:
+        graph: the distillation graph.
+        reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
+        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot run raises.
+    """
+
+    def __init__(self, graph: Graph, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+        self.graph = graph
+        self.plan = lower(graph)
+        self.reduction = reduction
+        self.impl = impl
+        fixed = [0.0 if term.scheduled else term.weight for term in graph.terms]
+        scheduled = [term.weight if term.scheduled else 0.0 for term in graph.terms]
+        self.register_buffer("fixed_weights", torch.tensor(fixed, dtype=torch.float64), persistent=False)
+        self.register_buffer("scheduled_weights", torch.tensor(scheduled, dtype=torch.float64), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms, reduction={self.reduction}, impl={self.impl}"
+
+    def forward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
+                externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0,
+                return_terms: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch.
+
+        Args:
+            logits: the graph's M logits rows in their order: M tensors [B, C], or one [M, B, C].
+            target: int64 [B], or floating [B, C] class probabilities. Treated as a constant.
+            weights: for each of ``graph.weight_sources`` a tensor [B, K], or [K] for the same weights in every row.
+            externals: for each of ``graph.externals`` probabilities [B, C].
+            kd_weight: factor of the scheduled terms: a float, or a 0-d tensor on the logits' device.
+            return_terms: also return the mean of each term over the rows, before its weight, by the term's name.
+
+        Returns:
+            The reduced loss in float32 (float64 for float64 logits). An empty batch gives 0.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
+        """
+        rows_in = _sequence(logits, self.plan.num_logits, "logits")
+        first = _check_rows(rows_in, "logits")
+        weight_list = [_runtime_weight(name, width, weights, first) for name, width in self.graph.weight_sources.items()]
+        external_list = [_external(name, externals, first) for name in self.graph.externals]
+        _check_target(target, first)
+        dtype = compute_dtype(first)
+        if isinstance(kd_weight, Tensor) and (kd_weight.dim() != 0 or kd_weight.device != first.device):
+            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {first.device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
+        if self.fixed_weights.device != first.device:
+            self.to(first.device)
+        term_weights = (self.fixed_weights + self.scheduled_weights * kd_weight).to(dtype)
+
+        rows, terms = evaluate(self.plan, rows_in, weight_list, external_list, target, term_weights, self.impl)
+        loss = rows if self.reduction == "none" else rows.sum()
+        if self.reduction == "mean":
+            loss = loss / max(first.shape[0], 1)
+        if not return_terms:
+            return loss
+        means = terms.detach().sum(1) / max(first.shape[0], 1)
+        return loss, {term.name: mean for term, mean in zip(self.graph.terms, means.unbind(), strict=True)}
+
+    @torch.no_grad()
+    def mixtures(self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The logits [B, C] of every mixture by name, for measuring their accuracy."""
+        rows_in = _sequence(logits, self.plan.num_logits, "logits")
+        first = _check_rows(rows_in, "logits")
+        weight_list = [_runtime_weight(name, width, weights, first) for name, width in self.graph.weight_sources.items()]
+        no_target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+        # Mixtures depend on neither the target nor the external rows; those rows only hold their places.
+        rows = node_rows(self.plan, rows_in, weight_list, [first] * self.plan.num_externals, no_target)
+        order = [*self.graph.logits, *self.graph.externals,
+                 *(node.name for node in self.graph.ordered if node.inputs)]
+        return {name: rows[order.index(name)] for name in self.graph.mixtures}
+
+
+def _sequence(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        if value.dim() < 1 or value.shape[0] != count:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}; its first dimension must be {count}")
+        return list(value.unbind(0))
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
+    for index, tensor in enumerate(value):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{index}] must be a tensor, got {type(tensor).__name__}")
+    return list(value)
+
+
+def _check_rows(rows: list[Tensor], name: str) -> Tensor:
+    """Check that all rows are floating [B, C] of one shape, dtype and device; returns the first."""
+    first = rows[0]
+    if first.dim() != 2:
+        raise ValueError(f"{name}[0] has the shape {tuple(first.shape)}; it must be [B, C]")
+    if first.shape[1] < 1:
+        raise ValueError(f"{name}[0] has the shape {tuple(first.shape)}: there are no classes")
+    if first.dtype not in _FLOATS:
+        raise TypeError(f"{name}[0] is {first.dtype}; logits must be float16, bfloat16, float32 or float64")
+    for index, row in enumerate(rows):
+        for what in ("shape", "dtype", "device"):
+            mine, theirs = getattr(row, what), getattr(first, what)
+            if mine != theirs:
+                error = TypeError if what == "dtype" else ValueError
+                raise error(f"{name}[{index}] has the {what} {_plain(mine)}, {name}[0] has {_plain(theirs)}; they must be equal")
+    return first
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _runtime_weight(name: str, width: int, given: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:
+    if given is None or name not in given:
+        raise ValueError(f"weights['{name}'] is missing: this graph mixes with it; pass a tensor [B, {width}]")
+    value = given[name]
+    batch = first.shape[0]
+    if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        raise TypeError(f"weights['{name}'] must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape not in ((width,), (batch, width)):
+        raise ValueError(f"weights['{name}'] has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or [{width}]")
+    if value.device != first.device:
+        raise ValueError(f"weights['{name}'] is on {value.device}, the logits are on {first.device}")
+    return value.expand(batch, width)
+
+
+def _external(name: str, given: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:
+    if given is None or name not in given:
+        raise ValueError(f"externals['{name}'] is missing: pass probabilities {list(first.shape)}")
+    value = given[name]
+    if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        raise TypeError(f"externals['{name}'] must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape != first.shape or value.device != first.device:
+        raise ValueError(f"externals['{name}'] is {tuple(value.shape)} on {value.device}; the logits are {tuple(first.shape)} on {first.device}")
+    return value
+
+
+def _check_target(target: Tensor, first: Tensor) -> None:
+    batch, num_classes = first.shape
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if target.device != first.device:
+        raise ValueError(f"target is on {target.device}, the logits are on {first.device}")
+    if target.dtype in _FLOATS:
+        if target.shape != first.shape:
+            raise ValueError(f"a floating target holds class probabilities and must have the shape [{batch}, {num_classes}], got {tuple(target.shape)}")
+        if target.requires_grad:
+            raise ValueError("target requires a gradient, but targets are constants here; pass target.detach()")
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(f"target is {target.dtype}; class labels must be int64 (use target.long()), probabilities floating")
+    if target.shape != (batch,):
+        raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
+    # On a GPU looking at the labels would wait for the device; there a label out of range makes the loss NaN.
+    checked = target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1"
+    if checked and batch and not torch.compiler.is_compiling():
+        _check_label_range(target, num_classes)
+
+
+def _check_label_range(target: Tensor, num_classes: int) -> None:
+    low, high = (int(value) for value in target.aminmax())
+    if low < 0 or high >= num_classes:
+        worst = low if low < 0 else high
+        at = int((target == worst).nonzero()[0])
+        raise ValueError(f"target[{at}] is {worst}, but the logits have {num_classes} classes (labels 0 to {num_classes - 1})")
+
+
+class BranchResult(Protocol):
+    """What a method needs of a branched model's result; ``fastokd.models.BranchOutput`` is one."""
+
+    logits: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method: its loss, its gate, and how its networks are laid out.
+
+    ``loss_class(num_branches=..., **options)`` builds the loss; ``presets`` name bundles of options.
+    ``loss_inputs`` picks from a model's result what the loss takes beside logits and target.
+    ``hierarchical`` gives branch m the auxiliary blocks of level m; ``ramp_epochs`` is the default length of the ramp-up
+    for a run of so many epochs. ``kept`` is the index of the branch that becomes the student.
+    """
+
+    name: str
+    summary: str
+    loss_class: Callable[..., nn.Module]
+    branch_range: tuple[int, int]
+    default_branches: int
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"paper": {}})
+    build_gates: Callable[[Sequence[int]], Sequence[nn.Module]] | None = None
+    loss_inputs: Callable[[BranchResult], dict[str, Any]] = lambda result: {}
+    hierarchical: bool = False
+    ramp_epochs: Callable[[int, str], int] = lambda epochs, preset: 0
+    kept: int = 0
+
+
+def effective_terms(graph: Graph) -> list[tuple[str, float, bool]]:
+    """Each term's name, its coefficient with T^2 and weight multiplied out, and whether ``kd_weight`` multiplies it."""
+    return [
+        (term.name, term.weight * (term.temperature**2 if not isinstance(term, CrossEntropy) and term.t2_scaling else 1.0), term.scheduled)
+        for term in graph.terms
+    ]

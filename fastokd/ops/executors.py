@@ -1,0 +1,123 @@
+"""The executors and the choice among them.
+
+An executor is a module with a constant ``EXECUTOR``. Its module is imported when it is first considered, so that a
+machine without a GPU never imports Triton, and a missing native library costs nothing.
+"""
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastokd.errors import ConfigError, ExecutorUnavailable, did_you_mean
+from fastokd.graph.plan import Plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an executor must know to say whether it can run: the device type, the logits' dtype and the class count."""
+
+    device: str
+    dtype: torch.dtype
+    num_classes: int
+
+
+class Executor(Protocol):
+    """What an executor offers. B rows, C classes, M logits rows, T terms.
+
+    ``logits`` are M tensors [B, C] with any strides, ``weights`` are [B, K] (rows may have stride 0), ``externals``
+    are [B, C], ``target`` is int64 [B] or floating [B, C], ``term_weights`` is [T] in the compute dtype (float64 for
+    float64 logits, else float32). Inputs are never written to.
+    """
+
+    name: str
+
+    def refusal(self, plan: Plan | None, case: Case) -> str | None:
+        """Why it cannot run this plan (or, for None, anything at all) in this case; None if it can."""
+
+    def num_stats(self, plan: Plan) -> int:
+        """How many values per row the forward pass keeps for the backward pass."""
+
+    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each row [B], the unweighted value of each term [T, B], and the statistics [num_stats, B]."""
+
+    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
+                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
+                 needs: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of ``sum(grad_rows * rows)`` for the logits, then the weights; None where ``needs`` is False."""
+
+
+_modules = {
+    "reference": "fastokd.ops.reference",
+}
+_preferred = {"cuda": ("triton",), "cpu": ("cpu",)}
+_warned: set[str] = set()
+
+
+def register_executor(name: str, module: str, devices: Sequence[str] = ()) -> None:
+    """Add an executor: the module that holds its ``EXECUTOR``, and the device types on which ``auto`` tries it first."""
+    _modules[name] = module
+    for device in devices:
+        _preferred[device] = (name, *_preferred.get(device, ()))
+
+
+def load(name: str) -> Executor:
+    """The executor of that name.
+
+    Raises:
+        ConfigError: there is no executor of that name.
+        ExecutorUnavailable: its module cannot be imported here.
+    """
+    if name not in _modules:
+        raise ConfigError(f"unknown impl '{name}'{did_you_mean(name, [*_modules, 'auto'])}")
+    try:
+        return importlib.import_module(_modules[name]).EXECUTOR
+    except ImportError as error:
+        raise ExecutorUnavailable(f"impl='{name}' cannot be loaded: {error}") from error
+
+
+@torch.compiler.assume_constant_result
+def resolve(impl: str, plan: Plan | None, case: Case) -> str:
+    """The name of the executor that will run: the explicit choice, or for ``auto`` the fastest that can.
+
+    ``auto`` falls back to the reference with one warning per reason.
+
+    Raises:
+        ConfigError: unknown name.
+        ExecutorUnavailable: the explicit choice cannot run this case; the message says why.
+    """
+    if impl != "auto":
+        reason = load(impl).refusal(plan, case)
+        if reason:
+            raise ExecutorUnavailable(f"impl='{impl}' cannot run here: {reason}. Use impl='auto' or impl='reference'.")
+        return impl
+    for name in _preferred.get(case.device, ()):
+        if name not in _modules:
+            continue
+        try:
+            reason = load(name).refusal(plan, case)
+        except ExecutorUnavailable as error:
+            reason = str(error)
+        if reason is None:
+            return name
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(f"fastokd: the '{name}' executor is not used: {reason}. The reference runs instead.", stacklevel=2)
+    return "reference"
+
+
+def executor_states() -> dict[str, str | None]:
+    """For each executor None if it can run on this machine, else the reason why not."""
+    states: dict[str, str | None] = {}
+    for name in _modules:
+        device = next((key for key, names in _preferred.items() if name in names), "cpu")
+        try:
+            states[name] = load(name).refusal(None, Case(device, torch.float32, 10))
+        except ExecutorUnavailable as error:
+            states[name] = str(error)
+    return states

@@ -1,0 +1,131 @@
+"""The registered operator ``fastokd::graph_forward`` / ``graph_backward`` and the call behind every loss.
+
+The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
+``torch.autograd.Function`` around it, which costs a third less per call than registering the formula with the operator.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.graph.plan import Plan, decode_plan
+from fastokd.ops.executors import Case, load, resolve
+from fastokd.ops.reference import compute_dtype, term_values
+
+_library = torch.library.Library("fastokd", "DEF")
+_library.define(
+    "graph_forward(Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, Tensor term_weights, "
+    "int[] plan_ints, float[] plan_floats, str executor) -> (Tensor rows, Tensor terms, Tensor stats)",
+    tags=(torch.Tag.needs_fixed_stride_order,))
+_library.define(
+    "graph_backward(Tensor grad_rows, Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, "
+    "Tensor term_weights, Tensor stats, int[] plan_ints, float[] plan_floats, str executor, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+def _forward(logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor, term_weights: Tensor,
+             plan_ints: list[int], plan_floats: list[float], executor: str) -> tuple[Tensor, Tensor, Tensor]:
+    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
+    return load(executor).forward(plan, logits, weights, externals, target, term_weights)
+
+
+def _forward_fake(logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor, term_weights: Tensor,
+                  plan_ints: list[int], plan_floats: list[float], executor: str) -> tuple[Tensor, Tensor, Tensor]:
+    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
+    batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
+    shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
+    rows, terms, stats = (logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return rows, terms, stats
+
+
+def _backward(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
+              term_weights: Tensor, stats: Tensor, plan_ints: list[int], plan_floats: list[float], executor: str,
+              needs: list[bool]) -> list[Tensor]:
+    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
+    grads = load(executor).backward(plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs)
+    # An operator's list result cannot hold None: what nobody needs is an empty tensor.
+    return [logits[0].new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _backward_fake(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
+                   term_weights: Tensor, stats: Tensor, plan_ints: list[int], plan_floats: list[float], executor: str,
+                   needs: list[bool]) -> list[Tensor]:
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else logits[0].new_empty(0)
+        for tensor, need in zip((*logits, *weights), needs, strict=True)
+    ]
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("graph_forward", _forward, _key)
+    _library.impl("graph_backward", _backward, _key)
+torch.library.register_fake("fastokd::graph_forward", _forward_fake, lib=_library)
+torch.library.register_fake("fastokd::graph_backward", _backward_fake, lib=_library)
+
+
+class _GraphFunction(torch.autograd.Function):
+    """Autograd around the operator. Tensors come last: M logits, S weights, then the external rows."""
+
+    @staticmethod
+    def forward(plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, externals = _split(plan, tensors)
+        ints, floats = plan.encode()
+        return torch.ops.fastokd.graph_forward(logits, weights, externals, target, term_weights, ints, floats, executor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        plan, executor, target, term_weights, *tensors = inputs
+        _, terms, stats = output
+        ctx.plan, ctx.executor = plan, executor
+        ctx.mark_non_differentiable(terms, stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(target, term_weights, terms, stats, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        target, term_weights, terms, stats, *tensors = ctx.saved_tensors
+        if grad_rows is None:
+            return (None,) * (4 + len(tensors))
+        logits, weights, externals = _split(ctx.plan, tensors)
+        ints, floats = ctx.plan.encode()
+        count = len(logits) + len(weights)
+        needs = list(ctx.needs_input_grad[4:4 + count])
+        grads = torch.ops.fastokd.graph_backward(
+            grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
+        grad_term_weights = terms @ grad_rows if ctx.needs_input_grad[3] else None
+        kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
+
+
+def _split(plan: Plan, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    first, second = plan.num_logits, plan.num_logits + len(plan.weight_widths)
+    return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
+
+
+def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
+             term_weights: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Execute a plan: the loss of each row [B] and the unweighted value of each term [T, B] (detached).
+
+    Args:
+        plan: a lowered graph with M logits rows, S weight tensors, X external rows and T terms.
+        logits: M tensors [B, C], one dtype (float16, bfloat16, float32, float64) and device, any strides.
+        weights: S tensors [B, K] with each source's K columns, any floating dtype.
+        externals: X tensors [B, C] of probabilities.
+        target: int64 [B], or floating [B, C] class probabilities; no gradient flows into it.
+        term_weights: [T], in the compute dtype (float64 for float64 logits, else float32).
+        impl: "auto", "reference", "triton" or "cpu".
+
+    Raises:
+        ConfigError, ExecutorUnavailable: see ``resolve``.
+    """
+    first = logits[0]
+    executor = resolve(impl, plan, Case(first.device.type, first.dtype, first.shape[1]))
+    if executor == "reference":
+        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile work through it.
+        terms = term_values(plan, logits, weights, externals, target)
+        return (term_weights.unsqueeze(1) * terms).sum(0), terms.detach()
+    rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *logits, *weights, *externals)
+    return rows, terms

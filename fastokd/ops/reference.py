@@ -1,0 +1,171 @@
+"""The reference executor: plain PyTorch, any floating dtype, autograd for the backward. The definition of the truth.
+
+Everything is computed in log-space from log-softmax, so that both sides of every KL edge have finite gradients
+wherever the logits are finite.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastokd.graph.plan import (
+    CROSS_ENTROPY,
+    EPS_EXACT,
+    EPS_FIRST_ORDER,
+    MINIMUM,
+    MIXTURE,
+    PROBABILITY_MIXTURE,
+    STUDENT_FIRST,
+    Plan,
+    PlanNode,
+    PlanTerm,
+)
+
+PROBABILITY_FLOOR = 1e-30
+"""Entries of an external row below this are read as this inside logarithms, in every dtype and executor."""
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _label_logit(row: Tensor, target: Tensor) -> Tensor:
+    """``<y, row>`` [B]. A label out of range gives NaN: wrong numbers must not look right."""
+    if target.is_floating_point():
+        return (row * target.to(row.dtype)).sum(1)
+    num_classes = row.shape[1]
+    valid = (target >= 0) & (target < num_classes)
+    picked = row.gather(1, target.clamp(0, num_classes - 1).unsqueeze(1)).squeeze(1)
+    return picked * torch.where(valid, 1.0, float("nan")).to(row.dtype)
+
+
+def _cross_entropy(row: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """``-sum_c y_c log p_1(row)_c`` [B] with ``y = (1 - a) * target + a / C`` for the label smoothing a."""
+    log_p = F.log_softmax(row, 1)
+    loss = -_label_logit(log_p, target)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
+    return loss
+
+
+def _node_weights(node: PlanNode, weights: Sequence[Tensor], like: Tensor) -> list[Tensor | float]:
+    """One factor per input: a column [B, 1] of a run-time weight tensor, or a constant."""
+    if node.source < 0:
+        return list(node.constants)
+    return list(weights[node.source].to(like.dtype).unsqueeze(2).unbind(1))
+
+
+def _derived(plan: Plan, node: PlanNode, rows: list[Tensor], weights: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The row [B, C] of a derived node; for a probability mixture its logarithm."""
+    inputs = [rows[k] for k in node.inputs]
+    if node.kind == MIXTURE:
+        total = torch.zeros_like(inputs[0])
+        for factor, row in zip(_node_weights(node, weights, inputs[0]), inputs, strict=True):
+            total = total + factor * row
+        return total
+    if node.kind == PROBABILITY_MIXTURE:
+        factors = _node_weights(node, weights, inputs[0])
+        logs = []
+        for factor, k, row in zip(factors, node.inputs, inputs, strict=True):
+            log_p = row.clamp_min(PROBABILITY_FLOOR).log() if plan.is_external(k) else F.log_softmax(row / node.temperature, 1)
+            logs.append((factor, log_p))
+        # log sum_k w_k p_k relative to the largest log p_k, so that it stays finite where every p_k underflows.
+        peak = torch.stack([log_p.detach() for _, log_p in logs]).amax(0)
+        total = torch.zeros_like(peak)
+        for factor, log_p in logs:
+            total = total + factor * (log_p - peak).exp()
+        return peak + total.clamp_min(PROBABILITY_FLOOR).log()
+    with torch.no_grad():
+        if node.kind == MINIMUM:
+            shifted = [row - _label_logit(row, target).unsqueeze(1) for row in inputs]
+            return torch.stack(shifted).amin(0)
+        losses = torch.stack([_cross_entropy(row, target, 0.0) for row in inputs])
+        chosen = losses.argmin(0)
+        stacked = torch.stack(inputs)
+        return stacked[chosen, torch.arange(chosen.shape[0], device=chosen.device)]
+
+
+def node_rows(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+              target: Tensor) -> list[Tensor]:
+    """The row [B, C] of every node in the compute dtype, in the order of the plan's ids.
+
+    Probability mixtures are given as logarithms, external rows as they are.
+    """
+    dtype = compute_dtype(logits[0])
+    rows = [row.to(dtype) for row in (*logits, *externals)]
+    for node in plan.nodes:
+        rows.append(_derived(plan, node, rows, weights, target))
+    return rows
+
+
+def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
+    teacher = rows[term.teacher].detach() if term.detach else rows[term.teacher]
+    log_q = F.log_softmax(rows[term.student] / term.temperature, 1)
+    if plan.is_external(term.teacher):
+        p, log_p = teacher, teacher.clamp_min(PROBABILITY_FLOOR).log()
+    elif plan.is_probability(term.teacher):
+        p, log_p = teacher.exp(), teacher
+    else:
+        log_p = F.log_softmax(teacher / term.temperature, 1)
+        p = log_p.exp()
+    if term.direction == STUDENT_FIRST:
+        value = (log_q.exp() * (log_q - log_p)).sum(1)
+    elif term.eps_mode == EPS_EXACT:
+        raised = p + term.eps
+        value = (raised * (raised.log() - log_q)).sum(1)
+    else:
+        value = (p * (log_p - log_q)).sum(1)
+        if term.eps_mode == EPS_FIRST_ORDER:
+            value = value + term.eps * (1 + log_p - log_q).sum(1)
+    return term.scale * value
+
+
+def term_values(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                target: Tensor) -> Tensor:
+    """The unweighted value of every term for every row, [T, B], differentiable in logits and weights."""
+    with torch.autocast(logits[0].device.type, enabled=False):
+        rows = node_rows(plan, logits, weights, externals, target)
+        values = [
+            _cross_entropy(rows[term.student], target, plan.label_smoothing) if term.kind == CROSS_ENTROPY
+            else _kl(plan, term, rows)
+            for term in plan.terms
+        ]
+        return torch.stack(values)
+
+
+class ReferenceExecutor:
+    """Runs anywhere. Called through the registered operator it recomputes the forward pass in the backward pass."""
+
+    name = "reference"
+
+    def refusal(self, plan: Plan | None, case: object) -> str | None:
+        return None
+
+    def num_stats(self, plan: Plan) -> int:
+        return 0
+
+    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            terms = term_values(plan, logits, weights, externals, target)
+            rows = (term_weights.unsqueeze(1) * terms).sum(0)
+        return rows, terms, terms.new_empty((0, terms.shape[1]))
+
+    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
+                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
+                 needs: Sequence[bool]) -> list[Tensor | None]:
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((*logits, *weights), needs, strict=True)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if not wanted:
+            return [None] * len(leaves)
+        with torch.enable_grad():
+            terms = term_values(plan, leaves[:len(logits)], leaves[len(logits):], externals, target)
+            rows = (term_weights.unsqueeze(1) * terms).sum(0)
+        grads = iter(torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True))
+        return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+
+
+EXECUTOR = ReferenceExecutor()
