@@ -153,7 +153,7 @@ def evaluate(path: Pos[Path], data: str | None = None, which: Literal["last", "b
     console = _console()
     if (path / "config.yaml").is_file():
         trainer, state = load_run(path, which, data, device)
-        console.print(f"{path}: {which} checkpoint, {state['epoch']} epochs; {trainer.dataset.name}, {len(trainer.dataset.eval)} {trainer.dataset.evaluation.name} images", markup=False)
+        console.print(f"{path}: {which} checkpoint, {state['epoch']} epochs; {trainer.dataset.name}, {len(trainer.dataset.evaluation)} {trainer.dataset.evaluation.name} images", markup=False)
         _print_accuracies(evaluate_model(trainer.step, trainer.eval_loader), trainer.kept)
         return
     _evaluate_student(path, data, device)
