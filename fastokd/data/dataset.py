@@ -147,6 +147,11 @@ class Dataset:
         """Height and width of every image."""
         return self.train.images.shape[2], self.train.images.shape[3]
 
+    @property
+    def evaluation(self) -> Split:
+        """What a run is evaluated on: the validation split if there is one, else the test split."""
+        return self.test if self.val is None else self.val
+
     def split(self, name: str) -> Split:
         """The split "train", "val" or "test".
 

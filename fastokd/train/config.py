@@ -3,9 +3,10 @@
 import dataclasses
 import inspect
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -145,48 +146,41 @@ def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
     Raises:
         ConfigError: an unknown field (with the closest name) or a value of the wrong type.
     """
-    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    hints = get_type_hints(TrainConfig)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
     cleaned: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in fields:
-            raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), fields)}")
-        cleaned[name] = _convert(name, value, str(fields[name].type), where)
+        if name not in hints:
+            raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
+        cleaned[name] = _convert(name, value, hints[name], where)
     return TrainConfig(**cleaned)
 
 
-def _convert(name: str, value: Any, annotation: str, where: str) -> Any:
+def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
     """A value in its field's type; integers pass as floats, and YAML's 5e-4 (a string) as the number it means."""
-    def wrong() -> ConfigError:
-        return ConfigError(f"{where}: {name}={value!r} has the wrong type; expected {annotation}")
-
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    wrong = ConfigError(f"{where}: {name}={value!r} has the wrong type; expected {inspect.formatannotation(hint)}")
     if value is None:
-        if "None" not in annotation:
-            raise wrong()
+        if type(None) not in kinds:
+            raise wrong
         return None
-    if annotation.startswith("Mapping"):
+    kind = get_origin(kinds[0]) or kinds[0]
+    if kind is Mapping:
         if not isinstance(value, Mapping):
-            raise wrong()
+            raise wrong
         return dict(value)
-    if annotation.startswith("tuple"):
+    if kind is tuple:
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, float)) for item in value):
-            raise wrong()
+            raise wrong
         return tuple(float(item) for item in value)
-    kind = annotation.split(" ")[0]
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise wrong()
-        return value
-    if isinstance(value, bool):
-        raise wrong()
-    if kind == "float":
+    if kind is float and not isinstance(value, bool):
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise wrong() from None
-    if not isinstance(value, {"int": int, "str": str}[kind]):
-        raise wrong()
+            raise wrong from None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
     return value
 
 

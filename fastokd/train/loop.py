@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Dataset, ResidentLoader, open_dataset
+from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError
 from fastokd.export import student_record, write_student
 from fastokd.methods import get_method
@@ -69,13 +69,12 @@ def open_data(config: TrainConfig) -> Dataset:
     return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed)
 
 
-def make_loader(config: TrainConfig, dataset: Dataset, train: bool, device: torch.device) -> ResidentLoader:
-    """The loader of one split."""
+def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool, device: torch.device) -> ResidentLoader:
+    """The loader of one of the dataset's splits as the configuration wants it."""
     given = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
-    augment = dataclasses.replace(dataset.augment, **given)
-    split = dataset.train if train else dataset.evaluation
     return ResidentLoader(
-        split, config.batch_size, train=train, device=device, seed=config.seed, augment=augment, mean=dataset.mean, std=dataset.std,
+        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
+        augment=dataclasses.replace(dataset.augment, **given),
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -89,8 +88,8 @@ class Trainer:
         self.dataset = open_data(config) if dataset is None else dataset
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
-        self.train_loader = make_loader(config, self.dataset, True, self.device)
-        self.eval_loader = make_loader(config, self.dataset, False, self.device)
+        self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
+        self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = f"branch{get_method(config.method).kept + 1}"
         self.epoch = 0
         self.last: dict[str, float] = {}
