@@ -1,6 +1,7 @@
 """The networks: their size to the last parameter, their shapes, their gradients, and the student they hand over."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -160,6 +161,16 @@ def test_baseline_is_one_branch_without_gates():
     assert count_parameters(model) == 272_474
     result = model(images(2))
     assert (len(result.logits), len(result.features), result.scores) == (1, 1, ())
+
+
+def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
+    """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a leader."""
+    leader = dataclasses.replace(get_method("ahbf"), hierarchical=False, build_gates=None, kept=-1)
+    monkeypatch.setattr(models, "get_method", lambda name: leader)
+    model = warm(create_model("resnet8", num_branches=3)).eval()
+    assert [len(branch.body.layer3) for branch in model.branches] == [1, 1, 1]
+    assert model(images()).scores == ()
+    assert torch.equal(model.student()(images()), model(images()).logits[2])
 
 
 def test_default_is_four_branches_with_four_auxiliary_blocks():
