@@ -21,6 +21,13 @@ from fastokd.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, FastOKDError,
 app = tyro.extras.SubcommandApp()
 
 Pos = tyro.conf.Positional
+# What may be left out: the help says the default in words, because it comes from the recipe or file if there is one.
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
 
 
 def _console() -> Console:
@@ -44,35 +51,35 @@ def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 40, branche
 
 @app.command
 def train(
-    data: str | None = None,
-    recipe: str | None = None,
-    config: Path | None = None,
-    model: str | None = None,
-    method: str | None = None,
-    preset: str | None = None,
-    branches: int | None = None,
-    aux_blocks: int | None = None,
-    method_options: tuple[str, ...] = (),
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    lr_decay_at: tuple[float, ...] | None = None,
-    lr_gamma: float | None = None,
-    momentum: float | None = None,
-    nesterov: bool | None = None,
-    weight_decay: float | None = None,
-    ramp_epochs: int | None = None,
-    seed: int | None = None,
-    image_size: int | None = None,
-    val_split: float | None = None,
-    pad: int | None = None,
-    flip: bool | None = None,
-    device: str | None = None,
-    precision: Literal["auto", "fp32", "bf16"] | None = None,
-    channels_last: bool | None = None,
-    impl: Literal["auto", "reference", "triton", "cpu"] | None = None,
-    out: Path | None = None,
-    resume: Path | None = None,
+    data: Text = None,
+    recipe: Text = None,
+    config: File = None,
+    model: Text = None,
+    method: Text = None,
+    preset: Text = None,
+    branches: Whole = None,
+    aux_blocks: Whole = None,
+    method_options: Options = (),
+    epochs: Whole = None,
+    batch_size: Whole = None,
+    lr: Number = None,
+    lr_decay_at: Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")] = (),
+    lr_gamma: Number = None,
+    momentum: Number = None,
+    nesterov: Switch = None,
+    weight_decay: Number = None,
+    ramp_epochs: Whole = None,
+    seed: Whole = None,
+    image_size: Whole = None,
+    val_split: Number = None,
+    pad: Whole = None,
+    flip: Switch = None,
+    device: Text = None,
+    precision: Text = None,
+    channels_last: Switch = None,
+    impl: Text = None,
+    out: File = None,
+    resume: File = None,
     quiet: bool = False,
 ) -> None:
     """Train a student with its branches, or alone. What is not given comes from --recipe or --config, else from the defaults.
@@ -103,19 +110,22 @@ def train(
         pad: padding of the random crop in pixels (default: the data's).
         flip: random horizontal flips (default: the data's).
         device: auto (default), cpu, cuda or cuda:N.
-        precision: of the forward pass; auto is bf16 on a GPU and fp32 on a CPU.
+        precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
-        impl: the executor of the loss (default auto).
+        impl: the executor of the loss: auto (default), reference, triton or cpu.
         out: the run folder (default runs/MODEL-METHOD-seedN).
         resume: continue the run in this folder; only --epochs, --device and --quiet may be given with it.
         quiet: print only the result.
     """
     given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
+    from fastokd.data import absolute_spec
     from fastokd.train.loop import Trainer
     from fastokd.train.progress import Reporter
     from fastokd.train.run_folder import RunFolder, default_run_path
 
     reporter = Reporter(quiet=quiet)
+    if data is not None:
+        given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
     if "method_options" in given:
         given["method_options"] = _parse_options(method_options)
     if resume is not None:
@@ -132,13 +142,17 @@ def train(
         check_config(settings)
         name = recipe or f"{settings.model}-{settings.method}"
         run = RunFolder.create(out or default_run_path(f"{name}-seed{settings.seed}"))
-        trainer = Trainer(settings, run, reporter)
-        trainer.start()
+        try:
+            trainer = Trainer(settings, run, reporter)
+            trainer.start()
+        except BaseException:
+            run.discard_if_unused()
+            raise
     _print_summary(trainer.run(), trainer.kept, run.path)
 
 
 @app.command(name="eval")
-def evaluate(path: Pos[Path], data: str | None = None, which: Literal["last", "best"] = "last", device: str = "auto") -> None:
+def evaluate(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "last", device: str = "auto") -> None:
     """Measure the accuracy of a run (student, every branch, every teacher assistant) or of an exported student.
 
     Args:
@@ -160,8 +174,8 @@ def evaluate(path: Pos[Path], data: str | None = None, which: Literal["last", "b
 
 
 @app.command
-def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: Path | None = None, which: Literal["last", "best"] = "last",
-           data: str | None = None, device: str = "auto") -> None:
+def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: File = None, which: Literal["last", "best"] = "last",
+           data: Text = None, device: str = "auto") -> None:
     """Write the plain student of a run, and measure it again from the written file.
 
     Args:
@@ -196,8 +210,8 @@ def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: Path
 
 
 @app.command
-def show(method: Pos[str], branches: int | None = None, preset: str = "paper", format: Literal["text", "mermaid"] = "text",
-         method_options: tuple[str, ...] = ()) -> None:
+def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid"] = "text",
+         method_options: Options = ()) -> None:
     """Draw a method's distillation graph with its effective coefficients.
 
     Args:
@@ -240,7 +254,7 @@ def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
 
 
 @app.command
-def recipes(name: Pos[str | None] = None) -> None:
+def recipes(name: Pos[Text] = None) -> None:
     """List the recipes, or print one whole.
 
     Args:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastokd.errors import first_line
+
 State = Literal["ok", "absent", "problem"]
 
 _EXTRAS = {
@@ -56,7 +58,7 @@ def _software() -> list[Finding]:
         found.append(Finding("torchvision", "ok", torchvision.__version__))
     except (ImportError, RuntimeError) as error:
         # A torchvision built for another torch fails like this: "operator torchvision::nms does not exist".
-        found.append(Finding("torchvision", "problem", f"does not match torch ({str(error).splitlines()[0]}): pip install --force-reinstall torch torchvision"))
+        found.append(Finding("torchvision", "problem", f"does not match torch ({first_line(error)}): pip install --force-reinstall torch torchvision"))
     triton = _version("triton")
     found.append(Finding("triton", "ok" if triton else "absent", triton or "not installed: GPU losses run on the reference; on Linux 'pip install torch' from PyPI brings it"))
     return found

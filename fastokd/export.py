@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastokd.data import Batch, Dataset
-from fastokd.errors import CheckpointError
+from fastokd.errors import CheckpointError, first_line
 from fastokd.models import create_student
 from fastokd.storage import write_atomically, write_json
 from fastokd.version import __version__
@@ -77,7 +77,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except KeyError:
         raise CheckpointError(f"{path} is not a student exported by fastokd (its metadata has no 'fastokd' entry)") from None
     except (SafetensorError, json.JSONDecodeError, struct.error, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({str(error)[:120]}); export it again") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({first_line(error)}); export it again") from error
     if record.get("format", 0) > FORMAT:
         raise CheckpointError(f"{path} has format {record['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
     return record
@@ -101,7 +101,7 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         student = create_student(architecture["name"], architecture["num_classes"])
         student.load_state_dict(load_file(path))
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the architecture {architecture}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} does not fit the architecture {architecture}: {first_line(error)}") from error
     return student.eval(), record
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastokd.errors import StorageError
+from fastokd.errors import StorageError, first_line
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -65,7 +65,7 @@ def append_line(path: Path, line: str) -> None:
 def storage_error(path: Path, error: Exception) -> StorageError:
     """The one-line error for a write that failed."""
     cause = error if isinstance(error, OSError) else error.__context__ if isinstance(error.__context__, OSError) else error
-    reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+    reason = getattr(cause, "strerror", None) or first_line(cause)
     return StorageError(f"cannot write {path}: {reason}. Free space or choose another folder with --out")
 
 

@@ -101,6 +101,15 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
+def absolute_spec(spec: str) -> str:
+    """The same dataset whatever the working folder: the folder in ``spec`` made absolute."""
+    name, _, rest = spec.partition(":")
+    if name in _targets:
+        return f"{name}:{Path(rest).expanduser().absolute()}" if rest else spec
+    path = Path(spec).expanduser()
+    return str(path.absolute()) if path.exists() else spec
+
+
 def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     name, colon, rest = str(spec).partition(":")
     if isinstance(spec, str) and name in _targets:

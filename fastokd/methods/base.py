@@ -211,7 +211,7 @@ class Method:
     branch_range: tuple[int, int]
     default_branches: int
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"paper": {}})
-    build_gates: Callable[[Sequence[int]], Sequence[nn.Module]] | None = None
+    build_gates: Callable[[Sequence[int]], nn.Module] | None = None
     loss_inputs: Callable[[BranchResult], dict[str, Any]] = lambda result: {}
     hierarchical: bool = False
     ramp_epochs: Callable[[int, str], int] = lambda epochs, preset: 0

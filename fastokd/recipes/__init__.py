@@ -4,6 +4,8 @@ A recipe leaves ``data`` empty: where the images lie is the user's to say.
 """
 
 import importlib
+import inspect
+from collections.abc import Callable
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.train.config import TrainConfig
@@ -36,12 +38,10 @@ def get_recipe(name: str) -> TrainConfig:
 
 def describe_recipe(name: str) -> str:
     """The whole docstring of a recipe: what it is and where its values come from."""
-    import inspect
-
     return inspect.getdoc(_function(name)) or ""
 
 
-def _function(name: str):  # noqa: ANN202 - a recipe function
+def _function(name: str) -> Callable[[], TrainConfig]:
     if name not in _modules:
         raise ConfigError(f"unknown recipe '{name}'{did_you_mean(name, _modules)}")
     return getattr(importlib.import_module(_modules[name]), name.replace("-", "_"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastokd.errors import CheckpointError
+from fastokd.errors import CheckpointError, first_line
 from fastokd.storage import write_atomically
 
 FORMAT = 1
@@ -31,10 +31,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(f"there is no checkpoint at {path}: the run has not finished its first epoch, or this is not a run folder")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0][:120]}); restore it or start the run again") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the run again") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise CheckpointError(f"{path} is not a checkpoint of fastokd")
     if state["format"] > FORMAT:

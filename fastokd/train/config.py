@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fastokd.errors import ConfigError, did_you_mean
+from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 
 OptionValue = float | int | bool | str
@@ -193,5 +193,5 @@ def load_config(text: str, where: str) -> TrainConfig:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
     return config_from_mapping(values or {}, where)

@@ -1,6 +1,7 @@
 """The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``,
 ``student.safetensors`` with ``student.json``."""
 
+import contextlib
 import json
 import os
 import platform
@@ -62,6 +63,12 @@ class RunFolder:
             what = "does not exist" if not path.exists() else "is not a run folder (it has no config.yaml)"
             raise CheckpointError(f"{path} {what}")
         return run
+
+    def discard_if_unused(self) -> None:
+        """Remove the folder again if nothing was written into it: the run did not start."""
+        for folder in (self.last.parent, self.path):
+            with contextlib.suppress(OSError):  # not empty, or not there
+                folder.rmdir()
 
     def load_config(self) -> TrainConfig:
         return load_config(self.config_path.read_text(encoding="utf-8"), str(self.config_path))
