@@ -62,5 +62,9 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """``images * scale + shift`` of uint8 [B, H, W, C] with float32 [C] factors, computed in float32, then cast."""
-    return (images * scale + shift).to(dtype)
+    """``images * scale + shift`` of uint8 [B, H, W, C], computed in float32, then cast to ``dtype``.
+
+    ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel: broadcasting over
+    an inner dimension of three is four times slower on a CPU.
+    """
+    return (images.flatten(1) * scale + shift).to(dtype).view(images.shape)

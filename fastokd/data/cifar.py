@@ -5,6 +5,7 @@ so a file from an untrusted place can do no more than be refused.
 """
 
 import io
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ _CIFAR100 = CifarFiles(
 
 def _find(files: CifarFiles, path: Path) -> Path | None:
     """The folder with the files: ``path`` itself, or the one below it."""
-    return next((p for p in (path / files.folder, path) if p.name == files.folder and p.is_dir()), None)
+    return next((p for p in (path / files.folder, path) if p.name == files.folder and os.path.isdir(p)), None)
 
 
 def _detect(files: CifarFiles, path: Path) -> bool:
@@ -63,9 +64,9 @@ def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSou
         raise DataError(f"{files.name} needs a folder: {files.name}:PATH, where PATH holds {files.folder}/ (nothing is downloaded)")
     folder = _find(files, path)
     if folder is None:
-        fix = f"unpack {files.archive} there: tar xzf" if (path / files.archive).exists() else f"put the unpacked {files.archive} there"
+        fix = f"unpack {files.archive} there: tar xzf" if os.path.exists(path / files.archive) else f"put the unpacked {files.archive} there"
         raise DataError(f"{show(path)}: no {files.folder}/; {fix} (nothing is downloaded)")
-    missing = [name for name in (*files.train, *files.test, files.meta) if not (folder / name).is_file()]
+    missing = [name for name in (*files.train, *files.test, files.meta) if not os.path.isfile(folder / name)]
     if missing:
         raise DataError(f"{show(folder)}: missing {', '.join(missing)}; unpack {files.archive} again")
     classes = _load(folder / files.meta).get(files.classes_key)

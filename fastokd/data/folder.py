@@ -45,9 +45,10 @@ def scan_tree(root: Path) -> Tree:
         DataError: a folder or split that is missing or empty, classes that differ between the splits, a class
             without images in some split.
     """
-    if not root.is_dir():
-        raise DataError(f"{show(root)}: {'not a folder' if root.exists() else 'no such folder'}; give one with {LAYOUT}")
-    names = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    # os.path's tests, unlike pathlib's, answer False where permission is missing.
+    if not os.path.isdir(root):
+        raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
+    names = [name for name in ("train", "val", "test") if os.path.isdir(root / name)]
     if "train" not in names or len(names) < 2:
         found = [entry.name + "/" for entry in _entries(root) if _is_folder(entry)]
         missing = "train/" if "train" not in names else "val/ or test/"
@@ -66,10 +67,12 @@ def scan_tree(root: Path) -> Tree:
                 )
     splits, ignored, empty = [], 0, []
     for name in names:
+        # A link back up to these would bring the other classes' images in under this class's label.
+        above = {_identity(root), _identity(root / name)}
         files: list[str] = []
         targets: list[int] = []
         for label, class_name in enumerate(classes["train"]):
-            found = list(_walk(root / name / class_name, set()))
+            found = list(_walk(root / name / class_name, set(above)))
             images = sorted(path for path in found if os.path.splitext(path)[1].lower() in EXTENSIONS)
             ignored += len(found) - len(images)
             files += (os.path.relpath(path, root) for path in images)
@@ -108,7 +111,19 @@ def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{show(folder)}: cannot be read: {error.strerror}; check its permissions and links") from error
+        raise _unreadable(folder, error) from error
+
+
+def _identity(folder: Path | str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(folder: Path | str, error: OSError) -> DataError:
+    return DataError(f"{show(folder)}: cannot be read: {error.strerror}; check its permissions and links")
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -130,14 +145,13 @@ def _class_names(root: Path, split: str) -> list[str]:
 
 def _walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
     """The files below a folder. ``seen`` identifies the folders already visited, which ends symbolic link loops."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
+    if _identity(folder) in seen:
         return
-    seen.add((status.st_dev, status.st_ino))
+    seen.add(_identity(folder))
     for entry in _entries(folder):
         if _is_folder(entry):
             yield from _walk(entry.path, seen)
-        else:
+        elif entry.is_symlink() or entry.is_file():  # a broken link is reported later; a named pipe would block
             yield entry.path
 
 

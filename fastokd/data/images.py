@@ -102,7 +102,7 @@ def decode(path: str | Path) -> "Image.Image":
             raise ValueError(f"{image.mode}-mode pixels (32 bits per channel) have no defined 8-bit range")
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: "Image.Image", size: int) -> "Image.Image":
@@ -163,7 +163,7 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         unreadable = []
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
-                image = decode(root / files[i])
+                image = decode(os.path.join(root, files[i]))
             except Exception as error:  # a decoder may raise anything at all for damaged bytes
                 unreadable.append(f"{files[i]} ({_reason(error)})")
                 continue

@@ -84,10 +84,9 @@ class ResidentLoader:
             raise ConfigError(f"memory_format={memory_format}; use torch.channels_last or torch.contiguous_format")
         if train and len(split) < batch_size * world_size:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+            fix = f"--batch-size {len(split) // world_size} or less" if len(split) >= world_size else "fewer ranks"
             raise DataError(
-                f"split '{split.name}' has {len(split)} images, fewer than one batch of {batch_size}{ranks}; use "
-                f"--batch-size {len(split) // world_size} or less" if len(split) >= world_size else
-                f"split '{split.name}' has {len(split)} images, fewer than the {world_size} ranks; use fewer ranks"
+                f"split '{split.name}' has {len(split)} images, fewer than one batch of {batch_size}{ranks}; use {fix}"
             )
         self.batch_size = batch_size
         self.train = train
@@ -106,8 +105,10 @@ class ResidentLoader:
         self._images = split.images.permute(0, 2, 3, 1).contiguous().to(self.device)  # [N, H, W, C]
         self._targets = split.targets.to(self.device)
         mean64, std64 = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale = (1 / (255 * std64)).float().to(self.device)
-        self._shift = (-mean64 / std64).float().to(self.device)
+        num_pixels = self._images.shape[1] * self._images.shape[2]
+        self._scale, self._shift = (
+            factor.float().repeat(num_pixels).to(self.device) for factor in (1 / (255 * std64), -mean64 / std64)
+        )
 
     def __len__(self) -> int:
         if self.train:

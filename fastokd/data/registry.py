@@ -1,6 +1,7 @@
 """The dataset kinds, one file each, and how a user's words choose among them."""
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,14 @@ def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     if isinstance(spec, str) and name in _targets:
         return get_dataset_kind(name), Path(rest).expanduser() if rest else None
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike pathlib's test, False where permission is missing
         kinds = {name: get_dataset_kind(name) for name in list_datasets()}
         matches = [name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)]
         if len(matches) > 1:
             raise DataError(f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}")
         return kinds[matches[0] if matches else _FALLBACK], path
-    if path.exists():
+    if os.path.exists(path):
         raise DataError(f"{show(path)} is a file; give the folder that holds the dataset")
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
-    raise DataError(f"{show(path.absolute())}: no such folder, and no dataset of that name{did_you_mean(str(spec), _targets)}")
+    raise DataError(f"{show(path.absolute())}: no folder that can be read, and no dataset of that name{did_you_mean(str(spec), _targets)}")
