@@ -223,7 +223,7 @@ class TestMistakes:
             broken.write_bytes(broken.read_bytes()[:200])
         else:
             broken.write_bytes(b"")
-        pattern = {"missing": r"nowhere: no such folder", "empty": r"void.*train/", "one-sided": r"horse", "truncated": r"train/cat/1\.jpg",
+        pattern = {"missing": r"nowhere: no folder that can be read", "empty": r"void.*train/", "one-sided": r"horse", "truncated": r"train/cat/1\.jpg",
                    "zero": r"train/cat/1\.jpg"}[break_it]
         mistake(run("train", "--data", tree, "--model", "resnet8", "--batch-size", "2"), 3, pattern)
         assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

@@ -64,7 +64,7 @@ def test_append_and_json_report_refusals(tmp_path):
     with pytest.raises(StorageError, match="cannot write"):
         append_line(tmp_path, "a folder is no file")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write .*x.json: "):
+    with pytest.raises(StorageError, match=r"cannot write .*x\.json: "):
         write_json(tmp_path / "file" / "x.json", {})
 
 
