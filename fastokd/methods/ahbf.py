@@ -106,8 +106,11 @@ class AHBFLoss(nn.Module):
         self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
         self.reduction, self.impl = reduction, impl
         options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
-        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl)
-        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl)
+        labels = {f"branch{m}": f"branch_logits[{m - 1}]" for m in range(1, num_branches + 1)}
+        for m in range(2, num_branches + 1):
+            labels |= {f"ta{m}": f"ta_logits[{m - 2}]", f"scores{m}": f"scores[{m - 2}]"}
+        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl, labels)
+        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl, labels)
 
     @classmethod
     def preset(cls, name: Literal["paper", "code"], num_branches: int = 4, **overrides: Any) -> "AHBFLoss":

@@ -45,8 +45,8 @@ def _backward(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], ex
               needs: list[bool]) -> list[Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
     grads = load(executor).backward(plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs)
-    # An operator's list result cannot hold None: what nobody needs is an empty tensor.
-    return [logits[0].new_empty(0) if grad is None else grad for grad in grads]
+    # An operator's list result cannot hold None: what nobody needs is an empty tensor. Layouts are as the fake promises.
+    return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 def _backward_fake(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
@@ -95,7 +95,7 @@ class _GraphFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[4:4 + count])
         grads = torch.ops.fastokd.graph_backward(
             grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
-        grad_term_weights = terms @ grad_rows if ctx.needs_input_grad[3] else None
+        grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
 
