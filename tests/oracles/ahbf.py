@@ -10,6 +10,7 @@ Per row, with p = p_T(teacher), q = p_T(student), l = log(p + eps) - log q:
 from dataclasses import dataclass
 
 import numpy as np
+
 from oracles.rows import Array, cross_entropy, distill, log_softmax, softmax, target_rows
 
 

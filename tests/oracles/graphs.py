@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from oracles.rows import Array, complex_step, cross_entropy, kl, log_softmax, softmax, stop, target_rows
 
 

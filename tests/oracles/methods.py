@@ -7,6 +7,7 @@ its teacher as a constant.
 from collections.abc import Sequence
 
 import numpy as np
+
 from oracles.rows import Array, cross_entropy, distill, kl, log_softmax, softmax, stop
 
 Rows = Sequence[Array]
