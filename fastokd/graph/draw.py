@@ -10,7 +10,7 @@ def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _definition(node: Node) -> str:
+def _definition(node: Node, externals: tuple[str, ...]) -> str:
     """The right-hand side of a node's definition."""
     if not node.inputs:
         return "given"
@@ -21,7 +21,8 @@ def _definition(node: Node) -> str:
     parts = []
     for column, name in enumerate(node.inputs):
         factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
-        row = f"softmax({name}/{_number(node.temperature)})" if isinstance(node, ProbabilityMixture) else name
+        softened = isinstance(node, ProbabilityMixture) and name not in externals
+        row = f"softmax({name}/{_number(node.temperature)})" if softened else name
         parts.append(f"{factor}*{row}")
     return " + ".join(parts)
 
@@ -51,7 +52,7 @@ def draw_text(graph: Graph) -> str:
     width = max(len(node.name) for node in graph.nodes)
     kind_width = max(len(node.kind) for node in graph.nodes)
     lines.append("nodes")
-    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {_definition(node)}" for node in graph.ordered]
+    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {_definition(node, graph.externals)}" for node in graph.ordered]
     lines.append("terms (coefficient of each per-sample value; T^2 and weights multiplied out)")
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
