@@ -85,9 +85,11 @@ class GraphLoss(nn.Module):
         dtype = compute_dtype(first)
         if isinstance(kd_weight, Tensor) and (kd_weight.dim() != 0 or kd_weight.device != first.device):
             raise ValueError(f"kd_weight must be a float or a 0-d tensor on {first.device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
-        if self.fixed_weights.device != first.device:
+        if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
             self._place_term_weights(first.device)
-        term_weights = (self.fixed_weights + self.scheduled_weights * kd_weight).to(dtype)
+        # The move is for a module whose first call is traced, where it cannot change itself; else it is a no-op.
+        fixed, scheduled = self.fixed_weights.to(first.device), self.scheduled_weights.to(first.device)
+        term_weights = (fixed + scheduled * kd_weight).to(dtype)
 
         rows, terms = evaluate(self.plan, rows_in, weight_list, external_list, target, term_weights, self.impl)
         loss = rows if self.reduction == "none" else rows.sum()

@@ -86,7 +86,6 @@ def load(name: str) -> Executor:
         raise ExecutorUnavailable(f"impl='{name}' cannot be loaded: {error}") from error
 
 
-@torch.compiler.assume_constant_result
 def resolve(impl: str, plan: Plan | None, case: Case) -> str:
     """The name of the executor that will run: the explicit choice, or for ``auto`` the fastest that can.
 
