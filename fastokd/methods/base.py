@@ -1,5 +1,7 @@
 """What a method is, and the loss module that runs any distillation graph."""
 
+import math
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +85,7 @@ class GraphLoss(nn.Module):
         external_list = [_external(name, externals, first) for name in self.graph.externals]
         _check_target(target, first)
         dtype = compute_dtype(first)
-        if isinstance(kd_weight, Tensor) and (kd_weight.dim() != 0 or kd_weight.device != first.device):
-            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {first.device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
+        _check_kd_weight(kd_weight, first.device)
         if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
             self._place_term_weights(first.device)
         # The move is for a module whose first call is traced, where it cannot change itself; else it is a no-op.
@@ -180,6 +181,19 @@ def _external(name: str, given: Mapping[str, Tensor] | None, first: Tensor) -> T
     if value.shape != first.shape or value.device != first.device:
         raise ValueError(f"externals['{name}'] is {tuple(value.shape)} on {value.device}; the logits are {tuple(first.shape)} on {first.device}")
     return value
+
+
+def _check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
+    if isinstance(kd_weight, Tensor):
+        if kd_weight.dim() != 0 or kd_weight.device != device:
+            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
+        return
+    if torch.compiler.is_compiling():
+        return  # A number that changes is a symbol there, and has no value to look at.
+    if not isinstance(kd_weight, numbers.Real):
+        raise TypeError(f"kd_weight must be a float or a 0-d tensor, got {kd_weight!r}")
+    if not math.isfinite(kd_weight):
+        raise ValueError(f"kd_weight={kd_weight}; it must be finite")
 
 
 def _check_target(target: Tensor, first: Tensor) -> None:
