@@ -5,6 +5,7 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class AHBFLoss(nn.Module):
         impl: the executor: "auto", "reference", "triton" or "cpu".
 
     Raises:
-        ValueError: a value is out of range; the message names it.
+        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
     """
 
     def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
@@ -91,7 +92,12 @@ class AHBFLoss(nn.Module):
         super().__init__()
         if not isinstance(num_branches, int) or num_branches < 2:
             raise ValueError(f"num_branches={num_branches}; AHBF needs a student and at least one deeper branch: 2 or more")
-        for name, value in (("lambda_ta", lambda_ta), ("lambda_branch", lambda_branch), ("lambda_self", lambda_self)):
+        lambdas = {"lambda_ta": lambda_ta, "lambda_branch": lambda_branch, "lambda_self": lambda_self}
+        others = {"temperature": temperature, "teacher_eps": teacher_eps, "label_smoothing": label_smoothing}
+        for name, value in (lambdas | others).items():
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}={value!r}; it must be a number")
+        for name, value in lambdas.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}; it must be a number of at least 0")
         if not (math.isfinite(temperature) and temperature > 0):
@@ -106,8 +112,11 @@ class AHBFLoss(nn.Module):
         self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
         self.reduction, self.impl = reduction, impl
         options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
-        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl)
-        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl)
+        labels = {f"branch{m}": f"branch_logits[{m - 1}]" for m in range(1, num_branches + 1)}
+        for m in range(2, num_branches + 1):
+            labels |= {f"ta{m}": f"ta_logits[{m - 2}]", f"scores{m}": f"scores[{m - 2}]"}
+        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl, labels)
+        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl, labels)
 
     @classmethod
     def preset(cls, name: Literal["paper", "code"], num_branches: int = 4, **overrides: Any) -> "AHBFLoss":
