@@ -8,7 +8,7 @@ namespace FASTOKD_ISA {
 
 // As many 16-bit values as a float vector has lanes.
 typedef uint16_t Short __attribute__((vector_size(FASTOKD_VECTOR_BYTES / 2)));
-typedef uint32_t Word __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
+using Word = WordF;
 
 FASTOKD_INLINE VecF from_bfloat16(Short v) { return bits<VecF>(__builtin_convertvector(v, Word) << 16); }
 

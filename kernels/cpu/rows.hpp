@@ -89,6 +89,8 @@ struct Rows {
     logs = arena.take<Real>(round_up(program.num_slots));
     probs = arena.take<Real>(program.num_nodes * tile);
     alive = arena.take<Real>(program.num_nodes * tile);
+    if (arena.base)
+      for (int s = 0; s < round_up(program.num_slots); ++s) sums[s] = 1;  // the unused lanes of take_logs
   }
 
   static int64_t round_up(int64_t n) { return (n + width - 1) / width * width; }

@@ -19,6 +19,7 @@ struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
   typedef float Loose __attribute__((vector_size(FASTOKD_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t Int __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
+  typedef uint32_t Word __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
   static constexpr int width = FASTOKD_VECTOR_BYTES / 4;
   static constexpr float max = FLT_MAX;
 };
@@ -27,6 +28,7 @@ struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
   typedef double Loose __attribute__((vector_size(FASTOKD_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t Int __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
+  typedef uint64_t Word __attribute__((vector_size(FASTOKD_VECTOR_BYTES)));
   static constexpr int width = FASTOKD_VECTOR_BYTES / 8;
   static constexpr double max = DBL_MAX;
 };
@@ -34,6 +36,8 @@ using VecF = Lanes<float>::Vec;
 using VecD = Lanes<double>::Vec;
 using IntF = Lanes<float>::Int;
 using IntD = Lanes<double>::Int;
+using WordF = Lanes<float>::Word;
+using WordD = Lanes<double>::Word;
 
 template <class To, class From>
 FASTOKD_INLINE To bits(From from) {
@@ -104,7 +108,7 @@ FASTOKD_INLINE double maximum(VecD v) { return Halves<double, Lanes<double>::wid
 FASTOKD_INLINE VecF vexp(VecF x) {
   const float magic = 0x1.8p23f;
   const VecF low = VecF{} - 86.9f;
-  const IntF kept = ~(x < low);
+  const WordF kept = bits<WordF>(~(x < low));
   x = x < low ? low : x;
   const VecF shifted = x * 0x1.715476p0f + magic;
   const VecF n = shifted - magic;
@@ -114,13 +118,13 @@ FASTOKD_INLINE VecF vexp(VecF x) {
   p = p * r + 1.66665204031529749e-1f;
   p = p * r + 4.99999934314275017e-1f;
   p = p * (r * r) + r + 1.0f;
-  const IntF scaled = bits<IntF>(p) + (bits<IntF>(shifted) << 23);
+  const WordF scaled = bits<WordF>(p) + (bits<WordF>(shifted) << 23);
   return bits<VecF>(scaled & kept);
 }
 FASTOKD_INLINE VecD vexp(VecD x) {
   const double magic = 0x1.8p52;
   const VecD low = VecD{} - 707.0;
-  const IntD kept = ~(x < low);
+  const WordD kept = bits<WordD>(~(x < low));
   x = x < low ? low : x;
   const VecD shifted = x * 0x1.71547652b82fep0 + magic;
   const VecD n = shifted - magic;
@@ -135,7 +139,7 @@ FASTOKD_INLINE VecD vexp(VecD x) {
   p = p * r + 1.66666666666664115e-1;
   p = p * r + 5.00000000000001067e-1;
   p = p * (r * r) + r + 1.0;
-  const IntD scaled = bits<IntD>(p) + (bits<IntD>(shifted) << 52);
+  const WordD scaled = bits<WordD>(p) + (bits<WordD>(shifted) << 52);
   return bits<VecD>(scaled & kept);
 }
 
@@ -143,9 +147,9 @@ FASTOKD_INLINE VecD vexp(VecD x) {
 // Relative error below 2.5e-7 for float and 4.5e-16 for double (measured there too). NaN stays NaN; below the normal
 // numbers, 0 included, the result is finite and near the logarithm of the smallest one.
 FASTOKD_INLINE VecF vlog(VecF x) {
-  const IntF offset = bits<IntF>(x) - 0x3f3504f3;
-  const VecF k = __builtin_convertvector(offset >> 23, VecF);
-  const VecF f = bits<VecF>((offset & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  const WordF offset = bits<WordF>(x) - 0x3f3504f3u;
+  const VecF k = __builtin_convertvector(bits<IntF>(offset) >> 23, VecF);
+  const VecF f = bits<VecF>((offset & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
   const VecF s = f / (f + 2.0f);
   const VecF z = s * s;
   const VecF tail = z * ((z * 0.149365365946786247f + 0.199887477919745441f) * z + 0.33333388358495976f);
@@ -154,10 +158,10 @@ FASTOKD_INLINE VecF vlog(VecF x) {
   return x == x ? y : x;
 }
 FASTOKD_INLINE VecD vlog(VecD x) {
-  const IntD offset = bits<IntD>(x) - 0x3fe6a09e667f3bcdll;
+  const WordD offset = bits<WordD>(x) - 0x3fe6a09e667f3bcdull;
   const double magic = 0x1.8p52;
-  const VecD k = bits<VecD>((offset >> 52) + bits<int64_t>(magic)) - magic;
-  const VecD f = bits<VecD>((offset & 0xfffffffffffffll) + 0x3fe6a09e667f3bcdll) - 1.0;
+  const VecD k = bits<VecD>((bits<IntD>(offset) >> 52) + bits<int64_t>(magic)) - magic;
+  const VecD f = bits<VecD>((offset & 0xfffffffffffffull) + 0x3fe6a09e667f3bcdull) - 1.0;
   const VecD s = f / (f + 2.0);
   const VecD z = s * s;
   VecD tail = z * 0.0739875323344205832 + 0.0765695167932627499;
