@@ -1,0 +1,194 @@
+"""The CPU executor: the C++ library of ``kernels/cpu`` behind its C ABI, called through ctypes.
+
+The library is loaded at first use. ctypes releases the interpreter's lock during each call.
+"""
+
+import ctypes
+import json
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.graph.plan import Plan
+from fastokd.ops.executors import Case
+from fastokd.ops.reference import compute_dtype
+
+ABI_VERSION = 1
+"""FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
+
+_NATIVE = Path(__file__).resolve().parent.parent / "_native"
+_LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+_ISA_VARIABLE = "FASTOKD_CPU_ISA"
+
+
+class LibraryUnusable(Exception):
+    """The library is absent, or not one that this fastokd can call; the message says why and what to do."""
+
+
+def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
+    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log; empty if nothing was built.
+
+    Raises:
+        LibraryUnusable: the file is damaged.
+    """
+    try:
+        return dict(json.loads((folder / "build_info.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise LibraryUnusable(f"{folder / 'build_info.json'} cannot be read ({error}); install fastokd again") from error
+
+
+def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
+    """The library in ``folder``, with its functions' types declared.
+
+    Raises:
+        LibraryUnusable: see the class.
+    """
+    path = next((folder / name for name in _LIBRARIES if (folder / name).is_file()), None)
+    if path is None:
+        info = build_info(folder)
+        if not info:
+            raise LibraryUnusable("the native library is not built here; run `pip install -e .` (it needs cmake and a C++17 compiler)")
+        raise LibraryUnusable(f"the native library was not built ({info.get('status')}): {info.get('reason')}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.fastokd_abi_version.restype = ctypes.c_int32
+        version = library.fastokd_abi_version()
+    except (OSError, AttributeError) as error:
+        raise LibraryUnusable(f"{path} cannot be loaded ({error}); install fastokd again") from error
+    if version != ABI_VERSION:
+        raise LibraryUnusable(f"{path} has ABI version {version}, this fastokd needs {ABI_VERSION}; install fastokd again")
+    pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for name, result, arguments in (
+        ("fastokd_status_message", ctypes.c_char_p, [count]),
+        ("fastokd_isa", ctypes.c_char_p, [count]),
+        ("fastokd_plan_create", count, [pointer, size, pointer, size, ctypes.c_char_p, pointer]),
+        ("fastokd_plan_destroy", None, [pointer]),
+        ("fastokd_plan_num_stats", size, [pointer]),
+        ("fastokd_forward", count, [pointer, size, size, *[pointer] * 5, count]),
+        ("fastokd_backward", count, [pointer, size, size, *[pointer] * 5, count]),
+        ("fastokd_math", count, [ctypes.c_char_p, count, count, pointer, pointer, size]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none. Either is final for this process."""
+    try:
+        library = open_library()
+    except LibraryUnusable as error:
+        return str(error)
+    isa = os.environ.get(_ISA_VARIABLE)
+    if isa and isa not in available_isas(library):
+        return f"{_ISA_VARIABLE}={isa} is not one of this build and machine ({', '.join(available_isas(library))})"
+    return library
+
+
+def available_isas(library: ctypes.CDLL) -> list[str]:
+    """The instruction sets that this build has and this machine can run, best first."""
+    names: list[str] = []
+    while name := library.fastokd_isa(len(names)):
+        names.append(name.decode())
+    return names
+
+
+class CompiledPlan:
+    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by default the best.
+
+    Raises:
+        ValueError: the library refuses the plan.
+    """
+
+    def __init__(self, library: ctypes.CDLL, ints: Sequence[int], floats: Sequence[float], isa: str | None = None) -> None:
+        handle = ctypes.c_void_p()
+        status = library.fastokd_plan_create(
+            (ctypes.c_int64 * len(ints))(*ints), len(ints), (ctypes.c_double * len(floats))(*floats), len(floats),
+            isa.encode() if isa else None, ctypes.byref(handle))
+        if status:
+            raise ValueError(f"the native library refuses the plan: {library.fastokd_status_message(status).decode()}")
+        self.library = library
+        self.handle = handle
+        self.num_stats = int(library.fastokd_plan_num_stats(handle))
+        weakref.finalize(self, library.fastokd_plan_destroy, handle)
+
+    def check(self, status: int) -> None:
+        if status:
+            message = self.library.fastokd_status_message(status).decode()
+            raise MemoryError(message) if status == 8 else ValueError(f"the native library refuses the call: {message}")
+
+
+@lru_cache(maxsize=512)
+def _compiled(plan: Plan) -> CompiledPlan:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), "an executor that refuses is not called"
+    return CompiledPlan(library, *plan.encode(), os.environ.get(_ISA_VARIABLE))
+
+
+def _describe(tensors: Sequence[Tensor], target: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """The array of ``fastokd_tensor``: four words each on little-endian machines, which are the only ones built for."""
+
+    def words() -> Iterator[int]:
+        for tensor in tensors:
+            yield from (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
+        columns = target.stride(1) if target.dim() == 2 else 0
+        yield from (target.data_ptr(), target.stride(0), columns, _DTYPES[target.dtype])
+
+    return (ctypes.c_int64 * (4 * len(tensors) + 4))(*words())
+
+
+class CPUExecutor:
+    """Float16, bfloat16, float32 and float64 logits on the CPU; arithmetic in float32, for float64 in float64."""
+
+    name = "cpu"
+
+    def refusal(self, plan: Plan | None, case: Case) -> str | None:
+        if case.device != "cpu":
+            return f"it runs on the CPU, the logits are on '{case.device}'"
+        library = _library()
+        return library if isinstance(library, str) else None
+
+    def num_stats(self, plan: Plan) -> int:
+        return _compiled(plan).num_stats
+
+    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        compiled, dtype = _compiled(plan), compute_dtype(logits[0])
+        batch, classes = logits[0].shape
+        term_weights = term_weights.to(dtype).contiguous()
+        rows = torch.empty(batch, dtype=dtype)
+        terms = torch.empty((plan.num_terms, batch), dtype=dtype)
+        stats = torch.empty((compiled.num_stats, batch), dtype=dtype)
+        compiled.check(compiled.library.fastokd_forward(
+            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
+            rows.data_ptr(), terms.data_ptr(), stats.data_ptr(), torch.get_num_threads()))
+        return rows, terms, stats
+
+    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
+                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
+                 needs: Sequence[bool]) -> list[Tensor | None]:
+        compiled, dtype = _compiled(plan), compute_dtype(logits[0])
+        batch, classes = logits[0].shape
+        term_weights, grad_rows = term_weights.to(dtype).contiguous(), grad_rows.to(dtype)
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+                 for tensor, need in zip((*logits, *weights), needs, strict=True)]
+        places = [None if grad is None else grad.data_ptr() for grad in grads]
+        compiled.check(compiled.library.fastokd_backward(
+            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
+            stats.contiguous().data_ptr(),
+            (ctypes.c_int64 * 4)(grad_rows.data_ptr(), grad_rows.stride(0), 0, _DTYPES[dtype]),
+            (ctypes.c_void_p * len(places))(*places), torch.get_num_threads()))
+        return grads
+
+
+EXECUTOR = CPUExecutor()

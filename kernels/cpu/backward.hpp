@@ -1,0 +1,392 @@
+// The backward pass of a range of rows: one pass over the columns from the sums that the forward pass kept.
+//
+// A node's gradient is g = sum over its slots of e * (a + sum_j coef_j * ((v - x_j) - shift_j)), e the slot's
+// exponentials, plus a linear combination of other rows: the exponentials of its teachers, the target, and the
+// gradients of the mixtures that use it. Nodes are taken last to first, so those are complete.
+#pragma once
+
+#include "rows.hpp"
+
+namespace fastokd {
+namespace FASTOKD_ISA {
+
+template <class Real>
+struct Backward : Rows<Real> {
+  using Base = Rows<Real>;
+  using typename Base::Lane;
+  using typename Base::Vec;
+  using Base::call, Base::chosen, Base::count, Base::factors, Base::label, Base::label_logit, Base::logs, Base::mass,
+      Base::maxima, Base::num_tiles, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
+      Base::sums, Base::tile, Base::value, Base::width;
+
+  struct Outgoing {  // an edge that the node is first in
+    const Real* second;
+    Real coef;
+    Real shift;
+  };
+  struct Incoming {  // a row that enters the gradient linearly
+    const Real* row;
+    Real coef;
+    Vec* product;  // sum of row * node, the gradient of the coefficient; or null
+  };
+  struct SlotState {
+    bool used;
+    int first_outgoing, num_outgoing;
+    Real factor;  // of e itself
+    Real* e;
+  };
+  struct NodeState {
+    bool learns;    // its gradient is wanted, or passes through it
+    bool visited;   // it learns, or a weight's gradient needs its values
+    bool pushed;    // a direct edge or a probability mixture adds to its gradient
+    int first_incoming, num_incoming;
+    Real constant;  // added to each column
+    Real at_label;  // added to the label's column
+    Real* g;
+  };
+  struct TermState {
+    bool first, second;  // which of its nodes learn from it
+    int outgoing, incoming;
+    Real coef;
+  };
+
+  SlotState* slots;
+  NodeState* nodes;
+  TermState* terms;
+  Outgoing* outgoing;
+  Incoming* incoming;
+  int* user_of;          // per incoming: the mixture's factor, or -1
+  Real* slopes;          // [N, tile]: d loss / d log h of probability mixtures
+  Vec* factor_products;  // per factor
+  Real* factor_grads;    // per factor
+  Real* source_grads;
+  bool has_soft_row;
+
+  Backward(const Call& c, Arena& arena) : Base(c, arena) {
+    slots = arena.take<SlotState>(program.num_slots);
+    nodes = arena.take<NodeState>(program.num_nodes);
+    terms = arena.take<TermState>(program.num_terms);
+    outgoing = arena.take<Outgoing>(program.num_terms);
+    incoming = arena.take<Incoming>(2 * program.num_terms + program.num_factors);
+    user_of = arena.take<int>(2 * program.num_terms + program.num_factors);
+    factor_products = arena.take<Vec>(program.num_factors);
+    factor_grads = arena.take<Real>(program.num_factors);
+    source_grads = arena.take<Real>(program.num_factors);
+    Real* exponentials = arena.take<Real>(program.num_slots * tile);
+    Real* gradients = arena.take<Real>(program.num_nodes * tile);
+    slopes = arena.take<Real>(program.num_nodes * tile);
+    if (!arena.base) return;
+    for (int s = 0; s < program.num_slots; ++s) slots[s] = {false, 0, 0, 0, exponentials + s * tile};
+    for (int n = 0; n < program.num_nodes; ++n) nodes[n] = {false, false, false, 0, 0, 0, 0, gradients + n * tile};
+    find_learners();
+    connect();
+  }
+
+  static Real real(double x) { return static_cast<Real>(x); }
+
+  bool wants_weights(const Node& node) const {
+    return node.source >= 0 && call.grads[program.num_logits + node.source];
+  }
+
+  void find_learners() {
+    for (int n = 0; n < program.num_nodes; ++n) {
+      const Node& node = program.nodes[n];
+      NodeState& state = nodes[n];
+      if (node.kind == kLogits) state.learns = call.grads[n] != nullptr;
+      if (node.kind == kMixture || node.kind == kProbabilityMixture) {
+        state.learns = wants_weights(node);
+        for (int k = 0; k < node.num_inputs; ++k) state.learns |= nodes[node.inputs[k]].learns;
+      }
+      state.visited = state.learns;
+      if (node.kind == kMixture && wants_weights(node))
+        for (int k = 0; k < node.num_inputs; ++k) nodes[node.inputs[k]].visited = true;
+    }
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      const bool student = nodes[term.student].learns;
+      const bool teacher = term.kind == kKL && !term.detach && nodes[term.teacher].learns;
+      const bool swapped = term.direction == kStudentFirst;
+      terms[i] = {swapped ? student : teacher, swapped ? teacher : student, -1, -1, 0};
+    }
+  }
+
+  void use(int slot) {
+    slots[slot].used = true;
+    if (program.slots[slot].base >= 0) slots[program.slots[slot].base].used = true;
+  }
+
+  // The lists of rows that enter each gradient; their coefficients change with the row.
+  void connect() {
+    has_soft_row = false;
+    int num_outgoing = 0, num_incoming = 0;
+    for (int s = 0; s < program.num_slots; ++s) {
+      slots[s].first_outgoing = num_outgoing;
+      for (int i = 0; i < program.num_terms; ++i) {
+        const Term& term = program.terms[i];
+        if (!term.moment || term.first_slot != s || !(terms[i].first || terms[i].second)) continue;
+        use(s);
+        if (!terms[i].first) continue;
+        terms[i].outgoing = num_outgoing;
+        outgoing[num_outgoing++] = {value(term.second), 0, 0};
+      }
+      slots[s].num_outgoing = num_outgoing - slots[s].first_outgoing;
+    }
+    for (int n = 0; n < program.num_nodes; ++n) {
+      NodeState& node = nodes[n];
+      node.first_incoming = num_incoming;
+      for (int i = 0; i < program.num_terms; ++i) {
+        const Term& term = program.terms[i];
+        if (term.kind == kCrossEntropy && term.student == n && node.learns) {
+          use(program.slot_of_one[n]);
+          if (!soft) continue;
+          terms[i].incoming = num_incoming;
+          add_incoming(num_incoming++, soft_target, -1, nullptr);
+          has_soft_row = true;
+        } else if (term.moment && term.second == n && terms[i].second) {
+          use(term.second_slot);
+          terms[i].incoming = num_incoming;
+          add_incoming(num_incoming++, slots[term.first_slot].e, -1, nullptr);
+        } else if (term.kind == kKL && !term.moment) {
+          if (term.student == n && node.learns) node.pushed = true;
+          if (term.teacher == n && node.learns && !term.detach) node.pushed = true;
+        }
+      }
+      for (int u = 0; u < program.num_nodes; ++u) {
+        const Node& user = program.nodes[u];
+        for (int k = 0; k < user.num_inputs; ++k) {
+          if (user.inputs[k] != n || !nodes[u].learns) continue;
+          if (user.kind == kProbabilityMixture && node.learns) node.pushed = true;
+          if (user.kind == kMixture && node.visited)
+            add_incoming(num_incoming++, nodes[u].g, user.factors + k,
+                         wants_weights(user) ? factor_products + user.factors + k : nullptr);
+        }
+      }
+      node.num_incoming = num_incoming - node.first_incoming;
+    }
+  }
+
+  void add_incoming(int at, const Real* from, int factor, Vec* product) {
+    incoming[at] = {from, 0, product};
+    user_of[at] = factor;
+  }
+
+  void run(int64_t b) {
+    Base::begin_row(b);
+    restore();
+    set_coefficients();
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      Base::begin_tile(t);
+      if (has_soft_row) Base::load_target();
+      Base::evaluate(~0u, 0);
+      for (int s = 0; s < program.num_slots; ++s)
+        if (slots[s].used && program.slots[s].base < 0) exponentials(s);
+      push_direct();
+      for (int n = program.num_nodes - 1; n >= 0; --n)
+        if (nodes[n].visited && program.nodes[n].kind <= kMixture && program.nodes[n].kind != kExternal) gradient(n);
+    }
+    write_weights();
+  }
+
+  Real get(int stat) const { return static_cast<const Real*>(call.stats)[stat * call.batch + row]; }
+
+  void restore() {
+    mass = get(program.mass_stat);
+    for (int s = 0; s < program.num_slots; ++s) sums[s] = get(program.slots[s].stat);
+    if (program.has_direct) Base::take_logs();
+    for (int n = 0; n < program.num_nodes; ++n) {
+      const Node& node = program.nodes[n];
+      if (node.max_stat >= 0) maxima[n] = get(node.max_stat);
+      if (node.kind == kSelection) chosen[n] = static_cast<int>(get(node.extra_stat));
+      if (node.kind == kMinimum)
+        for (int k = 0; k < node.num_inputs; ++k) label_logit[node.inputs[k]] = get(node.extra_stat + k);
+    }
+  }
+
+  void set_coefficients() {
+    const Real smoothing = real(program.label_smoothing), classes = real(static_cast<double>(call.classes));
+    const Real upstream = static_cast<const Real*>(call.grad_rows.data)[row * call.grad_rows.row_stride];
+    for (int s = 0; s < program.num_slots; ++s) slots[s].factor = 0;
+    for (int n = 0; n < program.num_nodes; ++n) nodes[n].constant = nodes[n].at_label = 0;
+    for (int i = 0; i < program.num_factors; ++i) {
+      factor_products[i] = Vec{};
+      factor_grads[i] = 0;
+    }
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      TermState& state = terms[i];
+      const Real weight = upstream * static_cast<const Real*>(call.term_weights)[i];
+      if (term.kind == kCrossEntropy) {
+        const int slot = program.slot_of_one[term.student];
+        slots[slot].factor += weight * ((1 - smoothing) * mass + smoothing) / sums[slot];
+        nodes[term.student].constant -= weight * smoothing / classes;
+        if (state.incoming >= 0) incoming[state.incoming].coef = weight * (smoothing - 1);
+        else nodes[term.student].at_label += weight * (smoothing - 1);
+        continue;
+      }
+      const Real inverse = 1 / real(term.temperature);
+      state.coef = weight * real(term.scale) * inverse;
+      if (!term.moment) {
+        mixture_grads(term, weight * real(term.scale));
+        continue;
+      }
+      const Real first = state.coef / sums[term.first_slot], second = state.coef / sums[term.second_slot];
+      const Real eps = term.eps_mode == kEpsFirstOrder ? real(term.eps) : 0;
+      if (state.outgoing >= 0) {
+        Outgoing& out = outgoing[state.outgoing];
+        out.coef = first * inverse;
+        out.shift = maxima[term.first] - maxima[term.second] + get(term.inner_stat);
+        slots[term.first_slot].factor -= first * eps * classes;
+        nodes[term.first].constant += state.coef * eps;
+      }
+      if (state.incoming >= 0) {
+        incoming[state.incoming].coef = -first;
+        slots[term.second_slot].factor += second * (1 + eps * classes);
+        nodes[term.second].constant -= state.coef * eps;
+      }
+    }
+    for (int n = 0; n < program.num_nodes; ++n)
+      for (int j = nodes[n].first_incoming; j < nodes[n].first_incoming + nodes[n].num_incoming; ++j)
+        if (user_of[j] >= 0) incoming[j].coef = factors[user_of[j]];
+  }
+
+  // The gradients of a probability mixture's weights; its inputs' gradients need the same sums.
+  void mixture_grads(const Term& term, Real weight) {
+    if (term.mixture_stat < 0) return;
+    const Node& node = program.nodes[term.teacher];
+    for (int k = 0; k < node.num_inputs; ++k) factor_grads[node.factors + k] += weight * get(term.mixture_stat + k);
+  }
+
+  void exponentials(int s) {
+    const Slot& slot = program.slots[s];
+    const Real* v = value(slot.node);
+    Real* e = slots[s].e;
+    const Real largest = maxima[slot.node], inverse = 1 / real(slot.temperature);
+    for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
+      for (int u = 0; u < decltype(k)::value; ++u)
+        store(e + i + u * width, vexp((load(v + i + u * width) - largest) * inverse));
+    });
+  }
+
+  void clear(Real* to) { memset(to, 0, padded * sizeof(Real)); }
+
+  void push_direct() {
+    if (!program.has_direct) return;
+    for (int n = 0; n < program.num_nodes; ++n) {
+      if (nodes[n].pushed) clear(nodes[n].g);
+      if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) clear(slopes + n * tile);
+    }
+    for (int i = 0; i < program.num_terms; ++i)
+      if (program.terms[i].kind == kKL && !program.terms[i].moment && (terms[i].first || terms[i].second)) direct(i);
+    for (int n = 0; n < program.num_nodes; ++n)
+      if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) probability_mixture(n);
+  }
+
+  void direct(int index) {
+    const Term& term = program.terms[index];
+    const DirectEdge<Real> edge(*this, term);
+    const bool swapped = term.direction == kStudentFirst;
+    const bool student = swapped ? terms[index].first : terms[index].second;
+    const bool teacher = swapped ? terms[index].second : terms[index].first;
+    const Real coef = terms[index].coef, slope_coef = coef * real(term.temperature), inner = get(term.inner_stat);
+    // The sum of the teacher's row, which for external rows need not be 1.
+    const Real whole = edge.teacher_slot >= 0 ? 1 + edge.eps * real(static_cast<double>(call.classes)) : inner;
+    Real* g_student = nodes[term.student].g;
+    Real* g_teacher = nodes[term.teacher].g;
+    Real* slope = slopes + term.teacher * tile;
+    for (int64_t i = 0; i < padded; i += width) {
+      const auto at = edge.at(i);
+      if (student) {
+        const Vec g = swapped ? at.q * ((at.log_q - at.log_p) - inner) : at.q * whole - (at.p + edge.eps);
+        store(g_student + i, load(g_student + i) + coef * g);
+      }
+      if (!teacher) continue;
+      if (edge.teacher_slot >= 0)
+        store(g_teacher + i, load(g_teacher + i) + coef * at.p * ((at.log_raised - at.log_q) - inner));
+      else
+        store(slope + i, load(slope + i) + slope_coef * edge.teacher_slope(at));
+    }
+  }
+
+  void probability_mixture(int n) {
+    const Node& node = program.nodes[n];
+    const Real inverse = 1 / real(node.temperature);
+    const Real* slope = slopes + n * tile;
+    for (int k = 0; k < node.num_inputs; ++k) {
+      const int input = node.inputs[k];
+      if (!nodes[input].learns) continue;
+      const Real coef = factors[node.factors + k] * inverse, total = factor_grads[node.factors + k];
+      Real* g = nodes[input].g;
+      for (int64_t i = 0; i < padded; i += width) {
+        const Vec p = vexp(Base::log_input(node, k, i));
+        store(g + i, load(g + i) + coef * (Base::share(n, k, i) * load(slope + i) - p * total));
+      }
+    }
+  }
+
+  void gradient(int n) {
+    const NodeState& node = nodes[n];
+    const Incoming* in = incoming + node.first_incoming;
+    const Real* v = value(n);
+    Real* to = node.g;
+    for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
+      constexpr int unroll = decltype(k)::value;
+      Vec g[unroll], x[unroll];
+      for (int u = 0; u < unroll; ++u) {
+        x[u] = load(v + i + u * width);
+        g[u] = node.pushed ? load(to + i + u * width) + node.constant : Vec{} + node.constant;
+      }
+      if (node.learns) {
+        for (int s = program.first_slot[n]; s < program.first_slot[n + 1]; ++s) {
+          if (!slots[s].used || program.slots[s].base >= 0) continue;
+          Vec e[unroll], sum[unroll];
+          for (int u = 0; u < unroll; ++u) {
+            e[u] = load(slots[s].e + i + u * width);
+            sum[u] = Vec{} + slots[s].factor;
+          }
+          const Outgoing* out = outgoing + slots[s].first_outgoing;
+          for (int j = 0; j < slots[s].num_outgoing; ++j)
+            for (int u = 0; u < unroll; ++u)
+              sum[u] += out[j].coef * ((x[u] - load(out[j].second + i + u * width)) - out[j].shift);
+          for (int u = 0; u < unroll; ++u) g[u] += e[u] * sum[u];
+          for (int d = program.first_slot[n]; d < program.first_slot[n + 1]; ++d)
+            if (program.slots[d].base == s && slots[d].used)
+              for (int u = 0; u < unroll; ++u) g[u] += slots[d].factor * power(e[u], program.slots[d].power);
+        }
+      }
+      for (int j = 0; j < node.num_incoming; ++j) {
+        const Real* from = in[j].row + i;
+        Vec product{};
+        for (int u = 0; u < unroll; ++u) {
+          const Vec other = load(from + u * width);
+          g[u] += in[j].coef * other;
+          product += other * x[u];
+        }
+        if (in[j].product) *in[j].product += product;
+      }
+      for (int u = 0; u < unroll; ++u) store(to + i + u * width, g[u]);
+    });
+    if (label >= start && label < start + count) to[label - start] += node.at_label;
+    Base::fill_unused(to, 0);
+    if (program.nodes[n].kind == kLogits && node.learns)
+      store_row(call.grads[n], call.tensors[n].dtype, row * call.classes + start, count, to);
+  }
+
+  void write_weights() {
+    for (int source = 0; source < program.num_sources; ++source) {
+      void* to = call.grads[program.num_logits + source];
+      if (!to) continue;
+      const int columns = program.widths[source];
+      for (int k = 0; k < columns; ++k) source_grads[k] = 0;
+      for (int n = 0; n < program.num_nodes; ++n) {
+        const Node& node = program.nodes[n];
+        if ((node.kind != kMixture && node.kind != kProbabilityMixture) || node.source != source) continue;
+        for (int k = 0; k < columns; ++k)
+          source_grads[k] += node.kind == kMixture ? sum(factor_products[node.factors + k]) : factor_grads[node.factors + k];
+      }
+      store_row(to, Base::weight(source).dtype, row * columns, columns, source_grads);
+    }
+  }
+};
+
+}  // namespace FASTOKD_ISA
+}  // namespace fastokd

@@ -1,0 +1,315 @@
+// The forward pass of a range of rows.
+//
+// All softmax sums of a row and the KL edges between rows of logits take one pass over the columns: sums are kept
+// relative to the largest value so far, and rescaled when a later tile holds a larger one.
+#pragma once
+
+#include "rows.hpp"
+
+namespace fastokd {
+namespace FASTOKD_ISA {
+
+template <class Real>
+struct Forward : Rows<Real> {
+  using Base = Rows<Real>;
+  using typename Base::Lane;
+  using typename Base::Vec;
+  using Base::call, Base::chosen, Base::count, Base::kFloor, Base::label, Base::label_logit, Base::logs, Base::mass,
+      Base::maxima, Base::num_tiles, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
+      Base::sums, Base::value, Base::width;
+
+  // A KL edge that is summed along with its first node's exponentials.
+  struct Edge {
+    const Real* second;
+    Real shift;
+    Vec* moment;
+  };
+  struct Derived {
+    int power;
+    Vec* sum;
+  };
+
+  Vec* sum_lanes;      // per slot
+  Vec* moment_lanes;   // per term: of a moment, or the value of a direct term
+  Vec* inner_lanes;    // per term: the inner sum of a direct term
+  Vec* mixture_lanes;  // the sums for the inputs of probability mixtures
+  Vec* product_lanes;  // per node: target times shifted values
+  Vec mass_lanes;
+  Real* means;         // per node: the sum of the shifted values
+  Real* products;      // per node
+  Real* losses;        // per node: the cross-entropy
+  Real* deltas;        // per node: by how much the maximum rose
+  Real* rescales;      // per slot
+  Real* values_of_terms;
+  Real* inner;         // per term
+  Edge* edges;
+
+  Forward(const Call& c, Arena& arena) : Base(c, arena) {
+    sum_lanes = arena.take<Vec>(program.num_slots);
+    moment_lanes = arena.take<Vec>(program.num_terms);
+    inner_lanes = arena.take<Vec>(program.num_terms);
+    mixture_lanes = arena.take<Vec>(program.num_mixture_sums);
+    product_lanes = arena.take<Vec>(program.num_nodes);
+    means = arena.take<Real>(program.num_nodes);
+    products = arena.take<Real>(program.num_nodes);
+    losses = arena.take<Real>(program.num_nodes);
+    deltas = arena.take<Real>(program.num_nodes);
+    rescales = arena.take<Real>(Base::round_up(program.num_slots));
+    values_of_terms = arena.take<Real>(program.num_terms);
+    inner = arena.take<Real>(program.num_terms);
+    edges = arena.take<Edge>(program.num_terms);
+  }
+
+  static Real real(double x) { return static_cast<Real>(x); }
+
+  bool summed_in(const Slot& slot, int pass) const { return slot.base < 0 && (slot.passes >> pass & 1u); }
+
+  void run(int64_t b) {
+    Base::begin_row(b);
+    for (int pass = 0; pass < program.num_passes; ++pass) {
+      clear(pass);
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        Base::begin_tile(t);
+        if (pass == 0 && soft) Base::load_target();
+        // A row of one tile still has what an earlier pass computed.
+        Base::evaluate(1u << pass, num_tiles == 1 ? (1u << pass) - 1 : 0);
+        raise_maxima(pass, t == 0);
+        if (pass == 0) multiply_target();
+        for (int s = 0; s < program.num_slots; ++s)
+          if (summed_in(program.slots[s], pass)) exponentials(s, pass);
+        for (int i = 0; i < program.num_terms; ++i) {
+          const Term& term = program.terms[i];
+          if (term.kind == kKL && !term.moment && term.pass == pass) direct(i);
+        }
+      }
+      finish(pass);
+    }
+    write();
+  }
+
+  void clear(int pass) {
+    for (int s = 0; s < program.num_slots; ++s) sum_lanes[s] = Vec{};
+    for (int i = 0; i < program.num_terms; ++i)
+      if (program.terms[i].pass == pass) moment_lanes[i] = inner_lanes[i] = Vec{};
+    if (pass != 0) return;
+    for (int i = 0; i < program.num_mixture_sums; ++i) mixture_lanes[i] = Vec{};
+    for (int n = 0; n < program.num_nodes; ++n) {
+      product_lanes[n] = Vec{};
+      means[n] = 0;
+    }
+    mass_lanes = Vec{};
+  }
+
+  Real row_maximum(const Real* v) const {
+    Vec largest = load(v);
+    for (int64_t i = width; i < padded; i += width) largest = vmax(load(v + i), largest);
+    return maximum(largest);
+  }
+
+  // Brings the maxima up to date, and everything summed so far to the new ones.
+  void raise_maxima(int pass, bool first_tile) {
+    bool raised = false;
+    for (int n = 0; n < program.num_nodes; ++n) {
+      const Node& node = program.nodes[n];
+      deltas[n] = 0;
+      if (node.max_stat < 0 || node.stage != pass) continue;
+      const Real here = row_maximum(value(n));
+      if (first_tile) {
+        maxima[n] = here;
+      } else if (here > maxima[n]) {
+        deltas[n] = here - maxima[n];
+        maxima[n] = here;
+        raised = true;
+      }
+      if (node.wants_mean) {
+        means[n] -= deltas[n] * real(static_cast<double>(start));
+        means[n] += shifted_sum(value(n), maxima[n]);
+      }
+    }
+    if (!raised) return;
+    for (int s = 0; s < program.num_slots; ++s)
+      rescales[s] = -deltas[program.slots[s].node] / real(program.slots[s].temperature);
+    for (int s = 0; s < program.num_slots; s += width) store(rescales + s, vexp(load(rescales + s)));
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      if (!term.moment || term.pass != pass) continue;
+      const Real apart = deltas[term.first] - deltas[term.second];
+      moment_lanes[i] = (moment_lanes[i] - sum_lanes[term.first_slot] * apart) * rescales[term.first_slot];
+    }
+    for (int s = 0; s < program.num_slots; ++s) sum_lanes[s] *= rescales[s];
+    if (pass == 0 && soft)
+      for (int n = 0; n < program.num_nodes; ++n) product_lanes[n] -= mass_lanes * deltas[n];
+  }
+
+  Real shifted_sum(const Real* v, Real maximum) const {
+    Vec total{};
+    for (int64_t i = 0; i < padded; i += width) total += Base::only_used(load(v + i) - maximum, i);
+    return sum(total);
+  }
+
+  void multiply_target() {
+    if (soft)
+      for (int64_t i = 0; i < padded; i += width) mass_lanes += load(soft_target + i);
+    for (int n = 0; n < program.num_nodes; ++n) {
+      if (!program.nodes[n].wants_target) continue;
+      const Real* v = value(n);
+      if (soft) {
+        // Unused lanes: 0 times a finite number.
+        for (int64_t i = 0; i < padded; i += width)
+          product_lanes[n] += load(soft_target + i) * Base::only_used(load(v + i) - maxima[n], i);
+      } else if (label >= start && label < start + count) {
+        label_logit[n] = v[label - start];
+      }
+    }
+  }
+
+  void exponentials(int s, int pass) {
+    const Slot& slot = program.slots[s];
+    int num_edges = 0, num_derived = 0;
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      if (term.moment && term.pass == pass && term.first_slot == s)
+        edges[num_edges++] = {value(term.second), maxima[term.first] - maxima[term.second], moment_lanes + i};
+    }
+    Derived derived[3];
+    for (int d = 0; d < program.num_slots; ++d)
+      if (program.slots[d].base == s) derived[num_derived++] = {program.slots[d].power, sum_lanes + d};
+    const Real* v = value(slot.node);
+    const Real largest = maxima[slot.node], inverse = 1 / real(slot.temperature);
+    Vec total{};
+    for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
+      constexpr int unroll = decltype(k)::value;
+      Vec x[unroll], e[unroll];
+      for (int u = 0; u < unroll; ++u) {
+        x[u] = load(v + i + u * width);
+        e[u] = vexp((x[u] - largest) * inverse);
+        total += e[u];
+      }
+      for (int d = 0; d < num_derived; ++d) {
+        Vec part{};
+        for (int u = 0; u < unroll; ++u) part += power(e[u], derived[d].power);
+        *derived[d].sum += part;
+      }
+      for (int j = 0; j < num_edges; ++j) {
+        const Real* second = edges[j].second + i;
+        Vec part{};
+        for (int u = 0; u < unroll; ++u) part += e[u] * ((x[u] - load(second + u * width)) - edges[j].shift);
+        *edges[j].moment += part;
+      }
+    });
+    sum_lanes[s] += total;
+  }
+
+  // A KL edge with a row of probabilities, or with eps inside the logarithm.
+  void direct(int index) {
+    const Term& term = program.terms[index];
+    const DirectEdge<Real> edge(*this, term);
+    Vec total{}, inner_total{};
+    for (int64_t i = 0; i < padded; i += width) {
+      const auto at = edge.at(i);
+      if (term.direction == kStudentFirst) {
+        total += Base::only_used(at.q * (at.log_q - at.log_p), i);
+      } else {
+        const Vec raised = at.p + edge.eps;
+        total += Base::only_used(raised * (at.log_raised - at.log_q), i);
+        const Vec more = edge.teacher_slot >= 0 ? at.p * (at.log_raised - at.log_q) : raised;
+        inner_total += Base::only_used(more, i);
+      }
+      if (term.mixture_stat >= 0) {
+        const Vec slope = edge.teacher_slope(at);
+        const Node& mixture = program.nodes[term.teacher];
+        for (int k = 0; k < mixture.num_inputs; ++k)
+          mixture_lanes[term.mixture_stat - program.mixture_stats + k] +=
+              Base::only_used(Base::share(term.teacher, k, i) * slope, i);
+      }
+    }
+    moment_lanes[index] += total;
+    inner_lanes[index] += inner_total;
+  }
+
+  void finish(int pass) {
+    for (int s = 0; s < program.num_slots; ++s) {
+      const Slot& slot = program.slots[s];
+      const unsigned passes = slot.base < 0 ? slot.passes : program.slots[slot.base].passes;
+      if (passes >> pass & 1u) sums[s] = sum(sum_lanes[s]);
+    }
+    Base::take_logs();
+    if (pass == 0) finish_targets();
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      if (term.kind != kKL || term.pass != pass) continue;
+      if (!term.moment) {
+        values_of_terms[i] = sum(moment_lanes[i]) * real(term.scale);
+        inner[i] = term.direction == kStudentFirst ? sum(moment_lanes[i]) : sum(inner_lanes[i]);
+        continue;
+      }
+      const Real inverse = 1 / real(term.temperature), classes = real(static_cast<double>(call.classes));
+      const Real log_ratio = logs[term.first_slot] - logs[term.second_slot];
+      inner[i] = sum(moment_lanes[i]) / sums[term.first_slot];
+      Real kl = inner[i] * inverse - log_ratio;
+      if (term.eps_mode == kEpsFirstOrder)
+        kl += real(term.eps) * (classes + (means[term.first] - means[term.second]) * inverse - classes * log_ratio);
+      values_of_terms[i] = kl * real(term.scale);
+    }
+  }
+
+  void finish_targets() {
+    if (soft) mass = sum(mass_lanes);
+    for (int n = 0; n < program.num_nodes; ++n) {
+      if (!program.nodes[n].wants_target) continue;
+      if (soft) {
+        products[n] = sum(product_lanes[n]);
+        label_logit[n] = products[n] + maxima[n] * mass;
+      } else {
+        if (label < 0) label_logit[n] = mass;  // NaN
+        products[n] = label_logit[n] - maxima[n];
+      }
+      const int slot = program.slot_of_one[n];
+      if (slot >= 0) losses[n] = mass * logs[slot] - products[n];
+    }
+    for (int n = 0; n < program.num_nodes; ++n) {
+      const Node& node = program.nodes[n];
+      if (node.kind != kSelection) continue;
+      chosen[n] = 0;
+      for (int k = 1; k < node.num_inputs; ++k) {
+        const Real best = losses[node.inputs[chosen[n]]], loss = losses[node.inputs[k]];
+        if (loss < best || (loss != loss && best == best)) chosen[n] = k;
+      }
+    }
+  }
+
+  void put(int stat, Real value) { static_cast<Real*>(call.stats)[stat * call.batch + row] = value; }
+
+  void write() {
+    const Real smoothing = real(program.label_smoothing), classes = real(static_cast<double>(call.classes));
+    const Real* term_weights = static_cast<const Real*>(call.term_weights);
+    Real total = 0;
+    for (int i = 0; i < program.num_terms; ++i) {
+      const Term& term = program.terms[i];
+      Real loss = values_of_terms[i];
+      if (term.kind == kCrossEntropy) {
+        const int n = term.student;
+        loss = losses[n];
+        if (smoothing != 0)
+          loss = (1 - smoothing) * loss + smoothing * (logs[program.slot_of_one[n]] - means[n] / classes);
+      }
+      static_cast<Real*>(call.terms)[i * call.batch + row] = loss;
+      total += term_weights[i] * loss;
+      if (term.inner_stat >= 0) put(term.inner_stat, inner[i]);
+    }
+    static_cast<Real*>(call.rows)[row] = total;
+    put(program.mass_stat, mass);
+    for (int s = 0; s < program.num_slots; ++s) put(program.slots[s].stat, sums[s]);
+    for (int i = 0; i < program.num_mixture_sums; ++i) put(program.mixture_stats + i, sum(mixture_lanes[i]));
+    for (int n = 0; n < program.num_nodes; ++n) {
+      const Node& node = program.nodes[n];
+      if (node.max_stat >= 0) put(node.max_stat, maxima[n]);
+      if (node.kind == kSelection) put(node.extra_stat, real(chosen[n]));
+      if (node.kind == kMinimum)
+        for (int k = 0; k < node.num_inputs; ++k) put(node.extra_stat + k, label_logit[node.inputs[k]]);
+    }
+  }
+};
+
+}  // namespace FASTOKD_ISA
+}  // namespace fastokd

@@ -1,0 +1,47 @@
+// One instruction set's functions: compiled once per instruction set with its own flags.
+#include "backward.hpp"
+#include "forward.hpp"
+
+namespace fastokd {
+namespace FASTOKD_ISA {
+
+template <template <class> class Pass, class Real>
+static size_t scratch(const Call& call) {
+  Arena arena{nullptr, 0};
+  Pass<Real> pass(call, arena);
+  return arena.used;
+}
+
+template <template <class> class Pass, class Real>
+static void rows(const Call& call, void* memory, int64_t begin, int64_t end) {
+  Arena arena{static_cast<char*>(memory), 0};
+  Pass<Real> pass(call, arena);
+  for (int64_t row = begin; row < end; ++row) pass.run(row);
+}
+
+template <class Real>
+static void math(int function, const void* in, void* out, int64_t count) {
+  constexpr int width = Lanes<Real>::width;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t here = count - i < width ? count - i : width;
+    typename Lanes<Real>::Vec v = {};
+    memcpy(&v, static_cast<const Real*>(in) + i, here * sizeof(Real));
+    v = function == 0 ? vexp(v) : vlog(v);
+    memcpy(static_cast<Real*>(out) + i, &v, here * sizeof(Real));
+  }
+}
+
+#define FASTOKD_STRING_(x) #x
+#define FASTOKD_STRING(x) FASTOKD_STRING_(x)
+extern const Backend backend;
+const Backend backend = {
+    FASTOKD_STRING(FASTOKD_ISA),
+    {scratch<Forward, float>, scratch<Forward, double>},
+    {scratch<Backward, float>, scratch<Backward, double>},
+    {rows<Forward, float>, rows<Forward, double>},
+    {rows<Backward, float>, rows<Backward, double>},
+    {math<float>, math<double>},
+};
+
+}  // namespace FASTOKD_ISA
+}  // namespace fastokd

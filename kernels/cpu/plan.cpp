@@ -1,0 +1,306 @@
+#include "plan.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastokd {
+namespace {
+
+constexpr int64_t kPlanVersion = 1;    // PLAN_VERSION of fastokd/graph/plan.py
+constexpr int64_t kMaxCount = 1 << 12; // of anything: a plan beyond it is garbage
+
+struct Bad {
+  int32_t status;
+};
+
+void require(bool condition, int32_t status) {
+  if (!condition) throw Bad{status};
+}
+
+template <class T>
+struct Reader {
+  const T* at;
+  const T* end;
+  T next() {
+    require(at != end, FASTOKD_PLAN_LENGTH);
+    return *at++;
+  }
+};
+
+int count(Reader<int64_t>& ints) {
+  const int64_t value = ints.next();
+  require(value >= 0 && value <= kMaxCount, FASTOKD_PLAN_COUNT);
+  return static_cast<int>(value);
+}
+
+int flag(Reader<int64_t>& ints, int64_t last, int32_t status) {
+  const int64_t value = ints.next();
+  require(value >= 0 && value <= last, status);
+  return static_cast<int>(value);
+}
+
+double temperature(Reader<double>& floats) {
+  const double value = floats.next();
+  require(std::isfinite(value) && value > 0, FASTOKD_PLAN_NUMBER);
+  return value;
+}
+
+bool is_logits(int kind) { return kind == kLogits || kind == kMixture; }
+bool is_probability(int kind) { return kind == kExternal || kind == kProbabilityMixture; }
+
+Node plain_node(int kind) {
+  Node node{};
+  node.kind = kind;
+  node.source = node.max_stat = node.extra_stat = -1;
+  node.temperature = 1;
+  return node;
+}
+
+void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan) {
+  Node node = plain_node(flag(ints, kSelection, FASTOKD_PLAN_NODE));
+  const int64_t source = ints.next();
+  require(source >= -1 && source < static_cast<int64_t>(plan.widths.size()), FASTOKD_PLAN_NODE);
+  node.source = static_cast<int>(source);
+  node.num_inputs = count(ints);
+  require(node.num_inputs > 0, FASTOKD_PLAN_NODE);
+  std::vector<int> inputs;
+  for (int k = 0; k < node.num_inputs; ++k) {
+    inputs.push_back(flag(ints, static_cast<int64_t>(plan.nodes.size()) - 1, FASTOKD_PLAN_NODE));
+    const int kind = plan.nodes[inputs.back()].kind;
+    require(is_logits(kind) || (node.kind == kProbabilityMixture && kind == kExternal), FASTOKD_PLAN_NODE);
+  }
+  node.temperature = temperature(floats);
+  const bool weighted = node.kind == kMixture || node.kind == kProbabilityMixture;
+  require(weighted || source < 0, FASTOKD_PLAN_NODE);
+  std::vector<double> constants;
+  if (weighted && source >= 0) require(plan.widths[source] == node.num_inputs, FASTOKD_PLAN_NODE);
+  if (weighted && source < 0) {
+    for (int k = 0; k < node.num_inputs; ++k) {
+      constants.push_back(floats.next());
+      require(std::isfinite(constants.back()), FASTOKD_PLAN_NUMBER);
+      require(node.kind == kMixture || constants.back() >= 0, FASTOKD_PLAN_NUMBER);
+    }
+  }
+  if (weighted) {
+    node.factors = plan.program.num_factors;
+    plan.program.num_factors += node.num_inputs;
+  }
+  node.stage = node.kind == kMinimum || node.kind == kSelection ? 1 : 0;
+  plan.nodes.push_back(node);
+  plan.inputs.push_back(inputs);
+  plan.constants.push_back(constants);
+}
+
+void read_term(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan) {
+  const int64_t last = static_cast<int64_t>(plan.nodes.size()) - 1;
+  Term term{};
+  term.kind = flag(ints, kKL, FASTOKD_PLAN_TERM);
+  term.student = flag(ints, last, FASTOKD_PLAN_TERM);
+  require(is_logits(plan.nodes[term.student].kind), FASTOKD_PLAN_TERM);
+  const int64_t teacher = ints.next();
+  term.teacher = static_cast<int>(teacher);
+  term.detach = flag(ints, 1, FASTOKD_PLAN_TERM);
+  term.direction = flag(ints, kStudentFirst, FASTOKD_PLAN_TERM);
+  term.eps_mode = flag(ints, kEpsExact, FASTOKD_PLAN_TERM);
+  term.temperature = temperature(floats);
+  term.scale = floats.next();
+  term.eps = floats.next();
+  require(std::isfinite(term.scale) && term.eps >= 0 && term.eps < 1, FASTOKD_PLAN_NUMBER);
+  term.first = term.second = term.first_slot = term.second_slot = term.inner_stat = term.mixture_stat = -1;
+  if (term.kind == kCrossEntropy) {
+    require(teacher == -1, FASTOKD_PLAN_TERM);
+  } else {
+    require(teacher >= 0 && teacher <= last && teacher != term.student, FASTOKD_PLAN_TERM);
+    const bool probability = is_probability(plan.nodes[teacher].kind);
+    require(term.direction == kTeacherFirst || term.eps_mode == kEpsNone, FASTOKD_PLAN_TERM);
+    require(!probability || term.eps_mode != kEpsFirstOrder, FASTOKD_PLAN_TERM);
+    term.moment = !probability && term.eps_mode != kEpsExact;
+    const bool swapped = term.direction == kStudentFirst;
+    term.first = swapped ? term.student : term.teacher;
+    term.second = swapped ? term.teacher : term.student;
+  }
+  plan.terms.push_back(term);
+}
+
+void read(const int64_t* ints_begin, int64_t num_ints, const double* floats_begin, int64_t num_floats, fastokd_plan& plan) {
+  Reader<int64_t> ints{ints_begin, ints_begin + num_ints};
+  Reader<double> floats{floats_begin, floats_begin + num_floats};
+  require(num_ints > 0 && ints.next() == kPlanVersion, FASTOKD_PLAN_VERSION);
+  Program& program = plan.program;
+  program.num_logits = count(ints);
+  program.num_externals = count(ints);
+  program.num_sources = count(ints);
+  require(program.num_logits > 0, FASTOKD_PLAN_COUNT);
+  for (int i = 0; i < program.num_sources; ++i) plan.widths.push_back(count(ints));
+  program.label_smoothing = floats.next();
+  require(program.label_smoothing >= 0 && program.label_smoothing < 1, FASTOKD_PLAN_NUMBER);
+  for (int i = 0; i < program.num_logits + program.num_externals; ++i)
+    plan.nodes.push_back(plain_node(i < program.num_logits ? kLogits : kExternal));
+  plan.inputs.resize(plan.nodes.size());
+  plan.constants.resize(plan.nodes.size());
+  const int derived = count(ints);
+  for (int i = 0; i < derived; ++i) read_node(ints, floats, plan);
+  const int terms = count(ints);
+  require(terms > 0, FASTOKD_PLAN_COUNT);
+  for (int i = 0; i < terms; ++i) read_term(ints, floats, plan);
+  require(ints.at == ints.end && floats.at == floats.end, FASTOKD_PLAN_LENGTH);
+}
+
+// Which softmax sums are taken, and in which order: by node, the hottest first.
+struct SlotTable {
+  struct Key {
+    int node;
+    double temperature;
+  };
+  std::vector<Key> keys;
+  void add(int node, double temperature) {
+    if (find(node, temperature) == keys.size()) keys.push_back({node, temperature});
+  }
+  size_t find(int node, double temperature) const {
+    return std::find_if(keys.begin(), keys.end(), [&](const Key& key) {
+             return key.node == node && key.temperature == temperature;
+           }) - keys.begin();
+  }
+  void sort() {
+    std::sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
+      return a.node != b.node ? a.node < b.node : a.temperature > b.temperature;
+    });
+  }
+};
+
+void find_slots(fastokd_plan& plan) {
+  SlotTable table;
+  for (const Term& term : plan.terms) {
+    if (term.kind == kCrossEntropy) table.add(term.student, 1);
+    else
+      for (const int node : {term.first, term.second})
+        if (!is_probability(plan.nodes[node].kind)) table.add(node, term.temperature);
+  }
+  for (size_t n = 0; n < plan.nodes.size(); ++n)
+    for (const int input : plan.inputs[n]) {
+      if (plan.nodes[n].kind == kSelection) table.add(input, 1);
+      if (plan.nodes[n].kind == kProbabilityMixture && plan.nodes[input].kind != kExternal)
+        table.add(input, plan.nodes[n].temperature);
+    }
+  table.sort();
+  for (const auto& key : table.keys) plan.slots.push_back({key.node, key.temperature, -1, 1, 0, -1});
+  const auto slot_of = [&](int node, double temperature) { return static_cast<int>(table.find(node, temperature)); };
+  std::vector<bool> has_edges(plan.slots.size());
+  for (Term& term : plan.terms) {
+    if (term.kind == kCrossEntropy) continue;
+    if (!is_probability(plan.nodes[term.first].kind)) term.first_slot = slot_of(term.first, term.temperature);
+    if (!is_probability(plan.nodes[term.second].kind)) term.second_slot = slot_of(term.second, term.temperature);
+    if (term.moment) has_edges[term.first_slot] = true;
+  }
+  for (size_t s = 0; s < plan.slots.size(); ++s) {
+    Slot& slot = plan.slots[s];
+    for (size_t b = 0; b < s && !has_edges[s]; ++b)
+      for (int power = 2; power <= 4; ++power)
+        if (plan.slots[b].base < 0 && plan.slots[b].node == slot.node && plan.slots[b].temperature == power * slot.temperature) {
+          slot.base = static_cast<int>(b);
+          slot.power = power;
+        }
+  }
+  plan.input_slots.resize(plan.nodes.size());
+  for (size_t n = 0; n < plan.nodes.size(); ++n) {
+    plan.first_slot.push_back(static_cast<int>(
+        std::find_if(plan.slots.begin(), plan.slots.end(), [&](const Slot& slot) { return slot.node >= static_cast<int>(n); }) -
+        plan.slots.begin()));
+    const int one = slot_of(static_cast<int>(n), 1);
+    plan.slot_of_one.push_back(one < static_cast<int>(plan.slots.size()) ? one : -1);
+    if (plan.nodes[n].kind != kProbabilityMixture) continue;
+    for (const int input : plan.inputs[n])
+      plan.input_slots[n].push_back(plan.nodes[input].kind == kExternal ? -1 : slot_of(input, plan.nodes[n].temperature));
+  }
+  plan.first_slot.push_back(static_cast<int>(plan.slots.size()));
+}
+
+// In which passes over the columns what is read and summed.
+void find_passes(fastokd_plan& plan) {
+  for (Slot& slot : plan.slots) {
+    slot.passes = 1u << plan.nodes[slot.node].stage;
+    plan.nodes[slot.node].read_in |= slot.passes;
+  }
+  for (size_t n = 0; n < plan.nodes.size(); ++n) {
+    Node& node = plan.nodes[n];
+    node.read_in |= is_logits(node.kind) ? 1u : 2u;
+    if (node.kind != kMinimum && node.kind != kSelection) continue;
+    for (const int input : plan.inputs[n]) plan.nodes[input].wants_target = true;
+  }
+  for (Term& term : plan.terms) {
+    if (term.kind == kCrossEntropy) {
+      plan.nodes[term.student].wants_target = true;
+      plan.nodes[term.student].wants_mean |= plan.program.label_smoothing > 0;
+      continue;
+    }
+    Node &first = plan.nodes[term.first], &second = plan.nodes[term.second];
+    term.pass = std::max(first.stage, second.stage) + (term.moment ? 0 : 1);
+    first.read_in |= 1u << term.pass;
+    second.read_in |= 1u << term.pass;
+    if (term.moment) plan.slots[term.first_slot].passes |= 1u << term.pass;
+    if (term.eps_mode == kEpsFirstOrder) first.wants_mean = second.wants_mean = true;
+    plan.program.has_direct |= !term.moment;
+  }
+  unsigned all = 0;
+  for (size_t n = plan.nodes.size(); n-- > 0;) {
+    const Node& node = plan.nodes[n];
+    plan.program.has_direct |= node.kind == kProbabilityMixture;
+    all |= node.read_in;
+    for (const int input : plan.inputs[n]) plan.nodes[input].read_in |= node.read_in;
+  }
+  plan.program.num_passes = all & 4u ? 3 : all & 2u ? 2 : 1;
+}
+
+void place_stats(fastokd_plan& plan) {
+  Program& program = plan.program;
+  int& next = program.num_stats;
+  program.mass_stat = next++;
+  for (Slot& slot : plan.slots) slot.stat = next++;
+  for (size_t n = 0; n < plan.nodes.size(); ++n) {
+    Node& node = plan.nodes[n];
+    if (plan.first_slot[n] != plan.first_slot[n + 1] || node.wants_target || node.wants_mean) node.max_stat = next++;
+    if (node.kind != kMinimum && node.kind != kSelection) continue;
+    node.extra_stat = next;
+    next += node.kind == kMinimum ? node.num_inputs : 1;
+  }
+  for (Term& term : plan.terms)
+    if (term.kind == kKL) term.inner_stat = next++;
+  program.mixture_stats = next;
+  for (Term& term : plan.terms) {
+    if (term.kind != kKL || term.detach || plan.nodes[term.teacher].kind != kProbabilityMixture) continue;
+    term.mixture_stat = next;
+    next += plan.nodes[term.teacher].num_inputs;
+  }
+  program.num_mixture_sums = next - program.mixture_stats;
+}
+
+}  // namespace
+
+int32_t decode(const int64_t* ints, int64_t num_ints, const double* floats, int64_t num_floats, fastokd_plan& plan) {
+  try {
+    read(ints, num_ints, floats, num_floats, plan);
+  } catch (const Bad& bad) {
+    return bad.status;
+  }
+  find_slots(plan);
+  find_passes(plan);
+  place_stats(plan);
+  for (size_t n = 0; n < plan.nodes.size(); ++n) {
+    plan.nodes[n].inputs = plan.inputs[n].data();
+    plan.nodes[n].input_slots = plan.input_slots[n].data();
+    plan.nodes[n].constants = plan.constants[n].data();
+  }
+  Program& program = plan.program;
+  program.num_nodes = static_cast<int>(plan.nodes.size());
+  program.num_terms = static_cast<int>(plan.terms.size());
+  program.num_slots = static_cast<int>(plan.slots.size());
+  program.widths = plan.widths.data();
+  program.nodes = plan.nodes.data();
+  program.slots = plan.slots.data();
+  program.terms = plan.terms.data();
+  program.first_slot = plan.first_slot.data();
+  program.slot_of_one = plan.slot_of_one.data();
+  return FASTOKD_OK;
+}
+
+}  // namespace fastokd

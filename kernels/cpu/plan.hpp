@@ -1,0 +1,28 @@
+// Decoding and checking a plan.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "program.hpp"
+
+struct fastokd_plan {
+  fastokd::Program program{};
+  const fastokd::Backend* backend = nullptr;
+  std::vector<int> widths;
+  std::vector<fastokd::Node> nodes;
+  std::vector<fastokd::Slot> slots;
+  std::vector<fastokd::Term> terms;
+  std::vector<std::vector<int>> inputs;       // per node
+  std::vector<std::vector<int>> input_slots;  // per node
+  std::vector<std::vector<double>> constants; // per node
+  std::vector<int> first_slot;
+  std::vector<int> slot_of_one;
+};
+
+namespace fastokd {
+
+// Fills everything but the backend. Returns a status of fastokd.h.
+int32_t decode(const int64_t* ints, int64_t num_ints, const double* floats, int64_t num_floats, fastokd_plan& plan);
+
+}  // namespace fastokd
