@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -q
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
