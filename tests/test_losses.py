@@ -437,6 +437,16 @@ def test_module_survives_the_meta_device() -> None:
     same(criterion(batch.logits, batch.labels, scores=batch.scores), batch.oracle(batch.labels).loss.mean())
 
 
+def test_first_call_under_inference_mode_spoils_nothing() -> None:
+    batch = Batch()
+    criterion = AHBFLoss().to("meta")  # So that the call has to make its term weights anew, as on a first GPU call.
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        criterion(batch.logits, batch.labels, scores=batch.scores)
+    criterion(batch.logits, batch.labels, scores=batch.scores, kd_weight=weight).backward()
+    assert weight.grad.isfinite()
+
+
 def test_module_has_no_state_and_can_be_copied() -> None:
     batch = Batch()
     criterion = AHBFLoss.preset("code")
