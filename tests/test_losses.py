@@ -388,7 +388,7 @@ def test_low_precision_gradients_are_off_by_their_own_rounding_only(dtype: torch
     loss = AHBFLoss.preset("code", impl=impl)(batch.logits, batch.labels, scores=batch.scores)
     want = batch.oracle(batch.labels, **ORACLE_PRESETS["code"])
     assert loss.dtype == torch.float32
-    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=3e-6)  # some 25 roundings of float32
     for leaf, got, expected in zip([*batch.logits, *batch.scores], gradients(loss, [*batch.logits, *batch.scores]),
                                    [*want.logits, *want.scores], strict=True):
         assert got.dtype == leaf.dtype == dtype
@@ -412,7 +412,7 @@ def test_under_autocast(impl: str) -> None:
     assert all(value.dtype == torch.float32 for value in terms.values())
     row = logits.detach().double().numpy()
     want = ahbf([row, row], batch.labels.numpy(), [batch.scores[0].detach().double().numpy()])
-    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=3e-6)  # some 25 roundings of float32
     assert torch.equal(gradients(loss, [layer.weight])[0], inside)
 
 
