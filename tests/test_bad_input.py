@@ -1,5 +1,8 @@
 """Every mistake a user can make with a loss gets the right exception, with the argument's name and value in it."""
 
+import sys
+import types
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -218,6 +221,33 @@ def test_graph_loss_counts_its_rows() -> None:
 def test_mixtures_check_their_arguments_too() -> None:
     with pytest.raises(ValueError, match=r"scores\[1\] has the shape \(4, 3\)"):
         AHBFLoss(3).mixtures(rows(3, 4, 5), scores=[torch.zeros(4, 2), torch.zeros(4, 3)])
+
+
+class _Picky:
+    """An executor that refuses everything."""
+
+    def refusal(self, plan: object, case: object) -> str:
+        return "it needs the moon to be full"
+
+
+def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_modules", "_preferred"):
+        monkeypatch.setattr(executors, name, dict(getattr(executors, name)))
+    monkeypatch.setattr(executors, "_warned", set())
+    # Tried first on the CPU; other executors registered for it are out of this test.
+    monkeypatch.setitem(executors._preferred, "cpu", ())
+    register_executor("picky", "picky_executor", ("cpu",))
+    monkeypatch.setitem(sys.modules, "picky_executor", types.SimpleNamespace(EXECUTOR=_Picky()))
+    logits, scores = rows(2, 4, 5), rows(1, 4, 2)
+    with pytest.warns(UserWarning, match="'picky'.*moon.*reference"):
+        loss = AHBFLoss(2)(logits, LABELS, scores=scores)
+    assert torch.equal(loss, AHBFLoss(2, impl="reference")(logits, LABELS, scores=scores))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AHBFLoss(2)(logits, LABELS, scores=scores)
+    with pytest.raises(ExecutorUnavailable, match="impl='picky' cannot run here: it needs the moon"):
+        AHBFLoss(2, impl="picky")(logits, LABELS, scores=scores)
+    assert executors.executor_states()["picky"] == "it needs the moon to be full"
 
 
 def test_an_explicit_executor_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

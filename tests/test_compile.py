@@ -45,8 +45,8 @@ def test_aot_eager_runs_the_same_operations(impl: str) -> None:
     criterion = AHBFLoss.preset("code", 3, impl=impl)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
-        # Tracing must not warn either: a warning here is one in every user's log.
-        warnings.filterwarnings("error", message="(?s).*fastokd|.*lru_cache")
+        # Tracing through the plan would be slow and warn in every user's log; it must be taken as a constant.
+        warnings.filterwarnings("error", message="(?s).*lru_cache")
         assert_same(compiled, criterion, kd_weight=torch.tensor(0.5))
     logits, scores, target = batch()
     loss, terms = compiled(logits, target, scores=scores, kd_weight=0.5, return_terms=True)

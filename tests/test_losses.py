@@ -388,7 +388,7 @@ def test_low_precision_gradients_are_off_by_their_own_rounding_only(dtype: torch
     loss = AHBFLoss.preset("code", impl=impl)(batch.logits, batch.labels, scores=batch.scores)
     want = batch.oracle(batch.labels, **ORACLE_PRESETS["code"])
     assert loss.dtype == torch.float32
-    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=3e-6)  # some 25 roundings of float32
     for leaf, got, expected in zip([*batch.logits, *batch.scores], gradients(loss, [*batch.logits, *batch.scores]),
                                    [*want.logits, *want.scores], strict=True):
         assert got.dtype == leaf.dtype == dtype
@@ -412,7 +412,7 @@ def test_under_autocast(impl: str) -> None:
     assert all(value.dtype == torch.float32 for value in terms.values())
     row = logits.detach().double().numpy()
     want = ahbf([row, row], batch.labels.numpy(), [batch.scores[0].detach().double().numpy()])
-    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss.item(), want.loss.mean(), rtol=3e-6)  # some 25 roundings of float32
     assert torch.equal(gradients(loss, [layer.weight])[0], inside)
 
 
@@ -435,6 +435,16 @@ def test_module_survives_the_meta_device() -> None:
     batch = Batch()
     criterion = AHBFLoss().to("meta")
     same(criterion(batch.logits, batch.labels, scores=batch.scores), batch.oracle(batch.labels).loss.mean())
+
+
+def test_first_call_under_inference_mode_spoils_nothing() -> None:
+    batch = Batch()
+    criterion = AHBFLoss().to("meta")  # So that the call has to make its term weights anew, as on a first GPU call.
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        criterion(batch.logits, batch.labels, scores=batch.scores)
+    criterion(batch.logits, batch.labels, scores=batch.scores, kd_weight=weight).backward()
+    assert weight.grad.isfinite()
 
 
 def test_module_has_no_state_and_can_be_copied() -> None:

@@ -17,7 +17,7 @@ from oracles.ahbf import ahbf
 from oracles.rows import complex_step, cross_entropy, distill, kl, log_softmax, softmax
 from torch import Tensor
 
-from fastokd.graph import Graph
+from fastokd.graph import KL, Graph, Logits, ProbabilityMixture
 from fastokd.methods.afid import afid_graph
 from fastokd.methods.ahbf import PRESETS, ahbf_graph
 from fastokd.methods.cl_ilr import cl_ilr_graph
@@ -392,6 +392,22 @@ def test_extreme_logits_give_finite_values_and_gradients(name: str, temperature:
             assert terms.min() > -0.1
 
 
+@pytest.mark.parametrize("direction", ["teacher_first", "student_first"])
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_probability_mixture_of_one_row_is_that_row(direction: str, scale: float) -> None:
+    """Also where every probability but one underflows: the mixture keeps the logarithm, not the number."""
+    a, b = Logits("a"), Logits("b")
+    mixture = ProbabilityMixture("h", ("b", "b"), (0.25, 0.75), 2.0)
+    options = {"temperature": 2.0, "direction": direction}
+    mixed = make_inputs(Graph("mixed", (a, b, mixture), (KL("h", "a", **options),)), 4, 10, torch.float64, scale=scale)
+    plain = make_inputs(Graph("plain", (a, b), (KL("b", "a", **options),)), 4, 10, torch.float64, scale=scale)
+    (rows, _, grads), (want_rows, _, want_grads) = run(mixed), run(plain)
+    torch.testing.assert_close(rows, want_rows, rtol=1e-12, atol=1e-12)
+    # The two inputs are one row, so their shares of its gradient add up to the whole.
+    for got, want in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-10 * scale)
+
+
 def test_identical_rows_teach_nothing() -> None:
     inputs = make_inputs(ahbf_graph(3, lambda_self=1.0), 4, 10, torch.float64)
     row = inputs.logits[0].detach()
@@ -466,9 +482,9 @@ def test_opcheck(name: str) -> None:
     needs = [index % 2 == 0 for index in range(len(inputs.leaves()))]
     backward = (torch.ones_like(rows), *inputs.arguments(), stats, ints, floats, "reference", needs)
     torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward, test_utils=checks)
-    # Strided logits: the results' layout is what the fake implementation promises, whatever the inputs'.
+    # Transposed logits and an executor that follows their layout: the operator's results keep the promised one.
     strided = [z.t().contiguous().t() for z in inputs.logits]
-    backward = (torch.ones_like(rows), strided, *backward[2:])
+    backward = (torch.ones_like(rows), strided, *backward[2:-2], OPAQUE, needs)
     torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward, test_utils=checks)
 
 

@@ -47,8 +47,10 @@ class GraphLoss(nn.Module):
     def _place_term_weights(self, device: torch.device) -> None:
         fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]
         scheduled = [term.weight if term.scheduled else 0.0 for term in self.graph.terms]
-        self.register_buffer("fixed_weights", torch.tensor(fixed, dtype=torch.float64, device=device), persistent=False)
-        self.register_buffer("scheduled_weights", torch.tensor(scheduled, dtype=torch.float64, device=device), persistent=False)
+        # A first call under inference_mode must not leave tensors that no later backward pass may use.
+        with torch.inference_mode(False):
+            for name, values in (("fixed_weights", fixed), ("scheduled_weights", scheduled)):
+                self.register_buffer(name, torch.tensor(values, dtype=torch.float64, device=device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraphLoss":
         """Follow a move to another device, but not ``half()`` and the like: weights of terms are never rounded."""
