@@ -214,7 +214,7 @@ def test_graph_loss_counts_its_rows() -> None:
     criterion = GraphLoss(one_graph(2))
     with pytest.raises(ValueError, match="logits holds 3 tensors; this loss needs 2"):
         criterion(rows(3, 4, 5), LABELS, weights={"gate": torch.zeros(4, 2)})
-    with pytest.raises(ValueError, match=r"logits has the shape \(3, 4, 5\)"):
+    with pytest.raises(ValueError, match="logits holds 3 tensors; this loss needs 2"):
         criterion(torch.zeros(3, 4, 5), LABELS, weights={"gate": torch.zeros(4, 2)})
 
 

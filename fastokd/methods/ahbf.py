@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastokd.errors import did_you_mean
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction
+from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction, as_rows
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The paper, eq. 8-14 and section 4.1.
@@ -153,32 +153,19 @@ class AHBFLoss(nn.Module):
         """
         if (scores is None) == (ta_logits is None):
             raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
-        branches = _rows(branch_logits, self.num_branches, "branch_logits")
+        branches = as_rows(branch_logits, self.num_branches, "branch_logits")
         if ta_logits is None:
             assert scores is not None
             return self._mixing(branches, target, weights=self._weights(scores), kd_weight=kd_weight, return_terms=return_terms)
-        tas = _rows(ta_logits, self.num_branches - 1, "ta_logits")
+        tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
         return self._mixed([*branches, *tas], target, kd_weight=kd_weight, return_terms=return_terms)
 
     def mixtures(self, branch_logits: Sequence[Tensor] | Tensor, *, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """The logits [B, C] of ta2 .. taM, without gradient."""
-        return self._mixing.mixtures(_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
+        return self._mixing.mixtures(as_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
 
     def _weights(self, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        return {f"scores{m}": score for m, score in enumerate(_rows(scores, self.num_branches - 1, "scores"), start=2)}
-
-
-def _rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
-    """A sequence of ``count`` tensors, or a stacked tensor taken apart."""
-    if isinstance(value, Tensor):
-        if value.dim() != 3:
-            raise ValueError(f"{name} is one tensor of shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
-        value = list(value.unbind(0))
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
-    if len(value) != count:
-        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
-    return list(value)
+        return {f"scores{m}": score for m, score in enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=2)}
 
 
 class AHBFGate(nn.Module):

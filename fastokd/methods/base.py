@@ -81,7 +81,7 @@ class GraphLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
         """
-        rows_in = _sequence(logits, self.plan.num_logits, "logits")
+        rows_in = as_rows(logits, self.plan.num_logits, "logits")
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
         external_list = [_external(name, externals, first) for name in self.graph.externals]
@@ -106,7 +106,7 @@ class GraphLoss(nn.Module):
     @torch.no_grad()
     def mixtures(self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The logits [B, C] of every mixture by name, for measuring their accuracy."""
-        rows_in = _sequence(logits, self.plan.num_logits, "logits")
+        rows_in = as_rows(logits, self.plan.num_logits, "logits")
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
         no_target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
@@ -123,11 +123,12 @@ class GraphLoss(nn.Module):
         ]
 
 
-def _sequence(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """A sequence of ``count`` tensors, or one tensor [count, B, ...] taken apart; errors call it ``name``."""
     if isinstance(value, Tensor):
-        if value.dim() < 1 or value.shape[0] != count:
-            raise ValueError(f"{name} has the shape {tuple(value.shape)}; its first dimension must be {count}")
-        return list(value.unbind(0))
+        if value.dim() != 3:
+            raise ValueError(f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
+        value = list(value.unbind(0))
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}")
     if len(value) != count:
