@@ -97,7 +97,6 @@ class _GraphFunction(torch.autograd.Function):
         ctx.save_for_backward(target, term_weights, terms, stats, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         target, term_weights, terms, stats, *tensors = ctx.saved_tensors
         if grad_rows is None:
@@ -106,11 +105,38 @@ class _GraphFunction(torch.autograd.Function):
         ints, floats = _encoded(ctx.plan)
         count = len(logits) + len(weights)
         needs = list(ctx.needs_input_grad[4:4 + count])
-        grads = torch.ops.fastokd.graph_backward(
-            grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
-        grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
+        with torch.no_grad():
+            grads = torch.ops.fastokd.graph_backward(
+                grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
+            grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
+            kept = [None if grad is None else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors) for grad in kept]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> None:
+        raise NotImplementedError(_refusal(arguments[1], "be mapped with torch.vmap"))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands a gradient through, and refuses to be differentiated by what it was computed from."""
+
+    @staticmethod
+    def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.executor = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(_refusal(ctx.executor, "be differentiated twice"))
+
+
+def _refusal(executor: str, what: str) -> str:
+    return f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain PyTorch"
 
 
 def _split(plan: Plan, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
