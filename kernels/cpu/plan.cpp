@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kPlanVersion = 1;    // PLAN_VERSION of fastokd/graph/plan.py
 constexpr int64_t kMaxCount = 1 << 12; // of anything: a plan beyond it is garbage
 
+constexpr int kFactorAlignment = 16;   // each node's factors start on a vector of any width
+
 struct Bad {
   int32_t status;
 };
@@ -83,7 +85,7 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
   }
   if (weighted) {
     node.factors = plan.program.num_factors;
-    plan.program.num_factors += node.num_inputs;
+    plan.program.num_factors += (node.num_inputs + kFactorAlignment - 1) / kFactorAlignment * kFactorAlignment;
   }
   node.stage = node.kind == kMinimum || node.kind == kSelection ? 1 : 0;
   plan.nodes.push_back(node);
