@@ -27,8 +27,9 @@ class BuildFailed(Exception):
 def run(*command: str | Path) -> str:
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if result.returncode:
-        missing = re.search(r"No CMAKE_\w+ could be found|No \w+ compiler could be found", result.stdout)
-        error = missing or re.search(r".*error: .*", result.stdout)
+        if re.search(r"No CMAKE_\w+ could be found", result.stdout):
+            raise BuildFailed("no C++ compiler found; install g++ or clang, then fastokd again", result.stdout)
+        error = re.search(r".*error: .*", result.stdout)
         raise BuildFailed(error[0] if error else f"{Path(command[0]).name} exited with status {result.returncode}", result.stdout)
     return result.stdout
 
