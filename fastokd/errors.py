@@ -56,6 +56,12 @@ class StorageError(FastOKDError, OSError):
     exit_code = EXIT_IO
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error's message, for messages that must stay one line; its type where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0][:limit] if lines and lines[0] else type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A suffix for an error message: the close match if there is one, and all the choices.
 

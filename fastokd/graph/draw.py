@@ -10,7 +10,7 @@ def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _definition(node: Node) -> str:
+def _definition(node: Node, externals: tuple[str, ...]) -> str:
     """The right-hand side of a node's definition."""
     if not node.inputs:
         return "given"
@@ -21,7 +21,8 @@ def _definition(node: Node) -> str:
     parts = []
     for column, name in enumerate(node.inputs):
         factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
-        row = f"softmax({name}/{_number(node.temperature)})" if isinstance(node, ProbabilityMixture) else name
+        softened = isinstance(node, ProbabilityMixture) and name not in externals
+        row = f"softmax({name}/{_number(node.temperature)})" if softened else name
         parts.append(f"{factor}*{row}")
     return " + ".join(parts)
 
@@ -49,8 +50,9 @@ def draw_text(graph: Graph) -> str:
     """The graph as lines of text: nodes with their definitions, terms with their effective coefficients."""
     lines = [f"graph {graph.name}: {len(graph.nodes)} nodes, {len(graph.terms)} terms"]
     width = max(len(node.name) for node in graph.nodes)
+    kind_width = max(len(node.kind) for node in graph.nodes)
     lines.append("nodes")
-    lines += [f"  {node.name:<{width}}  {node.kind:<11}  {_definition(node)}" for node in graph.ordered]
+    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {_definition(node, graph.externals)}" for node in graph.ordered]
     lines.append("terms (coefficient of each per-sample value; T^2 and weights multiplied out)")
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
@@ -63,16 +65,22 @@ def draw_text(graph: Graph) -> str:
     return "\n".join(lines)
 
 
+def _quotable(text: str) -> str:
+    """Text that may stand between Mermaid's quotation marks."""
+    return text.replace('"', "'")
+
+
 def draw_mermaid(graph: Graph) -> str:
     """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are cross-entropies."""
-    ids = {node.name: re.sub(r"\W", "_", node.name) for node in graph.nodes}
+    # Numbered, so that names that differ in punctuation only, "label" and Mermaid's own words keep apart.
+    ids = {node.name: f"n{index}_{re.sub(r'[^A-Za-z0-9]', '_', node.name)}" for index, node in enumerate(graph.ordered)}
     lines = ["flowchart LR"]
     for node in graph.ordered:
         shape = ("[{}]", "([{}])")[bool(node.inputs)]
-        lines.append(f"  {ids[node.name]}" + shape.format(f'"{node.name}"'))
+        lines.append(f"  {ids[node.name]}" + shape.format(f'"{_quotable(node.name)}"'))
         weights = getattr(node, "weights", None)
         for column, name in enumerate(node.inputs):
-            label = "" if weights is None else f'|"{weights}[{column}]"|' if isinstance(weights, str) else f'|"{_number(weights[column])}"|'
+            label = "" if weights is None else f'|"{_quotable(weights)}[{column}]"|' if isinstance(weights, str) else f'|"{_number(weights[column])}"|'
             lines.append(f"  {ids[name]} -->{label} {ids[node.name]}")
     lines.append('  label{{"label"}}')
     for term in graph.terms:

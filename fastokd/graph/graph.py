@@ -105,6 +105,8 @@ class Graph:
                 continue
             if not node.inputs:
                 raise GraphError(f"{node.kind} node '{node.name}' has no inputs")
+            if isinstance(node.inputs, str):
+                raise GraphError(f"{node.kind} node '{node.name}' has inputs={node.inputs!r}; pass a tuple of names")
             for name in node.inputs:
                 if name not in seen:
                     raise GraphError(f"node '{node.name}' takes unknown input '{name}'{did_you_mean(name, seen)}")
@@ -195,7 +197,7 @@ class Graph:
         names = [term.name for term in self.terms]
         for name in names:
             if names.count(name) > 1:
-                raise GraphError(f"graph '{self.name}' has two terms '{name}'; add their weights in one term")
+                raise GraphError(f"graph '{self.name}' has two terms '{name}'; a node has one cross-entropy and a pair of nodes one KL edge")
         used: set[str] = set()
         for term in self.terms:
             used.update((term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student))

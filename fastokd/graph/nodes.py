@@ -12,6 +12,14 @@ Weights: TypeAlias = str | tuple[float, ...]
 """Mixing weights: constants, or the name of a tensor given at run time, [B, K] or [K] for K inputs."""
 
 
+def _freeze(node: "Node") -> None:
+    """Lists given as inputs or weights become tuples, so that graphs stay hashable."""
+    for field in ("inputs", "weights"):
+        value = getattr(node, field, ())
+        if not isinstance(value, (str, tuple)):
+            object.__setattr__(node, field, tuple(value))
+
+
 @dataclass(frozen=True)
 class Logits:
     """A row of logits [B, C] that a network computes: a branch, a leader, a fusion head."""
@@ -33,6 +41,9 @@ class Mixture:
     weights: Weights
     kind: ClassVar[str] = "mixture"
 
+    def __post_init__(self) -> None:
+        _freeze(self)
+
 
 @dataclass(frozen=True)
 class ProbabilityMixture:
@@ -46,6 +57,9 @@ class ProbabilityMixture:
     weights: Weights
     temperature: float = 1.0
     kind: ClassVar[str] = "probability mixture"
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,9 @@ class MinLogit:
     inputs: tuple[str, ...]
     kind: ClassVar[str] = "minimum"
 
+    def __post_init__(self) -> None:
+        _freeze(self)
+
 
 @dataclass(frozen=True)
 class LowestCrossEntropy:
@@ -79,6 +96,9 @@ class LowestCrossEntropy:
     name: str
     inputs: tuple[str, ...]
     kind: ClassVar[str] = "selection"
+
+    def __post_init__(self) -> None:
+        _freeze(self)
 
 
 Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | LowestCrossEntropy

@@ -145,6 +145,8 @@ def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
             terms.append(PlanTerm(kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps))
     except (StopIteration, RuntimeError) as error:
         raise ValueError("the encoded plan is cut short: pass both arrays of Plan.encode() whole") from error
+    if next(int_at, None) is not None or next(float_at, None) is not None:
+        raise ValueError("the encoded plan is too long: pass both arrays of one Plan.encode()")
     return Plan(num_logits, num_externals, widths, tuple(nodes), tuple(terms), label_smoothing)
 
 

@@ -5,6 +5,7 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastokd.errors import did_you_mean
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction
+from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction, as_rows
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The paper, eq. 8-14 and section 4.1.
@@ -82,7 +83,7 @@ class AHBFLoss(nn.Module):
         impl: the executor: "auto", "reference", "triton" or "cpu".
 
     Raises:
-        ValueError: a value is out of range; the message names it.
+        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
     """
 
     def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
@@ -91,7 +92,12 @@ class AHBFLoss(nn.Module):
         super().__init__()
         if not isinstance(num_branches, int) or num_branches < 2:
             raise ValueError(f"num_branches={num_branches}; AHBF needs a student and at least one deeper branch: 2 or more")
-        for name, value in (("lambda_ta", lambda_ta), ("lambda_branch", lambda_branch), ("lambda_self", lambda_self)):
+        lambdas = {"lambda_ta": lambda_ta, "lambda_branch": lambda_branch, "lambda_self": lambda_self}
+        others = {"temperature": temperature, "teacher_eps": teacher_eps, "label_smoothing": label_smoothing}
+        for name, value in (lambdas | others).items():
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}={value!r}; it must be a number")
+        for name, value in lambdas.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}; it must be a number of at least 0")
         if not (math.isfinite(temperature) and temperature > 0):
@@ -106,8 +112,11 @@ class AHBFLoss(nn.Module):
         self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
         self.reduction, self.impl = reduction, impl
         options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
-        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl)
-        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl)
+        labels = {f"branch{m}": f"branch_logits[{m - 1}]" for m in range(1, num_branches + 1)}
+        for m in range(2, num_branches + 1):
+            labels |= {f"ta{m}": f"ta_logits[{m - 2}]", f"scores{m}": f"scores[{m - 2}]"}
+        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl, labels)
+        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl, labels)
 
     @classmethod
     def preset(cls, name: Literal["paper", "code"], num_branches: int = 4, **overrides: Any) -> "AHBFLoss":
@@ -144,32 +153,19 @@ class AHBFLoss(nn.Module):
         """
         if (scores is None) == (ta_logits is None):
             raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
-        branches = _rows(branch_logits, self.num_branches, "branch_logits")
+        branches = as_rows(branch_logits, self.num_branches, "branch_logits")
         if ta_logits is None:
             assert scores is not None
             return self._mixing(branches, target, weights=self._weights(scores), kd_weight=kd_weight, return_terms=return_terms)
-        tas = _rows(ta_logits, self.num_branches - 1, "ta_logits")
+        tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
         return self._mixed([*branches, *tas], target, kd_weight=kd_weight, return_terms=return_terms)
 
     def mixtures(self, branch_logits: Sequence[Tensor] | Tensor, *, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """The logits [B, C] of ta2 .. taM, without gradient."""
-        return self._mixing.mixtures(_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
+        return self._mixing.mixtures(as_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
 
     def _weights(self, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        return {f"scores{m}": score for m, score in enumerate(_rows(scores, self.num_branches - 1, "scores"), start=2)}
-
-
-def _rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
-    """A sequence of ``count`` tensors, or a stacked tensor taken apart."""
-    if isinstance(value, Tensor):
-        if value.dim() != 3:
-            raise ValueError(f"{name} is one tensor of shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
-        value = list(value.unbind(0))
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
-    if len(value) != count:
-        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
-    return list(value)
+        return {f"scores{m}": score for m, score in enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=2)}
 
 
 class AHBFGate(nn.Module):

@@ -1,5 +1,7 @@
 """What a method is, and the loss module that runs any distillation graph."""
 
+import math
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, Graph, lower
-from fastokd.ops import evaluate
+from fastokd.ops import check_impl, evaluate
 from fastokd.ops.reference import compute_dtype, node_rows
 
 Reduction = Literal["mean", "sum", "none"]
@@ -24,20 +26,38 @@ class GraphLoss(nn.Module):
         graph: the distillation graph.
         reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
         impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot run raises.
+        labels: what error messages call a logits row or a weight source, for modules that take them under other names.
     """
 
-    def __init__(self, graph: Graph, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
+    def __init__(self, graph: Graph, reduction: Reduction = "mean", impl: Impl = "auto",
+                 labels: Mapping[str, str] | None = None) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+        check_impl(impl)
+        labels = labels or {}
+        self._row_labels = [labels.get(name, f"logits[{index}]") for index, name in enumerate(graph.logits)]
+        self._weight_labels = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
         self.graph = graph
         self.plan = lower(graph)
         self.reduction = reduction
         self.impl = impl
-        fixed = [0.0 if term.scheduled else term.weight for term in graph.terms]
-        scheduled = [term.weight if term.scheduled else 0.0 for term in graph.terms]
-        self.register_buffer("fixed_weights", torch.tensor(fixed, dtype=torch.float64), persistent=False)
-        self.register_buffer("scheduled_weights", torch.tensor(scheduled, dtype=torch.float64), persistent=False)
+        self._place_term_weights(torch.device("cpu"))
+
+    def _place_term_weights(self, device: torch.device) -> None:
+        fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]
+        scheduled = [term.weight if term.scheduled else 0.0 for term in self.graph.terms]
+        # A first call under inference_mode must not leave tensors that no later backward pass may use.
+        with torch.inference_mode(False):
+            for name, values in (("fixed_weights", fixed), ("scheduled_weights", scheduled)):
+                self.register_buffer(name, torch.tensor(values, dtype=torch.float64, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraphLoss":
+        """Follow a move to another device, but not ``half()`` and the like: weights of terms are never rounded."""
+        super()._apply(fn, recurse)
+        if self.fixed_weights.dtype != torch.float64:
+            self._place_term_weights(self.fixed_weights.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms, reduction={self.reduction}, impl={self.impl}"
@@ -61,17 +81,18 @@ class GraphLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
         """
-        rows_in = _sequence(logits, self.plan.num_logits, "logits")
-        first = _check_rows(rows_in, "logits")
-        weight_list = [_runtime_weight(name, width, weights, first) for name, width in self.graph.weight_sources.items()]
+        rows_in = as_rows(logits, self.plan.num_logits, "logits")
+        first = _check_rows(rows_in, self._row_labels)
+        weight_list = self._runtime_weights(weights, first)
         external_list = [_external(name, externals, first) for name in self.graph.externals]
         _check_target(target, first)
         dtype = compute_dtype(first)
-        if isinstance(kd_weight, Tensor) and (kd_weight.dim() != 0 or kd_weight.device != first.device):
-            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {first.device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
-        if self.fixed_weights.device != first.device:
-            self.to(first.device)
-        term_weights = (self.fixed_weights + self.scheduled_weights * kd_weight).to(dtype)
+        _check_kd_weight(kd_weight, first.device)
+        if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
+            self._place_term_weights(first.device)
+        # The move is for a module whose first call is traced, where it cannot change itself; else it is a no-op.
+        fixed, scheduled = self.fixed_weights.to(first.device), self.scheduled_weights.to(first.device)
+        term_weights = (fixed + scheduled * kd_weight).to(dtype)
 
         rows, terms = evaluate(self.plan, rows_in, weight_list, external_list, target, term_weights, self.impl)
         loss = rows if self.reduction == "none" else rows.sum()
@@ -85,9 +106,9 @@ class GraphLoss(nn.Module):
     @torch.no_grad()
     def mixtures(self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The logits [B, C] of every mixture by name, for measuring their accuracy."""
-        rows_in = _sequence(logits, self.plan.num_logits, "logits")
-        first = _check_rows(rows_in, "logits")
-        weight_list = [_runtime_weight(name, width, weights, first) for name, width in self.graph.weight_sources.items()]
+        rows_in = as_rows(logits, self.plan.num_logits, "logits")
+        first = _check_rows(rows_in, self._row_labels)
+        weight_list = self._runtime_weights(weights, first)
         no_target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         # Mixtures depend on neither the target nor the external rows; those rows only hold their places.
         rows = node_rows(self.plan, rows_in, weight_list, [first] * self.plan.num_externals, no_target)
@@ -95,37 +116,44 @@ class GraphLoss(nn.Module):
                  *(node.name for node in self.graph.ordered if node.inputs)]
         return {name: rows[order.index(name)] for name in self.graph.mixtures}
 
+    def _runtime_weights(self, given: Mapping[str, Tensor] | None, first: Tensor) -> list[Tensor]:
+        return [
+            _runtime_weight(name, width, given, first, self._weight_labels[name])
+            for name, width in self.graph.weight_sources.items()
+        ]
 
-def _sequence(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+
+def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """A sequence of ``count`` tensors, or one tensor [count, B, ...] taken apart; errors call it ``name``."""
     if isinstance(value, Tensor):
-        if value.dim() < 1 or value.shape[0] != count:
-            raise ValueError(f"{name} has the shape {tuple(value.shape)}; its first dimension must be {count}")
-        return list(value.unbind(0))
+        if value.dim() != 3:
+            raise ValueError(f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
+        value = list(value.unbind(0))
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}")
     if len(value) != count:
         raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
-    for index, tensor in enumerate(value):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{index}] must be a tensor, got {type(tensor).__name__}")
     return list(value)
 
 
-def _check_rows(rows: list[Tensor], name: str) -> Tensor:
+def _check_rows(rows: list[Tensor], labels: Sequence[str]) -> Tensor:
     """Check that all rows are floating [B, C] of one shape, dtype and device; returns the first."""
-    first = rows[0]
+    for label, row in zip(labels, rows, strict=True):
+        if not isinstance(row, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(row).__name__}")
+    first, first_label = rows[0], labels[0]
     if first.dim() != 2:
-        raise ValueError(f"{name}[0] has the shape {tuple(first.shape)}; it must be [B, C]")
+        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}; it must be [B, C]")
     if first.shape[1] < 1:
-        raise ValueError(f"{name}[0] has the shape {tuple(first.shape)}: there are no classes")
+        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}: there are no classes")
     if first.dtype not in _FLOATS:
-        raise TypeError(f"{name}[0] is {first.dtype}; logits must be float16, bfloat16, float32 or float64")
-    for index, row in enumerate(rows):
+        raise TypeError(f"{first_label} is {first.dtype}; logits must be float16, bfloat16, float32 or float64")
+    for label, row in zip(labels, rows, strict=True):
         for what in ("shape", "dtype", "device"):
             mine, theirs = getattr(row, what), getattr(first, what)
             if mine != theirs:
                 error = TypeError if what == "dtype" else ValueError
-                raise error(f"{name}[{index}] has the {what} {_plain(mine)}, {name}[0] has {_plain(theirs)}; they must be equal")
+                raise error(f"{label} has the {what} {_plain(mine)}, {first_label} has {_plain(theirs)}; they must be equal")
     return first
 
 
@@ -133,17 +161,17 @@ def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def _runtime_weight(name: str, width: int, given: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:
+def _runtime_weight(name: str, width: int, given: Mapping[str, Tensor] | None, first: Tensor, label: str) -> Tensor:
     if given is None or name not in given:
-        raise ValueError(f"weights['{name}'] is missing: this graph mixes with it; pass a tensor [B, {width}]")
+        raise ValueError(f"{label} is missing: this graph mixes with it; pass a tensor [B, {width}]")
     value = given[name]
     batch = first.shape[0]
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
-        raise TypeError(f"weights['{name}'] must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise TypeError(f"{label} must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
     if value.shape not in ((width,), (batch, width)):
-        raise ValueError(f"weights['{name}'] has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or [{width}]")
+        raise ValueError(f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or [{width}]")
     if value.device != first.device:
-        raise ValueError(f"weights['{name}'] is on {value.device}, the logits are on {first.device}")
+        raise ValueError(f"{label} is on {value.device}, the logits are on {first.device}")
     return value.expand(batch, width)
 
 
@@ -156,6 +184,19 @@ def _external(name: str, given: Mapping[str, Tensor] | None, first: Tensor) -> T
     if value.shape != first.shape or value.device != first.device:
         raise ValueError(f"externals['{name}'] is {tuple(value.shape)} on {value.device}; the logits are {tuple(first.shape)} on {first.device}")
     return value
+
+
+def _check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
+    if isinstance(kd_weight, Tensor):
+        if kd_weight.dim() != 0 or kd_weight.device != device:
+            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
+        return
+    if torch.compiler.is_compiling():
+        return  # A number that changes is a symbol there, and has no value to look at.
+    if not isinstance(kd_weight, numbers.Real):
+        raise TypeError(f"kd_weight must be a float or a 0-d tensor, got {kd_weight!r}")
+    if not math.isfinite(kd_weight):
+        raise ValueError(f"kd_weight={kd_weight}; it must be finite")
 
 
 def _check_target(target: Tensor, first: Tensor) -> None:
@@ -175,8 +216,9 @@ def _check_target(target: Tensor, first: Tensor) -> None:
     if target.shape != (batch,):
         raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
     # On a GPU looking at the labels would wait for the device; there a label out of range makes the loss NaN.
-    checked = target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1"
-    if checked and batch and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not batch:
+        return
+    if target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
         _check_label_range(target, num_classes)
 
 
@@ -186,6 +228,13 @@ def _check_label_range(target: Tensor, num_classes: int) -> None:
         worst = low if low < 0 else high
         at = int((target == worst).nonzero()[0])
         raise ValueError(f"target[{at}] is {worst}, but the logits have {num_classes} classes (labels 0 to {num_classes - 1})")
+
+
+def branch_names(where: str, count: int, minimum: int, what: str = "num_branches") -> tuple[str, ...]:
+    """``branch1`` .. ``branchM``; raises a ValueError in the name of the graph function ``where`` if M is too small."""
+    if not isinstance(count, int) or count < minimum:
+        raise ValueError(f"{where}: {what}={count!r}; it must be an integer of at least {minimum}")
+    return tuple(f"branch{m}" for m in range(1, count + 1))
 
 
 class BranchResult(Protocol):
@@ -211,7 +260,7 @@ class Method:
     branch_range: tuple[int, int]
     default_branches: int
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"paper": {}})
-    build_gates: Callable[[Sequence[int]], Sequence[nn.Module]] | None = None
+    build_gates: Callable[[Sequence[int]], nn.Module] | None = None
     loss_inputs: Callable[[BranchResult], dict[str, Any]] = lambda result: {}
     hierarchical: bool = False
     ramp_epochs: Callable[[int, str], int] = lambda epochs, preset: 0

@@ -67,6 +67,12 @@ def register_executor(name: str, module: str, devices: Sequence[str] = ()) -> No
         _preferred[device] = (name, *_preferred.get(device, ()))
 
 
+def check_impl(impl: str) -> None:
+    """Raises a ConfigError with a suggestion if there is no executor of that name (and it is not ``auto``)."""
+    if impl != "auto" and impl not in _modules:
+        raise ConfigError(f"unknown impl '{impl}'{did_you_mean(impl, [*_modules, 'auto'])}")
+
+
 def load(name: str) -> Executor:
     """The executor of that name.
 
@@ -74,15 +80,13 @@ def load(name: str) -> Executor:
         ConfigError: there is no executor of that name.
         ExecutorUnavailable: its module cannot be imported here.
     """
-    if name not in _modules:
-        raise ConfigError(f"unknown impl '{name}'{did_you_mean(name, [*_modules, 'auto'])}")
+    check_impl(name)
     try:
         return importlib.import_module(_modules[name]).EXECUTOR
     except ImportError as error:
         raise ExecutorUnavailable(f"impl='{name}' cannot be loaded: {error}") from error
 
 
-@torch.compiler.assume_constant_result
 def resolve(impl: str, plan: Plan | None, case: Case) -> str:
     """The name of the executor that will run: the explicit choice, or for ``auto`` the fastest that can.
 

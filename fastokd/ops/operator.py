@@ -4,6 +4,7 @@ The operator is defined with ``torch.library`` primitives and stays opaque to tr
 ``torch.autograd.Function`` around it, which costs a third less per call than registering the formula with the operator.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def _backward(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], ex
               needs: list[bool]) -> list[Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
     grads = load(executor).backward(plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs)
-    # An operator's list result cannot hold None: what nobody needs is an empty tensor.
-    return [logits[0].new_empty(0) if grad is None else grad for grad in grads]
+    # An operator's list result cannot hold None: what nobody needs is an empty tensor. Layouts are as the fake promises.
+    return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 def _backward_fake(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
@@ -65,13 +66,25 @@ torch.library.register_fake("fastokd::graph_forward", _forward_fake, lib=_librar
 torch.library.register_fake("fastokd::graph_backward", _backward_fake, lib=_library)
 
 
+# While torch.compile traces, these run as plain Python and their results are constants of the compiled program. They take
+# and return what tracing can carry: strings, numbers, tuples, dtypes (not a Case, which it would pass half-made).
+@torch.compiler.assume_constant_result
+def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return plan.encode()
+
+
+@torch.compiler.assume_constant_result
+def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype, num_classes: int) -> str:
+    return resolve(impl, plan, Case(device, dtype, num_classes))
+
+
 class _GraphFunction(torch.autograd.Function):
     """Autograd around the operator. Tensors come last: M logits, S weights, then the external rows."""
 
     @staticmethod
     def forward(plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, externals = _split(plan, tensors)
-        ints, floats = plan.encode()
+        ints, floats = _encoded(plan)
         return torch.ops.fastokd.graph_forward(logits, weights, externals, target, term_weights, ints, floats, executor)
 
     @staticmethod
@@ -84,20 +97,46 @@ class _GraphFunction(torch.autograd.Function):
         ctx.save_for_backward(target, term_weights, terms, stats, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         target, term_weights, terms, stats, *tensors = ctx.saved_tensors
         if grad_rows is None:
             return (None,) * (4 + len(tensors))
         logits, weights, externals = _split(ctx.plan, tensors)
-        ints, floats = ctx.plan.encode()
+        ints, floats = _encoded(ctx.plan)
         count = len(logits) + len(weights)
         needs = list(ctx.needs_input_grad[4:4 + count])
-        grads = torch.ops.fastokd.graph_backward(
-            grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
-        grad_term_weights = terms @ grad_rows if ctx.needs_input_grad[3] else None
+        with torch.no_grad():
+            grads = torch.ops.fastokd.graph_backward(
+                grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
+            grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
+            kept = [None if grad is None else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors) for grad in kept]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> None:
+        raise NotImplementedError(_refusal(arguments[1], "be mapped with torch.vmap"))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands a gradient through, and refuses to be differentiated by what it was computed from."""
+
+    @staticmethod
+    def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.executor = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(_refusal(ctx.executor, "be differentiated twice"))
+
+
+def _refusal(executor: str, what: str) -> str:
+    return f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain PyTorch"
 
 
 def _split(plan: Plan, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -122,7 +161,8 @@ def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], ex
         ConfigError, ExecutorUnavailable: see ``resolve``.
     """
     first = logits[0]
-    executor = resolve(impl, plan, Case(first.device.type, first.dtype, first.shape[1]))
+    # operator.index makes a traced dynamic class count a number: the choice of executor may depend on it.
+    executor = _executor_for(impl, plan, first.device.type, first.dtype, operator.index(first.shape[1]))
     if executor == "reference":
         # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile work through it.
         terms = term_values(plan, logits, weights, externals, target)

@@ -4,7 +4,8 @@ Everything is computed in log-space from log-softmax, so that both sides of ever
 wherever the logits are finite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,21 @@ def term_values(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor],
         return torch.stack(values)
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also inside an operator that was called below autograd (as dispatch modes and ``opcheck`` call it)."""
+    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
+    excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, was_excluded in zip(keys, excluded, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, was_excluded)
+
+
 class ReferenceExecutor:
     """Runs anywhere. Called through the registered operator it recomputes the forward pass in the backward pass."""
 
@@ -161,10 +177,10 @@ class ReferenceExecutor:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not wanted:
             return [None] * len(leaves)
-        with torch.enable_grad():
+        with _recording():
             terms = term_values(plan, leaves[:len(logits)], leaves[len(logits):], externals, target)
             rows = (term_weights.unsqueeze(1) * terms).sum(0)
-        grads = iter(torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True))
+            grads = iter(torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True))
         return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 

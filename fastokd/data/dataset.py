@@ -1,0 +1,267 @@
+"""What a dataset is: splits of decoded images, the classes, and how the pixels are normalised."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.data.augment import Augment
+from fastokd.data.images import first_of, show
+from fastokd.errors import ConfigError, DataError
+
+_CHUNK = 8192  # images at a time where a whole split would need a second copy of itself
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a dataset.
+
+    Args:
+        name: "train", "val" or "test".
+        images: uint8 [N, 3, H, W]; channels last in memory costs the loaders no copy.
+        targets: int64 [N], class numbers.
+        files: the N files the images came from, relative to the dataset's root; None where there are no such files.
+    """
+
+    name: str
+    images: Tensor
+    targets: Tensor
+    files: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise DataError(
+                f"split '{self.name}': images are {self.images.dtype} {list(self.images.shape)}; they must be uint8 [N, 3, H, W]"
+            )
+        if self.targets.dtype != torch.int64 or self.targets.shape != self.images.shape[:1]:
+            raise DataError(
+                f"split '{self.name}': targets are {self.targets.dtype} {list(self.targets.shape)}; they must be int64 "
+                f"[{len(self.images)}], one per image"
+            )
+        if self.files is not None and len(self.files) != len(self.images):
+            raise DataError(f"split '{self.name}': {len(self.files)} file names for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, index: Tensor, name: str | None = None) -> "Split":
+        """A copy of the images of ``index``, int64 [K], under another name if one is given."""
+        pixels = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        files = None if self.files is None else tuple(self.files[i] for i in index.tolist())
+        return Split(name or self.name, pixels, self.targets.index_select(0, index), files)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """What a dataset kind reads: everything that does not depend on how a run wants to use it.
+
+    Args:
+        name: short name for tables and logs.
+        classes: the class names; a target is an index into them.
+        train: the training split.
+        test: the evaluation split, never trained on (the ``val/`` folder where there is no ``test/``).
+        val: a validation split of its own, where the dataset has one besides ``test``.
+        mean, std: the customary normalisation per channel, as fractions of 255; None to measure the training split.
+        augment: the customary augmentation.
+        root: the folder the data came from, if any.
+        ignored_files: files in that folder that are no images.
+
+    Raises:
+        DataError: fewer than two classes, a class without training images, an empty split, a target outside the
+            classes, or splits of different image sizes.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    val: Split | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment = field(default_factory=Augment)
+    root: Path | None = None
+    ignored_files: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name}: {len(self.classes)} class(es); a classifier needs two or more")
+        size = self.train.images.shape[1:]
+        for split in self.splits:
+            if not len(split):
+                raise DataError(f"{self.name}: split '{split.name}' is empty; put images in it")
+            if split.images.shape[1:] != size:
+                raise DataError(
+                    f"{self.name}: images of split '{split.name}' are {list(split.images.shape[1:])} and those of "
+                    f"'{self.train.name}' {list(size)}; open the dataset with one image_size"
+                )
+            low, high = int(split.targets.min()), int(split.targets.max())
+            if low < 0 or high >= len(self.classes):
+                wrong = low if low < 0 else high
+                raise DataError(
+                    f"{self.name}: split '{split.name}' has label {wrong}, outside 0..{len(self.classes) - 1} of its "
+                    f"{len(self.classes)} classes; correct the labels or the class list"
+                )
+        counts = torch.bincount(self.train.targets, minlength=len(self.classes))
+        unseen = [self.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
+        if unseen:
+            raise DataError(f"{self.name}: no training images of {first_of(unseen)}; add some or drop the class")
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits there are: train, test and, if there is one, val."""
+        return (self.train, self.test) if self.val is None else (self.train, self.test, self.val)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A dataset as a run uses it: ``DataSource`` with the validation split carved and the normalisation settled.
+
+    ``fingerprint`` is a SHA-256 of the decoded pixels, labels and class names of all splits before carving: two runs
+    with the same fingerprint saw the same data, wherever its files lay.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    val: Split | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment
+    fingerprint: str
+    root: Path | None = None
+    ignored_files: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+    @property
+    def evaluation(self) -> Split:
+        """What a run is evaluated on: the validation split if there is one, else the test split."""
+        return self.test if self.val is None else self.val
+
+    def split(self, name: str) -> Split:
+        """The split "train", "val" or "test".
+
+        Raises:
+            ConfigError: there is none of that name here.
+        """
+        found = {"train": self.train, "val": self.val, "test": self.test}.get(name)
+        if found is None:
+            fix = "; hold some training images out with --val-split" if name == "val" else "; use train, val or test"
+            raise ConfigError(f"{self.name} has no split '{name}'{fix}")
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's environment record says about its data: plain numbers and strings."""
+        return {
+            "name": self.name,
+            "root": None if self.root is None else str(self.root),
+            "num_classes": self.num_classes,
+            "image_size": list(self.image_size),
+            "num_images": {s.name: len(s) for s in (self.train, self.val, self.test) if s is not None},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "ignored_files": self.ignored_files,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def prepare(source: DataSource, *, val_split: float = 0.0, seed: int = 0, mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None, augment: Augment | None = None) -> Dataset:
+    """Carve the validation split off the training split and settle the normalisation.
+
+    Args:
+        val_split: fraction of every class's training images to hold out, 0 <= val_split < 1.
+        seed: chooses which images are held out.
+        mean, std: override the source's, both together; one number per channel, as fractions of 255.
+        augment: override the source's policy.
+
+    Raises:
+        ConfigError: a fraction, mean or std out of range.
+        DataError: a class too small to be split, or a dataset that has a validation split already.
+    """
+    if not 0 <= val_split < 1:
+        raise ConfigError(f"val_split={val_split}; it is the fraction of the training images held out, 0 <= val_split < 1")
+    if (mean is None) != (std is None):
+        raise ConfigError("mean and std belong together; give both or neither")
+    if mean is not None and std is not None:
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+            raise ConfigError(f"mean={list(mean)}, std={list(std)}; they are three finite numbers each, and std is positive")
+        source = replace(source, mean=tuple(mean), std=tuple(std))
+    train, val = source.train, source.val
+    if val_split:
+        if val is not None:
+            raise DataError(f"{source.name} has a validation split of its own; leave --val-split at 0")
+        train, val = carve(train, source.classes, val_split, seed)
+    if source.mean is None or source.std is None:
+        measured_mean, measured_std = channel_statistics(train.images)
+    else:
+        measured_mean, measured_std = source.mean, source.std
+    return Dataset(
+        source.name, source.classes, train, source.test, val, measured_mean, measured_std,
+        source.augment if augment is None else augment, fingerprint(source), source.root, source.ignored_files,
+    )
+
+
+def carve(train: Split, classes: Sequence[str], fraction: float, seed: int) -> tuple[Split, Split]:
+    """Hold out ``fraction`` of every class, at least one image of each and never all; returns (train, val).
+
+    Both keep the order the images had. The choice depends on nothing but the labels, the fraction and the seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (train.targets == label).nonzero().flatten()
+        if len(members) < 2:
+            raise DataError(
+                f"class '{show(name)}' has {len(members)} training image: too few to hold any out; add images or leave --val-split at 0"
+            )
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    kept, out = (mask.nonzero().flatten() for mask in (~held_out, held_out))
+    return train.select(kept), train.select(out, "val")
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels of uint8 [N, C, H, W], as fractions of 255.
+
+    Exact: from the channel's histogram of 256 values, in float64. A channel that never varies gets the deviation 1,
+    so that it normalises to zero.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        counts = torch.zeros(256, dtype=torch.int64)
+        for part in images[:, channel].split(_CHUNK):
+            counts += torch.bincount(part.flatten(), minlength=256)
+        weights = counts.double() / counts.sum()
+        mean = float(weights @ values)
+        variance = float(weights @ (values - mean) ** 2)
+        means.append(mean)
+        deviations.append(math.sqrt(variance) if (counts > 0).sum() > 1 else 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def fingerprint(source: DataSource) -> str:
+    """SHA-256, in hex, of the class names and of every split's name, shape, labels and pixels."""
+    digest = hashlib.sha256()
+    header = [list(source.classes), [[s.name, list(s.images.shape)] for s in source.splits]]
+    digest.update(json.dumps(header).encode())
+    for split in source.splits:
+        digest.update(split.targets.contiguous().numpy())
+        for part in split.images.permute(0, 2, 3, 1).split(_CHUNK):
+            digest.update(part.contiguous().numpy())
+    return digest.hexdigest()

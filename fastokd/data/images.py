@@ -1,0 +1,223 @@
+"""Image files and arrays into one uint8 tensor: decoding, colour, orientation, size, and whether it fits in memory."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastokd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Progress = Callable[[int, int], None]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+MEMORY_FRACTION = 0.5
+_CHUNK = 64
+_NAMED = 10
+
+
+def show(name: object) -> str:
+    """A path or a class name for a one-line message: line breaks and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def first_of(items: Sequence[object], limit: int = _NAMED) -> str:
+    """The first ``limit`` items, and how many more there are: ``a, b, c and 4 more``."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(show(item) for item in items[:limit]) + more
+
+
+def default_workers() -> int:
+    """One decoding thread per CPU core that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory this process can still take, within its control group's limit; None where unknown."""
+    readings = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        readings += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            total, used = ((Path("/sys/fs/cgroup") / file).read_text().strip() for file in (limit, usage))
+        except OSError:
+            continue
+        if total != "max":
+            readings.append(int(total) - int(used))
+    return max(0, min(readings)) if readings else None
+
+
+def check_memory(count: int, height: int, width: int, where: object) -> None:
+    """Refuse ``count`` RGB images that would take more than half of the memory that is left.
+
+    Raises:
+        DataError: the message says how much is needed and how much there is.
+    """
+    available = available_memory()
+    needed = count * height * width * 3
+    if available is not None and needed > MEMORY_FRACTION * available:
+        raise DataError(
+            f"{show(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB decoded, more than half of "
+            f"the {available / 2**30:.3g} GiB of free memory; use a smaller --image-size, fewer images or a larger machine"
+        )
+
+
+def check_image_size(image_size: int | None) -> None:
+    """Raise ``ConfigError`` unless the size is None or a positive number of pixels."""
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size={image_size}; it is the side of a square in pixels, 1 or more")
+
+
+def decode(path: str | Path) -> "Image.Image":
+    """Decode an image file, whatever its name says it is, into an upright 8-bit RGB image.
+
+    Grey, palette and CMYK images are converted; transparency is dropped; 16-bit grey keeps its high byte, as Pillow
+    does for 16-bit colour; EXIF orientation is applied; of an animation the first frame is taken.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that is missing, truncated, not an image, or absurdly large.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image.load()
+        file_format = image.format  # a transposed image has lost it
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        # Pillow clips 16-bit grey at 255 when it converts to RGB, and knows no range for 32-bit integers and floats.
+        if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"{image.mode}-mode pixels (32 bits per channel) have no defined 8-bit range")
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def fit(image: "Image.Image", size: int) -> "Image.Image":
+    """Scale the shorter side to ``size`` with an antialiased triangle filter, then cut the central square."""
+    from PIL import Image
+
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    shorter = min(width, height)
+    width, height = size * width // shorter, size * height // shorter
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
+    """``fit`` for images that are already decoded: uint8 [N, 3, H, W] to [N, 3, size, size], channels last in memory.
+
+    Raises:
+        DataError: the result would not fit in memory.
+    """
+    if size is None or images.shape[2:] == (size, size):
+        return images
+    from PIL import Image
+
+    check_memory(len(images), size, size, where)
+    out = _allocate(len(images), size, size)
+    pixels = out.numpy()
+    for row, image in zip(pixels, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
+        row[...] = np.asarray(fit(Image.fromarray(image), size))
+    return out.permute(0, 3, 1, 2)
+
+
+def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, workers: int | None = None,
+               progress: Progress | None = None) -> Tensor:
+    """Decode files in a thread pool into one tensor.
+
+    Args:
+        root: the folder that ``files`` are relative to.
+        image_size: side of the square every image is fitted to; None keeps the size that all of them share.
+        workers: decoding threads; one per usable core by default.
+        progress: called in this thread with (files done, files in all).
+
+    Returns:
+        uint8 [N, 3, H, W], channels last in memory.
+
+    Raises:
+        DataError: files that cannot be decoded (the first ten are named, all are counted), sizes that differ while
+            no ``image_size`` is given, or more images than fit in memory.
+    """
+    height, width, model = (image_size, image_size, None) if image_size else _common_size(root, files)
+    check_memory(len(files), height, width, root)
+    out = _allocate(len(files), height, width)
+    pixels = out.numpy()
+
+    def decode_chunk(start: int) -> list[str]:
+        unreadable = []
+        for i in range(start, min(start + _CHUNK, len(files))):
+            try:
+                image = decode(os.path.join(root, files[i]))
+            except Exception as error:  # a decoder may raise anything at all for damaged bytes
+                unreadable.append(f"{files[i]} ({_reason(error)})")
+                continue
+            if image_size is not None:
+                image = fit(image, image_size)
+            elif image.size != (width, height):
+                raise DataError(
+                    f"{show(root)}: images differ in size: {show(model)} is {height}x{width} and {show(files[i])} is "
+                    f"{image.height}x{image.width} (height x width); fit them all to one with "
+                    f"--image-size {min(height, width, *image.size)}"
+                )
+            pixels[i] = np.asarray(image)
+        return unreadable
+
+    unreadable: list[str] = []
+    pool = ThreadPoolExecutor(workers or default_workers())
+    try:
+        for done, failed in enumerate(pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1):
+            unreadable += failed
+            if progress is not None:
+                progress(min(done * _CHUNK, len(files)), len(files))
+    finally:
+        # Without this, an error or Ctrl-C would wait for every file that is still queued.
+        pool.shutdown(cancel_futures=True)
+    if unreadable:
+        raise DataError(
+            f"{show(root)}: {len(unreadable)} of {len(files)} image files cannot be decoded: {first_of(unreadable)}; "
+            f"replace or delete them"
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+def _allocate(count: int, height: int, width: int) -> Tensor:
+    return torch.empty((count, height, width, 3), dtype=torch.uint8)
+
+
+def _common_size(root: Path, files: Sequence[str]) -> tuple[int, int, str | None]:
+    """Height and width of the first file that can be decoded, and its name."""
+    for file in files:
+        try:
+            image = decode(root / file)
+        except Exception:  # decode_all meets it again and reports it
+            continue
+        return image.height, image.width, file
+    return 1, 1, None
+
+
+def _reason(error: Exception) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

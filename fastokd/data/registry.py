@@ -1,0 +1,129 @@
+"""The dataset kinds, one file each, and how a user's words choose among them."""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastokd.data.augment import Augment
+from fastokd.data.dataset import Dataset, DataSource, prepare
+from fastokd.data.images import Progress, check_image_size, show
+from fastokd.errors import ConfigError, DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a dataset.
+
+    Args:
+        image_size: side of the square all images are fitted to (shorter side scaled, centre cut); None: as they are.
+        workers: decoding threads; None for one per usable CPU core.
+        progress: called with (files done, files in all) while files are decoded.
+    """
+
+    image_size: int | None = None
+    workers: int | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """A kind of dataset.
+
+    Args:
+        read: reads one, from a folder or (given None) from the package itself; raises ``DataError``.
+        detect: whether a folder holds this kind; None for kinds that are only opened by name.
+    """
+
+    read: Callable[[Path | None, ReadOptions], DataSource]
+    detect: Callable[[Path], bool] | None = None
+
+
+_FALLBACK = "folder"
+_targets = {
+    "digits": "fastokd.data.digits:DIGITS",
+    "cifar10": "fastokd.data.cifar:CIFAR10",
+    "cifar100": "fastokd.data.cifar:CIFAR100",
+    "folder": "fastokd.data.folder:FOLDER",
+}
+
+
+def register_dataset(name: str, target: str) -> None:
+    """Add a dataset kind: ``"package.module:CONSTANT"`` names its ``DatasetKind``, imported when it is needed."""
+    if ":" not in target:
+        raise ConfigError(f"dataset '{name}': '{target}' must read 'package.module:CONSTANT'")
+    _targets[name] = target
+
+
+def list_datasets() -> list[str]:
+    """The names of all dataset kinds."""
+    return sorted(_targets)
+
+
+def get_dataset_kind(name: str) -> DatasetKind:
+    """The dataset kind of that name.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    if name not in _targets:
+        raise ConfigError(f"unknown dataset '{show(name)}'{did_you_mean(name, _targets)}")
+    module, constant = _targets[name].split(":")
+    return getattr(importlib.import_module(module), constant)
+
+
+def open_dataset(spec: str | Path, image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                 augment: Augment | None = None, workers: int | None = None,
+                 progress: Progress | None = None) -> Dataset:
+    """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
+
+    Args:
+        spec: "digits" (in the package), a folder, or "kind:folder". A folder holds torchvision's CIFAR files
+            (``cifar-10-batches-py``, ``cifar-100-python``) or ``train/`` and ``val/`` or ``test/`` with one folder
+            of images per class.
+        image_size: side of the square all images are fitted to; None keeps the size they all share.
+        val_split: fraction of every class's training images to hold out for validation.
+        seed: chooses the images held out.
+        mean, std: normalisation per channel, as fractions of 255; by default the dataset's customary values, or
+            measured over the training split.
+        augment: training augmentation; by default the dataset's customary one.
+        workers: decoding threads; None for one per usable CPU core.
+        progress: called with (files done, files in all) while files are decoded.
+
+    Raises:
+        ConfigError: a setting out of range, or a kind that does not exist.
+        DataError: data that cannot be trained on; the message is one line: what, where, and how to mend it.
+    """
+    check_image_size(image_size)
+    kind, path = _resolve(spec)
+    source = kind.read(path, ReadOptions(image_size, workers, progress))
+    return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
+
+
+def absolute_spec(spec: str) -> str:
+    """The same dataset whatever the working folder: the folder in ``spec`` made absolute."""
+    name, _, rest = spec.partition(":")
+    if name in _targets:
+        return f"{name}:{Path(rest).expanduser().absolute()}" if rest else spec
+    path = Path(spec).expanduser()
+    return str(path.absolute()) if path.exists() else spec
+
+
+def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
+    name, colon, rest = str(spec).partition(":")
+    if isinstance(spec, str) and name in _targets:
+        return get_dataset_kind(name), Path(rest).expanduser() if rest else None
+    path = Path(spec).expanduser()
+    if os.path.isdir(path):  # unlike pathlib's test, False where permission is missing
+        kinds = {name: get_dataset_kind(name) for name in list_datasets()}
+        matches = [name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)]
+        if len(matches) > 1:
+            raise DataError(f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}")
+        return kinds[matches[0] if matches else _FALLBACK], path
+    if os.path.exists(path):
+        raise DataError(f"{show(path)} is a file; give the folder that holds the dataset")
+    if colon and not Path(name).is_absolute():
+        get_dataset_kind(name)
+    raise DataError(f"{show(path.absolute())}: no folder that can be read, and no dataset of that name{did_you_mean(str(spec), _targets)}")

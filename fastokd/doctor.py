@@ -1,0 +1,122 @@
+"""What this machine has, what is missing, and the one line that mends it."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastokd.errors import first_line
+
+State = Literal["ok", "absent", "problem"]
+
+_EXTRAS = {
+    "dali": "nvidia.dali", "timm": "timm", "plots": "matplotlib", "tensorboard": "tensorboard", "export": "onnx",
+    "test": "pytest", "bench": "pytest_benchmark", "dev": "ruff",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. "absent" is optional and fine; "problem" wants mending."""
+
+    name: str
+    state: State
+    text: str
+
+
+def examine(folder: Path = Path()) -> list[Finding]:
+    """Everything ``fastokd doctor`` reports; ``folder`` is where runs would be written."""
+    return [*_software(), *_hardware(), *_executors(), *_extras(), *_storage(folder)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _software() -> list[Finding]:
+    from fastokd.version import __version__
+
+    found = [Finding("fastokd", "ok", f"{__version__} in {Path(__file__).resolve().parent}"),
+             Finding("python", "ok", platform.python_version())]
+    try:
+        import torch
+    except ImportError as error:
+        return [*found, Finding("torch", "problem", f"cannot be imported ({error}): pip install 'torch>=2.11'")]
+    found.append(Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"))
+    try:
+        import torchvision
+
+        found.append(Finding("torchvision", "ok", torchvision.__version__))
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails like this: "operator torchvision::nms does not exist".
+        found.append(Finding("torchvision", "problem", f"does not match torch ({first_line(error)}): pip install --force-reinstall torch torchvision"))
+    triton = _version("triton")
+    found.append(Finding("triton", "ok" if triton else "absent", triton or "not installed: GPU losses run on the reference; on Linux 'pip install torch' from PyPI brings it"))
+    return found
+
+
+def _hardware() -> list[Finding]:
+    import torch
+
+    found = [Finding("cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"))
+    elif shutil.which("nvidia-smi"):
+        found.append(Finding("cuda", "problem", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: check that the driver supports CUDA {torch.version.cuda}"))
+    else:
+        found.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
+    return found
+
+
+def native_build() -> tuple[str, str]:
+    """The state of the native library as its build recorded it: (built, failed, skipped or absent; the reason)."""
+    path = Path(__file__).resolve().parent / "_native" / "build_info.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        return str(info["status"]), str(info.get("reason") or "")
+    except (OSError, json.JSONDecodeError, KeyError):
+        return "absent", "never built here: pip install -e . builds it"
+
+
+def _executors() -> list[Finding]:
+    from fastokd.ops import executor_states
+
+    status, reason = native_build()
+    found = [Finding("native library", "ok" if status == "built" else "absent", status + (f": {reason}" if reason else ""))]
+    found += [Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here") for name, why in executor_states().items()]
+    return found
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for extra, module in _EXTRAS.items():
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            there = False
+        found.append(Finding(f"extra {extra}", "ok" if there else "absent", "installed" if there else f"pip install 'fastokd[{extra}]'"))
+    return found
+
+
+def _storage(folder: Path) -> list[Finding]:
+    folder = folder.resolve()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastokd-") as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        return [Finding("writing", "problem", f"{folder}: {error.strerror}; runs go to ./runs, choose another folder with --out")]
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < 1:
+        return [Finding("writing", "problem", f"{folder} has {free:.2f} GiB free: checkpoints of a large model need more")]
+    return [Finding("writing", "ok", f"{folder}, {free:.0f} GiB free")]

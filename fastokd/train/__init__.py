@@ -1,0 +1,1 @@
+"""The training engine: configuration, the step, the loop, checkpoints, metrics and logs."""

@@ -1,0 +1,63 @@
+"""Checkpoints: tensors and plain values only, written atomically, loaded without running any code from the file."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastokd.errors import CheckpointError, first_line
+from fastokd.storage import write_atomically
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before stays until this one is on the disk.
+
+    Raises:
+        StorageError: the disk refused; the old checkpoint is untouched.
+    """
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, not a checkpoint of fastokd, or of a newer format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}: the run has not finished its first epoch, or this is not a run folder")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the run again") from error
+    if not isinstance(state, dict) or "format" not in state or "model" not in state:
+        raise CheckpointError(f"{path} is not a checkpoint of fastokd")
+    if state["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+    return state
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Load weights strictly.
+
+    Raises:
+        CheckpointError: they belong to another architecture; the message names the first differences.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights]
+    extra = [name for name in weights if name not in own]
+    shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
+              for name in own if name in weights and weights[name].shape != own[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} are not the model's, e.g. {extra[0]}")
+    if shapes:
+        problems.append(f"{len(shapes)} have another shape, e.g. {shapes[0]}")
+    if problems:
+        raise CheckpointError(f"{where} is of another architecture: {'; '.join(problems)}")
+    module.load_state_dict(weights)

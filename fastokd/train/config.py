@@ -1,0 +1,197 @@
+"""What a training run is made of: one frozen dataclass for the command line, recipes, YAML files and checkpoints."""
+
+import dataclasses
+import inspect
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastokd.errors import ConfigError, did_you_mean, first_line
+from fastokd.methods import get_method
+
+OptionValue = float | int | bool | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
+        model: the backbone's name, e.g. "resnet32".
+        method: the method's name, e.g. "ahbf".
+        preset: the method's bundle of loss options, "paper" or "code".
+        branches: number of branches M; None for the method's default.
+        aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
+        method_options: loss options that override the preset's, e.g. {"temperature": 4.0}.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: the learning rate at the start.
+        lr_decay_at: fractions of the epochs after which the learning rate is multiplied by ``lr_gamma``.
+        lr_gamma: see ``lr_decay_at``.
+        momentum, nesterov, weight_decay: of SGD; the decay applies to every parameter, as in the papers.
+        ramp_epochs: length E of the ramp-up in epochs; None for the method's default.
+        seed: of initialisation, order and augmentation.
+        image_size: height and width in pixels; None for the dataset's own.
+        val_split: fraction of the training images held out for evaluation instead of the test split; 0 for none.
+        pad, flip: random-crop padding in pixels and horizontal flip; None for the dataset's default.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 on a CPU.
+        channels_last: keep images and weights in channels-last memory format.
+        impl: the loss executor: "auto", "reference", "triton" or "cpu".
+    """
+
+    data: str = ""
+    model: str = "resnet32"
+    method: str = "ahbf"
+    preset: str = "paper"
+    branches: int | None = None
+    aux_blocks: int = 4
+    method_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    epochs: int = 300
+    batch_size: int = 128
+    lr: float = 0.1
+    lr_decay_at: tuple[float, ...] = (0.5, 0.75)
+    lr_gamma: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    ramp_epochs: int | None = None
+    seed: int = 0
+    image_size: int | None = None
+    val_split: float = 0.0
+    pad: int | None = None
+    flip: bool | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    channels_last: bool = True
+    impl: str = "auto"
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate in a 0-based epoch."""
+        return self.lr * self.lr_gamma ** sum(epoch >= fraction * self.epochs for fraction in self.lr_decay_at)
+
+    def ramp_length(self) -> int:
+        """The length of the ramp-up in epochs."""
+        return get_method(self.method).ramp_epochs(self.epochs, self.preset) if self.ramp_epochs is None else self.ramp_epochs
+
+    def num_branches(self) -> int:
+        """The number of branches, the method's default filled in."""
+        return get_method(self.method).default_branches if self.branches is None else self.branches
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keyword arguments of the method's loss: the preset's, then the overrides."""
+        return {**get_method(self.method).presets[self.preset], **self.method_options, "impl": self.impl}
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every field written out."""
+        plain = dataclasses.asdict(self)
+        plain["lr_decay_at"] = list(self.lr_decay_at)
+        plain["method_options"] = dict(self.method_options)
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check every value before anything is read or written.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    method = get_method(config.method)
+    if config.preset not in method.presets:
+        raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, method.presets)}")
+    low, high = method.branch_range
+    if not low <= config.num_branches() <= high:
+        raise ConfigError(f"branches={config.branches}: method '{config.method}' takes {low}" + (f" to {high}" if high > low else " only"))
+    allowed = {name for name in inspect.signature(method.loss_class).parameters if name not in ("num_branches", "impl", "reduction")}
+    for name in config.method_options:
+        if name not in allowed:
+            raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
+    try:
+        method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method '{config.method}': {error}") from error
+    _check(config, "epochs", config.epochs >= 1, "at least 1")
+    _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
+    _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
+    _check(config, "lr", math.isfinite(config.lr) and config.lr > 0, "a positive number")
+    _check(config, "lr_gamma", 0 < config.lr_gamma <= 1, "in (0, 1]")
+    _check(config, "lr_decay_at", all(0 < value < 1 for value in config.lr_decay_at), "fractions of the epochs, each in (0, 1)")
+    _check(config, "momentum", 0 <= config.momentum < 1, "in [0, 1)")
+    _check(config, "nesterov", not config.nesterov or config.momentum > 0, "false when momentum is 0")
+    _check(config, "weight_decay", math.isfinite(config.weight_decay) and config.weight_decay >= 0, "at least 0")
+    _check(config, "ramp_epochs", config.ramp_epochs is None or config.ramp_epochs >= 0, "at least 0")
+    _check(config, "seed", config.seed >= 0, "at least 0")
+    _check(config, "image_size", config.image_size is None or config.image_size >= 4, "at least 4")
+    _check(config, "val_split", 0 <= config.val_split < 1, "in [0, 1)")
+    _check(config, "pad", config.pad is None or config.pad >= 0, "at least 0")
+    if config.precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"unknown precision '{config.precision}'{did_you_mean(config.precision, ['auto', 'fp32', 'bf16'])}")
+    if config.impl not in ("auto", "reference", "triton", "cpu"):
+        raise ConfigError(f"unknown impl '{config.impl}'{did_you_mean(config.impl, ['auto', 'reference', 'triton', 'cpu'])}")
+
+
+def _check(config: TrainConfig, name: str, good: bool, rule: str) -> None:
+    if not good:
+        raise ConfigError(f"{name}={getattr(config, name)!r}: it must be {rule}")
+
+
+def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """A configuration from plain values, e.g. those of a YAML file; fields left out keep their defaults.
+
+    Raises:
+        ConfigError: an unknown field (with the closest name) or a value of the wrong type.
+    """
+    hints = get_type_hints(TrainConfig)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
+    cleaned: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
+        cleaned[name] = _convert(name, value, hints[name], where)
+    return TrainConfig(**cleaned)
+
+
+def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
+    """A value in its field's type; integers pass as floats, and YAML's 5e-4 (a string) as the number it means."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    wrong = ConfigError(f"{where}: {name}={value!r} has the wrong type; expected {inspect.formatannotation(hint)}")
+    if value is None:
+        if type(None) not in kinds:
+            raise wrong
+        return None
+    kind = get_origin(kinds[0]) or kinds[0]
+    if kind is Mapping:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return dict(value)
+    if kind is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, float)) for item in value):
+            raise wrong
+        return tuple(float(item) for item in value)
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+def load_config(text: str, where: str) -> TrainConfig:
+    """A configuration from YAML text.
+
+    Raises:
+        ConfigError: the text is not YAML, or a field is wrong.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
+    return config_from_mapping(values or {}, where)

@@ -1,0 +1,64 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL = 30.0
+"""Seconds between plain progress lines within an epoch."""
+
+
+class Reporter:
+    """Prints the progress of a run. Everything goes to stdout; ``quiet`` prints nothing but ``say``."""
+
+    def __init__(self, label: str = "", quiet: bool = False) -> None:
+        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.label = f"{label}: " if label else ""
+        self.quiet = quiet
+        self.live = self.console.is_terminal and not quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed = 0.0
+        self._started = 0.0
+
+    def say(self, text: str) -> None:
+        """A line that always appears."""
+        self.console.print(text, markup=False)
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        self._title, self._steps = f"{self.label}epoch {epoch + 1}/{epochs}", steps
+        self._started = self._printed = time.monotonic()
+        if self.live:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[note]}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=steps, note="")
+
+    def wants_note(self) -> bool:
+        """Whether ``step`` would show a note now: reading the loss waits for the device, so ask first."""
+        if self.quiet:
+            return False
+        return time.monotonic() - self._printed > (1.0 if self.live else PLAIN_INTERVAL)
+
+    def step(self, done: int, note: str = "") -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, **({"note": note} if note else {}))
+            if note:
+                self._printed = time.monotonic()
+        elif note and not self.quiet:
+            self._printed = time.monotonic()
+            self.say(f"{self._title}  step {done}/{self._steps}  {note}")
+
+    def end_epoch(self, record: Mapping[str, Any] | None = None) -> None:
+        """Close the bar; with a record print the epoch's line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+        if record is not None and not self.quiet:
+            accuracy = "  ".join(f"{name} {100 * value:.2f}" for name, value in record["eval"].items())
+            self.say(f"{self._title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g}  "
+                     f"{record['images_per_second']:.0f} img/s  accuracy %: {accuracy}")

@@ -1,0 +1,106 @@
+"""One training step: forward of trunk and branches, loss, backward, optimizer."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.data import Batch
+from fastokd.methods import get_method
+from fastokd.models import BranchedModel, BranchOutput
+from fastokd.train.config import TrainConfig
+from fastokd.train.metrics import correct_counts
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU if there is one.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    from fastokd.errors import ConfigError
+
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see 'fastokd doctor'")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass runs under bfloat16 autocast."""
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def named_rows(criterion: nn.Module, method_name: str, result: BranchOutput) -> dict[str, Tensor]:
+    """The logits [B, C] of every branch and every mixture (teacher assistant) by name."""
+    branches = {f"branch{m}": row for m, row in enumerate(result.logits, start=1)}
+    inputs = get_method(method_name).loss_inputs(result)
+    return {**branches, **criterion.mixtures(result.logits, **inputs)}
+
+
+class TrainStep:
+    """The step of one run: owns criterion and optimizer, changes the model in place."""
+
+    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+        method = get_method(config.method)
+        self.method = method
+        self.model = model
+        self.device = device
+        self.criterion = method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+        self._bf16 = uses_bf16(config, device)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def __call__(self, batch: Batch, kd_weight: Tensor) -> dict[str, Tensor]:
+        """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
+        with self.autocast():
+            result = self.model(batch.images)
+        loss, terms = self.criterion(
+            result.logits, batch.target, kd_weight=kd_weight, return_terms=True, **self.method.loss_inputs(result))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        count = batch.target.shape[0]
+        sums = {"loss": loss.detach() * count, **{name: value * count for name, value in terms.items()}}
+        rows = named_rows(self.criterion, self.method.name, result)
+        sums.update({f"accuracy/{name}": right for name, right in correct_counts(rows, batch.target).items()})
+        return sums
+
+
+@torch.no_grad()
+def evaluate_model(step: TrainStep, batches: Iterable[Batch]) -> dict[str, float]:
+    """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once."""
+    right: dict[str, Tensor] = {}
+    count = 0
+    was_training = step.model.training
+    step.model.eval()
+    try:
+        for batch in batches:
+            with step.autocast():
+                result = step.model(batch.images)
+            found = correct_counts(named_rows(step.criterion, step.method.name, result), batch.target)
+            right = {name: right.get(name, 0) + value for name, value in found.items()}
+            count += batch.target.shape[0]
+    finally:
+        step.model.train(was_training)
+    return {name: int(value) / count for name, value in right.items()}

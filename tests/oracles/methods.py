@@ -1,0 +1,127 @@
+"""The logit loss of every other method, per sample [B], written out from its equations.
+
+Analytic in logits and mixing weights: gradients come from ``rows.complex_step``, with ``stop`` where a method takes
+its teacher as a constant.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from oracles.rows import Array, cross_entropy, distill, kl, log_softmax, softmax, stop
+
+Rows = Sequence[Array]
+
+
+def _mix(weights: Array, rows: Rows) -> Array:
+    return sum(weights[:, k:k + 1] * row for k, row in enumerate(rows))
+
+
+def _hard(rows: Rows, target: Array) -> Array:
+    return sum(cross_entropy(z, target) for z in rows)
+
+
+def one(z: Rows, gate: Array, target: Array, w: float, t: float = 3.0, eps: float = 0.0, detach: bool = True) -> Array:
+    e = _mix(gate, z)
+    return _hard([*z, e], target) + w * sum(distill(e, row, t, eps, detach) for row in z)
+
+
+def okddip_code(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+    value = _hard([*peers, leader], target)
+    for row, a in zip(peers, attention, strict=True):
+        value = value + w * distill(_mix(a, peers), row, t, eps)
+    return value + w * distill(sum(peers) / len(peers), leader, t, eps)
+
+
+def okddip_slides(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+    """Mixtures of softened probabilities instead of logits."""
+    soft = [softmax(row, t) for row in peers]
+    value = _hard([*peers, leader], target)
+    for row, a in zip(peers, attention, strict=True):
+        h = _mix(a, soft)
+        value = value + w * t * t * kl(h, np.log(h), log_softmax(row, t), eps)
+    mean = sum(soft) / len(soft)
+    return value + w * t * t * kl(mean, np.log(mean), log_softmax(leader, t), eps)
+
+
+def dml_network(k: int, z: Rows, target: Array, w: float, t: float, pairwise: bool, detach: bool, eps: float = 0.0) -> Array:
+    """The loss of network k; peers pairwise, or the mean of their logits first."""
+    others = [row for j, row in enumerate(z) if j != k]
+    if pairwise:
+        soft = sum(distill(row, z[k], t, eps, detach) for row in others) / len(others)
+    else:
+        soft = distill(sum(others) / len(others), z[k], t, eps, detach)
+    return cross_entropy(z[k], target) + w * soft
+
+
+def dml(z: Rows, target: Array, w: float, t: float, pairwise: bool, detach: bool, eps: float = 0.0) -> Array:
+    return sum(dml_network(k, z, target, w, t, pairwise, detach, eps) for k in range(len(z)))
+
+
+def cl_ilr(z: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0, detach: bool = False) -> Array:
+    return dml(z, target, w, t, False, detach, eps)
+
+
+def kdcl(z: Rows, teacher: Array, target: Array, w: float, t: float) -> Array:
+    return _hard(z, target) + w * sum(distill(teacher, row, t, detach=True) for row in z)
+
+
+def naive_teacher(z: Rows, target: Array) -> Array:
+    z = [stop(row) for row in z]
+    best = np.argmin([cross_entropy(row, target) for row in z], axis=0)
+    return np.array([z[k][b] for b, k in enumerate(best)])
+
+
+def minlogit_teacher(z: Rows, target: Array) -> Array:
+    """Labels [B] only."""
+    rows = np.arange(len(target))
+    return np.min([stop(row) - stop(row)[rows, target][:, None] for row in z], axis=0)
+
+
+def mixed_teacher(z: Rows, weights: Array) -> Array:
+    """KDCL-Linear and -General: the weights are given, [B, M] or [M]."""
+    return stop(_mix(np.broadcast_to(weights, (len(z[0]), len(z))), z))
+
+
+def ffm(peers: Rows, leader: Array, weights: Array, target: Array, w: float, t: float = 3.0, alpha: float = 1.0,
+        beta: float = 2.0, eps: float = 0.0, detach: bool = False) -> Array:
+    fused, mean = _mix(weights, peers), sum(peers) / len(peers)
+    soft = alpha * sum(distill(fused, row, t, eps, detach) for row in peers) + beta * distill(mean, leader, t, eps, detach)
+    return _hard([*peers, leader], target) + w * soft
+
+
+def tsb(z: Rows, memories: Rows, target: Array, w: float, t: float = 4.0, student_first: bool = False, scale: float = 1.0) -> Array:
+    """Both weights 0.5; ``scale`` is the factor of every KL (1 as printed, T^2 for the usual scaling)."""
+    mean = sum(softmax(stop(row), t) for row in z) / len(z)
+    value = _hard(z, target)
+    for i, row in enumerate(z):
+        log_q = log_softmax(row, t)
+        for h in [mean, *(memory for j, memory in enumerate(memories) if j != i)]:
+            if student_first:
+                value = value + 0.5 * w * scale * kl(np.exp(log_q), log_q, np.log(h))
+            else:
+                value = value + 0.5 * w * scale * kl(h, np.log(h), log_q)
+    return value
+
+
+def ffsd(students: Rows, leader: Array, fusion: Array, target: Array, w: float, t: float = 2.0) -> Array:
+    value = _hard([*students, leader, fusion], target)
+    for i, row in enumerate(students):
+        others = [other for j, other in enumerate(students) if j != i]
+        value = value + w * sum(distill(other, row, t, detach=True) for other in others) / len(others)
+    mean = sum(students) / len(students)
+    return value + w * distill(mean, fusion, t, detach=True) + w * distill(fusion, leader, t, detach=True)
+
+
+def afid(z1: Array, z2: Array, fusion: Array, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+    soft = distill(fusion, z1, t, eps, True) + distill(fusion, z2, t, eps, True) + distill((z1 + z2) / 2, fusion, t, eps, True)
+    return _hard([z1, z2, fusion], target) + w * soft
+
+
+def kd_logits(z: Array, teacher: Array, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+    return cross_entropy(z, target) + w * distill(teacher, z, t, eps, True)
+
+
+def kd_stored(z: Array, probabilities: Array, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+    """A teacher stored as probabilities that were softened at T."""
+    return cross_entropy(z, target) + w * t * t * kl(probabilities, np.log(probabilities), log_softmax(z, t), eps)

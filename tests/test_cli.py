@@ -1,0 +1,321 @@
+"""The command line as a user meets it: what it prints, its exit codes, one line for every mistake, never a traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastokd.cli import main
+from fastokd.train.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ["train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "128", "--lr", "0.05"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*TRAIN, "--epochs", "1", "--out", str(folder)]) == 0
+    return folder
+
+
+def mistake(result, code, pattern):
+    """The result is one line on stderr that matches, with that exit code."""
+    got, _, err = result
+    assert got == code, err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("fastokd: ")
+    assert re.search(pattern, lines[0]), lines[0]
+
+
+def test_train_eval_export_eval_resume(run, tmp_path):
+    code, out, _ = run(*TRAIN, "--epochs", "1")
+    assert code == 0
+    assert "loss (T^2 and weights multiplied out): 1 ce/branch1, 1 ce/branch2, 1 ce/ta2, 36*kd_weight kl/ta2->branch1, 18*kd_weight kl/branch2->branch1" in out
+    assert "branch1 (student)" in out
+    assert "last epoch (1)" in out
+    assert "best epoch (1)" in out
+    assert re.search(r"\d+ img/s, [\d.]+ s of training", out)
+    folder = tmp_path / "runs" / "resnet8-ahbf-seed0"
+    last = json.loads((folder / "summary.json").read_text())["last"]["branch1"]
+    said = f"{100 * last:.2f}"
+
+    code, out, _ = run("eval", folder)
+    assert code == 0
+    assert re.search(rf"branch1 \(student\)\s+{said}", out)
+    assert "ta2" in out
+
+    code, out, _ = run("export", folder, "--to", "safetensors")
+    assert code == 0
+    assert f"the same logits bit for bit on 355 images, accuracy {said} %" in out
+    assert (folder / "export" / "student.json").is_file()
+
+    code, out, _ = run("eval", folder / "export", "--data", "digits")
+    assert code == 0
+    assert f"accuracy {said} % (stored with the export: {said} % on digits, 355 test images)" in out
+
+    code, out, _ = run("train", "--resume", folder, "--epochs", "2", "--quiet")
+    assert code == 0
+    assert "last epoch (2)" in out
+    assert load_checkpoint(folder / "checkpoints" / "last.pt")["epoch"] == 2
+
+
+def test_a_second_run_of_one_name_gets_its_own_folder(run, tmp_path):
+    for _ in range(2):
+        assert run(*TRAIN, "--method", "baseline", "--branches", "1", "--epochs", "1", "--quiet")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["resnet8-baseline-seed0", "resnet8-baseline-seed0-2"]
+
+
+def test_folder_of_images_given_relative_is_found_from_elsewhere(run, tmp_path, monkeypatch):
+    tree = tmp_path / "images"
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = tree / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    code, out, _ = run("train", "--data", "images", "--model", "resnet8", "--method", "baseline", "--branches", "1", "--epochs", "1", "--batch-size", "4", "--out", "r")
+    assert code == 0
+    assert "data images: 2 classes, 16 training and 6 val images" in out
+    monkeypatch.chdir(tmp_path.parent)
+    assert run("eval", tmp_path / "r")[0] == 0
+    mistake(run("eval", tmp_path / "r", "--data", "digits"), 4, r"was trained on the classes cat, dog, the data has 0, 1, 2, 3")
+
+
+def test_recipes_are_listed_and_printed(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    assert "cifar10-resnet32-ahbf" in out
+    code, out, _ = run("recipes", "cifar100-resnet32-ahbf")
+    assert code == 0
+    assert "# AHBF Table 2" in out
+    assert "weight_decay: 0.0005" in out
+
+
+def test_config_file_and_options_on_top(run, tmp_path, trained):
+    code, _, _ = run("train", "--config", trained / "config.yaml", "--method-options", "temperature=4", "detach_teacher=true", "--epochs", "1", "--out", "again", "--quiet")
+    assert code == 0
+    text = (tmp_path / "again" / "config.yaml").read_text()
+    assert "temperature: 4" in text
+    assert "detach_teacher: true" in text
+    assert "model: resnet8" in text
+
+
+def test_show(run):
+    code, out, _ = run("show", "ahbf", "--branches", "4")
+    assert code == 0
+    assert "36 * kd_weight  KL(ta4 || ta3)  teaches ta3; T=3" in out
+    code, out, _ = run("show", "ahbf", "--branches", "3", "--preset", "code", "--format", "mermaid")
+    assert code == 0
+    assert out.startswith("flowchart LR")
+    assert "eps=1e-07" in out
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "native library" in out
+    assert "executor reference" in out
+    code, out, _ = run("doctor", "--json")
+    found = {item["name"]: item for item in json.loads(out)}
+    assert found["torch"]["state"] == "ok"
+    assert found["executor reference"]["state"] == "ok"
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "export", "show", "doctor", "recipes"])
+def test_help_explains(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"usage: fastokd {command}" in out
+
+
+def test_no_command_prints_the_help(run):
+    code, out, _ = run()
+    assert code == 0
+    assert "demo" in out
+
+
+def test_module_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "fastokd", "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"fastokd \d+\.\d+\.\d+\n", done.stdout)
+
+
+class TestMistakes:
+    def test_unknown_names(self, run):
+        mistake(run("trian"), 2, r"unknown command 'trian'; did you mean 'train'\?")
+        mistake(run("train", "--data", "digits", "--model", "resnet21"), 2, r"unknown model 'resnet21'; did you mean 'resnet\d+'\?")
+        mistake(run("train", "--data", "digits", "--method", "ahfb"), 2, r"unknown method 'ahfb'; did you mean 'ahbf'\?")
+        mistake(run("train", "--recipe", "cifar10-resnet32-abhf"), 2, r"unknown recipe .* did you mean 'cifar10-resnet32-ahbf'\?")
+        mistake(run("train", "--data", "digits", "--preset", "papr"), 2, r"unknown preset 'papr' .* did you mean 'paper'\?")
+        mistake(run("train", "--data", "digits", "--method-options", "temp=3"), 2, r"unknown option 'temp'")
+        mistake(run("train", "--data", "digts"), 3, r"digts.* did you mean 'digits'\?")
+        mistake(run("show", "abhf"), 2, r"unknown method 'abhf'; did you mean 'ahbf'\?")
+        mistake(run("recipes", "cifar"), 2, r"unknown recipe 'cifar'")
+
+    def test_unknown_option_suggests(self, run):
+        code, out, err = run("train", "--modle", "resnet20")
+        assert code == 2
+        assert "--model" in out + err
+        assert "Traceback" not in out + err
+
+    def test_values_out_of_range(self, run):
+        mistake(run("train", "--data", "digits", "--branches", "1"), 2, r"branches=1: method 'ahbf' takes 2 to 8")
+        mistake(run("train", "--data", "digits", "--method-options", "temperature=0"), 2, r"temperature=0")
+        mistake(run("train", "--data", "digits", "--method-options", "temperature"), 2, r"'temperature' is not of the form NAME=VALUE")
+        mistake(run("train", "--data", "digits", "--epochs", "0"), 2, r"epochs=0")
+        mistake(run("train", "--data", "digits", "--device", "cuda:99"), 2, r"device 'cuda:99' is not there")
+        mistake(run("train", "--data", "digits", "--device", "tpu"), 2, r"device 'tpu'")
+        mistake(run("train"), 2, r"no dataset: pass --data")
+        mistake(run("demo", "--seeds", "1"), 2, r"seeds=1: use at least 3")
+        mistake(run("train", "--recipe", "cifar10-resnet32-ahbf", "--config", "x.yaml"), 2, r"--recipe or --config, not both")
+        mistake(run("train", "--config", "missing.yaml"), 2, r"cannot read missing.yaml: No such file")
+
+    def test_batch_larger_than_the_data(self, run, tmp_path):
+        mistake(run("train", "--data", "digits", "--model", "resnet8", "--batch-size", "5000"), 3, r"1442 images, fewer than one batch of 5000")
+        assert not list((tmp_path / "runs").iterdir())
+
+    @pytest.mark.parametrize("break_it", ["missing", "empty", "one-sided", "truncated", "zero"])
+    def test_bad_folders(self, run, tmp_path, break_it):
+        tree = tmp_path / "images"
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                (tree / split / name).mkdir(parents=True)
+                for index in range(2):
+                    Image.new("RGB", (16, 16), (index, 0, 0)).save(tree / split / name / f"{index}.jpg")
+        broken = tree / "train" / "cat" / "1.jpg"
+        if break_it == "missing":
+            tree = tmp_path / "nowhere"
+        elif break_it == "empty":
+            tree = tmp_path / "void"
+            tree.mkdir()
+        elif break_it == "one-sided":
+            (tree / "train" / "horse").mkdir()
+            Image.new("RGB", (16, 16)).save(tree / "train" / "horse" / "0.jpg")
+        elif break_it == "truncated":
+            broken.write_bytes(broken.read_bytes()[:200])
+        else:
+            broken.write_bytes(b"")
+        pattern = {"missing": r"nowhere: no folder that can be read", "empty": r"void.*train/", "one-sided": r"horse", "truncated": r"train/cat/1\.jpg",
+                   "zero": r"train/cat/1\.jpg"}[break_it]
+        mistake(run("train", "--data", tree, "--model", "resnet8", "--batch-size", "2"), 3, pattern)
+        assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+    def test_not_a_run(self, run, tmp_path):
+        mistake(run("eval", tmp_path / "nothing"), 4, r"nothing does not exist")
+        mistake(run("export", tmp_path), 4, r"is not a run folder")
+        mistake(run("train", "--resume", tmp_path), 4, r"is not a run folder \(it has no config.yaml\)")
+        mistake(run("eval", tmp_path), 4, r"there is no student at")
+
+    def test_run_folder_taken(self, run, trained):
+        mistake(run(*TRAIN, "--epochs", "1", "--out", trained), 2, r"holds a run already: continue it with 'fastokd train --resume")
+
+    def test_resume_cannot_change_the_configuration(self, run, trained):
+        mistake(run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"), 2, r"cannot be changed with --lr, --model")
+        mistake(run("train", "--resume", trained), 2, r"has finished its 1 epochs")
+
+    def test_export_of_another_architecture(self, run, trained, tmp_path):
+        import shutil
+
+        shutil.copytree(trained, tmp_path / "run")
+        config = tmp_path / "run" / "config.yaml"
+        config.write_text(config.read_text().replace("model: resnet8", "model: resnet14"))
+        mistake(run("export", tmp_path / "run"), 4, r"last\.pt is of another architecture")
+
+    def test_exported_student_needs_matching_data(self, run, trained, tmp_path):
+        mistake(run("eval", trained / "student.safetensors"), 2, r"needs --data")
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                (tmp_path / "t" / split / name).mkdir(parents=True)
+                Image.new("RGB", (8, 8)).save(tmp_path / "t" / split / name / "0.png")
+        mistake(run("eval", trained / "student.safetensors", "--data", tmp_path / "t"), 4, r"knows 10 classes .* the data has 2 \(cat, dog")
+
+    def test_out_cannot_be_written(self, run, tmp_path):
+        (tmp_path / "file").write_text("")
+        mistake(run(*TRAIN, "--out", tmp_path / "file" / "run"), 5, r"cannot write .*/file/run: Not a directory")
+        # /proc refuses even root.
+        mistake(run(*TRAIN, "--out", "/proc/fastokd"), 5, r"cannot write /proc/fastokd: ")
+
+    def test_demo_does_not_delete_foreign_files(self, run, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.tex").write_text("")
+        mistake(run("demo", "--out", tmp_path / "mine"), 2, r"mine is not empty and holds no earlier demo")
+        assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def start(tmp_path):
+    return subprocess.Popen([sys.executable, "-m", "fastokd", *TRAIN, "--epochs", "200", "--out", str(tmp_path / "run")],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def wait_for_checkpoint(process, tmp_path):
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_and_says_how_to_go_on(tmp_path, run):
+    process = start(tmp_path)
+    wait_for_checkpoint(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    said = re.search(r"fastokd: interrupted in epoch (\d+); the last checkpoint has (\d+) finished epochs; continue with 'fastokd train --resume ", err)
+    assert said, err
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["epoch"] == int(said[2])
+    assert run("eval", tmp_path / "run")[0] == 0
+
+
+def test_sigkill_leaves_a_loadable_checkpoint(tmp_path, run):
+    process = start(tmp_path)
+    wait_for_checkpoint(process, tmp_path)
+    process.kill()
+    process.communicate()
+    epoch = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"]
+    assert run("train", "--resume", tmp_path / "run", "--epochs", epoch + 1, "--quiet")[0] == 0
+
+
+def test_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    # A limit on file size stands in for a full disk: a write past it fails with an OSError, as one past the disk's end does.
+    folder = tmp_path / "run"
+    assert main([*TRAIN, "--epochs", "1", "--out", str(folder), "--quiet"]) == 0
+    before = (folder / "checkpoints" / "last.pt").read_bytes()
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2})); "
+            f"from fastokd.cli import main; sys.exit(main(['train', '--resume', {str(folder)!r}, '--epochs', '2', '--quiet']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 5, done.stderr
+    assert re.fullmatch(r"fastokd: cannot write .*last\.pt: File too large\..*", done.stderr.strip())
+    assert (folder / "checkpoints" / "last.pt").read_bytes() == before
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []

@@ -1,0 +1,411 @@
+"""The networks: their size to the last parameter, their shapes, their gradients, and the student they hand over."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision.models.resnet
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastokd import models
+from fastokd.errors import ConfigError
+from fastokd.methods import get_method
+from fastokd.models import create_model, create_student, list_models, register_model, residual
+from fastokd.models.resnet_cifar import CifarResNet
+from fastokd.models.summary import count_parameters, forward_flops
+
+COUNTS = json.loads((Path(__file__).parent / "data" / "model_counts.json").read_text())
+CIFAR = (3, 32, 32)
+
+
+def row_id(row):
+    return f"{row['name']}-{row['num_classes']}"
+
+
+def images(batch=4, **options):
+    return torch.randn(batch, *CIFAR, generator=torch.Generator().manual_seed(1), **options)
+
+
+def warm(module, batch=None):
+    """Batch norms away from their initial values, with the statistics of a batch, as after some training."""
+    generator = torch.Generator().manual_seed(2)
+    norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+            for tensor in (norm.weight, norm.bias):
+                tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+        module.train()(images(8) if batch is None else batch)
+    return module
+
+
+# ---- size
+
+
+@pytest.mark.parametrize("row", COUNTS["parameters"], ids=row_id)
+def test_parameter_counts(row):
+    model = create_model(row["name"], num_classes=row["num_classes"], num_branches=4, aux_blocks=4)
+    assert count_parameters(model.trunk) == row["shared"]
+    assert [count_parameters(branch) for branch in model.branches] == row["own"]
+    assert [count_parameters(gate) for gate in model.gates.gates] == row["gates"]
+    assert count_parameters(model) == row["total"]
+    assert count_parameters(model.student()) == row["target"]
+    assert count_parameters(create_student(row["name"], row["num_classes"])) == row["target"]
+
+
+@pytest.mark.parametrize("row", COUNTS["mflops"], ids=row_id)
+def test_forward_flops(row):
+    model = create_model(row["name"], num_classes=row["num_classes"], num_branches=4, aux_blocks=4)
+
+    def mflops(module):
+        return forward_flops(module, CIFAR) / 1e6
+
+    shared, everything = mflops(model.trunk), mflops(model)
+    singles = [mflops(models.PlainNetwork.join(model.trunk, branch)) for branch in model.branches]
+    gates = everything - shared - sum(single - shared for single in singles)
+    # Half a unit of the last printed digit, and a hair for the tie.
+    printed = {"abs": 0.00501}
+    assert shared == pytest.approx(row["shared"], **printed)
+    assert singles == pytest.approx(row["single"], **printed)
+    assert gates / 3 == pytest.approx(row["gate"], **printed)
+    assert everything == pytest.approx(row["all"], **printed)
+    assert mflops(model.student()) == pytest.approx(row["single"][0], **printed)
+
+
+def test_one_more_auxiliary_block():
+    """The published increments: 73,984 parameters a basic block of 64 channels, 70,400 a bottleneck; 9.437 MFLOPs."""
+    def own(name, aux_blocks):
+        return create_model(name, num_branches=2, aux_blocks=aux_blocks).branches[1]
+
+    assert count_parameters(own("resnet20", 3)) - count_parameters(own("resnet20", 2)) == 73_984
+    assert count_parameters(own("resnet110", 1)) - count_parameters(own("resnet110", 0)) == 70_400
+    flops = [forward_flops(create_model("resnet20", num_branches=2, aux_blocks=a), CIFAR) for a in (2, 3)]
+    assert (flops[1] - flops[0]) / 1e6 == pytest.approx(9.437, abs=0.0005)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("resnet8", 78_042), ("resnet14", 175_258), ("resnet20", 272_474), ("resnet32", 466_906),
+    ("resnet44", 661_338), ("resnet56", 855_770), ("resnet110", 1_147_738),
+])
+def test_plain_networks(name, parameters):
+    student = create_student(name, 10)
+    assert type(student) is CifarResNet
+    assert count_parameters(student) == parameters
+    assert [child for child, _ in student.named_children()] == [
+        "conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool", "flatten", "fc"]
+    assert student.eval()(images(2)).shape == (2, 10)
+
+
+def test_forward_flops_leaves_the_module_alone():
+    model = create_model("resnet8")
+    before = copy.deepcopy(model.state_dict())
+    forward_flops(model, CIFAR)
+    assert model.training
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# ---- initial weights
+
+
+def test_initial_weights():
+    """Convolutions Kaiming-normal by fan-out (std sqrt(2 / (k^2 out))), batch norms 1 and 0, the gates alike."""
+    torch.manual_seed(0)
+    model = create_model("resnet110", num_branches=2, aux_blocks=0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() >= 4096:
+            std = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(std, rel=0.06), name
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+
+
+def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers():
+    def start(build):
+        torch.manual_seed(3)
+        return build().state_dict()
+
+    plain = start(lambda: create_student("resnet8", 10))
+    for method in ("ahbf", "baseline"):
+        torch.testing.assert_close(start(lambda m=method: create_model("resnet8", m).student()), plain, rtol=0, atol=0)
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("num_branches", range(2, 9))
+@pytest.mark.parametrize("aux_blocks", range(6))
+def test_shapes(num_branches, aux_blocks):
+    model = create_model("resnet8", num_classes=7, num_branches=num_branches, aux_blocks=aux_blocks)
+    assert model.num_branches == num_branches
+    assert [len(branch.body.layer3) for branch in model.branches] == [1 + aux_blocks * m for m in range(num_branches)]
+    result = model(images(3))
+    assert [tuple(row.shape) for row in result.logits] == [(3, 7)] * num_branches
+    assert [tuple(maps.shape) for maps in result.features] == [(3, 64, 8, 8)] * num_branches
+    assert [tuple(score.shape) for score in result.scores] == [(3, 2)] * (num_branches - 1)
+    for score in result.scores:
+        torch.testing.assert_close(score.sum(1), torch.ones(3))
+        assert (score > 0).all()
+
+
+def test_baseline_is_one_branch_without_gates():
+    model = create_model("resnet20", method="baseline", num_classes=10)
+    assert (model.name, model.num_classes, model.num_branches, model.gates) == ("resnet20", 10, 1, None)
+    assert count_parameters(model) == 272_474
+    result = model(images(2))
+    assert (len(result.logits), len(result.features), result.scores) == (1, 1, ())
+
+
+def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
+    """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a leader."""
+    leader = dataclasses.replace(get_method("ahbf"), hierarchical=False, build_gates=None, kept=-1)
+    monkeypatch.setattr(models, "get_method", lambda name: leader)
+    model = warm(create_model("resnet8", num_branches=3)).eval()
+    assert [len(branch.body.layer3) for branch in model.branches] == [1, 1, 1]
+    assert model(images()).scores == ()
+    assert torch.equal(model.student()(images()), model(images()).logits[2])
+
+
+def test_default_is_four_branches_with_four_auxiliary_blocks():
+    assert [len(branch.body.layer3) for branch in create_model("resnet32").branches] == [5, 9, 13, 17]
+
+
+def test_branches_compute_what_their_plain_networks_compute():
+    model = warm(create_model("resnet14", num_branches=3, aux_blocks=1)).eval()
+    x = images()
+    with torch.no_grad():
+        result = model(x)
+        for branch, logits, features in zip(model.branches, result.logits, result.features, strict=True):
+            assert torch.equal(models.PlainNetwork.join(model.trunk, branch)(x), logits)
+            assert torch.equal(branch.head(features), logits)
+
+
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+@pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (16, 2), (64, 1), (64, 2)])
+def test_blocks_compute_what_torchvision_s_do(block, in_channels, stride):
+    """Same attribute names, same function; the width is such that 64 channels in and stride 1 need no projection."""
+    theirs_class, ours_class = getattr(torchvision.models.resnet, block), getattr(residual, block)
+    width = 64 // ours_class.expansion
+    x = torch.randn(8, in_channels, 8, 8)
+    ours = warm(ours_class(in_channels, width, stride), x).eval()
+    assert (ours.downsample is None) == (in_channels == 64 and stride == 1)
+    theirs = theirs_class(in_channels, width, stride, copy.deepcopy(ours.downsample)).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_stem_is_convolution_norm_and_relu():
+    trunk = warm(create_model("resnet8")).eval().trunk
+    x = images()
+    torch.testing.assert_close(trunk[:3](x), trunk.bn1(trunk.conv1(x)).clamp(min=0))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize(("name", "method", "batch"), [
+    ("resnet20", "ahbf", 8), ("resnet56", "ahbf", 4), ("resnet110", "ahbf", 2), ("resnet20", "baseline", 4),
+])
+def test_every_parameter_gets_a_finite_gradient(name, method, batch):
+    torch.manual_seed(0)
+    model, chosen = create_model(name, method), get_method(method)
+    result = model(images(batch))
+    loss = chosen.loss_class(num_branches=model.num_branches)
+    loss(result.logits, torch.arange(batch), **chosen.loss_inputs(result), kd_weight=0.5).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        # A batch of two leaves the gates' normalised scores without a gradient but for rounding.
+        if not parameter_name.startswith("gates."):
+            assert parameter.grad.any(), parameter_name
+
+
+# ---- the student
+
+
+@pytest.mark.parametrize(("name", "method"), [("resnet20", "ahbf"), ("resnet110", "ahbf"), ("resnet20", "baseline")])
+def test_student_is_the_first_branch_bit_for_bit(name, method):
+    model = warm(create_model(name, method, num_classes=100)).eval()
+    student = model.student()
+    assert type(student) is CifarResNet
+    x = images()
+    with torch.no_grad():
+        logits = model(x).logits[0]
+        assert torch.equal(student(x), logits)
+
+        loaded = create_student(name, 100).eval()
+        loaded.load_state_dict(student.state_dict(), strict=True)
+        assert torch.equal(loaded(x), logits)
+
+
+def test_student_is_independent_of_the_model():
+    model = create_model("resnet8").eval()
+    student = model.student()
+    before = student(images())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(student(images()), before)
+    assert not {id(tensor) for tensor in model.parameters()} & {id(tensor) for tensor in student.parameters()}
+
+
+def test_student_keeps_dtype_format_and_mode():
+    model = create_model("resnet8").to(torch.bfloat16, memory_format=torch.channels_last).eval()
+    model.trunk.bn1.train()
+    student = model.student()
+    assert not student.training
+    assert [name for name, module in student.named_modules() if module.training] == ["bn1"]
+    assert student.conv1.weight.dtype == torch.bfloat16
+    assert student.layer3[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert create_model("resnet8").student().training
+
+
+def test_models_can_be_copied_and_sliced():
+    model = warm(create_model("resnet8")).eval()
+    torch.testing.assert_close(copy.deepcopy(model).student()(images()), model(images()).logits[0], rtol=0, atol=0)
+    student = model.student()
+    assert torch.equal(student[:-3](images()), model(images()).features[0])
+
+
+# ---- how it runs
+
+
+class Copies(TorchDispatchMode):
+    """Records the operators that copy a tensor, as a change of layout or dtype would."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet110"])
+def test_channels_last_in_and_out_without_a_copy(name):
+    model = warm(create_model(name, num_branches=3, aux_blocks=1)).eval()
+    x = images(2)
+    with torch.no_grad():
+        # In float64: a deep network with random weights amplifies float32's rounding to 1e-4.
+        double = copy.deepcopy(model).double()
+        expected = double(x.double())
+        same = double.to(memory_format=torch.channels_last)(x.double().to(memory_format=torch.channels_last))
+        torch.testing.assert_close(tuple(same), tuple(expected), rtol=1e-9, atol=1e-9)
+
+        model.to(memory_format=torch.channels_last)
+        checked = []
+
+        def check(module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.dim() == 4:
+                assert output.is_contiguous(memory_format=torch.channels_last), module
+                checked.append(module)
+
+        for module in model.modules():
+            module.register_forward_hook(check)
+        x = x.to(memory_format=torch.channels_last)
+        with Copies() as copies:
+            result = model(x)
+    assert len(checked) > 40
+    assert copies.seen == []
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in result.features)
+
+
+@pytest.mark.parametrize("method", ["ahbf", "baseline"])
+def test_bf16_autocast(method):
+    model = create_model("resnet20", method).to(memory_format=torch.channels_last)
+    chosen = get_method(method)
+    x = images().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(x)
+        loss = chosen.loss_class(num_branches=model.num_branches)(
+            result.logits, torch.arange(4), **chosen.loss_inputs(result))
+    assert {row.dtype for row in result.logits} == {torch.bfloat16}
+    assert {maps.dtype for maps in result.features} == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["ahbf", "baseline"])
+def test_compiles_as_one_graph(method):
+    model = warm(create_model("resnet14", method, aux_blocks=1)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(tuple(compiled(images())), tuple(model(images())), rtol=0, atol=0)
+    model.train()
+    assert len(compiled(images()).logits) == model.num_branches
+
+
+# ---- the registry and what users get wrong
+
+
+def test_asking_for_names_imports_no_family():
+    code = ("import sys, fastokd.models as m; assert 'resnet110' in m.list_models();"
+            "sys.exit('fastokd.models.resnet_cifar' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_listed_name_builds():
+    for name in list_models():
+        assert create_model(name, "baseline").name == name
+
+
+TOY = '''
+from torch import nn
+from fastokd.models import Backbone, Branch, PlainNetwork
+
+def branch(num_classes, level, aux_blocks):
+    body = nn.Sequential()
+    for i in range(1 + aux_blocks * (level - 1)):
+        body.add_module(f"conv{i}", nn.Conv2d(4, 4, 1))
+    head = nn.Sequential()
+    head.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    head.add_module("flatten", nn.Flatten())
+    head.add_module("fc", nn.Linear(4, num_classes))
+    return Branch(body, head, channels=4)
+
+def trunk():
+    net = nn.Sequential()
+    net.add_module("stem", nn.Conv2d(3, 4, 1))
+    return net
+
+BACKBONES = {"toy": Backbone("toy", trunk, branch, PlainNetwork.join)}
+'''
+
+
+def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "toy_backbone_module.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(models, "_modules", dict(models._modules))
+    register_model("toy", "toy_backbone_module")
+    model = create_model("toy", num_classes=3, num_branches=3, aux_blocks=1).eval()
+    result = model(images(2))
+    assert [tuple(row.shape) for row in result.logits] == [(2, 3)] * 3
+    assert torch.equal(model.student()(images(2)), result.logits[0])
+    create_student("toy", 3).load_state_dict(model.student().state_dict())
+
+
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: create_model("resent32"), r"unknown model 'resent32'; did you mean 'resnet32'\? \(choices: .*resnet110"),
+    (lambda: create_student("resnet18c", 10), "unknown model 'resnet18c'"),
+    (lambda: create_model("resnet8", "ahfb"), r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
+    (lambda: create_model("resnet8", num_branches=1), r"num_branches=1; method 'ahbf' takes 2 to 8 \(its default is 4\)"),
+    (lambda: create_model("resnet8", num_branches=9), r"num_branches=9; method 'ahbf' takes 2 to 8"),
+    (lambda: create_model("resnet8", num_branches=2.5), r"num_branches=2.5; method 'ahbf' takes 2 to 8"),
+    (lambda: create_model("resnet8", "baseline", num_branches=4), r"num_branches=4; method 'baseline' takes 1 \("),
+    (lambda: create_model("resnet8", aux_blocks=-1), r"aux_blocks=-1; it must be a whole number of at least 0"),
+    (lambda: create_model("resnet8", num_classes=1), r"num_classes=1; a classifier needs a whole number of at least 2"),
+    (lambda: create_student("resnet8", 0), r"num_classes=0; a classifier needs"),
+])
+def test_mistakes_are_named_with_their_fix(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
