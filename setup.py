@@ -27,8 +27,9 @@ class BuildFailed(Exception):
 def run(*command: str | Path) -> str:
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if result.returncode:
-        missing = re.search(r"No CMAKE_\w+ could be found|No \w+ compiler could be found", result.stdout)
-        error = missing or re.search(r".*error: .*", result.stdout)
+        if re.search(r"No CMAKE_\w+ could be found", result.stdout):
+            raise BuildFailed("no C++ compiler found; install g++ or clang, then fastokd again", result.stdout)
+        error = re.search(r".*error: .*", result.stdout)
         raise BuildFailed(error[0] if error else f"{Path(command[0]).name} exited with status {result.returncode}", result.stdout)
     return result.stdout
 
@@ -72,9 +73,6 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
-    def get_source_files(self) -> list[str]:
-        return []
-
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib, "fastokd", "_native")
         return [str(folder / name) for name in (*LIBRARIES, "build_info.json") if (folder / name).exists()]
@@ -93,6 +91,7 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=["fastokd*"]), "fastokd.kernels", "fastokd.kernels.triton"],
+    package_data={"fastokd": ["py.typed"]},
     exclude_package_data={"fastokd._native": [*LIBRARIES, "build_info.json"]},
     ext_modules=[Extension("fastokd._native._marker", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

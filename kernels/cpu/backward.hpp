@@ -260,10 +260,10 @@ struct Backward : Rows<Real> {
     const Slot& slot = program.slots[s];
     const Real* v = value(slot.node);
     Real* e = slots[s].e;
-    const Real largest = maxima[slot.node], inverse = 1 / real(slot.temperature);
+    const Real largest = maxima[slot.node], scale = real(Base::kLog2E / slot.temperature);
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       for (int u = 0; u < decltype(k)::value; ++u)
-        store(e + i + u * width, vexp((load(v + i + u * width) - largest) * inverse));
+        store(e + i + u * width, vexp_scaled(load(v + i + u * width) - largest, scale));
     });
   }
 
@@ -348,9 +348,14 @@ struct Backward : Rows<Real> {
             for (int u = 0; u < unroll; ++u)
               sum[u] += out[j].coef * ((x[u] - load(out[j].second + i + u * width)) - out[j].shift);
           for (int u = 0; u < unroll; ++u) g[u] += e[u] * sum[u];
-          for (int d = program.first_slot[n]; d < program.first_slot[n + 1]; ++d)
-            if (program.slots[d].base == s && slots[d].used)
-              for (int u = 0; u < unroll; ++u) g[u] += slots[d].factor * power(e[u], program.slots[d].power);
+          const Slot& slot = program.slots[s];
+          if (slot.derived < 0 || !slots[slot.derived].used) continue;
+          const Real factor = slots[slot.derived].factor;
+          with_power(slot.power, [&](auto power_of) __attribute__((always_inline)) {
+            constexpr int n = decltype(power_of)::value;
+            if constexpr (n > 0)
+              for (int u = 0; u < unroll; ++u) g[u] += factor * power<n>(e[u]);
+          });
         }
       }
       for (int j = 0; j < node.num_incoming; ++j) {

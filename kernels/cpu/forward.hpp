@@ -24,10 +24,6 @@ struct Forward : Rows<Real> {
     Real shift;
     Vec* moment;
   };
-  struct Derived {
-    int power;
-    Vec* sum;
-  };
 
   Vec* sum_lanes;      // per slot
   Vec* moment_lanes;   // per term: of a moment, or the value of a direct term
@@ -101,9 +97,13 @@ struct Forward : Rows<Real> {
   }
 
   Real row_maximum(const Real* v) const {
-    Vec largest = load(v);
-    for (int64_t i = width; i < padded; i += width) largest = vmax(load(v + i), largest);
-    return maximum(largest);
+    Vec largest[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) largest[u] = load(v);
+    for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
+      for (int u = 0; u < decltype(k)::value; ++u) largest[u] = vmax(load(v + i + u * width), largest[u]);
+    });
+    for (int u = 1; u < kUnroll; ++u) largest[0] = vmax(largest[u], largest[0]);
+    return maximum(largest[0]);
   }
 
   // Brings the maxima up to date, and everything summed so far to the new ones.
@@ -165,39 +165,41 @@ struct Forward : Rows<Real> {
 
   void exponentials(int s, int pass) {
     const Slot& slot = program.slots[s];
-    int num_edges = 0, num_derived = 0;
+    int num_edges = 0;
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       if (term.moment && term.pass == pass && term.first_slot == s)
         edges[num_edges++] = {value(term.second), maxima[term.first] - maxima[term.second], moment_lanes + i};
     }
-    Derived derived[3];
-    for (int d = 0; d < program.num_slots; ++d)
-      if (program.slots[d].base == s) derived[num_derived++] = {program.slots[d].power, sum_lanes + d};
+    with_power(slot.power, [&](auto power_of) __attribute__((always_inline)) {
+      sum_exponentials<decltype(power_of)::value>(s, edges, num_edges);
+    });
+  }
+
+  template <int derived_power>
+  void sum_exponentials(int s, const Edge* edge, int num_edges) {
+    const Slot& slot = program.slots[s];
     const Real* v = value(slot.node);
-    const Real largest = maxima[slot.node], inverse = 1 / real(slot.temperature);
-    Vec total{};
+    const Real largest = maxima[slot.node], scale = real(Base::kLog2E / slot.temperature);
+    Vec total{}, derived_total{};
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
       Vec x[unroll], e[unroll];
       for (int u = 0; u < unroll; ++u) {
         x[u] = load(v + i + u * width);
-        e[u] = vexp((x[u] - largest) * inverse);
+        e[u] = vexp_scaled(x[u] - largest, scale);
         total += e[u];
-      }
-      for (int d = 0; d < num_derived; ++d) {
-        Vec part{};
-        for (int u = 0; u < unroll; ++u) part += power(e[u], derived[d].power);
-        *derived[d].sum += part;
+        if constexpr (derived_power > 0) derived_total += power<derived_power>(e[u]);
       }
       for (int j = 0; j < num_edges; ++j) {
-        const Real* second = edges[j].second + i;
+        const Real* second = edge[j].second + i;
         Vec part{};
-        for (int u = 0; u < unroll; ++u) part += e[u] * ((x[u] - load(second + u * width)) - edges[j].shift);
-        *edges[j].moment += part;
+        for (int u = 0; u < unroll; ++u) part += e[u] * ((x[u] - load(second + u * width)) - edge[j].shift);
+        *edge[j].moment += part;
       }
     });
     sum_lanes[s] += total;
+    if constexpr (derived_power > 0) sum_lanes[slot.derived] += derived_total;
   }
 
   // A KL edge with a row of probabilities, or with eps inside the logarithm.

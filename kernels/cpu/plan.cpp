@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kPlanVersion = 1;    // PLAN_VERSION of fastokd/graph/plan.py
 constexpr int64_t kMaxCount = 1 << 12; // of anything: a plan beyond it is garbage
 
+constexpr int kFactorAlignment = 16;   // each node's factors start on a vector of any width
+
 struct Bad {
   int32_t status;
 };
@@ -83,7 +85,7 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
   }
   if (weighted) {
     node.factors = plan.program.num_factors;
-    plan.program.num_factors += node.num_inputs;
+    plan.program.num_factors += (node.num_inputs + kFactorAlignment - 1) / kFactorAlignment * kFactorAlignment;
   }
   node.stage = node.kind == kMinimum || node.kind == kSelection ? 1 : 0;
   plan.nodes.push_back(node);
@@ -183,7 +185,7 @@ void find_slots(fastokd_plan& plan) {
         table.add(input, plan.nodes[n].temperature);
     }
   table.sort();
-  for (const auto& key : table.keys) plan.slots.push_back({key.node, key.temperature, -1, 1, 0, -1});
+  for (const auto& key : table.keys) plan.slots.push_back({key.node, key.temperature, -1, -1, 0, 0, -1});
   const auto slot_of = [&](int node, double temperature) { return static_cast<int>(table.find(node, temperature)); };
   std::vector<bool> has_edges(plan.slots.size());
   for (Term& term : plan.terms) {
@@ -194,12 +196,16 @@ void find_slots(fastokd_plan& plan) {
   }
   for (size_t s = 0; s < plan.slots.size(); ++s) {
     Slot& slot = plan.slots[s];
-    for (size_t b = 0; b < s && !has_edges[s]; ++b)
+    for (size_t b = 0; b < s && !has_edges[s] && slot.base < 0; ++b) {
+      Slot& base = plan.slots[b];
+      if (base.node != slot.node || base.base >= 0 || base.derived >= 0) continue;
       for (int power = 2; power <= 4; ++power)
-        if (plan.slots[b].base < 0 && plan.slots[b].node == slot.node && plan.slots[b].temperature == power * slot.temperature) {
+        if (base.temperature == power * slot.temperature) {
           slot.base = static_cast<int>(b);
-          slot.power = power;
+          base.derived = static_cast<int>(s);
+          base.power = power;
         }
+    }
   }
   plan.input_slots.resize(plan.nodes.size());
   for (size_t n = 0; n < plan.nodes.size(); ++n) {

@@ -33,13 +33,14 @@ struct Node {
   int extra_stat;           // and the inputs' label logits (minimum) or the chosen input (selection)
 };
 
-// The softmax sum of one node at one temperature. A derived slot takes the `power` of the exponentials of slot `base`:
-// for a whole-numbered ratio of temperatures that saves half of the exponentials.
+// The softmax sum of one node at one temperature. A derived slot takes a power of the exponentials of slot `base`: where
+// the ratio of the temperatures is a whole number that saves half of the exponentials.
 struct Slot {
   int node;
   double temperature;
-  int base;  // or -1
-  int power;
+  int base;     // or -1
+  int derived;  // of a base: the slot derived from it, or -1,
+  int power;    // and the ratio of their temperatures, or 0
   unsigned passes;  // bit p: summed in pass p
   int stat;
 };

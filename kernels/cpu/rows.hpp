@@ -24,11 +24,6 @@ struct Arena {
 // How many vectors a loop handles at once, to hide latencies; fewer where there are 16 registers.
 constexpr int kUnroll = FASTOKD_VECTOR_BYTES == 64 ? 4 : 2;
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
 // Calls body(Count<k>, i) for k vectors from column i on, until `count` columns are covered.
 template <class Real, class Body>
 FASTOKD_INLINE void for_vectors(int64_t count, Body body) {
@@ -45,6 +40,7 @@ struct Rows {
   using Int = typename Lane::Int;
   static constexpr int width = Lane::width;
   static constexpr int64_t kTile = 2048 / sizeof(Real);
+  static constexpr double kLog2E = 1.44269504088896341;
   static constexpr Real kFloor = static_cast<Real>(1e-30);  // PROBABILITY_FLOOR of the reference
 
   const Call& call;
