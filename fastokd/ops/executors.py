@@ -54,6 +54,7 @@ class Executor(Protocol):
 
 _modules = {
     "reference": "fastokd.ops.reference",
+    "triton": "fastokd.ops.triton",
 }
 _preferred = {"cuda": ("triton",), "cpu": ("cpu",)}
 _warned: set[str] = set()

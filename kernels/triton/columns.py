@@ -1,0 +1,212 @@
+"""Device functions shared by the kernels: loading columns, evaluating nodes, sums over the lanes.
+
+A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L * P columns, one
+*piece* [R, L] per column, so that every running quantity costs one register per thread and nothing is exchanged
+between threads before the end of the row. Quantities of a whole row are [R, 1]. Everything is in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from fastokd.graph import plan as _plan
+from fastokd.kernels.triton import spec as _spec
+
+MIXTURE = tl.constexpr(_plan.MIXTURE)
+MINIMUM = tl.constexpr(_plan.MINIMUM)
+SELECTION = tl.constexpr(_plan.SELECTION)
+SKIPPED = tl.constexpr(_spec.SKIPPED)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(1e-30)
+"""The smallest probability inside a logarithm: the reference executor's ``PROBABILITY_FLOOR``."""
+PAD = tl.constexpr(-float(2**100))
+"""What stands for a missing column in a maximum. A power of two, so that scaling it rounds nothing."""
+NOTHING = tl.constexpr(-0.0)
+"""The start of a sum that the compiler can drop: x + -0.0 is x for every x, x + 0.0 is not."""
+
+
+@triton.jit
+def computed(x, TILE: tl.constexpr):
+    """x in the dtype of the arithmetic."""
+    if TILE.double:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def log2(x, TILE: tl.constexpr):
+    """The hardware's logarithm where there is one: Triton's own takes some twenty instructions."""
+    if TILE.hardware_log:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def constant(VALUE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    if TILE.double:
+        return tl.full(SHAPE, VALUE, tl.float64)
+    else:
+        return tl.full(SHAPE, VALUE, tl.float32)
+
+
+@triton.jit
+def constants(COUNT: tl.constexpr, VALUE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """A tuple of COUNT tensors full of VALUE."""
+    out = ()
+    for _i in tl.static_range(COUNT):
+        out = out + (constant(VALUE, SHAPE, TILE),)
+    return out
+
+
+@triton.jit
+def added(values, INDEX: tl.constexpr, x):
+    """The tuple with x added to one entry."""
+    return values[:INDEX] + (values[INDEX] + x,) + values[INDEX + 1:]
+
+
+@triton.jit
+def split_columns(tile, P: tl.constexpr):
+    """The columns of a tile [R, L * P] as P pieces [R, L]: lane l of piece p holds column ``l * P + TILE.order[p]``.
+
+    Where a thread holds P neighbouring columns this only renames registers.
+    """
+    if P == 1:
+        return (tile,)
+    else:
+        halves = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+        return split_columns(halves[0], P // 2) + split_columns(halves[1], P // 2)
+
+
+@triton.jit
+def join_columns(pieces, P: tl.constexpr):
+    """The inverse of ``split_columns``."""
+    if P == 1:
+        return pieces[0]
+    else:
+        low = join_columns(pieces[:P // 2], P // 2)
+        high = join_columns(pieces[P // 2:], P // 2)
+        return tl.reshape(tl.join(low, high), (low.shape[0], low.shape[1] * 2))
+
+
+@triton.jit
+def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
+    """The columns [1, L] of a piece, counted from the start of its chunk."""
+    lanes = tl.arange(0, TILE.lanes)[None, :]
+    if TILE.vector:
+        return lanes * TILE.pieces + TILE.order[PIECE]
+    else:
+        return lanes + PIECE * TILE.lanes
+
+
+@triton.jit
+def load_piece(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr):
+    """One piece [R, L] of a chunk at ``start`` [R, 1]; 0 beyond LIMIT columns (0: the chunk is whole)."""
+    columns = piece_columns(PIECE, TILE)
+    if TILE.masks(LIMIT, PIECE):
+        return computed(tl.load(start + columns * STRIDE, mask=columns < LIMIT, other=0.0), TILE)
+    else:
+        return computed(tl.load(start + columns * STRIDE), TILE)
+
+
+@triton.jit
+def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """The first COUNT pieces of a chunk of logits at ``start`` [R, 1], in the dtype in which they are stored."""
+    if TILE.vector:
+        columns = tl.arange(0, TILE.lanes * TILE.pieces)[None, :]
+        if LIMIT:
+            return split_columns(tl.load(start + columns, mask=columns < LIMIT, other=0.0), TILE.pieces)
+        else:
+            return split_columns(tl.load(start + columns), TILE.pieces)
+    else:
+        out = ()
+        for p in tl.static_range(COUNT):
+            local = piece_columns(p, TILE)
+            if TILE.masks(LIMIT, p):
+                out = out + (tl.load(start + local * STRIDE, mask=local < LIMIT, other=0.0),)
+            else:
+                out = out + (tl.load(start + local * STRIDE),)
+        return out
+
+
+@triton.jit
+def masked(x, OTHER: tl.constexpr, LIMIT: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr):
+    """x, or OTHER in the columns of the piece that the row does not have."""
+    if TILE.masks(LIMIT, PIECE):
+        return tl.where(piece_columns(PIECE, TILE) < LIMIT, x, OTHER)
+    else:
+        return x
+
+
+@triton.jit
+def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """All columns [R, 1] of all run-time weights, source after source."""
+    out = ()
+    for s in tl.static_range(len(SPEC.widths)):
+        for k in tl.static_range(SPEC.widths[s]):
+            at = weights[s] + rows * TILE.weight_strides[s][0] + k * TILE.weight_strides[s][1]
+            out = out + (computed(tl.load(at), TILE),)
+    return out
+
+
+@triton.jit
+def derived_rows(rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr):
+    """Rows of all nodes from those of the logits and external rows: at one piece, or any linear function of rows.
+
+    ``labels`` are every node's label logits (read by minima), ``choices`` the chosen inputs of the selections.
+    Nodes that are not part of this pass get a row that nobody reads.
+    """
+    for j in tl.static_range(len(SPEC.passes[WHICH].nodes)):
+        row = rows[0]
+        if SPEC.passes[WHICH].nodes[j][0] == MIXTURE:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                if SPEC.passes[WHICH].nodes[j][2] >= 0:
+                    part = weights[SPEC.passes[WHICH].nodes[j][2] + k] * rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                else:
+                    part = rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
+                row = part if k == 0 else row + part
+        elif SPEC.passes[WHICH].nodes[j][0] == MINIMUM:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                shifted = rows[SPEC.passes[WHICH].nodes[j][1][k]] - labels[SPEC.passes[WHICH].nodes[j][1][k]]
+                row = shifted if k == 0 else tl.minimum(row, shifted)
+        elif SPEC.passes[WHICH].nodes[j][0] == SELECTION:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                candidate = rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                row = candidate if k == 0 else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def linear_rows(values, weights, SPEC: tl.constexpr):
+    """A linear function of rows (a label logit, a sum over the classes) for all nodes from its values for the logits.
+
+    External rows and nodes that are not linear get a value that nobody reads.
+    """
+    for _x in tl.static_range(SPEC.num_externals):
+        values = values + (values[0],)
+    return derived_rows(values, weights, (), (), SPEC, 0)
+
+
+@triton.jit
+def powered(base, scaled, POWER: tl.constexpr, RATIO: tl.constexpr):
+    """``exp2(scaled * RATIO)`` given ``base = exp2(scaled)``, without another exponential if RATIO is 1, 2, 3 or 4."""
+    if POWER == 1:
+        return base
+    elif POWER == 2:
+        return base * base
+    elif POWER == 3:
+        return base * base * base
+    elif POWER == 4:
+        return (base * base) * (base * base)
+    else:
+        return tl.exp2(scaled * RATIO)
+
+
+@triton.jit
+def row_sums(values):
+    """The sums over the lanes [R, 1] of a tuple of [R, L]."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.sum(values[i], 1, keep_dims=True),)
+    return out
