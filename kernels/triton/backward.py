@@ -200,7 +200,7 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
         if SPEC.has_entropy and len(TILE.target_strides) == 2:
             at = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
             y = load_piece(at, TILE.target_strides[1], LIMIT, p, TILE)
-        for m in tl.static_range(SPEC.num_logits):
+        for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             grad = grads[m]
             if SPEC.use_sums:
                 grad += onto_one[m]
@@ -211,7 +211,7 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
                     grad = tl.where(piece_columns(p, TILE) == label - base, grad + onto_target[m], grad)
             branches = branches + (grad,)
         chunks = chunks + (branches,)
-    for m in tl.static_range(SPEC.num_logits):
+    for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
         if TILE.needs[m]:
             out = ()
             for p in tl.static_range(COUNT):
@@ -272,7 +272,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
 
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
-            for k in tl.static_range(SPEC.widths[s]):
+            for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
                 total = tl.sum(dots[SPEC.first_weight(s) + k], 1, keep_dims=True)
                 for j in tl.static_range(len(SPEC.passes[0].nodes)):
                     if SPEC.passes[0].nodes[j][0] == MIXTURE and SPEC.passes[0].nodes[j][2] == SPEC.first_weight(s):

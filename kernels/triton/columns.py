@@ -143,7 +143,7 @@ def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
     """All columns [R, 1] of all run-time weights, source after source."""
     out = ()
     for s in tl.static_range(len(SPEC.widths)):
-        for k in tl.static_range(SPEC.widths[s]):
+        for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
             at = weights[s] + rows * TILE.weight_strides[s][0] + k * TILE.weight_strides[s][1]
             out = out + (computed(tl.load(at), TILE),)
     return out
@@ -183,7 +183,7 @@ def linear_rows(values, weights, SPEC: tl.constexpr):
 
     External rows and nodes that are not linear get a value that nobody reads.
     """
-    for _x in tl.static_range(SPEC.num_externals):
+    for _x in tl.static_range(tl.constexpr(SPEC.num_externals)):
         values = values + (values[0],)
     return derived_rows(values, weights, (), (), SPEC, 0)
 

@@ -22,7 +22,7 @@ def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
     one = constant(1.0, (TILE.rows, 1), TILE)
     mass = tl.where(valid, one, float("nan"))
     out = ()
-    for m in tl.static_range(SPEC.num_logits):
+    for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
         at = logits[m] + rows * TILE.logit_strides[m][0] + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
         out = out + (computed(tl.load(at), TILE) * mass,)
     return out, mass
@@ -144,7 +144,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
             terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
 
     loss = constant(NOTHING, (TILE.rows, 1), TILE)
-    for t in tl.static_range(SPEC.num_terms):
+    for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         loss += terms[t] * tl.load(term_weights + t)
     stats = maxima + sums + means
     if SPEC.use_labels:

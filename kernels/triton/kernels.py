@@ -20,7 +20,7 @@ def program_rows(batch, TILE: tl.constexpr):
 @triton.jit
 def store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC: tl.constexpr):
     tl.store(out_rows + rows, loss, mask=inside)
-    for t in tl.static_range(SPEC.num_terms):
+    for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         tl.store(out_terms + t * batch + rows, terms[t], mask=inside)
 
 
@@ -32,7 +32,7 @@ def forward_kernel(logits, weights, externals, target, term_weights, out_rows, o
     loaded = load_weights(weights, rows, SPEC, TILE)
     loss, terms, stats = forward_row(logits, loaded, externals, target, term_weights, rows, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC)
-    for j in tl.static_range(SPEC.num_stats):
+    for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         tl.store(out_stats + rows * SPEC.num_stats + j, stats[j], mask=inside)
 
 
@@ -43,7 +43,7 @@ def backward_kernel(grad_logits, grad_weights, grad_rows, logits, weights, exter
     rows, inside = program_rows(batch, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
     kept = ()
-    for j in tl.static_range(SPEC.num_stats):
+    for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         kept = kept + (tl.load(stats + rows * SPEC.num_stats + j),)
     gradient = computed(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
     backward_row(grad_logits, grad_weights, logits, loaded, externals, target, gradient, term_weights, rows, inside, kept,

@@ -28,13 +28,13 @@ def chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT: t
                SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
     """The rows of all nodes at the columns of a chunk: a tuple of COUNT tuples of pieces [R, L]."""
     chunks = ()
-    for m in tl.static_range(SPEC.num_logits):
+    for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
         start = logits[m] + rows * TILE.logit_strides[m][0] + base * TILE.logit_strides[m][1]
         chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, COUNT, TILE),)
     out = ()
     for p in tl.static_range(COUNT):
         pieces = ()
-        for m in tl.static_range(SPEC.num_logits):
+        for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             pieces = pieces + (computed(chunks[m][p], TILE),)
         for x in tl.static_range(len(externals)):
             at = externals[x] + rows * TILE.external_strides[x][0] + base * TILE.external_strides[x][1]
@@ -89,12 +89,12 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
                   DOTS: tl.constexpr, TILE: tl.constexpr):
     """Running maxima, weighted sums and plain sums after one more chunk. FRESH: before it there was none."""
     pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, WHICH, TILE)
-    for first in tl.static_range(0, COUNT, TILE.group):
+    for first in tl.static_range(0, COUNT, tl.constexpr(TILE.group)):
         raised = raised_maxima(maxima, pieces, first, TILE.group_end(first, COUNT), LIMIT, SPEC, WHICH, TILE)
         if not FRESH or first > 0:
             weighted = rescaled(weighted, maxima, raised, len(SPEC.passes[WHICH].moments), SPEC, WHICH)
         maxima = raised
-        for p in tl.static_range(first, TILE.group_end(first, COUNT)):
+        for p in tl.static_range(first, tl.constexpr(TILE.group_end(first, COUNT))):
             powers = exponentials(pieces[p], maxima, p, LIMIT, SPEC, WHICH, TILE)
             sums = ()
             for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
@@ -122,17 +122,17 @@ def plain_sums(plain, pieces, target, rows, base, PIECE: tl.constexpr, LIMIT: tl
     if DOTS:
         at = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
         y = load_piece(at, TILE.target_strides[1], LIMIT, PIECE, TILE)
-        for m in tl.static_range(SPEC.num_logits):
+        for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             out = out + (y * pieces[m],)
         out = out + (y,)
     if WHICH == 1:
         if SPEC.use_sums:
-            for m in tl.static_range(SPEC.num_logits):
+            for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
                 out = out + (pieces[m],)
         for n in tl.static_range(len(SPEC.passes[1].summed)):
             out = out + (pieces[SPEC.passes[1].summed[n]],)
         if len(SPEC.passes[1].crosses):
-            for x in tl.static_range(SPEC.num_externals):
+            for x in tl.static_range(tl.constexpr(SPEC.num_externals)):
                 out = out + (pieces[SPEC.num_logits + x],)
         for c in tl.static_range(len(SPEC.passes[1].crosses)):
             probability = pieces[SPEC.passes[1].crosses[c][0]]
