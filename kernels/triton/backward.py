@@ -15,15 +15,17 @@ from fastokd.kernels.triton.columns import (
     NOTHING,
     added,
     computed,
-    constant,
-    constants,
-    join_columns,
+    lane_constants,
     linear_rows,
-    load_piece,
+    load_chunk,
     log2,
     masked,
     piece_columns,
-    row_sums,
+    row_constant,
+    row_constants,
+    row_sum,
+    store_chunk,
+    store_rows,
 )
 from fastokd.kernels.triton.normal import blend_rows, log_probability, log_sums, teacher_row
 from fastokd.kernels.triton.sweep import chunk_rows, exponentials
@@ -37,9 +39,9 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
     sums = stats[SPEC.layout[1]:SPEC.layout[2]]
     means = stats[SPEC.layout[2]:SPEC.layout[3]]
     mass = stats[SPEC.layout[6]]
-    pulls = constants(len(sums), NOTHING, (TILE.rows, 1), TILE)
-    onto_target = constants(len(SPEC.learning), NOTHING, (TILE.rows, 1), TILE)
-    onto_one = constants(len(SPEC.learning), NOTHING, (TILE.rows, 1), TILE)
+    pulls = row_constants(len(sums), NOTHING, TILE)
+    onto_target = row_constants(len(SPEC.learning), NOTHING, TILE)
+    onto_one = row_constants(len(SPEC.learning), NOTHING, TILE)
     for c in tl.static_range(len(SPEC.entropies)):
         factor = gradient * tl.load(term_weights + SPEC.entropies[c][0])
         total = mass * (1.0 - SPEC.label_smoothing) + SPEC.label_smoothing
@@ -76,14 +78,14 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
     normal = ()
     onto_blends = ()
     for b in tl.static_range(len(SPEC.blends)):
-        onto_blends = onto_blends + (constants(len(SPEC.blends[b][1]), NOTHING, (TILE.rows, 1), TILE),)
+        onto_blends = onto_blends + (row_constants(len(SPEC.blends[b][1]), NOTHING, TILE),)
     for e in tl.static_range(len(SPEC.normal)):
         factor = gradient * tl.load(term_weights + SPEC.normal[e][0]) * (SPEC.normal[e][1] / SPEC.normal[e][2])
         if not SPEC.normal[e][7]:
             if SPEC.normal[e][10] >= 0:
                 heavy = stats[SPEC.layout[10] + SPEC.normal[e][10]] + TILE.num_classes * SPEC.normal[e][8]
             else:
-                heavy = constant(1.0, (TILE.rows, 1), TILE) + TILE.num_classes * SPEC.normal[e][8]
+                heavy = row_constant(1.0, TILE) + TILE.num_classes * SPEC.normal[e][8]
             pulls = added(pulls, SPEC.normal[e][3], factor * heavy / sums[SPEC.normal[e][3]])
         if SPEC.normal[e][10] >= 0 and SPEC.normal[e][9]:
             inputs = onto_blends[SPEC.normal[e][10]]
@@ -142,7 +144,7 @@ def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, S
             grads = added(grads, SPEC.passes[1].slots[SPEC.passes[1].softs[f][0]][0], pulls[f] * powers[f])
     if len(SPEC.normal):
         blends = blend_rows(rows, weights, maxima, logs, SPEC, TILE)
-        onto = constants(len(SPEC.blends), NOTHING, (TILE.rows, TILE.lanes), TILE)
+        onto = lane_constants(len(SPEC.blends), NOTHING, TILE)
         for e in tl.static_range(len(SPEC.normal)):
             probability, weight, logarithm = teacher_row(rows, blends, maxima, logs, e, SPEC, TILE)
             student = log_probability(rows, maxima, logs, SPEC.normal[e][3], SPEC)
@@ -189,24 +191,25 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
                    TILE: tl.constexpr):
     """Writes the gradients of the logits in a chunk; returns the products for the weights."""
     pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, 1, TILE)
+    targets = ()
+    if SPEC.has_entropy and len(TILE.target_strides) == 2:
+        start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
+        targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
     chunks = ()
     for p in tl.static_range(COUNT):
         powers = exponentials(pieces[p], maxima, p, 0, SPEC, 1, TILE)
-        grads = constants(len(SPEC.learning), NOTHING, (TILE.rows, TILE.lanes), TILE)
+        grads = lane_constants(len(SPEC.learning), NOTHING, TILE)
         grads = edge_gradients(grads, pieces[p], weights, powers, maxima, logs, factors, stats, SPEC, TILE)
         grads = through_mixtures(grads, weights, SPEC)
         dots = weight_products(dots, grads, pieces[p], p, LIMIT, SPEC, TILE)
         branches = ()
-        if SPEC.has_entropy and len(TILE.target_strides) == 2:
-            at = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
-            y = load_piece(at, TILE.target_strides[1], LIMIT, p, TILE)
         for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             grad = grads[m]
             if SPEC.use_sums:
                 grad += onto_one[m]
             if SPEC.has_entropy:
                 if len(TILE.target_strides) == 2:
-                    grad += onto_target[m] * y
+                    grad += onto_target[m] * computed(targets[p], TILE)
                 else:
                     grad = tl.where(piece_columns(p, TILE) == label - base, grad + onto_target[m], grad)
             branches = branches + (grad,)
@@ -216,27 +219,8 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
             out = ()
             for p in tl.static_range(COUNT):
                 out = out + (chunks[p][m].to(grad_logits[m].dtype.element_ty),)
-            store_chunk(grad_logits[m] + rows * TILE.num_classes + base, out, inside, LIMIT, COUNT, TILE)
+            store_chunk(grad_logits[m] + rows * TILE.num_classes + base, out, inside, LIMIT, TILE)
     return dots
-
-
-@triton.jit
-def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Writes pieces to neighbouring columns at ``start`` [R, 1], in the rows that are inside the batch."""
-    if TILE.vector:
-        columns = tl.arange(0, TILE.lanes * TILE.pieces)[None, :]
-        tile = join_columns(pieces, TILE.pieces)
-        if LIMIT:
-            tl.store(start + columns, tile, mask=inside & (columns < LIMIT))
-        else:
-            tl.store(start + columns, tile, mask=inside)
-    else:
-        for p in tl.static_range(COUNT):
-            local = piece_columns(p, TILE)
-            if TILE.masks(LIMIT, p):
-                tl.store(start + local, pieces[p], mask=inside & (local < LIMIT))
-            else:
-                tl.store(start + local, pieces[p], mask=inside)
 
 
 @triton.jit
@@ -260,7 +244,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
         label = tl.load(target + rows * TILE.target_strides[0])
         label = tl.where((label >= 0) & (label < TILE.num_classes), label, -1).to(tl.int32)
 
-    dots = constants(SPEC.num_weights, 0.0, (TILE.rows, TILE.lanes), TILE)
+    dots = lane_constants(SPEC.num_weights, 0.0, TILE)
     if TILE.whole:
         for chunk in range(TILE.whole):
             dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block, weights,
@@ -273,7 +257,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
             for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
-                total = tl.sum(dots[SPEC.first_weight(s) + k], 1, keep_dims=True)
+                total = row_sum(dots[SPEC.first_weight(s) + k], TILE)
                 for j in tl.static_range(len(SPEC.passes[0].nodes)):
                     if SPEC.passes[0].nodes[j][0] == MIXTURE and SPEC.passes[0].nodes[j][2] == SPEC.first_weight(s):
                         if SPEC.has_entropy:
@@ -285,4 +269,4 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
                     if SPEC.blends[b][3] == SPEC.first_weight(s):
                         total += factors[6][b][k]
                 at = grad_weights[s] + rows * SPEC.widths[s] + k
-                tl.store(at, total.to(grad_weights[s].dtype.element_ty), mask=inside)
+                store_rows(at, total.to(grad_weights[s].dtype.element_ty), inside, TILE)

@@ -2,7 +2,8 @@
 
 A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L * P columns, one
 *piece* [R, L] per column, so that every running quantity costs one register per thread and nothing is exchanged
-between threads before the end of the row. Quantities of a whole row are [R, 1]. Everything is in base 2.
+between threads before the end of the row. Quantities of a whole row are [R, 1], or
+scalars if R is 1. Everything is in base 2.
 """
 
 import triton
@@ -43,19 +44,29 @@ def log2(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def constant(VALUE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    if TILE.double:
-        return tl.full(SHAPE, VALUE, tl.float64)
+def row_constant(VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A quantity of a row. Where a program has one row it is a scalar, which costs the compiler far less than a tensor."""
+    if TILE.rows == 1:
+        return tl.full((), VALUE, tl.float64 if TILE.double else tl.float32)
     else:
-        return tl.full(SHAPE, VALUE, tl.float32)
+        return tl.full((TILE.rows, 1), VALUE, tl.float64 if TILE.double else tl.float32)
 
 
 @triton.jit
-def constants(COUNT: tl.constexpr, VALUE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    """A tuple of COUNT tensors full of VALUE."""
+def row_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A tuple of COUNT quantities of a row."""
     out = ()
     for _i in tl.static_range(COUNT):
-        out = out + (constant(VALUE, SHAPE, TILE),)
+        out = out + (row_constant(VALUE, TILE),)
+    return out
+
+
+@triton.jit
+def lane_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A tuple of COUNT quantities of a lane."""
+    out = ()
+    for _i in tl.static_range(COUNT):
+        out = out + (tl.full((TILE.rows, TILE.lanes), VALUE, tl.float64 if TILE.double else tl.float32),)
     return out
 
 
@@ -66,27 +77,44 @@ def added(values, INDEX: tl.constexpr, x):
 
 
 @triton.jit
-def split_columns(tile, P: tl.constexpr):
-    """The columns of a tile [R, L * P] as P pieces [R, L]: lane l of piece p holds column ``l * P + TILE.order[p]``.
-
-    Where a thread holds P neighbouring columns this only renames registers.
-    """
+def split_halves(tile, P: tl.constexpr):
+    """A tile [R, L, P] as P pieces [R, L] in the order of ``TILE.order``."""
     if P == 1:
-        return (tile,)
+        return (tl.reshape(tile, (tile.shape[0], tile.shape[1])),)
     else:
-        halves = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
-        return split_columns(halves[0], P // 2) + split_columns(halves[1], P // 2)
+        halves = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1], P // 2, 2)))
+        return split_halves(halves[0], P // 2) + split_halves(halves[1], P // 2)
 
 
 @triton.jit
-def join_columns(pieces, P: tl.constexpr):
-    """The inverse of ``split_columns``."""
+def join_halves(pieces, P: tl.constexpr):
+    """The inverse of ``split_halves``."""
     if P == 1:
-        return pieces[0]
+        return tl.reshape(pieces[0], (pieces[0].shape[0], pieces[0].shape[1], 1))
     else:
-        low = join_columns(pieces[:P // 2], P // 2)
-        high = join_columns(pieces[P // 2:], P // 2)
-        return tl.reshape(tl.join(low, high), (low.shape[0], low.shape[1] * 2))
+        low = join_halves(pieces[:P // 2], P // 2)
+        high = join_halves(pieces[P // 2:], P // 2)
+        return tl.reshape(tl.join(low, high), (low.shape[0], low.shape[1], P))
+
+
+@triton.jit
+def reordered(pieces, TILE: tl.constexpr):
+    """From the order of ``split_halves`` to that of the columns, or back."""
+    out = ()
+    for p in tl.static_range(len(pieces)):
+        out = out + (pieces[TILE.order[p]],)
+    return out
+
+
+@triton.jit
+def tile_columns(TILE: tl.constexpr):
+    """The columns of a chunk as it is loaded: [1, L, P] where a lane's columns are neighbours, else [1, P, L]."""
+    lanes = tl.arange(0, TILE.lanes)
+    pieces = tl.arange(0, TILE.pieces)
+    if TILE.vector:
+        return lanes[None, :, None] * TILE.pieces + pieces[None, None, :]
+    else:
+        return pieces[None, :, None] * TILE.lanes + lanes[None, None, :]
 
 
 @triton.jit
@@ -94,39 +122,45 @@ def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
     """The columns [1, L] of a piece, counted from the start of its chunk."""
     lanes = tl.arange(0, TILE.lanes)[None, :]
     if TILE.vector:
-        return lanes * TILE.pieces + TILE.order[PIECE]
+        return lanes * TILE.pieces + PIECE
     else:
         return lanes + PIECE * TILE.lanes
 
 
 @triton.jit
-def load_piece(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr):
-    """One piece [R, L] of a chunk at ``start`` [R, 1]; 0 beyond LIMIT columns (0: the chunk is whole)."""
-    columns = piece_columns(PIECE, TILE)
-    if TILE.masks(LIMIT, PIECE):
-        return computed(tl.load(start + columns * STRIDE, mask=columns < LIMIT, other=0.0), TILE)
+def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """The pieces of a chunk at ``start`` (of a row), in the dtype in which they are stored; 0 beyond LIMIT columns (0: the
+    chunk is whole).
+
+    All pieces come in one load and are told apart in registers: a thread holds all columns of its lane. The time to
+    compile grows with the number of loads."""
+    columns = tile_columns(TILE)
+    if TILE.rows > 1:
+        start = start[:, :, None]
+    if LIMIT:
+        tile = tl.load(start + columns * STRIDE, mask=columns < LIMIT, other=0.0)
     else:
-        return computed(tl.load(start + columns * STRIDE), TILE)
+        tile = tl.load(start + columns * STRIDE)
+    if not TILE.vector:
+        tile = tl.permute(tile, (0, 2, 1))
+    return reordered(split_halves(tile, TILE.pieces), TILE)
 
 
 @triton.jit
-def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """The first COUNT pieces of a chunk of logits at ``start`` [R, 1], in the dtype in which they are stored."""
-    if TILE.vector:
-        columns = tl.arange(0, TILE.lanes * TILE.pieces)[None, :]
-        if LIMIT:
-            return split_columns(tl.load(start + columns, mask=columns < LIMIT, other=0.0), TILE.pieces)
-        else:
-            return split_columns(tl.load(start + columns), TILE.pieces)
+def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """Writes pieces at ``start`` (of a row) to neighbouring columns, below LIMIT and in rows inside the batch."""
+    columns = tile_columns(TILE)
+    for _p in tl.static_range(len(pieces), tl.constexpr(TILE.pieces)):
+        pieces = pieces + (pieces[0],)
+    tile = join_halves(reordered(pieces, TILE), TILE.pieces)
+    if not TILE.vector:
+        tile = tl.permute(tile, (0, 2, 1))
+    if TILE.rows > 1:
+        tl.store(start[:, :, None] + columns, tile, mask=inside[:, :, None] & (columns < LIMIT if LIMIT else columns >= 0))
+    elif LIMIT:
+        tl.store(start + columns, tile, mask=columns < LIMIT)
     else:
-        out = ()
-        for p in tl.static_range(COUNT):
-            local = piece_columns(p, TILE)
-            if TILE.masks(LIMIT, p):
-                out = out + (tl.load(start + local * STRIDE, mask=local < LIMIT, other=0.0),)
-            else:
-                out = out + (tl.load(start + local * STRIDE),)
-        return out
+        tl.store(start + columns, tile)
 
 
 @triton.jit
@@ -204,9 +238,37 @@ def powered(base, scaled, POWER: tl.constexpr, RATIO: tl.constexpr):
 
 
 @triton.jit
-def row_sums(values):
-    """The sums over the lanes [R, 1] of a tuple of [R, L]."""
+def row_sum(x, TILE: tl.constexpr):
+    """The sum over the lanes."""
+    if TILE.rows == 1:
+        return tl.sum(x)
+    else:
+        return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def row_sums(values, TILE: tl.constexpr):
     out = ()
     for i in tl.static_range(len(values)):
-        out = out + (tl.sum(values[i], 1, keep_dims=True),)
+        out = out + (row_sum(values[i], TILE),)
     return out
+
+
+@triton.jit
+def row_maxima(values, TILE: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(values)):
+        if TILE.rows == 1:
+            out = out + (tl.max(values[i]),)
+        else:
+            out = out + (tl.max(values[i], 1, keep_dims=True),)
+    return out
+
+
+@triton.jit
+def store_rows(at, values, inside, TILE: tl.constexpr):
+    """Writes where the row is inside the batch: every row is if a program has one."""
+    if TILE.rows == 1:
+        tl.store(at, values)
+    else:
+        tl.store(at, values, mask=inside)

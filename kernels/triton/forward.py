@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import LN2, NOTHING, computed, constant, constants, linear_rows, log2
+from fastokd.kernels.triton.columns import LN2, NOTHING, computed, linear_rows, log2, row_constant, row_constants
 from fastokd.kernels.triton.normal import normal_sweep
 from fastokd.kernels.triton.sweep import sweep
 
@@ -19,7 +19,7 @@ def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The label's logit of each logits row [R, 1] and the mass of the target: 1, or NaN for a label out of range."""
     label = tl.load(target + rows * TILE.target_strides[0])
     valid = (label >= 0) & (label < TILE.num_classes)
-    one = constant(1.0, (TILE.rows, 1), TILE)
+    one = row_constant(1.0, TILE)
     mass = tl.where(valid, one, float("nan"))
     out = ()
     for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
@@ -38,7 +38,7 @@ def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.const
     out = ()
     for c in tl.static_range(len(SPEC.choices)):
         best = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][0]]
-        position = constant(0.0, (TILE.rows, 1), TILE)
+        position = row_constant(0.0, TILE)
         for k in tl.static_range(1, len(SPEC.passes[1].nodes[SPEC.choices[c]][1])):
             value = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][k]]
             position = tl.where(value < best, k, position)
@@ -76,7 +76,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
     labels = ()
     node_labels = ()
     choices = ()
-    mass = constant(1.0, (TILE.rows, 1), TILE)
+    mass = row_constant(1.0, TILE)
     if SPEC.use_labels and not soft_target:
         labels, mass = label_logits(logits, target, rows, SPEC, TILE)
         node_labels = linear_rows(labels, weights, SPEC)
@@ -105,7 +105,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
         for n in tl.static_range(len(SPEC.passes[1].summed)):
             node_sums = placed(node_sums, SPEC.passes[1].summed[n], plain[SPEC.num_logits + n])
 
-    terms = constants(SPEC.num_terms, 0.0, (TILE.rows, 1), TILE)
+    terms = row_constants(SPEC.num_terms, 0.0, TILE)
     for c in tl.static_range(len(SPEC.entropies)):
         value = entropy(maxima, sums, node_labels, mass, SPEC.entropies[c][1], SPEC.entropies[c][2], SPEC, 1, TILE)
         if SPEC.label_smoothing > 0:
@@ -143,7 +143,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
         for e in tl.static_range(len(SPEC.normal)):
             terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
 
-    loss = constant(NOTHING, (TILE.rows, 1), TILE)
+    loss = row_constant(NOTHING, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         loss += terms[t] * tl.load(term_weights + t)
     stats = maxima + sums + means

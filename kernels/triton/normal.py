@@ -6,7 +6,7 @@ They take a second pass over the columns, once the sums of exponentials are know
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import FLOOR, LN2, constants, log2, masked, powered, row_sums
+from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums
 from fastokd.kernels.triton.sweep import chunk_rows
 
 
@@ -22,13 +22,15 @@ def log_probability(rows, maxima, logs, SOFT: tl.constexpr, SPEC: tl.constexpr):
 def blend_row(rows, weights, maxima, logs, BLEND: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """A probability mixture at one piece: its probability, log2 of it, and d log / d weight of each input."""
     parts = ()
+    peak = PAD
+    total = 0.0
     for k in tl.static_range(len(SPEC.blends[BLEND][1])):
         if SPEC.blends[BLEND][2][k] < 0:
             part = log2(tl.maximum(rows[SPEC.blends[BLEND][1][k]], FLOOR), TILE)
         else:
             part = log_probability(rows, maxima, logs, SPEC.blends[BLEND][2][k], SPEC)
         parts = parts + (part,)
-        peak = part if k == 0 else tl.maximum(peak, part)
+        peak = tl.maximum(part, peak)
     ratios = ()
     for k in tl.static_range(len(SPEC.blends[BLEND][1])):
         ratio = tl.exp2(parts[k] - peak)
@@ -37,7 +39,7 @@ def blend_row(rows, weights, maxima, logs, BLEND: tl.constexpr, SPEC: tl.constex
             share = ratio * weights[SPEC.blends[BLEND][3] + k]
         else:
             share = ratio * SPEC.blends[BLEND][4][k]
-        total = share if k == 0 else total + share
+        total = share + total
     kept = tl.maximum(total, FLOOR)
     scale = tl.where(total >= FLOOR, 1.0 / kept, 0.0)
     slopes = ()
@@ -115,7 +117,7 @@ def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums
     """For each normal edge its value and the mean of its teacher's side; masses of the blends; for each normal edge from
     a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1]."""
     logs = log_sums(sums, TILE)
-    totals = constants(SPEC.num_normal, 0.0, (TILE.rows, TILE.lanes), TILE)
+    totals = lane_constants(SPEC.num_normal, 0.0, TILE)
     if TILE.whole:
         for chunk in range(TILE.whole):
             totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima, logs,
@@ -123,4 +125,4 @@ def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums
     if TILE.rest:
         totals = normal_chunk(totals, logits, externals, rows, TILE.whole * TILE.block, weights, labels, choices, maxima, logs,
                               TILE.rest, TILE.rest_pieces, SPEC, TILE)
-    return row_sums(totals)
+    return row_sums(totals, TILE)

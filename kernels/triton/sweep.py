@@ -12,13 +12,13 @@ from fastokd.kernels.triton.columns import (
     FLOOR,
     PAD,
     computed,
-    constants,
     derived_rows,
+    lane_constants,
     load_chunk,
-    load_piece,
     log2,
     masked,
     powered,
+    row_maxima,
     row_sums,
 )
 
@@ -28,17 +28,17 @@ def chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT: t
                SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
     """The rows of all nodes at the columns of a chunk: a tuple of COUNT tuples of pieces [R, L]."""
     chunks = ()
-    for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
+    for m in tl.static_range(len(logits)):
         start = logits[m] + rows * TILE.logit_strides[m][0] + base * TILE.logit_strides[m][1]
-        chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, COUNT, TILE),)
+        chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, TILE),)
+    for x in tl.static_range(len(externals)):
+        start = externals[x] + rows * TILE.external_strides[x][0] + base * TILE.external_strides[x][1]
+        chunks = chunks + (load_chunk(start, TILE.external_strides[x][1], LIMIT, TILE),)
     out = ()
     for p in tl.static_range(COUNT):
         pieces = ()
-        for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
+        for m in tl.static_range(len(chunks)):
             pieces = pieces + (computed(chunks[m][p], TILE),)
-        for x in tl.static_range(len(externals)):
-            at = externals[x] + rows * TILE.external_strides[x][0] + base * TILE.external_strides[x][1]
-            pieces = pieces + (load_piece(at, TILE.external_strides[x][1], LIMIT, p, TILE),)
         out = out + (derived_rows(pieces, weights, labels, choices, SPEC, WHICH),)
     return out
 
@@ -89,6 +89,10 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
                   DOTS: tl.constexpr, TILE: tl.constexpr):
     """Running maxima, weighted sums and plain sums after one more chunk. FRESH: before it there was none."""
     pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, WHICH, TILE)
+    targets = ()
+    if DOTS:
+        start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
+        targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
     for first in tl.static_range(0, COUNT, tl.constexpr(TILE.group)):
         raised = raised_maxima(maxima, pieces, first, TILE.group_end(first, COUNT), LIMIT, SPEC, WHICH, TILE)
         if not FRESH or first > 0:
@@ -109,19 +113,18 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
                 sums = sums + (weighted[len(SPEC.passes[WHICH].softs) + d] + powers[SPEC.passes[WHICH].moments[d][0]] * value,)
             weighted = sums
     for p in tl.static_range(COUNT):
-        plain = plain_sums(plain, pieces[p], target, rows, base, p, LIMIT, SPEC, WHICH, DOTS, TILE)
+        plain = plain_sums(plain, pieces[p], targets, p, LIMIT, SPEC, WHICH, DOTS, TILE)
     return maxima, weighted, plain
 
 
 @triton.jit
-def plain_sums(plain, pieces, target, rows, base, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr,
+def plain_sums(plain, pieces, targets, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr,
                WHICH: tl.constexpr, DOTS: tl.constexpr, TILE: tl.constexpr):
     """Sums without exponentials: <y, v> of the logits rows and the mass of y (DOTS: soft targets), sums of rows, masses of
     external rows, crosses."""
     out = ()
     if DOTS:
-        at = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
-        y = load_piece(at, TILE.target_strides[1], LIMIT, PIECE, TILE)
+        y = computed(targets[PIECE], TILE)
         for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             out = out + (y * pieces[m],)
         out = out + (y,)
@@ -153,11 +156,10 @@ def plain_sums(plain, pieces, target, rows, base, PIECE: tl.constexpr, LIMIT: tl
 def sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
           DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
     """One pass over all columns: scaled maxima by slot, sums by soft, moments, and PLAIN plain sums, all [R, 1]."""
-    shape: tl.constexpr = (TILE.rows, TILE.lanes)
     softs: tl.constexpr = len(SPEC.passes[WHICH].softs)
-    maxima = constants(len(SPEC.passes[WHICH].slots), PAD, shape, TILE)
-    weighted = constants(softs + len(SPEC.passes[WHICH].moments), 0.0, shape, TILE)
-    plain = constants(PLAIN, 0.0, shape, TILE)
+    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    weighted = lane_constants(softs + len(SPEC.passes[WHICH].moments), 0.0, TILE)
+    plain = lane_constants(PLAIN, 0.0, TILE)
     if TILE.whole == 1 and TILE.rest == 0:
         maxima, weighted, plain = forward_chunk(
             maxima, weighted, plain, logits, externals, target, rows, 0, weights, labels, choices,
@@ -171,11 +173,9 @@ def sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.co
         maxima, weighted, plain = forward_chunk(
             maxima, weighted, plain, logits, externals, target, rows, TILE.whole * TILE.block, weights, labels, choices,
             TILE.rest, TILE.rest_pieces, TILE.whole == 0, SPEC, WHICH, DOTS, TILE)
-    peaks = ()
-    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
-        peaks = peaks + (tl.max(maxima[s], 1, keep_dims=True),)
-    weighted = row_sums(rescaled(weighted, maxima, peaks, len(SPEC.passes[WHICH].moments), SPEC, WHICH))
+    peaks = row_maxima(maxima, TILE)
+    weighted = row_sums(rescaled(weighted, maxima, peaks, len(SPEC.passes[WHICH].moments), SPEC, WHICH), TILE)
     means = ()
     for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
         means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d][0]],)
-    return peaks, weighted[:softs], means, row_sums(plain)
+    return peaks, weighted[:softs], means, row_sums(plain, TILE)

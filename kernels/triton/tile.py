@@ -58,7 +58,7 @@ class Tile:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The column of each piece within a vector, after it was split into halves (even, odd) again and again."""
+        """The column of each piece after a chunk was split into halves (even, odd) again and again. Its own inverse."""
         order: tuple[int, ...] = (0,)
         while len(order) < self.pieces:
             order = tuple(2 * k for k in order) + tuple(2 * k + 1 for k in order)
@@ -103,10 +103,10 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     """
     if num_classes <= 32:
         lanes = 4
-        return 8, lanes, -(-num_classes // lanes), 8, 0, 1
+        return 8, lanes, _power_of_two(-(-num_classes // lanes)), 8, 0, 1
     vector_pieces = max(VECTOR_BYTES // itemsize, 1)
     if num_classes <= 256 and not (aligned and num_classes >= 128):
-        return 1, 32, -(-num_classes // 32), 8, 0, 1
+        return 1, 32, _power_of_two(-(-num_classes // 32)), 8, 0, 1
     if num_classes <= 4096:
         warps = 1 if batch >= 1024 else 4
     else:
@@ -118,3 +118,7 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
             warps //= 2
         return 1, 32 * warps, vector_pieces, min(group, vector_pieces), 1, warps
     return 1, 32 * warps, 8, group, 0, warps
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
