@@ -60,7 +60,7 @@ class TritonExecutor:
         if batch:
             tile = _tile(spec, logits, weights, externals, target)
             _launch(kernels.forward_kernel, spec, tile, first, tuple(logits), tuple(weights), tuple(externals), target,
-                    term_weights, rows, terms, stats, batch)
+                    term_weights, rows, terms, stats)
         return rows, terms, stats
 
     def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
@@ -73,7 +73,7 @@ class TritonExecutor:
             tile = _tile(spec, logits, weights, externals, target, needs, grad_rows.stride(0))
             grad_logits, grad_weights = _destinations(grads, logits, weights)
             _launch(kernels.backward_kernel, spec, tile, first, grad_logits, grad_weights, grad_rows, tuple(logits), tuple(weights),
-                    tuple(externals), target, term_weights, stats, first.shape[0])
+                    tuple(externals), target, term_weights, stats)
         return grads
 
     def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
@@ -89,7 +89,7 @@ class TritonExecutor:
             tile = _tile(spec, logits, weights, externals, target, needs)
             grad_logits, grad_weights = _destinations(grads, logits, weights)
             _launch(kernels.fused_kernel, spec, tile, first, grad_logits, grad_weights, tuple(logits), tuple(weights),
-                    tuple(externals), target, term_weights, rows, terms, batch)
+                    tuple(externals), target, term_weights, rows, terms)
         return rows, terms, grads
 
 
@@ -132,7 +132,7 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
 def _launch(kernel: Any, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
     batch = first.shape[0]
     with torch.cuda.device_of(first):
-        kernel[(-(-batch // tile.rows),)](*args, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+        kernel[(-(-batch // tile.rows),)](*args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
 
 
 EXECUTOR = TritonExecutor()

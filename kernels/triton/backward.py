@@ -11,7 +11,6 @@ import triton.language as tl
 from fastokd.kernels.triton.columns import (
     FLOOR,
     LN2,
-    MIXTURE,
     NOTHING,
     added,
     computed,
@@ -23,7 +22,7 @@ from fastokd.kernels.triton.columns import (
     piece_columns,
     row_constant,
     row_constants,
-    row_sum,
+    row_sums,
     store_chunk,
     store_rows,
 )
@@ -109,14 +108,13 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
 @triton.jit
 def through_mixtures(values, weights, SPEC: tl.constexpr):
     """Gradients of all nodes after every mixture, last first, has passed its own on to its inputs."""
-    for back in tl.static_range(len(SPEC.passes[0].nodes)):
-        if SPEC.mixture(back):
-            for k in tl.static_range(len(SPEC.backwards(back)[1])):
-                if SPEC.backwards(back)[2] >= 0:
-                    part = weights[SPEC.backwards(back)[2] + k] * values[SPEC.node(back)]
-                else:
-                    part = values[SPEC.node(back)] * SPEC.backwards(back)[3][k]
-                values = added(values, SPEC.backwards(back)[1][k], part)
+    for j in tl.static_range(len(SPEC.mixtures)):
+        for k in tl.static_range(len(SPEC.mixtures[j][1])):
+            if SPEC.mixtures[j][2] >= 0:
+                part = weights[SPEC.mixtures[j][2] + k] * values[SPEC.mixtures[j][0]]
+            else:
+                part = values[SPEC.mixtures[j][0]] * SPEC.mixtures[j][3][k]
+            values = added(values, SPEC.mixtures[j][1][k], part)
     return values
 
 
@@ -177,11 +175,11 @@ def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, S
 @triton.jit
 def weight_products(dots, grads, rows, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The gradient of every run-time weight of the mixtures after one more piece."""
-    for j in tl.static_range(len(SPEC.passes[0].nodes)):
-        if SPEC.passes[0].nodes[j][0] == MIXTURE and SPEC.passes[0].nodes[j][2] >= 0:
-            for k in tl.static_range(len(SPEC.passes[0].nodes[j][1])):
-                product = grads[SPEC.num_logits + SPEC.num_externals + j] * rows[SPEC.passes[0].nodes[j][1][k]]
-                dots = added(dots, SPEC.passes[0].nodes[j][2] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
+    for j in tl.static_range(len(SPEC.mixtures)):
+        if SPEC.mixtures[j][2] >= 0:
+            for k in tl.static_range(len(SPEC.mixtures[j][1])):
+                product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
+                dots = added(dots, SPEC.mixtures[j][2] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
     return dots
 
 
@@ -254,19 +252,24 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
                               labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest, TILE.rest_pieces,
                               SPEC, TILE)
 
+    totals = row_sums(dots, TILE)
+    sums = ()
+    if SPEC.use_sums:
+        sums = linear_rows(stats[SPEC.layout[4]:SPEC.layout[5]], weights, SPEC)
+    for j in tl.static_range(len(SPEC.mixtures)):
+        if SPEC.mixtures[j][2] >= 0:
+            for k in tl.static_range(len(SPEC.mixtures[j][1])):
+                if SPEC.has_entropy:
+                    part = onto_target[SPEC.mixtures[j][0]] * labels[SPEC.mixtures[j][1][k]]
+                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
+                if SPEC.use_sums:
+                    totals = added(totals, SPEC.mixtures[j][2] + k, onto_one[SPEC.mixtures[j][0]] * sums[SPEC.mixtures[j][1][k]])
+    for b in tl.static_range(len(SPEC.blends)):
+        if SPEC.blends[b][3] >= 0:
+            for k in tl.static_range(len(SPEC.blends[b][1])):
+                totals = added(totals, SPEC.blends[b][3] + k, factors[6][b][k])
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
             for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
-                total = row_sum(dots[SPEC.first_weight(s) + k], TILE)
-                for j in tl.static_range(len(SPEC.passes[0].nodes)):
-                    if SPEC.passes[0].nodes[j][0] == MIXTURE and SPEC.passes[0].nodes[j][2] == SPEC.first_weight(s):
-                        if SPEC.has_entropy:
-                            total += onto_target[SPEC.num_logits + SPEC.num_externals + j] * labels[SPEC.passes[0].nodes[j][1][k]]
-                        if SPEC.use_sums:
-                            sums = linear_rows(stats[SPEC.layout[4]:SPEC.layout[5]], weights, SPEC)
-                            total += onto_one[SPEC.num_logits + SPEC.num_externals + j] * sums[SPEC.passes[0].nodes[j][1][k]]
-                for b in tl.static_range(len(SPEC.blends)):
-                    if SPEC.blends[b][3] == SPEC.first_weight(s):
-                        total += factors[6][b][k]
                 at = grad_weights[s] + rows * SPEC.widths[s] + k
-                store_rows(at, total.to(grad_weights[s].dtype.element_ty), inside, TILE)
+                store_rows(at, totals[SPEC.first_weight(s) + k].to(grad_weights[s].dtype.element_ty), inside, TILE)

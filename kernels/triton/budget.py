@@ -85,7 +85,7 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
     types = {
         "logits": logits, "grad_logits": logits, "weights": weights, "grad_weights": weights,
         "externals": (compute,) * plan.num_externals, "target": "*i64" if len(tile.target_strides) == 1 else compute,
-        "batch": "i32", "SPEC": "constexpr", "TILE": "constexpr",
+        "batch": "i32", "shift": "i32", "SPEC": "constexpr", "TILE": "constexpr",
     }
     kernel = KERNELS[which]
     signature = {name: types.get(name, compute) for name in kernel.arg_names}

@@ -247,22 +247,59 @@ def row_sum(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def row_sums(values, TILE: tl.constexpr):
+def _add_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _raise_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return (tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2), tl.maximum(a3, b3), tl.maximum(a4, b4),
+            tl.maximum(a5, b5), tl.maximum(a6, b6), tl.maximum(a7, b7))
+
+
+@triton.jit
+def together(values, MAXIMUM: tl.constexpr):
+    """Sums or maxima of a tuple of [1, L], eight at a time: several warps wait for each other once instead of eight times."""
     out = ()
-    for i in tl.static_range(len(values)):
-        out = out + (row_sum(values[i], TILE),)
-    return out
+    for first in tl.static_range(0, len(values), 8):
+        flat = ()
+        for i in tl.static_range(8):
+            if first + i < len(values):
+                flat = flat + (tl.ravel(values[first + i]),)
+            else:
+                flat = flat + (flat[0],)
+        if MAXIMUM:
+            out = out + tl.reduce(flat, 0, _raise_all)
+        else:
+            out = out + tl.reduce(flat, 0, _add_all)
+    return out[:len(values)]
+
+
+@triton.jit
+def row_sums(values, TILE: tl.constexpr):
+    """The sums over the lanes of a tuple."""
+    if TILE.num_warps > 1 and len(values) > 1:
+        return together(values, False)
+    else:
+        out = ()
+        for i in tl.static_range(len(values)):
+            out = out + (row_sum(values[i], TILE),)
+        return out
 
 
 @triton.jit
 def row_maxima(values, TILE: tl.constexpr):
-    out = ()
-    for i in tl.static_range(len(values)):
-        if TILE.rows == 1:
-            out = out + (tl.max(values[i]),)
-        else:
-            out = out + (tl.max(values[i], 1, keep_dims=True),)
-    return out
+    """The maxima over the lanes of a tuple."""
+    if TILE.num_warps > 1 and len(values) > 1:
+        return together(values, True)
+    else:
+        out = ()
+        for i in tl.static_range(len(values)):
+            if TILE.rows == 1:
+                out = out + (tl.max(values[i]),)
+            else:
+                out = out + (tl.max(values[i], 1, keep_dims=True),)
+        return out
 
 
 @triton.jit

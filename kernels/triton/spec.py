@@ -137,17 +137,12 @@ class Spec:
     def has_entropy(self) -> bool:
         return bool(self.entropies)
 
-    def mixture(self, back: int) -> bool:
-        """Whether the derived node at this position from the end is a mixture."""
-        return self.backwards(back)[0] == MIXTURE
-
-    def backwards(self, back: int) -> tuple:
-        """The derived node at this position from the end."""
-        return self.passes[0].nodes[-1 - int(back)]
-
-    def node(self, back: int) -> int:
-        """The id of the derived node at this position from the end."""
-        return len(self.learning) - 1 - int(back)
+    @cached_property
+    def mixtures(self) -> tuple:
+        """The mixtures as (node, inputs, first weight or -1, constants), users before their inputs."""
+        first = len(self.learning) - len(self.passes[0].nodes)
+        found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
+        return tuple(reversed(found))
 
     @property
     def has_minimum(self) -> bool:
