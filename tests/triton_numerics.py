@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, LowestCrossEntropy, MinLogit, Mixture, ProbabilityMixture, lower
+from fastokd.graph import (
+    KL,
+    CrossEntropy,
+    External,
+    Graph,
+    Logits,
+    LowestCrossEntropy,
+    MinLogit,
+    Mixture,
+    ProbabilityMixture,
+    lower,
+)
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton.columns import FLOOR
 from fastokd.methods.ahbf import ahbf_graph
@@ -150,11 +161,13 @@ def run(executor: object, inputs: Batch) -> list[Tensor | None]:
     return [rows, *terms, *grads]
 
 
-def check(inputs: Batch, slack: float = 32) -> None:
+def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
     """The kernels' error is at most twice the reference's in the same dtype, plus ``slack`` units of rounding.
 
     Units are those of float32 arithmetic at the size of the result, or of the logits for values: a KL is a difference
-    of numbers of that size. A gradient is also rounded to its own dtype (half a unit; both executors do that).
+    of numbers of that size. So is, with an undetached teacher, the gradient of a logit, and that of a mixing weight is
+    its product with logits: ``huge`` allows for that where it shows. The reference escapes it only where a softmax is
+    exactly one-hot. A gradient is also rounded to its own dtype (half a unit; both executors do that).
     """
     before = [tensor.clone() for tensor in inputs.tensors()]
     found, plain, truth = run(TRITON, inputs), run(REFERENCE, inputs), run(REFERENCE, inputs.double())
@@ -169,7 +182,9 @@ def check(inputs: Batch, slack: float = 32) -> None:
         assert mine.dtype == theirs.dtype
         if not exact.numel():
             continue
-        scale = max(float(exact.abs().max()), size if number < values else 0.0)
+        scale = float(exact.abs().max())
+        if number < values or huge:
+            scale = max(scale, size, size * size if number >= values + len(inputs.logits) else 0.0)
         own = torch.finfo(mine.dtype).eps * float(exact.abs().max()) if mine.dtype != inputs.term_weights.dtype else 0.0
         error, other = float((mine.double() - exact).abs().max()), float((theirs.double() - exact).abs().max())
         assert error <= 2 * other + slack * unit * scale + own, f"output {number}: error {error:.3g}, reference {other:.3g}, scale {scale:.3g}"
@@ -222,15 +237,14 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("name", ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"])
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
 def test_huge_and_tiny_logits(name: str, scale: float) -> None:
-    # At 1e4 a scaled logit has an absolute rounding error near 1e-3, and so has a log-sum: hence the units of `size`.
-    check(make(GRAPHS[name](), 3, 100, scale=scale), slack=64)
+    check(make(GRAPHS[name](), 3, 100, scale=scale), huge=scale > 1)
 
 
-def test_a_common_offset_costs_no_accuracy_in_the_gradient() -> None:
-    inputs = make(GRAPHS["mutual"](), 3, 100)
+@pytest.mark.parametrize("name", ["cascade", "mutual"])
+def test_a_common_offset_costs_no_accuracy_in_the_gradient(name: str) -> None:
+    inputs = make(GRAPHS[name](), 3, 100)
     inputs.logits = [row + 1000.0 for row in inputs.logits]
-    # The interpreter rounds where the GPU has a fused multiply-add: 1000 * log2(e) * 2^-24 = 9e-5 in an exponent.
-    check(inputs, slack=1024)
+    check(inputs)
 
 
 def test_opposed_branches_keep_their_mixtures_finite() -> None:
@@ -238,7 +252,7 @@ def test_opposed_branches_keep_their_mixtures_finite() -> None:
     inputs = make(GRAPHS["cascade"](), 2, 100)
     for m, row in enumerate(inputs.logits):
         row[:, m] = 2000.0
-    check(inputs)
+    check(inputs, huge=True)
 
 
 def test_identical_rows() -> None:

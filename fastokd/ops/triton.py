@@ -125,7 +125,7 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
         grad_stride=grad_stride,
         needs=tuple(int(need) for need in needs),
         double=int(first.dtype == torch.float64),
-        hardware_log=int(not INTERPRETED and first.dtype != torch.float64),
+        hardware=int(not INTERPRETED and first.dtype != torch.float64),
     )
 
 

@@ -27,7 +27,7 @@ from fastokd.kernels.triton.columns import (
     store_rows,
 )
 from fastokd.kernels.triton.normal import blend_rows, log_probability, log_sums, teacher_row
-from fastokd.kernels.triton.sweep import chunk_rows, exponentials
+from fastokd.kernels.triton.sweep import chunk_rows, exponentials, moment_value, scaled_rows
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
     for e in tl.static_range(len(SPEC.edges)):
         factor = gradient * tl.load(term_weights + SPEC.edges[e][0]) * (SPEC.edges[e][1] / SPEC.edges[e][2])
         onto_other = factor / sums[SPEC.edges[e][3]]
-        onto_gap = onto_other * (1.0 / SPEC.edges[e][2])
+        onto_gap = onto_other * LN2
         if SPEC.edges[e][8]:
             pulls = added(pulls, SPEC.edges[e][5], factor / sums[SPEC.edges[e][5]])
         if SPEC.edges[e][7]:
@@ -119,7 +119,7 @@ def through_mixtures(values, weights, SPEC: tl.constexpr):
 
 
 @triton.jit
-def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, SPEC: tl.constexpr, TILE: tl.constexpr):
+def edge_gradients(grads, rows, scaled, powers, weights, logs, factors, stats, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The gradient of every node at one piece, from the terms at this node and the blends that it enters.
 
     ``factors`` as from ``row_factors``; ``logs`` log2 of the sums, needed by normal edges only.
@@ -127,13 +127,13 @@ def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, S
     pulls, _target, _one, edges, outer, normal, _blends = factors
     for e in tl.static_range(len(SPEC.edges)):
         if SPEC.edges[e][7]:
-            pulls = added(pulls, SPEC.edges[e][3], edges[e][1] * (rows[SPEC.edges[e][4]] - rows[SPEC.edges[e][6]]))
+            pulls = added(pulls, SPEC.edges[e][3], edges[e][1] * moment_value(scaled, e, SPEC, 1))
         if SPEC.edges[e][8]:
             grads = added(grads, SPEC.edges[e][6], -(edges[e][0] * powers[SPEC.edges[e][3]]))
     for o in tl.static_range(len(SPEC.outer)):
         outside = rows[SPEC.outer[o][5]]
         if SPEC.outer[o][6]:
-            gap = rows[SPEC.outer[o][4]] * SPEC.passes[1].moments[SPEC.outer[o][8]][3] - log2(tl.maximum(outside, FLOOR), TILE)
+            gap = moment_value(scaled, SPEC.outer[o][8], SPEC, 1) - log2(tl.maximum(outside, FLOOR), TILE)
             pulls = added(pulls, SPEC.outer[o][3], outer[o] * gap)
         else:
             grads = added(grads, SPEC.outer[o][4], -(outer[o] * (outside + SPEC.outer[o][7])))
@@ -141,11 +141,11 @@ def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, S
         if SPEC.pulls[f]:
             grads = added(grads, SPEC.passes[1].slots[SPEC.passes[1].softs[f][0]][0], pulls[f] * powers[f])
     if len(SPEC.normal):
-        blends = blend_rows(rows, weights, maxima, logs, SPEC, TILE)
+        blends = blend_rows(rows, scaled, weights, logs, SPEC, TILE)
         onto = lane_constants(len(SPEC.blends), NOTHING, TILE)
         for e in tl.static_range(len(SPEC.normal)):
-            probability, weight, logarithm = teacher_row(rows, blends, maxima, logs, e, SPEC, TILE)
-            student = log_probability(rows, maxima, logs, SPEC.normal[e][3], SPEC)
+            probability, weight, logarithm = teacher_row(scaled, blends, logs, e, SPEC, TILE)
+            student = log_probability(scaled, logs, SPEC.normal[e][3], SPEC)
             gap = (logarithm - student) * LN2
             if SPEC.normal[e][7]:
                 share = normal[e] * tl.exp2(student)
@@ -173,14 +173,50 @@ def edge_gradients(grads, rows, weights, powers, maxima, logs, factors, stats, S
 
 
 @triton.jit
-def weight_products(dots, grads, rows, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The gradient of every run-time weight of the mixtures after one more piece."""
+def weight_products(dots, grads, rows, scaled, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The products of each mixture's gradient with its inputs after one more piece.
+
+    A row's gradient adds up to 0, so its product with ``v`` is that with ``v - max``, which has no large common part: scaled
+    rows are what is taken where an input has one.
+    """
     for j in tl.static_range(len(SPEC.mixtures)):
         if SPEC.mixtures[j][2] >= 0:
             for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
-                dots = added(dots, SPEC.mixtures[j][2] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
+                if SPEC.mixtures[j][4][k] >= 0:
+                    product = grads[SPEC.mixtures[j][0]] * scaled[SPEC.mixtures[j][4][k]]
+                else:
+                    product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
+                dots = added(dots, SPEC.mixtures[j][5] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
     return dots
+
+
+@triton.jit
+def weight_gradients(dots, weights, onto_target, onto_one, onto_blends, labels, stats, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The gradients of all run-time weights, from the products summed over the columns."""
+    mass = stats[SPEC.layout[6]]
+    node_sums = ()
+    if SPEC.use_sums:
+        node_sums = linear_rows(stats[SPEC.layout[4]:SPEC.layout[5]], weights, SPEC)
+    totals = row_constants(SPEC.num_weights, NOTHING, TILE)
+    for j in tl.static_range(len(SPEC.mixtures)):
+        if SPEC.mixtures[j][2] >= 0:
+            for k in tl.static_range(len(SPEC.mixtures[j][1])):
+                total = dots[SPEC.mixtures[j][5] + k]
+                scale = 1.0
+                offset = 0.0
+                if SPEC.mixtures[j][4][k] >= 0:
+                    scale = SPEC.passes[1].slots[SPEC.mixtures[j][4][k]][1]
+                    offset = stats[SPEC.mixtures[j][4][k]]
+                if SPEC.has_entropy:
+                    total += onto_target[SPEC.mixtures[j][0]] * (labels[SPEC.mixtures[j][1][k]] * scale - offset * mass)
+                if SPEC.use_sums:
+                    total += onto_one[SPEC.mixtures[j][0]] * (node_sums[SPEC.mixtures[j][1][k]] * scale - offset * TILE.num_classes)
+                totals = added(totals, SPEC.mixtures[j][2] + k, total / scale)
+    for b in tl.static_range(len(SPEC.blends)):
+        if SPEC.blends[b][3] >= 0:
+            for k in tl.static_range(len(SPEC.blends[b][1])):
+                totals = added(totals, SPEC.blends[b][3] + k, onto_blends[b][k])
+    return totals
 
 
 @triton.jit
@@ -195,11 +231,12 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
         targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
     chunks = ()
     for p in tl.static_range(COUNT):
-        powers = exponentials(pieces[p], maxima, p, 0, SPEC, 1, TILE)
+        scaled = scaled_rows(pieces[p], maxima, SPEC, 1, TILE)
+        powers = exponentials(scaled, p, 0, SPEC, 1, TILE)
         grads = lane_constants(len(SPEC.learning), NOTHING, TILE)
-        grads = edge_gradients(grads, pieces[p], weights, powers, maxima, logs, factors, stats, SPEC, TILE)
+        grads = edge_gradients(grads, pieces[p], scaled, powers, weights, logs, factors, stats, SPEC, TILE)
         grads = through_mixtures(grads, weights, SPEC)
-        dots = weight_products(dots, grads, pieces[p], p, LIMIT, SPEC, TILE)
+        dots = weight_products(dots, grads, pieces[p], scaled, p, LIMIT, SPEC, TILE)
         branches = ()
         for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             grad = grads[m]
@@ -242,7 +279,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
         label = tl.load(target + rows * TILE.target_strides[0])
         label = tl.where((label >= 0) & (label < TILE.num_classes), label, -1).to(tl.int32)
 
-    dots = lane_constants(SPEC.num_weights, 0.0, TILE)
+    dots = lane_constants(SPEC.num_products, 0.0, TILE)
     if TILE.whole:
         for chunk in range(TILE.whole):
             dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block, weights,
@@ -252,22 +289,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
                               labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest, TILE.rest_pieces,
                               SPEC, TILE)
 
-    totals = row_sums(dots, TILE)
-    sums = ()
-    if SPEC.use_sums:
-        sums = linear_rows(stats[SPEC.layout[4]:SPEC.layout[5]], weights, SPEC)
-    for j in tl.static_range(len(SPEC.mixtures)):
-        if SPEC.mixtures[j][2] >= 0:
-            for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                if SPEC.has_entropy:
-                    part = onto_target[SPEC.mixtures[j][0]] * labels[SPEC.mixtures[j][1][k]]
-                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
-                if SPEC.use_sums:
-                    totals = added(totals, SPEC.mixtures[j][2] + k, onto_one[SPEC.mixtures[j][0]] * sums[SPEC.mixtures[j][1][k]])
-    for b in tl.static_range(len(SPEC.blends)):
-        if SPEC.blends[b][3] >= 0:
-            for k in tl.static_range(len(SPEC.blends[b][1])):
-                totals = added(totals, SPEC.blends[b][3] + k, factors[6][b][k])
+    totals = weight_gradients(row_sums(dots, TILE), weights, onto_target, onto_one, factors[6], labels, stats, SPEC, TILE)
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
             for k in tl.static_range(tl.constexpr(SPEC.widths[s])):

@@ -74,7 +74,7 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
         external_strides=((num_classes, 1),) * plan.num_externals,
         target_strides=(num_classes, 1) if soft_target else (1,),
         needs=(1,) * (plan.num_logits + len(plan.weight_widths)),
-        double=int(dtype == "fp64"), hardware_log=int(dtype != "fp64"))
+        double=int(dtype == "fp64"), hardware=int(dtype != "fp64"))
 
 
 def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: int = 90) -> Any:

@@ -114,15 +114,11 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
             value = value * (1.0 - SPEC.label_smoothing) + spread * SPEC.label_smoothing
         terms = placed(terms, SPEC.entropies[c][0], value)
     for e in tl.static_range(len(SPEC.edges)):
-        # log2 of the other side's sum minus that of the weighing side; without the maxima, which may be large.
-        ratio = log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)
-        height = (maxima[SPEC.passes[1].softs[SPEC.edges[e][5]][0]] * SPEC.passes[1].softs[SPEC.edges[e][5]][2]
-                  - maxima[SPEC.passes[1].softs[SPEC.edges[e][3]][0]] * SPEC.passes[1].softs[SPEC.edges[e][3]][2])
-        value = means[e] * (1.0 / SPEC.edges[e][2]) + (height + ratio) * LN2
+        value = (means[e] + log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)) * LN2
         if SPEC.edges[e][9] > 0:
+            level = (log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE) - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)) * LN2
             gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (1.0 / SPEC.edges[e][2])
-            gap += ((height + ratio) * LN2 + 1.0) * TILE.num_classes
-            value += gap * SPEC.edges[e][9]
+            value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e][9]
         terms = placed(terms, SPEC.edges[e][0], value * SPEC.edges[e][1])
     outer_masses = ()
     outer_crosses = ()
@@ -130,12 +126,11 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
         outer_masses = plain[SPEC.first_outer:SPEC.first_outer + SPEC.num_externals]
         outer_crosses = plain[SPEC.first_outer + SPEC.num_externals:]
     for o in tl.static_range(len(SPEC.outer)):
-        level = log_sum(maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE)
         if SPEC.outer[o][6]:
-            value = means[SPEC.outer[o][8]] - level
+            value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
         else:
             heavy = outer_masses[SPEC.outer[o][5] - SPEC.num_logits] + TILE.num_classes * SPEC.outer[o][7]
-            value = outer_crosses[SPEC.outer[o][8]] + heavy * level
+            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE)
         terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
     normal = ()
     if len(SPEC.normal):

@@ -6,20 +6,18 @@ They take a second pass over the columns, once the sums of exponentials are know
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums
-from fastokd.kernels.triton.sweep import chunk_rows
+from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums, timed
+from fastokd.kernels.triton.sweep import chunk_rows, scaled_rows
 
 
 @triton.jit
-def log_probability(rows, maxima, logs, SOFT: tl.constexpr, SPEC: tl.constexpr):
+def log_probability(scaled, logs, SOFT: tl.constexpr, SPEC: tl.constexpr):
     """log2 of a soft's probabilities at one piece; ``logs`` are log2 of the sums."""
-    row = rows[SPEC.passes[1].slots[SPEC.passes[1].softs[SOFT][0]][0]]
-    scaled = row * SPEC.passes[1].slots[SPEC.passes[1].softs[SOFT][0]][1] - maxima[SPEC.passes[1].softs[SOFT][0]]
-    return scaled * SPEC.passes[1].softs[SOFT][2] - logs[SOFT]
+    return timed(scaled[SPEC.passes[1].softs[SOFT][0]], SPEC.passes[1].softs[SOFT][2]) - logs[SOFT]
 
 
 @triton.jit
-def blend_row(rows, weights, maxima, logs, BLEND: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+def blend_row(rows, scaled, weights, logs, BLEND: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """A probability mixture at one piece: its probability, log2 of it, and d log / d weight of each input."""
     parts = ()
     peak = PAD
@@ -28,7 +26,7 @@ def blend_row(rows, weights, maxima, logs, BLEND: tl.constexpr, SPEC: tl.constex
         if SPEC.blends[BLEND][2][k] < 0:
             part = log2(tl.maximum(rows[SPEC.blends[BLEND][1][k]], FLOOR), TILE)
         else:
-            part = log_probability(rows, maxima, logs, SPEC.blends[BLEND][2][k], SPEC)
+            part = log_probability(scaled, logs, SPEC.blends[BLEND][2][k], SPEC)
         parts = parts + (part,)
         peak = tl.maximum(part, peak)
     ratios = ()
@@ -49,11 +47,11 @@ def blend_row(rows, weights, maxima, logs, BLEND: tl.constexpr, SPEC: tl.constex
 
 
 @triton.jit
-def blend_rows(rows, weights, maxima, logs, SPEC: tl.constexpr, TILE: tl.constexpr):
+def blend_rows(rows, scaled, weights, logs, SPEC: tl.constexpr, TILE: tl.constexpr):
     """Every probability mixture at one piece: a tuple of (probability, log2, slopes)."""
     out = ()
     for b in tl.static_range(len(SPEC.blends)):
-        out = out + (blend_row(rows, weights, maxima, logs, b, SPEC, TILE),)
+        out = out + (blend_row(rows, scaled, weights, logs, b, SPEC, TILE),)
     return out
 
 
@@ -66,13 +64,13 @@ def log_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def teacher_row(rows, blends, maxima, logs, EDGE: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+def teacher_row(scaled, blends, logs, EDGE: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     """The teacher of a normal edge at one piece: its probability, the same with eps, and log2 of the latter."""
     if SPEC.normal[EDGE][10] >= 0:
         probability = blends[SPEC.normal[EDGE][10]][0]
         logarithm = blends[SPEC.normal[EDGE][10]][1]
     else:
-        logarithm = log_probability(rows, maxima, logs, SPEC.normal[EDGE][6], SPEC)
+        logarithm = log_probability(scaled, logs, SPEC.normal[EDGE][6], SPEC)
         probability = tl.exp2(logarithm)
     if SPEC.normal[EDGE][8] > 0:
         weight = probability + SPEC.normal[EDGE][8]
@@ -86,12 +84,13 @@ def normal_chunk(totals, logits, externals, rows, base, weights, labels, choices
                  COUNT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
     pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, 1, TILE)
     for p in tl.static_range(COUNT):
-        blends = blend_rows(pieces[p], weights, maxima, logs, SPEC, TILE)
+        scaled = scaled_rows(pieces[p], maxima, SPEC, 1, TILE)
+        blends = blend_rows(pieces[p], scaled, weights, logs, SPEC, TILE)
         out = ()
         products = ()
         for e in tl.static_range(len(SPEC.normal)):
-            probability, weight, logarithm = teacher_row(pieces[p], blends, maxima, logs, e, SPEC, TILE)
-            student = log_probability(pieces[p], maxima, logs, SPEC.normal[e][3], SPEC)
+            probability, weight, logarithm = teacher_row(scaled, blends, logs, e, SPEC, TILE)
+            student = log_probability(scaled, logs, SPEC.normal[e][3], SPEC)
             gap = (logarithm - student) * LN2
             if SPEC.normal[e][7]:
                 pull = -tl.exp2(student)

@@ -35,9 +35,10 @@ class Pass(NamedTuple):
 
     ``nodes``: derived nodes as (kind, inputs, first weight or -1, constants). ``slots``: softened nodes as
     (node, log2(e) / base temperature). ``softs``: (slot, power of the base exponential or 0, ratio base temperature /
-    temperature). ``moments``: sums weighted with a soft's exponential, as (soft, node, other node or external row,
-    log2(e) / T or 0): ``e (v_node - v_other)``, or with a factor ``e (v_node * factor - log2(x_other))``.
-    ``crosses``: plain sums ``(x + eps) (log2(x + eps) - v_student * factor)`` as (external row, student, factor, eps).
+    temperature). ``moments``: sums weighted with a soft's exponential, as (soft, slot, ratio, other slot or -1, its ratio,
+    external row or -1): of the log-probability of a row minus that of another row, both without the logarithms of
+    their sums. ``crosses``: plain sums ``(x + eps) (log2(x + eps) - v_student * factor)`` as (external row, student,
+    factor, eps). ``summed``: nodes besides the logits rows whose sums over the classes are needed.
     """
 
     nodes: tuple
@@ -139,10 +140,21 @@ class Spec:
 
     @cached_property
     def mixtures(self) -> tuple:
-        """The mixtures as (node, inputs, first weight or -1, constants), users before their inputs."""
+        """The mixtures as (node, inputs, first weight or -1, constants, slots of the inputs or -1, first product), users
+        before their inputs."""
+        slots = {node: number for number, (node, _) in enumerate(self.passes[1].slots)}
         first = len(self.learning) - len(self.passes[0].nodes)
-        found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
-        return tuple(reversed(found))
+        out, products = [], 0
+        for j, (kind, inputs, weight, constants) in reversed(tuple(enumerate(self.passes[0].nodes))):
+            if kind == MIXTURE:
+                out.append((first + j, inputs, weight, constants, tuple(slots.get(k, -1) for k in inputs), products))
+                products += len(inputs) if weight >= 0 else 0
+        return tuple(out)
+
+    @property
+    def num_products(self) -> int:
+        """Products of a mixture's gradient with its inputs, for the gradients of the run-time weights."""
+        return sum(len(mixture[1]) for mixture in self.mixtures if mixture[2] >= 0)
 
     @property
     def has_minimum(self) -> bool:
@@ -202,7 +214,7 @@ def specialise(plan: Plan) -> Spec:
         if plan.is_external(term.teacher):
             outer.append((*common, student, term.student, term.teacher, reverse, exact, len(outer_moments) if reverse else len(crosses)))
             if reverse:
-                outer_moments.append((student, term.student, term.teacher, factor))
+                outer_moments.append((student, softs[student][0], softs[student][2], -1, 1.0, term.teacher))
             else:
                 crosses.append((term.teacher, term.student, factor, exact))
             continue
@@ -222,7 +234,7 @@ def specialise(plan: Plan) -> Spec:
         (soft, node, pull), (other_soft, other, other_pull) = reversed(sides) if reverse else sides
         first_order = term.eps if term.eps_mode == EPS_FIRST_ORDER else 0.0
         edges.append((*common, soft, node, other_soft, other, pull, other_pull, first_order))
-        moments.append((soft, node, other, 0.0))
+        moments.append((soft, softs[soft][0], softs[soft][2], softs[other_soft][0], softs[other_soft][2], -1))
         if gradient:
             pulls.add(teacher)
         if first_order and plan.kind(term.teacher) in (MINIMUM, SELECTION):

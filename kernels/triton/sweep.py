@@ -20,6 +20,7 @@ from fastokd.kernels.triton.columns import (
     powered,
     row_maxima,
     row_sums,
+    timed,
 )
 
 
@@ -57,7 +58,7 @@ def raised_maxima(maxima, pieces, FIRST: tl.constexpr, COUNT: tl.constexpr, LIMI
 
 
 @triton.jit
-def rescaled(values, old, new, MOMENTS: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr):
+def rescaled(values, old, new, SPEC: tl.constexpr, WHICH: tl.constexpr):
     """The sums of all softs, then all moments, moved from old to new scaled maxima."""
     factors = ()
     for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
@@ -66,20 +67,54 @@ def rescaled(values, old, new, MOMENTS: tl.constexpr, SPEC: tl.constexpr, WHICH:
     out = ()
     for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
         out = out + (values[f] * factors[f],)
-    for d in tl.static_range(MOMENTS):
-        out = out + (values[len(SPEC.passes[WHICH].softs) + d] * factors[SPEC.passes[WHICH].moments[d][0]],)
+    gaps = ()
+    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
+        gaps = gaps + (old[s] - new[s],)
+    for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
+        shift = moment_value(gaps, d, SPEC, WHICH)
+        moved = values[len(SPEC.passes[WHICH].softs) + d] + values[SPEC.passes[WHICH].moments[d][0]] * shift
+        out = out + (moved * factors[SPEC.passes[WHICH].moments[d][0]],)
     return out
 
 
 @triton.jit
-def exponentials(rows, maxima, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
-                 TILE: tl.constexpr):
-    """``exp((v - max) / T)`` of every soft at one piece; 0 in missing columns, 1 if the lane has none at all so far."""
+def moment_value(scaled, MOMENT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr):
+    """What a moment averages, from the scaled rows: the log-probability of its row minus that of the other row, but for
+    the logarithms of their sums. An external row's part is not in it."""
+    value = timed(scaled[SPEC.passes[WHICH].moments[MOMENT][1]], SPEC.passes[WHICH].moments[MOMENT][2])
+    if SPEC.passes[WHICH].moments[MOMENT][5] < 0:
+        value -= timed(scaled[SPEC.passes[WHICH].moments[MOMENT][3]], SPEC.passes[WHICH].moments[MOMENT][4])
+    return value
+
+
+@triton.jit
+def scaled_rows(rows, maxima, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """``(v - max) log2(e) / T`` of every slot at one piece, T being its base temperature.
+
+    All that follows is computed from these, so that a common offset of a row's logits, which is rounded here once in a
+    fused multiply-add, costs no accuracy anywhere else.
+    """
+    out = ()
+    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
+        row = rows[SPEC.passes[WHICH].slots[s][0]]
+        if TILE.hardware:
+            out = out + (row * SPEC.passes[WHICH].slots[s][1] - maxima[s],)
+        else:
+            exact = row.to(tl.float64) * SPEC.passes[WHICH].slots[s][1] - maxima[s].to(tl.float64)
+            out = out + (exact.to(row.dtype),)
+    return out
+
+
+@triton.jit
+def exponentials(scaled, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """The exponential of every soft at one piece; 0 in missing columns."""
+    bases = ()
+    for s in tl.static_range(len(scaled)):
+        bases = bases + (masked(scaled[s], PAD, LIMIT, PIECE, TILE),)
     out = ()
     for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
-        row = masked(rows[SPEC.passes[WHICH].slots[SPEC.passes[WHICH].softs[f][0]][0]], PAD, LIMIT, PIECE, TILE)
-        scaled = row * SPEC.passes[WHICH].slots[SPEC.passes[WHICH].softs[f][0]][1] - maxima[SPEC.passes[WHICH].softs[f][0]]
-        out = out + (powered(tl.exp2(scaled), scaled, SPEC.passes[WHICH].softs[f][1], SPEC.passes[WHICH].softs[f][2]),)
+        base = bases[SPEC.passes[WHICH].softs[f][0]]
+        out = out + (powered(tl.exp2(base), base, SPEC.passes[WHICH].softs[f][1], SPEC.passes[WHICH].softs[f][2]),)
     return out
 
 
@@ -96,20 +131,18 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
     for first in tl.static_range(0, COUNT, tl.constexpr(TILE.group)):
         raised = raised_maxima(maxima, pieces, first, TILE.group_end(first, COUNT), LIMIT, SPEC, WHICH, TILE)
         if not FRESH or first > 0:
-            weighted = rescaled(weighted, maxima, raised, len(SPEC.passes[WHICH].moments), SPEC, WHICH)
+            weighted = rescaled(weighted, maxima, raised, SPEC, WHICH)
         maxima = raised
         for p in tl.static_range(first, tl.constexpr(TILE.group_end(first, COUNT))):
-            powers = exponentials(pieces[p], maxima, p, LIMIT, SPEC, WHICH, TILE)
+            scaled = scaled_rows(pieces[p], maxima, SPEC, WHICH, TILE)
+            powers = exponentials(scaled, p, LIMIT, SPEC, WHICH, TILE)
             sums = ()
             for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
                 sums = sums + (weighted[f] + powers[f],)
             for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
-                row = pieces[p][SPEC.passes[WHICH].moments[d][1]]
-                other = pieces[p][SPEC.passes[WHICH].moments[d][2]]
-                if SPEC.passes[WHICH].moments[d][3] > 0:
-                    value = row * SPEC.passes[WHICH].moments[d][3] - log2(tl.maximum(other, FLOOR), TILE)
-                else:
-                    value = row - other
+                value = moment_value(scaled, d, SPEC, WHICH)
+                if SPEC.passes[WHICH].moments[d][5] >= 0:
+                    value -= log2(tl.maximum(pieces[p][SPEC.passes[WHICH].moments[d][5]], FLOOR), TILE)
                 sums = sums + (weighted[len(SPEC.passes[WHICH].softs) + d] + powers[SPEC.passes[WHICH].moments[d][0]] * value,)
             weighted = sums
     for p in tl.static_range(COUNT):
@@ -174,7 +207,7 @@ def sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.co
             maxima, weighted, plain, logits, externals, target, rows, TILE.whole * TILE.block, weights, labels, choices,
             TILE.rest, TILE.rest_pieces, TILE.whole == 0, SPEC, WHICH, DOTS, TILE)
     peaks = row_maxima(maxima, TILE)
-    weighted = row_sums(rescaled(weighted, maxima, peaks, len(SPEC.passes[WHICH].moments), SPEC, WHICH), TILE)
+    weighted = row_sums(rescaled(weighted, maxima, peaks, SPEC, WHICH), TILE)
     means = ()
     for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
         means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d][0]],)

@@ -16,8 +16,8 @@ class Tile:
     chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Running maxima are
     updated once per ``group`` pieces. Strides are in elements: (row, column) for each logits row, weight source and
     external row; ``target_strides`` is empty for labels. ``needs`` tells for each logits row and weight source whether
-    its gradient is wanted. ``double``: float64 arithmetic. ``hardware_log``: the GPU's own logarithm (the interpreter
-    has none).
+    its gradient is wanted. ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter,
+    which has neither the GPU's own logarithm nor its fused multiply-add.
     """
 
     num_classes: int
@@ -34,7 +34,7 @@ class Tile:
     grad_stride: int = 0
     needs: tuple[int, ...] = ()
     double: int = 0
-    hardware_log: int = 1
+    hardware: int = 1
 
     @property
     def block(self) -> int:
