@@ -176,7 +176,7 @@ def _kernel_row(context: Context, batch: int, num_classes: int, preset: str) -> 
             cases[f"{label}/forward"] = (call, graph)
             cases[f"{label}/both"] = (partial(both, call), graph)
     executor = load(fused)
-    if executor.refusal(plan, Case(device.type, dtype, num_classes)) is None and hasattr(executor, "loss_and_grad"):
+    if executor.refusal(plan, Case(device.type, dtype)) is None and hasattr(executor, "loss_and_grad"):
         cases["one kernel graph/both"] = (
             lambda: executor.loss_and_grad(plan, logits, weights, [], target, term_weights, [True] * len(leaves)), True)
 

@@ -33,7 +33,7 @@ def outcome(inputs: Inputs, impl: str, upstream: Tensor) -> list[Tensor | None]:
 def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torch.dtype, number: int, soft: bool) -> None:
     """Compare an executor and PyTorch in ``dtype`` with PyTorch in float64, from the same numbers."""
     inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft)
-    refusal = load(executor).refusal(inputs.plan, Case("cpu", dtype, num_classes))
+    refusal = load(executor).refusal(inputs.plan, Case("cpu", dtype))
     assert refusal is None, f"{graph.name}: {refusal}"
     exact = Inputs(graph, inputs.plan, [row.detach().double().requires_grad_() for row in inputs.logits],
                    {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},

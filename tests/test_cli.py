@@ -272,7 +272,9 @@ class TestMistakes:
 
 def start(tmp_path):
     return subprocess.Popen([sys.executable, "-m", "fastokd", *TRAIN, "--epochs", "200", "--out", str(tmp_path / "run")],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                            # Started from a background job the child would inherit that Ctrl-C is ignored.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_checkpoint(process, tmp_path):

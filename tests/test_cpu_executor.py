@@ -454,7 +454,7 @@ class TestLibrary:
         inputs = make(GRAPHS["one row"], 2, 3)
         with pytest.raises(ExecutorUnavailable, match="impl='cpu' cannot run here: the reason"):
             run(inputs, "cpu")
-        assert "'cuda'" in str(cpu.EXECUTOR.refusal(None, Case("cuda", torch.float32, 10)))
+        assert "'cuda'" in str(cpu.EXECUTOR.refusal(None, Case("cuda", torch.float32)))
 
     @needs_library
     def test_an_unknown_instruction_set(self) -> None:

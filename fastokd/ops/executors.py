@@ -19,11 +19,10 @@ from fastokd.graph.plan import Plan
 
 @dataclass(frozen=True)
 class Case:
-    """What an executor must know to say whether it can run: the device type, the logits' dtype and the class count."""
+    """What an executor must know to say whether it can run: the device type and the logits' dtype."""
 
     device: str
     dtype: torch.dtype
-    num_classes: int
 
 
 class Executor(Protocol):
@@ -123,7 +122,7 @@ def executor_states() -> dict[str, str | None]:
     for name in _modules:
         device = next((key for key, names in _preferred.items() if name in names), "cpu")
         try:
-            states[name] = load(name).refusal(None, Case(device, torch.float32, 10))
+            states[name] = load(name).refusal(None, Case(device, torch.float32))
         except ExecutorUnavailable as error:
             states[name] = str(error)
     return states

@@ -4,7 +4,6 @@ The operator is defined with ``torch.library`` primitives and stays opaque to tr
 ``torch.autograd.Function`` around it, which costs a third less per call than registering the formula with the operator.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +73,8 @@ def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 @torch.compiler.assume_constant_result
-def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype, num_classes: int) -> str:
-    return resolve(impl, plan, Case(device, dtype, num_classes))
+def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str:
+    return resolve(impl, plan, Case(device, dtype))
 
 
 class _GraphFunction(torch.autograd.Function):
@@ -161,8 +160,7 @@ def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], ex
         ConfigError, ExecutorUnavailable: see ``resolve``.
     """
     first = logits[0]
-    # operator.index makes a traced dynamic class count a number: the choice of executor may depend on it.
-    executor = _executor_for(impl, plan, first.device.type, first.dtype, operator.index(first.shape[1]))
+    executor = _executor_for(impl, plan, first.device.type, first.dtype)
     if executor == "reference":
         # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile work through it.
         terms = term_values(plan, logits, weights, externals, target)
