@@ -317,6 +317,15 @@ class TestArguments:
         assert torch.equal(leaf.grad, 2 * first)
         torch.testing.assert_close(weights.grad, 2 * terms.sum(1))
 
+    @pytest.mark.parametrize("name", GRAPHS)
+    def test_loss_and_grad(self, name: str) -> None:
+        inputs = make(GRAPHS[name], 4, 600)
+        inputs.upstream = torch.full((4,), 0.25)
+        expected = run(inputs, "cpu")
+        rows, terms, grads = cpu.EXECUTOR.loss_and_grad(
+            inputs.plan, inputs.logits, inputs.weights, inputs.externals, inputs.target, inputs.term_weights, inputs.needs)
+        assert all(torch.equal(ours, same) for ours, same in zip((rows, terms, *grads), expected, strict=True))
+
     def test_operator_is_sound(self) -> None:
         inputs = make(GRAPHS["ahbf paper"], 2, 10)
         ints, floats = inputs.plan.encode()
