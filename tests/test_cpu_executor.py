@@ -162,7 +162,8 @@ SHAPES = (
     (1, 2),        # the smallest
     (3, 10),       # less than a vector
     (5, 100),      # a few vectors and a rest
-    (3, 1000),     # two tiles
+    (3, 1000),     # one tile of 32-bit, two of 64-bit values
+    (2, 1100),     # two tiles
     (2, 1001),     # an odd last vector
     (2, 2048),     # whole tiles
 )
@@ -180,7 +181,7 @@ class TestValues:
     @pytest.mark.parametrize("name", GRAPHS)
     def test_dtypes(self, name: str, dtype: torch.dtype) -> None:
         compare(make(GRAPHS[name], 3, 77, dtype))
-        compare(make(GRAPHS[name], 2, 600, dtype, soft=True))
+        compare(make(GRAPHS[name], 2, 1100, dtype, soft=True))
 
     @pytest.mark.parametrize("isa", cpu.available_isas(cpu.open_library()) if STATE is None else [])
     @pytest.mark.parametrize("name", GRAPHS)
@@ -188,7 +189,7 @@ class TestValues:
         library = cpu.open_library()
         monkeypatch.setattr(cpu, "_compiled", lambda plan: cpu.CompiledPlan(library, *plan.encode(), isa))
         for dtype in DTYPES:
-            compare(make(GRAPHS[name], 3, 1003, dtype))
+            compare(make(GRAPHS[name], 3, 1103, dtype))
         compare(make(GRAPHS[name], 2, 39, soft=True))
 
     @pytest.mark.parametrize("branches", range(2, 9))
@@ -197,14 +198,14 @@ class TestValues:
 
     @pytest.mark.parametrize("name", GRAPHS)
     def test_large_logits(self, name: str) -> None:
-        inputs = make(GRAPHS[name], 4, 530)
+        inputs = make(GRAPHS[name], 4, 1030)
         for row in inputs.logits:
             row[0].sign_().mul_(1e4)
             row[1] += 1e4
             row[2].fill_(-1e4)
         compare(inputs)
 
-    @pytest.mark.parametrize("classes", [600, 5000])
+    @pytest.mark.parametrize("classes", [1100, 5000])
     @pytest.mark.parametrize("name", GRAPHS)
     def test_rising_maxima(self, name: str, classes: int) -> None:
         # Each tile holds a new maximum, in one row by more than the exponential can express.
@@ -283,7 +284,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", GRAPHS)
     def test_inputs_are_not_written_to(self, name: str) -> None:
-        inputs = make(GRAPHS[name], 3, 600, soft=True)
+        inputs = make(GRAPHS[name], 3, 1100, soft=True)
         tensors = [*inputs.logits, *inputs.weights, *inputs.externals, inputs.target, inputs.term_weights, inputs.upstream]
         before = [tensor.clone() for tensor in tensors]
         run(inputs, "cpu")
@@ -300,8 +301,8 @@ class TestArguments:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_logits_that_are_not_finite_show(self, value: float) -> None:
-        inputs = make(GRAPHS["ahbf paper"], 3, 600)
-        inputs.logits[1][2, 555] = value
+        inputs = make(GRAPHS["ahbf paper"], 3, 1100)
+        inputs.logits[1][2, 1055] = value
         rows, _, *grads = run(inputs, "cpu")
         assert rows.isfinite().tolist() == [True, True, False]
         assert not grads[1][2].isfinite().all()
@@ -319,7 +320,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", GRAPHS)
     def test_loss_and_grad(self, name: str) -> None:
-        inputs = make(GRAPHS[name], 4, 600)
+        inputs = make(GRAPHS[name], 4, 1100)
         inputs.upstream = torch.full((4,), 0.25)
         expected = run(inputs, "cpu")
         rows, terms, grads = cpu.EXECUTOR.loss_and_grad(
