@@ -18,6 +18,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from graph_catalog import Case as GraphCase
+from graph_catalog import catalog
+from graph_strategy import random_graphs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastokd.errors import ExecutorUnavailable
@@ -130,7 +135,7 @@ def run(inputs: Inputs, impl: str, dtype: torch.dtype | None = None) -> list[Ten
 
 
 def compare(inputs: Inputs, offset: float = 0.0) -> None:
-    """``offset``: the size of logits that are large against their spread. Mixing rounds those, and all that follows."""
+    """``offset``: the size of values beyond probabilities and losses whose rounding the gradients show."""
     truth = run(inputs, "reference", torch.float64)
     theirs, ours = run(inputs, "reference"), run(inputs, "cpu")
     weight_grads = 2 + len(inputs.logits)
@@ -179,6 +184,17 @@ class TestValues:
     def test_shapes(self, name: str, shape: tuple[int, int], soft: bool) -> None:
         compare(make(GRAPHS[name], *shape, soft=soft))
 
+    @pytest.mark.parametrize("case", catalog(), ids=lambda case: case.name)
+    def test_catalogue(self, case: GraphCase) -> None:
+        for seed in range(3):
+            compare(make(case.graph, 5, 30, soft=seed == 2, seed=seed))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(graph=random_graphs(), classes=st.integers(1, 40), soft=st.booleans())
+    def test_any_graph(self, graph: Graph, classes: int, soft: bool) -> None:
+        # At temperatures below 1 a teacher's gradient multiplies probabilities by logarithms of this size.
+        compare(make(graph, 3, classes, soft=soft), offset=30.0)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", GRAPHS)
     def test_dtypes(self, name: str, dtype: torch.dtype) -> None:
@@ -205,6 +221,7 @@ class TestValues:
             row[0].sign_().mul_(1e4)
             row[1] += 1e4
             row[2].fill_(-1e4)
+        # Mixing rounds logits of that size.
         compare(inputs, offset=1e4)
 
     @pytest.mark.parametrize("classes", [1100, 5000])
