@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -79,21 +78,16 @@ def _hardware() -> list[Finding]:
     return found
 
 
-def native_build() -> tuple[str, str]:
-    """The state of the native library as its build recorded it: (built, failed, skipped or absent; the reason)."""
-    path = Path(__file__).resolve().parent / "_native" / "build_info.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        return str(info["status"]), str(info.get("reason") or "")
-    except (OSError, json.JSONDecodeError, KeyError):
-        return "absent", "never built here: pip install -e . builds it"
-
-
 def _executors() -> list[Finding]:
     from fastokd.ops import executor_states
+    from fastokd.ops.cpu import LibraryUnusable, build_info
 
-    status, reason = native_build()
-    found = [Finding("native library", "ok" if status == "built" else "absent", status + (f": {reason}" if reason else ""))]
+    try:
+        info = build_info() or {"status": "absent", "reason": "never built here: pip install -e . builds it"}
+        text = f"{info['status']}: {info['reason']}" if info["reason"] else f"built with {info['compiler']}, ABI {info['abi']}"
+        found = [Finding("native library", "ok" if info["status"] == "built" else "absent", text)]
+    except LibraryUnusable as error:
+        found = [Finding("native library", "problem", str(error))]
     found += [Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here") for name, why in executor_states().items()]
     return found
 

@@ -55,6 +55,7 @@ class Executor(Protocol):
 _modules = {
     "reference": "fastokd.ops.reference",
     "cpu": "fastokd.ops.cpu",
+    "triton": "fastokd.ops.triton",
 }
 _preferred = {"cuda": ("triton",), "cpu": ("cpu",)}
 _warned: set[str] = set()

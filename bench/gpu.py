@@ -1,0 +1,319 @@
+"""Everything that wants a GPU, from one entry: ``python -m bench.gpu [PARTS] --out DIR --minutes N``.
+
+Parts run in the order of their worth and each writes its JSON when it is done; a part whose file is there already is
+skipped, so a second call continues. ``--dry-run`` goes through the same code on the CPU with tiny sizes.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastokd.data import Batch
+from fastokd.errors import ConfigError, FastOKDError, did_you_mean, first_line
+from fastokd.graph import lower
+from fastokd.methods.ahbf import PRESETS, ahbf_graph
+from fastokd.models import create_model
+from fastokd.ops import evaluate
+from fastokd.ops.executors import Case, load
+from fastokd.storage import write_json
+from fastokd.train.config import TrainConfig
+from fastokd.train.loop import Trainer
+from fastokd.train.progress import Reporter
+from fastokd.train.run_folder import RunFolder, environment
+from fastokd.train.step import TrainStep
+
+SIZES = ((128, 10), (128, 100), (96, 1000), (1024, 1000), (4096, 1000), (1024, 21841), (256, 100_000))
+"""(B, C): CIFAR batches, an ImageNet batch, large batches, and the two regimes where memory bandwidth rules."""
+NUM_BRANCHES = 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every part needs."""
+
+    device: torch.device
+    out: Path
+    deadline: float
+    dry: bool
+    data: str | None
+
+    def left(self) -> float:
+        """Seconds until the minutes are spent."""
+        return self.deadline - time.monotonic()
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, dry: bool) -> float:
+    """The median time of a call. On a GPU with ``graph``: captured in a CUDA graph, so that no launch cost is timed."""
+    repeats, inner = (3, 1) if dry else (25, 20)
+    if device.type != "cuda":
+        call()
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    run: Callable[[], Any]
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(inner):
+                call()
+        run = captured.replay
+    else:
+        def run() -> None:
+            for _ in range(inner):
+                call()
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / inner)
+    return statistics.median(times)
+
+
+def part_environment(context: Context) -> dict[str, Any]:
+    """Device, versions, and the two rates that everything is measured against."""
+    device, dry = context.device, context.dry
+    numel, side = (1 << 20, 256) if dry else (1 << 29, 8192)
+    source = torch.empty(numel, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    copy = median_seconds(lambda: target.copy_(source), device, True, dry)
+    matmul = median_seconds(lambda: left @ left, device, True, dry)
+    found = {"copy_bandwidth_gb_s": 2 * numel / copy / 1e9, "bf16_matmul_tflop_s": 2 * side**3 / matmul / 1e12}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device)), "driver": _driver()}
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def part_tests(context: Context) -> dict[str, Any]:
+    """The tests that need a GPU; the dry run only collects them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_gpu.py"]
+    done = subprocess.run([*command, "--collect-only"] if context.dry else command, capture_output=True, text=True,
+                          timeout=max(60.0, context.left()), check=False)
+    lines = done.stdout.strip().splitlines()
+    return {"returncode": done.returncode, "summary": lines[-1] if lines else done.stderr[-500:], "failures": [line for line in lines if line.startswith("FAILED")]}
+
+
+def _loss_inputs(batch: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Logits, mixing weights and labels of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(batch, num_classes, generator=generator).mul_(3).to(device, dtype).requires_grad_() for _ in range(NUM_BRANCHES)]
+    weights = [torch.randn(batch, 2, generator=generator).softmax(1).to(device).requires_grad_() for _ in range(NUM_BRANCHES - 1)]
+    return logits, weights, torch.randint(0, num_classes, (batch,), generator=generator).to(device)
+
+
+def part_kernels(context: Context) -> dict[str, Any]:
+    """The loss of each preset at each size: eager, compiled and fused, each in a CUDA graph; eager also without one."""
+    rows = []
+    for batch, num_classes in ((8, 10), (4, 100)) if context.dry else SIZES:
+        for preset in ("paper",) if context.dry else ("paper", "code"):
+            if context.left() < 0:
+                return {"rows": rows, "stopped": "the minutes were spent"}
+            rows.append(_kernel_row(context, batch, num_classes, preset))
+    return {"rows": rows}
+
+
+def _kernel_row(context: Context, batch: int, num_classes: int, preset: str) -> dict[str, Any]:
+    device, dtype = context.device, torch.bfloat16
+    fused = "triton" if device.type == "cuda" else "cpu"
+    plan = lower(ahbf_graph(NUM_BRANCHES, **PRESETS[preset]))
+    logits, weights, target = _loss_inputs(batch, num_classes, dtype, device)
+    term_weights = torch.ones(plan.num_terms, device=device)
+    leaves = [*logits, *weights]
+
+    def forward(impl: str) -> torch.Tensor:
+        return evaluate(plan, logits, weights, [], target, term_weights, impl)[0].mean()
+
+    def both(call: Callable[[], torch.Tensor]) -> Any:
+        return torch.autograd.grad(call(), leaves)
+
+    compiled = torch.compile(lambda: forward("reference"), backend="eager" if context.dry else "inductor")
+    cases: dict[str, tuple[Callable[[], Any], bool]] = {}
+    for name, call, modes in (
+        ("eager", lambda: forward("reference"), (False, True)),
+        ("compiled", compiled, (True,)),
+        ("fused", lambda: forward(fused), (False, True)),
+    ):
+        for graph in modes:
+            label = f"{name} graph" if graph else name
+            cases[f"{label}/forward"] = (call, graph)
+            cases[f"{label}/both"] = (partial(both, call), graph)
+    executor = load(fused)
+    if executor.refusal(plan, Case(device.type, dtype, num_classes)) is None and hasattr(executor, "loss_and_grad"):
+        cases["one kernel graph/both"] = (
+            lambda: executor.loss_and_grad(plan, logits, weights, [], target, term_weights, [True] * len(leaves)), True)
+
+    num_bytes = NUM_BRANCHES * batch * num_classes * dtype.itemsize
+    row: dict[str, Any] = {
+        "batch": batch, "num_classes": num_classes, "preset": preset, "dtype": "bfloat16", "fused": fused,
+        "bytes_forward": num_bytes, "bytes_both": 3 * num_bytes}
+    for name, (call, graph) in cases.items():
+        try:
+            row[name] = median_seconds(call, device, graph, context.dry)
+        except (RuntimeError, FastOKDError) as error:  # one case that cannot run must not lose the others
+            row[name], row[f"{name} error"] = None, first_line(error)
+    return row
+
+
+def part_step(context: Context) -> dict[str, Any]:
+    """Images per second of a whole training step, the student alone beside the taught one, by executor and precision."""
+    rows = []
+    for method in ("baseline", "ahbf"):
+        for precision in ("fp32", "bf16"):
+            for impl in ("reference", "auto"):
+                if context.left() < 0:
+                    return {"rows": rows, "stopped": "the minutes were spent"}
+                rows.append(_step_row(context, method, precision, impl))
+    return {"rows": rows}
+
+
+def _step_row(context: Context, method: str, precision: str, impl: str) -> dict[str, Any]:
+    device, batch = context.device, 8 if context.dry else 128
+    config = _network(context, method, precision=precision, impl=impl)
+    torch.manual_seed(0)
+    model = create_model(config.model, method, 10, config.branches, config.aux_blocks).to(device, memory_format=torch.channels_last)
+    step = TrainStep(config, model, device)
+    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    full = Batch(images, torch.randint(0, 10, (batch,), device=device), torch.arange(batch, device=device))
+    kd_weight = torch.ones((), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = median_seconds(lambda: step(full, kd_weight), device, False, context.dry)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"model": config.model, "batch": batch, "method": method, "precision": precision, "impl": impl,
+            "images_per_second": batch / seconds, "peak_bytes": peak}
+
+
+def _network(context: Context, method: str, **settings: Any) -> TrainConfig:
+    """The papers' ResNet-32, alone or with four branches of hierarchical depth; for the dry run a small one."""
+    taught = method == "ahbf"
+    return TrainConfig(model="resnet8" if context.dry else "resnet32", method=method, branches=NUM_BRANCHES if taught else 1,
+                       aux_blocks=4 if taught and not context.dry else 0, **settings)
+
+
+def part_accuracy(context: Context) -> dict[str, Any]:
+    """ResNet-32 alone and with both AHBF presets on CIFAR-10 (JPEG) or the user's files: the papers' schedule, scaled to the minutes."""
+    data = context.data or ("digits" if context.dry else None)
+    if data is None:
+        return {"skipped": "no --data: give the folder of CIFAR-10 images"}
+    runs = [("baseline", "paper"), ("ahbf", "paper"), ("ahbf", "code")]
+    rows: list[dict[str, Any]] = []
+    for method, preset in runs:
+        config = _network(context, method, preset=preset, data=data, epochs=1, batch_size=64 if context.dry else 128)
+        if not context.dry:
+            # One epoch is timed first, then as many as fit into an equal share of what is left.
+            probe = _train(context.out / "runs" / f"probe-{method}-{preset}", config)
+            share = context.left() / (len(runs) - len(rows))
+            if share <= probe.seconds:
+                return {"data": data, "rows": rows, "stopped": "the minutes were spent"}
+            config = replace(config, epochs=max(1, min(300, int(0.85 * share / probe.seconds))))
+        summary = _train(context.out / "runs" / f"{method}-{preset}", config)
+        rows.append({"method": method, "preset": preset, "epochs": config.epochs, "seed": config.seed, "last": summary.last, "best": summary.best,
+                     "minutes": summary.seconds / 60, "images_per_second": summary.images_per_second})
+    return {"data": data, "rows": rows}
+
+
+def _train(path: Path, config: TrainConfig) -> Any:
+    trainer = Trainer(config, RunFolder.create(path), Reporter(quiet=True))
+    trainer.start()
+    return trainer.run()
+
+
+PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "environment": part_environment, "tests": part_tests, "kernels": part_kernels, "step": part_step, "accuracy": part_accuracy,
+}
+"""In the order of their worth."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON files (default bench/results)")
+    parser.add_argument("--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)")
+    parser.add_argument("--data", help="folder of CIFAR-10 images for the accuracy part")
+    parser.add_argument("--again", action="store_true", help="run parts whose result is there already")
+    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes")
+    options = parser.parse_args(arguments)
+    try:
+        return run_parts(options)
+    except FastOKDError as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run_parts(options: argparse.Namespace) -> int:
+    """Check the options, then run part after part.
+
+    Raises:
+        ConfigError: an unknown part, no GPU, or minutes that are not positive.
+        StorageError: the results cannot be written.
+    """
+    for name in options.parts:
+        if name not in PARTS:
+            raise ConfigError(f"unknown part '{name}'{did_you_mean(name, PARTS)}")
+    if options.minutes <= 0:
+        raise ConfigError(f"--minutes {options.minutes}: must be positive")
+    if not options.dry_run and not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU here; --dry-run goes through the same code on the CPU")
+    out = options.out.absolute()
+    os.chdir(Path(__file__).resolve().parent.parent)  # where the tests are
+    device = torch.device("cuda", 0) if not options.dry_run else torch.device("cpu")
+    context = Context(device, out, time.monotonic() + 60 * options.minutes, options.dry_run, options.data)
+    label = "dry-run" if options.dry_run else torch.cuda.get_device_name(device).replace(" ", "-").lower()
+    for name in options.parts or PARTS:
+        path = out / f"{name}-{label}.json"
+        if path.exists() and not options.again:
+            print(f"{name}: {path} is there already", flush=True)
+            continue
+        if context.left() < 0:
+            print(f"{name}: skipped, the minutes are spent", flush=True)
+            continue
+        started = time.monotonic()
+        found = PARTS[name](context)
+        write_json(path, {
+            "part": name, "command": f"python -m bench.gpu {' '.join(sys.argv[1:])}".strip(), "environment": environment(device),
+            "machine": platform.machine(), "seconds": round(time.monotonic() - started, 1), **found})
+        print(f"{name}: {time.monotonic() - started:.1f} s, wrote {path}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs.
+
+With ``TRITON_INTERPRET=1`` set before Triton is first imported it runs on CPU tensors through Triton's interpreter,
+slowly, for tests.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastokd.graph.plan import Plan
+from fastokd.kernels.triton import kernels
+from fastokd.kernels.triton.spec import Spec, specialise
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_LOGITS = 8
+MAX_SUMS = 96
+"""Running sums per thread, beyond which a kernel's registers would spill to memory."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class TritonExecutor:
+    """One kernel per direction, whatever the graph. See ``fastokd.kernels.triton``."""
+
+    name = "triton"
+
+    def refusal(self, plan: Plan | None, case: Any) -> str | None:
+        if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
+            return f"it runs on CUDA devices, and the logits are on '{case.device}'"
+        if case.device == "cuda" and not torch.cuda.is_available():
+            return "this machine has no CUDA device"
+        if case.dtype not in _DTYPES:
+            return f"it has no arithmetic for {case.dtype}"
+        if plan is None:
+            return None
+        if plan.num_logits + plan.num_externals > MAX_LOGITS:
+            return f"the graph has {plan.num_logits + plan.num_externals} rows of inputs; a kernel takes {MAX_LOGITS}"
+        spec = specialise(plan)
+        count = len(spec.passes[1].slots) + len(spec.passes[1].softs) + len(spec.passes[1].moments)
+        if max(count, spec.num_normal) > MAX_SUMS:
+            return f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers hold {MAX_SUMS}"
+        return None
+
+    def num_stats(self, plan: Plan) -> int:
+        return specialise(plan).num_stats
+
+    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        spec = specialise(plan)
+        first = logits[0]
+        batch = first.shape[0]
+        rows = term_weights.new_empty(batch)
+        terms = term_weights.new_empty((spec.num_terms, batch))
+        # A [num_stats, B] tensor by contract; the kernels write it row after row, and only they read it.
+        stats = term_weights.new_empty((spec.num_stats, batch))
+        if batch:
+            tile = _tile(spec, logits, weights, externals, target)
+            _launch(kernels.forward_kernel, spec, tile, first, tuple(logits), tuple(weights), tuple(externals), target,
+                    term_weights, rows, terms, stats)
+        return rows, terms, stats
+
+    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
+                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
+                 needs: Sequence[bool]) -> list[Tensor | None]:
+        spec = specialise(plan)
+        first = logits[0]
+        grads = _gradients(logits, weights, needs)
+        if first.shape[0] and any(needs):
+            tile = _tile(spec, logits, weights, externals, target, needs, grad_rows.stride(0))
+            grad_logits, grad_weights = _destinations(grads, logits, weights)
+            _launch(kernels.backward_kernel, spec, tile, first, grad_logits, grad_weights, grad_rows, tuple(logits), tuple(weights),
+                    tuple(externals), target, term_weights, stats)
+        return grads
+
+    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a training step needs."""
+        spec = specialise(plan)
+        first = logits[0]
+        batch = first.shape[0]
+        rows = term_weights.new_empty(batch)
+        terms = term_weights.new_empty((spec.num_terms, batch))
+        grads = _gradients(logits, weights, needs)
+        if batch:
+            tile = _tile(spec, logits, weights, externals, target, needs)
+            grad_logits, grad_weights = _destinations(grads, logits, weights)
+            _launch(kernels.fused_kernel, spec, tile, first, grad_logits, grad_weights, tuple(logits), tuple(weights),
+                    tuple(externals), target, term_weights, rows, terms)
+        return rows, terms, grads
+
+
+def _gradients(logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
+        for tensor, need in zip((*logits, *weights), needs, strict=True)
+    ]
+
+
+def _destinations(grads: Sequence[Tensor | None], logits: Sequence[Tensor],
+                  weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Where the kernel writes; what nobody needs is never written, and any pointer of the right dtype stands for it."""
+    tensors = [tensor if grad is None else grad for grad, tensor in zip(grads, (*logits, *weights), strict=True)]
+    return tuple(tensors[:len(logits)]), tuple(tensors[len(logits):])
+
+
+def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
+          needs: Sequence[bool] = (), grad_stride: int = 0) -> Tile:
+    first = logits[0]
+    batch, num_classes = first.shape
+    size = first.element_size()
+    aligned = all(
+        row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
+        for row in logits)
+    rows, lanes, pieces, group, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    return Tile(
+        num_classes, rows, lanes, pieces, group, vector, num_warps,
+        logit_strides=tuple(row.stride() for row in logits),
+        weight_strides=tuple(row.stride() for row in weights),
+        external_strides=tuple(row.stride() for row in externals),
+        target_strides=target.stride(),
+        grad_stride=grad_stride,
+        needs=tuple(int(need) for need in needs),
+        double=int(first.dtype == torch.float64),
+        hardware=int(not INTERPRETED and first.dtype != torch.float64),
+    )
+
+
+def _launch(kernel: Any, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
+    batch = first.shape[0]
+    with torch.cuda.device_of(first):
+        kernel[(-(-batch // tile.rows),)](*args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+
+
+EXECUTOR = TritonExecutor()

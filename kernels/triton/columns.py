@@ -1,0 +1,320 @@
+"""Device functions shared by the kernels: loading columns, evaluating nodes, sums over the lanes.
+
+A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L * P columns, one
+*piece* [R, L] per column, so that every running quantity costs one register per thread and nothing is exchanged
+between threads before the end of the row. Quantities of a whole row are [R, 1], or
+scalars if R is 1. Everything is in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from fastokd.graph import plan as _plan
+from fastokd.kernels.triton import spec as _spec
+
+MIXTURE = tl.constexpr(_plan.MIXTURE)
+MINIMUM = tl.constexpr(_plan.MINIMUM)
+SELECTION = tl.constexpr(_plan.SELECTION)
+SKIPPED = tl.constexpr(_spec.SKIPPED)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(1e-30)
+"""The smallest probability inside a logarithm: the reference executor's ``PROBABILITY_FLOOR``."""
+PAD = tl.constexpr(-float(2**100))
+"""What stands for a missing column in a maximum. A power of two, so that scaling it rounds nothing."""
+NOTHING = tl.constexpr(-0.0)
+"""The start of a sum that the compiler can drop: x + -0.0 is x for every x, x + 0.0 is not."""
+
+
+@triton.jit
+def computed(x, TILE: tl.constexpr):
+    """x in the dtype of the arithmetic."""
+    if TILE.double:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def log2(x, TILE: tl.constexpr):
+    """The hardware's logarithm where there is one: Triton's own takes some twenty instructions."""
+    if TILE.hardware:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def row_constant(VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A quantity of a row. Where a program has one row it is a scalar, which costs the compiler far less than a tensor."""
+    if TILE.rows == 1:
+        return tl.full((), VALUE, tl.float64 if TILE.double else tl.float32)
+    else:
+        return tl.full((TILE.rows, 1), VALUE, tl.float64 if TILE.double else tl.float32)
+
+
+@triton.jit
+def row_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A tuple of COUNT quantities of a row."""
+    out = ()
+    for _i in tl.static_range(COUNT):
+        out = out + (row_constant(VALUE, TILE),)
+    return out
+
+
+@triton.jit
+def lane_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr):
+    """A tuple of COUNT quantities of a lane."""
+    out = ()
+    for _i in tl.static_range(COUNT):
+        out = out + (tl.full((TILE.rows, TILE.lanes), VALUE, tl.float64 if TILE.double else tl.float32),)
+    return out
+
+
+@triton.jit
+def added(values, INDEX: tl.constexpr, x):
+    """The tuple with x added to one entry."""
+    return values[:INDEX] + (values[INDEX] + x,) + values[INDEX + 1:]
+
+
+@triton.jit
+def split_halves(tile, P: tl.constexpr):
+    """A tile [R, L, P] as P pieces [R, L] in the order of ``TILE.order``."""
+    if P == 1:
+        return (tl.reshape(tile, (tile.shape[0], tile.shape[1])),)
+    else:
+        halves = tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1], P // 2, 2)))
+        return split_halves(halves[0], P // 2) + split_halves(halves[1], P // 2)
+
+
+@triton.jit
+def join_halves(pieces, P: tl.constexpr):
+    """The inverse of ``split_halves``."""
+    if P == 1:
+        return tl.reshape(pieces[0], (pieces[0].shape[0], pieces[0].shape[1], 1))
+    else:
+        low = join_halves(pieces[:P // 2], P // 2)
+        high = join_halves(pieces[P // 2:], P // 2)
+        return tl.reshape(tl.join(low, high), (low.shape[0], low.shape[1], P))
+
+
+@triton.jit
+def reordered(pieces, TILE: tl.constexpr):
+    """From the order of ``split_halves`` to that of the columns, or back."""
+    out = ()
+    for p in tl.static_range(len(pieces)):
+        out = out + (pieces[TILE.order[p]],)
+    return out
+
+
+@triton.jit
+def tile_columns(TILE: tl.constexpr):
+    """The columns of a chunk as it is loaded: [1, L, P] where a lane's columns are neighbours, else [1, P, L]."""
+    lanes = tl.arange(0, TILE.lanes)
+    pieces = tl.arange(0, TILE.pieces)
+    if TILE.vector:
+        return lanes[None, :, None] * TILE.pieces + pieces[None, None, :]
+    else:
+        return pieces[None, :, None] * TILE.lanes + lanes[None, None, :]
+
+
+@triton.jit
+def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
+    """The columns [1, L] of a piece, counted from the start of its chunk."""
+    lanes = tl.arange(0, TILE.lanes)[None, :]
+    if TILE.vector:
+        return lanes * TILE.pieces + PIECE
+    else:
+        return lanes + PIECE * TILE.lanes
+
+
+@triton.jit
+def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """The pieces of a chunk at ``start`` (of a row), in the dtype in which they are stored; 0 beyond LIMIT columns (0: the
+    chunk is whole).
+
+    All pieces come in one load and are told apart in registers: a thread holds all columns of its lane. The time to
+    compile grows with the number of loads."""
+    columns = tile_columns(TILE)
+    if TILE.rows > 1:
+        start = start[:, :, None]
+    if LIMIT:
+        tile = tl.load(start + columns * STRIDE, mask=columns < LIMIT, other=0.0)
+    else:
+        tile = tl.load(start + columns * STRIDE)
+    if not TILE.vector:
+        tile = tl.permute(tile, (0, 2, 1))
+    return reordered(split_halves(tile, TILE.pieces), TILE)
+
+
+@triton.jit
+def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
+    """Writes pieces at ``start`` (of a row) to neighbouring columns, below LIMIT and in rows inside the batch."""
+    columns = tile_columns(TILE)
+    for _p in tl.static_range(len(pieces), tl.constexpr(TILE.pieces)):
+        pieces = pieces + (pieces[0],)
+    tile = join_halves(reordered(pieces, TILE), TILE.pieces)
+    if not TILE.vector:
+        tile = tl.permute(tile, (0, 2, 1))
+    if TILE.rows > 1:
+        tl.store(start[:, :, None] + columns, tile, mask=inside[:, :, None] & (columns < LIMIT if LIMIT else columns >= 0))
+    elif LIMIT:
+        tl.store(start + columns, tile, mask=columns < LIMIT)
+    else:
+        tl.store(start + columns, tile)
+
+
+@triton.jit
+def masked(x, OTHER: tl.constexpr, LIMIT: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr):
+    """x, or OTHER in the columns of the piece that the row does not have."""
+    if TILE.masks(LIMIT, PIECE):
+        return tl.where(piece_columns(PIECE, TILE) < LIMIT, x, OTHER)
+    else:
+        return x
+
+
+@triton.jit
+def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """All columns [R, 1] of all run-time weights, source after source."""
+    out = ()
+    for s in tl.static_range(len(SPEC.widths)):
+        for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
+            at = weights[s] + rows * TILE.weight_strides[s][0] + k * TILE.weight_strides[s][1]
+            out = out + (computed(tl.load(at), TILE),)
+    return out
+
+
+@triton.jit
+def derived_rows(rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr):
+    """Rows of all nodes from those of the logits and external rows: at one piece, or any linear function of rows.
+
+    ``labels`` are every node's label logits (read by minima), ``choices`` the chosen inputs of the selections.
+    Nodes that are not part of this pass get a row that nobody reads.
+    """
+    for j in tl.static_range(len(SPEC.passes[WHICH].nodes)):
+        row = rows[0]
+        if SPEC.passes[WHICH].nodes[j][0] == MIXTURE:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                if SPEC.passes[WHICH].nodes[j][2] >= 0:
+                    part = weights[SPEC.passes[WHICH].nodes[j][2] + k] * rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                else:
+                    part = rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
+                row = part if k == 0 else row + part
+        elif SPEC.passes[WHICH].nodes[j][0] == MINIMUM:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                shifted = rows[SPEC.passes[WHICH].nodes[j][1][k]] - labels[SPEC.passes[WHICH].nodes[j][1][k]]
+                row = shifted if k == 0 else tl.minimum(row, shifted)
+        elif SPEC.passes[WHICH].nodes[j][0] == SELECTION:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+                candidate = rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                row = candidate if k == 0 else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def linear_rows(values, weights, SPEC: tl.constexpr):
+    """A linear function of rows (a label logit, a sum over the classes) for all nodes from its values for the logits.
+
+    External rows and nodes that are not linear get a value that nobody reads.
+    """
+    for _x in tl.static_range(tl.constexpr(SPEC.num_externals)):
+        values = values + (values[0],)
+    return derived_rows(values, weights, (), (), SPEC, 0)
+
+
+@triton.jit
+def timed(x, FACTOR: tl.constexpr):
+    """x times a constant that is often 1."""
+    if FACTOR == 1.0:
+        return x
+    else:
+        return x * FACTOR
+
+
+@triton.jit
+def powered(base, scaled, POWER: tl.constexpr, RATIO: tl.constexpr):
+    """``exp2(scaled * RATIO)`` given ``base = exp2(scaled)``, without another exponential if RATIO is 1, 2, 3 or 4."""
+    if POWER == 1:
+        return base
+    elif POWER == 2:
+        return base * base
+    elif POWER == 3:
+        return base * base * base
+    elif POWER == 4:
+        return (base * base) * (base * base)
+    else:
+        return tl.exp2(scaled * RATIO)
+
+
+@triton.jit
+def row_sum(x, TILE: tl.constexpr):
+    """The sum over the lanes."""
+    if TILE.rows == 1:
+        return tl.sum(x)
+    else:
+        return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def _add_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _raise_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return (tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2), tl.maximum(a3, b3), tl.maximum(a4, b4),
+            tl.maximum(a5, b5), tl.maximum(a6, b6), tl.maximum(a7, b7))
+
+
+@triton.jit
+def together(values, MAXIMUM: tl.constexpr):
+    """Sums or maxima of a tuple of [1, L], eight at a time: several warps wait for each other once instead of eight times."""
+    out = ()
+    for first in tl.static_range(0, len(values), 8):
+        flat = ()
+        for i in tl.static_range(8):
+            if first + i < len(values):
+                flat = flat + (tl.ravel(values[first + i]),)
+            else:
+                flat = flat + (flat[0],)
+        if MAXIMUM:
+            out = out + tl.reduce(flat, 0, _raise_all)
+        else:
+            out = out + tl.reduce(flat, 0, _add_all)
+    return out[:len(values)]
+
+
+@triton.jit
+def row_sums(values, TILE: tl.constexpr):
+    """The sums over the lanes of a tuple."""
+    if TILE.num_warps > 1 and len(values) > 1:
+        return together(values, False)
+    else:
+        out = ()
+        for i in tl.static_range(len(values)):
+            out = out + (row_sum(values[i], TILE),)
+        return out
+
+
+@triton.jit
+def row_maxima(values, TILE: tl.constexpr):
+    """The maxima over the lanes of a tuple."""
+    if TILE.num_warps > 1 and len(values) > 1:
+        return together(values, True)
+    else:
+        out = ()
+        for i in tl.static_range(len(values)):
+            if TILE.rows == 1:
+                out = out + (tl.max(values[i]),)
+            else:
+                out = out + (tl.max(values[i], 1, keep_dims=True),)
+        return out
+
+
+@triton.jit
+def store_rows(at, values, inside, TILE: tl.constexpr):
+    """Writes where the row is inside the batch: every row is if a program has one."""
+    if TILE.rows == 1:
+        tl.store(at, values)
+    else:
+        tl.store(at, values, mask=inside)

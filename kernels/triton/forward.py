@@ -1,0 +1,148 @@
+"""From logits to the loss of a row: one pass over its columns, two where terms need normalised probabilities."""
+
+import triton
+import triton.language as tl
+
+from fastokd.kernels.triton.columns import LN2, NOTHING, computed, linear_rows, log2, row_constant, row_constants
+from fastokd.kernels.triton.normal import normal_sweep
+from fastokd.kernels.triton.sweep import sweep
+
+
+@triton.jit
+def log_sum(maxima, sums, SOFT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """log2 of the sum of exponentials of a soft."""
+    return maxima[SPEC.passes[WHICH].softs[SOFT][0]] * SPEC.passes[WHICH].softs[SOFT][2] + log2(sums[SOFT], TILE)
+
+
+@triton.jit
+def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The label's logit of each logits row [R, 1] and the mass of the target: 1, or NaN for a label out of range."""
+    label = tl.load(target + rows * TILE.target_strides[0])
+    valid = (label >= 0) & (label < TILE.num_classes)
+    one = row_constant(1.0, TILE)
+    mass = tl.where(valid, one, float("nan"))
+    out = ()
+    for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
+        at = logits[m] + rows * TILE.logit_strides[m][0] + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
+        out = out + (computed(tl.load(at), TILE) * mass,)
+    return out, mass
+
+
+@triton.jit
+def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """For each selection the position of its input with the lowest cross-entropy, the first if equal, as a float."""
+    losses = labels
+    for s in tl.static_range(len(SPEC.passes[0].slots)):
+        value = entropy(maxima, sums, labels, mass, s, SPEC.passes[0].slots[s][0], SPEC, 0, TILE)
+        losses = losses[:SPEC.passes[0].slots[s][0]] + (value,) + losses[SPEC.passes[0].slots[s][0] + 1:]
+    out = ()
+    for c in tl.static_range(len(SPEC.choices)):
+        best = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][0]]
+        position = row_constant(0.0, TILE)
+        for k in tl.static_range(1, len(SPEC.passes[1].nodes[SPEC.choices[c]][1])):
+            value = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][k]]
+            position = tl.where(value < best, k, position)
+            best = tl.where(value < best, value, best)
+        out = out + (position,)
+    return out
+
+
+@triton.jit
+def entropy(maxima, sums, labels, mass, SOFT: tl.constexpr, NODE: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
+            TILE: tl.constexpr):
+    """The cross-entropy of a node at temperature 1, without label smoothing."""
+    slot: tl.constexpr = SPEC.passes[WHICH].softs[SOFT][0]
+    # The difference first: both are large where the logits are, and it is not.
+    gap = maxima[slot] * mass - labels[NODE] * SPEC.passes[WHICH].slots[slot][1]
+    return (gap * SPEC.passes[WHICH].softs[SOFT][2] + log2(sums[SOFT], TILE) * mass) * LN2
+
+
+@triton.jit
+def placed(terms, INDEX: tl.constexpr, value):
+    """The tuple with one entry replaced."""
+    return terms[:INDEX] + (value,) + terms[INDEX + 1:]
+
+
+@triton.jit
+def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of ``SPEC.layout``.
+
+    ``weights`` are the loaded weights.
+    """
+    soft_target: tl.constexpr = len(TILE.target_strides) == 2
+    early: tl.constexpr = len(SPEC.choices) > 0 or (soft_target and SPEC.has_minimum)
+    logit_dots: tl.constexpr = SPEC.num_logits + 1
+
+    labels = ()
+    node_labels = ()
+    choices = ()
+    mass = row_constant(1.0, TILE)
+    if SPEC.use_labels and not soft_target:
+        labels, mass = label_logits(logits, target, rows, SPEC, TILE)
+        node_labels = linear_rows(labels, weights, SPEC)
+    if early:
+        maxima0, sums0, _none, dots0 = sweep(
+            logits, externals, target, rows, weights, (), (), SPEC, 0, soft_target, logit_dots if soft_target else 0, TILE)
+        if soft_target:
+            labels = dots0[:SPEC.num_logits]
+            mass = dots0[SPEC.num_logits]
+            node_labels = linear_rows(labels, weights, SPEC)
+        if len(SPEC.choices):
+            choices = chosen_inputs(maxima0, sums0, node_labels, mass, SPEC, TILE)
+
+    dots: tl.constexpr = soft_target and SPEC.use_labels and not early
+    skip: tl.constexpr = logit_dots if dots else 0
+    maxima, sums, means, plain = sweep(
+        logits, externals, target, rows, weights, node_labels, choices, SPEC, 1, dots, skip + SPEC.num_plain, TILE)
+    if dots:
+        labels = plain[:SPEC.num_logits]
+        mass = plain[SPEC.num_logits]
+        node_labels = linear_rows(labels, weights, SPEC)
+    plain = plain[skip:]
+    node_sums = ()
+    if SPEC.use_sums:
+        node_sums = linear_rows(plain[:SPEC.num_logits], weights, SPEC)
+        for n in tl.static_range(len(SPEC.passes[1].summed)):
+            node_sums = placed(node_sums, SPEC.passes[1].summed[n], plain[SPEC.num_logits + n])
+
+    terms = row_constants(SPEC.num_terms, 0.0, TILE)
+    for c in tl.static_range(len(SPEC.entropies)):
+        value = entropy(maxima, sums, node_labels, mass, SPEC.entropies[c][1], SPEC.entropies[c][2], SPEC, 1, TILE)
+        if SPEC.label_smoothing > 0:
+            spread = log_sum(maxima, sums, SPEC.entropies[c][1], SPEC, 1, TILE) * LN2
+            spread -= node_sums[SPEC.entropies[c][2]] * (1.0 / TILE.num_classes)
+            value = value * (1.0 - SPEC.label_smoothing) + spread * SPEC.label_smoothing
+        terms = placed(terms, SPEC.entropies[c][0], value)
+    for e in tl.static_range(len(SPEC.edges)):
+        value = (means[e] + log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)) * LN2
+        if SPEC.edges[e][9] > 0:
+            level = (log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE) - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)) * LN2
+            gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (1.0 / SPEC.edges[e][2])
+            value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e][9]
+        terms = placed(terms, SPEC.edges[e][0], value * SPEC.edges[e][1])
+    outer_masses = ()
+    outer_crosses = ()
+    if len(SPEC.passes[1].crosses):
+        outer_masses = plain[SPEC.first_outer:SPEC.first_outer + SPEC.num_externals]
+        outer_crosses = plain[SPEC.first_outer + SPEC.num_externals:]
+    for o in tl.static_range(len(SPEC.outer)):
+        if SPEC.outer[o][6]:
+            value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
+        else:
+            heavy = outer_masses[SPEC.outer[o][5] - SPEC.num_logits] + TILE.num_classes * SPEC.outer[o][7]
+            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE)
+        terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
+    normal = ()
+    if len(SPEC.normal):
+        normal = normal_sweep(logits, externals, rows, weights, node_labels, choices, maxima, sums, SPEC, TILE)
+        for e in tl.static_range(len(SPEC.normal)):
+            terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
+
+    loss = row_constant(NOTHING, TILE)
+    for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
+        loss += terms[t] * tl.load(term_weights + t)
+    stats = maxima + sums + means
+    if SPEC.use_labels:
+        stats = stats + labels
+    stats = stats + plain[:SPEC.first_outer] + (mass,) + choices + outer_masses + normal
+    return loss, terms, stats

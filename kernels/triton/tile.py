@@ -1,0 +1,124 @@
+"""How a batch is laid over programs and threads: the tile, and the rules by which it is chosen. No Triton, no torch."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+
+VECTOR_BYTES = 16
+"""What one thread loads at once where rows are aligned for it."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tile:
+    """Constants of a launch that do not come from the graph.
+
+    A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes ``pieces`` columns of every
+    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Running maxima are
+    updated once per ``group`` pieces. Strides are in elements: (row, column) for each logits row, weight source and
+    external row; ``target_strides`` is empty for labels. ``needs`` tells for each logits row and weight source whether
+    its gradient is wanted. ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter,
+    which has neither the GPU's own logarithm nor its fused multiply-add.
+    """
+
+    num_classes: int
+    rows: int
+    lanes: int
+    pieces: int
+    group: int
+    vector: int
+    num_warps: int
+    logit_strides: tuple[tuple[int, int], ...]
+    weight_strides: tuple[tuple[int, int], ...]
+    external_strides: tuple[tuple[int, int], ...]
+    target_strides: tuple[int, ...]
+    grad_stride: int = 0
+    needs: tuple[int, ...] = ()
+    double: int = 0
+    hardware: int = 1
+
+    @property
+    def block(self) -> int:
+        """Columns of a chunk."""
+        return self.lanes * self.pieces
+
+    @property
+    def whole(self) -> int:
+        """The number of whole chunks of a row."""
+        return self.num_classes // self.block
+
+    @property
+    def rest(self) -> int:
+        """Columns of the last chunk if it is not whole."""
+        return self.num_classes % self.block
+
+    @property
+    def rest_pieces(self) -> int:
+        """Pieces of the last chunk that hold any column."""
+        return self.pieces if self.vector else -(-self.rest // self.lanes)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The column of each piece after a chunk was split into halves (even, odd) again and again. Its own inverse."""
+        order: tuple[int, ...] = (0,)
+        while len(order) < self.pieces:
+            order = tuple(2 * k for k in order) + tuple(2 * k + 1 for k in order)
+        return order
+
+    def group_end(self, first: int, count: int) -> int:
+        """The end of the group of pieces that begins with ``first``."""
+        return min(int(first) + self.group, int(count))
+
+    def masks(self, limit: int, piece: int) -> bool:
+        """Whether a piece of a chunk with so many columns (0: all) has columns that the row lacks."""
+        limit, piece = int(limit), int(piece)
+        return bool(limit) and (bool(self.vector) or (piece + 1) * self.lanes > limit)
+
+    @cached_property
+    def digest(self) -> str:
+        values = [getattr(self, field.name) for field in fields(self)]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:24]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.digest)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Tile) and self.digest == other.digest)
+
+    def __repr__(self) -> str:
+        return f"Tile_{self.digest}"
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool) -> tuple[int, int, int, int, int, int]:
+    """Rows, lanes, pieces, group, vector and warps for a regime of batch and class count.
+
+    Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp per row holds the
+    whole row. More: chunks, loaded as vectors where rows are aligned. One warp per row needs no barrier at all and
+    wastes least where there are rows enough to fill the GPU; with few rows, four or eight warps share one so that its
+    latency shrinks.
+    """
+    if num_classes <= 32:
+        lanes = 4
+        return 8, lanes, _power_of_two(-(-num_classes // lanes)), 8, 0, 1
+    vector_pieces = max(VECTOR_BYTES // itemsize, 1)
+    if num_classes <= 256 and not (aligned and num_classes >= 128):
+        return 1, 32, _power_of_two(-(-num_classes // 32)), 8, 0, 1
+    if num_classes <= 4096:
+        warps = 1 if batch >= 1024 else 4
+    else:
+        warps = 4 if batch >= 256 else 8
+    # Larger graphs keep more rows alive per column: they work on fewer columns between two updates of the maxima.
+    group = 8 if num_nodes <= 8 else 4
+    if aligned:
+        while warps > 1 and 32 * warps * vector_pieces >= 2 * num_classes:
+            warps //= 2
+        return 1, 32 * warps, vector_pieces, min(group, vector_pieces), 1, warps
+    return 1, 32 * warps, 8, group, 0, warps
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,98 @@
+"""What every executor must keep, on any graph: an error from float64 of at most twice PyTorch's in the same dtype.
+
+Not a test file: ``test_executors.py`` calls this for the C++ executor, and in a process of its own for Triton's
+interpreter, which must be chosen before Triton is first imported.
+"""
+
+import warnings
+
+import torch
+from graph_catalog import Inputs, catalog, make_inputs
+from graph_strategy import random_graphs
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastokd.graph import Graph
+from fastokd.ops import evaluate
+from fastokd.ops.executors import Case, load
+
+# One shape per regime that matters to a row's arithmetic: less than a vector, several vectors and a rest, more than a tile.
+CATALOG_SHAPES = ((3, 10), (2, 100), (2, 1001))
+RANDOM_SHAPES = ((1, 2), (3, 10), (2, 37), (0, 5))
+ROUNDINGS = 8
+
+
+def outcome(inputs: Inputs, impl: str, upstream: Tensor) -> list[Tensor | None]:
+    """Rows, terms, then the gradients of logits and weights."""
+    rows, terms = evaluate(inputs.plan, *inputs.arguments(), impl=impl)
+    grads = torch.autograd.grad(rows, inputs.leaves(), upstream.to(rows.dtype), allow_unused=True)
+    return [rows.detach(), terms, *grads]
+
+
+def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torch.dtype, number: int, soft: bool) -> None:
+    """Compare an executor and PyTorch in ``dtype`` with PyTorch in float64, from the same numbers."""
+    inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft)
+    refusal = load(executor).refusal(inputs.plan, Case("cpu", dtype, num_classes))
+    assert refusal is None, f"{graph.name}: {refusal}"
+    exact = Inputs(graph, inputs.plan, [row.detach().double().requires_grad_() for row in inputs.logits],
+                   {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
+                   {name: value.double() for name, value in inputs.externals.items()},
+                   inputs.target.double() if soft else inputs.target, inputs.kd_weight)
+    upstream = torch.linspace(-1, 2, batch, dtype=torch.float64)
+    truths, theirs, ours = (outcome(case, impl, upstream) for case, impl in ((exact, "reference"), (inputs, "reference"), (inputs, executor)))
+    # Sizes of the numbers whose differences the results are. A KL's value is T times a difference of logits, its gradient T
+    # times one of probabilities (for a teacher times such a difference); a mixing weight's gradient is a gradient times a logit.
+    largest = 1 + max((float(row.detach().abs().max()) for row in inputs.logits if row.numel()), default=0.0)
+    slope = sum(abs(weight) * max(term.temperature, term.scale / term.temperature) for weight, term in
+                zip(inputs.term_weights.tolist(), inputs.plan.terms, strict=True))
+    steepest = max(max(term.temperature, term.scale / term.temperature) for term in inputs.plan.terms)
+    scales = [slope * largest, steepest * largest] + [2 * slope] * len(inputs.logits) + [2 * slope * largest] * len(inputs.weights)
+    for place, (truth, their, our, scale) in enumerate(zip(truths, theirs, ours, scales, strict=True)):
+        if truth is None or their is None:
+            assert our is None or not our.any(), f"{graph}: output {place} must have no gradient"
+            continue
+        assert our is not None
+        assert our.dtype == their.dtype
+        assert our.shape == their.shape
+        if not our.numel():
+            continue
+        wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        own = torch.finfo(our.dtype).eps * float(truth.abs().max())  # a result is rounded to its own dtype at the end
+        allowed = 2 * float((their.double() - truth).abs().max()) + ROUNDINGS * wide * scale + own
+        error = float((our.double() - truth).abs().max())
+        assert error <= allowed, f"{graph}: output {place} (rows, terms, gradients) is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_catalog(executor: str) -> int:
+    """Every graph of the published methods and every kind of node, at one shape per regime; returns the number of cases."""
+    count = 0
+    for case in catalog():
+        for batch, num_classes in CATALOG_SHAPES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16) if num_classes == 100 else (torch.float32,):
+                check(case.graph, executor, batch, num_classes, dtype, count, soft=count % 2 == 1)
+                count += 1
+    return count
+
+
+def check_random(executor: str, wanted: int) -> int:
+    """Random graphs over all kinds of nodes and terms; returns how many different pairs of graph and shape there were."""
+    seen = set()
+
+    @seed(0)
+    @settings(max_examples=4 * wanted, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(random_graphs(), st.sampled_from(RANDOM_SHAPES), st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 99), st.booleans())
+    def run(graph: Graph, shape: tuple[int, int], dtype: torch.dtype, number: int, soft: bool) -> None:
+        if (graph, shape) not in seen and len(seen) < wanted:  # hypothesis repeats itself
+            check(graph, executor, *shape, dtype, number, soft)
+            seen.add((graph, shape))
+
+    run()
+    return len(seen)
+
+
+def main(executor: str, wanted: int) -> None:
+    """Both, printed as two counts."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(check_catalog(executor), check_random(executor, wanted))

@@ -1,0 +1,38 @@
+"""The GPU entry: its dry run goes through the code of every part, so that no GPU minute dies on a typo."""
+
+import json
+
+import pytest
+
+from bench.gpu import PARTS, main
+
+
+def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
+    assert main(["--dry-run", "--out", str(tmp_path)]) == 0
+    found = {name: json.loads((tmp_path / f"{name}-dry-run.json").read_text()) for name in PARTS}
+    assert found["tests"]["returncode"] == 0, found["tests"]
+    for row in found["kernels"]["rows"]:
+        missing = [name for name, value in row.items() if value is None and not name.startswith("fused")]
+        assert not missing, row
+    assert {(row["method"], row["precision"]) for row in found["step"]["rows"]} == {(m, p) for m in ("baseline", "ahbf") for p in ("fp32", "bf16")}
+    assert all(row["images_per_second"] > 0 for row in found["step"]["rows"])
+    assert [row["preset"] for row in found["accuracy"]["rows"]] == ["paper", "paper", "code"]
+    assert found["environment"]["copy_bandwidth_gb_s"] > 0
+    capsys.readouterr()
+    assert main(["--dry-run", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("is there already") == len(PARTS)
+
+
+def test_spent_minutes_skip_the_rest(tmp_path, capsys):
+    assert main(["--dry-run", "--out", str(tmp_path), "--minutes", "1e-9"]) == 0
+    assert capsys.readouterr().out.count("skipped, the minutes are spent") == len(PARTS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["kernel", "--dry-run"], "unknown part 'kernel'; did you mean 'kernels'?"),
+    (["--minutes", "0", "--dry-run"], "--minutes 0.0: must be positive"),
+])
+def test_bad_arguments(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Every executor on every published graph, and on 300 random graphs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import executor_properties
+import opaque_executor
+import pytest
+
+from fastokd.ops.executors import executor_states
+
+HERE = Path(__file__).resolve().parent
+STATE = executor_states()["cpu"]
+WANTED = 300
+
+
+@pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
+def test_cpu_on_the_catalog():
+    assert executor_properties.check_catalog("cpu") >= 48 * 5
+
+
+@pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
+def test_cpu_on_random_graphs():
+    assert executor_properties.check_random("cpu", WANTED) == WANTED
+
+
+def test_the_operator_on_random_graphs():
+    assert executor_properties.check_random(opaque_executor.register(), WANTED) == WANTED
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))}
+    code = f"import executor_properties; executor_properties.main('triton', {WANTED})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    catalog, random = map(int, done.stdout.split())
+    assert catalog >= 48 * 5
+    assert random == WANTED
