@@ -25,6 +25,7 @@ ABI_VERSION = 1
 _NATIVE = Path(__file__).resolve().parent.parent / "_native"
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+_NO_MEMORY = 8
 _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
@@ -75,6 +76,7 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
         ("fastokd_plan_num_stats", size, [pointer]),
         ("fastokd_forward", count, [pointer, size, size, *[pointer] * 5, count]),
         ("fastokd_backward", count, [pointer, size, size, *[pointer] * 5, count]),
+        ("fastokd_forward_backward", count, [pointer, size, size, *[pointer] * 7, count]),
         ("fastokd_math", count, [ctypes.c_char_p, count, count, pointer, pointer, size]),
     ):
         function = getattr(library, name)
@@ -125,7 +127,7 @@ class CompiledPlan:
     def check(self, status: int) -> None:
         if status:
             message = self.library.fastokd_status_message(status).decode()
-            raise MemoryError(message) if status == 8 else ValueError(f"the native library refuses the call: {message}")
+            raise MemoryError(message) if status == _NO_MEMORY else ValueError(f"the native library refuses the call: {message}")
 
 
 @lru_cache(maxsize=512)
@@ -135,14 +137,16 @@ def _compiled(plan: Plan) -> CompiledPlan:
     return CompiledPlan(library, *plan.encode(), os.environ.get(_ISA_VARIABLE))
 
 
-def _describe(tensors: Sequence[Tensor], target: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """The array of ``fastokd_tensor``: four words each on little-endian machines, which are the only ones built for."""
+def _describe(tensors: Sequence[Tensor], last: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """The array of ``fastokd_tensor`` for matrices and, last, a matrix or vector.
+
+    Each is four words on little-endian machines, which are the only ones built for.
+    """
 
     def words() -> Iterator[int]:
         for tensor in tensors:
             yield from (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
-        columns = target.stride(1) if target.dim() == 2 else 0
-        yield from (target.data_ptr(), target.stride(0), columns, _DTYPES[target.dtype])
+        yield from (last.data_ptr(), last.stride(0), last.stride(1) if last.dim() == 2 else 0, _DTYPES[last.dtype])
 
     return (ctypes.c_int64 * (4 * len(tensors) + 4))(*words())
 
@@ -163,32 +167,53 @@ class CPUExecutor:
 
     def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
                 target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        compiled, dtype = _compiled(plan), compute_dtype(logits[0])
-        batch, classes = logits[0].shape
-        term_weights = term_weights.to(dtype).contiguous()
-        rows = torch.empty(batch, dtype=dtype)
-        terms = torch.empty((plan.num_terms, batch), dtype=dtype)
-        stats = torch.empty((compiled.num_stats, batch), dtype=dtype)
+        compiled = _compiled(plan)
+        rows, terms, stats = outputs = _outputs(compiled, plan, logits[0])
+        term_weights = term_weights.to(rows.dtype).contiguous()
         compiled.check(compiled.library.fastokd_forward(
-            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
+            compiled.handle, *logits[0].shape, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
             rows.data_ptr(), terms.data_ptr(), stats.data_ptr(), torch.get_num_threads()))
-        return rows, terms, stats
+        return outputs
 
     def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
                  externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
                  needs: Sequence[bool]) -> list[Tensor | None]:
         compiled, dtype = _compiled(plan), compute_dtype(logits[0])
-        batch, classes = logits[0].shape
-        term_weights, grad_rows = term_weights.to(dtype).contiguous(), grad_rows.to(dtype)
-        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
-                 for tensor, need in zip((*logits, *weights), needs, strict=True)]
-        places = [None if grad is None else grad.data_ptr() for grad in grads]
+        term_weights, grad_rows, stats = term_weights.to(dtype).contiguous(), grad_rows.to(dtype), stats.contiguous()
+        grads, places = _gradients(logits, weights, needs)
         compiled.check(compiled.library.fastokd_backward(
-            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
-            stats.contiguous().data_ptr(),
-            (ctypes.c_int64 * 4)(grad_rows.data_ptr(), grad_rows.stride(0), 0, _DTYPES[dtype]),
-            (ctypes.c_void_p * len(places))(*places), torch.get_num_threads()))
+            compiled.handle, *logits[0].shape, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
+            stats.data_ptr(), _describe((), grad_rows), places, torch.get_num_threads()))
         return grads
+
+    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, with the logits read from memory only once."""
+        compiled = _compiled(plan)
+        rows, terms, stats = _outputs(compiled, plan, logits[0])
+        term_weights = term_weights.to(rows.dtype).contiguous()
+        batch, classes = logits[0].shape
+        upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
+        grads, places = _gradients(logits, weights, needs)
+        compiled.check(compiled.library.fastokd_forward_backward(
+            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
+            rows.data_ptr(), terms.data_ptr(), stats.data_ptr(), _describe((), upstream), places, torch.get_num_threads()))
+        return rows, terms, grads
+
+
+def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for rows [B], terms [T, B] and statistics [num_stats, B]."""
+    batch, dtype = first.shape[0], compute_dtype(first)
+    return (torch.empty(batch, dtype=dtype), torch.empty((plan.num_terms, batch), dtype=dtype),
+            torch.empty((compiled.num_stats, batch), dtype=dtype))
+
+
+def _gradients(logits: Sequence[Tensor], weights: Sequence[Tensor],
+               needs: Sequence[bool]) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
+    """Room for the gradients that are needed, and the addresses of all."""
+    grads = [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+             for tensor, need in zip((*logits, *weights), needs, strict=True)]
+    return grads, (ctypes.c_void_p * len(grads))(*[None if grad is None else grad.data_ptr() for grad in grads])
 
 
 EXECUTOR = CPUExecutor()

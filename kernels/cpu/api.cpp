@@ -87,16 +87,25 @@ struct Free {
   void operator()(void* memory) const { free(memory); }
 };
 
-int32_t run(const Call& call, RowsFunction function, size_t scratch, int32_t num_threads) {
+// What the entry points share; `pass` is a member of Backend.
+int32_t run(const fastokd_plan* plan, Call call, const Pass (Backend::*pass)[2], int32_t num_threads) {
+  const bool backward = pass != &Backend::forward, forward = pass != &Backend::backward;
+  if (!plan || !call.tensors || !call.term_weights || call.batch < 0 || call.classes < 1) return FASTOKD_ARGUMENT;
+  call.program = &plan->program;
+  if (!fits(call)) return FASTOKD_ARGUMENT;
+  const int real = call.tensors[0].dtype == FASTOKD_FLOAT64;
+  if (backward && (!call.grads || call.grad_rows.dtype != (real ? FASTOKD_FLOAT64 : FASTOKD_FLOAT32))) return FASTOKD_ARGUMENT;
   if (call.batch == 0) return FASTOKD_OK;
+  if (!call.stats || (forward && (!call.rows || !call.terms)) || (backward && !call.grad_rows.data)) return FASTOKD_ARGUMENT;
+  const Pass& chosen = (plan->backend->*pass)[real];
   const int64_t row = call.program->num_nodes * call.classes;
   int64_t threads = call.batch * row < kInlineElements ? 1 : std::max<int64_t>(1, num_threads);
   threads = std::min(threads, call.batch);
   const int64_t rows = std::min(std::max<int64_t>(1, kChunkElements / row), (call.batch + threads - 1) / threads);
-  const size_t stride = (scratch + 4095) / 4096 * 4096 + 64;  // no two threads' scratch in one cache line or set
+  const size_t stride = (chosen.scratch(call) + 4095) / 4096 * 4096 + 64;  // no two threads' scratch in one cache line or set
   std::unique_ptr<void, Free> memory(aligned_alloc(64, stride * threads));
   if (!memory) return FASTOKD_NO_MEMORY;
-  Work work{call, function, static_cast<char*>(memory.get()), stride, rows};
+  Work work{call, chosen.rows, static_cast<char*>(memory.get()), stride, rows};
   parallel(static_cast<int>(threads), (call.batch + rows - 1) / rows, run_chunk, &work);
   return FASTOKD_OK;
 }
@@ -152,24 +161,22 @@ int64_t fastokd_plan_num_stats(const fastokd_plan* plan) { return plan ? plan->p
 
 int32_t fastokd_forward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
                         const void* term_weights, void* rows, void* terms, void* stats, int32_t num_threads) {
-  if (!plan || !tensors || !term_weights || batch < 0 || classes < 1) return FASTOKD_ARGUMENT;
-  if (batch > 0 && (!rows || !terms || !stats)) return FASTOKD_ARGUMENT;
-  const Call call{&plan->program, batch, classes, tensors, term_weights, rows, terms, stats, {}, nullptr};
-  if (!fits(call)) return FASTOKD_ARGUMENT;
-  const int real = tensors[0].dtype == FASTOKD_FLOAT64;
-  return run(call, plan->backend->forward[real], plan->backend->forward_scratch[real](call), num_threads);
+  return run(plan, {nullptr, batch, classes, tensors, term_weights, rows, terms, stats, {}, nullptr}, &Backend::forward, num_threads);
 }
 
 int32_t fastokd_backward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
                          const void* term_weights, const void* stats, const fastokd_tensor* grad_rows, void* const* grads,
                          int32_t num_threads) {
-  if (!plan || !tensors || !term_weights || !grad_rows || !grads || batch < 0 || classes < 1) return FASTOKD_ARGUMENT;
-  if (batch > 0 && (!stats || !grad_rows->data)) return FASTOKD_ARGUMENT;
-  const int real = tensors[0].dtype == FASTOKD_FLOAT64;
-  if (grad_rows->dtype != (real ? FASTOKD_FLOAT64 : FASTOKD_FLOAT32)) return FASTOKD_ARGUMENT;
-  const Call call{&plan->program, batch, classes, tensors, term_weights, nullptr, nullptr, const_cast<void*>(stats), *grad_rows, grads};
-  if (!fits(call)) return FASTOKD_ARGUMENT;
-  return run(call, plan->backend->backward[real], plan->backend->backward_scratch[real](call), num_threads);
+  if (!grad_rows) return FASTOKD_ARGUMENT;
+  const Call call{nullptr, batch, classes, tensors, term_weights, nullptr, nullptr, const_cast<void*>(stats), *grad_rows, grads};
+  return run(plan, call, &Backend::backward, num_threads);
+}
+
+int32_t fastokd_forward_backward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
+                                 const void* term_weights, void* rows, void* terms, void* stats,
+                                 const fastokd_tensor* grad_rows, void* const* grads, int32_t num_threads) {
+  if (!grad_rows) return FASTOKD_ARGUMENT;
+  return run(plan, {nullptr, batch, classes, tensors, term_weights, rows, terms, stats, *grad_rows, grads}, &Backend::both, num_threads);
 }
 
 int32_t fastokd_math(const char* isa, int32_t function, int32_t dtype, const void* in, void* out, int64_t count) {

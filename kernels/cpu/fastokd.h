@@ -71,6 +71,12 @@ FASTOKD_API int32_t fastokd_backward(const fastokd_plan *plan, int64_t batch, in
                                      const void *term_weights, const void *stats, const fastokd_tensor *grad_rows,
                                      void *const *grads, int32_t num_threads);
 
+/* Both at once, which reads the logits only once from memory. */
+FASTOKD_API int32_t fastokd_forward_backward(const fastokd_plan *plan, int64_t batch, int64_t classes,
+                                             const fastokd_tensor *tensors, const void *term_weights, void *rows, void *terms,
+                                             void *stats, const fastokd_tensor *grad_rows, void *const *grads,
+                                             int32_t num_threads);
+
 /* For tests of the stated error bounds: out[i] = exp (function 0) or log (1) of in[i], in float32 or float64. */
 FASTOKD_API int32_t fastokd_math(const char *isa, int32_t function, int32_t dtype, const void *in, void *out, int64_t count);
 

@@ -14,7 +14,7 @@ struct Forward : Rows<Real> {
   using Base = Rows<Real>;
   using typename Base::Lane;
   using typename Base::Vec;
-  using Base::call, Base::chosen, Base::count, Base::kFloor, Base::label, Base::label_logit, Base::logs, Base::mass,
+  using Base::call, Base::chosen, Base::count, Base::label, Base::label_logit, Base::logs, Base::mass,
       Base::maxima, Base::num_tiles, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
       Base::sums, Base::value, Base::width;
 

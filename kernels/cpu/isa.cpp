@@ -5,18 +5,35 @@
 namespace fastokd {
 namespace FASTOKD_ISA {
 
-template <template <class> class Pass, class Real>
+// Both passes of a row while it is in the cache.
+template <class Real>
+struct Both {
+  Forward<Real> forward;
+  Backward<Real> backward;
+  Both(const Call& call, Arena& arena) : forward(call, arena), backward(call, arena) {}
+  void run(int64_t row) {
+    forward.run(row);
+    backward.run(row);
+  }
+};
+
+template <class Rows>
 static size_t scratch(const Call& call) {
   Arena arena{nullptr, 0};
-  Pass<Real> pass(call, arena);
+  Rows rows(call, arena);
   return arena.used;
 }
 
-template <template <class> class Pass, class Real>
-static void rows(const Call& call, void* memory, int64_t begin, int64_t end) {
+template <class Rows>
+static void run(const Call& call, void* memory, int64_t begin, int64_t end) {
   Arena arena{static_cast<char*>(memory), 0};
-  Pass<Real> pass(call, arena);
-  for (int64_t row = begin; row < end; ++row) pass.run(row);
+  Rows rows(call, arena);
+  for (int64_t row = begin; row < end; ++row) rows.run(row);
+}
+
+template <class Rows>
+constexpr Pass pass() {
+  return {scratch<Rows>, run<Rows>};
 }
 
 template <class Real>
@@ -36,10 +53,9 @@ static void math(int function, const void* in, void* out, int64_t count) {
 extern const Backend backend;
 const Backend backend = {
     FASTOKD_STRING(FASTOKD_ISA),
-    {scratch<Forward, float>, scratch<Forward, double>},
-    {scratch<Backward, float>, scratch<Backward, double>},
-    {rows<Forward, float>, rows<Forward, double>},
-    {rows<Backward, float>, rows<Backward, double>},
+    {pass<Forward<float>>(), pass<Forward<double>>()},
+    {pass<Backward<float>>(), pass<Backward<double>>()},
+    {pass<Both<float>>(), pass<Both<double>>()},
     {math<float>, math<double>},
 };
 

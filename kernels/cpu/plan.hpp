@@ -1,7 +1,6 @@
 // Decoding and checking a plan.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "program.hpp"

@@ -105,13 +105,17 @@ struct Call {
 
 using RowsFunction = void (*)(const Call& call, void* scratch, int64_t begin, int64_t end);
 
-// Index 0: float, 1: double. Scratch is the number of bytes that a range of rows needs, aligned to 64.
+// `scratch` is the number of bytes that a range of rows needs, aligned to 64. Index 0: float, 1: double.
+struct Pass {
+  size_t (*scratch)(const Call& call);
+  RowsFunction rows;
+};
+
 struct Backend {
   const char* name;
-  size_t (*forward_scratch[2])(const Call& call);
-  size_t (*backward_scratch[2])(const Call& call);
-  RowsFunction forward[2];
-  RowsFunction backward[2];
+  Pass forward[2];
+  Pass backward[2];
+  Pass both[2];
   void (*math[2])(int function, const void* in, void* out, int64_t count);
 };
 

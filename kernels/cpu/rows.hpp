@@ -1,6 +1,6 @@
 // What the forward and the backward pass share: the values of all nodes in one tile of one row.
 //
-// A row is worked through in tiles of columns, so that the values of all nodes stay in the first-level cache. Unused
+// A row is worked through in tiles of columns, so that the values of all nodes stay in the cache. Unused
 // lanes behind the last column hold -max, whose exponential is 0.
 #pragma once
 
@@ -39,7 +39,7 @@ struct Rows {
   using Vec = typename Lane::Vec;
   using Int = typename Lane::Int;
   static constexpr int width = Lane::width;
-  static constexpr int64_t kTile = 2048 / sizeof(Real);
+  static constexpr int64_t kTile = 4096 / sizeof(Real);  // measured: 2 KB and 1 KB are slower
   static constexpr double kLog2E = 1.44269504088896341;
   static constexpr Real kFloor = static_cast<Real>(1e-30);  // PROBABILITY_FLOOR of the reference
 

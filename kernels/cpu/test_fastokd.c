@@ -79,6 +79,15 @@ static int wrong_values(const fastokd_plan *plan, int64_t batch, int32_t threads
     for (int i = 0; i < 5; ++i)
       for (int c = 0; c < (i < 3 ? 3 : 2); ++c) wrong += !(fabs(((double *)grads[i])[b * (i < 3 ? 3 : 2) + c] - *known++) < 1e-6);
   }
+  double *both_rows = malloc(batch * sizeof(double));
+  double *both = malloc(batch * 3 * sizeof(double));
+  void *first_grad[5] = {both, NULL, NULL, NULL, NULL};
+  CHECK(fastokd_forward_backward(plan, batch, 3, tensors, term_weights, both_rows, terms, stats, &grad_rows, first_grad,
+                                 threads) == FASTOKD_OK);
+  wrong += memcmp(both_rows, rows, batch * sizeof(double)) != 0;
+  wrong += memcmp(both, grads[0], batch * 3 * sizeof(double)) != 0;
+  free(both_rows);
+  free(both);
   for (int i = 0; i < 5; ++i) free(grads[i]);
   free(rows);
   free(terms);
@@ -156,6 +165,7 @@ int main(void) {
   }
   CHECK(fastokd_isa(-1) == NULL);
   fastokd_plan *plan = make(NULL);
+  fflush(stdout);
   const pid_t child = fork(); /* after the pool was made */
   if (child == 0) _exit(wrong_values(plan, 20000, 4) != 0);
   int status = -1;
