@@ -24,8 +24,7 @@ from fastokd.errors import ConfigError, FastOKDError, did_you_mean, first_line
 from fastokd.graph import lower
 from fastokd.methods.ahbf import PRESETS, ahbf_graph
 from fastokd.models import create_model
-from fastokd.ops import evaluate
-from fastokd.ops.executors import Case, load
+from fastokd.ops import evaluate, loss_and_grad
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import Trainer
@@ -175,10 +174,7 @@ def _kernel_row(context: Context, batch: int, num_classes: int, preset: str) -> 
             label = f"{name} graph" if graph else name
             cases[f"{label}/forward"] = (call, graph)
             cases[f"{label}/both"] = (partial(both, call), graph)
-    executor = load(fused)
-    if executor.refusal(plan, Case(device.type, dtype)) is None and hasattr(executor, "loss_and_grad"):
-        cases["one kernel graph/both"] = (
-            lambda: executor.loss_and_grad(plan, logits, weights, [], target, term_weights, [True] * len(leaves)), True)
+    cases["one kernel graph/both"] = (lambda: loss_and_grad(plan, logits, weights, [], target, term_weights, fused), True)
 
     num_bytes = NUM_BRANCHES * batch * num_classes * dtype.itemsize
     row: dict[str, Any] = {

@@ -151,14 +151,25 @@ class AHBFLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
         """
-        if (scores is None) == (ta_logits is None):
-            raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
+        loss, rows, weights = self._route(branch_logits, scores, ta_logits)
+        return loss(rows, target, weights=weights, kd_weight=kd_weight, return_terms=return_terms)
+
+    def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, scores: Sequence[Tensor] | Tensor | None = None,
+                         ta_logits: Sequence[Tensor] | Tensor | None = None,
+                         kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``; returns the loss and the terms, detached."""
+        loss, rows, weights = self._route(branch_logits, scores, ta_logits)
+        return loss.forward_backward(rows, target, weights=weights, kd_weight=kd_weight)
+
+    def _route(self, branch_logits: Sequence[Tensor] | Tensor, scores: Sequence[Tensor] | Tensor | None,
+               ta_logits: Sequence[Tensor] | Tensor | None) -> tuple[GraphLoss, list[Tensor], dict[str, Tensor]]:
+        """The graph that fits what was given, its rows of logits and its mixing weights."""
         branches = as_rows(branch_logits, self.num_branches, "branch_logits")
-        if ta_logits is None:
-            assert scores is not None
-            return self._mixing(branches, target, weights=self._weights(scores), kd_weight=kd_weight, return_terms=return_terms)
-        tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
-        return self._mixed([*branches, *tas], target, kd_weight=kd_weight, return_terms=return_terms)
+        if scores is not None and ta_logits is None:
+            return self._mixing, branches, self._weights(scores)
+        if ta_logits is not None and scores is None:
+            return self._mixed, [*branches, *as_rows(ta_logits, self.num_branches - 1, "ta_logits")], {}
+        raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
 
     def mixtures(self, branch_logits: Sequence[Tensor] | Tensor, *, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """The logits [B, C] of ta2 .. taM, without gradient."""

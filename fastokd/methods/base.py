@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, Graph, lower
-from fastokd.ops import check_impl, evaluate
+from fastokd.ops import check_impl, evaluate, loss_and_grad
 from fastokd.ops.reference import compute_dtype, node_rows
 
 Reduction = Literal["mean", "sum", "none"]
@@ -81,27 +81,55 @@ class GraphLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
         """
+        arguments = self._arguments(logits, target, weights, externals, kd_weight)
+        rows, terms = evaluate(self.plan, *arguments, self.impl)
+        loss = rows if self.reduction == "none" else rows.sum()
+        if self.reduction == "mean":
+            loss = loss / max(target.shape[0], 1)
+        return (loss, self._term_means(terms)) if return_terms else loss
+
+    def forward_backward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
+                         externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its backward pass at once: what a training step does, with the logits read only once.
+
+        Does what ``forward`` and ``loss.backward()`` do, for the mean over the batch; arguments as in ``forward``.
+
+        Returns:
+            The loss and each term's mean, detached. The gradients are where ``backward()`` leaves them.
+
+        Raises:
+            ValueError: ``reduction`` is not "mean"; else as ``forward``.
+        """
+        if self.reduction != "mean":
+            raise ValueError(f"forward_backward computes the mean over the batch, and this loss has reduction='{self.reduction}'")
+        logits_in, weights_in, *others = self._arguments(logits, target, weights, externals, kd_weight)
+        inputs = [*logits_in, *weights_in]
+        rows, terms, grads = loss_and_grad(self.plan, logits_in, weights_in, *others, self.impl)
+        wanted = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if grad is not None]
+        if wanted:
+            torch.autograd.backward([tensor for tensor, _ in wanted], [grad for _, grad in wanted])
+        return rows.sum() / max(target.shape[0], 1), self._term_means(terms)
+
+    def _arguments(self, logits: Sequence[Tensor] | Tensor, target: Tensor, weights: Mapping[str, Tensor] | None,
+                   externals: Mapping[str, Tensor] | None,
+                   kd_weight: float | Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What the operator takes after the plan: everything checked, and the term weights [T] on the logits' device."""
         rows_in = as_rows(logits, self.plan.num_logits, "logits")
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
         external_list = [_external(name, externals, first) for name in self.graph.externals]
         _check_target(target, first)
-        dtype = compute_dtype(first)
         _check_kd_weight(kd_weight, first.device)
         if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
             self._place_term_weights(first.device)
         # The move is for a module whose first call is traced, where it cannot change itself; else it is a no-op.
         fixed, scheduled = self.fixed_weights.to(first.device), self.scheduled_weights.to(first.device)
-        term_weights = (fixed + scheduled * kd_weight).to(dtype)
+        return rows_in, weight_list, external_list, target, (fixed + scheduled * kd_weight).to(compute_dtype(first))
 
-        rows, terms = evaluate(self.plan, rows_in, weight_list, external_list, target, term_weights, self.impl)
-        loss = rows if self.reduction == "none" else rows.sum()
-        if self.reduction == "mean":
-            loss = loss / max(first.shape[0], 1)
-        if not return_terms:
-            return loss
-        means = terms.detach().sum(1) / max(first.shape[0], 1)
-        return loss, {term.name: mean for term, mean in zip(self.graph.terms, means.unbind(), strict=True)}
+    def _term_means(self, terms: Tensor) -> dict[str, Tensor]:
+        """The mean of each term over the rows, from [T, B]."""
+        means = terms.detach().sum(1) / max(terms.shape[1], 1)
+        return {term.name: mean for term, mean in zip(self.graph.terms, means.unbind(), strict=True)}
 
     @torch.no_grad()
     def mixtures(self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -38,6 +38,11 @@ class BaselineLoss(nn.Module):
         """``branch_logits``: one tensor [B, C] in a sequence, or [1, B, C]. The rest as in ``GraphLoss``."""
         return self.graph_loss(branch_logits, target, kd_weight=kd_weight, return_terms=return_terms)
 
+    def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *,
+                         kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``."""
+        return self.graph_loss.forward_backward(branch_logits, target, kd_weight=kd_weight)
+
     def mixtures(self, branch_logits: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """There are none."""
         return {}

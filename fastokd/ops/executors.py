@@ -50,6 +50,10 @@ class Executor(Protocol):
                  needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of ``sum(grad_rows * rows)`` for the logits, then the weights; None where ``needs`` is False."""
 
+    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows, terms, and the gradients of the mean of the rows: ``forward`` and ``backward`` of a training step at once."""
+
 
 _modules = {
     "reference": "fastokd.ops.reference",

@@ -167,3 +167,17 @@ def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], ex
         return (term_weights.unsqueeze(1) * terms).sum(0), terms.detach()
     rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *logits, *weights, *externals)
     return rows, terms
+
+
+@torch.no_grad()
+def loss_and_grad(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
+                  term_weights: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Rows [B], terms [T, B], and the gradients of the mean of the rows, in one pass over the logits.
+
+    Arguments as in ``evaluate``. The gradients, for the logits and then the weights, are None for what does not require
+    one. Nothing is recorded for autograd.
+    """
+    first = logits[0]
+    executor = load(resolve(impl, plan, Case(first.device.type, first.dtype)))
+    needs = [tensor.requires_grad for tensor in (*logits, *weights)]
+    return executor.loss_and_grad(plan, logits, weights, externals, target, term_weights, needs)

@@ -173,15 +173,26 @@ class ReferenceExecutor:
     def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
                  externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
                  needs: Sequence[bool]) -> list[Tensor | None]:
+        return self._differentiate(plan, grad_rows, logits, weights, externals, target, term_weights, needs)[2]
+
+    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
+                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        batch = target.shape[0]
+        grad_rows = term_weights.new_full((batch,), 1 / max(batch, 1))
+        return self._differentiate(plan, grad_rows, logits, weights, externals, target, term_weights, needs)
+
+    def _differentiate(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
+                       externals: Sequence[Tensor], target: Tensor, term_weights: Tensor,
+                       needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, through a graph of its own."""
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((*logits, *weights), needs, strict=True)]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        if not wanted:
-            return [None] * len(leaves)
         with _recording():
             terms = term_values(plan, leaves[:len(logits)], leaves[len(logits):], externals, target)
             rows = (term_weights.unsqueeze(1) * terms).sum(0)
-            grads = iter(torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True))
-        return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+            found = torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True) if wanted else ()
+        grads = iter(found)
+        return rows.detach(), terms.detach(), [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 
 EXECUTOR = ReferenceExecutor()

@@ -75,13 +75,12 @@ class TrainStep:
         """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
         with self.autocast():
             result = self.model(batch.images)
-        loss, terms = self.criterion(
-            result.logits, batch.target, kd_weight=kd_weight, return_terms=True, **self.method.loss_inputs(result))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, terms = self.criterion.forward_backward(
+            result.logits, batch.target, kd_weight=kd_weight, **self.method.loss_inputs(result))
         self.optimizer.step()
         count = batch.target.shape[0]
-        sums = {"loss": loss.detach() * count, **{name: value * count for name, value in terms.items()}}
+        sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
         rows = named_rows(self.criterion, self.method.name, result)
         sums.update({f"accuracy/{name}": right for name, right in correct_counts(rows, batch.target).items()})
         return sums
