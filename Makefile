@@ -1,10 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SANITIZED = build/sanitized
+TRITON_36 = build/triton-3.6
 
-.PHONY: demo test lint clean install
+.PHONY: install demo test sanitize budgets-triton-3.6 bench lint clean
 
-# The stamp is newer than the metadata it was installed from, so a second `make` installs nothing.
+# The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -20,9 +22,30 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/fastokd demo
 
+# One thread each: with more threads than cores, torch's threads spend their time waiting for each other.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -q
+	@if command -v cmake >/dev/null && command -v cc >/dev/null && command -v c++ >/dev/null; \
+	 then $(MAKE) sanitize; else echo "the native library's sanitizer run is skipped: it needs cmake, cc and c++"; fi
+
+# The C test and the Python tests of the CPU executor, under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.installed-dev
+	cmake -S . -B $(SANITIZED) -DFASTOKD_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Release > $(VENV)/sanitize.log
+	cmake --build $(SANITIZED) --parallel 2 >> $(VENV)/sanitize.log
+	cd $(SANITIZED) && ctest --output-on-failure
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  FASTOKD_NATIVE_DIR=$(SANITIZED) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cpu_executor.py tests/test_forward_backward.py
+
+# The kernels' machine code under the oldest Triton that is supported, in an environment of its own without torch.
+budgets-triton-3.6:
+	test -d $(TRITON_36) || $(PYTHON) -m venv $(TRITON_36)
+	$(TRITON_36)/bin/pip install --quiet 'triton==3.6.*' numpy pytest
+	$(TRITON_36)/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_budget.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=bench/results/loss-cpu.json
+	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ from fastokd.ops.reference import compute_dtype
 ABI_VERSION = 1
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
 
-_NATIVE = Path(__file__).resolve().parent.parent / "_native"
+_NATIVE = Path(os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
+"""Where the library lies. The variable is for builds of one's own, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _NO_MEMORY = 8
