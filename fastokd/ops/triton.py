@@ -115,9 +115,9 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
     aligned = all(
         row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
         for row in logits)
-    rows, lanes, pieces, group, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
     return Tile(
-        num_classes, rows, lanes, pieces, group, vector, num_warps,
+        num_classes, rows, lanes, pieces, vector, num_warps,
         logit_strides=tuple(row.stride() for row in logits),
         weight_strides=tuple(row.stride() for row in weights),
         external_strides=tuple(row.stride() for row in externals),
