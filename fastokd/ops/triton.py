@@ -14,7 +14,7 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import kernels
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile, make_tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_LOGITS = 8
@@ -116,17 +116,17 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
         row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
         for row in logits)
     rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
-    return Tile(
+    double = first.dtype == torch.float64
+    return make_tile(
         num_classes, rows, lanes, pieces, vector, num_warps,
-        logit_strides=tuple(row.stride() for row in logits),
-        weight_strides=tuple(row.stride() for row in weights),
-        external_strides=tuple(row.stride() for row in externals),
-        target_strides=target.stride(),
-        grad_stride=grad_stride,
-        needs=tuple(int(need) for need in needs),
-        double=int(first.dtype == torch.float64),
-        hardware=int(not INTERPRETED and first.dtype != torch.float64),
-    )
+        tuple(row.stride() for row in logits),
+        tuple(weight.stride() for weight in weights),
+        tuple(row.stride() for row in externals),
+        target.stride(),
+        grad_stride,
+        tuple(int(need) for need in needs),
+        int(double),
+        int(not INTERPRETED and not double))
 
 
 def _launch(kernel: Any, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:

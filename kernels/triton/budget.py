@@ -73,6 +73,7 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
         weight_strides=tuple((width, 1) for width in plan.weight_widths),
         external_strides=((num_classes, 1),) * plan.num_externals,
         target_strides=(num_classes, 1) if soft_target else (1,),
+        grad_stride=1,
         needs=(1,) * (plan.num_logits + len(plan.weight_widths)),
         double=int(dtype == "fp64"), hardware=int(dtype != "fp64"))
 

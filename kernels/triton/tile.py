@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 VECTOR_BYTES = 16
 """What one thread loads at once where rows are aligned for it."""
@@ -29,10 +30,10 @@ class Tile:
     weight_strides: tuple[tuple[int, int], ...]
     external_strides: tuple[tuple[int, int], ...]
     target_strides: tuple[int, ...]
-    grad_stride: int = 0
-    needs: tuple[int, ...] = ()
-    double: int = 0
-    hardware: int = 1
+    grad_stride: int
+    needs: tuple[int, ...]
+    double: int
+    hardware: int
 
     @property
     def block(self) -> int:
@@ -84,6 +85,12 @@ class Tile:
 
     def __repr__(self) -> str:
         return f"Tile_{self.digest}"
+
+
+@lru_cache(maxsize=4096)
+def make_tile(*fields: Any) -> Tile:
+    """The tile with these fields, one object for equal fields: making its digest anew would slow every launch."""
+    return Tile(*fields)
 
 
 @lru_cache(maxsize=4096)
