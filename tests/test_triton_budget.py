@@ -11,9 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from fastokd.kernels.triton.budget import SIZES, Cost, cascade, compile_kernel, launch_tile, main, measure
 
 # Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90. What is
-# there: forward 77.5 on Triton 3.9 and 3.6, backward 94.8 and 97.8; without vectors 79.0 and 102.0. The forward reads
+# there: forward 77.5 on Triton 3.9 and 3.6, backward 87.8 and 91.5; without vectors 79.0, 94.8 and 98.0. The forward reads
 # logits once: of its count, 7 instructions keep the running maxima and 10 move the sums to new maxima every 8 columns.
-MOST_PER_COLUMN = {("forward", True): 81, ("backward", True): 100, ("forward", False): 83, ("backward", False): 107}
+MOST_PER_COLUMN = {("forward", True): 80, ("backward", True): 94, ("forward", False): 82, ("backward", False): 101}
 
 
 def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
@@ -66,7 +66,7 @@ def test_instructions_per_column(which: str, aligned: bool) -> None:
     cost = cost_of(which, 4, 1024, 1000 if aligned else 1001, "bf16")
     assert cost.per_column <= MOST_PER_COLUMN[which, aligned], cost
     assert cost.barriers == 0, "one warp per row needs none"
-    assert cost.registers <= 128, cost
+    assert cost.registers <= 192, cost
 
 
 def test_padded_rows_of_an_odd_number_of_classes_are_loaded_as_vectors() -> None:

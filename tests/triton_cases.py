@@ -165,16 +165,19 @@ def run(executor: object, inputs: Batch) -> list[Tensor | None]:
 def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
     """The kernels' error is at most twice the reference's in the same dtype, plus ``slack`` units of rounding.
 
-    Units are those of float32 arithmetic at the size of the result, or of the logits for values: a KL is a difference
-    of numbers of that size. So is, with an undetached teacher, the gradient of a logit, and that of a mixing weight is
-    its product with logits: ``huge`` allows for that where it shows. The reference escapes it only where a softmax is
-    exactly one-hot. A gradient is also rounded to its own dtype (half a unit; both executors do that).
+    Units are those of float32 arithmetic at the size of the result; for values at that of the logits (a KL is a difference
+    of numbers of that size), for gradients at that of their factors (they are differences of probabilities). With an
+    undetached teacher the gradient of a logit holds a whole KL too, and that of a mixing weight its product with logits:
+    ``huge`` allows for that where it shows; the reference escapes it only where a softmax is exactly one-hot. A gradient
+    is also rounded to its own dtype (half a unit; both executors do that).
     """
     before = [tensor.clone() for tensor in inputs.tensors()]
     found, plain, truth = run(TRITON, inputs), run(REFERENCE, inputs), run(REFERENCE, inputs.double())
     unit = torch.finfo(inputs.term_weights.dtype).eps
     size = max((float(row.abs().max()) for row in inputs.logits if row.numel()), default=0.0)
     values = 1 + inputs.plan.num_terms
+    factors = [float(weight) * term.scale / term.temperature for weight, term in zip(inputs.term_weights, inputs.plan.terms, strict=True)]
+    factor = max(factors) * float(inputs.grad_rows.max() if inputs.grad_rows.numel() else 0.0)
     for number, (mine, theirs, exact) in enumerate(zip(found, plain, truth, strict=True)):
         if exact is None:
             assert mine is None
@@ -183,7 +186,7 @@ def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
         assert mine.dtype == theirs.dtype
         if not exact.numel():
             continue
-        scale = float(exact.abs().max())
+        scale = max(float(exact.abs().max()), factor if number >= values else 0.0)
         if number < values or huge:
             scale = max(scale, size, size * size if number >= values + len(inputs.logits) else 0.0)
         own = torch.finfo(mine.dtype).eps * float(exact.abs().max()) if mine.dtype != inputs.term_weights.dtype else 0.0
