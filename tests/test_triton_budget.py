@@ -8,7 +8,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
+from fastokd.graph import lower
 from fastokd.kernels.triton.budget import SIZES, Cost, cascade, compile_kernel, launch_tile, main, measure
+from tests.triton_graphs import GRAPHS
 
 # Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90. What is
 # there: forward 77.5 on Triton 3.9 and 3.6, backward 87.8 and 91.5; without vectors 79.0, 94.8 and 98.0. The forward reads
@@ -67,6 +69,29 @@ def test_instructions_per_column(which: str, aligned: bool) -> None:
     assert cost.per_column <= MOST_PER_COLUMN[which, aligned], cost
     assert cost.barriers == 0, "one warp per row needs none"
     assert cost.registers <= 192, cost
+
+
+def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> None:
+    plan = lower(GRAPHS[name]())
+    tile = launch_tile(plan, 1024, classes, dtype, soft_target=soft_target)
+    for which in ("forward", "backward"):
+        cost = measure(compile_kernel(which, plan, tile, dtype), tile)
+        # float64, which is for checking gradients, takes two registers per value.
+        assert dtype == "fp64" or (cost.stack, cost.spills) == (0, 0), (which, cost)
+
+
+@pytest.mark.parametrize(("name", "soft_target"), [
+    ("memory", False), ("mixed probabilities", True), ("selection", True), ("first-order eps", False), ("shared weights", False)])
+def test_graphs_compile(name: str, soft_target: bool) -> None:
+    compile_graph(name, 10, "fp32", soft_target)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize(("classes", "dtype"), [(10, "fp32"), (1000, "bf16"), (1001, "fp16"), (1000, "fp64")])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_compiles(name: str, classes: int, dtype: str, soft_target: bool) -> None:
+    compile_graph(name, classes, dtype, soft_target)
 
 
 def test_padded_rows_of_an_odd_number_of_classes_are_loaded_as_vectors() -> None:

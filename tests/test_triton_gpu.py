@@ -8,7 +8,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastokd.losses import AHBFLoss
-from tests.triton_cases import GRAPHS, TRITON, Batch, check, fused, make, run
+from tests.triton_cases import TRITON, Batch, check, fused, make, run
+from tests.triton_graphs import GRAPHS
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fastokd.kernels.triton.columns import FLOOR
+from fastokd.losses import AHBFLoss
 from fastokd.methods.ahbf import ahbf_graph
 from fastokd.ops.reference import PROBABILITY_FLOOR
 from fastokd.ops.triton import INTERPRETED
-from tests.triton_cases import GRAPHS, REFERENCE, TRITON, check, fused, make, run
+from tests.triton_cases import REFERENCE, TRITON, check, fused, make, run
+from tests.triton_graphs import GRAPHS
 
 torch.set_num_threads(1)
 assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
@@ -155,6 +157,28 @@ def test_the_fused_kernel_equals_the_two(name: str) -> None:
     rows, terms, grads = fused(inputs)
     for mine, theirs in zip([rows, *terms, *grads], run(TRITON, inputs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_through_the_registered_operator() -> None:
+    inputs = make(GRAPHS["cascade"](), 3, 10)
+    found = []
+    for impl in ("triton", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs.logits, *inputs.weights)]
+        loss, terms = AHBFLoss(lambda_self=2.0, impl=impl)(leaves[:4], inputs.target, scores=leaves[4:], kd_weight=0.5, return_terms=True)
+        loss.backward()
+        found.append([loss.detach(), *terms.values(), *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_is_registered_as_it_behaves() -> None:
+    inputs = make(GRAPHS["shared weights"](), 3, 10)
+    ints, floats = inputs.plan.encode()
+    forward = (*inputs.arguments(), list(ints), list(floats), "triton")
+    torch.library.opcheck(torch.ops.fastokd.graph_forward.default, forward)
+    stats = TRITON.forward(inputs.plan, *inputs.arguments())[2]
+    backward = (inputs.grad_rows, *inputs.arguments(), stats, list(ints), list(floats), "triton", [True, False, True, True])
+    torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward)
 
 
 def test_the_floor_is_the_references() -> None:

@@ -72,7 +72,7 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
             factor = factor * LN2 / sums[SPEC.outer[o][3]]
             pulls = added(pulls, SPEC.outer[o][3], -(factor * means[SPEC.outer[o][8]]))
         else:
-            heavy = stats[SPEC.layout[8] + SPEC.outer[o][5] - SPEC.num_logits] + TILE.num_classes * SPEC.outer[o][7]
+            heavy = stats[SPEC.layout[8] + SPEC.outer[o][5] - SPEC.num_logits] + SPEC.outer[o][7] * TILE.num_classes
             pulls = added(pulls, SPEC.outer[o][3], factor * heavy / sums[SPEC.outer[o][3]])
         outer = outer + (factor,)
     normal = ()
@@ -83,9 +83,9 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
         factor = gradient * tl.load(term_weights + SPEC.normal[e][0]) * (SPEC.normal[e][1] / SPEC.normal[e][2])
         if not SPEC.normal[e][7]:
             if SPEC.normal[e][10] >= 0:
-                heavy = stats[SPEC.layout[10] + SPEC.normal[e][10]] + TILE.num_classes * SPEC.normal[e][8]
+                heavy = stats[SPEC.layout[10] + SPEC.normal[e][10]] + SPEC.normal[e][8] * TILE.num_classes
             else:
-                heavy = row_constant(1.0, TILE) + TILE.num_classes * SPEC.normal[e][8]
+                heavy = row_constant(1.0, TILE) + SPEC.normal[e][8] * TILE.num_classes
             pulls = added(pulls, SPEC.normal[e][3], factor * heavy / sums[SPEC.normal[e][3]])
         if SPEC.normal[e][10] >= 0 and SPEC.normal[e][9]:
             inputs = onto_blends[SPEC.normal[e][10]]
