@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 
-.PHONY: install demo test sanitize budgets-triton-3.6 bench lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 bench lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -36,6 +36,10 @@ sanitize: $(VENV)/.installed-dev
 	cd $(SANITIZED) && ctest --output-on-failure
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  FASTOKD_NATIVE_DIR=$(SANITIZED) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cpu_executor.py tests/test_forward_backward.py
+
+# The machine code of every kernel of the grid (hundreds of compilations); `make test` holds a part of it to budgets.
+budgets: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m grid tests/test_triton_budget.py
 
 # The kernels' machine code under the oldest Triton that is supported, in an environment of its own without torch.
 budgets-triton-3.6:

@@ -4,192 +4,19 @@ Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of 
 chosen before Triton is first imported.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-from torch import Tensor
 
-from fastokd.graph import (
-    KL,
-    CrossEntropy,
-    External,
-    Graph,
-    Logits,
-    LowestCrossEntropy,
-    MinLogit,
-    Mixture,
-    ProbabilityMixture,
-    lower,
-)
-from fastokd.graph.plan import Plan
 from fastokd.kernels.triton.columns import FLOOR
+from fastokd.losses import AHBFLoss
 from fastokd.methods.ahbf import ahbf_graph
-from fastokd.ops.reference import EXECUTOR as REFERENCE
 from fastokd.ops.reference import PROBABILITY_FLOOR
-from fastokd.ops.triton import EXECUTOR as TRITON
 from fastokd.ops.triton import INTERPRETED
+from tests.triton_cases import REFERENCE, TRITON, check, fused, make, run
+from tests.triton_graphs import GRAPHS
 
 torch.set_num_threads(1)
 assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
-
-
-def logits(count: int) -> list[Logits]:
-    return [Logits(f"z{k}") for k in range(count)]
-
-
-def entropies(count: int) -> list[CrossEntropy]:
-    return [CrossEntropy(f"z{k}") for k in range(count)]
-
-
-def mutual(count: int, **options: object) -> Graph:
-    edges = [KL(f"z{i}", f"z{j}", **options) for i in range(count) for j in range(count) if i != j]
-    return Graph("mutual", tuple(logits(count)), (*entropies(count), *edges))
-
-
-def minimum() -> Graph:
-    nodes = (*logits(3), Mixture("u", ("z0", "z1"), "w"), MinLogit("m", ("z0", "u", "z2")))
-    return Graph("minimum", nodes, (CrossEntropy("z0"), KL("m", "z1", 1.0, 2.0, detach=True),
-                                    KL("m", "u", 1.0, 2.5, detach=True, direction="student_first")))
-
-
-def selection() -> Graph:
-    nodes = (*logits(3), LowestCrossEntropy("s", ("z0", "z1", "z2")))
-    return Graph("selection", nodes, (*entropies(3), *(KL("s", f"z{k}", 1.0, 2.0, detach=True) for k in range(3))), 0.1)
-
-
-def memory(direction: str = "teacher_first") -> Graph:
-    nodes = (*logits(2), External("x0"), External("x1"), ProbabilityMixture("h", ("x0", "z0"), (0.7, 0.3), 4.0),
-             ProbabilityMixture("p", ("z0", "z1"), (0.5, 0.5), 4.0))
-    options = {"temperature": 4.0, "t2_scaling": False, "direction": direction}
-    return Graph("memory", nodes, (*entropies(2), KL("h", "z1", 0.5, detach=True, **options), KL("p", "z0", 0.5, **options),
-                                   KL("x1", "z0", 1.0, detach=True, **options)))
-
-
-def mixed_probabilities() -> Graph:
-    nodes = (*logits(3), ProbabilityMixture("t", ("z0", "z1", "z2"), "w", 3.0))
-    return Graph("mixed probabilities", nodes, (CrossEntropy("z0"), *(KL("t", f"z{k}", 1.0, 3.0, eps=1e-3 * k) for k in range(3))))
-
-
-def outside_eps() -> Graph:
-    return Graph("outside eps", (Logits("z0"), External("x")), (CrossEntropy("z0"), KL("x", "z0", 1.0, 2.0, detach=True, eps=1e-3)))
-
-
-def first_order() -> Graph:
-    nodes = (*logits(3), Mixture("u", ("z0", "z1", "z2"), "w"), Mixture("v", ("u", "z1"), (0.25, 0.5)), MinLogit("m", ("z0", "z1")))
-    eps = {"eps": 1e-3, "eps_mode": "first_order"}
-    return Graph("first order", nodes, (CrossEntropy("u"), KL("u", "z0", 1.0, 3.0, **eps), KL("v", "z2", 1.0, 1.5, detach=True, **eps),
-                                        KL("m", "z1", 1.0, 2.0, detach=True, **eps)), 0.1)
-
-
-def shared_weights() -> Graph:
-    nodes = (*logits(3), Mixture("u", ("z0", "z1"), "w"), Mixture("v", ("u", "z2"), "w"), ProbabilityMixture("h", ("v", "z0"), "w", 2.0))
-    return Graph("shared weights", nodes, (CrossEntropy("v"), KL("h", "u", 1.0, 2.0), KL("u", "z0", 1.0, 1.0)))
-
-
-GRAPHS: dict[str, Callable[[], Graph]] = {
-    "cross-entropy alone": lambda: Graph("alone", tuple(logits(1)), tuple(entropies(1)), 0.1),
-    "cascade": lambda: ahbf_graph(4, lambda_self=2.0),
-    "cascade, detached": lambda: ahbf_graph(2, detach_teacher=True),
-    "cascade, exact eps": lambda: ahbf_graph(3, lambda_self=1.0, teacher_eps=1e-3, label_smoothing=0.1),
-    "cascade of eight": lambda: ahbf_graph(8),
-    "mutual": lambda: mutual(3, temperature=3.0),
-    "mutual, temperature 1": lambda: mutual(2, temperature=1.0),
-    "mutual, odd temperature": lambda: mutual(2, temperature=1.7, t2_scaling=False),
-    "mutual, student first": lambda: mutual(2, temperature=4.0, direction="student_first"),
-    "minimum": minimum,
-    "selection": selection,
-    "memory": memory,
-    "memory, student first": lambda: memory("student_first"),
-    "mixed probabilities": mixed_probabilities,
-    "outside eps": outside_eps,
-    "first-order eps": first_order,
-    "shared weights": shared_weights,
-}
-
-
-@dataclass
-class Batch:
-    """Inputs of one call, in the order of the executor's arguments."""
-
-    plan: Plan
-    logits: list[Tensor]
-    weights: list[Tensor]
-    externals: list[Tensor]
-    target: Tensor
-    term_weights: Tensor
-    grad_rows: Tensor
-    needs: list[bool] = field(default_factory=list)
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.logits, *self.weights, *self.externals, self.target, self.term_weights, self.grad_rows]
-
-    def double(self) -> "Batch":
-        def cast(values: Sequence[Tensor]) -> list[Tensor]:
-            return [value.double() for value in values]
-        target = self.target.double() if self.target.is_floating_point() else self.target
-        return Batch(self.plan, cast(self.logits), cast(self.weights), cast(self.externals), target, self.term_weights.double(),
-                     self.grad_rows.double(), self.needs)
-
-
-def make(graph: Graph, batch: int, classes: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, soft: bool = False,
-         seed: int = 0) -> Batch:
-    plan = lower(graph)
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return Batch(
-        plan,
-        [(normal(batch, classes) * scale).to(dtype) for _ in range(plan.num_logits)],
-        [normal(batch, width).softmax(1) for width in plan.weight_widths],
-        [normal(batch, classes).softmax(1) for _ in range(plan.num_externals)],
-        normal(batch, classes).softmax(1) if soft else torch.randint(classes, (batch,), generator=random),
-        normal(plan.num_terms).abs().to(compute),
-        normal(batch).abs().to(compute),
-        [True] * (plan.num_logits + len(plan.weight_widths)))
-
-
-def run(executor: object, inputs: Batch) -> list[Tensor | None]:
-    """Rows, each term, each gradient."""
-    arguments = (inputs.logits, inputs.weights, inputs.externals, inputs.target, inputs.term_weights)
-    rows, terms, stats = executor.forward(inputs.plan, *arguments)
-    grads = executor.backward(inputs.plan, inputs.grad_rows, *arguments, stats, inputs.needs)
-    return [rows, *terms, *grads]
-
-
-def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
-    """The kernels' error is at most twice the reference's in the same dtype, plus ``slack`` units of rounding.
-
-    Units are those of float32 arithmetic at the size of the result, or of the logits for values: a KL is a difference
-    of numbers of that size. So is, with an undetached teacher, the gradient of a logit, and that of a mixing weight is
-    its product with logits: ``huge`` allows for that where it shows. The reference escapes it only where a softmax is
-    exactly one-hot. A gradient is also rounded to its own dtype (half a unit; both executors do that).
-    """
-    before = [tensor.clone() for tensor in inputs.tensors()]
-    found, plain, truth = run(TRITON, inputs), run(REFERENCE, inputs), run(REFERENCE, inputs.double())
-    unit = torch.finfo(inputs.term_weights.dtype).eps
-    size = max((float(row.abs().max()) for row in inputs.logits if row.numel()), default=0.0)
-    values = 1 + inputs.plan.num_terms
-    for number, (mine, theirs, exact) in enumerate(zip(found, plain, truth, strict=True)):
-        if exact is None:
-            assert mine is None
-            continue
-        assert mine.shape == exact.shape
-        assert mine.dtype == theirs.dtype
-        if not exact.numel():
-            continue
-        scale = float(exact.abs().max())
-        if number < values or huge:
-            scale = max(scale, size, size * size if number >= values + len(inputs.logits) else 0.0)
-        own = torch.finfo(mine.dtype).eps * float(exact.abs().max()) if mine.dtype != inputs.term_weights.dtype else 0.0
-        error, other = float((mine.double() - exact).abs().max()), float((theirs.double() - exact).abs().max())
-        assert error <= 2 * other + slack * unit * scale + own, f"output {number}: error {error:.3g}, reference {other:.3g}, scale {scale:.3g}"
-    for tensor, copy in zip(inputs.tensors(), before, strict=True):
-        assert torch.equal(tensor, copy), "an input was written to"
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
@@ -323,11 +150,6 @@ def test_bits_repeat() -> None:
         assert torch.equal(one, two)
 
 
-def fused(inputs: Batch) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    return TRITON.loss_and_grad(inputs.plan, inputs.logits, inputs.weights, inputs.externals, inputs.target, inputs.term_weights,
-                                inputs.needs)
-
-
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_fused_kernel_equals_the_two(name: str) -> None:
     inputs = make(GRAPHS[name](), 3, 40)
@@ -335,6 +157,28 @@ def test_the_fused_kernel_equals_the_two(name: str) -> None:
     rows, terms, grads = fused(inputs)
     for mine, theirs in zip([rows, *terms, *grads], run(TRITON, inputs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_through_the_registered_operator() -> None:
+    inputs = make(GRAPHS["cascade"](), 3, 10)
+    found = []
+    for impl in ("triton", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs.logits, *inputs.weights)]
+        loss, terms = AHBFLoss(lambda_self=2.0, impl=impl)(leaves[:4], inputs.target, scores=leaves[4:], kd_weight=0.5, return_terms=True)
+        loss.backward()
+        found.append([loss.detach(), *terms.values(), *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_is_registered_as_it_behaves() -> None:
+    inputs = make(GRAPHS["shared weights"](), 3, 10)
+    ints, floats = inputs.plan.encode()
+    forward = (*inputs.arguments(), list(ints), list(floats), "triton")
+    torch.library.opcheck(torch.ops.fastokd.graph_forward.default, forward)
+    stats = TRITON.forward(inputs.plan, *inputs.arguments())[2]
+    backward = (inputs.grad_rows, *inputs.arguments(), stats, list(ints), list(floats), "triton", [True, False, True, True])
+    torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward)
 
 
 def test_the_floor_is_the_references() -> None:

@@ -20,6 +20,7 @@ from fastokd.kernels.triton.columns import (
     log2,
     masked,
     piece_columns,
+    powered,
     row_constant,
     row_constants,
     row_sums,
@@ -71,7 +72,7 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
             factor = factor * LN2 / sums[SPEC.outer[o][3]]
             pulls = added(pulls, SPEC.outer[o][3], -(factor * means[SPEC.outer[o][8]]))
         else:
-            heavy = stats[SPEC.layout[8] + SPEC.outer[o][5] - SPEC.num_logits] + TILE.num_classes * SPEC.outer[o][7]
+            heavy = stats[SPEC.layout[8] + SPEC.outer[o][5] - SPEC.num_logits] + SPEC.outer[o][7] * TILE.num_classes
             pulls = added(pulls, SPEC.outer[o][3], factor * heavy / sums[SPEC.outer[o][3]])
         outer = outer + (factor,)
     normal = ()
@@ -82,9 +83,9 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
         factor = gradient * tl.load(term_weights + SPEC.normal[e][0]) * (SPEC.normal[e][1] / SPEC.normal[e][2])
         if not SPEC.normal[e][7]:
             if SPEC.normal[e][10] >= 0:
-                heavy = stats[SPEC.layout[10] + SPEC.normal[e][10]] + TILE.num_classes * SPEC.normal[e][8]
+                heavy = stats[SPEC.layout[10] + SPEC.normal[e][10]] + SPEC.normal[e][8] * TILE.num_classes
             else:
-                heavy = row_constant(1.0, TILE) + TILE.num_classes * SPEC.normal[e][8]
+                heavy = row_constant(1.0, TILE) + SPEC.normal[e][8] * TILE.num_classes
             pulls = added(pulls, SPEC.normal[e][3], factor * heavy / sums[SPEC.normal[e][3]])
         if SPEC.normal[e][10] >= 0 and SPEC.normal[e][9]:
             inputs = onto_blends[SPEC.normal[e][10]]
@@ -137,8 +138,13 @@ def edge_gradients(grads, rows, scaled, powers, weights, logs, factors, stats, S
             pulls = added(pulls, SPEC.outer[o][3], outer[o] * gap)
         else:
             grads = added(grads, SPEC.outer[o][4], -(outer[o] * (outside + SPEC.outer[o][7])))
+    # a e + b e^3 = e (a + b e^2): what a power pulls is added to what its base pulls.
     for f in tl.static_range(len(SPEC.pulls)):
-        if SPEC.pulls[f]:
+        if SPEC.pulls[f] and SPEC.passes[1].softs[f][1] > 1:
+            lower = powered(powers[SPEC.bases[f]], 0.0, SPEC.passes[1].softs[f][1] - 1, 0.0)
+            pulls = added(pulls, SPEC.bases[f], pulls[f] * lower)
+    for f in tl.static_range(len(SPEC.pulls)):
+        if SPEC.pulls[f] and SPEC.bases[f] == f:
             grads = added(grads, SPEC.passes[1].slots[SPEC.passes[1].softs[f][0]][0], pulls[f] * powers[f])
     if len(SPEC.normal):
         blends = blend_rows(rows, scaled, weights, logs, SPEC, TILE)
@@ -173,45 +179,32 @@ def edge_gradients(grads, rows, scaled, powers, weights, logs, factors, stats, S
 
 
 @triton.jit
-def weight_products(dots, grads, rows, scaled, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The products of each mixture's gradient with its inputs after one more piece.
-
-    A row's gradient adds up to 0, so its product with ``v`` is that with ``v - max``, which has no large common part: scaled
-    rows are what is taken where an input has one.
-    """
+def weight_products(dots, grads, rows, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The gradient of every run-time weight of the mixtures after one more piece."""
     for j in tl.static_range(len(SPEC.mixtures)):
         if SPEC.mixtures[j][2] >= 0:
             for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                if SPEC.mixtures[j][4][k] >= 0:
-                    product = grads[SPEC.mixtures[j][0]] * scaled[SPEC.mixtures[j][4][k]]
-                else:
-                    product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
-                dots = added(dots, SPEC.mixtures[j][5] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
+                product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
+                dots = added(dots, SPEC.mixtures[j][2] + k, masked(product, 0.0, LIMIT, PIECE, TILE))
     return dots
 
 
 @triton.jit
-def weight_gradients(dots, weights, onto_target, onto_one, onto_blends, labels, stats, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The gradients of all run-time weights, from the products summed over the columns."""
-    mass = stats[SPEC.layout[6]]
+def weight_gradients(totals, weights, onto_target, onto_one, onto_blends, labels, stats, SPEC: tl.constexpr):
+    """The gradients of all run-time weights, from the products summed over the columns: with what is linear in the target
+    or constant over the columns, and what comes from probability mixtures."""
     node_sums = ()
     if SPEC.use_sums:
         node_sums = linear_rows(stats[SPEC.layout[4]:SPEC.layout[5]], weights, SPEC)
-    totals = row_constants(SPEC.num_weights, NOTHING, TILE)
     for j in tl.static_range(len(SPEC.mixtures)):
         if SPEC.mixtures[j][2] >= 0:
             for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                total = dots[SPEC.mixtures[j][5] + k]
-                scale = 1.0
-                offset = 0.0
-                if SPEC.mixtures[j][4][k] >= 0:
-                    scale = SPEC.passes[1].slots[SPEC.mixtures[j][4][k]][1]
-                    offset = stats[SPEC.mixtures[j][4][k]]
                 if SPEC.has_entropy:
-                    total += onto_target[SPEC.mixtures[j][0]] * (labels[SPEC.mixtures[j][1][k]] * scale - offset * mass)
+                    part = onto_target[SPEC.mixtures[j][0]] * labels[SPEC.mixtures[j][1][k]]
+                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
                 if SPEC.use_sums:
-                    total += onto_one[SPEC.mixtures[j][0]] * (node_sums[SPEC.mixtures[j][1][k]] * scale - offset * TILE.num_classes)
-                totals = added(totals, SPEC.mixtures[j][2] + k, total / scale)
+                    part = onto_one[SPEC.mixtures[j][0]] * node_sums[SPEC.mixtures[j][1][k]]
+                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
     for b in tl.static_range(len(SPEC.blends)):
         if SPEC.blends[b][3] >= 0:
             for k in tl.static_range(len(SPEC.blends[b][1])):
@@ -236,7 +229,7 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
         grads = lane_constants(len(SPEC.learning), NOTHING, TILE)
         grads = edge_gradients(grads, pieces[p], scaled, powers, weights, logs, factors, stats, SPEC, TILE)
         grads = through_mixtures(grads, weights, SPEC)
-        dots = weight_products(dots, grads, pieces[p], scaled, p, LIMIT, SPEC, TILE)
+        dots = weight_products(dots, grads, pieces[p], p, LIMIT, SPEC, TILE)
         branches = ()
         for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             grad = grads[m]
@@ -279,7 +272,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
         label = tl.load(target + rows * TILE.target_strides[0])
         label = tl.where((label >= 0) & (label < TILE.num_classes), label, -1).to(tl.int32)
 
-    dots = lane_constants(SPEC.num_products, 0.0, TILE)
+    dots = lane_constants(SPEC.num_weights, 0.0, TILE)
     if TILE.whole:
         for chunk in range(TILE.whole):
             dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block, weights,
@@ -289,7 +282,7 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
                               labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest, TILE.rest_pieces,
                               SPEC, TILE)
 
-    totals = weight_gradients(row_sums(dots, TILE), weights, onto_target, onto_one, factors[6], labels, stats, SPEC, TILE)
+    totals = weight_gradients(row_sums(dots, TILE), weights, onto_target, onto_one, factors[6], labels, stats, SPEC)
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
             for k in tl.static_range(tl.constexpr(SPEC.widths[s])):

@@ -66,13 +66,14 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
     spec, size = specialise(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
-    rows, lanes, pieces, group, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
     return Tile(
-        num_classes, rows, lanes, pieces, group, vector, warps,
+        num_classes, rows, lanes, pieces, vector, warps,
         logit_strides=((stride, 1),) * plan.num_logits,
         weight_strides=tuple((width, 1) for width in plan.weight_widths),
         external_strides=((num_classes, 1),) * plan.num_externals,
         target_strides=(num_classes, 1) if soft_target else (1,),
+        grad_stride=1,
         needs=(1,) * (plan.num_logits + len(plan.weight_widths)),
         double=int(dtype == "fp64"), hardware=int(dtype != "fp64"))
 

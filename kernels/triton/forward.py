@@ -129,7 +129,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
         if SPEC.outer[o][6]:
             value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
         else:
-            heavy = outer_masses[SPEC.outer[o][5] - SPEC.num_logits] + TILE.num_classes * SPEC.outer[o][7]
+            heavy = outer_masses[SPEC.outer[o][5] - SPEC.num_logits] + SPEC.outer[o][7] * TILE.num_classes
             value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE)
         terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
     normal = ()

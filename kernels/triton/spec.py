@@ -100,6 +100,11 @@ class Spec:
     def __repr__(self) -> str:
         return f"Spec_{self.digest}"
 
+    @cached_property
+    def bases(self) -> tuple[int, ...]:
+        """For each soft the one whose power it is: itself if it has an exponential of its own."""
+        return tuple(_base(self.passes[1].softs, soft) for soft in range(len(self.pulls)))
+
     @property
     def num_stats(self) -> int:
         return self.layout[-1]
@@ -140,21 +145,10 @@ class Spec:
 
     @cached_property
     def mixtures(self) -> tuple:
-        """The mixtures as (node, inputs, first weight or -1, constants, slots of the inputs or -1, first product), users
-        before their inputs."""
-        slots = {node: number for number, (node, _) in enumerate(self.passes[1].slots)}
+        """The mixtures as (node, inputs, first weight or -1, constants), users before their inputs."""
         first = len(self.learning) - len(self.passes[0].nodes)
-        out, products = [], 0
-        for j, (kind, inputs, weight, constants) in reversed(tuple(enumerate(self.passes[0].nodes))):
-            if kind == MIXTURE:
-                out.append((first + j, inputs, weight, constants, tuple(slots.get(k, -1) for k in inputs), products))
-                products += len(inputs) if weight >= 0 else 0
-        return tuple(out)
-
-    @property
-    def num_products(self) -> int:
-        """Products of a mixture's gradient with its inputs, for the gradients of the run-time weights."""
-        return sum(len(mixture[1]) for mixture in self.mixtures if mixture[2] >= 0)
+        found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
+        return tuple(reversed(found))
 
     @property
     def has_minimum(self) -> bool:
@@ -191,6 +185,11 @@ def _slots_and_softs(found: dict[int, set[float]]) -> tuple[tuple, tuple, dict[t
             softs.append((len(slots), power, ratio))
         slots.append((node, LOG2E / base))
     return tuple(slots), tuple(softs), index
+
+
+def _base(softs: tuple, soft: int) -> int:
+    slot, power, _ = softs[soft]
+    return next(other for other, row in enumerate(softs) if row[:2] == (slot, 1)) if power > 1 else soft
 
 
 @lru_cache(maxsize=512)
@@ -261,7 +260,7 @@ def specialise(plan: Plan) -> Spec:
         normal=tuple(normal),
         blends=tuple(_blend(plan, nodes, node, index) for node in blends),
         choices=tuple(j for j, node in enumerate(plan.nodes) if node.kind == SELECTION),
-        pulls=tuple(int(soft in pulls) for soft in range(len(softs))),
+        pulls=tuple(int(soft in pulls or any(_base(softs, other) == soft for other in pulls)) for soft in range(len(softs))),
     )
     return replace(spec, layout=_layout(spec))
 

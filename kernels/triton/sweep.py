@@ -45,13 +45,13 @@ def chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT: t
 
 
 @triton.jit
-def raised_maxima(maxima, pieces, FIRST: tl.constexpr, COUNT: tl.constexpr, LIMIT: tl.constexpr,
-                  SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
-    """The running scaled maximum of each softened node, after some pieces."""
+def raised_maxima(maxima, pieces, COUNT: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
+                  TILE: tl.constexpr):
+    """The running scaled maximum of each softened node after one more chunk."""
     out = ()
     for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
-        peak = masked(pieces[FIRST][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, FIRST, TILE)
-        for p in tl.static_range(FIRST + 1, COUNT):
+        peak = masked(pieces[0][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, 0, TILE)
+        for p in tl.static_range(1, COUNT):
             peak = tl.maximum(peak, masked(pieces[p][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, p, TILE))
         out = out + (tl.maximum(maxima[s], peak * SPEC.passes[WHICH].slots[s][1]),)
     return out
@@ -128,26 +128,23 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
     if DOTS:
         start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
         targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
-    for first in tl.static_range(0, COUNT, tl.constexpr(TILE.group)):
-        raised = raised_maxima(maxima, pieces, first, TILE.group_end(first, COUNT), LIMIT, SPEC, WHICH, TILE)
-        if not FRESH or first > 0:
-            weighted = rescaled(weighted, maxima, raised, SPEC, WHICH)
-        maxima = raised
-        for p in tl.static_range(first, tl.constexpr(TILE.group_end(first, COUNT))):
-            scaled = scaled_rows(pieces[p], maxima, SPEC, WHICH, TILE)
-            powers = exponentials(scaled, p, LIMIT, SPEC, WHICH, TILE)
-            sums = ()
-            for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
-                sums = sums + (weighted[f] + powers[f],)
-            for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
-                value = moment_value(scaled, d, SPEC, WHICH)
-                if SPEC.passes[WHICH].moments[d][5] >= 0:
-                    value -= log2(tl.maximum(pieces[p][SPEC.passes[WHICH].moments[d][5]], FLOOR), TILE)
-                sums = sums + (weighted[len(SPEC.passes[WHICH].softs) + d] + powers[SPEC.passes[WHICH].moments[d][0]] * value,)
-            weighted = sums
+    raised = raised_maxima(maxima, pieces, COUNT, LIMIT, SPEC, WHICH, TILE)
+    if not FRESH:
+        weighted = rescaled(weighted, maxima, raised, SPEC, WHICH)
     for p in tl.static_range(COUNT):
+        scaled = scaled_rows(pieces[p], raised, SPEC, WHICH, TILE)
+        powers = exponentials(scaled, p, LIMIT, SPEC, WHICH, TILE)
+        sums = ()
+        for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
+            sums = sums + (weighted[f] + powers[f],)
+        for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
+            value = moment_value(scaled, d, SPEC, WHICH)
+            if SPEC.passes[WHICH].moments[d][5] >= 0:
+                value -= log2(tl.maximum(pieces[p][SPEC.passes[WHICH].moments[d][5]], FLOOR), TILE)
+            sums = sums + (weighted[len(SPEC.passes[WHICH].softs) + d] + powers[SPEC.passes[WHICH].moments[d][0]] * value,)
+        weighted = sums
         plain = plain_sums(plain, pieces[p], targets, p, LIMIT, SPEC, WHICH, DOTS, TILE)
-    return maxima, weighted, plain
+    return raised, weighted, plain
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 VECTOR_BYTES = 16
 """What one thread loads at once where rows are aligned for it."""
@@ -13,8 +14,7 @@ class Tile:
     """Constants of a launch that do not come from the graph.
 
     A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes ``pieces`` columns of every
-    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Running maxima are
-    updated once per ``group`` pieces. Strides are in elements: (row, column) for each logits row, weight source and
+    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Strides are in elements: (row, column) for each logits row, weight source and
     external row; ``target_strides`` is empty for labels. ``needs`` tells for each logits row and weight source whether
     its gradient is wanted. ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter,
     which has neither the GPU's own logarithm nor its fused multiply-add.
@@ -24,17 +24,16 @@ class Tile:
     rows: int
     lanes: int
     pieces: int
-    group: int
     vector: int
     num_warps: int
     logit_strides: tuple[tuple[int, int], ...]
     weight_strides: tuple[tuple[int, int], ...]
     external_strides: tuple[tuple[int, int], ...]
     target_strides: tuple[int, ...]
-    grad_stride: int = 0
-    needs: tuple[int, ...] = ()
-    double: int = 0
-    hardware: int = 1
+    grad_stride: int
+    needs: tuple[int, ...]
+    double: int
+    hardware: int
 
     @property
     def block(self) -> int:
@@ -64,10 +63,6 @@ class Tile:
             order = tuple(2 * k for k in order) + tuple(2 * k + 1 for k in order)
         return order
 
-    def group_end(self, first: int, count: int) -> int:
-        """The end of the group of pieces that begins with ``first``."""
-        return min(int(first) + self.group, int(count))
-
     def masks(self, limit: int, piece: int) -> bool:
         """Whether a piece of a chunk with so many columns (0: all) has columns that the row lacks."""
         limit, piece = int(limit), int(piece)
@@ -93,31 +88,36 @@ class Tile:
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool) -> tuple[int, int, int, int, int, int]:
-    """Rows, lanes, pieces, group, vector and warps for a regime of batch and class count.
+def make_tile(*fields: Any) -> Tile:
+    """The tile with these fields, one object for equal fields: making its digest anew would slow every launch."""
+    return Tile(*fields)
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool) -> tuple[int, int, int, int, int]:
+    """Rows, lanes, pieces, vector and warps for a regime of batch and class count.
+
+    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are neighbours.
 
     Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp per row holds the
     whole row. More: chunks, loaded as vectors where rows are aligned. One warp per row needs no barrier at all and
     wastes least where there are rows enough to fill the GPU; with few rows, four or eight warps share one so that its
-    latency shrinks.
+    latency shrinks. Graphs of many nodes keep so many values per row and column that a thread has registers for four
+    columns only.
     """
+    most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
-        lanes = 4
-        return 8, lanes, _power_of_two(-(-num_classes // lanes)), 8, 0, 1
-    vector_pieces = max(VECTOR_BYTES // itemsize, 1)
-    if num_classes <= 256 and not (aligned and num_classes >= 128):
-        return 1, 32, _power_of_two(-(-num_classes // 32)), 8, 0, 1
+        return 8, 4, _power_of_two(-(-num_classes // 4)), 0, 1
+    if num_classes <= 256 and not aligned:
+        return 1, 32, min(most, _power_of_two(-(-num_classes // 32))), 0, 1
     if num_classes <= 4096:
         warps = 1 if batch >= 1024 else 4
     else:
         warps = 4 if batch >= 256 else 8
-    # Larger graphs keep more rows alive per column: they work on fewer columns between two updates of the maxima.
-    group = 8 if num_nodes <= 8 else 4
-    if aligned:
-        while warps > 1 and 32 * warps * vector_pieces >= 2 * num_classes:
-            warps //= 2
-        return 1, 32 * warps, vector_pieces, min(group, vector_pieces), 1, warps
-    return 1, 32 * warps, 8, group, 0, warps
+    pieces = min(most, VECTOR_BYTES // itemsize) if aligned else most
+    while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
+        warps //= 2
+    return 1, 32 * warps, pieces, int(aligned), warps
 
 
 def _power_of_two(count: int) -> int:
