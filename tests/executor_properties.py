@@ -30,16 +30,16 @@ def outcome(inputs: Inputs, impl: str, upstream: Tensor) -> list[Tensor | None]:
     return [rows.detach(), terms, *grads]
 
 
-def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torch.dtype, number: int, soft: bool) -> None:
+def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torch.dtype, number: int, soft: bool, device: str) -> None:
     """Compare an executor and PyTorch in ``dtype`` with PyTorch in float64, from the same numbers."""
-    inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft)
-    refusal = load(executor).refusal(inputs.plan, Case("cpu", dtype))
+    inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft, device=device)
+    refusal = load(executor).refusal(inputs.plan, Case(device, dtype))
     assert refusal is None, f"{graph.name}: {refusal}"
     exact = Inputs(graph, inputs.plan, [row.detach().double().requires_grad_() for row in inputs.logits],
                    {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
                    {name: value.double() for name, value in inputs.externals.items()},
                    inputs.target.double() if soft else inputs.target, inputs.kd_weight)
-    upstream = torch.linspace(-1, 2, batch, dtype=torch.float64)
+    upstream = torch.linspace(-1, 2, batch, dtype=torch.float64, device=device)
     truths, theirs, ours = (outcome(case, impl, upstream) for case, impl in ((exact, "reference"), (inputs, "reference"), (inputs, executor)))
     # Sizes of the numbers whose differences the results are. A KL's value is T times a difference of logits, its gradient T
     # times one of probabilities (for a teacher times such a difference); a mixing weight's gradient is a gradient times a logit.
@@ -64,18 +64,18 @@ def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torc
         assert error <= allowed, f"{graph}: output {place} (rows, terms, gradients) is off by {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_catalog(executor: str) -> int:
+def check_catalog(executor: str, device: str = "cpu") -> int:
     """Every graph of the published methods and every kind of node, at one shape per regime; returns the number of cases."""
     count = 0
     for case in catalog():
         for batch, num_classes in CATALOG_SHAPES:
             for dtype in (torch.float32, torch.bfloat16, torch.float16) if num_classes == 100 else (torch.float32,):
-                check(case.graph, executor, batch, num_classes, dtype, count, soft=count % 2 == 1)
+                check(case.graph, executor, batch, num_classes, dtype, count, count % 2 == 1, device)
                 count += 1
     return count
 
 
-def check_random(executor: str, wanted: int) -> int:
+def check_random(executor: str, wanted: int, device: str = "cpu") -> int:
     """Random graphs over all kinds of nodes and terms; returns how many different pairs of graph and shape there were."""
     seen = set()
 
@@ -84,7 +84,7 @@ def check_random(executor: str, wanted: int) -> int:
     @given(random_graphs(), st.sampled_from(RANDOM_SHAPES), st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 99), st.booleans())
     def run(graph: Graph, shape: tuple[int, int], dtype: torch.dtype, number: int, soft: bool) -> None:
         if (graph, shape) not in seen and len(seen) < wanted:  # hypothesis repeats itself
-            check(graph, executor, *shape, dtype, number, soft)
+            check(graph, executor, *shape, dtype, number, soft, device)
             seen.add((graph, shape))
 
     run()

@@ -3,13 +3,24 @@
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device: the Triton kernels are checked by interpreter and compiler only", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
+
+import executor_properties
 
 from fastokd.losses import AHBFLoss
 from tests.triton_cases import TRITON, Batch, check, fused, make, run
 from tests.triton_graphs import GRAPHS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are checked by interpreter and compiler only")
+
+
+def test_every_published_graph() -> None:
+    assert executor_properties.check_catalog("triton", "cuda") >= 48 * 5
+
+
+def test_random_graphs() -> None:
+    assert executor_properties.check_random("triton", 300, "cuda") == 300
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])

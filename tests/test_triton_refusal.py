@@ -34,10 +34,10 @@ def test_cpu_tensors() -> None:
 def test_what_no_kernel_can_do(monkeypatch: pytest.MonkeyPatch, plan: object, dtype: torch.dtype, reason: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     executor = load("triton")
-    assert reason in executor.refusal(plan, Case("cuda", dtype, 10))
-    assert executor.refusal(lower(mutual(4)), Case("cuda", torch.bfloat16, 10)) is None
+    assert reason in executor.refusal(plan, Case("cuda", dtype))
+    assert executor.refusal(lower(mutual(4)), Case("cuda", torch.bfloat16)) is None
 
 
 def test_a_machine_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in load("triton").refusal(None, Case("cuda", torch.float32, 10))
+    assert "no CUDA device" in load("triton").refusal(None, Case("cuda", torch.float32))
