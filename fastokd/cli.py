@@ -35,7 +35,7 @@ def _console() -> Console:
 
 
 @app.command
-def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 30, branches: int = 3) -> None:
+def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branches: int = 3) -> None:
     """Train a small student alone and with AHBF on embedded digits, compare them, and export the student.
 
     Args:

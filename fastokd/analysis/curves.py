@@ -64,6 +64,7 @@ def draw_curves(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], fol
     for axes, name in zip(grid.flat, names, strict=False):
         _draw_row(axes, groups, name)
         axes.set_title(name)
+        axes.label_outer()
     figure.suptitle(title)
     files.append(_save(plt, figure, folder / "overview.png"))
     return files
@@ -81,7 +82,7 @@ def _draw_row(axes: Any, groups: Mapping[str, Sequence[Sequence[Mapping[str, Any
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
         axes.plot(epochs, mean, color=color, linewidth=2, label=f"{label} (mean of {len(curves)} seeds)")
     axes.set_xlabel("epoch")
-    axes.set_ylabel("accuracy on the evaluation split, %")
+    axes.set_ylabel("evaluation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
 
