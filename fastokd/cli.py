@@ -1,14 +1,17 @@
 """The command line: ``fastokd demo | train | eval | export | show | doctor | recipes``.
 
-Exit codes: 0 done; 1 a bug in fastokd (with a traceback); 2 wrong usage or configuration; 3 data; 4 checkpoint or
-export; 5 the disk refused; 130 interrupted.
+Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +19,26 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastokd.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, FastOKDError, did_you_mean
+from fastokd.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, EXIT_USAGE, ConfigError, FastOKDError, did_you_mean
+
+DESCRIPTION = """Online knowledge distillation: train a small classifier with deeper branches that teach it, and keep the small one.
+
+Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, or a loss that is not finite; 3 data;
+4 checkpoint or export; 5 the disk refused; 130 interrupted."""
 
 app = tyro.extras.SubcommandApp()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a subcommand. Parsing gives the call, which ``main`` makes afterwards: their errors are not the same."""
+
+    @functools.wraps(function)
+    def deferred(*args: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **options)
+
+    app.command(name=function.__name__.rstrip("_"))(deferred)
+    return function
+
 
 Pos = tyro.conf.Positional
 # What may be left out: the help says the default in words, because it comes from the recipe or file if there is one.
@@ -34,7 +54,7 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-@app.command
+@command
 def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branches: int = 3) -> None:
     """Train a small student alone and with AHBF on embedded digits, compare them, and export the student.
 
@@ -49,7 +69,7 @@ def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branche
     run_demo(out, seeds, epochs, branches)
 
 
-@app.command
+@command
 def train(
     data: Text = None,
     recipe: Text = None,
@@ -114,12 +134,12 @@ def train(
         channels_last: keep images and weights in channels-last memory format (default True).
         impl: the executor of the loss: auto (default), reference, triton or cpu.
         out: the run folder (default runs/MODEL-METHOD-seedN).
-        resume: continue the run in this folder; only --epochs, --device and --quiet may be given with it.
+        resume: continue the run in this folder; only --epochs, --device, --quiet and, if it was moved, --data may be given with it.
         quiet: print only the result.
     """
     given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
     from fastokd.data import absolute_spec
-    from fastokd.train.loop import Trainer
+    from fastokd.train.loop import Trainer, resume_run
     from fastokd.train.progress import Reporter
     from fastokd.train.run_folder import RunFolder, default_run_path
 
@@ -129,12 +149,10 @@ def train(
     if "method_options" in given:
         given["method_options"] = _parse_options(method_options)
     if resume is not None:
-        others = sorted(set(given) - {"epochs", "device"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
+        others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
         if others:
             raise ConfigError(f"--resume keeps the run's configuration; it cannot be changed with {', '.join('--' + name.replace('_', '-') for name in others)}")
-        run = RunFolder.open(resume)
-        trainer = Trainer(dataclasses.replace(run.load_config(), **given), run, reporter)
-        trainer.resume()
+        trainer = resume_run(resume, reporter, **given)
     else:
         settings = _settings(recipe, config, given)
         from fastokd.train.config import check_config
@@ -146,34 +164,38 @@ def train(
             trainer = Trainer(settings, run, reporter)
             trainer.start()
         except BaseException:
-            run.discard_if_unused()
+            run.discard_without_checkpoint()
             raise
-    _print_summary(trainer.run(), trainer.kept, run.path)
+    try:
+        summary = trainer.run()
+    finally:
+        trainer.run_folder.discard_without_checkpoint()
+    _print_summary(summary, trainer.kept, trainer.run_folder.path)
 
 
-@app.command(name="eval")
-def evaluate(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "last", device: str = "auto") -> None:
+@command
+def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "last", split: Text = None, device: str = "auto") -> None:
     """Measure the accuracy of a run (student, every branch, every teacher assistant) or of an exported student.
 
     Args:
         path: a run folder, or an exported student (a folder or .safetensors file).
         data: the dataset; for a run the default is the one it was trained on.
         which: the checkpoint of the last or of the best epoch; for runs only.
+        split: train, val or test (default: what the run is evaluated on).
         device: auto, cpu, cuda or cuda:N.
     """
-    from fastokd.train.loop import load_run
-    from fastokd.train.step import evaluate_model
-
-    console = _console()
-    if (path / "config.yaml").is_file():
-        trainer, state = load_run(path, which, data, device)
-        console.print(f"{path}: {which} checkpoint, {state['epoch']} epochs; {trainer.dataset.name}, {len(trainer.dataset.evaluation)} {trainer.dataset.evaluation.name} images", markup=False)
-        _print_accuracies(evaluate_model(trainer.step, trainer.eval_loader), trainer.kept)
+    if not (path / "config.yaml").is_file():
+        _evaluate_student(path, data, split, device)
         return
-    _evaluate_student(path, data, device)
+    from fastokd.train.loop import load_run
+
+    run = load_run(path, which, data, device, split)
+    images = run.dataset.evaluation if split is None else run.dataset.split(split)
+    _console().print(f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name}, {len(images)} {images.name} images", markup=False)
+    _print_accuracies(run.evaluator.evaluate(run.loader), run.evaluator.kept)
 
 
-@app.command
+@command
 def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: File = None, which: Literal["last", "best"] = "last",
            data: Text = None, device: str = "auto") -> None:
     """Write the plain student of a run, and measure it again from the written file.
@@ -187,29 +209,26 @@ def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: File
         device: auto, cpu, cuda or cuda:N.
     """
     from fastokd.export import check_same_logits, load_student, measure_accuracy, student_record, write_student
-    from fastokd.train.loop import load_run
-    from fastokd.train.step import evaluate_model
+    from fastokd.train.loop import load_run, provenance
 
-    trainer, state = load_run(run, which, data, device)
-    trainer.model.eval()
-    student = trainer.model.student().eval()
-    accuracy = evaluate_model(trainer.step, trainer.eval_loader)[trainer.kept]
+    trained = load_run(run, which, data, device)
+    student = trained.evaluator.model.student().eval()
+    accuracy = trained.evaluator.evaluate(trained.loader)[trained.evaluator.kept]
     target = (out or run / "export") / f"student.{to}"
-    settings = trainer.config
+    settings = trained.config
     write_student(target, student, student_record(
-        settings.model, trainer.dataset, accuracy=accuracy, epoch=state["epoch"],
-        provenance={"method": settings.method, "preset": settings.preset, "branches": settings.num_branches(), "seed": settings.seed}))
+        settings.model, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], provenance=provenance(settings)))
     loaded, _ = load_student(target)
-    loaded.to(trainer.device)
-    compared = check_same_logits(student, loaded, trainer.eval_loader)
-    again = measure_accuracy(loaded, trainer.eval_loader)
+    loaded.to(trained.evaluator.device)
+    compared = check_same_logits(student, loaded, trained.loader)
+    again = measure_accuracy(loaded, trained.loader)
     console = _console()
     parameters = sum(value.numel() for value in loaded.parameters())
     console.print(f"wrote {target} and {target.with_suffix('.json').name}: {settings.model} alone, {parameters:,} parameters", markup=False)
     console.print(f"loaded again without the branches: the same logits bit for bit on {compared} images, accuracy {100 * again:.2f} %", markup=False)
 
 
-@app.command
+@command
 def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid"] = "text",
          method_options: Options = ()) -> None:
     """Draw a method's distillation graph with its effective coefficients.
@@ -231,7 +250,7 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
     print(draw_text(loss.graph) if format == "text" else draw_mermaid(loss.graph))
 
 
-@app.command
+@command
 def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Say what this machine has and what is missing, with the command that mends it. Put it into every bug report.
 
@@ -253,7 +272,7 @@ def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
     _console().print("nothing needs mending" if not problems else f"{problems} to mend, marked !!")
 
 
-@app.command
+@command
 def recipes(name: Pos[Text] = None) -> None:
     """List the recipes, or print one whole.
 
@@ -284,40 +303,42 @@ def _field_names() -> set[str]:
 def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) -> Any:
     """The configuration: a recipe or a file or the defaults, with what was given on top."""
     from fastokd.recipes import get_recipe
-    from fastokd.train.config import TrainConfig, load_config
+    from fastokd.train.config import TrainConfig, read_config
 
     if recipe and config:
         raise ConfigError("give --recipe or --config, not both")
     if recipe:
         base = get_recipe(recipe)
     elif config:
-        try:
-            base = load_config(config.read_text(encoding="utf-8"), str(config))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {config}: {getattr(error, 'strerror', None) or error}") from None
+        base = read_config(config)
     else:
         base = TrainConfig()
     if given.get("method", base.method) != base.method:
-        # Branch counts and loss options belong to the method they were written for.
-        base = dataclasses.replace(base, branches=None, method_options={}, ramp_epochs=None)
+        # Branch counts, presets and loss options belong to the method they were written for.
+        base = dataclasses.replace(base, branches=None, preset="paper", method_options={}, ramp_epochs=None)
     return dataclasses.replace(base, **given)
 
 
 def _parse_options(items: Sequence[str]) -> dict[str, Any]:
     """``NAME=VALUE`` pairs; values are read as numbers and booleans where they are."""
-    import yaml
-
-    options = {}
+    options: dict[str, Any] = {}
     for item in items:
         name, mark, text = item.partition("=")
         if not mark or not name:
             raise ConfigError(f"method option '{item}' is not of the form NAME=VALUE")
-        value = yaml.safe_load(text)
-        try:
-            options[name] = value if isinstance(value, (bool, int, float)) else float(text)
-        except ValueError:
-            options[name] = text
+        options[name] = _option_value(text)
     return options
+
+
+def _option_value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _print_accuracies(accuracies: dict[str, float], kept: str) -> None:
@@ -342,7 +363,7 @@ def _print_summary(summary: Any, kept: str, path: Path) -> None:
     console.print(f"student: {summary.student}   run: {path}", markup=False)
 
 
-def _evaluate_student(path: Path, data: str | None, device: str) -> None:
+def _evaluate_student(path: Path, data: str | None, split: str | None, device: str) -> None:
     from fastokd.data import ResidentLoader, open_dataset
     from fastokd.errors import CheckpointError
     from fastokd.export import load_student, measure_accuracy, student_file
@@ -356,15 +377,40 @@ def _evaluate_student(path: Path, data: str | None, device: str) -> None:
     where = choose_device(device)
     preprocessing = record["preprocessing"]
     height, width = preprocessing["image_size"]
-    dataset = open_dataset(data, image_size=height if height == width else None)
+    dataset = open_dataset(data, image_size=height if height == width else None, mean=preprocessing["mean"], std=preprocessing["std"])
     if list(dataset.classes) != record["classes"]:
         raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
-    loader = ResidentLoader(dataset.evaluation, 256, train=False, device=where, mean=preprocessing["mean"], std=preprocessing["std"])
+    images = dataset.evaluation if split is None else dataset.split(split)
+    loader = ResidentLoader(images, 256, train=False, device=where, mean=dataset.mean, std=dataset.std)
     accuracy = measure_accuracy(student.to(where), loader)
     stored = record["accuracy"]
     console = _console()
-    console.print(f"{student_file(path)}: {record['architecture']['name']} alone on {dataset.name}, {len(dataset.evaluation)} {dataset.evaluation.name} images", markup=False)
+    console.print(f"{student_file(path)}: {record['architecture']['name']} alone on {dataset.name}, {len(images)} {images.name} images", markup=False)
     console.print(f"accuracy {100 * accuracy:.2f} % (stored with the export: {100 * stored['top1']:.2f} % on {stored['data']}, {stored['num_images']} {stored['split']} images)", markup=False)
+
+
+def _usage_error(text: str, name: str) -> str:
+    """The parser's complaint, which it prints as a box, as one line that says how to mend it."""
+    sections: list[list[str]] = [[]]
+    for line in text.splitlines():
+        line = line.strip(" |│")
+        if re.fullmatch(r"[─-]{10,}", line):
+            sections.append([])
+        elif not line.startswith(("╭", "╰", "+")):
+            sections[-1] += line.split()
+    # Drawn in ASCII, the first section is the title.
+    whole, body = " ".join(" ".join(part) for part in sections), " ".join(sections[-1 if len(sections) == 1 else "╭" not in text])
+    more = f"'fastokd {name} --help' lists what there is"
+    if found := re.match(r"Unrecognized options: ([^\s,]+)", body):
+        meant = re.search(r"Perhaps you meant: (--\S+)", whole)
+        hint = f"; did you mean '{meant[1]}'?" if meant else ";"
+        what = "option" if found[1].startswith("-") else "argument"
+        return f"unknown {what} '{found[1]}'{hint} {more}"
+    if found := re.match(r"Error parsing (\S+): .*? from \['(.*?)'\]", body):
+        takes = re.search(rf"Argument helptext: {re.escape(found[1])} (\S+)", whole)
+        kind = {"N": "a whole number", "X": "a number"}.get(takes[1] if takes else "", "a value it takes")
+        return f"{found[1]}: '{found[2]}' is not {kind}; {more}"
+    return f"{body.replace(chr(39) + 'None' + chr(39) + ', ', '').rstrip('.')}; {more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,14 +424,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = ("demo", "train", "eval", "export", "show", "doctor", "recipes")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
     warnings.formatwarning = lambda message, *_: f"{message}\n"
+    complaint = io.StringIO()
     try:
-        app.cli(args=arguments or ["--help"], prog="fastokd", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+        with contextlib.redirect_stderr(complaint):
+            call = app.cli(args=arguments or ["--help"], prog="fastokd", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code:
+            print(f"fastokd: {_usage_error(complaint.getvalue(), arguments[0])}", file=sys.stderr)
+            return EXIT_USAGE
+        return EXIT_OK
+    try:
+        call()
     except FastOKDError as error:
         print(f"fastokd: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
         print(f"fastokd: {error}" if str(error) else "fastokd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        # What the machine refuses outside the files we write ourselves: a name too long, standard output full or closed.
+        print(f"fastokd: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"[:500], file=sys.stderr)
+        return EXIT_IO
     return EXIT_OK

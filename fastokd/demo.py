@@ -1,6 +1,8 @@
 """``fastokd demo``: a student alone against the same student taught by AHBF, on real embedded images, in minutes."""
 
+import json
 import math
+import re
 import shutil
 import statistics
 import time
@@ -16,14 +18,16 @@ from fastokd.errors import ConfigError
 from fastokd.export import check_same_logits, load_student, measure_accuracy
 from fastokd.models import create_model
 from fastokd.models.summary import forward_flops
-from fastokd.storage import write_json
+from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import Summary, Trainer, open_data
+from fastokd.train.loop import Summary, Trainer, load_run, open_data
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
 MODEL = "resnet8"
 METHODS = ("baseline", "ahbf")
+MARK = "fastokd demo 1"
+"""What tells a demo's own demo.json from a file that happens to have its name."""
 
 
 def demo_config(method: str, seed: int, epochs: int, branches: int) -> TrainConfig:
@@ -48,12 +52,8 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
         raise ConfigError(f"branches={branches}: the demo takes 3 to 8")
     check_config(demo_config("ahbf", 0, epochs, branches))
     require_matplotlib()
-    marker = out / "demo.json"
-    if out.exists() and any(out.iterdir()):
-        if not marker.is_file():
-            raise ConfigError(f"{out} is not empty and holds no earlier demo; choose another folder with --out")
-        shutil.rmtree(out)
-    write_json(marker, {"seeds": seeds, "epochs": epochs, "branches": branches})
+    _clear_earlier_demo(out)
+    write_json(out / "demo.json", {"format": MARK, "seeds": seeds, "epochs": epochs, "branches": branches})
 
     started = time.monotonic()
     # On 64 images of 8 x 8 pixels a second thread gains nothing, and on a busy machine the threads wait for each other.
@@ -68,6 +68,31 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
             runs[method].append(_run(out / f"{method}-seed{seed}", demo_config(method, seed, epochs, branches), dataset, console))
     _report(out, runs, dataset, branches, console)
     console.print(f"whole demo: {time.monotonic() - started:.0f} s", markup=False)
+
+
+def _clear_earlier_demo(out: Path) -> None:
+    """Remove what an earlier demo wrote, and nothing else.
+
+    Raises:
+        ConfigError: something else is there.
+        StorageError: the disk refused.
+    """
+    try:
+        entries = list(out.iterdir()) if out.exists() else []
+        if not entries:
+            return
+        try:
+            ours = json.loads((out / "demo.json").read_text(encoding="utf-8")).get("format") == MARK
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        foreign = [entry.name for entry in entries
+                   if entry.name not in ("demo.json", "curves") and not re.fullmatch(rf"({'|'.join(METHODS)})-seed\d+", entry.name)]
+        if not ours or foreign:
+            raise ConfigError(f"{out} holds something else than an earlier demo ({', '.join(foreign[:3] or ['no demo.json'])}); choose another folder with --out")
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except OSError as error:
+        raise storage_error(out, error) from error
 
 
 def _run(path: Path, config: TrainConfig, dataset: Dataset, console: Console) -> tuple[Summary, RunFolder]:
@@ -122,21 +147,18 @@ def _report(out: Path, runs: dict[str, list[tuple[Summary, RunFolder]]], dataset
     console.print(f"curves: {len(files)} PNG files in {out / 'curves'}, one per branch and teacher assistant and overview.png", markup=False)
     _check_export(runs["ahbf"][0], dataset, kept, console)
     write_json(out / "demo.json", {
-        "methods": {method: [summary.__dict__ for summary in found] for method, found in summaries.items()},
+        "format": MARK, "methods": {method: [summary.__dict__ for summary in found] for method, found in summaries.items()},
         "gains": gains, "two_standard_deviations_points": noise, "seconds_median": seconds, "forward_flops": flops})
 
 
 def _check_export(pair: tuple[Summary, RunFolder], dataset: Dataset, kept: str, console: Console) -> None:
     """Load the exported student, without the branches, and measure it again."""
-    from fastokd.train.loop import load_run
-
     summary, run = pair
     student, record = load_student(run.student)
-    trainer, _ = load_run(run.path)
-    trainer.model.eval()
-    student.to(trainer.device)
-    compared = check_same_logits(trainer.model.student().eval(), student, trainer.eval_loader)
-    again = measure_accuracy(student, trainer.eval_loader)
+    trained = load_run(run.path)
+    student.to(trained.evaluator.device)
+    compared = check_same_logits(trained.evaluator.model.student().eval(), student, trained.loader)
+    again = measure_accuracy(student, trained.loader)
     parameters = sum(value.numel() for value in student.parameters())
     console.print(f"exported student: {run.student} ({record['architecture']['name']}, {parameters:,} parameters, no branches); loaded again it gives the "
                   f"same logits bit for bit on {compared} images: {100 * again:.2f} % (training said {100 * summary.last[kept]:.2f} %)", markup=False)

@@ -31,7 +31,10 @@ class Finding:
 
 def examine(folder: Path = Path()) -> list[Finding]:
     """Everything ``fastokd doctor`` reports; ``folder`` is where runs would be written."""
-    return [*_software(), *_hardware(), *_executors(), *_extras(), *_storage(folder)]
+    software = _software()
+    # Without torch nothing of fastokd runs; what can be said all the same is said.
+    rest = [] if any(finding.name == "torch" and finding.state == "problem" for finding in software) else [*_hardware(), *_executors()]
+    return [*software, *rest, *_extras(), *_storage(folder)]
 
 
 def _version(package: str) -> str | None:

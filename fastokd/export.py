@@ -20,6 +20,11 @@ from fastokd.storage import write_atomically, write_json
 from fastokd.version import __version__
 
 FORMAT = 1
+ENTRIES: dict[str, tuple[str, ...] | None] = {
+    "architecture": ("name", "num_classes"), "classes": None, "preprocessing": ("image_size", "mean", "std"),
+    "accuracy": ("top1", "data", "split", "num_images", "epoch"), "provenance": (),
+}
+"""What a record holds: mappings with at least these names, and the list of class names."""
 
 
 def student_record(model: str, dataset: Dataset, *, accuracy: float, epoch: int, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -74,12 +79,18 @@ def read_record(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         record = json.loads(metadata["fastokd"])
-    except KeyError:
+    except (KeyError, UnicodeDecodeError):
         raise CheckpointError(f"{path} is not a student exported by fastokd (its metadata has no 'fastokd' entry)") from None
     except (SafetensorError, json.JSONDecodeError, struct.error, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({first_line(error)}); export it again") from error
-    if record.get("format", 0) > FORMAT:
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise CheckpointError(f"{path} is damaged: its record has no format; export it again")
+    if record["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {record['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+    for entry, names in ENTRIES.items():
+        part = record.get(entry)
+        if not isinstance(part, list if names is None else dict) or any(name not in part for name in names or ()):
+            raise CheckpointError(f"{path} is damaged: its record's entry '{entry}' is incomplete; export it again")
     return record
 
 
@@ -100,7 +111,7 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         student = create_student(architecture["name"], architecture["num_classes"])
         student.load_state_dict(load_file(path))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit the architecture {architecture}: {first_line(error)}") from error
     return student.eval(), record
 

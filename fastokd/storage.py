@@ -66,7 +66,7 @@ def storage_error(path: Path, error: Exception) -> StorageError:
     """The one-line error for a write that failed."""
     cause = error if isinstance(error, OSError) else error.__context__ if isinstance(error.__context__, OSError) else error
     reason = getattr(cause, "strerror", None) or first_line(cause)
-    return StorageError(f"cannot write {path}: {reason}. Free space or choose another folder with --out")
+    return StorageError(f"cannot write {path}: {reason}. Make room there or use another folder; what was written before is intact")
 
 
 def _umask() -> int:

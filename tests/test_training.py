@@ -9,16 +9,15 @@ import yaml
 from safetensors.torch import load_file
 
 from fastokd.data import open_dataset
-from fastokd.errors import CheckpointError, ConfigError
-from fastokd.export import check_same_logits, load_student, measure_accuracy
+from fastokd.errors import CheckpointError, ConfigError, StorageError
+from fastokd.export import check_same_logits, load_student, measure_accuracy, write_student
 from fastokd.losses import ramp_up
 from fastokd.models import create_student
-from fastokd.train.checkpoint import load_checkpoint
+from fastokd.train.checkpoint import ENTRIES, load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
-from fastokd.train.loop import NonFiniteLoss, Trainer, load_run
+from fastokd.train.loop import Interrupted, NonFiniteLoss, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.step import evaluate_model
 
 CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, epochs=2, batch_size=64, lr=0.05)
 ROWS = ["branch1", "branch2", "branch3", "ta2", "ta3"]
@@ -32,7 +31,7 @@ def digits():
 def make(config, folder, dataset, resume=False):
     run = RunFolder.open(folder) if resume else RunFolder.create(folder)
     trainer = Trainer(config, run, Reporter(quiet=True), dataset)
-    trainer.resume() if resume else trainer.start()
+    trainer.resume(load_checkpoint(run.last)) if resume else trainer.start()
     return trainer
 
 
@@ -112,7 +111,7 @@ def test_resume_equals_a_straight_run(finished, tmp_path, digits):
 def test_resume_for_more_epochs(finished, tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=1)
     make(config, tmp_path / "run", digits).run()
-    with pytest.raises(ConfigError, match=r"has finished its 1 epochs.*larger --epochs"):
+    with pytest.raises(ConfigError, match=r"has 1 finished epochs, and --epochs 1 is not more.*larger --epochs"):
         make(config, tmp_path / "run", digits, resume=True)
     more = make(dataclasses.replace(config, epochs=2), tmp_path / "run", digits, resume=True)
     more.run()
@@ -145,8 +144,8 @@ def test_metrics_cut_short_by_a_crash_are_mended(finished, tmp_path, digits):
 def test_load_run_gives_the_trained_weights(finished, digits):
     trainer, summary = finished
     for which, expected in (("last", summary.last), ("best", summary.best)):
-        loaded, _ = load_run(trainer.run_folder.path, which)
-        assert evaluate_model(loaded.step, loaded.eval_loader) == expected
+        loaded = load_run(trainer.run_folder.path, which)
+        assert loaded.evaluator.evaluate(loaded.loader) == expected
 
 
 def test_student_is_the_kept_branch_alone(finished, digits):
@@ -178,7 +177,7 @@ def test_val_split_keeps_the_test_images_out(tmp_path):
 
 def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path, digits):
     trainer = make(dataclasses.replace(CONFIG, lr=1e30), tmp_path / "run", digits)
-    with pytest.raises(NonFiniteLoss, match=r"epoch 1 \(terms: .*ce/branch1.*Lower --lr"):
+    with pytest.raises(NonFiniteLoss, match=r"epoch 1 \(terms: .*ce/branch1.*no epoch was saved.*lower --lr$"):
         trainer.run()
     assert not trainer.run_folder.last.exists()
 
@@ -198,9 +197,10 @@ class TestCheckpoints:
     def test_of_another_architecture(self, finished, tmp_path, digits):
         trainer, _ = finished
         other = make(dataclasses.replace(CONFIG, model="resnet14"), tmp_path / "run", digits)
-        other.run_folder.last.write_bytes(trainer.run_folder.last.read_bytes())
+        state = load_checkpoint(trainer.run_folder.last)
+        save_checkpoint(other.run_folder.last, {**state, "config": other.config.to_yaml()})
         with pytest.raises(CheckpointError, match=r"is of another architecture: \d+ weights are missing, e\.g\. "):
-            other.resume()
+            other.resume(load_checkpoint(other.run_folder.last))
 
     def test_of_other_classes(self, finished, tmp_path, digits):
         trainer, _ = finished
@@ -209,7 +209,7 @@ class TestCheckpoints:
         other = make(CONFIG, folder, renamed)
         other.run_folder.last.write_bytes(trainer.run_folder.last.read_bytes())
         with pytest.raises(CheckpointError, match=r"trained on the classes 0, 1, 2, 3, \.\.\. \(10\), the data has a, b"):
-            other.resume()
+            other.resume(load_checkpoint(other.run_folder.last))
 
     @pytest.mark.parametrize("keep", [0, 10, 1000, 50_000])
     def test_cut_short(self, finished, tmp_path, keep):
@@ -242,11 +242,113 @@ class TestCheckpoints:
 
     def test_resume_before_the_first_epoch_ended(self, tmp_path, digits):
         make(CONFIG, tmp_path / "run", digits)
-        with pytest.raises(CheckpointError, match="has not finished its first epoch"):
+        with pytest.raises(CheckpointError, match="there is no checkpoint"):
             make(CONFIG, tmp_path / "run", digits, resume=True)
 
 
+    @pytest.mark.parametrize("entry", sorted(ENTRIES))
+    def test_with_an_entry_missing_or_wrong(self, finished, tmp_path, entry):
+        trainer, _ = finished
+        state = load_checkpoint(trainer.run_folder.last)
+        for wrong in ({key: value for key, value in state.items() if key != entry}, {**state, entry: None}):
+            save_checkpoint(tmp_path / "last.pt", wrong)
+            with pytest.raises(CheckpointError, match=f"its entry '{entry}' is missing or of the wrong kind"):
+                load_checkpoint(tmp_path / "last.pt")
+
+    def test_of_another_optimizer(self, finished, tmp_path, digits):
+        trainer, _ = finished
+        config = dataclasses.replace(CONFIG, epochs=3)
+        other = make(config, tmp_path / "run", digits)
+        state = load_checkpoint(trainer.run_folder.last)
+        state["optimizer"] = {"state": {}, "param_groups": []}
+        with pytest.raises(CheckpointError, match="an optimizer state that does not fit"):
+            other.resume(state)
+
+    def test_of_changed_images(self, finished, tmp_path, digits):
+        trainer, _ = finished
+        other = make(dataclasses.replace(CONFIG, epochs=3), tmp_path / "run", dataclasses.replace(digits, fingerprint="other"))
+        with pytest.raises(CheckpointError, match="was trained on other images than digits holds now"):
+            other.resume(load_checkpoint(trainer.run_folder.last))
+
+    def test_of_a_changed_configuration(self, finished, tmp_path, digits):
+        trainer, _ = finished
+        other = make(dataclasses.replace(CONFIG, epochs=3, lr=0.5, seed=7), tmp_path / "run", digits)
+        with pytest.raises(ConfigError, match=r"was changed since the checkpoint \(lr: 0\.05, 0\.5; seed: 0, 7\)"):
+            other.resume(load_checkpoint(trainer.run_folder.last))
+
+
+@pytest.mark.parametrize("failing", ["best.pt", "student.safetensors", "metrics.jsonl", "last.pt"])
+def test_a_write_that_fails_leaves_a_run_that_resumes_as_if_nothing_was(finished, tmp_path, digits, monkeypatch, failing):
+    straight, summary = finished
+    trainer = make(CONFIG, tmp_path / "run", digits)
+    trainer._run_epoch()
+
+    def refuse(path, *arguments):
+        if path.name == failing:
+            raise StorageError(f"cannot write {path}: No space left on device")
+        return writers[len(arguments) and type(arguments[0]).__name__](path, *arguments)
+
+    import fastokd.train.loop as loop
+    import fastokd.train.run_folder as run_folder
+
+    writers = {"dict": loop.save_checkpoint, "str": run_folder.append_line}
+    student = loop.write_student
+    monkeypatch.setattr(loop, "save_checkpoint", refuse)
+    monkeypatch.setattr(run_folder, "append_line", refuse)
+    monkeypatch.setattr(loop, "write_student", lambda path, *others: refuse(path, {}) if path.name == failing else student(path, *others))
+    trainer.best = {"branch1": 0.0}  # the second epoch is to be the best, so that best.pt is written
+    with pytest.raises(StorageError):
+        trainer._run_epoch()
+    assert trainer.saved == 1
+    assert "has 1 finished epochs" in trainer._what_is_saved()
+    monkeypatch.undo()
+    resumed = make(CONFIG, tmp_path / "run", digits, resume=True)
+    assert resumed.run().last == summary.last
+    assert [record["epoch"] for record in resumed.run_folder.read_metrics()] == [0, 1]
+    assert load_checkpoint(resumed.run_folder.best)["best_epoch"] == summary.best_epoch
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_ctrl_c_while_saving_claims_nothing(tmp_path, digits, monkeypatch):
+    import fastokd.train.loop as loop
+
+    trainer = make(CONFIG, tmp_path / "run", digits)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", interrupt)
+    with pytest.raises(Interrupted, match="no epoch was saved, so there is no checkpoint"):
+        trainer.run()
+
+
+def test_two_processes_cannot_share_a_run_folder(tmp_path):
+    first = RunFolder.create(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another process is training in"):
+        RunFolder.create(tmp_path / "run")
+    first.unlock()
+    RunFolder.create(tmp_path / "run")
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"epoch": "a", "eval": {}}', "\xff"])
+def test_metrics_that_are_none_are_left_out(finished, tmp_path, line):
+    trainer, _ = finished
+    run = RunFolder(tmp_path)
+    run.metrics_path.write_bytes(trainer.run_folder.metrics_path.read_bytes() + line.encode("latin-1") + b"\n")
+    assert [record["epoch"] for record in run.read_metrics()] == [0, 1]
+
+
 class TestExports:
+    @pytest.mark.parametrize("entry", ["architecture", "classes", "preprocessing", "accuracy", "provenance", "format"])
+    def test_with_an_incomplete_record(self, finished, tmp_path, entry):
+        trainer, _ = finished
+        student, record = load_student(trainer.run_folder.path)
+        for wrong in ({key: value for key, value in record.items() if key != entry}, {**record, entry: "x"}):
+            write_student(tmp_path / "student.safetensors", student, wrong)
+            with pytest.raises(CheckpointError, match="is damaged: its record"):
+                load_student(tmp_path)
+
     def test_damaged(self, finished, tmp_path):
         trainer, _ = finished
         path = tmp_path / "student.safetensors"
@@ -262,8 +364,6 @@ class TestExports:
             load_student(tmp_path)
 
     def test_of_an_unknown_architecture(self, finished, tmp_path):
-        from fastokd.export import write_student
-
         trainer, _ = finished
         student, record = load_student(trainer.run_folder.path)
         write_student(tmp_path / "student.safetensors", student, {**record, "architecture": {"name": "resnet999", "num_classes": 10}})
@@ -290,6 +390,7 @@ class TestConfig:
         ("epochs: null", r"epochs=None has the wrong type"),
         ("lr_decay_at: 0.5", r"lr_decay_at=0.5 has the wrong type"),
         ("nesterov: 1", r"nesterov=1 has the wrong type; expected bool"),
+        ("method_options: {1: 2}", r"method_options=\{1: 2\} has the wrong type"),
         ("- 1", r"expected a mapping of fields, got list"),
         ("a: [", r"here is not valid YAML"),
     ])
@@ -316,6 +417,10 @@ class TestConfig:
         ({"weight_decay": -1.0}, r"weight_decay"),
         ({"val_split": 1.0}, r"val_split=1.0"),
         ({"precision": "fp23"}, r"unknown precision 'fp23'; did you mean 'fp32'\?"),
+        ({"model": "resnet21"}, r"unknown model 'resnet21'; did you mean 'resnet\d+'\?"),
+        ({"seed": 2**31}, r"seed=2147483648"),
+        ({"data": "b\udcff"}, r"not valid UTF-8"),
+        ({"method_options": {"detach_teacher": 3}}, r"detach_teacher=3; it must be True or False"),
         ({"impl": "tritn"}, r"unknown impl 'tritn'; did you mean 'triton'\?"),
         ({"aux_blocks": -1}, r"aux_blocks=-1"),
         ({"seed": -1}, r"seed=-1"),
@@ -330,6 +435,13 @@ class TestConfig:
         assert rates[:150] == [0.1] * 150
         assert rates[150:225] == [pytest.approx(0.01)] * 75
         assert rates[225:] == [pytest.approx(0.001)] * 75
+
+    def test_learning_rate_falls_in_the_epoch_that_the_fraction_names(self):
+        for epochs in (100, 150, 164, 182, 200, 240, 300):
+            for at in range(1, epochs):
+                config = TrainConfig(data="x", epochs=epochs, lr_decay_at=(at / epochs,))
+                assert config.lr_at(at - 1) == 0.1
+                assert config.lr_at(at) == pytest.approx(0.01), (at, epochs)
 
 
 def test_recipes_hold_the_published_values():

@@ -91,6 +91,11 @@ class DataSource:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise DataError(f"{self.name}: {len(self.classes)} class(es); a classifier needs two or more")
+        for name in self.classes:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{show(self.name)}: the class name {show(name)} is not valid UTF-8; rename its folder") from None
         size = self.train.images.shape[1:]
         for split in self.splits:
             if not len(split):

@@ -176,6 +176,8 @@ class Graph:
             raise GraphError(f"term '{term.name}': '{student.name}' cannot teach itself")
         if isinstance(teacher, CONSTANTS) and not term.detach:
             raise GraphError(f"term '{term.name}': the {teacher.kind} node '{teacher.name}' is a constant; set detach=True")
+        if not isinstance(term.detach, bool) or not isinstance(term.t2_scaling, bool):
+            raise GraphError(f"term '{term.name}' has detach={term.detach!r}, t2_scaling={term.t2_scaling!r}; both must be True or False")
         if not (math.isfinite(term.eps) and 0 <= term.eps < 1):
             raise GraphError(f"term '{term.name}' has eps={term.eps}; it must be in [0, 1)")
         if term.eps_mode not in ("exact", "first_order"):

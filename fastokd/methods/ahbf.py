@@ -100,6 +100,8 @@ class AHBFLoss(nn.Module):
         for name, value in lambdas.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}; it must be a number of at least 0")
+        if not isinstance(detach_teacher, bool):
+            raise TypeError(f"detach_teacher={detach_teacher!r}; it must be True or False")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature={temperature}; it must be a positive number")
         if not 0 <= teacher_eps < 1:

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 
-from fastokd.errors import CheckpointError, first_line
+from fastokd.errors import CheckpointError
 from fastokd.storage import write_atomically
 
 FORMAT = 1
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "model": dict, "optimizer": dict, "epoch": int, "last": dict, "best": dict, "best_epoch": int, "seconds": (int, float),
+    "classes": list, "data": dict, "config": str,
+}
+"""What a checkpoint holds: weights, optimizer state, finished epochs, accuracies of the last and the best epoch and which
+that was, seconds of training, class names, what was read of the data, and the configuration as YAML."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -32,11 +38,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the run again") from error
-    if not isinstance(state, dict) or "format" not in state or "model" not in state:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint; restore it or start the run again") from error
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{path} is not a checkpoint of fastokd")
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+    for name, kind in ENTRIES.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path} is damaged: its entry '{name}' is missing or of the wrong kind")
     return state
 
 

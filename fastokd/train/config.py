@@ -6,12 +6,15 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
+from fastokd.models import list_models
+from fastokd.ops import check_impl
 
 OptionValue = float | int | bool | str
 
@@ -72,8 +75,8 @@ class TrainConfig:
     impl: str = "auto"
 
     def lr_at(self, epoch: int) -> float:
-        """The learning rate in a 0-based epoch."""
-        return self.lr * self.lr_gamma ** sum(epoch >= fraction * self.epochs for fraction in self.lr_decay_at)
+        """The learning rate in a 0-based epoch; rounded, because 0.28 * 200 is a little more than 56."""
+        return self.lr * self.lr_gamma ** sum(epoch >= round(fraction * self.epochs, 6) for fraction in self.lr_decay_at)
 
     def ramp_length(self) -> int:
         """The length of the ramp-up in epochs."""
@@ -102,6 +105,8 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
+    if config.model not in list_models():
+        raise ConfigError(f"unknown model '{config.model}'{did_you_mean(config.model, list_models())}")
     if config.preset not in method.presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, method.presets)}")
     low, high = method.branch_range
@@ -125,14 +130,17 @@ def check_config(config: TrainConfig) -> None:
     _check(config, "nesterov", not config.nesterov or config.momentum > 0, "false when momentum is 0")
     _check(config, "weight_decay", math.isfinite(config.weight_decay) and config.weight_decay >= 0, "at least 0")
     _check(config, "ramp_epochs", config.ramp_epochs is None or config.ramp_epochs >= 0, "at least 0")
-    _check(config, "seed", config.seed >= 0, "at least 0")
+    _check(config, "seed", 0 <= config.seed < 2**31, "at least 0 and below 2^31")
     _check(config, "image_size", config.image_size is None or config.image_size >= 4, "at least 4")
     _check(config, "val_split", 0 <= config.val_split < 1, "in [0, 1)")
     _check(config, "pad", config.pad is None or config.pad >= 0, "at least 0")
     if config.precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"unknown precision '{config.precision}'{did_you_mean(config.precision, ['auto', 'fp32', 'bf16'])}")
-    if config.impl not in ("auto", "reference", "triton", "cpu"):
-        raise ConfigError(f"unknown impl '{config.impl}'{did_you_mean(config.impl, ['auto', 'reference', 'triton', 'cpu'])}")
+    check_impl(config.impl)
+    try:
+        config.data.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"data={config.data!r}: the name is not valid UTF-8; rename the folder") from None
 
 
 def _check(config: TrainConfig, name: str, good: bool, rule: str) -> None:
@@ -167,7 +175,7 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
         return None
     kind = get_origin(kinds[0]) or kinds[0]
     if kind is Mapping:
-        if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) and isinstance(item, (float, int, str)) for key, item in value.items()):
             raise wrong
         return dict(value)
     if kind is tuple:
@@ -182,6 +190,25 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise wrong
     return value
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a field is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    return load_config(text, str(path))
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
+    """The fields in which two configurations differ, each as "name: value, value"."""
+    pairs = ((item.name, getattr(one, item.name), getattr(other, item.name)) for item in dataclasses.fields(TrainConfig))
+    return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
 
 
 def load_config(text: str, where: str) -> TrainConfig:

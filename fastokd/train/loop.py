@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,19 @@ from typing import Any
 import torch
 
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
-from fastokd.errors import CheckpointError, ConfigError, FastOKDError
+from fastokd.data.images import Progress
+from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
-from fastokd.methods import get_method
 from fastokd.methods.ahbf import ramp_up
 from fastokd.methods.base import effective_terms
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.step import TrainStep, choose_device, evaluate_model
+from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
@@ -57,8 +58,14 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
-def open_data(config: TrainConfig) -> Dataset:
+def open_data(config: TrainConfig, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Dataset:
     """The dataset of a configuration, checked.
+
+    Args:
+        config: names the data.
+        seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
+            normalised as it was, whatever this dataset's own statistics are.
+        progress: called with (files done, files in all) while files are decoded.
 
     Raises:
         ConfigError: no dataset is named.
@@ -66,12 +73,27 @@ def open_data(config: TrainConfig) -> Dataset:
     """
     if not config.data:
         raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
-    return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed)
+    if seen is None:
+        return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed, progress=progress)
+    height, width = seen["image_size"]
+    size = height if height == width else config.image_size
+    return open_dataset(config.data, image_size=size, val_split=config.val_split, seed=config.seed, mean=seen["mean"], std=seen["std"], progress=progress)
+
+
+def data_record(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
+    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std)}
 
 
 def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool, device: torch.device) -> ResidentLoader:
-    """The loader of one of the dataset's splits as the configuration wants it."""
+    """The loader of one of the dataset's splits as the configuration wants it.
+
+    Raises:
+        ConfigError: the padding is larger than the images.
+    """
     given = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
+    if config.pad is not None and config.pad > min(dataset.image_size):
+        raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
     return ResidentLoader(
         split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
         augment=dataclasses.replace(dataset.augment, **given),
@@ -79,19 +101,24 @@ def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool,
 
 
 class Trainer:
-    """One run: made new or resumed, then ``run()``."""
+    """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
+                 seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
-        self.dataset = open_data(config) if dataset is None else dataset
+        try:
+            self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
+        finally:
+            reporter.end_epoch()
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
         self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
-        self.kept = f"branch{get_method(config.method).kept + 1}"
+        self.kept = self.step.kept
         self.epoch = 0
+        self.saved = 0  # finished epochs in the checkpoint on the disk
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_epoch = -1
@@ -102,21 +129,37 @@ class Trainer:
         self.run_folder.save_config(self.config)
         self.run_folder.save_environment(self.device, self.dataset.describe())
 
-    def resume(self) -> None:
-        """Continue from the last checkpoint.
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this run.
 
         Raises:
-            CheckpointError: there is none, it is damaged, of another architecture or of other data.
+            CheckpointError: it is of another architecture or of other data.
+            ConfigError: the run is finished, or its configuration was changed since.
         """
-        state = load_checkpoint(self.run_folder.last, self.device)
-        if list(state["classes"]) != list(self.dataset.classes):
-            raise CheckpointError(f"{self.run_folder.last} was trained on the classes {_short(state['classes'])}, the data has {_short(self.dataset.classes)}")
-        load_weights(self.model, state["model"], str(self.run_folder.last))
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
-        self.last, self.best, self.seconds = state["last"], state["best"], state["seconds"]
+        where = str(self.run_folder.last)
+        _check_classes(where, state, self.dataset)
+        if state["data"].get("fingerprint") != self.dataset.fingerprint:
+            raise CheckpointError(f"{where} was trained on other images than {self.config.data} holds now; restore them, or start a new run")
+        before = load_config(state["config"], f"the configuration in {where}")
+        # Where the run goes on, and how far, may change; what it computes may not.
+        changed = differences(dataclasses.replace(before, data=self.config.data, device=self.config.device, epochs=self.config.epochs), self.config)
+        if changed:
+            raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
+        load_weights(self.model, state["model"], where)
+        try:
+            self.step.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
+        self.epoch = self.saved = state["epoch"]
+        self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
-            raise ConfigError(f"the run has finished its {self.config.epochs} epochs; to train on, pass a larger --epochs")
+            raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
+        if self.config.epochs != before.epochs:
+            old, new = (config.lr_at(self.epoch - 1) for config in (before, self.config))
+            ramps = [ramp_up(self.epoch - 1, config.ramp_length()) for config in (before, self.config)]
+            self.reporter.say(
+                f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number. At epoch "
+                f"{self.epoch} they were lr {old:g}, kd_weight {ramps[0]:.4g}, and would have been lr {new:g}, kd_weight {ramps[1]:.4g}")
         self.run_folder.save_config(self.config)
         self.run_folder.keep_metrics_before(self.epoch)
 
@@ -134,12 +177,12 @@ class Trainer:
                 self._run_epoch()
         except KeyboardInterrupt:
             self.reporter.end_epoch()
-            where = (f"the last checkpoint has {self.epoch} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
-                     if self.epoch else "no epoch was finished, so there is no checkpoint")
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {where}") from None
+            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}") from None
         except BaseException:
             self.reporter.end_epoch()
             raise
+        finally:
+            self.run_folder.unlock()
         return self.finish()
 
     def finish(self) -> Summary:
@@ -148,6 +191,11 @@ class Trainer:
         summary = Summary(self.epoch, self.last, self.best, self.best_epoch, self.seconds, images / self.seconds, str(self.run_folder.student))
         write_json(self.run_folder.summary_path, summary.__dict__)
         return summary
+
+    def _what_is_saved(self) -> str:
+        if not self.saved:
+            return "no epoch was saved, so there is no checkpoint"
+        return f"the last checkpoint has {self.saved} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
 
     def _introduce(self) -> None:
         say = (lambda text: None) if self.reporter.quiet else self.reporter.say
@@ -182,69 +230,111 @@ class Trainer:
         train = sums.means()
         self._check_finite(train)
         trained = time.monotonic() - started
-        self.last = evaluate_model(self.step, self.eval_loader)
-        self.seconds += trained
-        self.epoch += 1
+        last = self.step.evaluate(self.eval_loader)
         record = {
-            "epoch": self.epoch - 1, "lr": lr, "kd_weight": ramp, "train": train, "eval": self.last,
+            "epoch": self.epoch, "lr": lr, "kd_weight": ramp, "train": train, "eval": last,
             "seconds": round(trained, 3), "images_per_second": round(sums.count / trained, 1),
         }
-        # The evaluated weights go to the disk before anything that names them.
-        is_best = not self.best or self.last[self.kept] > self.best[self.kept]
+        self.seconds += trained
+        self.epoch, self.last = self.epoch + 1, last
+        is_best = not self.best or last[self.kept] > self.best[self.kept]
         if is_best:
-            self.best, self.best_epoch = dict(self.last), self.epoch - 1
-        self._save(is_best)
-        self.run_folder.append_metrics(record)
+            self.best, self.best_epoch = dict(last), self.epoch - 1
+        self._save(record, is_best)
         self.reporter.end_epoch(record)
 
     def _check_finite(self, means: dict[str, float]) -> None:
         if math.isfinite(means["loss"]):
             return
         broken = [name for name, value in means.items() if name != "loss" and not math.isfinite(value)]
-        raise NonFiniteLoss(
-            f"the loss is {means['loss']} in epoch {self.epoch + 1} (terms: {', '.join(broken) or 'none alone'}); "
-            f"the checkpoint of epoch {self.epoch} is intact. Lower --lr, or try --precision fp32")
+        fix = "lower --lr" + (", or try --precision fp32" if uses_bf16(self.config, self.device) else "")
+        raise NonFiniteLoss(f"the loss is {means['loss']} in epoch {self.epoch + 1} (terms: {', '.join(broken) or 'none alone'}); {self._what_is_saved()}. To mend it {fix}")
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self, record: dict[str, Any], is_best: bool) -> None:
+        """Write the epoch. ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
-            "classes": list(self.dataset.classes),
-            "config": self.config.to_yaml(),
+            "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
         }
-        save_checkpoint(self.run_folder.last, state)
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.config.model, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch,
-            provenance={"method": self.config.method, "preset": self.config.preset, "branches": self.config.num_branches(), "seed": self.config.seed}))
+            self.config.model, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
+        self.run_folder.append_metrics(record)
+        save_checkpoint(self.run_folder.last, state)
+        self.saved = self.epoch
 
 
-def load_run(path: Path, which: str = "last", data: str | None = None, device: str = "auto") -> tuple[Trainer, dict[str, Any]]:
-    """A finished or interrupted run with the weights of its last or best epoch, ready to evaluate or export.
+def provenance(config: TrainConfig) -> dict[str, Any]:
+    """Where a student comes from, for its record."""
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+
+
+def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
+    """A trainer that continues the run in a folder; ``changes`` may give ``epochs``, ``device`` and (moved) ``data``.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, of another architecture or of other data.
+        ConfigError: another process is training there, the run is finished, or its configuration was changed.
+    """
+    run = RunFolder.open(path)
+    run.lock()
+    config = dataclasses.replace(run.load_config(), **changes)
+    check_config(config)
+    state = load_checkpoint(run.last, choose_device(config.device))
+    trainer = Trainer(config, run, reporter, seen=state["data"])
+    trainer.resume(state)
+    return trainer
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's weights and images, ready to be evaluated or exported."""
+
+    config: TrainConfig
+    dataset: Dataset
+    evaluator: BranchEvaluator
+    loader: ResidentLoader
+    state: dict[str, Any]
+
+
+def load_run(path: Path, which: str = "last", data: str | None = None, device: str = "auto", split: str | None = None,
+             progress: Progress | None = None) -> LoadedRun:
+    """A finished or interrupted run with the weights of its last or best epoch.
 
     Args:
         path: the run folder.
         which: "last" or "best".
-        data: another dataset than the run's; its classes must be the same.
+        data: another dataset than the run's; its classes must be the same. Its images are prepared as those of the run were.
         device: as in the configuration.
+        split: "train", "val" or "test"; by default what the run is evaluated on.
+        progress: called with (files done, files in all) while files are decoded.
 
     Raises:
-        CheckpointError: not a run, no such checkpoint, or damaged.
+        CheckpointError: not a run, no such checkpoint, damaged, or of other classes.
     """
     run = RunFolder.open(path)
-    config = run.load_config()
-    config = dataclasses.replace(config, device=device, **({"data": data} if data else {}))
-    state = load_checkpoint(run.last if which == "last" else run.best)
-    trainer = Trainer(config, run, Reporter(quiet=True))
-    if list(state["classes"]) != list(trainer.dataset.classes):
-        raise CheckpointError(f"{path} was trained on the classes {_short(state['classes'])}, the data has {_short(trainer.dataset.classes)}")
-    load_weights(trainer.model, state["model"], str(run.last if which == "last" else run.best))
-    return trainer, state
+    config = dataclasses.replace(run.load_config(), device=device, **({"data": data} if data else {}))
+    check_config(config)
+    where = choose_device(device)
+    file = run.last if which == "last" else run.best
+    state = load_checkpoint(file)
+    dataset = open_data(config, state["data"], progress)
+    _check_classes(str(path), state, dataset)
+    model = build_model(config, len(dataset.classes), where)
+    load_weights(model, state["model"], str(file))
+    chosen = dataset.evaluation if split is None else dataset.split(split)
+    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, dataset, chosen, False, where), state)
 
 
-def _short(names: list[str] | tuple[str, ...]) -> str:
+def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
+    if list(state["classes"]) != list(dataset.classes):
+        raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
+
+
+def _short(names: Sequence[str]) -> str:
     shown = ", ".join(list(names)[:4])
     return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown

@@ -22,12 +22,28 @@ class Reporter:
         self.live = self.console.is_terminal and not quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._printed = 0.0
+        self._printed = time.monotonic()
         self._started = 0.0
 
     def say(self, text: str) -> None:
         """A line that always appears."""
         self.console.print(text, markup=False)
+
+    def decoding(self, done: int, total: int) -> None:
+        """Progress of reading the image files; called for each."""
+        if self.quiet:
+            return
+        if self.live:
+            if self._progress is None:
+                self._progress = Progress(TextColumn("reading images"), BarColumn(), TextColumn("{task.completed}/{task.total}"), console=self.console, transient=True)
+                self._progress.start()
+                self._task = self._progress.add_task("", total=total)
+            self._progress.update(self._task, completed=done, total=total)
+            if done >= total:
+                self.end_epoch()
+        elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
+            self._printed = time.monotonic()
+            self.say(f"reading images: {done} of {total}")
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         self._title, self._steps = f"{self.label}epoch {epoch + 1}/{epochs}", steps

@@ -2,11 +2,15 @@
 ``student.safetensors`` with ``student.json``."""
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.storage import append_line, storage_error, write_atomically, write_json
-from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.config import TrainConfig, read_config
 from fastokd.version import __version__
 
 
@@ -30,17 +34,18 @@ class RunFolder:
         self.last = path / "checkpoints" / "last.pt"
         self.best = path / "checkpoints" / "best.pt"
         self.student = path / "student.safetensors"
+        self.unlock: Callable[[], object] = lambda: None
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """Make the folder and check that it can be written to.
+        """Make the folder and check that it can be written to. What a run without a checkpoint left there is replaced.
 
         Raises:
-            ConfigError: a run is there already.
+            ConfigError: a run with a checkpoint is there already, or another process is training there.
             StorageError: the folder cannot be made or written to.
         """
         run = cls(path)
-        if run.config_path.exists():
+        if run.last.exists():
             raise ConfigError(f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or choose another --out")
         try:
             run.last.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +54,8 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise storage_error(path, error) from error
+        run.lock()
+        run._remove_records()
         return run
 
     @classmethod
@@ -64,14 +71,36 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}")
         return run
 
-    def discard_if_unused(self) -> None:
-        """Remove the folder again if nothing was written into it: the run did not start."""
+    def lock(self) -> None:
+        """Claim the folder for this process, until ``unlock`` or its end.
+
+        Raises:
+            ConfigError: another process is training there.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.unlock()
+            raise ConfigError(f"another process is training in {self.path}; wait for it, or choose another --out") from None
+
+    def discard_without_checkpoint(self) -> None:
+        """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
+        if self.last.exists():
+            return
+        self._remove_records()
         for folder in (self.last.parent, self.path):
             with contextlib.suppress(OSError):  # not empty, or not there
                 folder.rmdir()
 
+    def _remove_records(self) -> None:
+        for path in (self.config_path, self.metrics_path, self.environment_path, self.summary_path, self.best, self.student,
+                     self.student.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+
     def load_config(self) -> TrainConfig:
-        return load_config(self.config_path.read_text(encoding="utf-8"), str(self.config_path))
+        return read_config(self.config_path)
 
     def save_config(self, config: TrainConfig) -> None:
         write_atomically(self.config_path, lambda file: file.write(config.to_yaml().encode()) and None)
@@ -83,15 +112,18 @@ class RunFolder:
         append_line(self.metrics_path, json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The record of each epoch; a last line cut short by a crash is left out."""
+        """The record of each epoch, up to the first line that is none: a crash may have cut one short."""
         if not self.metrics_path.is_file():
             return []
         records = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("epoch"), int) or not isinstance(record.get("eval"), dict):
+                break
+            records.append(record)
         return records
 
     def keep_metrics_before(self, epoch: int) -> None:
@@ -115,7 +147,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "fastokd": __version__,
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["fastokd", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastokd.data import Batch
+from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.train.config import TrainConfig
@@ -20,8 +21,6 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: no such device on this machine.
     """
-    from fastokd.errors import ConfigError
-
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -43,33 +42,56 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
-def named_rows(criterion: nn.Module, method_name: str, result: BranchOutput) -> dict[str, Tensor]:
-    """The logits [B, C] of every branch and every mixture (teacher assistant) by name."""
-    branches = {f"branch{m}": row for m, row in enumerate(result.logits, start=1)}
-    inputs = get_method(method_name).loss_inputs(result)
-    return {**branches, **criterion.mixtures(result.logits, **inputs)}
-
-
-class TrainStep:
-    """The step of one run: owns criterion and optimizer, changes the model in place."""
+class BranchEvaluator:
+    """A branched model with the loss of its method: what is needed to say how good every branch and mixture is."""
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
-        method = get_method(config.method)
-        self.method = method
+        self.method = get_method(config.method)
         self.model = model
         self.device = device
-        self.criterion = method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+        self.criterion = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
+        self.kept = f"branch{self.method.kept + 1}"
         self._bf16 = uses_bf16(config, device)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
+        """The logits [B, C] of every branch and every mixture (teacher assistant) by name."""
+        branches = {f"branch{m}": row for m, row in enumerate(result.logits, start=1)}
+        return {**branches, **self.criterion.mixtures(result.logits, **self.method.loss_inputs(result))}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once."""
+        right: dict[str, Tensor] = {}
+        count = 0
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in batches:
+                with self.autocast():
+                    result = self.model(batch.images)
+                found = correct_counts(self.named_rows(result), batch.target)
+                right = {name: right.get(name, 0) + value for name, value in found.items()}
+                count += batch.target.shape[0]
+        finally:
+            self.model.train(was_training)
+        return {name: int(value) / count for name, value in right.items()}
+
+
+class TrainStep(BranchEvaluator):
+    """The step of one run: owns criterion and optimizer, changes the model in place."""
+
+    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+        super().__init__(config, model, device)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def __call__(self, batch: Batch, kd_weight: Tensor) -> dict[str, Tensor]:
         """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
@@ -81,25 +103,5 @@ class TrainStep:
         self.optimizer.step()
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
-        rows = named_rows(self.criterion, self.method.name, result)
-        sums.update({f"accuracy/{name}": right for name, right in correct_counts(rows, batch.target).items()})
+        sums.update({f"accuracy/{name}": right for name, right in correct_counts(self.named_rows(result), batch.target).items()})
         return sums
-
-
-@torch.no_grad()
-def evaluate_model(step: TrainStep, batches: Iterable[Batch]) -> dict[str, float]:
-    """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once."""
-    right: dict[str, Tensor] = {}
-    count = 0
-    was_training = step.model.training
-    step.model.eval()
-    try:
-        for batch in batches:
-            with step.autocast():
-                result = step.model(batch.images)
-            found = correct_counts(named_rows(step.criterion, step.method.name, result), batch.target)
-            right = {name: right.get(name, 0) + value for name, value in found.items()}
-            count += batch.target.shape[0]
-    finally:
-        step.model.train(was_training)
-    return {name: int(value) / count for name, value in right.items()}
