@@ -21,9 +21,9 @@ from triton.compiler import ASTSource
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton import kernels
+from fastokd.kernels.triton import kernels, split
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
@@ -68,7 +68,7 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
     aligned = stride * size % VECTOR_BYTES == 0
     rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
     return Tile(
-        num_classes, rows, lanes, pieces, vector, warps,
+        num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
         weight_strides=tuple((width, 1) for width in plan.weight_widths),
         external_strides=((num_classes, 1),) * plan.num_externals,

@@ -150,6 +150,20 @@ class Spec:
         found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
         return tuple(reversed(found))
 
+    def looks_ahead(self, soft_target: bool) -> bool:
+        """Whether the main pass needs what only a pass over all columns before it can tell."""
+        return bool(self.choices) or (bool(soft_target) and self.has_minimum)
+
+    def partials(self, soft_target: bool) -> tuple[int, int, int, int]:
+        """Where the sums of each pass begin among those that a program keeps for its part of a row, and their number:
+        of the pass ahead, of the main pass (maxima, weighted sums, plain sums), of that with normalised probabilities."""
+        dots = (self.num_logits + 1) * bool(soft_target)
+        ahead, main = self.passes
+        first = len(ahead.slots) + len(ahead.softs) + dots if self.looks_ahead(soft_target) else 0
+        dots = dots * self.use_labels if not first else 0
+        second = first + len(main.slots) + len(main.softs) + len(main.moments) + dots + self.num_plain
+        return 0, first, second, second + self.num_normal
+
     @property
     def has_minimum(self) -> bool:
         return any(node[0] == MINIMUM for node in self.passes[1].nodes)
