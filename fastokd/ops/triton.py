@@ -158,7 +158,7 @@ def _forward_split(spec: Spec, tile: Tile, inputs: _Inputs, term_weights: Tensor
     """A launch per pass over the columns, then the merge."""
     first = inputs[0][0]
     batch = first.shape[0]
-    partials = term_weights.new_empty((batch, spec.partials(tile.soft_target)[-1], tile.splits))
+    partials = term_weights.new_empty((batch, spec.first_partial(3, tile.soft_target), tile.splits))
     with torch.cuda.device_of(first):
         for stage in range(3):
             if stage == 1 or (spec.looks_ahead(tile.soft_target) if stage == 0 else spec.normal):

@@ -142,8 +142,8 @@ def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums
     """For each normal edge its value and the mean of its teacher's side; masses of the blends; for each normal edge from
     a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1]."""
     if TILE.splits > 1:
-        totals = load_parts(partials, rows, SPEC.partials(TILE.soft_target)[2], SPEC.num_normal,
-                            SPEC.partials(TILE.soft_target)[3], TILE)
+        totals = load_parts(partials, rows, SPEC.first_partial(2, TILE.soft_target), SPEC.num_normal,
+                            SPEC.first_partial(3, TILE.soft_target), TILE)
     else:
         totals = lane_normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC, TILE)
     return row_sums(totals, TILE)

@@ -154,15 +154,16 @@ class Spec:
         """Whether the main pass needs what only a pass over all columns before it can tell."""
         return bool(self.choices) or (bool(soft_target) and self.has_minimum)
 
-    def partials(self, soft_target: bool) -> tuple[int, int, int, int]:
-        """Where the sums of each pass begin among those that a program keeps for its part of a row, and their number:
-        of the pass ahead, of the main pass (maxima, weighted sums, plain sums), of that with normalised probabilities."""
-        dots = (self.num_logits + 1) * bool(soft_target)
+    def first_partial(self, stage: int, soft_target: bool) -> int:
+        """Where the sums of a pass begin among those that a program keeps for its part of a row: of the pass ahead (0), the
+        main pass (1: maxima, weighted sums, plain sums), that with normalised probabilities (2); 3: their number."""
         ahead, main = self.passes
-        first = len(ahead.slots) + len(ahead.softs) + dots if self.looks_ahead(soft_target) else 0
-        dots = dots * self.use_labels if not first else 0
-        second = first + len(main.slots) + len(main.softs) + len(main.moments) + dots + self.num_plain
-        return 0, first, second, second + self.num_normal
+        early = self.looks_ahead(soft_target)
+        dots = (self.num_logits + 1) * bool(soft_target)
+        sizes = ((len(ahead.slots) + len(ahead.softs) + dots) * early,
+                 len(main.slots) + len(main.softs) + len(main.moments) + dots * self.use_labels * (not early) + self.num_plain,
+                 self.num_normal)
+        return sum(sizes[:int(stage)])
 
     @property
     def has_minimum(self) -> bool:

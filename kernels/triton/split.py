@@ -48,7 +48,7 @@ def partial_kernel(logits, weights, externals, target, partials, batch, shift, S
             maxima, sums, _means, _plain = sweep(
                 logits, externals, target, rows, loaded, labels, choices, partials, SPEC, 1, dots, plain_sums, TILE)
             found = row_sums(lane_normal_sweep(logits, externals, rows, loaded, labels, choices, maxima, sums, SPEC, TILE), TILE)
-    store_part(partials, found, rows, SPEC.partials(soft)[STAGE], SPEC.partials(soft)[3], TILE)
+    store_part(partials, found, rows, SPEC.first_partial(STAGE, soft), SPEC.first_partial(3, soft), TILE)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -260,8 +260,8 @@ def sweep(logits, externals, target, rows, weights, labels, choices, partials, S
     softs: tl.constexpr = len(SPEC.passes[WHICH].softs)
     moments: tl.constexpr = len(SPEC.passes[WHICH].moments)
     if TILE.splits > 1:
-        parts = load_parts(partials, rows, SPEC.partials(TILE.soft_target)[WHICH], slots + softs + moments + PLAIN,
-                           SPEC.partials(TILE.soft_target)[3], TILE)
+        parts = load_parts(partials, rows, SPEC.first_partial(WHICH, TILE.soft_target), slots + softs + moments + PLAIN,
+                           SPEC.first_partial(3, TILE.soft_target), TILE)
         maxima = parts[:slots]
         weighted = parts[slots:slots + softs + moments]
         plain = parts[slots + softs + moments:]
