@@ -10,6 +10,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from fastokd.graph import lower
 from fastokd.kernels.triton.budget import SIZES, Cost, cascade, compile_kernel, launch_tile, main, measure
+from fastokd.kernels.triton.spec import specialise
+from fastokd.kernels.triton.tile import choose_splits
 from tests.triton_graphs import GRAPHS
 
 # Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90. What is
@@ -25,8 +27,13 @@ def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, cap
 
 
 def check(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
-    cost = cost_of(which, branches, batch, classes, dtype, capability)
     tile = launch_tile(cascade(branches), batch, classes, dtype)
+    if tile.splits > 1:
+        for part in {"forward": ("partial", "merge"), "backward": ("columns", "weights")}.get(which, ()):
+            cost = cost_of(part, branches, batch, classes, dtype, capability)
+            assert (cost.stack, cost.spills) == (0, 0), (part, cost)
+        return
+    cost = cost_of(which, branches, batch, classes, dtype, capability)
     assert (cost.stack, cost.spills) == (0, 0), cost
     assert cost.registers <= 255
     if classes > 32 and classes * SIZES[dtype] % 16 == 0 and tile.pieces * SIZES[dtype] == 16:
@@ -69,6 +76,51 @@ def test_instructions_per_column(which: str, aligned: bool) -> None:
     assert cost.per_column <= MOST_PER_COLUMN[which, aligned], cost
     assert cost.barriers == 0, "one warp per row needs none"
     assert cost.registers <= 192, cost
+
+
+def test_which_rows_are_split() -> None:
+    assert [choose_splits(batch, 100000) for batch in (0, 1, 8, 32, 33, 128, 255, 256)] == [1, 8, 8, 8, 8, 2, 2, 1]
+    assert [choose_splits(8, classes) for classes in (1000, 16383, 16384, 21841, 50000, 10**6)] == [1, 1, 2, 2, 4, 32]
+
+
+@pytest.mark.parametrize(("branches", "classes", "dtype"), [
+    (4, 131072, "bf16"), (8, 100001, "bf16"), pytest.param(2, 100000, "fp32", marks=pytest.mark.grid),
+    pytest.param(4, 100001, "fp32", marks=pytest.mark.grid), pytest.param(8, 100000, "fp32", marks=pytest.mark.grid)])
+def test_split_rows_cost_no_more(branches: int, classes: int, dtype: str) -> None:
+    plan = cascade(branches)
+    tile = launch_tile(plan, 8, classes, dtype)
+    assert tile.splits > 1
+    for which in ("partial", "merge", "columns", "weights"):
+        cost = measure(compile_kernel(which, plan, tile, dtype), tile)
+        assert (cost.stack, cost.spills) == (0, 0), (which, cost)
+        if which in ("merge", "weights"):
+            assert cost.barriers == 0, (which, cost)
+        elif tile.rest == 0:
+            direction = "forward" if which == "partial" else "backward"
+            assert cost.vector_loads >= branches, (which, cost)
+            assert cost.per_column <= MOST_PER_COLUMN[direction, True], (which, cost)
+
+
+def split_graph(name: str, soft_target: bool) -> None:
+    plan = lower(GRAPHS[name]())
+    tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
+    spec = specialise(plan)
+    stages = ["ahead"] * spec.looks_ahead(soft_target) + ["partial"] + ["normal"] * bool(spec.normal)
+    for which in (*stages, "merge", "columns", *["weights"] * bool(spec.num_weights)):
+        cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
+        assert (cost.stack, cost.spills) == (0, 0), (which, cost)
+
+
+@pytest.mark.parametrize(("name", "soft_target"), [("selection", True), ("mixed probabilities", False)])
+def test_split_graphs_compile(name: str, soft_target: bool) -> None:
+    split_graph(name, soft_target)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_compiles_with_split_rows(name: str, soft_target: bool) -> None:
+    split_graph(name, soft_target)
 
 
 def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fastokd.kernels.triton.columns import FLOOR
+from fastokd.kernels.triton.tile import choose_splits
 from fastokd.losses import AHBFLoss
 from fastokd.methods.ahbf import ahbf_graph
+from fastokd.ops import triton as triton_executor
 from fastokd.ops.reference import PROBABILITY_FLOOR
 from fastokd.ops.triton import INTERPRETED
 from tests.triton_cases import REFERENCE, TRITON, check, fused, make, run
@@ -183,3 +185,90 @@ def test_the_operator_is_registered_as_it_behaves() -> None:
 
 def test_the_floor_is_the_references() -> None:
     assert FLOOR.value == PROBABILITY_FLOOR
+
+
+def split(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    """Have rows split so however many and short they are: long ones take the interpreter long."""
+    monkeypatch.setattr(triton_executor, "choose_splits", lambda batch, num_classes: splits)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_split_rows_with_every_kind_of_node_and_term(monkeypatch: pytest.MonkeyPatch, name: str, soft: bool) -> None:
+    split(monkeypatch, 2)
+    check(make(GRAPHS[name](), 1 if soft else 2, 1200, soft=soft))
+
+
+@pytest.mark.parametrize(("name", "batch", "classes", "splits", "soft"), [
+    ("cascade", 1, 9001, 8, False),              # parts of one and of two chunks, rows not aligned for vectors
+    ("cascade, detached", 3, 12345, 4, True),
+    ("mutual", 1, 20000, 16, False),
+    ("mixed probabilities", 1, 9000, 4, False),
+    ("selection", 1, 9001, 2, True),
+    ("mutual", 2, 1200, 8, False),               # more parts than chunks: some are empty
+    ("minimum", 2, 1024, 2, True),               # no chunk that is not whole
+])
+def test_split_rows_of_many_classes(monkeypatch: pytest.MonkeyPatch, name: str, batch: int, classes: int, splits: int, soft: bool) -> None:
+    split(monkeypatch, splits)
+    check(make(GRAPHS[name](), batch, classes, soft=soft))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_split_rows_of_every_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    split(monkeypatch, 2)
+    check(make(GRAPHS["cascade, detached"](), 1, 4500, dtype))
+
+
+def test_a_label_in_each_part_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, 4)
+    inputs = make(GRAPHS["cascade, detached"](), 10, 2500)  # 512 columns to a chunk, one chunk to a part, 452 more in the last
+    inputs.target = torch.tensor([0, 511, 512, 1023, 1024, 1535, 1536, 2047, 2048, 2499])
+    check(inputs)
+
+
+@pytest.mark.parametrize("name", ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_huge_logits_in_split_rows(monkeypatch: pytest.MonkeyPatch, name: str, soft: bool) -> None:
+    split(monkeypatch, 2)
+    check(make(GRAPHS[name](), 2, 1200, scale=1e4, soft=soft), huge=True)
+
+
+def test_parts_of_a_row_that_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, 4)
+    inputs = make(GRAPHS["cascade"](), 2, 2500)
+    for m, row in enumerate(inputs.logits):
+        row[:, 512:1024] += 1e4 * (-1) ** m
+        row[:, 1536:2048] -= 1e4
+    check(inputs, huge=True)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2, 3), (4, 5, 6), (0, 1, 2, 3)])
+def test_frozen_inputs_of_split_rows(monkeypatch: pytest.MonkeyPatch, frozen: tuple[int, ...]) -> None:
+    split(monkeypatch, 2)
+    inputs = make(GRAPHS["cascade"](), 2, 1200)
+    inputs.needs = [k not in frozen for k in range(7)]
+    check(inputs)
+
+
+def test_labels_out_of_range_in_split_rows_are_never_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    split(monkeypatch, 2)
+    inputs = make(GRAPHS["cascade, detached"](), 3, 1200)
+    inputs.target = torch.tensor([5, 1200, -1])
+    for mine, theirs in zip(run(TRITON, inputs), run(REFERENCE, inputs), strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_loss_and_gradient_of_split_rows_at_once_equal_the_two_and_repeat(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    split(monkeypatch, 2)
+    inputs = make(GRAPHS[name](), 1, 1200)
+    inputs.grad_rows = torch.ones(1)
+    rows, terms, grads = fused(inputs)
+    for mine, theirs in zip([rows, *terms, *grads], run(TRITON, inputs), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_long_rows_are_split_unasked() -> None:
+    inputs = make(GRAPHS["cross-entropy alone"](), 1, 40001)
+    assert choose_splits(1, 40001) == 4
+    check(inputs)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton import kernels
+from fastokd.kernels.triton import kernels, split
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile, make_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_LOGITS = 8
 MAX_SUMS = 72
 """Running sums per thread; compiled kernels hold 66 (eight branches, 21 edges) without spilling, and not 80."""
+_Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
+"""Logits, weights, externals and target, as kernels take them."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -59,8 +61,11 @@ class TritonExecutor:
         stats = term_weights.new_empty((spec.num_stats, batch))
         if batch:
             tile = _tile(spec, logits, weights, externals, target)
-            _launch(kernels.forward_kernel, spec, tile, first, tuple(logits), tuple(weights), tuple(externals), target,
-                    term_weights, rows, terms, stats)
+            inputs = tuple(logits), tuple(weights), tuple(externals), target
+            if tile.splits > 1:
+                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
+            else:
+                _launch(kernels.forward_kernel, spec, tile, first, *inputs, term_weights, rows, terms, stats)
         return rows, terms, stats
 
     def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
@@ -71,14 +76,20 @@ class TritonExecutor:
         grads = _gradients(logits, weights, needs)
         if first.shape[0] and any(needs):
             tile = _tile(spec, logits, weights, externals, target, needs, grad_rows.stride(0))
-            grad_logits, grad_weights = _destinations(grads, logits, weights)
-            _launch(kernels.backward_kernel, spec, tile, first, grad_logits, grad_weights, grad_rows, tuple(logits), tuple(weights),
-                    tuple(externals), target, term_weights, stats)
+            inputs = tuple(logits), tuple(weights), tuple(externals), target
+            destinations = _destinations(grads, logits, weights)
+            if tile.splits > 1:
+                _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
+            else:
+                _launch(kernels.backward_kernel, spec, tile, first, *destinations, grad_rows, *inputs, term_weights, stats)
         return grads
 
     def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
                       target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a training step needs."""
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a training step needs.
+
+        Split rows take the kernels of both passes: no program sees a whole row, so none could go on to its gradient.
+        """
         spec = specialise(plan)
         first = logits[0]
         batch = first.shape[0]
@@ -87,9 +98,16 @@ class TritonExecutor:
         grads = _gradients(logits, weights, needs)
         if batch:
             tile = _tile(spec, logits, weights, externals, target, needs)
-            grad_logits, grad_weights = _destinations(grads, logits, weights)
-            _launch(kernels.fused_kernel, spec, tile, first, grad_logits, grad_weights, tuple(logits), tuple(weights),
-                    tuple(externals), target, term_weights, rows, terms)
+            inputs = tuple(logits), tuple(weights), tuple(externals), target
+            destinations = _destinations(grads, logits, weights)
+            if tile.splits > 1:
+                stats = term_weights.new_empty((spec.num_stats, batch))
+                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
+                if any(needs):
+                    grad_rows = term_weights.new_full((1,), 1 / batch)
+                    _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
+            else:
+                _launch(kernels.fused_kernel, spec, tile, first, *destinations, *inputs, term_weights, rows, terms)
         return rows, terms, grads
 
 
@@ -118,7 +136,7 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
     rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
     double = first.dtype == torch.float64
     return make_tile(
-        num_classes, rows, lanes, pieces, vector, num_warps,
+        num_classes, rows, lanes, pieces, vector, num_warps, choose_splits(batch, num_classes),
         tuple(row.stride() for row in logits),
         tuple(weight.stride() for weight in weights),
         tuple(row.stride() for row in externals),
@@ -133,6 +151,36 @@ def _launch(kernel: Any, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> N
     batch = first.shape[0]
     with torch.cuda.device_of(first):
         kernel[(-(-batch // tile.rows),)](*args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+
+
+def _forward_split(spec: Spec, tile: Tile, inputs: _Inputs, term_weights: Tensor, rows: Tensor, terms: Tensor,
+                   stats: Tensor) -> None:
+    """A launch per pass over the columns, then the merge."""
+    first = inputs[0][0]
+    batch = first.shape[0]
+    partials = term_weights.new_empty((batch, spec.first_partial(3, tile.soft_target), tile.splits))
+    with torch.cuda.device_of(first):
+        for stage in range(3):
+            if stage == 1 or (spec.looks_ahead(tile.soft_target) if stage == 0 else spec.normal):
+                split.partial_kernel[(batch * tile.splits,)](
+                    *inputs, partials, batch, 0, stage, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+        split.merge_kernel[(batch,)](
+            *inputs, term_weights, partials, rows, terms, stats, batch, 0, spec, tile, num_warps=1, enable_fp_fusion=True)
+
+
+def _backward_split(spec: Spec, tile: Tile, grad_logits: tuple[Tensor, ...], grad_weights: tuple[Tensor, ...], grad_rows: Tensor,
+                    inputs: _Inputs, term_weights: Tensor, stats: Tensor) -> None:
+    first = inputs[0][0]
+    batch = first.shape[0]
+    products = term_weights.new_empty((batch, spec.num_weights * tile.needs_weights, tile.splits))
+    with torch.cuda.device_of(first):
+        split.columns_kernel[(batch * tile.splits,)](
+            grad_logits, grad_rows, *inputs, term_weights, stats, products, batch, 0, spec, tile, num_warps=tile.num_warps,
+            enable_fp_fusion=True)
+        if tile.needs_weights:
+            split.weights_kernel[(batch,)](
+                grad_weights, grad_rows, inputs[1], term_weights, stats, products, batch, spec, tile, num_warps=1,
+                enable_fp_fusion=True)
 
 
 EXECUTOR = TritonExecutor()

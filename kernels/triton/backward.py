@@ -28,7 +28,7 @@ from fastokd.kernels.triton.columns import (
     store_rows,
 )
 from fastokd.kernels.triton.normal import blend_rows, log_probability, log_sums, teacher_row
-from fastokd.kernels.triton.sweep import chunk_rows, exponentials, moment_value, scaled_rows
+from fastokd.kernels.triton.sweep import chunk_rows, exponentials, moment_value, part_of_row, scaled_rows
 
 
 @triton.jit
@@ -252,17 +252,23 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
 
 
 @triton.jit
-def backward_row(grad_logits, grad_weights, logits, weights, externals, target, gradient, term_weights, rows, inside, stats,
-                 SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Writes the gradients of a row's logits and weights. ``gradient`` [R, 1] is that of the row's loss, ``weights`` are
-    the loaded weights, ``stats`` the tuple of statistics, ``inside`` [R, 1] is false for rows beyond the batch."""
+def before_columns(weights, gradient, term_weights, stats, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """What the gradients of a row have in common: its factors (as from ``row_factors``), those onto the target and onto 1
+    for every node, and the label logits of all nodes."""
     factors = row_factors(gradient, weights, term_weights, stats, SPEC, TILE)
     onto_target = through_mixtures(factors[1], weights, SPEC)
     onto_one = through_mixtures(factors[2], weights, SPEC)
-    maxima = stats[:SPEC.layout[1]]
     labels = ()
     if SPEC.use_labels:
         labels = linear_rows(stats[SPEC.layout[3]:SPEC.layout[4]], weights, SPEC)
+    return factors, onto_target, onto_one, labels
+
+
+@triton.jit
+def backward_columns(grad_logits, logits, weights, externals, target, rows, inside, factors, onto_target, onto_one, labels,
+                     stats, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Writes the gradients of the logits in this program's columns; returns each lane's products for the weights."""
+    maxima = stats[:SPEC.layout[1]]
     choices = stats[SPEC.layout[7]:SPEC.layout[8]]
     logs = ()
     if len(SPEC.normal):
@@ -270,21 +276,48 @@ def backward_row(grad_logits, grad_weights, logits, weights, externals, target, 
     label = rows
     if len(TILE.target_strides) == 1:
         label = tl.load(target + rows * TILE.target_strides[0])
-        label = tl.where((label >= 0) & (label < TILE.num_classes), label, -1).to(tl.int32)
-
     dots = lane_constants(SPEC.num_weights, 0.0, TILE)
-    if TILE.whole:
-        for chunk in range(TILE.whole):
+    if TILE.splits > 1:
+        first, end, tail = part_of_row(TILE)
+        for chunk in range(first, end):
             dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block, weights,
                                   labels, choices, maxima, logs, factors, onto_target, onto_one, stats, 0, TILE.pieces, SPEC, TILE)
-    if TILE.rest:
-        dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, TILE.whole * TILE.block, weights,
-                              labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest, TILE.rest_pieces,
-                              SPEC, TILE)
+        if TILE.rest:
+            for chunk in range(tail, TILE.whole + 1):
+                dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block,
+                                      weights, labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest,
+                                      TILE.rest_pieces, SPEC, TILE)
+    else:
+        if TILE.whole:
+            for chunk in range(TILE.whole):
+                dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, chunk * TILE.block,
+                                      weights, labels, choices, maxima, logs, factors, onto_target, onto_one, stats, 0,
+                                      TILE.pieces, SPEC, TILE)
+        if TILE.rest:
+            dots = backward_chunk(dots, grad_logits, logits, externals, target, label, rows, inside, TILE.whole * TILE.block,
+                                  weights, labels, choices, maxima, logs, factors, onto_target, onto_one, stats, TILE.rest,
+                                  TILE.rest_pieces, SPEC, TILE)
+    return dots
 
+
+@triton.jit
+def store_weight_gradients(grad_weights, dots, weights, rows, inside, factors, onto_target, onto_one, labels, stats,
+                           SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Writes the gradients of a row's weights, from its products by lane or by part of the row."""
     totals = weight_gradients(row_sums(dots, TILE), weights, onto_target, onto_one, factors[6], labels, stats, SPEC)
     for s in tl.static_range(len(SPEC.widths)):
         if TILE.needs[SPEC.num_logits + s]:
             for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
                 at = grad_weights[s] + rows * SPEC.widths[s] + k
                 store_rows(at, totals[SPEC.first_weight(s) + k].to(grad_weights[s].dtype.element_ty), inside, TILE)
+
+
+@triton.jit
+def backward_row(grad_logits, grad_weights, logits, weights, externals, target, gradient, term_weights, rows, inside, stats,
+                 SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Writes the gradients of a row's logits and weights. ``gradient`` [R, 1] is that of the row's loss, ``weights`` are
+    the loaded weights, ``stats`` the tuple of statistics, ``inside`` [R, 1] is false for rows beyond the batch."""
+    factors, onto_target, onto_one, labels = before_columns(weights, gradient, term_weights, stats, SPEC, TILE)
+    dots = backward_columns(grad_logits, logits, weights, externals, target, rows, inside, factors, onto_target, onto_one,
+                            labels, stats, SPEC, TILE)
+    store_weight_gradients(grad_weights, dots, weights, rows, inside, factors, onto_target, onto_one, labels, stats, SPEC, TILE)

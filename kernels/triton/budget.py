@@ -21,12 +21,16 @@ from triton.compiler import ASTSource
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton import kernels
+from fastokd.kernels.triton import kernels, split
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
+SPLIT_KERNELS = {"ahead": split.partial_kernel, "partial": split.partial_kernel, "normal": split.partial_kernel,
+                 "merge": split.merge_kernel, "columns": split.columns_kernel, "weights": split.weights_kernel}
+"""Those that run instead where rows are split: a pass ahead, the main pass, that with normalised probabilities, and so on."""
+STAGES = {"ahead": 0, "partial": 1, "normal": 2}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
     aligned = stride * size % VECTOR_BYTES == 0
     rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
     return Tile(
-        num_classes, rows, lanes, pieces, vector, warps,
+        num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
         weight_strides=tuple((width, 1) for width in plan.weight_widths),
         external_strides=((num_classes, 1),) * plan.num_externals,
@@ -79,16 +83,17 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
 
 
 def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: int = 90) -> Any:
-    """Compile the "forward", "backward" or "fused" kernel for a compute capability (80, 90, 100). Needs no GPU."""
+    """Compile one of ``KERNELS``, or ``SPLIT_KERNELS`` for a tile of split rows, for a compute capability (80, 90, 100).
+    Needs no GPU."""
     spec: Spec = specialise(plan)
     compute = "*fp64" if tile.double else "*fp32"
     logits, weights = (f"*{dtype}",) * plan.num_logits, (compute,) * len(plan.weight_widths)
     types = {
         "logits": logits, "grad_logits": logits, "weights": weights, "grad_weights": weights,
         "externals": (compute,) * plan.num_externals, "target": "*i64" if len(tile.target_strides) == 1 else compute,
-        "batch": "i32", "shift": "i32", "SPEC": "constexpr", "TILE": "constexpr",
+        "batch": "i32", "shift": "i32", "STAGE": "constexpr", "SPEC": "constexpr", "TILE": "constexpr",
     }
-    kernel = KERNELS[which]
+    kernel = (SPLIT_KERNELS if tile.splits > 1 else KERNELS)[which]
     signature = {name: types.get(name, compute) for name in kernel.arg_names}
     attributes: dict[tuple[int, ...], list] = {}
     for position, value in enumerate(signature.values()):
@@ -96,10 +101,11 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
             attributes.update({(position, k): [["tt.divisibility", 16]] for k in range(len(value))})
         elif value.startswith("*"):
             attributes[position,] = [["tt.divisibility", 16]]
-    constants = {(kernel.arg_names.index("SPEC"),): spec, (kernel.arg_names.index("TILE"),): tile}
+    values = {"STAGE": STAGES.get(which), "SPEC": spec, "TILE": tile}
+    constants = {(position,): values[name] for position, name in enumerate(kernel.arg_names) if name in values}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options={"num_warps": tile.num_warps, "enable_fp_fusion": True})
+                          options={"num_warps": 1 if which in ("merge", "weights") else tile.num_warps, "enable_fp_fusion": True})
 
 
 def measure(compiled: Any, tile: Tile) -> Cost:
@@ -162,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(SIZES))
     parser.add_argument("--capabilities", type=int, nargs="+", default=[90])
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", default=[*KERNELS, "partial", "merge", "columns", "weights"],
+                        choices=[*KERNELS, *SPLIT_KERNELS], help="of these, those that a batch and number of classes takes")
     parser.add_argument("--lambda-self", type=float, default=0.0, help="above 0: the cascade with 3 (M - 1) edges")
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}")
@@ -175,10 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for batch in args.batches:
                     for num_classes in args.classes:
                         tile = launch_tile(plan, batch, num_classes, dtype)
-                        for which in args.kernels:
+                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if tile.splits > 1 else KERNELS)]:
                             cost = measure(compile_kernel(which, plan, tile, dtype, capability), tile)
                             spilled += cost.stack + cost.spills
-                            layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{'v' if tile.vector else ''}"
+                            layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{'v' if tile.vector else ''}{f'/{tile.splits}' if tile.splits > 1 else ''}"
                             print(f"{which:8}  {capability:3}  {branches}  {dtype:5}  {batch:4}  {num_classes:6}  {layout:14}  {cost.registers:4}"
                                   f"  {cost.spills:5}  {cost.vector_loads:4}  {cost.vector_stores:4}  {cost.barriers:3}  {cost.shuffles:4}"
                                   f"  {cost.instructions:5}  {cost.per_column:9.1f}  {cost.exponentials_per_column:7.2f}", flush=True)

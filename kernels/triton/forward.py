@@ -64,36 +64,41 @@ def placed(terms, INDEX: tl.constexpr, value):
 
 
 @triton.jit
-def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of ``SPEC.layout``.
-
-    ``weights`` are the loaded weights.
-    """
-    soft_target: tl.constexpr = len(TILE.target_strides) == 2
-    early: tl.constexpr = len(SPEC.choices) > 0 or (soft_target and SPEC.has_minimum)
-    logit_dots: tl.constexpr = SPEC.num_logits + 1
-
+def before_main(logits, externals, target, rows, weights, partials, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """What is known before the main pass: the label logits of the logits rows and of all nodes, the mass of the target,
+    choices. Label logits are unknown yet where the target is soft and no pass ahead was needed."""
     labels = ()
     node_labels = ()
     choices = ()
     mass = row_constant(1.0, TILE)
-    if SPEC.use_labels and not soft_target:
+    if SPEC.use_labels and not TILE.soft_target:
         labels, mass = label_logits(logits, target, rows, SPEC, TILE)
         node_labels = linear_rows(labels, weights, SPEC)
-    if early:
+    if SPEC.looks_ahead(TILE.soft_target):
         maxima0, sums0, _none, dots0 = sweep(
-            logits, externals, target, rows, weights, (), (), SPEC, 0, soft_target, logit_dots if soft_target else 0, TILE)
-        if soft_target:
+            logits, externals, target, rows, weights, (), (), partials, SPEC, 0, TILE.soft_target,
+            SPEC.num_logits + 1 if TILE.soft_target else 0, TILE)
+        if TILE.soft_target:
             labels = dots0[:SPEC.num_logits]
             mass = dots0[SPEC.num_logits]
             node_labels = linear_rows(labels, weights, SPEC)
         if len(SPEC.choices):
             choices = chosen_inputs(maxima0, sums0, node_labels, mass, SPEC, TILE)
+    return labels, node_labels, mass, choices
 
-    dots: tl.constexpr = soft_target and SPEC.use_labels and not early
-    skip: tl.constexpr = logit_dots if dots else 0
+
+@triton.jit
+def forward_row(logits, weights, externals, target, term_weights, rows, partials, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of ``SPEC.layout``.
+
+    ``weights`` are the loaded weights, ``partials`` is read where rows are split (``split``).
+    """
+    dots: tl.constexpr = TILE.soft_target and SPEC.use_labels and not SPEC.looks_ahead(TILE.soft_target)
+    skip: tl.constexpr = SPEC.num_logits + 1 if dots else 0
+
+    labels, node_labels, mass, choices = before_main(logits, externals, target, rows, weights, partials, SPEC, TILE)
     maxima, sums, means, plain = sweep(
-        logits, externals, target, rows, weights, node_labels, choices, SPEC, 1, dots, skip + SPEC.num_plain, TILE)
+        logits, externals, target, rows, weights, node_labels, choices, partials, SPEC, 1, dots, skip + SPEC.num_plain, TILE)
     if dots:
         labels = plain[:SPEC.num_logits]
         mass = plain[SPEC.num_logits]
@@ -134,7 +139,7 @@ def forward_row(logits, weights, externals, target, term_weights, rows, SPEC: tl
         terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
     normal = ()
     if len(SPEC.normal):
-        normal = normal_sweep(logits, externals, rows, weights, node_labels, choices, maxima, sums, SPEC, TILE)
+        normal = normal_sweep(logits, externals, rows, weights, node_labels, choices, maxima, sums, partials, SPEC, TILE)
         for e in tl.static_range(len(SPEC.normal)):
             terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
 

@@ -13,7 +13,7 @@ def program_rows(batch, TILE: tl.constexpr):
     """The rows [R, 1] of this program, those beyond the batch replaced by its last, and which are inside it."""
     # int64: B times a row stride can pass 2^31.
     if TILE.rows == 1:
-        row = tl.program_id(0).to(tl.int64)
+        row = (tl.program_id(0) // TILE.splits).to(tl.int64)
         return row, row < batch
     else:
         rows = tl.program_id(0) * TILE.rows + tl.arange(0, TILE.rows)[:, None]
@@ -54,7 +54,7 @@ def forward_kernel(logits, weights, externals, target, term_weights, out_rows, o
     rows, inside = program_rows(batch, TILE)
     logits = unaligned(logits, shift, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(logits, loaded, externals, target, term_weights, rows, SPEC, TILE)
+    loss, terms, stats = forward_row(logits, loaded, externals, target, term_weights, rows, term_weights, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         store_rows(out_stats + rows * SPEC.num_stats + j, stats[j], inside, TILE)
@@ -83,7 +83,7 @@ def fused_kernel(grad_logits, grad_weights, logits, weights, externals, target, 
     rows, inside = program_rows(batch, TILE)
     logits = unaligned(logits, shift, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(logits, loaded, externals, target, term_weights, rows, SPEC, TILE)
+    loss, terms, stats = forward_row(logits, loaded, externals, target, term_weights, rows, term_weights, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     gradient = row_constant(1.0, TILE) / batch
     grad_logits = unaligned(grad_logits, shift, TILE)

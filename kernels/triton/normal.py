@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums, timed
-from fastokd.kernels.triton.sweep import chunk_rows, scaled_rows
+from fastokd.kernels.triton.sweep import chunk_rows, load_parts, part_of_row, scaled_rows
 
 
 @triton.jit
@@ -112,16 +112,38 @@ def normal_chunk(totals, logits, externals, rows, base, weights, labels, choices
 
 
 @triton.jit
-def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """For each normal edge its value and the mean of its teacher's side; masses of the blends; for each normal edge from
-    a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1]."""
+def lane_normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Each lane's share of the sums of ``normal_sweep`` over this program's columns."""
     logs = log_sums(sums, TILE)
     totals = lane_constants(SPEC.num_normal, 0.0, TILE)
-    if TILE.whole:
-        for chunk in range(TILE.whole):
+    if TILE.splits > 1:
+        first, end, tail = part_of_row(TILE)
+        for chunk in range(first, end):
             totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima, logs,
                                   0, TILE.pieces, SPEC, TILE)
-    if TILE.rest:
-        totals = normal_chunk(totals, logits, externals, rows, TILE.whole * TILE.block, weights, labels, choices, maxima, logs,
-                              TILE.rest, TILE.rest_pieces, SPEC, TILE)
+        if TILE.rest:
+            for chunk in range(tail, TILE.whole + 1):
+                totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima,
+                                      logs, TILE.rest, TILE.rest_pieces, SPEC, TILE)
+    else:
+        if TILE.whole:
+            for chunk in range(TILE.whole):
+                totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima,
+                                      logs, 0, TILE.pieces, SPEC, TILE)
+        if TILE.rest:
+            totals = normal_chunk(totals, logits, externals, rows, TILE.whole * TILE.block, weights, labels, choices, maxima,
+                                  logs, TILE.rest, TILE.rest_pieces, SPEC, TILE)
+    return totals
+
+
+@triton.jit
+def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, partials, SPEC: tl.constexpr,
+                 TILE: tl.constexpr):
+    """For each normal edge its value and the mean of its teacher's side; masses of the blends; for each normal edge from
+    a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1]."""
+    if TILE.splits > 1:
+        totals = load_parts(partials, rows, SPEC.first_partial(2, TILE.soft_target), SPEC.num_normal,
+                            SPEC.first_partial(3, TILE.soft_target), TILE)
+    else:
+        totals = lane_normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC, TILE)
     return row_sums(totals, TILE)

@@ -150,6 +150,21 @@ class Spec:
         found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
         return tuple(reversed(found))
 
+    def looks_ahead(self, soft_target: bool) -> bool:
+        """Whether the main pass needs what only a pass over all columns before it can tell."""
+        return bool(self.choices) or (bool(soft_target) and self.has_minimum)
+
+    def first_partial(self, stage: int, soft_target: bool) -> int:
+        """Where the sums of a pass begin among those that a program keeps for its part of a row: of the pass ahead (0), the
+        main pass (1: maxima, weighted sums, plain sums), that with normalised probabilities (2); 3: their number."""
+        ahead, main = self.passes
+        early = self.looks_ahead(soft_target)
+        dots = (self.num_logits + 1) * bool(soft_target)
+        sizes = ((len(ahead.slots) + len(ahead.softs) + dots) * early,
+                 len(main.slots) + len(main.softs) + len(main.moments) + dots * self.use_labels * (not early) + self.num_plain,
+                 self.num_normal)
+        return sum(sizes[:int(stage)])
+
     @property
     def has_minimum(self) -> bool:
         return any(node[0] == MINIMUM for node in self.passes[1].nodes)

@@ -183,29 +183,93 @@ def plain_sums(plain, pieces, targets, PIECE: tl.constexpr, LIMIT: tl.constexpr,
 
 
 @triton.jit
-def sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
-          DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
-    """One pass over all columns: scaled maxima by slot, sums by soft, moments, and PLAIN plain sums, all [R, 1]."""
-    softs: tl.constexpr = len(SPEC.passes[WHICH].softs)
+def part_of_row(TILE: tl.constexpr):
+    """Which whole chunks of its row this program has (first, end), and the first of its chunks that is not whole: there
+    is one at ``TILE.whole``, which the row's last program has."""
+    part = tl.program_id(0) % TILE.splits
+    tail = tl.where(part == TILE.splits - 1, TILE.whole, TILE.whole + 1)
+    return TILE.whole * part // TILE.splits, TILE.whole * (part + 1) // TILE.splits, tail
+
+
+@triton.jit
+def lane_sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
+               DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
+    """Each lane's share of a pass over this program's columns: scaled maxima by slot, sums by soft and moments, plain
+    sums, all [R, L]."""
     maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
-    weighted = lane_constants(softs + len(SPEC.passes[WHICH].moments), 0.0, TILE)
+    weighted = lane_constants(len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE)
     plain = lane_constants(PLAIN, 0.0, TILE)
-    if TILE.whole == 1 and TILE.rest == 0:
-        maxima, weighted, plain = forward_chunk(
-            maxima, weighted, plain, logits, externals, target, rows, 0, weights, labels, choices,
-            0, TILE.pieces, True, SPEC, WHICH, DOTS, TILE)
-    elif TILE.whole:
-        for chunk in range(TILE.whole):
+    if TILE.splits > 1:
+        first, end, tail = part_of_row(TILE)
+        for chunk in range(first, end):
             maxima, weighted, plain = forward_chunk(
                 maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
                 0, TILE.pieces, False, SPEC, WHICH, DOTS, TILE)
-    if TILE.rest:
-        maxima, weighted, plain = forward_chunk(
-            maxima, weighted, plain, logits, externals, target, rows, TILE.whole * TILE.block, weights, labels, choices,
-            TILE.rest, TILE.rest_pieces, TILE.whole == 0, SPEC, WHICH, DOTS, TILE)
+        if TILE.rest:
+            for chunk in range(tail, TILE.whole + 1):
+                maxima, weighted, plain = forward_chunk(
+                    maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
+                    TILE.rest, TILE.rest_pieces, False, SPEC, WHICH, DOTS, TILE)
+    else:
+        if TILE.whole == 1 and TILE.rest == 0:
+            maxima, weighted, plain = forward_chunk(
+                maxima, weighted, plain, logits, externals, target, rows, 0, weights, labels, choices,
+                0, TILE.pieces, True, SPEC, WHICH, DOTS, TILE)
+        elif TILE.whole:
+            for chunk in range(TILE.whole):
+                maxima, weighted, plain = forward_chunk(
+                    maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
+                    0, TILE.pieces, False, SPEC, WHICH, DOTS, TILE)
+        if TILE.rest:
+            maxima, weighted, plain = forward_chunk(
+                maxima, weighted, plain, logits, externals, target, rows, TILE.whole * TILE.block, weights, labels, choices,
+                TILE.rest, TILE.rest_pieces, TILE.whole == 0, SPEC, WHICH, DOTS, TILE)
+    return maxima, weighted, plain
+
+
+@triton.jit
+def over_lanes(maxima, weighted, plain, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """The maxima and sums of a pass over the lanes, or over the parts of a row."""
     peaks = row_maxima(maxima, TILE)
-    weighted = row_sums(rescaled(weighted, maxima, peaks, SPEC, WHICH), TILE)
+    return peaks, row_sums(rescaled(weighted, maxima, peaks, SPEC, WHICH), TILE), row_sums(plain, TILE)
+
+
+@triton.jit
+def load_parts(partials, rows, FIRST: tl.constexpr, COUNT: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
+    """What the programs of a row have found, as if each were a lane: a tuple of [1, splits]."""
+    out = ()
+    for i in tl.static_range(COUNT):
+        at = (rows * TOTAL + FIRST + i) * TILE.splits + tl.arange(0, TILE.splits)[None, :]
+        out = out + (tl.load(partials + at),)
+    return out
+
+
+@triton.jit
+def store_part(partials, values, rows, FIRST: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
+    """What this program has found for its part of a row."""
+    for i in tl.static_range(len(values)):
+        tl.store(partials + (rows * TOTAL + FIRST + i) * TILE.splits + tl.program_id(0) % TILE.splits, values[i])
+
+
+@triton.jit
+def sweep(logits, externals, target, rows, weights, labels, choices, partials, SPEC: tl.constexpr, WHICH: tl.constexpr,
+          DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
+    """One pass over all columns: scaled maxima by slot, sums by soft, moments, and PLAIN plain sums, all [R, 1]. For a
+    split row the pass has been made, and its parts are in ``partials``."""
+    slots: tl.constexpr = len(SPEC.passes[WHICH].slots)
+    softs: tl.constexpr = len(SPEC.passes[WHICH].softs)
+    moments: tl.constexpr = len(SPEC.passes[WHICH].moments)
+    if TILE.splits > 1:
+        parts = load_parts(partials, rows, SPEC.first_partial(WHICH, TILE.soft_target), slots + softs + moments + PLAIN,
+                           SPEC.first_partial(3, TILE.soft_target), TILE)
+        maxima = parts[:slots]
+        weighted = parts[slots:slots + softs + moments]
+        plain = parts[slots + softs + moments:]
+    else:
+        maxima, weighted, plain = lane_sweep(
+            logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
+    peaks, weighted, plain = over_lanes(maxima, weighted, plain, SPEC, WHICH, TILE)
     means = ()
-    for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
+    for d in tl.static_range(moments):
         means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d][0]],)
-    return peaks, weighted[:softs], means, row_sums(plain, TILE)
+    return peaks, weighted[:softs], means, plain

@@ -7,6 +7,10 @@ from typing import Any
 
 VECTOR_BYTES = 16
 """What one thread loads at once where rows are aligned for it."""
+PROGRAMS = 256
+"""So many programs fill a GPU of the size of an H100 or H200: two on each of 132 multiprocessors, nearly."""
+SPLIT_COLUMNS = 8192
+"""Columns below which a program is not worth its start, its sums over threads, and its share of the merge."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -14,10 +18,11 @@ class Tile:
     """Constants of a launch that do not come from the graph.
 
     A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes ``pieces`` columns of every
-    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Strides are in elements: (row, column) for each logits row, weight source and
-    external row; ``target_strides`` is empty for labels. ``needs`` tells for each logits row and weight source whether
-    its gradient is wanted. ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter,
-    which has neither the GPU's own logarithm nor its fused multiply-add.
+    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Where ``splits`` is
+    above 1 (then ``rows`` is 1), so many programs share a row, each with a run of its chunks. Strides are in elements:
+    (row, column) for each logits row, weight source and external row; ``target_strides`` has one entry for labels.
+    ``needs`` tells for each logits row and weight source whether its gradient is wanted. ``double``: float64
+    arithmetic. ``hardware``: 0 in the interpreter, which has neither the GPU's own logarithm nor its fused multiply-add.
     """
 
     num_classes: int
@@ -26,6 +31,7 @@ class Tile:
     pieces: int
     vector: int
     num_warps: int
+    splits: int
     logit_strides: tuple[tuple[int, int], ...]
     weight_strides: tuple[tuple[int, int], ...]
     external_strides: tuple[tuple[int, int], ...]
@@ -54,6 +60,15 @@ class Tile:
     def rest_pieces(self) -> int:
         """Pieces of the last chunk that hold any column."""
         return self.pieces if self.vector else -(-self.rest // self.lanes)
+
+    @property
+    def soft_target(self) -> bool:
+        return len(self.target_strides) == 2
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the gradient of any weight is wanted."""
+        return any(self.needs[len(self.logit_strides):])
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -118,6 +133,18 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
+
+
+def choose_splits(batch: int, num_classes: int) -> int:
+    """Over how many programs the columns of each row are split: a power of two, 1 for all but few and long rows.
+
+    Doubled while the programs do not fill the GPU (``PROGRAMS``) and each half keeps ``SPLIT_COLUMNS`` columns. What it
+    costs is the sums of each part, written and read again, and one more launch per pass over the columns.
+    """
+    splits = 1
+    while batch and batch * splits < PROGRAMS and num_classes >= 2 * splits * SPLIT_COLUMNS:
+        splits *= 2
+    return splits
 
 
 def _power_of_two(count: int) -> int:
