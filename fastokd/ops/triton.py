@@ -31,7 +31,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction, whatever the graph. See ``fastokd.kernels.triton``."""
+    """One kernel per direction, whatever the graph; a few where rows are few and long. See ``fastokd.kernels.triton``."""
 
     name = "triton"
 
