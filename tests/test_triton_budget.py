@@ -15,9 +15,9 @@ from fastokd.kernels.triton.tile import choose_splits
 from tests.triton_graphs import GRAPHS
 
 # Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90. What is
-# there: forward 77.5 on Triton 3.9 and 3.6, backward 87.8 and 91.5; without vectors 79.0, 94.8 and 98.0. The forward reads
+# there: forward 75.5 on Triton 3.9 and 3.6, backward 85.8 and 89.5; without vectors 79.0, 95.0 and 98.0. The forward reads
 # logits once: of its count, 7 instructions keep the running maxima and 10 move the sums to new maxima every 8 columns.
-MOST_PER_COLUMN = {("forward", True): 80, ("backward", True): 94, ("forward", False): 82, ("backward", False): 101}
+MOST_PER_COLUMN = {("forward", True): 77, ("backward", True): 91, ("forward", False): 81, ("backward", False): 100}
 
 
 def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
@@ -54,6 +54,7 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
     ("forward", 8, 1024, 1001, "bf16", 90),
     ("backward", 2, 256, 21841, "fp32", 90),
     ("fused", 4, 128, 100, "bf16", 90),
+    ("backward", 8, 128, 32, "fp32", 90),      # the most columns of few classes
 ])
 def test_no_spills_and_wide_loads(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
     check(which, branches, batch, classes, dtype, capability)
@@ -63,7 +64,7 @@ def test_no_spills_and_wide_loads(which: str, branches: int, batch: int, classes
 @pytest.mark.parametrize("which", ["forward", "backward", "fused"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("branches", [2, 4, 8])
-@pytest.mark.parametrize("classes", [10, 100, 1000, 1001, 21841])
+@pytest.mark.parametrize("classes", [10, 32, 100, 1000, 1001, 21841])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("batch", [128, 1024])
 def test_the_whole_grid(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:

@@ -28,8 +28,9 @@ def test_cpu_tensors() -> None:
 
 @pytest.mark.parametrize(("plan", "dtype", "reason"), [
     (None, torch.int32, "no arithmetic for torch.int32"),
-    (lower(mutual(9)), torch.float32, "9 rows of inputs; a kernel takes 8"),
-    (lower(mutual(8)), torch.float32, "80 running sums"),
+    (lower(mutual(17)), torch.float32, "17 rows of inputs; a kernel takes 16"),
+    (lower(mutual(8)), torch.float32, "80 running sums; a kernel's registers hold 72 beside 8 rows"),
+    (lower(mutual(9)), torch.float32, "99 running sums; a kernel's registers hold 60 beside 9 rows"),
 ])
 def test_what_no_kernel_can_do(monkeypatch: pytest.MonkeyPatch, plan: object, dtype: torch.dtype, reason: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

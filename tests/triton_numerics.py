@@ -54,6 +54,11 @@ def test_numbers_of_branches(num_branches: int) -> None:
     check(make(ahbf_graph(num_branches), 3, 10))
 
 
+@pytest.mark.parametrize("classes", [10, 300])
+def test_fifteen_rows_of_logits(classes: int) -> None:
+    check(make(ahbf_graph(8, mix=False), 3, classes))
+
+
 def test_empty_batch() -> None:
     inputs = make(GRAPHS["cascade"](), 0, 10)
     check(inputs)

@@ -17,16 +17,21 @@ from fastokd.kernels.triton.spec import Spec, specialise
 from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-MAX_LOGITS = 8
+MAX_INPUTS = 16
+"""Rows of logits and external rows."""
 MAX_SUMS = 72
 """Running sums per thread; compiled kernels hold 66 (eight branches, 21 edges) without spilling, and not 80."""
+MANY_INPUTS = 8
+MAX_SUMS_OF_MANY = 60
+"""The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59 (eight branches and seven
+teachers of their own, 14 edges) do not spill."""
 _Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction, whatever the graph. See ``fastokd.kernels.triton``."""
+    """One kernel per direction, whatever the graph; a few where rows are few and long. See ``fastokd.kernels.triton``."""
 
     name = "triton"
 
@@ -39,12 +44,15 @@ class TritonExecutor:
             return f"it has no arithmetic for {case.dtype}"
         if plan is None:
             return None
-        if plan.num_logits + plan.num_externals > MAX_LOGITS:
-            return f"the graph has {plan.num_logits + plan.num_externals} rows of inputs; a kernel takes {MAX_LOGITS}"
+        inputs = plan.num_logits + plan.num_externals
+        if inputs > MAX_INPUTS:
+            return f"the graph has {inputs} rows of inputs; a kernel takes {MAX_INPUTS}"
         spec = specialise(plan)
         count = len(spec.passes[1].slots) + len(spec.passes[1].softs) + len(spec.passes[1].moments)
-        if max(count, spec.num_normal) > MAX_SUMS:
-            return f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers hold {MAX_SUMS}"
+        most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
+        if max(count, spec.num_normal) > most:
+            return (f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers hold {most} "
+                    f"beside {inputs} rows of inputs")
         return None
 
     def num_stats(self, plan: Plan) -> int:

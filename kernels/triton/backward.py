@@ -222,6 +222,8 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
     if SPEC.has_entropy and len(TILE.target_strides) == 2:
         start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
         targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
+    # 32 bits are compared at half the cost of 64. That may take a label out of range for another, but then all is NaN.
+    column = (label - base).to(tl.int32)
     chunks = ()
     for p in tl.static_range(COUNT):
         scaled = scaled_rows(pieces[p], maxima, SPEC, 1, TILE)
@@ -239,7 +241,7 @@ def backward_chunk(dots, grad_logits, logits, externals, target, label, rows, in
                 if len(TILE.target_strides) == 2:
                     grad += onto_target[m] * computed(targets[p], TILE)
                 else:
-                    grad = tl.where(piece_columns(p, TILE) == label - base, grad + onto_target[m], grad)
+                    grad = tl.where(piece_columns(p, TILE) == column, grad + onto_target[m], grad)
             branches = branches + (grad,)
         chunks = chunks + (branches,)
     for m in tl.static_range(tl.constexpr(SPEC.num_logits)):

@@ -118,9 +118,11 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     whole row. More: chunks, loaded as vectors where rows are aligned. One warp per row needs no barrier at all and
     wastes least where there are rows enough to fill the GPU; with few rows, four or eight warps share one so that its
     latency shrinks. Graphs of many nodes keep so many values per row and column that a thread has registers for four
-    columns only.
+    columns of one row only.
     """
     most = 8 if num_nodes <= 8 else 4
+    if num_classes <= 32 and num_nodes > 8:
+        return 4, 8, _power_of_two(-(-num_classes // 8)), 0, 1
     if num_classes <= 32:
         return 8, 4, _power_of_two(-(-num_classes // 4)), 0, 1
     if num_classes <= 256 and not aligned:
