@@ -19,6 +19,9 @@ from fastokd.ops.executors import Case, load
 
 # One shape per regime that matters to a row's arithmetic: less than a vector, several vectors and a rest, more than a tile.
 CATALOG_SHAPES = ((3, 10), (2, 100), (2, 1001))
+# And those that only a compiled executor gets through in seconds: none and one row, a batch over several threads, the
+# smallest and the largest published numbers of classes.
+MORE_SHAPES = ((0, 10), (1, 2), (128, 10), (3, 1000), (1, 21841))
 RANDOM_SHAPES = ((1, 2), (3, 10), (2, 37), (0, 5))
 ROUNDINGS = 8
 
@@ -44,9 +47,10 @@ def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torc
     # Sizes of the numbers whose differences the results are. A KL's value is T times a difference of logits, its gradient T
     # times one of probabilities (for a teacher times such a difference); a mixing weight's gradient is a gradient times a logit.
     largest = 1 + max((float(row.detach().abs().max()) for row in inputs.logits if row.numel()), default=0.0)
-    slope = sum(abs(weight) * max(term.temperature, term.scale / term.temperature) for weight, term in
-                zip(inputs.term_weights.tolist(), inputs.plan.terms, strict=True))
-    steepest = max(max(term.temperature, term.scale / term.temperature) for term in inputs.plan.terms)
+    # An eps adds eps times a sum over all classes.
+    sizes = [max(term.temperature, term.scale / term.temperature) * (1 + term.eps * num_classes) for term in inputs.plan.terms]
+    slope = sum(abs(weight) * size for weight, size in zip(inputs.term_weights.tolist(), sizes, strict=True))
+    steepest = max(sizes)
     scales = [slope * largest, steepest * largest] + [2 * slope] * len(inputs.logits) + [2 * slope * largest] * len(inputs.weights)
     for place, (truth, their, our, scale) in enumerate(zip(truths, theirs, ours, scales, strict=True)):
         if truth is None or their is None:
@@ -64,11 +68,11 @@ def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torc
         assert error <= allowed, f"{graph}: output {place} (rows, terms, gradients) is off by {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_catalog(executor: str, device: str = "cpu") -> int:
+def check_catalog(executor: str, device: str = "cpu", shapes: tuple[tuple[int, int], ...] = CATALOG_SHAPES) -> int:
     """Every graph of the published methods and every kind of node, at one shape per regime; returns the number of cases."""
     count = 0
     for case in catalog():
-        for batch, num_classes in CATALOG_SHAPES:
+        for batch, num_classes in shapes:
             for dtype in (torch.float32, torch.bfloat16, torch.float16) if num_classes == 100 else (torch.float32,):
                 check(case.graph, executor, batch, num_classes, dtype, count, count % 2 == 1, device)
                 count += 1

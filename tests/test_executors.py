@@ -19,7 +19,8 @@ WANTED = 300
 
 @pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
 def test_cpu_on_the_catalog():
-    assert executor_properties.check_catalog("cpu") >= 48 * 5
+    shapes = executor_properties.CATALOG_SHAPES + executor_properties.MORE_SHAPES
+    assert executor_properties.check_catalog("cpu", shapes=shapes) >= 48 * 10
 
 
 @pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")

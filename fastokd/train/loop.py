@@ -155,11 +155,11 @@ class Trainer:
         if self.epoch >= self.config.epochs:
             raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         if self.config.epochs != before.epochs:
-            old, new = (config.lr_at(self.epoch - 1) for config in (before, self.config))
-            ramps = [ramp_up(self.epoch - 1, config.ramp_length()) for config in (before, self.config)]
+            done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {ramp_up(epoch, config.ramp_length()):.4g}"
+                              for config, epoch in ((before, self.epoch - 1), (self.config, self.epoch)))
             self.reporter.say(
-                f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number. At epoch "
-                f"{self.epoch} they were lr {old:g}, kd_weight {ramps[0]:.4g}, and would have been lr {new:g}, kd_weight {ramps[1]:.4g}")
+                f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
+                f"(epoch {self.epoch} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
         self.run_folder.save_config(self.config)
         self.run_folder.keep_metrics_before(self.epoch)
 
