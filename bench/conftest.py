@@ -32,3 +32,9 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         executors={name: reason or "runs" for name, reason in executor_states().items()},
         commit=_commit(),
     )
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Without the time of every single round: medians and quartiles are what is kept."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
