@@ -255,6 +255,22 @@ class TestMistakes:
     def test_run_folder_taken(self, run, trained):
         mistake(run(*TRAIN, "--epochs", "1", "--out", trained), 2, r"holds a run already: continue it with 'fastokd train --resume")
 
+    def test_out_holds_something_else(self, run, tmp_path):
+        for name in ("config.yaml", "thesis.tex"):
+            folder = tmp_path / name.split(".")[0]
+            folder.mkdir()
+            (folder / name).write_text("mine")
+            mistake(run(*TRAIN, "--out", folder), 2, rf"is not empty \({name}\); choose another --out")
+            assert (folder / name).read_text() == "mine"
+
+    def test_out_holds_a_run_that_was_killed_before_its_first_checkpoint(self, run, trained, tmp_path):
+        import shutil
+
+        shutil.copytree(trained, tmp_path / "dead")
+        (tmp_path / "dead" / "checkpoints" / "last.pt").unlink()
+        assert run(*TRAIN, "--epochs", "1", "--quiet", "--out", tmp_path / "dead")[0] == 0
+        assert len((tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()) == 1
+
     def test_resume_cannot_change_the_configuration(self, run, trained):
         mistake(run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"), 2, r"cannot be changed with --lr, --model")
         mistake(run("train", "--resume", trained), 2, r"has 1 finished epochs, and --epochs 1 is not more")

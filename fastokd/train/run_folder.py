@@ -41,13 +41,18 @@ class RunFolder:
         """Make the folder and check that it can be written to. What a run without a checkpoint left there is replaced.
 
         Raises:
-            ConfigError: a run with a checkpoint is there already, or another process is training there.
+            ConfigError: a run with a checkpoint or something else is there, or another process is training there.
             StorageError: the folder cannot be made or written to.
         """
         run = cls(path)
         if run.last.exists():
             raise ConfigError(f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or choose another --out")
         try:
+            entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+            # Only what a run leaves that died before its first checkpoint may be replaced; it always has checkpoints/.
+            foreign = entries - {record.name for record in run._records()} - {"checkpoints"}
+            if foreign or (entries and "checkpoints" not in entries):
+                raise ConfigError(f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose another --out")
             run.last.parent.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.write_bytes(b"")
@@ -94,9 +99,13 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not empty, or not there
                 folder.rmdir()
 
+    def _records(self) -> tuple[Path, ...]:
+        """Everything a run writes but the last checkpoint."""
+        return (self.config_path, self.metrics_path, self.environment_path, self.summary_path, self.best, self.student,
+                self.student.with_suffix(".json"))
+
     def _remove_records(self) -> None:
-        for path in (self.config_path, self.metrics_path, self.environment_path, self.summary_path, self.best, self.student,
-                     self.student.with_suffix(".json")):
+        for path in self._records():
             path.unlink(missing_ok=True)
 
     def load_config(self) -> TrainConfig:
