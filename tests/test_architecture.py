@@ -126,12 +126,22 @@ TOYS = {
         EXECUTOR = Toy()
         """, "fastokd.ops.register_executor('toy', 'toy_executor', devices=['cpu'])",
         "import torch; from fastokd.losses import BaselineLoss; "
+        "from fastokd.train.config import TrainConfig, check_config; check_config(TrainConfig(impl='toy')); "
         "z = torch.zeros(1, 2, 3, requires_grad=True); BaselineLoss()(z, torch.tensor([0, 1])).backward(); print('fine', bool(z.grad.abs().sum() > 0))"),
     "model": ("""
         from fastokd.models.resnet_cifar import BACKBONES as STOCK
         BACKBONES = {"toynet": STOCK["resnet8"]}
         """, "fastokd.models.register_model('toynet', 'toy_model')",
         "from fastokd.models import create_model; print('fine', len(create_model('toynet', 'baseline', 10).branches))"),
+    "dataset": ("""
+        import torch
+        from fastokd.data import DatasetKind, DataSource, Split
+        def read(path, options):
+            images, targets = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 3
+            return DataSource("toy", ("a", "b", "c"), Split("train", images, targets), Split("test", images, targets))
+        TOY = DatasetKind(read)
+        """, "fastokd.data.register_dataset('toy', 'toy_dataset:TOY')",
+        "from fastokd.data import open_dataset; print('fine', len(open_dataset('toy').classes))"),
     "recipe": ("""
         from fastokd.train.config import TrainConfig
         def toy_recipe():
@@ -143,7 +153,7 @@ TOYS = {
 EXPECTED = {"method": "fine", "executor": "toy ran\nfine True", "model": "fine 1", "recipe": "fine resnet8", "dataset": "fine 3"}
 
 
-@pytest.mark.parametrize("kind", sorted(TOYS))
+@pytest.mark.parametrize("kind", sorted(EXPECTED))
 def test_extending_takes_one_file_and_one_line(kind, tmp_path):
     source, registration, use = TOYS[kind]
     (tmp_path / f"toy_{kind}.py").write_text(textwrap.dedent(source))

@@ -106,8 +106,6 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
             raise ExecutorUnavailable(f"impl='{impl}' cannot run here: {reason}. Use impl='auto' or impl='reference'.")
         return impl
     for name in _preferred.get(case.device, ()):
-        if name not in _modules:
-            continue
         try:
             reason = load(name).refusal(plan, case)
         except ExecutorUnavailable as error:
