@@ -410,7 +410,11 @@ def _usage_error(text: str, name: str) -> str:
         takes = re.search(rf"Argument helptext: {re.escape(found[1])} (\S+)", whole)
         kind = {"N": "a whole number", "X": "a number"}.get(takes[1] if takes else "", "a value it takes")
         return f"{found[1]}: '{found[2]}' is not {kind}; {more}"
-    return f"{body.replace(chr(39) + 'None' + chr(39) + ', ', '').rstrip('.')}; {more}"
+    if found := re.match(r"(invalid choice '.*?' for argument '.*?')\. Expected one of \((.*?)\)", body):
+        # In whatever order the parser keeps them, and with a None that only says that the option may be left out.
+        choices = sorted(choice for choice in re.findall(r"'(.*?)'", found[2]) if choice != "None")
+        return f"{found[1]} (choices: {', '.join(choices)}); {more}"
+    return f"{body.rstrip('.')}; {more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -190,8 +190,8 @@ class TestMistakes:
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
         mistake(run("train", "--lr", "fast"), 2, r"--lr: 'fast' is not a number")
-        mistake(run("train", "--flip", "maybe"), 2, r"invalid choice 'maybe' for argument '--flip'. Expected one of \('(True|False)', '(True|False)'\);")
-        mistake(run("eval", "x", "--which", "lst"), 2, r"invalid choice 'lst' for argument '--which'")
+        mistake(run("train", "--flip", "maybe"), 2, r"invalid choice 'maybe' for argument '--flip' \(choices: False, True\);")
+        mistake(run("eval", "x", "--which", "lst"), 2, r"invalid choice 'lst' for argument '--which' \(choices: best, last\)")
         mistake(run("train", "--epochs"), 2, r"Missing value for argument '--epochs'")
         mistake(run("eval"), 2, r"Missing from fastokd eval: PATH")
         mistake(run("train", "--data", "digits", "--method-options", "temperature=[1"), 2, r"temperature='\[1'; it must be a number")
