@@ -61,7 +61,7 @@ def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> Non
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     blob = save(tensors, metadata={"fastokd": json.dumps(record)})
-    write_atomically(path, lambda file: file.write(blob) and None)
+    write_atomically(path, lambda file: file.write(blob))
     write_json(path.with_suffix(".json"), record)
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from fastokd.errors import StorageError, first_line
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file through a temporary one beside it: written, flushed to the disk, then renamed over the old one.
 
     Raises:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_line(path: Path, line: str) -> None:

@@ -29,10 +29,7 @@ def _definition(node: Node, externals: tuple[str, ...]) -> str:
 
 def _coefficient(term: CrossEntropy | KL) -> str:
     """The weight of a term with everything constant multiplied out."""
-    value = term.weight
-    if isinstance(term, KL) and term.t2_scaling:
-        value *= term.temperature**2
-    return _number(value) + (" * kd_weight" if term.scheduled else "")
+    return _number(term.coefficient) + (" * kd_weight" if term.scheduled else "")
 
 
 def _notes(term: KL) -> str:

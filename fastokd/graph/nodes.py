@@ -116,6 +116,11 @@ class CrossEntropy:
     def name(self) -> str:
         return f"ce/{self.node}"
 
+    @property
+    def coefficient(self) -> float:
+        """The factor of the cross-entropy itself, before ``kd_weight``."""
+        return self.weight
+
 
 @dataclass(frozen=True)
 class KL:
@@ -141,6 +146,11 @@ class KL:
     @property
     def name(self) -> str:
         return f"kl/{self.teacher}->{self.student}"
+
+    @property
+    def coefficient(self) -> float:
+        """The factor of the plain KL divergence, T^2 and weight multiplied out, before ``kd_weight``."""
+        return self.weight * (self.temperature**2 if self.t2_scaling else 1.0)
 
 
 Term: TypeAlias = CrossEntropy | KL

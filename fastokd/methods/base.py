@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, lower
+from fastokd.graph import Graph, lower
 from fastokd.ops import check_impl, evaluate, loss_and_grad
 from fastokd.ops.reference import compute_dtype, node_rows
 
@@ -293,11 +293,3 @@ class Method:
     hierarchical: bool = False
     ramp_epochs: Callable[[int, str], int] = lambda epochs, preset: 0
     kept: int = 0
-
-
-def effective_terms(graph: Graph) -> list[tuple[str, float, bool]]:
-    """Each term's name, its coefficient with T^2 and weight multiplied out, and whether ``kd_weight`` multiplies it."""
-    return [
-        (term.name, term.weight * (term.temperature**2 if not isinstance(term, CrossEntropy) and term.t2_scaling else 1.0), term.scheduled)
-        for term in graph.terms
-    ]

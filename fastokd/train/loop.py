@@ -15,7 +15,6 @@ from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
 from fastokd.methods.ahbf import ramp_up
-from fastokd.methods.base import effective_terms
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -203,8 +202,7 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         ramp = self.config.ramp_length()
-        terms = ", ".join(f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}"
-                          for name, coefficient, scheduled in effective_terms(self.step.criterion.graph))
+        terms = ", ".join(f"{term.coefficient:g}{'*kd_weight' if term.scheduled else ''} {term.name}" for term in self.step.criterion.graph.terms)
         say(f"loss (T^2 and weights multiplied out): {terms}" + (f"; kd_weight ramps up over {ramp} epochs" if ramp else ""))
 
     def _run_epoch(self) -> None:

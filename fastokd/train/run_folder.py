@@ -112,7 +112,7 @@ class RunFolder:
         return read_config(self.config_path)
 
     def save_config(self, config: TrainConfig) -> None:
-        write_atomically(self.config_path, lambda file: file.write(config.to_yaml().encode()) and None)
+        write_atomically(self.config_path, lambda file: file.write(config.to_yaml().encode()))
 
     def save_environment(self, device: torch.device, data: dict[str, Any]) -> None:
         write_json(self.environment_path, {**environment(device), "data": data})
@@ -139,7 +139,7 @@ class RunFolder:
         """Drop the records of epochs that will be trained again after a resume."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["epoch"] < epoch]
         text = "".join(line + "\n" for line in kept)
-        write_atomically(self.metrics_path, lambda file: file.write(text.encode()) and None)
+        write_atomically(self.metrics_path, lambda file: file.write(text.encode()))
 
 
 def default_run_path(name: str) -> Path:
