@@ -9,8 +9,16 @@ from fastokd.methods import Method, get_method
 from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, PlainNetwork
 
 _modules = {
-    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn20_8"),
                     "fastokd.models.resnet_cifar"),
+    **dict.fromkeys(("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"), "fastokd.models.resnet"),
+    **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
+    **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
+    "densenet40_12": "fastokd.models.densenet",
+    **dict.fromkeys(("mobilenetv2_x0_5", "mobilenetv2_x1_0", "mobilenetv2_x0_5_imagenet", "mobilenetv2_x1_0_imagenet"),
+                    "fastokd.models.mobilenet_v2"),
+    "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
+    "xception": "fastokd.models.xception",
 }
 
 
@@ -25,7 +33,7 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None,
-                 aux_blocks: int = 4) -> BranchedModel:
+                 aux_blocks: int = 4, *, compression: bool = False) -> BranchedModel:
     """The network of that name, branched as the method trains it.
 
     Args:
@@ -35,18 +43,22 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         num_branches: M; None is the method's default.
         aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the paper's a), at least 0.
             Methods without a hierarchy have branches of equal depth and do not look at it.
+        compression: the deepest branch, the last, is the plain network and the one that is kept; each before it has
+            ``aux_blocks`` blocks fewer than the next, and any can be taken out with ``student(branch)`` (AHBF Table 5).
 
     Raises:
         ConfigError: a name is unknown or a number out of range; the message says what would do.
     """
-    backbone, chosen = _backbone(name), get_method(method)
+    backbone, chosen = get_backbone(name), get_method(method)
     _check_num_classes(num_classes)
     num_branches = chosen.default_branches if num_branches is None else num_branches
     _check_num_branches(num_branches, chosen)
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
+    if compression:
+        backbone = _compressed(backbone, chosen, num_branches)
     levels = range(1, num_branches + 1) if chosen.hierarchical else [1] * num_branches
-    return BranchedModel(backbone, num_classes, levels, aux_blocks, chosen.build_gates, chosen.kept)
+    return BranchedModel(backbone, num_classes, levels, aux_blocks, chosen.build_gates, -1 if compression else chosen.kept)
 
 
 def create_student(name: str, num_classes: int = 10) -> nn.Module:
@@ -57,15 +69,39 @@ def create_student(name: str, num_classes: int = 10) -> nn.Module:
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
     """
-    backbone = _backbone(name)
+    backbone = get_backbone(name)
     _check_num_classes(num_classes)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
 
 
-def _backbone(name: str) -> Backbone:
-    if name not in _modules:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}")
+def model_name(name: str) -> str:
+    """The registry's spelling of a network's name: a '-' is read as '_'.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    spelled = name if name in _modules else name.replace("-", "_")
+    if spelled not in _modules:
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(spelled, _modules)}")
+    return spelled
+
+
+def get_backbone(name: str) -> Backbone:
+    """How the network of that name is split.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    name = model_name(name)
     return importlib.import_module(_modules[name]).BACKBONES[name]
+
+
+def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
+    if not method.hierarchical:
+        raise ConfigError(f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'")
+    if backbone.compressed is None:
+        raise ConfigError(f"compression: model '{backbone.name}' does not say which of its blocks can be taken away; use another")
+    return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:
@@ -83,5 +119,5 @@ def _check_num_branches(num_branches: int, method: Method) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "PlainNetwork",
-    "create_model", "create_student", "list_models", "register_model",
+    "create_model", "create_student", "get_backbone", "list_models", "model_name", "register_model",
 ]

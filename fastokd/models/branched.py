@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastokd.errors import ConfigError
+
 
 class BranchOutput(NamedTuple):
     """What a branched model computes for a batch of B images."""
@@ -63,13 +65,18 @@ class Backbone:
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...: level 1 is the plain
     network's own, each further level has ``aux_blocks`` auxiliary blocks more. ``join`` makes the plain network of a
-    trunk and a branch.
+    trunk and a branch. ``image_size`` is the height and width of the images that the network is made for.
+
+    ``compressed(num_branches)``, where there is one, is the same network split for compression (AHBF Table 5): level M of
+    M is the plain network's own branch, and each level below has ``aux_blocks`` blocks fewer.
     """
 
     name: str
     build_trunk: Callable[[], nn.Sequential]
     build_branch: Callable[[int, int, int], Branch]
     join: Callable[[nn.Sequential, Branch], nn.Module]
+    image_size: int = 32
+    compressed: Callable[[int], "Backbone"] | None = None
 
 
 class BranchedModel(nn.Module):
@@ -89,7 +96,7 @@ class BranchedModel(nn.Module):
         super().__init__()
         self.name = backbone.name
         self.num_classes = num_classes
-        self.kept = kept
+        self.kept = range(len(levels))[kept]
         # Built in the order of the plain network, so one seed gives the student's part the same initial weights
         # with and without its teachers.
         self.trunk = backbone.build_trunk()
@@ -109,11 +116,20 @@ class BranchedModel(nn.Module):
         scores = self.gates(features) if self.gates is not None else ()
         return BranchOutput(logits, features, scores)
 
-    def student(self) -> nn.Module:
-        """The kept branch as a plain network: images [B, 3, H, W] to logits [B, C].
+    def student(self, branch: int | None = None) -> nn.Module:
+        """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
 
         A deep copy with the same weights, device, dtype and train/eval mode; its state dict is the plain network's.
+
+        Args:
+            branch: index of the branch; None is the one that the method keeps.
+
+        Raises:
+            ConfigError: there is no such branch.
         """
-        student = self._join(*copy.deepcopy((self.trunk, self.branches[self.kept])))
+        index = self.kept if branch is None else branch
+        if index not in range(self.num_branches):
+            raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
+        student = self._join(*copy.deepcopy((self.trunk, self.branches[index])))
         student.training = self.training  # not .train(), which would also unfreeze layers that are held in eval mode
         return student
