@@ -14,7 +14,7 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, list_models
+from fastokd.models import check_layout, model_name
 from fastokd.ops import check_impl
 
 
@@ -30,6 +30,7 @@ class TrainConfig:
         branches: number of branches M; None for the method's default, or as many as ``model`` names.
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's default.
         aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
+        compression: the student is the deepest branch, and each before it has ``aux_blocks`` blocks fewer.
         method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -55,6 +56,7 @@ class TrainConfig:
     branches: int | None = None
     topology: str | None = None
     aux_blocks: int = 4
+    compression: bool = False
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
     batch_size: int = 128
@@ -125,8 +127,7 @@ def check_config(config: TrainConfig) -> None:
     """
     method = get_method(config.method)
     for name in config.model_names():
-        if name not in list_models():
-            raise ConfigError(f"unknown model '{name}'{did_you_mean(name, list_models())}")
+        model_name(name)
     check_layout(method, config.model_names(), config.topology, config.num_branches())
     presets = method.loss_class.presets
     if config.preset not in presets:

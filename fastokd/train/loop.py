@@ -14,7 +14,7 @@ from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, create_model
+from fastokd.models import BranchedModel, check_image_size, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
@@ -53,7 +53,7 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
     """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
     torch.manual_seed(config.seed)
     model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options())
+                         topology=config.topology, options=config.model_options(), compression=config.compression)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -111,6 +111,8 @@ class Trainer:
             self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
         finally:
             reporter.end_epoch()
+        for name in config.model_names():
+            check_image_size(name, *self.dataset.train.images.shape[-2:])
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
         self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
@@ -274,7 +276,7 @@ class Trainer:
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
