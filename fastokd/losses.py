@@ -3,7 +3,15 @@
 from fastokd.methods.ahbf import AHBFLoss
 from fastokd.methods.base import GraphLoss
 from fastokd.methods.baseline import BaselineLoss
+from fastokd.methods.cl_ilr import CLILRLoss
+from fastokd.methods.dml import DMLLoss
+from fastokd.methods.independent import IndependentLoss
+from fastokd.methods.kd import KDLoss
 from fastokd.methods.method import MethodLoss, ramp_up
+from fastokd.methods.okddip import OKDDipLoss
 from fastokd.methods.one import ONELoss
 
-__all__ = ["AHBFLoss", "BaselineLoss", "GraphLoss", "MethodLoss", "ONELoss", "ramp_up"]
+__all__ = [
+    "AHBFLoss", "BaselineLoss", "CLILRLoss", "DMLLoss", "GraphLoss", "IndependentLoss", "KDLoss", "MethodLoss", "OKDDipLoss",
+    "ONELoss", "ramp_up",
+]
