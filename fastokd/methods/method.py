@@ -250,7 +250,8 @@ class Method:
         reports_mean: the published number is the mean accuracy over the branches, which is then measured too (``branch_mean``).
         loss_inputs: what the loss takes beside logits and target, from a model's result.
         needs_index: the loss takes the samples' positions in the training split as ``index``.
-        needs_teacher: there is a frozen teacher, named by the option ``teacher``.
+        needs_teacher: there is a frozen teacher, named by the option ``teacher``. It is ``Layout.teacher``, or stored rows that the
+            loss takes as ``teacher``; the loss's option ``teacher_rows`` says what they are.
         views: whether every peer gets its own augmented view of an image, from the loss's options.
         schedule: ``kd_weight`` in a 0-based epoch, from the epoch and the ramp's length.
         ramp_epochs: the default length of the ramp, from the number of epochs and the preset.
