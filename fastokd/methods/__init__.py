@@ -14,6 +14,8 @@ _modules = {
     "one": "fastokd.methods.one",
     "okddip": "fastokd.methods.okddip",
     "ahbf": "fastokd.methods.ahbf",
+    "ffsd": "fastokd.methods.ffsd",
+    "afid": "fastokd.methods.afid",
 }
 
 
