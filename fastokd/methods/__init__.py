@@ -7,8 +7,13 @@ from fastokd.methods.method import Method
 
 _modules = {
     "baseline": "fastokd.methods.baseline",
-    "ahbf": "fastokd.methods.ahbf",
+    "independent": "fastokd.methods.independent",
+    "kd": "fastokd.methods.kd",
+    "dml": "fastokd.methods.dml",
+    "cl_ilr": "fastokd.methods.cl_ilr",
     "one": "fastokd.methods.one",
+    "okddip": "fastokd.methods.okddip",
+    "ahbf": "fastokd.methods.ahbf",
     "ffsd": "fastokd.methods.ffsd",
     "afid": "fastokd.methods.afid",
 }

@@ -3,16 +3,17 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.images import Progress
-from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
+from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
 from fastokd.models import BranchedModel, check_image_size, create_model
 from fastokd.storage import write_json
@@ -22,6 +23,7 @@ from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
@@ -49,11 +51,14 @@ class Summary:
     student: str
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
+def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
+    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
+
+    Only training needs the frozen ``teacher`` of methods that have one.
+    """
     torch.manual_seed(config.seed)
     model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options(), compression=config.compression)
+                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -105,6 +110,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
+        check_teacher(config)
+        config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
@@ -113,8 +120,9 @@ class Trainer:
             reporter.end_epoch()
         for name in config.model_names():
             check_image_size(name, *self.dataset.train.images.shape[-2:])
-        self.model = build_model(config, len(self.dataset.classes), self.device)
-        self.step = TrainStep(config, self.model, self.device)
+        self.teacher = open_teacher(config, self.dataset, self.device)
+        self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
         self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
         self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
@@ -147,6 +155,8 @@ class Trainer:
         changed = differences(dataclasses.replace(before, data=self.config.data, device=self.config.device, epochs=self.config.epochs), self.config)
         if changed:
             raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
+        if self.teacher and state.get("teacher") != self.teacher.fingerprint:
+            raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
         load_weights(self.model, state["model"], where)
         load_weights(self.step.criterion, state["criterion"], where)
         try:
@@ -206,6 +216,8 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
+        if self.teacher:
+            say(f"teacher {self.teacher.description}")
         ramp = self.config.ramp_length()
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
@@ -265,6 +277,8 @@ class Trainer:
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
         }
+        if self.teacher:
+            state["teacher"] = self.teacher.fingerprint
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
@@ -338,9 +352,4 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
-        raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(list(names)[:4])
-    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+        raise CheckpointError(f"{where} was trained on the classes {first_few(state['classes'])}, the data has {first_few(dataset.classes)}")
