@@ -8,7 +8,10 @@ from fastokd.methods.method import Method
 _modules = {
     "baseline": "fastokd.methods.baseline",
     "ahbf": "fastokd.methods.ahbf",
+    "ffm": "fastokd.methods.ffm",
+    "kdcl": "fastokd.methods.kdcl",
     "one": "fastokd.methods.one",
+    "tsb": "fastokd.methods.tsb",
 }
 
 
