@@ -162,7 +162,7 @@ def classifier_diversity(weights: Sequence[Array]) -> Array:
 def feature_fusion(features: Rows, conv: Array, scale: Array, shift: Array, weight: Array, bias: Array) -> Array:
     """The auxiliaries' shares [B, M-1] from their feature maps [B, c, H, W]: 3x3 convolution, batch norm, ReLU, mean, linear, softmax."""
     x = np.concatenate(features, 1)
-    batch, _, height, width = x.shape
+    height, width = x.shape[2:]
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     out = sum(np.einsum("oc,bchw->bohw", conv[:, :, i, j], padded[:, :, i:i + height, j:j + width]) for i in range(3) for j in range(3))
     mean = out.mean((0, 2, 3), keepdims=True)
