@@ -242,14 +242,14 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
         format: text, or a Mermaid flowchart.
         method_options: loss options as NAME=VALUE.
     """
-    from fastokd.graph import draw_mermaid, draw_text
+    from fastokd.graph import draw_mermaid
     from fastokd.methods import get_method
-    from fastokd.train.config import TrainConfig, check_config
+    from fastokd.train.config import TrainConfig, check_method
 
     config = TrainConfig(method=method, preset=preset, branches=branches, method_options=_parse_options(method_options))
-    check_config(config)
+    check_method(config)
     loss = get_method(method).loss_class(num_branches=config.num_branches(), **config.loss_options())
-    print(draw_text(loss.graph) if format == "text" else draw_mermaid(loss.graph))
+    print(loss.draw() if format == "text" else draw_mermaid(loss.graph))
 
 
 @command

@@ -95,8 +95,8 @@ def test_fusion_is_over_the_auxiliaries_and_the_leader_is_kept():
     assert count_parameters(model.companion) == 9 * 3 * 64 * 64 + 2 * 64 + 64 * 3 + 3
     assert count_parameters(create_model("resnet8", "ffm", 10, 4, options={"fusion_channels": 8}).companion) == 9 * 3 * 64 * 8 + 2 * 8 + 8 * 3 + 3
     rows = FFMLoss(4).named_rows(result.logits, **result.extras)
-    assert list(rows) == ["branch1", "branch2", "branch3", "leader", "fusion", "mean"]
-    torch.testing.assert_close(rows["mean"], torch.stack(result.logits[:3]).mean(0))
+    assert list(rows) == ["branch1", "branch2", "branch3", "leader", "fusion", "ensemble"]
+    torch.testing.assert_close(rows["ensemble"], torch.stack(result.logits[:3]).mean(0))
 
 
 @pytest.mark.parametrize(("head", "shape"), [
@@ -157,10 +157,10 @@ def test_a_step_lowers_the_loss(network):
 def test_a_run_resumes_exactly_and_keeps_the_leader(tmp_path):
     trainer = check_resume(CONFIG, tmp_path, few_digits())
     check_student(trainer, "resnet8", "leader")
-    assert list(trainer.last) == ["branch1", "branch2", "leader", "fusion", "mean"]
+    assert list(trainer.last) == ["branch1", "branch2", "leader", "fusion", "ensemble"]
     record = trainer.run_folder.read_metrics()[0]["train"]
     weighted = sum(record[f"ce/{name}"] for name in ("branch1", "branch2", "leader")) + 5e-8 * record["classifier_diversity"]
-    weighted += trainer.config.kd_weight_at(0) * (record["kl/fusion->branch1"] + record["kl/fusion->branch2"] + 2 * record["kl/mean->leader"])
+    weighted += trainer.config.kd_weight_at(0) * (record["kl/fusion->branch1"] + record["kl/fusion->branch2"] + 2 * record["kl/ensemble->leader"])
     assert record["loss"] == pytest.approx(weighted, rel=1e-5)
 
 

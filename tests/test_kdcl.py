@@ -141,7 +141,7 @@ def test_ensemble_is_the_mean_of_predictions():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"variant": "minlogits"}, "unknown variant 'minlogits'; did you mean 'minlogit'"),
+    ({"variant": "minlogits"}, "variant='minlogits'; did you mean 'minlogit'"),
     ({"temperature": 0}, "temperature=0; it must be a positive number"),
     ({"lambda_kd": -1.0}, "lambda_kd=-1.0; it must be a number of at least 0"),
     ({"held_out": 1.5}, "held_out=1.5; it must be a fraction"),

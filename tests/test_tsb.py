@@ -180,7 +180,7 @@ def test_no_batch_before_prepare():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"beta": 1.0}, r"beta=1.0; it must be in \[0, 1\)"),
-    ({"memory": "disk"}, "unknown memory 'disk'"),
+    ({"memory": "disk"}, r"memory='disk' \(choices: auto, device, host\)"),
     ({"student_first": 1}, "student_first=1; it must be True or False"),
     ({"lambda_ta": -1.0}, "lambda_ta=-1.0; it must be a number of at least 0"),
 ])

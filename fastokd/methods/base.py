@@ -323,4 +323,4 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), choices)}")
+        raise ValueError(f"{name}={value!r}{did_you_mean(str(value), choices)}")

@@ -17,9 +17,9 @@ def ffm_graph(num_branches: int = 4, temperature: float = 3.0, lambda_peer: floa
               detach_teacher: bool = False, teacher_eps: float = 0.0, label_smoothing: float = 0.0) -> Graph:
     """M-1 auxiliary branches ``branch1`` .. and the ``leader`` (the last row of logits, which is kept).
 
-    ``L = sum_i CE(z^i) + CE(leader) + kd_weight * T^2 [ lambda_peer sum_i KL(fusion || z^i) + lambda_leader KL(mean ||
+    ``L = sum_i CE(z^i) + CE(leader) + kd_weight * T^2 [ lambda_peer sum_i KL(fusion || z^i) + lambda_leader KL(ensemble ||
     leader) ]`` (eq. 8 without L_cd): ``fusion`` mixes the auxiliaries' logits with the run-time ``fusion_weights``
-    [B, M-1], ``mean`` averages them; alpha and beta are ``lambda_peer`` and ``lambda_leader``.
+    [B, M-1], ``ensemble`` averages them; alpha and beta are ``lambda_peer`` and ``lambda_leader``.
 
     The classifier-diversity loss L_cd acts on weights, not on logits, and is outside the graph. The paper gives
     neither ramp-up, detaching nor eps.
@@ -30,11 +30,11 @@ def ffm_graph(num_branches: int = 4, temperature: float = 3.0, lambda_peer: floa
         return KL(teacher, student, weight, temperature, detach=detach_teacher, eps=teacher_eps)
 
     nodes = (*map(Logits, (*peers, "leader")), Mixture("fusion", peers, "fusion_weights"),
-             Mixture("mean", peers, (1.0 / len(peers),) * len(peers)))
+             Mixture("ensemble", peers, (1.0 / len(peers),) * len(peers)))
     terms = (
         *(CrossEntropy(name) for name in (*peers, "leader")),
         *(teach("fusion", name, lambda_peer) for name in peers),
-        teach("mean", "leader", lambda_leader),
+        teach("ensemble", "leader", lambda_leader),
     )
     return Graph("ffm", nodes, terms, label_smoothing)
 
@@ -135,6 +135,11 @@ def classifier_weight(branch: nn.Module, num_classes: int) -> Tensor:
 
 
 def _build_fusion(layout: Layout, fusion_channels: int) -> FeatureFusion:
+    """The fusion module for these branches.
+
+    Args:
+        fusion_channels: channels that the fusion's convolution puts out; 0 for as many as a branch has.
+    """
     if isinstance(fusion_channels, bool) or not isinstance(fusion_channels, int) or fusion_channels < 0:
         raise ValueError(f"fusion_channels={fusion_channels!r}; it must be a whole number, 0 for as many as a branch has")
     channels = layout.channels[0]

@@ -140,7 +140,11 @@ class KDCLLoss(MethodLoss):
 
 
 def _views(options: Mapping[str, Any]) -> bool:
-    """Invariant collaborative learning (ICL): every network sees an augmentation of its own."""
+    """Whether every network has a view of its own.
+
+    Args:
+        icl: invariant collaborative learning: every network sees each image with an augmentation of its own.
+    """
     if not isinstance(options["icl"], bool):
         raise TypeError(f"icl={options['icl']!r}; it must be True or False")
     return options["icl"]

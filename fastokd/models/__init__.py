@@ -88,7 +88,16 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
 
 
 def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it has none."""
+    """What builds the method's own modules with these options, on top of their defaults; None if it has none.
+
+    Raises:
+        ConfigError: there is no such option or choice.
+    """
+    for name, value in (options or {}).items():
+        if name not in method.model_options:
+            raise ConfigError(f"unknown option '{name}' of method '{method.name}'{did_you_mean(name, method.model_options)}")
+        if name in method.choices and value not in method.choices[name]:
+            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
     if method.build_companion is None:
         return None
     return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})

@@ -14,7 +14,7 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, list_models
+from fastokd.models import check_layout, companion_builder, list_models
 from fastokd.ops import check_impl
 
 
@@ -122,8 +122,8 @@ class TrainConfig:
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check every value before anything is read or written.
+def check_method(config: TrainConfig) -> None:
+    """Check the method, its layout and its options: all that its graph depends on.
 
     Raises:
         ConfigError: names the field, its value and the fix.
@@ -146,6 +146,20 @@ def check_config(config: TrainConfig) -> None:
         config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
+    companion_builder(method, config.model_options())
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check every value before anything is read or written.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    check_method(config)
+    if get_method(config.method).needs_teacher and not config.model_options()["teacher"]:
+        raise ConfigError(
+            f"method '{config.method}' needs a trained teacher: pass --method-options teacher=RUN (a run folder or an exported student), "
+            "teacher=torchvision:resnet50:WEIGHTS.pth, teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy")
     _check(config, "epochs", config.epochs >= 1, "at least 1")
     _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
     _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")

@@ -3,17 +3,18 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.dataset import carve
 from fastokd.data.images import Progress
-from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
+from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
@@ -23,6 +24,7 @@ from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
@@ -50,11 +52,14 @@ class Summary:
     student: str
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
+def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
+    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
+
+    Only training needs the frozen ``teacher`` of methods that have one.
+    """
     torch.manual_seed(config.seed)
     model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options())
+                         topology=config.topology, options=config.model_options(), teacher=teacher)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -106,14 +111,17 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
+        check_teacher(config)
+        config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
             self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
         finally:
             reporter.end_epoch()
-        self.model = build_model(config, len(self.dataset.classes), self.device)
-        self.step = TrainStep(config, self.model, self.device)
+        self.teacher = open_teacher(config, self.dataset, self.device)
+        self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
             images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
@@ -151,6 +159,8 @@ class Trainer:
         changed = differences(dataclasses.replace(before, data=self.config.data, device=self.config.device, epochs=self.config.epochs), self.config)
         if changed:
             raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
+        if self.teacher and state.get("teacher") != self.teacher.fingerprint:
+            raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
         load_weights(self.model, state["model"], where)
         load_weights(self.step.criterion, state["criterion"], where)
         try:
@@ -209,6 +219,8 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
+        if self.teacher:
+            say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
         terms = ", ".join(f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}" for name, coefficient, scheduled in coefficients)
@@ -279,6 +291,8 @@ class Trainer:
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
         }
+        if self.teacher:
+            state["teacher"] = self.teacher.fingerprint
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
@@ -352,9 +366,4 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
-        raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(list(names)[:4])
-    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+        raise CheckpointError(f"{where} was trained on the classes {first_few(state['classes'])}, the data has {first_few(dataset.classes)}")

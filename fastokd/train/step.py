@@ -13,6 +13,7 @@ from fastokd.methods import get_method
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.train.config import TrainConfig
 from fastokd.train.metrics import correct_counts
+from fastokd.train.teacher import StoredRows
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,21 +76,29 @@ class BranchEvaluator:
             self.model.train(was_training)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once."""
+        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once.
+
+        ``branch_mean`` is the mean over the branches, for methods whose published number that is.
+        """
         right: dict[str, Tensor] = {}
         count = 0
         for result, target in self.results(batches):
             found = correct_counts(self.named_rows(result), target)
             right = {name: right.get(name, 0) + value for name, value in found.items()}
             count += target.shape[0]
-        return {name: int(value) / count for name, value in right.items()}
+        accuracies = {name: int(value) / count for name, value in right.items()}
+        if self.method.reports_mean:
+            branches = self.criterion.graph.logits[:self.criterion.num_branches]
+            accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
+        return accuracies
 
 
 class TrainStep(BranchEvaluator):
     """The step of one run: owns criterion and optimizer, changes the model in place."""
 
-    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device, stored: StoredRows | None = None) -> None:
         super().__init__(config, model, device)
+        self.stored = stored
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
 
@@ -105,6 +114,8 @@ class TrainStep(BranchEvaluator):
         inputs = self.method.loss_inputs(result)
         if self.method.needs_index:
             inputs["index"] = batch.index
+        if self.stored is not None:
+            inputs["teacher"] = self.stored(batch.index)
         loss, terms = self.criterion.forward_backward(result.logits, batch.target, kd_weight=kd_weight, **inputs)
         self.optimizer.step()
         count = batch.target.shape[0]

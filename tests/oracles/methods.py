@@ -26,16 +26,19 @@ def one(z: Rows, gate: Array, target: Array, w: float, t: float = 3.0, eps: floa
     return _hard([*z, e], target) + w * sum(distill(e, row, t, eps, detach) for row in z)
 
 
-def okddip_code(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+def okddip_code(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0,
+                detach: bool = False) -> Array:
     value = _hard([*peers, leader], target)
     for row, a in zip(peers, attention, strict=True):
-        value = value + w * distill(_mix(a, peers), row, t, eps)
-    return value + w * distill(sum(peers) / len(peers), leader, t, eps)
+        value = value + w * distill(_mix(a, peers), row, t, eps, detach)
+    return value + w * distill(sum(peers) / len(peers), leader, t, eps, detach)
 
 
-def okddip_slides(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
+def okddip_slides(peers: Rows, leader: Array, attention: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0,
+                  detach: bool = False) -> Array:
     """Mixtures of softened probabilities instead of logits."""
-    soft = [softmax(row, t) for row in peers]
+    soft = [softmax(stop(row) if detach else row, t) for row in peers]
+    attention = [stop(a) if detach else a for a in attention]
     value = _hard([*peers, leader], target)
     for row, a in zip(peers, attention, strict=True):
         h = _mix(a, soft)
@@ -58,8 +61,24 @@ def dml(z: Rows, target: Array, w: float, t: float, pairwise: bool, detach: bool
     return sum(dml_network(k, z, target, w, t, pairwise, detach, eps) for k in range(len(z)))
 
 
-def cl_ilr(z: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0, detach: bool = False) -> Array:
-    return dml(z, target, w, t, False, detach, eps)
+def cl_ilr(z: Rows, target: Array, w: float, t: float = 3.0, eps: float = 0.0, detach: bool = False, ce: float = 1.0) -> Array:
+    return dml(z, target, w, t, False, detach, eps) + (ce - 1) * _hard(z, target)
+
+
+def independent(z: Rows, target: Array) -> Array:
+    return _hard(z, target)
+
+
+def ahbf(z: Rows, scores: Rows, target: Array, w: float, t: float = 3.0, ta: float = 4.0, branch: float = 2.0, own: float = 0.0,
+         eps: float = 0.0, detach: bool = False) -> Array:
+    """Eq. 8-14 as a function of complex rows; ``ahbf.py`` has its gradients by hand."""
+    value, below = cross_entropy(z[0], target), z[0]
+    for row, s in zip(z[1:], scores, strict=True):
+        mixed = s[:, :1] * row + s[:, 1:] * below
+        value = value + _hard([row, mixed], target) + w * (
+            ta * distill(mixed, below, t, eps, detach) + branch * distill(row, below, t, eps, detach) + own * distill(mixed, row, t, eps, detach))
+        below = mixed
+    return value
 
 
 def kdcl(z: Rows, teacher: Array, target: Array, w: float, t: float) -> Array:
