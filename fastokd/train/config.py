@@ -111,6 +111,11 @@ class TrainConfig:
         defaults = get_method(self.method).model_options
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
+    def views(self) -> int:
+        """How many augmented views of each training image there are: one, or one for each peer."""
+        own = get_method(self.method).views({**self.model_options(), **self.loss_options()})
+        return self.num_branches() if own else 1
+
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
         plain = dataclasses.asdict(self)
@@ -139,6 +144,7 @@ def check_method(config: TrainConfig) -> None:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
     try:
         method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+        config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
     companion_builder(method, config.model_options())
