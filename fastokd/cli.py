@@ -75,6 +75,7 @@ def train(
     recipe: Text = None,
     config: File = None,
     model: Text = None,
+    at: Text = None,
     method: Text = None,
     preset: Text = None,
     branches: Whole = None,
@@ -109,7 +110,8 @@ def train(
             cifar100:FOLDER for torchvision's files; or digits.
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
-        model: the backbone, for example resnet20 (default resnet32).
+        model: the backbone, for example resnet20 (default resnet32; see 'fastokd models'), or torchvision:NAME or timm:NAME.
+        at: for those of torchvision and timm, the first module that every branch has for itself, for example layer3.
         method: ahbf (default) or baseline.
         preset: the method's loss options: paper (default) or code.
         branches: number of branches, the student included.
@@ -158,7 +160,7 @@ def train(
         from fastokd.train.config import check_config
 
         check_config(settings)
-        name = recipe or f"{settings.model}-{settings.method}"
+        name = recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
         run = RunFolder.create(out or default_run_path(f"{name}-seed{settings.seed}"))
         try:
             trainer = Trainer(settings, run, reporter)

@@ -6,7 +6,10 @@ from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method, get_method
+from fastokd.models.branch_out import branch_out
 from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, PlainNetwork
+from fastokd.models.libraries import is_library_name, library_backbone, library_network
+from fastokd.models.tracing import list_split_points
 
 _modules = {
     **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
@@ -25,22 +28,41 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None,
-                 aux_blocks: int = 4) -> BranchedModel:
+                 aux_blocks: int = 4, at: str | None = None) -> BranchedModel:
     """The network of that name, branched as the method trains it.
 
     Args:
-        name: a network, see ``list_models``.
+        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of theirs, with fresh weights.
         method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
         num_classes: C, at least 2.
         num_branches: M; None is the method's default.
         aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the paper's a), at least 0.
             Methods without a hierarchy have branches of equal depth and do not look at it.
+        at: for networks of torchvision and timm, the first module that branches own, see ``branch_out``. A student alone
+            needs none.
 
     Raises:
         ConfigError: a name is unknown or a number out of range; the message says what would do.
+        MissingExtra: the network is timm's, and timm is not installed.
     """
-    backbone, chosen = _backbone(name), get_method(method)
     _check_num_classes(num_classes)
+    num_branches = get_method(method).default_branches if num_branches is None else num_branches
+    return assemble(find_backbone(name, at, num_branches, num_classes), method, num_classes, num_branches, aux_blocks)
+
+
+def find_backbone(name: str, at: str | None = None, num_branches: int = 1, num_classes: int = 10) -> Backbone:
+    """The backbone of that name; arguments and errors as in ``create_model``, whose network it makes. Builds no weights yet."""
+    if is_library_name(name):
+        return library_backbone(name, num_classes, at, alone=num_branches == 1)
+    backbone = _backbone(name)
+    if at is not None:
+        raise ConfigError(f"at='{at}': {name} is branched where its paper branches it; at is for networks torchvision:NAME and timm:NAME")
+    return backbone
+
+
+def assemble(backbone: Backbone, method: str, num_classes: int, num_branches: int | None, aux_blocks: int) -> BranchedModel:
+    """A backbone branched as the method trains it; arguments and errors as in ``create_model``."""
+    chosen = get_method(method)
     num_branches = chosen.default_branches if num_branches is None else num_branches
     _check_num_branches(num_branches, chosen)
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
@@ -54,17 +76,24 @@ def create_student(name: str, num_classes: int = 10) -> nn.Module:
 
     A student's state dict loads into it: ``create_student(name, C).load_state_dict(model.student().state_dict())``.
 
+    Args:
+        name: as in ``create_model``.
+        num_classes: C, at least 2.
+
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
+        MissingExtra: the network is timm's, and timm is not installed.
     """
-    backbone = _backbone(name)
     _check_num_classes(num_classes)
+    if is_library_name(name):
+        return library_network(name, num_classes)
+    backbone = _backbone(name)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
 
 
 def _backbone(name: str) -> Backbone:
     if name not in _modules:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}")
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}; networks of torchvision and timm are torchvision:NAME and timm:NAME")
     return importlib.import_module(_modules[name]).BACKBONES[name]
 
 
@@ -83,5 +112,5 @@ def _check_num_branches(num_branches: int, method: Method) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "PlainNetwork",
-    "create_model", "create_student", "list_models", "register_model",
+    "assemble", "branch_out", "create_model", "create_student", "find_backbone", "list_models", "list_split_points", "register_model",
 ]

@@ -13,7 +13,7 @@ import yaml
 
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
-from fastokd.models import list_models
+from fastokd.models import find_backbone
 from fastokd.ops import check_impl
 
 OptionValue = float | int | bool | str
@@ -25,7 +25,8 @@ class TrainConfig:
 
     Attributes:
         data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the backbone's name, e.g. "resnet32".
+        model: the backbone's name, e.g. "resnet32", or "torchvision:NAME" or "timm:NAME".
+        at: for networks of torchvision and timm, the first module that every branch has for itself, e.g. "layer3".
         method: the method's name, e.g. "ahbf".
         preset: the method's bundle of loss options, "paper" or "code".
         branches: number of branches M; None for the method's default.
@@ -50,6 +51,7 @@ class TrainConfig:
 
     data: str = ""
     model: str = "resnet32"
+    at: str | None = None
     method: str = "ahbf"
     preset: str = "paper"
     branches: int | None = None
@@ -105,8 +107,7 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
-    if config.model not in list_models():
-        raise ConfigError(f"unknown model '{config.model}'{did_you_mean(config.model, list_models())}")
+    find_backbone(config.model, config.at, config.num_branches())
     if config.preset not in method.presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, method.presets)}")
     low, high = method.branch_range

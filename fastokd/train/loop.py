@@ -16,6 +16,7 @@ from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_lin
 from fastokd.export import student_record, write_student
 from fastokd.methods.ahbf import ramp_up
 from fastokd.models import BranchedModel, create_model
+from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
@@ -53,7 +54,7 @@ class Summary:
 def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
     """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks)
+    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks, config.at)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -112,6 +113,7 @@ class Trainer:
         finally:
             reporter.end_epoch()
         self.model = build_model(config, len(self.dataset.classes), self.device)
+        check_images(self.model, self.dataset.image_size)
         self.step = TrainStep(config, self.model, self.device)
         self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
