@@ -293,9 +293,7 @@ class PartBranch(Branch):
         super().__init__(body, head, channels)
         self.view = view
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk's output to feature maps [B, channels, H', W'] and logits [B, C]."""
-        features = self.body(x)
+    def finish(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.view(features), self.head(features)
 
 

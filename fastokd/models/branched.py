@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastokd.models.merge import MergedFirstConvs
+
 
 class BranchOutput(NamedTuple):
     """What a branched model computes for a batch of B images."""
@@ -36,7 +38,10 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Trunk maps [B, c, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
-        features = self.body(x)
+        return self.finish(self.body(x))
+
+    def finish(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the body computes to what ``forward`` gives."""
         return features, self.head(features)
 
 
@@ -96,16 +101,30 @@ class BranchedModel(nn.Module):
         self.branches = nn.ModuleList(backbone.build_branch(num_classes, level, aux_blocks) for level in levels)
         self.gates = build_gates([branch.channels for branch in self.branches]) if build_gates else None
         self._join = backbone.join
+        self._merged: MergedFirstConvs | None = None
 
     @property
     def num_branches(self) -> int:
         """M."""
         return len(self.branches)
 
+    @property
+    def merged_first_conv(self) -> bool:
+        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same values up to rounding.
+
+        Setting it raises a ConfigError where they cannot be merged, and says why.
+        """
+        return self._merged is not None
+
+    @merged_first_conv.setter
+    def merged_first_conv(self, merged: bool) -> None:
+        self._merged = MergedFirstConvs(self.branches) if merged else None
+
     def forward(self, x: Tensor) -> BranchOutput:
         """Images [B, 3, H, W] in any memory format to every branch's logits, features and the scores."""
         shared = self.trunk(x)
-        features, logits = zip(*[branch(shared) for branch in self.branches], strict=True)
+        results = self._merged(shared) if self._merged is not None else [branch(shared) for branch in self.branches]
+        features, logits = zip(*results, strict=True)
         scores = self.gates(features) if self.gates is not None else ()
         return BranchOutput(logits, features, scores)
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fastokd.errors import ConfigError, first_line
 
-_DROPOUTS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+DROPOUTS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
 _LAYERS = (nn.Linear, nn.Conv2d)
 
 
@@ -59,7 +59,7 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 node.target = node.target.removeprefix("network.")
-            elif node.op == "call_function" and node.target in _DROPOUTS:
+            elif node.op == "call_function" and node.target in DROPOUTS:
                 # The flag as it was while tracing: `dropouts` makes a module of it, which has a flag of its own.
                 node.kwargs = {name: value for name, value in node.kwargs.items() if name != "training"}
         graphs.append(graph)
@@ -98,7 +98,7 @@ def part(source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.No
         for value in node.all_input_nodes:
             if value.op == "get_attr" and value not in copies:
                 copies[value] = graph.node_copy(value)
-        if node.op == "call_function" and node.target in _DROPOUTS:
+        if node.op == "call_function" and node.target in DROPOUTS:
             copies[node] = _dropout(graph, held, node, copies)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -114,7 +114,7 @@ def _dropout(graph: fx.Graph, held: nn.Module, node: fx.Node, copies: dict[fx.No
     """A call of a dropout function as a module."""
     chosen = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
     name = f"{node.name}_module"
-    held.add_module(name, _DROPOUTS[node.target](chosen.get("p", 0.5), chosen.get("inplace", False)))
+    held.add_module(name, DROPOUTS[node.target](chosen.get("p", 0.5), chosen.get("inplace", False)))
     return graph.call_module(name, (copies[chosen["input"]],))
 
 
