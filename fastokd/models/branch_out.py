@@ -17,6 +17,7 @@ from fastokd.models.tracing import (
     Shapes,
     default_input_size,
     feature_node,
+    is_nhwc,
     list_split_points,
     maps_view,
     meta_copy,
@@ -74,7 +75,7 @@ def branch_out(module: nn.Module, *, at: str, num_branches: int | None = None, d
     Raises:
         ConfigError: the module cannot be split there, or is no classifier, or a number is out of range.
     """
-    from fastokd.models import assemble
+    from fastokd.models import assemble, check_layout
 
     if init not in get_args(Init):
         raise ConfigError(f"unknown init '{init}'{did_you_mean(init, get_args(Init))}")
@@ -88,7 +89,7 @@ def branch_out(module: nn.Module, *, at: str, num_branches: int | None = None, d
         init = "copy" if _is_trained(module) else "fresh"
     sources = _copies(module, split.replaced, init, equal=not (chosen.hierarchical and deepen))
     backbone = split.backbone(type(module).__name__, sources, chosen.kept % max(num_branches, 1) if isinstance(num_branches, int) else 0)
-    return assemble(backbone, method, split.num_classes, num_branches, deepen)
+    return assemble([backbone], chosen, split.num_classes, num_branches, deepen, check_layout(chosen, [backbone.name], "branches", num_branches))
 
 
 Source = tuple[nn.Module, Callable[[nn.Module], nn.Module]]
@@ -183,6 +184,8 @@ class Split:
         self.logits = tail[-1]
         if self.cut in shapes.written:
             raise self._refuse(network, "the first operation there overwrites its input, which branches share")
+        shape = shapes.nodes[self.cut]
+        self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
         self.view, self.channels = maps_view(network, shapes.nodes[self.features])
         self.input = next(node for node in graph.nodes if node.op == "placeholder")
 
@@ -216,7 +219,9 @@ class Split:
 
     def trunk(self, source: nn.Module) -> nn.Module:
         """The trunk, of the modules of a source: a network of the same structure."""
-        return part(source, self.trunk_nodes, self.input, self.cut)
+        trunk = part(source, self.trunk_nodes, self.input, self.cut)
+        trunk.channels = self.trunk_channels
+        return trunk
 
     def branch(self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]) -> "PartBranch":
         """The branch, of the modules of a source, with ``num_blocks`` more; ``new_block`` makes one of the block to copy."""

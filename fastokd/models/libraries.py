@@ -35,14 +35,14 @@ def library_network(name: str, num_classes: int) -> nn.Module:
         raise ConfigError(f"{name} cannot be built for {num_classes} classes ({first_line(error)})") from error
 
 
-def library_backbone(name: str, num_classes: int, at: str | None, alone: bool = False) -> Backbone:
+def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
     """A library's network split at ``at``; every branch is initialised as the library does it.
 
     Args:
         name: as in ``library_network``.
         num_classes: C.
-        at: the first module that branches own; None only for a student ``alone``, where any split gives the same.
-        alone: whether there is only one branch.
+        at: the first module that branches own; without ``split`` it may be None, and any place gives the same.
+        split: whether several branches share the trunk.
 
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``; without ``at`` with the split points.
@@ -50,7 +50,7 @@ def library_backbone(name: str, num_classes: int, at: str | None, alone: bool = 
     template = _template(name, num_classes)
     if at is None:
         points = list_split_points(template)
-        if not alone or not points:
+        if split or not points:
             raise ConfigError(f"{name} needs at (--at): the first module that every branch has for itself; split points: {', '.join(points) or 'none'}")
         at = points[-1]
     return Split(template, at).backbone(name, _new_networks(name, num_classes))

@@ -94,7 +94,8 @@ def _first_convs(body: nn.Module, title: str) -> tuple[list[_First], str]:
         start = next(node for node in graph.nodes if node.op == "placeholder")
         for node in start.users:
             if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-                continue  # the shortcut's addition and the like
+                others.append(f"{title} reads its input with {node.name.removeprefix('network_')}")  # a shortcut's addition and the like
+                continue
             child, path = module.get_submodule(node.target), prefix + node.target
             if type(child) is nn.Conv2d and child.groups == 1 and child.padding_mode == "zeros":
                 convs.append(_First(path, child))
@@ -103,7 +104,7 @@ def _first_convs(body: nn.Module, title: str) -> tuple[list[_First], str]:
             elif any(isinstance(layer, nn.Conv2d) for layer in child.modules()):
                 visit(child, f"{path}.")
             else:
-                others.append(f"{title}'s '{path}' is a {type(child).__name__} and comes before any convolution")
+                others.append(f"{title}'s '{path}' is a {type(child).__name__}, no convolution")
 
     visit(body, "")
     return convs, "; ".join(others)

@@ -240,14 +240,14 @@ def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -
         shape = shapes.nodes.get(node)
         if shape is None or len(shape) not in (3, 4) or node in shapes.written or not is_cut(nodes, index):
             continue
-        maps = shape[1:3] if _is_nhwc(network) and len(shape) == 4 else shape[2:] if len(shape) == 4 else shape[1:2]
+        maps = shape[1:3] if is_nhwc(network) and len(shape) == 4 else shape[2:] if len(shape) == 4 else shape[1:2]
         pooled = node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.AdaptiveAvgPool2d)
         if maps.numel() > 1 and not pooled:
             return index
     return None
 
 
-def _is_nhwc(network: nn.Module) -> bool:
+def is_nhwc(network: nn.Module) -> bool:
     """Whether feature maps are [B, H, W, c]: timm's networks say so."""
     return getattr(network, "output_fmt", None) == "NHWC"
 
@@ -278,7 +278,7 @@ def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
         ConfigError: tokens that are no grid.
     """
     if len(shape) == 4:
-        return (ChannelsFirst(), shape[3]) if _is_nhwc(network) else (nn.Identity(), shape[1])
+        return (ChannelsFirst(), shape[3]) if is_nhwc(network) else (nn.Identity(), shape[1])
     count = shape[1]
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if grid is None:
