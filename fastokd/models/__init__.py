@@ -4,13 +4,14 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
-from fastokd.methods import Method, get_method
+from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Companion, Layout, OptionValue, Topology
 from fastokd.models.branch_out import branch_out
-from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork
+from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.models.tracing import list_split_points
 
@@ -134,6 +135,33 @@ def check_layout(method: Method, names: Sequence[str], topology: str | None, num
     return chosen
 
 
+def allowed_methods(name: str) -> list[str]:
+    """The names of the methods that can train the network of that name, with itself or as peers.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    with torch.device("meta"):
+        backbone = find_backbone(name)
+        trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
+        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch)]
+    return found
+
+
+def _can_train(method: Method, trunk: nn.Module, branch: Branch) -> bool:
+    """Whether a method can build its own modules for branches or peers like this one."""
+    if method.build_companion is None or method.needs_teacher:  # what a teacher must be does not depend on the network
+        return True
+    peers = method.topologies[0] == "peers"
+    branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
+    layout = Layout((branch.channels,) * len(branches), 3 if peers else trunk_channels(trunk), 10, branches)
+    try:
+        method.build_companion(layout, **method.model_options)
+    except ValueError:
+        return False
+    return True
+
+
 def create_student(name: str, num_classes: int = 10) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
@@ -167,6 +195,6 @@ def _check_num_classes(num_classes: int) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "list_models",
+    "allowed_methods", "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "list_models",
     "list_split_points", "register_model",
 ]

@@ -273,7 +273,7 @@ class Split:
                 network.get_submodule(path).training = trunk.training
             return network
 
-        return Backbone(name, build_trunk, build_branch, join)
+        return Backbone(name, build_trunk, build_branch, join, self.size[1])
 
     def _shell(self, source: nn.Module) -> nn.Module:
         """The network without what trunk and branches hold."""

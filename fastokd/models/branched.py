@@ -73,13 +73,14 @@ class Backbone:
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...: level 1 is the plain
     network's own, each further level has ``aux_blocks`` auxiliary blocks more. ``join`` makes the plain network of a
-    trunk and a branch.
+    trunk and a branch. ``image_size`` is the height and width of the images that the network is made for.
     """
 
     name: str
     build_trunk: Callable[[], nn.Sequential]
     build_branch: Callable[[int, int, int], Branch]
     join: Callable[[nn.Sequential, Branch], nn.Module]
+    image_size: int = 32
 
 
 class Peer(nn.Module):
@@ -124,7 +125,7 @@ class BranchedModel(nn.Module):
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
         channels = tuple(branch.channels for branch in branches)
-        self.companion = build_companion(Layout(channels, _out_channels(trunk), num_classes, branches, teacher)) if build_companion else None
+        self.companion = build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher)) if build_companion else None
         self.method = method
         self._joins = tuple(joins)
         self._merged: MergedFirstConvs | None = None
@@ -137,10 +138,10 @@ class BranchedModel(nn.Module):
     @property
     def name(self) -> str:
         """The name of the student's network, as ``create_student`` takes it."""
-        return f"{','.join(self.names)}@{self.method}" if self._own_student else self.names[self.kept]
+        return f"{','.join(self.names)}@{self.method}" if self.hands_over_more else self.names[self.kept]
 
     @property
-    def _own_student(self) -> bool:
+    def hands_over_more(self) -> bool:
         """Whether the method hands over a network of its own making."""
         return self.companion is not None and type(self.companion).student is not Companion.student
 
@@ -202,7 +203,7 @@ class BranchedModel(nn.Module):
         Raises:
             ConfigError: there is no such branch.
         """
-        if branch is None and self._own_student:
+        if branch is None and self.hands_over_more:
             return self.companion.student(self.branches, self.kept).train(self.training)
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
@@ -214,7 +215,7 @@ class BranchedModel(nn.Module):
         return student
 
 
-def _out_channels(trunk: nn.Module | None) -> int:
+def trunk_channels(trunk: nn.Module | None) -> int:
     """Channels of what a trunk puts out, 3 without one. Only shapes are propagated."""
     if trunk is None:
         return 3

@@ -30,7 +30,13 @@ def library_network(name: str, num_classes: int) -> nn.Module:
     """
     build = _builder(name)
     try:
-        return build(num_classes)
+        try:
+            return build(num_classes)
+        except RuntimeError:
+            if torch.get_default_device().type != "meta":
+                raise
+            with torch.device("cpu"):  # a constructor that computes with tensors needs their values
+                return build(num_classes)
     except Exception as error:  # whatever a constructor of theirs raises
         raise ConfigError(f"{name} cannot be built for {num_classes} classes ({first_line(error)})") from error
 
@@ -56,6 +62,11 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
     return Split(template, at).backbone(name, _new_networks(name, num_classes))
 
 
+def library_split_points(name: str) -> list[str]:
+    """Where the network of that name can be split, see ``list_split_points``; errors as ``library_network``."""
+    return list_split_points(_template(name, 10))
+
+
 def _new_networks(name: str, num_classes: int) -> Iterator[Source]:
     while True:
         yield library_network(name, num_classes), fresh_block
@@ -63,17 +74,8 @@ def _new_networks(name: str, num_classes: int) -> Iterator[Source]:
 
 def _template(name: str, num_classes: int) -> nn.Module:
     """The network for finding out about it: without values where its constructor can do without."""
-    build = _builder(name)
-    try:
-        with torch.device("meta"):
-            return build(num_classes)
-    except Exception:  # a constructor that computes with tensors
-        state = torch.random.get_rng_state()
-        try:
-            with torch.device("cpu"):
-                return library_network(name, num_classes)
-        finally:
-            torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return library_network(name, num_classes)
 
 
 def _builder(name: str) -> Callable[[int], nn.Module]:
