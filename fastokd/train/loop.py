@@ -16,7 +16,8 @@ from fastokd.data.dataset import carve
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, check_image_size, create_model
+from fastokd.models import BranchedModel, create_model, find_backbone
+from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
@@ -58,7 +59,7 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device, tea
     Only training needs the frozen ``teacher`` of methods that have one.
     """
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
+    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks, at=config.at,
                          topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
@@ -119,10 +120,9 @@ class Trainer:
             self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
         finally:
             reporter.end_epoch()
-        for name in config.model_names():
-            check_image_size(name, *self.dataset.train.images.shape[-2:])
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
