@@ -22,14 +22,13 @@ from fastokd.methods.ahbf import AHBFGate
 from fastokd.models import (
     Backbone,
     BranchedModel,
-    check_image_size,
     create_model,
     create_student,
     get_backbone,
     list_models,
 )
 from fastokd.models.staged import compressed_blocks, level_blocks
-from fastokd.models.summary import count_parameters, forward_flops
+from fastokd.models.summary import check_images, count_parameters, forward_flops
 from fastokd.models.vgg import backbone as vgg
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.loop import build_model
@@ -492,10 +491,12 @@ def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -
 
 
 def test_images_that_are_too_small() -> None:
-    check_image_size("vgg16", 32, 32)
-    check_image_size("resnet20", 8, 8)
-    with pytest.raises(ConfigError, match="images of 8x16 are too small for model 'vgg16', which is made for 32x32; use --image-size 32"):
-        check_image_size("VGG-16", 8, 16)
+    with torch.device("meta"):
+        vgg, resnet = create_model("VGG-16"), create_model("resnet20")
+    check_images(vgg, (32, 32), 32)
+    check_images(resnet, (8, 8), 32)
+    with pytest.raises(ConfigError, match=r"cannot take images of 8 x 16 pixels .*; it is made for 32 x 32: pass --image-size 32"):
+        check_images(vgg, (8, 16), 32)
 
 
 def test_a_run_in_compression_keeps_the_deepest_branch() -> None:

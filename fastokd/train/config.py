@@ -14,7 +14,7 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, model_name
+from fastokd.models import check_layout, companion_builder, find_backbone
 from fastokd.ops import check_impl
 
 
@@ -24,7 +24,8 @@ class TrainConfig:
 
     Attributes:
         data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the network's name, e.g. "resnet32"; peers may differ: "resnet20,resnet32".
+        model: the network's name, e.g. "resnet32", or "torchvision:NAME" or "timm:NAME"; peers may differ: "resnet20,resnet32".
+        at: for networks of torchvision and timm, the first module that every branch has for itself, e.g. "layer3".
         method: the method's name, e.g. "ahbf".
         preset: the method's bundle of loss options, "paper" or "code".
         branches: number of branches M; None for the method's default, or as many as ``model`` names.
@@ -51,6 +52,7 @@ class TrainConfig:
 
     data: str = ""
     model: str = "resnet32"
+    at: str | None = None
     method: str = "ahbf"
     preset: str = "paper"
     branches: int | None = None
@@ -111,6 +113,11 @@ class TrainConfig:
         defaults = get_method(self.method).model_options
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
+    def views(self) -> int:
+        """How many augmented views of each training image there are: one, or one for each peer."""
+        own = get_method(self.method).views({**self.model_options(), **self.loss_options()})
+        return self.num_branches() if own else 1
+
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
         plain = dataclasses.asdict(self)
@@ -119,16 +126,16 @@ class TrainConfig:
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check every value before anything is read or written.
+def check_method(config: TrainConfig) -> None:
+    """Check the method, its layout and its options: all that its graph depends on.
 
     Raises:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
+    topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
-        model_name(name)
-    check_layout(method, config.model_names(), config.topology, config.num_branches())
+        find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
     presets = method.loss_class.presets
     if config.preset not in presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, presets)}")
@@ -139,8 +146,23 @@ def check_config(config: TrainConfig) -> None:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
     try:
         method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+        config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
+    companion_builder(method, config.model_options())
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check every value before anything is read or written.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    check_method(config)
+    if get_method(config.method).needs_teacher and not config.model_options()["teacher"]:
+        raise ConfigError(
+            f"method '{config.method}' needs a trained teacher: pass --method-options teacher=RUN (a run folder or an exported student), "
+            "teacher=torchvision:resnet50:WEIGHTS.pth, teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy")
     _check(config, "epochs", config.epochs >= 1, "at least 1")
     _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
     _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
