@@ -5,7 +5,7 @@ command line turns every ``FastOKDError`` into one line on stderr and the class'
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -62,13 +62,19 @@ def first_line(error: BaseException, limit: int = 160) -> str:
     return lines[0][:limit] if lines and lines[0] else type(error).__name__
 
 
+def first_few(names: Sequence[str]) -> str:
+    """The first four of many names, and how many there are."""
+    shown = ", ".join(names[:4])
+    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A suffix for an error message: the close match if there is one, and all the choices.
+    """A suffix for an error message: the choice that begins with the name, or a close match, and all the choices.
 
     >>> did_you_mean("ahfb", ["ahbf", "baseline"])
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = [choice for choice in choices if choice.startswith(f"{name}_")] or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})"

@@ -92,7 +92,7 @@ def test_large_families(name, at):
     student = model.student()
     assert type(student) is type(stock)
     assert {key: value.shape for key, value in student.state_dict().items()} == {key: value.shape for key, value in stock.state_dict().items()}
-    check_images(model, (224, 224))
+    check_images(model, (224, 224), 224)
     costs = model_costs(model, 224)
     assert costs["student"] == costs["branch1"]
     assert costs["student"].parameters == count_parameters(stock)
@@ -379,4 +379,4 @@ def test_images_that_do_not_fit_are_refused():
     with torch.device("meta"):
         model = create_model("timm:vit_tiny_patch16_224", "baseline", 10)
     with pytest.raises(ConfigError, match=r"the network cannot take images of 32 x 32 pixels .*224.*--image-size"):
-        check_images(model, (32, 32))
+        check_images(model, (32, 32), 224)

@@ -16,8 +16,16 @@ from fastokd.models.libraries import is_library_name, library_backbone, library_
 from fastokd.models.tracing import list_split_points
 
 _modules = {
-    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn20_8"),
                     "fastokd.models.resnet_cifar"),
+    **dict.fromkeys(("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"), "fastokd.models.resnet"),
+    **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
+    **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
+    "densenet40_12": "fastokd.models.densenet",
+    **dict.fromkeys(("mobilenetv2_x0_5", "mobilenetv2_x1_0", "mobilenetv2_x0_5_imagenet", "mobilenetv2_x1_0_imagenet"),
+                    "fastokd.models.mobilenet_v2"),
+    "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
+    "xception": "fastokd.models.xception",
 }
 
 
@@ -33,7 +41,7 @@ def list_models() -> list[str]:
 
 def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None, aux_blocks: int = 4, *,
                  at: str | None = None, topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
-                 teacher: nn.Module | None = None) -> BranchedModel:
+                 teacher: nn.Module | None = None, compression: bool = False) -> BranchedModel:
     """The network of that name, laid out as the method trains it.
 
     Args:
@@ -49,6 +57,8 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's default.
         options: options of the method's own modules, see ``Method.model_options``.
         teacher: the frozen teacher of methods that have one: images to logits [B, C].
+        compression: the deepest branch, the last, is the plain network and the one that is kept; each before it has
+            ``aux_blocks`` blocks fewer than the next, and ``student(branch)`` takes any of them out (AHBF Table 5).
 
     Raises:
         ConfigError: a name is unknown, a number out of range, or the method cannot train these networks; the message
@@ -61,7 +71,9 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
     backbones = [find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1) for part in names]
-    return assemble(backbones, chosen, num_classes, num_branches, aux_blocks, topology, options, teacher)
+    if compression:
+        backbones = [_compressed(backbones[0], chosen, num_branches)]
+    return assemble(backbones, chosen, num_classes, num_branches, aux_blocks, topology, options, teacher, -1 if compression else chosen.kept)
 
 
 def find_backbone(name: str, at: str | None = None, num_classes: int = 10, split: bool = False) -> Backbone:
@@ -76,15 +88,18 @@ def find_backbone(name: str, at: str | None = None, num_classes: int = 10, split
     """
     if is_library_name(name):
         return library_backbone(name, num_classes, at, split)
-    backbone = _backbone(name)
+    backbone = get_backbone(name)
     if at is not None:
         raise ConfigError(f"at='{at}': {name} is branched where its paper branches it; at is for networks torchvision:NAME and timm:NAME")
     return backbone
 
 
 def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, num_branches: int, aux_blocks: int, topology: Topology,
-             options: Mapping[str, OptionValue] | None = None, teacher: nn.Module | None = None) -> BranchedModel:
-    """The branched model of one backbone, or of one for each peer; arguments and errors as in ``create_model``."""
+             options: Mapping[str, OptionValue] | None = None, teacher: nn.Module | None = None, kept: int | None = None) -> BranchedModel:
+    """The branched model of one backbone, or of one for each peer; arguments and errors as in ``create_model``.
+
+    ``kept`` is the index of the student's branch, by default the method's.
+    """
     names = [backbone.name for backbone in backbones]
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
@@ -100,7 +115,7 @@ def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, nu
         branches = [backbone.build_branch(num_classes, level if method.hierarchical else 1, aux_blocks)
                     for level, backbone in enumerate(backbones, start=1)]
     try:
-        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], method.kept,
+        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], method.kept if kept is None else kept,
                              companion_builder(method, options), teacher, method.name)
     except ConfigError:
         raise
@@ -109,7 +124,16 @@ def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, nu
 
 
 def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it has none."""
+    """What builds the method's own modules with these options, on top of their defaults; None if it has none.
+
+    Raises:
+        ConfigError: there is no such option or choice.
+    """
+    for name, value in (options or {}).items():
+        if name not in method.model_options:
+            raise ConfigError(f"unknown option '{name}' of method '{method.name}'{did_you_mean(name, method.model_options)}")
+        if name in method.choices and value not in method.choices[name]:
+            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
     if method.build_companion is None:
         return None
     return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
@@ -178,14 +202,41 @@ def create_student(name: str, num_classes: int = 10) -> nn.Module:
     _check_num_classes(num_classes)
     if is_library_name(name):
         return library_network(name, num_classes)
-    backbone = _backbone(name)
+    backbone = get_backbone(name)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
 
 
-def _backbone(name: str) -> Backbone:
-    if name not in _modules:
+def model_name(name: str) -> str:
+    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2" is wrn16_2).
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text.lower()))
+
+    found = [name] if name in _modules else [known for known in _modules if plain(known) == plain(name)]
+    if len(found) != 1:
         raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}; networks of torchvision and timm are torchvision:NAME and timm:NAME")
+    return found[0]
+
+
+def get_backbone(name: str) -> Backbone:
+    """How one of our own networks is split.
+
+    Raises:
+        ConfigError: there is none of that name; the message suggests the closest.
+    """
+    name = model_name(name)
     return importlib.import_module(_modules[name]).BACKBONES[name]
+
+
+def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
+    if not method.hierarchical:
+        raise ConfigError(f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'")
+    if backbone.compressed is None:
+        raise ConfigError(f"compression: model '{backbone.name}' does not say which of its blocks can be taken away; use another")
+    return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:
@@ -195,6 +246,6 @@ def _check_num_classes(num_classes: int) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "allowed_methods", "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "list_models",
-    "list_split_points", "register_model",
+    "allowed_methods", "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "get_backbone",
+    "list_models", "list_split_points", "model_name", "register_model",
 ]

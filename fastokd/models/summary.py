@@ -78,8 +78,10 @@ def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
     return {"student": student, "training": Cost(count_parameters(model), counts["Global"]), **costs}
 
 
-def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
+def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -> None:
     """Check that a network can take images of a height and width. Only shapes are propagated, as in ``forward_flops``.
+
+    ``made_for`` is the height and width that it is made for, for the message.
 
     Raises:
         ConfigError: it cannot; the message says why in the network's own words.
@@ -88,4 +90,5 @@ def check_images(model: nn.Module, image_size: tuple[int, int]) -> None:
     try:
         forward_flops(model, (3, height, width))
     except Exception as error:  # whatever a network's own operators raise
-        raise ConfigError(f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); pass another --image-size, or another --model") from error
+        raise ConfigError(f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); it is made for {made_for} x {made_for}: "
+                          f"pass --image-size {made_for}, or another --model") from error
