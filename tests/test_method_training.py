@@ -19,7 +19,7 @@ from fastokd.methods.method import BranchPass
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
-from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
+from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, check_method
 from fastokd.train.loop import Trainer, load_run
 from fastokd.train.progress import Reporter
