@@ -57,7 +57,9 @@ def _kept(method: Method) -> str:
 
 def _ramp(method: Method, preset: str) -> str:
     epochs = method.ramp_epochs(EPOCHS, preset)
-    return f"over {epochs} of {EPOCHS} epochs" if epochs else "none"
+    if not epochs:
+        return "none"
+    return f"{'over' if method.schedule(epochs - 1, epochs) else '0 in the first'} {epochs} of {EPOCHS} epochs"
 
 
 def layout(method: Method) -> list[str]:
@@ -77,7 +79,7 @@ def layout(method: Method) -> list[str]:
 def options(method: Method) -> list[str]:
     """Every option with its default and what the presets say."""
     loss, presets = method.loss_class, method.loss_class.presets
-    told = meanings(loss) | (meanings(method.build_companion) if method.build_companion else {})
+    told = meanings(loss) | meanings(method.views) | (meanings(method.build_companion) if method.build_companion else {})
     rows = [("option", "default", *(f"`{preset}`" for preset in presets), "meaning")]
     defaults = {name: parameter.default for name, parameter in inspect.signature(loss).parameters.items()
                 if name not in ("num_branches", "reduction", "impl")}

@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | show | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | export | show | models | methods | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -75,11 +75,13 @@ def train(
     recipe: Text = None,
     config: File = None,
     model: Text = None,
+    at: Text = None,
     method: Text = None,
     preset: Text = None,
     branches: Whole = None,
     topology: Text = None,
     aux_blocks: Whole = None,
+    compression: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
@@ -110,12 +112,15 @@ def train(
             cifar100:FOLDER for torchvision's files; or digits.
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
-        model: the network, for example resnet20 (default resnet32); peers may differ: resnet20,resnet32.
+        model: the network, for example resnet20 (default resnet32; 'fastokd models' lists them), or torchvision:NAME or
+            timm:NAME; peers may differ: resnet20,resnet32.
+        at: for networks of torchvision and timm, the first module that every branch has for itself, for example layer3.
         method: ahbf (default), or another that 'fastokd methods' lists.
         preset: the method's loss options: paper (default) or code.
         branches: number of branches, the student included.
         topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
+        compression: make the student the deepest branch, and each other smaller by aux_blocks blocks (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
@@ -160,7 +165,7 @@ def train(
         from fastokd.train.config import check_config
 
         check_config(settings)
-        name = recipe or f"{settings.model}-{settings.method}"
+        name = recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
         run = RunFolder.create(out or default_run_path(f"{name}-seed{settings.seed}"))
         try:
             trainer = Trainer(settings, run, reporter)
@@ -270,6 +275,35 @@ def methods() -> None:
 
 
 @command
+def models(name: Pos[Text] = None, method: str = "ahbf", branches: Whole = None, aux_blocks: int = 4, at: Text = None,
+           num_classes: int = 10, image_size: Whole = None) -> None:
+    """List the networks with what they cost, or one in detail, branch by branch.
+
+    Args:
+        name: the network to show in detail: one of the list, or torchvision:NAME or timm:NAME.
+        method: the method whose training network is counted.
+        branches: number of branches (default: the method's).
+        aux_blocks: auxiliary blocks that each hierarchy level adds.
+        at: for networks of torchvision and timm, the first module that every branch has for itself; without it the places
+            where they can be split are listed.
+        num_classes: number of classes.
+        image_size: height and width in pixels (default: what the network is made for).
+    """
+    from fastokd.models import is_library_name, list_models
+
+    if name is None:
+        _print_networks(list_models(), method, branches, aux_blocks, num_classes, image_size)
+        return
+    if is_library_name(name) and at is None:
+        from fastokd.models.libraries import library_split_points
+
+        print(f"{name} can be split at: {', '.join(library_split_points(name)) or 'no place'}")
+        print(f"what it costs: fastokd models {name} --at PLACE; train it: fastokd train --model {name} --at PLACE --data FOLDER")
+        return
+    _print_network(name, method, branches, aux_blocks, at, num_classes, image_size)
+
+
+@command
 def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """Say what this machine has and what is missing, with the command that mends it. Put it into every bug report.
 
@@ -311,6 +345,52 @@ def recipes(name: Pos[Text] = None) -> None:
         return
     print("\n".join(f"# {line}".rstrip() for line in describe_recipe(name).splitlines()))
     print(get_recipe(name).to_yaml(), end="")
+
+
+def _costs(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int,
+           image_size: int | None) -> tuple[dict[str, Any], int]:
+    """The costs of a network as a method trains it, and the image size they are for. No weights are made."""
+    import torch
+
+    from fastokd.models import create_model, find_backbone
+    from fastokd.models.summary import check_images, model_costs
+
+    size = image_size or find_backbone(name, at).image_size
+    with torch.device("meta"):
+        model = create_model(name, method, num_classes, branches, aux_blocks, at=at)
+    if image_size is not None:
+        check_images(model, (size, size), find_backbone(name, at).image_size)
+    return model_costs(model, size), size
+
+
+def _print_networks(names: Sequence[str], method: str, branches: int | None, aux_blocks: int, num_classes: int, image_size: int | None) -> None:
+    from fastokd.models import allowed_methods
+
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("network", "left"), ("images", "right"), ("parameters", "right"), ("MFLOPs", "right"),
+                            (f"with {method}", "right"), ("MFLOPs", "right"), ("methods", "left")):
+        table.add_column(column, justify=justify, no_wrap=True)
+    for name in names:
+        costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
+        cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters:,}", f"{costs[part].flops / 1e6:,.2f}")]
+        table.add_row(name, str(size), *cells, ", ".join(allowed_methods(name)))
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME")
+    print("any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE; fastokd models torchvision:resnet18 lists the places")
+
+
+def _print_network(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int, image_size: int | None) -> None:
+    from fastokd.models import allowed_methods
+
+    costs, size = _costs(name, method, branches, aux_blocks, at, num_classes, image_size)
+    table = Table(box=None, pad_edge=False)
+    for column in (f"{name}, {method}", "parameters", "MFLOPs"):
+        table.add_column(column, justify="left" if not table.columns else "right")
+    titles = {"student": "student, alone", "training": "training network"}
+    for part, cost in costs.items():
+        table.add_row(titles.get(part, f"{part}, with the trunk"), f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"{num_classes} classes, images of {size} x {size}; methods: {', '.join(allowed_methods(name))}")
 
 
 def _field_names() -> set[str]:
@@ -444,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"fastokd {__version__}")
         return EXIT_OK
-    commands = ("demo", "train", "eval", "export", "show", "methods", "doctor", "recipes")
+    commands = ("demo", "train", "eval", "export", "show", "models", "methods", "doctor", "recipes")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE

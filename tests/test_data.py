@@ -21,7 +21,7 @@ from fastokd.data import (
     open_dataset,
     register_dataset,
 )
-from fastokd.data.dataset import channel_statistics
+from fastokd.data.dataset import channel_statistics, prepare
 from fastokd.errors import EXIT_DATA, ConfigError, DataError
 
 
@@ -145,7 +145,7 @@ class TestFolder:
         refused(tmp_path, r"no train/ \(found no folders\); arrange the images as train/<class>/")
 
     @pytest.mark.parametrize(("splits", "message"), [
-        (("train",), "no val/ or test/ .found train/."), (("test",), "no train/ .found test/."), (("a", "b"), "no train/ .found a/, b/."),
+        (("train",), "no val/ or test/ images; hold some training images out with --val-split"), (("test",), "no train/ .found test/."),
     ])
     def test_missing_split(self, tmp_path, splits, message):
         refused(make_tree(tmp_path, splits), message)
@@ -417,7 +417,7 @@ class TestRegistry:
             assert len(open_dataset(spec).train) == 4
 
     def test_names(self):
-        assert list_datasets() == ["cifar10", "cifar100", "digits", "folder"]
+        assert list_datasets() == ["cifar10", "cifar100", "cinic10", "csv", "digits", "folder", "svhn", "webdataset"]
         with pytest.raises(ConfigError, match="did you mean 'cifar10'"):
             open_dataset("cifar-10:/data")
         with pytest.raises(ConfigError, match=r"must read .package\.module:CONSTANT"):
@@ -439,7 +439,7 @@ class TestRegistry:
         with pytest.raises(DataError, match="'test' is empty"):
             DataSource("toy", ("a", "b"), good, Split("test", images[:0], targets[:0]))
         with pytest.raises(DataError, match="one image_size"):
-            DataSource("toy", ("a", "b"), good, Split("test", images[:, :, :3], targets))
+            prepare(DataSource("toy", ("a", "b"), good, Split("test", images[:, :, :3], targets)))
         with pytest.raises(DataError, match="label -1"):
             DataSource("toy", ("a", "b"), good, Split("test", images, targets - 1))
         with pytest.raises(DataError, match="no training images of c"):

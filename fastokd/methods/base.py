@@ -171,6 +171,22 @@ def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Ten
     return list(value)
 
 
+def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """``as_rows``, checked to be what the graph takes: for losses that compute with the rows before the graph does.
+
+    Raises:
+        TypeError, ValueError: as ``GraphLoss.forward`` does.
+    """
+    rows = as_rows(value, count, name)
+    _check_rows(rows, [f"{name}[{index}]" for index in range(count)])
+    return rows
+
+
+def mean_prediction(rows: Sequence[Tensor]) -> Tensor:
+    """The ensemble of M rows of logits [B, C] by the mean of their predictions, as log-probabilities [B, C]."""
+    return torch.stack([row.to(compute_dtype(row)).log_softmax(1) for row in rows]).logsumexp(0) - math.log(len(rows))
+
+
 def _check_rows(rows: list[Tensor], labels: Sequence[str]) -> Tensor:
     """Check that all rows are floating [B, C] of one shape, dtype and device; returns the first."""
     for label, row in zip(labels, rows, strict=True):

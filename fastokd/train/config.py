@@ -14,7 +14,7 @@ import yaml
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, companion_builder, list_models
+from fastokd.models import check_layout, companion_builder, find_backbone
 from fastokd.ops import check_impl
 
 
@@ -24,12 +24,14 @@ class TrainConfig:
 
     Attributes:
         data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the network's name, e.g. "resnet32"; peers may differ: "resnet20,resnet32".
+        model: the network's name, e.g. "resnet32", or "torchvision:NAME" or "timm:NAME"; peers may differ: "resnet20,resnet32".
+        at: for networks of torchvision and timm, the first module that every branch has for itself, e.g. "layer3".
         method: the method's name, e.g. "ahbf".
         preset: the method's bundle of loss options, "paper" or "code".
         branches: number of branches M; None for the method's default, or as many as ``model`` names.
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's default.
         aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
+        compression: the student is the deepest branch, and each before it has ``aux_blocks`` blocks fewer.
         method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -50,11 +52,13 @@ class TrainConfig:
 
     data: str = ""
     model: str = "resnet32"
+    at: str | None = None
     method: str = "ahbf"
     preset: str = "paper"
     branches: int | None = None
     topology: str | None = None
     aux_blocks: int = 4
+    compression: bool = False
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
     batch_size: int = 128
@@ -109,6 +113,11 @@ class TrainConfig:
         defaults = get_method(self.method).model_options
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
+    def views(self) -> int:
+        """How many augmented views of each training image there are: one, or one for each peer."""
+        own = get_method(self.method).views({**self.model_options(), **self.loss_options()})
+        return self.num_branches() if own else 1
+
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
         plain = dataclasses.asdict(self)
@@ -124,10 +133,9 @@ def check_method(config: TrainConfig) -> None:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
+    topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
-        if name not in list_models():
-            raise ConfigError(f"unknown model '{name}'{did_you_mean(name, list_models())}")
-    check_layout(method, config.model_names(), config.topology, config.num_branches())
+        find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
     presets = method.loss_class.presets
     if config.preset not in presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, presets)}")
@@ -138,6 +146,7 @@ def check_method(config: TrainConfig) -> None:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
     try:
         method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+        config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
     companion_builder(method, config.model_options())

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
+from fastokd.data.dataset import carve
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, create_model
+from fastokd.models import BranchedModel, create_model, find_backbone
+from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
@@ -57,8 +59,8 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device, tea
     Only training needs the frozen ``teacher`` of methods that have one.
     """
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options(), teacher=teacher)
+    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks, at=config.at,
+                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -100,7 +102,7 @@ def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool,
         raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
     return ResidentLoader(
         split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
-        augment=dataclasses.replace(dataset.augment, **given),
+        augment=dataclasses.replace(dataset.augment, **given), views=config.views(),
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -120,9 +122,15 @@ class Trainer:
             reporter.end_epoch()
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
-        self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
-        self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
+        images, held_out = self.dataset.train, None
+        if fraction := self.step.criterion.held_out:
+            images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
+        self.num_held_out = 0 if held_out is None else len(held_out)
+        self.held_out_loader = None if held_out is None else loader_for(config, self.dataset, held_out, False, self.device)
+        self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
+        self.train_loader = loader_for(config, self.dataset, images, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
         self.epoch = 0
@@ -216,11 +224,20 @@ class Trainer:
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         if self.teacher:
             say(f"teacher {self.teacher.description}")
-        ramp = self.config.ramp_length()
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
         terms = ", ".join(f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}" for name, coefficient, scheduled in coefficients)
-        say(f"loss (T^2 and weights multiplied out): {terms}" + (f"; kd_weight ramps up over {ramp} epochs" if ramp else ""))
+        say(f"loss (T^2 and weights multiplied out): {terms}{self._describe_schedule()}")
+        if self.num_held_out:
+            say(f"{self.num_held_out} of the training images are held out: nobody trains on them, the loss looks at them before every epoch")
+        if self.memory:
+            say(self.memory)
+
+    def _describe_schedule(self) -> str:
+        config, length = self.config, self.config.ramp_length()
+        if not length:
+            return ""
+        return f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1, {config.kd_weight_at(length - 1):.3g} in epoch {length} and 1 after it"
 
     def _run_epoch(self) -> None:
         config, started = self.config, time.monotonic()
@@ -229,6 +246,8 @@ class Trainer:
         # What a layer draws depends on seed and epoch alone, so a resumed epoch draws what it would have drawn.
         torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
         kd_weight = torch.tensor(ramp, device=self.device)
+        if self.held_out_loader is not None:
+            self.step.criterion.see_held_out((result.logits, target) for result, target in self.step.results(self.held_out_loader))
         sums = MetricSums()
         self.model.train()
         self.train_loader.set_epoch(self.epoch)
@@ -288,7 +307,7 @@ class Trainer:
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
@@ -302,7 +321,7 @@ def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
     run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)
-    state = load_checkpoint(run.last, choose_device(config.device))
+    state = load_checkpoint(run.last)
     trainer = Trainer(config, run, reporter, seen=state["data"])
     trainer.resume(state)
     return trainer

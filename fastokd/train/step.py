@@ -1,7 +1,7 @@
 """One training step: forward of trunk and branches, loss, backward, optimizer."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +63,18 @@ class BranchEvaluator:
         return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
 
     @torch.no_grad()
+    def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
+        """What the model in evaluation mode computes for each batch, and the targets."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in batches:
+                with self.autocast():
+                    result = self.model(batch.images)
+                yield result, batch.target
+        finally:
+            self.model.train(was_training)
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once.
 
@@ -70,17 +82,10 @@ class BranchEvaluator:
         """
         right: dict[str, Tensor] = {}
         count = 0
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for batch in batches:
-                with self.autocast():
-                    result = self.model(batch.images)
-                found = correct_counts(self.named_rows(result), batch.target)
-                right = {name: right.get(name, 0) + value for name, value in found.items()}
-                count += batch.target.shape[0]
-        finally:
-            self.model.train(was_training)
+        for result, target in self.results(batches):
+            found = correct_counts(self.named_rows(result), target)
+            right = {name: right.get(name, 0) + value for name, value in found.items()}
+            count += target.shape[0]
         accuracies = {name: int(value) / count for name, value in right.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[:self.criterion.num_branches]

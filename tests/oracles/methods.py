@@ -144,3 +144,48 @@ def kd_logits(z: Array, teacher: Array, target: Array, w: float, t: float = 3.0,
 def kd_stored(z: Array, probabilities: Array, target: Array, w: float, t: float = 3.0, eps: float = 0.0) -> Array:
     """A teacher stored as probabilities that were softened at T."""
     return cross_entropy(z, target) + w * t * t * kl(probabilities, np.log(probabilities), log_softmax(z, t), eps)
+
+
+def mixed_cross_entropy_gap(rows: Array, y: Array, a: Array) -> tuple[Array, Array]:
+    """Cross-entropy [B] of the mixture ``a`` [B, M] of rows [B, M, C], and how far above its minimum it can be at most.
+
+    For a convex f on the simplex, ``f(a) - min f <= <a, g> - min_k g_k`` with g the gradient at a.
+    """
+    mixed = np.einsum("bm,bmc->bc", a, rows)
+    g = np.einsum("bc,bmc->bm", softmax(mixed) - y, rows)
+    return -(y * log_softmax(mixed)).sum(1), (a * g).sum(1) - g.min(1)
+
+
+def error_correlation(rows: Rows, target: Array) -> Array:
+    """KDCL-General's C [M, M]: the mean product of two networks' errors, summed over classes."""
+    errors = [softmax(z) - np.eye(z.shape[1])[target] for z in rows]
+    return np.array([[(one * other).sum(1).mean() for other in errors] for one in errors])
+
+
+def temporal_accumulator(history: Sequence[Array], beta: float) -> Array:
+    """A sample's corrected memory from all that was ever predicted for it, oldest first: a weighted mean."""
+    weights = np.array([beta**age for age in range(len(history))][::-1])
+    return sum(w * p for w, p in zip(weights, history, strict=True)) / weights.sum()
+
+
+def classifier_diversity(weights: Sequence[Array]) -> Array:
+    """Analytic, so that a complex step passes through: |x| is x times its sign."""
+    total = 0.0
+    for i, one in enumerate(weights):
+        for other in weights[i + 1:]:
+            product = one @ other.T
+            total = total + (np.sign(np.real(product)) * product).sum()
+    return total
+
+
+def feature_fusion(features: Rows, conv: Array, scale: Array, shift: Array, weight: Array, bias: Array) -> Array:
+    """The auxiliaries' shares [B, M-1] from their feature maps [B, c, H, W]: 3x3 convolution, batch norm, ReLU, mean, linear, softmax."""
+    x = np.concatenate(features, 1)
+    height, width = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    out = sum(np.einsum("oc,bchw->bohw", conv[:, :, i, j], padded[:, :, i:i + height, j:j + width]) for i in range(3) for j in range(3))
+    mean = out.mean((0, 2, 3), keepdims=True)
+    variance = ((out - mean) ** 2).mean((0, 2, 3), keepdims=True)
+    out = (out - mean) / np.sqrt(variance + 1e-5) * scale[:, None, None] + shift[:, None, None]
+    out = out * (np.real(out) > 0)
+    return softmax(out.mean((2, 3)) @ weight.T + bias)
