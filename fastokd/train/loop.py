@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.dataset import carve
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, create_model, find_backbone
+from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
+from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.metrics import MetricSums
@@ -51,17 +51,6 @@ class Summary:
     seconds: float
     images_per_second: float
     student: str
-
-
-def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
-
-    Only training needs the frozen ``teacher`` of methods that have one.
-    """
-    torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks, at=config.at,
-                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
 def open_data(config: TrainConfig, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Dataset:
