@@ -188,7 +188,7 @@ class Cache:
             with contextlib.suppress(OSError):
                 os.utime(self._file("json", content))  # used last just now
             return Entry(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(sums), record["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or not ours: decode again
+        except (OSError, EOFError, ValueError, KeyError, TypeError):  # not there, cut off, or not ours: decode again
             return None
 
     def _remember(self) -> None:
