@@ -59,7 +59,7 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     # On 64 images of 8 x 8 pixels a second thread gains nothing, and on a busy machine the threads wait for each other.
     torch.set_num_threads(1)
     console = Console(highlight=False, soft_wrap=True)
-    dataset = open_data(demo_config("baseline", 0, epochs, branches))
+    dataset = open_data(demo_config("baseline", 0, epochs, branches), torch.device("cpu")).dataset
     console.print(f"{MODEL} alone against the same {MODEL} taught by AHBF with {branches} branches; {seeds} seeds, {epochs} epochs each", markup=False)
     console.print(f"data: {len(dataset.train)} training and {len(dataset.evaluation)} {dataset.evaluation.name} images of handwritten digits, {len(dataset.classes)} classes", markup=False)
     runs: dict[str, list[tuple[Summary, RunFolder]]] = {method: [] for method in METHODS}

@@ -37,7 +37,7 @@ def student_record(model: str, dataset: Dataset, *, accuracy: float, epoch: int,
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed.
     """
-    height, width = dataset.train.images.shape[-2:]
+    height, width = dataset.image_size
     return {
         "format": FORMAT,
         "architecture": {"name": model, "num_classes": len(dataset.classes)},

@@ -18,7 +18,7 @@ from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, fingerprint, image_sums, normalized_by
 from fastokd.data.images import Progress, bad_files_error, check_image_size, first_of, show, try_decode_all
-from fastokd.errors import ConfigError, did_you_mean
+from fastokd.errors import ConfigError, DataError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,8 +29,14 @@ MAX_REPLACED = 0.01
 """The share of a split's images that ``bad_images="replace"`` may replace before the run is stopped all the same."""
 
 DEFAULT_SIZE = 224
-_SMALL = 128
+SMALL = 128
+"""Images up to this side are trained on whole; larger ones are cropped out of the pictures they are."""
+
 _PEEKED = 16
+
+
+CONVERSION_FILE = "fastokd-convert.json"
+"""What ``fastokd data convert`` writes first into its output, and marks as finished last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +127,20 @@ class FileDataset(SplitSet[FileSplit]):
         return digest.hexdigest()
 
 
+def check_finished(root: Path) -> None:
+    """Refuse a folder that ``fastokd data convert`` has not filled to the end.
+
+    Raises:
+        DataError: the conversion was interrupted, or is going on.
+    """
+    try:
+        finished = json.loads((root / CONVERSION_FILE).read_text()).get("finished", False)
+    except (OSError, ValueError, AttributeError):  # not written by convert
+        return
+    if not finished:
+        raise DataError(f"{show(root)}: its conversion is not finished; run the same 'fastokd data convert' again, which goes on where it stopped")
+
+
 def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
                   mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                   augment: Augment | None = None) -> FileDataset:
@@ -140,7 +160,7 @@ def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, 
     check_image_size(image_size)
     source = normalized_by(source, mean, std)
     train, test, val = source.carved(val_split, seed)
-    size = (image_size, image_size) if image_size else _guess_size(train)
+    size = guess_size(train, image_size)
     return FileDataset(
         name=source.name, classes=source.classes, train=train, test=test, val=val, mean=source.mean or IMAGENET_MEAN,
         std=source.std or IMAGENET_STD, augment=augment or source.augment or Augment(pad=min(size) // 8, flip=True), image_size=size,
@@ -219,8 +239,10 @@ def _replace_bad(source: DataSource[FileSplit], images: Tensor, bad: Mapping[int
     warnings.warn(f"{len(bad)} of {len(targets)} training images cannot be decoded and were replaced by others of their class: {listed}", stacklevel=2)
 
 
-def _guess_size(split: FileSplit) -> tuple[int, int]:
-    """The one size of a few images, if it is small; else the customary one. Reads headers alone."""
+def guess_size(split: FileSplit, image_size: int | None = None) -> tuple[int, int]:
+    """Height and width that loaders give: ``image_size``, or the one size of a few images if it is small, or the customary one."""
+    if image_size is not None:
+        return image_size, image_size
     from io import BytesIO
 
     from PIL import Image
@@ -233,4 +255,4 @@ def _guess_size(split: FileSplit) -> tuple[int, int]:
         except Exception:  # a damaged file is reported where it is decoded
             continue
     size = sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
-    return size if max(size) <= _SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)
+    return size if max(size) <= SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, Members
+from fastokd.data.files import FileSplit, Members, check_finished
 from fastokd.data.folder import SPLITS
 from fastokd.data.images import EXTENSIONS, first_of, show
 from fastokd.data.registry import DatasetKind
@@ -65,6 +65,7 @@ def list_shards(path: Path | None) -> DataSource[FileSplit]:
         raise DataError(f"{show(path)}: cannot be read: {error.strerror}; check its permissions") from error
     if not shards:
         raise DataError(f"{show(path)}: no .tar files there; give the folder that holds the shards")
+    check_finished(path)
     by_split: dict[str, list[str]] = {}
     for shard in shards:
         by_split.setdefault(_split_of(shard), []).append(shard)

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
+from fastokd.data import (
+    Dataset,
+    FileDataset,
+    FileSplit,
+    Loader,
+    OpenedData,
+    Split,
+    make_loader,
+    open_for_loader,
+    opened,
+)
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
@@ -57,65 +67,81 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
-def open_data(config: TrainConfig, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Dataset:
-    """The dataset of a configuration, checked.
+def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> OpenedData:
+    """The dataset of a configuration, checked, and its loader.
 
     Args:
-        config: names the data.
+        config: names the data and perhaps the loader.
+        device: where the images are wanted.
         seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
             normalised as it was, whatever this dataset's own statistics are.
         progress: called with (files done, files in all) while files are decoded.
 
     Raises:
-        ConfigError: no dataset is named.
+        ConfigError: no dataset is named, or a loader that cannot give it.
         DataError: it cannot be trained on.
     """
     if not config.data:
         raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
-    if seen is None:
-        return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed, progress=progress)
-    height, width = seen["image_size"]
-    size = height if height == width else config.image_size
-    return open_dataset(config.data, image_size=size, val_split=config.val_split, seed=config.seed, mean=seen["mean"], std=seen["std"], progress=progress)
+    size, loader = config.image_size, config.loader
+    normalization: dict[str, Any] = {}
+    if seen is not None:
+        height, width = seen["image_size"]
+        size = height if height == width else config.image_size
+        # What "auto" chose for the run: another loader would give other pixels.
+        loader = seen.get("loader", loader)
+        normalization = {"mean": seen["mean"], "std": seen["std"]}
+    return open_for_loader(config.data, loader, device, image_size=size, val_split=config.val_split, seed=config.seed,
+                           bad_images=config.bad_images, progress=progress, **normalization)
 
 
-def data_record(dataset: Dataset) -> dict[str, Any]:
+def data_record(dataset: Dataset | FileDataset, loader: str) -> dict[str, Any]:
     """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
-    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std)}
+    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std), "loader": loader}
 
 
-def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool, device: torch.device) -> ResidentLoader:
+def loader_for(config: TrainConfig, data: OpenedData, split: Split | FileSplit, train: bool, device: torch.device) -> Loader:
     """The loader of one of the dataset's splits as the configuration wants it.
 
     Raises:
-        ConfigError: the padding is larger than the images.
+        ConfigError: the padding or a scheduled size is larger than the images, or a setting that the loader cannot do.
     """
-    given = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
+    dataset = data.dataset
+    given = {name: value for name in ("pad", "flip", "padding") if (value := getattr(config, name)) is not None}
     if config.pad is not None and config.pad > min(dataset.image_size):
         raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
-    return ResidentLoader(
-        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
+    settings: dict[str, Any] = {} if isinstance(dataset, Dataset) else {"bad_images": config.bad_images}
+    if train:
+        settings |= {"mixup": config.mixup, "cutmix": config.cutmix}
+    loader = make_loader(
+        dataset, split, config.batch_size, loader=data.loader, device=device, seed=config.seed, train=train,
         augment=dataclasses.replace(dataset.augment, **given),
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
+    if train:
+        for size in config.resize_schedule.values():
+            loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch
+        loader.set_size(config.size_at(0))
+    return loader
 
 
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
+    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | FileDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
-            self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
+            self.data = open_data(config, self.device, seen, reporter.decoding) if dataset is None else opened(dataset, config.loader, self.device)
         finally:
             reporter.end_epoch()
+        self.dataset = self.data.dataset
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
         self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
-        self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
-        self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
+        self.train_loader = loader_for(config, self.data, self.dataset.train, True, self.device)
+        self.eval_loader = loader_for(config, self.data, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
         self.epoch = 0
         self.saved = 0  # finished epochs in the checkpoint on the disk
@@ -204,6 +230,7 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
+        say(f"loader {self.data.loader}: {self.data.reason}")
         ramp = self.config.ramp_length()
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
@@ -219,6 +246,7 @@ class Trainer:
         kd_weight = torch.tensor(ramp, device=self.device)
         sums = MetricSums()
         self.model.train()
+        self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
         for index, batch in enumerate(self.train_loader, start=1):
@@ -261,7 +289,7 @@ class Trainer:
             "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
-            "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
+            "classes": list(self.dataset.classes), "data": data_record(self.dataset, self.data.loader), "config": self.config.to_yaml(),
         }
         if is_best:
             save_checkpoint(self.run_folder.best, state)
@@ -299,9 +327,9 @@ class LoadedRun:
     """A run's weights and images, ready to be evaluated or exported."""
 
     config: TrainConfig
-    dataset: Dataset
+    dataset: Dataset | FileDataset
     evaluator: BranchEvaluator
-    loader: ResidentLoader
+    loader: Loader
     state: dict[str, Any]
 
 
@@ -326,12 +354,13 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     where = choose_device(device)
     file = run.last if which == "last" else run.best
     state = load_checkpoint(file)
-    dataset = open_data(config, state["data"], progress)
+    opened_data = open_data(config, where, state["data"], progress)
+    dataset = opened_data.dataset
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
     chosen = dataset.evaluation if split is None else dataset.split(split)
-    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, dataset, chosen, False, where), state)
+    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, opened_data, chosen, False, where), state)
 
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
