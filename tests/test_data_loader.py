@@ -1,6 +1,8 @@
 """The loaders' promises: what is visited how often, in which order, and what augmentation does to a pixel."""
 
 import itertools
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +31,9 @@ def make_split(count: int, size: int = 6, name: str = "train") -> Split:
     return Split(name, images, torch.arange(count) % 7)
 
 
-def make(count=50, batch_size=8, train=True, seed=0, **settings) -> ResidentLoader:
+def make(count=50, batch_size=8, train=True, seed=0, split=None, **settings) -> ResidentLoader:
     settings = {"mean": MEAN, "std": STD, "augment": Augment(pad=2, flip=True), **settings}
-    return ResidentLoader(make_split(count), batch_size, train, seed=seed, **settings)
+    return ResidentLoader(split or make_split(count), batch_size, train, seed=seed, **settings)
 
 
 def equal(left, right) -> bool:
@@ -431,6 +433,22 @@ def triangle_weights(source: int, target: int) -> torch.Tensor:
     distance = ((torch.arange(source) + 0.5) - centres[:, None]).abs() / scale
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see this process's memory")
+def test_fifty_epochs_take_no_more_memory_than_ten():
+    loader = make(count=256, batch_size=32, views=2, mixup=0.4, cutmix=1.0, num_classes=7, split=make_split(256, 32))
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for epoch in range(50):
+        loader.set_epoch(epoch)
+        assert sum(len(batch.index) for batch in loader) == 256
+        if epoch == 9:
+            before = resident_bytes()
+    # A batch kept from every epoch would be 31 MB.
+    assert resident_bytes() - before < 8 * 2**20
 
 
 def test_make_loader_says_what_does_not_go_together(tmp_path):
