@@ -158,10 +158,10 @@ class ResidentLoader:
         return self._size * self.rank // self.world_size, self._size * (self.rank + 1) // self.world_size
 
     def _train_batches(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self._size, generator=generator)
         offsets, mirrored = self.augment.draw(self._size, generator)
-        order, offsets, mirrored = (_to_device(choice, self.device) for choice in (order, offsets, mirrored))
+        order, offsets, mirrored = (to_device(choice, self.device) for choice in (order, offsets, mirrored))
         step = self.batch_size * self.world_size
         while self._position + step <= self._size:
             start = self._position + self.rank * self.batch_size
@@ -203,12 +203,12 @@ def make_loader(dataset: Dataset, split: str, batch_size: int, *, device: torch.
     )
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """One number for the pair, so that seed 1 in epoch 0 shares nothing with seed 0 in epoch 1."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()) >> 1
 
 
-def _to_device(choices: Tensor, device: torch.device) -> Tensor:
+def to_device(choices: Tensor, device: torch.device) -> Tensor:
     """Drawn on the CPU, so that every device sees the same; copied without making the host wait."""
     if device.type == "cuda":
         choices = choices.pin_memory()
