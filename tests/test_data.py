@@ -21,7 +21,7 @@ from fastokd.data import (
     open_dataset,
     register_dataset,
 )
-from fastokd.data.dataset import channel_statistics
+from fastokd.data.dataset import channel_statistics, prepare
 from fastokd.errors import EXIT_DATA, ConfigError, DataError
 
 
@@ -439,7 +439,7 @@ class TestRegistry:
         with pytest.raises(DataError, match="'test' is empty"):
             DataSource("toy", ("a", "b"), good, Split("test", images[:0], targets[:0]))
         with pytest.raises(DataError, match="one image_size"):
-            DataSource("toy", ("a", "b"), good, Split("test", images[:, :, :3], targets))
+            prepare(DataSource("toy", ("a", "b"), good, Split("test", images[:, :, :3], targets)))
         with pytest.raises(DataError, match="label -1"):
             DataSource("toy", ("a", "b"), good, Split("test", images, targets - 1))
         with pytest.raises(DataError, match="no training images of c"):

@@ -2,10 +2,19 @@
 
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split
+from fastokd.data.files import FileDataset, FileSplit
 from fastokd.data.loader import Batch, Loader, ResidentLoader, make_loader
-from fastokd.data.registry import DatasetKind, ReadOptions, absolute_spec, list_datasets, open_dataset, register_dataset
+from fastokd.data.registry import (
+    DatasetKind,
+    ReadOptions,
+    absolute_spec,
+    list_datasets,
+    list_files,
+    open_dataset,
+    register_dataset,
+)
 
 __all__ = [
-    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "Loader", "ReadOptions", "ResidentLoader", "Split", "absolute_spec",
-    "list_datasets", "make_loader", "open_dataset", "register_dataset",
+    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "FileDataset", "FileSplit", "Loader", "ReadOptions", "ResidentLoader",
+    "Split", "absolute_spec", "list_datasets", "list_files", "make_loader", "open_dataset", "register_dataset",
 ]

@@ -1,12 +1,16 @@
-"""What a dataset is: splits of decoded images, the classes, and how the pixels are normalised."""
+"""What a dataset is: splits of images, the classes, and how the pixels are normalised.
+
+A split holds decoded images (``Split``) or names of image files (``fastokd.data.files.FileSplit``); what does not
+depend on that is written once, over either.
+"""
 
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +20,20 @@ from fastokd.data.images import first_of, show
 from fastokd.errors import ConfigError, DataError
 
 _CHUNK = 8192  # images at a time where a whole split would need a second copy of itself
+
+
+class AnySplit(Protocol):
+    """What a split of decoded images and one of image files have in common."""
+
+    name: str
+    targets: Tensor
+
+    def __len__(self) -> int: ...
+
+    def select(self, index: Tensor, name: str | None = None) -> Self: ...
+
+
+S = TypeVar("S", bound=AnySplit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,88 +76,102 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class DataSource:
-    """What a dataset kind reads: everything that does not depend on how a run wants to use it.
+class DataSource(Generic[S]):
+    """What a dataset kind lists or reads: everything that does not depend on how a run wants to use it.
 
     Args:
         name: short name for tables and logs.
         classes: the class names; a target is an index into them.
         train: the training split.
-        test: the evaluation split, never trained on (the ``val/`` folder where there is no ``test/``).
+        test: the evaluation split, never trained on (the ``val/`` folder where there is no ``test/``); None where
+            all images are for training, and some must be held out.
         val: a validation split of its own, where the dataset has one besides ``test``.
         mean, std: the customary normalisation per channel, as fractions of 255; None to measure the training split.
-        augment: the customary augmentation.
+        augment: the customary augmentation; None for the crop and flip that suit the images' size.
         root: the folder the data came from, if any.
         ignored_files: files in that folder that are no images.
 
     Raises:
-        DataError: fewer than two classes, a class without training images, an empty split, a target outside the
-            classes, or splits of different image sizes.
+        DataError: fewer than two classes, a class without training images, an empty split, or a target outside the
+            classes.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Split
-    test: Split
-    val: Split | None = None
+    train: S
+    test: S | None
+    val: S | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment | None = None
     root: Path | None = None
     ignored_files: int = 0
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
-            raise DataError(f"{self.name}: {len(self.classes)} class(es); a classifier needs two or more")
+            raise DataError(f"{show(self.name)}: {len(self.classes)} class(es); a classifier needs two or more")
         for name in self.classes:
             try:
                 name.encode()
             except UnicodeEncodeError:
                 raise DataError(f"{show(self.name)}: the class name {show(name)} is not valid UTF-8; rename its folder") from None
-        size = self.train.images.shape[1:]
         for split in self.splits:
             if not len(split):
-                raise DataError(f"{self.name}: split '{split.name}' is empty; put images in it")
-            if split.images.shape[1:] != size:
-                raise DataError(
-                    f"{self.name}: images of split '{split.name}' are {list(split.images.shape[1:])} and those of "
-                    f"'{self.train.name}' {list(size)}; open the dataset with one image_size"
-                )
+                raise DataError(f"{show(self.name)}: split '{split.name}' is empty; put images in it")
             low, high = int(split.targets.min()), int(split.targets.max())
             if low < 0 or high >= len(self.classes):
                 wrong = low if low < 0 else high
                 raise DataError(
-                    f"{self.name}: split '{split.name}' has label {wrong}, outside 0..{len(self.classes) - 1} of its "
+                    f"{show(self.name)}: split '{split.name}' has label {wrong}, outside 0..{len(self.classes) - 1} of its "
                     f"{len(self.classes)} classes; correct the labels or the class list"
                 )
         counts = torch.bincount(self.train.targets, minlength=len(self.classes))
         unseen = [self.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         if unseen:
-            raise DataError(f"{self.name}: no training images of {first_of(unseen)}; add some or drop the class")
+            raise DataError(f"{show(self.name)}: no training images of {first_of(unseen)}; add some or drop the class")
 
     @property
-    def splits(self) -> tuple[Split, ...]:
-        """The splits there are: train, test and, if there is one, val."""
-        return (self.train, self.test) if self.val is None else (self.train, self.test, self.val)
+    def splits(self) -> tuple[S, ...]:
+        """The splits there are, in the order train, test, val."""
+        return tuple(split for split in (self.train, self.test, self.val) if split is not None)
+
+    def carved(self, val_split: float, seed: int) -> tuple[S, S, S | None]:
+        """The splits (train, test, val) after holding out ``val_split`` of every class of the training images.
+
+        Where the source has no test split, the images held out take its place, as ``val/`` does without ``test/``.
+
+        Raises:
+            ConfigError: a fraction out of range.
+            DataError: nothing to evaluate on, a class too small to be split, or a validation split is there already.
+        """
+        if not 0 <= val_split < 1:
+            raise ConfigError(f"val_split={val_split}; it is the fraction of the training images held out, 0 <= val_split < 1")
+        if not val_split:
+            if self.test is None:
+                raise DataError(f"{show(self.root or self.name)}: no images to evaluate on; hold some out, e.g. with --val-split 0.1")
+            return self.train, self.test, self.val
+        if self.val is not None:
+            raise DataError(f"{show(self.name)} has a validation split of its own; leave --val-split at 0")
+        train, val = carve(self.train, self.classes, val_split, seed)
+        return (train, val, None) if self.test is None else (train, self.test, val)
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A dataset as a run uses it: ``DataSource`` with the validation split carved and the normalisation settled.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitSet(Generic[S]):
+    """A dataset as a run uses it: the splits with a validation split carved, and the normalisation settled.
 
-    ``fingerprint`` is a SHA-256 of the decoded pixels, labels and class names of all splits before carving: two runs
-    with the same fingerprint saw the same data, wherever its files lay.
+    Every such class also has ``image_size``, height and width of the images its loaders give, and ``fingerprint``, a
+    SHA-256 in hex: two runs with the same fingerprint saw the same data, wherever its files lay.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Split
-    test: Split
-    val: Split | None
+    train: S
+    test: S
+    val: S | None = None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment
-    fingerprint: str
     root: Path | None = None
     ignored_files: int = 0
 
@@ -148,16 +180,11 @@ class Dataset:
         return len(self.classes)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of every image."""
-        return self.train.images.shape[2], self.train.images.shape[3]
-
-    @property
-    def evaluation(self) -> Split:
+    def evaluation(self) -> S:
         """What a run is evaluated on: the validation split if there is one, else the test split."""
         return self.test if self.val is None else self.val
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> S:
         """The split "train", "val" or "test".
 
         Raises:
@@ -184,7 +211,21 @@ class Dataset:
         }
 
 
-def prepare(source: DataSource, *, val_split: float = 0.0, seed: int = 0, mean: Sequence[float] | None = None,
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset(SplitSet[Split]):
+    """A dataset whose images are decoded, all to one size.
+
+    Its fingerprint is of the decoded pixels, labels and class names of all splits before carving.
+    """
+
+    fingerprint: str
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+
+def prepare(source: DataSource[Split], *, val_split: float = 0.0, seed: int = 0, mean: Sequence[float] | None = None,
             std: Sequence[float] | None = None, augment: Augment | None = None) -> Dataset:
     """Carve the validation split off the training split and settle the normalisation.
 
@@ -196,32 +237,45 @@ def prepare(source: DataSource, *, val_split: float = 0.0, seed: int = 0, mean: 
 
     Raises:
         ConfigError: a fraction, mean or std out of range.
-        DataError: a class too small to be split, or a dataset that has a validation split already.
+        DataError: splits of different image sizes, a class too small to be split, or a dataset that has a validation
+            split already.
     """
-    if not 0 <= val_split < 1:
-        raise ConfigError(f"val_split={val_split}; it is the fraction of the training images held out, 0 <= val_split < 1")
-    if (mean is None) != (std is None):
-        raise ConfigError("mean and std belong together; give both or neither")
-    if mean is not None and std is not None:
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
-            raise ConfigError(f"mean={list(mean)}, std={list(std)}; they are three finite numbers each, and std is positive")
-        source = replace(source, mean=tuple(mean), std=tuple(std))
-    train, val = source.train, source.val
-    if val_split:
-        if val is not None:
-            raise DataError(f"{source.name} has a validation split of its own; leave --val-split at 0")
-        train, val = carve(train, source.classes, val_split, seed)
+    size = source.train.images.shape[1:]
+    for split in source.splits:
+        if split.images.shape[1:] != size:
+            raise DataError(
+                f"{show(source.name)}: images of split '{split.name}' are {list(split.images.shape[1:])} and those of "
+                f"'{source.train.name}' {list(size)}; open the dataset with one image_size"
+            )
+    source = normalized_by(source, mean, std)
+    train, test, val = source.carved(val_split, seed)
     if source.mean is None or source.std is None:
         measured_mean, measured_std = channel_statistics(train.images)
     else:
         measured_mean, measured_std = source.mean, source.std
     return Dataset(
-        source.name, source.classes, train, source.test, val, measured_mean, measured_std,
-        source.augment if augment is None else augment, fingerprint(source), source.root, source.ignored_files,
+        name=source.name, classes=source.classes, train=train, test=test, val=val, mean=measured_mean, std=measured_std,
+        augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True), fingerprint=fingerprint(source),
+        root=source.root, ignored_files=source.ignored_files,
     )
 
 
-def carve(train: Split, classes: Sequence[str], fraction: float, seed: int) -> tuple[Split, Split]:
+def normalized_by(source: DataSource[S], mean: Sequence[float] | None, std: Sequence[float] | None) -> DataSource[S]:
+    """The source with another normalisation, both given together or neither.
+
+    Raises:
+        ConfigError: only one of them, or numbers that are not finite.
+    """
+    if (mean is None) != (std is None):
+        raise ConfigError("mean and std belong together; give both or neither")
+    if mean is None or std is None:
+        return source
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+        raise ConfigError(f"mean={list(mean)}, std={list(std)}; they are three finite numbers each, and std is positive")
+    return replace(source, mean=tuple(mean), std=tuple(std))
+
+
+def carve(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple[S, S]:
     """Hold out ``fraction`` of every class, at least one image of each and never all; returns (train, val).
 
     Both keep the order the images had. The choice depends on nothing but the labels, the fraction and the seed.
@@ -260,7 +314,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(deviations)
 
 
-def fingerprint(source: DataSource) -> str:
+def fingerprint(source: DataSource[Split]) -> str:
     """SHA-256, in hex, of the class names and of every split's name, shape, labels and pixels."""
     digest = hashlib.sha256()
     header = [list(source.classes), [[s.name, list(s.images.shape)] for s in source.splits]]

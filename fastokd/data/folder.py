@@ -2,40 +2,20 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastokd.data.augment import Augment
-from fastokd.data.dataset import DataSource, Split
-from fastokd.data.images import EXTENSIONS, decode_all, first_of, show
-from fastokd.data.registry import DatasetKind, ReadOptions
+from fastokd.data.dataset import DataSource
+from fastokd.data.files import FileSplit
+from fastokd.data.images import EXTENSIONS, first_of, show
+from fastokd.data.registry import DatasetKind
 from fastokd.errors import DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
 
 
-@dataclass(frozen=True)
-class FolderSplit:
-    """The files of one split, relative to the tree's root, in the order class name, file name; and their labels."""
-
-    name: str
-    files: tuple[str, ...]
-    targets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A folder tree whose structure is sound: the same classes in every split, and none of them empty."""
-
-    root: Path
-    classes: tuple[str, ...]
-    splits: tuple[FolderSplit, ...]
-    ignored_files: int
-
-
-def scan_tree(root: Path) -> Tree:
+def list_tree(root: Path | None) -> DataSource[FileSplit]:
     """List a tree's image files and check its structure, without opening any of them.
 
     Hidden files and folders are passed over, and so are files without an image extension (they are counted).
@@ -45,6 +25,8 @@ def scan_tree(root: Path) -> Tree:
         DataError: a folder or split that is missing or empty, classes that differ between the splits, a class
             without images in some split.
     """
+    if root is None:
+        raise DataError(f"folder needs a path: folder:PATH, with {LAYOUT}")
     # os.path's tests, unlike pathlib's, answer False where permission is missing.
     if not os.path.isdir(root):
         raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
@@ -65,7 +47,8 @@ def scan_tree(root: Path) -> Tree:
                     f"{show(root)}: {len(extra)} class(es) in {here}/ and not in {there}/: {first_of(extra)}; every "
                     f"split needs the same class folders"
                 )
-    splits, ignored, empty = [], 0, []
+    splits: dict[str, FileSplit] = {}
+    ignored, empty = 0, []
     for name in names:
         # A link back up to these would bring the other classes' images in under this class's label.
         above = {_identity(root), _identity(root / name)}
@@ -79,29 +62,14 @@ def scan_tree(root: Path) -> Tree:
             targets += [label] * len(images)
             if not images:
                 empty.append(f"{name}/{class_name}")
-        splits.append(FolderSplit(name, tuple(files), tuple(targets)))
+        splits[name] = FileSplit(name, root, tuple(files), torch.tensor(targets))
     if empty:
         raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them in every split")
-    return Tree(root, tuple(classes["train"]), tuple(splits), ignored)
-
-
-def read(path: Path | None, options: ReadOptions) -> DataSource:
-    """Scan a tree, then decode all of its images."""
-    if path is None:
-        raise DataError(f"folder needs a path: folder:PATH, with {LAYOUT}")
-    tree = scan_tree(path)
-    files = [file for split in tree.splits for file in split.files]
-    images = decode_all(tree.root, files, options.image_size, options.workers, options.progress)
-    parts = images.split([len(split.files) for split in tree.splits])
-    splits = {
-        split.name: Split(split.name, part, torch.tensor(split.targets), split.files)
-        for split, part in zip(tree.splits, parts, strict=True)
-    }
     # Where there is no test/, val/ is what the run is judged on.
     test = splits.pop("test") if "test" in splits else splits.pop("val")
     return DataSource(
-        path.resolve().name, tree.classes, splits["train"], test, splits.get("val"), root=path.resolve(),
-        augment=Augment(pad=min(images.shape[2:]) // 8, flip=True), ignored_files=tree.ignored_files,
+        root.resolve().name, tuple(classes["train"]), splits["train"], test, splits.get("val"), root=root.resolve(),
+        ignored_files=ignored,
     )
 
 
@@ -155,4 +123,4 @@ def _walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
             yield entry.path
 
 
-FOLDER = DatasetKind(read)
+FOLDER = DatasetKind(files=list_tree)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,8 @@ def check_image_size(image_size: int | None) -> None:
         raise ConfigError(f"image_size={image_size}; it is the side of a square in pixels, 1 or more")
 
 
-def decode(path: str | Path) -> "Image.Image":
-    """Decode an image file, whatever its name says it is, into an upright 8-bit RGB image.
+def decode(path: str | Path | BytesIO) -> "Image.Image":
+    """Decode an image file or its bytes, whatever its name says it is, into an upright 8-bit RGB image.
 
     Grey, palette and CMYK images are converted; transparency is dropped; 16-bit grey keeps its high byte, as Pillow
     does for 16-bit colour; EXIF orientation is applied; of an animation the first frame is taken.
@@ -138,7 +139,7 @@ def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
 
 
 def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, workers: int | None = None,
-               progress: Progress | None = None) -> Tensor:
+               progress: Progress | None = None, read: Callable[[int], bytes] | None = None) -> Tensor:
     """Decode files in a thread pool into one tensor.
 
     Args:
@@ -146,6 +147,7 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         image_size: side of the square every image is fitted to; None keeps the size that all of them share.
         workers: decoding threads; one per usable core by default.
         progress: called in this thread with (files done, files in all).
+        read: gives the bytes of the i-th file; by default they are read from the file of that name.
 
     Returns:
         uint8 [N, 3, H, W], channels last in memory.
@@ -154,7 +156,10 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         DataError: files that cannot be decoded (the first ten are named, all are counted), sizes that differ while
             no ``image_size`` is given, or more images than fit in memory.
     """
-    height, width, model = (image_size, image_size, None) if image_size else _common_size(root, files)
+    def source(i: int) -> str | BytesIO:
+        return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
+
+    height, width, model = (image_size, image_size, None) if image_size else _common_size(files, source)
     check_memory(len(files), height, width, root)
     out = _allocate(len(files), height, width)
     pixels = out.numpy()
@@ -163,7 +168,7 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         unreadable = []
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
-                image = decode(os.path.join(root, files[i]))
+                image = decode(source(i))
             except Exception as error:  # a decoder may raise anything at all for damaged bytes
                 unreadable.append(f"{files[i]} ({_reason(error)})")
                 continue
@@ -200,11 +205,11 @@ def _allocate(count: int, height: int, width: int) -> Tensor:
     return torch.empty((count, height, width, 3), dtype=torch.uint8)
 
 
-def _common_size(root: Path, files: Sequence[str]) -> tuple[int, int, str | None]:
+def _common_size(files: Sequence[str], source: Callable[[int], str | BytesIO]) -> tuple[int, int, str | None]:
     """Height and width of the first file that can be decoded, and its name."""
-    for file in files:
+    for i, file in enumerate(files):
         try:
-            image = decode(root / file)
+            image = decode(source(i))
         except Exception:  # decode_all meets it again and reports it
             continue
         return image.height, image.width, file

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset, DataSource, prepare
+from fastokd.data.dataset import Dataset, DataSource, Split, prepare
+from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
 from fastokd.data.images import Progress, check_image_size, show
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
@@ -29,15 +30,17 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """A kind of dataset.
+    """A kind of dataset: decoded while it is read, or a list of image files; one of ``read`` and ``files``.
 
     Args:
-        read: reads one, from a folder or (given None) from the package itself; raises ``DataError``.
-        detect: whether a folder holds this kind; None for kinds that are only opened by name.
+        read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
+        detect: whether a path holds this kind; None for kinds that are only opened by name.
+        files: lists the image files of one without decoding any; raises ``DataError``.
     """
 
-    read: Callable[[Path | None, ReadOptions], DataSource]
+    read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
     detect: Callable[[Path], bool] | None = None
+    files: Callable[[Path | None], DataSource[FileSplit]] | None = None
 
 
 _FALLBACK = "folder"
@@ -98,8 +101,33 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
     """
     check_image_size(image_size)
     kind, path = _resolve(spec)
-    source = kind.read(path, ReadOptions(image_size, workers, progress))
+    options = ReadOptions(image_size, workers, progress)
+    if kind.files is None:
+        source = kind.read(path, options)
+    else:
+        source = decode_files(kind.files(path), options.image_size, options.workers, options.progress)
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
+
+
+def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image_size: int | None = None,
+               mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+               augment: Augment | None = None) -> FileDataset:
+    """Open a dataset made of image files and check its structure, without decoding anything.
+
+    Args:
+        spec, val_split, seed: as for ``open_dataset``, and with the same labels and the same images held out.
+        image_size: side of the square that loaders give; see ``prepare_files`` for the default.
+        mean, std: normalisation per channel, as fractions of 255; by default the dataset's customary values, or ImageNet's.
+        augment: training augmentation; by default the dataset's customary one.
+
+    Raises:
+        ConfigError: a setting out of range, or a kind that does not exist.
+        DataError: data that cannot be trained on, or that is not made of image files.
+    """
+    kind, path = _resolve(spec)
+    if kind.files is None:
+        raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
+    return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
 
 
 def absolute_spec(spec: str) -> str:
@@ -116,14 +144,14 @@ def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     if isinstance(spec, str) and name in _targets:
         return get_dataset_kind(name), Path(rest).expanduser() if rest else None
     path = Path(spec).expanduser()
-    if os.path.isdir(path):  # unlike pathlib's test, False where permission is missing
+    if os.path.exists(path):  # unlike pathlib's tests, False where permission is missing
         kinds = {name: get_dataset_kind(name) for name in list_datasets()}
         matches = [name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)]
         if len(matches) > 1:
             raise DataError(f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}")
-        return kinds[matches[0] if matches else _FALLBACK], path
-    if os.path.exists(path):
-        raise DataError(f"{show(path)} is a file; give the folder that holds the dataset")
+        if matches or os.path.isdir(path):
+            return kinds[matches[0] if matches else _FALLBACK], path
+        raise DataError(f"{show(path)} is a file; give the folder that holds the dataset, or a .csv list of path and label")
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
     raise DataError(f"{show(path.absolute())}: no folder that can be read, and no dataset of that name{did_you_mean(str(spec), _targets)}")
