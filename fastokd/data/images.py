@@ -170,7 +170,7 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
             try:
                 image = decode(source(i))
             except Exception as error:  # a decoder may raise anything at all for damaged bytes
-                unreadable.append(f"{files[i]} ({_reason(error)})")
+                unreadable.append(f"{files[i]} ({reason(error)})")
                 continue
             if image_size is not None:
                 image = fit(image, image_size)
@@ -216,7 +216,7 @@ def _common_size(files: Sequence[str], source: Callable[[int], str | BytesIO]) -
     return 1, 1, None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
