@@ -155,7 +155,7 @@ class DaliLoader(StreamLoader):
 
     def _feed(self) -> tuple[Any, ...]:
         """Called by DALI when it has room for one more batch."""
-        request = next(self._requests)
+        request = self._without_bad(next(self._requests))
         self._in_flight.append(request)
         return self._inputs(request)
 
@@ -190,9 +190,12 @@ class DaliLoader(StreamLoader):
         if not found:
             raise DataError(f"DALI failed on split '{self.split.name}' of {show(self.split.root)}: {dali_reason(error)}") from error
         self._note_bad(found)
-        self._requests = chain([self._without_bad(request) for request in pending], self._requests)
+        self._requests = chain(pending, self._requests)
 
     def _without_bad(self, request: Request) -> Request:
+        """The request with the next good image in the place of every one that is known to be bad."""
+        if not self.replaced:
+            return request
         index = request.index.copy()
         for place, i in enumerate(index.tolist()):
             while i in self.replaced:
