@@ -4,9 +4,20 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastokd.data import Augment, ResidentLoader, Split
-from fastokd.data.augment import crop, mirror
+from fastokd.data import (
+    Augment,
+    ResidentLoader,
+    Split,
+    list_files,
+    list_loaders,
+    make_loader,
+    open_dataset,
+    register_loader,
+)
+from fastokd.data.augment import Mixing, crop, mirror
 from fastokd.errors import ConfigError, DataError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -27,24 +38,31 @@ def equal(left, right) -> bool:
     return len(left) == len(right) and all(torch.equal(x, y) for a, b in zip(left, right, strict=True) for x, y in zip(a, b, strict=True))
 
 
-def slow_augmented(image, offset, mirrored, pad):
-    """One image [C, H, W], pixel by pixel: what a crop out of the black-padded image and a mirroring must give."""
+def slow_augmented(image, offset, mirrored, pad, padding="zero"):
+    """One image [C, H, W], pixel by pixel: what a crop out of the padded image and a mirroring must give."""
     height, width = image.shape[1:]
     out = torch.zeros_like(image)
     for y, x in itertools.product(range(height), range(width)):
         source_y, source_x = y + int(offset[0]) - pad, x + int(offset[1]) - pad
+        if padding == "reflect":
+            source_y, source_x = (
+                -place if place < 0 else 2 * (side - 1) - place if place >= side else place
+                for place, side in ((source_y, height), (source_x, width))
+            )
         if 0 <= source_y < height and 0 <= source_x < width:
             out[:, y, width - 1 - x if mirrored else x] = image[:, source_y, source_x]
     return out
 
 
-@pytest.mark.parametrize(("height", "width", "pad"), [(5, 5, 1), (4, 7, 3), (1, 1, 1), (6, 3, 0), (3, 3, 5)])
-def test_crop_and_mirror_against_a_per_pixel_oracle(height, width, pad):
+@pytest.mark.parametrize(("height", "width", "pad", "padding"), [
+    (5, 5, 1, "zero"), (4, 7, 3, "zero"), (1, 1, 1, "zero"), (6, 3, 0, "zero"), (3, 3, 5, "zero"), (5, 5, 1, "reflect"), (4, 7, 3, "reflect"), (2, 2, 1, "reflect"),
+])
+def test_crop_and_mirror_against_a_per_pixel_oracle(height, width, pad, padding):
     offsets = torch.tensor(list(itertools.product(range(2 * pad + 1), repeat=2)))
     images = torch.randint(1, 256, (len(offsets), 3, height, width), dtype=torch.uint8)
     mirrored = torch.arange(len(offsets)) % 3 == 0
-    got = mirror(crop(images.permute(0, 2, 3, 1), offsets, pad), mirrored).permute(0, 3, 1, 2)
-    want = torch.stack([slow_augmented(*each, pad) for each in zip(images, offsets, mirrored, strict=True)])
+    got = mirror(crop(images.permute(0, 2, 3, 1), offsets, pad, padding), mirrored).permute(0, 3, 1, 2)
+    want = torch.stack([slow_augmented(*each, pad, padding) for each in zip(images, offsets, mirrored, strict=True)])
     assert torch.equal(got, want)
 
 
@@ -234,12 +252,19 @@ def test_too_few_training_images_for_a_batch():
     ({"rank": -1}, "rank=-1"),
     ({"dtype": torch.uint8}, "floating"),
     ({"memory_format": torch.preserve_format}, "channels_last"),
+    ({"views": 0}, "views=0"),
+    ({"mixup": -0.1}, r"mixup=-0.1: it is the alpha"),
+    ({"cutmix": float("inf")}, "cutmix=inf"),
+    ({"mixup": 0.2}, "num_classes"),
+    ({"augment": Augment(pad=6, padding="reflect")}, "pad=6 by reflection needs larger images than 6 x 6"),
 ])
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         make(**settings)
     with pytest.raises(ConfigError, match="negative"):
         Augment(pad=-1)
+    with pytest.raises(ConfigError, match="padding='mirror'; use zero or reflect"):
+        Augment(pad=1, padding="mirror")
     with pytest.raises(ConfigError, match="negative"):
         make().set_epoch(-1)
 
@@ -252,10 +277,218 @@ def test_the_split_is_never_written_to():
     assert torch.equal(split.images, before)
 
 
+def test_the_augmentation_of_a_seed_and_epoch_stays_what_it_was():
+    """Fixed numbers: runs of earlier versions can be resumed, and one view is the first of many."""
+    for views in (1, 3):
+        loader = make(count=10, batch_size=5, seed=2, augment=Augment(pad=1, flip=True), views=views)
+        loader.set_epoch(4)
+        first = next(iter(loader))
+        assert first.index.tolist() == [2, 3, 4, 9, 5]
+        images = first.images if views == 1 else first.images[0]
+        # Of each image the sum over its pixels, as a fingerprint.
+        assert [round(value, 3) for value in images.double().sum((1, 2, 3)).tolist()] == [36.759, 36.618, -27.825, -10.997, -27.163]
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_views_are_other_augmentations_of_the_same_images(memory_format):
+    split = make_split(48)
+    loader = ResidentLoader(split, 16, True, mean=(0, 0, 0), std=(1, 1, 1), augment=Augment(pad=2, flip=True), views=3, memory_format=memory_format)
+    differ = 0
+    for batch in loader:
+        assert batch.images.shape == (3, 16, 3, 6, 6)
+        assert all(view.is_contiguous(memory_format=memory_format) for view in batch.images)
+        assert torch.equal(batch.target, split.targets[batch.index])
+        for view in batch.images:
+            for image, index in zip((view * 255).round().to(torch.uint8), batch.index, strict=True):
+                choices = itertools.product(itertools.product(range(5), repeat=2), (False, True))
+                assert any(torch.equal(image, slow_augmented(split.images[index], *choice, 2)) for choice in choices)
+        differ += sum(not torch.equal(*pair) for pair in zip(batch.images[1], batch.images[2], strict=True))
+    assert differ > 40  # one in fifty draws the same crop and mirroring
+    assert next(iter(make(train=False, views=3))).images.ndim == 4
+
+
+def without_mixing(**settings):
+    return make(**{**settings, "mixup": 0.0, "cutmix": 0.0})
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_mixup_blends_pixels_and_labels_by_one_weight(views):
+    settings = {"count": 48, "batch_size": 8, "num_classes": 7, "augment": Augment(pad=2, flip=True), "views": views}
+    weights = []
+    for mixed, plain in zip(make(**settings, mixup=0.8), without_mixing(**settings), strict=True):
+        assert torch.equal(mixed.index, plain.index)
+        first, other = torch.nn.functional.one_hot(plain.target, 7).float(), torch.nn.functional.one_hot(plain.target.flip(0), 7).float()
+        row = int((first != other).any(1).nonzero()[0])
+        weight = mixed.target[row, plain.target[row]]
+        torch.testing.assert_close(mixed.target, weight * first + (1 - weight) * other)
+        torch.testing.assert_close(mixed.images, weight * plain.images + (1 - weight) * plain.images.flip(-4), rtol=1e-5, atol=1e-5)
+        weights.append(float(weight))
+    assert len(set(weights)) == 6
+    assert all(0 <= weight <= 1 for weight in weights)
+
+
+def test_cutmix_pastes_a_box_and_labels_by_its_area():
+    settings = {"count": 64, "batch_size": 8, "num_classes": 7, "augment": Augment(pad=2, flip=True)}
+    pasted = 0
+    for mixed, plain in zip(make(**settings, cutmix=1.0), without_mixing(**settings), strict=True):
+        other = plain.images.flip(0)
+        from_other = (mixed.images == other).all(1) & ~(plain.images == other).all(1)
+        from_own = (mixed.images == plain.images).all(1)
+        assert (from_other | from_own).all(), "every pixel is one image's or the other's"
+        box = from_other.any(0)  # where any image of the batch shows the other: the same box for all
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns), "a rectangle"
+        share = 1 - box.float().mean()
+        one_hot = torch.nn.functional.one_hot(plain.target, 7).float()
+        torch.testing.assert_close(mixed.target, share * one_hot + (1 - share) * one_hot.flip(0))
+        pasted += int(box.sum())
+    assert pasted > 0
+
+
+def test_mixing_weights_have_their_distribution():
+    alpha = 0.4
+    draws = Mixing(mixup=alpha).draw(20_000, 0)
+    assert (draws[:, 0] == draws[:, 1]).all(), "mixup has no box"
+    assert draws[:, 4].mean() == pytest.approx(0.5, abs=0.01)
+    assert draws[:, 4].var() == pytest.approx(0.25 / (2 * alpha + 1), rel=0.02)  # of Beta(alpha, alpha)
+    draws = Mixing(cutmix=1.0).draw(20_000, 0)
+    assert (draws[:, 4] == 1).all()
+    inner = ((draws[:, :4] > 0) & (draws[:, :4] < 1)).all(1)  # boxes that the border did not cut
+    sides = draws[inner, 1] - draws[inner, 0]
+    torch.testing.assert_close(sides, draws[inner, 3] - draws[inner, 2], rtol=0, atol=1e-6)
+    both = Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 0)
+    assert (both[:, 4] == 1).float().mean() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(both, Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 1))
+
+
+@pytest.mark.parametrize("settings", [{"views": 2}, {"mixup": 0.4, "cutmix": 1.0, "num_classes": 7}])
+def test_views_and_mixing_depend_on_neither_ranks_nor_interruption(settings):
+    alone = make(50, 8, **settings)
+    alone.set_epoch(3)
+    batches = list(alone)
+    ranks = [make(50, 2, rank=rank, world_size=4, **settings) for rank in range(4)]
+    for loader in ranks:
+        loader.load_state_dict({"epoch": 3, "position": 16, "seed": 0, "size": 50})
+    dims = (1 if "views" in settings else 0, 0, 0)
+    joined = [
+        tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*rank_batches, strict=True), dims, strict=True))
+        for rank_batches in zip(*ranks, strict=True)
+    ]
+    assert equal(joined, batches[2:])
+    alone.set_epoch(4)
+    assert not equal(list(alone), batches)
+
+
+def test_gather_makes_the_batches_of_the_epoch_from_a_step_on_the_device():
+    loader = make(mixup=0.4, num_classes=7)
+    loader.set_epoch(2)
+    batches = list(loader)
+    again = make(mixup=0.4, num_classes=7)
+    again.set_epoch(2)
+    step = torch.zeros((), dtype=torch.int64)
+    for batch in batches:
+        assert equal([again.gather(step)], [batch])
+        step += 1
+    again.mark_done(4)
+    resumed = make(mixup=0.4, num_classes=7)
+    resumed.load_state_dict(again.state_dict())
+    assert equal(list(resumed), batches[4:])
+
+
+def test_gather_is_tensor_operations_alone():
+    """What a captured graph replays: a trace of one step in one epoch gives every other, once the epoch is drawn."""
+    settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
+    loader = make(**settings)
+    loader.set_epoch(0)
+    traced = make_fx(lambda step: loader.gather(step))(torch.tensor(1))
+    for epoch in (0, 5):
+        loader.set_epoch(epoch)
+        fresh = make(**settings)
+        fresh.set_epoch(epoch)
+        for step, batch in enumerate(fresh):
+            assert equal([traced(torch.tensor(step))], [batch])
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_resized_training_images_are_antialiased_after_augmentation(size):
+    loader = make(augment=Augment(pad=2, flip=True), memory_format=torch.contiguous_format)
+    whole = list(loader)
+    loader.set_size(size)
+    weights = triangle_weights(6, size)
+    for got, want in zip(loader, whole, strict=True):
+        assert torch.equal(got.index, want.index)
+        torch.testing.assert_close(got.images, torch.einsum("yh,bchw,xw->bcyx", weights, want.images, weights), rtol=0, atol=1e-5)
+    loader.set_size(None)
+    assert equal(list(loader), whole)
+    with pytest.raises(ConfigError, match="image size 7: the images are 6 x 6"):
+        loader.set_size(7)
+
+
+def triangle_weights(source: int, target: int) -> torch.Tensor:
+    """The antialiased triangle filter: weights [target, source], from its definition."""
+    scale = source / target
+    centres = (torch.arange(target) + 0.5) * scale
+    distance = ((torch.arange(source) + 0.5) - centres[:, None]).abs() / scale
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def test_make_loader_says_what_does_not_go_together(tmp_path):
+    digits = open_dataset("digits")
+    with pytest.raises(ConfigError, match="unknown loader 'residnt'; did you mean 'resident'"):
+        make_loader(digits, "train", 8, loader="residnt")
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(ConfigError, match=r"takes decoded images; open .* with open_dataset"):
+        make_loader(list_files(tmp_path), "train", 2, loader="resident")
+
+
+def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("fastokd.data.loader._modules", {"resident": "fastokd.data.resident"})
+    (tmp_path / "toy_loader_module.py").write_text(
+        "from fastokd.data import LoaderKind, ResidentLoader\n"
+        "LOADER = LoaderKind(ResidentLoader, decoded=True, missing=lambda device: 'pip install toy' if device.type == 'meta' else None)\n")
+    register_loader("toy", "toy_loader_module")
+    assert list_loaders() == ["resident", "toy"]
+    digits = open_dataset("digits")
+    assert len(make_loader(digits, "train", 100, loader="toy")) == 14
+    with pytest.raises(ConfigError, match="loader 'toy' cannot run here: pip install toy"):
+        make_loader(digits, "train", 100, loader="toy", device="meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_replays_other_steps_and_epochs():
+    settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
+    loader = make(device="cuda", **settings)
+    loader.set_epoch(0)
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        loader.gather(step)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = loader.gather(step)
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        want = make(**settings)
+        want.set_epoch(epoch)
+        for i, expected in enumerate(want):
+            step.fill_(i)
+            graph.replay()
+            assert torch.equal(batch.index.cpu(), expected.index)
+            torch.testing.assert_close(batch.images.cpu(), expected.images, rtol=0, atol=1e-5)
+            torch.testing.assert_close(batch.target.cpu(), expected.target)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_cpu_batches_without_making_the_host_wait():
     for train in (True, False):
-        loader = make(train=train, device="cuda")
+        settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
+        loader = make(train=train, device="cuda", **settings)
         iterator = iter(loader)
         batches = [next(iterator)]  # the first batch may wait for allocations
         torch.cuda.set_sync_debug_mode("error")
@@ -263,6 +496,6 @@ def test_cuda_gives_the_cpu_batches_without_making_the_host_wait():
             batches += iterator
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for got, want in zip(batches, make(train=train), strict=True):
+        for got, want in zip(batches, make(train=train, **settings), strict=True):
             assert torch.equal(got.index.cpu(), want.index)
             torch.testing.assert_close(got.images.cpu(), want.images, rtol=0, atol=2e-6)

@@ -3,7 +3,7 @@
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split
 from fastokd.data.files import FileDataset, FileSplit
-from fastokd.data.loader import Batch, Loader, ResidentLoader, make_loader
+from fastokd.data.loader import Batch, Loader, LoaderKind, list_loaders, make_loader, register_loader
 from fastokd.data.registry import (
     DatasetKind,
     ReadOptions,
@@ -13,8 +13,10 @@ from fastokd.data.registry import (
     open_dataset,
     register_dataset,
 )
+from fastokd.data.resident import ResidentLoader
 
 __all__ = [
-    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "FileDataset", "FileSplit", "Loader", "ReadOptions", "ResidentLoader",
-    "Split", "absolute_spec", "list_datasets", "list_files", "make_loader", "open_dataset", "register_dataset",
+    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "FileDataset", "FileSplit", "Loader", "LoaderKind", "ReadOptions",
+    "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "list_loaders", "make_loader", "open_dataset",
+    "register_dataset", "register_loader",
 ]

@@ -1,16 +1,19 @@
 """Training augmentation of a whole batch at once, on whatever device the batch lies.
 
-Every operation here has static shapes and no host synchronisation, so it may be compiled or captured.
+Every operation here has static shapes and no host synchronisation, so it may be compiled or captured. What is random
+is drawn beforehand, on the CPU, so that every device sees the same.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastokd.errors import ConfigError
+
+PADDINGS = ("zero", "reflect")
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,25 @@ class Augment:
     """The augmentation policy of the training split: a random crop, then random mirroring.
 
     Args:
-        pad: black pixels added on every side before a crop of the original size is taken; 0 for no such crop.
+        pad: pixels added on every side before a crop of the original size is taken; 0 for no such crop.
         flip: mirror each image left to right with probability one half.
-        crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet; None for none.
+        padding: what is added: "zero" (black pixels) or "reflect" (the image mirrored at its edge, which is not repeated).
+        crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet; None for none. They
+            need the picture in its own size, which the loaders have that decode while training.
         crop_ratio: the range of their aspect ratio, width / height.
     """
 
     pad: int = 0
     flip: bool = False
+    padding: str = "zero"
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
         if self.pad < 0:
             raise ConfigError(f"augment pad={self.pad} is negative; use 0 to switch the random crop off")
+        if self.padding not in PADDINGS:
+            raise ConfigError(f"augment padding='{self.padding}'; use {' or '.join(PADDINGS)}")
         if self.crop_scale is None:
             return
         if self.pad:
@@ -58,22 +66,37 @@ class Augment:
         return offsets, mirrored & self.flip
 
 
-def crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
-    """Crop each image out of itself surrounded by ``pad`` zeros, keeping its size.
+def crop(images: Tensor, offsets: Tensor, pad: int, padding: str = "zero") -> Tensor:
+    """Crop each image out of itself surrounded by ``pad`` pixels, keeping its size.
 
     Args:
         images: [B, H, W, C], any dtype.
         offsets: int64 [B, 2], the (y, x) corner of each crop in the padded image, 0 .. 2 * pad.
+        pad, padding: see ``Augment``; reflecting needs ``pad`` below H and W.
 
     Returns:
         [B, H, W, C], contiguous, where pixel (y, x) is padded[y + offset_y, x + offset_x].
     """
-    height, width = images.shape[1:3]
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    # A view of every possible crop, [B, 2 pad + 1, 2 pad + 1, C, H, W]: picking one of them per image is one gather.
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1)
-    rows = torch.arange(len(images), device=images.device)
-    return windows.permute(0, 1, 2, 4, 5, 3)[rows, offsets[:, 0], offsets[:, 1]]
+    count, height, width, channels = images.shape
+    y = torch.arange(height, device=images.device) + offsets[:, :1] - pad
+    x = torch.arange(width, device=images.device) + offsets[:, 1:] - pad
+    place = _reflected if padding == "reflect" else _clamped
+    inner_y, inner_x = place(y, height), place(x, width)
+    # Pixels of all images in one list: picking whole pixels out of it is one gather, and nothing is padded.
+    rows = (torch.arange(count, device=images.device)[:, None, None] * height + inner_y[:, :, None]) * width + inner_x[:, None, :]
+    picked = images.reshape(-1, channels).index_select(0, rows.flatten()).view(images.shape)
+    if padding == "reflect":
+        return picked
+    return picked * ((y == inner_y)[:, :, None] & (x == inner_x)[:, None, :])[..., None]
+
+
+def _clamped(places: Tensor, size: int) -> Tensor:
+    return places.clamp(0, size - 1)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """-1 is 1, and ``size`` is ``size - 2``."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -81,10 +104,72 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)
 
 
-def normalize(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """``images * scale + shift`` of uint8 [B, H, W, C], computed in float32, then cast to ``dtype``.
+def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``images * scale + shift`` of uint8 [B, H, W, C] as float32.
 
     ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel: broadcasting over
     an inner dimension of three is four times slower on a CPU.
     """
-    return (images.flatten(1) * scale + shift).to(dtype).view(images.shape)
+    return (images.flatten(1) * scale + shift).view(images.shape)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Blending every training image with another one of its batch.
+
+    Mixup (Zhang et al. 2018) blends pixels and labels by a weight from Beta(alpha, alpha); CutMix (Yun et al. 2019)
+    pastes a box whose area is that weight's complement. With both on, each batch draws one of them evenly.
+
+    Args:
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if not 0 <= alpha < float("inf"):
+                raise ConfigError(f"{name}={alpha}: it is the alpha of a Beta distribution, a positive number, or 0 to switch it off")
+
+    def __bool__(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """The random choices for ``count`` batches, float32 [count, 5].
+
+        Of each batch the box (top, bottom, left, right) as fractions of the image, and the weight of the image's own
+        pixels outside of it. Mixup's box is empty, CutMix's weight is 1.
+        """
+        random = np.random.Generator(np.random.PCG64(seed))
+        cut = random.random(count) < 0.5 if self.mixup and self.cutmix else np.full(count, bool(self.cutmix))
+        weight = np.where(cut, random.beta(self.cutmix or 1, self.cutmix or 1, count), random.beta(self.mixup or 1, self.mixup or 1, count))
+        half = np.where(cut, np.sqrt(1 - weight) / 2, 0.0)
+        centre_y, centre_x = random.random((2, count))
+        box = [centre_y - half, centre_y + half, centre_x - half, centre_x + half]
+        choices = np.stack([*np.clip(box, 0, 1), np.where(cut, 1.0, weight)], axis=1)
+        return torch.from_numpy(choices.astype(np.float32))
+
+
+def mix(images: Tensor, others: Tensor, target: Tensor, other_target: Tensor, choice: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Blend each image with another.
+
+    Args:
+        images, others: floating [..., B, H, W, C].
+        target, other_target: int64 [B].
+        choice: float32 [5], a row of ``Mixing.draw``, on the images' device.
+        num_classes: C of the result's targets.
+
+    Returns:
+        the images, and their targets float32 [B, C]: the share of the pixels that each class has.
+    """
+    height, width = images.shape[-3:-1]
+    top, bottom, left, right, weight = choice.unbind()
+    y, x = ((torch.arange(size, device=images.device) + 0.5) / size for size in (height, width))
+    box = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+    own = torch.where(box, 0.0, weight)  # [H, W], the weight of the image's own pixels
+    mixed = torch.lerp(others, images, own[..., None].to(images.dtype).expand_as(images))  # exact where the weight is 0 or 1
+    share = own.mean()
+    classes = torch.arange(num_classes, device=target.device)
+    return mixed, share * (target[:, None] == classes) + (1 - share) * (other_target[:, None] == classes)

@@ -148,7 +148,7 @@ class DataSource(Generic[S]):
             raise ConfigError(f"val_split={val_split}; it is the fraction of the training images held out, 0 <= val_split < 1")
         if not val_split:
             if self.test is None:
-                raise DataError(f"{show(self.root or self.name)}: no images to evaluate on; hold some out, e.g. with --val-split 0.1")
+                raise DataError(f"{show(self.root or self.name)}: no val/ or test/ images; hold some training images out with --val-split, e.g. 0.1")
             return self.train, self.test, self.val
         if self.val is not None:
             raise DataError(f"{show(self.name)} has a validation split of its own; leave --val-split at 0")

@@ -1,4 +1,7 @@
-"""A folder tree of image files: ``train/`` and ``val/`` or ``test/``, each with one folder of images per class."""
+"""A folder tree of image files: a folder of images per class, below ``train/``, ``val/`` and ``test/`` or alone.
+
+Where ``val/`` or ``test/`` is flat, as ImageNet's and Tiny-ImageNet's are, a label file says what its images show.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +12,13 @@ import torch
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
 from fastokd.data.images import EXTENSIONS, first_of, show
+from fastokd.data.label_list import NAMES, find_label_file, read_label_file
 from fastokd.data.registry import DatasetKind
 from fastokd.errors import DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""The splits, and the folders they are looked for in."""
 
 
 def list_tree(root: Path | None) -> DataSource[FileSplit]:
@@ -23,54 +29,116 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
 
     Raises:
         DataError: a folder or split that is missing or empty, classes that differ between the splits, a class
-            without images in some split.
+            without images in some split, a flat split without labels.
     """
     if root is None:
         raise DataError(f"folder needs a path: folder:PATH, with {LAYOUT}")
     # os.path's tests, unlike pathlib's, answer False where permission is missing.
     if not os.path.isdir(root):
         raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
-    names = [name for name in ("train", "val", "test") if os.path.isdir(root / name)]
-    if "train" not in names or len(names) < 2:
+    names = {split: next((name for name in folders if os.path.isdir(root / name)), None) for split, folders in SPLITS.items()}
+    if not any(names.values()):
+        return _one_folder(root)
+    if names["train"] is None:
         found = [entry.name + "/" for entry in _entries(root) if _is_folder(entry)]
-        missing = "train/" if "train" not in names else "val/ or test/"
-        raise DataError(
-            f"{show(root)}: no {missing} (found {first_of(found) if found else 'no folders'}); arrange the images as "
-            f"{LAYOUT}, or give a folder with cifar-10-batches-py or cifar-100-python"
-        )
-    classes = {name: _class_names(root, name) for name in names}
-    for name in names[1:]:
-        for here, there in (("train", name), (name, "train")):
-            extra = sorted(set(classes[here]) - set(classes[there]))
-            if extra:
-                raise DataError(
-                    f"{show(root)}: {len(extra)} class(es) in {here}/ and not in {there}/: {first_of(extra)}; every "
-                    f"split needs the same class folders"
-                )
+        raise DataError(f"{show(root)}: no train/ (found {first_of(found)}); arrange the images as {LAYOUT}")
+    classes = _class_names(root / "train")
     splits: dict[str, FileSplit] = {}
     ignored, empty = 0, []
-    for name in names:
-        # A link back up to these would bring the other classes' images in under this class's label.
-        above = {_identity(root), _identity(root / name)}
-        files: list[str] = []
-        targets: list[int] = []
-        for label, class_name in enumerate(classes["train"]):
-            found = list(_walk(root / name / class_name, set(above)))
-            images = sorted(path for path in found if os.path.splitext(path)[1].lower() in EXTENSIONS)
-            ignored += len(found) - len(images)
-            files += (os.path.relpath(path, root) for path in images)
-            targets += [label] * len(images)
-            if not images:
-                empty.append(f"{name}/{class_name}")
-        splits[name] = FileSplit(name, root, tuple(files), torch.tensor(targets))
+    for split, name in names.items():
+        if name is None:
+            continue
+        flat = _flat_images(root / name, classes) if split != "train" else None
+        if flat is not None:
+            labels = find_label_file(root, name, root / name)
+            if labels is None and split == "test" and "val" in splits:
+                ignored += len(flat)  # ImageNet's test images, whose labels are not public
+                continue
+            if labels is None:
+                raise DataError(
+                    f"{show(root / name)}: {len(flat)} images and no class folders; put the images of each class into a folder named after "
+                    f"it, or say what they are in a file there: {NAMES[0]} with 'image class' lines, or ImageNet's ground truth ({NAMES[-1]} and meta.mat)"
+                )
+            targets = read_label_file(labels, [os.path.basename(path) for path in flat], classes)
+            splits[split] = _file_split(split, root, flat, targets)
+            continue
+        if split != "train":
+            _same_classes(root, classes, name)
+        files, targets, others, without = _list_classes(root, name, classes)
+        splits[split] = _file_split(split, root, files, targets)
+        ignored += others
+        empty += without
     if empty:
         raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them in every split")
     # Where there is no test/, val/ is what the run is judged on.
-    test = splits.pop("test") if "test" in splits else splits.pop("val")
+    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
     return DataSource(
-        root.resolve().name, tuple(classes["train"]), splits["train"], test, splits.get("val"), root=root.resolve(),
-        ignored_files=ignored,
+        root.resolve().name, tuple(classes), splits["train"], test, splits.get("val"), root=root.resolve(), ignored_files=ignored,
     )
+
+
+def _one_folder(root: Path) -> DataSource[FileSplit]:
+    """A folder of class folders, all for training until some are held out."""
+    folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
+    if not folders:
+        images = sum(_is_image(entry.name) for entry in _entries(root))
+        found = f"{images} images" if images else "no folders"
+        raise DataError(f"{show(root)}: no train/ (found {found}); arrange the images as {LAYOUT}, or as <class>/ to use with --val-split")
+    files, targets, ignored, empty = _list_classes(root, ".", folders)
+    if len(empty) == len(folders):
+        raise DataError(f"{show(root)}: no train/ (found {first_of([name + '/' for name in folders])}), and no images in them; arrange the images as {LAYOUT}")
+    if empty:
+        raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them")
+    return DataSource(root.resolve().name, tuple(folders), _file_split("train", root, files, targets), None, root=root.resolve(), ignored_files=ignored)
+
+
+def _file_split(name: str, root: Path, files: list[str], targets: list[int]) -> FileSplit:
+    return FileSplit(name, root, tuple(os.path.relpath(file, root) for file in files), torch.tensor(targets, dtype=torch.int64))
+
+
+def _list_classes(root: Path, folder: str, classes: list[str]) -> tuple[list[str], list[int], int, list[str]]:
+    """The images of every class and their labels, how many files are no images, and the classes without any."""
+    # A link back up to these would bring the other classes' images in under this class's label.
+    above = {_identity(root), _identity(root / folder)}
+    files: list[str] = []
+    targets: list[int] = []
+    ignored, empty = 0, []
+    for label, name in enumerate(classes):
+        found = list(_walk(root / folder / name, set(above)))
+        images = sorted(path for path in found if _is_image(path))
+        ignored += len(found) - len(images)
+        files += images
+        targets += [label] * len(images)
+        if not images:
+            empty.append(os.path.normpath(f"{folder}/{name}"))
+    return files, targets, ignored, empty
+
+
+def _same_classes(root: Path, classes: list[str], name: str) -> None:
+    there = _class_names(root / name)
+    for (here, names), (other, others) in ((("train", classes), (name, there)), ((name, there), ("train", classes))):
+        extra = sorted(set(names) - set(others))
+        if extra:
+            raise DataError(
+                f"{show(root)}: {len(extra)} class(es) in {here}/ and not in {other}/: {first_of(extra)}; every "
+                f"split needs the same class folders"
+            )
+
+
+def _flat_images(folder: Path, classes: list[str]) -> list[str] | None:
+    """The images of a split that has no class folders, by name: in it, or in its folder ``images``; else None."""
+    entries = _entries(folder)
+    folders = [entry.name for entry in entries if _is_folder(entry)]
+    if folders == ["images"] and classes != ["images"]:
+        entries = _entries(folder / "images")
+    elif folders:
+        return None
+    images = [entry.path for entry in entries if not _is_folder(entry) and _is_image(entry.name)]
+    return images or None
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
@@ -101,13 +169,13 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _class_names(root: Path, split: str) -> list[str]:
-    entries = _entries(root / split)
+def _class_names(folder: Path) -> list[str]:
+    entries = _entries(folder)
     names = [entry.name for entry in entries if _is_folder(entry)]
     if not names:
-        images = sum(os.path.splitext(entry.name)[1].lower() in EXTENSIONS for entry in entries)
+        images = sum(_is_image(entry.name) for entry in entries)
         what = f"{images} images and no class folders" if images else "empty"
-        raise DataError(f"{show(root / split)}: {what}; put the images of each class into a folder named after it")
+        raise DataError(f"{show(folder)}: {what}; put the images of each class into a folder named after it")
     return names
 
 

@@ -48,6 +48,10 @@ _targets = {
     "digits": "fastokd.data.digits:DIGITS",
     "cifar10": "fastokd.data.cifar:CIFAR10",
     "cifar100": "fastokd.data.cifar:CIFAR100",
+    "cinic10": "fastokd.data.cinic10:CINIC10",
+    "svhn": "fastokd.data.svhn:SVHN",
+    "csv": "fastokd.data.csv_list:CSV",
+    "webdataset": "fastokd.data.webdataset:WEBDATASET",
     "folder": "fastokd.data.folder:FOLDER",
 }
 
@@ -83,9 +87,7 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
     """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
 
     Args:
-        spec: "digits" (in the package), a folder, or "kind:folder". A folder holds torchvision's CIFAR files
-            (``cifar-10-batches-py``, ``cifar-100-python``) or ``train/`` and ``val/`` or ``test/`` with one folder
-            of images per class.
+        spec: "digits" (in the package), a folder, a CSV list, or "kind:path". ``docs/data.md`` has all the layouts.
         image_size: side of the square all images are fitted to; None keeps the size they all share.
         val_split: fraction of every class's training images to hold out for validation.
         seed: chooses the images held out.

@@ -1,0 +1,102 @@
+"""Which class each image of a flat folder has: the label files that ImageNet and its relatives come with.
+
+Three forms, told apart by their content: ``image synset`` pairs (Tiny-ImageNet's ``val_annotations.txt``, Kaggle's
+``LOC_val_solution.csv``, anybody's own list), one synset a line in the order of the images' names, and ImageNet's official
+ground truth, one number a line, whose meaning is in ``meta.mat`` of the same development kit.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastokd.data.images import first_of, show
+from fastokd.errors import DataError, MissingExtra
+
+NAMES = (
+    "val_annotations.txt", "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt",
+    "ILSVRC2012_validation_ground_truth.txt",
+)
+FOLDERS = (".", "ILSVRC2012_devkit_t12/data", "data")
+
+
+def find_label_file(root: Path, split: str, folder: Path) -> Path | None:
+    """The label file of a flat split: in its folder, in the tree's root, or in ImageNet's development kit there."""
+    names = (*NAMES, f"{split}_labels.txt", f"{split}.txt", f"{split}.csv")
+    places = [folder, *(root / name for name in FOLDERS)]
+    return next((place / name for name in names for place in places if os.path.isfile(place / name)), None)
+
+
+def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """The class number of each image.
+
+    Args:
+        file: the label file.
+        images: file names without folders, in ascending order.
+        classes: the class names; a number is an index into them.
+
+    Raises:
+        DataError: images without a label, labels that are no class, or a file that is neither of the forms.
+    """
+    try:
+        rows = [re.split(r"[\s,;]+", line.strip()) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{show(file)}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    if rows and all(len(row) == 1 for row in rows):
+        labels = _in_order(file, [row[0] for row in rows], images, classes)
+    else:
+        labels = _by_name(file, rows, images, classes)
+    number = {name: label for label, name in enumerate(classes)}
+    unknown = sorted({name for name in labels if name not in number})
+    if unknown:
+        raise DataError(f"{show(file)}: {len(unknown)} class(es) that have no folder in train/: {first_of(unknown)}; the names must be those of the folders")
+    return [number[name] for name in labels]
+
+
+def _by_name(file: Path, rows: Sequence[Sequence[str]], images: Sequence[str], classes: Sequence[str]) -> list[str]:
+    labels = {os.path.basename(row[0]): row[1] for row in rows if len(row) > 1}
+    found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
+    missing = [image for image, label in zip(images, found, strict=True) if label is None]
+    if missing:
+        raise DataError(f"{show(file)}: no label for {len(missing)} of {len(images)} images: {first_of(missing)}; each line is an image's name and its class")
+    named = [label for label in found if label is not None]
+    if set(named) <= set(classes) or not all(label.isdecimal() for label in named):
+        return named
+    numbers = [int(label) for label in named]
+    if min(numbers) != 0 or max(numbers) != len(classes) - 1:
+        raise DataError(
+            f"{show(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the {len(classes)} class folders in order are 0 to "
+            f"{len(classes) - 1}; write the folders' names instead"
+        )
+    return [classes[number] for number in numbers]
+
+
+def _in_order(file: Path, labels: Sequence[str], images: Sequence[str], classes: Sequence[str]) -> list[str]:
+    if len(labels) != len(images):
+        raise DataError(f"{show(file)}: {len(labels)} labels for {len(images)} images; a list without image names needs one line for each")
+    if set(labels) <= set(classes) or not all(label.isdecimal() for label in labels):
+        return list(labels)
+    synsets = _read_meta(file)
+    unknown = sorted({label for label in labels if int(label) not in synsets})
+    if unknown:
+        raise DataError(f"{show(file)}: numbers that {show(file.with_name('meta.mat'))} does not have: {first_of(unknown)}")
+    return [synsets[int(label)] for label in labels]
+
+
+def _read_meta(file: Path) -> dict[int, str]:
+    """ILSVRC2012_ID to WNID, from the development kit's ``meta.mat``."""
+    meta = file.with_name("meta.mat")
+    if not os.path.isfile(meta):
+        raise DataError(
+            f"{show(file)}: labels are ImageNet's own numbers, whose meaning is in meta.mat of the development kit; put it beside, "
+            f"or use a list of 'image synset' lines"
+        )
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise MissingExtra(f"reading {show(meta)} needs SciPy: pip install scipy") from None
+    try:
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        return {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        raise DataError(f"{show(meta)}: not the meta.mat of ImageNet's development kit ({show(error)})") from error
