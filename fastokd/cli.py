@@ -78,6 +78,7 @@ def train(
     method: Text = None,
     preset: Text = None,
     branches: Whole = None,
+    topology: Text = None,
     aux_blocks: Whole = None,
     method_options: Options = (),
     epochs: Whole = None,
@@ -109,12 +110,13 @@ def train(
             cifar100:FOLDER for torchvision's files; or digits.
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
-        model: the backbone, for example resnet20 (default resnet32).
-        method: ahbf (default) or baseline.
+        model: the network, for example resnet20 (default resnet32); peers may differ: resnet20,resnet32.
+        method: ahbf (default), or another that 'fastokd methods' lists.
         preset: the method's loss options: paper (default) or code.
         branches: number of branches, the student included.
+        topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
-        method_options: loss options as NAME=VALUE, for example temperature=4 lambda_ta=2.
+        method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
         lr: learning rate at the start (default 0.1).
@@ -217,14 +219,14 @@ def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: File
     target = (out or run / "export") / f"student.{to}"
     settings = trained.config
     write_student(target, student, student_record(
-        settings.model, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], provenance=provenance(settings)))
+        trained.evaluator.model.name, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], provenance=provenance(settings)))
     loaded, _ = load_student(target)
     loaded.to(trained.evaluator.device)
     compared = check_same_logits(student, loaded, trained.loader)
     again = measure_accuracy(loaded, trained.loader)
     console = _console()
     parameters = sum(value.numel() for value in loaded.parameters())
-    console.print(f"wrote {target} and {target.with_suffix('.json').name}: {settings.model} alone, {parameters:,} parameters", markup=False)
+    console.print(f"wrote {target} and {target.with_suffix('.json').name}: {trained.evaluator.model.name} alone, {parameters:,} parameters", markup=False)
     console.print(f"loaded again without the branches: the same logits bit for bit on {compared} images, accuracy {100 * again:.2f} %", markup=False)
 
 
@@ -248,6 +250,23 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
     check_config(config)
     loss = get_method(method).loss_class(num_branches=config.num_branches(), **config.loss_options())
     print(draw_text(loss.graph) if format == "text" else draw_mermaid(loss.graph))
+
+
+@command
+def methods() -> None:
+    """List the methods, and how many branches each takes."""
+    from fastokd.methods import get_method, list_methods
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "branches", "networks", "presets", "what it is"):
+        table.add_column(column, no_wrap=column == "method")
+    for name in list_methods():
+        method = get_method(name)
+        low, high = method.branch_range
+        count = f"{low} to {high} ({method.default_branches})" if high > low else f"{low}"
+        table.add_row(name, count, " or ".join(method.topologies), ", ".join(method.loss_class.presets), method.summary)
+    Console(highlight=False).print(table)
+    print("train with one: fastokd train --method NAME; see its graph: fastokd show NAME")
 
 
 @command
@@ -315,7 +334,7 @@ def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) ->
         base = TrainConfig()
     if given.get("method", base.method) != base.method:
         # Branch counts, presets and loss options belong to the method they were written for.
-        base = dataclasses.replace(base, branches=None, preset="paper", method_options={}, ramp_epochs=None)
+        base = dataclasses.replace(base, branches=None, topology=None, preset="paper", method_options={}, ramp_epochs=None)
     return dataclasses.replace(base, **given)
 
 
@@ -425,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"fastokd {__version__}")
         return EXIT_OK
-    commands = ("demo", "train", "eval", "export", "show", "doctor", "recipes")
+    commands = ("demo", "train", "eval", "export", "show", "methods", "doctor", "recipes")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE

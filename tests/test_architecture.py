@@ -111,7 +111,7 @@ def _python(code: str, cwd: Path = ROOT) -> str:
 
 TOYS = {
     "method": ("""
-        from fastokd.methods.base import Method
+        from fastokd.methods.method import Method
         from fastokd.methods.baseline import BaselineLoss
         METHOD = Method(name="toy", summary="a toy", loss_class=BaselineLoss, branch_range=(1, 1), default_branches=1)
         """, "fastokd.methods.register_method('toy', 'toy_method')",

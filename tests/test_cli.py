@@ -205,7 +205,7 @@ class TestMistakes:
             assert len(err.strip().splitlines()) == 1
 
     def test_values_out_of_range(self, run):
-        mistake(run("train", "--data", "digits", "--branches", "1"), 2, r"branches=1: method 'ahbf' takes 2 to 8")
+        mistake(run("train", "--data", "digits", "--branches", "1"), 2, r"1 branches: method 'ahbf' takes 2 to 8")
         mistake(run("train", "--data", "digits", "--method-options", "temperature=0"), 2, r"temperature=0")
         mistake(run("train", "--data", "digits", "--method-options", "temperature"), 2, r"'temperature' is not of the form NAME=VALUE")
         mistake(run("train", "--data", "digits", "--epochs", "0"), 2, r"epochs=0")

@@ -53,7 +53,7 @@ def test_parameter_counts(row):
     model = create_model(row["name"], num_classes=row["num_classes"], num_branches=4, aux_blocks=4)
     assert count_parameters(model.trunk) == row["shared"]
     assert [count_parameters(branch) for branch in model.branches] == row["own"]
-    assert [count_parameters(gate) for gate in model.gates.gates] == row["gates"]
+    assert [count_parameters(gate) for gate in model.companion.gates] == row["gates"]
     assert count_parameters(model) == row["total"]
     assert count_parameters(model.student()) == row["target"]
     assert count_parameters(create_student(row["name"], row["num_classes"])) == row["target"]
@@ -157,7 +157,7 @@ def test_shapes(num_branches, aux_blocks):
 
 def test_baseline_is_one_branch_without_gates():
     model = create_model("resnet20", method="baseline", num_classes=10)
-    assert (model.name, model.num_classes, model.num_branches, model.gates) == ("resnet20", 10, 1, None)
+    assert (model.name, model.num_classes, model.num_branches, model.companion) == ("resnet20", 10, 1, None)
     assert count_parameters(model) == 272_474
     result = model(images(2))
     assert (len(result.logits), len(result.features), result.scores) == (1, 1, ())
@@ -165,7 +165,7 @@ def test_baseline_is_one_branch_without_gates():
 
 def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
     """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a leader."""
-    leader = dataclasses.replace(get_method("ahbf"), hierarchical=False, build_gates=None, kept=-1)
+    leader = dataclasses.replace(get_method("ahbf"), hierarchical=False, build_companion=None, kept=-1)
     monkeypatch.setattr(models, "get_method", lambda name: leader)
     model = warm(create_model("resnet8", num_branches=3)).eval()
     assert [len(branch.body.layer3) for branch in model.branches] == [1, 1, 1]
@@ -223,7 +223,7 @@ def test_every_parameter_gets_a_finite_gradient(name, method, batch):
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         # A batch of two leaves the gates' normalised scores without a gradient but for rounding.
-        if not parameter_name.startswith("gates."):
+        if not parameter_name.startswith("companion."):
             assert parameter.grad.any(), parameter_name
 
 
@@ -398,10 +398,10 @@ def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
     (lambda: create_model("resent32"), r"unknown model 'resent32'; did you mean 'resnet32'\? \(choices: .*resnet110"),
     (lambda: create_student("resnet18c", 10), "unknown model 'resnet18c'"),
     (lambda: create_model("resnet8", "ahfb"), r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
-    (lambda: create_model("resnet8", num_branches=1), r"num_branches=1; method 'ahbf' takes 2 to 8 \(its default is 4\)"),
-    (lambda: create_model("resnet8", num_branches=9), r"num_branches=9; method 'ahbf' takes 2 to 8"),
-    (lambda: create_model("resnet8", num_branches=2.5), r"num_branches=2.5; method 'ahbf' takes 2 to 8"),
-    (lambda: create_model("resnet8", "baseline", num_branches=4), r"num_branches=4; method 'baseline' takes 1 \("),
+    (lambda: create_model("resnet8", num_branches=1), r"1 branches: method 'ahbf' takes 2 to 8 \(its default is 4\)"),
+    (lambda: create_model("resnet8", num_branches=9), r"9 branches: method 'ahbf' takes 2 to 8"),
+    (lambda: create_model("resnet8", num_branches=2.5), r"2.5 branches: method 'ahbf' takes 2 to 8"),
+    (lambda: create_model("resnet8", "baseline", num_branches=4), r"4 branches: method 'baseline' takes 1 only"),
     (lambda: create_model("resnet8", aux_blocks=-1), r"aux_blocks=-1; it must be a whole number of at least 0"),
     (lambda: create_model("resnet8", num_classes=1), r"num_classes=1; a classifier needs a whole number of at least 2"),
     (lambda: create_student("resnet8", 0), r"num_classes=0; a classifier needs"),

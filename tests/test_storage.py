@@ -76,7 +76,7 @@ def test_killed_at_random_moments_the_checkpoint_always_loads(tmp_path):
         path = Path(sys.argv[1])
         for number in range(10**9):
             save_checkpoint(path, {
-                "model": {"weight": torch.full((300_000,), float(number))}, "optimizer": {}, "epoch": number, "last": {}, "best": {},
+                "model": {"weight": torch.full((300_000,), float(number))}, "optimizer": {}, "criterion": {}, "epoch": number, "last": {}, "best": {},
                 "best_epoch": 0, "seconds": 0.0, "classes": [], "data": {}, "config": ""})
             print(number, flush=True)
     """)

@@ -3,11 +3,12 @@
 import importlib
 
 from fastokd.errors import ConfigError, did_you_mean
-from fastokd.methods.base import Method
+from fastokd.methods.method import Method
 
 _modules = {
     "baseline": "fastokd.methods.baseline",
     "ahbf": "fastokd.methods.ahbf",
+    "one": "fastokd.methods.one",
 }
 
 

@@ -7,35 +7,23 @@ import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.errors import did_you_mean
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import BranchResult, GraphLoss, Impl, Method, Reduction, as_rows
+from fastokd.methods.base import GraphLoss, Impl, Reduction, as_rows
+from fastokd.methods.method import BranchPass, Companion, GraphInputs, Layout, Method, MethodLoss, Presets
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
+PRESETS: Presets = {
     # The paper, eq. 8-14 and section 4.1.
     "paper": {"lambda_ta": 4.0, "lambda_branch": 2.0, "lambda_self": 0.0, "teacher_eps": 0.0},
     # The published code with its readme's command: lambda_1 = 2, lambda_2 = 4 and an edge TA(m) -> branch m that the
     # paper does not have, all times its hidden factor 0.5 * 1.5, which is multiplied out here.
     "code": {"lambda_ta": 0.75 * 2, "lambda_branch": 0.75 * 4, "lambda_self": 0.75 * 2, "teacher_eps": 1e-7},
 }
-
-
-def ramp_up(epoch: int, length: int) -> float:
-    """The weight of the distillation terms in a 0-based epoch: ``exp(-5 (1 - min(e, E) / E)^2)`` (AHBF eq. 13).
-
-    1 if ``length`` (E) is 0.
-    """
-    if length < 0 or epoch < 0:
-        raise ValueError(f"ramp_up(epoch={epoch}, length={length}): both must be at least 0")
-    if length == 0:
-        return 1.0
-    return math.exp(-5.0 * (1.0 - min(epoch, length) / length) ** 2)
 
 
 def ahbf_graph(num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
@@ -63,7 +51,7 @@ def ahbf_graph(num_branches: int = 4, temperature: float = 3.0, lambda_ta: float
     return Graph("ahbf", tuple(nodes), tuple(terms), label_smoothing)
 
 
-class AHBFLoss(nn.Module):
+class AHBFLoss(MethodLoss):
     """The AHBF loss (eq. 14): cross-entropies of all branches and TAs, and the cascade of KL edges between them.
 
     ``L = sum_m CE(z^m) + sum_{m>=2} CE(ta^m) + kd_weight * sum_{m>=2} T^2 [ lambda_ta KL(ta^m || ta^{m-1})
@@ -86,10 +74,11 @@ class AHBFLoss(nn.Module):
         TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
     """
 
+    presets: ClassVar[Presets] = PRESETS
+
     def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0,
                  lambda_self: float = 0.0, detach_teacher: bool = False, teacher_eps: float = 0.0,
                  label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
-        super().__init__()
         if not isinstance(num_branches, int) or num_branches < 2:
             raise ValueError(f"num_branches={num_branches}; AHBF needs a student and at least one deeper branch: 2 or more")
         lambdas = {"lambda_ta": lambda_ta, "lambda_branch": lambda_branch, "lambda_self": lambda_self}
@@ -108,33 +97,35 @@ class AHBFLoss(nn.Module):
             raise ValueError(f"teacher_eps={teacher_eps}; it must be in [0, 1)")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}; it must be in [0, 1)")
-        self.num_branches = num_branches
-        self.temperature = temperature
-        self.lambda_ta, self.lambda_branch, self.lambda_self = lambda_ta, lambda_branch, lambda_self
-        self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
-        self.reduction, self.impl = reduction, impl
         options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
         labels = {f"branch{m}": f"branch_logits[{m - 1}]" for m in range(1, num_branches + 1)}
         for m in range(2, num_branches + 1):
             labels |= {f"ta{m}": f"ta_logits[{m - 2}]", f"scores{m}": f"scores[{m - 2}]"}
-        self._mixing = GraphLoss(ahbf_graph(*options), reduction, impl, labels)
-        self._mixed = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl, labels)
+        super().__init__(ahbf_graph(*options), num_branches, reduction, impl, labels)
+        self.mixed_loss = GraphLoss(ahbf_graph(*options, mix=False), reduction, impl, labels)
+        self.temperature = temperature
+        self.lambda_ta, self.lambda_branch, self.lambda_self = lambda_ta, lambda_branch, lambda_self
+        self.detach_teacher, self.teacher_eps, self.label_smoothing = detach_teacher, teacher_eps, label_smoothing
+        self.reduction, self.impl = reduction, impl
 
     @classmethod
-    def preset(cls, name: Literal["paper", "code"], num_branches: int = 4, **overrides: Any) -> "AHBFLoss":
+    def preset(cls, name: Literal["paper", "code"], num_branches: int | None = 4, **overrides: Any) -> "AHBFLoss":
         """The loss of the paper, or of the published code; ``overrides`` are constructor arguments.
 
         ``code`` has the published code's factor 0.75 multiplied into its weights, so that for both presets
         ``kd_weight`` is the ramp-up value alone.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset '{name}'{did_you_mean(name, PRESETS)}")
-        return cls(num_branches=num_branches, **{**PRESETS[name], **overrides})
+        return super().preset(name, num_branches, **overrides)
 
-    @property
-    def graph(self) -> Graph:
-        """The distillation graph that mixes the TAs itself."""
-        return self._mixing.graph
+    def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None = None, *,
+                     scores: Sequence[Tensor] | Tensor | None = None) -> GraphInputs:
+        """``scores``: M-1 tensors [B, 2], or one [M-1, B, 2]: the mixing weights of ta^2 .. ta^M; column 0 weighs
+        branch m, column 1 the previous TA."""
+        branches = as_rows(branch_logits, self.num_branches, "branch_logits")
+        if scores is None:
+            raise ValueError("scores are missing: the loss mixes the TAs with them; pass them, or ta_logits= if the model has mixed")
+        rows = as_rows(scores, self.num_branches - 1, "scores")
+        return GraphInputs(branches, {f"scores{m}": score for m, score in enumerate(rows, start=2)})
 
     def forward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, scores: Sequence[Tensor] | Tensor | None = None,
                 ta_logits: Sequence[Tensor] | Tensor | None = None, kd_weight: float | Tensor = 1.0,
@@ -164,21 +155,20 @@ class AHBFLoss(nn.Module):
         return loss.forward_backward(rows, target, weights=weights, kd_weight=kd_weight)
 
     def _route(self, branch_logits: Sequence[Tensor] | Tensor, scores: Sequence[Tensor] | Tensor | None,
-               ta_logits: Sequence[Tensor] | Tensor | None) -> tuple[GraphLoss, list[Tensor], dict[str, Tensor]]:
+               ta_logits: Sequence[Tensor] | Tensor | None) -> tuple[GraphLoss, Sequence[Tensor], Mapping[str, Tensor]]:
         """The graph that fits what was given, its rows of logits and its mixing weights."""
+        if (scores is None) == (ta_logits is None):
+            raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
+        if ta_logits is None:
+            given = self.graph_inputs(branch_logits, scores=scores)
+            return self.graph_loss, given.logits, given.weights
         branches = as_rows(branch_logits, self.num_branches, "branch_logits")
-        if scores is not None and ta_logits is None:
-            return self._mixing, branches, self._weights(scores)
-        if ta_logits is not None and scores is None:
-            return self._mixed, [*branches, *as_rows(ta_logits, self.num_branches - 1, "ta_logits")], {}
-        raise ValueError("give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has mixed them)")
+        return self.mixed_loss, [*branches, *as_rows(ta_logits, self.num_branches - 1, "ta_logits")], {}
 
     def mixtures(self, branch_logits: Sequence[Tensor] | Tensor, *, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """The logits [B, C] of ta2 .. taM, without gradient."""
-        return self._mixing.mixtures(as_rows(branch_logits, self.num_branches, "branch_logits"), self._weights(scores))
-
-    def _weights(self, scores: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        return {f"scores{m}": score for m, score in enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=2)}
+        given = self.graph_inputs(branch_logits, scores=scores)
+        return self.graph_loss.mixtures(given.logits, given.weights)
 
 
 class AHBFGate(nn.Module):
@@ -207,24 +197,24 @@ class AHBFGate(nn.Module):
         return fused, torch.softmax(F.relu(self.score_bn(self.fc(pooled))), 1)
 
 
-class AHBFGates(nn.Module):
+class AHBFGates(Companion):
     """The chain of the M-1 gates: each receives the fused map of the one before."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.gates = nn.ModuleList(AHBFGate(own, before) for before, own in itertools.pairwise(channels))
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """M feature maps [B, c_m, H, W] to M-1 scores [B, 2] (column 0 weighs branch m, column 1 the previous TA)."""
-        fused, scores = features[0], []
-        for gate, own in zip(self.gates, features[1:], strict=True):
+    def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor, ...]]:
+        """M-1 ``scores`` [B, 2]: column 0 weighs branch m, column 1 the previous TA."""
+        fused, scores = seen.features[0], []
+        for gate, own in zip(self.gates, seen.features[1:], strict=True):
             fused, score = gate(own, fused)
             scores.append(score)
-        return tuple(scores)
+        return {"scores": tuple(scores)}
 
 
-def _loss_inputs(result: BranchResult) -> dict[str, Any]:
-    return {"scores": result.scores}
+def _build_gates(layout: Layout) -> AHBFGates:
+    return AHBFGates(layout.channels)
 
 
 def _ramp_epochs(epochs: int, preset: str) -> int:
@@ -238,9 +228,7 @@ METHOD = Method(
     loss_class=AHBFLoss,
     branch_range=(2, 8),
     default_branches=4,
-    presets=PRESETS,
-    build_gates=AHBFGates,
-    loss_inputs=_loss_inputs,
+    build_companion=_build_gates,
     hierarchical=True,
     ramp_epochs=_ramp_epochs,
 )

@@ -1,11 +1,10 @@
-"""What a method is, and the loss module that runs any distillation graph."""
+"""The loss module that runs any distillation graph."""
 
 import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +88,12 @@ class GraphLoss(nn.Module):
         return (loss, self._term_means(terms)) if return_terms else loss
 
     def forward_backward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
-                         externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+                         externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0,
+                         extra: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its backward pass at once: what a training step does, with the logits read only once.
 
         Does what ``forward`` and ``loss.backward()`` do, for the mean over the batch; arguments as in ``forward``.
+        ``extra``, a 0-d tensor, is added to the loss: what a method has beside its graph goes through the same backward pass.
 
         Returns:
             The loss and each term's mean, detached. The gradients are where ``backward()`` leaves them.
@@ -106,9 +107,14 @@ class GraphLoss(nn.Module):
         inputs = [*logits_in, *weights_in]
         rows, terms, grads = loss_and_grad(self.plan, logits_in, weights_in, *others, self.impl)
         wanted = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if grad is not None]
+        loss = rows.sum() / max(target.shape[0], 1)
+        if extra is not None:
+            loss = loss + extra.detach()
+            if extra.requires_grad:
+                wanted.append((extra, torch.ones_like(extra)))
         if wanted:
             torch.autograd.backward([tensor for tensor, _ in wanted], [grad for _, grad in wanted])
-        return rows.sum() / max(target.shape[0], 1), self._term_means(terms)
+        return loss, self._term_means(terms)
 
     def _arguments(self, logits: Sequence[Tensor] | Tensor, target: Tensor, weights: Mapping[str, Tensor] | None,
                    externals: Mapping[str, Tensor] | None,
@@ -263,33 +269,3 @@ def branch_names(where: str, count: int, minimum: int, what: str = "num_branches
     if not isinstance(count, int) or count < minimum:
         raise ValueError(f"{where}: {what}={count!r}; it must be an integer of at least {minimum}")
     return tuple(f"branch{m}" for m in range(1, count + 1))
-
-
-class BranchResult(Protocol):
-    """What a method needs of a branched model's result; ``fastokd.models.BranchOutput`` is one."""
-
-    logits: tuple[Tensor, ...]
-    scores: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A training method: its loss, its gate, and how its networks are laid out.
-
-    ``loss_class(num_branches=..., **options)`` builds the loss; ``presets`` name bundles of options.
-    ``loss_inputs`` picks from a model's result what the loss takes beside logits and target.
-    ``hierarchical`` gives branch m the auxiliary blocks of level m; ``ramp_epochs`` is the default length of the ramp-up
-    for a run of so many epochs. ``kept`` is the index of the branch that becomes the student.
-    """
-
-    name: str
-    summary: str
-    loss_class: Callable[..., nn.Module]
-    branch_range: tuple[int, int]
-    default_branches: int
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"paper": {}})
-    build_gates: Callable[[Sequence[int]], nn.Module] | None = None
-    loss_inputs: Callable[[BranchResult], dict[str, Any]] = lambda result: {}
-    hierarchical: bool = False
-    ramp_epochs: Callable[[int, str], int] = lambda epochs, preset: 0
-    kept: int = 0

@@ -1,11 +1,8 @@
 """The student alone: cross-entropy, no teacher."""
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
-
 from fastokd.graph import CrossEntropy, Graph, Logits
-from fastokd.methods.base import GraphLoss, Impl, Method, Reduction
+from fastokd.methods.base import Impl, Reduction
+from fastokd.methods.method import Method, MethodLoss
 
 
 def baseline_graph(label_smoothing: float = 0.0) -> Graph:
@@ -13,7 +10,7 @@ def baseline_graph(label_smoothing: float = 0.0) -> Graph:
     return Graph("baseline", (Logits("branch1"),), (CrossEntropy("branch1"),), label_smoothing)
 
 
-class BaselineLoss(nn.Module):
+class BaselineLoss(MethodLoss):
     """Cross-entropy of the student alone, in the same shape as every other method's loss.
 
     Args:
@@ -24,28 +21,9 @@ class BaselineLoss(nn.Module):
     """
 
     def __init__(self, num_branches: int = 1, label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
-        super().__init__()
         if num_branches != 1:
             raise ValueError(f"num_branches={num_branches}; the baseline trains the student alone, use num_branches=1")
-        self.graph_loss = GraphLoss(baseline_graph(label_smoothing), reduction, impl)
-
-    @property
-    def graph(self) -> Graph:
-        return self.graph_loss.graph
-
-    def forward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, kd_weight: float | Tensor = 1.0,
-                return_terms: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """``branch_logits``: one tensor [B, C] in a sequence, or [1, B, C]. The rest as in ``GraphLoss``."""
-        return self.graph_loss(branch_logits, target, kd_weight=kd_weight, return_terms=return_terms)
-
-    def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *,
-                         kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``."""
-        return self.graph_loss.forward_backward(branch_logits, target, kd_weight=kd_weight)
-
-    def mixtures(self, branch_logits: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        """There are none."""
-        return {}
+        super().__init__(baseline_graph(label_smoothing), num_branches, reduction, impl)
 
 
 METHOD = Method(

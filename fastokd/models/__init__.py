@@ -1,12 +1,15 @@
 """The networks, one file per family. A family's file is imported when one of its networks is asked for."""
 
+import functools
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method, get_method
-from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, PlainNetwork
+from fastokd.methods.method import Companion, Layout, OptionValue, Topology
+from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork
 
 _modules = {
     **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
@@ -24,29 +27,79 @@ def list_models() -> list[str]:
     return sorted(_modules)
 
 
-def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None,
-                 aux_blocks: int = 4) -> BranchedModel:
-    """The network of that name, branched as the method trains it.
+def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None, aux_blocks: int = 4, *,
+                 topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
+                 teacher: nn.Module | None = None) -> BranchedModel:
+    """The network of that name, laid out as the method trains it.
 
     Args:
-        name: a network, see ``list_models``.
+        name: a network, see ``list_models``. Peers may differ: "resnet20,resnet32" names them in their order.
         method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
         num_classes: C, at least 2.
-        num_branches: M; None is the method's default.
+        num_branches: M; None is the method's default, or the number of networks named.
         aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the paper's a), at least 0.
             Methods without a hierarchy have branches of equal depth and do not look at it.
+        topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's default.
+        options: options of the method's own modules, see ``Method.model_options``.
+        teacher: the frozen teacher of methods that have one: images to logits [B, C].
 
     Raises:
-        ConfigError: a name is unknown or a number out of range; the message says what would do.
+        ConfigError: a name is unknown, a number out of range, or the method cannot train these networks; the message
+            says what would do.
     """
-    backbone, chosen = _backbone(name), get_method(method)
+    chosen, names = get_method(method), [part.strip() for part in name.split(",")]
+    backbones = [_backbone(part) for part in names]
     _check_num_classes(num_classes)
-    num_branches = chosen.default_branches if num_branches is None else num_branches
-    _check_num_branches(num_branches, chosen)
+    if num_branches is None:
+        num_branches = chosen.default_branches if len(names) == 1 else len(names)
+    topology = check_layout(chosen, names, topology, num_branches)
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
-    levels = range(1, num_branches + 1) if chosen.hierarchical else [1] * num_branches
-    return BranchedModel(backbone, num_classes, levels, aux_blocks, chosen.build_gates, chosen.kept)
+    if len(names) == 1:
+        names, backbones = names * num_branches, backbones * num_branches
+    # Built in the order of the plain network, so one seed gives the student's part the same initial weights with and
+    # without its teachers.
+    if topology == "peers":
+        trunk = None
+        branches: list[nn.Module] = [Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0)) for backbone in backbones]
+    else:
+        trunk = backbones[0].build_trunk()
+        branches = [backbone.build_branch(num_classes, level if chosen.hierarchical else 1, aux_blocks)
+                    for level, backbone in enumerate(backbones, start=1)]
+    try:
+        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], chosen.kept,
+                             companion_builder(chosen, options), teacher)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"method '{method}' with model '{name}': {error}") from error
+
+
+def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
+    """What builds the method's own modules with these options, on top of their defaults; None if it has none."""
+    if method.build_companion is None:
+        return None
+    return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
+
+
+def check_layout(method: Method, names: Sequence[str], topology: str | None, num_branches: int) -> Topology:
+    """The topology that a method has for these networks, its default for None.
+
+    Raises:
+        ConfigError: the method cannot lay them out so; the message says what would do.
+    """
+    chosen = method.topologies[0] if topology is None else topology
+    if chosen not in method.topologies:
+        raise ConfigError(f"topology='{topology}': method '{method.name}' takes {' or '.join(method.topologies)}")
+    low, high = method.branch_range
+    if not isinstance(num_branches, int) or not low <= num_branches <= high:
+        allowed = f"{low} to {high}" if low < high else f"{low} only"
+        raise ConfigError(f"{num_branches!r} branches: method '{method.name}' takes {allowed} (its default is {method.default_branches})")
+    if len(names) > 1 and chosen != "peers":
+        raise ConfigError(f"model={','.join(names)!r}: several networks can only be peers, and method '{method.name}' branches one network; name one")
+    if len(names) not in (1, num_branches):
+        raise ConfigError(f"model={','.join(names)!r} names {len(names)} networks for {num_branches} branches; name one, or as many as there are branches")
+    return chosen
 
 
 def create_student(name: str, num_classes: int = 10) -> nn.Module:
@@ -73,15 +126,7 @@ def _check_num_classes(num_classes: int) -> None:
         raise ConfigError(f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2")
 
 
-def _check_num_branches(num_branches: int, method: Method) -> None:
-    low, high = method.branch_range
-    if not isinstance(num_branches, int) or not low <= num_branches <= high:
-        allowed = f"{low} to {high}" if low < high else f"{low}"
-        raise ConfigError(f"num_branches={num_branches!r}; method '{method.name}' takes {allowed}"
-                          f" (its default is {method.default_branches})")
-
-
 __all__ = [
-    "Backbone", "Branch", "BranchOutput", "BranchedModel", "PlainNetwork",
-    "create_model", "create_student", "list_models", "register_model",
+    "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
+    "check_layout", "companion_builder", "create_model", "create_student", "list_models", "register_model",
 ]

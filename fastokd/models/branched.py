@@ -1,11 +1,15 @@
-"""The branched network: one trunk, M branches that share it, the method's gates, and the student it yields."""
+"""The branched network: one trunk, M branches that share it, the method's own modules, and the student it yields."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from fastokd.errors import ConfigError
+from fastokd.methods.method import BranchPass, Companion, Layout
 
 
 class BranchOutput(NamedTuple):
@@ -15,8 +19,10 @@ class BranchOutput(NamedTuple):
     """M tensors [B, C]; AHBF's student is the first."""
     features: tuple[Tensor, ...]
     """M feature maps [B, c_m, H, W] before pooling."""
-    scores: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...] = ()
     """What the gates say, for AHBF M-1 tensors [B, 2]; empty for methods without gates."""
+    extras: Mapping[str, Any] = {}
+    """What else the method's modules compute, by the keywords of the method's loss."""
 
 
 class Branch(nn.Module):
@@ -72,48 +78,104 @@ class Backbone:
     join: Callable[[nn.Sequential, Branch], nn.Module]
 
 
+class Peer(nn.Module):
+    """A whole network that stands beside others: its own trunk and its own branch."""
+
+    def __init__(self, trunk: nn.Sequential, branch: Branch) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.branch = branch
+        self.channels = branch.channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
+        return self.branch(self.trunk(x))
+
+
 class BranchedModel(nn.Module):
-    """A network whose last stage exists M times on one shared trunk.
+    """A network whose last stage exists M times on one shared trunk, or M whole networks side by side (peers).
+
+    Built by ``fastokd.models.create_model``.
 
     Args:
-        backbone: where the trunk and the branches come from.
+        names: the network of each branch; equal unless peers differ.
         num_classes: C.
-        levels: the hierarchy level of each of the M branches; (1, 2, 3, 4) gets deeper, (1, 1, 1) does not.
-        aux_blocks: auxiliary blocks a level has more than the one before.
-        build_gates: the feature channels of the M branches to a module that maps the M feature maps to scores.
-        kept: index of the branch that ``student`` keeps.
+        trunk: images to trunk maps; None for peers.
+        branches: M modules that map the trunk's output (peers: images) to feature maps and logits.
+        joins: for each branch, what makes the plain network of a trunk and a branch.
+        kept: index of the branch that ``student`` keeps; -1 is the last.
+        build_companion: builds the method's own modules, see ``fastokd.methods.method.Layout``.
+        teacher: the frozen teacher of methods that have one.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, levels: Sequence[int], aux_blocks: int,
-                 build_gates: Callable[[Sequence[int]], nn.Module] | None = None, kept: int = 0) -> None:
+    def __init__(self, names: Sequence[str], num_classes: int, trunk: nn.Module | None, branches: Sequence[nn.Module],
+                 joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]], kept: int = 0,
+                 build_companion: Callable[[Layout], Companion] | None = None, teacher: nn.Module | None = None) -> None:
         super().__init__()
-        self.name = backbone.name
+        self.names = tuple(names)
         self.num_classes = num_classes
-        self.kept = kept
-        # Built in the order of the plain network, so one seed gives the student's part the same initial weights
-        # with and without its teachers.
-        self.trunk = backbone.build_trunk()
-        self.branches = nn.ModuleList(backbone.build_branch(num_classes, level, aux_blocks) for level in levels)
-        self.gates = build_gates([branch.channels for branch in self.branches]) if build_gates else None
-        self._join = backbone.join
+        self.kept = range(len(branches))[kept]
+        self.trunk = trunk
+        self.branches = nn.ModuleList(branches)
+        channels = tuple(branch.channels for branch in branches)
+        self.companion = build_companion(Layout(channels, _out_channels(trunk), num_classes, branches, teacher)) if build_companion else None
+        self._joins = tuple(joins)
 
     @property
     def num_branches(self) -> int:
         """M."""
         return len(self.branches)
 
-    def forward(self, x: Tensor) -> BranchOutput:
-        """Images [B, 3, H, W] in any memory format to every branch's logits, features and the scores."""
-        shared = self.trunk(x)
-        features, logits = zip(*[branch(shared) for branch in self.branches], strict=True)
-        scores = self.gates(features) if self.gates is not None else ()
-        return BranchOutput(logits, features, scores)
+    @property
+    def name(self) -> str:
+        """The name of the student's network."""
+        return self.names[self.kept]
 
-    def student(self) -> nn.Module:
-        """The kept branch as a plain network: images [B, 3, H, W] to logits [B, C].
+    def forward(self, x: Tensor) -> BranchOutput:
+        """Every branch's logits, features and what the method's modules add.
+
+        Args:
+            x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H, W].
+        """
+        if self.trunk is not None:
+            shared = self.trunk(x)
+            if self.companion is not None:
+                shared = self.companion.at_split(shared)
+            inputs = (shared,) * self.num_branches
+        else:
+            shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
+        if self.companion is None:
+            features, logits = zip(*[branch(own) for branch, own in zip(self.branches, inputs, strict=True)], strict=True)
+            return BranchOutput(logits, features)
+        features, logits = self.companion.run(inputs, self.branches)
+        images = shared if self.trunk is None else x
+        extras = self.companion(BranchPass(images, shared, features, logits, self.branches))
+        return BranchOutput(logits, features, extras.pop("scores", ()), extras)
+
+    def student(self, branch: int | None = None) -> nn.Module:
+        """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
 
         A deep copy with the same weights, device, dtype and train/eval mode; its state dict is the plain network's.
+
+        Args:
+            branch: index of the branch; None is the one that the method keeps.
+
+        Raises:
+            ConfigError: there is no such branch.
         """
-        student = self._join(*copy.deepcopy((self.trunk, self.branches[self.kept])))
+        index = self.kept if branch is None else branch
+        if index not in range(self.num_branches):
+            raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
+        own = self.branches[index]
+        parts = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
+        student = self._joins[index](*copy.deepcopy(parts))
         student.training = self.training  # not .train(), which would also unfreeze layers that are held in eval mode
         return student
+
+
+def _out_channels(trunk: nn.Module | None) -> int:
+    """Channels of what a trunk puts out, 3 without one. Only shapes are propagated."""
+    if trunk is None:
+        return 3
+    with torch.no_grad():
+        return copy.deepcopy(trunk).to("meta").eval()(torch.empty(1, 3, 64, 64, device="meta")).shape[1]

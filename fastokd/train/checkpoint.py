@@ -9,12 +9,12 @@ import torch
 from fastokd.errors import CheckpointError
 from fastokd.storage import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 ENTRIES: dict[str, type | tuple[type, ...]] = {
-    "model": dict, "optimizer": dict, "epoch": int, "last": dict, "best": dict, "best_epoch": int, "seconds": (int, float),
+    "model": dict, "optimizer": dict, "criterion": dict, "epoch": int, "last": dict, "best": dict, "best_epoch": int, "seconds": (int, float),
     "classes": list, "data": dict, "config": str,
 }
-"""What a checkpoint holds: weights, optimizer state, finished epochs, accuracies of the last and the best epoch and which
+"""What a checkpoint holds: weights, optimizer state, what the method's loss remembers, finished epochs, accuracies of the last and the best epoch and which
 that was, seconds of training, class names, what was read of the data, and the configuration as YAML."""
 
 
@@ -43,6 +43,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(f"{path} is not a checkpoint of fastokd")
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+    if state["format"] == 1:
+        state["criterion"] = {}  # no method of that time remembered anything
     for name, kind in ENTRIES.items():
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{path} is damaged: its entry '{name}' is missing or of the wrong kind")

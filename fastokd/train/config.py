@@ -13,10 +13,9 @@ import yaml
 
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
-from fastokd.models import list_models
+from fastokd.methods.method import OptionValue
+from fastokd.models import check_layout, list_models
 from fastokd.ops import check_impl
-
-OptionValue = float | int | bool | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,13 @@ class TrainConfig:
 
     Attributes:
         data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the backbone's name, e.g. "resnet32".
+        model: the network's name, e.g. "resnet32"; peers may differ: "resnet20,resnet32".
         method: the method's name, e.g. "ahbf".
         preset: the method's bundle of loss options, "paper" or "code".
-        branches: number of branches M; None for the method's default.
+        branches: number of branches M; None for the method's default, or as many as ``model`` names.
+        topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's default.
         aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
-        method_options: loss options that override the preset's, e.g. {"temperature": 4.0}.
+        method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
         batch_size: images per step.
         lr: the learning rate at the start.
@@ -53,6 +53,7 @@ class TrainConfig:
     method: str = "ahbf"
     preset: str = "paper"
     branches: int | None = None
+    topology: str | None = None
     aux_blocks: int = 4
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
@@ -82,13 +83,31 @@ class TrainConfig:
         """The length of the ramp-up in epochs."""
         return get_method(self.method).ramp_epochs(self.epochs, self.preset) if self.ramp_epochs is None else self.ramp_epochs
 
+    def kd_weight_at(self, epoch: int) -> float:
+        """The factor of the scheduled terms in a 0-based epoch."""
+        return get_method(self.method).schedule(epoch, self.ramp_length())
+
+    def model_names(self) -> list[str]:
+        """The networks that ``model`` names: one, or one for each peer."""
+        return [name.strip() for name in self.model.split(",")]
+
     def num_branches(self) -> int:
-        """The number of branches, the method's default filled in."""
-        return get_method(self.method).default_branches if self.branches is None else self.branches
+        """The number of branches, the default filled in."""
+        if self.branches is not None:
+            return self.branches
+        names = self.model_names()
+        return len(names) if len(names) > 1 else get_method(self.method).default_branches
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
-        return {**get_method(self.method).presets[self.preset], **self.method_options, "impl": self.impl}
+        method = get_method(self.method)
+        given = {name: value for name, value in self.method_options.items() if name not in method.model_options}
+        return {**method.loss_class.presets[self.preset], **given, "impl": self.impl}
+
+    def model_options(self) -> dict[str, OptionValue]:
+        """The options of the method's own modules."""
+        defaults = get_method(self.method).model_options
+        return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
@@ -105,14 +124,15 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
-    if config.model not in list_models():
-        raise ConfigError(f"unknown model '{config.model}'{did_you_mean(config.model, list_models())}")
-    if config.preset not in method.presets:
-        raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, method.presets)}")
-    low, high = method.branch_range
-    if not low <= config.num_branches() <= high:
-        raise ConfigError(f"branches={config.branches}: method '{config.method}' takes {low}" + (f" to {high}" if high > low else " only"))
+    for name in config.model_names():
+        if name not in list_models():
+            raise ConfigError(f"unknown model '{name}'{did_you_mean(name, list_models())}")
+    check_layout(method, config.model_names(), config.topology, config.num_branches())
+    presets = method.loss_class.presets
+    if config.preset not in presets:
+        raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, presets)}")
     allowed = {name for name in inspect.signature(method.loss_class).parameters if name not in ("num_branches", "impl", "reduction")}
+    allowed |= set(method.model_options)
     for name in config.method_options:
         if name not in allowed:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")

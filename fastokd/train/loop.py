@@ -14,7 +14,6 @@ from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
-from fastokd.methods.ahbf import ramp_up
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -53,7 +52,8 @@ class Summary:
 def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
     """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks)
+    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
+                         topology=config.topology, options=config.model_options())
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -113,6 +113,7 @@ class Trainer:
             reporter.end_epoch()
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
+        self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
         self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
@@ -145,6 +146,7 @@ class Trainer:
         if changed:
             raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
         load_weights(self.model, state["model"], where)
+        load_weights(self.step.criterion, state["criterion"], where)
         try:
             self.step.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
@@ -154,7 +156,7 @@ class Trainer:
         if self.epoch >= self.config.epochs:
             raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         if self.config.epochs != before.epochs:
-            done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {ramp_up(epoch, config.ramp_length()):.4g}"
+            done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"
                               for config, epoch in ((before, self.epoch - 1), (self.config, self.epoch)))
             self.reporter.say(
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
@@ -202,12 +204,14 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         ramp = self.config.ramp_length()
-        terms = ", ".join(f"{term.coefficient:g}{'*kd_weight' if term.scheduled else ''} {term.name}" for term in self.step.criterion.graph.terms)
+        coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
+        coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
+        terms = ", ".join(f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}" for name, coefficient, scheduled in coefficients)
         say(f"loss (T^2 and weights multiplied out): {terms}" + (f"; kd_weight ramps up over {ramp} epochs" if ramp else ""))
 
     def _run_epoch(self) -> None:
         config, started = self.config, time.monotonic()
-        lr, ramp = config.lr_at(self.epoch), ramp_up(self.epoch, config.ramp_length())
+        lr, ramp = config.lr_at(self.epoch), config.kd_weight_at(self.epoch)
         self.step.set_lr(lr)
         # What a layer draws depends on seed and epoch alone, so a resumed epoch draws what it would have drawn.
         torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
@@ -253,6 +257,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
+            "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
@@ -260,7 +265,7 @@ class Trainer:
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.config.model, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
+            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
         self.saved = self.epoch

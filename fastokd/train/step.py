@@ -50,7 +50,7 @@ class BranchEvaluator:
         self.model = model
         self.device = device
         self.criterion = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
-        self.kept = f"branch{self.method.kept + 1}"
+        self.kept = self.criterion.graph.logits[model.kept]
         self._bf16 = uses_bf16(config, device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -58,9 +58,8 @@ class BranchEvaluator:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
     def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch and every mixture (teacher assistant) by name."""
-        branches = {f"branch{m}": row for m, row in enumerate(result.logits, start=1)}
-        return {**branches, **self.criterion.mixtures(result.logits, **self.method.loss_inputs(result))}
+        """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by name."""
+        return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -87,7 +86,7 @@ class TrainStep(BranchEvaluator):
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
         super().__init__(config, model, device)
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -98,8 +97,10 @@ class TrainStep(BranchEvaluator):
         with self.autocast():
             result = self.model(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = self.criterion.forward_backward(
-            result.logits, batch.target, kd_weight=kd_weight, **self.method.loss_inputs(result))
+        inputs = self.method.loss_inputs(result)
+        if self.method.needs_index:
+            inputs["index"] = batch.index
+        loss, terms = self.criterion.forward_backward(result.logits, batch.target, kd_weight=kd_weight, **inputs)
         self.optimizer.step()
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
