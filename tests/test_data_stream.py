@@ -198,12 +198,62 @@ def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_f
 
 @each_loader
 def test_training_batches_are_written_into_the_steps_buffer(split, make):
-    out = torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
-    for batch, want in zip(make(split, 4, True, out=out), make(split, 4, True), strict=True):
+    loader, out = make(split, 4, True), torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
+    want = list(loader)
+    loader.write_into(out)
+    for batch, other in zip(loader, want, strict=True):
         assert batch.images.data_ptr() == out.data_ptr()
-        assert torch.equal(out, want.images)
-    with pytest.raises(ConfigError, match=r"must be torch.float32 \[5, 3, 32, 32\]"):
-        make(split, 5, True, out=out)
+        assert torch.equal(out, other.images)
+    for wrong in (out[:3], out.double(), out.contiguous(), torch.empty(4, 3)):
+        with pytest.raises(ConfigError, match=r"it must be torch.float32 \[4, 3, 32, 32\] on cpu"):
+            loader.write_into(wrong)
+
+
+@each_loader
+def test_the_size_of_training_images_changes_between_epochs(split, make):
+    loader = make(split, 4, True)
+    whole = list(loader)
+    loader.set_size(20)
+    assert [tuple(batch.images.shape) for batch in loader] == [(4, 3, 20, 20)] * 7
+    assert equal(list(loader), list(make(split, 4, True, size=(20, 20))))
+    loader.set_size(None)
+    assert equal(list(loader), whole)
+    with pytest.raises(ConfigError, match="image size 0"):
+        loader.set_size(0)
+    with pytest.raises(ConfigError, match="evaluation keeps its own"):
+        make(split, 4, False).set_size(20)
+
+
+@each_loader
+def test_views_are_crops_of_the_same_images(split, make):
+    single, double = list(make(split, 4, True)), list(make(split, 4, True, views=2))
+    for one, two in zip(single, double, strict=True):
+        assert two.images.shape == (2, 4, 3, 32, 32)
+        assert torch.equal(two.images[0], one.images)
+        assert torch.equal(two.index, one.index)
+        assert torch.equal(two.target, one.target)
+        assert all(not torch.equal(first, second) for first, second in zip(*two.images, strict=True))
+
+
+@each_loader
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
+    seen = 0
+    for plain, mixed in zip(make(split, 6, True), make(split, 6, True, num_classes=3, **alphas), strict=True):
+        partner = plain.images.flip(0)
+        for i in range(6):
+            one, two, got = plain.images[i], partner[i], mixed.images[i]
+            if plain.target[i] == plain.target.flip(0)[i]:
+                continue
+            own = float(mixed.target[i, plain.target[i]])
+            assert float(mixed.target[i].sum()) == pytest.approx(1, abs=1e-6)
+            if "mixup" in alphas:
+                torch.testing.assert_close(got, own * one + (1 - own) * two, rtol=0, atol=1e-2)
+            else:
+                assert torch.equal(torch.where(got == one, one, two), got)
+                assert float(((got == one) & (got != two)).any(0).float().mean()) <= own + 1e-6
+            seen += 0 < own < 1
+    assert seen > 5
 
 
 @each_loader

@@ -7,7 +7,7 @@ continued from one number instead of from the pipeline's serialised state.
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastokd.data.files import FileSplit
-from fastokd.data.images import EXTENSIONS, decode, default_workers, first_of, reason, show
+from fastokd.data.images import decode, default_workers, first_of, show
+from fastokd.data.images import reason as reason_of
+from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
-from fastokd.data.stream import Decoded, Framing, Request, StreamLoader
+from fastokd.data.stream import Decoded, Request, StreamLoader, read_options
 from fastokd.errors import ConfigError, DataError, MissingExtra, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ class DaliOptions:
             raise ConfigError(f"unknown decoder '{self.decoder}'{did_you_mean(self.decoder, DECODERS)}")
 
 
-def require_dali() -> None:
-    """Raise ``MissingExtra`` unless DALI can be imported."""
+def missing_dali(device: torch.device | None = None) -> str | None:
+    """Why DALI cannot run here, and what mends it; None if it can."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        raise MissingExtra(
-            f"DALI cannot be imported ({first_line(error)}): pip install 'fastokd[dali]', or use --loader torchvision") from error
+        return f"DALI cannot be imported ({first_line(error)}): pip install 'fastokd[dali]', or use --loader torchvision"
+    return None
 
 
 class DaliLoader(StreamLoader):
@@ -94,10 +95,12 @@ class DaliLoader(StreamLoader):
         ConfigError: decoding on the GPU for a step on the CPU, or as ``StreamLoader``.
     """
 
-    def __init__(self, *settings: Any, options: DaliOptions | None = None, **named: Any) -> None:
+    def __init__(self, *settings: Any, options: DaliOptions | Mapping[str, Any] | None = None, **named: Any) -> None:
+        if reason := missing_dali():
+            raise MissingExtra(reason)
+        self._pipeline: Pipeline | None = None
         super().__init__(*settings, **named)
-        require_dali()
-        self.options = options or DaliOptions()
+        self.options = read_options(DaliOptions, options)
         strange = [name for name in self.split.files if os.path.splitext(name)[1].lower() in UNSUPPORTED]
         if strange:
             raise DataError(
@@ -107,7 +110,6 @@ class DaliLoader(StreamLoader):
             raise ConfigError(f"decoder='mixed' decodes on the GPU, and the step runs on {self.device}; use decoder=cpu")
         self._mixed = on_gpu and self.options.decoder != "cpu"
         self._device_id = (self.device.index or 0) if on_gpu else None
-        self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[Request] = deque()
         self._archives: dict[str, NDArray[np.uint8]] = {}
@@ -116,6 +118,10 @@ class DaliLoader(StreamLoader):
         super().close()
         self._pipeline = None
         self._archives.clear()
+
+    def _frame(self, size: tuple[int, int]) -> None:
+        super()._frame(size)
+        self._pipeline = None  # made for one size
 
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
         self._requests = requests
@@ -136,7 +142,7 @@ class DaliLoader(StreamLoader):
 
     def _next_pixels(self) -> torch.Tensor:
         if self._pipeline is None:
-            self._pipeline = self._build(self.batch_size, self.options.prefetch, self._feed)
+            self._pipeline = self._build(self.views * self.batch_size, self.options.prefetch, self._feed)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         (images,) = self._pipeline.run(stream)
         # No copy: the tensor keeps DALI's buffer until it is let go.
@@ -206,16 +212,18 @@ class DaliLoader(StreamLoader):
     def _probe(self, request: Request) -> dict[int, str]:
         """Why the pictures of a batch that cannot be decoded cannot be, by their place in the split."""
         found: dict[int, str] = {}
-        pipeline, one = None, iter(())
+        waiting: deque[tuple[Any, ...]] = deque()
+        pipeline = None
         for place, i in enumerate(request.index.tolist()):
             candidates = None if request.candidates is None else request.candidates[place : place + 1]
             try:
-                one = iter([self._inputs(Request(request.index[place : place + 1], candidates))])
+                waiting.append(self._inputs(Request(request.framing, request.index[place : place + 1], candidates)))
                 if pipeline is None:
-                    pipeline = self._build(1, 1, lambda: next(one))
+                    pipeline = self._build(1, 1, waiting.popleft)
                 pipeline.run()
             except Exception as error:
                 pipeline = None
+                waiting.clear()
                 found[i] = self._why(i, error)
         return found
 
@@ -226,7 +234,7 @@ class DaliLoader(StreamLoader):
         try:
             decode(BytesIO(self.split.read(index)))
         except Exception as known:
-            return reason(known)
+            return reason_of(known)
         return dali_reason(error)
 
     def _build(self, batch_size: int, prefetch: int, source: Any) -> "Pipeline":
@@ -339,3 +347,6 @@ def _central(outer: "DataNode", inner: int) -> "DataNode":
     spare = outer - float(inner)
     half = math.floor(spare / 2.0)
     return half + (spare - 2.0 * half) * (half - 2.0 * math.floor(half / 2.0))
+
+
+LOADER = LoaderKind(DaliLoader, decoded=False, missing=missing_dali)

@@ -19,9 +19,12 @@ NUMBERS = 24
 _PER_TICK = 4  # what Philox gives for every value of its counter
 
 
-def uniforms(seed: int, epoch: int, start: int, count: int) -> NDArray[np.float64]:
-    """The numbers of the pictures at places ``start`` to ``start + count`` of an epoch: [count, NUMBERS], in [0, 1)."""
-    key = int.from_bytes(hashlib.blake2b(f"augment/{seed}/{epoch}".encode(), digest_size=16).digest())
+def uniforms(seed: int, epoch: int, start: int, count: int, view: int = 0) -> NDArray[np.float64]:
+    """The numbers of the pictures at places ``start`` to ``start + count`` of an epoch: [count, NUMBERS], in [0, 1).
+
+    ``view`` counts the independent views that are made of each picture.
+    """
+    key = int.from_bytes(hashlib.blake2b(f"augment/{seed}/{epoch}/{view}".encode(), digest_size=16).digest())
     bits = np.random.Philox(key=key).advance(start * (NUMBERS // _PER_TICK))
     return (bits.random_raw(count * NUMBERS) >> np.uint64(11)).reshape(count, NUMBERS) * 2.0**-53
 

@@ -2,7 +2,7 @@
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastokd.data.files import MAX_REPLACED, FileSplit
+from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason
+from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import central, cover, window
-from fastokd.data.stream import Decoded, Framing, Request, StreamLoader
+from fastokd.data.stream import Decoded, Framing, Request, StreamLoader, most_replaced, read_options
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 JPEG = b"\xff\xd8\xff"
@@ -64,9 +65,9 @@ class TorchvisionLoader(StreamLoader):
         ConfigError, DataError: as ``StreamLoader``.
     """
 
-    def __init__(self, *settings: Any, options: TorchvisionOptions | None = None, **named: Any) -> None:
+    def __init__(self, *settings: Any, options: TorchvisionOptions | Mapping[str, Any] | None = None, **named: Any) -> None:
         super().__init__(*settings, **named)
-        self.options = options or TorchvisionOptions()
+        self.options = read_options(TorchvisionOptions, options)
         self._requests = _Requests()
         self._workers: DataLoader[Any] | None = None
 
@@ -94,14 +95,14 @@ class TorchvisionLoader(StreamLoader):
     def _start(self) -> DataLoader[Any]:
         options = self.options
         workers = default_workers() if options.workers is None else options.workers
-        attempts = max(1, int(MAX_REPLACED * len(self.split))) + 1 if self.train and self.bad_images == "replace" else 1
+        attempts = most_replaced(self.split) + 1 if self.train and self.bad_images == "replace" else 1
         several: dict[str, Any] = {}
         if workers:
             if options.start_method == "forkserver":
                 multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # imported once, not in each worker
             several = {"persistent_workers": True, "prefetch_factor": options.prefetch, "multiprocessing_context": options.start_method, "timeout": options.timeout}
         return DataLoader(
-            _Pictures(self.split, self.framing, attempts), batch_size=None, sampler=self._requests, num_workers=workers,
+            _Pictures(self.split, attempts), batch_size=None, sampler=self._requests, num_workers=workers,
             pin_memory=self.device.type == "cuda", **several)
 
 
@@ -120,18 +121,18 @@ class _Requests:
 class _Pictures(Dataset):
     """Decoded batches by request; lives in the workers."""
 
-    def __init__(self, split: FileSplit, framing: Framing, attempts: int) -> None:
-        self.split, self.framing, self.attempts = split, framing, attempts
+    def __init__(self, split: FileSplit, attempts: int) -> None:
+        self.split, self.attempts = split, attempts
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str]]:
         """The pictures [B, H, W, 3] asked for, the images they are, and the bad pictures whose place others took."""
-        count = len(request.index)
-        pixels, index, bad = torch.empty((count, *self.framing.size, 3), dtype=torch.uint8), request.index.copy(), {}
-        for place in range(count):
+        index, bad = request.index.copy(), {}
+        pixels = torch.empty((len(index), *request.framing.size, 3), dtype=torch.uint8)
+        for place in range(len(index)):
             candidate = None if request.candidates is None else request.candidates[place]
             for _ in range(self.attempts):
                 try:
-                    pixels[place] = frame(decode_rgb(self.split.read(index[place])), self.framing, candidate)
+                    pixels[place] = frame(decode_rgb(self.split.read(index[place])), request.framing, candidate)
                     break
                 except Exception as error:  # a decoder may raise anything at all for damaged bytes
                     bad[int(index[place])] = reason(error)
@@ -180,3 +181,6 @@ def frame(picture: Tensor, framing: Framing, candidate: np.ndarray | None = None
         picture = v2.resize(picture, [rows, columns], antialias=True)
         picture = v2.crop(picture, central(rows, framing.size[0]), central(columns, framing.size[1]), *framing.size)
     return picture.permute(1, 2, 0)
+
+
+LOADER = LoaderKind(TorchvisionLoader, decoded=False)
