@@ -214,12 +214,16 @@ class DaliLoader(StreamLoader):
         found: dict[int, str] = {}
         waiting: deque[tuple[Any, ...]] = deque()
         pipeline = None
+
+        def source() -> tuple[Any, ...]:
+            return waiting.popleft()
+
         for place, i in enumerate(request.index.tolist()):
             candidates = None if request.candidates is None else request.candidates[place : place + 1]
             try:
                 waiting.append(self._inputs(Request(request.framing, request.index[place : place + 1], candidates)))
                 if pipeline is None:
-                    pipeline = self._build(1, 1, waiting.popleft)
+                    pipeline = self._build(1, 1, source)
                 pipeline.run()
             except Exception as error:
                 pipeline = None
