@@ -9,6 +9,8 @@ _modules = {
     "baseline": "fastokd.methods.baseline",
     "ahbf": "fastokd.methods.ahbf",
     "one": "fastokd.methods.one",
+    "ffsd": "fastokd.methods.ffsd",
+    "afid": "fastokd.methods.afid",
 }
 
 

@@ -68,7 +68,7 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
                     for level, backbone in enumerate(backbones, start=1)]
     try:
         return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], chosen.kept,
-                             companion_builder(chosen, options), teacher)
+                             companion_builder(chosen, options), teacher, chosen.name)
     except ConfigError:
         raise
     except ValueError as error:
@@ -105,11 +105,15 @@ def check_layout(method: Method, names: Sequence[str], topology: str | None, num
 def create_student(name: str, num_classes: int = 10) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
-    A student's state dict loads into it: ``create_student(name, C).load_state_dict(model.student().state_dict())``.
+    A student's state dict loads into it: ``create_student(model.name, C).load_state_dict(model.student().state_dict())``.
+    "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
 
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
     """
+    networks, mark, method = name.partition("@")
+    if mark:
+        return create_model(networks, method, num_classes).student()
     backbone = _backbone(name)
     _check_num_classes(num_classes)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))

@@ -106,11 +106,13 @@ class BranchedModel(nn.Module):
         kept: index of the branch that ``student`` keeps; -1 is the last.
         build_companion: builds the method's own modules, see ``fastokd.methods.method.Layout``.
         teacher: the frozen teacher of methods that have one.
+        method: the method's name.
     """
 
     def __init__(self, names: Sequence[str], num_classes: int, trunk: nn.Module | None, branches: Sequence[nn.Module],
                  joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]], kept: int = 0,
-                 build_companion: Callable[[Layout], Companion] | None = None, teacher: nn.Module | None = None) -> None:
+                 build_companion: Callable[[Layout], Companion] | None = None, teacher: nn.Module | None = None,
+                 method: str = "baseline") -> None:
         super().__init__()
         self.names = tuple(names)
         self.num_classes = num_classes
@@ -119,6 +121,7 @@ class BranchedModel(nn.Module):
         self.branches = nn.ModuleList(branches)
         channels = tuple(branch.channels for branch in branches)
         self.companion = build_companion(Layout(channels, _out_channels(trunk), num_classes, branches, teacher)) if build_companion else None
+        self.method = method
         self._joins = tuple(joins)
 
     @property
@@ -128,8 +131,13 @@ class BranchedModel(nn.Module):
 
     @property
     def name(self) -> str:
-        """The name of the student's network."""
-        return self.names[self.kept]
+        """The name of the student's network, as ``create_student`` takes it."""
+        return f"{','.join(self.names)}@{self.method}" if self._own_student else self.names[self.kept]
+
+    @property
+    def _own_student(self) -> bool:
+        """Whether the method hands over a network of its own making."""
+        return self.companion is not None and type(self.companion).student is not Companion.student
 
     def forward(self, x: Tensor) -> BranchOutput:
         """Every branch's logits, features and what the method's modules add.
@@ -147,10 +155,10 @@ class BranchedModel(nn.Module):
         if self.companion is None:
             features, logits = zip(*[branch(own) for branch, own in zip(self.branches, inputs, strict=True)], strict=True)
             return BranchOutput(logits, features)
-        features, logits = self.companion.run(inputs, self.branches)
+        ran = self.companion.run(inputs, self.branches)
         images = shared if self.trunk is None else x
-        extras = self.companion(BranchPass(images, shared, features, logits, self.branches))
-        return BranchOutput(logits, features, extras.pop("scores", ()), extras)
+        extras = self.companion(BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on))
+        return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
@@ -158,11 +166,14 @@ class BranchedModel(nn.Module):
         A deep copy with the same weights, device, dtype and train/eval mode; its state dict is the plain network's.
 
         Args:
-            branch: index of the branch; None is the one that the method keeps.
+            branch: index of the branch; None is what the method keeps, which may be more than a branch where branches
+                cannot do without each other (AFID).
 
         Raises:
             ConfigError: there is no such branch.
         """
+        if branch is None and self._own_student:
+            return self.companion.student(self.branches, self.kept).train(self.training)
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
             raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")

@@ -148,7 +148,8 @@ class Trainer:
         load_weights(self.model, state["model"], where)
         load_weights(self.step.criterion, state["criterion"], where)
         try:
-            self.step.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in self.step.optimizers.items():
+                optimizer.load_state_dict(state["optimizer"][name])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
         self.epoch = self.saved = state["epoch"]
@@ -256,7 +257,7 @@ class Trainer:
         """Write the epoch. ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.step.optimizers.items()},
             "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
