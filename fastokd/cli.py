@@ -95,6 +95,9 @@ def train(
     val_split: Number = None,
     pad: Whole = None,
     flip: Switch = None,
+    loader: Text = None,
+    loader_options: Options = (),
+    bad_images: Text = None,
     device: Text = None,
     precision: Text = None,
     channels_last: Switch = None,
@@ -131,6 +134,10 @@ def train(
         val_split: evaluate on this fraction of the training images instead of the test split (default 0).
         pad: padding of the random crop in pixels (default: the data's).
         flip: random horizontal flips (default: the data's).
+        loader: resident, dali, torchvision, or auto (default), which keeps small images decoded on the device and decodes others
+            while training, with DALI where it is installed.
+        loader_options: what can be tuned of dali and torchvision as NAME=VALUE, for example threads=8 hw_decoder_load=0.3.
+        bad_images: what a picture that cannot be decoded while training does: fail (default), or replace it by the next.
         device: auto (default), cpu, cuda or cuda:N.
         precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
@@ -148,8 +155,9 @@ def train(
     reporter = Reporter(quiet=quiet)
     if data is not None:
         given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
-    if "method_options" in given:
-        given["method_options"] = _parse_options(method_options)
+    for name in ("method_options", "loader_options"):
+        if name in given:
+            given[name] = _parse_options(given[name])
     if resume is not None:
         others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
         if others:
@@ -383,7 +391,7 @@ def _print_summary(summary: Any, kept: str, path: Path) -> None:
 
 
 def _evaluate_student(path: Path, data: str | None, split: str | None, device: str) -> None:
-    from fastokd.data import ResidentLoader, open_dataset
+    from fastokd.data import Augment, list_files, make_loader, open_dataset
     from fastokd.errors import CheckpointError
     from fastokd.export import load_student, measure_accuracy, student_file
     from fastokd.train.step import choose_device
@@ -396,11 +404,14 @@ def _evaluate_student(path: Path, data: str | None, split: str | None, device: s
     where = choose_device(device)
     preprocessing = record["preprocessing"]
     height, width = preprocessing["image_size"]
-    dataset = open_dataset(data, image_size=height if height == width else None, mean=preprocessing["mean"], std=preprocessing["std"])
+    prepared = {"image_size": height if height == width else None, "mean": preprocessing["mean"], "std": preprocessing["std"]}
+    # Scaled further than to what is cut: the student was trained on random resized crops, and so are the pictures framed.
+    cropped = preprocessing.get("shorter_side", 0) > min(height, width)
+    dataset = list_files(data, **prepared, augment=Augment(crop_scale=(0.08, 1.0))) if cropped else open_dataset(data, **prepared)
     if list(dataset.classes) != record["classes"]:
         raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     images = dataset.evaluation if split is None else dataset.split(split)
-    loader = ResidentLoader(images, 256, train=False, device=where, mean=dataset.mean, std=dataset.std)
+    loader = make_loader(dataset, images.name, 256, train=False, device=where)
     accuracy = measure_accuracy(student.to(where), loader)
     stored = record["accuracy"]
     console = _console()

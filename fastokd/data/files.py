@@ -23,7 +23,9 @@ MAX_REPLACED = 0.01
 """The share of a split's images that ``bad_images="replace"`` may replace before the run is stopped all the same."""
 
 DEFAULT_SIZE = 224
-_SMALL = 128
+SMALL = 128
+"""Images up to this side are of the kind that is kept decoded, and cropped after padding."""
+
 _PEEKED = 16
 
 
@@ -137,7 +139,7 @@ def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, 
     size = (image_size, image_size) if image_size else _guess_size(train)
     return FileDataset(
         name=source.name, classes=source.classes, train=train, test=test, val=val, mean=source.mean or IMAGENET_MEAN,
-        std=source.std or IMAGENET_STD, augment=augment or source.augment or Augment(pad=min(size) // 8, flip=True), image_size=size,
+        std=source.std or IMAGENET_STD, augment=augment or source.augment or _customary_augment(size), image_size=size,
         root=source.root, ignored_files=source.ignored_files,
     )
 
@@ -169,8 +171,8 @@ def decode_files(source: DataSource[FileSplit], image_size: int | None = None, w
     return replace(source, train=train, test=test, val=val)
 
 
-def _guess_size(split: FileSplit) -> tuple[int, int]:
-    """The one size of a few images, if it is small; else the customary one. Reads headers alone."""
+def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
+    """The sizes (height, width) of a few images all over a split, from their headers alone."""
     from io import BytesIO
 
     from PIL import Image
@@ -182,5 +184,16 @@ def _guess_size(split: FileSplit) -> tuple[int, int]:
                 sizes.add((image.height, image.width))
         except Exception:  # a damaged file is reported where it is decoded
             continue
+    return sizes
+
+
+def _guess_size(split: FileSplit) -> tuple[int, int]:
+    """The one size of a few images, if it is small; else the customary one."""
+    sizes = peek_sizes(split)
     size = sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
-    return size if max(size) <= _SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)
+    return size if max(size) <= SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+
+def _customary_augment(size: tuple[int, int]) -> Augment:
+    """Mirroring, after the crop that suits the size: out of the padded image for small ones, randomly resized for others."""
+    return Augment(pad=min(size) // 8, flip=True) if max(size) <= SMALL else Augment(flip=True, crop_scale=(0.08, 1.0))

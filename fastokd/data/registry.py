@@ -132,6 +132,15 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
     return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
 
 
+def made_of_files(spec: str | Path) -> bool:
+    """Whether a dataset is made of image files, which ``list_files`` can list.
+
+    Raises:
+        ConfigError, DataError: as ``open_dataset``, for a kind or folder that does not exist.
+    """
+    return _resolve(spec)[0].files is not None
+
+
 def absolute_spec(spec: str) -> str:
     """The same dataset whatever the working folder: the folder in ``spec`` made absolute."""
     name, _, rest = spec.partition(":")

@@ -20,10 +20,8 @@ from fastokd.data import random_crop
 from fastokd.data.augment import Augment, Mixing, crop, mirror, mix, normalize
 from fastokd.data.files import MAX_REPLACED, FileSplit
 from fastokd.data.images import first_of, show
-from fastokd.data.loader import Batch, LoaderBase, epoch_seed, to_device
+from fastokd.data.loader import BAD_IMAGES, Batch, LoaderBase, epoch_seed, to_device
 from fastokd.errors import ConfigError, DataError, did_you_mean
-
-BAD_IMAGES = ("fail", "replace")
 
 Options = TypeVar("Options")
 

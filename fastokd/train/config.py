@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fastokd.data.loader import BAD_IMAGES, get_loader_kind
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
@@ -42,6 +43,9 @@ class TrainConfig:
         image_size: height and width in pixels; None for the dataset's own.
         val_split: fraction of the training images held out for evaluation instead of the test split; 0 for none.
         pad, flip: random-crop padding in pixels and horizontal flip; None for the dataset's default.
+        loader: "resident", "dali", "torchvision", or "auto", which keeps small images decoded and streams others.
+        loader_options: what can be tuned of a loader that decodes while training, e.g. {"threads": 8}.
+        bad_images: what a picture that cannot be decoded while training does: "fail" or "replace".
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format.
@@ -70,6 +74,9 @@ class TrainConfig:
     val_split: float = 0.0
     pad: int | None = None
     flip: bool | None = None
+    loader: str = "auto"
+    loader_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    bad_images: str = "fail"
     device: str = "auto"
     precision: str = "auto"
     channels_last: bool = True
@@ -114,6 +121,7 @@ class TrainConfig:
         plain = dataclasses.asdict(self)
         plain["lr_decay_at"] = list(self.lr_decay_at)
         plain["method_options"] = dict(self.method_options)
+        plain["loader_options"] = dict(self.loader_options)
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -154,6 +162,10 @@ def check_config(config: TrainConfig) -> None:
     _check(config, "image_size", config.image_size is None or config.image_size >= 4, "at least 4")
     _check(config, "val_split", 0 <= config.val_split < 1, "in [0, 1)")
     _check(config, "pad", config.pad is None or config.pad >= 0, "at least 0")
+    if config.loader != "auto":
+        get_loader_kind(config.loader)
+    if config.bad_images not in BAD_IMAGES:
+        raise ConfigError(f"unknown bad_images '{config.bad_images}'{did_you_mean(config.bad_images, BAD_IMAGES)}")
     if config.precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"unknown precision '{config.precision}'{did_you_mean(config.precision, ['auto', 'fp32', 'bf16'])}")
     check_impl(config.impl)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
+from fastokd.data import Loader
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
@@ -18,6 +18,7 @@ from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
+from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -57,58 +58,16 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
-def open_data(config: TrainConfig, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Dataset:
-    """The dataset of a configuration, checked.
-
-    Args:
-        config: names the data.
-        seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
-            normalised as it was, whatever this dataset's own statistics are.
-        progress: called with (files done, files in all) while files are decoded.
-
-    Raises:
-        ConfigError: no dataset is named.
-        DataError: it cannot be trained on.
-    """
-    if not config.data:
-        raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
-    if seen is None:
-        return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed, progress=progress)
-    height, width = seen["image_size"]
-    size = height if height == width else config.image_size
-    return open_dataset(config.data, image_size=size, val_split=config.val_split, seed=config.seed, mean=seen["mean"], std=seen["std"], progress=progress)
-
-
-def data_record(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
-    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std)}
-
-
-def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool, device: torch.device) -> ResidentLoader:
-    """The loader of one of the dataset's splits as the configuration wants it.
-
-    Raises:
-        ConfigError: the padding is larger than the images.
-    """
-    given = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
-    if config.pad is not None and config.pad > min(dataset.image_size):
-        raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
-    return ResidentLoader(
-        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
-        augment=dataclasses.replace(dataset.augment, **given),
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-
-
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
+    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
-            self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
+            self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.end_epoch()
         self.model = build_model(config, len(self.dataset.classes), self.device)
@@ -204,6 +163,7 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
+        say(explain_loader(config, data, self.device))
         ramp = self.config.ramp_length()
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
@@ -299,9 +259,9 @@ class LoadedRun:
     """A run's weights and images, ready to be evaluated or exported."""
 
     config: TrainConfig
-    dataset: Dataset
+    dataset: AnyDataset
     evaluator: BranchEvaluator
-    loader: ResidentLoader
+    loader: Loader
     state: dict[str, Any]
 
 
@@ -326,7 +286,7 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     where = choose_device(device)
     file = run.last if which == "last" else run.best
     state = load_checkpoint(file)
-    dataset = open_data(config, state["data"], progress)
+    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
@@ -334,7 +294,7 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, dataset, chosen, False, where), state)
 
 
-def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
+def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
 
