@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastokd.data.images import decode, default_workers, first_of, show
-from fastokd.data.images import reason as reason_of
+from fastokd.data.images import decode, default_workers, first_of, reason_of, show
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
 from fastokd.data.stream import Decoded, Request, StreamLoader, read_options

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +15,16 @@ import torch
 from torch import Tensor
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import DataSource, Split, SplitSet, normalized_by
-from fastokd.data.images import Progress, check_image_size, decode_all
+from fastokd.data.cache import Cache, Entry
+from fastokd.data.dataset import DataSource, Split, SplitSet, fingerprint, image_sums, normalized_by
+from fastokd.data.images import Progress, bad_files_error, check_image_size, first_of, show, try_decode_all
+from fastokd.errors import ConfigError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The customary normalisation of large pictures, as fractions of 255 (He et al. 2016 and everybody since)."""
 
+BAD_IMAGES = ("fail", "replace")
 MAX_REPLACED = 0.01
 """The share of a split's images that ``bad_images="replace"`` may replace before the run is stopped all the same."""
 
@@ -145,30 +151,74 @@ def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, 
 
 
 def decode_files(source: DataSource[FileSplit], image_size: int | None = None, workers: int | None = None,
-                 progress: Progress | None = None) -> DataSource[Split]:
-    """Decode every image of a listed dataset.
+                 progress: Progress | None = None, bad_images: str = "fail") -> DataSource[Split]:
+    """Decode every image of a listed dataset, or find it decoded in the cache.
 
     Args:
         image_size, workers, progress: as for ``decode_all``.
+        bad_images: what to do about training images that cannot be decoded: "fail", or "replace" each by another one of
+            its class, with a warning, up to one in a hundred. Evaluation images are never replaced.
 
     Raises:
-        DataError: as ``decode_all``.
+        ConfigError: an unknown ``bad_images``.
+        DataError: as ``decode_all``; too many bad images, or a class without a good one.
     """
+    if bad_images not in BAD_IMAGES:
+        raise ConfigError(f"unknown bad_images '{bad_images}'{did_you_mean(bad_images, BAD_IMAGES)}")
     splits = source.splits
     places = [(split, i) for split in splits for i in range(len(split))]
+    names = [file for split in splits for file in split.files]
 
     def read(place: int) -> bytes:
         split, i = places[place]
         return split.read(i)
 
-    names = [file for split in splits for file in split.files]
-    images = decode_all(source.train.root, names, image_size, workers, progress, read)
-    parts = iter(images.split([len(split) for split in splits]))
-    train, test, val = (
-        None if split is None else Split(split.name, next(parts), split.targets, split.files)
-        for split in (source.train, source.test, source.val)
-    )
-    return replace(source, train=train, test=test, val=val)
+    recipe = {
+        "image_size": image_size, "classes": source.classes,
+        "splits": [[s.name, s.files, s.targets.tolist(), None if s.members is None else s.members.offset.tolist()] for s in splits],
+    }
+    cache = Cache(recipe, list(dict.fromkeys(split.path(i) for split, i in places)), read, len(places))
+    entry = cache.find()
+    bad: dict[int, str] = {}
+    if entry is None:
+        started = time.monotonic()
+        images, bad = try_decode_all(source.train.root, names, image_size, workers, progress, cache.checked_read)
+        if bad:
+            _replace_bad(source, images, bad, names, bad_images)
+        decoded = _split_images(source, images, image_sums(images))
+        if not bad:
+            decoded = replace(decoded, fingerprint=fingerprint(decoded))
+            cache.keep(Entry(images, torch.cat([split.sums for split in decoded.splits]), decoded.fingerprint), time.monotonic() - started)
+        return replace(decoded, replaced_files=len(bad))
+    return replace(_split_images(source, entry.images, entry.sums), fingerprint=entry.fingerprint)
+
+
+def _split_images(source: DataSource[FileSplit], images: Tensor, sums: Tensor) -> DataSource[Split]:
+    counts = [len(split) for split in source.splits]
+    parts = zip(source.splits, images.split(counts), sums.split(counts), strict=True)
+    decoded = {files.name: Split(files.name, part, files.targets, files.files, part_sums) for files, part, part_sums in parts}
+    return replace(source, train=decoded["train"], **{
+        field: decoded[files.name] for field in ("test", "val") if (files := getattr(source, field)) is not None})
+
+
+def _replace_bad(source: DataSource[FileSplit], images: Tensor, bad: Mapping[int, str], names: Sequence[str], policy: str) -> None:
+    """Write another image of the same class over each bad training image of ``images``, whose first are those of training."""
+    root, targets = source.train.root, source.train.targets
+    if policy == "fail":
+        raise bad_files_error(root, names, bad, "replace or delete them, or pass --bad-images replace; 'fastokd data check' finds them all")
+    elsewhere = {i: reason for i, reason in bad.items() if i >= len(targets)}
+    if elsewhere:
+        raise bad_files_error(root, names, elsewhere, "evaluation images are never replaced; mend them, or leave them out with 'fastokd data check --write-list'")
+    allowed = math.ceil(MAX_REPLACED * len(targets))
+    if len(bad) > allowed:
+        raise bad_files_error(root, names, bad, f"--bad-images replace takes at most {allowed}; leave them out with 'fastokd data check --write-list'")
+    for i in bad:
+        others = [j for j in (targets == targets[i]).nonzero().flatten().tolist() if j not in bad]
+        if not others:
+            raise bad_files_error(root, names, bad, f"class '{show(source.classes[int(targets[i])])}' has no other image to replace them by")
+        images[i] = images[next((j for j in others if j > i), others[0])]
+    listed = first_of([f"{names[i]} ({reason})" for i, reason in bad.items()])
+    warnings.warn(f"{len(bad)} of {len(targets)} training images cannot be decoded and were replaced by others of their class: {listed}", stacklevel=2)
 
 
 def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:

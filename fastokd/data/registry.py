@@ -83,7 +83,7 @@ def get_dataset_kind(name: str) -> DatasetKind:
 def open_dataset(spec: str | Path, image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                  augment: Augment | None = None, workers: int | None = None,
-                 progress: Progress | None = None) -> Dataset:
+                 progress: Progress | None = None, bad_images: str = "fail") -> Dataset:
     """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
 
     Args:
@@ -96,6 +96,7 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
         augment: training augmentation; by default the dataset's customary one.
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
+        bad_images: "fail" or "replace", see ``decode_files``.
 
     Raises:
         ConfigError: a setting out of range, or a kind that does not exist.
@@ -103,11 +104,10 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
     """
     check_image_size(image_size)
     kind, path = _resolve(spec)
-    options = ReadOptions(image_size, workers, progress)
     if kind.files is None:
-        source = kind.read(path, options)
+        source = kind.read(path, ReadOptions(image_size, workers, progress))
     else:
-        source = decode_files(kind.files(path), options.image_size, options.workers, options.progress)
+        source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 

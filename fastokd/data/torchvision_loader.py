@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastokd.data.files import FileSplit
-from fastokd.data.images import decode, default_workers, reason
+from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import central, cover, window
 from fastokd.data.stream import Decoded, Framing, Request, StreamLoader, most_replaced, read_options
@@ -135,7 +135,7 @@ class _Pictures(Dataset):
                     pixels[place] = frame(decode_rgb(self.split.read(index[place])), request.framing, candidate)
                     break
                 except Exception as error:  # a decoder may raise anything at all for damaged bytes
-                    bad[int(index[place])] = reason(error)
+                    bad[int(index[place])] = reason_of(error)
                     index[place] = (index[place] + 1) % len(self.split)
         return pixels, torch.from_numpy(index), bad
 
