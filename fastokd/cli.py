@@ -411,7 +411,7 @@ def _evaluate_student(path: Path, data: str | None, split: str | None, device: s
     if list(dataset.classes) != record["classes"]:
         raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     images = dataset.evaluation if split is None else dataset.split(split)
-    loader = make_loader(dataset, images.name, 256, train=False, device=where)
+    loader = make_loader(dataset, split or ("test" if dataset.val is None else "val"), 256, train=False, device=where)
     accuracy = measure_accuracy(student.to(where), loader)
     stored = record["accuracy"]
     console = _console()

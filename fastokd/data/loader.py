@@ -14,9 +14,6 @@ from fastokd.data.dataset import Dataset
 from fastokd.data.files import FileDataset
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
-BAD_IMAGES = ("fail", "replace")
-"""What loaders of files do about a picture that cannot be decoded."""
-
 
 class Batch(NamedTuple):
     """B images [B, C, H, W] in a floating dtype, their targets, and their positions in the split int64 [B].

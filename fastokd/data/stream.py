@@ -6,6 +6,7 @@ place in the epoch, bad pictures, normalisation and mixing are decided here, onc
 
 import contextlib
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from fastokd.data import random_crop
 from fastokd.data.augment import Augment, Mixing, crop, mirror, mix, normalize
-from fastokd.data.files import MAX_REPLACED, FileSplit
+from fastokd.data.files import BAD_IMAGES, MAX_REPLACED, FileSplit
 from fastokd.data.images import first_of, show
-from fastokd.data.loader import BAD_IMAGES, Batch, LoaderBase, epoch_seed, to_device
+from fastokd.data.loader import Batch, LoaderBase, epoch_seed, to_device
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 Options = TypeVar("Options")
@@ -287,7 +288,7 @@ class StreamLoader(LoaderBase, ABC):
 
 def most_replaced(split: FileSplit) -> int:
     """How many bad pictures of a split are replaced at most."""
-    return max(1, int(MAX_REPLACED * len(split)))
+    return math.ceil(MAX_REPLACED * len(split))
 
 
 def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None") -> Options:

@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fastokd.data.loader import BAD_IMAGES, get_loader_kind
+from fastokd.data.files import BAD_IMAGES
+from fastokd.data.loader import get_loader_kind
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue

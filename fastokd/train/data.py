@@ -44,7 +44,9 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
         decoded = seen.get("decoded", True)
     else:
         decoded = _is_small(list_files(config.data, **given), config.image_size, device)
-    return open_dataset(config.data, **given, progress=progress) if decoded else list_files(config.data, **given)
+    if decoded:
+        return open_dataset(config.data, **given, progress=progress, bad_images=config.bad_images)
+    return list_files(config.data, **given)
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastokd.data import Loader
-from fastokd.data.images import Progress
+from fastokd.data.images import Progress, first_of
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
 from fastokd.models import BranchedModel, create_model
@@ -82,6 +82,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.best_epoch = -1
         self.seconds = 0.0
+        self._replaced = 0  # bad pictures that were reported
 
     def start(self) -> None:
         """Write what identifies a new run."""
@@ -205,6 +206,14 @@ class Trainer:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
         self.reporter.end_epoch(record)
+        self._report_replaced()
+
+    def _report_replaced(self) -> None:
+        found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
+        if len(found) > self._replaced:
+            names = [f"{self.dataset.train.files[i]} ({reason})" for i, reason in found.items()][self._replaced:]
+            self._replaced = len(found)
+            self.reporter.say(f"pictures that cannot be decoded and were replaced, so far {len(found)}: {first_of(names)}")
 
     def _check_finite(self, means: dict[str, float]) -> None:
         if math.isfinite(means["loss"]):
