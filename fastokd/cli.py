@@ -112,6 +112,7 @@ def train(
     cutmix: Number = None,
     resize_schedule: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[EPOCH:SIZE ...]", help_behavior_hint="")] = (),
     loader: Text = None,
+    loader_options: Options = (),
     bad_images: Text = None,
     device: Text = None,
     precision: Text = None,
@@ -154,8 +155,10 @@ def train(
         mixup: blend training images and labels in pairs, by a weight from Beta(X, X); 0 for none (default).
         cutmix: paste boxes of other training images, by areas from Beta(X, X); 0 for none (default).
         resize_schedule: sides of the training images in pixels and the epochs, from 0, that they begin with: 0:128 60:192.
-        loader: resident (decoded once, kept on the device), dali, torchvision, or auto (default), which says what it chose.
-        bad_images: training images that cannot be decoded: fail (default) or replace by others of their class, 1 % at most.
+        loader: resident, dali, torchvision, or auto (default), which keeps small images decoded on the device and decodes others
+            while training, with DALI where it is installed.
+        loader_options: what can be tuned of dali and torchvision as NAME=VALUE, for example threads=8 hw_decoder_load=0.3.
+        bad_images: training images that cannot be decoded: fail (default), or replace by others, 1 % at most.
         device: auto (default), cpu, cuda or cuda:N.
         precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
@@ -173,8 +176,9 @@ def train(
     reporter = Reporter(quiet=quiet)
     if data is not None:
         given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
-    if "method_options" in given:
-        given["method_options"] = _parse_options(method_options)
+    for name in ("method_options", "loader_options"):
+        if name in given:
+            given[name] = _parse_options(given[name])
     if "resize_schedule" in given:
         given["resize_schedule"] = _parse_schedule(resize_schedule)
     if resume is not None:
@@ -498,7 +502,7 @@ def _print_summary(summary: Any, kept: str, path: Path) -> None:
 
 
 def _evaluate_student(path: Path, data: str | None, split: str | None, device: str) -> None:
-    from fastokd.data import make_loader, open_for_loader
+    from fastokd.data import Augment, list_files, make_loader, open_dataset
     from fastokd.errors import CheckpointError
     from fastokd.export import load_student, measure_accuracy, student_file
     from fastokd.train.step import choose_device
@@ -511,12 +515,14 @@ def _evaluate_student(path: Path, data: str | None, split: str | None, device: s
     where = choose_device(device)
     preprocessing = record["preprocessing"]
     height, width = preprocessing["image_size"]
-    opened = open_for_loader(data, "auto", where, image_size=height if height == width else None, mean=preprocessing["mean"], std=preprocessing["std"])
-    dataset = opened.dataset
+    prepared = {"image_size": height if height == width else None, "mean": preprocessing["mean"], "std": preprocessing["std"]}
+    # Scaled further than to what is cut: the student was trained on random resized crops, and so are the pictures framed.
+    cropped = preprocessing.get("shorter_side", 0) > min(height, width)
+    dataset = list_files(data, **prepared, augment=Augment(crop_scale=(0.08, 1.0))) if cropped else open_dataset(data, **prepared)
     if list(dataset.classes) != record["classes"]:
         raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     images = dataset.evaluation if split is None else dataset.split(split)
-    loader = make_loader(dataset, images, 256, loader=opened.loader, train=False, device=where)
+    loader = make_loader(dataset, split or ("test" if dataset.val is None else "val"), 256, train=False, device=where)
     accuracy = measure_accuracy(student.to(where), loader)
     stored = record["accuracy"]
     console = _console()

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from fastokd import cli
-from fastokd.data import open_for_loader, registry
+from fastokd.data import Dataset
 from fastokd.errors import ConfigError, DataError
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
+from fastokd.train.data import explain_loader, loader_name, open_data
 from fastokd.train.loop import Trainer, load_run, resume_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -65,7 +66,7 @@ def test_the_loader_says_why(tmp_path, capsys):
     code = cli.main(["train", "--data", "digits", "--model", "resnet8", "--method", "baseline", "--epochs", "1", "--batch-size", "256", "--out", str(tmp_path / "run"),
                      "--resize-schedule", "0:6", "--mixup", "0.2"])
     assert code == 0
-    assert "loader resident: a small set that is not made of image files" in capsys.readouterr().out
+    assert "loader resident: the dataset comes decoded, so they lie on cpu" in capsys.readouterr().out
     assert load_config((tmp_path / "run" / "config.yaml").read_text(), "config").resize_schedule == {0: 6}
 
 
@@ -79,40 +80,31 @@ def make_tree(root, size=(8, 8), count=4):
 
 
 class TestChoice:
+    def choose(self, root, **changes):
+        config = TrainConfig(data=str(root), **changes)
+        dataset = open_data(config, torch.device("cpu"))
+        return loader_name(config, dataset, torch.device("cpu")), dataset, explain_loader(config, dataset, torch.device("cpu"))
+
     def test_small_images_that_fit_are_resident(self, tmp_path):
-        opened = open_for_loader(make_tree(tmp_path))
-        assert (opened.loader, opened.dataset.image_size) == ("resident", (8, 8))
-        assert opened.reason == "16 images of 8 x 8 take 2.86e-06 GiB decoded, which fit on cpu"
+        name, dataset, line = self.choose(make_tree(tmp_path))
+        assert (name, dataset.image_size) == ("resident", (8, 8))
+        assert line == "loader resident: the images are small and fit, so they lie on cpu"
 
-    @pytest.mark.parametrize(("size", "free", "reason"), [
-        ((8, 8), 3000, r"16 images of 8 x 8 take 2.86e-06 GiB decoded, more than half of the 2.79e-06 GiB that are free on cpu"),
-        ((200, 300), 2**40, "images of 224 x 224 are cropped from larger pictures while training"),
-    ])
-    def test_others_are_read_while_training_by_the_best_loader_there_is(self, tmp_path, monkeypatch, size, free, reason):
-        monkeypatch.setattr(registry, "available_memory", lambda: free)
-        monkeypatch.setattr(registry, "best_file_loader", lambda device: "dali")
-        chosen = registry._choose_loader(registry.get_dataset_kind("folder").files(make_tree(tmp_path, size)), None, torch.device("cpu"))
-        assert chosen == ("dali", reason)
+    @pytest.mark.parametrize(("size", "free"), [((8, 8), 3000), ((200, 300), 2**40)])
+    def test_others_are_read_while_training(self, tmp_path, monkeypatch, size, free):
+        monkeypatch.setattr("fastokd.train.data.available_memory", lambda: free)
+        name, dataset, line = self.choose(make_tree(tmp_path, size))
+        assert name in ("dali", "torchvision")
+        assert dataset.image_size == ((8, 8) if size == (8, 8) else (224, 224))
+        assert line.startswith(f"loader {name}: the images are large or too many for memory")
 
-        def none(device):
-            raise ConfigError("no loader can decode image files")
-
-        monkeypatch.setattr(registry, "best_file_loader", none)
-        chosen = registry._choose_loader(registry.get_dataset_kind("folder").files(tmp_path), None, torch.device("cpu"))
-        assert chosen == ("resident", f"{reason}, but no loader can decode image files")
-
-    def test_an_explicit_choice_is_taken_or_refused(self, tmp_path):
-        opened = open_for_loader(make_tree(tmp_path), "resident", image_size=6)
-        assert (opened.loader, opened.reason, opened.dataset.image_size) == ("resident", "as asked for", (6, 6))
-        with pytest.raises(ConfigError, match="unknown loader 'residnet'; did you mean 'resident'"):
-            open_for_loader(tmp_path, "residnet")
-
-    def test_a_run_keeps_its_loader(self, tmp_path, monkeypatch):
+    def test_a_run_keeps_its_choice(self, tmp_path, monkeypatch):
         config = dataclasses.replace(CONFIG, data=str(make_tree(tmp_path / "tree")), batch_size=8, epochs=1, resize_schedule={}, method="baseline", branches=None)
         run(config, tmp_path / "run").run()
-        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"] == "resident"
-        monkeypatch.setattr(registry, "_choose_loader", lambda *_: pytest.fail("it was chosen anew"))
-        assert load_run(tmp_path / "run").dataset.image_size == (8, 8)
+        monkeypatch.setattr("fastokd.train.data._is_small", lambda *_: pytest.fail("it was chosen anew"))
+        loaded = load_run(tmp_path / "run")
+        assert isinstance(loaded.dataset, Dataset)
+        assert loaded.dataset.image_size == (8, 8)
 
 
 def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from fastokd.data.archives import CLASSES_FILE
 from fastokd.data.check import Image, images_of, read_image, run_in_processes
 from fastokd.data.files import CONVERSION_FILE
 from fastokd.data.images import Progress, decode, first_of, reason_of, show
 from fastokd.data.registry import resolve
-from fastokd.data.webdataset import CLASSES_FILE, read_shard
+from fastokd.data.webdataset import read_shard
 from fastokd.errors import ConfigError, DataError, StorageError
 from fastokd.storage import write_atomically, write_json
 

@@ -30,7 +30,7 @@ MAX_REPLACED = 0.01
 
 DEFAULT_SIZE = 224
 SMALL = 128
-"""Images up to this side are trained on whole; larger ones are cropped out of the pictures they are."""
+"""Images up to this side are of the kind that is kept decoded, and cropped after padding."""
 
 _PEEKED = 16
 
@@ -160,10 +160,10 @@ def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, 
     check_image_size(image_size)
     source = normalized_by(source, mean, std)
     train, test, val = source.carved(val_split, seed)
-    size = guess_size(train, image_size)
+    size = (image_size, image_size) if image_size else _guess_size(train)
     return FileDataset(
         name=source.name, classes=source.classes, train=train, test=test, val=val, mean=source.mean or IMAGENET_MEAN,
-        std=source.std or IMAGENET_STD, augment=augment or source.augment or Augment(pad=min(size) // 8, flip=True), image_size=size,
+        std=source.std or IMAGENET_STD, augment=augment or source.augment or _customary_augment(size), image_size=size,
         root=source.root, ignored_files=source.ignored_files,
     )
 
@@ -239,10 +239,8 @@ def _replace_bad(source: DataSource[FileSplit], images: Tensor, bad: Mapping[int
     warnings.warn(f"{len(bad)} of {len(targets)} training images cannot be decoded and were replaced by others of their class: {listed}", stacklevel=2)
 
 
-def guess_size(split: FileSplit, image_size: int | None = None) -> tuple[int, int]:
-    """Height and width that loaders give: ``image_size``, or the one size of a few images if it is small, or the customary one."""
-    if image_size is not None:
-        return image_size, image_size
+def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
+    """The sizes (height, width) of a few images all over a split, from their headers alone."""
     from io import BytesIO
 
     from PIL import Image
@@ -254,5 +252,16 @@ def guess_size(split: FileSplit, image_size: int | None = None) -> tuple[int, in
                 sizes.add((image.height, image.width))
         except Exception:  # a damaged file is reported where it is decoded
             continue
+    return sizes
+
+
+def _guess_size(split: FileSplit) -> tuple[int, int]:
+    """The one size of a few images, if it is small; else the customary one."""
+    sizes = peek_sizes(split)
     size = sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
     return size if max(size) <= SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+
+def _customary_augment(size: tuple[int, int]) -> Augment:
+    """Mirroring, after the crop that suits the size: out of the padded image for small ones, randomly resized for others."""
+    return Augment(pad=min(size) // 8, flip=True) if max(size) <= SMALL else Augment(flip=True, crop_scale=(0.08, 1.0))

@@ -187,6 +187,8 @@ class LoaderKind:
 
 _modules = {
     "resident": "fastokd.data.resident",
+    "dali": "fastokd.data.dali",
+    "torchvision": "fastokd.data.torchvision_loader",
 }
 
 

@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split, prepare
-from fastokd.data.files import SMALL, FileDataset, FileSplit, decode_files, guess_size, prepare_files
-from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory, check_image_size, show
-from fastokd.data.loader import best_file_loader, get_loader_kind
+from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
+from fastokd.data.images import Progress, check_image_size, show
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 
@@ -57,6 +54,8 @@ _targets = {
     "svhn": "fastokd.data.svhn:SVHN",
     "csv": "fastokd.data.csv_list:CSV",
     "webdataset": "fastokd.data.webdataset:WEBDATASET",
+    "tfrecord": "fastokd.data.tfrecord:TFRECORD",
+    "recordio": "fastokd.data.recordio:RECORDIO",
     "folder": "fastokd.data.folder:FOLDER",
 }
 
@@ -137,82 +136,13 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
     return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
 
 
-@dataclass(frozen=True)
-class OpenedData:
-    """A dataset, and the loader that gives it.
-
-    Args:
-        dataset: decoded for the resident loader, files for the others.
-        loader: the loader's name.
-        reason: why that loader, in words.
-    """
-
-    dataset: Dataset | FileDataset
-    loader: str
-    reason: str
-
-
-def opened(dataset: Dataset | FileDataset, loader: str, device: torch.device) -> OpenedData:
-    """A dataset that is open already, with the loader asked for, or for "auto" the one that goes with it."""
-    if loader != "auto":
-        return OpenedData(dataset, loader, "as asked for")
-    if isinstance(dataset, Dataset):
-        return OpenedData(dataset, "resident", "the images are decoded already")
-    return OpenedData(dataset, best_file_loader(device), "the images are files")
-
-
-def open_for_loader(spec: str | Path, loader: str = "auto", device: torch.device | str = "cpu", *, image_size: int | None = None,
-                    val_split: float = 0.0, seed: int = 0, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                    bad_images: str = "fail", progress: Progress | None = None) -> OpenedData:
-    """Open a dataset as a loader wants it: decoded, or as files.
-
-    Args:
-        spec: as for ``open_dataset``, and so are the arguments that are not described here.
-        loader: the loader's name. "auto" takes the resident loader for small images that fit on the device and in memory,
-            else the best loader of files that can run here.
-        device: where the images are wanted.
+def made_of_files(spec: str | Path) -> bool:
+    """Whether a dataset is made of image files, which ``list_files`` can list.
 
     Raises:
-        ConfigError: an unknown loader, or one that cannot give this dataset.
-        DataError: as ``open_dataset`` and ``list_files``.
+        ConfigError, DataError: as ``open_dataset``, for a kind or folder that does not exist.
     """
-    check_image_size(image_size)
-    kind, path = resolve(spec)
-    wanted = None if loader == "auto" else get_loader_kind(loader)
-    if kind.files is None:
-        if wanted is not None and not wanted.decoded:
-            raise ConfigError(f"loader '{loader}' takes image files, and {show(spec)} is not made of them; use --loader resident")
-        source = kind.read(path, ReadOptions(image_size, None, progress))
-        return OpenedData(prepare(source, val_split=val_split, seed=seed, mean=mean, std=std), "resident" if wanted is None else loader,
-                          "a small set that is not made of image files" if wanted is None else "as asked for")
-    listed = kind.files(path)
-    if wanted is None:
-        loader, reason = _choose_loader(listed, image_size, torch.device(device))
-    else:
-        reason = "as asked for"
-    if not get_loader_kind(loader).decoded:
-        return OpenedData(prepare_files(listed, image_size, val_split, seed, mean=mean, std=std), loader, reason)
-    decoded = decode_files(listed, image_size, None, progress, bad_images)
-    return OpenedData(prepare(decoded, val_split=val_split, seed=seed, mean=mean, std=std), loader, reason)
-
-
-def _choose_loader(source: DataSource[FileSplit], image_size: int | None, device: torch.device) -> tuple[str, str]:
-    """The loader for a set of image files, and why."""
-    height, width = guess_size(source.train, image_size)
-    count = sum(map(len, source.splits))
-    needed = count * height * width * 3
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    takes = f"{count} images of {height} x {width} take {needed / 2**30:.3g} GiB decoded"
-    if max(height, width) > SMALL:
-        against = f"images of {height} x {width} are cropped from larger pictures while training"
-    elif free is not None and needed > MEMORY_FRACTION * free:
-        against = f"{takes}, more than half of the {free / 2**30:.3g} GiB that are free on {device}"
-    else:
-        return "resident", f"{takes}, which fit on {device}"
-    try:
-        return best_file_loader(device), against
-    except ConfigError as error:
-        return "resident", f"{against}, but {error}"
+    return resolve(spec)[0].files is not None
 
 
 def absolute_spec(spec: str) -> str:

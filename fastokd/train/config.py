@@ -49,7 +49,8 @@ class TrainConfig:
         mixup, cutmix: alpha of each; 0 for none. With both, each batch draws one of them.
         resize_schedule: progressive resizing: from which 0-based epoch on training images have which side in pixels, e.g.
             {0: 128, 60: 192, 80: 224}; before the first epoch named, the data's own size. Evaluation keeps that size.
-        loader: "resident", "dali", "torchvision", or "auto", which says what it chose and why.
+        loader: "resident", "dali", "torchvision", or "auto", which keeps small images decoded and streams others.
+        loader_options: what can be tuned of a loader that decodes while training, e.g. {"threads": 8}.
         bad_images: what to do about training images that cannot be decoded: "fail" or "replace".
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 on a CPU.
@@ -84,6 +85,7 @@ class TrainConfig:
     cutmix: float = 0.0
     resize_schedule: Mapping[int, int] = field(default_factory=dict)
     loader: str = "auto"
+    loader_options: Mapping[str, OptionValue] = field(default_factory=dict)
     bad_images: str = "fail"
     device: str = "auto"
     precision: str = "auto"
@@ -135,6 +137,7 @@ class TrainConfig:
         plain["lr_decay_at"] = list(self.lr_decay_at)
         plain["method_options"] = dict(self.method_options)
         plain["resize_schedule"] = dict(self.resize_schedule)
+        plain["loader_options"] = dict(self.loader_options)
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 

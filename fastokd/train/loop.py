@@ -10,24 +10,15 @@ from typing import Any
 
 import torch
 
-from fastokd.data import (
-    Dataset,
-    FileDataset,
-    FileSplit,
-    Loader,
-    OpenedData,
-    Split,
-    make_loader,
-    open_for_loader,
-    opened,
-)
-from fastokd.data.images import Progress
+from fastokd.data import Loader
+from fastokd.data.images import Progress, first_of
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
 from fastokd.export import student_record, write_student
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
+from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -67,81 +58,23 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
-def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> OpenedData:
-    """The dataset of a configuration, checked, and its loader.
-
-    Args:
-        config: names the data and perhaps the loader.
-        device: where the images are wanted.
-        seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
-            normalised as it was, whatever this dataset's own statistics are.
-        progress: called with (files done, files in all) while files are decoded.
-
-    Raises:
-        ConfigError: no dataset is named, or a loader that cannot give it.
-        DataError: it cannot be trained on.
-    """
-    if not config.data:
-        raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
-    size, loader = config.image_size, config.loader
-    normalization: dict[str, Any] = {}
-    if seen is not None:
-        height, width = seen["image_size"]
-        size = height if height == width else config.image_size
-        # What "auto" chose for the run: another loader would give other pixels.
-        loader = seen.get("loader", loader)
-        normalization = {"mean": seen["mean"], "std": seen["std"]}
-    return open_for_loader(config.data, loader, device, image_size=size, val_split=config.val_split, seed=config.seed,
-                           bad_images=config.bad_images, progress=progress, **normalization)
-
-
-def data_record(dataset: Dataset | FileDataset, loader: str) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
-    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std), "loader": loader}
-
-
-def loader_for(config: TrainConfig, data: OpenedData, split: Split | FileSplit, train: bool, device: torch.device) -> Loader:
-    """The loader of one of the dataset's splits as the configuration wants it.
-
-    Raises:
-        ConfigError: the padding or a scheduled size is larger than the images, or a setting that the loader cannot do.
-    """
-    dataset = data.dataset
-    given = {name: value for name in ("pad", "flip", "padding") if (value := getattr(config, name)) is not None}
-    if config.pad is not None and config.pad > min(dataset.image_size):
-        raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
-    settings: dict[str, Any] = {} if isinstance(dataset, Dataset) else {"bad_images": config.bad_images}
-    if train:
-        settings |= {"mixup": config.mixup, "cutmix": config.cutmix}
-    loader = make_loader(
-        dataset, split, config.batch_size, loader=data.loader, device=device, seed=config.seed, train=train,
-        augment=dataclasses.replace(dataset.augment, **given),
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
-    if train:
-        for size in config.resize_schedule.values():
-            loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch
-        loader.set_size(config.size_at(0))
-    return loader
-
-
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | FileDataset | None = None,
+    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
-            self.data = open_data(config, self.device, seen, reporter.decoding) if dataset is None else opened(dataset, config.loader, self.device)
+            self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.end_epoch()
-        self.dataset = self.data.dataset
         self.model = build_model(config, len(self.dataset.classes), self.device)
         self.step = TrainStep(config, self.model, self.device)
         self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
-        self.train_loader = loader_for(config, self.data, self.dataset.train, True, self.device)
-        self.eval_loader = loader_for(config, self.data, self.dataset.evaluation, False, self.device)
+        self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
+        self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
         self.epoch = 0
         self.saved = 0  # finished epochs in the checkpoint on the disk
@@ -149,6 +82,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.best_epoch = -1
         self.seconds = 0.0
+        self._replaced = 0  # bad pictures that were reported
 
     def start(self) -> None:
         """Write what identifies a new run."""
@@ -230,7 +164,7 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
-        say(f"loader {self.data.loader}: {self.data.reason}")
+        say(explain_loader(config, data, self.device))
         ramp = self.config.ramp_length()
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
@@ -273,6 +207,14 @@ class Trainer:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
         self.reporter.end_epoch(record)
+        self._report_replaced()
+
+    def _report_replaced(self) -> None:
+        found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
+        if len(found) > self._replaced:
+            names = [f"{self.dataset.train.files[i]} ({reason})" for i, reason in found.items()][self._replaced:]
+            self._replaced = len(found)
+            self.reporter.say(f"pictures that cannot be decoded and were replaced, so far {len(found)}: {first_of(names)}")
 
     def _check_finite(self, means: dict[str, float]) -> None:
         if math.isfinite(means["loss"]):
@@ -289,7 +231,7 @@ class Trainer:
             "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
-            "classes": list(self.dataset.classes), "data": data_record(self.dataset, self.data.loader), "config": self.config.to_yaml(),
+            "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
         }
         if is_best:
             save_checkpoint(self.run_folder.best, state)
@@ -327,7 +269,7 @@ class LoadedRun:
     """A run's weights and images, ready to be evaluated or exported."""
 
     config: TrainConfig
-    dataset: Dataset | FileDataset
+    dataset: AnyDataset
     evaluator: BranchEvaluator
     loader: Loader
     state: dict[str, Any]
@@ -354,16 +296,15 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     where = choose_device(device)
     file = run.last if which == "last" else run.best
     state = load_checkpoint(file)
-    opened_data = open_data(config, where, state["data"], progress)
-    dataset = opened_data.dataset
+    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
     chosen = dataset.evaluation if split is None else dataset.split(split)
-    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, opened_data, chosen, False, where), state)
+    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, dataset, chosen, False, where), state)
 
 
-def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
+def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
 
