@@ -18,6 +18,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
     register_loader,
+    resident,
 )
 from fastokd.data.augment import Mixing, crop, mirror
 from fastokd.errors import ConfigError, DataError
@@ -120,13 +121,15 @@ def test_evaluation_visits_every_image_once_over_all_ranks(count, world_size, ba
     split, seen = make_split(count), []
     for rank in range(world_size):
         loader = make(count, batch_size, train=False, rank=rank, world_size=world_size)
-        batches = list(loader)
-        assert len(batches) == len(loader)
-        assert all(len(batch.index) == batch_size for batch in batches[:-1])
-        for batch in batches:
-            assert torch.equal(batch.target, split.targets[batch.index])
-            seen += batch.index.tolist()
-    assert sorted(seen) == list(range(count))
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            assert all(len(batch.index) == batch_size for batch in batches[:-1])
+            for batch in batches:
+                assert torch.equal(batch.target, split.targets[batch.index])
+                seen += batch.index.tolist()
+    assert sorted(seen) == sorted([*range(count), *range(count)])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -246,6 +249,13 @@ def test_too_few_training_images_for_a_batch():
     with pytest.raises(DataError, match="use fewer ranks"):
         make(count=3, batch_size=16, world_size=4)
     assert len(make(batch_size=64, train=False)) == 1
+
+
+def test_a_set_larger_than_the_device_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 2**30))
+    resident._check_device_memory(make_split(40), torch.device("cuda"))  # 40 x 3 x 6 x 6 bytes fit
+    with pytest.raises(DataError, match=r"split 'train' takes 5.03e-06 GiB on cuda, which has 4.66e-06 GiB free; use a smaller --image-size"):
+        resident._check_device_memory(make_split(50), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
