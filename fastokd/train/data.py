@@ -103,10 +103,10 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
         of_files = {"size": dataset.image_size, "bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
-    mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if train else {}
+    while_training = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
     loader = kind.make(
         split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std, num_classes=dataset.num_classes,
-        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files, **mixing)
+        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files, **while_training)
     if train:
         for size in config.resize_schedule.values():
             loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch
