@@ -3,9 +3,18 @@
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split
 from fastokd.data.loader import Batch, Loader, ResidentLoader, make_loader
-from fastokd.data.registry import DatasetKind, ReadOptions, absolute_spec, list_datasets, open_dataset, register_dataset
+from fastokd.data.registry import (
+    DatasetKind,
+    EvaluationSet,
+    ReadOptions,
+    absolute_spec,
+    list_datasets,
+    open_dataset,
+    open_evaluation,
+    register_dataset,
+)
 
 __all__ = [
-    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "Loader", "ReadOptions", "ResidentLoader", "Split", "absolute_spec",
-    "list_datasets", "make_loader", "open_dataset", "register_dataset",
+    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "EvaluationSet", "Loader", "ReadOptions", "ResidentLoader", "Split", "absolute_spec",
+    "list_datasets", "make_loader", "open_dataset", "open_evaluation", "register_dataset",
 ]

@@ -1,7 +1,7 @@
 """A folder tree of image files: ``train/`` and ``val/`` or ``test/``, each with one folder of images per class."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource, Split
 from fastokd.data.images import EXTENSIONS, decode_all, first_of, show
 from fastokd.data.registry import DatasetKind, ReadOptions
-from fastokd.errors import DataError
+from fastokd.errors import ConfigError, DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
 
@@ -35,11 +35,14 @@ class Tree:
     ignored_files: int
 
 
-def scan_tree(root: Path) -> Tree:
+def scan_tree(root: Path, only: Sequence[str] = ()) -> Tree:
     """List a tree's image files and check its structure, without opening any of them.
 
     Hidden files and folders are passed over, and so are files without an image extension (they are counted).
     Folders below a class folder belong to the class; symbolic links are followed, each folder once per class.
+
+    Args:
+        only: the splits to read, "." for the root itself; by default all that are there, train/ and one more at least.
 
     Raises:
         DataError: a folder or split that is missing or empty, classes that differ between the splits, a class
@@ -48,8 +51,8 @@ def scan_tree(root: Path) -> Tree:
     # os.path's tests, unlike pathlib's, answer False where permission is missing.
     if not os.path.isdir(root):
         raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
-    names = [name for name in ("train", "val", "test") if os.path.isdir(root / name)]
-    if "train" not in names or len(names) < 2:
+    names = list(only) or _split_folders(root)
+    if not only and ("train" not in names or len(names) < 2):
         found = [entry.name + "/" for entry in _entries(root) if _is_folder(entry)]
         missing = "train/" if "train" not in names else "val/ or test/"
         raise DataError(
@@ -58,7 +61,7 @@ def scan_tree(root: Path) -> Tree:
         )
     classes = {name: _class_names(root, name) for name in names}
     for name in names[1:]:
-        for here, there in (("train", name), (name, "train")):
+        for here, there in ((names[0], name), (name, names[0])):
             extra = sorted(set(classes[here]) - set(classes[there]))
             if extra:
                 raise DataError(
@@ -71,7 +74,7 @@ def scan_tree(root: Path) -> Tree:
         above = {_identity(root), _identity(root / name)}
         files: list[str] = []
         targets: list[int] = []
-        for label, class_name in enumerate(classes["train"]):
+        for label, class_name in enumerate(classes[names[0]]):
             found = list(_walk(root / name / class_name, set(above)))
             images = sorted(path for path in found if os.path.splitext(path)[1].lower() in EXTENSIONS)
             ignored += len(found) - len(images)
@@ -82,7 +85,7 @@ def scan_tree(root: Path) -> Tree:
         splits.append(FolderSplit(name, tuple(files), tuple(targets)))
     if empty:
         raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them in every split")
-    return Tree(root, tuple(classes["train"]), tuple(splits), ignored)
+    return Tree(root, tuple(classes[names[0]]), tuple(splits), ignored)
 
 
 def read(path: Path | None, options: ReadOptions) -> DataSource:
@@ -103,6 +106,33 @@ def read(path: Path | None, options: ReadOptions) -> DataSource:
         path.resolve().name, tree.classes, splits["train"], test, splits.get("val"), root=path.resolve(),
         augment=Augment(pad=min(images.shape[2:]) // 8, flip=True), ignored_files=tree.ignored_files,
     )
+
+
+def read_split(path: Path, name: str | None, options: ReadOptions) -> tuple[tuple[str, ...], Split]:
+    """One split and the class names, without the rest of the tree: ``train/`` need not be there.
+
+    Args:
+        name: "train", "val" or "test"; None for what a run is evaluated on, or for class folders in ``path`` itself.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: as ``scan_tree`` and ``decode_all``.
+    """
+    there = _split_folders(path)
+    if name is None:
+        name = next((split for split in ("val", "test") if split in there), None)
+        if name is None and there:
+            raise DataError(f"{show(path)}: there is train/ alone; add val/ or test/, or say --split train")
+    elif name not in there:
+        raise ConfigError(f"{show(path)} has no split '{show(name)}' (there is {first_of(there) if there else 'none'})")
+    tree = scan_tree(path, (name or ".",))
+    (split,) = tree.splits
+    images = decode_all(tree.root, split.files, options.image_size, options.workers, options.progress)
+    return tree.classes, Split(name or path.resolve().name, images, torch.tensor(split.targets), split.files)
+
+
+def _split_folders(root: Path) -> list[str]:
+    return [name for name in ("train", "val", "test") if os.path.isdir(root / name)]
 
 
 def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:

@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset, DataSource, prepare
+from fastokd.data.dataset import Dataset, DataSource, Split, prepare
 from fastokd.data.images import Progress, check_image_size, show
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
@@ -100,6 +101,40 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
     kind, path = _resolve(spec)
     source = kind.read(path, ReadOptions(image_size, workers, progress))
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
+
+
+class EvaluationSet(NamedTuple):
+    """Images to measure a trained network on."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: Split
+
+
+def open_evaluation(spec: str | Path, split: str | None = None, image_size: int | None = None, *, mean: Sequence[float],
+                    std: Sequence[float], progress: Progress | None = None) -> EvaluationSet:
+    """Open one split of a dataset for a network that is trained already; of a folder nothing else is read.
+
+    Args:
+        spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders themselves.
+        split: "train", "val" or "test"; by default what a run is evaluated on.
+        image_size: as in ``open_dataset``.
+        mean, std: the network's normalisation per channel, as fractions of 255.
+        progress: as in ``open_dataset``.
+
+    Raises:
+        ConfigError: a setting out of range, a kind or a split that does not exist.
+        DataError: images that cannot be read.
+    """
+    check_image_size(image_size)
+    kind, path = _resolve(spec)
+    if path is not None and kind is get_dataset_kind(_FALLBACK):
+        from fastokd.data.folder import read_split
+
+        classes, images = read_split(path, split, ReadOptions(image_size, progress=progress))
+        return EvaluationSet(path.resolve().name, classes, images)
+    dataset = open_dataset(spec, image_size, mean=mean, std=std, progress=progress)
+    return EvaluationSet(dataset.name, dataset.classes, dataset.evaluation if split is None else dataset.split(split))
 
 
 def absolute_spec(spec: str) -> str:

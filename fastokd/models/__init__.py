@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -102,15 +103,20 @@ def check_layout(method: Method, names: Sequence[str], topology: str | None, num
     return chosen
 
 
-def create_student(name: str, num_classes: int = 10) -> nn.Module:
+def create_student(name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
     A student's state dict loads into it: ``create_student(model.name, C).load_state_dict(model.student().state_dict())``.
     "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
 
+    Args:
+        branch, layout: instead of the plain network, the branch of that index of a model with these keywords of ``create_model``.
+
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
     """
+    if branch is not None:
+        return create_model(name, num_classes=num_classes, **layout).student(branch)
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()

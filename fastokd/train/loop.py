@@ -13,10 +13,10 @@ import torch
 from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
 from fastokd.data.images import Progress
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
-from fastokd.export import student_record, write_student
+from fastokd.export import load_weights, student_record, write_student
 from fastokd.models import BranchedModel, create_model
 from fastokd.storage import write_json
-from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
@@ -49,11 +49,16 @@ class Summary:
     student: str
 
 
+def model_layout(config: TrainConfig) -> dict[str, Any]:
+    """How a configuration lays its networks out: the keywords of ``create_model`` besides the names and the classes."""
+    return {"method": config.method, "num_branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+            "topology": config.topology, "options": config.model_options()}
+
+
 def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
     """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options())
+    model = create_model(config.model, num_classes=num_classes, **model_layout(config))
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -266,15 +271,16 @@ class Trainer:
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
+            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
         self.saved = self.epoch
 
 
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+def provenance(config: TrainConfig, run: RunFolder) -> dict[str, Any]:
+    """Where a student comes from, for its record: the method's settings, and the versions that the run was started with."""
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+            "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
