@@ -110,12 +110,13 @@ def create_student(name: str, num_classes: int = 10, *, branch: int | None = Non
     "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
 
     Args:
-        branch, layout: instead of the plain network, the branch of that index of a model with these keywords of ``create_model``.
+        layout: keywords of ``create_model``; given any, the network is a branch of that model instead.
+        branch: the index of that branch; None is what the method keeps.
 
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
     """
-    if branch is not None:
+    if layout or branch is not None:
         return create_model(name, num_classes=num_classes, **layout).student(branch)
     networks, mark, method = name.partition("@")
     if mark:
