@@ -484,6 +484,7 @@ def _costs(name: str, method: str, branches: int | None, aux_blocks: int, at: st
 
 
 def _print_networks(names: Sequence[str], method: str, branches: int | None, aux_blocks: int, num_classes: int, image_size: int | None) -> None:
+    from fastokd.methods import list_methods
     from fastokd.models import allowed_methods
 
     table = Table(box=None, pad_edge=False)
@@ -493,9 +494,10 @@ def _print_networks(names: Sequence[str], method: str, branches: int | None, aux
     for name in names:
         costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
         cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters:,}", f"{costs[part].flops / 1e6:,.2f}")]
-        table.add_row(name, str(size), *cells, ", ".join(allowed_methods(name)))
+        allowed = allowed_methods(name)
+        table.add_row(name, str(size), *cells, "all" if allowed == list_methods() else ", ".join(allowed))
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME")
+    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods: {', '.join(list_methods())}")
     print("any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE; fastokd models torchvision:resnet18 lists the places")
 
 

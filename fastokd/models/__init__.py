@@ -169,17 +169,18 @@ def allowed_methods(name: str) -> list[str]:
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
-        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch)]
+        channels = trunk_channels(trunk)
+        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch, channels)]
     return found
 
 
-def _can_train(method: Method, trunk: nn.Module, branch: Branch) -> bool:
+def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
     """Whether a method can build its own modules for branches or peers like this one."""
     if method.build_companion is None or method.needs_teacher:  # what a teacher must be does not depend on the network
         return True
     peers = method.topologies[0] == "peers"
     branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
-    layout = Layout((branch.channels,) * len(branches), 3 if peers else trunk_channels(trunk), 10, branches)
+    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
     try:
         method.build_companion(layout, **method.model_options)
     except ValueError:
