@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-import types
 import zipfile
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -58,37 +57,11 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def twin_run(tmp_path_factory):
     """A run of a network that torchvision and timm have too, exported for both."""
-    module = types.ModuleType("toy18")
-    module.BACKBONES = {"toy18": toy18()}
-    patch = pytest.MonkeyPatch()
-    patch.setitem(sys.modules, "toy18", module)
-    patch.setitem(fastokd.models._modules, "toy18", "toy18")
-    for library in TWINS:
-        patch.setitem(sys.modules["fastokd.export.state_dict"]._TWINS[library], "toy18", "resnet18")
     folder = tmp_path_factory.mktemp("twin") / "run"
-    assert main([*TRAIN, "--model", "toy18", "--method", "baseline", "--branches", "1", "--aux-blocks", "0", "--out", str(folder)]) == 0
+    assert main([*TRAIN, "--model", "resnet18_imagenet", "--method", "baseline", "--branches", "1", "--aux-blocks", "0", "--out", str(folder)]) == 0
     for name in TWINS:
         assert main(["export", str(folder), "--to", name, "--device", "cpu"]) == 0
-    yield folder
-    patch.undo()
-
-
-def toy18():
-    """ResNet-18 for ImageNet, split before its last stage."""
-    from collections import OrderedDict
-
-    from fastokd.models import Backbone, Branch, PlainNetwork
-    from fastokd.models.residual import BasicBlock, classifier, stage
-
-    def trunk():
-        return nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(), maxpool=nn.MaxPool2d(3, 2, 1),
-            layer1=stage(BasicBlock, 64, 64, 2, 1), layer2=stage(BasicBlock, 64, 128, 2, 2), layer3=stage(BasicBlock, 128, 256, 2, 2)))
-
-    def branch(num_classes, level, aux_blocks):
-        return Branch(nn.Sequential(OrderedDict(layer4=stage(BasicBlock, 256, 512, 2, 2))), classifier(512, num_classes), 512)
-
-    return Backbone("toy18", trunk, branch, PlainNetwork.join)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +154,15 @@ def test_one_record_in_the_file_and_beside_it(request, name):
     assert json.loads((folder / "export" / beside).read_text(encoding="utf-8")) == record
     summary = json.loads((folder / "summary.json").read_text())
     data = open_dataset("digits")
-    model = "toy18" if name in TWINS else "resnet8"
+    model = "resnet18_imagenet" if name in TWINS else "resnet8"
     assert record["architecture"] == {"name": model, "num_classes": 10}
     assert record["classes"] == [str(digit) for digit in range(10)]
-    assert record["preprocessing"] == {"color": "RGB", "image_size": [8, 8], "scale": "divide by 255", "mean": list(data.mean), "std": list(data.std)}
+    assert record["preprocessing"] == {"color": "RGB", "shorter_side": 8, "image_size": [8, 8], "scale": "divide by 255", "mean": list(data.mean), "std": list(data.std)}
     assert record["accuracy"] == {"top1": summary["last"]["branch1"], "data": "digits", "split": "test", "num_images": 355, "epoch": 1}
     environment = json.loads((folder / "environment.json").read_text())
     assert record["provenance"] == {
         "fastokd": environment["fastokd"], "torch": environment["torch"], "commit": environment["commit"], "method": "baseline" if name in TWINS else "ahbf",
-        "preset": "paper", "branches": 1 if name in TWINS else 2, "branch": 1, "aux_blocks": 0 if name in TWINS else 1, "seed": 0, "epochs": 1,
+        "preset": "paper", "branches": 1 if name in TWINS else 2, "branch": 1, "aux_blocks": 0 if name in TWINS else 1, "compression": False, "seed": 0, "epochs": 1,
         "checkpoint": "last"}
     assert record["export"]["to"] == name
     assert record["export"]["tolerance"] == (0 if path.suffix == ".safetensors" else 1e-4)
@@ -395,7 +368,7 @@ def test_a_twin_of_another_make_is_not_written(twin_run, tmp_path, capsys, monke
 
 def _with_twin(monkeypatch, name, function, *arguments):
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules["fastokd.export.state_dict"]._TWINS["torchvision"], "toy18", name)
+        patch.setitem(sys.modules["fastokd.export.state_dict"]._TWINS["torchvision"], "resnet18_imagenet", name)
         return function(*arguments)
 
 

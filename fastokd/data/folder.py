@@ -97,9 +97,10 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
         if name is None and names:
             raise DataError(f"{show(root)}: there is train/ alone; add val/ or test/, or say --split train")
     elif name not in names:
-        raise ConfigError(f"{show(root)} has no split '{show(name)}' (there is {first_of(sorted(names)) if names else 'none'})")
+        raise ConfigError(f"{show(root)} has no split '{show(name)}' (there is {first_of(list(names)) if names else 'none'})")
     if name is None:
-        return _one_folder(root)
+        whole = _one_folder(root)
+        return dataclasses.replace(whole, train=dataclasses.replace(whole.train, name=whole.name))
     classes = _class_names(root / names[name])
     if flat_images(root / names[name], classes) is not None:
         # Whose labels are numbers or synsets means something only beside the training split's classes.

@@ -1,5 +1,6 @@
 """The dataset kinds, one file each, and how a user's words choose among them."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -168,7 +169,10 @@ def open_evaluation(spec: str | Path, split: str | None = None, image_size: int 
     from fastokd.data.folder import list_split
 
     found = list_split(path, split)
-    images = decode_files(found, image_size, progress=progress).train if decoded else found.train
+    images: Split | FileSplit = found.train
+    if decoded:
+        alone = dataclasses.replace(found, train=dataclasses.replace(found.train, name="train"))
+        images = dataclasses.replace(decode_files(alone, image_size, progress=progress).train, name=found.train.name)
     return EvaluationSet(found.name, found.classes, images)
 
 
