@@ -230,7 +230,9 @@ def test_a_teacher_stays_as_it_was(tmp_path, digits, teacher_run):
 
 def test_a_teacher_moves_with_the_model_and_learns_nothing():
     network = create_student("resnet8", 5)
+    assert network.training
     model = create_model("resnet8", "kd", 5, teacher=network).to(torch.float64, memory_format=torch.channels_last)
+    assert not any(module.training for module in network.modules())
     assert network.fc.weight.dtype == torch.float64
     assert network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     x = images(2, 16).double()
