@@ -112,7 +112,7 @@ class Small(nn.Module):
         self.fc = nn.Linear(12, num_classes)
         self.drop = drop
 
-    def forward(self, x, scale=None):
+    def forward(self, x, unused=None):
         x = self.stage2(self.stage1(self.stem(x)))
         x = torch.nn.functional.dropout(x.mean((2, 3)), self.drop, training=self.training)
         return self.fc(x)
@@ -127,7 +127,7 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x):
+    def forward(self, x, scale=None):
         out = self.conv2(self.bn1(self.conv1(x)).relu())
         return (self.bn2(out) + self.skip(x)).relu()
 
@@ -286,6 +286,24 @@ def test_peers_of_one_library_network_have_their_own_weights():
     for first, second in zip(*weights, strict=True):
         assert not torch.equal(first, second)
     assert allowed_methods("torchvision:shufflenet_v2_x0_5")[:2] == ["ahbf", "baseline"]
+
+
+class Scaled(Small):
+    """Blocks that take more than maps."""
+
+    def forward(self, x):
+        x = self.stage1(self.stem(x))
+        for block in self.stage2:
+            x = block(x, scale=None)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_added_blocks_are_called_as_the_one_they_repeat():
+    torch.manual_seed(1)
+    network = Scaled().eval()
+    model = branch_out(network, at="stage2.1", num_branches=2, deepen=2, init="copy").eval()
+    assert [count_parameters(branch.body) for branch in model.branches][1] > 2 * count_parameters(network.stage2[1])
+    torch.testing.assert_close(model(X).logits[1], network(X))
 
 
 class NoClassifier(nn.Module):

@@ -350,9 +350,13 @@ def test_computes_what_the_stock_network_does(name: str) -> None:
     if not same_names:
         state = dict(zip(stock.state_dict(), state.values(), strict=True))
     stock.load_state_dict(state, strict=True)
-    x = torch.randn(2, 3, size, size).double()
+    x = torch.randn(2, 3, size, size).double().requires_grad_()
+    got, want = student(x), stock(x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn(2, 7).double()
+    for ours, theirs in zip(*(torch.autograd.grad(logits, x, upstream) for logits in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
     with torch.no_grad():
-        torch.testing.assert_close(student(x), stock(x), rtol=1e-9, atol=1e-9)
         if name.endswith("_imagenet"):
             student, stock, x = student.float(), stock.float(), x.float()
             assert torch.equal(student(x), stock(x))

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -232,7 +232,7 @@ class Split:
             last = source.get_submodule(end)
             like = next(source.parameters())
             blocks = [new_block(last) if block else AddedBlock(self.channels).to(like.device, like.dtype) for _ in range(num_blocks)]
-            put(source, end, nn.Sequential(last, *blocks))
+            put(source, end, Blocks(last, *blocks) if block else nn.Sequential(last, *blocks))
         body = part(source, self.body_nodes, self.cut, self.features)
         head = part(source, self.head_nodes, self.features, self.logits)
         return PartBranch(body, head, self.channels, copy.deepcopy(self.view))
@@ -302,6 +302,15 @@ class PartBranch(Branch):
         return self.view(features), self.head(features)
 
 
+class Blocks(nn.Sequential):
+    """Blocks of one kind in a row, in the place of one; whatever else that one is called with, all get."""
+
+    def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+        for block in self:
+            x = block(x, *others, **options)
+        return x
+
+
 class GrowingBlock(nn.Module):
     """``x + scale * (block(x) - x)`` with a learned scale that is 0 at the start: the identity."""
 
@@ -311,8 +320,8 @@ class GrowingBlock(nn.Module):
         like = next(block.parameters())
         self.scale = nn.Parameter(torch.zeros((), device=like.device, dtype=like.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * (self.block(x) - x)
+    def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+        return x + self.scale * (self.block(x, *others, **options) - x)
 
 
 class AddedBlock(nn.Module):

@@ -32,7 +32,7 @@ def forward_flops(module: nn.Module, input_size: Sequence[int]) -> int:
 
 
 def _count(module: nn.Module, input_size: Sequence[int]) -> FlopCounterMode:
-    shapes = copy.deepcopy(module).to("meta").eval()
+    shapes = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
     for norm in shapes.modules():
         if isinstance(norm, _BatchNorm):
             norm.forward = _unchanged  # as far as shapes go; without values it is slow

@@ -146,7 +146,7 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
 
 @dataclass
 class Call:
-    """What a module was called with: whether with one tensor alone, the shapes in and out; ``None`` for what is no tensor."""
+    """What a module was called with: the shapes of its first argument and its output, ``None`` for what is no tensor."""
 
     name: str
     shape_in: torch.Size | None
@@ -198,14 +198,13 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
     shapes = Shapes()
 
     def write_down(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-            alone = len(inputs) == 1 and not options and isinstance(inputs[0], Tensor)
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             before = shapes.modules.pop(name, None)
-            shapes.modules[name] = Call(name, inputs[0].shape if alone else None, output.shape if isinstance(output, Tensor) else None,
-                                        1 if before is None else before.calls + 1)
+            shape_in, shape_out = (value.shape if isinstance(value, Tensor) else None for value in (inputs[0] if inputs else None, output))
+            shapes.modules[name] = Call(name, shape_in, shape_out, 1 if before is None else before.calls + 1)
         return hook
 
-    handles = [module.register_forward_hook(write_down(name), with_kwargs=True) for name, module in network.named_modules()]
+    handles = [module.register_forward_hook(write_down(name)) for name, module in network.named_modules()]
     try:
         with torch.no_grad():
             _Recorder(network.eval(), graph, shapes).run(torch.empty(1, *input_size, device="meta"))
@@ -225,12 +224,13 @@ def meta_copy(network: nn.Module) -> nn.Module:
 
 def default_input_size(network: nn.Module) -> tuple[int, int, int]:
     """The images a network was made for (channels, height, width), where it says so; else 3 x 224 x 224."""
-    size = getattr(network, "image_size", None) or getattr(getattr(network, "patch_embed", None), "img_size", None)
-    if size is None:
-        size = tuple(getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
-    height, width = (size, size) if isinstance(size, int) else size
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    return (3 if first is None else first.in_channels, height, width)
+    channels, *size = getattr(network, "pretrained_cfg", {}).get("input_size", (None, 224, 224))
+    made_for = getattr(network, "image_size", None) or getattr(getattr(network, "patch_embed", None), "img_size", None) or size
+    height, width = (made_for, made_for) if isinstance(made_for, int) else made_for
+    if channels is None:
+        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = 3 if first is None else first.in_channels
+    return channels, height, width
 
 
 def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -> int | None:
