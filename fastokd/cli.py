@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | show | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | export | show | models | methods | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,24 +19,36 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastokd.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, EXIT_USAGE, ConfigError, FastOKDError, did_you_mean
+from fastokd.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_OK,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    FastOKDError,
+    did_you_mean,
+)
 
 DESCRIPTION = """Online knowledge distillation: train a small classifier with deeper branches that teach it, and keep the small one.
 
 Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, or a loss that is not finite; 3 data;
 4 checkpoint or export; 5 the disk refused; 130 interrupted."""
 
+DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it anew. Exit codes: 0 done; 3 problems were found; others as of fastokd."""
+
 app = tyro.extras.SubcommandApp()
+data_app = tyro.extras.SubcommandApp()
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], group: tyro.extras.SubcommandApp = app) -> Callable[..., None]:
     """Register a subcommand. Parsing gives the call, which ``main`` makes afterwards: their errors are not the same."""
 
     @functools.wraps(function)
     def deferred(*args: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(function, *args, **options)
 
-    app.command(name=function.__name__.rstrip("_"))(deferred)
+    group.command(name=function.__name__.rstrip("_"))(deferred)
     return function
 
 
@@ -75,11 +87,13 @@ def train(
     recipe: Text = None,
     config: File = None,
     model: Text = None,
+    at: Text = None,
     method: Text = None,
     preset: Text = None,
     branches: Whole = None,
     topology: Text = None,
     aux_blocks: Whole = None,
+    compression: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
@@ -95,6 +109,13 @@ def train(
     val_split: Number = None,
     pad: Whole = None,
     flip: Switch = None,
+    padding: Text = None,
+    mixup: Number = None,
+    cutmix: Number = None,
+    resize_schedule: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[EPOCH:SIZE ...]", help_behavior_hint="")] = (),
+    loader: Text = None,
+    loader_options: Options = (),
+    bad_images: Text = None,
     device: Text = None,
     precision: Text = None,
     channels_last: Switch = None,
@@ -106,16 +127,20 @@ def train(
     """Train a student with its branches, or alone. What is not given comes from --recipe or --config, else from the defaults.
 
     Args:
-        data: a folder with train/ and val/ (or test/) and one folder per class in each; cifar10:FOLDER or
-            cifar100:FOLDER for torchvision's files; or digits.
+        data: a folder with train/ and val/ (or test/) and one folder per class in each; one folder of class folders, with
+            --val-split; a .csv list of path,label,split; a folder of WebDataset shards; ImageNet, Tiny-ImageNet, CINIC-10, SVHN
+            or CIFAR as they are unpacked; or digits.
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
-        model: the network, for example resnet20 (default resnet32); peers may differ: resnet20,resnet32.
+        model: the network, for example resnet20 (default resnet32; 'fastokd models' lists them), or torchvision:NAME or
+            timm:NAME; peers may differ: resnet20,resnet32.
+        at: for networks of torchvision and timm, the first module that every branch has for itself, for example layer3.
         method: ahbf (default), or another that 'fastokd methods' lists.
         preset: the method's loss options: paper (default) or code.
         branches: number of branches, the student included.
         topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
+        compression: make the student the deepest branch, and each other smaller by aux_blocks blocks (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
@@ -131,6 +156,14 @@ def train(
         val_split: evaluate on this fraction of the training images instead of the test split (default 0).
         pad: padding of the random crop in pixels (default: the data's).
         flip: random horizontal flips (default: the data's).
+        padding: what the random crop is padded with: zero (default) or reflect.
+        mixup: blend training images and labels in pairs, by a weight from Beta(X, X); 0 for none (default).
+        cutmix: paste boxes of other training images, by areas from Beta(X, X); 0 for none (default).
+        resize_schedule: sides of the training images in pixels and the epochs, from 0, that they begin with: 0:128 60:192.
+        loader: resident, dali, torchvision, or auto (default), which keeps small images decoded on the device and decodes others
+            while training, with DALI where it is installed.
+        loader_options: what can be tuned of dali and torchvision as NAME=VALUE, for example threads=8 hw_decoder_load=0.3.
+        bad_images: training images that cannot be decoded: fail (default), or replace by others, 1 % at most.
         device: auto (default), cpu, cuda or cuda:N.
         precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
@@ -148,8 +181,11 @@ def train(
     reporter = Reporter(quiet=quiet)
     if data is not None:
         given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
-    if "method_options" in given:
-        given["method_options"] = _parse_options(method_options)
+    for name in ("method_options", "loader_options"):
+        if name in given:
+            given[name] = _parse_options(given[name])
+    if "resize_schedule" in given:
+        given["resize_schedule"] = _parse_schedule(resize_schedule)
     if resume is not None:
         others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
         if others:
@@ -160,7 +196,7 @@ def train(
         from fastokd.train.config import check_config
 
         check_config(settings)
-        name = recipe or f"{settings.model}-{settings.method}"
+        name = recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
         run = RunFolder.create(out or default_run_path(f"{name}-seed{settings.seed}"))
         try:
             trainer = Trainer(settings, run, reporter)
@@ -253,6 +289,86 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
 
 
 @command
+def data() -> None:
+    """Look at a dataset before it is trained on, or write it anew: see 'fastokd data --help'."""
+
+
+@functools.partial(command, group=data_app)
+def check(data: Pos[str], write_list: File = None, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False, workers: Whole = None) -> None:
+    """Look at every image, and say what is wrong: damaged and misnamed files, classes, duplicates. Exit code 3 if there are problems.
+
+    Args:
+        data: the dataset, as 'fastokd train --data' takes it.
+        write_list: write the images without problems to this .csv file, which --data takes.
+        json_output: print JSON, with every file that has a problem.
+        workers: processes that decode (default: one per CPU core).
+    """
+    from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
+    from fastokd.data.images import first_of
+
+    if write_list is not None and write_list.suffix.lower() != ".csv":
+        raise ConfigError(f"--write-list {write_list}: --data knows a list by its name, so it must end in .csv")
+    with _progress_bar("looking at images") as progress:
+        report = check_dataset(data, workers, progress)
+    if write_list is not None:
+        report.write_clean(write_list)
+    if json_output:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        console = _console()
+        counts = ", ".join(f"{count} {split or 'training'} images in {report.classes[split]} classes" for split, count in report.images.items())
+        console.print(f"{report.root}: {counts}", markup=False)
+        if report.sizes:
+            (small, large), formats = report.sizes, ", ".join(f"{count} {name}" for name, count in report.formats.items())
+            console.print(f"sizes {small[0]} x {small[1]} to {large[0]} x {large[1]}; {formats}; colours: " + ", ".join(f"{count} {name}" for name, count in report.modes.items()), markup=False)
+        for title, found, meaning in (("problem", report.problems, PROBLEMS), ("remark", report.remarks, REMARKS)):
+            if found:
+                table = Table(box=None, pad_edge=False)
+                for column in (title, "number", "what it means"):
+                    table.add_column(column, justify="right" if column == "number" else "left")
+                for what, names in found.items():
+                    table.add_row(what, str(len(names)), meaning[what])
+                Console(highlight=False).print(table)
+                for what, names in found.items():
+                    console.print(f"  {what}: {first_of(names, 3)}", markup=False)
+        if write_list is not None:
+            console.print(f"wrote {write_list}: {len(report.clean)} images without problems; train with --data {write_list}", markup=False)
+    if report.problems:
+        raise DataError(f"{sum(map(len, report.problems.values()))} problems; --json names every file, --write-list FILE.csv writes a list without them")
+
+
+@functools.partial(command, group=data_app)
+def convert(data: Pos[str], out: Path, shorter_side: Whole = None, webdataset: bool = False, per_shard: int = 5000, workers: Whole = None) -> None:
+    """Write a dataset anew: scaled down, or as WebDataset shards, or both. Called again after an interruption, it goes on.
+
+    Args:
+        data: the dataset, as 'fastokd train --data' takes it.
+        out: a new folder.
+        shorter_side: scale images down to this shorter side in pixels (default: keep their sizes).
+        webdataset: write tar archives instead of a tree of class folders.
+        per_shard: images in each archive.
+        workers: processes (default: one per CPU core).
+    """
+    from fastokd.data.convert import Conversion, convert_dataset
+
+    with _progress_bar("converting") as progress:
+        outcome = convert_dataset(data, out, Conversion(shorter_side, webdataset, per_shard), workers, progress)
+    _console().print(f"wrote {outcome.written} images to {outcome.out}" + (f"; {outcome.kept} were there already" if outcome.kept else "") + f"; train with --data {outcome.out}", markup=False)
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Says on stderr how far something is: a bar on a terminal, else a line now and then."""
+    from fastokd.train.progress import Counter
+
+    counter = Counter(title)
+    try:
+        yield counter
+    finally:
+        counter.close()
+
+
+@command
 def methods() -> None:
     """List the methods, and how many branches each takes."""
     from fastokd.methods import get_method, list_methods
@@ -267,6 +383,35 @@ def methods() -> None:
         table.add_row(name, count, " or ".join(method.topologies), ", ".join(method.loss_class.presets), method.summary)
     Console(highlight=False).print(table)
     print("train with one: fastokd train --method NAME; see its graph: fastokd show NAME")
+
+
+@command
+def models(name: Pos[Text] = None, method: str = "ahbf", branches: Whole = None, aux_blocks: int = 4, at: Text = None,
+           num_classes: int = 10, image_size: Whole = None) -> None:
+    """List the networks with what they cost, or one in detail, branch by branch.
+
+    Args:
+        name: the network to show in detail: one of the list, or torchvision:NAME or timm:NAME.
+        method: the method whose training network is counted.
+        branches: number of branches (default: the method's).
+        aux_blocks: auxiliary blocks that each hierarchy level adds.
+        at: for networks of torchvision and timm, the first module that every branch has for itself; without it the places
+            where they can be split are listed.
+        num_classes: number of classes.
+        image_size: height and width in pixels (default: what the network is made for).
+    """
+    from fastokd.models import is_library_name, list_models
+
+    if name is None:
+        _print_networks(list_models(), method, branches, aux_blocks, num_classes, image_size)
+        return
+    if is_library_name(name) and at is None:
+        from fastokd.models.libraries import library_split_points
+
+        print(f"{name} can be split at: {', '.join(library_split_points(name)) or 'no place'}")
+        print(f"what it costs: fastokd models {name} --at PLACE; train it: fastokd train --model {name} --at PLACE --data FOLDER")
+        return
+    _print_network(name, method, branches, aux_blocks, at, num_classes, image_size)
 
 
 @command
@@ -313,6 +458,52 @@ def recipes(name: Pos[Text] = None) -> None:
     print(get_recipe(name).to_yaml(), end="")
 
 
+def _costs(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int,
+           image_size: int | None) -> tuple[dict[str, Any], int]:
+    """The costs of a network as a method trains it, and the image size they are for. No weights are made."""
+    import torch
+
+    from fastokd.models import create_model, find_backbone
+    from fastokd.models.summary import check_images, model_costs
+
+    size = image_size or find_backbone(name, at).image_size
+    with torch.device("meta"):
+        model = create_model(name, method, num_classes, branches, aux_blocks, at=at)
+    if image_size is not None:
+        check_images(model, (size, size), find_backbone(name, at).image_size)
+    return model_costs(model, size), size
+
+
+def _print_networks(names: Sequence[str], method: str, branches: int | None, aux_blocks: int, num_classes: int, image_size: int | None) -> None:
+    from fastokd.models import allowed_methods
+
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("network", "left"), ("images", "right"), ("parameters", "right"), ("MFLOPs", "right"),
+                            (f"with {method}", "right"), ("MFLOPs", "right"), ("methods", "left")):
+        table.add_column(column, justify=justify, no_wrap=True)
+    for name in names:
+        costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
+        cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters:,}", f"{costs[part].flops / 1e6:,.2f}")]
+        table.add_row(name, str(size), *cells, ", ".join(allowed_methods(name)))
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME")
+    print("any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE; fastokd models torchvision:resnet18 lists the places")
+
+
+def _print_network(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int, image_size: int | None) -> None:
+    from fastokd.models import allowed_methods
+
+    costs, size = _costs(name, method, branches, aux_blocks, at, num_classes, image_size)
+    table = Table(box=None, pad_edge=False)
+    for column in (f"{name}, {method}", "parameters", "MFLOPs"):
+        table.add_column(column, justify="left" if not table.columns else "right")
+    titles = {"student": "student, alone", "training": "training network"}
+    for part, cost in costs.items():
+        table.add_row(titles.get(part, f"{part}, with the trunk"), f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"{num_classes} classes, images of {size} x {size}; methods: {', '.join(allowed_methods(name))}")
+
+
 def _field_names() -> set[str]:
     from fastokd.train.config import TrainConfig
 
@@ -349,6 +540,14 @@ def _parse_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _parse_schedule(items: Sequence[str]) -> dict[int, int]:
+    """``EPOCH:SIZE`` pairs."""
+    found = [re.fullmatch(r"(\d+):(\d+)", item) for item in items]
+    if wrong := [item for item, match in zip(items, found, strict=True) if match is None]:
+        raise ConfigError(f"resize schedule '{wrong[0]}' is not of the form EPOCH:SIZE, such as 0:128")
+    return {int(match[1]): int(match[2]) for match in found if match is not None}
+
+
 def _option_value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -383,7 +582,7 @@ def _print_summary(summary: Any, kept: str, path: Path) -> None:
 
 
 def _evaluate_student(path: Path, data: str | None, split: str | None, device: str) -> None:
-    from fastokd.data import ResidentLoader, open_dataset
+    from fastokd.data import Augment, list_files, make_loader, open_dataset
     from fastokd.errors import CheckpointError
     from fastokd.export import load_student, measure_accuracy, student_file
     from fastokd.train.step import choose_device
@@ -396,11 +595,14 @@ def _evaluate_student(path: Path, data: str | None, split: str | None, device: s
     where = choose_device(device)
     preprocessing = record["preprocessing"]
     height, width = preprocessing["image_size"]
-    dataset = open_dataset(data, image_size=height if height == width else None, mean=preprocessing["mean"], std=preprocessing["std"])
+    prepared = {"image_size": height if height == width else None, "mean": preprocessing["mean"], "std": preprocessing["std"]}
+    # Scaled further than to what is cut: the student was trained on random resized crops, and so are the pictures framed.
+    cropped = preprocessing.get("shorter_side", 0) > min(height, width)
+    dataset = list_files(data, **prepared, augment=Augment(crop_scale=(0.08, 1.0))) if cropped else open_dataset(data, **prepared)
     if list(dataset.classes) != record["classes"]:
         raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
     images = dataset.evaluation if split is None else dataset.split(split)
-    loader = ResidentLoader(images, 256, train=False, device=where, mean=dataset.mean, std=dataset.std)
+    loader = make_loader(dataset, split or ("test" if dataset.val is None else "val"), 256, train=False, device=where)
     accuracy = measure_accuracy(student.to(where), loader)
     stored = record["accuracy"]
     console = _console()
@@ -419,7 +621,7 @@ def _usage_error(text: str, name: str) -> str:
             sections[-1] += line.split()
     # Drawn in ASCII, the first section is the title.
     whole, body = " ".join(" ".join(part) for part in sections), " ".join(sections[-1 if len(sections) == 1 else "╭" not in text])
-    more = f"'fastokd {name} --help' lists what there is"
+    more = f"'{name} --help' lists what there is"
     if found := re.match(r"Unrecognized options: ([^\s,]+)", body):
         meant = re.search(r"Perhaps you meant: (--\S+)", whole)
         hint = f"; did you mean '{meant[1]}'?" if meant else ";"
@@ -444,7 +646,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"fastokd {__version__}")
         return EXIT_OK
-    commands = ("demo", "train", "eval", "export", "show", "methods", "doctor", "recipes")
+    group, prog, description = app, "fastokd", DESCRIPTION
+    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "models", "methods", "data", "doctor", "recipes")
+    if arguments[:1] == ["data"]:
+        arguments = arguments[1:]
+        group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE
@@ -452,10 +658,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            call = app.cli(args=arguments or ["--help"], prog="fastokd", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,))
+            call = group.cli(args=arguments or ["--help"], prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if stop.code:
-            print(f"fastokd: {_usage_error(complaint.getvalue(), arguments[0])}", file=sys.stderr)
+            print(f"fastokd: {_usage_error(complaint.getvalue(), ' '.join([prog, arguments[0]]))}", file=sys.stderr)
             return EXIT_USAGE
         return EXIT_OK
     try:

@@ -20,7 +20,8 @@ from fastokd.models import create_model
 from fastokd.models.summary import forward_flops
 from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import Summary, Trainer, load_run, open_data
+from fastokd.train.data import open_data
+from fastokd.train.loop import Summary, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
@@ -59,7 +60,7 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     # On 64 images of 8 x 8 pixels a second thread gains nothing, and on a busy machine the threads wait for each other.
     torch.set_num_threads(1)
     console = Console(highlight=False, soft_wrap=True)
-    dataset = open_data(demo_config("baseline", 0, epochs, branches))
+    dataset = open_data(demo_config("baseline", 0, epochs, branches), torch.device("cpu"))
     console.print(f"{MODEL} alone against the same {MODEL} taught by AHBF with {branches} branches; {seeds} seeds, {epochs} epochs each", markup=False)
     console.print(f"data: {len(dataset.train)} training and {len(dataset.evaluation)} {dataset.evaluation.name} images of handwritten digits, {len(dataset.classes)} classes", markup=False)
     runs: dict[str, list[tuple[Summary, RunFolder]]] = {method: [] for method in METHODS}

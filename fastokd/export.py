@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastokd.data import Batch, Dataset
+from fastokd.data import Batch, Dataset, FileDataset
 from fastokd.errors import CheckpointError, first_line
 from fastokd.models import create_student
 from fastokd.storage import write_atomically, write_json
@@ -27,7 +27,7 @@ ENTRIES: dict[str, tuple[str, ...] | None] = {
 """What a record holds: mappings with at least these names, and the list of class names."""
 
 
-def student_record(model: str, dataset: Dataset, *, accuracy: float, epoch: int, provenance: dict[str, Any]) -> dict[str, Any]:
+def student_record(model: str, dataset: Dataset | FileDataset, *, accuracy: float, epoch: int, provenance: dict[str, Any]) -> dict[str, Any]:
     """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where it comes from.
 
     Args:
@@ -37,13 +37,13 @@ def student_record(model: str, dataset: Dataset, *, accuracy: float, epoch: int,
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed.
     """
-    height, width = dataset.train.images.shape[-2:]
+    height, width = dataset.image_size
     return {
         "format": FORMAT,
         "architecture": {"name": model, "num_classes": len(dataset.classes)},
         "classes": list(dataset.classes),
         "preprocessing": {
-            "color": "RGB", "image_size": [height, width], "scale": "divide by 255",
+            "color": "RGB", "shorter_side": dataset.augment.evaluation_side(min(height, width)), "image_size": [height, width], "scale": "divide by 255",
             "mean": [float(value) for value in dataset.mean], "std": [float(value) for value in dataset.std],
         },
         "accuracy": {"top1": accuracy, "data": dataset.name, "split": dataset.evaluation.name, "num_images": len(dataset.evaluation), "epoch": epoch},

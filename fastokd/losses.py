@@ -1,11 +1,13 @@
 """The drop-in losses, gathered from the methods."""
 
+from fastokd.methods.afid import AFIDLoss
 from fastokd.methods.ahbf import AHBFLoss
 from fastokd.methods.base import GraphLoss
 from fastokd.methods.baseline import BaselineLoss
 from fastokd.methods.cl_ilr import CLILRLoss
 from fastokd.methods.dml import DMLLoss
 from fastokd.methods.ffm import FFMLoss
+from fastokd.methods.ffsd import FFSDLoss, FFSDMaps
 from fastokd.methods.independent import IndependentLoss
 from fastokd.methods.kd import KDLoss
 from fastokd.methods.kdcl import KDCLLoss
@@ -15,6 +17,6 @@ from fastokd.methods.one import ONELoss
 from fastokd.methods.tsb import TSBLoss
 
 __all__ = [
-    "AHBFLoss", "BaselineLoss", "CLILRLoss", "DMLLoss", "FFMLoss", "GraphLoss", "IndependentLoss", "KDCLLoss", "KDLoss", "MethodLoss",
-    "OKDDipLoss", "ONELoss", "TSBLoss", "ramp_up",
+    "AFIDLoss", "AHBFLoss", "BaselineLoss", "CLILRLoss", "DMLLoss", "FFMLoss", "FFSDLoss", "FFSDMaps", "GraphLoss", "IndependentLoss",
+    "KDCLLoss", "KDLoss", "MethodLoss", "OKDDipLoss", "ONELoss", "TSBLoss", "ramp_up",
 ]

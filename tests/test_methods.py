@@ -102,12 +102,13 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
             return self.scale * shared
 
         def run(self, inputs, branches):
-            features, logits = super().run(inputs, branches)
-            return features, logits[::-1]
+            ran = super().run(inputs, branches)
+            return ran._replace(logits=ran.logits[::-1], passed_on="seen")
 
         def forward(self, seen):
             assert seen.images.shape == (4, 3, 16, 16)
             assert len(seen.branches) == 2
+            assert seen.passed_on == "seen"
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
     monkeypatch.setattr(models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",)))

@@ -4,6 +4,7 @@ Every operation here has static shapes and no host synchronisation, so it may be
 is drawn beforehand, on the CPU, so that every device sees the same.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,23 +18,43 @@ PADDINGS = ("zero", "reflect")
 
 @dataclass(frozen=True)
 class Augment:
-    """The augmentation policy of the training split: random crop of the padded image, then random mirroring.
+    """The augmentation policy of the training split: a random crop, then random mirroring.
 
     Args:
-        pad: pixels added on every side before a crop of the original size is taken; 0 for no crop.
+        pad: pixels added on every side before a crop of the original size is taken; 0 for no such crop.
         flip: mirror each image left to right with probability one half.
         padding: what is added: "zero" (black pixels) or "reflect" (the image mirrored at its edge, which is not repeated).
+        crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet; None for none. They
+            need the picture in its own size, which the loaders have that decode while training.
+        crop_ratio: the range of their aspect ratio, width / height.
     """
 
     pad: int = 0
     flip: bool = False
     padding: str = "zero"
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
         if self.pad < 0:
             raise ConfigError(f"augment pad={self.pad} is negative; use 0 to switch the random crop off")
         if self.padding not in PADDINGS:
             raise ConfigError(f"augment padding='{self.padding}'; use {' or '.join(PADDINGS)}")
+        if self.crop_scale is None:
+            return
+        if self.pad:
+            raise ConfigError(f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one way; leave one of them out")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+            raise ConfigError(f"augment crop_ratio={self.crop_ratio}: it must be a range of width / height, 0 < low <= high")
+
+    def evaluation_side(self, side: int) -> int:
+        """What an evaluated image's side is scaled to before its central ``side`` pixels are cut.
+
+        Random resized crops show objects larger than they are: 256 for 224 is the custom that goes with them.
+        """
+        return side if self.crop_scale is None else round(side * 256 / 224)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The random choices for ``count`` images: crop offsets int64 [count, 2] (y, x) and mirroring bool [count].

@@ -20,6 +20,7 @@ from fastokd.data.images import first_of, show
 from fastokd.errors import ConfigError, DataError
 
 _CHUNK = 8192  # images at a time where a whole split would need a second copy of itself
+_CHUNK_PIXELS = 2**18  # pixels at a time where the copy is several times wider
 
 
 class AnySplit(Protocol):
@@ -45,12 +46,14 @@ class Split:
         images: uint8 [N, 3, H, W]; channels last in memory costs the loaders no copy.
         targets: int64 [N], class numbers.
         files: the N files the images came from, relative to the dataset's root; None where there are no such files.
+        sums: ``image_sums`` of the images, where they are known already.
     """
 
     name: str
     images: Tensor
     targets: Tensor
     files: tuple[str, ...] | None = None
+    sums: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
@@ -72,7 +75,8 @@ class Split:
         """A copy of the images of ``index``, int64 [K], under another name if one is given."""
         pixels = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
         files = None if self.files is None else tuple(self.files[i] for i in index.tolist())
-        return Split(name or self.name, pixels, self.targets.index_select(0, index), files)
+        sums = None if self.sums is None else self.sums.index_select(0, index)
+        return Split(name or self.name, pixels, self.targets.index_select(0, index), files, sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +94,8 @@ class DataSource(Generic[S]):
         augment: the customary augmentation; None for the crop and flip that suit the images' size.
         root: the folder the data came from, if any.
         ignored_files: files in that folder that are no images.
+        replaced_files: training images that cannot be decoded, for which others of their class stand.
+        fingerprint: of the decoded images, where it is known already.
 
     Raises:
         DataError: fewer than two classes, a class without training images, an empty split, or a target outside the
@@ -106,6 +112,8 @@ class DataSource(Generic[S]):
     augment: Augment | None = None
     root: Path | None = None
     ignored_files: int = 0
+    replaced_files: int = 0
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -174,6 +182,7 @@ class SplitSet(Generic[S]):
     augment: Augment
     root: Path | None = None
     ignored_files: int = 0
+    replaced_files: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -207,6 +216,7 @@ class SplitSet(Generic[S]):
             "mean": list(self.mean),
             "std": list(self.std),
             "ignored_files": self.ignored_files,
+            "replaced_files": self.replaced_files,
             "fingerprint": self.fingerprint,
         }
 
@@ -250,13 +260,13 @@ def prepare(source: DataSource[Split], *, val_split: float = 0.0, seed: int = 0,
     source = normalized_by(source, mean, std)
     train, test, val = source.carved(val_split, seed)
     if source.mean is None or source.std is None:
-        measured_mean, measured_std = channel_statistics(train.images)
+        measured_mean, measured_std = channel_statistics(train.images, train.sums)
     else:
         measured_mean, measured_std = source.mean, source.std
     return Dataset(
         name=source.name, classes=source.classes, train=train, test=test, val=val, mean=measured_mean, std=measured_std,
-        augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True), fingerprint=fingerprint(source),
-        root=source.root, ignored_files=source.ignored_files,
+        augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True), fingerprint=source.fingerprint or fingerprint(source),
+        root=source.root, ignored_files=source.ignored_files, replaced_files=source.replaced_files,
     )
 
 
@@ -294,24 +304,29 @@ def carve(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple
     return train.select(kept), train.select(out, "val")
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_sums(images: Tensor) -> Tensor:
+    """Of every image and channel of uint8 [N, C, H, W] the sum of the pixels and that of their squares: int64 [N, 2, C]."""
+    pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H * W, C]
+    out = torch.empty(len(images), 2, images.shape[1], dtype=torch.int64)
+    per_chunk = max(1, _CHUNK_PIXELS // max(1, pixels.shape[1]))
+    for part, row in zip(pixels.split(per_chunk), out.split(per_chunk), strict=True):
+        numbers = part.int()
+        row[:, 0] = numbers.sum(1)
+        row[:, 1] = numbers.square_().sum(1)
+    return out
+
+
+def channel_statistics(images: Tensor, sums: Tensor | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of uint8 [N, C, H, W], as fractions of 255.
 
-    Exact: from the channel's histogram of 256 values, in float64. A channel that never varies gets the deviation 1,
-    so that it normalises to zero.
+    Exact up to one rounding: from sums of integers. A channel that never varies gets the deviation 1, so that it
+    normalises to zero. ``sums`` are ``image_sums`` of the images, if they are known already.
     """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.zeros(256, dtype=torch.int64)
-        for part in images[:, channel].split(_CHUNK):
-            counts += torch.bincount(part.flatten(), minlength=256)
-        weights = counts.double() / counts.sum()
-        mean = float(weights @ values)
-        variance = float(weights @ (values - mean) ** 2)
-        means.append(mean)
-        deviations.append(math.sqrt(variance) if (counts > 0).sum() > 1 else 1.0)
-    return tuple(means), tuple(deviations)
+    totals, squares = (image_sums(images) if sums is None else sums).sum(0).tolist()
+    count = images.shape[0] * images.shape[2] * images.shape[3]
+    means = tuple(total / (count * 255) for total in totals)
+    variances = [count * square - total * total for total, square in zip(totals, squares, strict=True)]
+    return means, tuple(math.sqrt(v) / (count * 255) if v else 1.0 for v in variances)
 
 
 def fingerprint(source: DataSource[Split]) -> str:

@@ -1,7 +1,7 @@
 """Image files and arrays into one uint8 tensor: decoding, colour, orientation, size, and whether it fits in memory."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -156,6 +156,31 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         DataError: files that cannot be decoded (the first ten are named, all are counted), sizes that differ while
             no ``image_size`` is given, or more images than fit in memory.
     """
+    images, bad = try_decode_all(root, files, image_size, workers, progress, read)
+    if bad:
+        raise bad_files_error(root, files, bad)
+    return images
+
+
+def bad_files_error(root: Path, files: Sequence[str], bad: Mapping[int, str], more: str = "replace or delete them") -> DataError:
+    """The error that names files which cannot be decoded.
+
+    Args:
+        files: all that were to be decoded.
+        bad: the places of those that cannot, and why.
+        more: what mends it.
+    """
+    named = first_of([f"{files[i]} ({reason})" for i, reason in bad.items()])
+    return DataError(f"{show(root)}: {len(bad)} of {len(files)} image files cannot be decoded: {named}; {more}")
+
+
+def try_decode_all(root: Path, files: Sequence[str], image_size: int | None = None, workers: int | None = None,
+                   progress: Progress | None = None, read: Callable[[int], bytes] | None = None) -> tuple[Tensor, dict[int, str]]:
+    """``decode_all``, except that files which cannot be decoded are left out.
+
+    Returns:
+        the images, undefined where a file cannot be decoded, and the places of those files with the reason.
+    """
     def source(i: int) -> str | BytesIO:
         return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
 
@@ -164,13 +189,13 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
     out = _allocate(len(files), height, width)
     pixels = out.numpy()
 
-    def decode_chunk(start: int) -> list[str]:
-        unreadable = []
+    def decode_chunk(start: int) -> dict[int, str]:
+        unreadable = {}
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
                 image = decode(source(i))
             except Exception as error:  # a decoder may raise anything at all for damaged bytes
-                unreadable.append(f"{files[i]} ({_reason(error)})")
+                unreadable[i] = reason_of(error)
                 continue
             if image_size is not None:
                 image = fit(image, image_size)
@@ -183,22 +208,17 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
             pixels[i] = np.asarray(image)
         return unreadable
 
-    unreadable: list[str] = []
+    unreadable: dict[int, str] = {}
     pool = ThreadPoolExecutor(workers or default_workers())
     try:
         for done, failed in enumerate(pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1):
-            unreadable += failed
+            unreadable |= failed
             if progress is not None:
                 progress(min(done * _CHUNK, len(files)), len(files))
     finally:
         # Without this, an error or Ctrl-C would wait for every file that is still queued.
         pool.shutdown(cancel_futures=True)
-    if unreadable:
-        raise DataError(
-            f"{show(root)}: {len(unreadable)} of {len(files)} image files cannot be decoded: {first_of(unreadable)}; "
-            f"replace or delete them"
-        )
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2), unreadable
 
 
 def _allocate(count: int, height: int, width: int) -> Tensor:
@@ -216,7 +236,8 @@ def _common_size(files: Sequence[str], source: Callable[[int], str | BytesIO]) -
     return 1, 1, None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be decoded, in words."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

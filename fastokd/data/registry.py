@@ -36,11 +36,13 @@ class DatasetKind:
         read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
         detect: whether a path holds this kind; None for kinds that are only opened by name.
         files: lists the image files of one without decoding any; raises ``DataError``.
+        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when it is not sound.
     """
 
     read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
     detect: Callable[[Path], bool] | None = None
     files: Callable[[Path | None], DataSource[FileSplit]] | None = None
+    walked: bool = False
 
 
 _FALLBACK = "folder"
@@ -52,6 +54,8 @@ _targets = {
     "svhn": "fastokd.data.svhn:SVHN",
     "csv": "fastokd.data.csv_list:CSV",
     "webdataset": "fastokd.data.webdataset:WEBDATASET",
+    "tfrecord": "fastokd.data.tfrecord:TFRECORD",
+    "recordio": "fastokd.data.recordio:RECORDIO",
     "folder": "fastokd.data.folder:FOLDER",
 }
 
@@ -83,7 +87,7 @@ def get_dataset_kind(name: str) -> DatasetKind:
 def open_dataset(spec: str | Path, image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                  augment: Augment | None = None, workers: int | None = None,
-                 progress: Progress | None = None) -> Dataset:
+                 progress: Progress | None = None, bad_images: str = "fail") -> Dataset:
     """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
 
     Args:
@@ -96,18 +100,18 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
         augment: training augmentation; by default the dataset's customary one.
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
+        bad_images: "fail" or "replace", see ``decode_files``.
 
     Raises:
         ConfigError: a setting out of range, or a kind that does not exist.
         DataError: data that cannot be trained on; the message is one line: what, where, and how to mend it.
     """
     check_image_size(image_size)
-    kind, path = _resolve(spec)
-    options = ReadOptions(image_size, workers, progress)
+    kind, path = resolve(spec)
     if kind.files is None:
-        source = kind.read(path, options)
+        source = kind.read(path, ReadOptions(image_size, workers, progress))
     else:
-        source = decode_files(kind.files(path), options.image_size, options.workers, options.progress)
+        source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
@@ -126,10 +130,19 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
         ConfigError: a setting out of range, or a kind that does not exist.
         DataError: data that cannot be trained on, or that is not made of image files.
     """
-    kind, path = _resolve(spec)
+    kind, path = resolve(spec)
     if kind.files is None:
         raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
     return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
+
+
+def made_of_files(spec: str | Path) -> bool:
+    """Whether a dataset is made of image files, which ``list_files`` can list.
+
+    Raises:
+        ConfigError, DataError: as ``open_dataset``, for a kind or folder that does not exist.
+    """
+    return resolve(spec)[0].files is not None
 
 
 def absolute_spec(spec: str) -> str:
@@ -141,7 +154,13 @@ def absolute_spec(spec: str) -> str:
     return str(path.absolute()) if path.exists() else spec
 
 
-def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
+def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
+    """The kind of dataset that a user's words mean, and where it is.
+
+    Raises:
+        ConfigError: a kind that does not exist.
+        DataError: no such folder, or one that is more than one kind.
+    """
     name, colon, rest = str(spec).partition(":")
     if isinstance(spec, str) and name in _targets:
         return get_dataset_kind(name), Path(rest).expanduser() if rest else None

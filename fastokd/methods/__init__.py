@@ -17,6 +17,8 @@ _modules = {
     "ffm": "fastokd.methods.ffm",
     "tsb": "fastokd.methods.tsb",
     "ahbf": "fastokd.methods.ahbf",
+    "ffsd": "fastokd.methods.ffsd",
+    "afid": "fastokd.methods.afid",
 }
 
 

@@ -1,51 +1,36 @@
-"""Attention on feature maps, for the gates and fusion heads of methods: [B, c, H, W] to the same shape."""
+"""Attention on feature maps, for gates: [B, c, H, W] to the same shape."""
 
 import torch
 from torch import Tensor, nn
 
-REDUCTION = 16
-"""Squeeze-and-excitation and CBAM look at c channels through c / 16 (both papers' default)."""
-
-
-def _bottleneck(channels: int) -> nn.Sequential:
-    inner = max(channels // REDUCTION, 1)
-    return nn.Sequential(nn.Linear(channels, inner, bias=False), nn.ReLU(), nn.Linear(inner, channels, bias=False))
+from fastokd.methods.layers import ChannelAttention, SpatialAttention
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels weighed by a sigmoid of their means, through two linear layers (Hu et al., CVPR 2018)."""
+    """Channels weighed by a sigmoid of their means, through c / 16 hidden units (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = _bottleneck(channels)
+        hidden = max(channels // 16, 1)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] to [B, c, H, W]."""
         return x * torch.sigmoid(self.mlp(x.mean((2, 3))))[:, :, None, None]
 
 
-class ChannelAttention(nn.Module):
-    """Channels weighed by their means and maxima through shared layers (CBAM, Woo et al., ECCV 2018, eq. 2)."""
+class CBAM(nn.Module):
+    """Channels, then positions, weighed by their means and maxima (Woo et al., ECCV 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = _bottleneck(channels)
+        self.channel = ChannelAttention(channels)
+        self.spatial = SpatialAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] to [B, c, H, W]."""
-        return x * torch.sigmoid(self.mlp(x.mean((2, 3))) + self.mlp(x.amax((2, 3))))[:, :, None, None]
-
-
-class SpatialAttention(nn.Module):
-    """Positions weighed by a 7x7 convolution of the channels' mean and maximum (CBAM, eq. 3)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c, H, W] to [B, c, H, W]."""
-        return x * torch.sigmoid(self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)))
+        x = x * self.channel(x)
+        return x * self.spatial(x)
 
 
 class NonLocal(nn.Module):
@@ -72,11 +57,7 @@ class NonLocal(nn.Module):
         return x + self.bn(self.out(seen))
 
 
-def _cbam(channels: int) -> nn.Sequential:
-    return nn.Sequential(ChannelAttention(channels), SpatialAttention())
-
-
-ATTENTIONS = {"none": lambda channels: nn.Identity(), "se": SqueezeExcitation, "cbam": _cbam, "nonlocal": NonLocal}
+ATTENTIONS = {"none": lambda channels: nn.Identity(), "se": SqueezeExcitation, "cbam": CBAM, "nonlocal": NonLocal}
 """By name, what builds the attention for c channels."""
 
 

@@ -159,7 +159,7 @@ class MethodLoss(nn.Module):
         assert values.keys() == self.extra_terms.keys()
         parts = []
         for name, (coefficient, scheduled) in self.extra_terms.items():
-            part = values[name].float() * coefficient
+            part = values[name] * coefficient
             parts.append(part * kd_weight if scheduled else part)
         return torch.stack(parts).sum()
 
@@ -194,6 +194,30 @@ class BranchPass(NamedTuple):
     """M tensors [B, C]."""
     branches: Sequence[nn.Module]
     """The M branches that computed them."""
+    passed_on: Any = None
+    """What ``Companion.run`` passed on."""
+
+
+class RunResult(NamedTuple):
+    """What running the branches gives."""
+
+    features: tuple[Tensor, ...]
+    """M feature maps [B, c_m, H, W] before pooling."""
+    logits: tuple[Tensor, ...]
+    """M tensors [B, C]."""
+    passed_on: Any = None
+    """What ``Companion.run`` passes on to ``Companion.forward``."""
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that a method trains otherwise than the run's configuration says."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float | None = None
+    """None is the run's; Adam's groups have none."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float | None = None
+    """Adam's constant learning rate; SGD's groups follow the run's."""
 
 
 class Companion(nn.Module):
@@ -206,14 +230,22 @@ class Companion(nn.Module):
         """What the branches receive, from the trunk's output [B, c, H, W]."""
         return shared
 
-    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> RunResult:
         """Feature maps and logits of the M branches from their M inputs; overridden where branches exchange features."""
         features, logits = zip(*[branch(x) for branch, x in zip(branches, inputs, strict=True)], strict=True)
-        return features, logits
+        return RunResult(features, logits)
 
     def forward(self, seen: BranchPass) -> dict[str, Any]:
         """What the loss takes beside logits and target, by the keywords of its ``graph_inputs``."""
         return {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The companion's parameters that are not trained as the run's configuration says."""
+        return []
+
+    def student(self, branches: Sequence[nn.Module], kept: int) -> nn.Module | None:
+        """The network to hand over, where that is not the plain one of the kept branch: images to logits [B, C]."""
+        return None
 
 
 class Layout(NamedTuple):

@@ -20,18 +20,17 @@ class ShuffleNetV2(PlainNetwork):
     """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
 
 
-def interleave(a: Tensor, b: Tensor) -> Tensor:
-    """Two maps [B, c, H, W] to [B, 2c, H, W] with the channels a0, b0, a1, b1, ..., in the memory format of ``b``."""
-    if b.is_contiguous(memory_format=torch.channels_last):
-        return torch.stack((a.movedim(1, -1), b.movedim(1, -1)), -1).flatten(-2).movedim(-1, 1)
-    return torch.stack((a, b), 2).flatten(1, 2)
-
-
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate two maps of equal shape, shuffle their channels in two groups, and split in half.
+    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1, ...), and split in half.
 
-    The halves are made at once, each in memory of its own: the convolutions that follow need no copy of a slice.
+    The halves are made at once, each in memory of its own and in the memory format of ``b``: no concatenation before, and
+    no copy of a slice by the convolution after.
     """
+    at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1  # where the channels lie in memory
+
+    def interleave(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1).flatten(at, at + 1).movedim(at, 1)
+
     half = a.shape[1] // 2
     return interleave(a[:, :half], b[:, :half]), interleave(a[:, half:], b[:, half:])
 

@@ -17,6 +17,8 @@ _modules = {
     **dict.fromkeys(("cifar100-resnet32-okddip", "cifar100-resnet32-okddip-peers", "cifar100-resnet32-dml", "cifar100-resnet32-cl-ilr",
                      "cifar100-resnet32-one-attached", "cifar100-resnet32-independent"), "fastokd.recipes.okddip"),
     "cifar100-resnet32-one": "fastokd.recipes.one",
+    "cifar100-resnet32-ffsd": "fastokd.recipes.ffsd",
+    "cifar100-wrn16-2-afid": "fastokd.recipes.afid",
     **dict.fromkeys(("cifar10-resnet32-tsb", "cifar100-resnet32-tsb", "cifar100-resnet32-wrn16-4-tsb", "cifar100-resnet32-kdcl",
                      "cifar100-resnet32-wrn16-2-kdcl"), "fastokd.recipes.tsb"),
     **dict.fromkeys(("cifar10-resnet32-ffm", "cifar100-resnet32-ffm", "cifar100-resnet110-ffm"), "fastokd.recipes.ffm"),

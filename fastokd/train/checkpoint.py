@@ -44,7 +44,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
     if state["format"] == 1:
-        state["criterion"] = {}  # no method of that time remembered anything
+        # Methods of that time remembered nothing and had one optimizer.
+        state["criterion"], state["optimizer"] = {}, {"sgd": state.get("optimizer")}
     for name, kind in ENTRIES.items():
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{path} is damaged: its entry '{name}' is missing or of the wrong kind")

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastokd.data import Dataset, ResidentLoader, Split, open_dataset
+from fastokd.data import Loader
 from fastokd.data.dataset import carve
-from fastokd.data.images import Progress
+from fastokd.data.images import Progress, first_of
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, create_model
+from fastokd.models import find_backbone
+from fastokd.models.summary import check_images
 from fastokd.storage import write_json
+from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
+from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -52,63 +54,12 @@ class Summary:
     student: str
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
-
-    Only training needs the frozen ``teacher`` of methods that have one.
-    """
-    torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options(), teacher=teacher)
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-
-
-def open_data(config: TrainConfig, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> Dataset:
-    """The dataset of a configuration, checked.
-
-    Args:
-        config: names the data.
-        seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
-            normalised as it was, whatever this dataset's own statistics are.
-        progress: called with (files done, files in all) while files are decoded.
-
-    Raises:
-        ConfigError: no dataset is named.
-        DataError: it cannot be trained on.
-    """
-    if not config.data:
-        raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
-    if seen is None:
-        return open_dataset(config.data, image_size=config.image_size, val_split=config.val_split, seed=config.seed, progress=progress)
-    height, width = seen["image_size"]
-    size = height if height == width else config.image_size
-    return open_dataset(config.data, image_size=size, val_split=config.val_split, seed=config.seed, mean=seen["mean"], std=seen["std"], progress=progress)
-
-
-def data_record(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
-    return {"fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std)}
-
-
-def loader_for(config: TrainConfig, dataset: Dataset, split: Split, train: bool, device: torch.device) -> ResidentLoader:
-    """The loader of one of the dataset's splits as the configuration wants it.
-
-    Raises:
-        ConfigError: the padding is larger than the images.
-    """
-    given = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
-    if config.pad is not None and config.pad > min(dataset.image_size):
-        raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
-    return ResidentLoader(
-        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std,
-        augment=dataclasses.replace(dataset.augment, **given), views=config.views(),
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: Dataset | None = None,
+    def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
         check_teacher(config)
@@ -116,11 +67,12 @@ class Trainer:
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
-            self.dataset = open_data(config, seen, reporter.decoding) if dataset is None else dataset
+            self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.end_epoch()
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
@@ -137,6 +89,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.best_epoch = -1
         self.seconds = 0.0
+        self._replaced = 0  # bad pictures that were reported
 
     def start(self) -> None:
         """Write what identifies a new run."""
@@ -164,7 +117,8 @@ class Trainer:
         load_weights(self.model, state["model"], where)
         load_weights(self.step.criterion, state["criterion"], where)
         try:
-            self.step.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in self.step.optimizers.items():
+                optimizer.load_state_dict(state["optimizer"][name])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
         self.epoch = self.saved = state["epoch"]
@@ -219,6 +173,7 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
+        say(explain_loader(config, data, self.device))
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -247,6 +202,7 @@ class Trainer:
             self.step.criterion.see_held_out((result.logits, target) for result, target in self.step.results(self.held_out_loader))
         sums = MetricSums()
         self.model.train()
+        self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
         for index, batch in enumerate(self.train_loader, start=1):
@@ -273,6 +229,14 @@ class Trainer:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
         self.reporter.end_epoch(record)
+        self._report_replaced()
+
+    def _report_replaced(self) -> None:
+        found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
+        if len(found) > self._replaced:
+            names = [f"{self.dataset.train.files[i]} ({reason})" for i, reason in found.items()][self._replaced:]
+            self._replaced = len(found)
+            self.reporter.say(f"pictures that cannot be decoded and were replaced, so far {len(found)}: {first_of(names)}")
 
     def _check_finite(self, means: dict[str, float]) -> None:
         if math.isfinite(means["loss"]):
@@ -285,7 +249,7 @@ class Trainer:
         """Write the epoch. ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.step.optimizers.items()},
             "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
@@ -304,7 +268,7 @@ class Trainer:
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
@@ -329,9 +293,9 @@ class LoadedRun:
     """A run's weights and images, ready to be evaluated or exported."""
 
     config: TrainConfig
-    dataset: Dataset
+    dataset: AnyDataset
     evaluator: BranchEvaluator
-    loader: ResidentLoader
+    loader: Loader
     state: dict[str, Any]
 
 
@@ -356,7 +320,7 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     where = choose_device(device)
     file = run.last if which == "last" else run.best
     state = load_checkpoint(file)
-    dataset = open_data(config, state["data"], progress)
+    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
@@ -367,6 +331,6 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     return LoadedRun(config, dataset, evaluator, loader_for(config, dataset, chosen, False, where), state)
 
 
-def _check_classes(where: str, state: Mapping[str, Any], dataset: Dataset) -> None:
+def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(f"{where} was trained on the classes {first_few(state['classes'])}, the data has {first_few(dataset.classes)}")

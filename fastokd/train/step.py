@@ -93,31 +93,47 @@ class BranchEvaluator:
         return accuracies
 
 
+def build_optimizers(config: TrainConfig, model: BranchedModel) -> dict[str, torch.optim.Optimizer]:
+    """SGD as configured under "sgd", and under "adam" what the method trains with Adam, if anything."""
+    special = model.companion.parameter_groups() if model.companion is not None else []
+    apart = {id(parameter) for group in special for parameter in group.parameters}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in apart]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    groups += [{"params": group.parameters, "weight_decay": config.weight_decay if group.weight_decay is None else group.weight_decay}
+               for group in special if group.optimizer == "sgd"]
+    found: dict[str, torch.optim.Optimizer] = {"sgd": torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)}
+    if adam := [{"params": group.parameters, "lr": group.lr} for group in special if group.optimizer == "adam"]:
+        found["adam"] = torch.optim.Adam(adam)
+    return found
+
+
 class TrainStep(BranchEvaluator):
     """The step of one run: owns criterion and optimizer, changes the model in place."""
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device, stored: StoredRows | None = None) -> None:
         super().__init__(config, model, device)
         self.stored = stored
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+        self.optimizers = build_optimizers(config, model)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in self.optimizers["sgd"].param_groups:
             group["lr"] = lr
 
     def __call__(self, batch: Batch, kd_weight: Tensor) -> dict[str, Tensor]:
         """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
         with self.autocast():
             result = self.model(batch.images)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         inputs = self.method.loss_inputs(result)
         if self.method.needs_index:
             inputs["index"] = batch.index
         if self.stored is not None:
             inputs["teacher"] = self.stored(batch.index)
         loss, terms = self.criterion.forward_backward(result.logits, batch.target, kd_weight=kd_weight, **inputs)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
         sums.update({f"accuracy/{name}": right for name, right in correct_counts(self.named_rows(result), batch.target).items()})

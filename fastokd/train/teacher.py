@@ -16,7 +16,7 @@ from fastokd.data import Dataset
 from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_few, first_line
 from fastokd.export import load_student, student_file
 from fastokd.methods import get_method
-from fastokd.models import create_model
+from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, load_weights
 from fastokd.train.config import TrainConfig, load_config
 
@@ -206,8 +206,8 @@ def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tu
     """As ``_exported_network``."""
     state = load_checkpoint(path)
     config, data = load_config(state["config"], f"the configuration in {path}"), state["data"]
-    model = create_model(config.model, config.method, len(state["classes"]), config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options())
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config, len(state["classes"]), torch.device("cpu"))
     load_weights(model, state["model"], str(path))
     return model.student().eval(), list(state["classes"]), data["image_size"], (data["mean"], data["std"])
 

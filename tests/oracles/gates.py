@@ -78,21 +78,21 @@ def okddip_attention(features: Sequence[Array], p: Params) -> list[Array]:
 
 
 def squeeze_excitation(x: Array, p: Params) -> Array:
-    return x * sigmoid(_mlp(pool(x), p))[:, :, None, None]
+    return x * sigmoid(_mlp(pool(x), part(p, "mlp.0"), part(p, "mlp.2")))[:, :, None, None]
 
 
-def _mlp(x: Array, p: Params) -> Array:
-    return linear(relu(linear(x, part(p, "mlp.0"))), part(p, "mlp.2"))
+def _mlp(x: Array, first: Params, second: Params) -> Array:
+    return linear(relu(linear(x, first)), second)
 
 
 def cbam(x: Array, p: Params) -> Array:
-    own = part(p, "0")
+    layers = part(p, "channel.reduce"), part(p, "channel.expand")
     highest = peak(x.reshape(*x.shape[:2], -1), 2)[:, :, 0]
-    x = x * sigmoid(_mlp(pool(x), own) + _mlp(highest, own))[:, :, None, None]
+    x = x * sigmoid(_mlp(pool(x), *layers) + _mlp(highest, *layers))[:, :, None, None]
     seen = np.concatenate([x.mean(1, keepdims=True), peak(x, 1)], 1)
     height, width = x.shape[2:]
     padded = np.pad(seen, ((0, 0), (0, 0), (3, 3), (3, 3)))
-    kernel = p["1.conv.weight"]
+    kernel = p["spatial.conv.weight"]
     total = sum(np.einsum("bihw,i->bhw", padded[:, :, i:i + height, j:j + width], kernel[0, :, i, j]) for i in range(7) for j in range(7))
     return x * sigmoid(total)[:, None]
 

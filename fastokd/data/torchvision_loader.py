@@ -1,0 +1,186 @@
+"""torchvision as the decoder, in worker processes: what runs wherever torch does."""
+
+import functools
+import multiprocessing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastokd.data.files import FileSplit
+from fastokd.data.images import decode, default_workers, reason_of
+from fastokd.data.loader import LoaderKind
+from fastokd.data.random_crop import central, cover, window
+from fastokd.data.stream import Decoded, Framing, Request, StreamLoader, most_replaced, read_options
+from fastokd.errors import ConfigError, DataError, did_you_mean
+
+JPEG = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True)
+class TorchvisionOptions:
+    """What can be tuned; the defaults are set from the machine.
+
+    Args:
+        workers: processes that decode; None for one per usable core, 0 to decode in the training process.
+        prefetch: batches that each worker makes ahead of the step, 1 or more.
+        start_method: how workers are started: "forkserver", "spawn" or "fork". Forking the training process itself starts
+            fastest, and takes workers down that are forked while DALI or another library runs threads in it.
+        timeout: seconds to wait for a batch before the run is stopped; 0 to wait for ever.
+    """
+
+    workers: int | None = None
+    prefetch: int = 2
+    start_method: str = "forkserver"
+    timeout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("workers", self.workers is None or self.workers >= 0, "0 or more"),
+            ("prefetch", self.prefetch >= 1, "1 or more"),
+            ("timeout", self.timeout >= 0, "0 or more"),
+        ):
+            if not good:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be {rule}")
+        methods = multiprocessing.get_all_start_methods()
+        if self.start_method not in methods:
+            raise ConfigError(f"unknown start_method '{self.start_method}'{did_you_mean(self.start_method, methods)}")
+
+
+class TorchvisionLoader(StreamLoader):
+    """Decodes in worker processes; ``StreamLoader`` says what it promises.
+
+    The workers live until ``close``. They are handed windows and files and draw nothing themselves.
+
+    Args:
+        options: what can be tuned.
+        settings: the arguments of ``StreamLoader``.
+
+    Raises:
+        ConfigError, DataError: as ``StreamLoader``.
+    """
+
+    def __init__(self, *settings: Any, options: TorchvisionOptions | Mapping[str, Any] | None = None, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        self.options = read_options(TorchvisionOptions, options)
+        self._requests = _Requests()
+        self._workers: DataLoader[Any] | None = None
+
+    def close(self) -> None:
+        super().close()
+        self._workers = None
+
+    def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
+        self._requests.remaining = requests
+        if self._workers is None:
+            self._workers = self._start()
+        batches = iter(self._workers)
+        while True:
+            try:
+                pixels, index, bad = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # a worker was killed, timed out, or ran out of shared memory
+                self._workers = None
+                raise DataError(f"{error}; a smaller --batch-size or fewer workers need less memory") from error
+            if bad:
+                self._note_bad(bad)
+            yield Decoded(pixels, index.numpy())
+
+    def _start(self) -> DataLoader[Any]:
+        options = self.options
+        workers = default_workers() if options.workers is None else options.workers
+        attempts = most_replaced(self.split) + 1 if self.train and self.bad_images == "replace" else 1
+        several: dict[str, Any] = {}
+        if workers:
+            if options.start_method == "forkserver":
+                multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # imported once, not in each worker
+            several = {"persistent_workers": True, "prefetch_factor": options.prefetch, "multiprocessing_context": options.start_method, "timeout": options.timeout}
+        return DataLoader(
+            _Pictures(self.split, attempts), batch_size=None, sampler=self._requests, num_workers=workers,
+            pin_memory=self.device.type == "cuda", **several)
+
+
+class _Requests:
+    """The sampler of a ``DataLoader`` that outlives the epochs: it gives whatever requests remain now."""
+
+    remaining: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.remaining
+
+    def __len__(self) -> int:
+        raise TypeError("requests are not counted here")
+
+
+class _Pictures(Dataset):
+    """Decoded batches by request; lives in the workers."""
+
+    def __init__(self, split: FileSplit, attempts: int) -> None:
+        self.split, self.attempts = split, attempts
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str]]:
+        """The pictures [B, H, W, 3] asked for, the images they are, and the bad pictures whose place others took."""
+        index, bad = request.index.copy(), {}
+        pixels = torch.empty((len(index), *request.framing.size, 3), dtype=torch.uint8)
+        for place in range(len(index)):
+            candidate = None if request.candidates is None else request.candidates[place]
+            for _ in range(self.attempts):
+                try:
+                    pixels[place] = frame(decode_rgb(self.split.read(index[place])), request.framing, candidate)
+                    break
+                except Exception as error:  # a decoder may raise anything at all for damaged bytes
+                    bad[int(index[place])] = reason_of(error)
+                    index[place] = (index[place] + 1) % len(self.split)
+        return pixels, torch.from_numpy(index), bad
+
+
+def decode_rgb(data: bytes) -> Tensor:
+    """An encoded picture as uint8 [3, H, W], upright, in RGB.
+
+    JPEG by torchvision's decoder, which gives the pixels that Pillow does a quarter faster, as long as there is one (0.29
+    calls it deprecated); everything else by Pillow, because torchvision knows fewer formats, and some damaged PNG files take
+    its process down.
+
+    Raises:
+        Exception: whatever the decoder raises for bytes that are no picture.
+    """
+    if data.startswith(JPEG) and (decode_jpeg := _jpeg_decoder()) is not None:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return torch.from_numpy(np.array(decode(BytesIO(data)))).permute(2, 0, 1)
+
+
+@functools.cache
+def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+
+
+def frame(picture: Tensor, framing: Framing, candidate: np.ndarray | None = None) -> Tensor:
+    """A picture uint8 [3, H, W] brought to ``framing.size``: uint8 [height, width, 3].
+
+    Args:
+        candidate: the row of ``random_crop.candidates`` that chooses the window of a random resized crop.
+    """
+    from torchvision.transforms.v2 import functional as v2
+
+    height, width = picture.shape[1:]
+    if candidate is not None:
+        place = window(candidate, height, width, framing.augment.crop_ratio)
+        picture = v2.resized_crop(picture, *place, list(framing.size), antialias=True)
+    else:
+        rows, columns = cover(height, width, framing.cover_size)
+        picture = v2.resize(picture, [rows, columns], antialias=True)
+        picture = v2.crop(picture, central(rows, framing.size[0]), central(columns, framing.size[1]), *framing.size)
+    return picture.permute(1, 2, 0)
+
+
+LOADER = LoaderKind(TorchvisionLoader, decoded=False)

@@ -1,0 +1,125 @@
+"""Modules that several methods' companions are made of, and running a peer stage by stage."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelAttention(nn.Module):
+    """A weight in (0, 1) for every channel (CBAM, Woo et al., ECCV 2018, eq. 2): one small network on the channels'
+    means and maxima, added, and a sigmoid.
+
+    Args:
+        channels: of the maps.
+        ratio: the hidden layer has ``channels / ratio`` units, at least one.
+    """
+
+    def __init__(self, channels: int, ratio: int = 16) -> None:
+        super().__init__()
+        hidden = max(channels // ratio, 1)
+        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.expand = nn.Linear(hidden, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, c, H, W] to weights [B, c, 1, 1]."""
+        pooled = (x.mean((2, 3)), x.amax((2, 3)))
+        mean, peak = (self.expand(F.relu(self.reduce(values))) for values in pooled)
+        return torch.sigmoid(mean + peak)[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """A weight in (0, 1) for every position (CBAM eq. 3): a 7x7 convolution of the mean and the maximum over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, c, H, W] to weights [B, 1, H, W]."""
+        return torch.sigmoid(self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)))
+
+
+class FusionHead(nn.Module):
+    """A classifier on the feature maps of several networks (FFSD and AFID, published code).
+
+    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution, each with batch norm and ReLU, give the
+    fused map; pooling and a linear layer its logits.
+
+    Args:
+        in_channels: of the concatenated maps.
+        channels: of the fused map.
+        num_classes: C.
+    """
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.fuse = depthwise_pointwise(in_channels, channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps [B, c_m, H, W] to the fused map [B, channels, H, W] and logits [B, C]."""
+        fused = self.fuse(torch.cat(tuple(maps), 1))
+        return fused, self.fc(F.adaptive_avg_pool2d(fused, 1).flatten(1))
+
+
+def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
+    """A depth-wise 3x3 and a 1x1 convolution, each with batch norm and ReLU: [B, in_channels, H, W] to [B, channels, H, W]."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False), nn.BatchNorm2d(in_channels), nn.ReLU(),
+        nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+    )
+
+
+class Stage(NamedTuple):
+    """A run of a peer's children whose output has one spatial size."""
+
+    end: int
+    """Index after its last child."""
+    channels: int
+    """Of its output."""
+    size: tuple[int, int]
+    """Height and width of its output for images of 64 x 64."""
+
+
+def children(peer: nn.Module) -> list[nn.Module]:
+    """What a peer runs up to its feature maps, in order.
+
+    Raises:
+        ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step by step.
+    """
+    parts = (getattr(peer, "trunk", None), getattr(getattr(peer, "branch", None), "body", None))
+    if not all(isinstance(part, nn.Sequential) for part in parts):
+        raise ValueError("it needs the maps between the stages, and this network does not run as a sequence of modules")
+    return [child for part in parts for child in part]
+
+
+def stages(peer: nn.Module) -> list[Stage]:
+    """The stages of a peer, one for each spatial size that its maps go through. Only shapes are propagated.
+
+    Raises:
+        ValueError: see ``children``.
+    """
+    found: list[Stage] = []
+    x = torch.empty(1, 3, 64, 64, device="meta")
+    with torch.no_grad():
+        for index, child in enumerate(children(peer), start=1):
+            x = copy.deepcopy(child).to("meta").eval()(x)
+            size = (x.shape[2], x.shape[3])
+            if found and found[-1].size == size:
+                found.pop()
+            found.append(Stage(index, x.shape[1], size))
+    return found
+
+
+def run_stages(peer: nn.Module, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
+    """The maps after each of ``ends`` (indices into ``children``, ascending), from images [B, 3, H, W]."""
+    maps = []
+    for index, child in enumerate(children(peer), start=1):
+        x = child(x)
+        if index in ends:
+            maps.append(x)
+    return maps

@@ -1,0 +1,124 @@
+"""From a configuration to its dataset and loaders."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastokd.data import Dataset, FileDataset, FileSplit, Loader, Split, list_files, made_of_files, open_dataset
+from fastokd.data.files import SMALL, peek_sizes
+from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
+from fastokd.data.loader import best_file_loader, get_loader_kind
+from fastokd.errors import ConfigError
+from fastokd.train.config import TrainConfig
+
+AnyDataset = Dataset | FileDataset
+
+
+def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any] | None = None, progress: Progress | None = None) -> AnyDataset:
+    """The dataset of a configuration, checked; decoded if its loader is "resident", else a list of files.
+
+    Args:
+        config: names the data and the loader.
+        device: where the run computes.
+        seen: ``data_record`` of the dataset that the weights were trained on: images are then brought to its size and
+            normalised as it was, whatever this dataset's own statistics are, and "auto" decides as it did.
+        progress: called with (files done, files in all) while files are decoded.
+
+    Raises:
+        ConfigError: no dataset is named, or a loader that does not go with it.
+        DataError: it cannot be trained on.
+    """
+    if not config.data:
+        raise ConfigError("no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER or --data digits")
+    given: dict[str, Any] = {"image_size": config.image_size, "val_split": config.val_split, "seed": config.seed}
+    if seen is not None:
+        height, width = seen["image_size"]
+        given |= {"image_size": height if height == width else config.image_size, "mean": seen["mean"], "std": seen["std"]}
+    if config.loader != "auto":
+        decoded = get_loader_kind(config.loader).decoded
+    elif not made_of_files(config.data):
+        decoded = True
+    elif seen is not None:
+        decoded = seen.get("decoded", True)
+    else:
+        decoded = _is_small(list_files(config.data, **given), config.image_size, device)
+    if decoded:
+        return open_dataset(config.data, **given, progress=progress, bad_images=config.bad_images)
+    return list_files(config.data, **given)
+
+
+def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
+    """The dataset with what the configuration changes of its augmentation; padding takes the place of random resized crops.
+
+    Raises:
+        ConfigError: the padding is larger than the images.
+    """
+    given: dict[str, Any] = {name: value for name in ("pad", "flip", "padding") if (value := getattr(config, name)) is not None}
+    if config.pad is not None:
+        if config.pad > min(dataset.image_size):
+            raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
+        given["crop_scale"] = None
+    return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **given))
+
+
+def data_record(dataset: AnyDataset) -> dict[str, Any]:
+    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
+    return {
+        "fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std),
+        "decoded": isinstance(dataset, Dataset),
+    }
+
+
+def loader_name(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> str:
+    """The loader that a configuration means for a dataset."""
+    if config.loader != "auto":
+        return config.loader
+    return "resident" if isinstance(dataset, Dataset) else best_file_loader(device)
+
+
+def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> str:
+    """Which loader is used, and why, in one line."""
+    name = loader_name(config, dataset, device)
+    if config.loader != "auto":
+        return f"loader {name}, as chosen"
+    if isinstance(dataset, Dataset):
+        return f"loader resident: {'the images are small and fit' if dataset.train.files else 'the dataset comes decoded'}, so they lie on {device}"
+    others = [f"{other} cannot run ({reason})" for other in ("dali",) if other != name and (reason := get_loader_kind(other).missing(device))]
+    return "; ".join([f"loader {name}: the images are large or too many for memory, so they are decoded while training", *others])
+
+
+def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSplit, train: bool, device: torch.device) -> Loader:
+    """The loader of one of the dataset's splits as the configuration wants it.
+
+    Raises:
+        ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
+    """
+    kind = get_loader_kind(loader_name(config, dataset, device))
+    if reason := kind.missing(device):
+        raise ConfigError(f"loader '{config.loader}' cannot run here: {reason}")
+    of_files: dict[str, Any] = {}
+    if not kind.decoded:
+        of_files = {"size": dataset.image_size, "bad_images": config.bad_images, "options": config.loader_options}
+    elif config.loader_options:
+        raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
+    while_training = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
+    loader = kind.make(
+        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std, num_classes=dataset.num_classes,
+        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files, **while_training)
+    if train:
+        for size in config.resize_schedule.values():
+            loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch
+        loader.set_size(config.size_at(0))
+    return loader
+
+
+def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:
+    """Whether "auto" decodes all images once and keeps them: they are small, and fit into the memory there is."""
+    sides = [image_size] if image_size else [side for size in peek_sizes(dataset.train) for side in size]
+    if max(sides, default=0) > SMALL:
+        return False
+    needed = sum(len(split) for split in (dataset.train, dataset.test, dataset.val) if split is not None) * 3 * max(sides, default=0) ** 2
+    rooms = [available_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None]
+    return all(room is None or needed <= MEMORY_FRACTION * room for room in rooms)

@@ -1,0 +1,252 @@
+"""The cache of decoded images: it spares the second decoding, and never gives anything but what decoding now would."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastokd.data import cache, files, open_dataset
+from fastokd.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The cache's folder; everything is worth keeping, and nothing was changed just now."""
+    monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(cache, "_RACY_SECONDS", -1.0)
+    return tmp_path / "cache" / "decoded"
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """Counts how many images are decoded."""
+    counts = []
+    real = files.try_decode_all
+
+    def counted(*arguments):
+        counts.append(len(arguments[1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(files, "try_decode_all", counted)
+    return counts
+
+
+def picture(path, seed=0, size=(8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path, compress_level=0)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for s, split in enumerate(("train", "test")):
+        for c, name in enumerate(("cat", "dog")):
+            for i in range(4):
+                picture(tmp_path / "tree" / split / name / f"{i}.png", 100 * s + 10 * c + i)
+    return tmp_path / "tree"
+
+
+def same(left, right) -> bool:
+    return (
+        all(torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.files == b.files for a, b in ((left.train, right.train), (left.test, right.test)))
+        and (left.mean, left.std, left.fingerprint, left.classes) == (right.mean, right.std, right.fingerprint, right.classes)
+    )
+
+
+def test_the_second_start_decodes_nothing_and_gives_the_same(kept, tree, decodings, monkeypatch):
+    first = open_dataset(tree)
+    assert decodings == [16]
+    monkeypatch.setattr(cache.Cache, "_hash", lambda self: pytest.fail("the files were read again"))
+    assert same(open_dataset(tree), first)
+    assert decodings == [16]
+    carved = open_dataset(tree, val_split=0.5, seed=3)
+    monkeypatch.setenv("FASTOKD_CACHE", "off")
+    assert same(open_dataset(tree, val_split=0.5, seed=3), carved)
+    assert decodings == [16, 16]
+
+
+def test_what_is_written_to_the_images_does_not_reach_the_cache(kept, tree, decodings):
+    first = open_dataset(tree)
+    again = open_dataset(tree)
+    again.train.images.zero_()
+    assert same(open_dataset(tree), first)
+    assert decodings == [16]
+
+
+def change_bytes(tree):
+    """Another picture of the same size in bytes and pixels, with the modification time of the old one."""
+    file = tree / "train" / "cat" / "0.png"
+    before = file.stat()
+    picture(file, 999)
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def move_to_other_class(tree):
+    (tree / "train" / "cat" / "0.png").rename(tree / "train" / "dog" / "9.png")
+
+
+def swap_two(tree):
+    one, two, other = (tree / "train" / "cat" / name for name in ("0.png", "1.png", "tmp"))
+    one.rename(other), two.rename(one), other.rename(two)
+
+
+def rename_class(tree):
+    for split in ("train", "test"):
+        (tree / split / "dog").rename(tree / split / "emu")
+
+
+@pytest.mark.parametrize("change", [change_bytes, move_to_other_class, swap_two, rename_class, lambda tree: (tree / "test" / "dog" / "3.png").unlink()])
+def test_a_changed_tree_is_decoded_again(kept, tree, decodings, change, monkeypatch):
+    first = open_dataset(tree)
+    change(tree)
+    second = open_dataset(tree)
+    assert len(decodings) == 2
+    assert not same(first, second)
+    monkeypatch.setenv("FASTOKD_CACHE", "off")
+    assert same(open_dataset(tree), second)
+
+
+def test_another_size_is_another_entry(kept, tree, decodings):
+    open_dataset(tree)
+    assert open_dataset(tree, image_size=4).image_size == (4, 4)
+    assert open_dataset(tree).image_size == (8, 8)
+    assert len(decodings) == 2
+
+
+def test_a_moved_or_touched_tree_is_found_by_content(kept, tree, decodings):
+    first = open_dataset(tree)
+    tree = tree.rename(tree.with_name("elsewhere"))
+    for file in tree.rglob("*.png"):
+        file.touch()
+    assert same(open_dataset(tree), first)
+    assert decodings == [16]
+
+
+def test_files_changed_a_moment_ago_are_not_trusted_by_their_times(kept, tree, decodings, monkeypatch):
+    monkeypatch.setattr(cache, "_RACY_SECONDS", 60.0)
+    hashed = []
+    real = cache.Cache._hash
+    monkeypatch.setattr(cache.Cache, "_hash", lambda self: hashed.append(1) or real(self))
+    first = open_dataset(tree)
+    assert same(open_dataset(tree), first)
+    assert (len(decodings), len(hashed)) == (1, 2)
+    assert not list(kept.glob("*.status"))
+
+
+def test_a_file_changed_between_hashing_and_decoding_is_not_kept(kept, tree, monkeypatch):
+    real = files.try_decode_all
+
+    def change_first(*arguments):
+        picture(tree / "train" / "cat" / "0.png", 999)
+        return real(*arguments)
+
+    monkeypatch.setattr(files, "try_decode_all", change_first)
+    open_dataset(tree)
+    assert not list(kept.parent.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: file.write_bytes(b""), lambda file: file.unlink(),
+])
+@pytest.mark.parametrize("which", ["*.images.npy", "*.sums.npy", "*.json"])
+def test_a_damaged_entry_is_decoded_and_written_again(kept, tree, decodings, which, damage):
+    first = open_dataset(tree)
+    [file] = kept.glob(which)
+    damage(file)
+    assert same(open_dataset(tree), first)
+    assert same(open_dataset(tree), first)
+    assert decodings == [16, 16]
+
+
+def test_the_entry_used_longest_ago_makes_room(kept, tree, monkeypatch):
+    for age, size in ((30, 8), (20, 7), (10, 6)):
+        open_dataset(tree, image_size=size)
+        for file in kept.glob("*.json"):
+            os.utime(file, (file.stat().st_atime - age, file.stat().st_mtime - age))
+    open_dataset(tree, image_size=8)  # the oldest is used again
+    used = sum(file.stat().st_size for file in kept.iterdir())
+    monkeypatch.setenv("FASTOKD_CACHE_GIB", str((used + 100) / 2**30))
+    open_dataset(tree, image_size=5)
+    assert sum(file.stat().st_size for file in kept.iterdir()) <= used + 2000
+    sides = sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy"))
+    assert sides == [5, 6, 8]
+
+
+def test_limits_are_kept(kept, tree, monkeypatch):
+    monkeypatch.setenv("FASTOKD_CACHE_GIB", "0")
+    open_dataset(tree)
+    assert not kept.exists()
+    monkeypatch.setenv("FASTOKD_CACHE_GIB", "20")
+    monkeypatch.setattr(cache, "WORTH_SECONDS", 1000.0)
+    open_dataset(tree)
+    assert not kept.exists()
+    for text in ("many", "-1", "nan"):
+        monkeypatch.setenv("FASTOKD_CACHE_GIB", text)
+        with pytest.raises(ConfigError, match=f"FASTOKD_CACHE_GIB='{text}'"):
+            open_dataset(tree)
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(kept, tree, decodings, monkeypatch):
+    kept.parent.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"not kept for the next start.*FASTOKD_CACHE names another folder"):
+        first = open_dataset(tree)
+    kept.parent.unlink()
+    assert same(open_dataset(tree), first)
+    if os.geteuid():
+        monkeypatch.setattr(cache, "VERSION", 2)
+        kept.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        with pytest.warns(UserWarning, match="not kept for the next start"):
+            open_dataset(tree)
+
+
+def test_where_it_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTOKD_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_folder() == tmp_path / "fastokd"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_folder() == tmp_path / ".cache" / "fastokd"
+    for text in ("off", "OFF", "0"):
+        monkeypatch.setenv("FASTOKD_CACHE", text)
+        assert cache.cache_folder() is None
+
+
+class TestBadImages:
+    def test_stop_by_default(self, kept, tree):
+        (tree / "train" / "cat" / "1.png").write_bytes(b"")
+        with pytest.raises(DataError, match=r"1 of 16 .*train/cat/1.png \(not an image, or empty\); .*--bad-images replace"):
+            open_dataset(tree)
+        with pytest.raises(ConfigError, match="unknown bad_images 'replce'; did you mean 'replace'"):
+            open_dataset(tree, bad_images="replce")
+
+    def test_are_replaced_by_the_next_of_their_class(self, kept, tree, decodings):
+        good = open_dataset(tree)
+        (tree / "train" / "dog" / "3.png").write_bytes(b"no image")
+        for _ in range(2):  # and are not kept: the next start says it again
+            with pytest.warns(UserWarning, match="1 of 8 training images cannot be decoded and were replaced.*train/dog/3.png"):
+                opened = open_dataset(tree, bad_images="replace")
+            assert opened.replaced_files == opened.describe()["replaced_files"] == 1
+            want = good.train.images.clone()
+            want[7] = want[4]
+            assert torch.equal(opened.train.images, want)
+            assert opened.fingerprint != good.fingerprint
+        assert len(decodings) == 3
+
+    def test_not_more_than_one_in_a_hundred_not_in_evaluation_and_not_without_another(self, kept, tree):
+        for name in ("0.png", "1.png"):
+            (tree / "train" / "cat" / name).write_bytes(b"")
+        with pytest.raises(DataError, match="takes at most 1; leave them out with 'fastokd data check --write-list'"):
+            open_dataset(tree, bad_images="replace")
+        picture(tree / "train" / "cat" / "1.png")
+        (tree / "test" / "cat" / "0.png").write_bytes(b"")
+        with pytest.raises(DataError, match=r"1 of 16 .*test/cat/0.png .*evaluation images are never replaced"):
+            open_dataset(tree, bad_images="replace")
+        picture(tree / "test" / "cat" / "0.png")
+        for name in ("1.png", "2.png", "3.png"):
+            (tree / "train" / "cat" / name).unlink()
+        with pytest.raises(DataError, match="class 'cat' has no other image"):
+            open_dataset(tree, bad_images="replace")

@@ -1,0 +1,336 @@
+"""The loaders that decode while training, both held to the same promises: order, shards, windows, resumption, the batch itself."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stream_loaders import CROP, LOADERS, each_loader, torchvision, write_split
+from torchvision.transforms import RandomResizedCrop
+
+from fastokd.data import Augment
+from fastokd.data.random_crop import candidates, uniforms, window
+from fastokd.data.torchvision_loader import TorchvisionOptions
+from fastokd.errors import ConfigError, DataError
+
+COUNT = 29
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("pictures"), COUNT)
+
+
+def indices(loader) -> list[int]:
+    return [i for batch in loader for i in batch.index.tolist()]
+
+
+def equal(left, right) -> bool:
+    return len(left) == len(right) and all(torch.equal(x, y) for a, b in zip(left, right, strict=True) for x, y in zip(a, b, strict=True))
+
+
+@each_loader
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_visits_every_image_once_over_all_ranks(split, make, world_size):
+    seen = []
+    for rank in range(world_size):
+        loader = make(split, 4, False, rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert all(len(batch.index) == 4 for batch in batches[:-1])
+        for batch in batches:
+            assert torch.equal(batch.target, split.targets[batch.index])
+            seen += batch.index.tolist()
+    assert sorted(seen) == list(range(COUNT))
+
+
+@each_loader
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_training_shares_each_epoch_among_the_ranks_and_drops_the_rest(split, make, world_size):
+    batch_size, seen = 3, []
+    for rank in range(world_size):
+        loader = make(split, batch_size, True, rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader) == COUNT // (batch_size * world_size)
+        for batch in batches:
+            assert batch.images.shape == (batch_size, 3, 32, 32)
+            assert torch.equal(batch.target, split.targets[batch.index])
+        seen += itertools.chain.from_iterable(batch.index.tolist() for batch in batches)
+    assert len(set(seen)) == len(seen) == COUNT - COUNT % (batch_size * world_size)
+
+
+@each_loader
+def test_every_epoch_visits_every_image_in_another_order(split, make):
+    loader = make(split, COUNT, True)
+    orders = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        orders.append(indices(loader))
+        assert sorted(orders[-1]) == list(range(COUNT))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] != sorted(orders[0])
+
+
+def test_both_loaders_visit_the_same_images_in_the_same_order(split):
+    assert indices(LOADERS["dali"](split, 4, True, seed=3)) == indices(torchvision(split, 4, True, seed=3))
+
+
+@each_loader
+def test_a_seed_decides_everything_and_another_seed_or_epoch_changes_it(split, make):
+    first, second, other = (make(split, 7, True, seed=seed) for seed in (1, 1, 2))
+    assert equal(list(first), list(second))
+    assert indices(first) != indices(other)
+    pixels = {}
+    for name, loader, epoch in (("first", first, 0), ("later", first, 1), ("other", other, 0)):
+        loader.set_epoch(epoch)
+        pixels[name] = {i: image for batch in loader for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+    for one, two in itertools.combinations(pixels.values(), 2):
+        common = one.keys() & two.keys()
+        assert sum(torch.equal(one[i], two[i]) for i in common) < len(common) / 4
+
+
+@each_loader
+@pytest.mark.parametrize("augment", [CROP, Augment(pad=3, flip=True)])
+def test_ranks_threads_workers_and_prefetching_change_no_pixel(split, make, augment):
+    whole = list(make(split, 12, True, augment=augment))
+    for world_size in (2, 3):
+        ranks = [list(make(split, 12 // world_size, True, augment=augment, rank=rank, world_size=world_size)) for rank in range(world_size)]
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+            assert torch.equal(batch.index, torch.cat([part.index for part in parts]))
+
+
+def test_threads_and_prefetching_of_dali_change_no_pixel(split):
+    make = LOADERS["dali"]
+    loader = make(split, 4, True)
+    from fastokd.data.dali import DaliOptions
+
+    assert equal(list(loader), list(make(split, 4, True, options=DaliOptions(threads=3, prefetch=4, mmap=False))))
+
+
+def test_worker_processes_change_no_pixel_and_survive_epochs_and_breaks(split):
+    want = torchvision(split, 4, True)
+    loader = torchvision(split, 4, True, options=TorchvisionOptions(workers=2))
+    for epoch in range(2):
+        want.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert equal(list(loader), list(want))
+    next(iter(loader))
+    processes = [worker.pid for worker in loader._workers._iterator._workers]
+    assert equal(list(loader), list(want))
+    assert [worker.pid for worker in loader._workers._iterator._workers] == processes
+    loader.close()
+    assert equal(list(loader), list(want))
+    loader.close()
+
+
+@each_loader
+@pytest.mark.parametrize("train", [True, False])
+def test_a_resumed_epoch_continues_with_the_images_that_were_left(split, make, train):
+    loader = make(split, 4, train, seed=5)
+    loader.set_epoch(2)
+    batches = list(loader)
+    for done in (0, 1, 4, len(batches)):
+        loader.set_epoch(3)
+        loader.set_epoch(2)
+        running = iter(loader)
+        for _ in range(done):
+            next(running)
+        state = loader.state_dict()
+        assert all(type(value) is int for value in state.values())
+        again = make(split, 4, train, seed=5)
+        again.load_state_dict(state)
+        again.set_epoch(2)
+        assert equal(list(again), batches[done:])
+        assert equal(list(again), batches)  # the epoch after next is whole
+
+
+@each_loader
+def test_an_epoch_may_be_continued_by_another_number_of_ranks(split, make):
+    loader = make(split, 6, True)
+    whole = list(loader)
+    running = iter(loader)
+    next(running)
+    ranks = [make(split, 3, True, rank=rank, world_size=2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(loader.state_dict())
+    for batch, *parts in zip(whole[1:], *ranks, strict=True):
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+
+
+def test_a_state_of_other_data_seed_or_batch_size_is_refused(split):
+    loader = torchvision(split, 4, True)
+    state = {"epoch": 0, "position": 8, "seed": 0, "size": COUNT}
+    for change, said in (({"seed": 1}, "seed 1"), ({"size": 30}, "size 30"), ({"position": 6}, "6 images"), ({"position": 32}, "32 images")):
+        with pytest.raises(ConfigError, match=said):
+            loader.load_state_dict({**state, **change})
+    with pytest.raises(ConfigError, match="epoch=-1"):
+        loader.set_epoch(-1)
+
+
+@each_loader
+def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
+    loader = make(split, 4, True)
+    whole = list(loader)
+    for taken in (1, 3):
+        for _, _batch in zip(range(taken), loader, strict=False):
+            pass
+        assert equal(list(loader), whole)
+    first, second = iter(loader), iter(loader)
+    assert equal(list(second), whole)
+    assert list(first) == []  # a new iteration ends the one before it
+
+
+@each_loader
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_format):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    levels = {i: image for batch in make(split, 8, False) for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+    for batch in make(split, 8, False, mean=mean, std=std, dtype=dtype, memory_format=memory_format):
+        assert batch.images.dtype == dtype
+        assert batch.images.is_contiguous(memory_format=memory_format)
+        pixels = torch.stack([levels[i] for i in batch.index.tolist()]).double().round() / 255
+        want = (pixels - torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
+        torch.testing.assert_close(batch.images.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+@each_loader
+def test_training_batches_are_written_into_the_steps_buffer(split, make):
+    loader, out = make(split, 4, True), torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
+    want = list(loader)
+    loader.write_into(out)
+    for batch, other in zip(loader, want, strict=True):
+        assert batch.images.data_ptr() == out.data_ptr()
+        assert torch.equal(out, other.images)
+    for wrong in (out[:3], out.double(), out.contiguous(), torch.empty(4, 3)):
+        with pytest.raises(ConfigError, match=r"it must be torch.float32 \[4, 3, 32, 32\] on cpu"):
+            loader.write_into(wrong)
+
+
+@each_loader
+def test_the_size_of_training_images_changes_between_epochs(split, make):
+    loader = make(split, 4, True)
+    whole = list(loader)
+    loader.set_size(20)
+    assert [tuple(batch.images.shape) for batch in loader] == [(4, 3, 20, 20)] * 7
+    assert equal(list(loader), list(make(split, 4, True, size=(20, 20))))
+    loader.set_size(None)
+    assert equal(list(loader), whole)
+    with pytest.raises(ConfigError, match="image size 0"):
+        loader.set_size(0)
+    with pytest.raises(ConfigError, match="evaluation keeps its own"):
+        make(split, 4, False).set_size(20)
+
+
+@each_loader
+def test_views_are_crops_of_the_same_images(split, make):
+    single, double = list(make(split, 4, True)), list(make(split, 4, True, views=2))
+    for one, two in zip(single, double, strict=True):
+        assert two.images.shape == (2, 4, 3, 32, 32)
+        assert torch.equal(two.images[0], one.images)
+        assert torch.equal(two.index, one.index)
+        assert torch.equal(two.target, one.target)
+        assert all(not torch.equal(first, second) for first, second in zip(*two.images, strict=True))
+
+
+@each_loader
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
+    seen = 0
+    for plain, mixed in zip(make(split, 6, True), make(split, 6, True, num_classes=3, **alphas), strict=True):
+        partner = plain.images.flip(0)
+        for i in range(6):
+            one, two, got = plain.images[i], partner[i], mixed.images[i]
+            if plain.target[i] == plain.target.flip(0)[i]:
+                continue
+            own = float(mixed.target[i, plain.target[i]])
+            assert float(mixed.target[i].sum()) == pytest.approx(1, abs=1e-6)
+            if "mixup" in alphas:
+                torch.testing.assert_close(got, own * one + (1 - own) * two, rtol=0, atol=1e-2)
+            else:
+                assert torch.equal(torch.where(got == one, one, two), got)
+                assert float(((got == one) & (got != two)).any(0).float().mean()) <= own + 1e-6
+            seen += 0 < own < 1
+    assert seen > 5
+
+
+@each_loader
+def test_pad_and_flip_move_the_fitted_picture(split, make):
+    plain = {i: image for batch in make(split, COUNT, False, augment=Augment()) for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+    pad, moves = 2, set()
+    for batch in make(split, COUNT, True, augment=Augment(pad=pad, flip=True)):
+        for i, image in zip(batch.index.tolist(), batch.images, strict=True):
+            padded = torch.nn.functional.pad(plain[i], (pad,) * 4)
+            possible = {
+                (y, x, mirrored): padded[:, y : y + 32, x : x + 32].flip(2) if mirrored else padded[:, y : y + 32, x : x + 32]
+                for y, x in itertools.product(range(2 * pad + 1), repeat=2) for mirrored in (False, True)
+            }
+            moves |= {move for move, crop in possible.items() if torch.equal(crop, image)}
+    assert len(moves) > 15
+    assert {mirrored for _, _, mirrored in moves} == {False, True}
+
+
+def test_windows_are_drawn_as_torchvision_draws_them():
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    torch.manual_seed(0)
+    for width, height in ((500, 375), (100, 300), (64, 64)):
+        drawn = candidates(uniforms(0, 0, 0, 4000), scale, ratio)
+        ours = np.array([window(row, height, width, ratio) for row in drawn])
+        picture = Image.new("L", (width, height))
+        theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(4000)])
+        top, left, h, w = ours.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top + h <= height).all()
+        assert (left + w <= width).all()
+        for quantile in (0.1, 0.5, 0.9):
+            for mine, other, side in zip(ours.T, theirs.T, (height, width, height, width), strict=True):
+                assert abs(np.quantile(mine, quantile) - np.quantile(other, quantile)) < 0.04 * side
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 10), (10, 300), (1, 1), (1, 9), (2, 1)])
+def test_pictures_that_no_window_fits_give_their_centre(width, height):
+    ratio = (3 / 4, 4 / 3)
+    for row in candidates(uniforms(1, 0, 0, 50), (0.9, 1.0), ratio):
+        top, left, h, w = window(row, height, width, ratio)
+        assert min(h, w) >= 1
+        assert top + h <= height
+        assert left + w <= width
+        if (width, height) in ((300, 10), (10, 300)):
+            theirs = RandomResizedCrop.get_params(Image.new("L", (width, height)), [0.9, 1.0], list(ratio))
+            assert (top, left, h, w) == tuple(theirs)
+
+
+def test_numbers_belong_to_a_place_whatever_is_drawn_with_them():
+    whole = uniforms(7, 3, 0, 40)
+    assert np.array_equal(whole[11:23], uniforms(7, 3, 11, 12))
+    assert not np.array_equal(whole, uniforms(7, 4, 0, 40))
+    assert not np.array_equal(whole, uniforms(8, 3, 0, 40))
+    numbers = uniforms(0, 0, 0, 20_000)
+    assert (np.abs(numbers.mean(axis=0) - 0.5) < 0.01).all()
+    assert (numbers >= 0).all()
+    assert (numbers < 1).all()
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (lambda: {"batch_size": 0}, "batch_size=0"),
+    (lambda: {"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
+    (lambda: {"dtype": torch.uint8}, "torch.uint8"),
+    (lambda: {"memory_format": torch.preserve_format}, "memory_format"),
+    (lambda: {"bad_images": "skip"}, "unknown bad_images 'skip'"),
+    (lambda: {"augment": Augment(crop_scale=(0.0, 1.0))}, "crop_scale"),
+    (lambda: {"augment": Augment(pad=4, crop_scale=(0.1, 1.0))}, "pad=4 with crop_scale"),
+    (lambda: {"augment": Augment(crop_scale=(0.1, 1.0), crop_ratio=(2.0, 1.0))}, "crop_ratio"),
+    (lambda: {"options": TorchvisionOptions(workers=-1)}, "workers=-1"),
+    (lambda: {"options": TorchvisionOptions(start_method="frok")}, "did you mean 'fork'"),
+])
+def test_settings_out_of_range(split, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        torchvision(split, train=True, **{"batch_size": 4, **settings()})
+
+
+def test_fewer_images_than_one_batch(split):
+    with pytest.raises(DataError, match="use --batch-size 14 or less"):
+        torchvision(split, 15, True, rank=0, world_size=2)

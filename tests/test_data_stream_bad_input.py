@@ -1,0 +1,199 @@
+"""Pictures that cannot be decoded, formats and packages that are not there: what the loaders that decode while training say and do."""
+
+import os
+import sys
+import tarfile
+
+import pytest
+import torch
+from stream_loaders import LOADERS, each_loader, picture, torchvision, write_split
+
+from fastokd.data import FileSplit
+from fastokd.data.files import Members
+from fastokd.data.torchvision_loader import TorchvisionOptions
+from fastokd.errors import ConfigError, DataError, MissingExtra
+
+COUNT = 24
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("<html>404 not found</html>")
+
+
+def missing(path):
+    path.unlink()
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@each_loader
+@pytest.mark.parametrize(("damage", "reason"), [(truncate, "truncated"), (empty, "empty"), (text, "not an image"), (missing, "No such file"), (folder, "directory")])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_bad_picture_stops_the_run_with_its_name(tmp_path, make, damage, reason, train):
+    split = write_split(tmp_path, COUNT)
+    damage(tmp_path / split.files[9])
+    with pytest.raises(DataError) as caught:
+        list(make(split, 6, train))
+    message = str(caught.value)
+    assert split.files[9] in message
+    assert reason.lower() in message.lower()
+    assert "fastokd data check" in message
+    assert ("--bad-images replace" in message) == train
+    assert "\n" not in message
+    assert split.files[8] not in message
+    assert split.files[10] not in message
+
+
+@each_loader
+def test_bad_pictures_are_replaced_by_the_next_and_counted(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    good = list(make(split, 6, True))
+    truncate(tmp_path / split.files[9])
+    loader = make(split, 6, True, bad_images="replace")
+    for _ in range(2):
+        replaced = 0
+        for batch, want in zip(loader, good, strict=True):
+            for i, j, image, same in zip(batch.index.tolist(), want.index.tolist(), batch.images, want.images, strict=True):
+                if j == 9:
+                    replaced += 1
+                    assert i == 10
+                else:
+                    assert i == j
+                    assert torch.equal(image, same)
+            assert torch.equal(batch.target, split.targets[batch.index])
+        assert replaced == 1
+        assert list(loader.replaced) == [9]
+        assert "truncated" in loader.replaced[9].lower()
+
+
+def test_both_loaders_replace_alike_and_so_do_workers(tmp_path):
+    split = write_split(tmp_path, COUNT)
+    truncate(tmp_path / split.files[COUNT - 1])  # the next one is the first
+    loaders = [
+        LOADERS["dali"](split, 6, True, bad_images="replace"), torchvision(split, 6, True, bad_images="replace"),
+        torchvision(split, 6, True, bad_images="replace", options=TorchvisionOptions(workers=1)),
+    ]
+    orders = [[batch.index.tolist() for batch in loader] for loader in loaders]
+    assert orders[0] == orders[1] == orders[2]
+    assert all(list(loader.replaced) == [COUNT - 1] for loader in loaders)
+    loaders[2].close()
+
+
+@each_loader
+def test_too_many_bad_pictures_stop_the_run(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    for i in (3, 4, 15):
+        truncate(tmp_path / split.files[i])
+    with pytest.raises(DataError, match=r"bad pictures.*no more than 1 are replaced"):
+        list(make(split, 6, True, bad_images="replace"))
+
+
+@each_loader
+def test_evaluation_replaces_nothing(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    truncate(tmp_path / split.files[9])
+    with pytest.raises(DataError, match=r"009\.jpg"):
+        list(make(split, 6, False, bad_images="replace"))
+
+
+@each_loader
+def test_a_loader_goes_on_after_a_bad_picture_was_mended(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    content = (tmp_path / split.files[9]).read_bytes()
+    truncate(tmp_path / split.files[9])
+    loader = make(split, 6, True)
+    with pytest.raises(DataError):
+        list(loader)
+    (tmp_path / split.files[9]).write_bytes(content)
+    assert len(list(loader)) == 4
+
+
+@each_loader
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    (tmp_path / split.files[9]).chmod(0)
+    with pytest.raises(DataError, match=r"009\.jpg \(Permission denied\)"):
+        list(make(split, 6, True))
+
+
+def archived(root, split) -> FileSplit:
+    """The same pictures in two uncompressed archives."""
+    shards, places = ("shard-0.tar", "shard-1.tar"), {}
+    for number, name in enumerate(shards):
+        with tarfile.open(root / name, "w") as archive:
+            for file in split.files[number::2]:
+                archive.add(root / file, file)
+        with tarfile.open(root / name) as archive:
+            places |= {member.name: (number, member.offset_data, member.size) for member in archive}
+    shard, offset, size = torch.tensor([places[file] for file in split.files]).T
+    return FileSplit("train", root, split.files, split.targets, Members(shards, shard, offset, size))
+
+
+@each_loader
+def test_archives_give_the_same_batches_as_files(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    for train in (True, False):
+        for batch, want in zip(make(archived(tmp_path, split), 7, train), make(split, 7, train), strict=True):
+            assert torch.equal(batch.index, want.index)
+            assert torch.equal(batch.images, want.images)
+
+
+@each_loader
+def test_a_bad_picture_in_an_archive_is_named_and_so_is_a_lost_archive(tmp_path, make):
+    split = write_split(tmp_path, COUNT)
+    truncate(tmp_path / split.files[9])
+    packed = archived(tmp_path, split)
+    with pytest.raises(DataError, match=r"(?i)009\.jpg \(.*truncated"):
+        list(make(packed, 6, True))
+    (tmp_path / "shard-1.tar").unlink()
+    with pytest.raises(DataError, match="No such file"):
+        list(make(packed, 6, True))
+
+
+def test_a_missing_dali_names_the_install(tmp_path, monkeypatch):
+    from fastokd.data.dali import DaliLoader
+
+    split = write_split(tmp_path, 4)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fastokd\[dali\]'.*--loader torchvision"):
+        DaliLoader(split, 2, True, size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def test_a_format_that_dali_lacks_is_named_before_anything_is_decoded(tmp_path):
+    split = write_split(tmp_path, 4)
+    picture(20, 20).save(tmp_path / "moving.gif")
+    split = FileSplit("train", tmp_path, (*split.files[:3], "moving.gif"), split.targets)
+    with pytest.raises(DataError, match=r"DALI cannot decode moving\.gif; convert them, or use --loader torchvision"):
+        LOADERS["dali"](split, 2, True)
+    assert len(list(torchvision(split, 4, False))) == 1
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"threads": 0}, "threads=0"), ({"prefetch": 0}, "prefetch=0"), ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5"),
+    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"width_hint": -1}, "width_hint=-1"),
+])
+def test_dali_options_out_of_range(options, said):
+    from fastokd.data.dali import DaliOptions
+
+    with pytest.raises(ConfigError, match=said):
+        DaliOptions(**options)
+
+
+def test_decoding_on_a_gpu_needs_a_step_on_a_gpu(tmp_path):
+    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    from fastokd.data.dali import DaliOptions
+
+    with pytest.raises(ConfigError, match="use decoder=cpu"):
+        LOADERS["dali"](write_split(tmp_path, 4), 2, True, options=DaliOptions(decoder="mixed"))

@@ -1,0 +1,208 @@
+"""FFSD and AFID: the parts of these methods that are no function of rows of logits."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fastokd.errors import ConfigError
+from fastokd.losses import AFIDLoss, FFSDLoss, FFSDMaps
+from fastokd.methods import get_method
+from fastokd.methods.afid import Exchange
+from fastokd.methods.ffsd import shifted_map
+from fastokd.models import create_model, create_student
+from fastokd.models.summary import count_parameters
+from fastokd.train.config import TrainConfig
+from fastokd.train.step import TrainStep
+from tests.oracles import ffsd as oracle
+
+STEP = 1e-6
+
+
+def random_maps(num_students: int) -> dict:
+    """Two stages: 3 channels of 4 x 4, then 5 of 2 x 2. The numbers are such that no entry ties with a threshold."""
+    draw = np.random.default_rng(0)
+
+    def pair():
+        return [draw.normal(size=(2, 3, 4, 4)), draw.normal(size=(2, 5, 2, 2))]
+
+    return {
+        "students": [pair() for _ in range(num_students)], "leader": pair(), "fused": draw.normal(size=(2, 5, 2, 2)),
+        "transformed": draw.normal(size=(2, 5 * num_students, 2, 2)),
+        "decoded_shifted": [pair()[:1] for _ in range(num_students - 1)], "decoded_fused": pair()[:1],
+        "decoded": [pair()[:1] for _ in range(num_students)],
+    }
+
+
+def as_tensors(value):
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value, requires_grad=True)
+    return {k: as_tensors(v) for k, v in value.items()} if isinstance(value, dict) else [as_tensors(v) for v in value]
+
+
+def arrays(value, path=()):
+    """Every array with its path."""
+    if isinstance(value, np.ndarray):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from arrays(item, (*path, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("num_students", [2, 3])
+@pytest.mark.parametrize("name", sorted(oracle.TERMS))
+def test_ffsd_terms_and_every_gradient_against_finite_differences(name, num_students):
+    values = random_maps(num_students)
+    tensors = as_tensors(values)
+    criterion = FFSDLoss(num_students + 1)
+    rows = [torch.zeros(2, 4, dtype=torch.float64)] * (num_students + 1)
+    extras = criterion.graph_inputs(rows, torch.zeros(2, dtype=torch.long), fusion_logits=rows[0], maps=FFSDMaps(**tensors)).extras
+    term = oracle.TERMS[name]
+    assert extras[name].item() == pytest.approx(term(values, values), rel=1e-12)
+    extras[name].backward()
+    live = 0
+    for path, array in arrays(values):
+        moved = copy.deepcopy(values)
+        want = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            for sign in (1, -1):
+                at(moved, path)[index] = array[index] + sign * STEP
+                want[index] += sign * term(moved, values) / (2 * STEP)
+            at(moved, path)[index] = array[index]
+        got = at(tensors, path).grad
+        np.testing.assert_allclose(np.zeros_like(want) if got is None else got.numpy(), want, rtol=1e-5, atol=1e-9, err_msg=str(path))
+        live += bool(np.abs(want).max() > 1e-6)
+    # Which maps the term trains: students 2 .. K on both stages; the leader's and the transformed; all the decoded.
+    assert live == {"diversity": 2 * (num_students - 1), "fusion": 3, "decoder": num_students}[name]
+
+
+def test_ffsd_loss_adds_its_terms_with_their_weights():
+    maps = FFSDMaps(**as_tensors(random_maps(2)))
+    rows, target = [torch.randn(2, 4, dtype=torch.float64) for _ in range(4)], torch.tensor([1, 3])
+    criterion = FFSDLoss(lambda_diversity=0.5, lambda_fusion=0.25, lambda_decoder=2.0)
+    loss, terms = criterion(rows[:3], target, fusion_logits=rows[3], maps=maps, kd_weight=0.1, return_terms=True)
+    # The KL terms do not ramp up, the terms on maps do.
+    want = criterion.graph_loss(rows, target, kd_weight=0.0) + 0.1 * (0.5 * terms["diversity"] + 0.25 * terms["fusion"] + 2.0 * terms["decoder"])
+    torch.testing.assert_close(loss, want)
+    assert terms["kl/ensemble->fusion"] > 0
+    assert "ce/leader" in terms
+
+
+def test_shifted_map():
+    features = np.random.default_rng(1).normal(size=(3, 4, 3, 3))
+    np.testing.assert_allclose(shifted_map(torch.tensor(features)).numpy(), oracle.shifted_map(features), rtol=1e-12)
+    # One position: the lowest third has at least one entry, and it is the threshold itself.
+    one = np.full((1, 2, 1, 1), 3.0)
+    np.testing.assert_allclose(shifted_map(torch.tensor(one)).numpy(), one + (9 / 2 - 1) * 9 / 2)
+
+
+def test_ffsd_sizes():
+    """The official code's counts for ResNet-32, two students and 100 classes."""
+    model = create_model("resnet32", "ffsd", 100)
+    parts = model.companion
+    assert (count_parameters(parts.fusion), count_parameters(parts.transform)) == (16_228, 9_152)
+    assert [count_parameters(decoder) for decoder in parts.decoders] == [23_136, 23_136]
+    assert count_parameters(model) == 1_489_920
+
+
+def test_ffsd_trains_its_parts_as_the_official_code_does():
+    config = TrainConfig(model="resnet8", method="ffsd", weight_decay=1e-4, lr=0.1)
+    model = create_model("resnet8", "ffsd", 4)
+    optimizers = TrainStep(config, model, torch.device("cpu")).optimizers
+    decay = {id(parameter): group["weight_decay"] for group in optimizers["sgd"].param_groups for parameter in group["params"]}
+    rates = {id(parameter): group["lr"] for group in optimizers["adam"].param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith("companion.decoders."):
+            assert (rates[id(parameter)], id(parameter) in decay) == (1e-3, False)
+        else:
+            assert decay[id(parameter)] == (1e-5 if name.startswith("companion.fusion.") else 1e-4), name
+            assert id(parameter) not in rates
+
+
+def test_ffsd_ramps_the_map_terms_up_over_five_epochs_counted_from_one():
+    config = TrainConfig(method="ffsd", epochs=300)
+    assert [config.kd_weight_at(epoch) for epoch in (0, 3, 4, 100)] == pytest.approx([np.exp(-5 * 0.8**2), np.exp(-5 * 0.2**2), 1.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["ffsd", "afid"])
+def test_nothing_of_the_teachers_reaches_another_part(method):
+    """FFSD detaches between its parts: a student learns nothing from the leader's cross-entropy, nor from the head's."""
+    model, chosen = create_model("resnet8", method, 4), get_method(method)
+    result = model(torch.randn(4, 3, 16, 16))
+    result.extras["fusion_logits"].sum().backward()
+    reached = any(parameter.grad is not None for parameter in model.branches.parameters())
+    # AFID's head reads the maps themselves.
+    assert reached == (method == "afid")
+    assert chosen.needs_index is False
+
+
+def test_networks_that_ffsd_and_afid_cannot_compare():
+    with pytest.raises(ConfigError, match=r"method 'ffsd' .*they must be one network; name one"):
+        create_model("resnet8,resnet8,resnet110", "ffsd", 4)
+    with pytest.raises(ConfigError, match=r"method 'afid' .* their last stages 64 and 256"):
+        create_model("resnet8,resnet110", "afid", 4)
+    with pytest.raises(ValueError, match="num_branches=2; FFSD has two students or more and a leader: 3 or more"):
+        FFSDLoss(2)
+    with pytest.raises(ValueError, match="num_branches=3; AFID exchanges attention between two"):
+        AFIDLoss(3)
+    with pytest.raises(ValueError, match=r"lambda_fusion=-1\.0"):
+        FFSDLoss(lambda_fusion=-1.0)
+    with pytest.raises(ValueError, match="maps are missing"):
+        FFSDLoss()([torch.zeros(2, 3)] * 3, torch.zeros(2, dtype=torch.long), fusion_logits=torch.zeros(2, 3))
+
+
+# ---- AFID
+
+
+def sigmoid(value):
+    return 1 / (1 + np.exp(-value))
+
+
+def test_afid_exchange():
+    """Each map weighted by where the other looks, both from the values before, by loops."""
+    torch.manual_seed(0)
+    exchange = Exchange(32).double()
+    one, other = (torch.randn(2, 32, 3, 3, dtype=torch.float64) for _ in range(2))
+    reduce, expand, kernel = (module.weight.detach().numpy() for module in (exchange.channel.reduce, exchange.channel.expand, exchange.spatial.conv))
+    assert reduce.shape == (2, 32)
+
+    def look(maps):
+        hidden = [np.maximum(reduce @ pooled, 0) for pooled in (maps.mean((1, 2)), maps.max((1, 2)))]
+        maps = maps * sigmoid(expand @ hidden[0] + expand @ hidden[1])[:, None, None]
+        planes = np.pad(np.stack([maps.mean(0), maps.max(0)]), ((0, 0), (3, 3), (3, 3)))
+        return np.array([[sigmoid((kernel[0] * planes[:, y:y + 7, x:x + 7]).sum()) for x in range(3)] for y in range(3)])
+
+    got = exchange(one, other)
+    for mine, theirs, result in ((one, other, got[0]), (other, one, got[1])):
+        want = np.stack([own * look(seen) for own, seen in zip(mine.numpy(), theirs.numpy(), strict=True)])
+        np.testing.assert_allclose(result.detach().numpy(), want, rtol=1e-12)
+
+
+def test_afid_s_student_needs_both_and_computes_the_same():
+    model = create_model("resnet8", "afid", 4)
+    x = torch.randn(6, 3, 16, 16)
+    model(x)  # batch norm has seen a batch
+    model.eval()
+    student = model.student()
+    assert model.name == "resnet8,resnet8@afid"
+    assert torch.equal(student(x), model(x).logits[0])
+    again = create_student(model.name, 4).eval()
+    again.load_state_dict(student.state_dict(), strict=True)
+    assert torch.equal(again(x), student(x))
+    plain = model.student(0)
+    assert not torch.equal(plain(x), student(x))  # a sub-network without the other's attention is another function
+    assert count_parameters(student) == count_parameters(model) - count_parameters(model.companion.fusion)
+    assert not any(one.data_ptr() == other.data_ptr() for one, other in zip(student.parameters(), model.parameters(), strict=False))
+
+
+def test_afid_preset_code_has_the_authors_eps():
+    assert {term.eps for term in AFIDLoss.preset("code").graph.terms if hasattr(term, "eps")} == {1e-7}
+    assert dataclasses.replace(TrainConfig(method="afid"), epochs=300).ramp_length() == 80
