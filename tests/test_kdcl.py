@@ -17,6 +17,7 @@ from fastokd.losses import KDCLLoss
 from fastokd.methods.kdcl import VARIANTS, error_correlation_weights
 from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.loop import load_run
 
 Z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5), (2.0, -1.0, 0.5))]
 LABEL = torch.tensor([0])
@@ -202,6 +203,9 @@ def test_a_run_of_general_resumes_exactly_and_never_trains_on_what_is_held_out(t
     assert torch.cdist(held.flatten(1), seen).min() > 0
     assert trainer.step.criterion.teacher_weights.sum().item() == pytest.approx(1)
     assert trainer.step.criterion.teacher_weights[0] != 0.5
+    loaded = load_run(trainer.run_folder.path).evaluator
+    assert torch.equal(loaded.criterion.teacher_weights, trainer.step.criterion.teacher_weights)
+    assert loaded.evaluate(trainer.eval_loader) == trainer.last
 
 
 def test_weights_follow_the_networks_before_every_epoch(tmp_path):
@@ -222,3 +226,18 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     inverse = np.linalg.inv(oracle.error_correlation(rows, torch.cat([target for _, target in pairs]).numpy()))
     want = np.maximum(inverse.sum(1) / inverse.sum(), 0)
     np.testing.assert_allclose(weights[1].numpy(), want / want.sum(), rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_linear_equals_the_cpu_and_waits_for_nothing():
+    rows = [3 * torch.randn(16, 10, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    target = torch.arange(16) % 10
+    there = [row.cuda() for row in rows], target.cuda()
+    lowest_cross_entropy_weights(*there)  # the solver's library is loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = lowest_cross_entropy_weights(*there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), lowest_cross_entropy_weights(rows, target), rtol=0, atol=1e-6)

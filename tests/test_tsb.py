@@ -21,6 +21,7 @@ from fastokd.methods import tsb
 from fastokd.methods.tsb import TemporalAccumulator, warm_up
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.loop import load_run
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
@@ -212,6 +213,7 @@ def test_a_run_resumes_exactly_with_its_memory(tmp_path):
     accumulator = trainer.step.criterion.accumulator
     assert torch.equal(accumulator.steps, torch.full((256,), 2, dtype=torch.int32))  # in the warm-up too
     torch.testing.assert_close(accumulator.memory.sum(2), torch.full((256, 2), 1 - 0.8**2))
+    assert load_run(trainer.run_folder.path).evaluator.evaluate(trainer.eval_loader) == trainer.last  # without the memory
     state = load_checkpoint(trainer.run_folder.last)
     assert torch.equal(state["criterion"]["accumulator.memory"], accumulator.memory)
 

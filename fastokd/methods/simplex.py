@@ -1,6 +1,5 @@
 """The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved for a whole batch."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +37,10 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
     else:  # labels out of range are the graph's to report
         expected = z.gather(2, target.clamp(0, num_classes - 1).view(-1, 1, 1).expand(-1, count, 1))
     z = z - expected
-    faces = torch.tensor(list(itertools.product((0.0, 1.0), repeat=count))[1:], dtype=z.dtype, device=z.device)
-    lengths = torch.tensor([0.0, *(0.5**k for k in range(_STEP_LENGTHS))], dtype=z.dtype, device=z.device)
+    # Made on the device: a tensor of Python numbers would be copied there, and wait for it.
+    faces = (torch.arange(1, 2**count, device=z.device).unsqueeze(1) >> torch.arange(count, device=z.device) & 1).to(z.dtype)
+    lengths = 0.5 ** torch.arange(_STEP_LENGTHS, dtype=z.dtype, device=z.device)
+    lengths = torch.cat((torch.zeros_like(lengths[:1]), lengths))
     a = torch.full(z.shape[:2], 1 / count, dtype=z.dtype, device=z.device)
     first = (z.amax((1, 2), keepdim=True) - z.amin((1, 2), keepdim=True)) / _FIRST_RANGE
     for step in range(_STEPS):

@@ -325,8 +325,11 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
+    evaluator = BranchEvaluator(config, model.eval(), where)
+    # Mixing weights that a loss has found; there is no room for what it remembers of single images, and no need.
+    evaluator.criterion.load_state_dict(state["criterion"], strict=False)
     chosen = dataset.evaluation if split is None else dataset.split(split)
-    return LoadedRun(config, dataset, BranchEvaluator(config, model.eval(), where), loader_for(config, dataset, chosen, False, where), state)
+    return LoadedRun(config, dataset, evaluator, loader_for(config, dataset, chosen, False, where), state)
 
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
