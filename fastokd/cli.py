@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,24 +19,36 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastokd.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_OK, EXIT_USAGE, ConfigError, FastOKDError, did_you_mean
+from fastokd.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_OK,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    FastOKDError,
+    did_you_mean,
+)
 
 DESCRIPTION = """Online knowledge distillation: train a small classifier with deeper branches that teach it, and keep the small one.
 
 Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, or a loss that is not finite; 3 data;
 4 checkpoint or export; 5 the disk refused; 130 interrupted."""
 
+DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it anew. Exit codes: 0 done; 3 problems were found; others as of fastokd."""
+
 app = tyro.extras.SubcommandApp()
+data_app = tyro.extras.SubcommandApp()
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], group: tyro.extras.SubcommandApp = app) -> Callable[..., None]:
     """Register a subcommand. Parsing gives the call, which ``main`` makes afterwards: their errors are not the same."""
 
     @functools.wraps(function)
     def deferred(*args: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(function, *args, **options)
 
-    app.command(name=function.__name__.rstrip("_"))(deferred)
+    group.command(name=function.__name__.rstrip("_"))(deferred)
     return function
 
 
@@ -95,6 +107,10 @@ def train(
     val_split: Number = None,
     pad: Whole = None,
     flip: Switch = None,
+    padding: Text = None,
+    mixup: Number = None,
+    cutmix: Number = None,
+    resize_schedule: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[EPOCH:SIZE ...]", help_behavior_hint="")] = (),
     loader: Text = None,
     loader_options: Options = (),
     bad_images: Text = None,
@@ -109,8 +125,9 @@ def train(
     """Train a student with its branches, or alone. What is not given comes from --recipe or --config, else from the defaults.
 
     Args:
-        data: a folder with train/ and val/ (or test/) and one folder per class in each; cifar10:FOLDER or
-            cifar100:FOLDER for torchvision's files; or digits.
+        data: a folder with train/ and val/ (or test/) and one folder per class in each; one folder of class folders, with
+            --val-split; a .csv list of path,label,split; a folder of WebDataset shards; ImageNet, Tiny-ImageNet, CINIC-10, SVHN
+            or CIFAR as they are unpacked; or digits.
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
         model: the network, for example resnet20 (default resnet32); peers may differ: resnet20,resnet32.
@@ -134,10 +151,14 @@ def train(
         val_split: evaluate on this fraction of the training images instead of the test split (default 0).
         pad: padding of the random crop in pixels (default: the data's).
         flip: random horizontal flips (default: the data's).
+        padding: what the random crop is padded with: zero (default) or reflect.
+        mixup: blend training images and labels in pairs, by a weight from Beta(X, X); 0 for none (default).
+        cutmix: paste boxes of other training images, by areas from Beta(X, X); 0 for none (default).
+        resize_schedule: sides of the training images in pixels and the epochs, from 0, that they begin with: 0:128 60:192.
         loader: resident, dali, torchvision, or auto (default), which keeps small images decoded on the device and decodes others
             while training, with DALI where it is installed.
         loader_options: what can be tuned of dali and torchvision as NAME=VALUE, for example threads=8 hw_decoder_load=0.3.
-        bad_images: what a picture that cannot be decoded while training does: fail (default), or replace it by the next.
+        bad_images: training images that cannot be decoded: fail (default), or replace by others, 1 % at most.
         device: auto (default), cpu, cuda or cuda:N.
         precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
@@ -158,6 +179,8 @@ def train(
     for name in ("method_options", "loader_options"):
         if name in given:
             given[name] = _parse_options(given[name])
+    if "resize_schedule" in given:
+        given["resize_schedule"] = _parse_schedule(resize_schedule)
     if resume is not None:
         others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
         if others:
@@ -261,6 +284,86 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
 
 
 @command
+def data() -> None:
+    """Look at a dataset before it is trained on, or write it anew: see 'fastokd data --help'."""
+
+
+@functools.partial(command, group=data_app)
+def check(data: Pos[str], write_list: File = None, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False, workers: Whole = None) -> None:
+    """Look at every image, and say what is wrong: damaged and misnamed files, classes, duplicates. Exit code 3 if there are problems.
+
+    Args:
+        data: the dataset, as 'fastokd train --data' takes it.
+        write_list: write the images without problems to this .csv file, which --data takes.
+        json_output: print JSON, with every file that has a problem.
+        workers: processes that decode (default: one per CPU core).
+    """
+    from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
+    from fastokd.data.images import first_of
+
+    if write_list is not None and write_list.suffix.lower() != ".csv":
+        raise ConfigError(f"--write-list {write_list}: --data knows a list by its name, so it must end in .csv")
+    with _progress_bar("looking at images") as progress:
+        report = check_dataset(data, workers, progress)
+    if write_list is not None:
+        report.write_clean(write_list)
+    if json_output:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        console = _console()
+        counts = ", ".join(f"{count} {split or 'training'} images in {report.classes[split]} classes" for split, count in report.images.items())
+        console.print(f"{report.root}: {counts}", markup=False)
+        if report.sizes:
+            (small, large), formats = report.sizes, ", ".join(f"{count} {name}" for name, count in report.formats.items())
+            console.print(f"sizes {small[0]} x {small[1]} to {large[0]} x {large[1]}; {formats}; colours: " + ", ".join(f"{count} {name}" for name, count in report.modes.items()), markup=False)
+        for title, found, meaning in (("problem", report.problems, PROBLEMS), ("remark", report.remarks, REMARKS)):
+            if found:
+                table = Table(box=None, pad_edge=False)
+                for column in (title, "number", "what it means"):
+                    table.add_column(column, justify="right" if column == "number" else "left")
+                for what, names in found.items():
+                    table.add_row(what, str(len(names)), meaning[what])
+                Console(highlight=False).print(table)
+                for what, names in found.items():
+                    console.print(f"  {what}: {first_of(names, 3)}", markup=False)
+        if write_list is not None:
+            console.print(f"wrote {write_list}: {len(report.clean)} images without problems; train with --data {write_list}", markup=False)
+    if report.problems:
+        raise DataError(f"{sum(map(len, report.problems.values()))} problems; --json names every file, --write-list FILE.csv writes a list without them")
+
+
+@functools.partial(command, group=data_app)
+def convert(data: Pos[str], out: Path, shorter_side: Whole = None, webdataset: bool = False, per_shard: int = 5000, workers: Whole = None) -> None:
+    """Write a dataset anew: scaled down, or as WebDataset shards, or both. Called again after an interruption, it goes on.
+
+    Args:
+        data: the dataset, as 'fastokd train --data' takes it.
+        out: a new folder.
+        shorter_side: scale images down to this shorter side in pixels (default: keep their sizes).
+        webdataset: write tar archives instead of a tree of class folders.
+        per_shard: images in each archive.
+        workers: processes (default: one per CPU core).
+    """
+    from fastokd.data.convert import Conversion, convert_dataset
+
+    with _progress_bar("converting") as progress:
+        outcome = convert_dataset(data, out, Conversion(shorter_side, webdataset, per_shard), workers, progress)
+    _console().print(f"wrote {outcome.written} images to {outcome.out}" + (f"; {outcome.kept} were there already" if outcome.kept else "") + f"; train with --data {outcome.out}", markup=False)
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Says on stderr how far something is: a bar on a terminal, else a line now and then."""
+    from fastokd.train.progress import Counter
+
+    counter = Counter(title)
+    try:
+        yield counter
+    finally:
+        counter.close()
+
+
+@command
 def methods() -> None:
     """List the methods, and how many branches each takes."""
     from fastokd.methods import get_method, list_methods
@@ -357,6 +460,14 @@ def _parse_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _parse_schedule(items: Sequence[str]) -> dict[int, int]:
+    """``EPOCH:SIZE`` pairs."""
+    found = [re.fullmatch(r"(\d+):(\d+)", item) for item in items]
+    if wrong := [item for item, match in zip(items, found, strict=True) if match is None]:
+        raise ConfigError(f"resize schedule '{wrong[0]}' is not of the form EPOCH:SIZE, such as 0:128")
+    return {int(match[1]): int(match[2]) for match in found if match is not None}
+
+
 def _option_value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -430,7 +541,7 @@ def _usage_error(text: str, name: str) -> str:
             sections[-1] += line.split()
     # Drawn in ASCII, the first section is the title.
     whole, body = " ".join(" ".join(part) for part in sections), " ".join(sections[-1 if len(sections) == 1 else "╭" not in text])
-    more = f"'fastokd {name} --help' lists what there is"
+    more = f"'{name} --help' lists what there is"
     if found := re.match(r"Unrecognized options: ([^\s,]+)", body):
         meant = re.search(r"Perhaps you meant: (--\S+)", whole)
         hint = f"; did you mean '{meant[1]}'?" if meant else ";"
@@ -455,7 +566,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"fastokd {__version__}")
         return EXIT_OK
-    commands = ("demo", "train", "eval", "export", "show", "methods", "doctor", "recipes")
+    group, prog, description = app, "fastokd", DESCRIPTION
+    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "methods", "data", "doctor", "recipes")
+    if arguments[:1] == ["data"]:
+        arguments = arguments[1:]
+        group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE
@@ -463,10 +578,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            call = app.cli(args=arguments or ["--help"], prog="fastokd", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,))
+            call = group.cli(args=arguments or ["--help"], prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if stop.code:
-            print(f"fastokd: {_usage_error(complaint.getvalue(), arguments[0])}", file=sys.stderr)
+            print(f"fastokd: {_usage_error(complaint.getvalue(), ' '.join([prog, arguments[0]]))}", file=sys.stderr)
             return EXIT_USAGE
         return EXIT_OK
     try:

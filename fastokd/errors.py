@@ -63,12 +63,12 @@ def first_line(error: BaseException, limit: int = 160) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A suffix for an error message: the close match if there is one, and all the choices.
+    """A suffix for an error message: the choice that begins with the name, or a close match, and all the choices.
 
     >>> did_you_mean("ahfb", ["ahbf", "baseline"])
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = [choice for choice in choices if choice.startswith(f"{name}_")] or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})"

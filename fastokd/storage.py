@@ -11,8 +11,13 @@ from typing import Any, BinaryIO
 from fastokd.errors import StorageError, first_line
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
     """Write a file through a temporary one beside it: written, flushed to the disk, then renamed over the old one.
+
+    Args:
+        path: the file.
+        write: writes its content.
+        durable: wait for the disk; without it only a crash of the machine itself may lose the file.
 
     Raises:
         StorageError: the disk refused; the old file, if there was one, is untouched and the temporary one is gone.
@@ -24,10 +29,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write as a RuntimeError from its archive writer.
         if temporary is not None:

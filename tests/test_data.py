@@ -417,7 +417,7 @@ class TestRegistry:
             assert len(open_dataset(spec).train) == 4
 
     def test_names(self):
-        assert list_datasets() == ["cifar10", "cifar100", "cinic10", "csv", "digits", "folder", "svhn", "webdataset"]
+        assert list_datasets() == ["cifar10", "cifar100", "cinic10", "csv", "digits", "folder", "recordio", "svhn", "tfrecord", "webdataset"]
         with pytest.raises(ConfigError, match="did you mean 'cifar10'"):
             open_dataset("cifar-10:/data")
         with pytest.raises(ConfigError, match=r"must read .package\.module:CONSTANT"):

@@ -1,6 +1,8 @@
 """The loaders' promises: what is visited how often, in which order, and what augmentation does to a pixel."""
 
 import itertools
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fastokd.data import (
     make_loader,
     open_dataset,
     register_loader,
+    resident,
 )
 from fastokd.data.augment import Mixing, crop, mirror
 from fastokd.errors import ConfigError, DataError
@@ -29,9 +32,9 @@ def make_split(count: int, size: int = 6, name: str = "train") -> Split:
     return Split(name, images, torch.arange(count) % 7)
 
 
-def make(count=50, batch_size=8, train=True, seed=0, **settings) -> ResidentLoader:
+def make(count=50, batch_size=8, train=True, seed=0, split=None, **settings) -> ResidentLoader:
     settings = {"mean": MEAN, "std": STD, "augment": Augment(pad=2, flip=True), **settings}
-    return ResidentLoader(make_split(count), batch_size, train, seed=seed, **settings)
+    return ResidentLoader(split or make_split(count), batch_size, train, seed=seed, **settings)
 
 
 def equal(left, right) -> bool:
@@ -118,13 +121,15 @@ def test_evaluation_visits_every_image_once_over_all_ranks(count, world_size, ba
     split, seen = make_split(count), []
     for rank in range(world_size):
         loader = make(count, batch_size, train=False, rank=rank, world_size=world_size)
-        batches = list(loader)
-        assert len(batches) == len(loader)
-        assert all(len(batch.index) == batch_size for batch in batches[:-1])
-        for batch in batches:
-            assert torch.equal(batch.target, split.targets[batch.index])
-            seen += batch.index.tolist()
-    assert sorted(seen) == list(range(count))
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            assert all(len(batch.index) == batch_size for batch in batches[:-1])
+            for batch in batches:
+                assert torch.equal(batch.target, split.targets[batch.index])
+                seen += batch.index.tolist()
+    assert sorted(seen) == sorted([*range(count), *range(count)])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -244,6 +249,13 @@ def test_too_few_training_images_for_a_batch():
     with pytest.raises(DataError, match="use fewer ranks"):
         make(count=3, batch_size=16, world_size=4)
     assert len(make(batch_size=64, train=False)) == 1
+
+
+def test_a_set_larger_than_the_device_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 2**30))
+    resident._check_device_memory(make_split(40), torch.device("cuda"))  # 40 x 3 x 6 x 6 bytes fit
+    with pytest.raises(DataError, match=r"split 'train' takes 5.03e-06 GiB on cuda, which has 4.66e-06 GiB free; use a smaller --image-size"):
+        resident._check_device_memory(make_split(50), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -431,6 +443,22 @@ def triangle_weights(source: int, target: int) -> torch.Tensor:
     distance = ((torch.arange(source) + 0.5) - centres[:, None]).abs() / scale
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see this process's memory")
+def test_fifty_epochs_take_no_more_memory_than_ten():
+    loader = make(count=256, batch_size=32, views=2, mixup=0.4, cutmix=1.0, num_classes=7, split=make_split(256, 32))
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for epoch in range(50):
+        loader.set_epoch(epoch)
+        assert sum(len(batch.index) for batch in loader) == 256
+        if epoch == 9:
+            before = resident_bytes()
+    # A batch kept from every epoch would be 31 MB.
+    assert resident_bytes() - before < 8 * 2**20
 
 
 def test_make_loader_says_what_does_not_go_together(tmp_path):

@@ -145,15 +145,15 @@ def test_nothing_of_the_teachers_reaches_another_part(method):
 
 
 def test_networks_that_ffsd_and_afid_cannot_compare():
-    with pytest.raises(ConfigError, match="method 'ffsd' .*they must be one network; name one"):
+    with pytest.raises(ConfigError, match=r"method 'ffsd' .*they must be one network; name one"):
         create_model("resnet8,resnet8,resnet110", "ffsd", 4)
-    with pytest.raises(ConfigError, match="method 'afid' .* their last stages 64 and 256"):
+    with pytest.raises(ConfigError, match=r"method 'afid' .* their last stages 64 and 256"):
         create_model("resnet8,resnet110", "afid", 4)
     with pytest.raises(ValueError, match="num_branches=2; FFSD has two students or more and a leader: 3 or more"):
         FFSDLoss(2)
     with pytest.raises(ValueError, match="num_branches=3; AFID exchanges attention between two"):
         AFIDLoss(3)
-    with pytest.raises(ValueError, match="lambda_fusion=-1.0"):
+    with pytest.raises(ValueError, match=r"lambda_fusion=-1\.0"):
         FFSDLoss(lambda_fusion=-1.0)
     with pytest.raises(ValueError, match="maps are missing"):
         FFSDLoss()([torch.zeros(2, 3)] * 3, torch.zeros(2, dtype=torch.long), fusion_logits=torch.zeros(2, 3))

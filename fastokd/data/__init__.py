@@ -18,6 +18,6 @@ from fastokd.data.resident import ResidentLoader
 
 __all__ = [
     "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "FileDataset", "FileSplit", "Loader", "LoaderKind", "ReadOptions",
-    "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "made_of_files", "list_loaders", "make_loader", "open_dataset",
+    "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "list_loaders", "made_of_files", "make_loader", "open_dataset",
     "register_dataset", "register_loader",
 ]

@@ -17,7 +17,7 @@ import torch
 
 from fastokd.data.cache import cache_folder
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, Members
+from fastokd.data.files import FileSplit, Members, check_finished
 from fastokd.data.folder import SPLITS
 from fastokd.data.images import first_of, show
 from fastokd.errors import DataError, StorageError
@@ -75,6 +75,7 @@ def list_archives(kind: str, suffix: str, path: Path | None, read: Callable[[Pat
         raise DataError(f"{show(path)}: cannot be read: {error.strerror}; check its permissions") from error
     if not shards:
         raise DataError(f"{show(path)}: no {suffix} files there; give the folder that holds the shards")
+    check_finished(path)
     by_split: dict[str, list[str]] = {}
     for shard in shards:
         by_split.setdefault(_split_of(shard), []).append(shard)

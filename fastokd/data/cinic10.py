@@ -36,4 +36,4 @@ def list_cinic10(path: Path | None) -> DataSource[FileSplit]:
     return replace(tree, name="cinic10", mean=MEAN, std=STD, augment=Augment(pad=4, flip=True))
 
 
-CINIC10 = DatasetKind(files=list_cinic10, detect=_detect)
+CINIC10 = DatasetKind(files=list_cinic10, detect=_detect, walked=True)

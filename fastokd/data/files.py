@@ -18,7 +18,7 @@ from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, fingerprint, image_sums, normalized_by
 from fastokd.data.images import Progress, bad_files_error, check_image_size, first_of, show, try_decode_all
-from fastokd.errors import ConfigError, did_you_mean
+from fastokd.errors import ConfigError, DataError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,6 +33,10 @@ SMALL = 128
 """Images up to this side are of the kind that is kept decoded, and cropped after padding."""
 
 _PEEKED = 16
+
+
+CONVERSION_FILE = "fastokd-convert.json"
+"""What ``fastokd data convert`` writes first into its output, and marks as finished last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +125,20 @@ class FileDataset(SplitSet[FileSplit]):
         for record in everything:
             digest.update(json.dumps(record).encode())
         return digest.hexdigest()
+
+
+def check_finished(root: Path) -> None:
+    """Refuse a folder that ``fastokd data convert`` has not filled to the end.
+
+    Raises:
+        DataError: the conversion was interrupted, or is going on.
+    """
+    try:
+        finished = json.loads((root / CONVERSION_FILE).read_text()).get("finished", False)
+    except (OSError, ValueError, AttributeError):  # not written by convert
+        return
+    if not finished:
+        raise DataError(f"{show(root)}: its conversion is not finished; run the same 'fastokd data convert' again, which goes on where it stopped")
 
 
 def prepare_files(source: DataSource[FileSplit], image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit
+from fastokd.data.files import FileSplit, check_finished
 from fastokd.data.images import EXTENSIONS, first_of, show
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
 from fastokd.data.registry import DatasetKind
@@ -40,15 +40,16 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
     if not any(names.values()):
         return _one_folder(root)
     if names["train"] is None:
-        found = [entry.name + "/" for entry in _entries(root) if _is_folder(entry)]
+        found = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
         raise DataError(f"{show(root)}: no train/ (found {first_of(found)}); arrange the images as {LAYOUT}")
+    check_finished(root)
     classes = _class_names(root / "train")
     splits: dict[str, FileSplit] = {}
     ignored, empty = 0, []
     for split, name in names.items():
         if name is None:
             continue
-        flat = _flat_images(root / name, classes) if split != "train" else None
+        flat = flat_images(root / name, classes) if split != "train" else None
         if flat is not None:
             labels = find_label_file(root, name, root / name)
             if labels is None and split == "test" and "val" in splits:
@@ -79,11 +80,12 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:
     """A folder of class folders, all for training until some are held out."""
-    folders = [entry.name for entry in _entries(root) if _is_folder(entry)]
+    folders = [entry.name for entry in entries(root) if is_folder(entry)]
     if not folders:
-        images = sum(_is_image(entry.name) for entry in _entries(root))
+        images = sum(is_image(entry.name) for entry in entries(root))
         found = f"{images} images" if images else "no folders"
         raise DataError(f"{show(root)}: no train/ (found {found}); arrange the images as {LAYOUT}, or as <class>/ to use with --val-split")
+    check_finished(root)
     files, targets, ignored, empty = _list_classes(root, ".", folders)
     if len(empty) == len(folders):
         raise DataError(f"{show(root)}: no train/ (found {first_of([name + '/' for name in folders])}), and no images in them; arrange the images as {LAYOUT}")
@@ -99,13 +101,13 @@ def _file_split(name: str, root: Path, files: list[str], targets: list[int]) -> 
 def _list_classes(root: Path, folder: str, classes: list[str]) -> tuple[list[str], list[int], int, list[str]]:
     """The images of every class and their labels, how many files are no images, and the classes without any."""
     # A link back up to these would bring the other classes' images in under this class's label.
-    above = {_identity(root), _identity(root / folder)}
+    above = {identity(root), identity(root / folder)}
     files: list[str] = []
     targets: list[int] = []
     ignored, empty = 0, []
     for label, name in enumerate(classes):
-        found = list(_walk(root / folder / name, set(above)))
-        images = sorted(path for path in found if _is_image(path))
+        found = list(walk(root / folder / name, set(above)))
+        images = sorted(path for path in found if is_image(path))
         ignored += len(found) - len(images)
         files += images
         targets += [label] * len(images)
@@ -125,23 +127,24 @@ def _same_classes(root: Path, classes: list[str], name: str) -> None:
             )
 
 
-def _flat_images(folder: Path, classes: list[str]) -> list[str] | None:
+def flat_images(folder: Path, classes: list[str]) -> list[str] | None:
     """The images of a split that has no class folders, by name: in it, or in its folder ``images``; else None."""
-    entries = _entries(folder)
-    folders = [entry.name for entry in entries if _is_folder(entry)]
+    listed = entries(folder)
+    folders = [entry.name for entry in listed if is_folder(entry)]
     if folders == ["images"] and classes != ["images"]:
-        entries = _entries(folder / "images")
+        listed = entries(folder / "images")
     elif folders:
         return None
-    images = [entry.path for entry in entries if not _is_folder(entry) and _is_image(entry.name)]
+    images = [entry.path for entry in listed if not is_folder(entry) and is_image(entry.name)]
     return images or None
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
+def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
     """The entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as entries:
@@ -150,7 +153,8 @@ def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
         raise _unreadable(folder, error) from error
 
 
-def _identity(folder: Path | str) -> tuple[int, int]:
+def identity(folder: Path | str) -> tuple[int, int]:
+    """What tells a folder from every other, however it is reached."""
     try:
         status = os.stat(folder)
     except OSError as error:
@@ -162,7 +166,8 @@ def _unreadable(folder: Path | str, error: OSError) -> DataError:
     return DataError(f"{show(folder)}: cannot be read: {error.strerror}; check its permissions and links")
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a symbolic link to itself
@@ -170,25 +175,25 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _class_names(folder: Path) -> list[str]:
-    entries = _entries(folder)
-    names = [entry.name for entry in entries if _is_folder(entry)]
+    listed = entries(folder)
+    names = [entry.name for entry in listed if is_folder(entry)]
     if not names:
-        images = sum(_is_image(entry.name) for entry in entries)
+        images = sum(is_image(entry.name) for entry in listed)
         what = f"{images} images and no class folders" if images else "empty"
         raise DataError(f"{show(folder)}: {what}; put the images of each class into a folder named after it")
     return names
 
 
-def _walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
+def walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
     """The files below a folder. ``seen`` identifies the folders already visited, which ends symbolic link loops."""
-    if _identity(folder) in seen:
+    if identity(folder) in seen:
         return
-    seen.add(_identity(folder))
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            yield from _walk(entry.path, seen)
+    seen.add(identity(folder))
+    for entry in entries(folder):
+        if is_folder(entry):
+            yield from walk(entry.path, seen)
         elif entry.is_symlink() or entry.is_file():  # a broken link is reported later; a named pipe would block
             yield entry.path
 
 
-FOLDER = DatasetKind(files=list_tree)
+FOLDER = DatasetKind(files=list_tree, walked=True)

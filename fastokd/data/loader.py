@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset
-from fastokd.data.files import FileDataset
+from fastokd.data.dataset import Dataset, Split
+from fastokd.data.files import FileDataset, FileSplit
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 
@@ -213,13 +213,14 @@ def get_loader_kind(name: str) -> LoaderKind:
     return importlib.import_module(_modules[name]).LOADER
 
 
-def make_loader(dataset: Dataset | FileDataset, split: str, batch_size: int, *, loader: str | None = None, device: torch.device | str = "cpu",
+def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, batch_size: int, *, loader: str | None = None, device: torch.device | str = "cpu",
                 seed: int = 0, train: bool | None = None, augment: Augment | None = None, **settings: Any) -> Loader:
-    """The loader of a dataset's split "train", "val" or "test", with the dataset's normalisation and augmentation.
+    """The loader of one of a dataset's splits, with the dataset's normalisation and augmentation.
 
     Args:
+        split: one of the dataset's splits, or its name: "train", "val" or "test".
         loader: the kind; by default "resident" for decoded images, and for files the best that can run.
-        train: by default true for "train" alone; false to evaluate on the training images.
+        train: by default true for the training split alone; false to evaluate on its images.
         augment: overrides the dataset's policy.
         settings: the other keywords of the loader.
 
@@ -238,8 +239,9 @@ def make_loader(dataset: Dataset | FileDataset, split: str, batch_size: int, *, 
         raise ConfigError(f"loader '{name}' cannot run here: {reason}")
     if not kind.decoded:
         settings.setdefault("size", dataset.image_size)
+    chosen = dataset.split(split) if isinstance(split, str) else split
     return kind.make(
-        dataset.split(split), batch_size, split == "train" if train is None else train, device, seed, mean=dataset.mean, std=dataset.std,
+        chosen, batch_size, chosen is dataset.train if train is None else train, device, seed, mean=dataset.mean, std=dataset.std,
         num_classes=dataset.num_classes, augment=dataset.augment if augment is None else augment, **settings,
     )
 

@@ -36,11 +36,13 @@ class DatasetKind:
         read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
         detect: whether a path holds this kind; None for kinds that are only opened by name.
         files: lists the image files of one without decoding any; raises ``DataError``.
+        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when it is not sound.
     """
 
     read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
     detect: Callable[[Path], bool] | None = None
     files: Callable[[Path | None], DataSource[FileSplit]] | None = None
+    walked: bool = False
 
 
 _FALLBACK = "folder"
@@ -105,7 +107,7 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
         DataError: data that cannot be trained on; the message is one line: what, where, and how to mend it.
     """
     check_image_size(image_size)
-    kind, path = _resolve(spec)
+    kind, path = resolve(spec)
     if kind.files is None:
         source = kind.read(path, ReadOptions(image_size, workers, progress))
     else:
@@ -128,7 +130,7 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
         ConfigError: a setting out of range, or a kind that does not exist.
         DataError: data that cannot be trained on, or that is not made of image files.
     """
-    kind, path = _resolve(spec)
+    kind, path = resolve(spec)
     if kind.files is None:
         raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
     return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
@@ -140,7 +142,7 @@ def made_of_files(spec: str | Path) -> bool:
     Raises:
         ConfigError, DataError: as ``open_dataset``, for a kind or folder that does not exist.
     """
-    return _resolve(spec)[0].files is not None
+    return resolve(spec)[0].files is not None
 
 
 def absolute_spec(spec: str) -> str:
@@ -152,7 +154,13 @@ def absolute_spec(spec: str) -> str:
     return str(path.absolute()) if path.exists() else spec
 
 
-def _resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
+def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
+    """The kind of dataset that a user's words mean, and where it is.
+
+    Raises:
+        ConfigError: a kind that does not exist.
+        DataError: no such folder, or one that is more than one kind.
+    """
     name, colon, rest = str(spec).partition(":")
     if isinstance(spec, str) and name in _targets:
         return get_dataset_kind(name), Path(rest).expanduser() if rest else None

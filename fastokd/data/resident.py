@@ -189,7 +189,7 @@ def _check_device_memory(split: Split, device: torch.device) -> None:
     if needed > free:
         raise DataError(
             f"split '{split.name}' takes {needed / 2**30:.3g} GiB on {device}, which has {free / 2**30:.3g} GiB free; "
-            f"use a smaller --image-size, fewer images, or a loader that decodes while training"
+            f"use a smaller --image-size, fewer images, or --loader dali or torchvision, which decode while training"
         )
 
 

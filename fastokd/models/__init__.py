@@ -12,8 +12,16 @@ from fastokd.methods.method import Companion, Layout, OptionValue, Topology
 from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork
 
 _modules = {
-    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn20_8"),
                     "fastokd.models.resnet_cifar"),
+    **dict.fromkeys(("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"), "fastokd.models.resnet"),
+    **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
+    **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
+    "densenet40_12": "fastokd.models.densenet",
+    **dict.fromkeys(("mobilenetv2_x0_5", "mobilenetv2_x1_0", "mobilenetv2_x0_5_imagenet", "mobilenetv2_x1_0_imagenet"),
+                    "fastokd.models.mobilenet_v2"),
+    "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
+    "xception": "fastokd.models.xception",
 }
 
 
@@ -29,7 +37,7 @@ def list_models() -> list[str]:
 
 def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None, aux_blocks: int = 4, *,
                  topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
-                 teacher: nn.Module | None = None) -> BranchedModel:
+                 teacher: nn.Module | None = None, compression: bool = False) -> BranchedModel:
     """The network of that name, laid out as the method trains it.
 
     Args:
@@ -42,19 +50,23 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's default.
         options: options of the method's own modules, see ``Method.model_options``.
         teacher: the frozen teacher of methods that have one: images to logits [B, C].
+        compression: the deepest branch, the last, is the plain network and the one that is kept; each before it has
+            ``aux_blocks`` blocks fewer than the next, and ``student(branch)`` takes any of them out (AHBF Table 5).
 
     Raises:
         ConfigError: a name is unknown, a number out of range, or the method cannot train these networks; the message
             says what would do.
     """
-    chosen, names = get_method(method), [part.strip() for part in name.split(",")]
-    backbones = [_backbone(part) for part in names]
+    chosen, names = get_method(method), [model_name(part.strip()) for part in name.split(",")]
+    backbones = [get_backbone(part) for part in names]
     _check_num_classes(num_classes)
     if num_branches is None:
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
+    if compression:
+        backbones = [_compressed(backbones[0], chosen, num_branches)]
     if len(names) == 1:
         names, backbones = names * num_branches, backbones * num_branches
     # Built in the order of the plain network, so one seed gives the student's part the same initial weights with and
@@ -67,7 +79,7 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         branches = [backbone.build_branch(num_classes, level if chosen.hierarchical else 1, aux_blocks)
                     for level, backbone in enumerate(backbones, start=1)]
     try:
-        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], chosen.kept,
+        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], -1 if compression else chosen.kept,
                              companion_builder(chosen, options), teacher, chosen.name)
     except ConfigError:
         raise
@@ -114,15 +126,39 @@ def create_student(name: str, num_classes: int = 10) -> nn.Module:
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()
-    backbone = _backbone(name)
+    backbone = get_backbone(name)
     _check_num_classes(num_classes)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
 
 
-def _backbone(name: str) -> Backbone:
-    if name not in _modules:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}")
+def model_name(name: str) -> str:
+    """The registry's spelling of a network's name: a '-' is read as '_'.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    spelled = name if name in _modules else name.replace("-", "_")
+    if spelled not in _modules:
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(spelled, _modules)}")
+    return spelled
+
+
+def get_backbone(name: str) -> Backbone:
+    """How the network of that name is split.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    name = model_name(name)
     return importlib.import_module(_modules[name]).BACKBONES[name]
+
+
+def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
+    if not method.hierarchical:
+        raise ConfigError(f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'")
+    if backbone.compressed is None:
+        raise ConfigError(f"compression: model '{backbone.name}' does not say which of its blocks can be taken away; use another")
+    return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:
@@ -132,5 +168,6 @@ def _check_num_classes(num_classes: int) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "check_layout", "companion_builder", "create_model", "create_student", "list_models", "register_model",
+    "check_layout", "companion_builder", "create_model", "create_student", "get_backbone", "list_models",
+    "model_name", "register_model",
 ]

@@ -69,13 +69,18 @@ class Backbone:
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...: level 1 is the plain
     network's own, each further level has ``aux_blocks`` auxiliary blocks more. ``join`` makes the plain network of a
-    trunk and a branch.
+    trunk and a branch. ``image_size`` is the height and width of the images that the network is made for.
+
+    ``compressed(num_branches)``, where there is one, is the same network split for compression (AHBF Table 5): level M of
+    M is the plain network's own branch, and each level below has ``aux_blocks`` blocks fewer.
     """
 
     name: str
     build_trunk: Callable[[], nn.Sequential]
     build_branch: Callable[[int, int, int], Branch]
     join: Callable[[nn.Sequential, Branch], nn.Module]
+    image_size: int = 32
+    compressed: Callable[[int], "Backbone"] | None = None
 
 
 class Peer(nn.Module):

@@ -1,23 +1,17 @@
-"""The residual blocks of every ResNet here (He et al., CVPR 2016), with torchvision's attribute names."""
-
-from collections import OrderedDict
+"""The residual blocks of the ResNets (He et al., CVPR 2016), with torchvision's attribute names."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A padded convolution without bias, Kaiming-normal by fan-out."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return layer
+from fastokd.models.layers import conv, conv_norm
+from fastokd.models.staged import Stage
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     """The shortcut: a 1x1 convolution with batch norm where stride or width changes, else none (the identity)."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(*conv_norm(in_channels, out_channels, 1, stride, activation=None))
 
 
 class BasicBlock(nn.Module):
@@ -42,19 +36,20 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut: [B, in_channels, H, W] to [B, 4 width, H / stride, W / stride].
 
-    The stride is on the 3x3 convolution.
+    The stride is on the 3x3 convolution, which has ``widen * width`` channels in ``groups`` groups: ``widen`` makes a
+    wide ResNet of it, and with groups a ResNeXt.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int = 1, widen: int = 1, groups: int = 1) -> None:
         super().__init__()
-        out_channels = self.expansion * width
-        self.conv1 = conv(in_channels, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv(width, out_channels, 1)
+        inner, out_channels = widen * width, self.expansion * width
+        self.conv1 = conv(in_channels, inner, 1)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv(inner, inner, 3, stride, groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv(inner, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = projection(in_channels, out_channels, stride)
 
@@ -65,15 +60,39 @@ class Bottleneck(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-Block = type[BasicBlock] | type[Bottleneck]
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, batch norm and ReLU before each: [B, in_channels, H, W] to [B, width, H / stride, W / stride].
+
+    Where the width changes, the shortcut is a 1x1 convolution of the first ReLU's output (Zagoruyko & Komodakis, BMVC
+    2016, after He et al., ECCV 2016).
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3)
+        self.shortcut = None if stride == 1 and in_channels == width else conv(in_channels, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        return self.conv2(F.relu(self.bn2(out))) + shortcut
 
 
-def stage(block: Block, in_channels: int, width: int, num_blocks: int, stride: int) -> nn.Sequential:
-    """``num_blocks`` blocks of one width; the first has the stride."""
-    first = block(in_channels, width, stride)
-    return nn.Sequential(first, *(block(width * block.expansion, width) for _ in range(num_blocks - 1)))
+Block = type[BasicBlock] | type[Bottleneck] | type[PreActivationBlock]
 
 
-def classifier(channels: int, num_classes: int) -> nn.Sequential:
-    """Global average pooling and a linear layer: [B, channels, H, W] to logits [B, C]."""
-    return nn.Sequential(OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes)))
+def residual_stage(name: str, block: Block, width: int, num_blocks: int, stride: int, **options: int) -> Stage:
+    """Blocks of one width; the first has the stride. ``options`` are the block's."""
+    out_channels = width * block.expansion
+
+    def build(in_channels: int, count: int) -> nn.Sequential:
+        first = block(in_channels, width, stride, **options)
+        return nn.Sequential(first, *(block(out_channels, width, **options) for _ in range(count - 1)))
+
+    return Stage(name, num_blocks, build, lambda *_: out_channels)

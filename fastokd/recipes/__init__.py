@@ -14,6 +14,8 @@ _modules = {
     "cifar10-resnet20-baseline": "fastokd.recipes.cifar",
     "cifar10-resnet32-ahbf": "fastokd.recipes.cifar",
     "cifar100-resnet32-ahbf": "fastokd.recipes.cifar",
+    "cifar100-resnet32-ffsd": "fastokd.recipes.ffsd",
+    "cifar100-wrn16-2-afid": "fastokd.recipes.afid",
 }
 
 

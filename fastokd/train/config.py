@@ -11,8 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fastokd.data import list_loaders
+from fastokd.data.augment import PADDINGS
 from fastokd.data.files import BAD_IMAGES
-from fastokd.data.loader import get_loader_kind
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
@@ -43,10 +44,14 @@ class TrainConfig:
         seed: of initialisation, order and augmentation.
         image_size: height and width in pixels; None for the dataset's own.
         val_split: fraction of the training images held out for evaluation instead of the test split; 0 for none.
-        pad, flip: random-crop padding in pixels and horizontal flip; None for the dataset's default.
+        pad, flip, padding: random-crop padding in pixels, horizontal flip, and what is padded with ("zero" or "reflect");
+            None for the dataset's default.
+        mixup, cutmix: alpha of each; 0 for none. With both, each batch draws one of them.
+        resize_schedule: progressive resizing: from which 0-based epoch on training images have which side in pixels, e.g.
+            {0: 128, 60: 192, 80: 224}; before the first epoch named, the data's own size. Evaluation keeps that size.
         loader: "resident", "dali", "torchvision", or "auto", which keeps small images decoded and streams others.
         loader_options: what can be tuned of a loader that decodes while training, e.g. {"threads": 8}.
-        bad_images: what a picture that cannot be decoded while training does: "fail" or "replace".
+        bad_images: what to do about training images that cannot be decoded: "fail" or "replace".
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format.
@@ -75,6 +80,10 @@ class TrainConfig:
     val_split: float = 0.0
     pad: int | None = None
     flip: bool | None = None
+    padding: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    resize_schedule: Mapping[int, int] = field(default_factory=dict)
     loader: str = "auto"
     loader_options: Mapping[str, OptionValue] = field(default_factory=dict)
     bad_images: str = "fail"
@@ -86,6 +95,11 @@ class TrainConfig:
     def lr_at(self, epoch: int) -> float:
         """The learning rate in a 0-based epoch; rounded, because 0.28 * 200 is a little more than 56."""
         return self.lr * self.lr_gamma ** sum(epoch >= round(fraction * self.epochs, 6) for fraction in self.lr_decay_at)
+
+    def size_at(self, epoch: int) -> int | None:
+        """The side of the training images in a 0-based epoch; None for the data's own size."""
+        begun = [start for start in self.resize_schedule if start <= epoch]
+        return self.resize_schedule[max(begun)] if begun else None
 
     def ramp_length(self) -> int:
         """The length of the ramp-up in epochs."""
@@ -122,6 +136,7 @@ class TrainConfig:
         plain = dataclasses.asdict(self)
         plain["lr_decay_at"] = list(self.lr_decay_at)
         plain["method_options"] = dict(self.method_options)
+        plain["resize_schedule"] = dict(self.resize_schedule)
         plain["loader_options"] = dict(self.loader_options)
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
@@ -163,10 +178,17 @@ def check_config(config: TrainConfig) -> None:
     _check(config, "image_size", config.image_size is None or config.image_size >= 4, "at least 4")
     _check(config, "val_split", 0 <= config.val_split < 1, "in [0, 1)")
     _check(config, "pad", config.pad is None or config.pad >= 0, "at least 0")
-    if config.loader != "auto":
-        get_loader_kind(config.loader)
-    if config.bad_images not in BAD_IMAGES:
-        raise ConfigError(f"unknown bad_images '{config.bad_images}'{did_you_mean(config.bad_images, BAD_IMAGES)}")
+    _check(config, "padding", config.padding is None or config.padding in PADDINGS, " or ".join(PADDINGS))
+    for name in ("mixup", "cutmix"):
+        alpha = getattr(config, name)
+        _check(config, name, math.isfinite(alpha) and alpha >= 0, "an alpha above 0, or 0 for none")
+        if alpha and method.needs_index:
+            raise ConfigError(f"{name}={alpha:g} and method '{config.method}': it remembers what was predicted for each image, and a mixed image is two; use 0")
+    _check(config, "resize_schedule", all(0 <= epoch < config.epochs for epoch in config.resize_schedule), f"of epochs from 0 to {config.epochs - 1}")
+    _check(config, "resize_schedule", all(size >= 4 for size in config.resize_schedule.values()), "of sizes of at least 4 pixels")
+    for name, value, choices in (("loader", config.loader, [*list_loaders(), "auto"]), ("bad_images", config.bad_images, BAD_IMAGES)):
+        if value not in choices:
+            raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
     if config.precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"unknown precision '{config.precision}'{did_you_mean(config.precision, ['auto', 'fp32', 'bf16'])}")
     check_impl(config.impl)
@@ -208,7 +230,8 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
         return None
     kind = get_origin(kinds[0]) or kinds[0]
     if kind is Mapping:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) and isinstance(item, (float, int, str)) for key, item in value.items()):
+        if not isinstance(value, Mapping) or not all(isinstance(item, each) and not (each is int and isinstance(item, bool))
+                                                     for pair in value.items() for item, each in zip(pair, get_args(kinds[0]), strict=True)):
             raise wrong
         return dict(value)
     if kind is tuple:

@@ -55,7 +55,7 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     Raises:
         ConfigError: the padding is larger than the images.
     """
-    given: dict[str, Any] = {name: value for name, value in (("pad", config.pad), ("flip", config.flip)) if value is not None}
+    given: dict[str, Any] = {name: value for name in ("pad", "flip", "padding") if (value := getattr(config, name)) is not None}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
             raise ConfigError(f"pad={config.pad}: it must not exceed the images, which are {dataset.image_size[0]} x {dataset.image_size[1]}")
@@ -93,7 +93,7 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
     """The loader of one of the dataset's splits as the configuration wants it.
 
     Raises:
-        ConfigError: a loader that cannot run here, or that cannot do what is asked for.
+        ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
     """
     kind = get_loader_kind(loader_name(config, dataset, device))
     if reason := kind.missing(device):
@@ -103,9 +103,15 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
         of_files = {"size": dataset.image_size, "bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
-    return kind.make(
+    mixing = {"mixup": config.mixup, "cutmix": config.cutmix} if train else {}
+    loader = kind.make(
         split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std, num_classes=dataset.num_classes,
-        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files)
+        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files, **mixing)
+    if train:
+        for size in config.resize_schedule.values():
+            loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch
+        loader.set_size(config.size_at(0))
+    return loader
 
 
 def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:

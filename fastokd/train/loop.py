@@ -180,6 +180,7 @@ class Trainer:
         kd_weight = torch.tensor(ramp, device=self.device)
         sums = MetricSums()
         self.model.train()
+        self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
         for index, batch in enumerate(self.train_loader, start=1):

@@ -33,5 +33,10 @@ class MetricSums:
 
 @torch.no_grad()
 def correct_counts(rows: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-    """For each named row of logits [B, C] how many of the B samples it classifies rightly, as 0-d tensors."""
+    """For each named row of logits [B, C] how many of the B samples it classifies rightly, as 0-d tensors.
+
+    Of a mixed image the class with the larger share is right.
+    """
+    if target.is_floating_point():
+        target = target.argmax(1)
     return {name: (row.argmax(1) == target).sum() for name, row in rows.items()}

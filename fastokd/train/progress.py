@@ -12,6 +12,36 @@ PLAIN_INTERVAL = 30.0
 """Seconds between plain progress lines within an epoch."""
 
 
+class Counter:
+    """How many of a number of things are done: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._title = title
+        self._console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._console.is_terminal:
+            if self._progress is None:
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+                self._progress = Progress(*columns, console=self._console, transient=True)
+                self._progress.start()
+                self._task = self._progress.add_task(self._title, total=total)
+            assert self._task is not None
+            self._progress.update(self._task, completed=done, total=total)
+        elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
+            self._printed = time.monotonic()
+            self._console.print(f"{self._title}: {done} of {total}", markup=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
 class Reporter:
     """Prints the progress of a run. Everything goes to stdout; ``quiet`` prints nothing but ``say``."""
 
@@ -22,6 +52,7 @@ class Reporter:
         self.live = self.console.is_terminal and not quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._decoded: Counter | None = None
         self._printed = time.monotonic()
         self._started = 0.0
 
@@ -33,17 +64,11 @@ class Reporter:
         """Progress of reading the image files; called for each."""
         if self.quiet:
             return
-        if self.live:
-            if self._progress is None:
-                self._progress = Progress(TextColumn("reading images"), BarColumn(), TextColumn("{task.completed}/{task.total}"), console=self.console, transient=True)
-                self._progress.start()
-                self._task = self._progress.add_task("", total=total)
-            self._progress.update(self._task, completed=done, total=total)
-            if done >= total:
-                self.end_epoch()
-        elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
-            self._printed = time.monotonic()
-            self.say(f"reading images: {done} of {total}")
+        if self._decoded is None:
+            self._decoded = Counter("reading images", self.console)
+        self._decoded(done, total)
+        if done >= total:
+            self.end_epoch()
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         self._title, self._steps = f"{self.label}epoch {epoch + 1}/{epochs}", steps
@@ -71,6 +96,9 @@ class Reporter:
 
     def end_epoch(self, record: Mapping[str, Any] | None = None) -> None:
         """Close the bar; with a record print the epoch's line."""
+        if self._decoded is not None:
+            self._decoded.close()
+            self._decoded = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = self._task = None

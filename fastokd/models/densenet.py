@@ -1,0 +1,72 @@
+"""DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block.
+
+The distillation papers' "DenseNet-40-12" is the BC form: bottlenecks, and transitions that halve the channels.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastokd.models.branched import Backbone, PlainNetwork
+from fastokd.models.layers import conv, linear, pooled
+from fastokd.models.staged import Parts, Stage, StagedNetwork
+
+
+class DenseNet(PlainNetwork):
+    """conv1, dense1, dense2, dense3, norm, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+
+
+class DenseLayer(nn.Module):
+    """1x1 and 3x3 convolutions, batch norm and ReLU before each: appends ``growth`` channels to its input."""
+
+    def __init__(self, in_channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, 4 * growth, 1, fan="fan_in")
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = conv(4 * growth, growth, 3, fan="fan_in")
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv1(F.relu(self.norm1(x)))
+        new = self.conv2(F.relu(self.norm2(new)))
+        return torch.cat((x, new), 1)
+
+
+def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) -> Stage:
+    """Dense layers, and the transition that halves channels, height and width unless it is the last stage."""
+    def out_channels(in_channels: int, count: int) -> int:
+        return (in_channels + count * growth) // (2 if transition else 1)
+
+    def build(in_channels: int, count: int) -> nn.Sequential:
+        layers: list[nn.Module] = [DenseLayer(in_channels + i * growth, growth) for i in range(count)]
+        if transition:
+            channels = in_channels + count * growth
+            halve = conv(channels, out_channels(in_channels, count), 1, fan="fan_in")
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(), halve, nn.AvgPool2d(2)]
+        return nn.Sequential(*layers)
+
+    return Stage(name, num_blocks, build, out_channels)
+
+
+def stem() -> Parts:
+    return OrderedDict(conv1=conv(3, 24, 3, fan="fan_in"))
+
+
+def tail(channels: int) -> Parts:
+    return OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
+
+
+def head(channels: int, num_classes: int) -> nn.Sequential:
+    return pooled(fc=linear(channels, num_classes))
+
+
+def backbone(name: str, num_blocks: int, growth: int) -> Backbone:
+    """Three stages of ``num_blocks`` dense layers."""
+    stages = tuple(dense_stage(f"dense{i}", num_blocks, growth, transition=i < 3) for i in (1, 2, 3))
+    return StagedNetwork(name, DenseNet, stem, 24, stages, head, split=2, compressed_split=1, tail=tail).backbone()
+
+
+# Two convolutions a layer, 6 layers a stage, two transitions, stem and classifier: depth 40.
+BACKBONES = {"densenet40_12": backbone("densenet40_12", 6, 12)}

@@ -1,0 +1,94 @@
+"""ShuffleNetV2 (Ma et al., ECCV 2018) for 32x32 images, branched at the last stage.
+
+FFM+CD (ACCV 2020), which trains it on CIFAR, gives no details; this is the usual form: a 3x3 stem of stride 1 and no
+max-pool, all else as for ImageNet. State dicts are torchvision's.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from fastokd.models.branched import Backbone, PlainNetwork
+from fastokd.models.layers import classifier, conv_norm
+from fastokd.models.staged import Parts, Stage, StagedNetwork
+
+STEM, FEATURES = 24, 1024
+
+
+class ShuffleNetV2(PlainNetwork):
+    """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+
+
+def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1, ...), and split in half.
+
+    The halves are made at once, each in memory of its own and in the memory format of ``b``: no concatenation before, and
+    no copy of a slice by the convolution after.
+    """
+    at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1  # where the channels lie in memory
+
+    def interleave(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1).flatten(at, at + 1).movedim(at, 1)
+
+    half = a.shape[1] // 2
+    return interleave(a[:, :half], b[:, :half]), interleave(a[:, half:], b[:, half:])
+
+
+def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
+    """A depthwise 3x3 convolution and a 1x1."""
+    return [*conv_norm(in_channels, in_channels, 3, stride, groups=in_channels, activation=None), *conv_norm(in_channels, width, 1)]
+
+
+class DownUnit(nn.Module):
+    """Halves height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of what leaves the unit."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.branch1 = nn.Sequential(*separable(in_channels, width, 2))
+        self.branch2 = nn.Sequential(*conv_norm(in_channels, width, 1), *separable(width, width, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return shuffled_halves(self.branch1(x), self.branch2(x))
+
+
+class Unit(nn.Module):
+    """One half of the channels passes, the other is convolved, and both are shuffled: two halves to two halves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch2 = nn.Sequential(*conv_norm(width, width, 1), *separable(width, width, 1))
+
+    def forward(self, halves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return shuffled_halves(halves[0], self.branch2(halves[1]))
+
+
+class Concatenate(nn.Module):
+    """Two halves to the map at the end of a stage."""
+
+    def forward(self, halves: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat(halves, 1)
+
+
+def shuffle_stage(name: str, channels: int, num_blocks: int) -> Stage:
+    def build(in_channels: int, count: int) -> nn.Sequential:
+        return nn.Sequential(DownUnit(in_channels, channels // 2), *(Unit(channels // 2) for _ in range(count - 1)), Concatenate())
+
+    return Stage(name, num_blocks, build, lambda *_: channels)
+
+
+def stem() -> Parts:
+    return OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3)))
+
+
+def tail(channels: int) -> Parts:
+    return OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1)))
+
+
+def backbone(name: str) -> Backbone:
+    stages = (shuffle_stage("stage2", 116, 4), shuffle_stage("stage3", 232, 8), shuffle_stage("stage4", 464, 4))
+    return StagedNetwork(name, ShuffleNetV2, stem, STEM, stages, classifier, split=2, compressed_split=1, tail=tail,
+                         tail_channels=FEATURES).backbone()
+
+
+BACKBONES = {"shufflenetv2_x1_0": backbone("shufflenetv2_x1_0")}

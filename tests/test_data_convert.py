@@ -1,0 +1,180 @@
+"""``fastokd data convert``: the same labels and pictures, scaled; whole files only; an interruption costs what was not done."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastokd import cli
+from fastokd.data import convert, list_files, open_dataset
+from fastokd.data.convert import Conversion, convert_dataset
+from fastokd.errors import ConfigError, DataError
+
+RNG = np.random.default_rng(0)
+
+
+def smooth(size=(24, 32), shift=0) -> Image.Image:
+    y, x = np.mgrid[0 : size[0], 0 : size[1]]
+    return Image.fromarray(np.stack([x * 6 + shift, y * 9 + shift, 255 - x * 3 - y * 3], axis=-1).astype(np.uint8))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "in"
+    for s, split in enumerate(("train", "val")):
+        for c, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                smooth(shift=7 * i + 20 * c + 3 * s).save(root / split / name / f"{i}.{'JPEG' if i % 2 else 'png'}", quality=95)
+    return root
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_tree_is_scaled_to_its_shorter_side(tree, tmp_path):
+    outcome = convert_dataset(tree, tmp_path / "out", Conversion(shorter_side=12))
+    assert (outcome.written, outcome.kept) == (16, 0)
+    before, after = list_files(tree), list_files(tmp_path / "out")
+    assert (after.classes, after.train.files, after.test.files) == (before.classes, before.train.files, before.test.files)
+    assert torch.equal(after.train.targets, before.train.targets)
+    for file in after.train.files:
+        got = np.asarray(Image.open(tmp_path / "out" / file)).astype(int)
+        want = np.asarray(Image.open(tree / file).resize((16, 12), Image.Resampling.BILINEAR)).astype(int)
+        assert got.shape == (12, 16, 3)
+        assert np.abs(got - want).max() <= (0 if file.endswith(".png") else 8), file
+
+
+def test_what_is_small_enough_is_copied_and_what_is_not_upright_is_turned(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        smooth().save(tmp_path / "in" / name / "0.jpg", quality=50)
+        smooth().save(tmp_path / "in" / name / "1.webp")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth().save(tmp_path / "in" / "a" / "turned.jpg", exif=exif, quality=95)
+    smooth().convert("CMYK").save(tmp_path / "in" / "a" / "cmyk.jpg", quality=95)
+    (tmp_path / "in" / "a" / "deep").mkdir()
+    smooth((30, 30)).save(tmp_path / "in" / "a" / "deep" / "0.jpg")
+    convert_dataset(tmp_path / "in", tmp_path / "out", Conversion(shorter_side=64))
+    out = tmp_path / "out" / "train" / "a"
+    assert (out / "0.jpg").read_bytes() == (tmp_path / "in" / "a" / "0.jpg").read_bytes()
+    names = sorted(path.name for path in out.iterdir())
+    assert names[0].startswith("0-")  # of the folder below, under another name
+    assert names[1:] == ["0.jpg", "1.webp.png", "cmyk.jpg", "turned.jpg"]
+    turned = Image.open(out / "turned.jpg")
+    assert (turned.size, turned.getexif().get(0x0112, 1)) == ((24, 32), 1)
+    assert Image.open(out / "cmyk.jpg").mode == "RGB"
+    assert np.array_equal(np.asarray(Image.open(out / "1.webp.png")), np.asarray(Image.open(tmp_path / "in" / "a" / "1.webp").convert("RGB")))
+
+
+def test_shards_hold_the_same_pictures_and_labels(tree, tmp_path):
+    outcome = convert_dataset(tree, tmp_path / "out", Conversion(webdataset=True, per_shard=3))
+    assert outcome.written == 16
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"{split}-{i:06}.tar" for split in ("train", "val") for i in range(3)]
+    before, after = list_files(tree), list_files(tmp_path / "out")
+    assert after.classes == before.classes
+    for name in ("train", "test"):
+        old, new = getattr(before, name), getattr(after, name)
+        pairs = [sorted((split.read(i), target) for i, target in enumerate(split.targets.tolist())) for split in (old, new)]
+        assert pairs[0] == pairs[1]
+    assert after.train.targets.tolist() != sorted(after.train.targets.tolist()), "shuffled"
+    assert open_dataset(tmp_path / "out").train.images.shape == (8, 3, 24, 32)
+
+
+@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(shorter_side=12, webdataset=True, per_shard=3)])
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, conversion, monkeypatch):
+    convert_dataset(tree, tmp_path / "straight", conversion)
+    real, calls = convert._converted, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(convert, "_converted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_dataset(tree, tmp_path / "out", conversion, workers=1)
+    assert not [path for path in (tmp_path / "out").rglob(".*")], "no temporary file is left"
+    with pytest.raises(DataError, match="conversion is not finished; run the same 'fastokd data convert' again"):
+        open_dataset(tmp_path / "out")
+    monkeypatch.setattr(convert, "_converted", real)
+    outcome = convert_dataset(tree, tmp_path / "out", conversion, workers=1)
+    assert outcome.written + outcome.kept == 16
+    assert outcome.kept == (8 if conversion.webdataset else 9)  # of a shard that was begun nothing
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+    assert convert_dataset(tree, tmp_path / "out", conversion).kept == 16
+
+
+@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+def test_what_was_damaged_since_is_written_again(tree, tmp_path, conversion):
+    out = tmp_path / "out"
+    convert_dataset(tree, out, conversion)
+    before = content(out)
+    [*files] = [name for name in before if name.endswith((".tar", ".JPEG"))][:2]
+    (out / files[0]).write_bytes(before[files[0]][: len(before[files[0]]) // 2])
+    (out / files[1]).write_bytes(b"")
+    outcome = convert_dataset(tree, out, conversion)
+    assert outcome.written == (6 if conversion.webdataset else 2)
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+def test_bad_images_are_named_and_the_others_done(tree, tmp_path, conversion):
+    bad = tree / "train" / "dog" / "2.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:60])
+    with pytest.raises(DataError, match=r"1 of 16 images cannot be decoded: train/dog/2.png \(.*the others are written"):
+        convert_dataset(tree, tmp_path / "out", conversion)
+    with pytest.raises(DataError, match="not finished"):
+        list_files(tmp_path / "out")
+    bad.write_bytes(good)
+    outcome = convert_dataset(tree, tmp_path / "out", conversion)
+    assert outcome.written == (3 if conversion.webdataset else 1)
+
+
+def test_a_folder_of_something_else_is_left_alone(tree, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty"):
+        convert_dataset(tree, tmp_path / "out", Conversion(shorter_side=12))
+    assert content(tmp_path / "out") == {"thesis.tex": b"dear"}
+    convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=12))
+    with pytest.raises(ConfigError, match=r"another conversion \(shorter_side 12 there, 16 now"):
+        convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=16))
+    (tree / "train" / "cat" / "0.png").rename(tree / "train" / "cat" / "9.png")
+    with pytest.raises(ConfigError, match="converted from other files"):
+        convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=12))
+
+
+def test_settings_out_of_range(tree, tmp_path):
+    with pytest.raises(ConfigError, match="--shorter-side N, --webdataset, or both"):
+        Conversion()
+    with pytest.raises(ConfigError, match="shorter_side=0"):
+        Conversion(shorter_side=0)
+    with pytest.raises(ConfigError, match="per_shard=0"):
+        Conversion(webdataset=True, per_shard=0)
+    with pytest.raises(DataError, match="digits is not made of image files"):
+        convert_dataset("digits", tmp_path / "out", Conversion(shorter_side=4))
+    (tmp_path / "list.csv").write_text(f"{tree}/train/cat/0.png,../up\n{tree}/train/cat/2.png,b\n")
+    with pytest.raises(DataError, match=r"the class ../up cannot be the name of a folder"):
+        convert_dataset(tmp_path / "list.csv", tmp_path / "out", Conversion(shorter_side=4))
+
+
+def test_the_command(tree, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12", "--webdataset", "--per-shard", "5", "--workers", "2"]) == 0
+    assert f"wrote 16 images to {out}; train with --data {out}" in capsys.readouterr().out
+    assert json.loads((out / "fastokd-convert.json").read_text())["finished"]
+    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12", "--webdataset", "--per-shard", "5"]) == 0
+    assert "wrote 0 images" in capsys.readouterr().out
+    split = list_files(out).train
+    assert Image.open(io.BytesIO(split.read(0))).size == (16, 12)
+    assert cli.main(["data", "convert", str(tree), "--out", str(out)]) == 2
+    assert os.listdir(out)
