@@ -182,7 +182,7 @@ def test_a_format_that_dali_lacks_is_named_before_anything_is_decoded(tmp_path):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"threads": 0}, "threads=0"), ({"prefetch": 0}, "prefetch=0"), ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5"),
-    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"width_hint": -1}, "width_hint=-1"),
+    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"resize": "pillow"}, "unknown resize 'pillow'"), ({"width_hint": -1}, "width_hint=-1"),
 ])
 def test_dali_options_out_of_range(options, said):
     from fastokd.data.dali import DaliOptions

@@ -70,6 +70,17 @@ class Decoded(NamedTuple):
     index: NDArray[np.int64]
 
 
+def scaled(picture: Tensor, framing: Framing) -> Tensor:
+    """A picture uint8 [3, H, W], or the window that was drawn of it, brought to ``framing.size``: uint8 [height, width, 3]."""
+    from torchvision.transforms.v2 import functional as v2
+
+    if framing.random:
+        return v2.resize(picture, list(framing.size), antialias=True).permute(1, 2, 0)
+    rows, columns = random_crop.cover(*picture.shape[1:], framing.cover_size)
+    picture = v2.resize(picture, [rows, columns], antialias=True)
+    return v2.crop(picture, random_crop.central(rows, framing.size[0]), random_crop.central(columns, framing.size[1]), *framing.size).permute(1, 2, 0)
+
+
 class StreamLoader(LoaderBase, ABC):
     """Reads, decodes and augments the images of a split while the step computes.
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
-from fastokd.data.random_crop import central, cover, window
-from fastokd.data.stream import Decoded, Framing, Request, StreamLoader, most_replaced, read_options
+from fastokd.data.random_crop import window
+from fastokd.data.stream import Decoded, Request, StreamLoader, most_replaced, read_options, scaled
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 JPEG = b"\xff\xd8\xff"
@@ -132,7 +132,11 @@ class _Pictures(Dataset):
             candidate = None if request.candidates is None else request.candidates[place]
             for _ in range(self.attempts):
                 try:
-                    pixels[place] = frame(decode_rgb(self.split.read(index[place])), request.framing, candidate)
+                    picture = decode_rgb(self.split.read(index[place]))
+                    if candidate is not None:
+                        top, left, height, width = window(candidate, *picture.shape[1:], request.framing.augment.crop_ratio)
+                        picture = picture[:, top : top + height, left : left + width]
+                    pixels[place] = scaled(picture, request.framing)
                     break
                 except Exception as error:  # a decoder may raise anything at all for damaged bytes
                     bad[int(index[place])] = reason_of(error)
@@ -162,25 +166,6 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     except ImportError:
         return None
     return functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-
-
-def frame(picture: Tensor, framing: Framing, candidate: np.ndarray | None = None) -> Tensor:
-    """A picture uint8 [3, H, W] brought to ``framing.size``: uint8 [height, width, 3].
-
-    Args:
-        candidate: the row of ``random_crop.candidates`` that chooses the window of a random resized crop.
-    """
-    from torchvision.transforms.v2 import functional as v2
-
-    height, width = picture.shape[1:]
-    if candidate is not None:
-        place = window(candidate, height, width, framing.augment.crop_ratio)
-        picture = v2.resized_crop(picture, *place, list(framing.size), antialias=True)
-    else:
-        rows, columns = cover(height, width, framing.cover_size)
-        picture = v2.resize(picture, [rows, columns], antialias=True)
-        picture = v2.crop(picture, central(rows, framing.size[0]), central(columns, framing.size[1]), *framing.size)
-    return picture.permute(1, 2, 0)
 
 
 LOADER = LoaderKind(TorchvisionLoader, decoded=False)
