@@ -48,9 +48,10 @@ def generated() -> str:
 
 
 def page_with(text: str, block: str) -> str:
-    """The page with its generated block replaced."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
+    """The page with the part from the block's first line to its last replaced."""
+    first, last = block.partition("\n")[0], block.rpartition("\n")[2]
+    before, _, rest = text.partition(first)
+    _, _, after = rest.partition(last)
     return before + block + after
 
 

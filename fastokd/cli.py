@@ -92,6 +92,7 @@ def train(
     branches: Whole = None,
     topology: Text = None,
     aux_blocks: Whole = None,
+    compression: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
@@ -136,6 +137,7 @@ def train(
         branches: number of branches, the student included.
         topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
+        compression: make the student the deepest branch, and each other smaller by aux_blocks blocks (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
@@ -273,14 +275,14 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
         format: text, or a Mermaid flowchart.
         method_options: loss options as NAME=VALUE.
     """
-    from fastokd.graph import draw_mermaid, draw_text
+    from fastokd.graph import draw_mermaid
     from fastokd.methods import get_method
-    from fastokd.train.config import TrainConfig, check_config
+    from fastokd.train.config import TrainConfig, check_method
 
     config = TrainConfig(method=method, preset=preset, branches=branches, method_options=_parse_options(method_options))
-    check_config(config)
+    check_method(config)
     loss = get_method(method).loss_class(num_branches=config.num_branches(), **config.loss_options())
-    print(draw_text(loss.graph) if format == "text" else draw_mermaid(loss.graph))
+    print(loss.draw() if format == "text" else draw_mermaid(loss.graph))
 
 
 @command

@@ -5,7 +5,7 @@ command line turns every ``FastOKDError`` into one line on stderr and the class'
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -60,6 +60,12 @@ def first_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an error's message, for messages that must stay one line; its type where it says nothing."""
     lines = str(error).splitlines()
     return lines[0][:limit] if lines and lines[0] else type(error).__name__
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first four of many names, and how many there are."""
+    shown = ", ".join(names[:4])
+    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

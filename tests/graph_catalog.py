@@ -192,6 +192,6 @@ def catalog() -> list[Case]:
         "ffsd": ffsd_graph(3),
         "afid": afid_graph(),
         "kd": kd_graph(teacher_eps=1e-7),
-        "kd_stored": kd_graph(teacher="probabilities"),
+        "kd_stored": kd_graph(teacher_rows="probabilities"),
     }
     return [*(Case(name, graph) for name, graph in graphs.items()), *(Case(graph.name, graph) for graph in _synthetic())]

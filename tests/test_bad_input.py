@@ -52,7 +52,7 @@ CONSTRUCTORS = {
     "okddip": (lambda: okddip_graph(2), ["okddip_graph", "num_branches=2", "3"]),
     "okddip mix": (lambda: okddip_graph(mix="probs"), ["mix='probs'", "probabilities"]),
     "dml teacher": (lambda: dml_graph(teacher="median"), ["teacher='median'", "pairwise"]),
-    "kd teacher": (lambda: kd_graph(teacher="file"), ["teacher='file'", "probabilities"]),
+    "kd teacher": (lambda: kd_graph(teacher_rows="file"), ["teacher_rows='file'", "probabilities"]),
     "kdcl variant": (lambda: kdcl_graph("minilogit"), ["unknown variant 'minilogit'", "did you mean 'minlogit'"]),
     "ffsd": (lambda: ffsd_graph(1), ["ffsd_graph", "num_students=1"]),
     "graph temperature": (lambda: one_graph(temperature=0.0), ["kl/ensemble->branch1", "temperature=0.0"]),
@@ -197,7 +197,7 @@ GRAPH_CALLS = {
         tsb_graph(2), {"externals": {"memory1": torch.zeros(4, 5), "memory2": torch.zeros(4, 5, device="meta")}}, ValueError,
         ["externals['memory2']", "meta"]),
     "misspelt external beside a good one": (
-        kd_graph(teacher="probabilities"), {"externals": {"teachers": torch.zeros(4, 5)}}, ValueError, ["externals['teacher']"]),
+        kd_graph(teacher_rows="probabilities"), {"externals": {"teachers": torch.zeros(4, 5)}}, ValueError, ["externals['teacher']"]),
 }
 
 

@@ -10,7 +10,6 @@ from PIL import Image
 from fastokd import cli
 from fastokd.data import Dataset
 from fastokd.errors import ConfigError, DataError
-from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
 from fastokd.train.data import explain_loader, loader_name, open_data
@@ -132,12 +131,15 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message)
         check_config(dataclasses.replace(CONFIG, **changes))
 
 
-def test_a_method_that_remembers_images_is_not_given_mixed_ones(monkeypatch):
-    method = dataclasses.replace(get_method("ahbf"), needs_index=True)
-    monkeypatch.setattr("fastokd.train.config.get_method", lambda name: method)
-    with pytest.raises(ConfigError, match=r"mixup=0\.4 and method 'ahbf': it remembers what was predicted for each image"):
-        check_config(CONFIG)
-    check_config(dataclasses.replace(CONFIG, mixup=0.0, cutmix=0.0))
+def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
+    tsb = dataclasses.replace(CONFIG, method="tsb", branches=None)
+    with pytest.raises(ConfigError, match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image"):
+        check_config(tsb)
+    check_config(dataclasses.replace(tsb, mixup=0.0, cutmix=0.0))
+    stored = dataclasses.replace(CONFIG, method="kd", branches=None, mixup=0.0, method_options={"teacher": "rows.npy"})
+    with pytest.raises(ConfigError, match="cutmix=1 and stored rows of a teacher"):
+        check_config(stored)
+    check_config(dataclasses.replace(stored, cutmix=0.0))
 
 
 def test_sizes_beyond_the_images_are_refused_before_training(tmp_path):

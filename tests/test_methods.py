@@ -126,7 +126,7 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
 
 
 def test_a_network_that_a_method_cannot_train_is_refused_with_the_reason(monkeypatch):
-    def refuse(layout):
+    def refuse(layout, **options):
         raise ValueError("its features have no height and width")
 
     monkeypatch.setattr(models, "get_method", lambda method: dataclasses.replace(get_method("ahbf"), build_companion=refuse))

@@ -19,10 +19,21 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastokd import models
 from fastokd.errors import ConfigError
 from fastokd.methods.ahbf import AHBFGate
-from fastokd.models import Backbone, BranchedModel, create_model, create_student, get_backbone, list_models
+from fastokd.models import (
+    Backbone,
+    BranchedModel,
+    check_image_size,
+    create_model,
+    create_student,
+    get_backbone,
+    list_models,
+)
 from fastokd.models.staged import compressed_blocks, level_blocks
 from fastokd.models.summary import count_parameters, forward_flops
 from fastokd.models.vgg import backbone as vgg
+from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.loop import build_model
+from fastokd.train.step import BranchEvaluator
 
 NETWORKS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "networks.json").read_text())
 
@@ -448,12 +459,12 @@ def test_every_network_can_be_compressed(name: str) -> None:
 
 @pytest.mark.parametrize(("build", "message"), [
     (lambda: create_model("resnet32", num_branches=4, aux_blocks=4, compression=True),
-     r"compression with aux_blocks=4 and 4 branches or more: the stages have 5 and 5 blocks, too few to take 3 x 4 in turn"),
+     r"compression to 4 branches with aux_blocks=4: the stages have 5 and 5 blocks, too few to take 3 x 4 in turn"),
     (lambda: create_model("resnet8", num_branches=2, aux_blocks=1, compression=True), "the stages have 1 and 1 blocks, too few to take 1 x 1"),
     (lambda: create_model("resnet32", "one", compression=True), "compression: method 'one' has branches of equal depth; use method 'ahbf'"),
     (lambda: create_model("mine", num_branches=2, compression=True), "compression: model 'mine' does not say which of its blocks"),
     (lambda: create_model("resnet8").student(4), "branch 4: this model has the branches 0 to 3"),
-    (lambda: create_student("vgg-61", 10), r"unknown model 'vgg-61'; did you mean 'vgg16'\?"),
+    (lambda: create_student("vgg61", 10), r"unknown model 'vgg61'; did you mean 'vgg16'\?"),
     (lambda: create_student("resnet18", 10), r"unknown model 'resnet18'; did you mean 'resnet18_imagenet'\?"),
 ])
 def test_mistakes_are_named_with_their_fix(build: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +477,25 @@ def test_mistakes_are_named_with_their_fix(build: Callable[[], object], message:
         build()
 
 
-def test_a_hyphen_is_an_underscore() -> None:
+@pytest.mark.parametrize(("spelled", "name"), [
+    ("WRN-16-2", "wrn16_2"), ("ResNet-32", "resnet32"), ("densenet40-12", "densenet40_12"), ("MobileNetV2 x0.5", "mobilenetv2_x0_5"),
+])
+def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -> None:
     with torch.device("meta"):
-        assert create_model("wrn16-2", "baseline").name == "wrn16_2"
-        assert count_parameters(create_student("densenet40-12", 10)) == 176_122
+        assert create_model(spelled, "baseline").name == name
+        assert create_student(spelled, 10).state_dict().keys() == create_student(name, 10).state_dict().keys()
+    check_config(TrainConfig(model=spelled))
+
+
+def test_images_that_are_too_small() -> None:
+    check_image_size("vgg16", 32, 32)
+    check_image_size("resnet20", 8, 8)
+    with pytest.raises(ConfigError, match="images of 8x16 are too small for model 'vgg16', which is made for 32x32; use --image-size 32"):
+        check_image_size("VGG-16", 8, 16)
+
+
+def test_a_run_in_compression_keeps_the_deepest_branch() -> None:
+    config = TrainConfig(model="resnet14", branches=3, aux_blocks=1, compression=True)
+    model = build_model(config, 5, torch.device("cpu"))
+    assert [stages(branch.body, "layer2", "layer3") for branch in model.branches] == [(1, 1), (2, 1), (2, 2)]
+    assert BranchEvaluator(config, model, torch.device("cpu")).kept == "branch3"

@@ -78,7 +78,7 @@ def test_make_targets_exist():
 
 
 def test_documents_have_no_holes():
-    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"@[A-Z]+@|\bTODO\b|\bTBD\b", text), path
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -184,7 +184,7 @@ def test_tsb_equals_its_equations(options: dict, formula: dict) -> None:
 
 @pytest.mark.parametrize("eps", [0.0, 1e-7])
 def test_stored_teacher_equals_its_equation_and_the_teacher_it_stores(eps: float) -> None:
-    inputs = make_inputs(kd_graph(teacher="probabilities", teacher_eps=eps), 6, 9, torch.float64)
+    inputs = make_inputs(kd_graph(teacher_rows="probabilities", teacher_eps=eps), 6, 9, torch.float64)
     (z,), (p,), target = inputs.logits, inputs.externals.values(), array(inputs.target)
     rows, _, grads = run(inputs)
     want = oracle.kd_stored(array(z), array(p), target, inputs.kd_weight, eps=eps)

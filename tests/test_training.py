@@ -21,6 +21,7 @@ from fastokd.train.run_folder import RunFolder
 
 CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, epochs=2, batch_size=64, lr=0.05)
 ROWS = ["branch1", "branch2", "branch3", "ta2", "ta3"]
+MEASURED = [*ROWS, "ensemble"]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ def test_metrics_name_every_branch_ta_and_term(finished):
     # E is the number of epochs; epochs count from 0 (eq. 13).
     assert [record["kd_weight"] for record in records] == [ramp_up(0, 2), ramp_up(1, 2)]
     for record in records:
-        assert list(record["eval"]) == ROWS
-        assert {f"accuracy/{name}" for name in ROWS} < set(record["train"])
+        assert list(record["eval"]) == MEASURED
+        assert {f"accuracy/{name}" for name in MEASURED} < set(record["train"])
         weighted = sum(record["train"][f"ce/{name}"] for name in ROWS) + record["kd_weight"] * sum(
             weight * record["train"][f"kl/{edge}"]
             for edge, weight in (("ta2->branch1", 4), ("branch2->branch1", 2), ("ta3->ta2", 4), ("branch3->ta2", 2)))
@@ -187,7 +188,7 @@ def test_bf16_autocast_trains(tmp_path, digits):
     assert summary.last["branch1"] > 0.4
 
 
-@pytest.mark.parametrize(("method", "expected"), [("ahbf", ROWS), ("baseline", ["branch1"])])
+@pytest.mark.parametrize(("method", "expected"), [("ahbf", MEASURED), ("baseline", ["branch1"])])
 def test_rows_of_each_method(tmp_path, digits, method, expected):
     config = dataclasses.replace(CONFIG, epochs=1, method=method, branches=len([name for name in expected if name.startswith("b")]))
     assert list(make(config, tmp_path / "run", digits).run().last) == expected

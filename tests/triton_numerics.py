@@ -4,12 +4,14 @@ Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of 
 chosen before Triton is first imported.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from fastokd.kernels.triton.columns import FLOOR
 from fastokd.kernels.triton.tile import choose_splits
-from fastokd.losses import AHBFLoss
+from fastokd.losses import AHBFLoss, FFMLoss, KDCLLoss, MethodLoss, TSBLoss
 from fastokd.methods.ahbf import ahbf_graph
 from fastokd.ops import triton as triton_executor
 from fastokd.ops.reference import PROBABILITY_FLOOR
@@ -52,6 +54,35 @@ def test_dtypes(dtype: torch.dtype, classes: int) -> None:
 @pytest.mark.parametrize("num_branches", [2, 3, 5, 8])
 def test_numbers_of_branches(num_branches: int) -> None:
     check(make(ahbf_graph(num_branches), 3, 10))
+
+
+@pytest.mark.parametrize(("name", "criterion"), [
+    *((variant, lambda impl, variant=variant: KDCLLoss(3, variant, impl=impl)) for variant in ("naive", "linear", "minlogit", "general")),
+    ("tsb", lambda impl: TSBLoss(3, impl=impl)),
+    ("tsb as printed", lambda impl: TSBLoss(3, student_first=True, impl=impl)),
+    ("ffm", lambda impl: FFMLoss(3, lambda_cd=0.1, impl=impl)),
+    ("ffm detached", lambda impl: FFMLoss(3, lambda_cd=0.1, detach_teacher=True, impl=impl)),
+])
+def test_losses_that_solve_remember_or_add_a_term(name: str, criterion: Callable[[str], MethodLoss]) -> None:
+    """Twice on the same batch, so that a memory is not empty the second time."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [2 * torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    shares, weights = torch.rand(3, 2, generator=generator, dtype=torch.float64), [torch.randn(5, 2, generator=generator) for _ in range(3)]
+    target = torch.tensor([0, 4, 2])
+    ends = []
+    for impl in ("reference", "triton"):
+        loss = criterion(impl)
+        loss.prepare(4, 5, torch.device("cpu"))
+        for _ in range(2):
+            leaves = [leaf.clone().requires_grad_() for leaf in (*rows, *([shares, *weights] if name.startswith("ffm") else []))]
+            given = {"fusion_weights": leaves[3], "classifiers": leaves[4:]} if name.startswith("ffm") else {}
+            given |= {"index": torch.tensor([3, 0, 1])} if name.startswith("tsb") else {}
+            value, terms = loss.forward_backward(leaves[:3], target, kd_weight=0.5, **given)
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        ends.append([value, *terms.values(), *grads])
+    assert len(ends[0]) > 8
+    for mine, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("classes", [10, 300])

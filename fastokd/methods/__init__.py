@@ -7,8 +7,16 @@ from fastokd.methods.method import Method
 
 _modules = {
     "baseline": "fastokd.methods.baseline",
-    "ahbf": "fastokd.methods.ahbf",
+    "independent": "fastokd.methods.independent",
+    "kd": "fastokd.methods.kd",
+    "dml": "fastokd.methods.dml",
+    "cl_ilr": "fastokd.methods.cl_ilr",
     "one": "fastokd.methods.one",
+    "okddip": "fastokd.methods.okddip",
+    "kdcl": "fastokd.methods.kdcl",
+    "ffm": "fastokd.methods.ffm",
+    "tsb": "fastokd.methods.tsb",
+    "ahbf": "fastokd.methods.ahbf",
     "ffsd": "fastokd.methods.ffsd",
     "afid": "fastokd.methods.afid",
 }

@@ -26,7 +26,7 @@ def afid_graph(temperature: float = 3.0, lambda_kd: float = 1.0, teacher_eps: fl
     """Two sub-networks ``branch1``, ``branch2`` and a ``fusion`` head: three rows of logits.
 
     ``L = CE(z^1) + CE(z^2) + CE(fusion) + kd_weight * lambda_kd * T^2 [ KL(fusion || z^1) + KL(fusion || z^2) +
-    KL(mean || fusion) ]``, ``mean = (z^1 + z^2) / 2``, every teacher detached: the form of the authors' code, which
+    KL(ensemble || fusion) ]``, ``ensemble = (z^1 + z^2) / 2``, every teacher detached: the form of the authors' code, which
     adds ``teacher_eps=1e-7`` (here 0) and ramps up over 80 epochs. The attention exchange between the sub-networks is
     part of the forward pass, not of the loss.
     """
@@ -36,8 +36,8 @@ def afid_graph(temperature: float = 3.0, lambda_kd: float = 1.0, teacher_eps: fl
     heads = ("branch1", "branch2", "fusion")
     return Graph(
         "afid",
-        (*map(Logits, heads), Mixture("mean", heads[:2], (0.5, 0.5))),
-        (*map(CrossEntropy, heads), teach("fusion", "branch1"), teach("fusion", "branch2"), teach("mean", "fusion")),
+        (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5))),
+        (*map(CrossEntropy, heads), teach("fusion", "branch1"), teach("fusion", "branch2"), teach("ensemble", "fusion")),
         label_smoothing,
     )
 

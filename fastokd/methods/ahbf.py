@@ -4,8 +4,6 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 """
 
 import itertools
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import GraphLoss, Impl, Reduction, as_rows
+from fastokd.methods.attention import ATTENTIONS, build_attention
+from fastokd.methods.base import GraphLoss, Impl, Reduction, as_rows, check_options
 from fastokd.methods.method import BranchPass, Companion, GraphInputs, Layout, Method, MethodLoss, Presets
 
 PRESETS: Presets = {
@@ -81,22 +80,8 @@ class AHBFLoss(MethodLoss):
                  label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
         if not isinstance(num_branches, int) or num_branches < 2:
             raise ValueError(f"num_branches={num_branches}; AHBF needs a student and at least one deeper branch: 2 or more")
-        lambdas = {"lambda_ta": lambda_ta, "lambda_branch": lambda_branch, "lambda_self": lambda_self}
-        others = {"temperature": temperature, "teacher_eps": teacher_eps, "label_smoothing": label_smoothing}
-        for name, value in (lambdas | others).items():
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{name}={value!r}; it must be a number")
-        for name, value in lambdas.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}; it must be a number of at least 0")
-        if not isinstance(detach_teacher, bool):
-            raise TypeError(f"detach_teacher={detach_teacher!r}; it must be True or False")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature={temperature}; it must be a positive number")
-        if not 0 <= teacher_eps < 1:
-            raise ValueError(f"teacher_eps={teacher_eps}; it must be in [0, 1)")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}; it must be in [0, 1)")
+        check_options(temperature=temperature, lambda_ta=lambda_ta, lambda_branch=lambda_branch, lambda_self=lambda_self,
+                      detach_teacher=detach_teacher, teacher_eps=teacher_eps, label_smoothing=label_smoothing)
         options = (num_branches, temperature, lambda_ta, lambda_branch, lambda_self, detach_teacher, teacher_eps, label_smoothing)
         labels = {f"branch{m}": f"branch_logits[{m - 1}]" for m in range(1, num_branches + 1)}
         for m in range(2, num_branches + 1):
@@ -180,19 +165,22 @@ class AHBFGate(nn.Module):
     Args:
         channels: c, channels of branch m's features.
         fused_channels: c', channels of F~^{m-1} (F~^1 is branch 1's features).
+        attention: what F~^m goes through before it is pooled and handed on: "none", "se", "cbam" or "nonlocal". The paper
+            has none; the published code has the others as options, for 64 channels only.
     """
 
-    def __init__(self, channels: int, fused_channels: int) -> None:
+    def __init__(self, channels: int, fused_channels: int, attention: str = "none") -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels + fused_channels, channels, 1)
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, 2)
         self.score_bn = nn.BatchNorm1d(2)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        self.attention = build_attention(attention, channels)
 
     def forward(self, features: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
         """Features of branch m [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m [B, c, H, W] and scores [B, 2]."""
-        fused = self.bn(self.conv(torch.cat((features, fused), 1)))
+        fused = self.attention(self.bn(self.conv(torch.cat((features, fused), 1))))
         pooled = F.adaptive_avg_pool2d(fused, 1).flatten(1)
         return fused, torch.softmax(F.relu(self.score_bn(self.fc(pooled))), 1)
 
@@ -200,9 +188,9 @@ class AHBFGate(nn.Module):
 class AHBFGates(Companion):
     """The chain of the M-1 gates: each receives the fused map of the one before."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], attention: str = "none") -> None:
         super().__init__()
-        self.gates = nn.ModuleList(AHBFGate(own, before) for before, own in itertools.pairwise(channels))
+        self.gates = nn.ModuleList(AHBFGate(own, before, attention) for before, own in itertools.pairwise(channels))
 
     def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor, ...]]:
         """M-1 ``scores`` [B, 2]: column 0 weighs branch m, column 1 the previous TA."""
@@ -213,8 +201,13 @@ class AHBFGates(Companion):
         return {"scores": tuple(scores)}
 
 
-def _build_gates(layout: Layout) -> AHBFGates:
-    return AHBFGates(layout.channels)
+def _build_gates(layout: Layout, gate_attention: str = "none") -> AHBFGates:
+    """The gates of all branches but the first.
+
+    Args:
+        gate_attention: what the gates' fused maps go through: "none", or as options of the published code "se", "cbam" or "nonlocal".
+    """
+    return AHBFGates(layout.channels, gate_attention)
 
 
 def _ramp_epochs(epochs: int, preset: str) -> int:
@@ -229,6 +222,8 @@ METHOD = Method(
     branch_range=(2, 8),
     default_branches=4,
     build_companion=_build_gates,
+    model_options={"gate_attention": "none"},
+    choices={"gate_attention": tuple(ATTENTIONS)},
     hierarchical=True,
     ramp_epochs=_ramp_epochs,
 )

@@ -3,12 +3,13 @@
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastokd.errors import did_you_mean
 from fastokd.graph import Graph, lower
 from fastokd.ops import check_impl, evaluate, loss_and_grad
 from fastokd.ops.reference import compute_dtype, node_rows
@@ -170,6 +171,22 @@ def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Ten
     return list(value)
 
 
+def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """``as_rows``, checked to be what the graph takes: for losses that compute with the rows before the graph does.
+
+    Raises:
+        TypeError, ValueError: as ``GraphLoss.forward`` does.
+    """
+    rows = as_rows(value, count, name)
+    _check_rows(rows, [f"{name}[{index}]" for index in range(count)])
+    return rows
+
+
+def mean_prediction(rows: Sequence[Tensor]) -> Tensor:
+    """The ensemble of M rows of logits [B, C] by the mean of their predictions, as log-probabilities [B, C]."""
+    return torch.stack([row.to(compute_dtype(row)).log_softmax(1) for row in rows]).logsumexp(0) - math.log(len(rows))
+
+
 def _check_rows(rows: list[Tensor], labels: Sequence[str]) -> Tensor:
     """Check that all rows are floating [B, C] of one shape, dtype and device; returns the first."""
     for label, row in zip(labels, rows, strict=True):
@@ -269,3 +286,41 @@ def branch_names(where: str, count: int, minimum: int, what: str = "num_branches
     if not isinstance(count, int) or count < minimum:
         raise ValueError(f"{where}: {what}={count!r}; it must be an integer of at least {minimum}")
     return tuple(f"branch{m}" for m in range(1, count + 1))
+
+
+def check_options(**options: Any) -> None:
+    """Check a loss's options, which mean the same under the same name in every method.
+
+    ``lambda_...`` are weights, at least 0; ``temperature`` is positive; ``teacher_eps`` and ``label_smoothing`` are in
+    [0, 1); ``detach_teacher`` is a switch.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
+    """
+    for name, value in options.items():
+        if name == "detach_teacher":
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}; it must be True or False")
+            continue
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}={value!r}; it must be a number")
+        if name.startswith("lambda_"):
+            good, rule = math.isfinite(value) and value >= 0, "a number of at least 0"
+        elif name == "temperature":
+            good, rule = math.isfinite(value) and value > 0, "a positive number"
+        else:
+            assert name in ("teacher_eps", "label_smoothing"), name
+            good, rule = 0 <= value < 1, "in [0, 1)"
+        if not good:
+            raise ValueError(f"{name}={value}; it must be {rule}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Check an option that is one of several words.
+
+    Raises:
+        ValueError: it is none of them; the message suggests the closest and lists them.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}{did_you_mean(str(value), choices)}")

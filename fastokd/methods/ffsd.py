@@ -35,8 +35,8 @@ def ffsd_graph(num_students: int = 2, temperature: float = 2.0, lambda_kd: float
                label_smoothing: float = 0.0) -> Graph:
     """K students ``branch1`` .., then the ``leader`` (kept) and the ``fusion`` head: K + 2 rows of logits.
 
-    ``L = sum_i [ CE(z^i) + w/(K-1) sum_{j != i} T^2 KL(z^j || z^i) ] + CE(fusion) + w T^2 KL(mean || fusion) +
-    CE(leader) + w T^2 KL(fusion || leader)`` with ``w = lambda_kd``, ``mean`` of the students' logits, and every teacher
+    ``L = sum_i [ CE(z^i) + w/(K-1) sum_{j != i} T^2 KL(z^j || z^i) ] + CE(fusion) + w T^2 KL(ensemble || fusion) +
+    CE(leader) + w T^2 KL(fusion || leader)`` with ``w = lambda_kd``, ``ensemble`` the mean of the students' logits, and every teacher
     detached. Nothing here is scheduled: the official code ramps up the losses on maps, which are outside the graph, and
     not the KL terms. The fusion head reads detached features.
     """
@@ -50,10 +50,10 @@ def ffsd_graph(num_students: int = 2, temperature: float = 2.0, lambda_kd: float
     terms = (
         *map(CrossEntropy, heads),
         *(teach(other, student, share) for student in students for other in students if other != student),
-        teach("mean", "fusion"),
+        teach("ensemble", "fusion"),
         teach("fusion", "leader"),
     )
-    nodes = (*map(Logits, heads), Mixture("mean", students, (1.0 / num_students,) * num_students))
+    nodes = (*map(Logits, heads), Mixture("ensemble", students, (1.0 / num_students,) * num_students))
     return Graph("ffsd", nodes, terms, label_smoothing)
 
 

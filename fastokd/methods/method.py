@@ -1,7 +1,7 @@
 """What a method is: its loss, the modules it trains beside the network, and how its networks are laid out."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import did_you_mean
-from fastokd.graph import Graph
+from fastokd.graph import Graph, draw_text
 from fastokd.methods.base import GraphLoss, Impl, Reduction, as_rows
 
 Topology = Literal["branches", "peers"]
@@ -67,6 +67,10 @@ class MethodLoss(nn.Module):
     """
 
     presets: ClassVar[Presets] = {"paper": {}}
+    ensemble_of: ClassVar[slice] = slice(None)
+    """The branches whose mean logits are the row ``ensemble`` of ``named_rows``, where the graph has no mixture of that name."""
+    held_out: float = 0.0
+    """The fraction of every class's training images that the trainer holds out for ``see_held_out``."""
 
     def __init__(self, graph: Graph, num_branches: int, reduction: Reduction = "mean", impl: Impl = "auto",
                  labels: Mapping[str, str] | None = None, extra_terms: Mapping[str, ExtraTerm] | None = None) -> None:
@@ -95,8 +99,24 @@ class MethodLoss(nn.Module):
         """The distillation graph."""
         return self.graph_loss.graph
 
-    def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> None:
-        """Make room for what a loss remembers of every training sample. Called once, before the first step."""
+    def draw(self) -> str:
+        """The graph and the terms beside it as lines of text, every coefficient multiplied out."""
+        lines = [draw_text(self.graph)]
+        if self.extra_terms:
+            lines.append("terms that are not in the graph")
+        lines += [f"  {term.coefficient:>16.6g}{' * kd_weight' if term.scheduled else ''}  {name}" for name, term in self.extra_terms.items()]
+        return "\n".join(lines)
+
+    def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
+        """Make room for what a loss remembers of every training sample. Called once, before the first step.
+
+        Returns:
+            How much that takes, for a run's first lines; empty if it is nothing.
+        """
+        return ""
+
+    def see_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
+        """Look at the logits and labels of the images that are held out; called before every epoch if there are any."""
 
     def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None) -> GraphInputs:
         """What the graph needs, from M tensors [B, C] (or one [M, B, C]) and the target.
@@ -145,9 +165,16 @@ class MethodLoss(nn.Module):
 
     @torch.no_grad()
     def named_rows(self, branch_logits: Sequence[Tensor] | Tensor, **inputs: Any) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch, head and mixture by name, for measuring their accuracy."""
+        """The logits [B, C] of every branch, head and mixture by name, for measuring their accuracy.
+
+        With two or more branches there is the row ``ensemble``: the graph's mixture of that name, or else the mean of the
+        branches' logits (of those in ``ensemble_of``).
+        """
         given = self.graph_inputs(branch_logits, None, **inputs)
-        return {**dict(zip(self.graph.logits, given.logits, strict=True)), **self.graph_loss.mixtures(given.logits, given.weights)}
+        rows = {**dict(zip(self.graph.logits, given.logits, strict=True)), **self.graph_loss.mixtures(given.logits, given.weights)}
+        if self.num_branches > 1 and "ensemble" not in rows:
+            rows["ensemble"] = torch.stack(list(given.logits[:self.num_branches])[self.ensemble_of]).mean(0)
+        return rows
 
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,14 +284,18 @@ class Method:
         branch_range, default_branches: which M it takes.
         build_companion: ``build_companion(layout, **options)`` builds the method's own modules; None for none. It raises a
             ValueError that says why for networks that the method cannot train.
-        model_options: the options of ``build_companion`` with their defaults; the loss's are its constructor's.
+        model_options: the options of ``build_companion`` and ``views`` with their defaults; the loss's are its constructor's.
+        choices: for each of these options that is one of several words, the words.
         topologies: how the networks may be laid out, the default first.
         hierarchical: whether branch m gets the auxiliary blocks of hierarchy level m.
         kept: index of the branch that becomes the student; -1 is the last.
+        reports_mean: the published number is the mean accuracy over the branches, which is then measured too (``branch_mean``).
         loss_inputs: what the loss takes beside logits and target, from a model's result.
         needs_index: the loss takes the samples' positions in the training split as ``index``.
-        needs_teacher: there is a frozen teacher, named by the option ``teacher``.
-        views: whether every peer gets its own augmented view of an image, from the loss's options.
+        needs_teacher: there is a frozen teacher, named by the option ``teacher``. It is ``Layout.teacher``, or stored rows that the
+            loss takes as ``teacher``; the loss's option ``teacher_rows`` says what they are.
+        views: whether every peer gets its own augmented view of an image, from the method's options; it raises for a value
+            of the wrong type.
         schedule: ``kd_weight`` in a 0-based epoch, from the epoch and the ramp's length.
         ramp_epochs: the default length of the ramp, from the number of epochs and the preset.
     """
@@ -276,9 +307,11 @@ class Method:
     default_branches: int
     build_companion: Callable[..., Companion] | None = None
     model_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     topologies: tuple[Topology, ...] = ("branches",)
     hierarchical: bool = False
     kept: int = 0
+    reports_mean: bool = False
     loss_inputs: Callable[[BranchResult], dict[str, Any]] = _gather_inputs
     needs_index: bool = False
     needs_teacher: bool = False

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows, branch_names
+from fastokd.methods.base import Impl, Reduction, as_rows, branch_names, check_options
 from fastokd.methods.method import BranchPass, Companion, GraphInputs, Layout, Method, MethodLoss, Presets
 
 
@@ -40,6 +40,9 @@ class ONELoss(MethodLoss):
         label_smoothing: in [0, 1), for every cross-entropy.
         reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
         impl: the executor: "auto", "reference", "triton" or "cpu".
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
     """
 
     presets: ClassVar[Presets] = {
@@ -51,6 +54,8 @@ class ONELoss(MethodLoss):
 
     def __init__(self, num_branches: int = 3, temperature: float = 3.0, lambda_kd: float = 1.0, detach_teacher: bool = True,
                  teacher_eps: float = 0.0, label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
+        check_options(temperature=temperature, lambda_kd=lambda_kd, detach_teacher=detach_teacher, teacher_eps=teacher_eps,
+                      label_smoothing=label_smoothing)
         graph = one_graph(num_branches, temperature, lambda_kd, detach_teacher, teacher_eps, label_smoothing)
         super().__init__(graph, num_branches, reduction, impl, {"gate": "scores[0]"})
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
@@ -88,7 +89,16 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
 
 
 def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it has none."""
+    """What builds the method's own modules with these options, on top of their defaults; None if it has none.
+
+    Raises:
+        ConfigError: there is no such option or choice.
+    """
+    for name, value in (options or {}).items():
+        if name not in method.model_options:
+            raise ConfigError(f"unknown option '{name}' of method '{method.name}'{did_you_mean(name, method.model_options)}")
+        if name in method.choices and value not in method.choices[name]:
+            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
     if method.build_companion is None:
         return None
     return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
@@ -132,15 +142,18 @@ def create_student(name: str, num_classes: int = 10) -> nn.Module:
 
 
 def model_name(name: str) -> str:
-    """The registry's spelling of a network's name: a '-' is read as '_'.
+    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2" is wrn16_2).
 
     Raises:
         ConfigError: there is none; the message suggests the closest name.
     """
-    spelled = name if name in _modules else name.replace("-", "_")
-    if spelled not in _modules:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(spelled, _modules)}")
-    return spelled
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text.lower()))
+
+    found = [name] if name in _modules else [known for known in _modules if plain(known) == plain(name)]
+    if len(found) != 1:
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}")
+    return found[0]
 
 
 def get_backbone(name: str) -> Backbone:
@@ -151,6 +164,21 @@ def get_backbone(name: str) -> Backbone:
     """
     name = model_name(name)
     return importlib.import_module(_modules[name]).BACKBONES[name]
+
+
+def check_image_size(name: str, height: int, width: int) -> None:
+    """Whether a network can take images of that size. Only shapes are propagated.
+
+    Raises:
+        ConfigError: they are too small: a stage would leave nothing of them.
+    """
+    backbone = get_backbone(name)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            create_student(name, 2).eval()(torch.empty(1, 3, height, width))
+        except RuntimeError:
+            raise ConfigError(f"images of {height}x{width} are too small for model '{backbone.name}', which is made for {backbone.image_size}x{backbone.image_size}; "
+                              f"use --image-size {backbone.image_size}, or another model") from None
 
 
 def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
@@ -168,6 +196,6 @@ def _check_num_classes(num_classes: int) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "check_layout", "companion_builder", "create_model", "create_student", "get_backbone", "list_models",
+    "check_image_size", "check_layout", "companion_builder", "create_model", "create_student", "get_backbone", "list_models",
     "model_name", "register_model",
 ]

@@ -42,7 +42,7 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
         blocks[giving[step % len(giving)]] -= aux_blocks
     if min(blocks) < 1 or (steps and aux_blocks and not giving):
         shown = " and ".join(map(str, num_blocks))
-        raise ConfigError(f"compression with aux_blocks={aux_blocks} and {steps + 1} branches or more: the stages have {shown} blocks, too few to take "
+        raise ConfigError(f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have {shown} blocks, too few to take "
                           f"{steps} x {aux_blocks} in turn and leave one in each; use fewer branches or smaller aux_blocks")
     return tuple(blocks)
 

@@ -18,7 +18,7 @@ MIDDLE, FEATURES = 728, 2048
 
 
 class Xception(PlainNetwork):
-    """conv1, conv2, entry, middle, middle_last, exit, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
 
 
 def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -54,9 +54,9 @@ def stem() -> Parts:
     return OrderedDict(
         conv1=nn.Sequential(*conv_norm(3, 32, 3)),
         conv2=nn.Sequential(*conv_norm(32, 64, 3)),
-        entry=nn.Sequential(
-            Block(64, 128, 128, down=True, first_relu=False), Block(128, 256, 256, down=True), Block(256, MIDDLE, MIDDLE, down=True),
-        ),
+        entry1=Block(64, 128, 128, down=True, first_relu=False),
+        entry2=Block(128, 256, 256, down=True),
+        entry3=Block(256, MIDDLE, MIDDLE, down=True),
     )
 
 

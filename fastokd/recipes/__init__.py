@@ -14,6 +14,9 @@ _modules = {
     "cifar10-resnet20-baseline": "fastokd.recipes.cifar",
     "cifar10-resnet32-ahbf": "fastokd.recipes.cifar",
     "cifar100-resnet32-ahbf": "fastokd.recipes.cifar",
+    **dict.fromkeys(("cifar100-resnet32-okddip", "cifar100-resnet32-okddip-peers", "cifar100-resnet32-dml", "cifar100-resnet32-cl-ilr",
+                     "cifar100-resnet32-one-attached", "cifar100-resnet32-independent"), "fastokd.recipes.okddip"),
+    "cifar100-resnet32-one": "fastokd.recipes.one",
     "cifar100-resnet32-ffsd": "fastokd.recipes.ffsd",
     "cifar100-wrn16-2-afid": "fastokd.recipes.afid",
 }

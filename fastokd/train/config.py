@@ -17,7 +17,7 @@ from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, list_models
+from fastokd.models import check_layout, companion_builder, model_name
 from fastokd.ops import check_impl
 
 
@@ -33,6 +33,7 @@ class TrainConfig:
         branches: number of branches M; None for the method's default, or as many as ``model`` names.
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's default.
         aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
+        compression: the student is the deepest branch, and each before it has ``aux_blocks`` blocks fewer.
         method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -65,6 +66,7 @@ class TrainConfig:
     branches: int | None = None
     topology: str | None = None
     aux_blocks: int = 4
+    compression: bool = False
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
     batch_size: int = 128
@@ -131,6 +133,11 @@ class TrainConfig:
         defaults = get_method(self.method).model_options
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
+    def views(self) -> int:
+        """How many augmented views of each training image there are: one, or one for each peer."""
+        own = get_method(self.method).views({**self.model_options(), **self.loss_options()})
+        return self.num_branches() if own else 1
+
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
         plain = dataclasses.asdict(self)
@@ -141,16 +148,15 @@ class TrainConfig:
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check every value before anything is read or written.
+def check_method(config: TrainConfig) -> None:
+    """Check the method, its layout and its options: all that its graph depends on.
 
     Raises:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
     for name in config.model_names():
-        if name not in list_models():
-            raise ConfigError(f"unknown model '{name}'{did_you_mean(name, list_models())}")
+        model_name(name)
     check_layout(method, config.model_names(), config.topology, config.num_branches())
     presets = method.loss_class.presets
     if config.preset not in presets:
@@ -162,8 +168,23 @@ def check_config(config: TrainConfig) -> None:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
     try:
         method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+        config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
+    companion_builder(method, config.model_options())
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check every value before anything is read or written.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    check_method(config)
+    if get_method(config.method).needs_teacher and not config.model_options()["teacher"]:
+        raise ConfigError(
+            f"method '{config.method}' needs a trained teacher: pass --method-options teacher=RUN (a run folder or an exported student), "
+            "teacher=torchvision:resnet50:WEIGHTS.pth, teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy")
     _check(config, "epochs", config.epochs >= 1, "at least 1")
     _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
     _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
@@ -182,8 +203,10 @@ def check_config(config: TrainConfig) -> None:
     for name in ("mixup", "cutmix"):
         alpha = getattr(config, name)
         _check(config, name, math.isfinite(alpha) and alpha >= 0, "an alpha above 0, or 0 for none")
-        if alpha and method.needs_index:
+        if alpha and get_method(config.method).needs_index:
             raise ConfigError(f"{name}={alpha:g} and method '{config.method}': it remembers what was predicted for each image, and a mixed image is two; use 0")
+        if alpha and str(config.model_options().get("teacher", "")).endswith(".npy"):
+            raise ConfigError(f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of mixed ones; use 0, or the teacher's weights")
     _check(config, "resize_schedule", all(0 <= epoch < config.epochs for epoch in config.resize_schedule), f"of epochs from 0 to {config.epochs - 1}")
     _check(config, "resize_schedule", all(size >= 4 for size in config.resize_schedule.values()), "of sizes of at least 4 pixels")
     for name, value, choices in (("loader", config.loader, [*list_loaders(), "auto"]), ("bad_images", config.bad_images, BAD_IMAGES)):

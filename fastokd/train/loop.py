@@ -3,18 +3,20 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastokd.data import Loader
+from fastokd.data.dataset import carve
 from fastokd.data.images import Progress, first_of
-from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_line
+from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, create_model
+from fastokd.models import BranchedModel, check_image_size, create_model
 from fastokd.storage import write_json
 from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
@@ -23,6 +25,7 @@ from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
@@ -50,11 +53,14 @@ class Summary:
     student: str
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format."""
+def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
+    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
+
+    Only training needs the frozen ``teacher`` of methods that have one.
+    """
     torch.manual_seed(config.seed)
     model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options())
+                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -64,16 +70,26 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
+        check_teacher(config)
+        config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
         try:
             self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.end_epoch()
-        self.model = build_model(config, len(self.dataset.classes), self.device)
-        self.step = TrainStep(config, self.model, self.device)
-        self.step.criterion.prepare(len(self.dataset.train), len(self.dataset.classes), self.device)
-        self.train_loader = loader_for(config, self.dataset, self.dataset.train, True, self.device)
+        for name in config.model_names():
+            check_image_size(name, *self.dataset.image_size)
+        self.teacher = open_teacher(config, self.dataset, self.device)
+        self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
+        images, held_out = self.dataset.train, None
+        if fraction := self.step.criterion.held_out:
+            images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
+        self.num_held_out = 0 if held_out is None else len(held_out)
+        self.held_out_loader = None if held_out is None else loader_for(config, self.dataset, held_out, False, self.device)
+        self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
+        self.train_loader = loader_for(config, self.dataset, images, True, self.device)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
         self.epoch = 0
@@ -105,6 +121,8 @@ class Trainer:
         changed = differences(dataclasses.replace(before, data=self.config.data, device=self.config.device, epochs=self.config.epochs), self.config)
         if changed:
             raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
+        if self.teacher and state.get("teacher") != self.teacher.fingerprint:
+            raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
         load_weights(self.model, state["model"], where)
         load_weights(self.step.criterion, state["criterion"], where)
         try:
@@ -165,11 +183,22 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         say(explain_loader(config, data, self.device))
-        ramp = self.config.ramp_length()
+        if self.teacher:
+            say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
         coefficients += [(name, *term) for name, term in self.step.criterion.extra_terms.items()]
         terms = ", ".join(f"{coefficient:g}{'*kd_weight' if scheduled else ''} {name}" for name, coefficient, scheduled in coefficients)
-        say(f"loss (T^2 and weights multiplied out): {terms}" + (f"; kd_weight ramps up over {ramp} epochs" if ramp else ""))
+        say(f"loss (T^2 and weights multiplied out): {terms}{self._describe_schedule()}")
+        if self.num_held_out:
+            say(f"{self.num_held_out} of the training images are held out: nobody trains on them, the loss looks at them before every epoch")
+        if self.memory:
+            say(self.memory)
+
+    def _describe_schedule(self) -> str:
+        config, length = self.config, self.config.ramp_length()
+        if not length:
+            return ""
+        return f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1, {config.kd_weight_at(length - 1):.3g} in epoch {length} and 1 after it"
 
     def _run_epoch(self) -> None:
         config, started = self.config, time.monotonic()
@@ -178,6 +207,8 @@ class Trainer:
         # What a layer draws depends on seed and epoch alone, so a resumed epoch draws what it would have drawn.
         torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
         kd_weight = torch.tensor(ramp, device=self.device)
+        if self.held_out_loader is not None:
+            self.step.criterion.see_held_out((result.logits, target) for result, target in self.step.results(self.held_out_loader))
         sums = MetricSums()
         self.model.train()
         self.train_loader.set_size(config.size_at(self.epoch))
@@ -233,6 +264,8 @@ class Trainer:
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
         }
+        if self.teacher:
+            state["teacher"] = self.teacher.fingerprint
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
@@ -244,7 +277,7 @@ class Trainer:
 
 def provenance(config: TrainConfig) -> dict[str, Any]:
     """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "seed": config.seed}
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
@@ -258,7 +291,7 @@ def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
     run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)
-    state = load_checkpoint(run.last, choose_device(config.device))
+    state = load_checkpoint(run.last)
     trainer = Trainer(config, run, reporter, seen=state["data"])
     trainer.resume(state)
     return trainer
@@ -306,9 +339,4 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
-        raise CheckpointError(f"{where} was trained on the classes {_short(state['classes'])}, the data has {_short(dataset.classes)}")
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(list(names)[:4])
-    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+        raise CheckpointError(f"{where} was trained on the classes {first_few(state['classes'])}, the data has {first_few(dataset.classes)}")

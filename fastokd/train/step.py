@@ -1,7 +1,7 @@
 """One training step: forward of trunk and branches, loss, backward, optimizer."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastokd.methods import get_method
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.train.config import TrainConfig
 from fastokd.train.metrics import correct_counts
+from fastokd.train.teacher import StoredRows
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,22 +63,34 @@ class BranchEvaluator:
         return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once."""
-        right: dict[str, Tensor] = {}
-        count = 0
+    def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
+        """What the model in evaluation mode computes for each batch, and the targets."""
         was_training = self.model.training
         self.model.eval()
         try:
             for batch in batches:
                 with self.autocast():
                     result = self.model(batch.images)
-                found = correct_counts(self.named_rows(result), batch.target)
-                right = {name: right.get(name, 0) + value for name, value in found.items()}
-                count += batch.target.shape[0]
+                yield result, batch.target
         finally:
             self.model.train(was_training)
-        return {name: int(value) / count for name, value in right.items()}
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once.
+
+        ``branch_mean`` is the mean over the branches, for methods whose published number that is.
+        """
+        right: dict[str, Tensor] = {}
+        count = 0
+        for result, target in self.results(batches):
+            found = correct_counts(self.named_rows(result), target)
+            right = {name: right.get(name, 0) + value for name, value in found.items()}
+            count += target.shape[0]
+        accuracies = {name: int(value) / count for name, value in right.items()}
+        if self.method.reports_mean:
+            branches = self.criterion.graph.logits[:self.criterion.num_branches]
+            accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
+        return accuracies
 
 
 def build_optimizers(config: TrainConfig, model: BranchedModel) -> dict[str, torch.optim.Optimizer]:
@@ -98,8 +111,9 @@ def build_optimizers(config: TrainConfig, model: BranchedModel) -> dict[str, tor
 class TrainStep(BranchEvaluator):
     """The step of one run: owns criterion and optimizer, changes the model in place."""
 
-    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device, stored: StoredRows | None = None) -> None:
         super().__init__(config, model, device)
+        self.stored = stored
         self.optimizers = build_optimizers(config, model)
 
     def set_lr(self, lr: float) -> None:
@@ -115,6 +129,8 @@ class TrainStep(BranchEvaluator):
         inputs = self.method.loss_inputs(result)
         if self.method.needs_index:
             inputs["index"] = batch.index
+        if self.stored is not None:
+            inputs["teacher"] = self.stored(batch.index)
         loss, terms = self.criterion.forward_backward(result.logits, batch.target, kd_weight=kd_weight, **inputs)
         for optimizer in self.optimizers.values():
             optimizer.step()

@@ -1,0 +1,82 @@
+"""The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved for a whole batch."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 6
+"""More rows would make too many faces: there are 2^M - 1."""
+_STEPS = 16
+_STEP_LENGTHS = 12
+_FIRST_RANGE = 8.0
+_RIDGE = 1e-10
+
+
+@torch.no_grad()
+def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Weights ``a`` [B, M] on the simplex that minimise ``CE(sum_k a_k z_k, y)`` for each sample (KDCL-Linear).
+
+    Newton's method on the simplex: each step minimises the quadratic model of the cross-entropy exactly, as the best of
+    the feasible minima of all 2^M - 1 faces, and goes the best of the lengths 1, 1/2, ... towards it, so that an optimum on
+    an edge or vertex is met exactly. Where logits are large the cross-entropy is almost piecewise linear, with nothing
+    for Newton to see; so it starts at a temperature that brings them into a range of 8, and halves that down to 1.
+
+    The number of steps is fixed and nothing waits for the device. The cross-entropy reached is above the minimum by at most
+    1e-9 of the logits' range, for ranges up to 1000. In float64.
+
+    Args:
+        rows: 2 to ``MAX_ROWS`` rows of logits [B, C].
+        target: int64 [B], or floating [B, C] class probabilities.
+    """
+    z = torch.stack([row.detach() for row in rows], 1).double()
+    count, num_classes = z.shape[1:]
+    # With every row shifted so that <y, z> = 0, the cross-entropy of a mixture is its logsumexp.
+    if target.is_floating_point():
+        expected = torch.einsum("bmc,bc->bm", z, target.double()).unsqueeze(2)
+    else:  # labels out of range are the graph's to report
+        expected = z.gather(2, target.clamp(0, num_classes - 1).view(-1, 1, 1).expand(-1, count, 1))
+    z = z - expected
+    faces = torch.tensor(list(itertools.product((0.0, 1.0), repeat=count))[1:], dtype=z.dtype, device=z.device)
+    lengths = torch.tensor([0.0, *(0.5**k for k in range(_STEP_LENGTHS))], dtype=z.dtype, device=z.device)
+    a = torch.full(z.shape[:2], 1 / count, dtype=z.dtype, device=z.device)
+    first = (z.amax((1, 2), keepdim=True) - z.amin((1, 2), keepdim=True)) / _FIRST_RANGE
+    for step in range(_STEPS):
+        cooled = z / (first / 2**step).clamp_min(1)
+        mixed = torch.einsum("bm,bmc->bc", a, cooled)
+        p = mixed.softmax(1).unsqueeze(1)
+        gradient = (p * cooled).sum(2)
+        centred = cooled - gradient.unsqueeze(2)
+        goal = _quadratic_minimum(a, gradient, (p * centred) @ centred.mT, faces)
+        along = torch.einsum("bm,bmc->bc", goal - a, cooled)
+        values = (mixed.unsqueeze(1) + lengths.view(-1, 1) * along.unsqueeze(1)).logsumexp(2)
+        # The longest of the best: near the minimum they differ by rounding alone, and Newton's own step is the better.
+        good = values <= values.amin(1, keepdim=True) + 1e-14 * (1 + mixed.abs().amax(1, keepdim=True))
+        a = a + torch.where(good, lengths, 0).amax(1, keepdim=True) * (goal - a)
+    return a
+
+
+def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tensor) -> Tensor:
+    """The point x [B, M] of the simplex where ``gradient (x - a) + (x - a) hessian (x - a) / 2`` is lowest.
+
+    On the face of the rows F it solves ``H_FF x_F + nu = (H a - g)_F`` with ``sum x_F = 1``.
+    """
+    count = a.shape[1]
+    trace = hessian.diagonal(dim1=1, dim2=2).sum(1)
+    scale = torch.maximum(trace, 1e-12 * (1 + gradient.abs().amax(1)))
+    # The ridge decides where the model is flat, as it is for equal rows.
+    h = hessian / scale.view(-1, 1, 1) + _RIDGE * torch.eye(count, dtype=a.dtype, device=a.device)
+    right = (h @ a.unsqueeze(2)).squeeze(2) - gradient / scale.unsqueeze(1)
+    system = torch.zeros(len(a), len(faces), count + 1, count + 1, dtype=a.dtype, device=a.device)
+    system[..., :count, :count] = h.unsqueeze(1) * (faces.unsqueeze(2) * faces.unsqueeze(1)) + torch.diag_embed(1 - faces)
+    system[..., :count, count] = faces
+    system[..., count, :count] = faces
+    sides = torch.cat((right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2)
+    x = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
+    feasible = (x >= -1e-12).all(2)
+    x = x.clamp_min(0)
+    x = x / x.sum(2, keepdim=True)
+    values = ((x @ h) * x).sum(2) / 2 - (x * right.unsqueeze(1)).sum(2)
+    best = torch.where(feasible, values, torch.inf).argmin(1)
+    return x.gather(1, best.view(-1, 1, 1).expand(-1, 1, count)).squeeze(1)
