@@ -1,16 +1,19 @@
 """The generated parts of ``docs/methods/``: ``python -m bench.method_pages``.
 
 Every page has what its method's code says: layout, options with their presets, and the graph as ``fastokd show`` draws it.
-The index lists the methods. ``--check`` fails if a page is missing or not what the code gives.
+The index lists the methods and compares them as ``bench.methods`` measured it. ``--check`` fails if a page is missing or not what the code gives.
 """
 
 import inspect
+import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.methods import RESULTS
 from bench.report import page_with
 from fastokd.graph import draw_mermaid
 from fastokd.methods import Method, get_method, list_methods
@@ -101,7 +104,39 @@ def index() -> list[str]:
     for method in map(get_method, list_methods()):
         rows.append((f"[{method.name}]({method.name}.md)", method.summary, _branches(method), " or ".join(method.topologies), _kept(method),
                      ", ".join(method.loss_class.presets)))
-    return table(rows)
+    return [*table(rows), *comparison(RESULTS)]
+
+
+def spread(values: list[float] | None) -> str:
+    """The mean and the standard deviation of accuracies, in %."""
+    if not values:
+        return ""
+    return f"{100 * statistics.mean(values):.2f} +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else f"{100 * values[0]:.2f}"
+
+
+def comparison(path: Path) -> list[str]:
+    """Every method on the embedded digits, from the result file of ``bench.methods``; nothing if there is none."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    settings, measured = found["settings"], found["rows"]
+    count = int(re.search(r"and (\d+) test", settings["data"])[1])
+    rows = [("method", "preset", "networks", "student, %", "ensemble, %", "mean of the branches, %", "parameters in training", "s per run")]
+    for row in measured:
+        rows.append((f"[{row['method']}]({row['method']}.md)", row["preset"], "1" if row["branches"] == 1 else f"{row['branches']} {row['networks']}",
+                     spread(row["student"]), spread(row.get("ensemble")), spread(row.get("branch_mean")), f"{row['parameters']:,}",
+                     f"{statistics.mean(row['seconds']):.0f}"))
+    teachers = [f"{spread(row['teacher'])} %" for row in measured if "teacher" in row]
+    commits = ", ".join(sorted({row["commit"] for row in measured}))
+    return [
+        "### All methods on the embedded digits", "",
+        f"Accuracy after the last epoch, mean and standard deviation over {settings['seeds']} seeds; {settings['student']}, {settings['data']}, "
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, learning rate {settings['lr']:g}, every method with its default number of branches"
+        + (f", `kd` with a {settings['teacher']} trained in the same way ({teachers[0]})" if teachers else "") + ". "
+        f"`python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU thread); it takes minutes and says that everything trains. "
+        f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods.", "",
+        *table(rows),
+    ]
 
 
 def generated() -> dict[Path, str]:

@@ -11,9 +11,10 @@ from fastokd.data import Dataset, open_dataset
 from fastokd.export import check_same_logits, load_student
 from fastokd.methods import get_method
 from fastokd.models import create_student
+from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import Trainer, build_model
+from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 

@@ -92,7 +92,7 @@ def test_ffsd_loss_adds_its_terms_with_their_weights():
     # The KL terms do not ramp up, the terms on maps do.
     want = criterion.graph_loss(rows, target, kd_weight=0.0) + 0.1 * (0.5 * terms["diversity"] + 0.25 * terms["fusion"] + 2.0 * terms["decoder"])
     torch.testing.assert_close(loss, want)
-    assert terms["kl/mean->fusion"] > 0
+    assert terms["kl/ensemble->fusion"] > 0
     assert "ce/leader" in terms
 
 

@@ -22,17 +22,16 @@ from fastokd.methods.ahbf import AHBFGate
 from fastokd.models import (
     Backbone,
     BranchedModel,
-    check_image_size,
     create_model,
     create_student,
     get_backbone,
     list_models,
 )
 from fastokd.models.staged import compressed_blocks, level_blocks
-from fastokd.models.summary import count_parameters, forward_flops
+from fastokd.models.summary import check_images, count_parameters, forward_flops
 from fastokd.models.vgg import backbone as vgg
+from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import build_model
 from fastokd.train.step import BranchEvaluator
 
 NETWORKS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "networks.json").read_text())
@@ -351,9 +350,13 @@ def test_computes_what_the_stock_network_does(name: str) -> None:
     if not same_names:
         state = dict(zip(stock.state_dict(), state.values(), strict=True))
     stock.load_state_dict(state, strict=True)
-    x = torch.randn(2, 3, size, size).double()
+    x = torch.randn(2, 3, size, size).double().requires_grad_()
+    got, want = student(x), stock(x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn(2, 7).double()
+    for ours, theirs in zip(*(torch.autograd.grad(logits, x, upstream) for logits in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
     with torch.no_grad():
-        torch.testing.assert_close(student(x), stock(x), rtol=1e-9, atol=1e-9)
         if name.endswith("_imagenet"):
             student, stock, x = student.float(), stock.float(), x.float()
             assert torch.equal(student(x), stock(x))
@@ -488,10 +491,12 @@ def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -
 
 
 def test_images_that_are_too_small() -> None:
-    check_image_size("vgg16", 32, 32)
-    check_image_size("resnet20", 8, 8)
-    with pytest.raises(ConfigError, match="images of 8x16 are too small for model 'vgg16', which is made for 32x32; use --image-size 32"):
-        check_image_size("VGG-16", 8, 16)
+    with torch.device("meta"):
+        vgg, resnet = create_model("VGG-16"), create_model("resnet20")
+    check_images(vgg, (32, 32), 32)
+    check_images(resnet, (8, 8), 32)
+    with pytest.raises(ConfigError, match=r"cannot take images of 8 x 16 pixels .*; it is made for 32 x 32: pass --image-size 32"):
+        check_images(vgg, (8, 16), 32)
 
 
 def test_a_run_in_compression_keeps_the_deepest_branch() -> None:

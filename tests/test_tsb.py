@@ -131,7 +131,7 @@ def test_memory_is_a_state_that_moves_with_nothing():
 
 
 def test_two_processes_remember_what_one_does(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(HERE / "tsb_rank.py"), str(tmp_path)]
     running = [subprocess.Popen([*command, str(rank), "2"], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in running]

@@ -1,4 +1,4 @@
-"""FFM: Multi-branch Diversity Enhancement with a Feature Fusion Module (Li et al., ACCV 2020)."""
+"""FFM + CD: Online Knowledge Distillation via Multi-branch Diversity Enhancement (Li et al., ACCV 2020)."""
 
 import itertools
 from collections.abc import Sequence

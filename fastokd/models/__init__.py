@@ -3,14 +3,18 @@
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
-from fastokd.methods import Method, get_method
+from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Companion, Layout, OptionValue, Topology
-from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork
+from fastokd.models.branch_out import branch_out
+from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork, trunk_channels
+from fastokd.models.libraries import is_library_name, library_backbone, library_network
+from fastokd.models.tracing import list_split_points
 
 _modules = {
     **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn20_8"),
@@ -37,17 +41,20 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None, aux_blocks: int = 4, *,
-                 topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
+                 at: str | None = None, topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
                  teacher: nn.Module | None = None, compression: bool = False) -> BranchedModel:
     """The network of that name, laid out as the method trains it.
 
     Args:
-        name: a network, see ``list_models``. Peers may differ: "resnet20,resnet32" names them in their order.
+        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of theirs, with fresh weights.
+            Peers may differ: "resnet20,resnet32" names them in their order.
         method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
         num_classes: C, at least 2.
         num_branches: M; None is the method's default, or the number of networks named.
         aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the paper's a), at least 0.
             Methods without a hierarchy have branches of equal depth and do not look at it.
+        at: for networks of torchvision and timm, the first module that branches own, see ``branch_out``. Peers and a student
+            alone need none.
         topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's default.
         options: options of the method's own modules, see ``Method.model_options``.
         teacher: the frozen teacher of methods that have one: images to logits [B, C].
@@ -57,19 +64,48 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
     Raises:
         ConfigError: a name is unknown, a number out of range, or the method cannot train these networks; the message
             says what would do.
+        MissingExtra: the network is timm's, and timm is not installed.
     """
-    chosen, names = get_method(method), [model_name(part.strip()) for part in name.split(",")]
-    backbones = [get_backbone(part) for part in names]
+    chosen, names = get_method(method), [part.strip() for part in name.split(",")]
     _check_num_classes(num_classes)
     if num_branches is None:
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
-    if not isinstance(aux_blocks, int) or aux_blocks < 0:
-        raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
+    backbones = [find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1) for part in names]
     if compression:
         backbones = [_compressed(backbones[0], chosen, num_branches)]
+    return assemble(backbones, chosen, num_classes, num_branches, aux_blocks, topology, options, teacher, -1 if compression else chosen.kept)
+
+
+def find_backbone(name: str, at: str | None = None, num_classes: int = 10, split: bool = False) -> Backbone:
+    """How the network of that name is split; nothing is built yet.
+
+    Args:
+        name, at, num_classes: as in ``create_model``, for one network.
+        split: whether several branches will share its trunk.
+
+    Raises:
+        ConfigError, MissingExtra: as ``create_model``.
+    """
+    if is_library_name(name):
+        return library_backbone(name, num_classes, at, split)
+    backbone = get_backbone(name)
+    if at is not None:
+        raise ConfigError(f"at='{at}': {name} is branched where its paper branches it; at is for networks torchvision:NAME and timm:NAME")
+    return backbone
+
+
+def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, num_branches: int, aux_blocks: int, topology: Topology,
+             options: Mapping[str, OptionValue] | None = None, teacher: nn.Module | None = None, kept: int | None = None) -> BranchedModel:
+    """The branched model of one backbone, or of one for each peer; arguments and errors as in ``create_model``.
+
+    ``kept`` is the index of the student's branch, by default the method's.
+    """
+    names = [backbone.name for backbone in backbones]
+    if not isinstance(aux_blocks, int) or aux_blocks < 0:
+        raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
     if len(names) == 1:
-        names, backbones = names * num_branches, backbones * num_branches
+        names, backbones = names * num_branches, [*backbones] * num_branches
     # Built in the order of the plain network, so one seed gives the student's part the same initial weights with and
     # without its teachers.
     if topology == "peers":
@@ -77,15 +113,15 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
         branches: list[nn.Module] = [Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0)) for backbone in backbones]
     else:
         trunk = backbones[0].build_trunk()
-        branches = [backbone.build_branch(num_classes, level if chosen.hierarchical else 1, aux_blocks)
+        branches = [backbone.build_branch(num_classes, level if method.hierarchical else 1, aux_blocks)
                     for level, backbone in enumerate(backbones, start=1)]
     try:
-        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], -1 if compression else chosen.kept,
-                             companion_builder(chosen, options), teacher, chosen.name)
+        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], method.kept if kept is None else kept,
+                             companion_builder(method, options), teacher, method.name)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"method '{method}' with model '{name}': {error}") from error
+        raise ConfigError(f"method '{method.name}' with model '{','.join(dict.fromkeys(names))}': {error}") from error
 
 
 def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
@@ -124,20 +160,57 @@ def check_layout(method: Method, names: Sequence[str], topology: str | None, num
     return chosen
 
 
-def create_student(name: str, num_classes: int = 10) -> nn.Module:
+def allowed_methods(name: str) -> list[str]:
+    """The names of the methods that can train the network of that name, with itself or as peers.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    with torch.device("meta"):
+        backbone = find_backbone(name)
+        trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
+        channels = trunk_channels(trunk)
+        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch, channels)]
+    return found
+
+
+def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
+    """Whether a method can build its own modules for branches or peers like this one."""
+    if method.build_companion is None or method.needs_teacher:  # what a teacher must be does not depend on the network
+        return True
+    peers = method.topologies[0] == "peers"
+    branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
+    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
+    try:
+        method.build_companion(layout, **method.model_options)
+    except ValueError:
+        return False
+    return True
+
+
+def create_student(name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
     A student's state dict loads into it: ``create_student(model.name, C).load_state_dict(model.student().state_dict())``.
     "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
 
+    Args:
+        layout: keywords of ``create_model``; given any, the network is a branch of that model instead.
+        branch: the index of that branch; None is what the method keeps.
+
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
+        MissingExtra: the network is timm's, and timm is not installed.
     """
+    if layout or branch is not None:
+        return create_model(name, num_classes=num_classes, **layout).student(branch)
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()
-    backbone = get_backbone(name)
     _check_num_classes(num_classes)
+    if is_library_name(name):
+        return library_network(name, num_classes)
+    backbone = get_backbone(name)
     return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
 
 
@@ -152,33 +225,18 @@ def model_name(name: str) -> str:
 
     found = [name] if name in _modules else [known for known in _modules if plain(known) == plain(name)]
     if len(found) != 1:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}")
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}; networks of torchvision and timm are torchvision:NAME and timm:NAME")
     return found[0]
 
 
 def get_backbone(name: str) -> Backbone:
-    """How the network of that name is split.
+    """How one of our own networks is split.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: there is none of that name; the message suggests the closest.
     """
     name = model_name(name)
     return importlib.import_module(_modules[name]).BACKBONES[name]
-
-
-def check_image_size(name: str, height: int, width: int) -> None:
-    """Whether a network can take images of that size. Only shapes are propagated.
-
-    Raises:
-        ConfigError: they are too small: a stage would leave nothing of them.
-    """
-    backbone = get_backbone(name)
-    with torch.device("meta"), torch.no_grad():
-        try:
-            create_student(name, 2).eval()(torch.empty(1, 3, height, width))
-        except RuntimeError:
-            raise ConfigError(f"images of {height}x{width} are too small for model '{backbone.name}', which is made for {backbone.image_size}x{backbone.image_size}; "
-                              f"use --image-size {backbone.image_size}, or another model") from None
 
 
 def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
@@ -196,6 +254,6 @@ def _check_num_classes(num_classes: int) -> None:
 
 __all__ = [
     "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "check_image_size", "check_layout", "companion_builder", "create_model", "create_student", "get_backbone", "list_models",
-    "model_name", "register_model",
+    "allowed_methods", "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "get_backbone",
+    "list_models", "list_split_points", "model_name", "register_model",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.methods.method import BranchPass, Companion, Layout
+from fastokd.methods.method import BranchPass, Companion, Layout, RunResult
+from fastokd.models.merge import MergedFirstConvs
 
 
 class BranchOutput(NamedTuple):
@@ -42,7 +43,10 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Trunk maps [B, c, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
-        features = self.body(x)
+        return self.finish(self.body(x))
+
+    def finish(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the body computes to what ``forward`` gives."""
         return features, self.head(features)
 
 
@@ -125,9 +129,10 @@ class BranchedModel(nn.Module):
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
         channels = tuple(branch.channels for branch in branches)
-        self.companion = build_companion(Layout(channels, _out_channels(trunk), num_classes, branches, teacher)) if build_companion else None
+        self.companion = build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher)) if build_companion else None
         self.method = method
         self._joins = tuple(joins)
+        self._merged: MergedFirstConvs | None = None
 
     @property
     def num_branches(self) -> int:
@@ -137,10 +142,10 @@ class BranchedModel(nn.Module):
     @property
     def name(self) -> str:
         """The name of the student's network, as ``create_student`` takes it."""
-        return f"{','.join(self.names)}@{self.method}" if self._own_student else self.names[self.kept]
+        return f"{','.join(self.names)}@{self.method}" if self.hands_over_more else self.names[self.kept]
 
     @property
-    def _own_student(self) -> bool:
+    def hands_over_more(self) -> bool:
         """Whether the method hands over a network of its own making."""
         return self.companion is not None and type(self.companion).student is not Companion.student
 
@@ -157,13 +162,38 @@ class BranchedModel(nn.Module):
             inputs = (shared,) * self.num_branches
         else:
             shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
+        ran = self._run(inputs)
         if self.companion is None:
-            features, logits = zip(*[branch(own) for branch, own in zip(self.branches, inputs, strict=True)], strict=True)
-            return BranchOutput(logits, features)
-        ran = self.companion.run(inputs, self.branches)
+            return BranchOutput(ran.logits, ran.features)
         images = shared if self.trunk is None else x
         extras = self.companion(BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on))
         return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
+
+    def _run(self, inputs: Sequence[Tensor]) -> RunResult:
+        if self.companion is not None and self._merged is None:
+            return self.companion.run(inputs, self.branches)
+        if self._merged is not None:
+            results = self._merged(inputs[0])
+        else:
+            results = [branch(own) for branch, own in zip(self.branches, inputs, strict=True)]
+        features, logits = zip(*results, strict=True)
+        return RunResult(features, logits)
+
+    @property
+    def merged_first_conv(self) -> bool:
+        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same values up to rounding.
+
+        Setting it raises a ConfigError where they cannot be merged, and says why.
+        """
+        return self._merged is not None
+
+    @merged_first_conv.setter
+    def merged_first_conv(self, merged: bool) -> None:
+        if merged and self.trunk is None:
+            raise ConfigError("merged_first_conv: peers have no trunk, so their convolutions have no input in common")
+        if merged and self.companion is not None and type(self.companion).run is not Companion.run:
+            raise ConfigError(f"merged_first_conv: method '{self.method}' runs the branches in its own way")
+        self._merged = MergedFirstConvs(self.branches) if merged else None
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
@@ -177,7 +207,7 @@ class BranchedModel(nn.Module):
         Raises:
             ConfigError: there is no such branch.
         """
-        if branch is None and self._own_student:
+        if branch is None and self.hands_over_more:
             return self.companion.student(self.branches, self.kept).train(self.training)
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
@@ -189,9 +219,11 @@ class BranchedModel(nn.Module):
         return student
 
 
-def _out_channels(trunk: nn.Module | None) -> int:
+def trunk_channels(trunk: nn.Module | None) -> int:
     """Channels of what a trunk puts out, 3 without one. Only shapes are propagated."""
     if trunk is None:
         return 3
+    if isinstance(channels := getattr(trunk, "channels", None), int):
+        return channels
     with torch.no_grad():
         return copy.deepcopy(trunk).to("meta").eval()(torch.empty(1, 3, 64, 64, device="meta")).shape[1]

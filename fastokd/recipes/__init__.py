@@ -19,6 +19,9 @@ _modules = {
     "cifar100-resnet32-one": "fastokd.recipes.one",
     "cifar100-resnet32-ffsd": "fastokd.recipes.ffsd",
     "cifar100-wrn16-2-afid": "fastokd.recipes.afid",
+    **dict.fromkeys(("cifar10-resnet32-tsb", "cifar100-resnet32-tsb", "cifar100-resnet32-wrn16-4-tsb", "cifar100-resnet32-kdcl",
+                     "cifar100-resnet32-wrn16-2-kdcl"), "fastokd.recipes.tsb"),
+    **dict.fromkeys(("cifar10-resnet32-ffm", "cifar100-resnet32-ffm", "cifar100-resnet110-ffm"), "fastokd.recipes.ffm"),
 }
 
 

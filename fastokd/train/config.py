@@ -17,7 +17,7 @@ from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
-from fastokd.models import check_layout, companion_builder, model_name
+from fastokd.models import check_layout, companion_builder, find_backbone
 from fastokd.ops import check_impl
 
 
@@ -27,7 +27,8 @@ class TrainConfig:
 
     Attributes:
         data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the network's name, e.g. "resnet32"; peers may differ: "resnet20,resnet32".
+        model: the network's name, e.g. "resnet32", or "torchvision:NAME" or "timm:NAME"; peers may differ: "resnet20,resnet32".
+        at: for networks of torchvision and timm, the first module that every branch has for itself, e.g. "layer3".
         method: the method's name, e.g. "ahbf".
         preset: the method's bundle of loss options, "paper" or "code".
         branches: number of branches M; None for the method's default, or as many as ``model`` names.
@@ -61,6 +62,7 @@ class TrainConfig:
 
     data: str = ""
     model: str = "resnet32"
+    at: str | None = None
     method: str = "ahbf"
     preset: str = "paper"
     branches: int | None = None
@@ -155,9 +157,9 @@ def check_method(config: TrainConfig) -> None:
         ConfigError: names the field, its value and the fix.
     """
     method = get_method(config.method)
+    topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
-        model_name(name)
-    check_layout(method, config.model_names(), config.topology, config.num_branches())
+        find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
     presets = method.loss_class.presets
     if config.preset not in presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, presets)}")

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastokd.data import Loader
 from fastokd.data.dataset import carve
 from fastokd.data.images import Progress, first_of
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
-from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, check_image_size, create_model
+from fastokd.export import load_weights, student_record, write_student
+from fastokd.models import find_backbone
+from fastokd.models.summary import check_images
 from fastokd.storage import write_json
-from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastokd.train.build import build_model
+from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
 from fastokd.train.metrics import MetricSums
@@ -53,15 +54,6 @@ class Summary:
     student: str
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory format.
-
-    Only training needs the frozen ``teacher`` of methods that have one.
-    """
-    torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks,
-                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
 class Trainer:
@@ -78,10 +70,9 @@ class Trainer:
             self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.end_epoch()
-        for name in config.model_names():
-            check_image_size(name, *self.dataset.image_size)
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
+        check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
@@ -269,15 +260,16 @@ class Trainer:
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
+            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
         self.saved = self.epoch
 
 
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
+def provenance(config: TrainConfig, run: RunFolder) -> dict[str, Any]:
+    """Where a student comes from, for its record: the method's settings, and the versions that the run was started with."""
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+            "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
