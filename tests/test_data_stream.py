@@ -183,6 +183,11 @@ def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
     first, second = iter(loader), iter(loader)
     assert equal(list(second), whole)
     assert list(first) == []  # a new iteration ends the one before it
+    third = iter(loader)
+    next(third)
+    loader.set_epoch(1)
+    assert list(third) == []  # and so does another epoch
+    assert loader.state_dict()["position"] == 0
 
 
 @each_loader

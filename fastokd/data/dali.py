@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastokd.data.images import decode, default_workers, first_of, reason_of, show
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
-from fastokd.data.stream import Decoded, Request, StreamLoader, read_options, scaled
+from fastokd.data.stream import Decoded, Request, StreamLoader, read_options, scaled, stand_in
 from fastokd.errors import ConfigError, DataError, MissingExtra, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -243,14 +243,13 @@ class DaliLoader(StreamLoader):
         self._requests = chain(pending, self._requests)
 
     def _without_bad(self, request: Request) -> Request:
-        """The request with the next good image in the place of every one that is known to be bad."""
+        """The request with stand-ins for the images that are known to be bad."""
         if not self.replaced:
             return request
         index = request.index.copy()
         for place, i in enumerate(index.tolist()):
-            while i in self.replaced:
-                i = (i + 1) % len(self.split)
-            index[place] = i
+            if i in self.replaced:
+                index[place] = stand_in(self.split, i, self.replaced)
         return request._replace(index=index)
 
     def _probe(self, request: Request) -> dict[int, str]:
@@ -338,10 +337,10 @@ def dali_reason(error: Exception) -> str:
 
 
 def _resize(pixels: "DataNode", size: Any) -> "DataNode":
-    """Antialiased, and over the whole picture, as other libraries do it: DALI would keep an exact scale instead."""
+    """Scaled with a triangle filter as wide as it must be, as the other loaders do."""
     from nvidia.dali import fn, types
 
-    return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False)
+    return fn.resize(pixels, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 def _integers(*values: "DataNode") -> "DataNode":
