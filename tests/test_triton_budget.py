@@ -79,7 +79,7 @@ def test_instructions_per_column(which: str, aligned: bool) -> None:
 
 @pytest.mark.parametrize(("branches", "most"), [(2, 25), (8, 136)])
 def test_instructions_per_column_of_other_numbers_of_branches(branches: int, most: float) -> None:
-    cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 23.1 and 132.3 on Triton 3.9 and 3.6
+    cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 24.4 and 132.3
     assert cost.per_column <= most, cost
 
 
