@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,11 +20,15 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Batch
+from bench.loaders import images_per_second, waiting_share
+from bench.pictures import compose
+from fastokd.data import Augment, Batch, list_files
+from fastokd.data.dali import default_threads
+from fastokd.data.loader import get_loader_kind
 from fastokd.errors import ConfigError, FastOKDError, did_you_mean, first_line
 from fastokd.graph import lower
 from fastokd.methods.ahbf import PRESETS, ahbf_graph
-from fastokd.models import create_model
+from fastokd.models import create_model, list_models
 from fastokd.ops import evaluate, loss_and_grad
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
@@ -46,6 +51,7 @@ class Context:
     deadline: float
     dry: bool
     data: str | None
+    pictures: str | None
 
     def left(self) -> float:
         """Seconds until the minutes are spent."""
@@ -252,8 +258,46 @@ def _train(path: Path, config: TrainConfig) -> Any:
     return trainer.run()
 
 
+def part_data(context: Context) -> dict[str, Any]:
+    """DALI at 224 pixels: images per second by the share of the JPEG engine and by decoder, and how long an AHBF step waits for it."""
+    device, dry = context.device, context.dry
+    kind = get_loader_kind("dali")
+    if reason := kind.missing(device):
+        return {"skipped": reason}
+    size, batch, count = (48, 4, 16) if dry else (224, 256, 8192)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(context.pictures) if context.pictures else compose(Path(folder), count)
+        dataset = list_files(pictures, image_size=size, augment=Augment(flip=True, crop_scale=(0.08, 1.0)))
+
+        def loader(batch: int, **options: Any) -> Any:
+            return kind.make(dataset.train, batch, True, device, 0, size=dataset.image_size, mean=dataset.mean, std=dataset.std,
+                             augment=dataset.augment, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, options=options)
+
+        cases: list[dict[str, Any]] = [{"decoder": "cpu"}]
+        if device.type == "cuda":
+            cases += [{"decoder": "mixed", "hw_decoder_load": load} for load in (0.0, 0.15, 0.3, 0.5, 0.65, 0.8, 1.0)]
+        rows: list[dict[str, Any]] = []
+        for options in cases:
+            if context.left() < 0:
+                return {"rows": rows, "stopped": "the minutes were spent"}
+            one = loader(batch, **options)
+            rows.append({**options, "batch": batch, "size": size, "threads": default_threads(device.type == "cuda"),
+                         "images_per_second": images_per_second(one, device, 1 if dry else 2)})
+            one.close()
+        best = max(rows, key=lambda row: row["images_per_second"])
+        name = next(name for name in ("resnet8" if dry else "resnet18", "resnet32") if name in list_models())
+        config = TrainConfig(model=name, method="ahbf", branches=2 if dry else NUM_BRANCHES, aux_blocks=0)
+        torch.manual_seed(0)
+        model = create_model(config.model, config.method, len(dataset.classes), config.branches, config.aux_blocks).to(device, memory_format=torch.channels_last)
+        step, kd_weight = TrainStep(config, model, device), torch.ones((), device=device)
+        feeding = loader(4 if dry else 96, **{option: best[option] for option in ("decoder", "hw_decoder_load") if option in best})
+        waiting = waiting_share(feeding, device, lambda images: step(images, kd_weight))
+        feeding.close()
+    return {"rows": rows, "waiting": {"model": name, "method": "ahbf", "branches": config.branches, "batch": feeding.batch_size, **waiting}}
+
+
 PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {
-    "environment": part_environment, "tests": part_tests, "kernels": part_kernels, "step": part_step, "accuracy": part_accuracy,
+    "environment": part_environment, "tests": part_tests, "kernels": part_kernels, "step": part_step, "data": part_data, "accuracy": part_accuracy,
 }
 """In the order of their worth."""
 
@@ -265,6 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON files (default bench/results)")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)")
     parser.add_argument("--data", help="folder of CIFAR-10 images for the accuracy part")
+    parser.add_argument("--pictures", help="tree of large JPEG files for the data part (default: some are drawn)")
     parser.add_argument("--again", action="store_true", help="run parts whose result is there already")
     parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes")
     options = parser.parse_args(arguments)
@@ -292,7 +337,7 @@ def run_parts(options: argparse.Namespace) -> int:
     out = options.out.absolute()
     os.chdir(Path(__file__).resolve().parent.parent)  # where the tests are
     device = torch.device("cuda", 0) if not options.dry_run else torch.device("cpu")
-    context = Context(device, out, time.monotonic() + 60 * options.minutes, options.dry_run, options.data)
+    context = Context(device, out, time.monotonic() + 60 * options.minutes, options.dry_run, options.data, options.pictures)
     label = "dry-run" if options.dry_run else torch.cuda.get_device_name(device).replace(" ", "-").lower()
     for name in options.parts or PARTS:
         path = out / f"{name}-{label}.json"

@@ -216,14 +216,15 @@ def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "
     """Measure the accuracy of a run (student, every branch, every teacher assistant) or of an exported student.
 
     Args:
-        path: a run folder, or an exported student (a folder or .safetensors file).
-        data: the dataset; for a run the default is the one it was trained on.
+        path: a run folder, or an exported student: a file of any format, or a folder that holds one.
+        data: the dataset; for a run the default is the one it was trained on. For an exported student a folder needs no
+            train/, and may hold the class folders themselves.
         which: the checkpoint of the last or of the best epoch; for runs only.
         split: train, val or test (default: what the run is evaluated on).
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; ONNX runs on the CPU.
     """
     if not (path / "config.yaml").is_file():
-        _evaluate_student(path, data, split, device)
+        _evaluate_export(path, data, split, device)
         return
     from fastokd.train.loop import load_run
 
@@ -234,36 +235,44 @@ def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "
 
 
 @command
-def export(run: Pos[Path], to: Literal["safetensors"] = "safetensors", out: File = None, which: Literal["last", "best"] = "last",
-           data: Text = None, device: str = "auto") -> None:
-    """Write the plain student of a run, and measure it again from the written file.
+def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "onnx", "torch-export", "torchscript"] = "safetensors",
+           out: File = None, which: Literal["last", "best"] = "last", branch: Text = None, data: Text = None, device: str = "auto") -> None:
+    """Write the plain student of a run, with its classes, preprocessing, accuracy and provenance, checked on real images.
 
     Args:
         run: the run folder.
-        to: the format: safetensors, with a JSON beside it (classes, preprocessing, architecture, accuracy).
+        to: the format. safetensors: weights, for load_student. torchvision, timm: weights that load into that library's own
+            network, where it has one. onnx: for onnxruntime and others. torch-export: a .pt2 program for PyTorch.
+            torchscript: for programs that still load it; PyTorch calls it deprecated.
         out: the folder to write to (default RUN/export).
         which: the student of the last or of the best epoch.
+        branch: another branch than the student, by number or name: 2 or branch2.
         data: real images for the check (default: the run's dataset).
         device: auto, cpu, cuda or cuda:N.
     """
-    from fastokd.export import check_same_logits, load_student, measure_accuracy, student_record, write_student
+    from fastokd.export import export_student, get_format, measure_accuracy, student_record
     from fastokd.train.loop import load_run, provenance
+    from fastokd.train.run_folder import RunFolder
 
+    folder, form = RunFolder.open(run), get_format(to)
+    form.describe({"name": folder.load_config().model})  # what cannot be made is refused before the images are read
     trained = load_run(run, which, data, device)
-    student = trained.evaluator.model.student().eval()
-    accuracy = trained.evaluator.evaluate(trained.loader)[trained.evaluator.kept]
-    target = (out or run / "export") / f"student.{to}"
-    settings = trained.config
-    write_student(target, student, student_record(
-        trained.evaluator.model.name, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], provenance=provenance(settings)))
-    loaded, _ = load_student(target)
-    loaded.to(trained.evaluator.device)
-    compared = check_same_logits(student, loaded, trained.loader)
-    again = measure_accuracy(loaded, trained.loader)
+    settings, model = trained.config, trained.evaluator.model
+    index = None if branch is None else _branch_index(branch, model.num_branches)
+    student = model.student(index).eval()
+    name, layout = (model.name, {}) if index is None else _branch_architecture(trained, index, student)
+    # Measured as it is deployed, alone and in float32, not under the run's autocast.
+    accuracy = measure_accuracy(student, trained.loader)
+    record = student_record(
+        name, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], layout=layout,
+        provenance={**provenance(settings, folder), "checkpoint": which, "branch": (model.kept if index is None else index) + 1})
+    target, compared = export_student(student, record, to, out or run / "export", trained.loader, trained.evaluator.device)
     console = _console()
-    parameters = sum(value.numel() for value in loaded.parameters())
-    console.print(f"wrote {target} and {target.with_suffix('.json').name}: {trained.evaluator.model.name} alone, {parameters:,} parameters", markup=False)
-    console.print(f"loaded again without the branches: the same logits bit for bit on {compared} images, accuracy {100 * again:.2f} %", markup=False)
+    parameters = sum(value.numel() for value in student.parameters())
+    same = "the same logits bit for bit" if not compared.difference else (
+        f"logits within {compared.difference:.1e} (allowed: {form.tolerance:g} of the largest), the same class for {compared.same_top1}")
+    console.print(f"wrote {target} and {form.record_name}: {name} alone, {parameters:,} parameters", markup=False)
+    console.print(f"run from that file without the branches: {same} on {compared.num_images} images, accuracy {100 * compared.accuracy:.2f} %", markup=False)
 
 
 @command
@@ -475,6 +484,7 @@ def _costs(name: str, method: str, branches: int | None, aux_blocks: int, at: st
 
 
 def _print_networks(names: Sequence[str], method: str, branches: int | None, aux_blocks: int, num_classes: int, image_size: int | None) -> None:
+    from fastokd.methods import list_methods
     from fastokd.models import allowed_methods
 
     table = Table(box=None, pad_edge=False)
@@ -484,9 +494,10 @@ def _print_networks(names: Sequence[str], method: str, branches: int | None, aux
     for name in names:
         costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
         cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters:,}", f"{costs[part].flops / 1e6:,.2f}")]
-        table.add_row(name, str(size), *cells, ", ".join(allowed_methods(name)))
+        allowed = allowed_methods(name)
+        table.add_row(name, str(size), *cells, "all" if allowed == list_methods() else ", ".join(allowed))
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME")
+    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods: {', '.join(list_methods())}")
     print("any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE; fastokd models torchvision:resnet18 lists the places")
 
 
@@ -581,33 +592,61 @@ def _print_summary(summary: Any, kept: str, path: Path) -> None:
     console.print(f"student: {summary.student}   run: {path}", markup=False)
 
 
-def _evaluate_student(path: Path, data: str | None, split: str | None, device: str) -> None:
-    from fastokd.data import Augment, list_files, make_loader, open_dataset
-    from fastokd.errors import CheckpointError
-    from fastokd.export import load_student, measure_accuracy, student_file
+def _branch_index(text: str, num_branches: int) -> int:
+    number = text.removeprefix("branch")
+    if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= num_branches:
+        raise ConfigError(f"unknown branch '{text}'{did_you_mean(text, [f'branch{m}' for m in range(1, num_branches + 1)])}")
+    return int(number) - 1
+
+
+def _branch_architecture(trained: Any, index: int, network: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a branch's network and, unless it is the plain one of that name, which branch of which model it is."""
+    from fastokd.models import create_student
+    from fastokd.train.build import model_layout
+
+    def shapes(module: Any) -> dict[str, Any]:
+        return {name: value.shape for name, value in module.state_dict().items()}
+
+    name = trained.evaluator.model.names[index]
+    if shapes(create_student(name, len(trained.dataset.classes))) == shapes(network):
+        return name, {}
+    return trained.config.model, {"branch": index, **model_layout(trained.config)}
+
+
+def _evaluate_export(path: Path, data: str | None, split: str | None, device: str) -> None:
+    from fastokd.data import Augment, open_evaluation
+    from fastokd.data.images import first_of, show
+    from fastokd.data.loader import best_file_loader, get_loader_kind
+    from fastokd.errors import CheckpointError, DataError
+    from fastokd.export import measure_accuracy, open_export
     from fastokd.train.step import choose_device
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder or an exported student")
-    student, record = load_student(path)
+    file, record, runtime = open_export(path, choose_device(device))
+    stored, preprocessing, classes = record["accuracy"], record["preprocessing"], record["classes"]
     if data is None:
-        raise ConfigError(f"an exported student needs --data; {student_file(path)} was measured on {record['accuracy']['data']}")
-    where = choose_device(device)
-    preprocessing = record["preprocessing"]
+        raise ConfigError(f"an exported student needs --data; {file} was measured on {show(stored['data'])}")
     height, width = preprocessing["image_size"]
-    prepared = {"image_size": height if height == width else None, "mean": preprocessing["mean"], "std": preprocessing["std"]}
+    mean, std, side = preprocessing["mean"], preprocessing["std"], min(height, width)
     # Scaled further than to what is cut: the student was trained on random resized crops, and so are the pictures framed.
-    cropped = preprocessing.get("shorter_side", 0) > min(height, width)
-    dataset = list_files(data, **prepared, augment=Augment(crop_scale=(0.08, 1.0))) if cropped else open_dataset(data, **prepared)
-    if list(dataset.classes) != record["classes"]:
-        raise CheckpointError(f"the student knows {len(record['classes'])} classes ({', '.join(record['classes'][:3])}, ...), the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...)")
-    images = dataset.evaluation if split is None else dataset.split(split)
-    loader = make_loader(dataset, split or ("test" if dataset.val is None else "val"), 256, train=False, device=where)
-    accuracy = measure_accuracy(student.to(where), loader)
-    stored = record["accuracy"]
+    cropped = preprocessing.get("shorter_side", side) > side
+    found = open_evaluation(data, split, height if height == width else None, decoded=not cropped)
+    if list(found.classes) != classes:
+        raise CheckpointError(f"the student knows {len(classes)} classes ({first_of(classes, 3)}), the data has {len(found.classes)} ({first_of(found.classes, 3)})")
+    settings: dict[str, Any] = {"mean": mean, "std": std, "num_classes": len(classes), "augment": Augment(crop_scale=(0.08, 1.0)) if cropped else Augment()}
+    if cropped:
+        kind = get_loader_kind(best_file_loader(runtime.device))
+        settings["size"] = (height, width)
+    else:
+        kind = get_loader_kind("resident")
+        size = tuple(found.images.images.shape[2:])
+        if size != (height, width):
+            raise DataError(f"{found.name}: the images are {size[0]} x {size[1]}, the student takes {height} x {width}; bring them to that size")
+    accuracy = measure_accuracy(runtime.run, kind.make(found.images, 256, False, runtime.device, 0, **settings))
     console = _console()
-    console.print(f"{student_file(path)}: {record['architecture']['name']} alone on {dataset.name}, {len(images)} {images.name} images", markup=False)
-    console.print(f"accuracy {100 * accuracy:.2f} % (stored with the export: {100 * stored['top1']:.2f} % on {stored['data']}, {stored['num_images']} {stored['split']} images)", markup=False)
+    console.print(f"{file}: {show(record['architecture']['name'])} alone ({record['export']['to']}) on {found.name}, {len(found.images)} {found.images.name} images", markup=False)
+    console.print(f"accuracy {100 * accuracy:.2f} % (stored with the export: {100 * stored['top1']:.2f} % on {show(stored['data'])}, {stored['num_images']} {show(stored['split'])} images)", markup=False)
 
 
 def _usage_error(text: str, name: str) -> str:

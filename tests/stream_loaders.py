@@ -40,6 +40,14 @@ def dali(*args, options=None, **settings):
     return DaliLoader(*args, **{**DEFAULTS, **settings}, options=DaliOptions(threads=1) if options is None else options)
 
 
+def dali_alone(*args, **settings):
+    """DALI as it works beside a GPU: it scales the pictures too."""
+    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    from fastokd.data.dali import DaliOptions
+
+    return dali(*args, **settings, options=DaliOptions(threads=1, resize="dali"))
+
+
 def torchvision(*args, options=None, **settings):
     return TorchvisionLoader(*args, **{**DEFAULTS, **settings}, options=TorchvisionOptions(workers=0) if options is None else options)
 

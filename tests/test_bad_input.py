@@ -53,7 +53,7 @@ CONSTRUCTORS = {
     "okddip mix": (lambda: okddip_graph(mix="probs"), ["mix='probs'", "probabilities"]),
     "dml teacher": (lambda: dml_graph(teacher="median"), ["teacher='median'", "pairwise"]),
     "kd teacher": (lambda: kd_graph(teacher_rows="file"), ["teacher_rows='file'", "probabilities"]),
-    "kdcl variant": (lambda: kdcl_graph("minilogit"), ["unknown variant 'minilogit'", "did you mean 'minlogit'"]),
+    "kdcl variant": (lambda: kdcl_graph("minilogit"), ["variant='minilogit'", "did you mean 'minlogit'"]),
     "ffsd": (lambda: ffsd_graph(1), ["ffsd_graph", "num_students=1"]),
     "graph temperature": (lambda: one_graph(temperature=0.0), ["kl/ensemble->branch1", "temperature=0.0"]),
     "branch count as text": (lambda: branch_names("x", "3", 2), ["num_branches='3'"]),

@@ -16,6 +16,9 @@ def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
         assert not missing, row
     assert {(row["method"], row["precision"]) for row in found["step"]["rows"]} == {(m, p) for m in ("baseline", "ahbf") for p in ("fp32", "bf16")}
     assert all(row["images_per_second"] > 0 for row in found["step"]["rows"])
+    if "skipped" not in found["data"]:
+        assert all(row["images_per_second"] > 0 for row in [*found["data"]["rows"], {"images_per_second": found["data"]["waiting"]["epoch_images_per_second"]}])
+        assert 0 <= found["data"]["waiting"]["waiting_share"] < 1
     assert [row["preset"] for row in found["accuracy"]["rows"]] == ["paper", "paper", "code"]
     assert found["environment"]["copy_bandwidth_gb_s"] > 0
     capsys.readouterr()

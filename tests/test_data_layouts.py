@@ -123,6 +123,9 @@ class TestFlatValidation:
         self.check(tmp_path)
         (tmp_path / "val.txt").write_text("\n".join(lines).replace(" 2", " 3").replace(" 1", " 2").replace(" 0", " 1"))
         refused(tmp_path, "labels are the numbers 1 to 3, and the 3 class folders in order are 0 to 2")
+        # Within range, and still not sure to begin with 0.
+        (tmp_path / "val.txt").write_text("\n".join(lines).replace(" 0", " 1"))
+        refused(tmp_path, "labels are the numbers 1 to 2")
 
     def test_one_synset_a_line(self, tmp_path):
         self.tree(tmp_path)

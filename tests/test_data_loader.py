@@ -368,6 +368,11 @@ def test_mixing_weights_have_their_distribution():
     inner = ((draws[:, :4] > 0) & (draws[:, :4] < 1)).all(1)  # boxes that the border did not cut
     sides = draws[inner, 1] - draws[inner, 0]
     torch.testing.assert_close(sides, draws[inner, 3] - draws[inner, 2], rtol=0, atol=1e-6)
+    # With so large an alpha every weight is one half, and so is the area of a box that the border does not cut.
+    halves = Mixing(cutmix=1e7).draw(100, 0)
+    whole = ((halves[:, :4] > 0) & (halves[:, :4] < 1)).all(1)
+    torch.testing.assert_close((halves[whole, 1] - halves[whole, 0]).square(), torch.full((int(whole.sum()),), 0.5), rtol=0, atol=2e-3)
+    assert whole.any()
     both = Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 0)
     assert (both[:, 4] == 1).float().mean() == pytest.approx(0.5, abs=0.02)
     assert not torch.equal(both, Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 1))

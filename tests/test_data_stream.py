@@ -1,6 +1,9 @@
 """The loaders that decode while training, both held to the same promises: order, shards, windows, resumption, the batch itself."""
 
+import gc
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +183,11 @@ def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
     first, second = iter(loader), iter(loader)
     assert equal(list(second), whole)
     assert list(first) == []  # a new iteration ends the one before it
+    third = iter(loader)
+    next(third)
+    loader.set_epoch(1)
+    assert list(third) == []  # and so does another epoch
+    assert loader.state_dict()["position"] == 0
 
 
 @each_loader
@@ -334,3 +342,17 @@ def test_settings_out_of_range(split, settings, said):
 def test_fewer_images_than_one_batch(split):
     with pytest.raises(DataError, match="use --batch-size 14 or less"):
         torchvision(split, 15, True, rank=0, world_size=2)
+
+
+@each_loader
+def test_memory_stays_flat_over_fifty_epochs(split, make):
+    loader = make(split, 8, True, size=(96, 96))  # 2.7 MB of images an epoch
+    resident = []
+    for epoch in range(50):
+        loader.set_epoch(epoch)
+        for _, batch in zip(range(1 + epoch % 3), loader, strict=False):
+            assert batch.images.shape == (8, 3, 96, 96)
+        if epoch % 10 == 9:
+            gc.collect()
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[-1] - resident[1] < 12 * 2**20

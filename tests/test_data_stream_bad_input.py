@@ -56,7 +56,7 @@ def test_a_bad_picture_stops_the_run_with_its_name(tmp_path, make, damage, reaso
 
 
 @each_loader
-def test_bad_pictures_are_replaced_by_the_next_and_counted(tmp_path, make):
+def test_bad_pictures_are_replaced_by_the_next_of_their_class_and_counted(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     good = list(make(split, 6, True))
     truncate(tmp_path / split.files[9])
@@ -67,7 +67,7 @@ def test_bad_pictures_are_replaced_by_the_next_and_counted(tmp_path, make):
             for i, j, image, same in zip(batch.index.tolist(), want.index.tolist(), batch.images, want.images, strict=True):
                 if j == 9:
                     replaced += 1
-                    assert i == 10
+                    assert i == 12  # the next of its class
                 else:
                     assert i == j
                     assert torch.equal(image, same)
@@ -79,7 +79,7 @@ def test_bad_pictures_are_replaced_by_the_next_and_counted(tmp_path, make):
 
 def test_both_loaders_replace_alike_and_so_do_workers(tmp_path):
     split = write_split(tmp_path, COUNT)
-    truncate(tmp_path / split.files[COUNT - 1])  # the next one is the first
+    truncate(tmp_path / split.files[COUNT - 1])  # the last of its class: the next one is its first
     loaders = [
         LOADERS["dali"](split, 6, True, bad_images="replace"), torchvision(split, 6, True, bad_images="replace"),
         torchvision(split, 6, True, bad_images="replace", options=TorchvisionOptions(workers=1)),
@@ -96,6 +96,16 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path, make):
     for i in (3, 4, 15):
         truncate(tmp_path / split.files[i])
     with pytest.raises(DataError, match=r"bad pictures.*no more than 1 are replaced"):
+        list(make(split, 6, True, bad_images="replace"))
+
+
+@each_loader
+def test_a_class_without_a_good_picture_stops_the_run(tmp_path, make, monkeypatch):
+    monkeypatch.setattr("fastokd.data.stream.MAX_REPLACED", 0.5)
+    split = write_split(tmp_path, COUNT, classes=8)
+    for i in (2, 10, 18):
+        truncate(tmp_path / split.files[i])
+    with pytest.raises(DataError, match=r"none of the 3 images of the class of .* can be decoded"):
         list(make(split, 6, True, bad_images="replace"))
 
 
@@ -182,7 +192,7 @@ def test_a_format_that_dali_lacks_is_named_before_anything_is_decoded(tmp_path):
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"threads": 0}, "threads=0"), ({"prefetch": 0}, "prefetch=0"), ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5"),
-    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"width_hint": -1}, "width_hint=-1"),
+    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"resize": "pillow"}, "unknown resize 'pillow'"), ({"width_hint": -1}, "width_hint=-1"),
 ])
 def test_dali_options_out_of_range(options, said):
     from fastokd.data.dali import DaliOptions

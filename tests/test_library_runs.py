@@ -87,7 +87,7 @@ def test_mistakes_are_told_before_anything_is_read(run, tmp_path, arguments, pat
 def test_images_that_are_too_small(run, images):
     code, _, err = run("train", "--data", images, "--model", "torchvision:vit_b_16", "--at", "encoder.layers.encoder_layer_11", "--method", "one", "--branches", "2")
     assert code == 2
-    assert re.fullmatch(r"fastokd: the network cannot take images of 32 x 32 pixels \(.*\); pass another --image-size, or another --model\n", err), err
+    assert re.fullmatch(r"fastokd: the network cannot take images of 32 x 32 pixels \(.*\); it is made for 224 x 224: pass --image-size 224, or another --model\n", err), err
 
 
 def test_models_are_listed_with_what_they_cost(run):
@@ -113,6 +113,7 @@ def test_the_list_has_every_network(run, monkeypatch):
     assert code == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("resnet")}
     assert list(rows) == ["resnet14", "resnet8"]
-    assert re.search(r"resnet8 +32 +78,042 +25\.00 +[\d,]+ +[\d.]+ +.*ahbf, baseline", rows["resnet8"])
+    assert re.search(r"resnet8 +32 +78,042 +25\.00 +[\d,]+ +[\d.]+ +all", rows["resnet8"])
     assert "torchvision:NAME or timm:NAME" in out
+    assert re.search(r"all methods: .*ahbf, baseline", out)
     assert len(list_models()) > 5

@@ -14,10 +14,11 @@ from fastokd.kernels.triton.spec import specialise
 from fastokd.kernels.triton.tile import choose_splits
 from tests.triton_graphs import GRAPHS
 
-# Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90. What is
-# there: forward 75.5 on Triton 3.9 and 3.6, backward 85.8 and 89.5; without vectors 79.0, 95.0 and 98.0. The forward reads
-# logits once: of its count, 7 instructions keep the running maxima and 10 move the sums to new maxima every 8 columns.
-MOST_PER_COLUMN = {("forward", True): 77, ("backward", True): 91, ("forward", False): 81, ("backward", False): 100}
+# Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90, and
+# registers. What is there, on Triton 3.9 and 3.6: forward 59.25 and 59.25, 72 registers; backward 85.8 and 89.5, 168 and 166;
+# without vectors 64.5 and 64.5, 95.0 and 98.0.
+MOST_PER_COLUMN = {("forward", True): 62, ("backward", True): 91, ("forward", False): 67, ("backward", False): 100}
+MOST_REGISTERS = {"forward": 96, "backward": 192}
 
 
 def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
@@ -40,10 +41,7 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
         assert cost.vector_loads >= branches, cost
         assert which == "forward" or cost.vector_stores >= branches, cost
     if tile.whole > 1:
-        nodes = 2 * branches - 1
-        # One exponential per node and column; the forward needs one more per node and chunk to move its sums.
-        expected = nodes if which != "forward" else nodes * (1 + 1 / tile.pieces)
-        assert cost.exponentials_per_column == pytest.approx(expected), cost
+        assert cost.exponentials_per_column == 2 * branches - 1, cost
 
 
 @pytest.mark.parametrize(("which", "branches", "batch", "classes", "dtype", "capability"), [
@@ -76,7 +74,13 @@ def test_instructions_per_column(which: str, aligned: bool) -> None:
     cost = cost_of(which, 4, 1024, 1000 if aligned else 1001, "bf16")
     assert cost.per_column <= MOST_PER_COLUMN[which, aligned], cost
     assert cost.barriers == 0, "one warp per row needs none"
-    assert cost.registers <= 192, cost
+    assert cost.registers <= MOST_REGISTERS[which], cost
+
+
+@pytest.mark.parametrize(("branches", "most"), [(2, 25), (8, 136)])
+def test_instructions_per_column_of_other_numbers_of_branches(branches: int, most: float) -> None:
+    cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 24.4 and 132.3
+    assert cost.per_column <= most, cost
 
 
 def test_which_rows_are_split() -> None:

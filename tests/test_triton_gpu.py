@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import executor_properties
 
+from fastokd.kernels.triton.tile import choose_splits
 from fastokd.losses import AHBFLoss
 from tests.triton_cases import TRITON, Batch, check, fused, make, run
 from tests.triton_graphs import GRAPHS
@@ -22,6 +23,16 @@ def test_every_published_graph() -> None:
 
 def test_random_graphs() -> None:
     assert executor_properties.check_random("triton", 300, "cuda") == 300
+
+
+@pytest.mark.parametrize("height", [15.0, 60.0, 90.0, 1e4])
+@pytest.mark.parametrize(("classes", "dtype"), [(1000, torch.bfloat16), (1300, torch.float32), (100003, torch.float32)])
+def test_a_logit_far_above_the_guess_at_its_rows_maximum(classes: int, dtype: torch.dtype, height: float) -> None:
+    inputs = make(GRAPHS["cascade"](), 3, classes, dtype, device="cuda")
+    for m, row in enumerate(inputs.logits):
+        row[torch.arange(3), torch.tensor([1, 700 + m, classes - 1])] += height * (1 + m / 8)
+    inputs.target = torch.tensor([1, 3, classes - 1], device="cuda")
+    check(inputs, huge=height > 20)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
@@ -109,8 +120,9 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_graph_reads_the_weights_of_its_terms_anew() -> None:
-    logits, scores, target = loss_inputs(128, 100)
+def replayed(logits: list[torch.Tensor], scores: list[torch.Tensor], target: torch.Tensor) -> None:
+    """Captures a step in a CUDA graph; replays must give the bits of the same step outside it, for other weights of the
+    terms and, replayed last, for other logits and labels in the same places."""
     criterion = AHBFLoss(impl="triton").cuda()
     weight = torch.tensor(1.0, device="cuda")
 
@@ -131,13 +143,30 @@ def test_a_captured_graph_reads_the_weights_of_its_terms_anew() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     captured_grads = [tensor.grad for tensor in (*logits, *scores)]
-    for value in (0.0, 0.25, 1.5):
-        weight.fill_(value)
+    for value in (0.0, 0.25, 1.5, None):
+        if value is None:
+            with torch.no_grad():
+                for tensor in logits:
+                    tensor.copy_(tensor.flip(1) * 100)  # far from a guess at a row's maximum
+                target.copy_(target.flip(0))
+        else:
+            weight.fill_(value)
         graph.replay()
         found, found_grads = captured.clone(), [grad.clone() for grad in captured_grads]
+        assert found.isfinite()
         assert torch.equal(found, step().detach())
         for mine, tensor in zip(found_grads, (*logits, *scores), strict=True):
             assert torch.equal(mine, tensor.grad)
+
+
+def test_a_captured_graph_reads_its_inputs_and_the_weights_of_its_terms_anew() -> None:
+    replayed(*loss_inputs(128, 1300))
+
+
+@pytest.mark.parametrize("classes", [40000, 40001])
+def test_a_captured_graph_of_split_rows(classes: int) -> None:
+    assert choose_splits(4, classes) > 1
+    replayed(*loss_inputs(4, classes))
 
 
 def test_no_kernel_is_compiled_again_for_another_batch_or_weight() -> None:

@@ -120,6 +120,17 @@ def test_opposed_branches_keep_their_mixtures_finite() -> None:
     check(inputs, huge=True)
 
 
+@pytest.mark.parametrize("height", [15.0, 60.0, 90.0, 1e4])
+@pytest.mark.parametrize("name", ["cascade", "selection", "mixed probabilities"])
+def test_a_logit_far_above_the_guess_at_its_rows_maximum(name: str, height: float) -> None:
+    # Of 1300 columns 512 make a chunk; the guess looks at the first chunk's first, fifth, ninth ... column.
+    inputs = make(GRAPHS[name](), 3, 1300)
+    for m, row in enumerate(inputs.logits):
+        row[torch.arange(3), torch.tensor([1, 700 + m, 1299])] += height * (1 + m / 8)
+    inputs.target = torch.tensor([1, 3, 1299])
+    check(inputs, huge=height > 20)
+
+
 def test_identical_rows() -> None:
     inputs = make(GRAPHS["cascade"](), 3, 100)
     inputs.logits = [inputs.logits[0].clone() for _ in inputs.logits]

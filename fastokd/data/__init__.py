@@ -6,18 +6,20 @@ from fastokd.data.files import FileDataset, FileSplit
 from fastokd.data.loader import Batch, Loader, LoaderKind, list_loaders, make_loader, register_loader
 from fastokd.data.registry import (
     DatasetKind,
+    EvaluationSet,
     ReadOptions,
     absolute_spec,
     list_datasets,
     list_files,
     made_of_files,
     open_dataset,
+    open_evaluation,
     register_dataset,
 )
 from fastokd.data.resident import ResidentLoader
 
 __all__ = [
-    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "FileDataset", "FileSplit", "Loader", "LoaderKind", "ReadOptions",
+    "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "EvaluationSet", "FileDataset", "FileSplit", "Loader", "LoaderKind", "ReadOptions",
     "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "list_loaders", "made_of_files", "make_loader", "open_dataset",
-    "register_dataset", "register_loader",
+    "open_evaluation",    "register_dataset", "register_loader",
 ]

@@ -3,6 +3,7 @@
 Where ``val/`` or ``test/`` is flat, as ImageNet's and Tiny-ImageNet's are, a label file says what its images show.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastokd.data.files import FileSplit, check_finished
 from fastokd.data.images import EXTENSIONS, first_of, show
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
 from fastokd.data.registry import DatasetKind
-from fastokd.errors import DataError
+from fastokd.errors import ConfigError, DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -76,6 +77,40 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
     return DataSource(
         root.resolve().name, tuple(classes), splits["train"], test, splits.get("val"), root=root.resolve(), ignored_files=ignored,
     )
+
+
+def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
+    """One split of a tree as the only one of a source, without the rest: ``train/`` need not be there.
+
+    Args:
+        name: "train", "val" or "test"; None for what a run is evaluated on, or for class folders in ``root`` itself.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: as ``list_tree``.
+    """
+    if not os.path.isdir(root):
+        raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}, or one of class folders")
+    names = {split: found for split, folders in SPLITS.items() if (found := next((name for name in folders if os.path.isdir(root / name)), None))}
+    if name is None:
+        name = next((split for split in ("val", "test") if split in names), None)
+        if name is None and names:
+            raise DataError(f"{show(root)}: there is train/ alone; add val/ or test/, or say --split train")
+    elif name not in names:
+        raise ConfigError(f"{show(root)} has no split '{show(name)}' (there is {first_of(list(names)) if names else 'none'})")
+    if name is None:
+        whole = _one_folder(root)
+        return dataclasses.replace(whole, train=dataclasses.replace(whole.train, name=whole.name))
+    classes = _class_names(root / names[name])
+    if flat_images(root / names[name], classes) is not None:
+        # Whose labels are numbers or synsets means something only beside the training split's classes.
+        whole = list_tree(root)
+        return dataclasses.replace(whole, train=next(split for split in whole.splits if split.name == name), test=None, val=None)
+    check_finished(root)
+    files, targets, ignored, empty = _list_classes(root, names[name], classes)
+    if empty:
+        raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them")
+    return DataSource(root.resolve().name, tuple(classes), _file_split(name, root, files, targets), None, root=root.resolve(), ignored_files=ignored)
 
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:

@@ -1,10 +1,12 @@
 """The dataset kinds, one file each, and how a user's words choose among them."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split, prepare
@@ -134,6 +136,44 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
     if kind.files is None:
         raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
     return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
+
+
+class EvaluationSet(NamedTuple):
+    """Images to measure a trained network on."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: Split | FileSplit
+
+
+def open_evaluation(spec: str | Path, split: str | None = None, image_size: int | None = None, *, decoded: bool = True,
+                    progress: Progress | None = None) -> EvaluationSet:
+    """Open one split of a dataset for a network that is trained already; of a folder nothing else is read.
+
+    Args:
+        spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders themselves.
+        split: "train", "val" or "test"; by default what a run is evaluated on.
+        image_size: as in ``open_dataset``.
+        decoded: decode the images; else they are files, for a loader that decodes.
+        progress: as in ``open_dataset``.
+
+    Raises:
+        ConfigError: a setting out of range, a kind or a split that does not exist.
+        DataError: images that cannot be read, or that are not files.
+    """
+    check_image_size(image_size)
+    kind, path = resolve(spec)
+    if path is None or not kind.walked:
+        dataset = open_dataset(spec, image_size, progress=progress) if decoded else list_files(spec, image_size=image_size)
+        return EvaluationSet(dataset.name, dataset.classes, dataset.evaluation if split is None else dataset.split(split))
+    from fastokd.data.folder import list_split
+
+    found = list_split(path, split)
+    images: Split | FileSplit = found.train
+    if decoded:
+        alone = dataclasses.replace(found, train=dataclasses.replace(found.train, name="train"))
+        images = dataclasses.replace(decode_files(alone, image_size, progress=progress).train, name=found.train.name)
+    return EvaluationSet(found.name, found.classes, images)
 
 
 def made_of_files(spec: str | Path) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -70,6 +70,17 @@ class Decoded(NamedTuple):
     index: NDArray[np.int64]
 
 
+def scaled(picture: Tensor, framing: Framing) -> Tensor:
+    """A picture uint8 [3, H, W], or the window that was drawn of it, brought to ``framing.size``: uint8 [height, width, 3]."""
+    from torchvision.transforms.v2 import functional as v2
+
+    if framing.random:
+        return v2.resize(picture, list(framing.size), antialias=True).permute(1, 2, 0)
+    rows, columns = random_crop.cover(*picture.shape[1:], framing.cover_size)
+    picture = v2.resize(picture, [rows, columns], antialias=True)
+    return v2.crop(picture, random_crop.central(rows, framing.size[0]), random_crop.central(columns, framing.size[1]), *framing.size).permute(1, 2, 0)
+
+
 class StreamLoader(LoaderBase, ABC):
     """Reads, decodes and augments the images of a split while the step computes.
 
@@ -98,7 +109,7 @@ class StreamLoader(LoaderBase, ABC):
         memory_format: ``torch.channels_last`` or ``torch.contiguous_format``, of every view.
         rank, world_size: this process among all that share the split.
         bad_images: what a picture that cannot be decoded does to training: "fail" stops with its name; "replace" trains on
-            the next image of the split that can be decoded, which ``replaced`` counts, and stops beyond one in a hundred.
+            the next image of its class that can be decoded, which ``replaced`` counts, and stops beyond one in a hundred.
             Evaluation always stops, because its accuracy is over all images.
 
     Attributes:
@@ -279,16 +290,25 @@ class StreamLoader(LoaderBase, ABC):
             choice = ", or train with --bad-images replace" if self.train else ""
             raise DataError(f"{where}: cannot decode {first_of(names)}; replace or delete what 'fastokd data check' finds{choice}")
         self.replaced.update(found)
-        limit = most_replaced(self.split)
+        limit = math.ceil(MAX_REPLACED * len(self.split))
         if len(self.replaced) > limit:
             raise DataError(
                 f"{where}: {len(self.replaced)} bad pictures, the last {first_of(names[-1:])}; no more than {limit} are replaced: "
                 f"mend what 'fastokd data check' finds")
 
 
-def most_replaced(split: FileSplit) -> int:
-    """How many bad pictures of a split are replaced at most."""
-    return math.ceil(MAX_REPLACED * len(split))
+def stand_in(split: FileSplit, index: int, bad: Container[int]) -> int:
+    """The next image of the same class that is not bad, from the last one on to the first.
+
+    Raises:
+        DataError: all are bad.
+    """
+    same = (split.targets == split.targets[index]).nonzero().flatten().tolist()
+    place = same.index(index)
+    for other in same[place + 1 :] + same[:place]:
+        if other not in bad:
+            return other
+    raise DataError(f"split '{split.name}' of {show(split.root)}: none of the {len(same)} images of the class of {show(split.files[index])} can be decoded; mend what 'fastokd data check' finds")
 
 
 def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None") -> Options:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
-from fastokd.data.random_crop import central, cover, window
-from fastokd.data.stream import Decoded, Framing, Request, StreamLoader, most_replaced, read_options
+from fastokd.data.random_crop import window
+from fastokd.data.stream import Decoded, Request, StreamLoader, read_options, scaled, stand_in
 from fastokd.errors import ConfigError, DataError, did_you_mean
 
 JPEG = b"\xff\xd8\xff"
@@ -82,7 +82,7 @@ class TorchvisionLoader(StreamLoader):
         batches = iter(self._workers)
         while True:
             try:
-                pixels, index, bad = next(batches)
+                pixels, index, bad, hopeless = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:  # a worker was killed, timed out, or ran out of shared memory
@@ -90,19 +90,20 @@ class TorchvisionLoader(StreamLoader):
                 raise DataError(f"{error}; a smaller --batch-size or fewer workers need less memory") from error
             if bad:
                 self._note_bad(bad)
+            if hopeless:
+                raise DataError(hopeless)
             yield Decoded(pixels, index.numpy())
 
     def _start(self) -> DataLoader[Any]:
         options = self.options
         workers = default_workers() if options.workers is None else options.workers
-        attempts = most_replaced(self.split) + 1 if self.train and self.bad_images == "replace" else 1
         several: dict[str, Any] = {}
         if workers:
             if options.start_method == "forkserver":
                 multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # imported once, not in each worker
             several = {"persistent_workers": True, "prefetch_factor": options.prefetch, "multiprocessing_context": options.start_method, "timeout": options.timeout}
         return DataLoader(
-            _Pictures(self.split, attempts), batch_size=None, sampler=self._requests, num_workers=workers,
+            _Pictures(self.split, self.train and self.bad_images == "replace"), batch_size=None, sampler=self._requests, num_workers=workers,
             pin_memory=self.device.type == "cuda", **several)
 
 
@@ -121,23 +122,34 @@ class _Requests:
 class _Pictures(Dataset):
     """Decoded batches by request; lives in the workers."""
 
-    def __init__(self, split: FileSplit, attempts: int) -> None:
-        self.split, self.attempts = split, attempts
+    def __init__(self, split: FileSplit, replace: bool) -> None:
+        self.split, self.replace = split, replace
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str]]:
-        """The pictures [B, H, W, 3] asked for, the images they are, and the bad pictures whose place others took."""
-        index, bad = request.index.copy(), {}
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str], str]:
+        """The pictures [B, H, W, 3] asked for, the images they are, the bad ones and why, and why one has no stand-in."""
+        index, bad, hopeless = request.index.copy(), {}, ""
         pixels = torch.empty((len(index), *request.framing.size, 3), dtype=torch.uint8)
-        for place in range(len(index)):
+        for place, i in enumerate(index.tolist()):
             candidate = None if request.candidates is None else request.candidates[place]
-            for _ in range(self.attempts):
-                try:
-                    pixels[place] = frame(decode_rgb(self.split.read(index[place])), request.framing, candidate)
-                    break
-                except Exception as error:  # a decoder may raise anything at all for damaged bytes
-                    bad[int(index[place])] = reason_of(error)
-                    index[place] = (index[place] + 1) % len(self.split)
-        return pixels, torch.from_numpy(index), bad
+            try:
+                while not self._decode_into(pixels[place], i, request, candidate, bad) and self.replace:
+                    i = stand_in(self.split, i, bad)
+            except DataError as error:
+                hopeless = str(error)
+            index[place] = i
+        return pixels, torch.from_numpy(index), bad, hopeless
+
+    def _decode_into(self, out: Tensor, i: int, request: Request, candidate: Any, bad: dict[int, str]) -> bool:
+        try:
+            picture = decode_rgb(self.split.read(i))
+            if candidate is not None:
+                top, left, height, width = window(candidate, *picture.shape[1:], request.framing.augment.crop_ratio)
+                picture = picture[:, top : top + height, left : left + width]
+            out.copy_(scaled(picture, request.framing))
+        except Exception as error:  # a decoder may raise anything at all for damaged bytes
+            bad[i] = reason_of(error)
+            return False
+        return True
 
 
 def decode_rgb(data: bytes) -> Tensor:
@@ -162,25 +174,6 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     except ImportError:
         return None
     return functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-
-
-def frame(picture: Tensor, framing: Framing, candidate: np.ndarray | None = None) -> Tensor:
-    """A picture uint8 [3, H, W] brought to ``framing.size``: uint8 [height, width, 3].
-
-    Args:
-        candidate: the row of ``random_crop.candidates`` that chooses the window of a random resized crop.
-    """
-    from torchvision.transforms.v2 import functional as v2
-
-    height, width = picture.shape[1:]
-    if candidate is not None:
-        place = window(candidate, height, width, framing.augment.crop_ratio)
-        picture = v2.resized_crop(picture, *place, list(framing.size), antialias=True)
-    else:
-        rows, columns = cover(height, width, framing.cover_size)
-        picture = v2.resize(picture, [rows, columns], antialias=True)
-        picture = v2.crop(picture, central(rows, framing.size[0]), central(columns, framing.size[1]), *framing.size)
-    return picture.permute(1, 2, 0)
 
 
 LOADER = LoaderKind(TorchvisionLoader, decoded=False)

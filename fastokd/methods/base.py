@@ -223,7 +223,7 @@ def _runtime_weight(name: str, width: int, given: Mapping[str, Tensor] | None, f
         raise ValueError(f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or [{width}]")
     if value.device != first.device:
         raise ValueError(f"{label} is on {value.device}, the logits are on {first.device}")
-    return value.expand(batch, width)
+    return value if value.dim() == 2 else value.expand(batch, width)
 
 
 def _external(name: str, given: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:

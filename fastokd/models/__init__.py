@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -168,17 +169,18 @@ def allowed_methods(name: str) -> list[str]:
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
-        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch)]
+        channels = trunk_channels(trunk)
+        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch, channels)]
     return found
 
 
-def _can_train(method: Method, trunk: nn.Module, branch: Branch) -> bool:
+def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
     """Whether a method can build its own modules for branches or peers like this one."""
     if method.build_companion is None or method.needs_teacher:  # what a teacher must be does not depend on the network
         return True
     peers = method.topologies[0] == "peers"
     branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
-    layout = Layout((branch.channels,) * len(branches), 3 if peers else trunk_channels(trunk), 10, branches)
+    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
     try:
         method.build_companion(layout, **method.model_options)
     except ValueError:
@@ -186,16 +188,22 @@ def _can_train(method: Method, trunk: nn.Module, branch: Branch) -> bool:
     return True
 
 
-def create_student(name: str, num_classes: int = 10) -> nn.Module:
+def create_student(name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
     A student's state dict loads into it: ``create_student(model.name, C).load_state_dict(model.student().state_dict())``.
     "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
 
+    Args:
+        layout: keywords of ``create_model``; given any, the network is a branch of that model instead.
+        branch: the index of that branch; None is what the method keeps.
+
     Raises:
         ConfigError: the name is unknown or ``num_classes`` below 2.
         MissingExtra: the network is timm's, and timm is not installed.
     """
+    if layout or branch is not None:
+        return create_model(name, num_classes=num_classes, **layout).student(branch)
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()

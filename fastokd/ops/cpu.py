@@ -7,7 +7,7 @@ import ctypes
 import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,11 @@ def _describe(tensors: Sequence[Tensor], last: Tensor) -> ctypes.Array[ctypes.c_
     Each is four words on little-endian machines, which are the only ones built for.
     """
 
-    def words() -> Iterator[int]:
-        for tensor in tensors:
-            yield from (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
-        yield from (last.data_ptr(), last.stride(0), last.stride(1) if last.dim() == 2 else 0, _DTYPES[last.dtype])
-
-    return (ctypes.c_int64 * (4 * len(tensors) + 4))(*words())
+    words: list[int] = []
+    for tensor in tensors:
+        words += (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
+    words += (last.data_ptr(), last.stride(0), last.stride(1) if last.dim() == 2 else 0, _DTYPES[last.dtype])
+    return (ctypes.c_int64 * len(words))(*words)
 
 
 class CPUExecutor:
@@ -211,9 +210,16 @@ def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor,
 
 def _gradients(logits: Sequence[Tensor], weights: Sequence[Tensor],
                needs: Sequence[bool]) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
-    """Room for the gradients that are needed, and the addresses of all."""
-    grads = [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
-             for tensor, need in zip((*logits, *weights), needs, strict=True)]
+    """Room for the gradients that are needed, and the addresses of all.
+
+    Those of the logits lie in one block: a C library hands several large blocks back to the system when they are freed,
+    and the next step would pay for their pages again, a third of its time.
+    """
+    first = logits[0]
+    rows = iter(torch.empty((sum(needs[:len(logits)]), *first.shape), dtype=first.dtype).unbind())
+    grads = [next(rows) if need else None for need in needs[:len(logits)]]
+    grads += [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+              for tensor, need in zip(weights, needs[len(logits):], strict=True)]
     return grads, (ctypes.c_void_p * len(grads))(*[None if grad is None else grad.data_ptr() for grad in grads])
 
 

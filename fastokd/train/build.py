@@ -1,10 +1,18 @@
 """The network of a configuration."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fastokd.models import BranchedModel, create_model
 from fastokd.train.config import TrainConfig
+
+
+def model_layout(config: TrainConfig) -> dict[str, Any]:
+    """How a configuration lays its networks out: the keywords of ``create_model`` besides names, classes and teacher."""
+    return {"method": config.method, "num_branches": config.num_branches(), "aux_blocks": config.aux_blocks, "at": config.at,
+            "topology": config.topology, "options": config.model_options(), "compression": config.compression}
 
 
 def build_model(config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None) -> BranchedModel:
@@ -13,6 +21,5 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device, tea
     Only training needs the frozen ``teacher`` of methods that have one.
     """
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.method, num_classes, config.num_branches(), config.aux_blocks, at=config.at,
-                         topology=config.topology, options=config.model_options(), teacher=teacher, compression=config.compression)
+    model = create_model(config.model, num_classes=num_classes, teacher=teacher, **model_layout(config))
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

@@ -50,26 +50,3 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{path} is damaged: its entry '{name}' is missing or of the wrong kind")
     return state
-
-
-def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Load weights strictly.
-
-    Raises:
-        CheckpointError: they belong to another architecture; the message names the first differences.
-    """
-    own = module.state_dict()
-    missing = [name for name in own if name not in weights]
-    extra = [name for name in weights if name not in own]
-    shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
-              for name in own if name in weights and weights[name].shape != own[name].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")
-    if extra:
-        problems.append(f"{len(extra)} are not the model's, e.g. {extra[0]}")
-    if shapes:
-        problems.append(f"{len(shapes)} have another shape, e.g. {shapes[0]}")
-    if problems:
-        raise CheckpointError(f"{where} is of another architecture: {'; '.join(problems)}")
-    module.load_state_dict(weights)

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Dataset, FileDataset, FileSplit, Loader, Split, list_files, made_of_files, open_dataset
+from fastokd.data import (
+    Dataset,
+    FileDataset,
+    FileSplit,
+    Loader,
+    Split,
+    list_files,
+    made_of_files,
+    make_loader,
+    open_dataset,
+)
 from fastokd.data.files import SMALL, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
 from fastokd.data.loader import best_file_loader, get_loader_kind
@@ -95,18 +105,14 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
     Raises:
         ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
     """
-    kind = get_loader_kind(loader_name(config, dataset, device))
-    if reason := kind.missing(device):
-        raise ConfigError(f"loader '{config.loader}' cannot run here: {reason}")
-    of_files: dict[str, Any] = {}
-    if not kind.decoded:
-        of_files = {"size": dataset.image_size, "bad_images": config.bad_images, "options": config.loader_options}
+    settings: dict[str, Any] = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
+    if not isinstance(dataset, Dataset):
+        settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
-    while_training = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
-    loader = kind.make(
-        split, config.batch_size, train, device, config.seed, mean=dataset.mean, std=dataset.std, num_classes=dataset.num_classes,
-        augment=dataset.augment, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **of_files, **while_training)
+    loader = make_loader(
+        dataset, split, config.batch_size, loader=loader_name(config, dataset, device), device=device, seed=config.seed, train=train,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
     if train:
         for size in config.resize_schedule.values():
             loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch

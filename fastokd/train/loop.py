@@ -14,12 +14,12 @@ from fastokd.data import Loader
 from fastokd.data.dataset import carve
 from fastokd.data.images import Progress, first_of
 from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
-from fastokd.export import student_record, write_student
+from fastokd.export import load_weights, student_record, write_student
 from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
 from fastokd.train.metrics import MetricSums
@@ -260,15 +260,16 @@ class Trainer:
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config)))
+            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
         self.saved = self.epoch
 
 
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """Where a student comes from, for its record."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "compression": config.compression, "seed": config.seed}
+def provenance(config: TrainConfig, run: RunFolder) -> dict[str, Any]:
+    """Where a student comes from, for its record: the method's settings, and the versions that the run was started with."""
+    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+            "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
 def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:

@@ -117,6 +117,14 @@ class RunFolder:
     def save_environment(self, device: torch.device, data: dict[str, Any]) -> None:
         write_json(self.environment_path, {**environment(device), "data": data})
 
+    def versions(self) -> dict[str, Any]:
+        """The versions and the commit that the run was started with; empty where they were not written or are damaged."""
+        try:
+            found = json.loads(self.environment_path.read_text(encoding="utf-8"))
+            return {name: found[name] for name in ("fastokd", "commit", "torch")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         append_line(self.metrics_path, json.dumps(record))
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fastokd.data import Dataset
 from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_few, first_line
-from fastokd.export import load_student, student_file
+from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import load_checkpoint, load_weights
+from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
 
 LIBRARIES = ("torchvision", "timm")
@@ -99,8 +99,10 @@ def check_teacher(config: TrainConfig) -> None:
         return
     spec = config.model_options()["teacher"]
     library, _, path = _parse(spec)
-    if not student_file(path).exists():
-        raise CheckpointError(f"there is no teacher at {student_file(path)} (teacher={spec})")
+    if not path.exists():
+        raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
+    if path.is_dir():
+        find_export(path, (".safetensors",))
     if not library and not path.is_dir() and path.suffix not in (".pt", ".npy", ".safetensors"):
         raise ConfigError(f"teacher={spec}: {path.name} is none of a run folder, a checkpoint (.pt), an exported student (.safetensors) and stored rows "
                           "(.npy, .safetensors); weights of a library's network are named torchvision:NAME:FILE or timm:NAME:FILE")

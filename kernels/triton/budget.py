@@ -35,8 +35,9 @@ STAGES = {"ahead": 0, "partial": 1, "normal": 2}
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled kernel costs. Counts per column are those of the loop over whole chunks, or of the whole kernel
-    if a row is a single chunk; a column is one class in all M rows."""
+    """What one compiled kernel costs. Counts per column are those of its first loop over whole chunks (behind that of a
+    forward kernel comes the one with running maxima, for the rows that need them), or of the whole kernel if a row is a
+    single chunk; a column is one class in all M rows."""
 
     registers: int
     stack: int
@@ -118,7 +119,7 @@ def measure(compiled: Any, tile: Tile) -> Cost:
         listing = _run(tools / "nvdisasm", "-c", file.name)
     ptx = compiled.asm["ptx"]
     code, loops = _instructions(listing)
-    body = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(code))) if tile.whole > 1 else (0, len(code))
+    body = loops[0] if tile.whole > 1 and loops else (0, len(code))
     inside = code[body[0]:body[1]]
     columns = tile.pieces if tile.whole else tile.rest_pieces
     return Cost(

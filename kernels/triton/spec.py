@@ -6,9 +6,8 @@ of the base exponential, ``exp(z) = exp(z / T)^T``, so that a node costs one exp
 temperatures it has.
 """
 
-import hashlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from fastokd.graph.plan import (
     STUDENT_FIRST,
     Plan,
 )
+from fastokd.kernels.triton.constant import Constant
 
 LOG2E = math.log2(math.e)
 MAX_POWER = 4
@@ -50,9 +50,8 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Spec:
-    """All a kernel knows about a plan while it compiles. One object per plan, compared and named by its digest, so that
-    a launch does not hash hundreds of numbers.
+class Spec(Constant):
+    """All a kernel knows about a plan while it compiles. One object per plan.
 
     ``passes`` are the pass before the main one (the cross-entropies among which selections choose; without slots if
     there is none) and the main one. ``entropies``: (term, soft, node). The edges all begin with (term, scale,
@@ -81,24 +80,6 @@ class Spec:
     choices: tuple[int, ...]
     pulls: tuple[int, ...]
     layout: tuple[int, ...] = ()
-
-    @cached_property
-    def digest(self) -> str:
-        values = [getattr(self, field.name) for field in fields(self)]
-        return hashlib.sha256(repr(values).encode()).hexdigest()[:24]
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.digest)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Spec) and self.digest == other.digest)
-
-    def __repr__(self) -> str:
-        return f"Spec_{self.digest}"
 
     @cached_property
     def bases(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from fastokd.kernels.triton.columns import computed, load_weights, row_sums
 from fastokd.kernels.triton.forward import before_main, forward_row
 from fastokd.kernels.triton.kernels import UNSPECIALISED, program_rows, store_values, unaligned
 from fastokd.kernels.triton.normal import lane_normal_sweep
-from fastokd.kernels.triton.sweep import lane_sweep, load_parts, over_lanes, store_part, sweep
+from fastokd.kernels.triton.sweep import load_parts, own_sweep, store_part, sweep
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -33,16 +33,14 @@ def partial_kernel(logits, weights, externals, target, partials, batch, shift, S
     dots: tl.constexpr = soft and SPEC.use_labels and not ahead
     plain_sums: tl.constexpr = SPEC.num_plain + (SPEC.num_logits + 1 if dots else 0)
     if STAGE == 0:
-        maxima, weighted, plain = lane_sweep(
+        maxima, weighted, plain = own_sweep(
             logits, externals, target, rows, loaded, (), (), SPEC, 0, soft, SPEC.num_logits + 1 if soft else 0, TILE)
-        maxima, weighted, plain = over_lanes(maxima, weighted, plain, SPEC, 0, TILE)
         found = maxima + weighted + plain
     else:
         _labels, labels, _mass, choices = before_main(logits, externals, target, rows, loaded, partials, SPEC, TILE)
         if STAGE == 1:
-            maxima, weighted, plain = lane_sweep(
+            maxima, weighted, plain = own_sweep(
                 logits, externals, target, rows, loaded, labels, choices, SPEC, 1, dots, plain_sums, TILE)
-            maxima, weighted, plain = over_lanes(maxima, weighted, plain, SPEC, 1, TILE)
             found = maxima + weighted + plain
         else:
             maxima, sums, _means, _plain = sweep(

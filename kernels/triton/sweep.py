@@ -1,8 +1,8 @@
 """The pass over the columns of a row that gathers maxima and sums of exponentials.
 
-It keeps a running maximum per lane and node, so that logits are read once and whatever their size no exponential
-overflows and no sum vanishes. KL terms need no probabilities at all: with ``e = exp((v_t - max) / T)``,
-``KL = sum e (v_t - v_s) / (T sum e) - L_t + L_s``.
+The exponentials are taken below a bound that is known before the sums begin, so that no sum is ever moved to a new one:
+the maximum of each node where a row is a single chunk, else a guess at it, which is checked afterwards (``own_sweep``).
+KL terms need no probabilities at all: with ``e = exp((v_t - max) / T)``, ``KL = sum e (v_t - v_s) / (T sum e) - L_t + L_s``.
 """
 
 import triton
@@ -22,6 +22,10 @@ from fastokd.kernels.triton.columns import (
     row_sums,
     timed,
 )
+
+MOST = tl.constexpr(float(2**40))
+"""The largest sum of exponentials below a guess: logits 28 above it at temperature 1. What a larger one costs is accuracy:
+the hardware's logarithm of a sum is right to 2^-22 of its size."""
 
 
 @triton.jit
@@ -45,13 +49,12 @@ def chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT: t
 
 
 @triton.jit
-def raised_maxima(maxima, pieces, COUNT: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
-                  TILE: tl.constexpr):
-    """The running scaled maximum of each softened node after one more chunk."""
+def raised_maxima(maxima, pieces, LIMIT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """The lanes' scaled maximum of each softened node, after the pieces of one more chunk."""
     out = ()
     for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
         peak = masked(pieces[0][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, 0, TILE)
-        for p in tl.static_range(1, COUNT):
+        for p in tl.static_range(1, len(pieces)):
             peak = tl.maximum(peak, masked(pieces[p][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, p, TILE))
         out = out + (tl.maximum(maxima[s], peak * SPEC.passes[WHICH].slots[s][1]),)
     return out
@@ -119,20 +122,15 @@ def exponentials(scaled, PIECE: tl.constexpr, LIMIT: tl.constexpr, SPEC: tl.cons
 
 
 @triton.jit
-def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base, weights, labels, choices,
-                  LIMIT: tl.constexpr, COUNT: tl.constexpr, FRESH: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
-                  DOTS: tl.constexpr, TILE: tl.constexpr):
-    """Running maxima, weighted sums and plain sums after one more chunk. FRESH: before it there was none."""
-    pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, WHICH, TILE)
+def added_pieces(maxima, weighted, plain, pieces, target, rows, base, LIMIT: tl.constexpr, SPEC: tl.constexpr,
+                 WHICH: tl.constexpr, DOTS: tl.constexpr, TILE: tl.constexpr):
+    """Weighted sums and plain sums after the pieces of one more chunk."""
     targets = ()
     if DOTS:
         start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
         targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
-    raised = raised_maxima(maxima, pieces, COUNT, LIMIT, SPEC, WHICH, TILE)
-    if not FRESH:
-        weighted = rescaled(weighted, maxima, raised, SPEC, WHICH)
-    for p in tl.static_range(COUNT):
-        scaled = scaled_rows(pieces[p], raised, SPEC, WHICH, TILE)
+    for p in tl.static_range(len(pieces)):
+        scaled = scaled_rows(pieces[p], maxima, SPEC, WHICH, TILE)
         powers = exponentials(scaled, p, LIMIT, SPEC, WHICH, TILE)
         sums = ()
         for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
@@ -144,7 +142,15 @@ def forward_chunk(maxima, weighted, plain, logits, externals, target, rows, base
             sums = sums + (weighted[len(SPEC.passes[WHICH].softs) + d] + powers[SPEC.passes[WHICH].moments[d][0]] * value,)
         weighted = sums
         plain = plain_sums(plain, pieces[p], targets, p, LIMIT, SPEC, WHICH, DOTS, TILE)
-    return raised, weighted, plain
+    return weighted, plain
+
+
+@triton.jit
+def added_chunk(maxima, weighted, plain, logits, externals, target, rows, base, weights, labels, choices, LIMIT: tl.constexpr,
+                COUNT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, DOTS: tl.constexpr, TILE: tl.constexpr):
+    """Weighted sums and plain sums after one more chunk."""
+    pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, WHICH, TILE)
+    return added_pieces(maxima, weighted, plain, pieces, target, rows, base, LIMIT, SPEC, WHICH, DOTS, TILE)
 
 
 @triton.jit
@@ -192,46 +198,106 @@ def part_of_row(TILE: tl.constexpr):
 
 
 @triton.jit
-def lane_sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
-               DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
-    """Each lane's share of a pass over this program's columns: scaled maxima by slot, sums by soft and moments, plain
-    sums, all [R, L]."""
-    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
-    weighted = lane_constants(len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE)
-    plain = lane_constants(PLAIN, 0.0, TILE)
+def chunks_of_pass(one, TILE: tl.constexpr):
+    """As ``part_of_row``, for a pass that may be made again. ``one`` is 1, but the compiler does not know: else it would
+    hold the chunk that is not whole in registers from one pass to the next."""
     if TILE.splits > 1:
-        first, end, tail = part_of_row(TILE)
-        for chunk in range(first, end):
-            maxima, weighted, plain = forward_chunk(
-                maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
-                0, TILE.pieces, False, SPEC, WHICH, DOTS, TILE)
-        if TILE.rest:
-            for chunk in range(tail, TILE.whole + 1):
-                maxima, weighted, plain = forward_chunk(
-                    maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
-                    TILE.rest, TILE.rest_pieces, False, SPEC, WHICH, DOTS, TILE)
+        return part_of_row(TILE)
     else:
-        if TILE.whole == 1 and TILE.rest == 0:
-            maxima, weighted, plain = forward_chunk(
-                maxima, weighted, plain, logits, externals, target, rows, 0, weights, labels, choices,
-                0, TILE.pieces, True, SPEC, WHICH, DOTS, TILE)
-        elif TILE.whole:
-            for chunk in range(TILE.whole):
-                maxima, weighted, plain = forward_chunk(
-                    maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
-                    0, TILE.pieces, False, SPEC, WHICH, DOTS, TILE)
-        if TILE.rest:
-            maxima, weighted, plain = forward_chunk(
-                maxima, weighted, plain, logits, externals, target, rows, TILE.whole * TILE.block, weights, labels, choices,
-                TILE.rest, TILE.rest_pieces, TILE.whole == 0, SPEC, WHICH, DOTS, TILE)
-    return maxima, weighted, plain
+        return 0, tl.constexpr(TILE.whole), TILE.whole - 1 + one
 
 
 @triton.jit
-def over_lanes(maxima, weighted, plain, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
-    """The maxima and sums of a pass over the lanes, or over the parts of a row."""
+def guessed_maxima(logits, externals, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """The scaled maximum of each slot [R, 1] over one column of each lane in this program's first chunk."""
+    first = 0
+    if TILE.splits > 1:
+        first, _end, _tail = part_of_row(TILE)
+    pieces = chunk_rows(logits, externals, rows, first * TILE.block, weights, labels, choices, 0, 1, SPEC, WHICH, TILE)
+    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    return row_maxima(raised_maxima(maxima, pieces, 0, SPEC, WHICH, TILE), TILE)
+
+
+@triton.jit
+def exact_maxima(one, logits, externals, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
+                 TILE: tl.constexpr):
+    """The scaled maximum of each slot [R, 1] over this program's columns, in a pass of their own."""
+    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    first, end, tail = chunks_of_pass(one, TILE)
+    for chunk in range(first, end):
+        pieces = chunk_rows(
+            logits, externals, rows, chunk * TILE.block, weights, labels, choices, 0, TILE.pieces, SPEC, WHICH, TILE)
+        maxima = raised_maxima(maxima, pieces, 0, SPEC, WHICH, TILE)
+    if TILE.rest:
+        for chunk in range(tail, TILE.whole + 1):
+            pieces = chunk_rows(logits, externals, rows, chunk * TILE.block, weights, labels, choices, TILE.rest,
+                                TILE.rest_pieces, SPEC, WHICH, TILE)
+            maxima = raised_maxima(maxima, pieces, TILE.rest, SPEC, WHICH, TILE)
+    return row_maxima(maxima, TILE)
+
+
+@triton.jit
+def lane_sums(maxima, one, logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
+              DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
+    """Each lane's share of a pass over this program's columns, of which there are several chunks: sums by soft and
+    moments, plain sums, all [R, L]."""
+    weighted = lane_constants(len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE)
+    plain = lane_constants(PLAIN, 0.0, TILE)
+    first, end, tail = chunks_of_pass(one, TILE)
+    for chunk in range(first, end):
+        weighted, plain = added_chunk(
+            maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
+            0, TILE.pieces, SPEC, WHICH, DOTS, TILE)
+    if TILE.rest:
+        for chunk in range(tail, TILE.whole + 1):
+            weighted, plain = added_chunk(
+                maxima, weighted, plain, logits, externals, target, rows, chunk * TILE.block, weights, labels, choices,
+                TILE.rest, TILE.rest_pieces, SPEC, WHICH, DOTS, TILE)
+    return weighted, plain
+
+
+@triton.jit
+def own_sweep(logits, externals, target, rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr,
+              DOTS: tl.constexpr, PLAIN: tl.constexpr, TILE: tl.constexpr):
+    """A pass over this program's columns: scaled maxima by slot, sums by soft and moments, plain sums, all [R, 1].
+
+    Of several chunks the maxima are guessed: keeping them, and moving the sums to each new one, would take a fifth of
+    all instructions. A guess is a value of the row, so that no sum vanishes, and where a logit lies so far above it that
+    a sum exceeds ``MOST``, the maxima are looked for and the pass is made again.
+    """
+    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    weighted = lane_constants(len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE)
+    plain = lane_constants(PLAIN, 0.0, TILE)
+    if TILE.single:
+        pieces = chunk_rows(logits, externals, rows, 0, weights, labels, choices, TILE.rest,
+                            TILE.pieces if TILE.whole else TILE.rest_pieces, SPEC, WHICH, TILE)
+        maxima = row_maxima(raised_maxima(maxima, pieces, TILE.rest, SPEC, WHICH, TILE), TILE)
+        weighted, plain = added_pieces(
+            maxima, weighted, plain, pieces, target, rows, 0, TILE.rest, SPEC, WHICH, DOTS, TILE)
+    elif len(SPEC.passes[WHICH].slots):
+        maxima = guessed_maxima(logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE)
+        unfit = tl.full((), 1, tl.int32)
+        while unfit > 0:
+            weighted, plain = lane_sums(
+                maxima, unfit, logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
+            above = (weighted[0] >= MOST).to(tl.int32)
+            for f in tl.static_range(1, len(SPEC.passes[WHICH].softs)):
+                above |= (weighted[f] >= MOST).to(tl.int32)
+            # The maximum of integers takes a warp one instruction, by which the compiler knows that no thread goes alone.
+            unfit = tl.max(above)
+            if unfit > 0:
+                maxima = exact_maxima(unfit, logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE)
+    else:
+        weighted, plain = lane_sums(
+            maxima, 1, logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
+    return maxima, row_sums(weighted, TILE), row_sums(plain, TILE)
+
+
+@triton.jit
+def merged(maxima, weighted, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+    """The maxima over the parts of a row, and the sums over its parts moved to them."""
     peaks = row_maxima(maxima, TILE)
-    return peaks, row_sums(rescaled(weighted, maxima, peaks, SPEC, WHICH), TILE), row_sums(plain, TILE)
+    return peaks, row_sums(rescaled(weighted, maxima, peaks, SPEC, WHICH), TILE)
 
 
 @triton.jit
@@ -262,14 +328,12 @@ def sweep(logits, externals, target, rows, weights, labels, choices, partials, S
     if TILE.splits > 1:
         parts = load_parts(partials, rows, SPEC.first_partial(WHICH, TILE.soft_target), slots + softs + moments + PLAIN,
                            SPEC.first_partial(3, TILE.soft_target), TILE)
-        maxima = parts[:slots]
-        weighted = parts[slots:slots + softs + moments]
-        plain = parts[slots + softs + moments:]
+        maxima, weighted = merged(parts[:slots], parts[slots:slots + softs + moments], SPEC, WHICH, TILE)
+        plain = row_sums(parts[slots + softs + moments:], TILE)
     else:
-        maxima, weighted, plain = lane_sweep(
+        maxima, weighted, plain = own_sweep(
             logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
-    peaks, weighted, plain = over_lanes(maxima, weighted, plain, SPEC, WHICH, TILE)
     means = ()
     for d in tl.static_range(moments):
         means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d][0]],)
-    return peaks, weighted[:softs], means, plain
+    return maxima, weighted[:softs], means, plain

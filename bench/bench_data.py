@@ -1,0 +1,101 @@
+"""The loaders alone, in images per second, and how long a step waits for them.
+
+    FASTOKD_BENCH_SMALL=tiny-imagenet-100 pytest bench/bench_data.py --benchmark-columns=min,median,rounds
+
+``FASTOKD_BENCH_SMALL`` is a tree of small pictures (``train/``, ``val/``; Tiny-ImageNet), without which those cases are
+skipped. Large pictures are composed of them, or drawn, into a temporary folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a tree
+that is kept. ``FASTOKD_BENCH_DEVICE=cuda`` makes the batches on the GPU. Each round is one epoch over the same images in the
+same windows; ``extra_info`` holds images per second.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.loaders import run_epoch, waiting_share
+from bench.pictures import compose
+from fastokd.data import Augment, FileSplit, list_files, make_loader, open_dataset
+from fastokd.data.images import default_workers
+from fastokd.data.loader import get_loader_kind
+from fastokd.models import create_model
+from fastokd.train.config import TrainConfig
+from fastokd.train.step import TrainStep
+
+pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
+
+DEVICE = torch.device(os.environ.get("FASTOKD_BENCH_DEVICE", "cpu"))
+SMALL = os.environ.get("FASTOKD_BENCH_SMALL")
+LARGE = os.environ.get("FASTOKD_BENCH_LARGE_PICTURES")
+COUNT = int(os.environ.get("FASTOKD_BENCH_IMAGES", "1024"))
+CROP = Augment(flip=True, crop_scale=(0.08, 1.0))
+THREADS = sorted({1, 2, default_workers()})
+CASES = [("dali", {"threads": n}) for n in THREADS] + [("torchvision", {"workers": n}) for n in (0, *THREADS)]
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: Any) -> Path:
+    if LARGE and (Path(LARGE) / "train").is_dir():
+        return Path(LARGE)
+    return compose(Path(LARGE) if LARGE else tmp_path_factory.mktemp("pictures"), COUNT, None if SMALL is None else Path(SMALL))
+
+
+def some(split: FileSplit) -> FileSplit:
+    """The same ``COUNT`` images for every loader, from all over the split."""
+    return split.select(torch.linspace(0, len(split) - 1, min(COUNT, len(split))).long())
+
+
+def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment: Augment, batch_size: int = 64) -> Any:
+    kind = get_loader_kind(name)
+    if reason := kind.missing(DEVICE):
+        pytest.skip(reason)
+    dataset = list_files(root, image_size=size)
+    return kind.make(some(dataset.train), batch_size, True, DEVICE, 0, size=dataset.image_size, mean=dataset.mean, std=dataset.std, augment=augment, options=options)
+
+
+def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
+    images, _ = run_epoch(loader, DEVICE)
+    benchmark.pedantic(functools.partial(run_epoch, loader, DEVICE), rounds=3)
+    if hasattr(loader, "close"):
+        loader.close()
+    if benchmark.stats is not None:  # --benchmark-disable
+        benchmark.extra_info.update(info, images=images, images_per_second=images / benchmark.stats.stats.median)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize("pictures", ["small-64", "large-224"])
+def test_streaming(benchmark: Any, large: Path, pictures: str, name: str, options: dict[str, int]) -> None:
+    benchmark.group = pictures
+    if pictures == "large-224":
+        loader = streamed(name, options, large, 224, CROP)
+    else:
+        if SMALL is None:
+            pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
+        loader = streamed(name, options, Path(SMALL), 64, Augment(pad=8, flip=True))
+    measure(benchmark, loader, {"loader": name, **options, "pictures": pictures})
+
+
+def test_resident(benchmark: Any) -> None:
+    if SMALL is None:
+        pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
+    benchmark.group = "small-64"
+    loader = make_loader(open_dataset(SMALL, image_size=64), "train", 64, device=DEVICE, loader="resident")
+    measure(benchmark, loader, {"loader": "resident", "pictures": "small-64"})
+
+
+@pytest.mark.parametrize("name", ["dali", "torchvision"])
+def test_waiting(benchmark: Any, large: Path, name: str) -> None:
+    """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures of 224 pixels on a GPU, of 64 on a CPU."""
+    config = TrainConfig(model="resnet20", method="ahbf", branches=4, aux_blocks=1)
+    torch.manual_seed(0)
+    model = create_model(config.model, config.method, 10, 4, 1).to(DEVICE, memory_format=torch.channels_last)
+    step, kd_weight = TrainStep(config, model, DEVICE), torch.ones((), device=DEVICE)
+    loader = streamed(name, {}, large, 224 if DEVICE.type == "cuda" else 64, CROP, 16)
+    benchmark.group = "waiting"
+    found: dict[str, float] = {}
+    benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, lambda batch: step(batch, kd_weight))), rounds=1)
+    loader.close()
+    benchmark.extra_info.update(found, loader=name)

@@ -1,0 +1,97 @@
+"""The record that goes with every exported student: one format, in the file's own metadata and in the JSON beside it."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastokd.data import Dataset, FileDataset
+from fastokd.errors import CheckpointError
+from fastokd.version import __version__
+
+FORMAT = 1
+KEY = "fastokd"
+"""The name under which a file's metadata holds the record, as JSON."""
+
+
+def student_record(model: str, dataset: Dataset | FileDataset, *, accuracy: float, epoch: int, provenance: dict[str, Any],
+                   layout: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where it comes from.
+
+    Args:
+        model: the network's name, as ``create_student`` takes it.
+        dataset: what it was trained and evaluated on.
+        accuracy: of the student, in [0, 1], on ``dataset.evaluation``.
+        epoch: the number of finished epochs.
+        provenance: method, preset, branches, seed, commit.
+        layout: ``branch`` and ``layout`` of ``create_student`` for a branch that is not the plain network.
+    """
+    return {
+        "format": FORMAT,
+        # The keywords of ``create_student``.
+        "architecture": {"name": model, "num_classes": len(dataset.classes), **(layout or {})},
+        "classes": list(dataset.classes),
+        "preprocessing": {
+            "color": "RGB", "shorter_side": dataset.augment.evaluation_side(min(dataset.image_size)), "image_size": list(dataset.image_size), "scale": "divide by 255",
+            "mean": [float(value) for value in dataset.mean], "std": [float(value) for value in dataset.std],
+        },
+        "accuracy": {"top1": accuracy, "data": dataset.name, "split": dataset.evaluation.name, "num_images": len(dataset.evaluation), "epoch": epoch},
+        "provenance": {"fastokd": __version__, **provenance},
+        "export": {"to": "safetensors"},
+    }
+
+
+def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(item) in kinds and math.isfinite(item) for item in value)
+
+
+def _sound_architecture(part: dict[str, Any]) -> bool:
+    return isinstance(part.get("name"), str) and type(part.get("num_classes")) is int
+
+
+def _sound_preprocessing(part: dict[str, Any]) -> bool:
+    return (_numbers(part.get("image_size"), 2, (int,)) and min(part["image_size"]) > 0
+            and all(_numbers(part.get(name), 3, (int, float)) for name in ("mean", "std")) and min(part["std"]) > 0)
+
+
+def _sound_accuracy(part: dict[str, Any]) -> bool:
+    kinds = {"top1": (int, float), "data": str, "split": str, "num_images": int, "epoch": int}
+    return all(isinstance(part.get(name), kind) for name, kind in kinds.items())
+
+
+_SOUND: Mapping[str, Callable[[dict[str, Any]], bool]] = {
+    "architecture": _sound_architecture, "preprocessing": _sound_preprocessing, "accuracy": _sound_accuracy,
+    "provenance": lambda part: True, "export": lambda part: isinstance(part.get("to"), str),
+}
+"""The mappings that a record holds, and whether one has what is read of it."""
+
+
+def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
+    """A record from the JSON that a file's metadata holds; ``None`` where it holds none.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of a newer fastokd.
+    """
+    if text is None:
+        raise CheckpointError(f"{where} is not a student exported by fastokd (its metadata has no '{KEY}' entry); make one with 'fastokd export RUN'")
+    try:
+        record = json.loads(text)
+    except ValueError:  # not JSON, or not UTF-8
+        record = None
+    if not isinstance(record, dict) or type(record.get("format")) is not int:
+        raise CheckpointError(f"{where} is damaged: its record has no format; export it again")
+    if record["format"] > FORMAT:
+        raise CheckpointError(f"{where} has format {record['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+    wrong = [name for name, sound in _SOUND.items() if not isinstance(record.get(name), dict) or not sound(record[name])]
+    classes = record.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        wrong.append("classes")
+    if wrong:
+        raise CheckpointError(f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again")
+    if len(classes) != record["architecture"]["num_classes"]:
+        raise CheckpointError(f"{where} is damaged: its record has {len(classes)} class names for a network of "
+                              f"{record['architecture']['num_classes']} classes; export it again")
+    return record

@@ -1,0 +1,135 @@
+"""Students as safetensors: for fastokd's own network, or for torchvision's or timm's network of the same weights."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_line
+from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
+from fastokd.export.record import KEY
+from fastokd.export.weights import load_weights, strip_wrappers
+from fastokd.models import create_student
+from fastokd.storage import write_atomically, write_json
+
+
+def encode(student: nn.Module, record: dict[str, Any]) -> bytes:
+    """The weights under the network's own names, with the record in the metadata."""
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in strip_wrappers(student.state_dict()).items()}
+    return save(tensors, metadata={KEY: json.dumps(record)})
+
+
+def find_record(blob: bytes) -> str | None:
+    from safetensors import deserialize
+
+    deserialize(blob)  # checks header, offsets and length
+    header = json.loads(blob[8:8 + int.from_bytes(blob[:8], "little")])
+    return header.get("__metadata__", {}).get(KEY)
+
+
+def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> None:
+    """Write ``path`` (safetensors) and the record beside it (``.json``), each atomically.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    blob = encode(student, record)
+    write_atomically(path, lambda file: file.write(blob))
+    write_json(path.with_suffix(".json"), record)
+
+
+def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
+    """fastokd's own network of a record with the weights of a file, in evaluation mode.
+
+    Raises:
+        CheckpointError: unknown architecture, or weights of another one.
+    """
+    return _filled(lambda: create_student(**record["architecture"]), blob, where, f"the architecture {record['architecture']}")
+
+
+def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
+    from safetensors.torch import load
+
+    try:
+        network = build()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{where} does not fit {what}: {first_line(error)}") from error
+    load_weights(network, load(blob), where)
+    return network.eval()
+
+
+# --- the same network elsewhere ---------------------------------------------------------------------------------------
+
+_TWINS: dict[str, dict[str, str]] = {
+    "torchvision": {"resnet18_imagenet": "resnet18", "resnet34_imagenet": "resnet34", "resnet50_imagenet": "resnet50",
+                    "mobilenetv2_x1_0_imagenet": "mobilenet_v2"},
+    "timm": {"resnet18_imagenet": "resnet18", "resnet34_imagenet": "resnet34", "resnet50_imagenet": "resnet50"},
+}
+"""For each library: the networks here whose weights have its names, and what it calls them. A ``library:name`` network
+is the library's own and needs no entry."""
+
+
+def _twin(library: str, architecture: Mapping[str, Any]) -> str:
+    """What the library calls a record's network.
+
+    Raises:
+        ConfigError: the library has no such network; the message lists what has one.
+    """
+    name, plain = architecture["name"], "branch" not in architecture
+    if plain:
+        if name.startswith(f"{library}:"):
+            return name.partition(":")[2]
+        if name in _TWINS[library]:
+            return _TWINS[library][name]
+    raise ConfigError(f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name}; it has them of {', '.join(_TWINS[library])} and every "
+                      f"{library}:NAME. Use --to safetensors, onnx, torch-export or torchscript")
+
+
+def _describe_torchvision(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    return {"constructor": f"torchvision.models.{_twin('torchvision', architecture)}", "torchvision": version("torchvision")}
+
+
+def _build_torchvision(architecture: Mapping[str, Any]) -> nn.Module:
+    from torchvision.models import get_model
+
+    return get_model(_twin("torchvision", architecture), weights=None, num_classes=architecture["num_classes"])
+
+
+def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    name = _twin("timm", architecture)
+    try:
+        import timm
+    except ImportError:
+        raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
+    if not timm.is_model(name):  # such as a name that it would fetch from elsewhere
+        raise ConfigError(f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use --to safetensors")
+    return {"constructor": f"timm.create_model('{name}')", "timm": timm.__version__}
+
+
+def _build_timm(architecture: Mapping[str, Any]) -> nn.Module:
+    _describe_timm(architecture)
+    import timm
+
+    return timm.create_model(_twin("timm", architecture), pretrained=False, num_classes=architecture["num_classes"])
+
+
+def _open_student(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
+    return torch_runtime(build_student(blob, record, where).to(device), device, where)
+
+
+def _open_twin(build: Callable[[Mapping[str, Any]], nn.Module], blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
+    network = _filled(lambda: build(record["architecture"]), blob, where, f"{record['export'].get('constructor')}")
+    return torch_runtime(network.to(device), device, where)
+
+
+SAFETENSORS = ExportFormat("safetensors", "student.safetensors", ".safetensors", 0.0, lambda architecture: {}, encode, find_record, _open_student)
+TORCHVISION = ExportFormat("torchvision", "student.torchvision.safetensors", ".safetensors", 0.0, _describe_torchvision, encode, find_record,
+                           partial(_open_twin, _build_torchvision))
+TIMM = ExportFormat("timm", "student.timm.safetensors", ".safetensors", 0.0, _describe_timm, encode, find_record, partial(_open_twin, _build_timm))

@@ -1,0 +1,74 @@
+"""Names of weights: what wrappers put in front of them, and whether they are a network's."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from fastokd.errors import CheckpointError
+
+_ANYWHERE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_AT_THE_ROOT = {"module", "ema_model"}
+_COUNTERS = {"n_averaged", "initted", "step"}
+
+
+def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the wrapped network's own names.
+
+    Removes what ``torch.compile``, FSDP and activation checkpointing put before a module's name anywhere, and what data
+    parallelism and averaging (``DistributedDataParallel``, ``AveragedModel``, EMA wrappers) put before all of them,
+    with the counters that averaging adds.
+    """
+    stripped = {".".join(part for part in name.split(".") if part not in _ANYWHERE): value for name, value in weights.items()}
+    while True:
+        kept = {name: value for name, value in stripped.items() if name not in _COUNTERS}
+        first = {name.split(".")[0] for name in kept}
+        if len(first) != 1 or not first <= _AT_THE_ROOT:
+            return stripped
+        stripped = {name.split(".", 1)[1]: value for name, value in kept.items()}
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """A copy of the network inside its wrappers, without wrappers around its own modules either."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            while (inner := _inside(child)) is not None:
+                child = inner
+                setattr(parent, name, child)
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds; None for a module that is no wrapper."""
+    if "_orig_mod" in module._modules:  # what torch.compile returns has no public class
+        return module._modules["_orig_mod"]
+    return module.module if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)) else None
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
+    """Load weights strictly, whatever they were wrapped in.
+
+    Raises:
+        CheckpointError: they belong to another architecture; the message names the first differences.
+    """
+    own, weights = module.state_dict(), strip_wrappers(weights)
+    missing = [name for name in own if name not in weights]
+    extra = [name for name in weights if name not in own]
+    shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
+              for name in own if name in weights and weights[name].shape != own[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} are not the model's, e.g. {extra[0]}")
+    if shapes:
+        problems.append(f"{len(shapes)} have another shape, e.g. {shapes[0]}")
+    if problems:
+        raise CheckpointError(f"{where} is of another architecture: {'; '.join(problems)}")
+    module.load_state_dict(weights)
