@@ -76,6 +76,16 @@ def test_linear_is_at_the_minimum(count, classes, scale, kind, soft, seed):
         assert (value <= corner + 1e-9 * spread).all()
 
 
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_linear_is_at_the_minimum_of_logits_in_the_hundreds(count):
+    """There the cross-entropy is almost piecewise linear, and without the cooling 16 steps end 100 times as far off."""
+    random = np.random.default_rng(count)
+    rows, labels = 100 * random.normal(size=(64, count, 100)), random.integers(100, size=64)
+    a = weights_of(list(torch.from_numpy(rows).unbind(1)), torch.from_numpy(labels))
+    gap = oracle.mixed_cross_entropy_gap(rows, np.eye(100)[labels], a)[1]
+    assert (gap <= 1e-9 * (1 + np.ptp(rows, axis=(1, 2)))).all()
+
+
 def test_linear_beats_a_grid():
     """Without the certificate: all mixtures of three rows in steps of 1/200."""
     random = np.random.default_rng(5)

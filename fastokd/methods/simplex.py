@@ -18,7 +18,7 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
     """Weights ``a`` [B, M] on the simplex that minimise ``CE(sum_k a_k z_k, y)`` for each sample (KDCL-Linear).
 
     Newton's method on the simplex: each step minimises the quadratic model of the cross-entropy exactly, as the best of
-    the feasible minima of all 2^M - 1 faces, and goes the best of the lengths 1, 1/2, ... towards it, so that an optimum on
+    the minima of all 2^M - 1 faces, and goes the best of the lengths 1, 1/2, ... towards it, so that an optimum on
     an edge or vertex is met exactly. Where logits are large the cross-entropy is almost piecewise linear, with nothing
     for Newton to see; so it starts at a temperature that brings them into a range of 8, and halves that down to 1.
 
@@ -75,9 +75,8 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
     system[..., count, :count] = faces
     sides = torch.cat((right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2)
     x = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
-    feasible = (x >= -1e-12).all(2)
+    # A minimum outside of its face becomes a point of the simplex that is worse than the best.
     x = x.clamp_min(0)
     x = x / x.sum(2, keepdim=True)
-    values = ((x @ h) * x).sum(2) / 2 - (x * right.unsqueeze(1)).sum(2)
-    best = torch.where(feasible, values, torch.inf).argmin(1)
+    best = (((x @ h) * x).sum(2) / 2 - (x * right.unsqueeze(1)).sum(2)).argmin(1)
     return x.gather(1, best.view(-1, 1, 1).expand(-1, 1, count)).squeeze(1)
