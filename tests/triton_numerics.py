@@ -131,6 +131,11 @@ def test_a_logit_far_above_the_guess_at_its_rows_maximum(name: str, height: floa
     check(inputs, huge=height > 20)
 
 
+def test_logits_beyond_all_accuracy_come_to_an_end() -> None:
+    rows = run(TRITON, make(GRAPHS["cascade"](), 2, 1300, scale=1e12))[0]
+    assert rows.shape == (2,)
+
+
 def test_identical_rows() -> None:
     inputs = make(GRAPHS["cascade"](), 3, 100)
     inputs.logits = [inputs.logits[0].clone() for _ in inputs.logits]

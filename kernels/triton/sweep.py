@@ -276,17 +276,20 @@ def own_sweep(logits, externals, target, rows, weights, labels, choices, SPEC: t
             maxima, weighted, plain, pieces, target, rows, 0, TILE.rest, SPEC, WHICH, DOTS, TILE)
     elif len(SPEC.passes[WHICH].slots):
         maxima = guessed_maxima(logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE)
-        unfit = tl.full((), 1, tl.int32)
-        while unfit > 0:
+        again = tl.full((), 1, tl.int32)
+        left = again
+        while again > 0:
             weighted, plain = lane_sums(
-                maxima, unfit, logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
+                maxima, again, logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
             above = (weighted[0] >= MOST).to(tl.int32)
             for f in tl.static_range(1, len(SPEC.passes[WHICH].softs)):
                 above |= (weighted[f] >= MOST).to(tl.int32)
             # The maximum of integers takes a warp one instruction, by which the compiler knows that no thread goes alone.
-            unfit = tl.max(above)
-            if unfit > 0:
-                maxima = exact_maxima(unfit, logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE)
+            # Once more at most: logits near 1e9, of which a unit of rounding is large, exceed even their maximum.
+            again = tl.minimum(tl.max(above), left)
+            left -= 1
+            if again > 0:
+                maxima = exact_maxima(again, logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE)
     else:
         weighted, plain = lane_sums(
             maxima, 1, logits, externals, target, rows, weights, labels, choices, SPEC, WHICH, DOTS, PLAIN, TILE)
