@@ -84,7 +84,6 @@ class Trainer:
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
         self.kept = self.step.kept
         self.epoch = 0
-        self.saved = 0  # finished epochs in the checkpoint on the disk
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_epoch = -1
@@ -121,7 +120,7 @@ class Trainer:
                 optimizer.load_state_dict(state["optimizer"][name])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
-        self.epoch = self.saved = state["epoch"]
+        self.epoch = state["epoch"]
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
             raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
@@ -164,9 +163,11 @@ class Trainer:
         return summary
 
     def _what_is_saved(self) -> str:
-        if not self.saved:
+        # What is on the disk says it, wherever between two instructions the signal came.
+        if not self.run_folder.last.exists():
             return "no epoch was saved, so there is no checkpoint"
-        return f"the last checkpoint has {self.saved} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
+        saved = load_checkpoint(self.run_folder.last)["epoch"]
+        return f"the last checkpoint has {saved} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
 
     def _introduce(self) -> None:
         say = (lambda text: None) if self.reporter.quiet else self.reporter.say
@@ -263,7 +264,6 @@ class Trainer:
             self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
-        self.saved = self.epoch
 
 
 def provenance(config: TrainConfig, run: RunFolder) -> dict[str, Any]:
