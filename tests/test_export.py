@@ -231,7 +231,8 @@ def test_another_branch(run, images, tmp_path, capsys):
         assert "the same logits bit for bit on 355 images" in out
     student, record = load_student(tmp_path)
     assert record["architecture"] == {
-        "name": "resnet8", "num_classes": 10, "branch": 1, "method": "ahbf", "num_branches": 2, "aux_blocks": 1, "topology": None, "options": {}}
+        "name": "resnet8", "num_classes": 10, "branch": 1, "method": "ahbf", "num_branches": 2, "aux_blocks": 1, "topology": None,
+        "at": None, "compression": False, "options": {"gate_attention": "none"}}
     with torch.no_grad():
         assert torch.equal(student(images), trained_logits(run, images, 1))
     assert record["accuracy"]["top1"] == json.loads((run / "summary.json").read_text())["last"]["branch2"]
