@@ -488,12 +488,12 @@ def _print_networks(names: Sequence[str], method: str, branches: int | None, aux
     from fastokd.models import allowed_methods
 
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("network", "left"), ("images", "right"), ("parameters", "right"), ("MFLOPs", "right"),
-                            (f"with {method}", "right"), ("MFLOPs", "right"), ("methods", "left")):
-        table.add_column(column, justify=justify, no_wrap=True)
+    for column, justify in (("network", "left"), ("pixels", "right"), ("million\nparams", "right"), ("\nMFLOPs", "right"),
+                            (f"{method}:\nparams", "right"), ("\nMFLOPs", "right"), ("methods", "left")):
+        table.add_column(column, justify=justify, no_wrap=True, vertical="bottom")
     for name in names:
         costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
-        cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters:,}", f"{costs[part].flops / 1e6:,.2f}")]
+        cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters / 1e6:.2f}", f"{costs[part].flops / 1e6:.0f}")]
         allowed = allowed_methods(name)
         table.add_row(name, str(size), *cells, "all" if allowed == list_methods() else ", ".join(allowed))
     Console(highlight=False, soft_wrap=True).print(table)
