@@ -121,20 +121,21 @@ def comparison(path: Path) -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     settings, measured = found["settings"], found["rows"]
     count = int(re.search(r"and (\d+) test", settings["data"])[1])
-    rows = [("method", "preset", "networks", "student, %", "ensemble, %", "mean of the branches, %", "parameters in training", "s per run")]
+    rows = [("method", "preset", "networks", "student, %", "ensemble, %", "mean of the branches, %", "student's parameters", "parameters in training", "s per run")]
     for row in measured:
         rows.append((f"[{row['method']}]({row['method']}.md)", row["preset"], "1" if row["branches"] == 1 else f"{row['branches']} {row['networks']}",
-                     spread(row["student"]), spread(row.get("ensemble")), spread(row.get("branch_mean")), f"{row['parameters']:,}",
+                     spread(row["student"]), spread(row.get("ensemble")), spread(row.get("branch_mean")), f"{row['student_parameters']:,}", f"{row['parameters']:,}",
                      f"{statistics.mean(row['seconds']):.0f}"))
     teachers = [f"{spread(row['teacher'])} %" for row in measured if "teacher" in row]
     commits = ", ".join(sorted({row["commit"] for row in measured}))
     return [
         "### All methods on the embedded digits", "",
         f"Accuracy after the last epoch, mean and standard deviation over {settings['seeds']} seeds; {settings['student']}, {settings['data']}, "
-        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, learning rate {settings['lr']:g}, every method with its default number of branches"
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, learning rate {settings['lr']:g}, a = {settings['aux_blocks']} where branches get deeper, every method with its default number of branches"
         + (f", `kd` with a {settings['teacher']} trained in the same way ({teachers[0]})" if teachers else "") + ". "
         f"`python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU thread); it takes minutes and says that everything trains. "
-        f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods.", "",
+        f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods. AFID's student is both of its "
+        "sub-networks.", "",
         *table(rows),
     ]
 

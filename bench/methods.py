@@ -60,7 +60,7 @@ def measure(method: str, preset: str, seeds: int, epochs: int, data: Dataset, fo
     first = found[0]
     return {
         "method": method, "preset": preset, "branches": first.config.num_branches(), "networks": first.config.topology or get_method(method).topologies[0],
-        "kept": first.kept, "parameters": count_parameters(first.model), "seconds": [round(trainer.seconds, 1) for trainer in found],
+        "kept": first.kept, "student_parameters": count_parameters(first.model.student()), "parameters": count_parameters(first.model), "seconds": [round(trainer.seconds, 1) for trainer in found],
         "student": [trainer.last[first.kept] for trainer in found],
         **{name: [trainer.last[name] for trainer in found] for name in MEASURED if name in first.last},
         "commit": environment(torch.device("cpu"))["commit"],

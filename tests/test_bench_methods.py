@@ -49,18 +49,18 @@ def test_a_row_is_what_its_runs_found(tmp_path, monkeypatch):
         assert row["student"][seed] == summary["last"]["branch1"]
         teacher = json.loads((tmp_path / f"teacher-{seed}" / "summary.json").read_text())
         assert row["teacher"][seed] == summary["last"]["teacher"] == teacher["last"]["branch1"]
-    assert (row["kept"], row["parameters"], row["branches"]) == ("branch1", 78_042, 1)
+    assert (row["kept"], row["student_parameters"], row["parameters"], row["branches"]) == ("branch1", 78_042, 78_042, 1)
 
 
 def test_the_table_says_what_the_file_says(tmp_path):
     path = tmp_path / "found.json"
     assert comparison(path) == []
-    row = {"method": "one", "preset": "paper", "branches": 3, "networks": "branches", "kept": "branch1", "parameters": 1234, "seconds": [1.0, 4.0],
+    row = {"method": "one", "preset": "paper", "branches": 3, "networks": "branches", "kept": "branch1", "student_parameters": 987, "parameters": 1234, "seconds": [1.0, 4.0],
            "student": [0.9, 0.92], "ensemble": [0.95, 0.95], "commit": "abc"}
     settings = {"data": "digits, 1442 training and 355 test images", "student": "resnet8", "teacher": "resnet20", "seeds": 2, "epochs": 3, "batch_size": 64,
                 "lr": 0.05, "aux_blocks": 1}
     path.write_text(json.dumps({"settings": settings, "torch": "2", "rows": [row]}))
-    assert "| [one](one.md) | paper | 3 branches | 91.00 +- 1.41 | 95.00 +- 0.00 |  | 1,234 | 2 |" in comparison(path)
+    assert "| [one](one.md) | paper | 3 branches | 91.00 +- 1.41 | 95.00 +- 0.00 |  | 987 | 1,234 | 2 |" in comparison(path)
 
 
 @pytest.mark.parametrize("name", list_methods())
