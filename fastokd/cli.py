@@ -255,17 +255,18 @@ def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "on
     from fastokd.train.run_folder import RunFolder
 
     folder, form = RunFolder.open(run), get_format(to)
-    form.describe({"name": folder.load_config().model})  # what cannot be made is refused before the images are read
+    settings = folder.load_config()
+    index = None if branch is None else _branch_index(branch, settings.num_branches())
+    form.describe({"name": _network_name(settings, index)})  # what cannot be made is refused before the images are read
     trained = load_run(run, which, data, device)
-    settings, model = trained.config, trained.evaluator.model
-    index = None if branch is None else _branch_index(branch, model.num_branches)
+    model = trained.evaluator.model
     student = model.student(index).eval()
     name, layout = (model.name, {}) if index is None else _branch_architecture(trained, index, student)
     # Measured as it is deployed, alone and in float32, not under the run's autocast.
     accuracy = measure_accuracy(student, trained.loader)
     record = student_record(
         name, trained.dataset, accuracy=accuracy, epoch=trained.state["epoch"], layout=layout,
-        provenance={**provenance(settings, folder), "checkpoint": which, "branch": (model.kept if index is None else index) + 1})
+        provenance={**provenance(settings, folder, trained.state["data"].get("fingerprint")), "checkpoint": which, "branch": (model.kept if index is None else index) + 1})
     target, compared = export_student(student, record, to, out or run / "export", trained.loader, trained.evaluator.device)
     console = _console()
     parameters = sum(value.numel() for value in student.parameters())
@@ -597,6 +598,17 @@ def _branch_index(text: str, num_branches: int) -> int:
     if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= num_branches:
         raise ConfigError(f"unknown branch '{text}'{did_you_mean(text, [f'branch{m}' for m in range(1, num_branches + 1)])}")
     return int(number) - 1
+
+
+def _network_name(config: Any, index: int | None) -> str:
+    """The registry's name of the network that a branch has, of the kept one for None, before anything is built."""
+    from fastokd.methods import get_method
+    from fastokd.models import model_name
+    from fastokd.models.libraries import is_library_name
+
+    names = config.model_names()
+    name = names[0] if len(names) == 1 else names[get_method(config.method).kept if index is None else index]
+    return name if is_library_name(name) else model_name(name)
 
 
 def _branch_architecture(trained: Any, index: int, network: Any) -> tuple[str, dict[str, Any]]:

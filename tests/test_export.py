@@ -21,7 +21,7 @@ from torch import nn
 import fastokd.cli
 import fastokd.models
 from fastokd.cli import main
-from fastokd.data import ResidentLoader, open_dataset
+from fastokd.data import Batch, ResidentLoader, open_dataset
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import (
     compare_logits,
@@ -94,8 +94,7 @@ def read_metadata(path):
         import onnx
 
         return {item.key: item.value for item in onnx.load(path).metadata_props}["fastokd"]
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("/extra/fastokd.json")))
+    return read_archive(path)["extra/fastokd.json"]
 
 
 def stock_network(path):
@@ -160,6 +159,9 @@ def test_one_record_in_the_file_and_beside_it(request, name):
     assert record["preprocessing"] == {"color": "RGB", "shorter_side": 8, "image_size": [8, 8], "scale": "divide by 255", "mean": list(data.mean), "std": list(data.std)}
     assert record["accuracy"] == {"top1": summary["last"]["branch1"], "data": "digits", "split": "test", "num_images": 355, "epoch": 1}
     environment = json.loads((folder / "environment.json").read_text())
+    run = record["provenance"].pop("run")
+    assert re.fullmatch("[0-9a-f]{12}", run)
+    assert json.loads((folder / "student.json").read_text())["provenance"]["run"] == run
     assert record["provenance"] == {
         "fastokd": environment["fastokd"], "torch": environment["torch"], "commit": environment["commit"], "method": "baseline" if name in TWINS else "ahbf",
         "preset": "paper", "branches": 1 if name in TWINS else 2, "branch": 1, "aux_blocks": 0 if name in TWINS else 1, "compression": False, "seed": 0, "epochs": 1,
@@ -254,6 +256,70 @@ def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
     before = (tmp_path / "student.safetensors").stat().st_ino
     assert call(capsys, "export", run, "--out", tmp_path)[0] == 0
     assert (tmp_path / "student.safetensors").stat().st_ino != before
+
+
+def test_a_run_that_differs_in_the_learning_rate_alone_is_another(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main([*TRAIN, "--lr", "0.1", "--model", "resnet8", "--branches", "2", "--aux-blocks", "1", "--out", str(other)]) == 0
+    shutil.copy(file_of(run, "safetensors"), tmp_path)
+    mistake(call(capsys, "export", other, "--out", tmp_path), 2, r"student\.safetensors is the export of another run \(resnet8, run [0-9a-f]{12}, .*choose another folder")
+    assert (tmp_path / "student.safetensors").read_bytes() == file_of(run, "safetensors").read_bytes()
+
+
+def test_a_run_stays_the_same_run(run, tree, tmp_path, capsys):
+    """Trained on, moved, and exported with other images for the check: its earlier export is replaced."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    assert call(capsys, "train", "--resume", moved, "--epochs", "2", "--quiet")[0] == 0
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(tree, data / split)
+    code, _, err = call(capsys, "export", moved, "--data", data, "--device", "cpu")
+    assert (code, err) == (0, "")
+    before, after = (json.loads((folder / "export" / "student.json").read_text()) for folder in (run, moved))
+    assert (before["provenance"]["epochs"], after["provenance"]["epochs"]) == (1, 2)
+    assert before["accuracy"]["data"] != after["accuracy"]["data"]
+    assert before["provenance"]["run"] == after["provenance"]["run"]
+
+
+def test_a_network_is_found_whatever_its_spelling(twin_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(twin_run, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("model: resnet18_imagenet\n", "model: ResNet18-ImageNet\n"))
+    assert (folder / "config.yaml").read_text() != config
+    code, _, err = call(capsys, "export", folder, "--to", "torchvision", "--out", tmp_path, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "student.torchvision.json").read_text())["architecture"] == {"name": "resnet18_imagenet", "num_classes": 10}
+
+
+def test_a_peer_is_found_by_its_own_name(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*TRAIN, "--model", "resnet8,torchvision:shufflenet_v2_x0_5", "--method", "dml", "--out", str(folder)]) == 0
+    code, _, err = call(capsys, "export", folder, "--to", "torchvision", "--branch", "2", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert json.loads((folder / "export" / "student.torchvision.json").read_text())["architecture"] == {"name": "torchvision:shufflenet_v2_x0_5", "num_classes": 10}
+    (folder / "checkpoints" / "last.pt").unlink()  # that the other has no such network is said before anything is read
+    mistake(call(capsys, "export", folder, "--to", "torchvision"), 2, r"torchvision has no network with the weights of resnet8;")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_networks_without_their_auxiliary_classifiers(run, tmp_path, name):
+    import torchvision
+
+    torch.manual_seed(0)
+    student = create_student(f"torchvision:{name}", 10).eval()
+    record = load_student(run)[1]
+    record["architecture"]["name"] = f"torchvision:{name}"
+    batch = Batch(torch.randn(4, 3, 80, 80), torch.tensor([0, 1, 2, 3]), torch.arange(4))
+    path, compared = export_student(student, record, "torchvision", tmp_path, [batch])
+    assert compared.num_images == 4
+    written = json.loads(read_metadata(path))["export"]["constructor"]
+    assert written == f"torchvision.models.{name}(aux_logits=False)"
+    stock = eval(written.replace("(", "(num_classes=10, init_weights=False, "), {"torchvision": torchvision})
+    stock.load_state_dict(load_file(path), strict=True)
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(batch.images), student(batch.images))
 
 
 def test_a_network_that_the_library_has_not(run, capsys):
@@ -542,6 +608,9 @@ def with_tensors(run, path, change):
     (lambda tensors, record: record["architecture"].update(width=2), r"does not fit the architecture .*width"),
     (lambda tensors, record: record["preprocessing"].update(mean=[0.5]), r"its record's entry 'preprocessing' is incomplete"),
     (lambda tensors, record: record["preprocessing"].update(std=[1, 1, 0]), r"its record's entry 'preprocessing' is incomplete"),
+    (lambda tensors, record: record["preprocessing"].update(shorter_side="x"), r"its record's entry 'preprocessing' is incomplete"),
+    (lambda tensors, record: record["preprocessing"].update(shorter_side=7), r"its record's entry 'preprocessing' is incomplete"),
+    (lambda tensors, record: record["architecture"].update(method="ahbf", options=5), r"does not fit the architecture .*'options': 5"),
     (lambda tensors, record: record["preprocessing"].update(image_size=[8, "8"]), r"its record's entry 'preprocessing' is incomplete"),
     (lambda tensors, record: record["accuracy"].update(top1=None), r"its record's entry 'accuracy' is incomplete"),
     (lambda tensors, record: record["export"].update(to="zip"), r"of the format 'zip', which a safetensors file cannot be"),
@@ -554,15 +623,21 @@ def test_weights_and_records_that_do_not_fit(run, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def read_archive(path):
+    """The files of an archive by their names below its folder."""
+    with zipfile.ZipFile(path) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def write_archive(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"student/{name}", content)
+
+
 def rewrite(source, target, changes):
     """An archive with files below its folder replaced or added."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        folder = old.namelist()[0].partition("/")[0]
-        for name in old.namelist():
-            inner = name.partition("/")[2]
-            new.writestr(name, changes.pop(inner, None) or old.read(name))
-        for inner, content in changes.items():
-            new.writestr(f"{folder}/{inner}", content)
+    write_archive(target, {**read_archive(source), **changes})
 
 
 class Evil:
@@ -581,8 +656,7 @@ def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
     if " " in where:
         folder = "weights" if where == "pickled weight" else "constants"
         config = f"data/{folder}/model_{folder}_config.json"
-        with zipfile.ZipFile(file_of(run, "torch-export")) as archive:
-            content = json.loads(archive.read(next(name for name in archive.namelist() if name.endswith(config))))
+        content = json.loads(read_archive(file_of(run, "torch-export"))[config])
         path_name = "weight_0" if where == "pickled weight" else "custom_obj_0"
         content["config"]["evil"] = {"path_name": path_name, "is_param": False, "use_pickle": True, "tensor_meta": None}
         changes = {config: json.dumps(content), f"data/{folder}/{path_name}": buffer.getvalue()}
@@ -596,6 +670,32 @@ def test_a_name_that_is_in_an_archive_twice(run, tmp_path, capsys):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "student.torchscript.pt", "a") as archive:
         archive.writestr(next(name for name in archive.namelist() if name.endswith("data.pkl")), b"")
     mistake(call(capsys, "eval", tmp_path, "--data", "digits"), 4, r"a name is in it twice")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_name_that_is_in_an_archive_in_another_case(run, tmp_path, capsys, first):
+    """PyTorch looks names up without regard to case: another spelling of a file that was looked at could be what it reads."""
+    buffer = io.BytesIO()
+    torch.save(Evil(tmp_path / "written"), buffer)
+    sound = read_archive(file_of(run, "torch-export"))
+    config = "data/weights/model_weights_config.json"
+    content = json.loads(sound[config])
+    content["config"][next(iter(content["config"]))] = {"path_name": "weight_evil", "is_param": False, "use_pickle": True, "tensor_meta": None}
+    added = {"data/weights/MODEL_weights_config.json": json.dumps(content), "data/weights/weight_evil": buffer.getvalue()}
+    write_archive(tmp_path / "student.pt2", {**added, **sound} if first else {**sound, **added})
+    mistake(call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits"), 4, r"a name is in it twice")
+    assert not (tmp_path / "written").exists()
+
+
+def test_pytorch_is_given_what_was_looked_at(run, tmp_path, capsys, monkeypatch):
+    """What Python's reader skips and another might not, such as bytes before the archive, does not get to PyTorch."""
+    (tmp_path / "student.pt2").write_bytes(b"before" + file_of(run, "torch-export").read_bytes())
+    given, load = [], torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda file: given.append(file.getvalue()) or load(file))
+    assert call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits")[0] == 0
+    (tmp_path / "given.pt2").write_bytes(given[0])
+    assert given[0].startswith(b"PK")
+    assert read_archive(tmp_path / "given.pt2") == read_archive(file_of(run, "torch-export"))
 
 
 def test_an_untouched_archive_passes_the_rewriting(run, tmp_path, capsys):
@@ -632,6 +732,30 @@ def test_snippets_of_the_page(run, twin_run, images, tmp_path, monkeypatch, caps
             assert names["record"]["classes"] == [str(digit) for digit in range(10)]
     assert set(files) == set(FILES.values())
     assert capsys.readouterr().out.strip() == str(int(expected[run].argmax()))
+
+
+def test_the_page_frames_a_picture_as_the_run_did(run, tmp_path, monkeypatch):
+    """After random resized crops a picture is scaled further than to what is cut of it."""
+    import onnx
+    from torchvision import transforms
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "export").mkdir()
+    model = onnx.load(file_of(run, "onnx"))
+    record = json.loads(model.metadata_props[0].value)
+    record["preprocessing"]["shorter_side"] = 10
+    model.metadata_props[0].value = json.dumps(record)
+    onnx.save(model, "export/student.onnx")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 43, 3), dtype=np.uint8))
+    image.save("image.png")
+    names = {}
+    exec(next(snippet for snippet in re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL) if "onnxruntime" in snippet), names)
+    preprocessing = record["preprocessing"]
+    expected = transforms.Compose([transforms.Resize(10), transforms.CenterCrop(8), transforms.ToTensor(),
+                                   transforms.Normalize(preprocessing["mean"], preprocessing["std"])])(image)
+    np.testing.assert_allclose(names["images"][0], expected.numpy(), atol=1e-5)
+    row = re.search(r"^\| `preprocessing` \|.*$", DOCS, flags=re.MULTILINE)[0]
+    assert set(preprocessing) == set(re.findall(r"`(\w+)`", row)) - {"preprocessing"}
 
 
 def test_the_page_lists_the_formats():

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Mapping
 
 from fastokd.export.record import KEY
 
@@ -12,14 +13,23 @@ def read_entries(blob: bytes) -> dict[str, bytes]:
     """Every file of an archive by its name below the archive's one folder.
 
     Raises:
-        zipfile.BadZipFile: not an archive, cut short, changed bytes, or a name that is there twice.
+        zipfile.BadZipFile: not an archive, cut short, changed bytes, or a name that is there twice, in whatever case.
     """
     with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-        names = archive.namelist()
-        # A second entry of one name could be what PyTorch reads after the first was looked at.
-        if len(set(names)) != len(names):
+        names = [(name, name.partition("/")[2]) for name in archive.namelist()]
+        # A second entry of one name could be what PyTorch reads after the first was looked at; it finds names in any case.
+        if len({inner.lower() for _, inner in names}) != len(names):
             raise zipfile.BadZipFile("a name is in it twice")
-        return {name.partition("/")[2]: archive.read(name) for name in names}  # read compares checksums
+        return {inner: archive.read(name) for name, inner in names}  # read compares checksums
+
+
+def write_entries(entries: Mapping[str, bytes]) -> bytes:
+    """An archive of these files and nothing else: whoever reads it, by whatever rules, finds what was looked at."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
 
 
 def find_record(blob: bytes) -> bytes | None:

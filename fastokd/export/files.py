@@ -149,7 +149,7 @@ def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
     return forms[record["export"]["to"]], record
 
 
-_SAME_RUN = ("method", "preset", "branches", "branch", "aux_blocks", "seed")
+_SAME_RUN = ("run", "method", "preset", "branches", "branch", "aux_blocks", "seed")
 
 
 def _check_replaceable(path: Path, record: dict[str, Any]) -> None:

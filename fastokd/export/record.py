@@ -50,7 +50,11 @@ def _sound_architecture(part: dict[str, Any]) -> bool:
 
 
 def _sound_preprocessing(part: dict[str, Any]) -> bool:
-    return (_numbers(part.get("image_size"), 2, (int,)) and min(part["image_size"]) > 0
+    if not _numbers(part.get("image_size"), 2, (int,)):
+        return False
+    side = min(part["image_size"])
+    scaled = part.get("shorter_side", side)  # records from before random resized crops have none
+    return (side > 0 and type(scaled) is int and scaled >= side
             and all(_numbers(part.get(name), 3, (int, float)) for name in ("mean", "std")) and min(part["std"]) > 0)
 
 

@@ -15,6 +15,7 @@ from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
 from fastokd.export.record import KEY
 from fastokd.export.weights import load_weights, strip_wrappers
 from fastokd.models import create_student
+from fastokd.models.libraries import library_network
 from fastokd.storage import write_atomically, write_json
 
 
@@ -59,7 +60,9 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
 
     try:
         network = build()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except MissingExtra:
+        raise
+    except Exception as error:  # a damaged record makes builders raise almost anything
         raise CheckpointError(f"{where} does not fit {what}: {first_line(error)}") from error
     load_weights(network, load(blob), where)
     return network.eval()
@@ -74,6 +77,9 @@ _TWINS: dict[str, dict[str, str]] = {
 }
 """For each library: the networks here whose weights have its names, and what it calls them. A ``library:name`` network
 is the library's own and needs no entry."""
+
+_KEYWORDS = {"googlenet": "(aux_logits=False)", "inception_v3": "(aux_logits=False)"}
+"""What torchvision's constructors need, besides the number of classes, for the network that is trained here."""
 
 
 def _twin(library: str, architecture: Mapping[str, Any]) -> str:
@@ -93,13 +99,12 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
 
 
 def _describe_torchvision(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    return {"constructor": f"torchvision.models.{_twin('torchvision', architecture)}", "torchvision": version("torchvision")}
+    name = _twin("torchvision", architecture)
+    return {"constructor": f"torchvision.models.{name}{_KEYWORDS.get(name, '')}", "torchvision": version("torchvision")}
 
 
 def _build_torchvision(architecture: Mapping[str, Any]) -> nn.Module:
-    from torchvision.models import get_model
-
-    return get_model(_twin("torchvision", architecture), weights=None, num_classes=architecture["num_classes"])
+    return library_network(f"torchvision:{_twin('torchvision', architecture)}", architecture["num_classes"])
 
 
 def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:

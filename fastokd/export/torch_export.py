@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastokd.errors import CheckpointError, first_line
-from fastokd.export.archive import RECORD_FILE, find_record, read_entries
+from fastokd.export.archive import RECORD_FILE, find_record, read_entries, write_entries
 from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
 
 
@@ -31,12 +31,11 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _refusal(blob: bytes) -> str | None:
-    """Why PyTorch must not load this archive: it would unpickle something, or load a library; None if it would not."""
-    entries = read_entries(blob)
+def _refusal(entries: Mapping[str, bytes]) -> str | None:
+    """Why PyTorch must not load an archive of these files: it would unpickle something, or load a library; None if it would not."""
     for name in entries:
         known = name in ("archive_format", "archive_version", "byteorder", "models/model.json", "data/sample_inputs/model.pt") or (
-            name.startswith((".data/", "extra/", "data/weights/", "data/constants/")) and not name.endswith((".pt", ".so")))
+            name.startswith((".data/", "extra/", "data/weights/", "data/constants/")) and not name.lower().endswith((".pt", ".so")))
         if not known:
             return f"it holds {name}"
     for config in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
@@ -52,9 +51,10 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     from torch.export.passes import move_to_device_pass
 
     try:
-        if reason := _refusal(blob):
+        entries = read_entries(blob)
+        if reason := _refusal(entries):
             raise CheckpointError(f"{where} is refused: {reason}, which no student needs; export it again")
-        network = move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
+        network = move_to_device_pass(torch.export.load(io.BytesIO(write_entries(entries))), device).module()
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the loader raise almost anything

@@ -1,6 +1,7 @@
 """The training loop of one run on one device."""
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -107,8 +108,7 @@ class Trainer:
         if state["data"].get("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(f"{where} was trained on other images than {self.config.data} holds now; restore them, or start a new run")
         before = load_config(state["config"], f"the configuration in {where}")
-        # Where the run goes on, and how far, may change; what it computes may not.
-        changed = differences(dataclasses.replace(before, data=self.config.data, device=self.config.device, epochs=self.config.epochs), self.config)
+        changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in _MAY_CHANGE}), self.config)
         if changed:
             raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
         if self.teacher and state.get("teacher") != self.teacher.fingerprint:
@@ -261,14 +261,24 @@ class Trainer:
         if is_best:
             save_checkpoint(self.run_folder.best, state)
         write_student(self.run_folder.student, self.model.student(), student_record(
-            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder)))
+            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint)))
         self.run_folder.append_metrics(record)
         save_checkpoint(self.run_folder.last, state)
 
 
-def provenance(config: TrainConfig, run: RunFolder) -> dict[str, Any]:
-    """Where a student comes from, for its record: the method's settings, and the versions that the run was started with."""
-    return {"method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+_MAY_CHANGE = ("data", "device", "epochs")
+"""Where a run goes on, and how far, may change when it is resumed; what it computes may not."""
+
+
+def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
+    """Where a student comes from, for its record: the method's settings, and the versions that the run was started with.
+
+    ``run`` in it is the same for all exports of a run, however it was resumed: a hash of its configuration and of the
+    fingerprint of the data it is trained on.
+    """
+    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in _MAY_CHANGE]
+    identity = hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()[:12]
+    return {"run": identity, "method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
