@@ -11,6 +11,7 @@ def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
     assert main(["--dry-run", "--out", str(tmp_path)]) == 0
     found = {name: json.loads((tmp_path / f"{name}-dry-run.json").read_text()) for name in PARTS}
     assert found["tests"]["returncode"] == 0, found["tests"]
+    assert {"tests/test_triton_gpu.py", "tests/test_data_dali_gpu.py", "tests/test_data_loader.py", "tests/test_kdcl.py", "tests/test_tsb.py"} <= set(found["tests"]["files"])
     for row in found["kernels"]["rows"]:
         missing = [name for name, value in row.items() if value is None and not name.startswith("fused")]
         assert not missing, row
@@ -24,6 +25,16 @@ def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--dry-run", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("is there already") == len(PARTS)
+
+
+def test_what_waits_for_large_pictures_is_a_network_made_for_them():
+    model = create_model(LARGE_MODEL, "ahbf", 10, NUM_BRANCHES, 0)
+    assert model.image_size == 224
+
+
+def test_no_gpu_test_is_left_out():
+    for file in Path(__file__).parent.glob("test_*.py"):
+        assert "skipif(not torch.cuda" not in file.read_text().replace(NEEDLE, ""), f"{file.name}: use pytest.mark.gpu, which 'python -m bench.gpu tests' runs"
 
 
 def test_spent_minutes_skip_the_rest(tmp_path, capsys):
