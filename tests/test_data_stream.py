@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stream_loaders import CROP, LOADERS, each_loader, torchvision, write_split
+from stream_loaders import CROP, LOADERS, dali, each_loader, torchvision, write_split
 from torchvision.transforms import RandomResizedCrop
 
 from fastokd.data import Augment

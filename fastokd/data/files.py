@@ -129,8 +129,7 @@ class FileDataset(SplitSet[FileSplit]):
         # Carving moves images between splits; what is there does not depend on it.
         everything = sorted(
             (split.files[i], label, split.num_bytes(i))
-            for split in (self.train, self.test, self.val) if split is not None
-            for i, label in enumerate(split.targets.tolist()))
+            for split in self.splits for i, label in enumerate(split.targets.tolist()))
         for record in everything:
             digest.update(json.dumps(record).encode())
         return digest.hexdigest()

@@ -143,6 +143,6 @@ def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device
     sides = [image_size] if image_size else [side for size in peek_sizes(dataset.train) for side in size]
     if max(sides, default=0) > SMALL:
         return False
-    needed = sum(len(split) for split in (dataset.train, dataset.test, dataset.val) if split is not None) * 3 * max(sides, default=0) ** 2
+    needed = sum(len(split) for split in dataset.splits) * 3 * max(sides, default=0) ** 2
     rooms = [available_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None]
     return all(room is None or needed <= MEMORY_FRACTION * room for room in rooms)

@@ -21,7 +21,15 @@ from fastokd.storage import write_json
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
-from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, loader_name, open_data, with_augmentation
+from fastokd.train.data import (
+    AnyDataset,
+    data_record,
+    explain_loader,
+    loader_for,
+    loader_name,
+    open_data,
+    with_augmentation,
+)
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
