@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.loaders import run_epoch, waiting_share
+from bench.loaders import LARGE_MODEL, run_epoch, waiting_share
 from bench.pictures import compose
 from fastokd.data import Augment, FileSplit, list_files, make_loader, open_dataset
 from fastokd.data.images import default_workers
@@ -89,13 +89,14 @@ def test_resident(benchmark: Any) -> None:
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
 def test_waiting(benchmark: Any, large: Path, name: str) -> None:
     """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures of 224 pixels on a GPU, of 64 on a CPU."""
-    config = TrainConfig(model="resnet20", method="ahbf", branches=4, aux_blocks=1)
+    on_gpu = DEVICE.type == "cuda"
+    config = TrainConfig(model=LARGE_MODEL if on_gpu else "resnet20", method="ahbf", branches=4, aux_blocks=1)
     torch.manual_seed(0)
     model = create_model(config.model, config.method, 10, 4, 1).to(DEVICE, memory_format=torch.channels_last)
     step, kd_weight = TrainStep(config, model, DEVICE), torch.ones((), device=DEVICE)
-    loader = streamed(name, {}, large, 224 if DEVICE.type == "cuda" else 64, CROP, 16)
+    loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, 16)
     benchmark.group = "waiting"
     found: dict[str, float] = {}
     benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, lambda batch: step(batch, kd_weight))), rounds=1)
     loader.close()
-    benchmark.extra_info.update(found, loader=name)
+    benchmark.extra_info.update(found, loader=name, model=config.model)

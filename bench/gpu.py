@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.loaders import images_per_second, waiting_share
+from bench.loaders import LARGE_MODEL, images_per_second, waiting_share
 from bench.pictures import compose
 from fastokd.data import Augment, Batch, list_files
 from fastokd.data.dali import default_threads
@@ -28,7 +28,7 @@ from fastokd.data.loader import get_loader_kind
 from fastokd.errors import ConfigError, FastOKDError, did_you_mean, first_line
 from fastokd.graph import lower
 from fastokd.methods.ahbf import PRESETS, ahbf_graph
-from fastokd.models import create_model, list_models
+from fastokd.models import create_model
 from fastokd.ops import evaluate, loss_and_grad
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
@@ -129,11 +129,12 @@ def _driver() -> str | None:
 
 def part_tests(context: Context) -> dict[str, Any]:
     """The tests that need a GPU; the dry run only collects them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_gpu.py"]
+    files = sorted(str(path) for path in Path("tests").glob("test_*.py") if "mark.gpu" in path.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
     done = subprocess.run([*command, "--collect-only"] if context.dry else command, capture_output=True, text=True,
                           timeout=max(60.0, context.left()), check=False)
     lines = done.stdout.strip().splitlines()
-    return {"returncode": done.returncode, "summary": lines[-1] if lines else done.stderr[-500:], "failures": [line for line in lines if line.startswith("FAILED")]}
+    return {"returncode": done.returncode, "files": files, "summary": lines[-1] if lines else done.stderr[-500:], "failures": [line for line in lines if line.startswith("FAILED")]}
 
 
 def _loss_inputs(batch: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -285,15 +286,14 @@ def part_data(context: Context) -> dict[str, Any]:
                          "images_per_second": images_per_second(one, device, 1 if dry else 2)})
             one.close()
         best = max(rows, key=lambda row: row["images_per_second"])
-        name = next(name for name in ("resnet8" if dry else "resnet18", "resnet32") if name in list_models())
-        config = TrainConfig(model=name, method="ahbf", branches=2 if dry else NUM_BRANCHES, aux_blocks=0)
+        config = TrainConfig(model="resnet8" if dry else LARGE_MODEL, method="ahbf", branches=2 if dry else NUM_BRANCHES, aux_blocks=0)
         torch.manual_seed(0)
         model = create_model(config.model, config.method, len(dataset.classes), config.branches, config.aux_blocks).to(device, memory_format=torch.channels_last)
         step, kd_weight = TrainStep(config, model, device), torch.ones((), device=device)
         feeding = loader(4 if dry else 96, **{option: best[option] for option in ("decoder", "hw_decoder_load") if option in best})
         waiting = waiting_share(feeding, device, lambda images: step(images, kd_weight))
         feeding.close()
-    return {"rows": rows, "waiting": {"model": name, "method": "ahbf", "branches": config.branches, "batch": feeding.batch_size, **waiting}}
+    return {"rows": rows, "waiting": {"model": config.model, "method": "ahbf", "branches": config.branches, "batch": feeding.batch_size, **waiting}}
 
 
 PARTS: dict[str, Callable[[Context], dict[str, Any]]] = {

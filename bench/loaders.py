@@ -8,6 +8,9 @@ import torch
 
 from fastokd.data import Batch, Loader
 
+LARGE_MODEL = "resnet18_imagenet"
+"""Whose step waits for pictures of 224 pixels; the CIFAR networks are slower there than what anybody trains."""
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":

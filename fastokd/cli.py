@@ -648,7 +648,7 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
         raise CheckpointError(f"the student knows {len(classes)} classes ({first_of(classes, 3)}), the data has {len(found.classes)} ({first_of(found.classes, 3)})")
     settings: dict[str, Any] = {"mean": mean, "std": std, "num_classes": len(classes), "augment": Augment(crop_scale=(0.08, 1.0)) if cropped else Augment()}
     if cropped:
-        kind = get_loader_kind(best_file_loader(runtime.device))
+        kind = get_loader_kind(best_file_loader(runtime.device, [found.images]))
         settings["size"] = (height, width)
     else:
         kind = get_loader_kind("resident")

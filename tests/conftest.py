@@ -1,11 +1,21 @@
-"""Makes the helpers beside the tests importable by name (graph_catalog, graph_strategy, oracles) in every import mode."""
+"""Makes the helpers beside the tests importable by name (graph_catalog, graph_strategy, oracles) in every import mode, and skips GPU tests without one."""
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("FASTOKD_CACHE", "off")  # no test leaves decoded images behind, but those of the cache
 
 _here = str(Path(__file__).resolve().parent)
 if _here not in sys.path:
     sys.path.insert(0, _here)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")

@@ -1,16 +1,20 @@
 """The GPU entry: its dry run goes through the code of every part, so that no GPU minute dies on a typo."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from bench.gpu import PARTS, main
+from bench.gpu import NUM_BRANCHES, PARTS, main
+from bench.loaders import LARGE_MODEL
+from fastokd.models import create_model, find_backbone
 
 
 def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
     assert main(["--dry-run", "--out", str(tmp_path)]) == 0
     found = {name: json.loads((tmp_path / f"{name}-dry-run.json").read_text()) for name in PARTS}
     assert found["tests"]["returncode"] == 0, found["tests"]
+    assert {"tests/test_triton_gpu.py", "tests/test_data_dali_gpu.py", "tests/test_data_loader.py", "tests/test_kdcl.py", "tests/test_tsb.py"} <= set(found["tests"]["files"])
     for row in found["kernels"]["rows"]:
         missing = [name for name, value in row.items() if value is None and not name.startswith("fused")]
         assert not missing, row
@@ -24,6 +28,17 @@ def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--dry-run", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("is there already") == len(PARTS)
+
+
+def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
+    assert find_backbone(LARGE_MODEL).image_size == 224
+    assert create_model(LARGE_MODEL, "ahbf", 10, NUM_BRANCHES, 1).num_branches == NUM_BRANCHES
+
+
+def test_no_gpu_test_is_left_out():
+    """Those that are skipped without a GPU bear the mark by which the entry finds them."""
+    by_hand = "skipif(" + "not torch.cuda.is_available()"
+    assert not [file.name for file in Path(__file__).parent.glob("test_*.py") if by_hand in file.read_text()]
 
 
 def test_spent_minutes_skip_the_rest(tmp_path, capsys):

@@ -6,7 +6,7 @@ from stream_loaders import CROP, LEVELS, write_split
 
 from fastokd.data import Augment
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 
 

@@ -492,7 +492,7 @@ def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
         make_loader(digits, "train", 100, loader="toy", device="meta")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_captured_graph_replays_other_steps_and_epochs():
     settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
     loader = make(device="cuda", **settings)
@@ -517,7 +517,7 @@ def test_a_captured_graph_replays_other_steps_and_epochs():
             torch.testing.assert_close(batch.target.cpu(), expected.target)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_gives_the_cpu_batches_without_making_the_host_wait():
     for train in (True, False):
         settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}

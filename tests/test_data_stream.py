@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stream_loaders import CROP, LOADERS, each_loader, torchvision, write_split
+from stream_loaders import CROP, LOADERS, dali, each_loader, torchvision, write_split
 from torchvision.transforms import RandomResizedCrop
 
 from fastokd.data import Augment
@@ -230,6 +230,39 @@ def test_the_size_of_training_images_changes_between_epochs(split, make):
         loader.set_size(0)
     with pytest.raises(ConfigError, match="evaluation keeps its own"):
         make(split, 4, False).set_size(20)
+
+
+@each_loader
+def test_the_size_there_is_already_changes_nothing_and_another_one_asks_for_the_buffer(split, make):
+    loader, out = make(split, 4, True), torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
+    loader.write_into(out)
+    for size in (32, None):
+        loader.set_size(size)
+        assert next(iter(loader)).images.data_ptr() == out.data_ptr()
+    with pytest.raises(ConfigError, match=r"image size 20 x 20: the buffer of write_into is for 32 x 32; call write_into\(None\) first"):
+        loader.set_size(20)
+    assert next(iter(loader)).images.data_ptr() == out.data_ptr()
+    loader.write_into(None)
+    loader.set_size(20)
+    assert next(iter(loader)).images.shape == (4, 3, 20, 20)
+
+
+def test_one_pipeline_of_dali_lasts_as_long_as_the_size(split, monkeypatch):
+    loader, built = dali(split, 4, True), []
+    build = loader._build
+    monkeypatch.setattr(loader, "_build", lambda *given: built.append(loader.framing.size) or build(*given))
+    for epoch, size in enumerate((None, 32, None, 20, 20)):
+        loader.set_size(size)
+        loader.set_epoch(epoch)
+        assert len(list(loader)) == 7
+    assert built == [(32, 32), (20, 20)]
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    from fastokd.data.dali import gpu_number
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [gpu_number(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1", "cpu")] == [3, 0, 1, None]
 
 
 @each_loader

@@ -238,7 +238,7 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     np.testing.assert_allclose(weights[1].numpy(), want / want.sum(), rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_linear_equals_the_cpu_and_waits_for_nothing():
     rows = [3 * torch.randn(16, 10, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     target = torch.arange(16) % 10

@@ -1,7 +1,9 @@
 """Training on pictures that are decoded on the way: the command line, the choice of the loader, resuming, the exported student."""
 
+import dataclasses
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -9,12 +11,14 @@ import torch
 from stream_loaders import picture
 
 from fastokd.cli import main
-from fastokd.data import Augment, list_files
+from fastokd.data import Augment, list_files, make_loader
+from fastokd.errors import DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
-from fastokd.train.data import explain_loader, loader_for, loader_name, open_data, with_augmentation
+from fastokd.train.data import data_record, explain_loader, loader_for, loader_name, open_data, with_augmentation
 
-OPTIONS = {"dali": "threads=1", "torchvision": "workers=0"}
+OPTIONS = {"dali": "threads=1", "torchvision": "workers=0", "auto": "prefetch=1"}
+LOADERS = ("dali", "torchvision")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def train(tree, out, loader, *more, size=24) -> int:
                  "--loader", loader, "--loader-options", OPTIONS[loader], "--out", str(out), *more])
 
 
-@pytest.mark.parametrize("loader", OPTIONS)
+@pytest.mark.parametrize("loader", LOADERS)
 def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
@@ -54,7 +58,7 @@ def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
     assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loader", OPTIONS)
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_resumed_run_is_the_uninterrupted_one(tree, tmp_path, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
@@ -97,6 +101,63 @@ def test_auto_explains_itself(tree, monkeypatch):
     assert loader_name(small, open_data(small, cpu), cpu) == "torchvision"
 
 
+def test_auto_passes_dali_over_for_what_it_cannot_decode(tree, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    cpu = torch.device("cpu")
+    assert loader_name(TrainConfig(data=str(tree)), open_data(TrainConfig(data=str(tree)), cpu), cpu) == "dali"
+    shutil.copytree(tree, tmp_path / "tree")
+    picture(200, 160).save(tmp_path / "tree" / "val" / "oak" / "moving.gif")
+    config = TrainConfig(data=str(tmp_path / "tree"), batch_size=4, image_size=136, loader_options={"workers": 0})
+    dataset = open_data(config, cpu)
+    assert re.search(r"^loader torchvision: .*; dali cannot run \(split 'val' of .*: DALI cannot decode val/oak/moving\.gif; convert them[^\n]*$",
+                     explain_loader(config, dataset, cpu))
+    assert sum(len(batch.target) for batch in loader_for(config, dataset, dataset.evaluation, False, cpu)) == 10
+    assert type(make_loader(dataset, dataset.evaluation, 4)).__name__ == "TorchvisionLoader"
+    with pytest.raises(DataError, match=r"DALI cannot decode val/oak/moving\.gif"):
+        make_loader(dataset, dataset.evaluation, 4, loader="dali")
+
+
+def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    cpu, config = torch.device("cpu"), TrainConfig(data=str(tree))
+    dataset = open_data(config, cpu)
+    assert loader_name(config, dataset, cpu) == "dali"
+    seen = data_record(dataset, "torchvision")
+    again = open_data(config, cpu, seen)
+    assert loader_name(config, again, cpu, seen) == "torchvision"
+    assert type(loader_for(config, again, again.evaluation, False, cpu, seen)).__name__ == "TorchvisionLoader"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "nvidia.dali", None)
+        assert train(tree, tmp_path / "run", "auto", "--epochs", "1", "--lr-gamma", "1", size=136) == 0
+        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"] == "torchvision"
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert "loader torchvision: the images are large" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"] == "torchvision"
+    # What cannot run here any more is no reason to stop.
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert loader_name(config, again, cpu, data_record(dataset, "dali")) == "torchvision"
+
+
+def test_a_tree_is_listed_once(tree, monkeypatch):
+    listed = []
+    monkeypatch.setattr("fastokd.train.data.list_files", lambda *given, **more: listed.append(given) or list_files(*given, **more))
+    assert open_data(TrainConfig(data=str(tree)), torch.device("cpu")).image_size == (224, 224)
+    assert len(listed) == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_images_have_the_steps_dtype_and_those_of_evaluation_float32(tree, precision):
+    cpu = torch.device("cpu")
+    config = TrainConfig(data=str(tree), batch_size=4, precision=precision, loader="torchvision", loader_options={"workers": 0})
+    small = dataclasses.replace(config, image_size=24, loader="resident", loader_options={})
+    for each in (config, small):
+        dataset = open_data(each, cpu)
+        made = {train: next(iter(loader_for(each, dataset, split, train, cpu))).images for train, split in ((True, dataset.train), (False, dataset.evaluation))}
+        assert made[True].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert made[False].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--loader", "dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
     (["--bad-images", "skip"], "unknown bad_images 'skip'"),
@@ -133,6 +194,19 @@ def test_a_bad_picture_stops_or_is_replaced_and_reported(tree, tmp_path, capsys)
     assert train(broken, tmp_path / "goes-on", "torchvision", "--epochs", "2", "--bad-images", "replace") == 0
     said = capsys.readouterr().out
     assert said.count("pictures that cannot be decoded and were replaced, so far 1: train/maple/3.jpg (") == 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_missing_file_is_a_bad_picture(tree, tmp_path, capsys, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    rows = [f"{tree / split / name / f'{i}.jpg'},{name},{split}" for split, count in (("train", 8), ("val", 3)) for name in ("birch", "maple", "oak") for i in range(count)]
+    (tmp_path / "list.csv").write_text("\n".join(rows).replace("maple/3.jpg", "maple/gone.jpg"))
+    assert list_files(tmp_path / "list.csv").fingerprint == list_files(tmp_path / "list.csv").fingerprint
+    assert train(tmp_path / "list.csv", tmp_path / "fails", loader, "--epochs", "1") == 3
+    assert re.search(r"^[^\n]*gone\.jpg \(No such file or directory\)[^\n]*--bad-images replace\n$", capsys.readouterr().err)
+    assert train(tmp_path / "list.csv", tmp_path / "goes-on", loader, "--epochs", "1", "--bad-images", "replace") == 0
+    assert "were replaced, so far 1: " in capsys.readouterr().out
 
 
 def test_classes_that_a_model_does_not_know_are_refused(tree, tmp_path, capsys):

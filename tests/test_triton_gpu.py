@@ -12,8 +12,7 @@ from fastokd.losses import AHBFLoss
 from tests.triton_cases import TRITON, Batch, check, fused, make, run
 from tests.triton_graphs import GRAPHS
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels are checked by interpreter and compiler only")
+pytestmark = pytest.mark.gpu
 
 
 def test_every_published_graph() -> None:

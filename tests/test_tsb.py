@@ -234,7 +234,7 @@ def test_a_resume_without_the_memory_would_differ(tmp_path):
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_pinned_host_memory_equals_the_device_s_and_waits_for_nothing():
     device = torch.device("cuda", 0)
     ends = []

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, first_of, reason_of, show
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
@@ -85,6 +86,14 @@ def missing_dali(device: torch.device | None = None) -> str | None:
     return None
 
 
+def unsuitable_for_dali(split: FileSplit) -> str | None:
+    """Which files of a split DALI cannot decode, going by their names, and what mends it; None if there are none."""
+    strange = [name for name in split.files if os.path.splitext(name)[1].lower() in UNSUPPORTED]
+    if not strange:
+        return None
+    return f"split '{split.name}' of {show(split.root)}: DALI cannot decode {first_of(strange)}; convert them, or use --loader torchvision"
+
+
 class DaliLoader(StreamLoader):
     """Decodes with DALI; ``StreamLoader`` says what it promises.
 
@@ -106,10 +115,8 @@ class DaliLoader(StreamLoader):
         self._pipeline: Pipeline | None = None
         super().__init__(*settings, **named)
         self.options = read_options(DaliOptions, options)
-        strange = [name for name in self.split.files if os.path.splitext(name)[1].lower() in UNSUPPORTED]
-        if strange:
-            raise DataError(
-                f"split '{self.split.name}' of {show(self.split.root)}: DALI cannot decode {first_of(strange)}; convert them, or use --loader torchvision")
+        if reason := unsuitable_for_dali(self.split):
+            raise DataError(reason)
         on_gpu = self.device.type == "cuda"
         if self.options.decoder == "mixed" and not on_gpu:
             raise ConfigError(f"decoder='mixed' decodes on the GPU, and the step runs on {self.device}; use decoder=cpu")
@@ -119,7 +126,7 @@ class DaliLoader(StreamLoader):
         self._by_torch = not on_gpu and self.options.resize != "dali"
         self._threads = self.options.threads or default_threads(on_gpu)
         self._pool: ThreadPoolExecutor | None = None
-        self._device_id = (self.device.index or 0) if on_gpu else None
+        self._device_id = gpu_number(self.device)
         self._requests: Iterator[Request] = iter(())
         self._in_flight: deque[Request] = deque()
         self._archives: dict[str, NDArray[np.uint8]] = {}
@@ -323,6 +330,13 @@ class DaliLoader(StreamLoader):
         return fn.slice(pixels, start=start, shape=list(framing.size), axes=(0, 1))
 
 
+def gpu_number(device: torch.device) -> int | None:
+    """The number of a GPU, which without one is the current one as everywhere in torch; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def default_threads(beside_gpu: bool) -> int:
     """One thread per usable core; where a GPU trains and there are more than four, two are left to step and reading ahead."""
     cores = default_workers()
@@ -398,4 +412,4 @@ def _central(outer: "DataNode", inner: int) -> "DataNode":
     return half + (spare - 2.0 * half) * (half - 2.0 * math.floor(half / 2.0))
 
 
-LOADER = LoaderKind(DaliLoader, decoded=False, missing=missing_dali)
+LOADER = LoaderKind(DaliLoader, decoded=False, missing=missing_dali, unsuitable=unsuitable_for_dali)

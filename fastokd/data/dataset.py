@@ -189,6 +189,11 @@ class SplitSet(Generic[S]):
         return len(self.classes)
 
     @property
+    def splits(self) -> tuple[S, ...]:
+        """The splits there are, in the order train, val, test."""
+        return tuple(split for split in (self.train, self.val, self.test) if split is not None)
+
+    @property
     def evaluation(self) -> S:
         """What a run is evaluated on: the validation split if there is one, else the test split."""
         return self.test if self.val is None else self.val
@@ -212,7 +217,7 @@ class SplitSet(Generic[S]):
             "root": None if self.root is None else str(self.root),
             "num_classes": self.num_classes,
             "image_size": list(self.image_size),
-            "num_images": {s.name: len(s) for s in (self.train, self.val, self.test) if s is not None},
+            "num_images": {s.name: len(s) for s in self.splits},
             "mean": list(self.mean),
             "std": list(self.std),
             "ignored_files": self.ignored_files,

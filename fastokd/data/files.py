@@ -81,6 +81,15 @@ class FileSplit:
         name = self.files[index] if self.members is None else self.members.shards[int(self.members.shard[index])]
         return os.path.join(self.root, name)
 
+    def num_bytes(self, index: int) -> int:
+        """The size of an image's encoding; -1 if its file is not there, which whoever reads it then says."""
+        if self.members is not None:
+            return int(self.members.size[index])
+        try:
+            return os.path.getsize(self.path(index))
+        except OSError:
+            return -1
+
     def read(self, index: int) -> bytes:
         """The encoded bytes of an image.
 
@@ -119,9 +128,8 @@ class FileDataset(SplitSet[FileSplit]):
         digest = hashlib.sha256(json.dumps(list(self.classes)).encode())
         # Carving moves images between splits; what is there does not depend on it.
         everything = sorted(
-            (split.files[i], label, int(split.members.size[i]) if split.members else os.path.getsize(split.path(i)))
-            for split in (self.train, self.test, self.val) if split is not None
-            for i, label in enumerate(split.targets.tolist()))
+            (split.files[i], label, split.num_bytes(i))
+            for split in self.splits for i, label in enumerate(split.targets.tolist()))
         for record in everything:
             digest.update(json.dumps(record).encode())
         return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -168,6 +168,10 @@ def _runs_anywhere(device: torch.device) -> None:
     return None
 
 
+def _suits_all(split: FileSplit) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class LoaderKind:
     """A kind of loader.
@@ -178,11 +182,17 @@ class LoaderKind:
             "replace"). It raises ``ConfigError`` for one it cannot do, with the reason.
         decoded: whether it takes splits of decoded images (of a ``Dataset``) or of files (of a ``FileDataset``).
         missing: why it cannot run on a device, with what mends it; None if it can.
+        unsuitable: why it cannot decode a split of files, as far as their names tell, with what mends it; None if it can.
     """
 
     make: Callable[..., Loader]
     decoded: bool
     missing: Callable[[torch.device], str | None] = _runs_anywhere
+    unsuitable: Callable[[FileSplit], str | None] = _suits_all
+
+    def reason_against(self, device: torch.device, splits: Iterable[FileSplit]) -> str | None:
+        """Why it cannot give these files on this device, with what mends it; None if it can."""
+        return self.missing(device) or next(filter(None, map(self.unsuitable, splits)), None)
 
 
 _modules = {
@@ -219,7 +229,7 @@ def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, 
 
     Args:
         split: one of the dataset's splits, or its name: "train", "val" or "test".
-        loader: the kind; by default "resident" for decoded images, and for files the best that can run.
+        loader: the kind; by default "resident" for decoded images, and for files the best that can decode them here.
         train: by default true for the training split alone; false to evaluate on its images.
         augment: overrides the dataset's policy.
         settings: the other keywords of the loader.
@@ -230,7 +240,7 @@ def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, 
     """
     device = torch.device(device)
     decoded = isinstance(dataset, Dataset)
-    name = loader or ("resident" if decoded else best_file_loader(device))
+    name = loader or ("resident" if isinstance(dataset, Dataset) else best_file_loader(device, dataset.splits))
     kind = get_loader_kind(name)
     if kind.decoded != decoded:
         fix = "open_dataset" if kind.decoded else "list_files"
@@ -246,8 +256,8 @@ def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, 
     )
 
 
-def best_file_loader(device: torch.device) -> str:
-    """The first loader of files, in the order of the table, that can run on this device.
+def best_file_loader(device: torch.device, splits: Sequence[FileSplit]) -> str:
+    """The first loader of files, in the order of the table, that can decode these on this device.
 
     Raises:
         ConfigError: none can; the message says why.
@@ -257,7 +267,7 @@ def best_file_loader(device: torch.device) -> str:
         kind = get_loader_kind(name)
         if kind.decoded:
             continue
-        reason = kind.missing(device)
+        reason = kind.reason_against(device, splits)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

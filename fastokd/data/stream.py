@@ -166,15 +166,23 @@ class StreamLoader(LoaderBase, ABC):
     def set_size(self, size: int | None) -> None:
         """Give square training images of this side from the next iteration on; None for the loader's own size.
 
+        Saying the size that they have already changes nothing.
+
         Raises:
-            ConfigError: a size out of range, or an evaluation loader.
+            ConfigError: a size out of range, an evaluation loader, or a buffer of another size that batches are written into.
         """
         if size is not None and size < 1:
             raise ConfigError(f"image size {size}; use 1 or more")
         if not self.train:
             raise ConfigError("only training images change their size; evaluation keeps its own")
+        wanted = self._own_size if size is None else (size, size)
+        if wanted == self.framing.size:
+            return
+        if self._out is not None:
+            raise ConfigError(f"image size {wanted[0]} x {wanted[1]}: the buffer of write_into is for {self.framing.size[0]} x {self.framing.size[1]}; "
+                              f"call write_into(None) first, and give a buffer of the new size afterwards")
         self._stop()
-        self._frame(self._own_size if size is None else (size, size))
+        self._frame(wanted)
 
     def write_into(self, out: Tensor | None) -> None:
         """Write every training batch into this buffer, for a step that reads its input from one address; None ends that.

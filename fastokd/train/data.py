@@ -22,6 +22,7 @@ from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
 from fastokd.data.loader import best_file_loader, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
+from fastokd.train.step import uses_bf16
 
 AnyDataset = Dataset | FileDataset
 
@@ -51,9 +52,12 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
     elif not made_of_files(config.data):
         decoded = True
     elif seen is not None:
-        decoded = seen.get("decoded", True)
+        decoded = get_loader_kind(_loader_before(seen)).decoded
     else:
-        decoded = _is_small(list_files(config.data, **given), config.image_size, device)
+        listed = list_files(config.data, **given)
+        if not _is_small(listed, config.image_size, device):
+            return listed
+        decoded = True
     if decoded:
         return open_dataset(config.data, **given, progress=progress, bad_images=config.bad_images)
     return list_files(config.data, **given)
@@ -73,34 +77,43 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **given))
 
 
-def data_record(dataset: AnyDataset) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: the fingerprint, and how images must be prepared for the weights."""
+def data_record(dataset: AnyDataset, loader: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its data: the fingerprint, how images must be prepared for the weights, and the loader's name."""
     return {
         "fingerprint": dataset.fingerprint, "image_size": list(dataset.image_size), "mean": list(dataset.mean), "std": list(dataset.std),
-        "decoded": isinstance(dataset, Dataset),
+        "loader": loader,
     }
 
 
-def loader_name(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> str:
-    """The loader that a configuration means for a dataset."""
+def loader_name(config: TrainConfig, dataset: AnyDataset, device: torch.device, seen: Mapping[str, Any] | None = None) -> str:
+    """The loader that a configuration means for a dataset; "auto" goes on with that of ``seen`` where it can run, see ``open_data``."""
     if config.loader != "auto":
         return config.loader
-    return "resident" if isinstance(dataset, Dataset) else best_file_loader(device)
+    if isinstance(dataset, Dataset):
+        return "resident"
+    if seen is not None:
+        kind = get_loader_kind(before := _loader_before(seen))
+        if not kind.decoded and kind.reason_against(device, dataset.splits) is None:
+            return before
+    return best_file_loader(device, dataset.splits)
 
 
-def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> str:
+def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.device, seen: Mapping[str, Any] | None = None) -> str:
     """Which loader is used, and why, in one line."""
-    name = loader_name(config, dataset, device)
+    name = loader_name(config, dataset, device, seen)
     if config.loader != "auto":
         return f"loader {name}, as chosen"
     if isinstance(dataset, Dataset):
         return f"loader resident: {'the images are small and fit' if dataset.train.files else 'the dataset comes decoded'}, so they lie on {device}"
-    others = [f"{other} cannot run ({reason})" for other in ("dali",) if other != name and (reason := get_loader_kind(other).missing(device))]
+    others = [f"{other} cannot run ({reason})" for other in ("dali",) if other != name and (reason := get_loader_kind(other).reason_against(device, dataset.splits))]
     return "; ".join([f"loader {name}: the images are large or too many for memory, so they are decoded while training", *others])
 
 
-def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSplit, train: bool, device: torch.device) -> Loader:
-    """The loader of one of the dataset's splits as the configuration wants it.
+def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSplit, train: bool, device: torch.device,
+               seen: Mapping[str, Any] | None = None) -> Loader:
+    """The loader of one of the dataset's splits as the configuration wants it, and "auto" as ``loader_name`` does.
+
+    Training images have the dtype of the step's forward pass. For evaluation they are float32, which any deployed network takes.
 
     Raises:
         ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
@@ -111,7 +124,8 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
     loader = make_loader(
-        dataset, split, config.batch_size, loader=loader_name(config, dataset, device), device=device, seed=config.seed, train=train,
+        dataset, split, config.batch_size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
+        dtype=torch.bfloat16 if train and uses_bf16(config, device) else torch.float32,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
     if train:
         for size in config.resize_schedule.values():
@@ -120,11 +134,15 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
     return loader
 
 
+def _loader_before(seen: Mapping[str, Any]) -> str:
+    return seen.get("loader", "resident")
+
+
 def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:
     """Whether "auto" decodes all images once and keeps them: they are small, and fit into the memory there is."""
     sides = [image_size] if image_size else [side for size in peek_sizes(dataset.train) for side in size]
     if max(sides, default=0) > SMALL:
         return False
-    needed = sum(len(split) for split in (dataset.train, dataset.test, dataset.val) if split is not None) * 3 * max(sides, default=0) ** 2
+    needed = sum(len(split) for split in dataset.splits) * 3 * max(sides, default=0) ** 2
     rooms = [available_memory(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None]
     return all(room is None or needed <= MEMORY_FRACTION * room for room in rooms)

@@ -22,7 +22,15 @@ from fastokd.storage import write_json
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
-from fastokd.train.data import AnyDataset, data_record, explain_loader, loader_for, open_data, with_augmentation
+from fastokd.train.data import (
+    AnyDataset,
+    data_record,
+    explain_loader,
+    loader_for,
+    loader_name,
+    open_data,
+    with_augmentation,
+)
 from fastokd.train.metrics import MetricSums
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -78,11 +86,12 @@ class Trainer:
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
             images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
+        self._seen = seen
         self.num_held_out = 0 if held_out is None else len(held_out)
-        self.held_out_loader = None if held_out is None else loader_for(config, self.dataset, held_out, False, self.device)
+        self.held_out_loader = None if held_out is None else loader_for(config, self.dataset, held_out, False, self.device, seen)
         self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
-        self.train_loader = loader_for(config, self.dataset, images, True, self.device)
-        self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device)
+        self.train_loader = loader_for(config, self.dataset, images, True, self.device, seen)
+        self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
         self.kept = self.step.kept
         self.epoch = 0
         self.last: dict[str, float] = {}
@@ -174,7 +183,7 @@ class Trainer:
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
-        say(explain_loader(config, data, self.device))
+        say(explain_loader(config, data, self.device, self._seen))
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -254,7 +263,7 @@ class Trainer:
             "criterion": self.step.criterion.state_dict(),
             "epoch": self.epoch,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
-            "classes": list(self.dataset.classes), "data": data_record(self.dataset), "config": self.config.to_yaml(),
+            "classes": list(self.dataset.classes), "data": data_record(self.dataset, loader_name(self.config, self.dataset, self.device, self._seen)), "config": self.config.to_yaml(),
         }
         if self.teacher:
             state["teacher"] = self.teacher.fingerprint
@@ -339,7 +348,7 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     # Mixing weights that a loss has found; there is no room for what it remembers of single images, and no need.
     evaluator.criterion.load_state_dict(state["criterion"], strict=False)
     chosen = dataset.evaluation if split is None else dataset.split(split)
-    return LoadedRun(config, dataset, evaluator, loader_for(config, dataset, chosen, False, where), state)
+    return LoadedRun(config, dataset, evaluator, loader_for(config, dataset, chosen, False, where, state["data"]), state)
 
 
 def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
