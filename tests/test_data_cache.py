@@ -176,6 +176,30 @@ def test_the_entry_used_longest_ago_makes_room(kept, tree, monkeypatch):
     assert sides == [5, 6, 8]
 
 
+def test_making_room_takes_what_killed_runs_left_and_nothing_else_that_is_hidden(kept, tree, monkeypatch):
+    for size in (8, 7):
+        open_dataset(tree, image_size=size)
+    old, new, cut_off = kept / ".a.images.npy.x", kept / ".b.images.npy.x", kept / "c.images.npy"
+    for file, age in ((old, 2), (new, 0), (cut_off, 2)):
+        file.write_bytes(bytes(10**6))
+        then = file.stat().st_mtime - age * 86400
+        os.utime(file, (then, then))
+    room = sum(file.stat().st_size for file in kept.glob("[!.]*") if file != cut_off)
+    monkeypatch.setenv("FASTOKD_CACHE_GIB", str((room + 10000) / 2**30))
+    open_dataset(tree, image_size=6)
+    assert not old.exists()
+    assert not cut_off.exists(), "an entry cut off before its record was written"
+    assert new.exists(), "somebody may be writing it"
+    assert sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy")) == [6, 7, 8], "a temporary file is no entry"
+    assert len(list(kept.glob("*.status"))) == 3
+    for file in kept.glob("*.json"):
+        file.unlink()
+    monkeypatch.setenv("FASTOKD_CACHE_GIB", str(2500 / 2**30))
+    open_dataset(tree, image_size=5)
+    assert [np.load(file).shape[1] for file in kept.glob("*.images.npy")] == [5]
+    assert len(list(kept.glob("*.status"))) == 1, "those of entries that are gone"
+
+
 def test_limits_are_kept(kept, tree, monkeypatch):
     monkeypatch.setenv("FASTOKD_CACHE_GIB", "0")
     open_dataset(tree)

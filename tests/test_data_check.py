@@ -155,6 +155,17 @@ class TestOtherLayouts:
         assert kinds(report) == {}
         assert ("val/dog3.jpg", "dog", "val") in report.clean
 
+    def test_the_clean_list_of_a_tree_numbers_its_classes_alike(self, tmp_path):
+        for split in ("train", "val"):
+            for name in ("2", "10", "1"):
+                for i in range(2):
+                    put(tmp_path / "tree" / split / name / f"{i}.jpg", encoded(picture()))
+        check.check_dataset(tmp_path / "tree").write_clean(tmp_path / "clean.csv")
+        tree, listed = list_files(tmp_path / "tree"), list_files(tmp_path / "clean.csv")
+        assert tree.classes == listed.classes == ("1", "10", "2")
+        labels = [{os.path.basename(os.path.dirname(file)): target for file, target in zip(data.train.files, data.train.targets.tolist(), strict=True)} for data in (tree, listed)]
+        assert labels[0] == labels[1]
+
     def test_a_csv_list(self, tree):
         (tree / "list.csv").write_text("train/cat/0.jpg,a\ntrain/cat/1.jpg,b\ntrain/cat/gone.jpg,a\n")
         assert kinds(check.check_dataset(tree / "list.csv")) == {"unreadable": 1}

@@ -126,6 +126,43 @@ def test_what_was_damaged_since_is_written_again(tree, tmp_path, conversion):
 
 
 @pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conversion):
+    convert_dataset(tree, tmp_path / "out", conversion)
+    before = content(tmp_path / "out")
+    picture = tree / "train" / "cat" / "0.png"
+    status = picture.stat()
+    smooth(shift=99).save(picture)
+    for times in (None, (status.st_atime_ns, status.st_mtime_ns)):  # another size alone tells too
+        if times is not None:
+            picture.write_bytes(picture.read_bytes() + b"0")
+            os.utime(picture, ns=times)
+        with pytest.raises(ConfigError, match="from pictures that changed since; give a new folder"):
+            convert_dataset(tree, tmp_path / "out", conversion)
+    assert content(tmp_path / "out") == before
+
+
+def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path):
+    bad, other = tree / "train" / "dog" / "2.png", tree / "train" / "dog" / "0.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    conversion = Conversion(shorter_side=12)
+    with pytest.raises(DataError, match="1 of 16"):
+        convert_dataset(tree, tmp_path / "out", conversion)
+    before = other.read_bytes()
+    times = other.stat()
+    other.write_bytes(good)
+    with pytest.raises(ConfigError, match="changed since"):
+        convert_dataset(tree, tmp_path / "out", conversion)
+    other.write_bytes(before)
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    bad.write_bytes(good)
+    assert convert_dataset(tree, tmp_path / "out", conversion).written == 1
+    bad.write_bytes(before)
+    with pytest.raises(ConfigError, match="changed since"):
+        convert_dataset(tree, tmp_path / "out", conversion)
+
+
+@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
 def test_bad_images_are_named_and_the_others_done(tree, tmp_path, conversion):
     bad = tree / "train" / "dog" / "2.png"
     good = bad.read_bytes()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastokd.data import list_files, open_dataset
+from fastokd.data import list_files, open_dataset, open_evaluation
+from fastokd.data.check import check_dataset
 from fastokd.data.files import IMAGENET_MEAN
 from fastokd.errors import EXIT_DATA, DataError
 
@@ -116,6 +117,28 @@ class TestFlatValidation:
         (tmp_path / "LOC_val_solution.csv").write_text("\n".join(kaggle))
         self.check(tmp_path)
 
+    def test_labels_of_the_validation_images_are_not_those_of_a_flat_test_folder(self, tmp_path):
+        self.tree(tmp_path)
+        for i in range(4):
+            put(tmp_path / "test" / f"ILSVRC2012_test_{i:08}.JPEG")
+        synsets = b"n03\nn01\nn02\nn02\nn01\nn03\n"
+        kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+        for place in (tmp_path, kit):
+            file = put(place / "imagenet_2012_validation_synset_labels.txt", synsets)
+            self.check(tmp_path)
+            assert list_files(tmp_path).ignored_files == 4
+            assert check_dataset(tmp_path).problems.get("no labels") is None
+            assert torch.equal(open_evaluation(tmp_path, "val", decoded=False).images.targets, list_files(tmp_path).test.targets)
+            with pytest.raises(DataError, match="test: images and no label file"):
+                open_evaluation(tmp_path, "test", decoded=False)
+            file.unlink()
+        put(tmp_path / "val" / "val_annotations.txt", b"".join(b"ILSVRC2012_val_%08d.JPEG %s\n" % (i, name) for i, name in enumerate(synsets.split(), start=1)))
+        for place, name in ((tmp_path / "test", "val_annotations.txt"), (tmp_path, "test.txt"), (kit, "test_labels.txt")):
+            file = put(place / name, b"n01\nn02\nn03\nn01\n")
+            opened = list_files(tmp_path)
+            assert (opened.test.name, opened.test.targets.tolist(), opened.val.targets.tolist()) == ("test", [0, 1, 2, 0], [2, 0, 1, 1, 0, 2])
+            file.unlink()
+
     def test_numbers_of_the_folders_in_order(self, tmp_path):
         self.tree(tmp_path)
         lines = [f"ILSVRC2012_val_{i:08}.JPEG {label}" for i, label in enumerate((2, 0, 1, 1, 0, 2), start=1)]
@@ -201,7 +224,7 @@ class TestCsv:
         lists.mkdir()
         (lists / f"all{suffix}").write_text("".join(f"{file}{mark}{i % 12}\n" for i, file in enumerate(files)))
         opened = open_dataset(lists / f"all{suffix}", val_split=0.5)
-        assert opened.classes == tuple(str(i) for i in range(12)), "10 comes after 9"
+        assert opened.classes == ("0", "1", "10", "11", *(str(i) for i in range(2, 10))), "as the folders of a tree are ordered"
         assert (len(opened.train), len(opened.test)) == (12, 12)
 
     @pytest.mark.parametrize(("content", "message"), [
@@ -238,7 +261,8 @@ def write_shard(path: Path, samples, label=str) -> None:
 
 
 class TestWebDataset:
-    @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "val-0.tar"), ("train/00.tar", "train/01.tar", "val/00.tar"), ("imgs_train_0.tar",)])
+    @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "val-0.tar"), ("train/00.tar", "train/01.tar", "val/00.tar"), ("imgs_train_0.tar",), ("imgs_0.tar",),
+        ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar")])
     def test_splits_are_told_by_name_or_folder(self, tmp_path, names):
         for i, name in enumerate(names):
             write_shard(tmp_path / name, [(f"deep/er.d/{i}{k}", k % 3) for k in range(6)])
@@ -255,6 +279,30 @@ class TestWebDataset:
         assert opened.train.members.shards == names[:2]
         assert (len(opened.train), opened.test.name, len(opened.test)) == (12, "val", 6)
         check_agreement(tmp_path)
+
+    @pytest.mark.parametrize(("names", "message"), [
+        (("imagenet-train-0.tar", "imagenet-train-val-0.tar"), "imagenet-train-val-0.tar: its name says train and val"),
+        (("train/0.tar", "train/test-0.tar"), "train/test-0.tar: its name says test and train"),
+        (("imagenet-train-0.tar", "imagenet-trainval-0.tar", "valley-0.tar"), "do not say their split: imagenet-trainval-0.tar, valley-0.tar"),
+    ])
+    def test_a_name_says_one_split_and_all_do(self, tmp_path, names, message):
+        for name in names:
+            write_shard(tmp_path / name, [("a", 0), ("b", 1)])
+        refused(tmp_path, message, list_files)
+
+    @pytest.mark.parametrize("label", ["2026112100", "9" * 20, "7" * 5000, "-1", "5"])
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_a_number_that_can_be_no_class_is_named(self, tmp_path, label, listed):
+        write_shard(tmp_path / "train-0.tar", [("a", 0), ("b", 1)])
+        write_shard(tmp_path / "test-0.tar", [("c", 1), ("d", label), ("e", 0)])
+        if listed:
+            (tmp_path / "classes.txt").write_text("dog\ncat\n")
+        refused(tmp_path, rf"test-0.tar: sample d.png has the class number {label[:10]}.*, outside 0\.\.{1 if listed else 4} for", list_files)
+
+    def test_a_sample_that_comes_twice_is_named(self, tmp_path):
+        write_shard(tmp_path / "train-0.tar", [("x/7", 0), ("y/7", 1), ("x/7", 1)])
+        write_shard(tmp_path / "test-0.tar", [("7", 0), ("8", 1)])
+        refused(tmp_path, "train-0.tar: sample x/7 has a second .png file", list_files)
 
     def test_names_come_from_the_labels_or_a_file(self, tmp_path):
         write_shard(tmp_path / "train-0.tar", [("a", "dog"), ("b", "cat")])

@@ -26,12 +26,13 @@ def feature(key: str, content: bytes) -> bytes:
     return field(1, field(1, key.encode()) + field(2, content))
 
 
-def example(image: bytes, label: int, packed: bool = True, synset: str | None = None) -> bytes:
+def example(image: bytes, label: int, packed: bool = True, synset: str | None = None, keys: tuple[str, str] = ("image/encoded", "image/class/label")) -> bytes:
+    label %= 2**64  # two's complement
     number = field(1, varint(label)) if packed else varint(1 << 3) + varint(label)
-    body = feature("image/height", field(3, field(1, varint(480)))) + feature("image/encoded", field(1, field(1, image)))
+    body = feature("image/height", field(3, field(1, varint(480)))) + feature(keys[0], field(1, field(1, image)))
     if synset is not None:
         body += feature("image/class/synset", field(1, field(1, synset.encode())))
-    body += feature("image/class/label", field(3, number)) + feature("image/score", field(2, field(1, struct.pack("<f", 0.5))))
+    body += feature(keys[1], field(3, number)) + feature("image/score", field(2, field(1, struct.pack("<f", 0.5))))
     return field(1, body)
 
 
@@ -39,7 +40,7 @@ def tfrecord(images, labels, **options) -> bytes:
     out = b""
     for image, label in zip(images, labels, strict=True):
         synset = options.get("synset")
-        message = example(image, label, options.get("packed", True), synset and f"n{label:03d}")
+        message = example(image, label, options.get("packed", True), synset and f"n{label:03d}", options.get("keys", ("image/encoded", "image/class/label")))
         out += struct.pack("<Q", len(message)) + b"\0\0\0\0" + message + b"\0\0\0\0"
     return out
 
@@ -57,6 +58,8 @@ PACKERS = {
     "tfrecord": (".tfrecord", tfrecord), "tfrecord-unpacked": (".tfrecord", lambda images, labels: tfrecord(images, labels, packed=False)),
     "tfrecord-from-one": (".tfrecord", lambda images, labels: tfrecord(images, [label + 1 for label in labels])),
     "tfrecord-synset": (".tfrecord", lambda images, labels: tfrecord(images, [label + 1 for label in labels], synset=True)),
+    "tfrecord-tfds": (".tfrecord-00000-of-00001", lambda images, labels: tfrecord(images, labels, keys=("image", "label"))),
+    "tfrecord-numbered": ("-00000-of-00001", tfrecord),
     "recordio": (".rec", recordio), "recordio-labels": (".rec", lambda images, labels: recordio(images, labels, several=True)),
 }
 
@@ -97,6 +100,19 @@ def test_loaders_read_archives_as_they_read_files(tmp_path, make, kind):
         assert torch.equal(batch.target, want.target)
 
 
+@pytest.mark.parametrize("kind", ["tfrecord", "tfrecord-unpacked", "recordio"])
+@pytest.mark.parametrize("label", [-1, 4_000_000_000])
+def test_a_label_that_can_be_no_class_is_named_with_its_record(tmp_path, kind, label):
+    split, (suffix, encode) = write_split(tmp_path / "files", 14), PACKERS[kind]
+    pack(tmp_path / "packed", split, suffix, encode)
+    images = [(split.root / file).read_bytes() for file in split.files[:3]]
+    file = tmp_path / "packed" / f"train-2{suffix}"
+    file.write_bytes(encode(images, [0, 1, label]))
+    with pytest.raises(DataError, match=rf"sample train-2{suffix}/2 has the class number {label}, outside 0\.\.23 for 24 images") as caught:
+        list_files(tmp_path / "packed")
+    assert str(file) in str(caught.value)
+
+
 def test_class_names_come_from_a_list(tmp_path):
     split = write_split(tmp_path / "files", 14)
     for kind in ("tfrecord", "tfrecord-from-one"):
@@ -116,6 +132,11 @@ def test_an_archive_is_read_through_once_and_again_when_it_changed(tmp_path, cac
         patched.setattr("fastokd.data.tfrecord._sample", lambda *arguments: pytest.fail("read again"))
         again = list_files(tmp_path / "packed")
     assert again.fingerprint == first.fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr("fastokd.data.archives.INDEX_VERSION", -1)
+        patched.setattr("fastokd.data.tfrecord._sample", lambda *arguments: pytest.fail("read again"))
+        with pytest.raises(pytest.fail.Exception, match="read again"):
+            list_files(tmp_path / "packed")
     images = [(split.root / file).read_bytes() for file in split.files[:5]]
     (tmp_path / "packed" / "train-0.tfrecord").write_bytes(tfrecord(images, [2, 1, 0, 2, 1]))
     assert list_files(tmp_path / "packed").train.targets[:5].tolist() == [2, 1, 0, 2, 1]

@@ -1,7 +1,7 @@
 """Archives of samples: what tar shards, TFRecord and RecordIO files have in common.
 
-The splits are told by the archives' names (``train-000000.tar``) or folders (``train/000000.tar``), and class numbers mean
-the lines of ``classes.txt``. Nothing is unpacked: an image is a place in an archive.
+The splits are told by a word in the archives' names (``train-000000.tar``, ``imagenet-val-0.tar``) or folders
+(``train/000000.tar``), and class numbers mean the lines of ``classes.txt``. Nothing is unpacked: an image is a place in an archive.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,13 @@ from fastokd.errors import DataError, StorageError
 from fastokd.storage import write_json
 
 CLASSES_FILE = "classes.txt"
-_SPLIT = re.compile(rf"({'|'.join(name for names in SPLITS.values() for name in names)})(?![a-z])", re.IGNORECASE)
+INDEX_VERSION = 1
+"""Raise it when reading an archive gives other samples than before."""
+
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(name for names in SPLITS.values() for name in names)})(?![a-z])", re.IGNORECASE)
 _SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
+_WHOLE = re.compile(r"-?\d+")
+_DIGITS = 18  # of a label that is a class number; what has more may not fit into int64
 
 
 class Sample(NamedTuple):
@@ -37,40 +42,43 @@ class Sample(NamedTuple):
     label: str
 
 
-def find_archives(root: Path, suffix: str) -> list[str]:
-    """The archives in the folder and in its split folders, relative to it, by name."""
+def find_archives(root: Path, named: re.Pattern[str]) -> list[str]:
+    """The archives in the folder and in its split folders, relative to it, by name; ``named`` is found in each name."""
     folders = [".", *(name for names in SPLITS.values() for name in names)]
     found = []
     for folder in folders:
         if os.path.isdir(root / folder):
-            found += [os.path.normpath(f"{folder}/{name}") for name in os.listdir(root / folder) if name.endswith(suffix) and not name.startswith(".")]
+            found += [os.path.normpath(f"{folder}/{name}") for name in os.listdir(root / folder) if named.search(name) and not name.startswith(".")]
     return sorted(found)
 
 
-def holds_archives(suffix: str, path: Path) -> bool:
-    """Whether a path is a folder with archives of that suffix, for ``DatasetKind.detect``."""
+def holds_archives(named: re.Pattern[str], path: Path) -> bool:
+    """Whether a path is a folder with archives of such names, for ``DatasetKind.detect``."""
     try:
-        return os.path.isdir(path) and bool(find_archives(path, suffix))
+        return os.path.isdir(path) and bool(find_archives(path, named))
     except OSError:  # reported by whoever reads the folder
         return False
 
 
-def list_archives(kind: str, suffix: str, path: Path | None, read: Callable[[Path], list[Sample]], from_one: bool = False) -> DataSource[FileSplit]:
+def list_archives(kind: str, suffix: str, named: re.Pattern[str], path: Path | None, read: Callable[[Path], list[Sample]],
+                  from_one: bool = False) -> DataSource[FileSplit]:
     """List the samples of all archives in a folder, without decoding any image.
 
     Args:
-        kind, suffix: the dataset kind and what its archives are called.
+        kind, suffix: the dataset kind and what its archives are called, for messages.
+        named: found in the names of its archives.
         path: the folder.
         read: lists the samples of one archive, or raises ``DataError``.
         from_one: whether class numbers may begin with 1, as they do where 0 is kept for the background.
 
     Raises:
-        DataError: no archives, one that ``read`` refuses, or archives of which only some say their split.
+        DataError: no archives, one that ``read`` refuses, one whose name has the words of two splits, archives of which only
+            some say their split, or a class number below 0 or beyond the classes there can be.
     """
     if path is None:
         raise DataError(f"{kind} needs a folder: {kind}:PATH, with train-*{suffix} and val-*{suffix} in it")
     try:
-        shards = find_archives(path, suffix) if os.path.isdir(path) else []
+        shards = find_archives(path, named) if os.path.isdir(path) else []
     except OSError as error:
         raise DataError(f"{show(path)}: cannot be read: {error.strerror}; check its permissions") from error
     if not shards:
@@ -78,19 +86,14 @@ def list_archives(kind: str, suffix: str, path: Path | None, read: Callable[[Pat
     check_finished(path)
     by_split: dict[str, list[str]] = {}
     for shard in shards:
-        by_split.setdefault(_split_of(shard), []).append(shard)
+        by_split.setdefault(_split_of(path, shard), []).append(shard)
     if "" in by_split:
         if len(by_split) > 1:
             raise DataError(f"{show(path)}: shards that do not say their split: {first_of(by_split[''])}; call them train-, val- or test-NUMBER{suffix}")
         by_split = {"train": shards}
     samples = {split: [read(path / shard) for shard in names] for split, names in by_split.items()}
-    labels = {sample.label for parts in samples.values() for part in parts for sample in part}
-    classes = _class_names(path, labels)
-    number = {name: i for i, name in enumerate(classes)}
-    if all(label.isdecimal() for label in labels):
-        first = _first_number(labels, len(classes), os.path.isfile(path / CLASSES_FILE)) if from_one else 0
-        number = {label: int(label) - first for label in labels}
-        classes = classes if os.path.isfile(path / CLASSES_FILE) else classes[first:]
+    by_shard = {shard: part for split, names in by_split.items() for shard, part in zip(names, samples[split], strict=True)}
+    classes, number = _classes(path, by_shard, from_one)
     splits = {}
     for split, parts in samples.items():
         flat = [(shard, sample) for shard, part in enumerate(parts) for sample in part]
@@ -119,7 +122,7 @@ def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sampl
         folder = cache_folder()
         if folder is None:
             return read(file)
-        identity = [read.__qualname__, os.path.abspath(file), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        identity = [INDEX_VERSION, read.__qualname__, os.path.abspath(file), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         index = folder / "index" / f"{digest}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -132,34 +135,48 @@ def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sampl
     return find
 
 
-def _split_of(shard: str) -> str:
-    """The split that a shard's folder or name begins with; "" if neither tells."""
-    for part in Path(shard).parts:
-        found = _SPLIT.match(part)
-        if found:
-            return _SPLIT_NAMES[found[1].lower()]
-    return ""
+def _split_of(root: Path, shard: str) -> str:
+    """The split whose word is in a shard's name or folder, between what are no letters; "" if neither tells."""
+    found = sorted({_SPLIT_NAMES[word.lower()] for word in _SPLIT.findall(shard)})
+    if len(found) > 1:
+        raise DataError(f"{show(root / shard)}: its name says {' and '.join(found)}; leave the word of one split in it")
+    return found[0] if found else ""
 
 
-def _class_names(root: Path, labels: set[str]) -> tuple[str, ...]:
-    """The class names in the order of their numbers: of ``classes.txt``, else the numbers, else the names in order."""
-    file = root / CLASSES_FILE
-    whole = all(label.isdecimal() for label in labels)
-    if os.path.isfile(file):
-        try:
-            names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{show(file)}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-        unknown = sorted(label for label in labels if not whole and label not in names)
+def _classes(root: Path, shards: Mapping[str, Sequence[Sample]], from_one: bool) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The class names in the order of their numbers, and the number of every label that is written in the shards.
+
+    The names are those of ``classes.txt``, else the numbers if all labels are whole, else the labels in order.
+    """
+    names = _listed_names(root / CLASSES_FILE)
+    labels = {sample.label for part in shards.values() for sample in part}
+    if not all(_WHOLE.fullmatch(label) for label in labels):
+        unknown = sorted(labels.difference(names or labels))
         if unknown:
-            raise DataError(f"{show(file)}: labels that it does not list: {first_of(unknown)}")
-        return names
-    if whole:
-        return tuple(str(i) for i in range(max(map(int, labels), default=-1) + 1))
-    return tuple(sorted(labels))
+            raise DataError(f"{show(root / CLASSES_FILE)}: labels that it does not list: {first_of(unknown)}")
+        names = names or tuple(sorted(labels))
+        return names, {name: i for i, name in enumerate(names)}
+    numbers = {label: int(label) if len(label) <= _DIGITS else -1 for label in labels}
+    low, high = (edge(numbers.values(), default=0) for edge in (min, max))
+    first = int(from_one and low == 1 and (names is None or high == len(names)))
+    # Every class has an image for training, so that no number reaches the number of images: found before names are made of them.
+    count = sum(map(len, shards.values())) if names is None else len(names)
+    wrong = {label for label, number in numbers.items() if not first <= number < first + count}
+    if wrong:
+        shard, sample = next((shard, sample) for shard, part in shards.items() for sample in part if sample.label in wrong)
+        bound = f"{count} images" if names is None else f"the {count} names in {CLASSES_FILE}"
+        raise DataError(
+            f"{show(root / shard)}: sample {show(sample.name)} has the class number {show(sample.label[:_DIGITS])}, outside {first}..{first + count - 1} "
+            f"for {bound}; number the classes from {first} on, and leave out what has no class"
+        )
+    return names or tuple(str(i) for i in range(first, high + 1)), {label: number - first for label, number in numbers.items()}
 
 
-def _first_number(labels: set[str], count: int, named: bool) -> int:
-    """1 if the class numbers ``labels`` begin with 1, else 0; ``count`` classes, which are ``named`` or counted from 0."""
-    low, high = (edge(map(int, labels), default=0) for edge in (min, max))
-    return int(low == 1 and (high == count or not named))
+def _listed_names(file: Path) -> tuple[str, ...] | None:
+    """The lines of ``classes.txt``; None if there is none, or nothing in it."""
+    if not os.path.isfile(file):
+        return None
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()) or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{show(file)}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None

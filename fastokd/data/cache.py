@@ -35,6 +35,7 @@ WORTH_SECONDS = 1.0
 """What decodes faster is not kept."""
 
 _RACY_SECONDS = 2.0
+_ABANDONED_SECONDS = 86400.0
 _OFF = ("off", "0", "")
 
 
@@ -197,15 +198,31 @@ class Cache:
                 write_json(self._status_file, {"content": self._content})
 
     def _make_room(self, needed: int) -> None:
-        """Remove entries, those used longest ago first, until ``needed`` more bytes are within the limit."""
+        """Remove entries, those used longest ago first, until ``needed`` more bytes are within the limit.
+
+        Temporary files that a killed run left behind and records of entries that are gone go in any case.
+        """
         folder = self._file("json").parent
         folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        kept = sum(file.stat().st_size for file in folder.iterdir())
-        for record in entries:
+        entries: dict[str, list[tuple[Path, os.stat_result]]] = {}
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                if file.name.startswith("."):
+                    if time.time() - status.st_mtime > _ABANDONED_SECONDS:
+                        file.unlink()
+                elif file.suffix != ".status":
+                    entries.setdefault(file.name.partition(".")[0], []).append((file, status))
+        kept = sum(status.st_size for files in entries.values() for _, status in files)
+        # The record, ``.json``, was touched when the entry was used last; what was cut off before it was written has none.
+        used = {content: max((file.suffix == ".json", status.st_mtime) for file, status in files)[1] for content, files in entries.items()}
+        for content in sorted(entries, key=lambda content: used[content]):
             if kept + needed <= self._limit:
-                return
-            for file in (record, *folder.glob(f"{record.stem}.*")):
-                with contextlib.suppress(FileNotFoundError):
-                    kept -= file.stat().st_size
+                break
+            for file, status in sorted(entries.pop(content), key=lambda pair: pair[0].suffix != ".json"):
+                file.unlink(missing_ok=True)
+                kept -= status.st_size
+        for file in folder.glob("*.status"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads(file.read_text())["content"] not in entries:
                     file.unlink()

@@ -321,7 +321,7 @@ def _walk_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
 
 def _flat_split(root: Path, split: str, name: str, files: Sequence[str], classes: Sequence[str], found: dict[str, list[str]]) -> list[Image]:
     labels = [""] * len(files)
-    list_file = find_label_file(root, name, root / name)
+    list_file = find_label_file(root, split, root / name)
     try:
         if list_file is not None:
             labels = [classes[i] for i in read_label_file(list_file, [os.path.basename(file) for file in files], classes)]

@@ -1,7 +1,7 @@
 """Writes a dataset anew: scaled to a shorter side, as a tree of class folders or as WebDataset shards.
 
 Every file appears whole or not at all, and what is there is not made again: an interrupted conversion goes on where it stopped
-when it is called again. Until it is finished its folder is refused as a dataset.
+when it is called again, unless a picture changed under it. Until it is finished its folder is refused as a dataset.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ class _Job(NamedTuple):
 class _Result(NamedTuple):
     written: int
     kept: int
-    failures: tuple[str, ...] = ()
+    failures: tuple[tuple[str, str], ...] = ()  # image and reason
 
 
 def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers: int | None = None, progress: Progress | None = None) -> Outcome:
@@ -98,7 +98,7 @@ def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers
         progress: called with (files done, files in all): images of a tree, or shards.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` holds something else, or what was made of pictures that have changed since.
         DataError: the dataset is not sound, or images cannot be decoded: all others are written then, and the bad ones named.
         StorageError: the disk refused.
     """
@@ -110,9 +110,9 @@ def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers
     record = {
         "finished": False, "shorter_side": conversion.shorter_side, "format": "webdataset" if conversion.webdataset else "tree",
         "per_shard": conversion.per_shard if conversion.webdataset else None, "quality": QUALITY, "images": len(images),
-        "source": hashlib.sha256(json.dumps([(i.split, i.label, i.name) for i in images]).encode()).hexdigest(),
+        "source": _fingerprint(images),
     }
-    _claim(out, record)
+    _claim(out, record, images)
     if conversion.webdataset:
         write_atomically(out / CLASSES_FILE, lambda file: file.write("".join(f"{name}\n" for name in source.classes).encode()))
         jobs = _shard_jobs(out, images, {name: i for i, name in enumerate(source.classes)}, conversion.per_shard)
@@ -122,15 +122,35 @@ def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers
     results = run_in_processes(write, jobs, workers, progress, chunk=1 if conversion.webdataset else 16)
     failures = [failure for result in results for failure in result.failures]
     if failures:
+        names = {name for name, _ in failures}
+        bad = [i for i, image in enumerate(images) if image.name in names]
+        write_json(out / CONVERSION_FILE, {**record, "bad": bad, "source": _fingerprint(images, bad)})
+        listed = first_of([f"{name} ({reason})" for name, reason in failures])
         raise DataError(
-            f"{show(source.root or spec)}: {len(failures)} of {len(images)} images cannot be decoded: {first_of(failures)}; the others are written to "
+            f"{show(source.root or spec)}: {len(failures)} of {len(images)} images cannot be decoded: {listed}; the others are written to "
             f"{show(out)}. Mend them and call again, or convert the list that 'fastokd data check --write-list' makes"
         )
     write_json(out / CONVERSION_FILE, {**record, "finished": True})
     return Outcome(sum(result.written for result in results), sum(result.kept for result in results), out)
 
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
+def _fingerprint(images: Sequence[Image], bad: Iterable[int] = ()) -> str:
+    """A hash of the images' names and labels, and of their files' sizes and times, but for ``bad`` ones, which are to be mended."""
+    status = {path: _status(path) for path in dict.fromkeys(image.path for image in images)}
+    left_out = set(bad)
+    listed = [(i.split, i.label, i.name, None if place in left_out else status[i.path]) for place, i in enumerate(images)]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _status(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:  # reported where it is read
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
     """Make ``out`` the place of this conversion, or find that it is."""
     file = out / CONVERSION_FILE
     try:
@@ -149,8 +169,11 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
     differing = [f"{key} {there.get(key)!r} there, {value!r} now" for key, value in record.items() if key not in ("finished", "source") and there.get(key) != value]
     if differing:
         raise ConfigError(f"{show(out)} holds another conversion ({'; '.join(differing)}); give a new folder")
-    if there.get("source") != record["source"]:
-        raise ConfigError(f"{show(out)} was converted from other files; give a new folder")
+    bad = there.get("bad", [])
+    if there.get("source") != _fingerprint(images, bad):
+        raise ConfigError(f"{show(out)} was converted from other files, or from pictures that changed since; give a new folder")
+    if bad:  # mended now: from here on they are not to change either
+        write_json(file, record)
 
 
 def _tree_jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
@@ -188,7 +211,7 @@ def _write_image(job: _Job, shorter_side: int | None) -> _Result:
     try:
         content = _converted(job.images[0], _FORMATS[job.target.suffix.lower()], shorter_side)
     except Exception as error:  # a decoder may raise anything at all for damaged bytes
-        return _Result(0, 0, (f"{job.images[0].name} ({reason_of(error)})",))
+        return _Result(0, 0, ((job.images[0].name, reason_of(error)),))
     # Not every file waits for the disk: what a lost machine left incomplete is found incomplete and written again.
     write_atomically(job.target, lambda file: file.write(content), durable=False)
     return _Result(1, 0)
@@ -212,7 +235,7 @@ def _write_shard(job: _Job, shorter_side: int | None) -> _Result:
                 return _Result(0, len(job.images))
         except DataError:  # damaged since: written again
             pass
-    failures: list[str] = []
+    failures: list[tuple[str, str]] = []
 
     def write(file: BinaryIO) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
@@ -222,7 +245,7 @@ def _write_shard(job: _Job, shorter_side: int | None) -> _Result:
                 try:
                     content = _converted(image, _FORMATS[extension], shorter_side)
                 except Exception as error:  # a decoder may raise anything at all for damaged bytes
-                    failures.append(f"{image.name} ({reason_of(error)})")
+                    failures.append((image.name, reason_of(error)))
                     continue
                 for name, data in ((f"{i:06}{extension}", content), (f"{i:06}.cls", str(label).encode())):
                     member = tarfile.TarInfo(name)

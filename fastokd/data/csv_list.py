@@ -34,8 +34,8 @@ def _detect(path: Path) -> bool:
 def list_csv(path: Path | None) -> DataSource[FileSplit]:
     """List the images of a CSV file, without opening any of them.
 
-    Labels that are all whole numbers are ordered as numbers, others by name. Without a split column every image is for
-    training until some are held out.
+    The classes are in the order of their names, as a tree's are, numbers too: "10" comes before "2". Without a split column
+    every image is for training until some are held out.
 
     Raises:
         DataError: a file that cannot be read or has no such columns, an unknown split, or an image listed twice with
@@ -62,8 +62,7 @@ def list_csv(path: Path | None) -> DataSource[FileSplit]:
             raise DataError(f"{show(path)}: line {line} lists {show(file)} as '{show(label)}' in {split}, a line before as '{show(before[0])}' in {before[1]}")
         listed.append((file, label, split))
     labels = {label for _, label, _ in listed}
-    whole = all(label.isdecimal() for label in labels)
-    classes = tuple(sorted(labels, key=int) if whole else sorted(labels))
+    classes = tuple(sorted(labels))
     number = {name: i for i, name in enumerate(classes)}
     root = path.absolute().parent
     splits: dict[str, FileSplit] = {}

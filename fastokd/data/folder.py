@@ -52,7 +52,7 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
             continue
         flat = flat_images(root / name, classes) if split != "train" else None
         if flat is not None:
-            labels = find_label_file(root, name, root / name)
+            labels = find_label_file(root, split, root / name)
             if labels is None and split == "test" and "val" in splits:
                 ignored += len(flat)  # ImageNet's test images, whose labels are not public
                 continue
@@ -101,12 +101,15 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     if name is None:
         whole = _one_folder(root)
         return dataclasses.replace(whole, train=dataclasses.replace(whole.train, name=whole.name))
-    classes = _class_names(root / names[name])
-    if flat_images(root / names[name], classes) is not None:
+    if flat_images(root / names[name], []) is not None:
         # Whose labels are numbers or synsets means something only beside the training split's classes.
         whole = list_tree(root)
-        return dataclasses.replace(whole, train=next(split for split in whole.splits if split.name == name), test=None, val=None)
+        found = next((split for split in whole.splits if split.name == name), None)
+        if found is None:
+            raise DataError(f"{show(root / names[name])}: images and no label file; write one there with 'image class' lines, or take another split")
+        return dataclasses.replace(whole, train=found, test=None, val=None)
     check_finished(root)
+    classes = _class_names(root / names[name])
     files, targets, ignored, empty = _list_classes(root, names[name], classes)
     if empty:
         raise DataError(f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or remove them")

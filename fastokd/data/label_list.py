@@ -21,10 +21,14 @@ FOLDERS = (".", "ILSVRC2012_devkit_t12/data", "data")
 
 
 def find_label_file(root: Path, split: str, folder: Path) -> Path | None:
-    """The label file of a flat split: in its folder, in the tree's root, or in ImageNet's development kit there."""
-    names = (*NAMES, f"{split}_labels.txt", f"{split}.txt", f"{split}.csv")
-    places = [folder, *(root / name for name in FOLDERS)]
-    return next((place / name for name in names for place in places if os.path.isfile(place / name)), None)
+    """The label file of the flat split "val" or "test": in its folder, in the tree's root, or in ImageNet's development kit there.
+
+    What is outside the split's folder and called by one of ``NAMES`` says what the validation images are, not those of "test".
+    """
+    own = (f"{folder.name}_labels.txt", f"{folder.name}.txt", f"{folder.name}.csv")
+    outside = [root / name for name in FOLDERS]
+    places = ((place / name) for name in (*NAMES, *own) for place in (folder, *(outside if split == "val" or name in own else ())))
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -> list[int]:

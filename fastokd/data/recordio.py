@@ -1,6 +1,7 @@
 """RecordIO files of images, as MXNet's ``im2rec`` packs them, read without MXNet; ``.idx`` files are not needed."""
 
 import mmap
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastokd.data.registry import DatasetKind
 from fastokd.errors import DataError
 
 MAGIC = 0xCED7230A
+NAMED = re.compile(r"\.rec$")
 _RECORD, _IMAGE = struct.Struct("<II"), struct.Struct("<IfQQ")  # magic, kind and length; flag, label, two ids
 _LENGTH_BITS = 29
 
@@ -56,7 +58,7 @@ def list_recordio(path: Path | None) -> DataSource[FileSplit]:
     Raises:
         DataError: as ``list_archives`` and ``read_recordio``.
     """
-    return list_archives("recordio", ".rec", path, indexed(read_recordio), from_one=True)
+    return list_archives("recordio", ".rec", NAMED, path, indexed(read_recordio), from_one=True)
 
 
-RECORDIO = DatasetKind(files=list_recordio, detect=partial(holds_archives, ".rec"))
+RECORDIO = DatasetKind(files=list_recordio, detect=partial(holds_archives, NAMED))

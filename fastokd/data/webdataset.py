@@ -1,10 +1,10 @@
 """WebDataset shards: tar archives in which the files of one sample lie together, named alike up to the first dot.
 
-A sample is an image and its label: ``.cls`` with a class number or name. The splits are told by the shards' names
-(``train-000000.tar``) or folders (``train/000000.tar``), and class numbers mean the lines of ``classes.txt``.
+A sample is an image and its label: ``.cls`` with a class number or name. Splits and class names are told as in all ``archives``.
 """
 
 import os
+import re
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -16,22 +16,23 @@ from fastokd.data.images import EXTENSIONS, show
 from fastokd.data.registry import DatasetKind
 from fastokd.errors import DataError
 
+NAMED = re.compile(r"\.tar$")
+
 
 def list_shards(path: Path | None) -> DataSource[FileSplit]:
     """List the samples of all shards, without decoding any image.
 
     Raises:
-        DataError: no shards, one that is damaged or compressed, samples without image or label, or shards of which
-            only some say their split.
+        DataError: as ``list_archives`` and ``read_shard``.
     """
-    return list_archives("webdataset", ".tar", path, read_shard)
+    return list_archives("webdataset", ".tar", NAMED, path, read_shard)
 
 
 def read_shard(file: Path) -> list[Sample]:
     """The samples of one shard, in its order.
 
     Raises:
-        DataError: not an uncompressed tar archive, cut off, or a sample without image or label.
+        DataError: not an uncompressed tar archive, cut off, a sample without image or label, or two of one name.
     """
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -41,7 +42,9 @@ def read_shard(file: Path) -> list[Sample]:
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 if member.isfile() and not name.startswith("."):
-                    parts.setdefault(os.path.join(folder, stem), {})[extension.lower()] = member
+                    key = os.path.join(folder, stem)
+                    if parts.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
+                        raise DataError(f"{show(file)}: sample {show(key)} has a second .{show(extension.lower())} file; give every sample a name of its own")
             samples = []
             for key, members in parts.items():
                 image = next((members[extension] for extension in members if f".{extension}" in EXTENSIONS), None)
@@ -68,4 +71,4 @@ def _check_end(file: Path) -> None:
     raise tarfile.ReadError("its end is missing")
 
 
-WEBDATASET = DatasetKind(files=list_shards, detect=partial(holds_archives, ".tar"))
+WEBDATASET = DatasetKind(files=list_shards, detect=partial(holds_archives, NAMED))
