@@ -2,21 +2,26 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from oracles import ffsd as oracle
+from oracles import fusion as modules
+from oracles.gates import gradients
+from torch import nn
 
 from fastokd.errors import ConfigError
 from fastokd.losses import AFIDLoss, FFSDLoss, FFSDMaps
 from fastokd.methods import get_method
-from fastokd.methods.afid import Exchange
-from fastokd.methods.ffsd import shifted_map
+from fastokd.methods.afid import AFIDModules, Exchange
+from fastokd.methods.ffsd import FFSDModules, shifted_map
+from fastokd.methods.method import BranchPass, Layout
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train.config import TrainConfig
 from fastokd.train.step import TrainStep
-from tests.oracles import ffsd as oracle
 
 STEP = 1e-6
 
@@ -40,6 +45,13 @@ def as_tensors(value):
     if isinstance(value, np.ndarray):
         return torch.tensor(value, requires_grad=True)
     return {k: as_tensors(v) for k, v in value.items()} if isinstance(value, dict) else [as_tensors(v) for v in value]
+
+
+def empty(value):
+    """The same of no samples."""
+    if isinstance(value, np.ndarray):
+        return value[:0]
+    return {k: empty(v) for k, v in value.items()} if isinstance(value, dict) else [empty(v) for v in value]
 
 
 def arrays(value, path=()):
@@ -96,12 +108,93 @@ def test_ffsd_loss_adds_its_terms_with_their_weights():
     assert "ce/leader" in terms
 
 
+def test_ffsd_of_an_empty_batch_is_0():
+    maps = FFSDMaps(**as_tensors(empty(random_maps(2))))
+    rows = [torch.zeros(0, 4, dtype=torch.float64)] * 4
+    loss, terms = FFSDLoss()(rows[:3], torch.zeros(0, dtype=torch.long), fusion_logits=rows[3], maps=maps, return_terms=True)
+    assert loss.item() == 0
+    assert not any(term.item() for term in terms.values())
+    loss.backward()
+
+
 def test_shifted_map():
     features = np.random.default_rng(1).normal(size=(3, 4, 3, 3))
     np.testing.assert_allclose(shifted_map(torch.tensor(features)).numpy(), oracle.shifted_map(features), rtol=1e-12)
     # One position: the lowest third has at least one entry, and it is the threshold itself.
     one = np.full((1, 2, 1, 1), 3.0)
     np.testing.assert_allclose(shifted_map(torch.tensor(one)).numpy(), one + (9 / 2 - 1) * 9 / 2)
+
+
+class TinyBranch(nn.Module):
+    def __init__(self, body, channels, num_classes=4):
+        super().__init__()
+        self.body, self.fc = nn.Sequential(*body), nn.Linear(channels, num_classes)
+
+    def head(self, maps):
+        return self.fc(maps.mean((2, 3)))
+
+
+class TinyPeer(nn.Module):
+    def __init__(self, stem, body, channels):
+        super().__init__()
+        self.trunk, self.branch = nn.Sequential(stem), TinyBranch(body, channels)
+
+
+def draw_parameters(module):
+    """In float64 and none at 0 or 1, where a normalisation would start."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.double().parameters():
+        parameter.data = 0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64) + (0.4 if parameter.dim() == 1 else 0.0)
+
+
+def check_modules(got, formula, leaves):
+    """Every output, and the gradients of a random sum of all entries for every leaf. Both sides by name; ``formula`` in NumPy."""
+    want = formula(leaves_in := {name: leaf.detach().numpy() for name, leaf in leaves.items()})
+    assert got.keys() == want.keys()
+    draw = np.random.default_rng(3)
+    upstream = {name: draw.normal(size=value.shape) for name, value in want.items()}
+    for name, value in got.items():
+        np.testing.assert_allclose(value.detach().numpy(), want[name], rtol=1e-9, atol=1e-10, err_msg=name)
+    sum((value * torch.tensor(upstream[name])).sum() for name, value in got.items()).backward()
+
+    def total(inputs):
+        return sum((value * upstream[name]).sum() for name, value in formula(inputs).items())
+
+    for name, gradient in gradients(total, leaves_in).items():
+        mine = leaves[name].grad
+        np.testing.assert_allclose(np.zeros_like(gradient) if mine is None else mine.numpy(), gradient, rtol=1e-8, atol=1e-9, err_msg=name)
+
+
+def test_ffsd_s_modules_and_every_gradient():
+    """Three students and a leader, of three stages: 2 channels of 7 x 7, 2 of 4 x 4, 3 of 2 x 2."""
+    channels, sizes = (2, 2, 3), [(7, 7), (4, 4), (2, 2)]
+    peers = [TinyPeer(nn.Conv2d(3, 2, 3, padding=1), [nn.Conv2d(2, 2, 3, 2, 1), nn.Conv2d(2, 3, 3, 2, 1)], 3) for _ in range(4)]
+    companion = FFSDModules(Layout((3,) * 4, 3, 5, peers))
+    for module in (companion, *peers):
+        draw_parameters(module)
+    generator = torch.Generator().manual_seed(2)
+    images = [torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in peers]
+    ran = companion.run(images, peers)
+    for peer, x, maps, features, logits in zip(peers, images, ran.passed_on, ran.features, ran.logits, strict=True):
+        for layer, own, width, size in zip((*peer.trunk, *peer.branch.body), maps, channels, sizes, strict=True):
+            x = layer(x)
+            assert torch.equal(own, x)
+            assert own.shape[1:] == (width, *size)
+        assert torch.equal(features, x)
+        assert torch.equal(logits, peer.branch.head(x))
+    leaves = {f"map{m}": maps[-1].detach().requires_grad_() for m, maps in enumerate(ran.passed_on)}
+    passed_on = [[*maps[:-1], leaf] for maps, leaf in zip(ran.passed_on, leaves.values(), strict=True)]
+    seen = companion(BranchPass(images[0], images[0], tuple(leaves.values()), ran.logits, peers, passed_on))
+    assert [seen["maps"].leader, *seen["maps"].students] == [passed_on[-1], *passed_on[:-1]]
+
+    def named(parts):
+        return {f"{name} {number}": value for name, values in parts.items() for number, value in enumerate(values)}
+
+    maps = seen["maps"]
+    got = named({"fusion_logits": [seen["fusion_logits"]], "fused": [maps.fused], "transformed": [maps.transformed],
+                 "decoded_shifted": [*itertools.chain(*maps.decoded_shifted)], "decoded_fused": maps.decoded_fused, "decoded": [*itertools.chain(*maps.decoded)]})
+    check_modules(got, lambda p: named(modules.ffsd([p[f"map{m}"] for m in range(3)], p["map3"], p, sizes[:-1])),
+                  {**leaves, **dict(companion.named_parameters())})
 
 
 def test_ffsd_sizes():
@@ -155,6 +248,10 @@ def test_networks_that_ffsd_and_afid_cannot_compare():
         AFIDLoss(3)
     with pytest.raises(ValueError, match=r"lambda_fusion=-1\.0"):
         FFSDLoss(lambda_fusion=-1.0)
+    for name, method in (("fusion_weight_decay", "ffsd"), ("decoder_lr", "ffsd"), ("fusion_weight_decay", "afid")):
+        for value in ("x", True, -1.0, float("inf")):
+            with pytest.raises(ConfigError, match=f"method '{method}' .*{name}={value!r}; it must be a number of at least 0"):
+                create_model("resnet8", method, 4, options={name: value})
     with pytest.raises(ValueError, match="maps are missing"):
         FFSDLoss()([torch.zeros(2, 3)] * 3, torch.zeros(2, dtype=torch.long), fusion_logits=torch.zeros(2, 3))
 
@@ -184,6 +281,26 @@ def test_afid_exchange():
     for mine, theirs, result in ((one, other, got[0]), (other, one, got[1])):
         want = np.stack([own * look(seen) for own, seen in zip(mine.numpy(), theirs.numpy(), strict=True)])
         np.testing.assert_allclose(result.detach().numpy(), want, rtol=1e-12)
+
+
+def test_afid_s_networks_and_every_gradient():
+    """Exchange, bodies, exchange, heads; the fusion head reads the maps before the second exchange, and trains them."""
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peers = nn.ModuleList(TinyPeer(nn.Conv2d(3, 4, 1), [nn.Sequential(nn.Conv2d(4, 3, 1))], 3) for _ in range(2))
+            self.companion = AFIDModules(Layout((3, 3), 3, 5, self.peers))
+
+    network = Network()
+    draw_parameters(network)
+    generator = torch.Generator().manual_seed(2)
+    leaves = {f"x{m}": torch.randn(2, 3, 3, 3, generator=generator, dtype=torch.float64).requires_grad_() for m in range(2)}
+    images = tuple(leaves.values())
+    ran = network.companion.run(images, network.peers)
+    head = network.companion(BranchPass(images[0], images[0], ran.features, ran.logits, network.peers))
+    got = {"logits1": ran.logits[0], "logits2": ran.logits[1], **head}
+    parameters = {name.removeprefix("companion."): value for name, value in network.named_parameters()}
+    check_modules(got, lambda p: modules.afid((p["x0"], p["x1"]), p), {**leaves, **parameters})
 
 
 def test_afid_s_student_needs_both_and_computes_the_same():

@@ -461,3 +461,5 @@ def test_recipes_hold_the_published_values():
     assert (options["lambda_ta"], options["lambda_branch"], options["lambda_self"], options["teacher_eps"]) == (4.0, 2.0, 0.0, 0.0)
     assert dataclasses.replace(config, preset="code").ramp_length() == 240
     assert get_recipe("cifar10-resnet20-baseline").num_branches() == 1
+    ffsd = get_recipe("cifar100-resnet32-ffsd")
+    assert (ffsd.epochs, ffsd.pad, ffsd.padding, ffsd.flip, ffsd.ramp_length()) == (299, 4, "reflect", True, 5)

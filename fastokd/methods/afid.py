@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows
-from fastokd.methods.layers import ChannelAttention, FusionHead, SpatialAttention, children
+from fastokd.methods.base import Impl, Reduction, as_rows, check_options
+from fastokd.methods.layers import ChannelAttention, FusionHead, SpatialAttention, check_rates, children
 from fastokd.methods.method import (
     BranchPass,
     Companion,
@@ -62,6 +62,7 @@ class AFIDLoss(MethodLoss):
                  label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
         if num_branches != 2:
             raise ValueError(f"num_branches={num_branches}; AFID exchanges attention between two sub-networks, use 2")
+        check_options(temperature=temperature, lambda_kd=lambda_kd, teacher_eps=teacher_eps, label_smoothing=label_smoothing)
         graph = afid_graph(temperature, lambda_kd, teacher_eps, label_smoothing)
         super().__init__(graph, 2, reduction, impl, {"fusion": "fusion_logits"})
 
@@ -151,12 +152,14 @@ class AFIDModules(Companion):
     Args:
         layout: two peers.
         fusion_weight_decay: of the fusion head.
+
+    Raises:
+        ValueError: an option is no number of at least 0, or see ``Pair``.
     """
 
     def __init__(self, layout: Layout, fusion_weight_decay: float = 1e-5) -> None:
         super().__init__()
-        if not 0 <= fusion_weight_decay < float("inf"):
-            raise ValueError(f"fusion_weight_decay={fusion_weight_decay}; it must be a number of at least 0")
+        check_rates(fusion_weight_decay=fusion_weight_decay)
         self.pair = Pair(layout)
         self.fusion = FusionHead(sum(layout.channels), layout.channels[0], layout.num_classes)
         self.fusion_weight_decay = fusion_weight_decay

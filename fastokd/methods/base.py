@@ -302,7 +302,7 @@ def check_options(**options: Any) -> None:
             if not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}; it must be True or False")
             continue
-        if not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}; it must be a number")
         if name.startswith("lambda_"):
             good, rule = math.isfinite(value) and value >= 0, "a number of at least 0"

@@ -1,7 +1,7 @@
 """The student alone: cross-entropy, no teacher."""
 
 from fastokd.graph import CrossEntropy, Graph, Logits
-from fastokd.methods.base import Impl, Reduction
+from fastokd.methods.base import Impl, Reduction, check_options
 from fastokd.methods.method import Method, MethodLoss
 
 
@@ -23,6 +23,7 @@ class BaselineLoss(MethodLoss):
     def __init__(self, num_branches: int = 1, label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
         if num_branches != 1:
             raise ValueError(f"num_branches={num_branches}; the baseline trains the student alone, use num_branches=1")
+        check_options(label_smoothing=label_smoothing)
         super().__init__(baseline_graph(label_smoothing), num_branches, reduction, impl)
 
 

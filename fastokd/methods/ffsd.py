@@ -4,7 +4,6 @@ The forms are those of the official code.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows, branch_names
-from fastokd.methods.layers import FusionHead, depthwise_pointwise, run_stages, stages
+from fastokd.methods.base import Impl, Reduction, as_rows, branch_names, check_options
+from fastokd.methods.layers import FusionHead, check_rates, depthwise_pointwise, run_stages, stages
 from fastokd.methods.method import (
     BranchPass,
     Companion,
@@ -85,9 +84,13 @@ def _unit(values: Tensor) -> Tensor:
     return F.normalize(values.to(compute_dtype(values)).flatten(1), dim=1)
 
 
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.square().sum() / max(difference.numel(), 1)
+
+
 def map_distance(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over batch and entries of the squared difference of the flattened rows, each of length 1."""
-    return (_unit(one) - _unit(other)).square().mean()
+    """Mean over batch and entries of the squared difference of the flattened rows, each of length 1; 0 for an empty batch."""
+    return _mean_square(_unit(one) - _unit(other))
 
 
 def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,10 +149,9 @@ class FFSDLoss(MethodLoss):
                  label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
         if not isinstance(num_branches, int) or num_branches < 3:
             raise ValueError(f"num_branches={num_branches!r}; FFSD has two students or more and a leader: 3 or more")
+        check_options(temperature=temperature, lambda_kd=lambda_kd, lambda_diversity=lambda_diversity, lambda_fusion=lambda_fusion,
+                      lambda_decoder=lambda_decoder, teacher_eps=teacher_eps, label_smoothing=label_smoothing)
         weights = {"diversity": lambda_diversity, "fusion": lambda_fusion, "decoder": lambda_decoder}
-        for name, value in weights.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"lambda_{name}={value}; it must be a number of at least 0")
         graph = ffsd_graph(num_branches - 1, temperature, lambda_kd, teacher_eps, label_smoothing)
         super().__init__(graph, num_branches, reduction, impl, {"fusion": "fusion_logits"},
                          {name: ExtraTerm(value, scheduled=True) for name, value in weights.items()})
@@ -173,7 +175,7 @@ def _diversity(maps: FFSDMaps) -> Tensor:
     total = maps.fused.new_zeros((), dtype=compute_dtype(maps.fused))
     for before, own, decoded in zip(maps.students, maps.students[1:], maps.decoded_shifted, strict=False):
         _, target, _ = shifted_attention(attention_map(before[-1].detach()))
-        total = total + (_unit(attention_map(own[-1])) - target).square().mean() + _attention_distance(own[:-1], decoded)
+        total = total + _mean_square(_unit(attention_map(own[-1])) - target) + _attention_distance(own[:-1], decoded)
     return total
 
 
@@ -225,14 +227,12 @@ class FFSDModules(Companion):
         decoder_lr: the decoders are trained with Adam at this constant learning rate.
 
     Raises:
-        ValueError: the networks differ, cannot be run stage by stage, or have stages that do not halve the maps.
+        ValueError: an option is no number of at least 0, or the networks differ, cannot be run stage by stage, or have stages that do not halve the maps.
     """
 
     def __init__(self, layout: Layout, fusion_weight_decay: float = 1e-5, decoder_lr: float = 1e-3) -> None:
         super().__init__()
-        for name, value in (("fusion_weight_decay", fusion_weight_decay), ("decoder_lr", decoder_lr)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}; it must be a number of at least 0")
+        check_rates(fusion_weight_decay=fusion_weight_decay, decoder_lr=decoder_lr)
         found = [stages(peer) for peer in layout.branches]
         if any(other != found[0] for other in found):
             raise ValueError("students and leader compare their feature maps stage by stage, so they must be one network; name one")

@@ -1,6 +1,8 @@
 """Modules that several methods' companions are made of, and running a peer stage by stage."""
 
 import copy
+import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,6 +74,17 @@ def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False), nn.BatchNorm2d(in_channels), nn.ReLU(),
         nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
     )
+
+
+def check_rates(**options: object) -> None:
+    """Check options that are weight decays or learning rates: numbers of at least 0.
+
+    Raises:
+        ValueError: one is not, of whatever type it is; the message names it.
+    """
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}; it must be a number of at least 0")
 
 
 class Stage(NamedTuple):

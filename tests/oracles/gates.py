@@ -85,7 +85,8 @@ def _mlp(x: Array, first: Params, second: Params) -> Array:
     return linear(relu(linear(x, first)), second)
 
 
-def cbam(x: Array, p: Params) -> Array:
+def seen_where(x: Array, p: Params) -> tuple[Array, Array]:
+    """Maps after the channel attention of CBAM, and the weight of every position [B, 1, H, W]."""
     layers = part(p, "channel.reduce"), part(p, "channel.expand")
     highest = peak(x.reshape(*x.shape[:2], -1), 2)[:, :, 0]
     x = x * sigmoid(_mlp(pool(x), *layers) + _mlp(highest, *layers))[:, :, None, None]
@@ -94,7 +95,12 @@ def cbam(x: Array, p: Params) -> Array:
     padded = np.pad(seen, ((0, 0), (0, 0), (3, 3), (3, 3)))
     kernel = p["spatial.conv.weight"]
     total = sum(np.einsum("bihw,i->bhw", padded[:, :, i:i + height, j:j + width], kernel[0, :, i, j]) for i in range(7) for j in range(7))
-    return x * sigmoid(total)[:, None]
+    return x, sigmoid(total)[:, None]
+
+
+def cbam(x: Array, p: Params) -> Array:
+    x, where = seen_where(x, p)
+    return x * where
 
 
 def non_local(x: Array, p: Params) -> Array:
