@@ -136,10 +136,6 @@ def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
     with pytest.raises(ConfigError, match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image"):
         check_config(tsb)
     check_config(dataclasses.replace(tsb, mixup=0.0, cutmix=0.0))
-    stored = dataclasses.replace(CONFIG, method="kd", branches=None, mixup=0.0, method_options={"teacher": "rows.npy"})
-    with pytest.raises(ConfigError, match="cutmix=1 and stored rows of a teacher"):
-        check_config(stored)
-    check_config(dataclasses.replace(stored, cutmix=0.0))
 
 
 def test_sizes_beyond_the_images_are_refused_before_training(tmp_path):

@@ -140,6 +140,43 @@ def test_soft_targets_and_half_precision(variant):
     assert list(terms) == ["ce/branch1", "ce/branch2", "kl/teacher->branch1", "kl/teacher->branch2"]
 
 
+@pytest.mark.parametrize(("target", "message"), [
+    (torch.tensor([0, 1, 2]), r"target has the shape \(3,\); labels must be \[4\]"),
+    (torch.tensor([0, 1, 2, 3, 4]), r"target has the shape \(5,\); labels must be \[4\]"),
+    (torch.tensor([0, 1, 2, 6]), r"target\[3\] is 6, but the logits have 6 classes"),
+    (torch.full((4, 5), 0.2), r"must have the shape \[4, 6\], got \(4, 5\)"),
+    (None, "target must be a tensor, got NoneType"),
+    ([0, 1, 2, 3], "target must be a tensor, got list"),
+])
+def test_wrong_targets_are_named(target, message):
+    """Where the target is used before the graph sees it."""
+    rows = list(torch.randn(2, 4, 6))
+    with pytest.raises((TypeError, ValueError), match=message):
+        KDCLLoss(2, "linear")(rows, target)
+    with pytest.raises((TypeError, ValueError), match=message):
+        KDCLLoss(2, "general").see_held_out([(rows, target)])
+
+
+def test_held_out_labels_as_probabilities():
+    rows, target = list(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))), torch.tensor([0, 5, 2, 2, 1])
+    labels, probabilities = KDCLLoss(2, "general"), KDCLLoss(2, "general")
+    labels.see_held_out([(rows, target)])
+    probabilities.see_held_out([(rows, torch.eye(6)[target])])
+    assert labels.teacher_weights[0] != 0.5
+    assert torch.equal(labels.teacher_weights, probabilities.teacher_weights)
+
+
+def test_the_teacher_s_weights_are_not_rounded_with_the_networks():
+    criterion = KDCLLoss(2, "general")
+    before = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    criterion.teacher_weights.copy_(before)
+    for moved in (criterion.half(), criterion.float(), criterion.to("cpu", torch.bfloat16)):
+        assert moved.teacher_weights.dtype == torch.float64
+        assert torch.equal(moved.teacher_weights, before)
+    assert torch.equal(criterion.state_dict()["teacher_weights"], before)
+    assert criterion.to("meta", torch.half).teacher_weights.device.type == "meta"
+
+
 def test_ensemble_is_the_mean_of_predictions():
     """Two rows whose mean logits and whose mean predictions name different classes."""
     rows = [torch.tensor([[0.0, 8.0, -40.0]]), torch.tensor([[1.0, -20.0, 0.0]])]

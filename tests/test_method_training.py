@@ -329,6 +329,21 @@ def test_stored_rows_teach_what_their_network_says(tmp_path, digits, monkeypatch
 ROWS = torch.randn(192, 10)
 
 
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_stored_rows_do_not_go_with_mixed_images(tmp_path, suffix, mixing):
+    path = tmp_path / f"rows.{suffix}"
+    np.save(path, ROWS.numpy()) if suffix == "npy" else save_file({"rows": ROWS}, path)
+    config = settings("kd", path)
+    teachers.check_teacher(config)
+    with pytest.raises(ConfigError, match=f"{mixing}=0.4 and stored rows of a teacher: they are of whole images"):
+        teachers.check_teacher(dataclasses.replace(config, **{mixing: 0.4}))
+
+
+def test_a_network_sees_mixed_images(teacher_run):
+    teachers.check_teacher(settings("kd", teacher_run / "student.safetensors", mixup=0.4, cutmix=1.0))
+
+
 @pytest.mark.parametrize(("content", "options", "message"), [
     (ROWS[:100], {}, r"float32 \[100, 10\]; rows for 192 training images and 10 classes are floating \[192, 10\]"),
     (ROWS[:, :7], {}, r"\[192, 7\]"),

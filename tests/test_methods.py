@@ -28,6 +28,11 @@ class PullLoss(MethodLoss):
         return GraphInputs(branch_logits, extras={"pull": pull.sum(), "late": pull.square().sum()})
 
 
+class NegativeLoss(PullLoss):
+    def graph_inputs(self, branch_logits, target=None, *, pull):
+        return super().graph_inputs(branch_logits, target, pull=-pull)
+
+
 def peers(method: str = "baseline", **changes):
     return dataclasses.replace(get_method(method), topologies=("peers", "branches"), branch_range=(2, 4), default_branches=2, build_companion=None, **changes)
 
@@ -54,6 +59,24 @@ def test_terms_outside_the_graph_go_through_the_same_backward_pass(impl):
     assert both_terms.keys() == terms.keys()
     for value, grad in zip(again, want, strict=True):
         torch.testing.assert_close(value.grad, grad)
+
+
+@pytest.mark.parametrize("call", ["forward", "forward_backward", "named_rows"])
+@pytest.mark.parametrize(("given", "message"), [
+    ({}, "PullLoss: missing a required argument: 'pull'; this loss takes branch_logits, target, pull"),
+    ({"pull": torch.ones(2), "push": 1}, "PullLoss: got an unexpected keyword argument 'push'; this loss takes branch_logits, target, pull"),
+])
+def test_inputs_that_are_missing_or_unknown_are_named(call, given, message):
+    rows = torch.randn(2, 3, 5, requires_grad=True)
+    batch = (rows,) if call == "named_rows" else (rows, torch.tensor([0, 1, 2]))
+    with pytest.raises(TypeError) as caught:
+        getattr(PullLoss(), call)(*batch, **given)
+    assert str(caught.value) == message
+
+
+def test_a_type_error_of_a_loss_s_own_stays_as_it_is():
+    with pytest.raises(TypeError, match="bad operand type for unary"):
+        NegativeLoss()(torch.randn(2, 3, 5), torch.tensor([0, 1, 2]), pull="x")
 
 
 def test_terms_outside_the_graph_are_means():

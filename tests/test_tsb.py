@@ -39,7 +39,7 @@ def test_worked_values():
     criterion = prepared(1, 3)
     z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5))]
     for step in range(1, 4):
-        given = criterion.graph_inputs(z, index=torch.tensor([0]))
+        given = criterion.graph_inputs(z, torch.tensor([0]), index=torch.tensor([0]))
         assert given.externals["memory2"][0].tolist() == pytest.approx([0.343413, 0.389137, 0.267450], abs=1e-6)
         if step == 1:
             assert criterion.accumulator.memory[0, 1].tolist() == pytest.approx([0.068683, 0.077827, 0.053490], abs=1e-6)
@@ -94,14 +94,14 @@ def test_loss_gradients_and_memory_over_shuffled_epochs(impl, options):
 
 def test_evaluation_mode_remembers_nothing():
     criterion = prepared()
-    rows, index = torch.randn(2, 3, 6), torch.tensor([4, 1, 9])
-    criterion(rows, torch.tensor([0, 1, 2]), index=index)
+    rows, target, index = torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), torch.tensor([4, 1, 9])
+    criterion(rows, target, index=index)
     before = copy.deepcopy(criterion.state_dict())
     criterion.eval()
-    again = criterion.graph_inputs(-rows, index=index).externals
+    again = criterion.graph_inputs(-rows, target, index=index).externals
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not torch.equal(again["memory1"], criterion.graph_inputs(rows, index=index).externals["memory1"])
+    assert not torch.equal(again["memory1"], criterion.graph_inputs(rows, target, index=index).externals["memory1"])
 
 
 def test_a_sample_twice_in_a_batch_makes_one_step_with_the_mean():
@@ -123,9 +123,9 @@ def test_memory_is_a_state_that_moves_with_nothing():
     criterion(torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), index=torch.tensor([4, 1, 9]))
     other = prepared()
     other.load_state_dict(criterion.state_dict())
-    rows, index = torch.randn(2, 3, 6), torch.tensor([9, 4, 0])
-    for mine, theirs in zip(criterion.graph_inputs(rows, index=index).externals.values(),
-                            other.graph_inputs(rows, index=index).externals.values(), strict=True):
+    rows, target, index = torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), torch.tensor([9, 4, 0])
+    for mine, theirs in zip(criterion.graph_inputs(rows, target, index=index).externals.values(),
+                            other.graph_inputs(rows, target, index=index).externals.values(), strict=True):
         assert torch.equal(mine, theirs)
     assert sorted(criterion.state_dict()) == ["accumulator.memory", "accumulator.steps"]
     assert criterion.half().accumulator.memory.dtype == torch.float32
@@ -143,6 +143,8 @@ def test_two_processes_remember_what_one_does(tmp_path):
         assert torch.equal(first[name], second[name]), name
     for name in ("accumulator.memory", "accumulator.steps"):
         assert torch.equal(first[name], alone[name]), name
+    assert "evaluated" not in first  # the second process evaluates alone, and waits for nobody
+    assert torch.equal(second["evaluated"], alone["evaluated"])
     torch.testing.assert_close(first["weights"], alone["weights"])
     torch.testing.assert_close(first["losses"] + second["losses"], alone["losses"])
     mine, other, both = (value["grads"].unflatten(1, (tsb_rank.EPOCHS, -1)) for value in (first, second, alone))
@@ -165,12 +167,15 @@ def test_how_much_it_takes_is_said_before_it_is_taken(monkeypatch):
     ({"index": torch.tensor([0.0, 1, 2])}, r"index is torch.float32 \[3\]"),
     ({"branch_logits": torch.randn(2, 3, 7)}, r"has 7 classes; prepare\(\) made room for 6"),
     ({"branch_logits": torch.randn(3, 3, 6)}, "holds 3 tensors; this loss needs 2"),
+    ({"target": torch.tensor([0, 6, 2])}, r"target\[1\] is 6, but the logits have 6 classes"),
+    ({"target": torch.tensor([0, 1])}, r"target has the shape \(2,\); labels must be \[3\]"),
+    ({"target": None}, "target must be a tensor, got NoneType"),
 ])
-def test_wrong_arguments_are_named(change, message):
-    arguments = {"branch_logits": torch.randn(2, 3, 6), "index": torch.tensor([0, 1, 2]), **change}
+def test_wrong_arguments_are_named_and_their_batch_is_not_remembered(change, message):
+    arguments = {"branch_logits": torch.randn(2, 3, 6), "target": torch.tensor([0, 1, 2]), "index": torch.tensor([0, 1, 2]), **change}
     criterion = prepared()
-    with pytest.raises(ValueError, match=message):
-        criterion(arguments["branch_logits"], torch.tensor([0, 1, 2]), index=arguments["index"])
+    with pytest.raises((TypeError, ValueError), match=message):
+        criterion(**arguments)
     assert not criterion.accumulator.steps.any()
 
 

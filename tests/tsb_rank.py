@@ -22,7 +22,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
 
 
 def run(rank: int, size: int) -> dict[str, torch.Tensor]:
-    """What this process remembers in the end, and the sum over its samples of loss and gradient in every step."""
+    """What this process remembers in the end, the sum over its samples of loss and gradient in every step, and what the last reads."""
     criterion = TSBLoss(impl="reference")
     criterion.prepare(SAMPLES, CLASSES, torch.device("cpu"))
     own = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
@@ -34,7 +34,12 @@ def run(rank: int, size: int) -> dict[str, torch.Tensor]:
         grads.append(rows.grad * len(index[own]))
     general = KDCLLoss(2, "general", impl="reference")
     general.see_held_out([(logits[:, own].unbind(0), target[own]) for logits, _, target in batches()])
-    return {**criterion.state_dict(), "losses": torch.stack(losses), "grads": torch.cat(grads, 1), "weights": general.teacher_weights}
+    evaluated = {}
+    if rank == size - 1:
+        criterion.eval()
+        logits, index, target = batches()[0]
+        evaluated["evaluated"] = torch.stack(list(criterion.graph_inputs(logits, target, index=index).externals.values()))
+    return {**evaluated, **criterion.state_dict(), "losses": torch.stack(losses), "grads": torch.cat(grads, 1), "weights": general.teacher_weights}
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class GraphLoss(nn.Module):
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
         external_list = [_external(name, externals, first) for name in self.graph.externals]
-        _check_target(target, first)
+        check_target(target, first)
         _check_kd_weight(kd_weight, first.device)
         if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
             self._place_term_weights(first.device)
@@ -250,7 +250,12 @@ def _check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"kd_weight={kd_weight}; it must be finite")
 
 
-def _check_target(target: Tensor, first: Tensor) -> None:
+def check_target(target: Tensor | None, first: Tensor) -> None:
+    """Check that a batch's target fits its rows of logits: for losses that use it before the graph does.
+
+    Raises:
+        TypeError, ValueError: as ``GraphLoss.forward`` does.
+    """
     batch, num_classes = first.shape
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")

@@ -1,6 +1,6 @@
 """KDCL: Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from fastokd.methods.base import (
     branch_names,
     check_choice,
     check_options,
+    check_target,
     checked_rows,
     mean_prediction,
 )
@@ -106,10 +107,19 @@ class KDCLLoss(MethodLoss):
             self.held_out = held_out
             self.register_buffer("teacher_weights", torch.full((num_branches,), 1 / num_branches, dtype=torch.float64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KDCLLoss":
+        """Follow a move to another device, but not ``half()`` and the like: the teacher's weights are never rounded."""
+        before = self._buffers.get("teacher_weights")
+        super()._apply(fn, recurse)
+        if before is not None and self.teacher_weights.dtype != before.dtype:
+            self.teacher_weights = before.to(self.teacher_weights.device)
+        return self
+
     def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None = None) -> GraphInputs:
         """``target`` is needed by ``linear``, which solves for the mixture that fits it best."""
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
         if self.variant == "linear":
+            check_target(target, rows[0])
             return GraphInputs(rows, {"teacher_weights": lowest_cross_entropy_weights(rows, target)})
         if self.variant == "general":
             return GraphInputs(rows, {"teacher_weights": self.teacher_weights})
@@ -119,12 +129,14 @@ class KDCLLoss(MethodLoss):
     def see_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
         """Weigh the networks by the correlation of their errors, ``C_ij = mean of <p_1(z_i) - y, p_1(z_j) - y>``.
 
-        With torch.distributed the sums run over the batches of all processes.
+        Logits and targets are as in ``forward``. With torch.distributed the sums run over the batches of all processes.
         """
         correlation = self.teacher_weights.new_zeros(self.num_branches, self.num_branches)
         for rows, target in batches:
-            p = torch.stack(checked_rows(rows, self.num_branches, "branch_logits")).double().softmax(2)
-            errors = (p - F.one_hot(target, p.shape[2])).flatten(1)
+            rows = checked_rows(rows, self.num_branches, "branch_logits")
+            check_target(target, rows[0])
+            p = torch.stack(rows).double().softmax(2)
+            errors = (p - (target if target.is_floating_point() else F.one_hot(target, p.shape[2]))).flatten(1)
             correlation += errors @ errors.T
         self.teacher_weights.copy_(error_correlation_weights(sum_over_ranks(correlation)))
 

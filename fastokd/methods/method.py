@@ -1,5 +1,6 @@
 """What a method is: its loss, the modules it trains beside the network, and how its networks are laid out."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,18 @@ class MethodLoss(nn.Module):
         """
         return GraphInputs(as_rows(branch_logits, self.num_branches, "branch_logits"))
 
+    def _graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None, inputs: Mapping[str, Any]) -> GraphInputs:
+        """``graph_inputs``, with an error in the loss's name for inputs that are missing or unknown."""
+        try:
+            return self.graph_inputs(branch_logits, target, **inputs)
+        except TypeError:
+            signature = inspect.signature(self.graph_inputs)
+            try:
+                signature.bind(branch_logits, target, **inputs)
+            except TypeError as error:
+                raise TypeError(f"{type(self).__name__}: {error}; this loss takes {', '.join(signature.parameters)}") from None
+            raise
+
     def forward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, kd_weight: float | Tensor = 1.0,
                 return_terms: bool = False, **inputs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of B samples with C classes.
@@ -139,7 +152,7 @@ class MethodLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
         """
-        given = self.graph_inputs(branch_logits, target, **inputs)
+        given = self._graph_inputs(branch_logits, target, inputs)
         loss, terms = self.graph_loss(given.logits, target, weights=given.weights, externals=given.externals,
                                       kd_weight=kd_weight, return_terms=True)
         if given.extras:
@@ -149,7 +162,7 @@ class MethodLoss(nn.Module):
     def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, kd_weight: float | Tensor = 1.0,
                          **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``; returns the loss and the terms, detached."""
-        given = self.graph_inputs(branch_logits, target, **inputs)
+        given = self._graph_inputs(branch_logits, target, inputs)
         extra = self._extra_loss(given.extras, kd_weight) if given.extras else None
         loss, terms = self.graph_loss.forward_backward(
             given.logits, target, weights=given.weights, externals=given.externals, kd_weight=kd_weight, extra=extra)
@@ -170,7 +183,7 @@ class MethodLoss(nn.Module):
         With two or more branches there is the row ``ensemble``: the graph's mixture of that name, or else the mean of the
         branches' logits (of those in ``ensemble_of``).
         """
-        given = self.graph_inputs(branch_logits, None, **inputs)
+        given = self._graph_inputs(branch_logits, None, inputs)
         rows = {**dict(zip(self.graph.logits, given.logits, strict=True)), **self.graph_loss.mixtures(given.logits, given.weights)}
         if self.num_branches > 1 and "ensemble" not in rows:
             rows["ensemble"] = torch.stack(list(given.logits[:self.num_branches])[self.ensemble_of]).mean(0)

@@ -17,6 +17,7 @@ from fastokd.methods.base import (
     branch_names,
     check_choice,
     check_options,
+    check_target,
     checked_rows,
     mean_prediction,
 )
@@ -112,7 +113,8 @@ class TemporalAccumulator(nn.Module):
     def update(self, index: Tensor, predictions: Tensor, keep: bool = True) -> Tensor:
         """Make one step of each sample of the batch and read it, corrected, with this prediction in it.
 
-        With torch.distributed the batches of all processes are one batch, which each of them remembers.
+        With torch.distributed the batches of all processes are one batch, which each of them remembers: all must call this
+        at once. Without ``keep`` each process is on its own.
 
         Args:
             index: int64 [B], positions among the N samples.
@@ -124,7 +126,10 @@ class TemporalAccumulator(nn.Module):
         """
         assert self.memory is not None
         batch = len(index)
-        index, predictions = gather_rows(index), gather_rows(predictions.to(self._rows.dtype))
+        first = rank_and_size()[0] * batch if keep else 0
+        predictions = predictions.to(self._rows.dtype)
+        if keep:
+            index, predictions = gather_rows(index), gather_rows(predictions)
         # Any one of a sample's places in the batch gathers what all of them predict.
         self._owner.index_copy_(0, index, torch.arange(len(index), device=index.device))
         owner = self._owner.index_select(0, index)
@@ -136,7 +141,6 @@ class TemporalAccumulator(nn.Module):
             self._rows.index_copy_(0, index, values)
             self.steps.index_copy_(0, index, steps)
         corrected = values / -torch.expm1(steps * math.log(self.beta) if self.beta else steps * -math.inf).view(-1, 1, 1)
-        first = rank_and_size()[0] * batch
         return corrected[first:first + batch]
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -231,10 +235,11 @@ class TSBLoss(MethodLoss):
         """Make room for every sample's predictions, see ``TemporalAccumulator.allocate``; forgets what there was."""
         return self.accumulator.allocate(num_samples, self.num_branches, num_classes, torch.device(device), self.where)
 
-    def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None = None, *, index: Tensor) -> GraphInputs:
+    def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None, *, index: Tensor) -> GraphInputs:
         """``index``: int64 [B], the samples' positions in the training split. In training mode this remembers the batch."""
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
         self._check_index(index, rows[0])
+        check_target(target, rows[0])  # what the graph rejects must not be remembered
         predictions = torch.stack([(row.detach().float() / self.temperature).softmax(1) for row in rows], 1)
         memories = self.accumulator.update(index, predictions, self.training).unbind(1)
         return GraphInputs(rows, externals={f"memory{j}": memory for j, memory in enumerate(memories, start=1)})

@@ -207,8 +207,6 @@ def check_config(config: TrainConfig) -> None:
         _check(config, name, math.isfinite(alpha) and alpha >= 0, "an alpha above 0, or 0 for none")
         if alpha and get_method(config.method).needs_index:
             raise ConfigError(f"{name}={alpha:g} and method '{config.method}': it remembers what was predicted for each image, and a mixed image is two; use 0")
-        if alpha and str(config.model_options().get("teacher", "")).endswith(".npy"):
-            raise ConfigError(f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of mixed ones; use 0, or the teacher's weights")
     _check(config, "resize_schedule", all(0 <= epoch < config.epochs for epoch in config.resize_schedule), f"of epochs from 0 to {config.epochs - 1}")
     _check(config, "resize_schedule", all(size >= 4 for size in config.resize_schedule.values()), "of sizes of at least 4 pixels")
     for name, value, choices in (("loader", config.loader, [*list_loaders(), "auto"]), ("bad_images", config.bad_images, BAD_IMAGES)):

@@ -107,6 +107,9 @@ def check_teacher(config: TrainConfig) -> None:
         raise ConfigError(f"teacher={spec}: {path.name} is none of a run folder, a checkpoint (.pt), an exported student (.safetensors) and stored rows "
                           "(.npy, .safetensors); weights of a library's network are named torchvision:NAME:FILE or timm:NAME:FILE")
     stored = not library and _holds_rows(path)
+    for name in ("mixup", "cutmix"):
+        if stored and (alpha := getattr(config, name)):
+            raise ConfigError(f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of mixed ones; use 0, or the teacher's weights")
     if not stored and config.loss_options().get("teacher_rows", "logits") != "logits":
         raise ConfigError(f"teacher_rows={config.loss_options()['teacher_rows']!r}: teacher={spec} is a network and gives logits; only stored rows can be probabilities")
     if not library and config.model_options()["teacher_normalization"] != "data":
