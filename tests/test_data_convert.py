@@ -141,7 +141,7 @@ def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conve
     assert content(tmp_path / "out") == before
 
 
-def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path):
+def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypatch):
     bad, other = tree / "train" / "dog" / "2.png", tree / "train" / "dog" / "0.png"
     good = bad.read_bytes()
     bad.write_bytes(b"")
@@ -156,7 +156,10 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path):
     other.write_bytes(before)
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
     bad.write_bytes(good)
-    assert convert_dataset(tree, tmp_path / "out", conversion).written == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "run_in_processes", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_dataset(tree, tmp_path / "out", conversion)
     bad.write_bytes(before)
     with pytest.raises(ConfigError, match="changed since"):
         convert_dataset(tree, tmp_path / "out", conversion)
