@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -256,7 +256,7 @@ def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, 
     )
 
 
-def best_file_loader(device: torch.device, splits: Sequence[FileSplit]) -> str:
+def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str:
     """The first loader of files, in the order of the table, that can decode these on this device.
 
     Raises:
