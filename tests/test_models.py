@@ -78,14 +78,20 @@ def test_initial_weights():
             assert (module.bias == 0).all(), name
 
 
-def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers():
+@pytest.mark.parametrize(("name", "layout"), [
+    ("resnet8", {"method": "ahbf"}), ("resnet8", {"method": "baseline"}),
+    # The last branch is kept: by the method on a trunk, by the method among peers, and in compression.
+    ("resnet8", {"method": "okddip"}), ("resnet8", {"method": "okddip", "topology": "peers"}),
+    ("resnet14", {"method": "ahbf", "num_branches": 3, "aux_blocks": 1, "compression": True}),
+    ("torchvision:resnet18", {"method": "okddip", "at": "layer4", "num_branches": 3}),
+], ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
+def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers(name, layout):
     def start(build):
         torch.manual_seed(3)
         return build().state_dict()
 
-    plain = start(lambda: create_student("resnet8", 10))
-    for method in ("ahbf", "baseline"):
-        torch.testing.assert_close(start(lambda m=method: create_model("resnet8", m).student()), plain, rtol=0, atol=0)
+    plain = start(lambda: create_student(name, 10))
+    torch.testing.assert_close(start(lambda: create_model(name, **layout).student()), plain, rtol=0, atol=0)
 
 
 # ---- shapes
