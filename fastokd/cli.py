@@ -94,6 +94,7 @@ def train(
     topology: Text = None,
     aux_blocks: Whole = None,
     compression: Switch = None,
+    merge_first_conv: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
@@ -141,6 +142,7 @@ def train(
         topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
         compression: make the student the deepest branch, and each other smaller by aux_blocks blocks (default False).
+        merge_first_conv: run the branches' first convolutions as one, with the same values up to rounding (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
