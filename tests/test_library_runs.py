@@ -118,6 +118,31 @@ def test_models_are_listed_with_what_they_cost(run):
     assert "images of 224 x 224" in out
 
 
+def test_models_shows_peers_and_compression(run):
+    code, out, err = run("models", "resnet20, resnet32", "--method", "dml", "--num-classes", "100")
+    assert code == 0, err
+    # The published counts of the two networks alone.
+    assert re.search(r"branch1, a peer +278,324 ", out)
+    assert re.search(r"branch2, a peer +472,756 ", out)
+    assert re.search(r"training network +751,080 ", out)
+    assert re.search(r"methods: .*dml", out)
+    code, out, err = run("models", "resnet8", "--method", "okddip", "--topology", "peers", "--branches", "3")
+    assert code == 0, err
+    assert re.search(r"branch3, a peer +78,042 ", out)
+    code, out, err = run("models", "resnet32", "--compression", "--aux-blocks", "2", "--num-classes", "100")
+    assert code == 0, err
+    assert re.search(r"student, alone +472,756 ", out)
+    assert re.search(r"branch4, with the trunk +472,756 ", out)
+    assert int(re.search(r"branch1, with the trunk +([\d,]+)", out)[1].replace(",", "")) < 472_756
+
+
+@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("name", [(), ("resnet8",)])
+def test_models_refuses_images_of_no_size(run, name, size):
+    code, _, err = run("models", *name, "--image-size", size)
+    assert (code, err) == (2, f"fastokd: image_size={size}: it must be at least 1\n")
+
+
 def test_the_list_has_every_network(run, monkeypatch):
     monkeypatch.setattr("fastokd.models.list_models", lambda: ["resnet14", "resnet8"])
     code, out, err = run("models", "--method", "one")
