@@ -27,6 +27,7 @@ from fastokd.models.tracing import (
     record_shapes,
     repeats,
     tail_from,
+    tensors,
     trace,
     uses,
 )
@@ -174,7 +175,7 @@ class Split:
                                         "block, and branches share one")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
-        if not any(parameter.numel() for name in named(self.trunk_nodes) for parameter in _tensors(network, name)):
+        if not any(parameter.numel() for name in named(self.trunk_nodes) for parameter in tensors(network, name)):
             raise self._refuse(network, "nothing with parameters comes before it, so branches would share nothing")
         end = feature_node(network, [self.cut, *tail], shapes)
         if not end:
@@ -194,7 +195,7 @@ class Split:
         owner: dict[int, str] = {}
         for title, nodes in (("trunk", self.trunk_nodes), ("branches", self.body_nodes), ("heads", self.head_nodes)):
             for name in named(nodes):
-                for tensor in _tensors(network, name):
+                for tensor in tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
                         raise self._refuse(network, f"'{name}' is used on both sides")
 
@@ -398,10 +399,3 @@ def _is_constant(tensor: Tensor) -> bool:
 def _title(node: fx.Node) -> str:
     """A value as a user knows it."""
     return f"'{node.target}'" if node.op in ("call_module", "placeholder") else node.name.removeprefix("network_")
-
-
-def _tensors(network: nn.Module, path: str) -> list[Tensor]:
-    """The parameters and buffers at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    value = getattr(network.get_submodule(parent), name)
-    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
