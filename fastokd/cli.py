@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,6 +94,7 @@ def train(
     topology: Text = None,
     aux_blocks: Whole = None,
     compression: Switch = None,
+    merge_first_conv: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
@@ -141,6 +142,7 @@ def train(
         topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
         compression: make the student the deepest branch, and each other smaller by aux_blocks blocks (default False).
+        merge_first_conv: run the branches' first convolutions as one, with the same values up to rounding (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step (default 128).
@@ -397,31 +399,38 @@ def methods() -> None:
 
 @command
 def models(name: Pos[Text] = None, method: str = "ahbf", branches: Whole = None, aux_blocks: int = 4, at: Text = None,
-           num_classes: int = 10, image_size: Whole = None) -> None:
+           topology: Text = None, compression: bool = False, num_classes: int = 10, image_size: Whole = None) -> None:
     """List the networks with what they cost, or one in detail, branch by branch.
 
     Args:
-        name: the network to show in detail: one of the list, or torchvision:NAME or timm:NAME.
+        name: the network to show in detail: one of the list, or torchvision:NAME or timm:NAME; peers may differ:
+            resnet20,resnet32.
         method: the method whose training network is counted.
         branches: number of branches (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds.
         at: for networks of torchvision and timm, the first module that every branch has for itself; without it the places
             where they can be split are listed.
+        topology: branches, which share a trunk, or peers, which are whole networks (default: the method's).
+        compression: make the student the deepest branch, and each other smaller by aux_blocks blocks.
         num_classes: number of classes.
         image_size: height and width in pixels (default: what the network is made for).
     """
+    from fastokd.methods import get_method
     from fastokd.models import is_library_name, list_models
 
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size={image_size}: it must be at least 1")
+    layout = {"method": method, "num_classes": num_classes, "num_branches": branches, "aux_blocks": aux_blocks, "topology": topology, "compression": compression}
     if name is None:
-        _print_networks(list_models(), method, branches, aux_blocks, num_classes, image_size)
+        _print_networks(list_models(), layout, image_size)
         return
-    if is_library_name(name) and at is None:
+    if is_library_name(name) and "," not in name and at is None and "peers" not in (topology, get_method(method).topologies[0]):
         from fastokd.models.libraries import library_split_points
 
         print(f"{name} can be split at: {', '.join(library_split_points(name)) or 'no place'}")
         print(f"what it costs: fastokd models {name} --at PLACE; train it: fastokd train --model {name} --at PLACE --data FOLDER")
         return
-    _print_network(name, method, branches, aux_blocks, at, num_classes, image_size)
+    _print_network(name, {**layout, "at": at}, image_size)
 
 
 @command
@@ -468,52 +477,55 @@ def recipes(name: Pos[Text] = None) -> None:
     print(get_recipe(name).to_yaml(), end="")
 
 
-def _costs(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int,
-           image_size: int | None) -> tuple[dict[str, Any], int]:
-    """The costs of a network as a method trains it, and the image size they are for. No weights are made."""
+def _costs(name: str, layout: Mapping[str, Any], image_size: int | None) -> tuple[dict[str, Any], int]:
+    """The costs of networks laid out by these keywords of ``create_model``, and the image size they are for. No weights are made."""
     import torch
 
     from fastokd.models import create_model, find_backbone
     from fastokd.models.summary import check_images, model_costs
 
-    size = image_size or find_backbone(name, at).image_size
     with torch.device("meta"):
-        model = create_model(name, method, num_classes, branches, aux_blocks, at=at)
+        model = create_model(name, **layout)
+    made_for = max(find_backbone(part, layout.get("at")).image_size for part in model.names)
     if image_size is not None:
-        check_images(model, (size, size), find_backbone(name, at).image_size)
+        check_images(model, (image_size, image_size), made_for)
+    size = image_size or made_for
     return model_costs(model, size), size
 
 
-def _print_networks(names: Sequence[str], method: str, branches: int | None, aux_blocks: int, num_classes: int, image_size: int | None) -> None:
+def _print_networks(names: Sequence[str], layout: Mapping[str, Any], image_size: int | None) -> None:
     from fastokd.methods import list_methods
     from fastokd.models import allowed_methods
 
     table = Table(box=None, pad_edge=False)
     for column, justify in (("network", "left"), ("pixels", "right"), ("million\nparams", "right"), ("\nMFLOPs", "right"),
-                            (f"{method}:\nparams", "right"), ("\nMFLOPs", "right"), ("methods", "left")):
+                            (f"{layout['method']}:\nparams", "right"), ("\nMFLOPs", "right"), ("methods", "left")):
         table.add_column(column, justify=justify, no_wrap=True, vertical="bottom")
     for name in names:
-        costs, size = _costs(name, method, branches, aux_blocks, None, num_classes, image_size)
+        costs, size = _costs(name, layout, image_size)
         cells = [text for part in ("student", "training") for text in (f"{costs[part].parameters / 1e6:.2f}", f"{costs[part].flops / 1e6:.0f}")]
         allowed = allowed_methods(name)
         table.add_row(name, str(size), *cells, "all" if allowed == list_methods() else ", ".join(allowed))
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods: {', '.join(list_methods())}")
+    print(f"student and training network for {layout['num_classes']} classes; FLOPs of one image forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods: {', '.join(list_methods())}")
     print("any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE; fastokd models torchvision:resnet18 lists the places")
 
 
-def _print_network(name: str, method: str, branches: int | None, aux_blocks: int, at: str | None, num_classes: int, image_size: int | None) -> None:
+def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None) -> None:
+    from fastokd.methods import get_method, list_methods
     from fastokd.models import allowed_methods
 
-    costs, size = _costs(name, method, branches, aux_blocks, at, num_classes, image_size)
+    costs, size = _costs(name, layout, image_size)
+    peers = (layout["topology"] or get_method(layout["method"]).topologies[0]) == "peers"
     table = Table(box=None, pad_edge=False)
-    for column in (f"{name}, {method}", "parameters", "MFLOPs"):
+    for column in (f"{name}, {layout['method']}", "parameters", "MFLOPs"):
         table.add_column(column, justify="left" if not table.columns else "right")
     titles = {"student": "student, alone", "training": "training network"}
     for part, cost in costs.items():
-        table.add_row(titles.get(part, f"{part}, with the trunk"), f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
+        table.add_row(titles.get(part, f"{part}, a peer" if peers else f"{part}, with the trunk"), f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"{num_classes} classes, images of {size} x {size}; methods: {', '.join(allowed_methods(name))}")
+    allowed = [method for method in list_methods() if all(method in allowed_methods(part.strip()) for part in name.split(","))]
+    print(f"{layout['num_classes']} classes, images of {size} x {size}; methods: {', '.join(allowed)}")
 
 
 def _field_names() -> set[str]:

@@ -380,3 +380,50 @@ def test_images_that_do_not_fit_are_refused():
         model = create_model("timm:vit_tiny_patch16_224", "baseline", 10)
     with pytest.raises(ConfigError, match=r"the network cannot take images of 32 x 32 pixels .*224.*--image-size"):
         check_images(model, (32, 32), 224)
+
+
+class Joint(nn.Module):
+    """Three blocks, of which the last two scale by one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = (nn.Conv2d(inputs, 4, 3, padding=1) for inputs in (3, 4, 4, 4))
+        self.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.a(self.stem(x))
+        return self.fc(self.c(self.b(x) * self.scale).mul(self.scale).mean((2, 3)))
+
+
+def test_points_that_would_tear_a_shared_tensor_apart_are_not_listed():
+    points = list_split_points(Joint(), (3, 16, 16))
+    assert points == ["a", "b"]
+    for at in points:
+        branch_out(Joint(), at=at, num_branches=2, method="one", input_size=(3, 16, 16))
+    with pytest.raises(ConfigError, match=r"at='c': Joint cannot be split there: 'scale' is used on both sides; split points: a, b$"):
+        branch_out(Joint(), at="c", num_branches=2, method="one", input_size=(3, 16, 16))
+
+
+class Fuse(nn.Module):
+    def forward(self, maps):
+        maps[0] = maps[0] + maps[1]
+        return maps[0]
+
+
+class WritesToItsList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other, self.fuse, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), Fuse(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.fuse([self.stem(x), self.other(x)]).mean((2, 3)))
+
+
+def test_a_network_that_cannot_be_run_call_by_call_is_not_told_to_change_its_images():
+    assert WritesToItsList()(torch.randn(1, 3, 8, 8)).shape == (1, 5)
+    with pytest.raises(ConfigError, match=r"the forward of WritesToItsList cannot be followed by torch\.fx .*immutable_list") as told:
+        list_split_points(WritesToItsList(), (3, 8, 8))
+    assert "input_size" not in str(told.value)
+    with pytest.raises(ConfigError, match=r"cannot take an image of 3 x 2 x 2 .*pass input_size"):
+        list_split_points(Joint().apply(lambda layer: setattr(layer, "padding", (0, 0))), (3, 2, 2))

@@ -90,6 +90,17 @@ def test_images_that_are_too_small(run, images):
     assert re.fullmatch(r"fastokd: the network cannot take images of 32 x 32 pixels \(.*\); it is made for 224 x 224: pass --image-size 224, or another --model\n", err), err
 
 
+def test_first_convolutions_are_merged_or_said_why_not(run, images, tmp_path):
+    base = ("train", "--data", images, "--epochs", "1", "--batch-size", "8", "--branches", "2", "--merge-first-conv", "True", "--quiet")
+    code, _, err = run(*base, "--model", "resnet8", "--aux-blocks", "0", "--out", "merged")
+    assert code == 0, err
+    assert "merge_first_conv: true" in (tmp_path / "merged" / "config.yaml").read_text()
+    assert run("eval", "merged")[0] == 0
+    code, _, err = run(*base, "--model", "resnet8", "--method", "dml", "--out", "peers")
+    assert (code, err) == (2, "fastokd: merged_first_conv: peers have no trunk, so their convolutions have no input in common\n")
+    assert not (tmp_path / "peers").exists()
+
+
 def test_models_are_listed_with_what_they_cost(run):
     code, out, err = run("models", "resnet32", "--num-classes", "100")
     assert code == 0, err
@@ -105,6 +116,31 @@ def test_models_are_listed_with_what_they_cost(run):
     assert code == 0, err
     assert re.search(r"student, alone +11,689,512 +3,628\.15", out)
     assert "images of 224 x 224" in out
+
+
+def test_models_shows_peers_and_compression(run):
+    code, out, err = run("models", "resnet20, resnet32", "--method", "dml", "--num-classes", "100")
+    assert code == 0, err
+    # The published counts of the two networks alone.
+    assert re.search(r"branch1, a peer +278,324 ", out)
+    assert re.search(r"branch2, a peer +472,756 ", out)
+    assert re.search(r"training network +751,080 ", out)
+    assert re.search(r"methods: .*dml", out)
+    code, out, err = run("models", "resnet8", "--method", "okddip", "--topology", "peers", "--branches", "3")
+    assert code == 0, err
+    assert re.search(r"branch3, a peer +78,042 ", out)
+    code, out, err = run("models", "resnet32", "--compression", "--aux-blocks", "2", "--num-classes", "100")
+    assert code == 0, err
+    assert re.search(r"student, alone +472,756 ", out)
+    assert re.search(r"branch4, with the trunk +472,756 ", out)
+    assert int(re.search(r"branch1, with the trunk +([\d,]+)", out)[1].replace(",", "")) < 472_756
+
+
+@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("name", [(), ("resnet8",)])
+def test_models_refuses_images_of_no_size(run, name, size):
+    code, _, err = run("models", *name, "--image-size", size)
+    assert (code, err) == (2, f"fastokd: image_size={size}: it must be at least 1\n")
 
 
 def test_the_list_has_every_network(run, monkeypatch):

@@ -9,13 +9,17 @@ import pytest
 import torch
 import torchvision.models.resnet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd import models
+from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.models import create_model, create_student, list_models, register_model, residual
 from fastokd.models.resnet_cifar import CifarResNet
 from fastokd.models.summary import count_parameters, forward_flops
+from fastokd.train.config import TrainConfig
+from fastokd.train.step import TrainStep
 
 CIFAR = (3, 32, 32)
 
@@ -78,14 +82,20 @@ def test_initial_weights():
             assert (module.bias == 0).all(), name
 
 
-def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers():
+@pytest.mark.parametrize(("name", "layout"), [
+    ("resnet8", {"method": "ahbf"}), ("resnet8", {"method": "baseline"}),
+    # The last branch is kept: by the method on a trunk, by the method among peers, and in compression.
+    ("resnet8", {"method": "okddip"}), ("resnet8", {"method": "okddip", "topology": "peers"}),
+    ("resnet14", {"method": "ahbf", "num_branches": 3, "aux_blocks": 1, "compression": True}),
+    ("torchvision:resnet18", {"method": "okddip", "at": "layer4", "num_branches": 3}),
+], ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
+def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers(name, layout):
     def start(build):
         torch.manual_seed(3)
         return build().state_dict()
 
-    plain = start(lambda: create_student("resnet8", 10))
-    for method in ("ahbf", "baseline"):
-        torch.testing.assert_close(start(lambda m=method: create_model("resnet8", m).student()), plain, rtol=0, atol=0)
+    plain = start(lambda: create_student(name, 10))
+    torch.testing.assert_close(start(lambda: create_model(name, **layout).student()), plain, rtol=0, atol=0)
 
 
 # ---- shapes
@@ -207,6 +217,38 @@ def test_bf16_autocast(method):
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+class CountedAdds(TorchDispatchMode):
+    """How often an integer counter is added to in place."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.add_.Tensor and args[0].dtype == torch.int64 and args[0].dim() == 0
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_counts_no_batches():
+    config = TrainConfig(model="torchvision:resnet18", at="layer4", branches=2, aux_blocks=0, precision="fp32", impl="reference")
+    torch.manual_seed(0)
+    model = create_model(config.model, at=config.at, num_branches=2, aux_blocks=0)
+    average = model.branches[0].body.layer4[0].bn1
+    average.momentum = None  # a cumulative average needs its count
+    plain = copy.deepcopy(model)
+    batch = Batch(images(), torch.arange(4), torch.arange(4))
+    with CountedAdds() as adds:
+        TrainStep(config, model, torch.device("cpu"))(batch, torch.ones(()))
+    assert (adds.count, average.num_batches_tracked) == (1, 1)
+    with CountedAdds() as adds:
+        plain(batch.images)
+    assert adds.count == 27
+    stepped, counted = model.state_dict(), plain.state_dict()
+    assert list(stepped) == list(counted)
+    for name, value in counted.items():
+        if "running" in name:
+            assert torch.equal(stepped[name], value), name
+    torchvision.models.resnet18(num_classes=10).load_state_dict(model.student().state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("method", ["ahbf", "baseline"])

@@ -106,17 +106,20 @@ def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, nu
         raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
     if len(names) == 1:
         names, backbones = names * num_branches, [*backbones] * num_branches
-    # Built in the order of the plain network, so one seed gives the student's part the same initial weights with and
-    # without its teachers.
-    if topology == "peers":
-        trunk = None
-        branches: list[nn.Module] = [Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0)) for backbone in backbones]
-    else:
-        trunk = backbones[0].build_trunk()
-        branches = [backbone.build_branch(num_classes, level if method.hierarchical else 1, aux_blocks)
-                    for level, backbone in enumerate(backbones, start=1)]
+    kept = range(num_branches)[method.kept if kept is None else kept]
+    # The student's branch is built first, right after its trunk as in the plain network, so one seed gives the student
+    # the same initial weights with and without its teachers.
+    built: dict[int, nn.Module] = {}
+    trunk = None if topology == "peers" else backbones[0].build_trunk()
+    for index in sorted(range(num_branches), key=lambda index: index != kept):
+        backbone = backbones[index]
+        if trunk is None:
+            built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
+        else:
+            built[index] = backbone.build_branch(num_classes, index + 1 if method.hierarchical else 1, aux_blocks)
+    branches = [built[index] for index in range(num_branches)]
     try:
-        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], method.kept if kept is None else kept,
+        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], kept,
                              companion_builder(method, options), teacher, method.name)
     except ConfigError:
         raise

@@ -27,6 +27,7 @@ from fastokd.models.tracing import (
     record_shapes,
     repeats,
     tail_from,
+    tensors,
     trace,
     uses,
 )
@@ -88,7 +89,7 @@ def branch_out(module: nn.Module, *, at: str, num_branches: int | None = None, d
     if init == "auto":
         init = "copy" if _is_trained(module) else "fresh"
     sources = _copies(module, split.replaced, init, equal=not (chosen.hierarchical and deepen))
-    backbone = split.backbone(type(module).__name__, sources, chosen.kept % max(num_branches, 1) if isinstance(num_branches, int) else 0)
+    backbone = split.backbone(type(module).__name__, sources)
     return assemble([backbone], chosen, split.num_classes, num_branches, deepen, check_layout(chosen, [backbone.name], "branches", num_branches))
 
 
@@ -174,7 +175,7 @@ class Split:
                                         "block, and branches share one")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
-        if not any(parameter.numel() for name in named(self.trunk_nodes) for parameter in _tensors(network, name)):
+        if not any(parameter.numel() for name in named(self.trunk_nodes) for parameter in tensors(network, name)):
             raise self._refuse(network, "nothing with parameters comes before it, so branches would share nothing")
         end = feature_node(network, [self.cut, *tail], shapes)
         if not end:
@@ -194,7 +195,7 @@ class Split:
         owner: dict[int, str] = {}
         for title, nodes in (("trunk", self.trunk_nodes), ("branches", self.body_nodes), ("heads", self.head_nodes)):
             for name in named(nodes):
-                for tensor in _tensors(network, name):
+                for tensor in tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
                         raise self._refuse(network, f"'{name}' is used on both sides")
 
@@ -237,30 +238,29 @@ class Split:
         head = part(source, self.head_nodes, self.features, self.logits)
         return PartBranch(body, head, self.channels, copy.deepcopy(self.view))
 
-    def backbone(self, name: str, sources: Iterator[Source], kept: int = 0) -> Backbone:
+    def backbone(self, name: str, sources: Iterator[Source]) -> Backbone:
         """What ``BranchedModel`` is built with.
 
         Args:
             name: of the network.
-            sources: networks of this structure. A trunk takes one, the branch after it with the index ``kept`` the rest
-                of it; every other branch takes one of its own.
-            kept: index of the branch that belongs to the trunk's network.
+            sources: networks of this structure. A trunk takes one, the first branch built after it the rest of it; every
+                other branch takes one of its own.
         """
         source: nn.Module | None = None
         shell: nn.Module | None = None
         new_block: Callable[[nn.Module], nn.Module] = fresh_block
-        built = 0
+        rest = False
 
         def build_trunk() -> nn.Module:
-            nonlocal source, new_block, shell, built
-            (source, new_block), built = next(sources), 0
+            nonlocal source, new_block, shell, rest
+            (source, new_block), rest = next(sources), True
             shell = self._shell(source)
             return self.trunk(source)
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
-            nonlocal built
-            own, new = (source, new_block) if built == kept else next(sources)
-            built += 1
+            nonlocal rest
+            own, new = (source, new_block) if rest else next(sources)
+            rest = False
             return self.branch(own, (level - 1) * aux_blocks, new)
 
         def join(trunk: nn.Module, branch: Branch) -> nn.Module:
@@ -399,10 +399,3 @@ def _is_constant(tensor: Tensor) -> bool:
 def _title(node: fx.Node) -> str:
     """A value as a user knows it."""
     return f"'{node.target}'" if node.op in ("call_module", "placeholder") else node.name.removeprefix("network_")
-
-
-def _tensors(network: nn.Module, path: str) -> list[Tensor]:
-    """The parameters and buffers at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    value = getattr(network.get_submodule(parent), name)
-    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]

@@ -1,9 +1,12 @@
 """The layers that the families share."""
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, *,
@@ -38,3 +41,18 @@ def pooled(**layers: nn.Module) -> nn.Sequential:
 def classifier(channels: int, num_classes: int) -> nn.Sequential:
     """Global average pooling and a linear layer: [B, channels, H, W] to logits [B, C]."""
     return pooled(fc=nn.Linear(channels, num_classes))
+
+
+@contextlib.contextmanager
+def uncounted_batches(module: nn.Module) -> Iterator[None]:
+    """Within it, batch norms with a momentum do not count batches: one small kernel each per step, for a number that only
+    norms without a momentum (a cumulative average) read. The counters stay in the state dict, with the value they had."""
+    counters = [(norm._buffers, norm.num_batches_tracked) for norm in module.modules()
+                if isinstance(norm, _BatchNorm) and norm.momentum is not None and norm.num_batches_tracked is not None]
+    try:
+        for buffers, _ in counters:
+            buffers["num_batches_tracked"] = None
+        yield
+    finally:
+        for buffers, counter in counters:
+            buffers["num_batches_tracked"] = counter

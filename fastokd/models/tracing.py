@@ -41,6 +41,11 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
 
+def _not_followed(network: nn.Module, error: Exception) -> ConfigError:
+    return ConfigError(f"the forward of {type(network).__name__} cannot be followed by torch.fx ({first_line(error)}); "
+                       "a network can be branched if its forward is a fixed sequence of calls")
+
+
 def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
     """The forward of a network, and of the modules in it named in ``opened``, as a graph of calls.
 
@@ -54,8 +59,7 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
         try:
             graph = _Tracer(opened).trace(_Whole(network.train(training)))
         except Exception as error:  # whatever a forward does with what is no tensor yet
-            raise ConfigError(f"the forward of {type(network).__name__} cannot be followed by torch.fx ({first_line(error)}); "
-                              "a network can be branched if its forward is a fixed sequence of calls") from error
+            raise _not_followed(network, error) from error
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 node.target = node.target.removeprefix("network.")
@@ -122,6 +126,16 @@ def named(nodes: Iterable[fx.Node]) -> list[str]:
     """The modules and tensors that a part of a graph uses, by name."""
     return list(dict.fromkeys(
         value.target for node in nodes for value in (*node.all_input_nodes, node) if value.op == "get_attr" or (value is node and node.op == "call_module")))
+
+
+def tensors(network: nn.Module, path: str) -> list[Tensor]:
+    """The parameters and buffers at a dotted path."""
+    value = _get(network, path)
+    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
+
+
+def _tensor_ids(network: nn.Module, nodes: Iterable[fx.Node]) -> frozenset[int]:
+    return frozenset(id(tensor) for name in named(nodes) for tensor in tensors(network, name))
 
 
 def _get(root: nn.Module, path: str) -> nn.Module | Tensor:
@@ -193,7 +207,7 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
         input_size: of one image.
 
     Raises:
-        ConfigError: the network cannot take such an image.
+        ConfigError: the network cannot take such an image, or cannot be run call by call.
     """
     shapes = Shapes()
 
@@ -209,12 +223,24 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
         with torch.no_grad():
             _Recorder(network.eval(), graph, shapes).run(torch.empty(1, *input_size, device="meta"))
     except Exception as error:  # whatever the network's own operators raise
+        if _takes(network, input_size):  # so it is not the size: for example, a module writes to a list that it is given
+            raise _not_followed(network, error) from error
         size = " x ".join(map(str, input_size))
         raise ConfigError(f"{type(network).__name__} cannot take an image of {size} ({first_line(error)}); pass input_size=(channels, height, width)") from error
     finally:
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def _takes(network: nn.Module, input_size: Sequence[int]) -> bool:
+    """Whether a network on the meta device runs on an image of that size."""
+    try:
+        with torch.no_grad():
+            network(torch.empty(1, *input_size, device="meta"))
+    except Exception:  # whatever its operators raise
+        return False
+    return True
 
 
 def meta_copy(network: nn.Module) -> nn.Module:
@@ -316,14 +342,21 @@ def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None
     return list(points.values())
 
 
-def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: int = 0) -> Iterable[tuple[str, int]]:
-    """Split points with the number of parameters before each; descends into containers of blocks."""
+def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: int = 0,
+            earlier: frozenset[int] = frozenset(), later: frozenset[int] = frozenset()) -> Iterable[tuple[str, int]]:
+    """Split points with the number of parameters before each; descends into containers of blocks.
+
+    ``earlier`` and ``later`` are the tensors used before and after the container.
+    """
     graph = nodes[0].graph
     for node in nodes:
         if node.op != "call_module":
             continue
         child = module.get_submodule(node.target)
-        if any(parameter.dim() > 1 for parameter in child.parameters()) and len(uses(tail_from(graph, node))) == 1:
+        tail = tail_from(graph, node)
+        trunk = [each for each in graph.nodes if each not in tail and each.op not in ("placeholder", "get_attr")]
+        used, needed = earlier | _tensor_ids(module, trunk), later | _tensor_ids(module, tail)
+        if any(parameter.dim() > 1 for parameter in child.parameters()) and len(uses(tail)) == 1 and not used & needed:
             yield prefix + node.target, before
             if _holds_blocks(child):
                 try:
@@ -332,7 +365,7 @@ def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: in
                     inner = None
                 if inner is not None:
                     calls = [each for each in inner.nodes if each.op not in ("placeholder", "get_attr")]
-                    yield from _points(child, calls, f"{prefix}{node.target}.", before)
+                    yield from _points(child, calls, f"{prefix}{node.target}.", before, used, later | _tensor_ids(module, tail[1:]))
         before += sum(parameter.numel() for parameter in child.parameters())
 
 

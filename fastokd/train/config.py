@@ -35,6 +35,7 @@ class TrainConfig:
         topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's default.
         aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
         compression: the student is the deepest branch, and each before it has ``aux_blocks`` blocks fewer.
+        merge_first_conv: run the branches' first convolutions as one, see ``BranchedModel.merged_first_conv``.
         method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -69,6 +70,7 @@ class TrainConfig:
     topology: str | None = None
     aux_blocks: int = 4
     compression: bool = False
+    merge_first_conv: bool = False
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
     batch_size: int = 128

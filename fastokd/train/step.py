@@ -11,6 +11,7 @@ from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.models import BranchedModel, BranchOutput
+from fastokd.models.layers import uncounted_batches
 from fastokd.train.config import TrainConfig
 from fastokd.train.metrics import correct_counts
 from fastokd.train.teacher import StoredRows
@@ -122,7 +123,7 @@ class TrainStep(BranchEvaluator):
 
     def __call__(self, batch: Batch, kd_weight: Tensor) -> dict[str, Tensor]:
         """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
-        with self.autocast():
+        with self.autocast(), uncounted_batches(self.model):
             result = self.model(batch.images)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
