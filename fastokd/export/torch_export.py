@@ -35,7 +35,7 @@ def _refusal(entries: Mapping[str, bytes]) -> str | None:
     """Why PyTorch must not load an archive of these files: it would unpickle something, or load a library; None if it would not."""
     for name in entries:
         known = name in ("archive_format", "archive_version", "byteorder", "models/model.json", "data/sample_inputs/model.pt") or (
-            name.startswith((".data/", "extra/", "data/weights/", "data/constants/")) and not name.lower().endswith((".pt", ".so")))
+            name.startswith((".data/", "extra/", "data/weights/", "data/constants/")) and not name.endswith((".pt", ".so")))
         if not known:
             return f"it holds {name}"
     for config in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
