@@ -135,7 +135,7 @@ def comparison(path: Path) -> list[str]:
         + (f", `kd` with a {settings['teacher']} trained in the same way ({teachers[0]})" if teachers else "") + ". "
         f"`python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU thread); it takes minutes and says that everything trains. "
         f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods. AFID's student is both of its "
-        "sub-networks.", "",
+        "sub-networks." + (f" {found['note']}" if "note" in found else ""), "",
         *table(rows),
     ]
 
