@@ -59,6 +59,7 @@ Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
 
 
@@ -98,12 +99,22 @@ def train(
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Whole = None,
+    device_batch: Whole = None,
+    optimizer: Text = None,
     lr: Number = None,
-    lr_decay_at: Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")] = (),
+    lr_scaling: Text = None,
+    lr_batch_size: Whole = None,
+    schedule: Text = None,
+    lr_decay_at: Numbers = (),
     lr_gamma: Number = None,
+    lr_final: Number = None,
+    warmup_epochs: Number = None,
     momentum: Number = None,
     nesterov: Switch = None,
+    betas: Numbers = (),
     weight_decay: Number = None,
+    clip_grad: Number = None,
+    ema: Number = None,
     ramp_epochs: Whole = None,
     seed: Whole = None,
     image_size: Whole = None,
@@ -121,6 +132,16 @@ def train(
     precision: Text = None,
     channels_last: Switch = None,
     impl: Text = None,
+    compile: Switch = None,
+    cuda_graph: Switch = None,
+    streams: Switch = None,
+    flat: Switch = None,
+    sync_bn: Switch = None,
+    deterministic: Switch = None,
+    on_nonfinite: Text = None,
+    keep_checkpoints: Whole = None,
+    save_minutes: Number = None,
+    log_to: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = (),
     out: File = None,
     resume: File = None,
     quiet: bool = False,
@@ -145,13 +166,24 @@ def train(
         merge_first_conv: run the branches' first convolutions as one, with the same values up to rounding (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
-        batch_size: images per step (default 128).
-        lr: learning rate at the start (default 0.1).
-        lr_decay_at: fractions of the epochs after which the learning rate is multiplied by lr_gamma (default 0.5 0.75).
+        batch_size: images per step, over all processes (default 128).
+        device_batch: images that a process takes at once; gradients are added up until its share of the batch is done
+            (default: the whole share).
+        optimizer: sgd (default), adamw or lamb.
+        lr: learning rate (default 0.1).
+        lr_scaling: how it follows the batch size: none (default), linear or sqrt in batch_size / lr_batch_size.
+        lr_batch_size: the batch size that lr is meant for (default 256).
+        schedule: step (default), cosine or onecycle.
+        lr_decay_at: of step: fractions of the epochs after which the learning rate is multiplied by lr_gamma (default 0.5 0.75).
         lr_gamma: see lr_decay_at (default 0.1).
+        lr_final: of cosine and onecycle: the fraction of the learning rate at the end (default 0).
+        warmup_epochs: epochs over which the learning rate rises (default 0; onecycle: 0.3 of all).
         momentum: of SGD (default 0.9).
         nesterov: Nesterov momentum (default True).
-        weight_decay: of SGD, for every parameter (default 5e-4).
+        betas: of AdamW and LAMB (default 0.9 0.999).
+        weight_decay: for every parameter (default 5e-4).
+        clip_grad: largest norm of the whole gradient (default 0: any).
+        ema: decay per step of a moving average of the student's weights, which is then evaluated and handed over (default 0: none).
         ramp_epochs: epochs over which the distillation terms ramp up (default: the preset's).
         seed: of initialisation, order and augmentation (default 0).
         image_size: height and width in pixels (default: the data's own).
@@ -167,9 +199,19 @@ def train(
         loader_options: what can be tuned of dali and torchvision as NAME=VALUE, for example threads=8 hw_decoder_load=0.3.
         bad_images: training images that cannot be decoded: fail (default), or replace by others, 1 % at most.
         device: auto (default), cpu, cuda or cuda:N.
-        precision: fp32, bf16 or auto, which is bf16 on a GPU and fp32 on a CPU.
+        precision: fp32, tf32, bf16, fp16 (with loss scaling) or auto, which is bf16 on a GPU and fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format (default True).
         impl: the executor of the loss: auto (default), reference, triton or cpu.
+        compile: compile trunk, branches and gates (default: on a GPU).
+        cuda_graph: replay the whole step as one CUDA graph (default: on a GPU).
+        streams: run the branches on CUDA streams of their own (default: on a GPU).
+        flat: keep all parameters in one tensor, so that the optimizer is one operation (default: where it can be).
+        sync_bn: batch norm over the images of all processes (default False).
+        deterministic: only operations that give the same bits again (default False).
+        on_nonfinite: about a loss or gradient that is not finite: stop (default), skip the step, or rollback to the last checkpoint.
+        keep_checkpoints: how many of the newest checkpoints are kept, beside the best (default 2).
+        save_minutes: minutes after which a checkpoint is written within an epoch, 0 for only at its end (default 15).
+        log_to: where metrics go beside the run folder: tensorboard, wandb.
         out: the run folder (default runs/MODEL-METHOD-seedN).
         resume: continue the run in this folder; only --epochs, --device, --quiet and, if it was moved, --data may be given with it.
         quiet: print only the result.

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +19,7 @@ from fastokd.methods import get_method
 from fastokd.methods.method import OptionValue
 from fastokd.models import check_layout, companion_builder, find_backbone
 from fastokd.ops import check_impl
+from fastokd.train.schedules import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,26 @@ class TrainConfig:
         merge_first_conv: run the branches' first convolutions as one, see ``BranchedModel.merged_first_conv``.
         method_options: options of the method's loss and of its modules that override the preset's, e.g. {"temperature": 4.0}.
         epochs: passes over the training images.
-        batch_size: images per step.
-        lr: the learning rate at the start.
-        lr_decay_at: fractions of the epochs after which the learning rate is multiplied by ``lr_gamma``.
+        batch_size: images per step, over all processes.
+        device_batch: images that a process takes at once; the gradients of its share of the batch are added up over as many
+            forward passes as that takes. None for the whole share.
+        optimizer: "sgd", "adamw" or "lamb".
+        lr: the learning rate, for ``lr_scaling`` "none" that of the steps after warm-up.
+        lr_scaling: how the learning rate follows the batch size: "none", or "linear" or "sqrt" in
+            ``batch_size / lr_batch_size``.
+        lr_batch_size: the batch size that ``lr`` is meant for; used with ``lr_scaling`` alone.
+        schedule: of the learning rate: "step", "cosine" or "onecycle".
+        lr_decay_at: of "step": fractions of the epochs after which the learning rate is multiplied by ``lr_gamma``.
         lr_gamma: see ``lr_decay_at``.
-        momentum, nesterov, weight_decay: of SGD; the decay applies to every parameter, as in the papers.
+        lr_final: of "cosine" and "onecycle": the fraction of the learning rate at the end.
+        warmup_epochs: epochs over which the learning rate rises to ``lr``; None for the schedule's own: none, or for
+            "onecycle" 0.3 of the epochs.
+        momentum, nesterov: of SGD.
+        betas: of AdamW and LAMB.
+        weight_decay: applies to every parameter, as in the papers; "adamw" and "lamb" decouple it from the gradient.
+        clip_grad: largest norm of the gradient of all parameters together; 0 for any.
+        ema: decay per step of a moving average of the student's weights, which is then what is evaluated and handed over
+            as the student; 0 for none.
         ramp_epochs: length E of the ramp-up in epochs; None for the method's default.
         seed: of initialisation, order and augmentation.
         image_size: height and width in pixels; None for the dataset's own.
@@ -56,9 +72,21 @@ class TrainConfig:
         loader_options: what can be tuned of a loader that decodes while training, e.g. {"threads": 8}.
         bad_images: what to do about training images that cannot be decoded: "fail" or "replace".
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 on a GPU, fp32 on a CPU.
+        precision: "fp32", "tf32" (matrix units at float32 range and 10 bits), "bf16" or "fp16" (autocast; fp16 with loss
+            scaling), or "auto": bf16 on a GPU, fp32 on a CPU.
         channels_last: keep images and weights in channels-last memory format.
         impl: the loss executor: "auto", "reference", "triton" or "cpu".
+        compile: compile trunk, branches and the method's modules, each on its own; None for where it pays: on a GPU.
+        cuda_graph: replay the whole step as one CUDA graph; None for where that can be done.
+        streams: run the branches on CUDA streams of their own; None for where that can be done.
+        flat: keep all parameters of a kind in one tensor, so that the optimizer is one operation; None for where it can be.
+        sync_bn: batch norm over the images of all processes.
+        deterministic: only operations that give the same bits again on the same machine.
+        on_nonfinite: what to do about a loss or gradient that is not finite: "stop", "skip" the step, or "rollback" to the last
+            checkpoint and go on from there with the batches that come next.
+        keep_checkpoints: how many of the newest checkpoints are kept, beside the best.
+        save_minutes: minutes after which a checkpoint is written within an epoch; 0 for only at its end.
+        log_to: where metrics go beside the run folder: "tensorboard", "wandb".
     """
 
     data: str = ""
@@ -74,12 +102,22 @@ class TrainConfig:
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     epochs: int = 300
     batch_size: int = 128
+    device_batch: int | None = None
+    optimizer: str = "sgd"
     lr: float = 0.1
+    lr_scaling: str = "none"
+    lr_batch_size: int = 256
+    schedule: str = "step"
     lr_decay_at: tuple[float, ...] = (0.5, 0.75)
     lr_gamma: float = 0.1
+    lr_final: float = 0.0
+    warmup_epochs: float | None = None
     momentum: float = 0.9
     nesterov: bool = True
+    betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 5e-4
+    clip_grad: float = 0.0
+    ema: float = 0.0
     ramp_epochs: int | None = None
     seed: int = 0
     image_size: int | None = None
@@ -97,10 +135,20 @@ class TrainConfig:
     precision: str = "auto"
     channels_last: bool = True
     impl: str = "auto"
+    compile: bool | None = None
+    cuda_graph: bool | None = None
+    streams: bool | None = None
+    flat: bool | None = None
+    sync_bn: bool = False
+    deterministic: bool = False
+    on_nonfinite: str = "stop"
+    keep_checkpoints: int = 2
+    save_minutes: float = 15.0
+    log_to: tuple[str, ...] = ()
 
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate in a 0-based epoch; rounded, because 0.28 * 200 is a little more than 56."""
-        return self.lr * self.lr_gamma ** sum(epoch >= round(fraction * self.epochs, 6) for fraction in self.lr_decay_at)
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate at a place in the run, in epochs from its start, see ``schedules.py``."""
+        return learning_rate(self, epoch)
 
     def size_at(self, epoch: int) -> int | None:
         """The side of the training images in a 0-based epoch; None for the data's own size."""
@@ -145,7 +193,8 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""
         plain = dataclasses.asdict(self)
-        plain["lr_decay_at"] = list(self.lr_decay_at)
+        for name in ("lr_decay_at", "betas", "log_to"):
+            plain[name] = list(plain[name])
         plain["method_options"] = dict(self.method_options)
         plain["resize_schedule"] = dict(self.resize_schedule)
         plain["loader_options"] = dict(self.loader_options)
@@ -191,12 +240,22 @@ def check_config(config: TrainConfig) -> None:
             "teacher=torchvision:resnet50:WEIGHTS.pth, teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy")
     _check(config, "epochs", config.epochs >= 1, "at least 1")
     _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
+    _check(config, "device_batch", config.device_batch is None or (config.device_batch >= 2 and config.batch_size % config.device_batch == 0),
+           f"at least 2 and a divisor of batch_size={config.batch_size}")
     _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
     _check(config, "lr", math.isfinite(config.lr) and config.lr > 0, "a positive number")
     _check(config, "lr_gamma", 0 < config.lr_gamma <= 1, "in (0, 1]")
     _check(config, "lr_decay_at", all(0 < value < 1 for value in config.lr_decay_at), "fractions of the epochs, each in (0, 1)")
+    _check(config, "lr_batch_size", config.lr_batch_size >= 1, "at least 1")
+    _check(config, "lr_final", 0 <= config.lr_final <= 1, "in [0, 1]")
+    _check(config, "warmup_epochs", config.warmup_epochs is None or 0 <= config.warmup_epochs < config.epochs, f"at least 0 and below epochs={config.epochs}")
     _check(config, "momentum", 0 <= config.momentum < 1, "in [0, 1)")
-    _check(config, "nesterov", not config.nesterov or config.momentum > 0, "false when momentum is 0")
+    _check(config, "nesterov", not config.nesterov or config.momentum > 0 or config.optimizer != "sgd", "false when momentum is 0")
+    _check(config, "betas", len(config.betas) == 2 and all(0 <= value < 1 for value in config.betas), "two numbers, each in [0, 1)")
+    _check(config, "clip_grad", math.isfinite(config.clip_grad) and config.clip_grad >= 0, "a norm above 0, or 0 for none")
+    _check(config, "ema", 0 <= config.ema < 1, "a decay in (0, 1) such as 0.999, or 0 for none")
+    _check(config, "keep_checkpoints", config.keep_checkpoints >= 1, "at least 1")
+    _check(config, "save_minutes", math.isfinite(config.save_minutes) and config.save_minutes >= 0, "at least 0")
     _check(config, "weight_decay", math.isfinite(config.weight_decay) and config.weight_decay >= 0, "at least 0")
     _check(config, "ramp_epochs", config.ramp_epochs is None or config.ramp_epochs >= 0, "at least 0")
     _check(config, "seed", 0 <= config.seed < 2**31, "at least 0 and below 2^31")
@@ -211,16 +270,29 @@ def check_config(config: TrainConfig) -> None:
             raise ConfigError(f"{name}={alpha:g} and method '{config.method}': it remembers what was predicted for each image, and a mixed image is two; use 0")
     _check(config, "resize_schedule", all(0 <= epoch < config.epochs for epoch in config.resize_schedule), f"of epochs from 0 to {config.epochs - 1}")
     _check(config, "resize_schedule", all(size >= 4 for size in config.resize_schedule.values()), "of sizes of at least 4 pixels")
-    for name, value, choices in (("loader", config.loader, [*list_loaders(), "auto"]), ("bad_images", config.bad_images, BAD_IMAGES)):
-        if value not in choices:
-            raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
-    if config.precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"unknown precision '{config.precision}'{did_you_mean(config.precision, ['auto', 'fp32', 'bf16'])}")
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                raise ConfigError(f"unknown {name} '{item}'{did_you_mean(item, choices)}")
     check_impl(config.impl)
     try:
         config.data.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"data={config.data!r}: the name is not valid UTF-8; rename the folder") from None
+
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "optimizer": ("sgd", "adamw", "lamb"),
+    "lr_scaling": ("none", "linear", "sqrt"),
+    "schedule": ("step", "cosine", "onecycle"),
+    "loader": (*list_loaders(), "auto"),
+    "bad_images": BAD_IMAGES,
+    "precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
+    "on_nonfinite": ("stop", "skip", "rollback"),
+    "log_to": ("tensorboard", "wandb"),
+}
+"""The fields that take one of some words."""
 
 
 def _check(config: TrainConfig, name: str, good: bool, rule: str) -> None:
@@ -260,9 +332,11 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
             raise wrong
         return dict(value)
     if kind is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, float)) for item in value):
+        each = get_args(kinds[0])[0]
+        allowed = (int, float) if each is float else each
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, allowed) for item in value):
             raise wrong
-        return tuple(float(item) for item in value)
+        return tuple(each(item) for item in value)
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)
