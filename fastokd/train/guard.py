@@ -31,7 +31,7 @@ class NonFinite:
         if self.terms:
             return f"not finite: {', '.join(self.terms)}"
         # A gradient that overflows takes everything before it along; the parts say where to look.
-        parts = sorted({_part(name) for name in self.parameters})
+        parts = dict.fromkeys(map(_part, self.parameters))
         return f"every term of the loss is finite, and the gradient is not, in {', '.join(parts)}"
 
 
@@ -45,19 +45,19 @@ class FiniteGuard:
 
     Args:
         device: of the step.
-        parameters: names of the parameters, in the order of the gradient norms.
+        parts: the parameters in each part of the gradient, in the order of the norms.
         sticky: after the first such step the guard goes on saying that updates must be left out, so that the weights stay as
             they were before it until the host has seen it.
     """
 
-    def __init__(self, device: torch.device, parameters: Sequence[str], sticky: bool) -> None:
-        self._parameters = tuple(parameters)
+    def __init__(self, device: torch.device, parts: Sequence[Sequence[str]], sticky: bool) -> None:
+        self._parts = tuple(parts)
         self._terms: tuple[str, ...] = ()
         self._sticky = sticky
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._bad_terms: Tensor | None = None
-        self._bad_parameters = torch.zeros(len(parameters), dtype=torch.bool, device=device)
+        self._bad_parts = torch.zeros(len(parts), dtype=torch.bool, device=device)
 
     def withheld(self) -> Tensor:
         """1.0 where updates are to be left out because of an earlier step, as a 0-d tensor."""
@@ -70,14 +70,14 @@ class FiniteGuard:
             bad: 0-d bool, whether the step was not finite.
             step: 0-d int64, its number.
             terms: 0-d values by name; the same names in every call.
-            norms: the norm of every parameter's gradient, float [P].
+            norms: the norm of every part of the gradient, float [P].
         """
         values = torch.stack([value.detach().to(torch.float32) for value in terms.values()])
         if self._bad_terms is None:
             self._terms, self._bad_terms = tuple(terms), torch.zeros(len(terms), dtype=torch.bool, device=values.device)
         first = bad & (self._count == 0)
         self._bad_terms.copy_(torch.where(first, ~values.isfinite(), self._bad_terms))
-        self._bad_parameters.copy_(torch.where(first, ~norms.isfinite(), self._bad_parameters))
+        self._bad_parts.copy_(torch.where(first, ~norms.isfinite(), self._bad_parts))
         self._step.copy_(torch.where(first, step, self._step))
         self._count.add_(bad)
 
@@ -86,9 +86,9 @@ class FiniteGuard:
         if not (count := int(self._count)):
             return None
         assert self._bad_terms is not None
-        named = [tuple(name for name, bad in zip(names, flags.tolist(), strict=True) if bad)
-                 for names, flags in ((self._terms, self._bad_terms), (self._parameters, self._bad_parameters))]
-        return NonFinite(count, int(self._step), *named)
+        terms, parts = ([name for name, bad in zip(names, flags.tolist(), strict=True) if bad]
+                        for names, flags in ((self._terms, self._bad_terms), (self._parts, self._bad_parts)))
+        return NonFinite(count, int(self._step), tuple(terms), tuple(dict.fromkeys(name for part in parts for name in part)))
 
     def clear(self) -> None:
         """Forget what was seen."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -302,7 +303,7 @@ class Trainer:
                 rate = done * config.batch_size / self._trained
                 note = f"loss {means['loss']:.4f}  {step.kept} {100 * means[f'accuracy/{step.kept}']:.1f} %  {rate:.0f} img/s"
             self.reporter.step(done, note)
-            if self.signals.raised:
+            if self.signals.received:
                 self._stop()
             if config.save_minutes and now - saved > 60 * config.save_minutes:
                 saved = now
@@ -314,7 +315,7 @@ class Trainer:
     def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
         for batch in loader:
             yield batch
-            if self.signals.raised:
+            if self.signals.received:
                 self._stop()
 
     def _stop(self) -> None:
@@ -322,7 +323,7 @@ class Trainer:
         self._check_finite()
         self._save(None)
         self.store.close()
-        raise Preempted(f"stopped by {self.signals.name}; {self._what_is_saved()}")
+        raise Preempted(f"stopped by {signal.Signals(self.signals.received).name}; {self._what_is_saved()}")
 
     def _report_replaced(self) -> None:
         found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})

@@ -143,7 +143,7 @@ class TrainStep(BranchEvaluator):
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
-        self.guard = FiniteGuard(device, self.optimizers.names, sticky=config.on_nonfinite != "skip")
+        self.guard = FiniteGuard(device, self.optimizers.parts, sticky=config.on_nonfinite != "skip")
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
@@ -166,7 +166,7 @@ class TrainStep(BranchEvaluator):
                 results[name] = results[name] + value if name in results else value
         lost = ~results["loss"].isfinite()
         divisor = self.num_parts if self.scale is None else self.scale.value * self.num_parts
-        norm = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
+        norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
         # What a step that was left out did to batch norm's statistics would stay in them for ever.
         for buffer, old in zip(self._statistics, before, strict=True):
