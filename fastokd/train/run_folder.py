@@ -1,5 +1,5 @@
-"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``,
-``student.safetensors`` with ``student.json``."""
+"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``metrics.csv``, ``log.txt``, ``summary.json``,
+``checkpoints/``, ``student.safetensors`` with ``student.json``."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fastokd.errors import CheckpointError, ConfigError
-from fastokd.storage import append_line, storage_error, write_atomically, write_json
+from fastokd.storage import append_line, remove_temporaries, storage_error, write_atomically, write_json
+from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.version import __version__
 
@@ -29,10 +30,13 @@ class RunFolder:
         self.path = path
         self.config_path = path / "config.yaml"
         self.metrics_path = path / "metrics.jsonl"
+        self.csv_path = path / "metrics.csv"
+        self.log_path = path / "log.txt"
         self.environment_path = path / "environment.json"
         self.summary_path = path / "summary.json"
-        self.last = path / "checkpoints" / "last.pt"
-        self.best = path / "checkpoints" / "best.pt"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
         self.student = path / "student.safetensors"
         self.unlock: Callable[[], object] = lambda: None
 
@@ -45,15 +49,16 @@ class RunFolder:
             StorageError: the folder cannot be made or written to.
         """
         run = cls(path)
-        if run.last.exists():
+        if checkpoint_files(run.checkpoints):
             raise ConfigError(f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or choose another --out")
         try:
             entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
             # Only what a run leaves that died before its first checkpoint may be replaced; it always has checkpoints/.
-            foreign = entries - {record.name for record in run._records()} - {"checkpoints"}
+            records = {record.name for record in run._records()}
+            foreign = {name for name in entries - records - {"checkpoints"} if not any(name.startswith(f".{record}.") for record in records)}
             if foreign or (entries and "checkpoints" not in entries):
                 raise ConfigError(f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose another --out")
-            run.last.parent.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.write_bytes(b"")
             probe.unlink()
@@ -84,6 +89,7 @@ class RunFolder:
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         self.unlock = weakref.finalize(self, os.close, descriptor)
+        os.register_at_fork(after_in_child=self.unlock)  # a loader's worker that outlives this process must not hold the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -92,21 +98,23 @@ class RunFolder:
 
     def discard_without_checkpoint(self) -> None:
         """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
-        if self.last.exists():
+        if checkpoint_files(self.checkpoints):
             return
         self._remove_records()
-        for folder in (self.last.parent, self.path):
+        for folder in (self.checkpoints, self.path):
             with contextlib.suppress(OSError):  # not empty, or not there
                 folder.rmdir()
 
     def _records(self) -> tuple[Path, ...]:
-        """Everything a run writes but the last checkpoint."""
-        return (self.config_path, self.metrics_path, self.environment_path, self.summary_path, self.best, self.student,
+        """Everything a run writes but the last checkpoints."""
+        return (self.config_path, self.metrics_path, self.csv_path, self.log_path, self.environment_path, self.summary_path, self.best, self.student,
                 self.student.with_suffix(".json"))
 
     def _remove_records(self) -> None:
         for path in self._records():
             path.unlink(missing_ok=True)
+        for path in (*self._records(), self.last):
+            remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:
         return read_config(self.config_path)
