@@ -144,6 +144,7 @@ def train(
     log_to: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = (),
     out: File = None,
     resume: File = None,
+    allow_config_change: bool = False,
     quiet: bool = False,
 ) -> None:
     """Train a student with its branches, or alone. What is not given comes from --recipe or --config, else from the defaults.
@@ -213,7 +214,9 @@ def train(
         save_minutes: minutes after which a checkpoint is written within an epoch, 0 for only at its end (default 15).
         log_to: where metrics go beside the run folder: tensorboard, wandb.
         out: the run folder (default runs/MODEL-METHOD-seedN).
-        resume: continue the run in this folder; only --epochs, --device, --quiet and, if it was moved, --data may be given with it.
+        resume: continue the run in this folder. Where, how far and how fast it goes on may change with it (--data if it was moved,
+            --device, --epochs, --compile and the like); what it computes may not, unless --allow-config-change says so.
+        allow_config_change: let --resume go on with another configuration; what changed is listed.
         quiet: print only the result.
     """
     given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
@@ -231,10 +234,9 @@ def train(
     if "resize_schedule" in given:
         given["resize_schedule"] = _parse_schedule(resize_schedule)
     if resume is not None:
-        others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
-        if others:
-            raise ConfigError(f"--resume keeps the run's configuration; it cannot be changed with {', '.join('--' + name.replace('_', '-') for name in others)}")
-        trainer = resume_run(resume, reporter, **given)
+        if others := [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]:
+            raise ConfigError(f"--resume goes on with the run's own configuration; leave out {', '.join('--' + name for name in others)}")
+        trainer = resume_run(resume, reporter, allow_config_change, **given)
     else:
         settings = _settings(recipe, config, given)
         from fastokd.train.config import check_config

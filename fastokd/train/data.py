@@ -22,7 +22,7 @@ from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
 from fastokd.data.loader import best_file_loader, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
-from fastokd.train.step import uses_bf16
+from fastokd.train.precision import choose_precision, image_dtype
 
 AnyDataset = Dataset | FileDataset
 
@@ -125,7 +125,7 @@ def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSpli
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
     loader = make_loader(
         dataset, split, config.batch_size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
-        dtype=torch.bfloat16 if train and uses_bf16(config, device) else torch.float32,
+        dtype=image_dtype(choose_precision(config, device)) if train else torch.float32,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
     if train:
         for size in config.resize_schedule.values():

@@ -1,26 +1,27 @@
-"""The training loop of one run on one device."""
+"""The training loop of one run."""
 
+import contextlib
 import dataclasses
 import hashlib
-import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastokd.data import Loader
+from fastokd.data import Batch, Loader
 from fastokd.data.dataset import carve
 from fastokd.data.images import Progress, first_of
-from fastokd.errors import CheckpointError, ConfigError, FastOKDError, first_few, first_line
+from fastokd.errors import CheckpointError, ConfigError, FastOKDError, Preempted, StorageError, first_few, first_line
 from fastokd.export import load_weights, student_record, write_student
 from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import load_checkpoint, save_checkpoint
+from fastokd.train.checkpoint import CheckpointStore, load_checkpoint, load_newest
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import (
     AnyDataset,
@@ -31,10 +32,14 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
-from fastokd.train.metrics import MetricSums
+from fastokd.train.ema import StudentAverage
+from fastokd.train.guard import NonFinite
 from fastokd.train.progress import Reporter
+from fastokd.train.randomness import be_deterministic, random_state, set_random_state
 from fastokd.train.run_folder import RunFolder
-from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
+from fastokd.train.runner import StepRunner
+from fastokd.train.signals import StopSignals
+from fastokd.train.step import BranchEvaluator, TrainStep, choose_device
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
@@ -64,7 +69,6 @@ class Summary:
 
 
 
-
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
 
@@ -75,6 +79,7 @@ class Trainer:
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.device = choose_device(config.device)
+        be_deterministic(config.deterministic)
         try:
             self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
@@ -83,6 +88,7 @@ class Trainer:
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
         check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
+        self.runner = StepRunner(self.step)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
             images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
@@ -92,12 +98,17 @@ class Trainer:
         self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
         self.train_loader = loader_for(config, self.dataset, images, True, self.device, seen)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
-        self.kept = self.step.kept
+        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints)
+        self.signals = StopSignals()
+        self.kept = self.step.reported
         self.epoch = 0
+        self.done = 0  # batches of the epoch
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_epoch = -1
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training in the epochs before
+        self._trained = 0.0  # seconds of training in this epoch
+        self._rollbacks = 0
         self._replaced = 0  # bad pictures that were reported
 
     def start(self) -> None:
@@ -105,12 +116,12 @@ class Trainer:
         self.run_folder.save_config(self.config)
         self.run_folder.save_environment(self.device, self.dataset.describe())
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: dict[str, Any], allow_config_change: bool = False) -> None:
         """Continue from a checkpoint of this run.
 
         Raises:
             CheckpointError: it is of another architecture or of other data.
-            ConfigError: the run is finished, or its configuration was changed since.
+            ConfigError: the run is finished, or its configuration was changed since and ``allow_config_change`` is False.
         """
         where = str(self.run_folder.last)
         _check_classes(where, state, self.dataset)
@@ -118,51 +129,89 @@ class Trainer:
             raise CheckpointError(f"{where} was trained on other images than {self.config.data} holds now; restore them, or start a new run")
         before = load_config(state["config"], f"the configuration in {where}")
         changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in _MAY_CHANGE}), self.config)
+        if changed and not allow_config_change:
+            raise ConfigError(f"the configuration is not that of the checkpoint (was, is: {'; '.join(changed)}): undo that, pass --allow-config-change, or start a new run")
         if changed:
-            raise ConfigError(f"{self.run_folder.config_path} was changed since the checkpoint ({'; '.join(changed)}): undo that, or start a new run with --config")
+            self.reporter.say(f"going on with another configuration than before (was, is: {'; '.join(changed)})")
         if self.teacher and state.get("teacher") != self.teacher.fingerprint:
             raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
-        load_weights(self.model, state["model"], where)
-        load_weights(self.step.criterion, state["criterion"], where)
-        try:
-            for name, optimizer in self.step.optimizers.items():
-                optimizer.load_state_dict(state["optimizer"][name])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
-        self.epoch = state["epoch"]
+        self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
             raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
+        self._load(state, where)
+        self._find_place(state)
         if self.config.epochs != before.epochs:
             done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"
-                              for config, epoch in ((before, self.epoch - 1), (self.config, self.epoch)))
+                              for config, epoch in ((before, max(self.epoch - 1, 0)), (self.config, self.epoch)))
             self.reporter.say(
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
-                f"(epoch {self.epoch} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
+                f"(epoch {max(self.epoch, 1)} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
         self.run_folder.save_config(self.config)
         self.run_folder.keep_metrics_before(self.epoch)
+
+    def _load(self, state: dict[str, Any], where: str) -> None:
+        """The weights, and everything else that the steps change."""
+        step = self.step
+        load_weights(self.model, state["model"], where)
+        load_weights(step.criterion, state["criterion"], where)
+        try:
+            step.optimizers.load_state_dict(state["optimizer"])
+            if step.average is not None:
+                # A run that was begun without an average begins it with the weights there are.
+                step.average.load_state_dict(state["ema"]) if state["ema"] else step.average.restart()
+            if step.scale is not None and state["scaler"]:
+                step.scale.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
+
+    def _find_place(self, state: dict[str, Any]) -> None:
+        """Go on within the epoch where the checkpoint was written, if it was."""
+        self.step.number.fill_(state["step"])
+        if not state["loader"]:
+            return
+        self.train_loader.load_state_dict(state["loader"])
+        self.done = state["loader"]["position"] // self.config.batch_size
+        self.step.sums.load_state_dict(state["sums"], self.device)
+        self._trained = state["sums"]["seconds"]
+        set_random_state(state["ranks"][0]["rng"])
 
     def run(self) -> Summary:
         """Train the remaining epochs.
 
         Raises:
             Interrupted: Ctrl-C; the last checkpoint is intact.
+            Preempted: SIGTERM or SIGUSR1; a checkpoint of this very step was written.
             NonFiniteLoss: the loss became NaN or infinite.
             StorageError: the disk refused.
         """
         self._introduce()
         try:
-            while self.epoch < self.config.epochs:
-                self._run_epoch()
+            with self.signals:
+                self._run_epochs()
+                self.store.close()
         except KeyboardInterrupt:
             self.reporter.end_epoch()
+            self._finish_writing()
             raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}") from None
         except BaseException:
             self.reporter.end_epoch()
+            self._finish_writing()
             raise
         finally:
             self.run_folder.unlock()
         return self.finish()
+
+    def _run_epochs(self) -> None:
+        if self.config.on_nonfinite == "rollback" and not self.run_folder.last.exists():
+            self._save(None)  # something to roll back to
+        while self.epoch < self.config.epochs:
+            self._run_epoch()
+
+    def _finish_writing(self) -> None:
+        """Let a write that is under way end; what it has to say must not hide what ended the run."""
+        with contextlib.suppress(StorageError):
+            self.store.close()
 
     def finish(self) -> Summary:
         """Write and return the summary of the epochs so far."""
@@ -175,8 +224,9 @@ class Trainer:
         # What is on the disk says it, wherever between two instructions the signal came.
         if not self.run_folder.last.exists():
             return "no epoch was saved, so there is no checkpoint"
-        saved = load_checkpoint(self.run_folder.last)["epoch"]
-        return f"the last checkpoint has {saved} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
+        state = load_newest(self.run_folder.last.parent)[0]
+        within = f" and {state['loader']['position'] // self.config.batch_size} steps of the next" if state["loader"] else ""
+        return f"the last checkpoint has {state['epoch']} finished epochs{within}; continue with 'fastokd train --resume {self.run_folder.path}'"
 
     def _introduce(self) -> None:
         say = (lambda text: None) if self.reporter.quiet else self.reporter.say
@@ -184,6 +234,7 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         say(explain_loader(config, data, self.device, self._seen))
+        say(f"step: {self.step.levers.describe()}{self._describe_batch()}")
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -195,6 +246,10 @@ class Trainer:
         if self.memory:
             say(self.memory)
 
+    def _describe_batch(self) -> str:
+        parts = self.step.num_parts
+        return f"; a batch of {self.config.batch_size} is {parts} x {self.config.device_batch}, whose gradients are added up" if parts > 1 else ""
+
     def _describe_schedule(self) -> str:
         config, length = self.config, self.config.ramp_length()
         if not length:
@@ -202,44 +257,73 @@ class Trainer:
         return f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1, {config.kd_weight_at(length - 1):.3g} in epoch {length} and 1 after it"
 
     def _run_epoch(self) -> None:
-        config, started = self.config, time.monotonic()
-        lr, ramp = config.lr_at(self.epoch), config.kd_weight_at(self.epoch)
-        self.step.set_lr(lr)
-        # What a layer draws depends on seed and epoch alone, so a resumed epoch draws what it would have drawn.
-        torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
-        kd_weight = torch.tensor(ramp, device=self.device)
-        if self.held_out_loader is not None:
-            self.step.criterion.see_held_out((result.logits, target) for result, target in self.step.results(self.held_out_loader))
-        sums = MetricSums()
-        self.model.train()
-        self.train_loader.set_size(config.size_at(self.epoch))
-        self.train_loader.set_epoch(self.epoch)
-        self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
-        for index, batch in enumerate(self.train_loader, start=1):
-            sums.add(self.step(batch, kd_weight), batch.target.shape[0])
-            note = ""
-            if self.reporter.wants_note():
-                means = sums.means()
-                self._check_finite(means)
-                rate = sums.count / (time.monotonic() - started)
-                note = f"loss {means['loss']:.4f}  {self.kept} {100 * means[f'accuracy/{self.kept}']:.1f} %  {rate:.0f} img/s"
-            self.reporter.step(index, note)
-        train = sums.means()
-        self._check_finite(train)
-        trained = time.monotonic() - started
-        last = self.step.evaluate(self.eval_loader)
+        if self.done < len(self.train_loader):
+            self._train_epoch()
+        last = self.step.evaluate(self._unless_stopped(self.eval_loader))
         record = {
-            "epoch": self.epoch, "lr": lr, "kd_weight": ramp, "train": train, "eval": last,
-            "seconds": round(trained, 3), "images_per_second": round(sums.count / trained, 1),
+            "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(), "eval": last,
+            "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
         }
-        self.seconds += trained
-        self.epoch, self.last = self.epoch + 1, last
+        self.seconds += self._trained
+        self.epoch, self.done, self._trained, self.last = self.epoch + 1, 0, 0.0, last
         is_best = not self.best or last[self.kept] > self.best[self.kept]
         if is_best:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
         self.reporter.end_epoch(record)
         self._report_replaced()
+
+    def _lr(self, done: int) -> float:
+        """The learning rate of the step that comes after ``done`` of this epoch."""
+        return self.config.lr_at(self.epoch + done / len(self.train_loader))
+
+    def _train_epoch(self) -> None:
+        config, step, kd_weight = self.config, self.step, self.config.kd_weight_at(self.epoch)
+        self.train_loader.set_size(config.size_at(self.epoch))
+        self.train_loader.set_epoch(self.epoch)
+        if not self.done:
+            # What a layer draws depends on seed and epoch alone, so an epoch that is trained again draws what it drew.
+            torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
+            step.sums.clear()
+            self._rollbacks = 0
+            if self.held_out_loader is not None:
+                step.criterion.see_held_out((result.logits, target) for result, target in step.results(self.held_out_loader))
+        self.model.train()
+        self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
+        begun, counted, looked, saved = self.done, time.monotonic(), time.monotonic(), time.monotonic()
+        step.set_schedule(self._lr(begun), kd_weight)
+        for done in self.runner.epoch(self.train_loader, begun):
+            self.done, now = done, time.monotonic()
+            self._trained, counted = self._trained + now - counted, now
+            note = ""
+            if wanted := self.reporter.wants_note() or now - looked > CHECK_SECONDS:
+                looked = now
+                self._check_finite()
+            if wanted and (means := step.sums.means()):
+                rate = done * config.batch_size / self._trained
+                note = f"loss {means['loss']:.4f}  {step.kept} {100 * means[f'accuracy/{step.kept}']:.1f} %  {rate:.0f} img/s"
+            self.reporter.step(done, note)
+            if self.signals.received:
+                self._stop()
+            if config.save_minutes and now - saved > 60 * config.save_minutes:
+                saved = now
+                self._check_finite()
+                self._save(None)
+            step.set_schedule(self._lr(done), kd_weight)
+        self._check_finite()
+
+    def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
+        for batch in loader:
+            yield batch
+            if self.signals.received:
+                self._stop()
+
+    def _stop(self) -> None:
+        """Save this very place and end the run, because a signal asked for it."""
+        self._check_finite()
+        self._save(None)
+        self.store.close()
+        raise Preempted(f"stopped by {signal.Signals(self.signals.received).name}; {self._what_is_saved()}")
 
     def _report_replaced(self) -> None:
         found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
@@ -248,35 +332,83 @@ class Trainer:
             self._replaced = len(found)
             self.reporter.say(f"pictures that cannot be decoded and were replaced, so far {len(found)}: {first_of(names)}")
 
-    def _check_finite(self, means: dict[str, float]) -> None:
-        if math.isfinite(means["loss"]):
+    def _check_finite(self) -> None:
+        """Look at what the steps found not finite since the last look, and do about it what the configuration says."""
+        found = self.step.guard.read()
+        if found is None:
             return
-        broken = [name for name, value in means.items() if name != "loss" and not math.isfinite(value)]
-        fix = "lower --lr" + (", or try --precision fp32" if uses_bf16(self.config, self.device) else "")
-        raise NonFiniteLoss(f"the loss is {means['loss']} in epoch {self.epoch + 1} (terms: {', '.join(broken) or 'none alone'}); {self._what_is_saved()}. To mend it {fix}")
+        policy = self.config.on_nonfinite
+        if policy == "skip" and found.count <= MAX_SKIPPED:
+            self.reporter.say(f"left out in epoch {self.epoch + 1}, {found.describe()}")
+        elif policy == "rollback" and self._rollbacks < MAX_ROLLBACKS:
+            self._roll_back(found)
+        else:
+            self._finish_writing()
+            fix = "lower --lr" + (", or try --precision fp32" if self.step.precision in ("bf16", "fp16") else "")
+            often = {"skip": f"; more than {MAX_SKIPPED} steps were to be left out", "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help"}.get(policy, "")
+            raise NonFiniteLoss(f"epoch {self.epoch + 1}, {found.describe()}{often}; {self._what_is_saved()}. To mend it {fix}")
+        self.step.guard.clear()
 
-    def _save(self, record: dict[str, Any], is_best: bool) -> None:
-        """Write the epoch. ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew."""
+    def _roll_back(self, found: NonFinite) -> None:
+        """Go back to the weights of the last checkpoint, and on with the batches that come next, not those that broke it."""
+        self._rollbacks += 1
+        self.store.wait()
+        state, path, complaints = load_newest(self.run_folder.last.parent)
+        self._load(state, str(path))
+        for complaint in complaints:
+            self.reporter.say(complaint)
+        self.reporter.say(f"rolled back in epoch {self.epoch + 1}, {found.describe()}; the weights are those of step {state['step']} again")
+
+    def _save(self, record: dict[str, Any] | None, is_best: bool = False) -> None:
+        """Write a checkpoint: of a finished epoch with its record, or of this place within one.
+
+        ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew.
+        """
+        step, within = self.step, record is None
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.step.optimizers.items()},
-            "criterion": self.step.criterion.state_dict(),
-            "epoch": self.epoch,
+            "model": self.model.state_dict(), "optimizer": step.optimizers.state_dict(), "criterion": step.criterion.state_dict(),
+            "ema": {} if step.average is None else step.average.state_dict(),
+            "scaler": {} if step.scale is None else step.scale.state_dict(),
+            "epoch": self.epoch, "step": int(step.number),
+            "loader": self.train_loader.state_dict() if within else {},
+            "sums": {**step.sums.state_dict(), "seconds": self._trained} if within else {},
+            "ranks": [{"rng": random_state()}],
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
-            "classes": list(self.dataset.classes), "data": data_record(self.dataset, loader_name(self.config, self.dataset, self.device, self._seen)), "config": self.config.to_yaml(),
+            "classes": list(self.dataset.classes), "data": data_record(self.dataset, loader_name(self.config, self.dataset, self.device, self._seen)),
+            "config": self.config.to_yaml(), "config_hash": run_identity(self.config, self.dataset.fingerprint),
         }
         if self.teacher:
             state["teacher"] = self.teacher.fingerprint
-        if is_best:
-            save_checkpoint(self.run_folder.best, state)
-        write_student(self.run_folder.student, self.model.student(), student_record(
-            self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch, provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint)))
-        self.run_folder.append_metrics(record)
-        save_checkpoint(self.run_folder.last, state)
+        self.store.save(state, is_best=is_best, before=None if record is None else self._epoch_writer(record))
+
+    def _epoch_writer(self, record: dict[str, Any]) -> Callable[[], None]:
+        """What writes the student and the epoch's record, both as they are now."""
+        student = self.step.student()
+        about = student_record(self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch,
+                               provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint))
+
+        def write() -> None:
+            write_student(self.run_folder.student, student, about)
+            self.run_folder.append_metrics(record)
+
+        return write
 
 
-_MAY_CHANGE = ("data", "device", "epochs")
-"""Where a run goes on, and how far, may change when it is resumed; what it computes may not."""
+CHECK_SECONDS = 5.0
+"""How long a step that was not finite may go unseen by the host; looking waits for the device."""
+MAX_SKIPPED = 20
+"""Steps between two looks that may be left out before the run is given up."""
+MAX_ROLLBACKS = 3
+"""Rollbacks in one epoch before the run is given up."""
+
+_MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
+"""Where a run goes on, how far and how fast may change when it is resumed; what it computes may not."""
+
+
+def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
+    """A hash of what a run computes: the fields that may not change when it is resumed, and the fingerprint of its data."""
+    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in _MAY_CHANGE]
+    return hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()
 
 
 def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
@@ -285,14 +417,12 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
     ``run`` in it is the same for all exports of a run, however it was resumed: a hash of its configuration and of the
     fingerprint of the data it is trained on.
     """
-    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in _MAY_CHANGE]
-    identity = hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()[:12]
-    return {"run": identity, "method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
+    return {"run": run_identity(config, fingerprint)[:12], "method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
-def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
-    """A trainer that continues the run in a folder; ``changes`` may give ``epochs``, ``device`` and (moved) ``data``.
+def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, **changes: Any) -> Trainer:
+    """A trainer that continues the run in a folder, with ``changes`` to its configuration, see ``Trainer.resume``.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, of another architecture or of other data.
@@ -302,9 +432,11 @@ def resume_run(path: Path, reporter: Reporter, **changes: Any) -> Trainer:
     run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)
-    state = load_checkpoint(run.last)
+    state, _, complaints = load_newest(run.last.parent)
+    for complaint in complaints:
+        reporter.say(complaint)
     trainer = Trainer(config, run, reporter, seen=state["data"])
-    trainer.resume(state)
+    trainer.resume(state, allow_config_change)
     return trainer
 
 
@@ -345,6 +477,9 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     model = build_model(config, len(dataset.classes), where)
     load_weights(model, state["model"], str(file))
     evaluator = BranchEvaluator(config, model.eval(), where)
+    if state["ema"]:
+        evaluator.average = StudentAverage(model, config.ema)
+        evaluator.average.load_state_dict(state["ema"])
     # Mixing weights that a loss has found; there is no room for what it remembers of single images, and no need.
     evaluator.criterion.load_state_dict(state["criterion"], strict=False)
     chosen = dataset.evaluation if split is None else dataset.split(split)
