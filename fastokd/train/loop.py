@@ -31,8 +31,9 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
+from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.metrics import MetricSums
-from fastokd.train.progress import Reporter
+from fastokd.train.progress import Pace, Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import BranchEvaluator, TrainStep, choose_device, uses_bf16
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
@@ -71,14 +72,17 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
+        check_sinks(config.log_to)
         check_teacher(config)
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
+        reporter.attach_log(run.log_path)
+        self.sinks: list[MetricSink] = []
         self.device = choose_device(config.device)
         try:
             self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
-            reporter.end_epoch()
+            reporter.close()
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
         check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
@@ -99,6 +103,7 @@ class Trainer:
         self.best_epoch = -1
         self.seconds = 0.0
         self._replaced = 0  # bad pictures that were reported
+        self.pace = Pace(config.epochs, config.batch_size)
 
     def start(self) -> None:
         """Write what identifies a new run."""
@@ -140,6 +145,7 @@ class Trainer:
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
                 f"(epoch {self.epoch} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
         self.run_folder.save_config(self.config)
+        self.run_folder.add_session(self.device)
         self.run_folder.keep_metrics_before(self.epoch)
 
     def run(self) -> Summary:
@@ -151,18 +157,28 @@ class Trainer:
             StorageError: the disk refused.
         """
         self._introduce()
+        records = self.run_folder.read_metrics()
+        self.reporter.start_run(self.kept, records)
         try:
+            self.sinks = open_sinks(self.config.log_to, self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
             while self.epoch < self.config.epochs:
                 self._run_epoch()
         except KeyboardInterrupt:
-            self.reporter.end_epoch()
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}") from None
-        except BaseException:
-            self.reporter.end_epoch()
+            message = f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}"
+            self.reporter.log(message)
+            raise Interrupted(message) from None
+        except BaseException as error:
+            self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
             raise
         finally:
+            self.reporter.close()
+            for sink in self.sinks:
+                sink.close()
             self.run_folder.unlock()
-        return self.finish()
+        summary = self.finish()
+        self.reporter.log(f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training, {summary.images_per_second:.0f} img/s; "
+                          f"student {100 * summary.last[self.kept]:.2f} %, in its best epoch ({summary.best_epoch + 1}) {100 * summary.best[self.kept]:.2f} %")
+        return summary
 
     def finish(self) -> Summary:
         """Write and return the summary of the epochs so far."""
@@ -179,7 +195,7 @@ class Trainer:
         return f"the last checkpoint has {saved} finished epochs; continue with 'fastokd train --resume {self.run_folder.path}'"
 
     def _introduce(self) -> None:
-        say = (lambda text: None) if self.reporter.quiet else self.reporter.say
+        say = self.reporter.info
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
@@ -215,22 +231,25 @@ class Trainer:
         self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
-        for index, batch in enumerate(self.train_loader, start=1):
+        self.pace.start_epoch(self.epoch, len(self.train_loader))
+        for index, batch in enumerate(self.pace.waiting(self.train_loader), start=1):
             sums.add(self.step(batch, kd_weight), batch.target.shape[0])
-            note = ""
+            progress = None
             if self.reporter.wants_note():
                 means = sums.means()
                 self._check_finite(means)
-                rate = sums.count / (time.monotonic() - started)
-                note = f"loss {means['loss']:.4f}  {self.kept} {100 * means[f'accuracy/{self.kept}']:.1f} %  {rate:.0f} img/s"
-            self.reporter.step(index, note)
+                memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+                progress = self.pace.look(index, means, lr, ramp, memory)
+            self.reporter.step(index, progress)
         train = sums.means()
         self._check_finite(train)
         trained = time.monotonic() - started
+        self.reporter.evaluating()
         last = self.step.evaluate(self.eval_loader)
         record = {
             "epoch": self.epoch, "lr": lr, "kd_weight": ramp, "train": train, "eval": last,
             "seconds": round(trained, 3), "images_per_second": round(sums.count / trained, 1),
+            "waiting_share": round(self.pace.waiting_share(), 4),
         }
         self.seconds += trained
         self.epoch, self.last = self.epoch + 1, last
@@ -238,7 +257,10 @@ class Trainer:
         if is_best:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
-        self.reporter.end_epoch(record)
+        # Only after the checkpoint: what a sink was given cannot be taken back everywhere.
+        for sink in self.sinks:
+            sink.write(record)
+        self.reporter.end_epoch(record, self.pace.end_epoch())
         self._report_replaced()
 
     def _report_replaced(self) -> None:
