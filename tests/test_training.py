@@ -47,7 +47,7 @@ def test_run_folder_is_complete(finished):
     trainer, summary = finished
     folder = trainer.run_folder.path
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
-        "checkpoints/best.pt", "checkpoints/last.pt", "config.yaml", "environment.json", "log.txt", "metrics.csv", "metrics.jsonl",
+        "checkpoints/best.pt", "checkpoints/last-1.pt", "checkpoints/last.pt", "config.yaml", "environment.json", "log.txt", "metrics.csv", "metrics.jsonl",
         "student.json", "student.safetensors", "summary.json"]
     assert load_config((folder / "config.yaml").read_text(), "config") == CONFIG
     environment = json.loads((folder / "environment.json").read_text())
