@@ -34,14 +34,19 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
     seen, evaluated = [], []
     step, evaluate = trainer.step.__class__.__call__, trainer.step.evaluate
 
-    def record(self, batch, kd_weight):
+    def record(self, batch):
         seen.append((trainer.epoch, tuple(batch.images.shape[2:])))
         assert batch.target.shape == (96, 10)
         torch.testing.assert_close(batch.target.sum(1), torch.ones(96))
-        return step(self, batch, kd_weight)
+        return step(self, batch)
 
     monkeypatch.setattr(trainer.step.__class__, "__call__", record)
-    monkeypatch.setattr(trainer.step, "evaluate", lambda batches: evaluated.append({b.images.shape[2:] for b in batches}) or evaluate(batches))
+    def look(batches):
+        kept = list(batches)
+        evaluated.append({batch.images.shape[2:] for batch in kept})
+        return evaluate(kept)
+
+    monkeypatch.setattr(trainer.step, "evaluate", look)
     trainer.run()
     assert set(seen) == {(0, (8, 8)), (1, (6, 6)), (2, (8, 8))}
     assert evaluated == [{(8, 8)}] * 3
@@ -54,6 +59,7 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     straight.run()
     begun = run(config, tmp_path / "begun")
     begun._run_epoch()
+    begun.store.wait()
     begun.run_folder.unlock()
     resumed = resume_run(tmp_path / "begun", Reporter(quiet=True))
     resumed.run()
