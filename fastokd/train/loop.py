@@ -34,7 +34,8 @@ from fastokd.train.data import (
 )
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
-from fastokd.train.progress import Reporter
+from fastokd.train.logs import MetricSink, check_sinks, open_sinks
+from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
@@ -75,15 +76,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
         check_config(config)
+        check_sinks(config.log_to)
         check_teacher(config)
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
+        reporter.attach_log(run.log_path)
+        self.sinks: list[MetricSink] = []
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
         try:
             self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
-            reporter.end_epoch()
+            reporter.close()
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
         check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
@@ -110,6 +114,7 @@ class Trainer:
         self._trained = 0.0  # seconds of training in this epoch
         self._rollbacks = 0
         self._replaced = 0  # bad pictures that were reported
+        self.pace = Pace(config.epochs, config.batch_size)
 
     def start(self) -> None:
         """Write what identifies a new run."""
@@ -148,6 +153,7 @@ class Trainer:
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
                 f"(epoch {max(self.epoch, 1)} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
         self.run_folder.save_config(self.config)
+        self.run_folder.add_session(self.device)
         self.run_folder.keep_metrics_before(self.epoch)
 
     def _load(self, state: dict[str, Any], where: str) -> None:
@@ -186,21 +192,31 @@ class Trainer:
             StorageError: the disk refused.
         """
         self._introduce()
+        records = self.run_folder.read_metrics()
+        self.reporter.start_run(self.kept, records)
         try:
             with self.signals:
+                self.sinks = open_sinks(self.config.log_to, self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
                 self._run_epochs()
                 self.store.close()
         except KeyboardInterrupt:
-            self.reporter.end_epoch()
             self._finish_writing()
-            raise Interrupted(f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}") from None
-        except BaseException:
-            self.reporter.end_epoch()
+            message = f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}"
+            self.reporter.log(message)
+            raise Interrupted(message) from None
+        except BaseException as error:
             self._finish_writing()
+            self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
             raise
         finally:
+            self.reporter.close()
+            for sink in self.sinks:
+                sink.close()
             self.run_folder.unlock()
-        return self.finish()
+        summary = self.finish()
+        self.reporter.log(f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training, {summary.images_per_second:.0f} img/s; "
+                          f"student {100 * summary.last[self.kept]:.2f} %, in its best epoch ({summary.best_epoch + 1}) {100 * summary.best[self.kept]:.2f} %")
+        return summary
 
     def _run_epochs(self) -> None:
         if self.config.on_nonfinite == "rollback" and not self.run_folder.last.exists():
@@ -229,7 +245,7 @@ class Trainer:
         return f"the last checkpoint has {state['epoch']} finished epochs{within}; continue with 'fastokd train --resume {self.run_folder.path}'"
 
     def _introduce(self) -> None:
-        say = (lambda text: None) if self.reporter.quiet else self.reporter.say
+        say = self.reporter.info
         config, data = self.config, self.dataset
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
@@ -257,12 +273,16 @@ class Trainer:
         return f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1, {config.kd_weight_at(length - 1):.3g} in epoch {length} and 1 after it"
 
     def _run_epoch(self) -> None:
+        self.reporter.start_epoch(self.epoch, self.config.epochs, len(self.train_loader), self.done)
+        self.pace.start_epoch(self.epoch, len(self.train_loader), self.done)
         if self.done < len(self.train_loader):
             self._train_epoch()
+        self.reporter.evaluating()
         last = self.step.evaluate(self._unless_stopped(self.eval_loader))
         record = {
             "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(), "eval": last,
             "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
+            "waiting_share": round(self.pace.waiting_share(), 4),
         }
         self.seconds += self._trained
         self.epoch, self.done, self._trained, self.last = self.epoch + 1, 0, 0.0, last
@@ -270,7 +290,10 @@ class Trainer:
         if is_best:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
-        self.reporter.end_epoch(record)
+        # Only after the checkpoint: what a sink was given cannot be taken back everywhere.
+        for sink in self.sinks:
+            sink.write(record)
+        self.reporter.end_epoch(record, self.pace.end_epoch())
         self._report_replaced()
 
     def _lr(self, done: int) -> float:
@@ -289,20 +312,16 @@ class Trainer:
             if self.held_out_loader is not None:
                 step.criterion.see_held_out((result.logits, target) for result, target in step.results(self.held_out_loader))
         self.model.train()
-        self.reporter.start_epoch(self.epoch, config.epochs, len(self.train_loader))
         begun, counted, looked, saved = self.done, time.monotonic(), time.monotonic(), time.monotonic()
         step.set_schedule(self._lr(begun), kd_weight)
-        for done in self.runner.epoch(self.train_loader, begun):
+        for done in self.runner.epoch(self.train_loader, begun, self.pace.waiting):
             self.done, now = done, time.monotonic()
             self._trained, counted = self._trained + now - counted, now
-            note = ""
-            if wanted := self.reporter.wants_note() or now - looked > CHECK_SECONDS:
+            wanted = self.reporter.wants_note()
+            if wanted or now - looked > CHECK_SECONDS:
                 looked = now
                 self._check_finite()
-            if wanted and (means := step.sums.means()):
-                rate = done * config.batch_size / self._trained
-                note = f"loss {means['loss']:.4f}  {step.kept} {100 * means[f'accuracy/{step.kept}']:.1f} %  {rate:.0f} img/s"
-            self.reporter.step(done, note)
+            self.reporter.step(done, self._progress(kd_weight) if wanted else None)
             if self.signals.received:
                 self._stop()
             if config.save_minutes and now - saved > 60 * config.save_minutes:
@@ -311,6 +330,10 @@ class Trainer:
                 self._save(None)
             step.set_schedule(self._lr(done), kd_weight)
         self._check_finite()
+
+    def _progress(self, kd_weight: float) -> EpochProgress:
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        return self.pace.look(self.done, self.step.sums.means(), self._lr(self.done - 1), kd_weight, memory)
 
     def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
         for batch in loader:

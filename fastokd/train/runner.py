@@ -1,8 +1,7 @@
 """How steps are run: one after the other, or as replays of a captured CUDA graph with the batch made inside it."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +17,10 @@ class StepRunner:
 
     Where the step is captured, a loader that makes its batches by tensor operations alone (``gather``) makes them inside the
     graph; other loaders' batches are copied into tensors that the graph reads. There is a graph for each shape of batch.
-
-    ``waited`` is how many seconds the host has waited for batches.
     """
 
     def __init__(self, step: TrainStep) -> None:
         self.step = step
-        self.waited = 0.0
         self.captures = step.levers.cuda_graph
         self.reason_against_capture = ""
         """Why the step is not captured though it was tried; empty if it is, or nobody tried."""
@@ -32,26 +28,20 @@ class StepRunner:
         self._static: dict[Hashable, Batch] = {}
         self._place = torch.zeros((), dtype=torch.int64, device=step.device)
 
-    def epoch(self, loader: Loader, begin: int = 0) -> Iterator[int]:
+    def epoch(self, loader: Loader, begin: int = 0, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter) -> Iterator[int]:
         """Train on the batches of a loader's epoch that come after the first ``begin``, which the loader has been told of.
 
-        Yields how many batches of the epoch are done, after each.
+        Yields how many batches of the epoch are done, after each. ``watch`` gives the batches again, and may take the time
+        that each takes to come.
         """
-        return self._gathered(loader, begin) if self.captures and hasattr(loader, "gather") else self._handed_over(loader, begin)
-
-    def _handed_over(self, loader: Loader, done: int) -> Iterator[int]:
-        batches = iter(loader)
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - asked
-            if batch is None:
-                return
+        if self.captures and hasattr(loader, "gather"):
+            yield from self._gathered(loader, begin, watch)
+            return
+        for done, batch in enumerate(watch(loader), start=begin + 1):
             if self.captures:
                 self._run_captured(batch)
             else:
                 self.step(batch)
-            done += 1
             yield done
 
     def _run_captured(self, batch: Batch) -> None:
@@ -63,13 +53,13 @@ class StepRunner:
             held.copy_(value, non_blocking=True)
         self._replay(key, lambda: self.step(static))
 
-    def _gathered(self, loader: Any, begin: int) -> Iterator[int]:
+    def _gathered(self, loader: Any, begin: int, watch: Callable[[Iterable[Any]], Iterator[Any]]) -> Iterator[int]:
         def body() -> None:
             self.step(loader.gather(self._place))
             self._place.add_(1)
 
         self._place.fill_(begin)
-        for done in range(begin + 1, len(loader) + 1):
+        for done in watch(range(begin + 1, len(loader) + 1)):
             self._replay(("gathered", loader.side), body)
             loader.mark_done(done)
             yield done
