@@ -687,7 +687,7 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     from fastokd.data.loader import best_file_loader, get_loader_kind
     from fastokd.errors import CheckpointError, DataError
     from fastokd.export import measure_accuracy, open_export
-    from fastokd.train.step import choose_device
+    from fastokd.train.distributed import choose_device
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder or an exported student")

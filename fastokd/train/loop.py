@@ -32,6 +32,15 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
+from fastokd.train.distributed import (
+    Agreement,
+    Ranks,
+    choose_device,
+    from_main,
+    gather_states,
+    launched,
+    local_main_first,
+)
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
@@ -40,7 +49,7 @@ from fastokd.train.randomness import be_deterministic, random_state, set_random_
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runner import StepRunner
 from fastokd.train.signals import StopSignals
-from fastokd.train.step import BranchEvaluator, TrainStep, choose_device
+from fastokd.train.step import BranchEvaluator, TrainStep
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
@@ -71,7 +80,11 @@ class Summary:
 
 
 class Trainer:
-    """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
+    """One run: made new (``start``) or picked up (``resume``), then ``run()``.
+
+    Of several processes that train together each has one, and all call the same. The main process alone writes files and
+    shows something; what it decides by its clock or by what is on the disk, the others are told.
+    """
 
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
@@ -80,12 +93,15 @@ class Trainer:
         check_teacher(config)
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
-        reporter.attach_log(run.log_path)
+        self.ranks = Ranks.current()
+        if self.ranks.is_main:
+            reporter.attach_log(run.log_path)
         self.sinks: list[MetricSink] = []
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
         try:
-            self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
+            with local_main_first():
+                self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.close()
         self.teacher = open_teacher(config, self.dataset, self.device)
@@ -102,8 +118,10 @@ class Trainer:
         self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
         self.train_loader = loader_for(config, self.dataset, images, True, self.device, seen)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
-        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints)
-        self.signals = StopSignals()
+        self._eval_steps = max(gather_states(len(self.eval_loader)))  # of the process that has most
+        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints) if self.ranks.is_main else None
+        self.signals = StopSignals(SIGNAL_PATIENCE if launched() else 0.0, self.ranks.label)
+        self._agreement = Agreement()
         self.kept = self.step.reported
         self.epoch = 0
         self.done = 0  # batches of the epoch
@@ -118,6 +136,8 @@ class Trainer:
 
     def start(self) -> None:
         """Write what identifies a new run."""
+        if not self.ranks.is_main:
+            return
         self.run_folder.save_config(self.config)
         self.run_folder.save_environment(self.device, self.dataset.describe())
 
@@ -152,9 +172,10 @@ class Trainer:
             self.reporter.say(
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
                 f"(epoch {max(self.epoch, 1)} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
-        self.run_folder.save_config(self.config)
-        self.run_folder.add_session(self.device)
-        self.run_folder.keep_metrics_before(self.epoch)
+        if self.ranks.is_main:
+            self.run_folder.save_config(self.config)
+            self.run_folder.add_session(self.device)
+            self.run_folder.keep_metrics_before(self.epoch)
 
     def _load(self, state: dict[str, Any], where: str) -> None:
         """The weights, and everything else that the steps change."""
@@ -178,9 +199,20 @@ class Trainer:
             return
         self.train_loader.load_state_dict(state["loader"])
         self.done = state["loader"]["position"] // self.config.batch_size
-        self.step.sums.load_state_dict(state["sums"], self.device)
         self._trained = state["sums"]["seconds"]
-        set_random_state(state["ranks"][0]["rng"])
+        if len(state["ranks"]) == self.ranks.size:
+            own = state["ranks"][self.ranks.rank]
+            self.step.sums.load_state_dict(own["sums"], self.device)
+            set_random_state(own["rng"])
+            for name, buffer in self._own_statistics().items():
+                buffer.copy_(own["statistics"][name])
+            return
+        # Other processes than before: what is measured stays whole, and what layers draw begins anew.
+        for each in state["ranks"]:
+            self.step.sums.add_state(each["sums"], self.device)
+        if not self.ranks.is_main:
+            self.step.sums.clear()
+        self._seed()
 
     def run(self) -> Summary:
         """Train the remaining epochs.
@@ -196,9 +228,9 @@ class Trainer:
         self.reporter.start_run(self.kept, records)
         try:
             with self.signals:
-                self.sinks = open_sinks(self.config.log_to, self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
+                self.sinks = open_sinks(self.config.log_to if self.ranks.is_main else (), self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
                 self._run_epochs()
-                self.store.close()
+                self._close_store()
         except KeyboardInterrupt:
             self._finish_writing()
             message = f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}"
@@ -219,7 +251,7 @@ class Trainer:
         return summary
 
     def _run_epochs(self) -> None:
-        if self.config.on_nonfinite == "rollback" and not self.run_folder.last.exists():
+        if self.config.on_nonfinite == "rollback" and not from_main(self.run_folder.last.exists()):
             self._save(None)  # something to roll back to
         while self.epoch < self.config.epochs:
             self._run_epoch()
@@ -227,13 +259,18 @@ class Trainer:
     def _finish_writing(self) -> None:
         """Let a write that is under way end; what it has to say must not hide what ended the run."""
         with contextlib.suppress(StorageError):
+            self._close_store()
+
+    def _close_store(self) -> None:
+        if self.store is not None:
             self.store.close()
 
     def finish(self) -> Summary:
         """Write and return the summary of the epochs so far."""
         images = self.epoch * len(self.train_loader) * self.config.batch_size
         summary = Summary(self.epoch, self.last, self.best, self.best_epoch, self.seconds, images / self.seconds, str(self.run_folder.student))
-        write_json(self.run_folder.summary_path, summary.__dict__)
+        if self.ranks.is_main:
+            write_json(self.run_folder.summary_path, summary.__dict__)
         return summary
 
     def _what_is_saved(self) -> str:
@@ -250,7 +287,7 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         say(explain_loader(config, data, self.device, self._seen))
-        say(f"step: {self.step.levers.describe()}{self._describe_batch()}")
+        say(f"step: {self.step.levers.describe()}; {self.step.share.describe()}")
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -261,10 +298,6 @@ class Trainer:
             say(f"{self.num_held_out} of the training images are held out: nobody trains on them, the loss looks at them before every epoch")
         if self.memory:
             say(self.memory)
-
-    def _describe_batch(self) -> str:
-        parts = self.step.num_parts
-        return f"; a batch of {self.config.batch_size} is {parts} x {self.config.device_batch}, whose gradients are added up" if parts > 1 else ""
 
     def _describe_schedule(self) -> str:
         config, length = self.config, self.config.ramp_length()
@@ -278,9 +311,10 @@ class Trainer:
         if self.done < len(self.train_loader):
             self._train_epoch()
         self.reporter.evaluating()
+        self.step.mean_statistics()
         last = self.step.evaluate(self._unless_stopped(self.eval_loader))
         record = {
-            "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(), "eval": last,
+            "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(of_all=True), "eval": last,
             "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
             "waiting_share": round(self.pace.waiting_share(), 4),
         }
@@ -305,8 +339,7 @@ class Trainer:
         self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         if not self.done:
-            # What a layer draws depends on seed and epoch alone, so an epoch that is trained again draws what it drew.
-            torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
+            self._seed()
             step.sums.clear()
             self._rollbacks = 0
             if self.held_out_loader is not None:
@@ -318,38 +351,65 @@ class Trainer:
             self.done, now = done, time.monotonic()
             self._trained, counted = self._trained + now - counted, now
             wanted = self.reporter.wants_note()
-            if wanted or now - looked > CHECK_SECONDS:
+            save = bool(config.save_minutes) and now - saved > 60 * config.save_minutes
+            due = self._agree(_STOP if self.signals.received else _SAVE if save else _CHECK if wanted or now - looked > CHECK_SECONDS else 0)
+            if due:
                 looked = now
                 self._check_finite()
             self.reporter.step(done, self._progress(kd_weight) if wanted else None)
-            if self.signals.received:
+            if due == _STOP:
                 self._stop()
-            if config.save_minutes and now - saved > 60 * config.save_minutes:
+            if due == _SAVE:
                 saved = now
-                self._check_finite()
                 self._save(None)
             step.set_schedule(self._lr(done), kd_weight)
+        self._agreement.settle()
         self._check_finite()
+
+    def _seed(self) -> None:
+        """What a layer draws depends on seed, epoch and process alone, so an epoch that is trained again draws what it drew."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.epoch + 1 + self.ranks.rank * 10**16)
+
+    def _agree(self, wanted: int) -> int:
+        """What is to be done after this step: the most that any process wanted, at this step or, of several processes, at the last."""
+        due = self._agreement.exchange(wanted)
+        if due:
+            self._agreement.settle()  # what was wanted now is done with it, or will be wanted again
+        return due
+
+    def _own_statistics(self) -> dict[str, torch.Tensor]:
+        """The running statistics, which differ between processes within an epoch; empty for a process alone."""
+        if self.ranks.size == 1 or self.config.sync_bn:
+            return {}
+        parts = {"model": self.model, **({} if self.step.average is None else {"average": self.step.average.module})}
+        return {f"{part}.{name}": buffer for part, module in parts.items() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
     def _progress(self, kd_weight: float) -> EpochProgress:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return self.pace.look(self.done, self.step.sums.means(), self._lr(self.done - 1), kd_weight, memory)
 
     def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
-        for batch in loader:
-            yield batch
-            if self.signals.received:
+        batches = iter(loader)
+        for _ in range(self._eval_steps):
+            if (batch := next(batches, None)) is not None:
+                yield batch
+            if self._agree(_STOP if self.signals.received else 0):
                 self._stop()
+        self._agreement.settle()
 
     def _stop(self) -> None:
         """Save this very place and end the run, because a signal asked for it."""
         self._check_finite()
         self._save(None)
-        self.store.close()
-        raise Preempted(f"stopped by {signal.Signals(self.signals.received).name}; {self._what_is_saved()}")
+        self._close_store()
+        received = max(gather_states(self.signals.received))
+        # Nobody leaves before the main process has saved: a launcher ends the others when one has ended.
+        raise Preempted(from_main(f"stopped by {signal.Signals(received).name}; {self._what_is_saved()}" if self.ranks.is_main else None))
 
     def _report_replaced(self) -> None:
-        found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
+        found: dict[int, str] = {}
+        for each in gather_states(dict(getattr(self.train_loader, "replaced", {}))):
+            found |= each
         if len(found) > self._replaced:
             names = [f"{self.dataset.train.files[i]} ({reason})" for i, reason in found.items()][self._replaced:]
             self._replaced = len(found)
@@ -357,9 +417,11 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Look at what the steps found not finite since the last look, and do about it what the configuration says."""
-        found = self.step.guard.read()
-        if found is None:
+        if (found := self.step.guard.read()) is None:
             return
+        # All saw the same steps, but only some may have had what was not finite in them.
+        terms, parameters = ([name for each in gather_states(list(names)) for name in each] for names in (found.terms, found.parameters))
+        found = dataclasses.replace(found, terms=tuple(dict.fromkeys(terms)), parameters=tuple(dict.fromkeys(parameters)))
         policy = self.config.on_nonfinite
         if policy == "skip" and found.count <= MAX_SKIPPED:
             self.reporter.say(f"left out in epoch {self.epoch + 1}, {found.describe()}")
@@ -369,15 +431,16 @@ class Trainer:
             self._finish_writing()
             fix = "lower --lr" + (", or try --precision fp32" if self.step.precision in ("bf16", "fp16") else "")
             often = {"skip": f"; more than {MAX_SKIPPED} steps were to be left out", "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help"}.get(policy, "")
-            raise NonFiniteLoss(f"epoch {self.epoch + 1}, {found.describe()}{often}; {self._what_is_saved()}. To mend it {fix}")
+            raise NonFiniteLoss(f"epoch {self.epoch + 1}, {found.describe()}{often}; {from_main(self._what_is_saved() if self.ranks.is_main else None)}. To mend it {fix}")
         self.step.guard.clear()
 
     def _roll_back(self, found: NonFinite) -> None:
         """Go back to the weights of the last checkpoint, and on with the batches that come next, not those that broke it."""
         self._rollbacks += 1
-        self.store.wait()
-        state, path, complaints = load_newest(self.run_folder.last.parent)
-        self._load(state, str(path))
+        if self.store is not None:
+            self.store.wait()
+        state, where, complaints = _newest_of_main(self.run_folder)
+        self._load(state, where)
         for complaint in complaints:
             self.reporter.say(complaint)
         self.reporter.say(f"rolled back in epoch {self.epoch + 1}, {found.describe()}; the weights are those of step {state['step']} again")
@@ -388,14 +451,18 @@ class Trainer:
         ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew.
         """
         step, within = self.step, record is None
+        own = {"rng": random_state(), **({"sums": step.sums.state_dict(), "statistics": self._own_statistics()} if within else {})}
+        ranks = gather_states(own)
+        if self.store is None:
+            return
         state = {
             "model": self.model.state_dict(), "optimizer": step.optimizers.state_dict(), "criterion": step.criterion.state_dict(),
             "ema": {} if step.average is None else step.average.state_dict(),
             "scaler": {} if step.scale is None else step.scale.state_dict(),
             "epoch": self.epoch, "step": int(step.number),
             "loader": self.train_loader.state_dict() if within else {},
-            "sums": {**step.sums.state_dict(), "seconds": self._trained} if within else {},
-            "ranks": [{"rng": random_state()}],
+            "sums": {"seconds": self._trained} if within else {},
+            "ranks": ranks,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset, loader_name(self.config, self.dataset, self.device, self._seen)),
             "config": self.config.to_yaml(), "config_hash": run_identity(self.config, self.dataset.fingerprint),
@@ -423,6 +490,11 @@ MAX_SKIPPED = 20
 """Steps between two looks that may be left out before the run is given up."""
 MAX_ROLLBACKS = 3
 """Rollbacks in one epoch before the run is given up."""
+SIGNAL_PATIENCE = 10.0
+"""Seconds in which further signals are taken for the first: a scheduler signals all processes, and launchers pass on what they got."""
+
+_CHECK, _SAVE, _STOP = 1, 2, 3
+"""What may be due after a step: look for what is not finite; that, and save; that, and stop."""
 
 _MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
 """Where a run goes on, how far and how fast may change when it is resumed; what it computes may not."""
@@ -452,15 +524,24 @@ def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False
         ConfigError: another process is training there, the run is finished, or its configuration was changed.
     """
     run = RunFolder.open(path)
-    run.lock()
+    if Ranks.current().is_main:
+        run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)
-    state, _, complaints = load_newest(run.last.parent)
+    state, _, complaints = _newest_of_main(run)
     for complaint in complaints:
         reporter.say(complaint)
     trainer = Trainer(config, run, reporter, seen=state["data"])
     trainer.resume(state, allow_config_change)
     return trainer
+
+
+def _newest_of_main(run: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
+    """What the main process finds by ``load_newest``, for all; the path as text."""
+    if Ranks.current().is_main:
+        state, path, complaints = load_newest(run.last.parent)
+        return tuple(from_main([state, str(path), complaints]))
+    return tuple(from_main(None))
 
 
 @dataclass(frozen=True)
