@@ -501,24 +501,28 @@ def doctor(json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> 
 
 @command
 def recipes(name: Pos[Text] = None) -> None:
-    """List the recipes, or print one whole.
+    """List the published configurations with the errors that the papers report in %, or print one whole.
 
     Args:
-        name: the recipe to print, with where its values come from.
+        name: the recipe to print, with the source of every value; or a part of some names, for example cifar100-resnet32.
     """
-    from fastokd.recipes import describe_recipe, get_recipe, list_recipes
+    from fastokd.recipes import get_recipe, list_recipes, recipe_groups
 
-    if name is None:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("recipe", no_wrap=True)
-        table.add_column("what it is")
-        for key, line in list_recipes().items():
-            table.add_row(key, line)
-        Console(highlight=False).print(table)
-        print("run one with: fastokd train --recipe NAME --data FOLDER")
+    part = name or ""
+    if part in list_recipes() or not any(part in key for key in list_recipes()):
+        print(get_recipe(part).to_yaml(), end="")
         return
-    print("\n".join(f"# {line}".rstrip() for line in describe_recipe(name).splitlines()))
-    print(get_recipe(name).to_yaml(), end="")
+    for heading, group in recipe_groups().items():
+        shown = {key: recipe for key, recipe in group.items() if part in key}
+        if shown:
+            table = Table(box=None, pad_edge=False)
+            table.add_column("recipe", no_wrap=True)
+            table.add_column("error, %, published")
+            for key, recipe in shown.items():
+                table.add_row(key, recipe.reported())
+            print(heading)
+            Console(highlight=False).print(table, "")
+    print("see one whole with: fastokd recipes NAME; run it with: fastokd train --recipe NAME --data FOLDER")
 
 
 def _costs(name: str, layout: Mapping[str, Any], image_size: int | None) -> tuple[dict[str, Any], int]:
@@ -586,7 +590,7 @@ def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) ->
     if recipe and config:
         raise ConfigError("give --recipe or --config, not both")
     if recipe:
-        base = get_recipe(recipe)
+        base = get_recipe(recipe).config
     elif config:
         base = read_config(config)
     else:

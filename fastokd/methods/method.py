@@ -257,7 +257,7 @@ class Companion(nn.Module):
         return []
 
     def student(self, branches: Sequence[nn.Module], kept: int) -> nn.Module | None:
-        """The network to hand over, where that is not the plain one of the kept branch: images to logits [B, C]."""
+        """The network to hand over, where that is not the plain one of the kept branch: images to logits [B, C]; of the model's own modules."""
         return None
 
 

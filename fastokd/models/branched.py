@@ -228,14 +228,18 @@ class BranchedModel(nn.Module):
         Raises:
             ConfigError: there is no such branch.
         """
+        return copy.deepcopy(self.live_student(branch))
+
+    def live_student(self, branch: int | None = None) -> nn.Module:
+        """As ``student``, but made of the model's own modules: its weights change as the model is trained."""
         if branch is None and self.hands_over_more:
-            return self.companion.student(self.branches, self.kept).train(self.training)
-        index = self.kept if branch is None else branch
-        if index not in range(self.num_branches):
-            raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
-        own = self.branches[index]
-        parts = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
-        student = self._joins[index](*copy.deepcopy(parts))
+            student = self.companion.student(self.branches, self.kept)
+        else:
+            index = self.kept if branch is None else branch
+            if index not in range(self.num_branches):
+                raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
+            own = self.branches[index]
+            student = self._joins[index](*((own.trunk, own.branch) if self.trunk is None else (self.trunk, own)))
         student.training = self.training  # not .train(), which would also unfreeze layers that are held in eval mode
         return student
 

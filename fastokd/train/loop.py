@@ -184,9 +184,8 @@ class Trainer:
         load_weights(step.criterion, state["criterion"], where)
         try:
             step.optimizers.load_state_dict(state["optimizer"])
-            if step.average is not None:
-                # A run that was begun without an average begins it with the weights there are.
-                step.average.load_state_dict(state["ema"]) if state["ema"] else step.average.restart()
+            if step.average is not None and state["ema"]:
+                step.average.load_state_dict(state["ema"], where)
             if step.scale is not None and state["scaler"]:
                 step.scale.load_state_dict(state["scaler"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:

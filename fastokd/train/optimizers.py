@@ -82,7 +82,7 @@ class Optimizers:
         for group in self._groups:
             group.collect()
         self.norms = torch.cat([group.norms() for group in self._groups])
-        norm = torch.linalg.vector_norm(self.norms) / divisor
+        norm = (torch.linalg.vector_norm(self.norms) / divisor).float()
         skipped = norm.isfinite().logical_not()
         if bad is not None:
             skipped = skipped | (bad != 0)
@@ -96,7 +96,7 @@ class Optimizers:
     def _scale(self, norm: Tensor, divisor: Tensor | float) -> Tensor | None:
         """What the gradients are to be divided by; None for nothing, which saves the kernels from writing them back."""
         if self._clip:
-            return ((norm + 1e-6) / self._clip).clamp(min=1.0) * divisor  # as torch.nn.utils.clip_grad_norm_
+            return (((norm + 1e-6) / self._clip).clamp(min=1.0) * divisor).float()  # as torch.nn.utils.clip_grad_norm_
         if isinstance(divisor, Tensor):
             return divisor.float()
         return None if divisor == 1 else torch.full_like(norm, divisor)
