@@ -64,6 +64,17 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
+def check_launched(processes: int) -> None:
+    """Refuse to be told another number of processes for this machine than were started.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    if started != str(processes):
+        raise ConfigError(f"--gpus {processes} under a launcher that started {started or 'another number of'} processes here; leave it out, or give it without the launcher")
+
+
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
     """Join the processes that the environment describes, if it describes any, and leave them in the end.

@@ -21,7 +21,7 @@ from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import CheckpointStore, load_checkpoint, load_newest
+from fastokd.train.checkpoint import CheckpointStore, checkpoint_files, load_checkpoint, load_newest
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import (
     AnyDataset,
@@ -46,7 +46,7 @@ from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
-from fastokd.train.run_folder import RunFolder
+from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runner import StepRunner
 from fastokd.train.signals import StopSignals
 from fastokd.train.step import BranchEvaluator, TrainStep
@@ -55,6 +55,10 @@ from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_tea
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
     """The loss became NaN or infinite; the last checkpoint is from before."""
+
+
+class RunIsFinished(ConfigError):
+    """There is nothing left to train; the message says how to train on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -163,7 +167,7 @@ class Trainer:
         self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
-            raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
+            raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         self._load(state, where)
         self._find_place(state)
         if self.config.epochs != before.epochs:
@@ -513,6 +517,36 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
     """
     return {"run": run_identity(config, fingerprint)[:12], "method": config.method, "preset": config.preset, "branches": config.num_branches(), "aux_blocks": config.aux_blocks,
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
+
+
+def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Reporter, resume: bool = False, allow_config_change: bool = False) -> Trainer:
+    """A trainer for a new run.
+
+    Args:
+        config: the run's configuration.
+        out: the run folder; None for one by ``name`` in ``runs/``.
+        reporter: of this process.
+        name: of the run.
+        resume: go on with the run that is in the folder, if one is there, by ``resume_run`` with this configuration.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder holds something else or a run.
+        StorageError: the folder cannot be made or written to.
+    """
+    check_config(config)
+    folder = Path(from_main(str(out or (Path("runs") / name if resume else default_run_path(name)))))
+    if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
+        return resume_run(folder, reporter, allow_config_change, **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
+    is_main = Ranks.current().is_main
+    run = RunFolder.create(folder) if is_main else RunFolder(folder)
+    try:
+        trainer = Trainer(config, run, reporter)
+        trainer.start()
+    except BaseException:
+        if is_main:
+            run.discard_without_checkpoint()
+        raise
+    return trainer
 
 
 def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, **changes: Any) -> Trainer:
