@@ -22,6 +22,7 @@ from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
 from fastokd.data.loader import best_file_loader, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
+from fastokd.train.distributed import Ranks
 from fastokd.train.precision import choose_precision, image_dtype
 
 AnyDataset = Dataset | FileDataset
@@ -111,22 +112,23 @@ def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.devic
 
 def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSplit, train: bool, device: torch.device,
                seen: Mapping[str, Any] | None = None) -> Loader:
-    """The loader of one of the dataset's splits as the configuration wants it, and "auto" as ``loader_name`` does.
+    """The loader of this process's share of a split as the configuration wants it, and "auto" as ``loader_name`` does.
 
     Training images have the dtype of the step's forward pass. For evaluation they are float32, which any deployed network takes.
 
     Raises:
         ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
     """
+    ranks = Ranks.current()
     settings: dict[str, Any] = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
     if not isinstance(dataset, Dataset):
         settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
     loader = make_loader(
-        dataset, split, config.batch_size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
+        dataset, split, config.batch_size // ranks.size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
         dtype=image_dtype(choose_precision(config, device)) if train else torch.float32,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, rank=ranks.rank, world_size=ranks.size, **settings)
     if train:
         for size in config.resize_schedule.values():
             loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch

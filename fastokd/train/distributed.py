@@ -42,6 +42,12 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
 
+    @classmethod
+    def current(cls) -> "Ranks":
+        """Those of the process group that was joined; alone without one."""
+        rank, size = rank_and_size()
+        return cls(rank, size, int(os.environ["LOCAL_RANK"]) if size > 1 else 0)
+
     @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes files for all."""
@@ -58,38 +64,46 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
+def check_launched(processes: int) -> None:
+    """Refuse to be told another number of processes for this machine than were started.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    if started != str(processes):
+        raise ConfigError(f"--gpus {processes} under a launcher that started {started or 'another number of'} processes here; leave it out, or give it without the launcher")
+
+
 @contextlib.contextmanager
-def process_group(device_name: str) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(device_name: str) -> Iterator[Ranks]:
     """Join the processes that the environment describes, if it describes any, and leave them in the end.
 
     What all of them raise, one of them says: the others' errors are marked as ``repeated``.
 
     Args:
-        device_name: as in the configuration; with several processes "cuda" is the GPU of the process's local rank.
+        device_name: as in the configuration.
 
     Yields:
-        This process among the others, and its device.
+        This process among the others.
 
     Raises:
         ConfigError: the environment makes no sense, the port is taken, or there are fewer GPUs than processes here.
         PeerLost: another process ended, or did not come.
     """
-    from fastokd.train.step import choose_device
-
     if not launched():
-        yield Ranks(), choose_device(device_name)
+        yield Ranks()
         return
     ranks = _described_ranks()
     store = _meet(ranks)
     joined = False
     try:
-        device = _device_of(device_name, ranks)
         with _peers_may_be_lost(ranks):
-            if device.type == "cuda":
+            if (device := choose_device(device_name, ranks)).type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=ranks.rank, world_size=ranks.size)
             joined = True
-            yield ranks, device
+            yield ranks
     except BaseException as error:
         if isinstance(error, (FastOKDError, KeyboardInterrupt)):
             error.repeated = not _is_first_to_say(store, error)
@@ -129,16 +143,36 @@ def _meet(ranks: Ranks) -> dist.Store:
         raise PeerLost(f"rank {ranks.rank} of {ranks.size} found no others at {where} within {MEET_MINUTES} minutes ({first_line(error)}); have all been started?") from None
 
 
-def _device_of(name: str, ranks: Ranks) -> torch.device:
+def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of that name. "auto" is the first GPU if there is one; of several processes each has that of its local rank.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+        ranks: this process among the others; None for those it has joined.
+
+    Raises:
+        ConfigError: no such device on this machine, or not enough for its processes.
+    """
+    ranks = ranks or Ranks.current()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and not count):
-        return torch.device("cpu")
-    if name not in ("auto", "cuda"):
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see 'fastokd doctor'")
+    if ranks.size == 1:
+        return torch.device("cuda", device.index or 0)
+    if device.index is not None:
         raise ConfigError(f"device '{name}' with {ranks.size} processes: each takes the GPU of its local rank; use --device auto, cuda or cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.local_rank + 1))
-    if here > count:
-        raise ConfigError(f"{here} processes on this machine, and torch sees {count} GPUs; start {count} (--gpus {count}, --nproc-per-node {count}), or use --device cpu"
-                          if count else f"device '{name}' is not there: torch sees no GPUs; use --device cpu or see 'fastokd doctor'")
+    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", ranks.local_rank + 1))) > count:
+        raise ConfigError(f"{here} processes on this machine, and torch sees {count} GPUs; start {count} with --gpus {count} or --nproc-per-node {count}, or use --device cpu")
     return torch.device("cuda", ranks.local_rank)
 
 
@@ -277,6 +311,17 @@ def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int],
     found = gather_states({"right": {name: int(value) for name, value in right.items()}, "count": count})
     names = max((state["right"] for state in found), key=len)
     return {name: sum(state["right"].get(name, 0) for state in found) for name in names}, sum(state["count"] for state in found)
+
+
+@contextlib.contextmanager
+def local_main_first() -> Iterator[None]:
+    """Let one process of each machine go through the block before the others: what it leaves in a cache, they find."""
+    others = Ranks.current().local_rank > 0
+    if others:
+        gather_states(None)
+    yield
+    if not others:
+        gather_states(None)
 
 
 def gather_states(value: Any) -> list[Any]:

@@ -51,8 +51,8 @@ def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.devic
     reasons = {
         "cuda_graph": without_gpu or _not_capturable(config),
         "streams": without_gpu or _not_side_by_side(config, model),
-        "flat": f"{world_size} processes keep gradients in the buckets that they exchange" if world_size > 1 else None,
-        "compile": None,
+        "flat": None,
+        "compile": "sync_bn waits for the other processes in every batch norm" if config.sync_bn and world_size > 1 else None,
     }
     chosen = {}
     for name, reason in reasons.items():

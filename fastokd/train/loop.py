@@ -21,7 +21,7 @@ from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import CheckpointStore, load_checkpoint, load_newest
+from fastokd.train.checkpoint import CheckpointStore, checkpoint_files, load_checkpoint, load_newest
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import (
     AnyDataset,
@@ -32,20 +32,33 @@ from fastokd.train.data import (
     open_data,
     with_augmentation,
 )
+from fastokd.train.distributed import (
+    Agreement,
+    Ranks,
+    choose_device,
+    from_main,
+    gather_states,
+    launched,
+    local_main_first,
+)
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
-from fastokd.train.run_folder import RunFolder
+from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runner import StepRunner
 from fastokd.train.signals import StopSignals
-from fastokd.train.step import BranchEvaluator, TrainStep, choose_device
+from fastokd.train.step import BranchEvaluator, TrainStep
 from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
     """The loss became NaN or infinite; the last checkpoint is from before."""
+
+
+class RunIsFinished(ConfigError):
+    """There is nothing left to train; the message says how to train on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,7 +84,11 @@ class Summary:
 
 
 class Trainer:
-    """One run: made new (``start``) or picked up (``resume``), then ``run()``."""
+    """One run: made new (``start``) or picked up (``resume``), then ``run()``.
+
+    Of several processes that train together each has one, and all call the same. The main process alone writes files and
+    shows something; what it decides by its clock or by what is on the disk, the others are told.
+    """
 
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
                  seen: Mapping[str, Any] | None = None) -> None:
@@ -80,12 +97,15 @@ class Trainer:
         check_teacher(config)
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
-        reporter.attach_log(run.log_path)
+        self.ranks = Ranks.current()
+        if self.ranks.is_main:
+            reporter.attach_log(run.log_path)
         self.sinks: list[MetricSink] = []
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
         try:
-            self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
+            with local_main_first():
+                self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
         finally:
             reporter.close()
         self.teacher = open_teacher(config, self.dataset, self.device)
@@ -102,8 +122,10 @@ class Trainer:
         self.memory = self.step.criterion.prepare(len(images), len(self.dataset.classes), self.device)
         self.train_loader = loader_for(config, self.dataset, images, True, self.device, seen)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
-        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints)
-        self.signals = StopSignals()
+        self._eval_steps = max(gather_states(len(self.eval_loader)))  # of the process that has most
+        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints) if self.ranks.is_main else None
+        self.signals = StopSignals(SIGNAL_PATIENCE if launched() else 0.0, self.ranks.label)
+        self._agreement = Agreement()
         self.kept = self.step.reported
         self.epoch = 0
         self.done = 0  # batches of the epoch
@@ -118,6 +140,8 @@ class Trainer:
 
     def start(self) -> None:
         """Write what identifies a new run."""
+        if not self.ranks.is_main:
+            return
         self.run_folder.save_config(self.config)
         self.run_folder.save_environment(self.device, self.dataset.describe())
 
@@ -144,7 +168,7 @@ class Trainer:
         self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
-            raise ConfigError(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
+            raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         self._find_place(state)
         if self.config.epochs != before.epochs:
             done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"
@@ -152,9 +176,10 @@ class Trainer:
             self.reporter.say(
                 f"the run now has {self.config.epochs} epochs instead of {before.epochs}: learning-rate decay and ramp-up follow the new number "
                 f"(epoch {max(self.epoch, 1)} ran with {done}; epoch {self.epoch + 1} goes on with {next_one})")
-        self.run_folder.save_config(self.config)
-        self.run_folder.add_session(self.device)
-        self.run_folder.keep_metrics_before(self.epoch)
+        if self.ranks.is_main:
+            self.run_folder.save_config(self.config)
+            self.run_folder.add_session(self.device)
+            self.run_folder.keep_metrics_before(self.epoch)
 
     def _load(self, state: dict[str, Any], where: str) -> None:
         """The weights, and everything else that the steps change."""
@@ -177,9 +202,20 @@ class Trainer:
             return
         self.train_loader.load_state_dict(state["loader"])
         self.done = state["loader"]["position"] // self.config.batch_size
-        self.step.sums.load_state_dict(state["sums"], self.device)
         self._trained = state["sums"]["seconds"]
-        set_random_state(state["ranks"][0]["rng"])
+        if len(state["ranks"]) == self.ranks.size:
+            own = state["ranks"][self.ranks.rank]
+            self.step.sums.load_state_dict(own["sums"], self.device)
+            set_random_state(own["rng"])
+            for name, buffer in self._own_statistics().items():
+                buffer.copy_(own["statistics"][name])
+            return
+        # Other processes than before: what is measured stays whole, and what layers draw begins anew.
+        for each in state["ranks"]:
+            self.step.sums.add_state(each["sums"], self.device)
+        if not self.ranks.is_main:
+            self.step.sums.clear()
+        self._seed()
 
     def run(self) -> Summary:
         """Train the remaining epochs.
@@ -195,9 +231,9 @@ class Trainer:
         self.reporter.start_run(self.kept, records)
         try:
             with self.signals:
-                self.sinks = open_sinks(self.config.log_to, self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
+                self.sinks = open_sinks(self.config.log_to if self.ranks.is_main else (), self.run_folder.path, dataclasses.asdict(self.config), records, self.reporter.say)
                 self._run_epochs()
-                self.store.close()
+                self._close_store()
         except KeyboardInterrupt:
             self._finish_writing()
             message = f"interrupted in epoch {self.epoch + 1}; {self._what_is_saved()}"
@@ -218,7 +254,7 @@ class Trainer:
         return summary
 
     def _run_epochs(self) -> None:
-        if self.config.on_nonfinite == "rollback" and not self.run_folder.last.exists():
+        if self.config.on_nonfinite == "rollback" and not from_main(self.run_folder.last.exists()):
             self._save(None)  # something to roll back to
         while self.epoch < self.config.epochs:
             self._run_epoch()
@@ -226,13 +262,18 @@ class Trainer:
     def _finish_writing(self) -> None:
         """Let a write that is under way end; what it has to say must not hide what ended the run."""
         with contextlib.suppress(StorageError):
+            self._close_store()
+
+    def _close_store(self) -> None:
+        if self.store is not None:
             self.store.close()
 
     def finish(self) -> Summary:
         """Write and return the summary of the epochs so far."""
         images = self.epoch * len(self.train_loader) * self.config.batch_size
         summary = Summary(self.epoch, self.last, self.best, self.best_epoch, self.seconds, images / self.seconds, str(self.run_folder.student))
-        write_json(self.run_folder.summary_path, summary.__dict__)
+        if self.ranks.is_main:
+            write_json(self.run_folder.summary_path, summary.__dict__)
         return summary
 
     def _what_is_saved(self) -> str:
@@ -249,7 +290,7 @@ class Trainer:
         say(f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}), {config.num_branches()} branches, on {self.device}")
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         say(explain_loader(config, data, self.device, self._seen))
-        say(f"step: {self.step.levers.describe()}{self._describe_batch()}")
+        say(f"step: {self.step.levers.describe()}; {self.step.share.describe()}")
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -260,10 +301,6 @@ class Trainer:
             say(f"{self.num_held_out} of the training images are held out: nobody trains on them, the loss looks at them before every epoch")
         if self.memory:
             say(self.memory)
-
-    def _describe_batch(self) -> str:
-        parts = self.step.num_parts
-        return f"; a batch of {self.config.batch_size} is {parts} x {self.config.device_batch}, whose gradients are added up" if parts > 1 else ""
 
     def _describe_schedule(self) -> str:
         config, length = self.config, self.config.ramp_length()
@@ -277,9 +314,10 @@ class Trainer:
         if self.done < len(self.train_loader):
             self._train_epoch()
         self.reporter.evaluating()
+        self.step.mean_statistics()
         last = self.step.evaluate(self._unless_stopped(self.eval_loader))
         record = {
-            "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(), "eval": last,
+            "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(of_all=True), "eval": last,
             "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
             "waiting_share": round(self.pace.waiting_share(), 4),
         }
@@ -304,8 +342,7 @@ class Trainer:
         self.train_loader.set_size(config.size_at(self.epoch))
         self.train_loader.set_epoch(self.epoch)
         if not self.done:
-            # What a layer draws depends on seed and epoch alone, so an epoch that is trained again draws what it drew.
-            torch.manual_seed(config.seed * 1_000_003 + self.epoch + 1)
+            self._seed()
             step.sums.clear()
             self._rollbacks = 0
             if self.held_out_loader is not None:
@@ -317,38 +354,65 @@ class Trainer:
             self.done, now = done, time.monotonic()
             self._trained, counted = self._trained + now - counted, now
             wanted = self.reporter.wants_note()
-            if wanted or now - looked > CHECK_SECONDS:
+            save = bool(config.save_minutes) and now - saved > 60 * config.save_minutes
+            due = self._agree(_STOP if self.signals.received else _SAVE if save else _CHECK if wanted or now - looked > CHECK_SECONDS else 0)
+            if due:
                 looked = now
                 self._check_finite()
             self.reporter.step(done, self._progress(kd_weight) if wanted else None)
-            if self.signals.received:
+            if due == _STOP:
                 self._stop()
-            if config.save_minutes and now - saved > 60 * config.save_minutes:
+            if due == _SAVE:
                 saved = now
-                self._check_finite()
                 self._save(None)
             step.set_schedule(self._lr(done), kd_weight)
+        self._agreement.settle()
         self._check_finite()
+
+    def _seed(self) -> None:
+        """What a layer draws depends on seed, epoch and process alone, so an epoch that is trained again draws what it drew."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.epoch + 1 + self.ranks.rank * 10**16)
+
+    def _agree(self, wanted: int) -> int:
+        """What is to be done after this step: the most that any process wanted, at this step or, of several processes, at the last."""
+        due = self._agreement.exchange(wanted)
+        if due:
+            self._agreement.settle()  # what was wanted now is done with it, or will be wanted again
+        return due
+
+    def _own_statistics(self) -> dict[str, torch.Tensor]:
+        """The running statistics, which differ between processes within an epoch; empty for a process alone."""
+        if self.ranks.size == 1 or self.config.sync_bn:
+            return {}
+        parts = {"model": self.model, **({} if self.step.average is None else {"average": self.step.average.module})}
+        return {f"{part}.{name}": buffer for part, module in parts.items() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
     def _progress(self, kd_weight: float) -> EpochProgress:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         return self.pace.look(self.done, self.step.sums.means(), self._lr(self.done - 1), kd_weight, memory)
 
     def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
-        for batch in loader:
-            yield batch
-            if self.signals.received:
+        batches = iter(loader)
+        for _ in range(self._eval_steps):
+            if (batch := next(batches, None)) is not None:
+                yield batch
+            if self._agree(_STOP if self.signals.received else 0):
                 self._stop()
+        self._agreement.settle()
 
     def _stop(self) -> None:
         """Save this very place and end the run, because a signal asked for it."""
         self._check_finite()
         self._save(None)
-        self.store.close()
-        raise Preempted(f"stopped by {signal.Signals(self.signals.received).name}; {self._what_is_saved()}")
+        self._close_store()
+        received = max(gather_states(self.signals.received))
+        # Nobody leaves before the main process has saved: a launcher ends the others when one has ended.
+        raise Preempted(from_main(f"stopped by {signal.Signals(received).name}; {self._what_is_saved()}" if self.ranks.is_main else None))
 
     def _report_replaced(self) -> None:
-        found: Mapping[int, str] = getattr(self.train_loader, "replaced", {})
+        found: dict[int, str] = {}
+        for each in gather_states(dict(getattr(self.train_loader, "replaced", {}))):
+            found |= each
         if len(found) > self._replaced:
             names = [f"{self.dataset.train.files[i]} ({reason})" for i, reason in found.items()][self._replaced:]
             self._replaced = len(found)
@@ -356,9 +420,11 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Look at what the steps found not finite since the last look, and do about it what the configuration says."""
-        found = self.step.guard.read()
-        if found is None:
+        if (found := self.step.guard.read()) is None:
             return
+        # All saw the same steps, but only some may have had what was not finite in them.
+        terms, parameters = ([name for each in gather_states(list(names)) for name in each] for names in (found.terms, found.parameters))
+        found = dataclasses.replace(found, terms=tuple(dict.fromkeys(terms)), parameters=tuple(dict.fromkeys(parameters)))
         policy = self.config.on_nonfinite
         if policy == "skip" and found.count <= MAX_SKIPPED:
             self.reporter.say(f"left out in epoch {self.epoch + 1}, {found.describe()}")
@@ -368,15 +434,16 @@ class Trainer:
             self._finish_writing()
             fix = "lower --lr" + (", or try --precision fp32" if self.step.precision in ("bf16", "fp16") else "")
             often = {"skip": f"; more than {MAX_SKIPPED} steps were to be left out", "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help"}.get(policy, "")
-            raise NonFiniteLoss(f"epoch {self.epoch + 1}, {found.describe()}{often}; {self._what_is_saved()}. To mend it {fix}")
+            raise NonFiniteLoss(f"epoch {self.epoch + 1}, {found.describe()}{often}; {from_main(self._what_is_saved() if self.ranks.is_main else None)}. To mend it {fix}")
         self.step.guard.clear()
 
     def _roll_back(self, found: NonFinite) -> None:
         """Go back to the weights of the last checkpoint, and on with the batches that come next, not those that broke it."""
         self._rollbacks += 1
-        self.store.wait()
-        state, path, complaints = load_newest(self.run_folder.last.parent)
-        self._load(state, str(path))
+        if self.store is not None:
+            self.store.wait()
+        state, where, complaints = _newest_of_main(self.run_folder)
+        self._load(state, where)
         for complaint in complaints:
             self.reporter.say(complaint)
         self.reporter.say(f"rolled back in epoch {self.epoch + 1}, {found.describe()}; the weights are those of step {state['step']} again")
@@ -387,14 +454,18 @@ class Trainer:
         ``last.pt`` comes last: until it is there, a resume trains the epoch again and writes the rest anew.
         """
         step, within = self.step, record is None
+        own = {"rng": random_state(), **({"sums": step.sums.state_dict(), "statistics": self._own_statistics()} if within else {})}
+        ranks = gather_states(own)
+        if self.store is None:
+            return
         state = {
             "model": self.model.state_dict(), "optimizer": step.optimizers.state_dict(), "criterion": step.criterion.state_dict(),
             "ema": {} if step.average is None else step.average.state_dict(),
             "scaler": {} if step.scale is None else step.scale.state_dict(),
             "epoch": self.epoch, "step": int(step.number),
             "loader": self.train_loader.state_dict() if within else {},
-            "sums": {**step.sums.state_dict(), "seconds": self._trained} if within else {},
-            "ranks": [{"rng": random_state()}],
+            "sums": {"seconds": self._trained} if within else {},
+            "ranks": ranks,
             "last": self.last, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds,
             "classes": list(self.dataset.classes), "data": data_record(self.dataset, loader_name(self.config, self.dataset, self.device, self._seen)),
             "config": self.config.to_yaml(), "config_hash": run_identity(self.config, self.dataset.fingerprint),
@@ -422,6 +493,11 @@ MAX_SKIPPED = 20
 """Steps between two looks that may be left out before the run is given up."""
 MAX_ROLLBACKS = 3
 """Rollbacks in one epoch before the run is given up."""
+SIGNAL_PATIENCE = 10.0
+"""Seconds in which further signals are taken for the first: a scheduler signals all processes, and launchers pass on what they got."""
+
+_CHECK, _SAVE, _STOP = 1, 2, 3
+"""What may be due after a step: look for what is not finite; that, and save; that, and stop."""
 
 _MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
 """Where a run goes on, how far and how fast may change when it is resumed; what it computes may not."""
@@ -443,6 +519,36 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
+def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Reporter, resume: bool = False, allow_config_change: bool = False) -> Trainer:
+    """A trainer for a new run.
+
+    Args:
+        config: the run's configuration.
+        out: the run folder; None for one by ``name`` in ``runs/``.
+        reporter: of this process.
+        name: of the run.
+        resume: go on with the run that is in the folder, if one is there, by ``resume_run`` with this configuration.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder holds something else or a run.
+        StorageError: the folder cannot be made or written to.
+    """
+    check_config(config)
+    folder = Path(from_main(str(out or (Path("runs") / name if resume else default_run_path(name)))))
+    if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
+        return resume_run(folder, reporter, allow_config_change, **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
+    is_main = Ranks.current().is_main
+    run = RunFolder.create(folder) if is_main else RunFolder(folder)
+    try:
+        trainer = Trainer(config, run, reporter)
+        trainer.start()
+    except BaseException:
+        if is_main:
+            run.discard_without_checkpoint()
+        raise
+    return trainer
+
+
 def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, **changes: Any) -> Trainer:
     """A trainer that continues the run in a folder, with ``changes`` to its configuration, see ``Trainer.resume``.
 
@@ -451,15 +557,24 @@ def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False
         ConfigError: another process is training there, the run is finished, or its configuration was changed.
     """
     run = RunFolder.open(path)
-    run.lock()
+    if Ranks.current().is_main:
+        run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)
-    state, _, complaints = load_newest(run.last.parent)
+    state, _, complaints = _newest_of_main(run)
     for complaint in complaints:
         reporter.say(complaint)
     trainer = Trainer(config, run, reporter, seen=state["data"])
     trainer.resume(state, allow_config_change)
     return trainer
+
+
+def _newest_of_main(run: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
+    """What the main process finds by ``load_newest``, for all; the path as text."""
+    if Ranks.current().is_main:
+        state, path, complaints = load_newest(run.last.parent)
+        return tuple(from_main([state, str(path), complaints]))
+    return tuple(from_main(None))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastokd.methods.ranks import sum_over_ranks
+
 
 class MetricSums:
     """Named sums over samples and the number of samples, in one tensor on the device that never moves."""
@@ -28,16 +30,26 @@ class MetricSums:
         if self._sums is not None:
             self._sums.zero_()
 
-    def means(self) -> dict[str, float]:
-        """The mean of each over all samples so far; empty without samples. Waits for the device."""
+    def means(self, of_all: bool = False) -> dict[str, float]:
+        """The mean of each over all samples so far; empty without samples. Waits for the device.
+
+        With ``of_all`` the samples are those of all processes, which must all call it.
+        """
         if self._sums is None:
             return {}
-        *sums, count = self._sums.tolist()
+        *sums, count = (sum_over_ranks(self._sums.clone()) if of_all else self._sums).tolist()
         return {name: value / count for name, value in zip(self._names, sums, strict=True)} if count else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""
         return {} if self._sums is None else {"names": list(self._names), "values": self._sums}
+
+    def add_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Add the sums of ``state`` to those there are."""
+        before = self._sums
+        self.load_state_dict(state, device)
+        if before is not None and self._sums is not None:
+            self._sums += before
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on with the sums of ``state``."""

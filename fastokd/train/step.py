@@ -1,5 +1,6 @@
 """One training step: forward of trunk and branches, loss, backward, optimizer."""
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.data import Batch
-from fastokd.errors import ConfigError
 from fastokd.methods import get_method
+from fastokd.methods.ranks import sum_over_ranks
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.train.config import TrainConfig
+from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
 from fastokd.train.levers import choose_levers
@@ -19,32 +21,11 @@ from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
 from fastokd.train.streams import BranchStreams
+from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the rows that are measured."""
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU if there is one.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see 'fastokd doctor'")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 class BranchEvaluator:
@@ -92,7 +73,7 @@ class BranchEvaluator:
             return self.model(images)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once.
+        """The accuracy in [0, 1] of every branch and mixture over all samples of all processes, each counted once.
 
         ``branch_mean`` is the mean over the branches, for methods whose published number that is.
         """
@@ -106,7 +87,8 @@ class BranchEvaluator:
             found = correct_counts(rows, batch.target)
             right = {name: right.get(name, 0) + value for name, value in found.items()}
             count += batch.target.shape[0]
-        accuracies = {name: int(value) / count for name, value in right.items()}
+        counts, count = sum_counts(right, count)
+        accuracies = {name: value / count for name, value in counts.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[:self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
@@ -114,7 +96,7 @@ class BranchEvaluator:
 
 
 class TrainStep(BranchEvaluator):
-    """The step of one run: owns criterion and optimizers, changes the model in place.
+    """The step of one run: owns criterion and optimizers, changes the model in place. Of several processes each has one.
 
     Everything a step reads besides its batch lies on the device and never moves: the learning rate, ``kd_weight``, the step's
     number, the sums of what is measured. So a step waits for nothing, and can be captured (``runner.py``).
@@ -133,13 +115,16 @@ class TrainStep(BranchEvaluator):
         super().__init__(config, model, device)
         self.config = config
         self.stored = stored
-        self.levers = choose_levers(config, model, device)
+        ranks = Ranks.current()
+        self.share = share_of_batch(config, ranks)
+        self.levers = choose_levers(config, model, device, ranks.size)
         allow_tf32(self.precision == "tf32")
         if self.levers.compile:
             model.compile_parts()
         if self.levers.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
         self.optimizers = Optimizers(config, model, device, flat=self.levers.flat)
+        self._parallel = parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
@@ -147,7 +132,6 @@ class TrainStep(BranchEvaluator):
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
-        self.num_parts = config.batch_size // (config.device_batch or config.batch_size)
         may_skip = config.on_nonfinite == "skip" or self.scale is not None
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if may_skip else []
 
@@ -161,11 +145,13 @@ class TrainStep(BranchEvaluator):
         self.optimizers.zero_grad()
         before = [buffer.clone() for buffer in self._statistics]
         results: dict[str, Tensor] = {}
-        for part in self._parts(batch):
-            for name, value in self._forward_backward(part).items():
-                results[name] = results[name] + value if name in results else value
-        lost = ~results["loss"].isfinite()
-        divisor = self.num_parts if self.scale is None else self.scale.value * self.num_parts
+        *others, last = self._parts(batch)
+        with contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync():
+            for part in others:
+                self._forward_backward(part, results)
+        self._forward_backward(last, results)
+        lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
+        divisor = self.share.accumulate if self.scale is None else self.scale.value * self.share.accumulate
         norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
         # What a step that was left out did to batch norm's statistics would stay in them for ever.
@@ -182,18 +168,24 @@ class TrainStep(BranchEvaluator):
         self.sums.add(results, batch.index.shape[0], lost)
         self.number.add_(1)
 
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        """What goes through the network at once."""
-        if self.num_parts == 1:
-            yield batch
-            return
-        images = batch.images.chunk(self.num_parts, batch.images.dim() - 4)  # views of an image come before the batch
-        for pieces in zip(images, batch.target.chunk(self.num_parts), batch.index.chunk(self.num_parts), strict=True):
-            yield Batch(*pieces)
+    def mean_statistics(self) -> None:
+        """Bring the running statistics of all processes together, before they are read."""
+        if not self.config.sync_bn:
+            mean_buffers(self.model, None if self.average is None else self.average.module)
 
-    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        with autocast(self.precision, self.device), uncounted_batches(self.model):
-            result = self.model(batch.images)
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What goes through the network at once."""
+        count = self.share.accumulate
+        if count == 1:
+            return [batch]
+        images = batch.images.chunk(count, batch.images.dim() - 4)  # views of an image come before the batch
+        return [Batch(*pieces) for pieces in zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)]
+
+    def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
+        """Add the gradients of a part of the batch to those there are, and to ``results`` what is measured."""
+        synchronized = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
+        with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
+            result = (self._parallel or self.model)(batch.images)
         logits, inputs = result.logits, self.method.loss_inputs(result)
         if self.scale is not None:
             logits, inputs = in_float32(logits), in_float32(inputs)
@@ -206,4 +198,5 @@ class TrainStep(BranchEvaluator):
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
         sums.update({f"accuracy/{name}": right for name, right in correct_counts(self.named_rows(result), batch.target).items()})
-        return sums
+        for name, value in sums.items():
+            results[name] = results[name] + value if name in results else value
