@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -199,6 +200,8 @@ def wandb_file(path):
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            break  # it is still being written
         part += data[at + 7:at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -248,6 +251,66 @@ def test_wandb_offline(tmp_path, monkeypatch):
         assert {name for name in values[0] if not name.startswith("_")} == SCALARS
     # Each session's folder is the whole run so far, without what was not saved.
     assert histories == [[(0, 0.25), (1, 0.25)], [(0, 0.25), (1, 0.75)]]
+
+
+class OnlineRun:
+    """A run that W&B's server already has two steps of, as an online resume finds it."""
+
+    def __init__(self, id):
+        self.id, self.step, self.rows = id or "made-by-wandb", 2 if id else 0, []
+
+    def log(self, values, step, commit):
+        if step == 5:
+            raise ConnectionError("the network is gone\nfor good")
+        self.rows.append((step, values["eval/branch1"]))
+        self.step = step + 1
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """W&B's module without a network behind it; the calls of ``init``."""
+    module, calls = ModuleType("wandb"), []
+
+    def init(**options):
+        if module.refuses:
+            raise RuntimeError("api_key not configured (no-tty)")
+        calls.append(options)
+        return OnlineRun(options["id"])
+
+    module.init, module.Settings, module.refuses = init, dict, False
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    return module, calls
+
+
+def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_path, online):
+    _, calls = online
+    said = []
+    first, = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [], said.append)
+    first.close()
+    sink, = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [record(0, 0.0), record(1, 0.1), record(2, 0.2)], said.append)
+    run = sink._sink._run
+    for epoch in range(3, 8):
+        sink.write(record(epoch, epoch / 10))
+    sink.close()
+    assert [(options["id"], options["resume"], options["project"], options["name"], options["dir"]) for options in calls] == [
+        (None, None, "mine", tmp_path.name, str(tmp_path)), ("made-by-wandb", "allow", "mine", tmp_path.name, str(tmp_path))]
+    assert run.rows == [(2, 0.2), (3, 0.3), (4, 0.4)]  # 0 and 1 are there, 5 fails, and nothing is tried again
+    assert len(said) == 1
+    assert said[0].startswith("wandb: the network is gone; the run goes on without it")
+
+
+def test_wandb_without_a_login_does_not_stop_the_run(tmp_path, online):
+    online[0].refuses = True
+    said = []
+    sink, = open_sinks(["wandb"], tmp_path, {}, [], said.append)
+    sink.write(record(0))
+    sink.close()
+    assert said == ["wandb: api_key not configured (no-tty); the run goes on without it, and metrics.jsonl has every epoch "
+                    "('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"]
 
 
 class TestEnvironment:
