@@ -349,7 +349,10 @@ class TestWebDataset:
         part = split.select(torch.tensor([4, 1]))
         assert [part.read(0), part.read(1)] == [split.read(4), split.read(1)]
 
-    def test_damage_is_named(self, tmp_path):
+    def test_damage_is_named(self, tmp_path, monkeypatch):
+        def denied(*given, **more):
+            raise PermissionError(13, "Permission denied")
+
         shard = tmp_path / "train-0.tar"
         write_shard(shard, [(str(k), k % 2) for k in range(4)])
         whole = shard.read_bytes()
@@ -366,7 +369,14 @@ class TestWebDataset:
         with tarfile.open(shard, "w") as archive:
             archive.addfile(tarfile.TarInfo("7.cls"))
         refused(tmp_path, "sample 7 has no image")
+        shard.unlink()
+        shard.mkdir()
+        refused(tmp_path, "train-0.tar: cannot be read: Is a directory")
+        shard.rmdir()
         put(shard, whole)
+        monkeypatch.setattr(tarfile, "open", denied)
+        refused(tmp_path, "train-0.tar: cannot be read: Permission denied", list_files)
+        monkeypatch.undo()
         write_shard(tmp_path / "more-0.tar", [("a", 0)])
         refused(tmp_path, "do not say their split: more-0.tar")
         (tmp_path / "more-0.tar").unlink()
