@@ -1,6 +1,7 @@
 """What the compiled kernels may cost. Everything here is read from machine code made on a machine without a GPU."""
 
 import os
+from functools import lru_cache
 
 import pytest
 
@@ -9,9 +10,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
 from fastokd.graph import lower
+from fastokd.graph.plan import Plan
 from fastokd.kernels.triton.budget import SIZES, Cost, cascade, compile_kernel, launch_tile, main, measure
 from fastokd.kernels.triton.spec import specialise
-from fastokd.kernels.triton.tile import choose_splits
+from fastokd.kernels.triton.tile import Tile, choose_splits
 from tests.triton_graphs import GRAPHS
 
 # Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90, and
@@ -23,7 +25,11 @@ MOST_REGISTERS = {"forward": 96, "backward": 192}
 
 def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
     plan = cascade(branches)
-    tile = launch_tile(plan, batch, classes, dtype, stride)
+    return _cost(which, plan, launch_tile(plan, batch, classes, dtype, stride), dtype, capability)
+
+
+@lru_cache(maxsize=None)  # many batches have the tile of another
+def _cost(which: str, plan: Plan, tile: Tile, dtype: str, capability: int) -> Cost:
     return measure(compile_kernel(which, plan, tile, dtype, capability), tile)
 
 
