@@ -1,7 +1,7 @@
 """What the compiled kernels may cost. Everything here is read from machine code made on a machine without a GPU."""
 
 import os
-from functools import lru_cache
+from functools import cache
 
 import pytest
 
@@ -28,7 +28,7 @@ def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, cap
     return _cost(which, plan, launch_tile(plan, batch, classes, dtype, stride), dtype, capability)
 
 
-@lru_cache(maxsize=None)  # many batches have the tile of another
+@cache  # many batches have the tile of another
 def _cost(which: str, plan: Plan, tile: Tile, dtype: str, capability: int) -> Cost:
     return measure(compile_kernel(which, plan, tile, dtype, capability), tile)
 
