@@ -143,12 +143,10 @@ TOYS = {
         """, "fastokd.data.register_dataset('toy', 'toy_dataset:TOY')",
         "from fastokd.data import open_dataset; print('fine', len(open_dataset('toy').classes))"),
     "recipe": ("""
-        from fastokd.train.config import TrainConfig
-        def toy_recipe():
-            'A toy.'
-            return TrainConfig(model="resnet8", method="baseline")
-        """, "fastokd.recipes.register_recipe('toy-recipe', 'toy_recipe')",
-        "from fastokd.recipes import get_recipe; print('fine', get_recipe('toy-recipe').model)"),
+        from fastokd.recipes.recipe import Recipe, by_name, given
+        RECIPES = by_name([Recipe(dataset="cifar10", settings=given("a toy", model="resnet8", method="baseline"))])
+        """, "fastokd.recipes.register_recipes('toy_recipe')",
+        "from fastokd.recipes import get_recipe; print('fine', get_recipe('cifar10-resnet8-baseline').config.model)"),
 }
 EXPECTED = {"method": "fine", "executor": "toy ran\nfine True", "model": "fine 1", "recipe": "fine resnet8", "dataset": "fine 3"}
 

@@ -178,7 +178,7 @@ class TestMistakes:
         mistake(run("train", "--data", "digits", "--method-options", "temp=3"), 2, r"unknown option 'temp'")
         mistake(run("train", "--data", "digts"), 3, r"digts.* did you mean 'digits'\?")
         mistake(run("show", "abhf"), 2, r"unknown method 'abhf'; did you mean 'ahbf'\?")
-        mistake(run("recipes", "cifar"), 2, r"unknown recipe 'cifar'")
+        mistake(run("recipes", "cifar1000"), 2, r"unknown recipe 'cifar1000'")
 
     def test_unknown_option_suggests(self, run):
         code, out, err = run("train", "--modle", "resnet20")

@@ -1,55 +1,58 @@
-"""Complete training configurations as functions, one per published row, each value with its source.
+"""Published training configurations, one for every row of the papers' tables, each value with its source.
 
 A recipe leaves ``data`` empty: where the images lie is the user's to say.
 """
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from fastokd.errors import ConfigError, did_you_mean
-from fastokd.train.config import TrainConfig
+from fastokd.errors import ConfigError
+from fastokd.recipes.recipe import DATASETS, Published, Recipe, by_name
 
-_modules = {
-    "cifar10-resnet20-baseline": "fastokd.recipes.cifar",
-    "cifar10-resnet32-ahbf": "fastokd.recipes.cifar",
-    "cifar100-resnet32-ahbf": "fastokd.recipes.cifar",
-    **dict.fromkeys(("cifar100-resnet32-okddip", "cifar100-resnet32-okddip-peers", "cifar100-resnet32-dml", "cifar100-resnet32-cl-ilr",
-                     "cifar100-resnet32-one-attached", "cifar100-resnet32-independent"), "fastokd.recipes.okddip"),
-    "cifar100-resnet32-one": "fastokd.recipes.one",
-    "cifar100-resnet32-ffsd": "fastokd.recipes.ffsd",
-    "cifar100-wrn16-2-afid": "fastokd.recipes.afid",
-    **dict.fromkeys(("cifar10-resnet32-tsb", "cifar100-resnet32-tsb", "cifar100-resnet32-wrn16-4-tsb", "cifar100-resnet32-kdcl",
-                     "cifar100-resnet32-wrn16-2-kdcl"), "fastokd.recipes.tsb"),
-    **dict.fromkeys(("cifar10-resnet32-ffm", "cifar100-resnet32-ffm", "cifar100-resnet110-ffm"), "fastokd.recipes.ffm"),
-}
+__all__ = ["DATASETS", "Group", "Published", "Recipe", "get_recipe", "list_recipes", "recipe_groups", "register_recipes"]
+
+_modules = ["fastokd.recipes.cifar", "fastokd.recipes.ahbf_studies", "fastokd.recipes.imagenet", "fastokd.recipes.tsb", "fastokd.recipes.official"]
 
 
-def register_recipe(name: str, module: str) -> None:
-    """Add a recipe: the module that holds a function of that name, with underscores for the hyphens."""
-    _modules[name] = module
+def register_recipes(module: str) -> None:
+    """Add recipes: the module that has them as ``RECIPES``, by name. The first line of its docstring is their heading."""
+    _modules.append(module)
 
 
-def list_recipes() -> dict[str, str]:
-    """Every recipe's name and the first line of its docstring."""
-    return {name: (_function(name).__doc__ or "").strip().splitlines()[0] for name in sorted(_modules)}
+class Group(NamedTuple):
+    """The recipes of one module, and the module's docstring: its first line as their heading, and the rest."""
+
+    heading: str
+    about: str
+    recipes: Mapping[str, Recipe]
 
 
-def get_recipe(name: str) -> TrainConfig:
-    """The configuration of that name.
+def recipe_groups() -> list[Group]:
+    """All recipes, module by module."""
+    groups = []
+    for module in map(importlib.import_module, _modules):
+        heading, _, about = (inspect.getdoc(module) or module.__name__).partition("\n")
+        groups.append(Group(heading.rstrip("."), about.strip(), module.RECIPES))
+    return groups
+
+
+def list_recipes() -> dict[str, Recipe]:
+    """All recipes by name; two modules may not have the same."""
+    return by_name(recipe for group in recipe_groups() for recipe in group.recipes.values())
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name.
 
     Raises:
         ConfigError: there is none; the message suggests the closest name.
     """
-    return _function(name)()
-
-
-def describe_recipe(name: str) -> str:
-    """The whole docstring of a recipe: what it is and where its values come from."""
-    return inspect.getdoc(_function(name)) or ""
-
-
-def _function(name: str) -> Callable[[], TrainConfig]:
-    if name not in _modules:
-        raise ConfigError(f"unknown recipe '{name}'{did_you_mean(name, _modules)}")
-    return getattr(importlib.import_module(_modules[name]), name.replace("-", "_"))
+    recipes = list_recipes()
+    if name not in recipes:
+        close = difflib.get_close_matches(name, recipes, n=1)  # and not all the others, which are hundreds
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ConfigError(f"unknown recipe '{name}'; {hint}'fastokd recipes' lists all {len(recipes)}")
+    return recipes[name]

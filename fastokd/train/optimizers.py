@@ -1,5 +1,6 @@
 """From gradients to new weights, without the host ever waiting for the device: division, clipping, the guard against what is not finite, the update."""
 
+import bisect
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -49,6 +50,10 @@ class Optimizers:
                 {"params": group.tensors, **({"split": group.split} if name == "lamb" else {}), **each.options}
                 for group, each in zip(groups, settings, strict=True)], self.lr), groups
         self._groups = [group for _, groups in self._optimizers.values() for group in groups]
+        self.parts = tuple(part for group in self._groups for part in group.parts)
+        """The parts of the gradient whose norms are taken: the names of the parameters in each."""
+        self.norms = torch.zeros(len(self.parts), device=device)
+        """The norms of these parts in the last step, as the backward pass left them."""
 
     def set_lr(self, lr: float | Tensor) -> None:
         """Set the learning rate of the run's optimizer; also between replays of a captured step."""
@@ -76,7 +81,8 @@ class Optimizers:
         """
         for group in self._groups:
             group.collect()
-        norm = (torch.linalg.vector_norm(torch.cat([group.norms() for group in self._groups])) / divisor).float()
+        self.norms = torch.cat([group.norms() for group in self._groups])
+        norm = (torch.linalg.vector_norm(self.norms) / divisor).float()
         skipped = norm.isfinite().logical_not()
         if bad is not None:
             skipped = skipped | (bad != 0)
@@ -197,6 +203,8 @@ class _Group:
         self.parameters = [parameter for _, parameter in named]
         self.tensors: list[Tensor] = list(self.parameters)
         """What the optimizer updates."""
+        self.parts: list[tuple[str, ...]] = [(name,) for name in self.names]
+        """The parameters in each of the parts that ``norms`` measures."""
 
     def split(self, tensors: list[Tensor]) -> list[Tensor]:
         """For one tensor for each of ``tensors``, one for each parameter, sharing its memory."""
@@ -209,7 +217,7 @@ class _Group:
                 parameter.grad = torch.zeros_like(parameter)
 
     def norms(self) -> Tensor:
-        """Norms [n] of parts of the gradient."""
+        """Norms [n] of the parts of the gradient."""
         return torch.stack(torch._foreach_norm([tensor.grad for tensor in self.tensors]))
 
 
@@ -234,6 +242,9 @@ class _Flat(_Group):
             self._places.append((parameter.shape, torch.empty_like(parameter).stride(), total))
             total += -(-parameter.numel() // _ALIGNED) * _ALIGNED
         flat = torch.zeros(-(-total // _ROW) * _ROW, device=self.parameters[0].device)
+        starts = [start for _, _, start in self._places]
+        self.parts = [tuple(self.names[bisect.bisect_right(starts, begin) - 1:bisect.bisect_left(starts, begin + _ROW)])
+                      for begin in range(0, len(flat), _ROW)]
         self._views = self._cut(flat)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             view.copy_(parameter.detach())
