@@ -22,6 +22,8 @@ def test_steps() -> None:
     assert rates([55.999, 56], epochs=200, lr_decay_at=[0.28], lr_gamma=0.5) == pytest.approx([0.1, 0.05])
     assert rates([8.99, 9], epochs=30, lr_decay_at=[0.3], lr_gamma=0.2) == pytest.approx([0.1, 0.02])
     assert rates([0, 7], epochs=8, lr_decay_at=[]) == pytest.approx([0.1, 0.1])
+    # Half of 5 epochs is within the third: the rate falls with the fourth.
+    assert rates([2, 2.6, 3], epochs=5, lr_decay_at=[0.5]) == pytest.approx([0.1, 0.1, 0.01])
 
 
 def test_cosine() -> None:

@@ -228,9 +228,10 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     weight_decay: float | None = None
     """None is the run's; Adam's groups have none."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["run", "adam"] = "run"
+    """The optimizer that the run is configured with, or Adam."""
     lr: float | None = None
-    """Adam's constant learning rate; SGD's groups follow the run's."""
+    """Adam's constant learning rate; the run's groups follow the run's."""
 
 
 class Companion(nn.Module):

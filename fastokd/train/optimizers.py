@@ -77,7 +77,7 @@ class Optimizers:
 
         Returns:
             The norm of the gradient of all parameters together, divided and not clipped, and 1.0 where the step was left
-            out, else 0.0: 0-d float32 tensors on the device. A norm above 1.8e19 counts as not finite.
+            out, else 0.0: 0-d float32 tensors on the device. A norm above 1.8e19 before the division counts as not finite.
         """
         for group in self._groups:
             group.collect()
