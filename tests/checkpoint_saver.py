@@ -231,23 +231,26 @@ def with_a_limit_of_size(folder: Path) -> dict[str, Any]:
 
 
 def interrupted(folder: Path) -> dict[str, Any]:
-    """Ctrl-C while a write is waited for: the write goes on, and closing waits for it."""
+    """Ctrl-C while a write is going on, at once and while it is waited for: the write goes on, and closing waits for it."""
     def work(report: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        store, (go, gone) = CheckpointStore(folder, KEEP), os.pipe()
+        store = CheckpointStore(folder, KEEP)
+        for number, delay in ((1, 0.0), (2, 0.1), (3, 0.0), (4, 0.1)):
+            go, gone = os.pipe()
 
-        def before() -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.read(go, 1)
+            def before(go: int = go, delay: float = delay) -> None:
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.read(go, 1)
 
-        try:
-            store.save(make_state(1), before=before)
-            store.wait()
-        except KeyboardInterrupt:
-            os.write(report, b"interrupted\n")
-        os.write(gone, b"x")
-        store.close()
-        os.write(report, f"{load_newest(folder)[0]['epoch']} is there\n".encode())
+            try:
+                store.save(make_state(number), before=before)
+                store.wait()
+            except KeyboardInterrupt:
+                os.write(report, b"interrupted, ")
+            os.write(gone, b"x")
+            store.close()
+            os.write(report, f"{load_newest(folder)[0]['epoch']} is there\n".encode())
 
     return {"said": _reports(*_forked(work))[0]}
 
