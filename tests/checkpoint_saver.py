@@ -150,13 +150,16 @@ def _found(folder: Path, reported: int) -> dict[str, Any]:
 
 def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
     """Processes that save on and on, each killed at a random moment; the next one goes on from what is there."""
+    begun = time.monotonic()
     save_up_to(folder, KEEP)
+    pace = (time.monotonic() - begun) / KEEP
     chance, found = random.Random(0), []
     for _ in range(times):
         start, _, _ = load_newest(folder)
 
         def work(report: int, number: int = start["epoch"]) -> None:
             store = CheckpointStore(folder, KEEP)
+            os.write(report, b".")
             while True:
                 number += 1
                 store.save(make_state(number), is_best=number % 3 == 0)
@@ -164,7 +167,8 @@ def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
                 os.write(report, f"{number}\n".encode())
 
         process, read = _forked(work)
-        time.sleep(chance.uniform(0.005, 0.08))
+        os.read(read, 1)  # it begins
+        time.sleep(chance.uniform(0, 4 * pace))
         os.kill(process, signal.SIGKILL)
         lines, killed = _reports(process, read)
         assert killed, lines
