@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: b
         StorageError: the disk refused; the old file, if there was one, is untouched and the temporary one is gone.
     """
     def attempt() -> None:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary = temporary_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
@@ -149,9 +149,19 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+def temporary_path(path: Path) -> Path:
+    """A new name beside a file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def temporaries_of(path: Path) -> list[Path]:
+    """What has such a name."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"))
+
+
 def remove_temporaries(path: Path) -> None:
     """Remove what processes that were killed while they wrote a file left beside it. Nobody else may be writing it now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for leftover in temporaries_of(path):
         with contextlib.suppress(OSError):
             leftover.unlink()
 

@@ -150,13 +150,16 @@ def _found(folder: Path, reported: int) -> dict[str, Any]:
 
 def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
     """Processes that save on and on, each killed at a random moment; the next one goes on from what is there."""
+    begun = time.monotonic()
     save_up_to(folder, KEEP)
+    pace = (time.monotonic() - begun) / KEEP
     chance, found = random.Random(0), []
     for _ in range(times):
         start, _, _ = load_newest(folder)
 
         def work(report: int, number: int = start["epoch"]) -> None:
             store = CheckpointStore(folder, KEEP)
+            os.write(report, b".")
             while True:
                 number += 1
                 store.save(make_state(number), is_best=number % 3 == 0)
@@ -164,7 +167,8 @@ def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
                 os.write(report, f"{number}\n".encode())
 
         process, read = _forked(work)
-        time.sleep(chance.uniform(0.005, 0.08))
+        os.read(read, 1)  # it begins
+        time.sleep(chance.uniform(0, 4 * pace))
         os.kill(process, signal.SIGKILL)
         lines, killed = _reports(process, read)
         assert killed, lines
@@ -231,23 +235,26 @@ def with_a_limit_of_size(folder: Path) -> dict[str, Any]:
 
 
 def interrupted(folder: Path) -> dict[str, Any]:
-    """Ctrl-C while a write is waited for: the write goes on, and closing waits for it."""
+    """Ctrl-C while a write is going on, at once and while it is waited for: the write goes on, and closing waits for it."""
     def work(report: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        store, (go, gone) = CheckpointStore(folder, KEEP), os.pipe()
+        store = CheckpointStore(folder, KEEP)
+        for number, delay in ((1, 0.0), (2, 0.1), (3, 0.0), (4, 0.1)):
+            go, gone = os.pipe()
 
-        def before() -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.read(go, 1)
+            def before(go: int = go, delay: float = delay) -> None:
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.read(go, 1)
 
-        try:
-            store.save(make_state(1), before=before)
-            store.wait()
-        except KeyboardInterrupt:
-            os.write(report, b"interrupted\n")
-        os.write(gone, b"x")
-        store.close()
-        os.write(report, f"{load_newest(folder)[0]['epoch']} is there\n".encode())
+            try:
+                store.save(make_state(number), before=before)
+                store.wait()
+            except KeyboardInterrupt:
+                os.write(report, b"interrupted, ")
+            os.write(gone, b"x")
+            store.close()
+            os.write(report, f"{load_newest(folder)[0]['epoch']} is there\n".encode())
 
     return {"said": _reports(*_forked(work))[0]}
 

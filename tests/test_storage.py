@@ -2,18 +2,16 @@
 
 import errno
 import os
-import random
-import signal
+import stat
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
+from fastokd import storage
 from fastokd.errors import StorageError
-from fastokd.storage import append_line, write_atomically, write_json
+from fastokd.storage import append_line, remove_temporaries, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,29 +66,66 @@ def test_append_and_json_report_refusals(tmp_path):
         write_json(tmp_path / "file" / "x.json", {})
 
 
-def test_killed_at_random_moments_the_checkpoint_always_loads(tmp_path):
-    code = textwrap.dedent("""
-        import sys, torch
-        from pathlib import Path
-        from fastokd.train.checkpoint import save_checkpoint
-        path = Path(sys.argv[1])
-        for number in range(10**9):
-            save_checkpoint(path, {
-                "model": {"weight": torch.full((300_000,), float(number))}, "optimizer": {}, "criterion": {}, "epoch": number, "last": {}, "best": {},
-                "best_epoch": 0, "seconds": 0.0, "classes": [], "data": {}, "config": ""})
-            print(number, flush=True)
-    """)
-    from fastokd.train.checkpoint import load_checkpoint
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
+    pauses, flush, left = [], os.fsync, [3]
 
-    path, chance = tmp_path / "last.pt", random.Random(0)
-    for _ in range(8):
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        done = process.stdout.read().split()
-        process.wait()
-        state = load_checkpoint(path)
-        assert (state["model"]["weight"] == state["epoch"]).all()
-        # What it said was saved is there.
-        assert not done or state["epoch"] >= int(done[-1])
+    def flaky(descriptor):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(os, "fsync", flaky)
+    write_atomically(tmp_path / "file", lambda file: file.write(b"one"))
+    assert ((tmp_path / "file").read_bytes(), pauses) == (b"one", [0.1, 0.5, 2.0])
+    for line in ("first", "second"):
+        left[0], _ = 2, pauses.clear()
+        append_line(tmp_path / "lines", line)
+        assert pauses == [0.1, 0.5]
+    assert (tmp_path / "lines").read_text() == "first\nsecond\n"  # each once
+    left[0] = 99
+    with pytest.raises(StorageError, match=rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Look after that disk"):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
+    with pytest.raises(StorageError, match=r"lines: .* \(tried 4 times\)"):
+        append_line(tmp_path / "lines", "third")
+    assert (tmp_path / "file").read_bytes() == b"one"
+    assert (tmp_path / "lines").read_text() == "first\nsecond\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lines"]
+
+
+def test_half_a_line_is_taken_back(tmp_path):
+    """A limit on the size of files stands in for a disk that is full in the middle of a line."""
+    code = ("import resource, signal, sys; from pathlib import Path; from fastokd.storage import append_line; "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12)); "
+            "append_line(Path(sys.argv[1]), 'short'); append_line(Path(sys.argv[1]), 'too long')")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "lines")], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "StorageError: cannot write" in done.stderr
+    assert "File too large" in done.stderr
+    assert (tmp_path / "lines").read_text() == "short\n"
+
+
+def test_a_folder_that_cannot_be_flushed_is_reported(tmp_path, monkeypatch):
+    """The file system may not know how (EINVAL), but one that fails has perhaps not kept the new name."""
+    flush = os.fsync
+
+    def refuse(descriptor, number):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, errno.EINVAL))
+    write_atomically(tmp_path / "file", lambda file: file.write(b"one"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, errno.ENOSPC))
+    with pytest.raises(StorageError, match="No space left"):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    names = [".file.0123abcd", ".file.swp", ".file.pt.0123abcd", ".file", "file.1", ".other.0123abcd", "file"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    remove_temporaries(tmp_path / "missing" / "file")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import CheckpointError, first_line
-from fastokd.storage import check_space, remove_temporaries, retried, write_atomically
+from fastokd.storage import check_space, remove_temporaries, retried, temporary_path, write_atomically
 
 FORMAT = 3
 ENTRIES: dict[str, type | tuple[type, ...]] = {
@@ -128,6 +128,31 @@ def check_resumable(state: Mapping[str, Any], where: str) -> None:
                               "start a new run, or resume it with that version")
 
 
+class _Write:
+    """One write, done by the thread that takes it first.
+
+    A thread is not joined, because Thread.join that Ctrl-C interrupts takes the thread for ended (CPython before 3.13).
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self._work: Callable[[], object] | None = work
+        self._taken = threading.Lock()
+
+    def run(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
+        try:
+            assert self._work is not None
+            self._work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._work = None  # the copy of the state that it holds is as large as the run's
+            self.done.set()
+
+
 class CheckpointStore:
     """The checkpoints of a run: ``last.pt``, those before it (``last-1.pt``, ...), and ``best.pt``, written in the background.
 
@@ -145,8 +170,7 @@ class CheckpointStore:
         self.keep = keep
         self._older = [folder / f"last-{number}.pt" for number in range(1, keep)]
         self._last_is_whole = False  # nobody has looked
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._current: _Write | None = None
         for path in (self.last, self.best):
             remove_temporaries(path)
 
@@ -180,9 +204,9 @@ class CheckpointStore:
         if wrong := _wrong_entry(state):
             raise TypeError(f"the entry '{wrong}' of a checkpoint is missing or of the wrong kind")
         taken = snapshot(state)
+        self._current = _Write(lambda: self._write(taken, is_best, before))
         # Not a daemon: a program that ends waits for it.
-        self._thread = threading.Thread(target=self._run, args=(taken, is_best, before), name="checkpoint")
-        self._thread.start()
+        threading.Thread(target=self._current.run, name="checkpoint").start()
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -190,22 +214,17 @@ class CheckpointStore:
         Raises:
             StorageError: it is not; said once.
         """
-        if self._thread is not None and self._thread.ident is not None:  # Ctrl-C may have come before it was started
-            self._thread.join()
-        self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if (current := self._current) is not None:
+            # Ctrl-C may have come before the thread was started; then this one does its work.
+            while not current.done.wait(1.0):
+                current.run()
+            self._current = None
+            if current.error is not None:
+                raise current.error
 
     def close(self) -> None:
         """As ``wait``, at the end of a run."""
         self.wait()
-
-    def _run(self, state: dict[str, Any], is_best: bool, before: Callable[[], object] | None) -> None:
-        try:
-            self._write(state, is_best, before)
-        except BaseException as error:
-            self._error = error
 
     def _write(self, state: dict[str, Any], is_best: bool, before: Callable[[], object] | None) -> None:
         if not self._last_is_whole and self.last.exists():
@@ -234,7 +253,7 @@ class CheckpointStore:
         first = self._older[0]
         if first.exists() and first.samefile(self.last):
             return
-        link = self.last.with_name(f".{self.last.name}.older")
+        link = temporary_path(self.last)
         try:
             os.link(self.last, link)
         except OSError as error:

@@ -21,7 +21,7 @@ import torch
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.methods.ranks import rank_and_size
-from fastokd.storage import append_line, remove_temporaries, storage_error, write_atomically, write_json
+from fastokd.storage import append_line, remove_temporaries, storage_error, temporaries_of, write_atomically, write_json
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.train.logs import csv_text
@@ -59,8 +59,7 @@ class RunFolder:
         try:
             entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
             # Only what a run leaves that died before its first checkpoint may be replaced; it always has checkpoints/.
-            records = {record.name for record in run._records()}
-            foreign = {name for name in entries - records - {"checkpoints"} if not any(name.startswith(f".{record}.") for record in records)}
+            foreign = entries - {file.name for record in run._records() for file in (record, *temporaries_of(record))} - {"checkpoints"}
             if foreign or (entries and "checkpoints" not in entries):
                 raise ConfigError(f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose another --out")
             run.checkpoints.mkdir(parents=True, exist_ok=True)
