@@ -106,13 +106,12 @@ class Pace:
         """The same batches; the time until each is there is taken."""
         iterator = iter(batches)
         while True:
-            asked = self._clock()
+            self._finished = self._clock()  # the step before, that is
             try:
                 batch = next(iterator)
             except StopIteration:
-                self._finished = asked
                 return
-            self._waited += self._clock() - asked
+            self._waited += self._clock() - self._finished
             yield batch
 
     def look(self, done: int, means: Mapping[str, float], lr: float, kd_weight: float, memory: int | None = None) -> EpochProgress:
