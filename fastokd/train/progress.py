@@ -131,7 +131,7 @@ class Pace:
             lr=lr, kd_weight=kd_weight, memory=memory)
 
     def waiting_share(self) -> float:
-        """The share of the epoch's steps in which the host waited for the next batch, when all batches were taken."""
+        """The share of the epoch's steps in which the host waited for the next batch."""
         return self._waited / max(self._finished - self._started, 1e-9)
 
     def end_epoch(self) -> float:
