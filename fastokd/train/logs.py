@@ -157,8 +157,8 @@ class _WeightsAndBiases:
     def __init__(self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
         wandb = self.require()
         kept = run_path / "wandb" / "fastokd-run.txt"
-        # Neither the terminal's table nor the user's code is anything to upload.
-        settings: dict[str, Any] = {"console": "off", "save_code": False}
+        # Neither the terminal's table nor the user's code is anything to upload; quiet still says where the run can be seen.
+        settings: dict[str, Any] = {"console": "off", "save_code": False, "quiet": True}
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):
             settings["finish_timeout"] = 20.0  # without a network the end of a run would wait for ever; 'wandb sync' sends the rest
         run_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else None

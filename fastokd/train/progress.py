@@ -106,13 +106,12 @@ class Pace:
         """The same batches; the time until each is there is taken."""
         iterator = iter(batches)
         while True:
-            asked = self._clock()
+            self._finished = self._clock()  # the step before, that is
             try:
                 batch = next(iterator)
             except StopIteration:
-                self._finished = asked
                 return
-            self._waited += self._clock() - asked
+            self._waited += self._clock() - self._finished
             yield batch
 
     def look(self, done: int, means: Mapping[str, float], lr: float, kd_weight: float, memory: int | None = None) -> EpochProgress:
@@ -132,7 +131,7 @@ class Pace:
             lr=lr, kd_weight=kd_weight, memory=memory)
 
     def waiting_share(self) -> float:
-        """The share of the epoch's steps in which the host waited for the next batch, when all batches were taken."""
+        """The share of the epoch's steps in which the host waited for the next batch."""
         return self._waited / max(self._finished - self._started, 1e-9)
 
     def end_epoch(self) -> float:
