@@ -33,7 +33,8 @@ from fastokd.errors import (
 DESCRIPTION = """Online knowledge distillation: train a small classifier with deeper branches that teach it, and keep the small one.
 
 Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, or a loss that is not finite; 3 data;
-4 checkpoint or export; 5 the disk refused; 130 interrupted."""
+4 checkpoint or export; 5 the disk refused; 6 another process of the run ended; 75 stopped by SIGTERM or SIGUSR1 and saved, to
+be continued; 130 interrupted."""
 
 DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it anew. Exit codes: 0 done; 3 problems were found; others as of fastokd."""
 
@@ -41,11 +42,15 @@ app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 
 
-def command(function: Callable[..., None], group: tyro.extras.SubcommandApp = app) -> Callable[..., None]:
+_arguments: list[str] = []
+"""The command line that is run, for commands that start themselves again."""
+
+
+def command(function: Callable[..., int | None], group: tyro.extras.SubcommandApp = app) -> Callable[..., None]:
     """Register a subcommand. Parsing gives the call, which ``main`` makes afterwards: their errors are not the same."""
 
     @functools.wraps(function)
-    def deferred(*args: Any, **options: Any) -> Callable[[], None]:
+    def deferred(*args: Any, **options: Any) -> Callable[[], int | None]:
         return functools.partial(function, *args, **options)
 
     group.command(name=function.__name__.rstrip("_"))(deferred)
@@ -143,9 +148,11 @@ def train(
     save_minutes: Number = None,
     log_to: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = (),
     out: File = None,
-    resume: File = None,
+    resume: Text = None,
+    allow_config_change: bool = False,
+    gpus: Whole = None,
     quiet: bool = False,
-) -> None:
+) -> int:
     """Train a student with its branches, or alone. What is not given comes from --recipe or --config, else from the defaults.
 
     Args:
@@ -213,16 +220,24 @@ def train(
         save_minutes: minutes after which a checkpoint is written within an epoch, 0 for only at its end (default 15).
         log_to: where metrics go beside the run folder: tensorboard, wandb.
         out: the run folder (default runs/MODEL-METHOD-seedN).
-        resume: continue the run in this folder; only --epochs, --device, --quiet and, if it was moved, --data may be given with it.
+        resume: continue the run in this folder. Where, how far and how fast it goes on may change with it (--data if it was moved,
+            --device, --epochs, --compile and the like); what it computes may not, unless --allow-config-change says so.
+            "auto": continue the run in --out if one is there, else begin it; for commands that are started again as they are.
+        allow_config_change: let --resume go on with another configuration; what changed is listed.
+        gpus: train together in this many processes on this machine, one for each GPU; torchrun does the same, also on several.
         quiet: print only the result.
     """
     given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
     from fastokd.data import absolute_spec
-    from fastokd.train.loop import Trainer, resume_run
+    from fastokd.train.distributed import check_launched, launch, launched, process_group
+    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
     from fastokd.train.progress import Reporter
-    from fastokd.train.run_folder import RunFolder, default_run_path
+    from fastokd.train.run_folder import RunFolder
 
-    reporter = Reporter(quiet=quiet)
+    if gpus is not None:
+        if not launched():
+            return launch(gpus, _arguments)
+        check_launched(gpus)
     if data is not None:
         given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
     for name in ("method_options", "loader_options"):
@@ -230,29 +245,35 @@ def train(
             given[name] = _parse_options(given[name])
     if "resize_schedule" in given:
         given["resize_schedule"] = _parse_schedule(resize_schedule)
-    if resume is not None:
-        others = sorted(set(given) - {"epochs", "device", "data"}) + [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]
-        if others:
-            raise ConfigError(f"--resume keeps the run's configuration; it cannot be changed with {', '.join('--' + name.replace('_', '-') for name in others)}")
-        trainer = resume_run(resume, reporter, **given)
+    if resume not in (None, "auto"):
+        if others := [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]:
+            raise ConfigError(f"--resume goes on with the run's own configuration; leave out {', '.join('--' + name for name in others)}")
+        settings = dataclasses.replace(RunFolder.open(Path(resume)).load_config(), **given)
     else:
         settings = _settings(recipe, config, given)
-        from fastokd.train.config import check_config
-
-        check_config(settings)
-        name = recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
-        run = RunFolder.create(out or default_run_path(f"{name}-seed{settings.seed}"))
+    name = f"{recipe or settings.model.replace(':', '-') + '-' + settings.method}-seed{settings.seed}"
+    with process_group(settings.device) as ranks:
+        reporter = Reporter(quiet=quiet, silent=not ranks.is_main)
+        if not ranks.is_main:
+            warnings.simplefilter("ignore")  # the main process warns of the same
         try:
-            trainer = Trainer(settings, run, reporter)
-            trainer.start()
-        except BaseException:
-            run.discard_without_checkpoint()
-            raise
-    try:
-        summary = trainer.run()
-    finally:
-        trainer.run_folder.discard_without_checkpoint()
-    _print_summary(summary, trainer.kept, trainer.run_folder.path)
+            if resume in (None, "auto"):
+                trainer = begin_run(settings, out, name, reporter, resume == "auto", allow_config_change)
+            else:
+                trainer = resume_run(Path(resume), reporter, allow_config_change, **given)
+        except RunIsFinished as error:
+            if resume != "auto":
+                raise
+            reporter.say(str(error))
+            return EXIT_OK
+        try:
+            summary = trainer.run()
+        finally:
+            if ranks.is_main:
+                trainer.run_folder.discard_without_checkpoint()
+        if ranks.is_main:
+            _print_summary(summary, trainer.kept, trainer.run_folder.path)
+    return EXIT_OK
 
 
 @command
@@ -690,7 +711,7 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     from fastokd.data.loader import best_file_loader, get_loader_kind
     from fastokd.errors import CheckpointError, DataError
     from fastokd.export import measure_accuracy, open_export
-    from fastokd.train.step import choose_device
+    from fastokd.train.distributed import choose_device
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run folder or an exported student")
@@ -750,7 +771,7 @@ def _usage_error(text: str, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         from fastokd.version import __version__
 
@@ -774,16 +795,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fastokd: {_usage_error(complaint.getvalue(), ' '.join([prog, arguments[0]]))}", file=sys.stderr)
             return EXIT_USAGE
         return EXIT_OK
+    _arguments[:] = given
     try:
-        call()
+        return call() or EXIT_OK
     except FastOKDError as error:
-        print(f"fastokd: {error}", file=sys.stderr)
+        if not error.repeated:
+            print(f"fastokd: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
-        print(f"fastokd: {error}" if str(error) else "fastokd: interrupted", file=sys.stderr)
+        if not getattr(error, "repeated", False):
+            print(f"fastokd: {error}" if str(error) else "fastokd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
         # What the machine refuses outside the files we write ourselves: a name too long, standard output full or closed.
         print(f"fastokd: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"[:500], file=sys.stderr)
         return EXIT_IO
-    return EXIT_OK

@@ -98,11 +98,9 @@ def _clear_earlier_demo(out: Path) -> None:
 
 def _run(path: Path, config: TrainConfig, dataset: Dataset, console: Console) -> tuple[Summary, RunFolder]:
     run = RunFolder.create(path)
-    reporter = Reporter(label=f"{config.method} seed {config.seed}", quiet=not console.is_terminal)
-    trainer = Trainer(config, run, reporter, dataset)
+    # The line of each epoch would scroll the demo's own away.
+    trainer = Trainer(config, run, Reporter(label=f"{config.method} seed {config.seed}", lines=False), dataset)
     trainer.start()
-    if console.is_terminal:
-        reporter.quiet = True  # the bar goes on; the line of each epoch would scroll the table away
     summary = trainer.run()
     rows = "  ".join(f"{name} {100 * value:.2f}" for name, value in summary.last.items())
     console.print(f"{config.method:<8} seed {config.seed}  {summary.seconds:5.1f} s  last-epoch accuracy %: {rows}", markup=False)

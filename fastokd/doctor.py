@@ -15,7 +15,7 @@ from fastokd.errors import first_line
 State = Literal["ok", "absent", "problem"]
 
 _EXTRAS = {
-    "dali": "nvidia.dali", "timm": "timm", "plots": "matplotlib", "tensorboard": "tensorboard", "export": "onnx",
+    "dali": "nvidia.dali", "timm": "timm", "plots": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb", "export": "onnx",
     "test": "pytest", "bench": "pytest_benchmark", "dev": "ruff",
 }
 

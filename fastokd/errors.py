@@ -13,6 +13,9 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_IO = 5
+EXIT_PEER = 6
+EXIT_PREEMPTED = 75
+"""What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which schedulers know."""
 EXIT_INTERRUPTED = 130
 
 
@@ -20,6 +23,8 @@ class FastOKDError(Exception):
     """A user's mistake or the machine's refusal: reported in one line, never with a traceback."""
 
     exit_code = EXIT_USAGE
+    repeated = False
+    """Whether another process of the same run says it."""
 
 
 class GraphError(FastOKDError, ValueError):
@@ -54,6 +59,18 @@ class StorageError(FastOKDError, OSError):
     """The disk refused: full, read-only, no permission."""
 
     exit_code = EXIT_IO
+
+
+class PeerLost(FastOKDError, RuntimeError):
+    """Another process of the run ended or cannot be reached, and training together cannot go on."""
+
+    exit_code = EXIT_PEER
+
+
+class Preempted(FastOKDError):
+    """The run was asked to stop, and has saved where it stands; the message says how it goes on."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:

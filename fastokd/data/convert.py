@@ -238,6 +238,7 @@ def _write_shard(job: _Job, shorter_side: int | None) -> _Result:
     failures: list[tuple[str, str]] = []
 
     def write(file: BinaryIO) -> None:
+        failures.clear()  # written a second time after an error of the disk that passed
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
             for i, (image, label) in enumerate(zip(job.images, job.labels, strict=True)):
                 extension = os.path.splitext(image.name)[1].lower()

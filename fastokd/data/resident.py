@@ -108,6 +108,11 @@ class ResidentLoader(LoaderBase):
             raise ConfigError(f"image size {size}: the images are {self._height} x {self._width}; use a smaller size, or open them larger with --image-size")
         self._resized = None if size == self._height == self._width else size
 
+    @property
+    def side(self) -> int | None:
+        """What ``set_size`` has set: what a captured ``gather`` goes on giving."""
+        return self._resized
+
     def gather(self, step: Tensor) -> Batch:
         """The training batch of a step of this epoch, by tensor operations alone: nothing is read on the host.
 

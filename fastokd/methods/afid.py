@@ -1,6 +1,5 @@
 """AFID: Attention-based Feature Interaction for Online Knowledge Distillation. The forms are those of the authors' code."""
 
-import copy
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -140,6 +139,7 @@ class AFIDNetwork(nn.Module):
         super().__init__()
         self.pair = pair
         self.peers = nn.ModuleList(peers)
+        self.peers.training = pair.training
         self.kept = kept
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class AFIDModules(Companion):
         return {"fusion_logits": self.fusion(seen.features)[1]}
 
     def student(self, branches: Sequence[nn.Module], kept: int) -> AFIDNetwork:
-        return AFIDNetwork(*copy.deepcopy((self.pair, list(branches))), kept)
+        return AFIDNetwork(self.pair, branches, kept)
 
 
 METHOD = Method(

@@ -134,10 +134,10 @@ class AHBFLoss(MethodLoss):
 
     def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, scores: Sequence[Tensor] | Tensor | None = None,
                          ta_logits: Sequence[Tensor] | Tensor | None = None,
-                         kd_weight: float | Tensor = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+                         kd_weight: float | Tensor = 1.0, scale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``; returns the loss and the terms, detached."""
         loss, rows, weights = self._route(branch_logits, scores, ta_logits)
-        return loss.forward_backward(rows, target, weights=weights, kd_weight=kd_weight)
+        return loss.forward_backward(rows, target, weights=weights, kd_weight=kd_weight, scale=scale)
 
     def _route(self, branch_logits: Sequence[Tensor] | Tensor, scores: Sequence[Tensor] | Tensor | None,
                ta_logits: Sequence[Tensor] | Tensor | None) -> tuple[GraphLoss, Sequence[Tensor], Mapping[str, Tensor]]:

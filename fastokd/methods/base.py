@@ -90,11 +90,12 @@ class GraphLoss(nn.Module):
 
     def forward_backward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
                          externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0,
-                         extra: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                         extra: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its backward pass at once: what a training step does, with the logits read only once.
 
         Does what ``forward`` and ``loss.backward()`` do, for the mean over the batch; arguments as in ``forward``.
         ``extra``, a 0-d tensor, is added to the loss: what a method has beside its graph goes through the same backward pass.
+        ``scale``, a 0-d tensor on the logits' device, multiplies every gradient, and not the loss that is returned.
 
         Returns:
             The loss and each term's mean, detached. The gradients are where ``backward()`` leaves them.
@@ -114,7 +115,8 @@ class GraphLoss(nn.Module):
             if extra.requires_grad:
                 wanted.append((extra, torch.ones_like(extra)))
         if wanted:
-            torch.autograd.backward([tensor for tensor, _ in wanted], [grad for _, grad in wanted])
+            tensors, gradients = zip(*wanted, strict=True)
+            torch.autograd.backward(tensors, gradients if scale is None else [(gradient * scale).to(gradient.dtype) for gradient in gradients])
         return loss, self._term_means(terms)
 
     def _arguments(self, logits: Sequence[Tensor] | Tensor, target: Tensor, weights: Mapping[str, Tensor] | None,

@@ -160,12 +160,12 @@ class MethodLoss(nn.Module):
         return (loss, {**terms, **_detached(given.extras)}) if return_terms else loss
 
     def forward_backward(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor, *, kd_weight: float | Tensor = 1.0,
-                         **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                         scale: Tensor | None = None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``forward`` and ``loss.backward()`` at once, see ``GraphLoss.forward_backward``; returns the loss and the terms, detached."""
         given = self._graph_inputs(branch_logits, target, inputs)
         extra = self._extra_loss(given.extras, kd_weight) if given.extras else None
         loss, terms = self.graph_loss.forward_backward(
-            given.logits, target, weights=given.weights, externals=given.externals, kd_weight=kd_weight, extra=extra)
+            given.logits, target, weights=given.weights, externals=given.externals, kd_weight=kd_weight, extra=extra, scale=scale)
         return loss, {**terms, **_detached(given.extras)}
 
     def _extra_loss(self, values: Mapping[str, Tensor], kd_weight: float | Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Companion(nn.Module):
         return shared
 
     def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> RunResult:
-        """Feature maps and logits of the M branches from their M inputs; overridden where branches exchange features."""
+        """Feature maps and logits of the M branches from their M inputs; overridden where branches exchange features, and called only then."""
         features, logits = zip(*[branch(x) for branch, x in zip(branches, inputs, strict=True)], strict=True)
         return RunResult(features, logits)
 
@@ -257,7 +257,7 @@ class Companion(nn.Module):
         return []
 
     def student(self, branches: Sequence[nn.Module], kept: int) -> nn.Module | None:
-        """The network to hand over, where that is not the plain one of the kept branch: images to logits [B, C]."""
+        """The network to hand over, where that is not the plain one of the kept branch: images to logits [B, C]; of the model's own modules."""
         return None
 
 

@@ -101,6 +101,11 @@ class Peer(nn.Module):
         return self.branch(self.trunk(x))
 
 
+def one_by_one(branches: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each branch's feature maps and logits from its input."""
+    return [branch(own) for branch, own in zip(branches, inputs, strict=True)]
+
+
 class BranchedModel(nn.Module):
     """A network whose last stage exists M times on one shared trunk, or M whole networks side by side (peers).
 
@@ -133,6 +138,8 @@ class BranchedModel(nn.Module):
         self.method = method
         self._joins = tuple(joins)
         self._merged: MergedFirstConvs | None = None
+        self.run_branches = one_by_one
+        """Runs branches that do not depend on each other; whoever trains may put another way of running them here."""
 
     @property
     def num_branches(self) -> int:
@@ -170,14 +177,28 @@ class BranchedModel(nn.Module):
         return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
 
     def _run(self, inputs: Sequence[Tensor]) -> RunResult:
-        if self.companion is not None and self._merged is None:
+        if self.runs_in_its_own_way:
             return self.companion.run(inputs, self.branches)
-        if self._merged is not None:
-            results = self._merged(inputs[0])
-        else:
-            results = [branch(own) for branch, own in zip(self.branches, inputs, strict=True)]
+        results = self._merged(inputs[0]) if self._merged is not None else self.run_branches(self.branches, inputs)
         features, logits = zip(*results, strict=True)
         return RunResult(features, logits)
+
+    def compile_parts(self) -> None:
+        """Compile trunk, branches and the method's modules, each on its own, when they are first called.
+
+        So what is compiled is small and alike for all branches, and they may still run side by side. Names of weights and
+        the student stay what they were.
+        """
+        parts = [self.trunk, self.companion]
+        parts += self.branches if self._merged is None else self._merged.parts
+        for part in parts:
+            if part is not None:
+                part.compile()
+
+    @property
+    def runs_in_its_own_way(self) -> bool:
+        """Whether the method runs the branches itself, because they exchange features."""
+        return self.companion is not None and type(self.companion).run is not Companion.run
 
     @property
     def merged_first_conv(self) -> bool:
@@ -191,7 +212,7 @@ class BranchedModel(nn.Module):
     def merged_first_conv(self, merged: bool) -> None:
         if merged and self.trunk is None:
             raise ConfigError("merged_first_conv: peers have no trunk, so their convolutions have no input in common")
-        if merged and self.companion is not None and type(self.companion).run is not Companion.run:
+        if merged and self.runs_in_its_own_way:
             raise ConfigError(f"merged_first_conv: method '{self.method}' runs the branches in its own way")
         self._merged = MergedFirstConvs(self.branches) if merged else None
 
@@ -207,14 +228,18 @@ class BranchedModel(nn.Module):
         Raises:
             ConfigError: there is no such branch.
         """
+        return copy.deepcopy(self.live_student(branch))
+
+    def live_student(self, branch: int | None = None) -> nn.Module:
+        """As ``student``, but made of the model's own modules: its weights change as the model is trained."""
         if branch is None and self.hands_over_more:
-            return self.companion.student(self.branches, self.kept).train(self.training)
-        index = self.kept if branch is None else branch
-        if index not in range(self.num_branches):
-            raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
-        own = self.branches[index]
-        parts = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
-        student = self._joins[index](*copy.deepcopy(parts))
+            student = self.companion.student(self.branches, self.kept)
+        else:
+            index = self.kept if branch is None else branch
+            if index not in range(self.num_branches):
+                raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
+            own = self.branches[index]
+            student = self._joins[index](*((own.trunk, own.branch) if self.trunk is None else (self.trunk, own)))
         student.training = self.training  # not .train(), which would also unfreeze layers that are held in eval mode
         return student
 

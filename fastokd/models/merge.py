@@ -48,6 +48,11 @@ class MergedFirstConvs:
             self.places.append(tuple(order[id(first)] for first in merged))
         self.branches = tuple(branches)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules that a call runs after the merged convolutions: the bodies without them, and the heads."""
+        return [*self.bodies, *(branch.head for branch in self.branches)]
+
     def __call__(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The trunk's maps [B, c, H, W] to each branch's feature maps and logits."""
         outputs = [part for group in self.groups for part in group(x)]

@@ -252,6 +252,8 @@ def check_config(config: TrainConfig) -> None:
     _check(config, "momentum", 0 <= config.momentum < 1, "in [0, 1)")
     _check(config, "nesterov", not config.nesterov or config.momentum > 0 or config.optimizer != "sgd", "false when momentum is 0")
     _check(config, "betas", len(config.betas) == 2 and all(0 <= value < 1 for value in config.betas), "two numbers, each in [0, 1)")
+    if config.on_nonfinite == "skip" and get_method(config.method).needs_index:
+        raise ConfigError(f"on_nonfinite=skip and method '{config.method}': it remembers what was predicted in the step that is left out; use stop or rollback")
     _check(config, "clip_grad", math.isfinite(config.clip_grad) and config.clip_grad >= 0, "a norm above 0, or 0 for none")
     _check(config, "ema", 0 <= config.ema < 1, "a decay in (0, 1) such as 0.999, or 0 for none")
     _check(config, "keep_checkpoints", config.keep_checkpoints >= 1, "at least 1")

@@ -1,6 +1,7 @@
 """From a configuration to its dataset and loaders."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,21 +9,24 @@ import torch
 
 from fastokd.data import (
     Dataset,
+    DataSource,
     FileDataset,
     FileSplit,
     Loader,
     Split,
     list_files,
+    list_source,
     made_of_files,
     make_loader,
     open_dataset,
 )
 from fastokd.data.files import SMALL, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
-from fastokd.data.loader import best_file_loader, get_loader_kind
+from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
-from fastokd.train.step import uses_bf16
+from fastokd.train.distributed import Ranks
+from fastokd.train.precision import choose_precision, image_dtype
 
 AnyDataset = Dataset | FileDataset
 
@@ -47,6 +51,7 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
     if seen is not None:
         height, width = seen["image_size"]
         given |= {"image_size": height if height == width else config.image_size, "mean": seen["mean"], "std": seen["std"]}
+    spec: str | DataSource[FileSplit] = config.data
     if config.loader != "auto":
         decoded = get_loader_kind(config.loader).decoded
     elif not made_of_files(config.data):
@@ -54,13 +59,14 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
     elif seen is not None:
         decoded = get_loader_kind(_loader_before(seen)).decoded
     else:
-        listed = list_files(config.data, **given)
+        spec = list_source(config.data)
+        listed = list_files(spec, **given)
         if not _is_small(listed, config.image_size, device):
             return listed
         decoded = True
     if decoded:
-        return open_dataset(config.data, **given, progress=progress, bad_images=config.bad_images)
-    return list_files(config.data, **given)
+        return open_dataset(spec, **given, progress=progress, bad_images=config.bad_images)
+    return list_files(spec, **given)
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
@@ -105,28 +111,30 @@ def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.devic
         return f"loader {name}, as chosen"
     if isinstance(dataset, Dataset):
         return f"loader resident: {'the images are small and fit' if dataset.train.files else 'the dataset comes decoded'}, so they lie on {device}"
-    others = [f"{other} cannot run ({reason})" for other in ("dali",) if other != name and (reason := get_loader_kind(other).reason_against(device, dataset.splits))]
+    better = itertools.takewhile(lambda other: other != name, file_loaders())
+    others = [f"{other} cannot run ({reason})" for other in better if (reason := get_loader_kind(other).reason_against(device, dataset.splits))]
     return "; ".join([f"loader {name}: the images are large or too many for memory, so they are decoded while training", *others])
 
 
 def loader_for(config: TrainConfig, dataset: AnyDataset, split: Split | FileSplit, train: bool, device: torch.device,
                seen: Mapping[str, Any] | None = None) -> Loader:
-    """The loader of one of the dataset's splits as the configuration wants it, and "auto" as ``loader_name`` does.
+    """The loader of this process's share of a split as the configuration wants it, and "auto" as ``loader_name`` does.
 
     Training images have the dtype of the step's forward pass. For evaluation they are float32, which any deployed network takes.
 
     Raises:
         ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a scheduled size.
     """
+    ranks = Ranks.current()
     settings: dict[str, Any] = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
     if not isinstance(dataset, Dataset):
         settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(f"loader_options={dict(config.loader_options)}: the resident loader has none; leave them out, or use another --loader")
     loader = make_loader(
-        dataset, split, config.batch_size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
-        dtype=torch.bfloat16 if train and uses_bf16(config, device) else torch.float32,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, **settings)
+        dataset, split, config.batch_size // ranks.size, loader=loader_name(config, dataset, device, seen), device=device, seed=config.seed, train=train,
+        dtype=image_dtype(choose_precision(config, device)) if train else torch.float32,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format, rank=ranks.rank, world_size=ranks.size, **settings)
     if train:
         for size in config.resize_schedule.values():
             loader.set_size(size)  # now, so that a size it cannot give is refused before the first epoch

@@ -1,34 +1,60 @@
 """Sums on the device, read once when they are wanted, so that no step waits for the host."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastokd.methods.ranks import sum_over_ranks
+
 
 class MetricSums:
-    """Named sums over samples, kept on the device."""
+    """Named sums over samples and the number of samples, in one tensor on the device that never moves."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        self._sums: Tensor | None = None
-        self.count = 0
+        self._sums: Tensor | None = None  # the last is the number of samples
 
-    def add(self, values: Mapping[str, Tensor], count: int) -> None:
-        """Add sums over ``count`` samples; every call has the same names."""
+    def add(self, values: Mapping[str, Tensor], count: int, leave_out: Tensor | None = None) -> None:
+        """Add sums over ``count`` samples; every call has the same names. Where the 0-d bool ``leave_out`` is true, nothing is added."""
         row = torch.stack([value.detach().to(torch.float64) for value in values.values()])
+        row = torch.cat([row, row.new_full((1,), count)])
         if self._sums is None:
-            self._names, self._sums = tuple(values), row
-        else:
-            assert self._names == tuple(values)
-            self._sums = self._sums + row
-        self.count += count
+            self._names, self._sums = tuple(values), torch.zeros_like(row)
+        assert self._names == tuple(values)
+        self._sums.add_(row if leave_out is None else torch.where(leave_out, 0.0, row))
 
-    def means(self) -> dict[str, float]:
-        """The mean of each over all samples so far. Waits for the device."""
+    def clear(self) -> None:
+        """Begin anew."""
+        if self._sums is not None:
+            self._sums.zero_()
+
+    def means(self, of_all: bool = False) -> dict[str, float]:
+        """The mean of each over all samples so far; empty without samples. Waits for the device.
+
+        With ``of_all`` the samples are those of all processes, which must all call it.
+        """
         if self._sums is None:
             return {}
-        return dict(zip(self._names, (self._sums / self.count).tolist(), strict=True))
+        *sums, count = (sum_over_ranks(self._sums.clone()) if of_all else self._sums).tolist()
+        return {name: value / count for name, value in zip(self._names, sums, strict=True)} if count else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {} if self._sums is None else {"names": list(self._names), "values": self._sums}
+
+    def add_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Add the sums of ``state`` to those there are."""
+        before = self._sums
+        self.load_state_dict(state, device)
+        if before is not None and self._sums is not None:
+            self._sums += before
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on with the sums of ``state``."""
+        if "values" in state:
+            self._names, self._sums = tuple(state["names"]), state["values"].to(device, copy=True)
 
 
 @torch.no_grad()

@@ -1,24 +1,30 @@
-"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``,
-``student.safetensors`` with ``student.json``."""
+"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``metrics.csv``, ``log.txt``, ``summary.json``,
+``checkpoints/``, ``student.safetensors`` with ``student.json``, and what TensorBoard and W&B are given."""
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastokd.errors import CheckpointError, ConfigError
-from fastokd.storage import append_line, storage_error, write_atomically, write_json
+from fastokd.methods.ranks import rank_and_size
+from fastokd.storage import append_line, remove_temporaries, storage_error, write_atomically, write_json
+from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, read_config
+from fastokd.train.logs import csv_text
 from fastokd.version import __version__
 
 
@@ -29,10 +35,13 @@ class RunFolder:
         self.path = path
         self.config_path = path / "config.yaml"
         self.metrics_path = path / "metrics.jsonl"
+        self.csv_path = path / "metrics.csv"
+        self.log_path = path / "log.txt"
         self.environment_path = path / "environment.json"
         self.summary_path = path / "summary.json"
-        self.last = path / "checkpoints" / "last.pt"
-        self.best = path / "checkpoints" / "best.pt"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
         self.student = path / "student.safetensors"
         self.unlock: Callable[[], object] = lambda: None
 
@@ -45,15 +54,16 @@ class RunFolder:
             StorageError: the folder cannot be made or written to.
         """
         run = cls(path)
-        if run.last.exists():
+        if checkpoint_files(run.checkpoints):
             raise ConfigError(f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or choose another --out")
         try:
             entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
             # Only what a run leaves that died before its first checkpoint may be replaced; it always has checkpoints/.
-            foreign = entries - {record.name for record in run._records()} - {"checkpoints"}
+            records = {record.name for record in run._records()}
+            foreign = {name for name in entries - records - {"checkpoints"} if not any(name.startswith(f".{record}.") for record in records)}
             if foreign or (entries and "checkpoints" not in entries):
                 raise ConfigError(f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose another --out")
-            run.last.parent.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.write_bytes(b"")
             probe.unlink()
@@ -84,6 +94,7 @@ class RunFolder:
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         self.unlock = weakref.finalize(self, os.close, descriptor)
+        os.register_at_fork(after_in_child=self.unlock)  # a loader's worker that outlives this process must not hold the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -92,21 +103,26 @@ class RunFolder:
 
     def discard_without_checkpoint(self) -> None:
         """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
-        if self.last.exists():
+        if checkpoint_files(self.checkpoints):
             return
         self._remove_records()
-        for folder in (self.last.parent, self.path):
+        for folder in (self.checkpoints, self.path):
             with contextlib.suppress(OSError):  # not empty, or not there
                 folder.rmdir()
 
     def _records(self) -> tuple[Path, ...]:
-        """Everything a run writes but the last checkpoint."""
-        return (self.config_path, self.metrics_path, self.environment_path, self.summary_path, self.best, self.student,
-                self.student.with_suffix(".json"))
+        """Everything a run writes but the last checkpoints."""
+        return (self.config_path, self.metrics_path, self.csv_path, self.log_path, self.environment_path, self.summary_path, self.best, self.student,
+                self.student.with_suffix(".json"), self.path / "tensorboard", self.path / "wandb")
 
     def _remove_records(self) -> None:
         for path in self._records():
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for path in (*self._records(), self.last):
+            remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:
         return read_config(self.config_path)
@@ -115,7 +131,18 @@ class RunFolder:
         write_atomically(self.config_path, lambda file: file.write(config.to_yaml().encode()))
 
     def save_environment(self, device: torch.device, data: dict[str, Any]) -> None:
-        write_json(self.environment_path, {**environment(device), "data": data})
+        """Write what a new run starts with."""
+        now = environment(device)
+        write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
+
+    def add_session(self, device: torch.device) -> None:
+        """Add to ``environment.json`` what the run is resumed with. What is written there of its start stays."""
+        try:
+            found = json.loads(self.environment_path.read_text(encoding="utf-8"))
+            sessions = [*found.get("sessions", []), _session(environment(device))]
+        except (OSError, ValueError, AttributeError, TypeError):
+            found, sessions = {}, [_session(environment(device))]  # lost or damaged: nothing is made up about the start
+        write_json(self.environment_path, {**found, "sessions": sessions})
 
     def versions(self) -> dict[str, Any]:
         """The versions and the commit that the run was started with; empty where they were not written or are damaged."""
@@ -127,6 +154,7 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         append_line(self.metrics_path, json.dumps(record))
+        self._write_csv(self.read_metrics())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The record of each epoch, up to the first line that is none: a crash may have cut one short."""
@@ -145,9 +173,14 @@ class RunFolder:
 
     def keep_metrics_before(self, epoch: int) -> None:
         """Drop the records of epochs that will be trained again after a resume."""
-        kept = [json.dumps(record) for record in self.read_metrics() if record["epoch"] < epoch]
-        text = "".join(line + "\n" for line in kept)
+        kept = [record for record in self.read_metrics() if record["epoch"] < epoch]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.metrics_path, lambda file: file.write(text.encode()))
+        self._write_csv(kept)
+
+    def _write_csv(self, records: Sequence[dict[str, Any]]) -> None:
+        # Always the whole file from the records, so the two never disagree; it can be made again, so nobody waits for the disk.
+        write_atomically(self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False)
 
 
 def default_run_path(name: str) -> Path:
@@ -160,18 +193,51 @@ def default_run_path(name: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit and command: what is needed to run the same thing again."""
+    """Versions, device, commit and command: what is needed to run the same thing again. Nothing in it names the machine."""
+    on_gpu = device.type == "cuda"
     return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "fastokd": __version__,
         "commit": _commit(),
-        "command": shlex.join(["fastokd", *sys.argv[1:]]),
+        "command": _command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(*packages) for name, packages in _PACKAGES.items()},
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "world_size": rank_and_size()[1],
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
     }
+
+
+_PACKAGES = {"torchvision": ("torchvision",), "triton": ("triton",), "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120")}
+"""What else a result depends on, and the distributions that bring it."""
+
+_OF_A_SESSION = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
+"""What may differ when a run is resumed."""
+
+
+def _session(now: dict[str, Any]) -> dict[str, Any]:
+    return {name: now[name] for name in _OF_A_SESSION}
+
+
+def _version(*packages: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+def _command() -> str:
+    """The command line of this process; where the interpreter and the console script are installed says nothing."""
+    python, *rest = sys.orig_argv
+    if rest and Path(rest[0]).name == "fastokd":
+        return shlex.join(["fastokd", *rest[1:]])
+    return shlex.join([Path(python).name, *rest])
 
 
 def _commit() -> str | None:

@@ -44,8 +44,8 @@ def scaled_rate(config: TrainConfig) -> float:
 
 
 def _step(config: TrainConfig, epoch: float, rise: float) -> float:
-    # Rounded, because 0.28 * 200 is a little more than 56.
-    return config.lr_gamma ** sum(epoch >= round(fraction * config.epochs, 6) for fraction in config.lr_decay_at)
+    # Whole epochs, as the papers count; rounded, because 0.28 * 200 is a little more than 56.
+    return config.lr_gamma ** sum(math.floor(epoch) >= round(fraction * config.epochs, 6) for fraction in config.lr_decay_at)
 
 
 def _cosine(config: TrainConfig, epoch: float, rise: float) -> float:

@@ -1,47 +1,31 @@
 """One training step: forward of trunk and branches, loss, backward, optimizer."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastokd.data import Batch
-from fastokd.errors import ConfigError
 from fastokd.methods import get_method
+from fastokd.methods.ranks import sum_over_ranks
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.train.config import TrainConfig
-from fastokd.train.metrics import correct_counts
+from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
+from fastokd.train.ema import StudentAverage
+from fastokd.train.guard import FiniteGuard
+from fastokd.train.levers import choose_levers
+from fastokd.train.metrics import MetricSums, correct_counts
+from fastokd.train.optimizers import Optimizers
+from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
+from fastokd.train.streams import BranchStreams
+from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
 
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU if there is one.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see 'fastokd doctor'")
-        return torch.device("cuda", device.index or 0)
-    return device
-
-
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs under bfloat16 autocast."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+AVERAGE = "ema"
+"""The name of the averaged student among the rows that are measured."""
 
 
 class BranchEvaluator:
@@ -53,89 +37,166 @@ class BranchEvaluator:
         self.device = device
         self.criterion = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
         self.kept = self.criterion.graph.logits[model.kept]
-        self._bf16 = uses_bf16(config, device)
+        self.average: StudentAverage | None = None
+        self.precision = choose_precision(config, device)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of the forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+    @property
+    def reported(self) -> str:
+        """The name of the accuracy that is the student's: its branch's, or its average's where there is one."""
+        return self.kept if self.average is None else AVERAGE
+
+    def student(self) -> nn.Module:
+        """A copy of the student as it is handed over: the kept branch, or the average of its weights where there is one."""
+        return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
     def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
         """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by name."""
         return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
 
-    @torch.no_grad()
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
         """What the model in evaluation mode computes for each batch, and the targets."""
+        return ((self._result(batch.images), batch.target) for batch in self._evaluating(batches))
+
+    def _evaluating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the model in evaluation mode until they end."""
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in batches:
-                with self.autocast():
-                    result = self.model(batch.images)
-                yield result, batch.target
+            yield from batches
         finally:
             self.model.train(was_training)
 
+    @torch.no_grad()
+    def _result(self, images: Tensor) -> BranchOutput:
+        # Compiled for training alone: evaluation has other shapes, and compiling takes longer than it saves.
+        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
+            return self.model(images)
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The accuracy in [0, 1] of every branch and mixture over all samples, each counted once.
+        """The accuracy in [0, 1] of every branch and mixture over all samples of all processes, each counted once.
 
         ``branch_mean`` is the mean over the branches, for methods whose published number that is.
         """
         right: dict[str, Tensor] = {}
         count = 0
-        for result, target in self.results(batches):
-            found = correct_counts(self.named_rows(result), target)
+        for batch in self._evaluating(batches):
+            rows = self.named_rows(self._result(batch.images))
+            if self.average is not None:
+                with torch.no_grad(), autocast(self.precision, self.device):
+                    rows[AVERAGE] = self.average.module(batch.images)
+            found = correct_counts(rows, batch.target)
             right = {name: right.get(name, 0) + value for name, value in found.items()}
-            count += target.shape[0]
-        accuracies = {name: int(value) / count for name, value in right.items()}
+            count += batch.target.shape[0]
+        counts, count = sum_counts(right, count)
+        accuracies = {name: value / count for name, value in counts.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[:self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
         return accuracies
 
 
-def build_optimizers(config: TrainConfig, model: BranchedModel) -> dict[str, torch.optim.Optimizer]:
-    """SGD as configured under "sgd", and under "adam" what the method trains with Adam, if anything."""
-    special = model.companion.parameter_groups() if model.companion is not None else []
-    apart = {id(parameter) for group in special for parameter in group.parameters}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in apart]
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    groups += [{"params": group.parameters, "weight_decay": config.weight_decay if group.weight_decay is None else group.weight_decay}
-               for group in special if group.optimizer == "sgd"]
-    found: dict[str, torch.optim.Optimizer] = {"sgd": torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)}
-    if adam := [{"params": group.parameters, "lr": group.lr} for group in special if group.optimizer == "adam"]:
-        found["adam"] = torch.optim.Adam(adam)
-    return found
-
-
 class TrainStep(BranchEvaluator):
-    """The step of one run: owns criterion and optimizer, changes the model in place."""
+    """The step of one run: owns criterion and optimizers, changes the model in place. Of several processes each has one.
+
+    Everything a step reads besides its batch lies on the device and never moves: the learning rate, ``kd_weight``, the step's
+    number, the sums of what is measured. So a step waits for nothing, and can be captured (``runner.py``).
+
+    Args:
+        config: the run's.
+        model: on the device, in its memory format.
+        device: where the steps are computed.
+        stored: the frozen teacher's rows, of methods that have some.
+
+    Raises:
+        ConfigError: levers that cannot be had here, or do not go together.
+    """
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device, stored: StoredRows | None = None) -> None:
         super().__init__(config, model, device)
+        self.config = config
         self.stored = stored
-        self.optimizers = build_optimizers(config, model)
+        ranks = Ranks.current()
+        self.share = share_of_batch(config, ranks)
+        self.levers = choose_levers(config, model, device, ranks.size)
+        allow_tf32(self.precision == "tf32")
+        if self.levers.compile:
+            model.compile_parts()
+        if self.levers.streams:
+            model.run_branches = BranchStreams(device, model.num_branches)
+        self.optimizers = Optimizers(config, model, device, flat=self.levers.flat)
+        self._parallel = parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
+        if config.ema:
+            self.average = StudentAverage(model, config.ema)
+        self.scale = LossScale(device) if self.precision == "fp16" else None
+        self.guard = FiniteGuard(device, self.optimizers.parts, sticky=config.on_nonfinite != "skip")
+        self.sums = MetricSums()
+        self.kd_weight = torch.ones((), device=device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        may_skip = config.on_nonfinite == "skip" or self.scale is not None
+        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if may_skip else []
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizers["sgd"].param_groups:
-            group["lr"] = lr
+    def set_schedule(self, lr: float, kd_weight: float) -> None:
+        """The learning rate and the factor of the scheduled terms from the next step on."""
+        self.optimizers.set_lr(lr)
+        self.kd_weight.fill_(kd_weight)
 
-    def __call__(self, batch: Batch, kd_weight: Tensor) -> dict[str, Tensor]:
-        """Train on a batch; returns sums over its samples on the device: loss, each term, right answers per row."""
-        with self.autocast(), uncounted_batches(self.model):
-            result = self.model(batch.images)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        inputs = self.method.loss_inputs(result)
+    def __call__(self, batch: Batch) -> None:
+        """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and the right answers per row."""
+        self.optimizers.zero_grad()
+        before = [buffer.clone() for buffer in self._statistics]
+        results: dict[str, Tensor] = {}
+        *others, last = self._parts(batch)
+        with contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync():
+            for part in others:
+                self._forward_backward(part, results)
+        self._forward_backward(last, results)
+        lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
+        divisor = self.share.accumulate if self.scale is None else self.scale.value * self.share.accumulate
+        norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
+        overflowed = ~norm.isfinite()
+        # What a step that was left out did to batch norm's statistics would stay in them for ever.
+        for buffer, old in zip(self._statistics, before, strict=True):
+            buffer.copy_(torch.where(lost | overflowed, old, buffer))
+        if self.average is not None:
+            self.average.update()
+        if self.scale is not None:
+            self.scale.update(overflowed)
+            # Gradients that overflow are the scale's business, until it can fall no further.
+            overflowed = overflowed & (self.scale.value <= 1.0)
+        terms = {name: value for name, value in results.items() if not name.startswith("accuracy/")}
+        self.guard.note(lost | overflowed, self.number, terms, self.optimizers.norms)
+        self.sums.add(results, batch.index.shape[0], lost)
+        self.number.add_(1)
+
+    def mean_statistics(self) -> None:
+        """Bring the running statistics of all processes together, before they are read."""
+        if not self.config.sync_bn:
+            mean_buffers(self.model, None if self.average is None else self.average.module)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What goes through the network at once."""
+        count = self.share.accumulate
+        if count == 1:
+            return [batch]
+        images = batch.images.chunk(count, batch.images.dim() - 4)  # views of an image come before the batch
+        return [Batch(*pieces) for pieces in zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)]
+
+    def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
+        """Add the gradients of a part of the batch to those there are, and to ``results`` what is measured."""
+        synchronized = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
+        with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
+            result = (self._parallel or self.model)(batch.images)
+        logits, inputs = result.logits, self.method.loss_inputs(result)
+        if self.scale is not None:
+            logits, inputs = in_float32(logits), in_float32(inputs)
         if self.method.needs_index:
             inputs["index"] = batch.index
         if self.stored is not None:
             inputs["teacher"] = self.stored(batch.index)
-        loss, terms = self.criterion.forward_backward(result.logits, batch.target, kd_weight=kd_weight, **inputs)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        loss, terms = self.criterion.forward_backward(
+            logits, batch.target, kd_weight=self.kd_weight, scale=None if self.scale is None else self.scale.value, **inputs)
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
         sums.update({f"accuracy/{name}": right for name, right in correct_counts(self.named_rows(result), batch.target).items()})
-        return sums
+        for name, value in sums.items():
+            results[name] = results[name] + value if name in results else value

@@ -110,11 +110,13 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     Graphs of many nodes keep so many values per row and column that a thread has registers for four columns of one row
     only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still being 256 neighbouring bytes. Compiled for
     eight branches, 16 bytes would save the forward 3 % of its instructions and double the time to compile it; the
-    backward would spill.
+    backward would spill. With 17 to 32 classes the fused kernel of eight branches spills at four columns already, so
+    there it takes two.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32 and num_nodes > 8:
-        return 4, 8, _power_of_two(-(-num_classes // 8)), 0, 1
+        lanes = 16 if num_classes > 16 and num_nodes > 12 else 8
+        return 32 // lanes, lanes, _power_of_two(-(-num_classes // lanes)), 0, 1
     if num_classes <= 32:
         return 8, 4, _power_of_two(-(-num_classes // 4)), 0, 1
     if num_classes <= 256 and not aligned:

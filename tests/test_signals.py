@@ -1,0 +1,63 @@
+"""SIGTERM and SIGUSR1 are noted and nothing else; a second one ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fastokd.train.signals import StopSignals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_said(number, capfd):
+    before = signal.getsignal(number)
+    with StopSignals(label="rank 1: ") as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err == f"fastokd: rank 1: {signal.Signals(number).name}: saving after this step, then stopping; another signal stops at once\n"
+
+
+def run(patience):
+    code = f"""
+        import os, signal
+        from fastokd.train.signals import StopSignals
+        with StopSignals({patience}) as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            print("still here", flush=True)
+    """
+    return subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    done = run(0.0)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "fastokd: SIGUSR1: stopping at once; the last checkpoint is intact"
+
+
+def test_within_the_patience_it_is_the_same_signal():
+    done = run(60.0)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_is_changed_outside_the_main_thread():
+    found = []
+
+    def enter():
+        with StopSignals() as signals:
+            found.append((signals.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(0, signal.getsignal(signal.SIGTERM))]
