@@ -113,10 +113,11 @@ def settings(**values: Any) -> dict[str, Any]:
 SHARED = settings(epochs=300, batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4), (150, 225)
 TSB = settings(epochs=240, batch_size=64, lr=0.05, nesterov=False, weight_decay=5e-4), (150, 180, 210)
 TSB_IMAGENET = settings(epochs=200, batch_size=256, lr=0.1, nesterov=False, weight_decay=1e-4), (60, 120, 180)
+AHBF_IMAGENET = settings(epochs=90, batch_size=96, lr=0.1, nesterov=True, weight_decay=1e-4), (30, 60)
 OPTIMIZERS = {
     "cifar100-resnet32-ahbf": SHARED, "cifar10-densenet40-12-okddip": SHARED, "cinic10-resnet32-ffm": SHARED, "cifar100-resnet32-ahbf-a-0": SHARED,
     "cifar100-mobilenetv2-x0-5-ahbf-compression": SHARED, "cifar100-wrn20-8-dml": SHARED,
-    "imagenet-resnet34-ahbf": (settings(epochs=90, batch_size=96, lr=0.1, nesterov=True, weight_decay=1e-4), (30, 60)),
+    "imagenet-resnet34-ahbf": AHBF_IMAGENET,
     "cifar10-resnet32-tsb": TSB, "cifar100-wrn16-2-wrn16-4-kdcl": TSB, "cifar100-resnet32-wrn16-2-kdcl-general": TSB, "cifar10-vgg13-baseline-tsb": TSB,
     "cifar100-mobilenetv2-x0-5-tsb": ({**TSB[0], "lr": 0.01}, TSB[1]),
     "imagenet-resnet18-tsb": TSB_IMAGENET, "imagenet-resnet50-resnet18-kdcl-naive": TSB_IMAGENET,
@@ -130,10 +131,35 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize(("heading", "expected"), [("CIFAR-10, CIFAR-100", SHARED), ("AHBF's ablations", SHARED), ("ImageNet in AHBF", AHBF_IMAGENET)])
+def test_recipes_of_one_paper_share_its_optimizer_settings(heading: str, expected: tuple[dict[str, Any], tuple[int, ...]]):
+    for name, recipe in get_group(heading).items():
+        if not name.endswith("-large"):
+            check_optimizer(recipe.config, expected)
+
+
+def test_recipes_in_tsb_settings_share_them():
+    for recipe in get_group("TSB's tables").values():
+        config = recipe.config
+        if recipe.dataset == "imagenet":
+            common = {key: value for key, value in TSB_IMAGENET[0].items() if key != "epochs"}
+            check_optimizer(config, (common, tuple(round(part * config.epochs) for part in (0.3, 0.6, 0.9))))
+            long = config.model.startswith("mobilenetv2_x1_0")
+            assert config.epochs == (100 if recipe.variant.endswith("100-epochs") else 300 if long else 200)
+        else:
+            check_optimizer(config, ({**TSB[0], "lr": 0.01 if "mobilenetv2" in config.model else 0.05}, TSB[1]))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_settings(name: str):
-    config, (expected, decays) = get_recipe(name).config, OPTIMIZERS[name]
+    check_optimizer(get_recipe(name).config, OPTIMIZERS[name])
+
+
+def check_optimizer(config: TrainConfig, expectation: tuple[dict[str, Any], tuple[int, ...]]) -> None:
+    """The settings, and the learning rate just before and after each decay."""
+    expected, decays = expectation
     assert {key: getattr(config, key) for key in expected} == expected
+    assert len(config.lr_decay_at) == len(decays)
     for count, epoch in enumerate(decays):
         assert config.lr_at(epoch - 1e-3) == pytest.approx(expected["lr"] * 0.1**count)
         assert config.lr_at(epoch) == pytest.approx(expected["lr"] * 0.1 ** (count + 1))

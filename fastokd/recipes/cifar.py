@@ -3,7 +3,8 @@
 The three papers train alike, so a row of one stands beside the rows of the others for the same recipe: AHBF (Gong et al., AAAI
 2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM + CD (Li et al., ACCV 2020). The methods
 that AHBF and FFM + CD compare with are in the form of the OKDDip repository, which has them all; neither paper says which code
-it ran. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
+it ran. AHBF itself has the paper's loss; its published code has another (``--preset code``), and which of them gave the numbers is
+not known. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
 """
 
 from collections.abc import Iterator
@@ -134,6 +135,10 @@ def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
         yield "AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in AHBF's settings."
     if method == "ffsd":
         yield "AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with the loss of FFSD's code."
+    if (model, method) == ("resnet32", "baseline"):
+        yield "AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the student's 5, 5 and 5."
+    if (model, method) == ("mobilenetv2_x0_5", "ahbf"):
+        yield "In AHBF's published code the branches share blocks that the paper has separate, so that only the last is deeper; here all are."
     if model == "vgg16":
         yield "Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network alone and its peers have none."
     if model == "densenet40_12" and method in ("independent", "cl-ilr", "one", "okddip"):
