@@ -187,7 +187,7 @@ def _peers_may_be_lost(ranks: Ranks) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
             raise
-        raise PeerLost(f"another of the {ranks.size} processes ended, and training together cannot go on; what it said is above, and the last checkpoint is intact") from error
+        raise PeerLost(f"another of the {ranks.size} processes ended, and training together cannot go on; what it said, if anything, is above, and the last checkpoint is intact") from error
 
 
 def _is_first_to_say(store: dist.Store, error: BaseException) -> bool:
