@@ -52,6 +52,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=bench/results/data-cpu.json
 	$(BIN)/python -m bench.methods
 	$(BIN)/python -m bench.method_pages
+	$(BIN)/python -m bench.recipe_page
 	$(BIN)/python -m bench.report
 
 lint: $(VENV)/.installed-dev

@@ -93,10 +93,10 @@ def test_waiting(benchmark: Any, large: Path, name: str) -> None:
     config = TrainConfig(model=LARGE_MODEL if on_gpu else "resnet20", method="ahbf", branches=4, aux_blocks=1)
     torch.manual_seed(0)
     model = create_model(config.model, config.method, 10, 4, 1).to(DEVICE, memory_format=torch.channels_last)
-    step, kd_weight = TrainStep(config, model, DEVICE), torch.ones((), device=DEVICE)
+    step = TrainStep(config, model, DEVICE)
     loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, 16)
     benchmark.group = "waiting"
     found: dict[str, float] = {}
-    benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, lambda batch: step(batch, kd_weight))), rounds=1)
+    benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, step)), rounds=1)
     loader.close()
     benchmark.extra_info.update(found, loader=name, model=config.model)

@@ -71,10 +71,10 @@ def test_a_step_consumes(benchmark: Any) -> None:
     config = TrainConfig(model="resnet20", method="ahbf", batch_size=BATCH)
     model = create_model(config.model, config.method, 10, config.num_branches(), config.aux_blocks).to(DEVICE, memory_format=torch.channels_last)
     step, loader = TrainStep(config, model, DEVICE), make_loader("cifar", augment=Augment(pad=4, flip=True))
-    batch, kd_weight = next(iter(loader)), torch.tensor(1.0, device=DEVICE)
+    batch = next(iter(loader))
 
     def one_step() -> None:
-        step(batch, kd_weight)
+        step(batch)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -215,10 +215,9 @@ def _step_row(context: Context, method: str, precision: str, impl: str) -> dict[
     step = TrainStep(config, model, device)
     images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     full = Batch(images, torch.randint(0, 10, (batch,), device=device), torch.arange(batch, device=device))
-    kd_weight = torch.ones((), device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = median_seconds(lambda: step(full, kd_weight), device, False, context.dry)
+    seconds = median_seconds(lambda: step(full), device, False, context.dry)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"model": config.model, "batch": batch, "method": method, "precision": precision, "impl": impl,
             "images_per_second": batch / seconds, "peak_bytes": peak}
@@ -289,9 +288,9 @@ def part_data(context: Context) -> dict[str, Any]:
         config = TrainConfig(model="resnet8" if dry else LARGE_MODEL, method="ahbf", branches=2 if dry else NUM_BRANCHES, aux_blocks=0)
         torch.manual_seed(0)
         model = create_model(config.model, config.method, len(dataset.classes), config.branches, config.aux_blocks).to(device, memory_format=torch.channels_last)
-        step, kd_weight = TrainStep(config, model, device), torch.ones((), device=device)
+        step = TrainStep(config, model, device)
         feeding = loader(4 if dry else 96, **{option: best[option] for option in ("decoder", "hw_decoder_load") if option in best})
-        waiting = waiting_share(feeding, device, lambda images: step(images, kd_weight))
+        waiting = waiting_share(feeding, device, step)
         feeding.close()
     return {"rows": rows, "waiting": {"model": config.model, "method": "ahbf", "branches": config.branches, "batch": feeding.batch_size, **waiting}}
 

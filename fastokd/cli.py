@@ -531,7 +531,7 @@ def recipes(name: Pos[Text] = None) -> None:
     if part in list_recipes() or not any(part in key for key in list_recipes()):
         print(get_recipe(part).to_yaml(), end="")
         return
-    for heading, group in recipe_groups().items():
+    for heading, _, group in recipe_groups():
         shown = {key: recipe for key, recipe in group.items() if part in key}
         if shown:
             table = Table(box=None, pad_edge=False)
@@ -617,6 +617,7 @@ def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) ->
     if given.get("method", base.method) != base.method:
         # Branch counts, presets and loss options belong to the method they were written for.
         base = dataclasses.replace(base, branches=None, topology=None, preset="paper", method_options={}, ramp_epochs=None)
+    given |= {name: {**getattr(base, name), **given[name]} for name in ("method_options", "loader_options") if name in given}
     return dataclasses.replace(base, **given)
 
 

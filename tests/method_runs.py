@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fastokd.data import Dataset, open_dataset
+from fastokd.data import Batch, Dataset, open_dataset
 from fastokd.export import check_same_logits, load_student
 from fastokd.methods import get_method
 from fastokd.models import create_student
@@ -17,6 +17,7 @@ from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.step import TrainStep
 
 NETWORKS = ("resnet8", "vgg13", "mobilenetv2_x0_5")
 
@@ -47,6 +48,16 @@ def losses_of_a_step(method: str, network: str, branches: int, lr: float = 0.01,
     return losses[0], losses[1]
 
 
+def losses(step: TrainStep, batch: Batch) -> tuple[float, float]:
+    """The loss of a batch before and after a step of training on it."""
+    found = []
+    for _ in range(2):
+        step.sums.clear()
+        step(batch)
+        found.append(step.sums.means()["loss"])
+    return found[0], found[1]
+
+
 def few_digits(count: int = 256) -> Dataset:
     """The digits with ``count`` training and 100 test images."""
     digits = open_dataset("digits")
@@ -64,7 +75,10 @@ def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer
     """Train two epochs straight and, from a checkpoint, one and one: the same to the last bit. Returns the straight run."""
     straight = make(config, folder / "straight", dataset)
     summary = straight.run()
-    make(config, folder / "resumed", dataset)._run_epoch()
+    first = make(config, folder / "resumed", dataset)
+    first._run_epoch()
+    first.store.close()
+    first.run_folder.unlock()
     second = make(config, folder / "resumed", dataset, resume=True)
     assert second.run().last == summary.last
     for mine, theirs in ((second.model, straight.model), (second.step.criterion, straight.step.criterion)):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -69,19 +70,26 @@ def test_every_kind_of_damage_is_found_and_left_out(tree, monkeypatch, tmp_path)
     put(train / "png.jpg", encoded(picture(), "PNG"))
     put(train / "tiny.jpg", encoded(picture((4, 30))))
     put(train / "wide.jpg", encoded(picture((50, 60))))
+    put(train / "wide-cut.jpg", encoded(picture((50, 60)))[:-2000])
+    put(train / "enormous.jpg", encoded(picture((120, 100))))
     put(train / "notes.txt", b"")
     (tree / "train" / "emu").mkdir()
     put(tree / "val" / "fox" / "0.jpg", encoded(picture()))
     monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
-    report = check.check_dataset(tree)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2800)  # Pillow warns above it, and refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = check.check_dataset(tree, workers=1)
     assert {what: sorted(os.path.basename(name.split(" (")[0]) for name in names) for what, names in (report.problems | report.remarks).items()} == {
-        "empty file": ["empty.jpg"], "truncated": ["cut.jpg", "cut.png"], "not an image": ["text.jpg"], "unreadable": ["gone.jpg"],
-        "huge": ["wide.jpg"], "misnamed": ["png.jpg"], "tiny": ["tiny.jpg"], "empty class": ["emu"], "one-sided class": ["fox"],
+        "empty file": ["empty.jpg"], "truncated": ["cut.jpg", "cut.png", "wide-cut.jpg"], "not an image": ["text.jpg"], "unreadable": ["gone.jpg"],
+        "too large": ["enormous.jpg"], "huge": ["wide.jpg"], "misnamed": ["png.jpg"], "tiny": ["tiny.jpg"], "empty class": ["emu"], "one-sided class": ["fox"],
         "not an image file": ["notes.txt"],
     }
     assert "it is PNG" in report.remarks["misnamed"][0]
+    assert report.remarks["huge"] == ["train/cat/wide.jpg (50 x 60)"]
+    assert report.problems["too large"] == ["train/cat/enormous.jpg (Image size (12000 pixels) exceeds limit of 5600 pixels)"]
     names = {os.path.basename(name) for name, _, _ in report.clean}
-    assert names == {*(f"{i}.jpg" for i in range(6)), "png.jpg", "tiny.jpg"}
+    assert names == {*(f"{i}.jpg" for i in range(6)), "png.jpg", "tiny.jpg", "wide.jpg"}
     assert not any(label == "fox" for _, label, _ in report.clean), "nobody could learn it"
 
 
@@ -196,6 +204,18 @@ def test_a_decoder_that_crashes_is_reported():
 
 def crash(item):
     os._exit(11)
+
+
+def test_a_large_picture_is_a_remark_and_one_that_pillow_refuses_a_problem(tree, monkeypatch, capsys):
+    put(tree / "train" / "cat" / "wide.jpg", encoded(picture((50, 60))))
+    monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
+    assert cli.main(["data", "check", str(tree)]) == 0
+    assert "huge: train/cat/wide.jpg (50 x 60)" in capsys.readouterr().out
+    assert len(open_dataset(tree, image_size=8).train) == 13
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1400)
+    assert cli.main(["data", "check", str(tree)]) == 3
+    with pytest.raises(DataError, match=r"wide.jpg \(too many pixels\)"):
+        open_dataset(tree, image_size=8)
 
 
 def test_the_command_reports_and_writes_a_list_that_trains(tree, tmp_path, capsys):

@@ -87,6 +87,32 @@ class TestOneFolder:
         refused(tmp_path, r"1 class folder\(s\) without images: b")
 
 
+class TestSplitWords:
+    def test_all_layouts_know_the_same(self, tmp_path):
+        for split, count in (("training", 3), ("validation", 2), ("testing", 1)):
+            write_shard(tmp_path / "shards" / f"{split}-0.tar", [(f"{name}{i}", name) for name in ("cat", "dog") for i in range(count)])
+            for name in ("cat", "dog"):
+                for i in range(count):
+                    put(tmp_path / "tree" / split / name / f"{i}.png")
+        (tmp_path / "tree" / "list.csv").write_text("".join(
+            f"{file.relative_to(tmp_path / 'tree')},{file.parent.name},{file.parent.parent.name}\n" for file in sorted((tmp_path / "tree").rglob("*.png"))))
+        for spec in (tmp_path / "tree", tmp_path / "shards", tmp_path / "tree" / "list.csv"):
+            listed = list_files(spec)
+            assert listed.classes == ("cat", "dog")
+            assert {split.name: len(split) for split in listed.splits} == {"train": 6, "val": 4, "test": 2}
+            check_agreement(spec)
+            assert check_dataset(spec).images == {"train": 6, "val": 4, "test": 2}
+        assert len(open_evaluation(tmp_path / "tree", "test").images) == 2
+        put(tmp_path / "tree" / "training" / "emu" / "0.png")
+        refused(tmp_path / "tree", r"1 class\(es\) in training/ and not in validation/: emu")
+
+    def test_one_split_in_two_folders_is_refused(self, tmp_path):
+        for split in ("train", "val", "valid"):
+            for name in ("cat", "dog"):
+                put(tmp_path / split / name / "0.png")
+        refused(tmp_path, "both val/ and valid/ are there; put the images of a split into one folder")
+
+
 class TestFlatValidation:
     WNIDS = ("n01", "n02", "n03")
 
@@ -262,7 +288,8 @@ def write_shard(path: Path, samples, label=str) -> None:
 
 class TestWebDataset:
     @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "val-0.tar"), ("train/00.tar", "train/01.tar", "val/00.tar"), ("imgs_train_0.tar",), ("imgs_0.tar",),
-        ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar")])
+        ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar"), ("training-0.tar", "training-1.tar", "validation-000.tar"),
+        ("TRAINING_1.tar", "training/0.tar", "valid-0.tar")])
     def test_splits_are_told_by_name_or_folder(self, tmp_path, names):
         for i, name in enumerate(names):
             write_shard(tmp_path / name, [(f"deep/er.d/{i}{k}", k % 3) for k in range(6)])
@@ -322,7 +349,10 @@ class TestWebDataset:
         part = split.select(torch.tensor([4, 1]))
         assert [part.read(0), part.read(1)] == [split.read(4), split.read(1)]
 
-    def test_damage_is_named(self, tmp_path):
+    def test_damage_is_named(self, tmp_path, monkeypatch):
+        def denied(*given, **more):
+            raise PermissionError(13, "Permission denied")
+
         shard = tmp_path / "train-0.tar"
         write_shard(shard, [(str(k), k % 2) for k in range(4)])
         whole = shard.read_bytes()
@@ -339,7 +369,14 @@ class TestWebDataset:
         with tarfile.open(shard, "w") as archive:
             archive.addfile(tarfile.TarInfo("7.cls"))
         refused(tmp_path, "sample 7 has no image")
+        shard.unlink()
+        shard.mkdir()
+        refused(tmp_path, "train-0.tar: cannot be read: Is a directory")
+        shard.rmdir()
         put(shard, whole)
+        monkeypatch.setattr(tarfile, "open", denied)
+        refused(tmp_path, "train-0.tar: cannot be read: Permission denied", list_files)
+        monkeypatch.undo()
         write_shard(tmp_path / "more-0.tar", [("a", 0)])
         refused(tmp_path, "do not say their split: more-0.tar")
         (tmp_path / "more-0.tar").unlink()

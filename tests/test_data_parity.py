@@ -1,6 +1,7 @@
-"""DALI and torchvision make the same pictures of the same files, and both make those that Pillow makes."""
+"""All loaders give the same images and labels; DALI and torchvision make the same pictures of the same files, those that Pillow makes."""
 
 import builtins
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from stream_loaders import CROP, LOADERS, dali, dali_alone, picture, torchvision, write_split
 
-from fastokd.data import FileSplit
+from fastokd.data import FileSplit, list_files, make_loader, open_dataset
 from fastokd.data.torchvision_loader import _jpeg_decoder
 
 SIDE, COVER = 64, 73  # 64 * 256 / 224
@@ -77,6 +78,34 @@ def by_pillow(path) -> np.ndarray:
     image = image.resize((COVER * width // short, COVER * height // short), Image.Resampling.BILINEAR)
     left, top = round((image.width - SIDE) / 2), round((image.height - SIDE) / 2)
     return np.asarray(image.crop((left, top, left + SIDE, top + SIDE))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """60 training pictures, which 1 to 4 ranks share without a rest, and 29 for evaluation, which they do not."""
+    root = tmp_path_factory.mktemp("tree")
+    for split, count in (("train", 60), ("val", 29)):
+        for i in range(count):
+            folder = root / split / ("birch", "maple", "oak")[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(20, 20, seed=i).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("name", "options"), [("resident", {}), ("dali", {"options": {"threads": 1}}), ("torchvision", {"options": {"workers": 0}})])
+def test_every_loader_gives_each_image_once_an_epoch_with_its_folders_class(tree, name, options, world_size):
+    if name == "dali":
+        pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
+    dataset = (open_dataset if name == "resident" else list_files)(tree, image_size=16)
+    for split in dataset.splits:
+        seen = Counter()
+        for rank in range(world_size):
+            loader = make_loader(dataset, split, 5, loader=name, rank=rank, world_size=world_size, **options)
+            for epoch in range(3):
+                loader.set_epoch(epoch)
+                seen.update((split.files[i], dataset.classes[target]) for batch in loader for i, target in zip(*map(torch.Tensor.tolist, (batch.index, batch.target)), strict=True))
+        assert seen == {(f"{split.name}/{file.parent.name}/{file.name}", file.parent.name): 3 for file in (tree / split.name).rglob("*.png")}
 
 
 @pytest.mark.parametrize("make", [*LOADERS.values(), dali_alone])

@@ -1,6 +1,7 @@
 """The trainer and its data: the loader chosen and said, mixed and resized images, and runs that resume with all of it."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastokd import cli
-from fastokd.data import Dataset
+from fastokd.data import Dataset, loader
 from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
@@ -16,6 +17,9 @@ from fastokd.train.data import explain_loader, loader_name, open_data
 from fastokd.train.loop import Trainer, load_run, resume_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+
+LOADER = loader.LoaderKind(lambda *_, **__: pytest.fail("it cannot run"), decoded=False, missing=lambda device: f"no {device} for it")
+"""A loader of files that can run nowhere; this module is its module in a table of loaders."""
 
 CONFIG = TrainConfig(
     data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=1, epochs=3, batch_size=96, lr=0.05, lr_decay_at=(), ramp_epochs=3,
@@ -34,14 +38,19 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
     seen, evaluated = [], []
     step, evaluate = trainer.step.__class__.__call__, trainer.step.evaluate
 
-    def record(self, batch, kd_weight):
+    def record(self, batch):
         seen.append((trainer.epoch, tuple(batch.images.shape[2:])))
         assert batch.target.shape == (96, 10)
         torch.testing.assert_close(batch.target.sum(1), torch.ones(96))
-        return step(self, batch, kd_weight)
+        return step(self, batch)
 
     monkeypatch.setattr(trainer.step.__class__, "__call__", record)
-    monkeypatch.setattr(trainer.step, "evaluate", lambda batches: evaluated.append({b.images.shape[2:] for b in batches}) or evaluate(batches))
+    def look(batches):
+        kept = list(batches)
+        evaluated.append({batch.images.shape[2:] for batch in kept})
+        return evaluate(kept)
+
+    monkeypatch.setattr(trainer.step, "evaluate", look)
     trainer.run()
     assert set(seen) == {(0, (8, 8)), (1, (6, 6)), (2, (8, 8))}
     assert evaluated == [{(8, 8)}] * 3
@@ -54,6 +63,7 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     straight.run()
     begun = run(config, tmp_path / "begun")
     begun._run_epoch()
+    begun.store.wait()
     begun.run_folder.unlock()
     resumed = resume_run(tmp_path / "begun", Reporter(quiet=True))
     resumed.run()
@@ -96,6 +106,21 @@ class TestChoice:
         assert name in ("dali", "torchvision")
         assert dataset.image_size == ((8, 8) if size == (8, 8) else (224, 224))
         assert line.startswith(f"loader {name}: the images are large or too many for memory")
+
+    @pytest.mark.parametrize("size", [(8, 8), (200, 300)])
+    def test_the_files_are_listed_once(self, tmp_path, monkeypatch, size):
+        make_tree(tmp_path, size)
+        listed, real_scan = [], os.scandir
+        monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.relpath(path, tmp_path)) or real_scan(path))
+        open_data(TrainConfig(data=str(tmp_path)), torch.device("cpu"))
+        assert sorted(name for name in listed if name.count("/") == 1) == ["train/cat", "train/dog", "val/cat", "val/dog"]
+
+    def test_better_loaders_that_cannot_run_are_named_with_the_reason(self, tmp_path, monkeypatch):
+        there = loader._modules
+        monkeypatch.setattr(loader, "_modules", {"resident": there["resident"], "toy": __name__, "torchvision": there["torchvision"], "worse": __name__})
+        name, _, line = self.choose(make_tree(tmp_path, (200, 300)))
+        assert name == "torchvision"
+        assert line.endswith("decoded while training; toy cannot run (no cpu for it)")
 
     def test_a_run_keeps_its_choice(self, tmp_path, monkeypatch):
         config = dataclasses.replace(CONFIG, data=str(make_tree(tmp_path / "tree")), batch_size=8, epochs=1, resize_schedule={}, method="baseline", branches=None)

@@ -210,8 +210,9 @@ def test_ffsd_trains_its_parts_as_the_official_code_does():
     config = TrainConfig(model="resnet8", method="ffsd", weight_decay=1e-4, lr=0.1)
     model = create_model("resnet8", "ffsd", 4)
     optimizers = TrainStep(config, model, torch.device("cpu")).optimizers
-    decay = {id(parameter): group["weight_decay"] for group in optimizers["sgd"].param_groups for parameter in group["params"]}
-    rates = {id(parameter): group["lr"] for group in optimizers["adam"].param_groups for parameter in group["params"]}
+    groups = {name: optimizer.param_groups for name, (optimizer, _) in optimizers._optimizers.items()}
+    decay = {id(parameter): group["weight_decay"] for group in groups["sgd"] for parameter in group["params"]}
+    rates = {id(parameter): group["lr"] for group in groups["adam"] for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if name.startswith("companion.decoders."):
             assert (rates[id(parameter)], id(parameter) in decay) == (1e-3, False)

@@ -261,6 +261,7 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     while trainer.epoch < 2:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer._run_epoch()
+        trainer.store.wait()
         weights.append(trainer.step.criterion.teacher_weights.clone())
     trainer.run_folder.unlock()
     assert not torch.equal(*weights)

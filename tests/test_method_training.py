@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from method_runs import NETWORKS, check_resume, few_digits, make
+from method_runs import NETWORKS, check_resume, few_digits, losses, make
 from safetensors.torch import save_file
 from torch import nn
 
@@ -131,8 +131,8 @@ def test_a_step_lowers_the_loss_of_its_batch(name, network):
             module.p = 0.0  # another mask would be another loss
     step = TrainStep(config, model, torch.device("cpu"))
     batch = Batch(images(), torch.arange(8), torch.arange(8))
-    kd_weight = torch.tensor(1.0)
-    before, after = (float(step(batch, kd_weight)["loss"]) / 8 for _ in range(2))
+    step.set_schedule(config.lr, 1.0)
+    before, after = losses(step, batch)
     assert np.isfinite(before)
     assert after < before
 
@@ -243,6 +243,7 @@ def test_without_its_teacher_a_run_is_evaluated_but_not_resumed(tmp_path, digits
     config = settings("kd", here)
     trainer = make(config, tmp_path / "run", digits)
     trainer._run_epoch()
+    trainer.store.wait()
     other, record = create_student("resnet8", 10), load_student(teacher_run)[1]
     (here / "student.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"there is no student at {re.escape(str(here))}"):
@@ -320,7 +321,7 @@ def test_stored_rows_teach_what_their_network_says(tmp_path, digits, monkeypatch
     seen = {}
     forward = trainer.step.criterion.forward_backward
     trainer.step.criterion.forward_backward = lambda *given, **others: (seen.update(others), forward(*given, **others))[1]
-    trainer.step(batch, torch.tensor(1.0))
+    trainer.step(batch)
     torch.testing.assert_close(seen["teacher"], rows[batch.index].float())
     assert list(trainer.run().last) == ["branch1"]
     assert "kl/teacher->branch1" in trainer.run_folder.read_metrics()[0]["train"]

@@ -238,7 +238,7 @@ def test_a_training_step_counts_no_batches():
     plain = copy.deepcopy(model)
     batch = Batch(images(), torch.arange(4), torch.arange(4))
     with CountedAdds() as adds:
-        TrainStep(config, model, torch.device("cpu"))(batch, torch.ones(()))
+        TrainStep(config, model, torch.device("cpu"))(batch)
     assert (adds.count, average.num_batches_tracked) == (1, 1)
     with CountedAdds() as adds:
         plain(batch.images)

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
+import shlex
 import statistics
 import sys
 import types
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import recipe_page
 from fastokd import cli, recipes
 from fastokd.errors import ConfigError
 from fastokd.models import BranchedModel, create_model, find_backbone
@@ -31,8 +34,8 @@ DEFAULTS = {field.name: getattr(TrainConfig(), field.name) for field in dataclas
 
 def get_group(start: str) -> dict[str, Recipe]:
     """The recipes under the heading that begins so."""
-    (group,) = (group for heading, group in recipe_groups().items() if heading.startswith(start))
-    return group
+    (group,) = (group for group in recipe_groups() if group.heading.startswith(start))
+    return dict(group.recipes)
 
 
 # ---- numbers
@@ -85,7 +88,7 @@ def test_every_recipe_is_a_good_configuration():
 
 
 def test_names_say_what_is_inside():
-    assert len(ALL) == sum(map(len, recipe_groups().values()))
+    assert len(ALL) == sum(len(group.recipes) for group in recipe_groups())
     for name, recipe in ALL.items():
         config, parts = recipe.config, name.split("-")
         assert recipe.dataset == parts[0], name
@@ -165,6 +168,12 @@ def test_losses(name: str):
     assert config.num_branches() == branches
     assert config.ramp_length() == ramp
     assert {key: check[key] for key in expected} == expected
+
+
+def test_ramps_follow_the_epochs():
+    """A shortened run has as large a part of its epochs to ramp up in, where the recipe's own length is the method's default."""
+    for name, ramp in (("cifar100-resnet32-ahbf", 30), ("cifar100-resnet32-okddip", 8), ("cifar100-resnet32-tsb", 2), ("cifar100-resnet32-ahbf-e-80", 80)):
+        assert dataclasses.replace(get_recipe(name).config, epochs=30).ramp_length() == ramp, name
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
@@ -280,7 +289,7 @@ def test_a_printed_recipe_can_be_trained_from_a_file(name: str, tmp_path: Path, 
 def test_recipes_are_listed_in_groups(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["recipes"]) == 0
     text = capsys.readouterr().out
-    for heading, group in recipe_groups().items():
+    for heading, _, group in recipe_groups():
         assert heading in text
         assert set(group) <= set(text.split())
     assert cli.main(["recipes", "cifar10-vgg13"]) == 0
@@ -296,6 +305,51 @@ def test_an_unknown_recipe_is_told_the_closest_name():
 
 def test_every_field_can_be_overridden():
     assert set(DEFAULTS) <= set(inspect.signature(cli.train).parameters)
+
+
+def test_an_overridden_option_leaves_the_recipe_its_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    code = cli.main(["train", "--recipe", "cifar100-resnet32-one", "--method-options", "temperature=4", "--model", "resnet8", "--data", "digits", "--epochs", "1",
+                     "--branches", "2", "--batch-size", "256", "--device", "cpu", "--out", str(run), "--quiet"])
+    assert code == 0, capsys.readouterr().err
+    config = read_config(run / "config.yaml")
+    assert config.method_options == {"detach_teacher": False, "temperature": 4}
+    assert (config.method, config.preset, config.weight_decay, config.branches) == ("one", "code", 5e-4, 2)
+
+
+# ---- the page
+
+
+def test_the_page_is_current(capsys: pytest.CaptureFixture[str]):
+    code = recipe_page.main(["--check"])
+    assert code == 0, capsys.readouterr().err
+
+
+def test_a_stale_page_is_noticed_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    good = recipe_page.PAGE.read_text(encoding="utf-8")
+    copy = tmp_path / "recipes.md"
+    monkeypatch.setattr(recipe_page, "PAGE", copy)
+    copy.write_text(good.replace("25.19 +- 0.16", "24.19 +- 0.16"), encoding="utf-8")
+    assert copy.read_text(encoding="utf-8") != good
+    assert recipe_page.main(["--check"]) == 1
+    assert "is stale" in capsys.readouterr().err
+    assert recipe_page.main([]) == 0
+    assert copy.read_text(encoding="utf-8") == good
+
+
+def test_what_the_page_shows_works(capsys: pytest.CaptureFixture[str]):
+    text = recipe_page.PAGE.read_text(encoding="utf-8").partition(recipe_page.START)[0]
+    commands, snippet = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
+    assert {line[1] for line in lines} == {"recipes", "train"}
+    for line in lines:
+        if line[1] == "recipes":
+            assert cli.main(line[1:]) == 0, line
+        else:
+            get_recipe(line[line.index("--recipe") + 1])
+    capsys.readouterr()
+    exec(compile(snippet, str(recipe_page.PAGE), "exec"), {})
+    assert capsys.readouterr().out.startswith("AHBF Table 2 25.19\n")
 
 
 def test_two_recipes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -1,10 +1,14 @@
 """The performance page says what the result files say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from bench.report import END, START, generated, loss_table, page_with
+import pytest
+
+import bench.report
+from bench.report import PAGE, blocks, current, data_tables, loss_table, merge_table, short
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,21 +19,69 @@ def test_page_is_not_stale():
 
 
 def test_a_stale_page_is_noticed():
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert page_with(text.replace(" x 1000 |", " x 1001 |"), generated()) == text
-    assert START in text
-    assert END in text
+    text = PAGE.read_text(encoding="utf-8")
+    for wrong in (text.replace(" x 1000 |", " x 1001 |"), text.replace("| dali |", "| dalli |"), text.replace("| resnet32 ", "| resnet33 ")):
+        assert wrong != text
+        assert current(wrong) == text
+    mark = blocks()[1].partition("\n")[0]
+    with pytest.raises(ValueError, match=f"has no line '{mark}'"):
+        current(text.replace(mark, ""))
 
 
-def test_table_keeps_losing_rows(tmp_path, monkeypatch):
-    import json
-
-    import bench.report
-
+@pytest.fixture
+def result(tmp_path, monkeypatch):
+    """Writes benchmarks as a result file and gives its path."""
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
-    stats = {"eager": 0.004, "compiled": 0.001, "fused": 0.002}
-    path = tmp_path / "loss-x.json"
-    path.write_text(json.dumps({"machine_info": {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2", "commit": "abc"}, "benchmarks": [
-        {"extra_info": {"batch": 8, "classes": 10, "mode": "forward", "provider": name}, "stats": {"median": value, "q1": value, "q3": value}}
-        for name, value in stats.items()]}))
-    assert loss_table(path)[-1] == "| 8 x 10 | forward | 4 | 1 | 2 | 2-2 | 2.00 | 0.50 |"
+
+    def write(benchmarks):
+        machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2", "commit": "abc"}
+        (tmp_path / "x.json").write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
+        return tmp_path / "x.json"
+
+    return write
+
+
+def seconds(median, **others):
+    return {"stats": {"median": median, "min": median / 2, "max": median * 2, "q1": median, "q3": median} | others}
+
+
+def test_loss_table_keeps_losing_rows(result):
+    path = result([
+        {"extra_info": {"batch": 8, "classes": 10, "mode": "forward", "provider": name}, **seconds(value)}
+        for name, value in {"eager": 4, "compiled": 0.001, "fused": 0.002}.items()])
+    assert loss_table(path)[-2:] == ["| 8 x 10 | forward | 4,000 | 1 | 2 | 2-2 | 2000.00 | 0.50 |", ""]
+
+
+def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
+    def streamed(loader, rate, pictures="small-64", **options):
+        return {"name": f"test_streaming[{loader}]", "extra_info": {"loader": loader, **options, "pictures": pictures, "images_per_second": rate}, **seconds(0.5)}
+
+    lines = data_tables(result([
+        streamed("dali", 80, threads=1), streamed("torchvision", 100, workers=2), streamed("torchvision", 1234567, workers=0),
+        streamed("dali", 30, "large-224", threads=2), streamed("torchvision", 20, "large-224", workers=2),
+        {"name": "test_waiting[dali]", "extra_info": {"loader": "dali", "step_images_per_second": 50, "epoch_images_per_second": 40, "waiting_share": 0.2}},
+        {"name": "test_resident_loader[a]", "params": {"name": "cifar", "work": "shuffle"}, "extra_info": {"images_per_second": 300}, **seconds(1)},
+        {"name": "test_resident_loader[b]", "params": {"name": "tiny-imagenet", "work": "shuffle"}, "extra_info": {"images_per_second": 200}, **seconds(1)},
+        {"name": "test_a_step_consumes", "extra_info": {"images_per_second": 10}, **seconds(1)},
+        *({"name": f"test_start[{start}]", "params": {"start": start}, **seconds(value)} for start, value in (("first", 2), ("second", 0.1))),
+    ]))
+    assert lines[0] == "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `make bench`."
+    assert [line for line in lines if "dali" in line or "torchvision |" in line] == [
+        "| 64 x 64 | dali | 1 | 80 | 40-160 | 0.80 |", "| 64 x 64 | torchvision | 2 | 100 | 50-200 | 1.00 |",
+        "| 64 x 64 | torchvision | 0 | 1,230,000 | 617,000-2,470,000 | 12345.67 |",
+        "| 500 x 375, cropped to 224 | dali | 2 | 30 | 15-60 | 1.50 |", "| 500 x 375, cropped to 224 | torchvision | 2 | 20 | 10-40 | 1.00 |",
+        "| dali | 50 | 40 | 20.0% |"]
+    assert [line for line in lines if "shuffle" in line or "itself" in line] == [
+        "| 32 x 32 | shuffle | 300 | 150-600 | 30 |", "| 64 x 64 | shuffle | 200 | 100-400 |  |",
+        "| 32 x 32 | the step itself: ResNet-20, AHBF | 10 | 5-20 | 1 |"]
+    assert "2 s decoded, 0.1 s from the cache" in lines[-2]
+
+
+def test_merged_convolutions_that_lose_stay(result):
+    lines = merge_table(result([
+        {"name": "test_first_convs[x]", "group": "net 2x3", "extra_info": {"merged": merged}, **seconds(value)} for merged, value in ((False, 0.1), (True, 0.2))]))
+    assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
+
+
+def test_numbers_have_three_digits_and_no_exponent():
+    assert [short(value) for value in (0.0123456, 1.2, 99.96, 123.4, 1234.5, 1_234_567.0)] == ["0.0123", "1.2", "100", "123", "1,230", "1,230,000"]

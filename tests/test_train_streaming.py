@@ -139,13 +139,6 @@ def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, 
     assert loader_name(config, again, cpu, data_record(dataset, "dali")) == "torchvision"
 
 
-def test_a_tree_is_listed_once(tree, monkeypatch):
-    listed = []
-    monkeypatch.setattr("fastokd.train.data.list_files", lambda *given, **more: listed.append(given) or list_files(*given, **more))
-    assert open_data(TrainConfig(data=str(tree)), torch.device("cpu")).image_size == (224, 224)
-    assert len(listed) == 1
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_training_images_have_the_steps_dtype_and_those_of_evaluation_float32(tree, precision):
     cpu = torch.device("cpu")

@@ -231,9 +231,11 @@ def test_a_resume_without_the_memory_would_differ(tmp_path):
     for forget in (False, True):
         trainer = make(config, tmp_path / str(forget), few)
         trainer._run_epoch()
+        trainer.store.wait()
         if forget:
             trainer.step.criterion.prepare(128, 10, CPU)
         trainer._run_epoch()
+        trainer.store.wait()
         trainer.run_folder.unlock()
         ends.append(trainer.model.student().state_dict())
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -11,6 +11,7 @@ from fastokd.data.registry import (
     absolute_spec,
     list_datasets,
     list_files,
+    list_source,
     made_of_files,
     open_dataset,
     open_evaluation,
@@ -20,6 +21,6 @@ from fastokd.data.resident import ResidentLoader
 
 __all__ = [
     "Augment", "Batch", "DataSource", "Dataset", "DatasetKind", "EvaluationSet", "FileDataset", "FileSplit", "Loader", "LoaderKind", "ReadOptions",
-    "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "list_loaders", "made_of_files", "make_loader", "open_dataset",
-    "open_evaluation",    "register_dataset", "register_loader",
+    "ResidentLoader", "Split", "absolute_spec", "list_datasets", "list_files", "list_loaders", "list_source", "made_of_files", "make_loader", "open_dataset",
+    "open_evaluation", "register_dataset", "register_loader",
 ]

@@ -18,7 +18,7 @@ import torch
 from fastokd.data.cache import cache_folder
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit, Members, check_finished
-from fastokd.data.folder import SPLITS
+from fastokd.data.folder import SPLIT_OF
 from fastokd.data.images import first_of, show
 from fastokd.errors import DataError, StorageError
 from fastokd.storage import write_json
@@ -27,8 +27,7 @@ CLASSES_FILE = "classes.txt"
 INDEX_VERSION = 1
 """Raise it when reading an archive gives other samples than before."""
 
-_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(name for names in SPLITS.values() for name in names)})(?![a-z])", re.IGNORECASE)
-_SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])", re.IGNORECASE)
 _WHOLE = re.compile(r"-?\d+")
 _DIGITS = 18  # of a label that is a class number; what has more may not fit into int64
 
@@ -44,9 +43,8 @@ class Sample(NamedTuple):
 
 def find_archives(root: Path, named: re.Pattern[str]) -> list[str]:
     """The archives in the folder and in its split folders, relative to it, by name; ``named`` is found in each name."""
-    folders = [".", *(name for names in SPLITS.values() for name in names)]
     found = []
-    for folder in folders:
+    for folder in (".", *SPLIT_OF):
         if os.path.isdir(root / folder):
             found += [os.path.normpath(f"{folder}/{name}") for name in os.listdir(root / folder) if named.search(name) and not name.startswith(".")]
     return sorted(found)
@@ -137,7 +135,7 @@ def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sampl
 
 def _split_of(root: Path, shard: str) -> str:
     """The split whose word is in a shard's name or folder, between what are no letters; "" if neither tells."""
-    found = sorted({_SPLIT_NAMES[word.lower()] for word in _SPLIT.findall(shard)})
+    found = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
     if len(found) > 1:
         raise DataError(f"{show(root / shard)}: its name says {' and '.join(found)}; leave the word of one split in it")
     return found[0] if found else ""

@@ -9,6 +9,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
-from fastokd.data.folder import SPLITS, entries, flat_images, identity, is_folder, is_image, walk
+from fastokd.data.folder import entries, flat_images, identity, is_folder, is_image, split_folders, walk
 from fastokd.data.images import Progress, decode, default_workers, reason_of, show
 from fastokd.data.label_list import find_label_file, read_label_file
 from fastokd.data.registry import resolve
@@ -36,7 +37,7 @@ PROBLEMS = {
     "permission": "cannot be opened: permission denied",
     "truncated": "ends before its pixels do",
     "not an image": "no format that can be decoded",
-    "huge": f"more than {HUGE_PIXELS // 10**6} million pixels",
+    "too large": "more pixels than a decoder takes; scale it down",
     "empty class": "a class folder without images",
     "one-sided class": "a class that some split does not have",
     "no labels": "images that nothing says the class of",
@@ -47,13 +48,14 @@ PROBLEMS = {
 
 REMARKS = {
     "misnamed": "the content is of another format than the name says; it is decoded by its content",
+    "huge": f"more than {HUGE_PIXELS // 10**6} million pixels, which slow every epoch down; 'fastokd data convert' makes them smaller",
     "tiny": f"a side below {TINY_SIDE} pixels",
     "duplicate": "the same picture twice in one class and split",
     "not an image file": "no image by its name; passed over",
 }
 """What is worth knowing, and what it means."""
 
-_BAD = frozenset({"empty file", "unreadable", "permission", "truncated", "not an image", "huge"})
+_BAD = frozenset({"empty file", "unreadable", "permission", "truncated", "not an image", "too large"})
 
 
 class Image(NamedTuple):
@@ -218,21 +220,23 @@ def look_at(image: Image) -> Look:
         return Look((("empty file", ""),))
     findings = []
     try:
-        with Pictures.open(io.BytesIO(content)) as picture:
-            width, height = picture.size
-            file_format, mode = picture.format or "", picture.mode
-        if width * height > HUGE_PIXELS:
-            return Look((("huge", f"{height} x {width}"),), height, width, file_format, mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pictures.DecompressionBombWarning)  # the report says it
+            with Pictures.open(io.BytesIO(content)) as picture:
+                width, height = picture.size
+                file_format, mode = picture.format or "", picture.mode
+            decoded = decode(io.BytesIO(content))
         extension = os.path.splitext(image.name)[1].lower()
         named = Pictures.registered_extensions().get(extension)
         # A JPEG with further pictures in it, as phones write them, is still one.
         if named is not None and named != ("JPEG" if file_format == "MPO" else file_format) and {named, file_format} != {"PPM", "PGM"}:
             findings.append(("misnamed", f"it is {file_format}"))
+        if width * height > HUGE_PIXELS:
+            findings.append(("huge", f"{height} x {width}"))
         if min(height, width) < TINY_SIDE:
             findings.append(("tiny", f"{height} x {width}"))
-        decoded = decode(io.BytesIO(content))
-    except Pictures.DecompressionBombError:
-        return Look((("huge", "too many pixels to decode"),))
+    except Pictures.DecompressionBombError as error:
+        return Look((("too large", show(error).partition(",")[0]),))  # up to the comma it says how many there are and may be
     except Exception as error:  # a decoder may raise anything at all for damaged bytes
         reason = reason_of(error)
         cut = any(word in reason.lower() for word in ("truncated", "broken data stream", "not enough", "unexpected end"))
@@ -290,10 +294,13 @@ def _hash(content: bytes) -> bytes:
 
 
 def _walk_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
-    """All images of a tree, whatever else is wrong with it; what is wrong with its structure goes to ``found``."""
-    folders = {split: name for split, names in SPLITS.items() for name in names if os.path.isdir(root / name)}
+    """All images of a tree, whatever else is wrong with it; what is wrong with its structure goes to ``found``.
+
+    Raises:
+        DataError: two folders of one split.
+    """
     images: list[Image] = []
-    for split, name in (folders or {"": "."}).items():
+    for split, name in (split_folders(root) or {"": "."}).items():
         top = root / name
         try:
             labels = [entry.name for entry in entries(top) if is_folder(entry)]

@@ -11,7 +11,7 @@ import torch
 
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
-from fastokd.data.folder import SPLITS
+from fastokd.data.folder import SPLIT_OF, SPLITS
 from fastokd.data.images import show
 from fastokd.data.registry import DatasetKind
 from fastokd.errors import DataError
@@ -23,8 +23,6 @@ COLUMNS = {
     "split": ("split", "set", "subset"),
 }
 """What columns may be called."""
-
-_SPLIT_NAMES = {name: split for split, names in SPLITS.items() for name in names}
 
 
 def _detect(path: Path) -> bool:
@@ -54,9 +52,9 @@ def list_csv(path: Path | None) -> DataSource[FileSplit]:
         split = row[columns["split"]].strip().lower() if "split" in columns else "train"
         if not file or not label:
             raise DataError(f"{show(path)}: line {line} has an empty {'label' if file else 'path'}")
-        if split not in _SPLIT_NAMES:
+        if split not in SPLIT_OF:
             raise DataError(f"{show(path)}: line {line} has the split '{show(split)}'; use train, val or test")
-        split = _SPLIT_NAMES[split]
+        split = SPLIT_OF[split]
         if seen.setdefault(file, (label, split)) != (label, split):
             before = seen[file]
             raise DataError(f"{show(path)}: line {line} lists {show(file)} as '{show(label)}' in {split}, a line before as '{show(before[0])}' in {before[1]}")

@@ -18,8 +18,11 @@ from fastokd.data.registry import DatasetKind
 from fastokd.errors import ConfigError, DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""The splits, and the folders they are looked for in."""
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""The splits, and the words that folders, archives and lists call them by."""
+
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+"""The split that each of the words means."""
 
 
 def list_tree(root: Path | None) -> DataSource[FileSplit]:
@@ -37,19 +40,17 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
     # os.path's tests, unlike pathlib's, answer False where permission is missing.
     if not os.path.isdir(root):
         raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
-    names = {split: next((name for name in folders if os.path.isdir(root / name)), None) for split, folders in SPLITS.items()}
-    if not any(names.values()):
+    names = split_folders(root)
+    if not names:
         return _one_folder(root)
-    if names["train"] is None:
+    if "train" not in names:
         found = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
         raise DataError(f"{show(root)}: no train/ (found {first_of(found)}); arrange the images as {LAYOUT}")
     check_finished(root)
-    classes = _class_names(root / "train")
+    classes = _class_names(root / names["train"])
     splits: dict[str, FileSplit] = {}
     ignored, empty = 0, []
     for split, name in names.items():
-        if name is None:
-            continue
         flat = flat_images(root / name, classes) if split != "train" else None
         if flat is not None:
             labels = find_label_file(root, split, root / name)
@@ -65,7 +66,7 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
             splits[split] = _file_split(split, root, flat, targets)
             continue
         if split != "train":
-            _same_classes(root, classes, name)
+            _same_classes(root, classes, names["train"], name)
         files, targets, others, without = _list_classes(root, name, classes)
         splits[split] = _file_split(split, root, files, targets)
         ignored += others
@@ -91,7 +92,7 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     """
     if not os.path.isdir(root):
         raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}, or one of class folders")
-    names = {split: found for split, folders in SPLITS.items() if (found := next((name for name in folders if os.path.isdir(root / name)), None))}
+    names = split_folders(root)
     if name is None:
         name = next((split for split in ("val", "test") if split in names), None)
         if name is None and names:
@@ -154,15 +155,28 @@ def _list_classes(root: Path, folder: str, classes: list[str]) -> tuple[list[str
     return files, targets, ignored, empty
 
 
-def _same_classes(root: Path, classes: list[str], name: str) -> None:
+def _same_classes(root: Path, classes: list[str], train: str, name: str) -> None:
     there = _class_names(root / name)
-    for (here, names), (other, others) in ((("train", classes), (name, there)), ((name, there), ("train", classes))):
+    for (here, names), (other, others) in (((train, classes), (name, there)), ((name, there), (train, classes))):
         extra = sorted(set(names) - set(others))
         if extra:
             raise DataError(
                 f"{show(root)}: {len(extra)} class(es) in {here}/ and not in {other}/: {first_of(extra)}; every "
                 f"split needs the same class folders"
             )
+
+
+def split_folders(root: Path) -> dict[str, str]:
+    """The folder of each split that a tree has.
+
+    Raises:
+        DataError: two folders of one split.
+    """
+    found: dict[str, str] = {}
+    for word, split in SPLIT_OF.items():
+        if os.path.isdir(root / word) and found.setdefault(split, word) != word:
+            raise DataError(f"{show(root)}: both {found[split]}/ and {word}/ are there; put the images of a split into one folder")
+    return found
 
 
 def flat_images(folder: Path, classes: list[str]) -> list[str] | None:

@@ -256,6 +256,11 @@ def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, 
     )
 
 
+def file_loaders() -> Iterator[str]:
+    """The names of the loaders that decode files while training, best first; each is imported when it is its turn."""
+    return (name for name in _modules if not get_loader_kind(name).decoded)
+
+
 def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str:
     """The first loader of files, in the order of the table, that can decode these on this device.
 
@@ -263,11 +268,8 @@ def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str
         ConfigError: none can; the message says why.
     """
     reasons = []
-    for name in _modules:
-        kind = get_loader_kind(name)
-        if kind.decoded:
-            continue
-        reason = kind.reason_against(device, splits)
+    for name in file_loaders():
+        reason = get_loader_kind(name).reason_against(device, splits)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

@@ -86,14 +86,31 @@ def get_dataset_kind(name: str) -> DatasetKind:
     return getattr(importlib.import_module(module), constant)
 
 
-def open_dataset(spec: str | Path, image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
+def list_source(spec: str | Path) -> DataSource[FileSplit]:
+    """List the image files of a dataset once, for ``list_files`` and ``open_dataset``, which take it in the place of a path.
+
+    Args:
+        spec: as for ``open_dataset``.
+
+    Raises:
+        ConfigError: a kind that does not exist.
+        DataError: data that cannot be trained on, or that is not made of image files.
+    """
+    kind, path = resolve(spec)
+    if kind.files is None:
+        raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
+    return kind.files(path)
+
+
+def open_dataset(spec: str | Path | DataSource[FileSplit], image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                  augment: Augment | None = None, workers: int | None = None,
                  progress: Progress | None = None, bad_images: str = "fail") -> Dataset:
     """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
 
     Args:
-        spec: "digits" (in the package), a folder, a CSV list, or "kind:path". ``docs/data.md`` has all the layouts.
+        spec: "digits" (in the package), a folder, a CSV list, or "kind:path"; ``docs/data.md`` has all the layouts. Or what
+            ``list_source`` listed.
         image_size: side of the square all images are fitted to; None keeps the size they all share.
         val_split: fraction of every class's training images to hold out for validation.
         seed: chooses the images held out.
@@ -109,15 +126,18 @@ def open_dataset(spec: str | Path, image_size: int | None = None, val_split: flo
         DataError: data that cannot be trained on; the message is one line: what, where, and how to mend it.
     """
     check_image_size(image_size)
-    kind, path = resolve(spec)
-    if kind.files is None:
-        source = kind.read(path, ReadOptions(image_size, workers, progress))
+    if isinstance(spec, DataSource):
+        source = decode_files(spec, image_size, workers, progress, bad_images)
     else:
-        source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
+        kind, path = resolve(spec)
+        if kind.files is None:
+            source = kind.read(path, ReadOptions(image_size, workers, progress))
+        else:
+            source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
-def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image_size: int | None = None,
+def list_files(spec: str | Path | DataSource[FileSplit], val_split: float = 0.0, seed: int = 0, *, image_size: int | None = None,
                mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                augment: Augment | None = None) -> FileDataset:
     """Open a dataset made of image files and check its structure, without decoding anything.
@@ -132,10 +152,8 @@ def list_files(spec: str | Path, val_split: float = 0.0, seed: int = 0, *, image
         ConfigError: a setting out of range, or a kind that does not exist.
         DataError: data that cannot be trained on, or that is not made of image files.
     """
-    kind, path = resolve(spec)
-    if kind.files is None:
-        raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
-    return prepare_files(kind.files(path), image_size, val_split, seed, mean=mean, std=std, augment=augment)
+    source = spec if isinstance(spec, DataSource) else list_source(spec)
+    return prepare_files(source, image_size, val_split, seed, mean=mean, std=std, augment=augment)
 
 
 class EvaluationSet(NamedTuple):

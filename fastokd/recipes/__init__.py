@@ -5,11 +5,14 @@ A recipe leaves ``data`` empty: where the images lie is the user's to say.
 
 import difflib
 import importlib
+import inspect
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from fastokd.errors import ConfigError
 from fastokd.recipes.recipe import DATASETS, Published, Recipe, by_name
 
-__all__ = ["DATASETS", "Published", "Recipe", "get_recipe", "list_recipes", "recipe_groups", "register_recipes"]
+__all__ = ["DATASETS", "Group", "Published", "Recipe", "get_recipe", "list_recipes", "recipe_groups", "register_recipes"]
 
 _modules = ["fastokd.recipes.cifar", "fastokd.recipes.ahbf_studies", "fastokd.recipes.imagenet", "fastokd.recipes.tsb", "fastokd.recipes.official"]
 
@@ -19,15 +22,26 @@ def register_recipes(module: str) -> None:
     _modules.append(module)
 
 
-def recipe_groups() -> dict[str, dict[str, Recipe]]:
-    """All recipes by name, under the headings of their modules."""
-    found = map(importlib.import_module, _modules)
-    return {(module.__doc__ or module.__name__).strip().splitlines()[0].rstrip("."): dict(module.RECIPES) for module in found}
+class Group(NamedTuple):
+    """The recipes of one module, and the module's docstring: its first line as their heading, and the rest."""
+
+    heading: str
+    about: str
+    recipes: Mapping[str, Recipe]
+
+
+def recipe_groups() -> list[Group]:
+    """All recipes, module by module."""
+    groups = []
+    for module in map(importlib.import_module, _modules):
+        heading, _, about = (inspect.getdoc(module) or module.__name__).partition("\n")
+        groups.append(Group(heading.rstrip("."), about.strip(), module.RECIPES))
+    return groups
 
 
 def list_recipes() -> dict[str, Recipe]:
     """All recipes by name; two modules may not have the same."""
-    return by_name(recipe for group in recipe_groups().values() for recipe in group.values())
+    return by_name(recipe for group in recipe_groups() for recipe in group.recipes.values())
 
 
 def get_recipe(name: str) -> Recipe:

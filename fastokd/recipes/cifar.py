@@ -12,7 +12,6 @@ from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, 
 
 _AHBF = "AHBF section 4.1"
 _OKDDIP = "OKDDip repository"
-_FFM = "FFM + CD section 4"
 
 OPTIMIZER = given("AHBF section 4.1, OKDDip repository, FFM + CD section 4", epochs=300, batch_size=128, lr=0.1, lr_decay_at=(150 / 300, 225 / 300),
                   lr_gamma=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, pad=4, flip=True)
@@ -20,22 +19,28 @@ OPTIMIZER = given("AHBF section 4.1, OKDDip repository, FFM + CD section 4", epo
 AHBF = (given("AHBF eq. 8-14: T = 3, lambda_1 = 4, lambda_2 = 2", method="ahbf", preset="paper") | given(_AHBF, branches=4, aux_blocks=4)
         | given("AHBF eq. 13: over all epochs", ramp_epochs=None))
 
+# None is the method's default: as large a part of the epochs as in its source, also with other --epochs.
+_RAMP = given("OKDDip repository: over 80 of 300 epochs", ramp_epochs=None)
+_FFM_RAMP = given("OKDDip repository, whose settings FFM + CD takes: over 80 of 300 epochs", ramp_epochs=None)
+_OKDDIP_LOSS = given("OKDDip repository: T = 3, weights 1", method="okddip", preset="code", branches=4) | _RAMP
+_FFM_LOSS = given("FFM + CD section 4: T = 3, alpha = 1, beta = 2, gamma = 5e-8", method="ffm", branches=4) | _FFM_RAMP
+
 _METHODS: dict[str, Settings] = {
     "baseline": given("the network alone", method="baseline", branches=1),
     "independent": given(_OKDDIP, method="independent", branches=4),
     "kd": given("OKDDip repository: T = 3, weight 1", method="kd", preset="code", ramp_epochs=0),
     "dml": given("OKDDip repository: T = 3, the mean of the others teaches, not detached", method="dml", preset="code", branches=4, ramp_epochs=0),
-    "cl-ilr": given("OKDDip repository: T = 3, weight 1, not detached", method="cl_ilr", preset="code", branches=4, ramp_epochs=80),
-    "one": given("OKDDip repository: T = 3, weight 1, not detached", method="one", preset="code", branches=4, ramp_epochs=80,
-                 method_options={"detach_teacher": False}),
-    "okddip": given("OKDDip repository: T = 3, weights 1", method="okddip", preset="code", branches=4, ramp_epochs=80),
-    "okddip-peers": given("OKDDip repository: T = 3, weights 1", method="okddip", preset="code", branches=4, ramp_epochs=80, topology="peers"),
-    "ffm": (given("FFM + CD section 4: T = 3, alpha = 1, beta = 2, gamma = 5e-8", method="ffm", branches=4)
-            | given("OKDDip repository, whose settings the paper takes", ramp_epochs=80)),
-    "ffm-no-cd": (given("FFM + CD section 4: T = 3, alpha = 1, beta = 2", method="ffm", branches=4) | given("FFM + CD, ablation", method_options={"lambda_cd": 0.0})
-                  | given("OKDDip repository, whose settings the paper takes", ramp_epochs=80)),
-    "afid": given("AFID's code: T = 3, weight 1, two sub-networks", method="afid", preset="code", branches=2, ramp_epochs=80),
-    "ffsd": given("FFSD's code: T = 2", method="ffsd", preset="code", ramp_epochs=5) | given(_AHBF, branches=4),
+    "cl-ilr": given("OKDDip repository: T = 3, weight 1, not detached", method="cl_ilr", preset="code", branches=4) | _RAMP,
+    "one": given("OKDDip repository: T = 3, weight 1, not detached", method="one", preset="code", branches=4,
+                 method_options={"detach_teacher": False}) | _RAMP,
+    "okddip": _OKDDIP_LOSS,
+    "okddip-peers": _OKDDIP_LOSS | given("OKDDip, network-based", topology="peers"),
+    "ffm": _FFM_LOSS,
+    "ffm-no-cd": _FFM_LOSS | given("FFM + CD, ablation", method_options={"lambda_cd": 0.0}),
+    "afid": (given("AFID's code: T = 3, weight 1, two sub-networks", method="afid", preset="code", branches=2)
+             | given("AFID's code: over 80 of 301 epochs", ramp_epochs=None)),
+    "ffsd": (given("FFSD's code: T = 2", method="ffsd", preset="code") | given(_AHBF, branches=4)
+             | given("FFSD's code: over 5 of 299 epochs", ramp_epochs=None)),
     "ahbf": AHBF,
 }
 # What a name's ending adds to the method's own, in words.
@@ -130,7 +135,7 @@ def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
     if method == "ffsd":
         yield "AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with the loss of FFSD's code."
     if model == "vgg16":
-        yield "Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network alone has none."
+        yield "Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network alone and its peers have none."
     if model == "densenet40_12" and method in ("independent", "cl-ilr", "one", "okddip"):
         yield "In the OKDDip repository all branches share one third dense block, which is probably what its numbers are of; here each has its own."
 

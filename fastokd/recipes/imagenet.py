@@ -61,7 +61,7 @@ def _recipes() -> Iterator[Recipe]:
         for method in ("baseline", "ahbf"):
             yield Recipe(dataset="imagenet", settings=given("ours", model=model) | _METHODS[method] | _LARGE, variant="large", meaning="8 GPUs, batches of 1024",
                          notes=("Settings of ours, not published: nothing to compare with but each other.",
-                                "torchrun --nproc-per-node=8 -m fastokd train --recipe NAME --data FOLDER gives each of 8 GPUs 128 images; --device-batch 64 halves the memory.",
+                                "torchrun --nproc-per-node=8 -m fastokd train --recipe NAME --data FOLDER gives each of 8 GPUs 128 images; --device-batch 64 takes them in two passes.",
                                 "No label smoothing, mixup or moving average: the paper has none."))
 
 

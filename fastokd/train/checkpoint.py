@@ -69,7 +69,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     Raises:
         CheckpointError: missing, damaged, not a checkpoint of fastokd, or of a newer format.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"there is no checkpoint at {path}: the run has not finished its first epoch, or this is not a run folder")
     state = _read(path, device)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
@@ -234,19 +234,22 @@ class CheckpointStore:
         first = self._older[0]
         if first.exists() and first.samefile(self.last):
             return
-        gap = next((i for i, path in enumerate(self._older) if not path.exists()), len(self._older) - 1)
-        for i in range(gap, 0, -1):
-            os.replace(self._older[i - 1], self._older[i])
         link = self.last.with_name(f".{self.last.name}.older")
         try:
             os.link(self.last, link)
-            os.replace(link, first)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                link.unlink()
             if error.errno not in _NO_LINKS:
                 raise
-            os.replace(self.last, first)  # without hard links it has the older name alone for a moment, and is found under it
+            link = self.last  # without hard links it has the older name alone for a moment, and is found under it
+        try:
+            gap = next((i for i, path in enumerate(self._older) if not path.exists()), len(self._older) - 1)
+            for i in range(gap, 0, -1):
+                os.replace(self._older[i - 1], self._older[i])
+            os.replace(link, first)
+        finally:
+            if link != self.last:
+                with contextlib.suppress(OSError):
+                    link.unlink()
 
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

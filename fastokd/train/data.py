@@ -1,6 +1,7 @@
 """From a configuration to its dataset and loaders."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,18 +9,20 @@ import torch
 
 from fastokd.data import (
     Dataset,
+    DataSource,
     FileDataset,
     FileSplit,
     Loader,
     Split,
     list_files,
+    list_source,
     made_of_files,
     make_loader,
     open_dataset,
 )
 from fastokd.data.files import SMALL, peek_sizes
 from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
-from fastokd.data.loader import best_file_loader, get_loader_kind
+from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks
@@ -48,6 +51,7 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
     if seen is not None:
         height, width = seen["image_size"]
         given |= {"image_size": height if height == width else config.image_size, "mean": seen["mean"], "std": seen["std"]}
+    spec: str | DataSource[FileSplit] = config.data
     if config.loader != "auto":
         decoded = get_loader_kind(config.loader).decoded
     elif not made_of_files(config.data):
@@ -55,13 +59,14 @@ def open_data(config: TrainConfig, device: torch.device, seen: Mapping[str, Any]
     elif seen is not None:
         decoded = get_loader_kind(_loader_before(seen)).decoded
     else:
-        listed = list_files(config.data, **given)
+        spec = list_source(config.data)
+        listed = list_files(spec, **given)
         if not _is_small(listed, config.image_size, device):
             return listed
         decoded = True
     if decoded:
-        return open_dataset(config.data, **given, progress=progress, bad_images=config.bad_images)
-    return list_files(config.data, **given)
+        return open_dataset(spec, **given, progress=progress, bad_images=config.bad_images)
+    return list_files(spec, **given)
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
@@ -106,7 +111,8 @@ def explain_loader(config: TrainConfig, dataset: AnyDataset, device: torch.devic
         return f"loader {name}, as chosen"
     if isinstance(dataset, Dataset):
         return f"loader resident: {'the images are small and fit' if dataset.train.files else 'the dataset comes decoded'}, so they lie on {device}"
-    others = [f"{other} cannot run ({reason})" for other in ("dali",) if other != name and (reason := get_loader_kind(other).reason_against(device, dataset.splits))]
+    better = itertools.takewhile(lambda other: other != name, file_loaders())
+    others = [f"{other} cannot run ({reason})" for other in better if (reason := get_loader_kind(other).reason_against(device, dataset.splits))]
     return "; ".join([f"loader {name}: the images are large or too many for memory, so they are decoded while training", *others])
 
 

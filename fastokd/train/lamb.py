@@ -62,9 +62,9 @@ class LAMB(Optimizer):
 def _move(parameters: Sequence[Tensor], directions: Sequence[Tensor], lr: float | Tensor, found_inf: Tensor | None) -> None:
     """Move each parameter along its direction -u."""
     sizes, lengths = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(directions))
-    rates = lr * torch.where((sizes > 0) & (lengths > 0), sizes / lengths, 1.0)
+    rates = lr * (sizes / lengths).masked_fill_((sizes == 0) | (lengths == 0), 1.0)
     if found_inf is not None:
-        rates = torch.where(found_inf > 0, 0.0, rates)
+        rates.masked_fill_(found_inf != 0, 0.0)
     # Each parameter has a factor that only the device knows: one small kernel each, as there is no fused one for that.
     torch._foreach_addcmul_(parameters, directions, rates.unbind())
 

@@ -114,10 +114,10 @@ class _TensorBoard:
     hint = ""
 
     def __init__(self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
-        folder = run_path / "tensorboard"
         # A new file that voids all steps of the files before it, and all records again: what is shown is metrics.jsonl, whatever
-        # a killed run had written beyond its checkpoint or not yet written.
-        self._writer = self.require()(str(folder), purge_step=0 if folder.exists() else None)
+        # a killed run had written beyond its checkpoint or not yet written. The first session says so too: TensorBoard's
+        # Python reader takes the first purge that it sees for the run's start and ignores it.
+        self._writer = self.require()(str(run_path / "tensorboard"), purge_step=0)
         lines = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
         self._writer.add_text("config", "".join(f"    {line}\n" for line in lines), 0)  # Markdown's indented code
         for record in records:
@@ -156,7 +156,7 @@ class _WeightsAndBiases:
 
     def __init__(self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
         wandb = self.require()
-        kept = run_path / "wandb" / "run-id"
+        kept = run_path / "wandb" / "fastokd-run.txt"
         # Neither the terminal's table nor the user's code is anything to upload.
         settings: dict[str, Any] = {"console": "off", "save_code": False}
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):

@@ -166,11 +166,11 @@ class Trainer:
             self.reporter.say(f"going on with another configuration than before (was, is: {'; '.join(changed)})")
         if self.teacher and state.get("teacher") != self.teacher.fingerprint:
             raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
+        self._load(state, where)
         self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
             raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
-        self._load(state, where)
         self._find_place(state)
         if self.config.epochs != before.epochs:
             done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"

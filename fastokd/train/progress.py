@@ -149,17 +149,18 @@ class Reporter:
         label: what stands before every epoch, where there are several runs.
         quiet: show nothing but what ``say`` says; the log has the rest.
         lines: with False no line is printed but those of ``say``; a terminal still has the live table.
-        silent: show nothing at all: for all processes of a run but the first.
+        silent: nothing on the screen and nothing in a log: for all processes of a run but the first.
         console: where to; stdout by default.
     """
 
     def __init__(self, label: str = "", quiet: bool = False, *, lines: bool = True, silent: bool = False, console: Console | None = None) -> None:
         self.console = Console(quiet=True) if silent else console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._label = f"{label}: " if label else ""
-        self._shows = not (quiet or silent)
-        self._lines = lines and self._shows
+        self._silent = silent
+        shows = not (quiet or silent)
+        self._lines = lines and shows
         # FORCE_COLOR makes rich take a pipe for a terminal; a table that is drawn over itself would fill a log of CI.
-        self._live = self._shows and self.console.is_interactive and self.console.file.isatty()
+        self._live = shows and self.console.is_interactive and self.console.file.isatty()
         self._display: Live | None = None
         self._table: _EpochTable | None = None
         self._decoded: Counter | None = None
@@ -181,6 +182,8 @@ class Reporter:
 
     def attach_log(self, path: Path) -> None:
         """From now on append every line to this file too, with the time."""
+        if self._silent:
+            return
         self._log = path
         if path.exists():
             self.log("--- the run goes on ---")
@@ -204,7 +207,7 @@ class Reporter:
 
     def decoding(self, done: int, total: int) -> None:
         """Progress of reading the image files; called for each."""
-        if not self._shows:
+        if not (self._lines or self._live):
             return
         if self._decoded is None:
             self._decoded = Counter("reading images", self.console)
