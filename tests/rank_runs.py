@@ -20,7 +20,11 @@ from fastokd.train.run_folder import RunFolder
 
 SMALL = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=0, epochs=2, batch_size=32, lr=0.01, device="cpu", deterministic=True)
 """The run whose parts are compared; two epochs of 8 steps on 256 images."""
+COMMAND = ("train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--epochs", "3", "--batch-size", "64",
+           "--lr", "0.01", "--device", "cpu", "--deterministic", "True")
+"""The command line of the run "command", on all digits."""
 CONFIGS = {
+    "command": dataclasses.replace(SMALL, epochs=3, batch_size=64),
     "plain": SMALL,
     "synchronized": dataclasses.replace(SMALL, epochs=1, sync_bn=True, flat=True),
     "parts": dataclasses.replace(SMALL, epochs=1, device_batch=8),
@@ -55,7 +59,7 @@ def dataset(count: int = 256, evaluated: int = 100) -> Dataset:
     return dataclasses.replace(digits, test=digits.test.select(torch.arange(evaluated)))
 
 
-def train(config: TrainConfig, folder: Path, images: Dataset, at: int | None = None) -> Trainer:
+def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
     """A run from the start to the end, or to where the last process gets a signal."""
     ranks = Ranks.current()
     run = RunFolder.create(folder) if ranks.is_main else RunFolder(folder)
@@ -82,7 +86,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         return found(train(dataclasses.replace(SMALL, epochs=1, batch_size=30), folder, dataset(64, 2)))
     config = CONFIGS[name]
     if not at:
-        return found(train(config, folder, dataset()))
+        return found(train(config, folder, None if name == "command" else dataset()))
     try:
         train(config, folder, dataset(), int(at))
     except Preempted as stopped:

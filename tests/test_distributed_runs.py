@@ -1,6 +1,7 @@
 """Runs of several processes: the same as those of one, exactly evaluated, and stopped, killed and continued without a trace."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -11,11 +12,11 @@ import rank_runs
 import torch
 from launching import finish, free_port, start, start_ranks
 
-from fastokd.errors import EXIT_PEER, EXIT_PREEMPTED
+from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.loop import load_run
 
-NAMES = {2: ("plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1"), 3: ("tiny",)}
+NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1"), 3: ("tiny",)}
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,11 @@ def assert_equal(found, expected):
         assert found == expected
 
 
+GPUS = ("--gpus", "2")
 STATISTICS = ("running_mean", "running_var")
 
 
-@pytest.mark.parametrize("name", ["plain", "synchronized", "parts", "average", "tsb", "kdcl"])
+@pytest.mark.parametrize("name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl"])
 def test_all_processes_end_with_the_same(folder, name):
     first = ended(folder, name)
     del first["train"]
@@ -129,3 +131,97 @@ def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder,
         place_saved = stopped.pop("stopped")
         assert (place_saved["epoch"], place_saved["ranks"], place_saved["loader"]["position"]) == (1, 2, place * 32)
         assert_equal(stopped, ended(folder, name.partition("@")[0], rank))
+
+
+class Command:
+    """A run of the command in several processes that is watched from outside."""
+
+    def __init__(self, out, before=(), after=()):
+        self.out = out
+        self.process = start([*before, "-m", "fastokd", *rank_runs.COMMAND, "--out", out, "--resume", "auto", *after])
+
+    def rank(self, rank):
+        """The process of that rank below the one that was started."""
+        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(pid) for pid in below if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+    def wait_for(self, what):
+        end = time.monotonic() + 120
+        while not what():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, "it did not come so far"
+            time.sleep(0.02)
+
+    def sessions(self):
+        try:
+            return len(json.loads((self.out / "environment.json").read_text())["sessions"])
+        except (OSError, ValueError):
+            return 0
+
+
+def assert_same_run(out, expected):
+    """The checkpoint and the records of a run from outside, which is one that was not interrupted."""
+    state = load_checkpoint(out / "checkpoints" / "last.pt")
+    for part in ("model", "optimizer", "last"):
+        assert_equal(state[part], expected[part])
+    assert_equal([json.loads(line)["train"] for line in (out / "metrics.jsonl").read_text().splitlines()], expected["train"])
+
+
+def test_a_killed_worker_is_started_again_by_torchrun_and_nothing_is_lost(folder, tmp_path):
+    run = Command(tmp_path / "run", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+    run.wait_for((run.out / "checkpoints" / "last.pt").exists)
+    os.kill(run.rank(1), signal.SIGKILL)
+    code, _, errors = finish(run.process)
+    assert code == 0, errors
+    assert run.sessions() == 2
+    assert_same_run(run.out, ended(folder, "command"))
+
+
+def test_two_nodes(folder, tmp_path):
+    """Two agents of torchrun with one process each meet on the loopback interface."""
+    agents = [Command(tmp_path / "run", ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+                                         f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]) for port in [free_port()] * 2]
+    for agent in agents:
+        code, _, errors = finish(agent.process)
+        assert code == 0, errors
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+    assert_same_run(tmp_path / "run", ended(folder, "command"))
+
+
+def complaints(errors):
+    """What fastokd says on stderr, without what each process says when it hears a signal."""
+    return [line for line in errors.splitlines() if line.startswith("fastokd: ") and "saving after this step" not in line]
+
+
+def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path):
+    """Stopped by a signal to one process, then killed in one process, then let alone."""
+    out = tmp_path / "run"
+    run = Command(out, after=GPUS)
+    run.wait_for((out / "checkpoints" / "last.pt").exists)
+    os.kill(run.rank(1), signal.SIGUSR1)
+    code, _, errors = finish(run.process)
+    assert code == EXIT_PREEMPTED
+    said, = complaints(errors)
+    assert said.startswith("fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epochs and ")
+
+    run = Command(out, after=GPUS)
+    run.wait_for(lambda: run.sessions() == 2)
+    os.kill(run.rank(1), signal.SIGKILL)
+    code, _, errors = finish(run.process)
+    assert code == 128 + signal.SIGKILL
+    assert complaints(errors)[-1] == "fastokd: rank 1 of 2 was killed by SIGKILL; the last checkpoint is intact"
+    assert len(complaints(errors)) <= 2
+    assert "Traceback" not in errors
+
+    code, output, errors = finish(Command(out, after=GPUS).process)
+    assert (code, complaints(errors)) == (0, [])
+    assert output.count("branch1 (student)") == 1
+    assert run.sessions() == 3
+    assert_same_run(out, ended(folder, "command"))
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    code, output, errors = finish(start(["-m", "fastokd", *rank_runs.COMMAND, "--batch-size", "63", "--gpus", "2", "--out", tmp_path / "run"]))
+    assert (code, output) == (2, "")
+    assert errors == "fastokd: batch_size=63 over 2 processes leaves 1; it is the global batch: use 62 or 64\n"
+    assert not (tmp_path / "run").exists()

@@ -38,12 +38,12 @@ from fastokd.train.distributed import (
     choose_device,
     from_main,
     gather_states,
-    launched,
     local_main_first,
     share_of_batch,
 )
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
+from fastokd.train.launch import launched
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
