@@ -227,17 +227,19 @@ def train(
         gpus: train together in this many processes on this machine, one for each GPU; torchrun does the same, also on several.
         quiet: print only the result.
     """
-    given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
-    from fastokd.data import absolute_spec
-    from fastokd.train.distributed import check_launched, launch, launched, process_group
-    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
-    from fastokd.train.progress import Reporter
-    from fastokd.train.run_folder import RunFolder
+    from fastokd.train.launch import check_launched, launch, launched
 
     if gpus is not None:
         if not launched():
             return launch(gpus, _arguments)
         check_launched(gpus)
+    given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
+    from fastokd.data import absolute_spec
+    from fastokd.train.distributed import process_group
+    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
+    from fastokd.train.progress import Reporter
+    from fastokd.train.run_folder import RunFolder
+
     if data is not None:
         given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
     for name in ("method_options", "loader_options"):

@@ -1,14 +1,11 @@
 """Several processes that train together do what one process would do with the whole batch."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import rank_checks
 import torch
+from launching import finish, start_ranks
 
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
@@ -18,32 +15,23 @@ from fastokd.train.distributed import (
     choose_device,
     from_main,
     gather_states,
-    launched,
     process_group,
     share_of_batch,
     sum_counts,
 )
+from fastokd.train.launch import launched
 
-ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     """What each of several processes found, see ``rank_checks.py``."""
-    size, folder, port = request.param, tmp_path_factory.mktemp("ranks"), free_port()
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [subprocess.Popen([sys.executable, str(ROOT / "tests" / "rank_checks.py"), str(folder)], stderr=subprocess.PIPE, text=True,
-                                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
-    for process in started:
-        assert process.wait(120) == 0, process.stderr.read()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    folder = tmp_path_factory.mktemp("ranks")
+    for process in start_ranks(request.param, ["tests/rank_checks.py", folder]):
+        code, _, errors = finish(process)
+        assert code == 0, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 def assert_same(found, expected):

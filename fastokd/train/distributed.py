@@ -1,19 +1,16 @@
 """Several processes that train one model: how they meet, what each does of a batch, and what they tell each other.
 
-torchrun, or ``launch`` below, starts the processes and describes them in the environment. NCCL carries what is on GPUs and
-gloo what is on the host, in one process group.
+torchrun, or ``launch.py``, starts the processes and describes them in the environment. NCCL carries what is on GPUs and gloo
+what is on the host, in one process group.
 """
 
 import contextlib
 import hashlib
 import io
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -27,11 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fastokd.errors import ConfigError, FastOKDError, PeerLost, first_line
 from fastokd.methods.ranks import rank_and_size
 from fastokd.train.config import TrainConfig
+from fastokd.train.launch import launched
 
 MEET_MINUTES = 10
 """How long processes wait for the others to start."""
-LEAVE_SECONDS = 30.0
-"""How long processes get to end by themselves after one of them has."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +53,6 @@ class Ranks:
     def label(self) -> str:
         """What begins a line that only this process says."""
         return f"rank {self.rank}: " if self.size > 1 else ""
-
-
-def launched() -> bool:
-    """Whether torchrun or ``launch`` started this process. Others set RANK and WORLD_SIZE too, but not LOCAL_RANK."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-
-
-def check_launched(processes: int) -> None:
-    """Refuse to be told another number of processes for this machine than were started.
-
-    Raises:
-        ConfigError: it is another.
-    """
-    started = os.environ.get("LOCAL_WORLD_SIZE")
-    if started != str(processes):
-        raise ConfigError(f"--gpus {processes} under a launcher that started {started or 'another number of'} processes here; leave it out, or give it without the launcher")
 
 
 @contextlib.contextmanager
@@ -134,7 +114,7 @@ def _meet(ranks: Ranks) -> dist.Store:
     wait = timedelta(minutes=MEET_MINUTES)
     try:
         store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=wait))
-        return store
+        return _of_this_start(store, ranks)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(f"the port of {where} is taken; choose another with torchrun's --master-port or --rdzv-endpoint, or let --gpus N find one") from None
@@ -176,6 +156,29 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def _of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
+    """A part of the store that no earlier start of the run has written to.
+
+    torchrun keeps one store over its restarts, in which workers find the addresses of those that died, and fail to reach them
+    (PyTorch 2.15 with gloo: about every second restart). Nothing in the environment tells the starts apart on all machines, so
+    rank 0 names this one, and every other rank takes a name only when rank 0 has answered it in person.
+    """
+    own = uuid.uuid4().hex
+    if ranks.rank == 0:
+        store.set("start", own)
+        for rank in range(1, ranks.size):
+            store.set(f"{own}/{rank}/answer", store.get(f"{own}/{rank}"))
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + 60 * MEET_MINUTES
+    while time.monotonic() < deadline:
+        name = store.get("start").decode()
+        store.set(f"{name}/{ranks.rank}", own)
+        if store.check([answer := f"{name}/{ranks.rank}/answer"]) and store.get(answer).decode() == own:
+            return dist.PrefixStore(name, store)
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 does not answer")
+
+
 @contextlib.contextmanager
 def _peers_may_be_lost(ranks: Ranks) -> Iterator[None]:
     """Errors of the backends, which say that a connection broke, as what that means."""
@@ -187,7 +190,7 @@ def _peers_may_be_lost(ranks: Ranks) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
             raise
-        raise PeerLost(f"another of the {ranks.size} processes ended, and training together cannot go on; what it said is above, and the last checkpoint is intact") from error
+        raise PeerLost(f"another of the {ranks.size} processes ended, and training together cannot go on; what it said, if anything, is above, and the last checkpoint is intact") from error
 
 
 def _is_first_to_say(store: dist.Store, error: BaseException) -> bool:
@@ -362,70 +365,3 @@ def _encode(value: Any) -> Tensor:
 
 def _decode(data: Tensor) -> Any:
     return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-
-
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``fastokd ARGUMENTS`` in several processes on this machine, which train together, until all have ended.
-
-    What torchrun does for one machine without restarts, and what it does not: signals that ask a run to stop are passed on
-    without a deadline, and the exit code is the processes'.
-
-    Returns:
-        0 if all returned 0, else the exit code of the first that did not; 128 + N if signal N killed it.
-    """
-    if processes < 1:
-        raise ConfigError(f"gpus={processes}; it is how many processes train together, at least 1")
-    # Bound and not listening, with the option that rank 0 sets too: rank 0 can listen there, and nobody else is given it.
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserved.getsockname()[1]),
-                  "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
-        children: list[subprocess.Popen[bytes]] = []
-        with _passed_on(children):
-            try:
-                for rank in range(processes):
-                    children.append(subprocess.Popen([sys.executable, "-m", "fastokd", *arguments], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-                return _wait(children)
-            finally:
-                for child in children:
-                    if child.poll() is None:
-                        child.kill()
-                    child.wait()
-
-
-@contextlib.contextmanager
-def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Signals to this process go on to its children. Ctrl-C does not, because the terminal sends it to all."""
-    def pass_on(number: int, _: object) -> None:
-        for child in list(children):
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Wait for all; where one fails, the others get ``LEAVE_SECONDS`` to notice."""
-    failed: int | None = None
-    deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        if failed is None:
-            failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-            if failed is not None:
-                deadline = time.monotonic() + LEAVE_SECONDS
-        time.sleep(0.1)
-    if failed is None:
-        failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-    if failed is None:
-        return 0
-    code = children[failed].returncode
-    if code < 0:
-        print(f"fastokd: rank {failed} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
-        return 128 - code
-    return code

@@ -38,11 +38,12 @@ from fastokd.train.distributed import (
     choose_device,
     from_main,
     gather_states,
-    launched,
     local_main_first,
+    share_of_batch,
 )
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
+from fastokd.train.launch import launched
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
@@ -98,6 +99,7 @@ class Trainer:
         config = with_absolute_teacher(config)
         self.config, self.run_folder, self.reporter = config, run, reporter
         self.ranks = Ranks.current()
+        share_of_batch(config, self.ranks)  # a batch that cannot be divided is refused before the images are read
         if self.ranks.is_main:
             reporter.attach_log(run.log_path)
         self.sinks: list[MetricSink] = []
@@ -385,7 +387,10 @@ class Trainer:
         if self.ranks.size == 1 or self.config.sync_bn:
             return {}
         parts = {"model": self.model, **({} if self.step.average is None else {"average": self.step.average.module})}
-        return {f"{part}.{name}": buffer for part, module in parts.items() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+        buffers = {id(buffer) for module in parts.values() for buffer in module.buffers() if buffer.is_floating_point()}
+        # Those of the state dict: a frozen teacher is not in it, and has nothing that changes.
+        return {f"{part}.{name}": value for part, module in parts.items()
+                for name, value in module.state_dict(keep_vars=True).items() if id(value) in buffers}
 
     def _progress(self, kd_weight: float) -> EpochProgress:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

@@ -1,0 +1,98 @@
+"""Starting the processes of a run on this machine. Imports no torch: whoever starts them computes nothing."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from fastokd.errors import ConfigError
+
+LEAVE_SECONDS = 30.0
+"""How long processes get to end by themselves after one of them has."""
+
+
+def launched() -> bool:
+    """Whether torchrun or ``launch`` started this process. Others set RANK and WORLD_SIZE too, but not LOCAL_RANK."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def check_launched(processes: int) -> None:
+    """Refuse to be told another number of processes for this machine than were started.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE")
+    if started != str(processes):
+        raise ConfigError(f"--gpus {processes} under a launcher that started {started or 'another number of'} processes here; leave it out, or give it without the launcher")
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``fastokd ARGUMENTS`` in several processes on this machine, which train together, until all have ended.
+
+    What torchrun does for one machine without restarts, and what it does not: signals that ask a run to stop are passed on
+    without a deadline, and the exit code is the processes'.
+
+    Returns:
+        0 if all returned 0, else the exit code of the first that did not; 128 + N if signal N killed it.
+    """
+    if processes < 1:
+        raise ConfigError(f"gpus={processes}; it is how many processes train together, at least 1")
+    # Bound and not listening, with the option that rank 0 sets too: rank 0 can listen there, and nobody else is given it.
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserved.getsockname()[1]),
+                  "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
+        children: list[subprocess.Popen[bytes]] = []
+        with _passed_on(children):
+            try:
+                for rank in range(processes):
+                    children.append(subprocess.Popen([sys.executable, "-m", "fastokd", *arguments], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+                return _wait(children)
+            finally:
+                for child in children:
+                    if child.poll() is None:
+                        child.kill()
+                    child.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """Signals to this process go on to its children. Ctrl-C does not, because the terminal sends it to all."""
+    def pass_on(number: int, _: object) -> None:
+        for child in list(children):
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Wait for all; where one fails, the others get ``LEAVE_SECONDS`` to notice."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        if failed is None:
+            failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
+            if failed is not None:
+                deadline = time.monotonic() + LEAVE_SECONDS
+        time.sleep(0.1)
+    if failed is None:
+        failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
+    if failed is None:
+        return 0
+    code = children[failed].returncode
+    if code < 0:
+        print(f"fastokd: rank {failed} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
+        return 128 - code
+    return code

@@ -1,0 +1,39 @@
+"""Starts processes that train together, as a launcher does."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(arguments: Sequence[object], **given: str) -> "subprocess.Popen[str]":
+    """A Python process at the root of the repository, with one thread."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **given}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_ranks(size: int, arguments: Sequence[object]) -> list["subprocess.Popen[str]"]:
+    """That many of them in torchrun's environment."""
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Its exit code, output and errors; killed if it hangs."""
+    try:
+        output, errors = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+        raise AssertionError(f"it hung: {output}\n{errors}") from None
+    return process.returncode, output, errors

@@ -1,0 +1,108 @@
+"""One of the processes of ``test_distributed_runs.py``: torchrun's environment, and python rank_runs.py FOLDER NAME ..."""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from method_runs import few_digits
+
+from fastokd.data import Dataset
+from fastokd.errors import Preempted
+from fastokd.train.config import TrainConfig
+from fastokd.train.distributed import Ranks, process_group
+from fastokd.train.loop import Trainer
+from fastokd.train.progress import Reporter
+from fastokd.train.run_folder import RunFolder
+
+SMALL = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=0, epochs=2, batch_size=32, lr=0.01, device="cpu", deterministic=True)
+"""The run whose parts are compared; two epochs of 8 steps on 256 images."""
+COMMAND = ("train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--epochs", "3", "--batch-size", "64",
+           "--lr", "0.01", "--device", "cpu", "--deterministic", "True")
+"""The command line of the run "command", on all digits."""
+CONFIGS = {
+    "command": dataclasses.replace(SMALL, epochs=3, batch_size=64),
+    "plain": SMALL,
+    "synchronized": dataclasses.replace(SMALL, epochs=1, sync_bn=True, flat=True),
+    "parts": dataclasses.replace(SMALL, epochs=1, device_batch=8),
+    "average": dataclasses.replace(SMALL, ema=0.9, mixup=0.2),
+    "tsb": dataclasses.replace(SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8),
+    "kdcl": dataclasses.replace(SMALL, epochs=1, method="kdcl", branches=None, method_options={"variant": "general", "icl": False}, device_batch=8),
+}
+
+
+class Stopper(Reporter):
+    """Signals this process when it has done a step of the second epoch, or when that is evaluated."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__(silent=True)
+        self.at, self.epoch = at, 0
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
+        super().start_epoch(epoch, epochs, steps, done)
+        self.epoch = epoch
+
+    def step(self, done: int, progress: Any = None) -> None:
+        if self.epoch == 1 and done == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluating(self) -> None:
+        if self.epoch == 1 and self.at == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def dataset(count: int = 256, evaluated: int = 100) -> Dataset:
+    digits = few_digits(count)
+    return dataclasses.replace(digits, test=digits.test.select(torch.arange(evaluated)))
+
+
+def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
+    """A run from the start to the end, or to where the last process gets a signal."""
+    ranks = Ranks.current()
+    run = RunFolder.create(folder) if ranks.is_main else RunFolder(folder)
+    trainer = Trainer(config, run, Stopper(at if ranks.rank == ranks.size - 1 else None), images)
+    trainer.start()
+    trainer.run()
+    return trainer
+
+
+def found(trainer: Trainer) -> dict[str, Any]:
+    """What a run ends with."""
+    states = {"model": trainer.model.state_dict(), "criterion": trainer.step.criterion.state_dict(), "optimizer": trainer.step.optimizers.state_dict()}
+    if trainer.step.average is not None:
+        states["average"] = trainer.step.average.state_dict()
+    if trainer.ranks.is_main:
+        states["train"] = [record["train"] for record in trainer.run_folder.read_metrics()]
+    return {**states, "last": trainer.last, "share": trainer.step.share.describe()}
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """One of ``CONFIGS``, as it is or, as NAME@STEP, stopped there in the second epoch and continued; -1 is in the evaluation."""
+    name, _, at = name.partition("@")
+    if name == "tiny":  # fewer images to evaluate than processes
+        return found(train(dataclasses.replace(SMALL, epochs=1, batch_size=30), folder, dataset(64, 2)))
+    config = CONFIGS[name]
+    if not at:
+        return found(train(config, folder, None if name == "command" else dataset()))
+    try:
+        train(config, folder, dataset(), int(at))
+    except Preempted as stopped:
+        message, code = str(stopped), stopped.exit_code
+    # From the dataset that the test gives, which has no name.
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    run = RunFolder.open(folder)
+    trainer = Trainer(config, run, Reporter(silent=True), dataset(), seen=state["data"])
+    trainer.resume(state)
+    trainer.run()
+    return {**found(trainer), "message": message, "code": code, "stopped": {"epoch": state["epoch"], "loader": state["loader"], "ranks": len(state["ranks"])}}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    with process_group("cpu") as ranks:
+        for name in sys.argv[2:]:
+            torch.save(run(name, folder / name), folder / f"{name}.{ranks.rank}.pt")

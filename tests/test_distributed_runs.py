@@ -1,0 +1,227 @@
+"""Runs of several processes: the same as those of one, exactly evaluated, and stopped, killed and continued without a trace."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import rank_runs
+import torch
+from launching import finish, free_port, start, start_ranks
+
+from fastokd.errors import EXIT_PREEMPTED
+from fastokd.train.checkpoint import load_checkpoint
+from fastokd.train.loop import load_run
+
+NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1"), 3: ("tiny",)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of two and of three processes, see ``rank_runs.py``; what process R ended with is in NAME.R.pt."""
+    folder = tmp_path_factory.mktemp("runs")
+    for size, names in NAMES.items():
+        for process in start_ranks(size, ["tests/rank_runs.py", folder, *names]):
+            code, _, errors = finish(process)
+            assert code == 0, errors
+    return folder
+
+
+def ended(folder, name, rank=0):
+    return torch.load(folder / f"{name}.{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process ends with, for one of the configurations."""
+    def run(name, **changes):
+        config = dataclasses.replace(rank_runs.CONFIGS[name], **changes)
+        before = torch.are_deterministic_algorithms_enabled()
+        try:
+            return rank_runs.found(rank_runs.train(config, tmp_path_factory.mktemp("alone") / name, rank_runs.dataset()))
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return run
+
+
+def assert_close(found, expected, tolerance, leave_out=()):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if not name.endswith(leave_out or "\0"):
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_equal(found, expected):
+    """The same tensors bit for bit, and the same values."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_equal(found[name], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_equal(mine, theirs)
+    else:
+        assert found == expected
+
+
+GPUS = ("--gpus", "2")
+STATISTICS = ("running_mean", "running_var")
+
+
+@pytest.mark.parametrize("name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl"])
+def test_all_processes_end_with_the_same(folder, name):
+    first = ended(folder, name)
+    del first["train"]
+    assert_equal(ended(folder, name, 1), first)
+
+
+def test_synchronized_norms_make_it_one_process(folder, alone):
+    found, expected = ended(folder, "synchronized"), alone("synchronized")
+    assert found["share"] == "batch 32 = 2 processes x 16"
+    assert_close(found["model"], expected["model"], 1e-5)
+    for mine, theirs in zip(found["train"], expected["train"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert found["last"] == expected["last"]
+
+
+@pytest.mark.parametrize("name", ["parts", "tsb", "kdcl"])
+def test_two_processes_are_one_that_takes_more_parts(folder, alone, name):
+    """Each part of 8 images is normalised on its own. Two processes' statistics are averaged, one's follow each other."""
+    found, expected = ended(folder, name), alone(name)
+    assert found["share"] == "batch 32 = 2 processes x 2 x 8"
+    assert_close(found["model"], expected["model"], 1e-5, leave_out=STATISTICS)
+    assert_close(found["criterion"], expected["criterion"], 1e-5)
+    for mine, theirs in zip(found["train"], expected["train"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_what_a_loss_remembers_is_of_all_images(folder):
+    steps = ended(folder, "tsb")["criterion"]["accumulator.steps"]
+    assert torch.equal(steps, torch.ones(256, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("name", "images"), [("plain", (256, 100)), ("average", (256, 100)), ("tiny", (64, 2))])
+def test_accuracies_are_those_of_one_process_over_all_images(folder, name, images, monkeypatch):
+    """100 images over two processes, and 2 over three, of which one has none."""
+    monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
+    run = load_run(folder / name)
+    assert run.evaluator.evaluate(run.loader) == ended(folder, name)["last"] == run.state["last"]
+
+
+def test_layers_draw_their_own_in_every_process(folder):
+    first, second = load_checkpoint(folder / "plain" / "checkpoints" / "last.pt")["ranks"]
+    assert not torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
+
+
+@pytest.mark.parametrize(("name", "place"), [("plain@3", 5), ("average@3", 5), ("plain@-1", 8)])
+def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder, name, place):
+    """The signal comes after the third step's exchange: it is said after the fourth and followed after the fifth. Eight are all."""
+    for rank in (0, 1):
+        stopped = ended(folder, name, rank)
+        assert stopped.pop("code") == EXIT_PREEMPTED
+        message = stopped.pop("message")
+        assert message.startswith(f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of the next; continue with 'fastokd train --resume")
+        place_saved = stopped.pop("stopped")
+        assert (place_saved["epoch"], place_saved["ranks"], place_saved["loader"]["position"]) == (1, 2, place * 32)
+        assert_equal(stopped, ended(folder, name.partition("@")[0], rank))
+
+
+class Command:
+    """A run of the command in several processes that is watched from outside."""
+
+    def __init__(self, out, before=(), after=()):
+        self.out = out
+        self.process = start([*before, "-m", "fastokd", *rank_runs.COMMAND, "--out", out, "--resume", "auto", *after])
+
+    def rank(self, rank):
+        """The process of that rank below the one that was started."""
+        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(pid) for pid in below if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+    def wait_for(self, what):
+        end = time.monotonic() + 120
+        while not what():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, "it did not come so far"
+            time.sleep(0.02)
+
+    def sessions(self):
+        try:
+            return len(json.loads((self.out / "environment.json").read_text())["sessions"])
+        except (OSError, ValueError):
+            return 0
+
+
+def assert_same_run(out, expected):
+    """The checkpoint and the records of a run from outside, which is one that was not interrupted."""
+    state = load_checkpoint(out / "checkpoints" / "last.pt")
+    for part in ("model", "optimizer", "last"):
+        assert_equal(state[part], expected[part])
+    assert_equal([json.loads(line)["train"] for line in (out / "metrics.jsonl").read_text().splitlines()], expected["train"])
+
+
+def test_a_killed_worker_is_started_again_by_torchrun_and_nothing_is_lost(folder, tmp_path):
+    run = Command(tmp_path / "run", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+    run.wait_for((run.out / "checkpoints" / "last.pt").exists)
+    os.kill(run.rank(1), signal.SIGKILL)
+    code, _, errors = finish(run.process)
+    assert code == 0, errors
+    assert run.sessions() == 2
+    assert_same_run(run.out, ended(folder, "command"))
+
+
+def test_two_nodes(folder, tmp_path):
+    """Two agents of torchrun with one process each meet on the loopback interface."""
+    agents = [Command(tmp_path / "run", ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+                                         f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]) for port in [free_port()] * 2]
+    for agent in agents:
+        code, _, errors = finish(agent.process)
+        assert code == 0, errors
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+    assert_same_run(tmp_path / "run", ended(folder, "command"))
+
+
+def complaints(errors):
+    """What fastokd says on stderr, without what each process says when it hears a signal."""
+    return [line for line in errors.splitlines() if line.startswith("fastokd: ") and "saving after this step" not in line]
+
+
+def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path):
+    """Stopped by a signal to one process, then killed in one process, then let alone."""
+    out = tmp_path / "run"
+    run = Command(out, after=GPUS)
+    run.wait_for((out / "checkpoints" / "last.pt").exists)
+    os.kill(run.rank(1), signal.SIGUSR1)
+    code, _, errors = finish(run.process)
+    assert code == EXIT_PREEMPTED
+    said, = complaints(errors)
+    assert said.startswith("fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epochs and ")
+
+    run = Command(out, after=GPUS)
+    run.wait_for(lambda: run.sessions() == 2)
+    os.kill(run.rank(1), signal.SIGKILL)
+    code, _, errors = finish(run.process)
+    assert code == 128 + signal.SIGKILL
+    assert complaints(errors)[-1] == "fastokd: rank 1 of 2 was killed by SIGKILL; the last checkpoint is intact"
+    assert len(complaints(errors)) <= 2
+    assert "Traceback" not in errors
+
+    code, output, errors = finish(Command(out, after=GPUS).process)
+    assert (code, complaints(errors)) == (0, [])
+    assert output.count("branch1 (student)") == 1
+    assert run.sessions() == 3
+    assert_same_run(out, ended(folder, "command"))
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    code, output, errors = finish(start(["-m", "fastokd", *rank_runs.COMMAND, "--batch-size", "63", "--gpus", "2", "--out", tmp_path / "run"]))
+    assert (code, output) == (2, "")
+    assert errors == "fastokd: batch_size=63 over 2 processes leaves 1; it is the global batch: use 62 or 64\n"
+    assert not (tmp_path / "run").exists()
