@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastokd.methods.base as base
@@ -24,10 +25,16 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, batch_size=16, lr=0.05)
 
 
-def step_of(config=CONFIG, **changes):
-    config = dataclasses.replace(config, **changes)
+def step_of(smooth=False, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
     check_config(config)
-    return TrainStep(config, build_model(config, 10, CPU), CPU)
+    model = build_model(config, 10, CPU)
+    for module in [*model.modules()] if smooth else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                # Rounding may fall on either side of a kink, and after twenty steps all weights show which.
+                setattr(module, name, nn.Softplus(beta=3.0))
+    return TrainStep(config, model, CPU)
 
 
 def batches(count, size=16, seed=0):
@@ -46,35 +53,51 @@ def weights(step):
     return {name: value.detach().clone() for name, value in step.model.state_dict().items()}
 
 
-def spread(one, other):
-    """The largest difference of the weights, relative to the largest weight."""
-    return max(float((one[name] - other[name]).abs().max() / (1e-3 + other[name].abs().max())) for name in one if one[name].is_floating_point())
+def difference(one, other, start):
+    """How far the parameters of two trainings are apart, as a fraction of how far the second moved them."""
+    one, other, start = (torch.cat([value.flatten().double() for name, value in each.items() if value.is_floating_point() and "running" not in name])
+                         for each in (one, other, start))
+    return float((one - other).norm() / (other - start).norm())
+
+
+OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False, "merge_first_conv": False}
+SMOOTH = {"smooth": True, **OFF}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Weights before and after twenty steps with all levers off."""
+    step = step_of(**SMOOTH)
+    return weights(step), weights(train(step, batches(20), lr=0.002))
 
 
 class TestLevers:
     """A lever changes how fast a step is, not what it does."""
 
-    OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False, "merge_first_conv": False}
-
-    @pytest.fixture(scope="class")
-    def plain(self):
-        return weights(train(step_of(**self.OFF), batches(20)))
+    # Measured: 1e-6 to 3e-6. A weight decay of 4e-4 instead of 5e-4 is off by 5e-3, a kd_weight of 0.69 for 0.7 by 0.1.
+    TOLERANCE = 1e-4
 
     @pytest.mark.parametrize("lever", [{"impl": "auto"}, {"channels_last": True}, {"flat": True}, {"merge_first_conv": True}], ids=lambda lever: next(iter(lever)))
     def test_one_at_a_time(self, plain, lever):
-        # Twenty steps from random weights at this learning rate let rounding grow; a step that differs in kind is off by 1.
-        assert spread(weights(train(step_of(**{**self.OFF, **lever}), batches(20))), plain) < 0.02
+        start, end = plain
+        assert difference(weights(train(step_of(**{**SMOOTH, **lever}), batches(20), lr=0.002)), end, start) < self.TOLERANCE
 
     def test_all_together(self, plain):
-        every = step_of(impl="auto", channels_last=True, flat=True, compile=True, merge_first_conv=True)
+        start, end = plain
+        every = step_of(**{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True, "merge_first_conv": True})
         assert every.levers.describe() == "fp32, channels-last, compiled, parameters in one tensor"
-        assert spread(weights(train(every, batches(20))), plain) < 0.02
-        assert set(every.model.student().state_dict()) == set(step_of().model.student().state_dict())
+        assert difference(weights(train(every, batches(20), lr=0.002)), end, start) < self.TOLERANCE
+        assert set(every.model.student().state_dict()) == set(step_of(**SMOOTH).model.student().state_dict())
 
-    def test_bf16_is_near(self, plain):
-        found = weights(train(step_of(**self.OFF, precision="bf16"), batches(20)))
-        assert 1e-4 < spread(found, plain)  # it was used
-        assert all(bool(value.isfinite().all()) for value in found.values())
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_fewer_bits_are_near(self, precision):
+        """One step of gradient descent: of a gradient through all layers and batch norms 8 bits lose 12 %, 11 bits 5 %."""
+        settings = {**SMOOTH, "momentum": 0.0, "nesterov": False}
+        start = weights(step_of(**settings))
+        full, half = (train(step_of(**settings, precision=each), batches(1)) for each in ("fp32", precision))
+        assert 1e-3 < difference(weights(half), weights(full), start) < 0.3
+        assert half.guard.read() is None
+        assert half.sums.means()["loss"] == pytest.approx(full.sums.means()["loss"], rel=0.02)
 
     @pytest.mark.parametrize(("changes", "message"), [
         ({"cuda_graph": True}, "cuda_graph=True: there are none on cpu; leave it out"),
@@ -127,6 +150,7 @@ def test_gradients_of_parts_are_those_of_the_batch_in_parts():
         result = model(batch.images[rows])
         loss = loss + criterion(result.logits, batch.target[rows], scores=result.scores, kd_weight=0.7) / 2
     loss.backward()
+    loss = loss.detach()
     for (name, trained), reference in zip(step.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(trained, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert step.sums.means()["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -253,12 +277,6 @@ class TestLossScale:
             each.update(torch.tensor(False))
             each.update(torch.tensor(False))
         assert float(other.value) == float(scale.value) == 2 * LossScale.START
-
-    def test_fp16_trains_as_fp32_does(self):
-        plain, half = (train(step_of(impl="reference", precision=precision), batches(3)) for precision in ("fp32", "fp16"))
-        assert 1e-6 < spread(weights(half), weights(plain)) < 0.05
-        assert half.guard.read() is None
-        assert half.sums.means()["loss"] == pytest.approx(plain.sums.means()["loss"], rel=0.01)
 
     def test_an_overflow_is_the_scales_business_and_a_lost_loss_is_not(self):
         step = step_of(impl="reference", precision="fp16")
