@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from fastokd.errors import ConfigError
+from fastokd.errors import EXIT_PEER, ConfigError
 
 LEAVE_SECONDS = 30.0
 """How long processes get to end by themselves after one of them has."""
@@ -79,20 +79,16 @@ def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Wait for all; where one fails, the others get ``LEAVE_SECONDS`` to notice."""
-    failed: int | None = None
     deadline = float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        if failed is None:
-            failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-            if failed is not None:
-                deadline = time.monotonic() + LEAVE_SECONDS
+        if deadline == float("inf") and any(child.poll() for child in children):
+            deadline = time.monotonic() + LEAVE_SECONDS
         time.sleep(0.1)
-    if failed is None:
-        failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-    if failed is None:
+    failed = {rank: code for rank, child in enumerate(children) if (code := child.poll())}
+    if not failed:
         return 0
-    code = children[failed].returncode
-    if code < 0:
-        print(f"fastokd: rank {failed} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
-        return 128 - code
-    return code
+    rank = min(failed, key=lambda rank: failed[rank] == EXIT_PEER)  # the loss of another process is never what came first
+    if (code := failed[rank]) > 0:
+        return code
+    print(f"fastokd: rank {rank} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
+    return 128 - code
