@@ -220,7 +220,7 @@ class TestInTheBackground:
     def test_save_returns_before_it_is_written_and_takes_the_values_of_that_moment(self, tmp_path):
         store, go = CheckpointStore(tmp_path, KEEP), threading.Event()
         state = make_state(1)
-        store.save(state, before=go.wait)  # does not end before the next line ran
+        store.save(state, before=lambda: go.wait(20))  # does not end before the next lines ran
         assert not (tmp_path / "last.pt").exists()
         for tensors in (state["model"], state["optimizer"]["sgd"], state["ranks"][0]["rng"]):
             for value in tensors.values():

@@ -20,6 +20,7 @@ from fastokd.train.levers import choose_levers
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
+from fastokd.train.statistics import RunningStatistics
 from fastokd.train.streams import BranchStreams
 from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
@@ -133,7 +134,7 @@ class TrainStep(BranchEvaluator):
         self.kd_weight = torch.ones((), device=device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         may_skip = config.on_nonfinite == "skip" or self.scale is not None
-        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()] if may_skip else []
+        self._statistics = RunningStatistics(model) if may_skip else None
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """The learning rate and the factor of the scheduled terms from the next step on."""
@@ -143,7 +144,8 @@ class TrainStep(BranchEvaluator):
     def __call__(self, batch: Batch) -> None:
         """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and the right answers per row."""
         self.optimizers.zero_grad()
-        before = [buffer.clone() for buffer in self._statistics]
+        if self._statistics is not None:
+            self._statistics.keep()
         results: dict[str, Tensor] = {}
         *others, last = self._parts(batch)
         with contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync():
@@ -154,9 +156,8 @@ class TrainStep(BranchEvaluator):
         divisor = self.share.accumulate if self.scale is None else self.scale.value * self.share.accumulate
         norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
-        # What a step that was left out did to batch norm's statistics would stay in them for ever.
-        for buffer, old in zip(self._statistics, before, strict=True):
-            buffer.copy_(torch.where(lost | overflowed, old, buffer))
+        if self._statistics is not None:
+            self._statistics.put_back(lost | overflowed)
         if self.average is not None:
             self.average.update()
         if self.scale is not None:

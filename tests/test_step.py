@@ -1,0 +1,286 @@
+"""The training step: the same training however it is run, no host reads, and what is not finite."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastokd.methods.base as base
+from fastokd.data import Batch, make_loader, open_dataset
+from fastokd.errors import ConfigError
+from fastokd.train.build import build_model
+from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.guard import FiniteGuard
+from fastokd.train.levers import choose_levers
+from fastokd.train.metrics import MetricSums
+from fastokd.train.precision import LossScale
+from fastokd.train.runner import StepRunner
+from fastokd.train.step import TrainStep
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, batch_size=16, lr=0.05)
+
+
+def step_of(config=CONFIG, **changes):
+    config = dataclasses.replace(config, **changes)
+    check_config(config)
+    return TrainStep(config, build_model(config, 10, CPU), CPU)
+
+
+def batches(count, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Batch(torch.randn(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator), torch.arange(size)) for _ in range(count)]
+
+
+def train(step, given, kd_weight=0.7, lr=0.05):
+    step.set_schedule(lr, kd_weight)
+    for batch in given:
+        step(batch)
+    return step
+
+
+def weights(step):
+    return {name: value.detach().clone() for name, value in step.model.state_dict().items()}
+
+
+def spread(one, other):
+    """The largest difference of the weights, relative to the largest weight."""
+    return max(float((one[name] - other[name]).abs().max() / (1e-3 + other[name].abs().max())) for name in one if one[name].is_floating_point())
+
+
+class TestLevers:
+    """A lever changes how fast a step is, not what it does."""
+
+    OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False, "merge_first_conv": False}
+
+    @pytest.fixture(scope="class")
+    def plain(self):
+        return weights(train(step_of(**self.OFF), batches(20)))
+
+    @pytest.mark.parametrize("lever", [{"impl": "auto"}, {"channels_last": True}, {"flat": True}, {"merge_first_conv": True}], ids=lambda lever: next(iter(lever)))
+    def test_one_at_a_time(self, plain, lever):
+        # Twenty steps from random weights at this learning rate let rounding grow; a step that differs in kind is off by 1.
+        assert spread(weights(train(step_of(**{**self.OFF, **lever}), batches(20))), plain) < 0.02
+
+    def test_all_together(self, plain):
+        every = step_of(impl="auto", channels_last=True, flat=True, compile=True, merge_first_conv=True)
+        assert every.levers.describe() == "fp32, channels-last, compiled, parameters in one tensor"
+        assert spread(weights(train(every, batches(20))), plain) < 0.02
+        assert set(every.model.student().state_dict()) == set(step_of().model.student().state_dict())
+
+    def test_bf16_is_near(self, plain):
+        found = weights(train(step_of(**self.OFF, precision="bf16"), batches(20)))
+        assert 1e-4 < spread(found, plain)  # it was used
+        assert all(bool(value.isfinite().all()) for value in found.values())
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"cuda_graph": True}, "cuda_graph=True: there are none on cpu; leave it out"),
+        ({"streams": True}, "streams=True: there are none on cpu"),
+        ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
+    ])
+    def test_what_a_cpu_has_not_is_refused(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            step_of(**changes)
+
+    @pytest.mark.parametrize(("changes", "reason"), [
+        ({}, None),
+        ({"merge_first_conv": True}, "merge_first_conv runs the branches' first convolutions as one"),
+        ({"method": "baseline", "branches": 1, "aux_blocks": 0}, "there is one branch"),
+    ])
+    def test_on_a_gpu_what_goes_together_is_on(self, changes, reason):
+        config = dataclasses.replace(CONFIG, **changes)
+        model = build_model(config, 10, CPU)
+        levers = choose_levers(config, model, torch.device("cuda", 0))
+        assert levers == type(levers)("bf16", channels_last=True, compile=True, cuda_graph=True, streams=reason is None, flat=True)
+        if reason:
+            with pytest.raises(ConfigError, match=f"streams=True: {reason}"):
+                choose_levers(dataclasses.replace(config, streams=True), model, torch.device("cuda", 0))
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"device_batch": 5}, r"device_batch=5: it must be at least 2 and a divisor of batch_size=16"),
+        ({"optimizer": "sdg"}, r"unknown optimizer 'sdg'; did you mean 'sgd'\?"),
+        ({"schedule": "cosin"}, r"unknown schedule 'cosin'; did you mean 'cosine'\?"),
+        ({"ema": 1.0}, r"ema=1.0: it must be a decay in \(0, 1\)"),
+        ({"clip_grad": -1.0}, r"clip_grad=-1.0"),
+        ({"betas": (0.9,)}, r"betas=\(0.9,\): it must be two numbers"),
+        ({"warmup_epochs": 300.0}, r"warmup_epochs=300.0: it must be at least 0 and below epochs=300"),
+        ({"on_nonfinite": "ignore"}, r"unknown on_nonfinite 'ignore'"),
+        ({"log_to": ("tensorbord",)}, r"unknown log_to 'tensorbord'; did you mean 'tensorboard'\?"),
+        ({"keep_checkpoints": 0}, r"keep_checkpoints=0"),
+        ({"method": "tsb", "branches": 2, "aux_blocks": 0, "on_nonfinite": "skip"}, r"on_nonfinite=skip and method 'tsb': it remembers"),
+    ])
+    def test_settings_that_make_no_sense(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            check_config(dataclasses.replace(CONFIG, **changes))
+
+
+def test_gradients_of_parts_are_those_of_the_batch_in_parts():
+    """Two passes of eight images and one update, against the same by hand: batch norm sees eight images at a time."""
+    step = step_of(device_batch=8, momentum=0.0, nesterov=False, weight_decay=0.0)
+    model, criterion, batch = copy.deepcopy(step.model), copy.deepcopy(step.criterion), batches(1)[0]
+    train(step, [batch], lr=0.1)
+    loss = 0.0
+    for rows in (slice(0, 8), slice(8, 16)):
+        result = model(batch.images[rows])
+        loss = loss + criterion(result.logits, batch.target[rows], scores=result.scores, kd_weight=0.7) / 2
+    loss.backward()
+    for (name, trained), reference in zip(step.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(trained, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert step.sums.means()["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a value on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+                                   torch.ops.aten.is_nonzero):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"impl": "reference"}, {"flat": True, "clip_grad": 1.0, "ema": 0.9}, {"optimizer": "lamb", "on_nonfinite": "skip"}, {"optimizer": "adamw", "device_batch": 8},
+    {"precision": "fp16", "impl": "reference"}], ids=str)
+def test_the_loop_reads_nothing_on_the_host(monkeypatch, changes):
+    # On a CPU labels are looked at in every step, because that is free there.
+    monkeypatch.setattr(base, "_check_label_range", lambda target, classes: None)
+    dataset = open_dataset("digits")
+    step = step_of(**changes)
+    loader = make_loader(dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True)
+    runner = StepRunner(step)
+    loader.set_epoch(0)
+    with HostReads() as reads:
+        for done in runner.epoch(loader):
+            step.set_schedule(0.1 / done, 0.5)
+    assert done == 4
+    assert reads.names == []
+    with HostReads() as reads:
+        step.sums.means()
+        assert step.guard.read() is None
+    assert reads.names, "the counter counts"
+
+
+def test_an_epoch_is_taken_up_in_its_middle():
+    dataset = open_dataset("digits")
+    whole, parts = step_of(), step_of()
+
+    def loader():
+        return make_loader(dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True)
+
+    assert list(StepRunner(whole).epoch(loader())) == [1, 2, 3, 4]
+    first, second = loader(), loader()
+    taken = StepRunner(parts).epoch(first)
+    assert [next(taken), next(taken)] == [1, 2]
+    second.load_state_dict(first.state_dict())
+    assert list(StepRunner(parts).epoch(second, 2)) == [3, 4]
+    assert all(torch.equal(value, weights(parts)[name]) for name, value in weights(whole).items())
+
+
+class TestNotFinite:
+    @pytest.fixture
+    def given(self):
+        good = batches(4)
+        bad = Batch(torch.full_like(good[0].images, math.inf), good[0].target, good[0].index)
+        return good, bad
+
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_skip_is_as_if_the_batch_had_not_been(self, given, flat):
+        good, bad = given
+        step = train(step_of(on_nonfinite="skip", ema=0.9, flat=flat), [good[0], bad, *good[1:]])
+        clean = train(step_of(on_nonfinite="skip", flat=flat), good)
+        assert all(torch.equal(value, weights(clean)[name]) for name, value in weights(step).items())
+        found = step.guard.read()
+        assert (found.count, found.step) == (1, 1)
+        assert {"loss", "ce/branch1", "ce/ta3"} <= set(found.terms)
+        assert step.sums.means() == clean.sums.means()
+        assert all(bool(value.isfinite().all()) for value in step.average.module.state_dict().values())
+
+    @pytest.mark.parametrize("policy", ["stop", "rollback"])
+    def test_until_the_host_looks_the_weights_stay_as_they_were(self, given, policy):
+        good, bad = given
+        step = train(step_of(on_nonfinite=policy), good[:2])
+        before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
+        train(step, [bad, *good[2:]])
+        assert all(torch.equal(value, before[name]) for name, value in step.model.named_parameters())
+        found = step.guard.read()
+        assert (found.count, found.step) == (1, 2)
+        step.guard.clear()
+        assert step.guard.read() is None
+
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_a_gradient_names_its_branch(self, given, flat):
+        step = step_of(flat=flat)
+        step.model.branches[1].head.fc.weight.register_hook(lambda grad: grad * math.inf)
+        train(step, given[0][:1])
+        found = step.guard.read()
+        assert found.terms == ()
+        assert "branch2" in found.describe()
+        assert "trunk" not in found.describe()
+        if not flat:
+            assert found.describe() == "step 1: every term of the loss is finite, and the gradient is not, in branch2"
+
+    def test_the_first_is_the_one_that_is_described(self):
+        guard = FiniteGuard(CPU, [("a",), ("b",)], sticky=True)
+        for number, value in enumerate([1.0, math.nan, math.inf]):
+            assert float(guard.withheld()) == (number > 1)
+            terms = {"loss": torch.tensor(value), "ce/branch1": torch.tensor(1.0 if number == 1 else value)}
+            guard.note(torch.tensor(not math.isfinite(value)), torch.tensor(number), terms, torch.tensor([1.0, value]))
+        found = guard.read()
+        assert (found.count, found.step, found.terms, found.parameters) == (2, 1, ("loss",), ("b",))
+        assert found.describe() == "step 2: not finite: loss (2 such steps)"
+
+
+class TestLossScale:
+    def test_it_is_halved_and_doubled(self, monkeypatch):
+        monkeypatch.setattr(LossScale, "GROWTH_STEPS", 3)
+        scale = LossScale(CPU)
+        seen = []
+        for overflowed in (False, False, True, False, False, False, False):
+            scale.update(torch.tensor(overflowed))
+            seen.append(float(scale.value) / LossScale.START)
+        assert seen == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+        other = LossScale(CPU)
+        other.load_state_dict(scale.state_dict())
+        for each in (scale, other):
+            each.update(torch.tensor(False))
+            each.update(torch.tensor(False))
+        assert float(other.value) == float(scale.value) == 2 * LossScale.START
+
+    def test_fp16_trains_as_fp32_does(self):
+        plain, half = (train(step_of(impl="reference", precision=precision), batches(3)) for precision in ("fp32", "fp16"))
+        assert 1e-6 < spread(weights(half), weights(plain)) < 0.05
+        assert half.guard.read() is None
+        assert half.sums.means()["loss"] == pytest.approx(plain.sums.means()["loss"], rel=0.01)
+
+    def test_an_overflow_is_the_scales_business_and_a_lost_loss_is_not(self):
+        step = step_of(impl="reference", precision="fp16")
+        before = weights(step)
+        step.scale.value.fill_(2.0**40)
+        train(step, batches(1))
+        assert step.guard.read() is None
+        assert float(step.scale.value) == LossScale.LARGEST
+        assert all(torch.equal(value, weights(step)[name]) for name, value in before.items())
+        train(step, [Batch(torch.full((16, 3, 8, 8), math.nan), torch.zeros(16, dtype=torch.int64), torch.arange(16))])
+        assert "loss" in step.guard.read().terms
+
+
+def test_sums_leave_out_what_they_are_told_to():
+    sums = MetricSums()
+    assert sums.means() == {}
+    sums.add({"loss": torch.tensor(8.0)}, 4)
+    sums.add({"loss": torch.tensor(math.nan)}, 4, torch.tensor(True))
+    assert sums.means() == {"loss": 2.0}
+    other = MetricSums()
+    other.load_state_dict(sums.state_dict(), CPU)
+    other.add({"loss": torch.tensor(4.0)}, 1)
+    assert (other.means(), sums.means()) == ({"loss": 2.4}, {"loss": 2.0})
+    sums.clear()
+    assert sums.means() == {}
