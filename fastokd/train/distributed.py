@@ -49,11 +49,6 @@ class Ranks:
         """Whether this process speaks and writes files for all."""
         return self.rank == 0
 
-    @property
-    def label(self) -> str:
-        """What begins a line that only this process says."""
-        return f"rank {self.rank}: " if self.size > 1 else ""
-
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
