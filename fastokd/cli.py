@@ -228,54 +228,15 @@ def train(
         quiet: print only the result.
     """
     from fastokd.train.launch import check_launched, launch, launched
+    from fastokd.train.signals import StopSignals
 
     if gpus is not None:
         if not launched():
             return launch(gpus, _arguments)
         check_launched(gpus)
-    given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
-    from fastokd.data import absolute_spec
-    from fastokd.train.distributed import process_group
-    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
-    from fastokd.train.progress import Reporter
-    from fastokd.train.run_folder import RunFolder
-
-    if data is not None:
-        given["data"] = absolute_spec(data)  # the run can then be resumed and evaluated from any folder
-    for name in ("method_options", "loader_options"):
-        if name in given:
-            given[name] = _parse_options(given[name])
-    if "resize_schedule" in given:
-        given["resize_schedule"] = _parse_schedule(resize_schedule)
-    if resume not in (None, "auto"):
-        if others := [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]:
-            raise ConfigError(f"--resume goes on with the run's own configuration; leave out {', '.join('--' + name for name in others)}")
-        settings = dataclasses.replace(RunFolder.open(Path(resume)).load_config(), **given)
-    else:
-        settings = _settings(recipe, config, given)
-    name = f"{recipe or settings.model.replace(':', '-') + '-' + settings.method}-seed{settings.seed}"
-    with process_group(settings.device) as ranks:
-        reporter = Reporter(quiet=quiet, silent=not ranks.is_main)
-        if not ranks.is_main:
-            warnings.simplefilter("ignore")  # the main process warns of the same
-        try:
-            if resume in (None, "auto"):
-                trainer = begin_run(settings, out, name, reporter, resume == "auto", allow_config_change)
-            else:
-                trainer = resume_run(Path(resume), reporter, allow_config_change, **given)
-        except RunIsFinished as error:
-            if resume != "auto":
-                raise
-            reporter.say(str(error))
-            return EXIT_OK
-        try:
-            summary = trainer.run()
-        finally:
-            if ranks.is_main:
-                trainer.run_folder.discard_without_checkpoint()
-        if ranks.is_main:
-            _print_summary(summary, trainer.kept, trainer.run_folder.path)
-    return EXIT_OK
+    with StopSignals() as signals:  # before torch is imported, which takes seconds
+        given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
+        return _train(given, recipe, config, out, resume, allow_config_change, quiet, signals)
 
 
 @command
@@ -595,6 +556,54 @@ def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None)
     Console(highlight=False, soft_wrap=True).print(table)
     allowed = [method for method in list_methods() if all(method in allowed_methods(part.strip()) for part in name.split(","))]
     print(f"{layout['num_classes']} classes, images of {size} x {size}; methods: {', '.join(allowed)}")
+
+
+def _train(given: dict[str, Any], recipe: str | None, config: Path | None, out: Path | None, resume: str | None, allow_config_change: bool,
+           quiet: bool, signals: Any) -> int:
+    """The command ``train`` with the fields of the configuration that were ``given``, in each of its processes."""
+    from fastokd.data import absolute_spec
+    from fastokd.train.distributed import process_group
+    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
+    from fastokd.train.progress import Reporter
+    from fastokd.train.run_folder import RunFolder
+
+    if "data" in given:
+        given["data"] = absolute_spec(given["data"])  # the run can then be resumed and evaluated from any folder
+    for name in ("method_options", "loader_options"):
+        if name in given:
+            given[name] = _parse_options(given[name])
+    if "resize_schedule" in given:
+        given["resize_schedule"] = _parse_schedule(given["resize_schedule"])
+    begins = resume in (None, "auto")
+    if begins:
+        settings = _settings(recipe, config, given)
+    elif others := [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]:
+        raise ConfigError(f"--resume goes on with the run's own configuration; leave out {', '.join('--' + name for name in others)}")
+    else:
+        settings = dataclasses.replace(RunFolder.open(Path(resume)).load_config(), **given)
+    name = f"{recipe or settings.model.replace(':', '-') + '-' + settings.method}-seed{settings.seed}"
+    with process_group(settings.device) as ranks:
+        reporter = Reporter(quiet=quiet, silent=not ranks.is_main)
+        if not ranks.is_main:
+            warnings.simplefilter("ignore")  # the main process warns of the same
+        try:
+            if begins:
+                trainer = begin_run(settings, out, name, reporter, resume == "auto", allow_config_change, signals)
+            else:
+                trainer = resume_run(Path(resume), reporter, allow_config_change, signals, **given)
+        except RunIsFinished as error:
+            if resume != "auto":
+                raise
+            reporter.say(str(error))
+            return EXIT_OK
+        try:
+            summary = trainer.run()
+        finally:
+            if ranks.is_main:
+                trainer.run_folder.discard_without_checkpoint()
+        if ranks.is_main:
+            _print_summary(summary, trainer.kept, trainer.run_folder.path)
+    return EXIT_OK
 
 
 def _field_names() -> set[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from method_runs import few_digits
+from torch import Tensor
 
 from fastokd.data import Dataset
 from fastokd.errors import Preempted
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, process_group
-from fastokd.train.loop import Trainer
+from fastokd.train.loop import NonFiniteLoss, Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
@@ -28,6 +30,8 @@ CONFIGS = {
     "plain": SMALL,
     "synchronized": dataclasses.replace(SMALL, epochs=1, sync_bn=True, flat=True),
     "parts": dataclasses.replace(SMALL, epochs=1, device_batch=8),
+    "skip": dataclasses.replace(SMALL, epochs=1, on_nonfinite="skip"),
+    "stop": SMALL,
     "average": dataclasses.replace(SMALL, ema=0.9, mixup=0.2),
     "tsb": dataclasses.replace(SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8),
     "kdcl": dataclasses.replace(SMALL, epochs=1, method="kdcl", branches=None, method_options={"variant": "general", "icl": False}, device_batch=8),
@@ -59,14 +63,46 @@ def dataset(count: int = 256, evaluated: int = 100) -> Dataset:
     return dataclasses.replace(digits, test=digits.test.select(torch.arange(evaluated)))
 
 
-def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
-    """A run from the start to the end, or to where the last process gets a signal."""
+def make(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
+    """A new run, in which the last process gets a signal ``at`` that step of the second epoch."""
     ranks = Ranks.current()
     run = RunFolder.create(folder) if ranks.is_main else RunFolder(folder)
     trainer = Trainer(config, run, Stopper(at if ranks.rank == ranks.size - 1 else None), images)
     trainer.start()
+    return trainer
+
+
+def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
+    """A run from the start to the end, or to the signal."""
+    trainer = make(config, folder, images, at)
     trainer.run()
     return trainer
+
+
+def resume(folder: Path) -> Trainer:
+    """The rest of a run, on the images that the test gives, which have no name."""
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    trainer = Trainer(CONFIGS[folder.name.partition("@")[0]], RunFolder.open(folder), Reporter(silent=True), dataset(), seen=state["data"])
+    trainer.resume(state)
+    trainer.run()
+    return trainer
+
+
+def run_with_a_bad_step(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """A run in which the second branch of the last process computes NaN in the third step."""
+    trainer = make(config, folder, dataset())
+    calls = iter(range(1, 1000))
+
+    def spoil(_: torch.nn.Module, __: object, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return (result[0], result[1] * float("nan")) if next(calls) == 3 else result
+
+    if trainer.ranks.rank == trainer.ranks.size - 1:
+        trainer.model.branches[1].register_forward_hook(spoil)
+    try:
+        trainer.run()
+    except NonFiniteLoss as error:
+        return {"message": str(error)}
+    return found(trainer)
 
 
 def found(trainer: Trainer) -> dict[str, Any]:
@@ -85,19 +121,17 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     if name == "tiny":  # fewer images to evaluate than processes
         return found(train(dataclasses.replace(SMALL, epochs=1, batch_size=30), folder, dataset(64, 2)))
     config = CONFIGS[name]
+    if name in ("skip", "stop"):
+        return run_with_a_bad_step(config, folder)
     if not at:
         return found(train(config, folder, None if name == "command" else dataset()))
     try:
         train(config, folder, dataset(), int(at))
     except Preempted as stopped:
         message, code = str(stopped), stopped.exit_code
-    # From the dataset that the test gives, which has no name.
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    run = RunFolder.open(folder)
-    trainer = Trainer(config, run, Reporter(silent=True), dataset(), seen=state["data"])
-    trainer.resume(state)
-    trainer.run()
-    return {**found(trainer), "message": message, "code": code, "stopped": {"epoch": state["epoch"], "loader": state["loader"], "ranks": len(state["ranks"])}}
+    if Ranks.current().is_main:
+        shutil.copytree(folder, folder.parent / "stopped" / folder.name)
+    return {**found(resume(folder)), "message": message, "code": code}
 
 
 if __name__ == "__main__":

@@ -430,3 +430,23 @@ def test_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
     assert re.fullmatch(r"fastokd: cannot write .*(last|best)\.pt: File too large\..*", done.stderr.strip())
     assert (folder / "checkpoints" / "last.pt").read_bytes() == before
     assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(run, tmp_path):
+    command = [*TRAIN, "--quiet", "--resume", "auto", "--out", tmp_path / "r"]
+    assert run(*command, "--epochs", "1")[0] == 0
+    code, out, _ = run(*command, "--epochs", "2")
+    assert code == 0
+    assert "the run now has 2 epochs instead of 1" in out
+    for _ in range(2):
+        code, out, err = run(*command, "--epochs", "2")
+        assert (code, err) == (0, "")
+        assert out == "the run has 2 finished epochs, and --epochs 2 is not more; to train on, pass a larger --epochs\n"
+    mistake(run(*command, "--epochs", "3", "--lr", "1"), 2, r"the configuration is not that of the checkpoint \(was, is: lr: 0.05, 1.0\)")
+
+
+def test_wrong_numbers_of_processes(run, monkeypatch):
+    mistake(run(*TRAIN, "--gpus", "0"), 2, "gpus=0; it is how many processes train together, at least 1")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    mistake(run(*TRAIN, "--gpus", "3"), 2, "--gpus 3 under a launcher that started 2 processes here; leave it out, or give it without the launcher")

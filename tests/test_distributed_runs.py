@@ -1,8 +1,8 @@
 """Runs of several processes: the same as those of one, exactly evaluated, and stopped, killed and continued without a trace."""
 
-import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.loop import load_run
 
-NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1"), 3: ("tiny",)}
+NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1", "skip", "stop"), 3: ("tiny",)}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,10 @@ def ended(folder, name, rank=0):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process ends with, for one of the configurations."""
-    def run(name, **changes):
-        config = dataclasses.replace(rank_runs.CONFIGS[name], **changes)
+    def run(name):
         before = torch.are_deterministic_algorithms_enabled()
         try:
-            return rank_runs.found(rank_runs.train(config, tmp_path_factory.mktemp("alone") / name, rank_runs.dataset()))
+            return rank_runs.run(name, tmp_path_factory.mktemp("alone") / name)
         finally:
             torch.use_deterministic_algorithms(before)
 
@@ -71,11 +70,19 @@ def assert_equal(found, expected):
         assert found == expected
 
 
+@pytest.fixture
+def undeterministic():
+    """Puts back what a deterministic run changes in this process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 GPUS = ("--gpus", "2")
 STATISTICS = ("running_mean", "running_var")
 
 
-@pytest.mark.parametrize("name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl"])
+@pytest.mark.parametrize("name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "skip"])
 def test_all_processes_end_with_the_same(folder, name):
     first = ended(folder, name)
     del first["train"]
@@ -128,9 +135,44 @@ def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder,
         assert stopped.pop("code") == EXIT_PREEMPTED
         message = stopped.pop("message")
         assert message.startswith(f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of the next; continue with 'fastokd train --resume")
-        place_saved = stopped.pop("stopped")
-        assert (place_saved["epoch"], place_saved["ranks"], place_saved["loader"]["position"]) == (1, 2, place * 32)
+        state = load_checkpoint(folder / "stopped" / name / "checkpoints" / "last.pt")
+        assert (state["epoch"], len(state["ranks"]), state["loader"]["position"]) == (1, 2, place * 32)
         assert_equal(stopped, ended(folder, name.partition("@")[0], rank))
+
+
+@pytest.mark.parametrize(("name", "place"), [("plain@3", 4), ("plain@-1", 8)])
+def test_a_process_alone_stops_after_the_step_and_continues_bit_for_bit(name, place, alone, tmp_path, undeterministic):
+    stopped = rank_runs.run(name, tmp_path / name)
+    assert stopped.pop("code") == EXIT_PREEMPTED
+    assert f" and {place} steps of the next; " in stopped.pop("message")
+    assert_equal(stopped, alone("plain"))
+
+
+def test_two_processes_may_be_continued_by_one(folder, tmp_path, undeterministic):
+    """Nothing that was measured before is lost: the accuracies are of 256 images."""
+    shutil.copytree(folder / "stopped" / "plain@3", tmp_path / "plain@3")
+    found = rank_runs.found(rank_runs.resume(tmp_path / "plain@3"))
+    before = load_checkpoint(folder / "stopped" / "plain@3" / "checkpoints" / "last.pt")
+    names = before["ranks"][0]["sums"]["names"]
+    counted = sum(state["sums"]["values"] for state in before["ranks"])
+    assert counted[-1] == 5 * 32
+    for name, value in found["train"][1].items():
+        if name.startswith("accuracy/"):
+            assert value * 256 == round(value * 256) >= counted[names.index(name)]
+    assert found["train"][0] == ended(folder, "plain")["train"][0]
+
+
+def test_what_is_not_finite_in_one_process_is_left_out_in_all(folder):
+    found = ended(folder, "skip")
+    assert all(value.isfinite().all() for value in found["model"].values())
+    right = found["train"][0]["accuracy/branch1"] * 7 * 32
+    assert right == pytest.approx(round(right), abs=1e-9)
+
+
+def test_what_is_not_finite_in_one_process_is_named_by_all(folder):
+    first, second = (ended(folder, "stop", rank)["message"] for rank in (0, 1))
+    assert first == second
+    assert first.startswith("epoch 1, step 3: not finite: loss, ce/branch2, ce/ta2, kl/ta2->branch1, kl/branch2->branch1")
 
 
 class Command:

@@ -49,11 +49,6 @@ class Ranks:
         """Whether this process speaks and writes files for all."""
         return self.rank == 0
 
-    @property
-    def label(self) -> str:
-        """What begins a line that only this process says."""
-        return f"rank {self.rank}: " if self.size > 1 else ""
-
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
@@ -252,10 +247,16 @@ def parallel(model: nn.Module, device: torch.device, *, accumulate: int = 1, buc
     """
     # Buffers are equal at the start, because all processes make the model from one seed. torch renamed the switch.
     own = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-    return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=bucket_views,
-        # A static graph whose first backward pass is in no_sync() ends in an internal assertion (pytorch issue 143580).
-        static_graph=accumulate == 1, **{own: False})
+    on_gpu = device.type == "cuda"
+    # On a stream of its own, as PyTorch's notes on CUDA graphs want it for what is captured later.
+    with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device.index] if on_gpu else None, gradient_as_bucket_view=bucket_views,
+            # A static graph whose first backward pass is in no_sync() ends in an internal assertion (PyTorch issue 143580).
+            static_graph=accumulate == 1, **{own: False})
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return wrapped
 
 
 @torch.no_grad()

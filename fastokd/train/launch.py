@@ -7,9 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from fastokd.errors import ConfigError
+from fastokd.errors import EXIT_PEER, EXIT_PREEMPTED, ConfigError
 
 LEAVE_SECONDS = 30.0
 """How long processes get to end by themselves after one of them has."""
@@ -38,7 +38,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     without a deadline, and the exit code is the processes'.
 
     Returns:
-        0 if all returned 0, else the exit code of the first that did not; 128 + N if signal N killed it.
+        0 if all returned 0, else the exit code of one that did not, and was not just left behind; 128 + N if signal N killed it.
     """
     if processes < 1:
         raise ConfigError(f"gpus={processes}; it is how many processes train together, at least 1")
@@ -49,11 +49,11 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserved.getsockname()[1]),
                   "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
         children: list[subprocess.Popen[bytes]] = []
-        with _passed_on(children):
+        with _passed_on(children) as passed:
             try:
                 for rank in range(processes):
                     children.append(subprocess.Popen([sys.executable, "-m", "fastokd", *arguments], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-                return _wait(children)
+                return _wait(children, passed)
             finally:
                 for child in children:
                     if child.poll() is None:
@@ -62,37 +62,39 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Signals to this process go on to its children. Ctrl-C does not, because the terminal sends it to all."""
+def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
+    """Signals to this process go on to its children; which did is yielded. Ctrl-C does not, because the terminal sends it to all."""
+    passed: set[int] = set()
+
     def pass_on(number: int, _: object) -> None:
+        passed.add(number)
         for child in list(children):
             child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
+def _wait(children: Sequence["subprocess.Popen[bytes]"], passed: Collection[int]) -> int:
     """Wait for all; where one fails, the others get ``LEAVE_SECONDS`` to notice."""
-    failed: int | None = None
     deadline = float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        if failed is None:
-            failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-            if failed is not None:
-                deadline = time.monotonic() + LEAVE_SECONDS
+        if deadline == float("inf") and any(child.poll() for child in children):
+            deadline = time.monotonic() + LEAVE_SECONDS
         time.sleep(0.1)
-    if failed is None:
-        failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
-    if failed is None:
+    failed = {rank: code for rank, child in enumerate(children) if (code := child.poll())}
+    if not failed:
         return 0
-    code = children[failed].returncode
-    if code < 0:
-        print(f"fastokd: rank {failed} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
-        return 128 - code
-    return code
+    rank = min(failed, key=lambda rank: failed[rank] == EXIT_PEER)  # the loss of another process is never what came first
+    if (code := failed[rank]) > 0:
+        return code
+    if -code in passed:  # it came before the process could hear it
+        print(f"fastokd: stopped by {signal.Signals(-code).name} before the run began", file=sys.stderr)
+        return EXIT_PREEMPTED
+    print(f"fastokd: rank {rank} of {len(children)} was killed by {signal.Signals(-code).name}; the last checkpoint is intact", file=sys.stderr)
+    return 128 - code

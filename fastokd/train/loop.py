@@ -43,7 +43,6 @@ from fastokd.train.distributed import (
 )
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
-from fastokd.train.launch import launched
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
@@ -92,7 +91,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run: RunFolder, reporter: Reporter, dataset: AnyDataset | None = None,
-                 seen: Mapping[str, Any] | None = None) -> None:
+                 seen: Mapping[str, Any] | None = None, signals: StopSignals | None = None) -> None:
         check_config(config)
         check_sinks(config.log_to)
         check_teacher(config)
@@ -126,7 +125,7 @@ class Trainer:
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
         self._eval_steps = max(gather_states(len(self.eval_loader)))  # of the process that has most
         self.store = CheckpointStore(run.last.parent, config.keep_checkpoints) if self.ranks.is_main else None
-        self.signals = StopSignals(SIGNAL_PATIENCE if launched() else 0.0, self.ranks.label)
+        self.signals = signals or StopSignals()
         self._agreement = Agreement()
         self.kept = self.step.reported
         self.epoch = 0
@@ -498,8 +497,6 @@ MAX_SKIPPED = 20
 """Steps between two looks that may be left out before the run is given up."""
 MAX_ROLLBACKS = 3
 """Rollbacks in one epoch before the run is given up."""
-SIGNAL_PATIENCE = 10.0
-"""Seconds in which further signals are taken for the first: a scheduler signals all processes, and launchers pass on what they got."""
 
 _CHECK, _SAVE, _STOP = 1, 2, 3
 """What may be due after a step: look for what is not finite; that, and save; that, and stop."""
@@ -524,7 +521,8 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
-def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Reporter, resume: bool = False, allow_config_change: bool = False) -> Trainer:
+def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Reporter, resume: bool = False, allow_config_change: bool = False,
+              signals: StopSignals | None = None) -> Trainer:
     """A trainer for a new run.
 
     Args:
@@ -533,6 +531,8 @@ def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Report
         reporter: of this process.
         name: of the run.
         resume: go on with the run that is in the folder, if one is there, by ``resume_run`` with this configuration.
+        allow_config_change: see ``Trainer.resume``.
+        signals: what has heard signals since before; the run follows them at its first step.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds something else or a run.
@@ -541,11 +541,11 @@ def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Report
     check_config(config)
     folder = Path(from_main(str(out or (Path("runs") / name if resume else default_run_path(name)))))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
-        return resume_run(folder, reporter, allow_config_change, **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
+        return resume_run(folder, reporter, allow_config_change, signals, **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:
-        trainer = Trainer(config, run, reporter)
+        trainer = Trainer(config, run, reporter, signals=signals)
         trainer.start()
     except BaseException:
         if is_main:
@@ -554,8 +554,8 @@ def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Report
     return trainer
 
 
-def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, **changes: Any) -> Trainer:
-    """A trainer that continues the run in a folder, with ``changes`` to its configuration, see ``Trainer.resume``.
+def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, signals: StopSignals | None = None, **changes: Any) -> Trainer:
+    """A trainer that continues the run in a folder, with ``changes`` to its configuration, see ``Trainer.resume`` and ``begin_run``.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, of another architecture or of other data.
@@ -569,7 +569,7 @@ def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False
     state, _, complaints = _newest_of_main(run)
     for complaint in complaints:
         reporter.say(complaint)
-    trainer = Trainer(config, run, reporter, seen=state["data"])
+    trainer = Trainer(config, run, reporter, seen=state["data"], signals=signals)
     trainer.resume(state, allow_config_change)
     return trainer
 
