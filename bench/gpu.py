@@ -179,7 +179,7 @@ def part_step(context: Context) -> dict[str, Any]:
             rows = []
             for row in ladder.rows(lambda: context.left() < 0):
                 rows.append(row)
-                print(f"  {model}, batch {batch}: {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first:.2f} x"), flush=True)
+                print(f"  {model}, batch {batch}: {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), flush=True)
             found.append(report(ladder, rows))
     return {"ladders": found}
 

@@ -509,7 +509,7 @@ def step(model: str = "resnet32", method: str = "ahbf", branches: Whole = None, 
     rows: list[Row] = []
     for row in ladder.rows():
         rows.append(row)
-        console.print(f"  {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first:.2f} x"), markup=False)
+        console.print(f"  {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), markup=False)
     found = report(ladder, rows)
     _print_ladder(found)
     _write_ladder(found, out)
@@ -521,7 +521,8 @@ def step(model: str = "resnet32", method: str = "ahbf", branches: Whole = None, 
 
 def _print_ladder(found: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"):
+    on_gpu = any(row["peak_bytes"] is not None for row in found["rows"])
+    for column in ("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", *["GPU memory"] * on_gpu, "start, s"):
         table.add_column(column, justify="left" if not table.columns else "right", no_wrap=True)
     for row in found["rows"]:
         name = {"lever": "+ ", "alternative": "or ", "student": "= "}.get(row["kind"], "") + row["name"]
@@ -529,15 +530,16 @@ def _print_ladder(found: Mapping[str, Any]) -> None:
             table.add_row(f"{name}: {row['reason']}".replace("[", "\\["))
             continue
         median, low, high = row["images_per_second"]
-        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
-        table.add_row(name, f"{median:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{row['milliseconds']:.2f}", f"{row['times_first']:.2f}", f"{row['loss_share']:.1%}", memory, f"{row['start_seconds']:.1f}")
+        memory = [f"{row['peak_bytes'] / 2**30:.2f} GiB"] if on_gpu else []
+        table.add_row(name, f"{median:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{row['milliseconds']:.2f}", f"{row['times_first'][0]:.2f}", "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}", *memory, f"{row['start_seconds']:.1f}")
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a narrow window wraps lines, which is better than numbers cut off
     console.print("")
     console.print(table)
-    print(f"+ has what the rows above have and one lever more; or stands alone. Medians of {found['windows']} windows; x first: each against a window of the first row beside it; "
-          "loss: its share of the step, timed alone; start: the first steps, with compilation")
+    print(f"\n+ one lever more than the + rows above; or: the same, but not kept below; =: the student without teaching. Images/s: median of {found['windows']} windows; "
+          "x first: each window against one of the first row right before it;\nloss: its share of a step, timed alone; start: the first steps, with compilation")
     if found["teaching_costs"]:
-        print(f"with all levers training is {found['all_levers']['times_first']:.2f} times as fast as in the first row, and a step takes {found['teaching_costs']:.2f} times that of the student alone")
+        print(f"teaching costs: a step with all levers takes {found['teaching_costs']:.2f} times that of the student alone")
 
 
 def _write_ladder(found: dict[str, Any], out: Path) -> None:

@@ -8,11 +8,11 @@ from fastokd.analysis.curves import require_matplotlib
 from fastokd.storage import write_atomically
 
 _COLORS = {"first": "tab:gray", "lever": "tab:blue", "alternative": "tab:orange", "student": "tab:green"}
-_MEANING = {"first": "as research code does it", "lever": "one lever more", "alternative": "instead, and not kept below", "student": "the student alone"}
+_MEANING = {"first": "research style", "lever": "one lever more", "alternative": "an alternative, not kept below", "student": "the student alone"}
 
 
 def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
-    """Bars of images per second as an SVG file, from the slowest to the fastest window at their ends.
+    """Bars of how often faster each row is than the first, with the lowest and highest of its windows, as an SVG file.
 
     Args:
         found: as ``fastokd.train.ladder.report`` gives it.
@@ -24,22 +24,22 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
     """
     plt = require_matplotlib()
     rows = [row for row in found["rows"] if not row["reason"]]
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.6), layout="constrained")
     shown = set()
     for place, row in enumerate(rows):
-        median, low, high = row["images_per_second"]
+        median, low, high = row["times_first"]
         label = _MEANING[row["kind"]] if row["kind"] not in shown else None
         shown.add(row["kind"])
         axes.barh(place, median, xerr=[[median - low], [high - median]], color=_COLORS[row["kind"]], ecolor="black", capsize=3, label=label)
-        axes.annotate(f" {median:,.0f}  ({row['times_first']:.2f} x)", (high, place), va="center", fontsize="small")
+        axes.annotate(f" {median:.2f} x, {row['images_per_second'][0]:,.0f} images/s", (high, place), va="center", fontsize="small")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize="small")
     axes.invert_yaxis()
-    axes.set_xlim(right=1.25 * max(row["images_per_second"][2] for row in rows))
-    axes.set_xlabel("images per second")
-    axes.legend(loc="lower right", fontsize="small")
-    side = "x".join(map(str, found["image_size"]))
-    machine = found["environment"]["device"] if found["environment"]["device"] != "cpu" else f"{found['processor']}, {found['environment']['threads']} threads"
-    axes.set_title(f"{found['model']}, {found['method']}, {found['branches']} branches, batch {found['batch_size']}, {side}: {machine}", fontsize="medium", loc="left")
+    axes.set_xlim(right=1.4 * max(row["times_first"][2] for row in rows))
+    axes.set_xlabel("times as fast as the first row")
+    figure.legend(loc="outside lower center", ncols=len(shown), fontsize="small")
+    machine = found["environment"]["device"] if found["environment"]["device"] != "cpu" else f"{found['processor']}, threads: {found['environment']['threads']}"
+    side = " x ".join(map(str, found["image_size"]))
+    figure.suptitle(f"{found['model']}, {found['method']}, {found['branches']} branches, batch {found['batch_size']} of {side}\n{machine}", fontsize="medium")
     with plt.rc_context({"svg.hashsalt": "fastokd"}):
         write_atomically(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     plt.close(figure)

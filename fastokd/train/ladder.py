@@ -219,7 +219,8 @@ class Row:
         reason: why it was not measured; empty if it was.
         images_per_second: median, slowest and fastest window.
         milliseconds: of a step, in the median window.
-        times_first: the median of each window's speed over that of the first row's window beside it.
+        times_first: how often faster it is than the first row: each window against one of the first row right before it; the
+            median of these, the lowest and the highest.
         peak_bytes: the most GPU memory that was allocated for it; None on a CPU.
         loss_share: the fraction of a step's time that the loss and its gradients take, measured alone on the same logits.
         start_seconds: of the first steps, with compilation and capture.
@@ -231,7 +232,7 @@ class Row:
     reason: str = ""
     images_per_second: tuple[float, float, float] | None = None
     milliseconds: float | None = None
-    times_first: float | None = None
+    times_first: tuple[float, float, float] | None = None
     peak_bytes: int | None = None
     loss_share: float | None = None
     start_seconds: float | None = None
@@ -278,8 +279,8 @@ class Ladder:
         """
         be_deterministic(False)
         config, gathers, gpu = first_row(self.config, self.device), False, self.device.type == "cuda"
-        number = "TF32 convolutions" if gpu else "fp32"
-        row = self._measured(f"research style: eager, {number}, NCHW, plain loss, .item()", "first", lambda: ResearchStep(config, self.dataset, self.device))
+        number = "TF32" if gpu else "fp32"
+        row = self._measured(f"research style: eager, {number}, NCHW, .item()", "first", lambda: ResearchStep(config, self.dataset, self.device))
         if row.reason:
             raise ConfigError(f"the first row of the ladder cannot run: {row.reason}; use a smaller --batch-size")
         yield row
@@ -343,8 +344,9 @@ class Ladder:
             mine.append(self._speed(running, counts[0]))
         step_seconds = self.config.batch_size / statistics.median(mine)
         loss_seconds = self._loss_seconds(running)
-        return Row(name, kind, "", (statistics.median(mine), min(mine), max(mine)), 1000 * step_seconds, times_first(mine, others), peak,
-                   loss_seconds / step_seconds, start_seconds, first_loss)
+        ratios = [own / other for own, other in zip(mine, others or mine, strict=True)]
+        return Row(name, kind, "", spread(mine), 1000 * step_seconds, spread(ratios), peak,
+                   None if loss_seconds is None else loss_seconds / step_seconds, start_seconds, first_loss)
 
     def _window_steps(self, running: Stepping) -> int:
         if self._steps is not None:
@@ -364,7 +366,7 @@ class Ladder:
             torch.cuda.synchronize(self.device)
         return self._clock()
 
-    def _loss_seconds(self, running: Stepping) -> float:
+    def _loss_seconds(self, running: Stepping) -> float | None:
         """The time of the loss alone: from a batch's logits to their gradients, and to those of what else the loss takes.
 
         Captured like the step where the step is; on a GPU by its own events.
@@ -385,7 +387,10 @@ class Ladder:
                 leaf.grad = None
             running.loss_backward(logits, batch.target, inputs)
 
-        return median_seconds(call, self.device, running.captured, *((25, 20) if self._steps is None else (3, 1)))
+        try:
+            return median_seconds(call, self.device, running.captured, *((25, 20) if self._steps is None else (3, 1)))
+        except RuntimeError:
+            return None  # it cannot be captured by itself, and launched by itself it would take longer than in the step
 
     def profile(self, folder: Path) -> tuple[Path, str]:
         """Trace some steps of the last row that the others build on, after ``rows`` has ended.
@@ -408,27 +413,32 @@ class Ladder:
             self._now()
         path = folder / "step-trace.json"
         write_atomically(path, lambda file: found.export_chrome_trace(file.name))
-        sort = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        sort = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         return path, found.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=60)
 
 
-def times_first(mine: Sequence[float], others: Sequence[float]) -> float:
-    """How often faster a row is than the first, from the speeds of its windows and of those beside them; 1 without any beside."""
-    return statistics.median([own / other for own, other in zip(mine, others, strict=True)]) if others else 1.0
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the lowest and the highest."""
+    return statistics.median(values), min(values), max(values)
+
+
+def all_levers(rows: Sequence[Row]) -> Row:
+    """The last row that was measured and has the levers of all before it."""
+    return [row for row in rows if row.kind in ("first", "lever") and not row.reason][-1]
 
 
 def report(ladder: Ladder, rows: Sequence[Row]) -> dict[str, Any]:
     """What ``step-ladder.json`` holds: the setting, the rows, and the machine with versions, commit and command."""
     config = ladder.config
-    best = [row for row in rows if row.kind in ("first", "lever") and not row.reason][-1]
-    alone = next((row for row in rows if row.kind == "student" and not row.reason), None)
+    best = all_levers(rows)
+    alone = next((row for row in rows if row.kind == "student"), None)
     height, width = ladder.dataset.image_size
     return {
         "model": config.model, "method": config.method, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "batch_size": config.batch_size,
         "image_size": [height, width], "num_classes": len(ladder.dataset.classes), "data": ladder.dataset.name, "windows": WINDOWS,
         "rows": [dataclasses.asdict(row) for row in rows],
-        "all_levers": {"row": best.name, "times_first": best.times_first},
-        "teaching_costs": best.milliseconds / alone.milliseconds if alone and alone.milliseconds and best.milliseconds else None,
+        "all_levers": best.name,
+        "teaching_costs": alone.times_first[0] / best.times_first[0] if alone and alone.times_first and best.times_first else None,
         "processor": processor(), "environment": environment(ladder.device),
     }
 
@@ -448,10 +458,12 @@ def decoded_images(config: TrainConfig, dataset: AnyDataset) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
     height, width = dataset.image_size
-    pixels = make_loader(dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "train", config.batch_size, train=True)
+    cropped = dataclasses.replace(dataset.augment, pad=0, flip=False)
+    pixels = make_loader(dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "train", config.batch_size, train=True, augment=cropped)
     images, targets = zip(*((batch.images.mul(255).round().byte().clone(), batch.target.clone()) for batch in itertools.islice(pixels, _num_batches(config.batch_size * 3 * height * width))), strict=True)
     split = Split("train", torch.cat(images), torch.cat(targets))
-    return Dataset(name=dataset.name, classes=dataset.classes, train=split, test=split, mean=dataset.mean, std=dataset.std, augment=Augment(flip=True), fingerprint="")
+    return Dataset(name=dataset.name, classes=dataset.classes, train=split, test=split, mean=dataset.mean, std=dataset.std,
+                   augment=dataclasses.replace(dataset.augment, crop_scale=None), fingerprint="")
 
 
 def _num_batches(batch_bytes: int) -> int:
