@@ -1,17 +1,10 @@
 """What the results of a benchmark run say about the machine that ran it."""
 
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _commit() -> str:
@@ -22,9 +15,10 @@ def _commit() -> str:
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Without the host's name; with processor, device, versions and commit."""
     from fastokd.ops.executors import executor_states
+    from fastokd.train.ladder import processor
 
     machine_info.pop("node", None)
-    machine_info["cpu"] = _processor()
+    machine_info["cpu"] = processor()
     machine_info.update(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),

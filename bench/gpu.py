@@ -5,9 +5,9 @@ skipped, so a second call continues. ``--dry-run`` goes through the same code on
 """
 
 import argparse
+import contextlib
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +22,7 @@ import torch
 
 from bench.loaders import LARGE_MODEL, images_per_second, waiting_share
 from bench.pictures import compose
-from fastokd.data import Augment, Batch, list_files
+from fastokd.data import Augment, list_files
 from fastokd.data.dali import default_threads
 from fastokd.data.loader import get_loader_kind
 from fastokd.errors import ConfigError, FastOKDError, did_you_mean, first_line
@@ -32,6 +32,7 @@ from fastokd.models import create_model
 from fastokd.ops import evaluate, loss_and_grad
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
+from fastokd.train.ladder import Ladder, ladder_images, median_seconds, report
 from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder, environment
@@ -58,46 +59,6 @@ class Context:
         return self.deadline - time.monotonic()
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, dry: bool) -> float:
-    """The median time of a call. On a GPU with ``graph``: captured in a CUDA graph, so that no launch cost is timed."""
-    repeats, inner = (3, 1) if dry else (25, 20)
-    if device.type != "cuda":
-        call()
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(5):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    run: Callable[[], Any]
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(inner):
-                call()
-        run = captured.replay
-    else:
-        def run() -> None:
-            for _ in range(inner):
-                call()
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / inner)
-    return statistics.median(times)
-
-
 def part_environment(context: Context) -> dict[str, Any]:
     """Device, versions, and the two rates that everything is measured against."""
     device, dry = context.device, context.dry
@@ -105,8 +66,9 @@ def part_environment(context: Context) -> dict[str, Any]:
     source = torch.empty(numel, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     left = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    copy = median_seconds(lambda: target.copy_(source), device, True, dry)
-    matmul = median_seconds(lambda: left @ left, device, True, dry)
+    repeats = _repeats(context)
+    copy = median_seconds(lambda: target.copy_(source), device, True, *repeats)
+    matmul = median_seconds(lambda: left @ left, device, True, *repeats)
     found = {"copy_bandwidth_gb_s": 2 * numel / copy / 1e9, "bf16_matmul_tflop_s": 2 * side**3 / matmul / 1e12}
     try:
         import triton
@@ -117,6 +79,11 @@ def part_environment(context: Context) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device)), "driver": _driver()}
     return found
+
+
+def _repeats(context: Context) -> tuple[int, int]:
+    """How often a call is timed, and how many calls at a time."""
+    return (3, 1) if context.dry else (25, 20)
 
 
 def _driver() -> str | None:
@@ -189,38 +156,32 @@ def _kernel_row(context: Context, batch: int, num_classes: int, preset: str) -> 
         "bytes_forward": num_bytes, "bytes_both": 3 * num_bytes}
     for name, (call, graph) in cases.items():
         try:
-            row[name] = median_seconds(call, device, graph, context.dry)
+            row[name] = median_seconds(call, device, graph, *_repeats(context))
         except (RuntimeError, FastOKDError) as error:  # one case that cannot run must not lose the others
             row[name], row[f"{name} error"] = None, first_line(error)
     return row
 
 
 def part_step(context: Context) -> dict[str, Any]:
-    """Images per second of a whole training step, the student alone beside the taught one, by executor and precision."""
-    rows = []
-    for method in ("baseline", "ahbf"):
-        for precision in ("fp32", "bf16"):
-            for impl in ("reference", "auto"):
-                if context.left() < 0:
-                    return {"rows": rows, "stopped": "the minutes were spent"}
-                rows.append(_step_row(context, method, precision, impl))
-    return {"rows": rows}
-
-
-def _step_row(context: Context, method: str, precision: str, impl: str) -> dict[str, Any]:
-    device, batch = context.device, 8 if context.dry else 128
-    config = _network(context, method, precision=precision, impl=impl)
-    torch.manual_seed(0)
-    model = create_model(config.model, method, 10, config.branches, config.aux_blocks).to(device, memory_format=torch.channels_last)
-    step = TrainStep(config, model, device)
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    full = Batch(images, torch.randint(0, 10, (batch,), device=device), torch.arange(batch, device=device))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = median_seconds(lambda: step(full), device, False, context.dry)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"model": config.model, "batch": batch, "method": method, "precision": precision, "impl": impl,
-            "images_per_second": batch / seconds, "peak_bytes": peak}
+    """The ladder of ``fastokd bench step`` at CIFAR and at ImageNet size, the student alone beside it."""
+    if context.dry:
+        ladders = [("resnet8", 0, 8, 32, 10)]
+    else:
+        ladders = [("resnet32", 4, 128, 32, 10), *((model, 2, batch, 224, 1000) for batch in (96, 256) for model in ("resnet18_imagenet", "resnet34_imagenet"))]
+    found = []
+    for model, aux_blocks, batch, side, num_classes in ladders:
+        if context.left() < 0:
+            return {"ladders": found, "stopped": "the minutes were spent"}
+        config = TrainConfig(model=model, method="ahbf", branches=NUM_BRANCHES, aux_blocks=aux_blocks, batch_size=batch, image_size=side, lr=0.01)
+        # The dry run goes through every row, but compiling takes minutes.
+        with torch.compiler.set_stance("force_eager") if context.dry else contextlib.nullcontext():
+            ladder = Ladder(config, ladder_images(config, num_classes), context.device, seconds=5.0, steps=1 if context.dry else None)
+            rows = []
+            for row in ladder.rows(lambda: context.left() < 0):
+                rows.append(row)
+                print(f"  {model}, batch {batch}: {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), flush=True)
+            found.append(report(ladder, rows))
+    return {"ladders": found}
 
 
 def _network(context: Context, method: str, **settings: Any) -> TrainConfig:

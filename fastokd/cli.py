@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | show | models | methods | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | export | show | models | methods | data | bench | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -40,6 +40,10 @@ DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it ane
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
+
+BENCH_DESCRIPTION = """Measure what fastokd does on this machine. Exit codes as of fastokd."""
+
+bench_app = tyro.extras.SubcommandApp()
 
 
 _arguments: list[str] = []
@@ -103,7 +107,7 @@ def train(
     merge_first_conv: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
-    batch_size: Whole = None,
+    batch_size: Annotated[str | None, tyro.conf.arg(metavar="{N,auto,auto:N}", help_behavior_hint="")] = None,
     device_batch: Whole = None,
     optimizer: Text = None,
     lr: Number = None,
@@ -173,7 +177,8 @@ def train(
         merge_first_conv: run the branches' first convolutions as one, with the same values up to rounding (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
-        batch_size: images per step, over all processes (default 128).
+        batch_size: images per step, over all processes (default 128). auto: as many as fit into the memory, at most 1024 (auto:N for at
+            most N) and a twentieth of the training images; the learning rate stays what it is, see --lr-scaling.
         device_batch: images that a process takes at once; gradients are added up until its share of the batch is done
             (default: the whole share).
         optimizer: sgd (default), adamw or lamb.
@@ -407,6 +412,109 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @command
+def bench() -> None:
+    """Measure a training step on this machine, one lever at a time: see 'fastokd bench step --help'."""
+
+
+@functools.partial(command, group=bench_app)
+def step(model: str = "resnet32", method: str = "ahbf", branches: Whole = None, aux_blocks: int = 4, at: Text = None, batch_size: int = 128,
+         data: str = "synthetic", image_size: Whole = None, num_classes: Whole = None, device: str = "auto", seconds: float = 10.0, steps: Whole = None,
+         out: Path = Path("bench-out"), profile: bool = False) -> None:
+    """Train as research code does, then with one lever more a row: images per second, memory, and the loss's share of the step.
+
+    Writes step-ladder.json and, where matplotlib is installed, step-ladder.svg. The rows train the same network on the same images.
+
+    Args:
+        model: the network, as 'fastokd train' takes it.
+        method: the method; of one that needs a trained teacher there is no ladder.
+        branches: number of branches (default: the method's).
+        aux_blocks: auxiliary blocks that each hierarchy level adds.
+        at: for networks of torchvision and timm, the first module that every branch has for itself.
+        batch_size: images per step.
+        data: synthetic (random images), or a dataset as 'fastokd train --data' takes it, of which a part is decoded.
+        image_size: height and width in pixels (default: 32, or the data's own).
+        num_classes: of synthetic images (default 10).
+        device: auto, cpu, cuda or cuda:N.
+        seconds: how long each row is measured; the first row is measured as long beside each.
+        steps: steps of each of the five windows of a row, instead of --seconds.
+        out: folder for the files.
+        profile: also write step-trace.json, a trace of the last row for Perfetto or chrome://tracing, and print its top operations.
+    """
+    from fastokd.data import absolute_spec
+    from fastokd.train.config import TrainConfig, check_config
+    from fastokd.train.data import open_data, with_augmentation
+    from fastokd.train.distributed import choose_device
+    from fastokd.train.ladder import Ladder, Row, decoded_images, ladder_images, report
+
+    synthetic = data == "synthetic"
+    if not synthetic and num_classes is not None:
+        raise ConfigError(f"--num-classes {num_classes} is for synthetic images; {data} has classes of its own: leave it out")
+    if num_classes is not None and num_classes < 2:
+        raise ConfigError(f"--num-classes {num_classes}: it must be at least 2")
+    config = TrainConfig(data="" if synthetic else absolute_spec(data), model=model, method=method, branches=branches, aux_blocks=aux_blocks, at=at,
+                         batch_size=batch_size, image_size=image_size, lr=0.01, device=device)
+    where = choose_device(device)
+    check_config(config)
+    if synthetic:
+        images = ladder_images(config, 10 if num_classes is None else num_classes)
+    else:
+        with _progress_bar("reading images") as progress:
+            images = decoded_images(config, with_augmentation(config, open_data(config, where, progress=progress)))
+    ladder = Ladder(config, images, where, seconds=seconds, steps=steps)
+    console = _console()
+    height, width = images.image_size
+    console.print(f"{model}, method {method}, {config.num_branches()} branches, batch {batch_size}, {height} x {width}, {images.num_classes} classes ({images.name}), on {where}", markup=False)
+    rows: list[Row] = []
+    for row in ladder.rows():
+        rows.append(row)
+        console.print(f"  {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), markup=False)
+    found = report(ladder, rows)
+    _print_ladder(found)
+    _write_ladder(found, out)
+    if profile:
+        trace, table = ladder.profile(out)
+        console.print(table, markup=False)
+        console.print(f"wrote {trace}: open it in https://ui.perfetto.dev", markup=False)
+
+
+def _print_ladder(found: Mapping[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False)
+    on_gpu = any(row["peak_bytes"] is not None for row in found["rows"])
+    for column in ("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", *["GPU memory"] * on_gpu, "start, s"):
+        table.add_column(column, justify="left" if not table.columns else "right", no_wrap=True)
+    for row in found["rows"]:
+        name = {"lever": "+ ", "alternative": "or ", "student": "= "}.get(row["kind"], "") + row["name"]
+        if row["reason"]:
+            table.add_row(f"{name}: {row['reason']}".replace("[", "\\["))
+            continue
+        median, low, high = row["images_per_second"]
+        memory = [f"{row['peak_bytes'] / 2**30:.2f} GiB"] if on_gpu else []
+        table.add_row(name, f"{median:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{row['milliseconds']:.2f}", f"{row['times_first'][0]:.2f}", "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}", *memory, f"{row['start_seconds']:.1f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a narrow window wraps lines, which is better than numbers cut off
+    console.print("")
+    console.print(table)
+    print(f"\n+ one lever more than the + rows above; or: the same, but not kept below; =: the student without teaching. Images/s: median of {found['windows']} windows; "
+          "x first: each window against one of the first row right before it;\nloss: its share of a step, timed alone; start: the first steps, with compilation")
+    if found["teaching_costs"]:
+        print(f"teaching costs: a step with all levers takes {found['teaching_costs']:.2f} times that of the student alone")
+
+
+def _write_ladder(found: dict[str, Any], out: Path) -> None:
+    from fastokd.analysis.ladder import draw_ladder
+    from fastokd.errors import MissingExtra
+    from fastokd.storage import write_json
+
+    path = out / "step-ladder.json"
+    write_json(path, found)
+    try:
+        picture = f" and {draw_ladder(found, path.with_suffix('.svg'))}"
+    except MissingExtra as error:
+        picture = f"; no picture: {error}"
+    _console().print(f"wrote {path}{picture}", markup=False)
+
+
+@command
 def methods() -> None:
     """List the methods, and how many branches each takes."""
     from fastokd.methods import get_method, list_methods
@@ -569,6 +677,10 @@ def _train(given: dict[str, Any], recipe: str | None, config: Path | None, out: 
 
     if "data" in given:
         given["data"] = absolute_spec(given["data"])  # the run can then be resumed and evaluated from any folder
+    batch_size = given.pop("batch_size", None)
+    number, largest_batch = _parse_batch_size(batch_size)
+    if number is not None:
+        given["batch_size"] = number
     for name in ("method_options", "loader_options"):
         if name in given:
             given[name] = _parse_options(given[name])
@@ -579,6 +691,8 @@ def _train(given: dict[str, Any], recipe: str | None, config: Path | None, out: 
         settings = _settings(recipe, config, given)
     elif others := [name for name, value in (("recipe", recipe), ("config", config), ("out", out)) if value]:
         raise ConfigError(f"--resume goes on with the run's own configuration; leave out {', '.join('--' + name for name in others)}")
+    elif largest_batch is not None:
+        raise ConfigError(f"--resume goes on with the run's own batch size; leave out --batch-size {batch_size}")
     else:
         settings = dataclasses.replace(RunFolder.open(Path(resume)).load_config(), **given)
     name = f"{recipe or settings.model.replace(':', '-') + '-' + settings.method}-seed{settings.seed}"
@@ -588,7 +702,7 @@ def _train(given: dict[str, Any], recipe: str | None, config: Path | None, out: 
             warnings.simplefilter("ignore")  # the main process warns of the same
         try:
             if begins:
-                trainer = begin_run(settings, out, name, reporter, resume == "auto", allow_config_change, signals)
+                trainer = begin_run(settings, out, name, reporter, resume == "auto", allow_config_change, signals, largest_batch)
             else:
                 trainer = resume_run(Path(resume), reporter, allow_config_change, signals, **given)
         except RunIsFinished as error:
@@ -641,6 +755,20 @@ def _parse_options(items: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"method option '{item}' is not of the form NAME=VALUE")
         options[name] = _option_value(text)
     return options
+
+
+def _parse_batch_size(text: str | None) -> tuple[int | None, int | None]:
+    """The batch size, or the largest that may be chosen by memory."""
+    from fastokd.train.memory import LARGEST_BATCH
+
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"(auto)(?::(\d+))?|(\d+)", text, re.ASCII)
+    if found is None or (found[2] is not None and int(found[2]) < 8):
+        raise ConfigError(f"--batch-size {text}: it is a whole number, auto, or auto:N with the most that it may choose, at least 8")
+    if found[1]:
+        return None, int(found[2] or LARGEST_BATCH)
+    return int(text), None
 
 
 def _parse_schedule(items: Sequence[str]) -> dict[int, int]:
@@ -789,10 +917,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     group, prog, description = app, "fastokd", DESCRIPTION
-    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "models", "methods", "data", "doctor", "recipes")
+    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "models", "methods", "data", "bench", "doctor", "recipes")
     if arguments[:1] == ["data"]:
         arguments = arguments[1:]
         group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")
+    elif arguments[:1] == ["bench"]:
+        arguments = arguments[1:]
+        group, prog, description, commands = bench_app, "fastokd bench", BENCH_DESCRIPTION, ("step",)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE

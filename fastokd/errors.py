@@ -67,6 +67,10 @@ class PeerLost(FastOKDError, RuntimeError):
     exit_code = EXIT_PEER
 
 
+class OutOfMemory(FastOKDError, RuntimeError):
+    """A step that does not fit into the device's memory; the message says which flags make it smaller."""
+
+
 class Preempted(FastOKDError):
     """The run was asked to stop, and has saved where it stands; the message says how it goes on."""
 

@@ -44,6 +44,7 @@ from fastokd.train.distributed import (
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
+from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
 from fastokd.train.progress import EpochProgress, Pace, Reporter
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
 from fastokd.train.run_folder import RunFolder, default_run_path
@@ -104,11 +105,7 @@ class Trainer:
         self.sinks: list[MetricSink] = []
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
-        try:
-            with local_main_first():
-                self.dataset = with_augmentation(config, open_data(config, self.device, seen, reporter.decoding) if dataset is None else dataset)
-        finally:
-            reporter.close()
+        self.dataset = _open_dataset(config, self.device, reporter, seen) if dataset is None else with_augmentation(config, dataset)
         self.teacher = open_teacher(config, self.dataset, self.device)
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
         check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
@@ -243,6 +240,8 @@ class Trainer:
         except BaseException as error:
             self._finish_writing()
             self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
+            if is_out_of_memory(error):
+                raise out_of_memory(self.config, self.device) from error
             raise
         finally:
             self.reporter.close()
@@ -292,6 +291,9 @@ class Trainer:
         say(f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.evaluation)} {data.evaluation.name} images")
         say(explain_loader(config, data, self.device, self._seen))
         say(f"step: {self.step.levers.describe()}; {self.step.share.describe()}")
+        if self.reporter.shows_info:
+            for line in describe_memory(config, data, self.device, self.teacher.network if self.teacher else None):
+                say(line)
         if self.teacher:
             say(f"teacher {self.teacher.description}")
         coefficients = [(term.name, term.coefficient, term.scheduled) for term in self.step.criterion.graph.terms]
@@ -521,8 +523,16 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
             "compression": config.compression, "seed": config.seed, "epochs": config.epochs, **run.versions()}
 
 
+def _open_dataset(config: TrainConfig, device: torch.device, reporter: Reporter, seen: Mapping[str, Any] | None = None) -> AnyDataset:
+    try:
+        with local_main_first():
+            return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
+    finally:
+        reporter.close()
+
+
 def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Reporter, resume: bool = False, allow_config_change: bool = False,
-              signals: StopSignals | None = None) -> Trainer:
+              signals: StopSignals | None = None, largest_batch: int | None = None) -> Trainer:
     """A trainer for a new run.
 
     Args:
@@ -533,6 +543,8 @@ def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Report
         resume: go on with the run that is in the folder, if one is there, by ``resume_run`` with this configuration.
         allow_config_change: see ``Trainer.resume``.
         signals: what has heard signals since before; the run follows them at its first step.
+        largest_batch: choose the batch size by memory, up to this, see ``fit_batch_size``; None for that of the configuration.
+            A run that goes on keeps its own.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds something else or a run.
@@ -541,17 +553,35 @@ def begin_run(config: TrainConfig, out: Path | None, name: str, reporter: Report
     check_config(config)
     folder = Path(from_main(str(out or (Path("runs") / name if resume else default_run_path(name)))))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
-        return resume_run(folder, reporter, allow_config_change, signals, **{item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
+        given = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+        if largest_batch is not None:
+            del given["batch_size"]
+        return resume_run(folder, reporter, allow_config_change, signals, **given)
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:
-        trainer = Trainer(config, run, reporter, signals=signals)
+        dataset, reason = None, ""
+        if largest_batch is not None:
+            config, dataset, reason = _with_fitting_batch(config, reporter, largest_batch)
+        trainer = Trainer(config, run, reporter, dataset, signals=signals)
+        if reason:
+            reporter.info(reason)
         trainer.start()
     except BaseException:
         if is_main:
             run.discard_without_checkpoint()
         raise
     return trainer
+
+
+def _with_fitting_batch(config: TrainConfig, reporter: Reporter, largest: int) -> tuple[TrainConfig, AnyDataset, str]:
+    """The configuration with a batch size chosen by memory, the dataset that it was chosen for, and the reason."""
+    check_teacher(config)
+    device = choose_device(config.device)
+    be_deterministic(config.deterministic)
+    dataset = _open_dataset(config, device, reporter)
+    batch_size, reason = fit_batch_size(config, dataset, device, open_teacher(config, dataset, device), largest)
+    return dataclasses.replace(config, batch_size=batch_size), dataset, reason
 
 
 def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False, signals: StopSignals | None = None, **changes: Any) -> Trainer:

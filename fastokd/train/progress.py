@@ -168,6 +168,11 @@ class Reporter:
         self._log_failed = False
         self._noted = self._printed = time.monotonic()
 
+    @property
+    def shows_info(self) -> bool:
+        """Whether anybody sees what ``info`` says while the run goes on; what takes time to find out need not be found out else."""
+        return self._lines
+
     def say(self, text: str) -> None:
         """A line that always appears."""
         self.console.print(text, markup=False)

@@ -1,0 +1,253 @@
+"""The ladder: which rows there are, what each has that the one before has not, what is computed from the clock, and what is written."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import fastokd.train.ladder
+from fastokd.cli import main
+from fastokd.data import list_files
+from fastokd.errors import ConfigError, MissingExtra
+from fastokd.train.config import TrainConfig
+from fastokd.train.ladder import EngineStep, Ladder, ResearchStep, Row, decoded_images, first_row, ladder_images, levers, report
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=8, lr=0.01)
+ON_A_CPU = ["research style: eager, fp32, NCHW, .item()", "fused loss, metrics kept on the device, fused SGD", "channels-last", "bf16", "torch.compile of each part",
+            "parameters in one tensor", "branches on CUDA streams", "the step as one CUDA graph", "augmentation inside the graph", "merged first convolutions",
+            "the student alone, with every lever"]
+BENCH = ["bench", "step", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "8", "--steps", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return ladder_images(CONFIG)
+
+
+@pytest.fixture
+def not_compiled():
+    """Compiling takes a minute; everything else of that row runs."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The configurations of the rows that were made with the engine."""
+    configs = []
+
+    class Noted(EngineStep):
+        def __init__(self, config, dataset, device, gathers):
+            configs.append(config)
+            super().__init__(config, dataset, device, gathers)
+
+    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", Noted)
+    return configs
+
+
+def changed(one, other):
+    return {item.name: getattr(other, item.name) for item in dataclasses.fields(one) if getattr(one, item.name) != getattr(other, item.name)}
+
+
+def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_compiled):
+    ladder = Ladder(CONFIG, images, CPU, steps=1)
+    rows = list(ladder.rows())
+    assert [row.name for row in rows] == ON_A_CPU
+    assert [row.name for row in rows if row.reason == "needs a GPU"] == ON_A_CPU[6:9]
+    assert [row.kind for row in rows if not row.reason] == ["first", "lever", "lever", "alternative", "lever", "lever", "lever", "student"]
+    assert [changed(one, other) for one, other in zip([first_row(CONFIG, CPU), *made], made, strict=False)] == [
+        {"impl": "auto"}, {"channels_last": True}, {"precision": "bf16"}, {"precision": "fp32", "compile": True},  # bf16 is not kept on a CPU
+        {"flat": True}, {"merge_first_conv": True}, {"method": "baseline", "branches": 1, "merge_first_conv": False}]
+    first, *others = [row for row in rows if row.first_loss is not None and row.kind != "student"]
+    for row in others:
+        assert row.first_loss == pytest.approx(first.first_loss, rel=2e-2 if row.name == "bf16" else 1e-5), row
+    for row in rows:
+        if not row.reason:
+            assert row.images_per_second[1] <= row.images_per_second[0] <= row.images_per_second[2]
+            assert row.milliseconds == pytest.approx(1000 * CONFIG.batch_size / row.images_per_second[0])
+            assert 0 < row.loss_share < 1
+            assert row.peak_bytes is None
+    found = report(ladder, rows)
+    assert found["all_levers"] == "merged first convolutions"
+    assert found["environment"]["torch"] == torch.__version__
+
+
+def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
+    rows = levers(torch.device("cuda"))
+    assert [row.name for row in rows if not row.carried] == ["merged first convolutions instead of streams"]
+    assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
+    everything = CONFIG
+    for row in rows:
+        everything = dataclasses.replace(everything, **(row.changes if row.carried else {}))
+    assert (everything.precision, everything.compile, everything.flat, everything.streams, everything.cuda_graph, everything.merge_first_conv) == ("bf16", True, True, True, True, False)
+    assert first_row(CONFIG, torch.device("cuda")).precision == "tf32"  # what PyTorch does with float32 convolutions there
+
+
+def test_research_style_reads_every_number_in_every_step_and_trains_alike(images, monkeypatch):
+    research = ResearchStep(first_row(CONFIG, CPU), images, CPU)
+    engine = EngineStep(dataclasses.replace(first_row(CONFIG, CPU), impl="auto"), images, CPU, False)
+    before = {name: value.clone() for name, value in research.model.state_dict().items()}
+    read = []
+    real = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: read.append(1) or real(self))
+    research.advance(2)
+    assert len(read) == 2 * (1 + len(["branch1", "branch2", "ta2", "ensemble"]))
+    engine.advance(2)
+    assert research.loss() == pytest.approx(engine.loss(), rel=1e-4)
+    for name, value in research.model.named_parameters():
+        assert not torch.equal(value, before[name]), name
+        torch.testing.assert_close(value, engine.model.get_parameter(name), rtol=1e-3, atol=1e-5)
+
+
+class FakeMachine:
+    """A clock, and steps that take their time on it; the machine gets slower with every step."""
+
+    def __init__(self):
+        self.now, self.slower = 0.0, 1.0
+
+    def __call__(self):
+        return self.now
+
+    def step(self, seconds):
+        machine = self
+
+        class Step:
+            captured, warm_up, model = False, 3, torch.nn.Identity()
+
+            def advance(self, steps):
+                for _ in range(steps):
+                    machine.now += seconds * machine.slower
+                machine.slower *= 1.001
+
+            def loss(self):
+                return 1.0
+
+        return Step()
+
+
+def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
+    machine = FakeMachine()
+    monkeypatch.setattr(fastokd.train.ladder, "ResearchStep", lambda config, dataset, device: machine.step(0.5))
+    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", lambda config, dataset, device, gathers: machine.step(0.5 if config.method == "baseline" else 0.125 if config.flat else 0.25))
+    monkeypatch.setattr(Ladder, "_loss_seconds", lambda self, running: 0.01)
+    ladder = Ladder(CONFIG, images, CPU, seconds=10, clock=machine)
+    rows = {row.name: row for row in ladder.rows() if not row.reason}
+    first, fused, flat, alone = (rows[name] for name in (ON_A_CPU[0], ON_A_CPU[1], "parameters in one tensor", ON_A_CPU[-1]))
+    assert first.times_first == (1.0, 1.0, 1.0)
+    # By the last row the machine has become slower by a tenth, which the ratio must not show.
+    assert machine.slower > 1.1
+    for row, ratio in ((fused, 2), (flat, 4), (alone, 1)):
+        assert row.times_first[0] == pytest.approx(ratio, rel=0.005)
+    assert fused.images_per_second[0] == pytest.approx(8 / 0.25, rel=0.05)
+    assert flat.images_per_second[0] < 0.97 * 8 / 0.125
+    assert flat.loss_share == pytest.approx(0.01 / 0.125, rel=0.1)
+    assert report(ladder, list(rows.values()))["teaching_costs"] == pytest.approx(1 / 4, rel=0.01)
+    # Ten seconds in five windows of half-second steps.
+    assert 10 * 0.9 < sum(8 * 4 / row.images_per_second[0] for row in [first] * 5) < 10 * 1.1
+
+
+def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_compiled):
+    class Failing(fastokd.train.ladder.EngineStep):
+        def __init__(self, config, *rest):
+            if config.compile:
+                raise RuntimeError("no compiler here\nand more lines")
+            if config.channels_last:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(config, *rest)
+
+    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", Failing)
+    rows = {row.name: row for row in Ladder(CONFIG, images, CPU, steps=1).rows()}
+    assert (rows["torch.compile of each part"].reason, rows["channels-last"].reason) == ("no compiler here", "out of memory")
+    assert rows["merged first convolutions"].images_per_second
+    assert not any(config.compile or config.channels_last for config in made)
+
+
+def test_merging_that_cannot_be_is_said_in_its_own_words(made, not_compiled):
+    config = dataclasses.replace(CONFIG, method="kdcl", topology="peers")
+    rows = {row.name: row for row in Ladder(config, ladder_images(config), CPU, steps=1).rows()}
+    assert "peers have no trunk" in rows["merged first convolutions"].reason
+    assert rows["the student alone, with every lever"].images_per_second
+
+
+def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fastokd.train.ladder, "ResearchStep", refuse)
+    with pytest.raises(ConfigError, match="first row of the ladder cannot run: out of memory; use a smaller --batch-size"):
+        next(Ladder(CONFIG, images, CPU).rows())
+
+
+def test_rows_after_the_stop_are_not_measured(images):
+    rows = list(Ladder(CONFIG, images, CPU, steps=1).rows(stop=lambda: True))
+    assert rows[0].images_per_second
+    assert {row.reason for row in rows[1:]} == {"the time was spent"}
+
+
+def test_pictures_are_decoded_once(tmp_path):
+    for split in ("train", "val"):
+        for label, color in (("red", (255, 0, 0)), ("blue", (3, 7, 250))):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(20):
+                Image.new("RGB", (90, 80), color).save(tmp_path / split / label / f"{number}.png")
+    config = dataclasses.replace(CONFIG, batch_size=8)
+    found = decoded_images(config, list_files(str(tmp_path), image_size=72))
+    assert found.train.images.shape == (40, 3, 72, 72)
+    assert found.classes == ("blue", "red")
+    for image, label in zip(found.train.images, found.train.targets.tolist(), strict=True):
+        assert image.flatten(1).amin(1).tolist() == image.flatten(1).amax(1).tolist() == [[3, 7, 250], [255, 0, 0]][label]
+
+
+def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
+    assert main([*BENCH, "--out", str(tmp_path), "--profile"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "step-ladder.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ON_A_CPU
+    assert (found["model"], found["batch_size"], found["image_size"], found["num_classes"]) == ("resnet8", 8, [32, 32], 10)
+    assert set(found["rows"][0]) == {item.name for item in dataclasses.fields(Row)}
+    assert "+ branches on CUDA streams: needs a GPU" in out
+    assert re.search(r"^or bf16 +\d", out, re.MULTILINE)
+    assert "teaching costs: a step with all levers takes" in out
+    assert (tmp_path / "step-ladder.svg").read_text().lstrip().startswith("<?xml")
+    assert json.loads((tmp_path / "step-trace.json").read_text())["traceEvents"]
+    assert "convolution" in out
+
+
+def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypatch, not_compiled):
+    def missing():
+        raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
+
+    monkeypatch.setattr("fastokd.analysis.ladder.require_matplotlib", missing)
+    assert main([*BENCH, "--method", "baseline", "--branches", "1", "--data", "digits", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no picture: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["step-ladder.json"]
+    assert "student alone" not in out  # it is what the ladder is of
+    assert json.loads((tmp_path / "step-ladder.json").read_text())["teaching_costs"] is None
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--model", "resnet9"], r"resnet9.*did you mean"),
+    (["--method", "ahfb"], "did you mean 'ahbf'"),
+    (["--method", "tskd"], "unknown method"),
+    (["--steps", "0"], "steps=0: each window has at least 1"),
+    (["--seconds", "0"], "seconds=0: it must be positive"),
+    (["--data", "digits", "--num-classes", "5"], "--num-classes 5 is for synthetic images"),
+    (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
+    (["--device", "tpu"], "unknown device"),
+])
+def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
+    given = [item for item in BENCH if "--steps" not in arguments or item not in ("--steps", "1")]
+    assert main([*given, *arguments, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(said, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_with_a_trained_teacher_has_no_ladder(images):
+    with pytest.raises(ConfigError, match="needs a trained teacher, which the ladder has none of"):
+        Ladder(dataclasses.replace(CONFIG, method="kd"), images, CPU)
