@@ -13,7 +13,17 @@ from fastokd.cli import main
 from fastokd.data import list_files
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.train.config import TrainConfig
-from fastokd.train.ladder import EngineStep, Ladder, ResearchStep, Row, decoded_images, first_row, ladder_images, levers, report
+from fastokd.train.ladder import (
+    EngineStep,
+    Ladder,
+    ResearchStep,
+    Row,
+    decoded_images,
+    first_row,
+    ladder_images,
+    levers,
+    report,
+)
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=8, lr=0.01)

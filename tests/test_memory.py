@@ -151,7 +151,7 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         following = batch_sizes(1024)[batch_sizes(1024).index(count) + 1]
         assert f"{following} on a process take about {size(takes[following])}, and" in reason
     has_free(monkeypatch, int(takes[8] / FILL) - 10)
-    with pytest.raises(ConfigError, match="not even 8 images fit into the .* free on c.*; use a smaller --model"):
+    with pytest.raises(ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"):
         fit_batch_size(SMALL, large, device)
 
 
