@@ -151,7 +151,7 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         following = batch_sizes(1024)[batch_sizes(1024).index(count) + 1]
         assert f"{following} on a process take about {size(takes[following])}, and" in reason
     has_free(monkeypatch, int(takes[8] / FILL) - 10)
-    with pytest.raises(ConfigError, match="not even 8 images fit into the .* free on c.*; use a smaller --model"):
+    with pytest.raises(ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"):
         fit_batch_size(SMALL, large, device)
 
 
@@ -239,3 +239,33 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == ("fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that fits, "
                     "--device-batch 32 adds up the gradients of smaller parts of the same batch")
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_what_was_estimated():
+    config = TrainConfig(model="resnet20", branches=3, batch_size=256, precision="fp32", compile=False, cuda_graph=False, streams=False)
+    step = TrainStep(config, build_model(config, 10, GPU), GPU)
+    pixels = torch.randn(256, 3, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
+    places = torch.arange(256, device=GPU)
+    step(Batch(pixels, places % 10, places))  # cuDNN has tried its algorithms
+    step.optimizers.zero_grad()
+    before = torch.cuda.memory_allocated(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    step(Batch(pixels, places % 10, places))
+    torch.cuda.synchronize()
+    assert estimate_memory(config, made_up(1000), GPU).passes == pytest.approx(torch.cuda.max_memory_allocated(GPU) - before, rel=0.25)
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_less_memory_than_it_says_gets_a_batch_that_runs():
+    config = TrainConfig(model="resnet32", branches=4)
+    images = made_up(50_000, 32)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(GPU).total_memory, GPU)
+    try:
+        found, reason = fit_batch_size(config, images, GPU)
+        assert 16 <= found < 1024
+        assert "tried with one step" in reason
+        assert fastokd.train.memory._one_step_fits(dataclasses.replace(config, batch_size=found), images, GPU, None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
