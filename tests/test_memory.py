@@ -37,6 +37,10 @@ def images():
     return made_up(1000)
 
 
+def has_free(monkeypatch, num_bytes):
+    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: num_bytes)
+
+
 def held_at_most(step, batch):
     """The most that torch's allocator held at once within a step beyond what it held before: what it told the profiler."""
     step.optimizers.zero_grad()
@@ -109,14 +113,39 @@ def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
 
 
 def test_lines_for_the_start_of_a_run(images, monkeypatch):
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: 3 * 2**20)
+    has_free(monkeypatch, 3 * 2**20)
     estimate, warning = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(r"memory: about 1\d MiB: weights \d+ KiB, optimizer \d+ KiB, batches 192 KiB, activations and gradients 1\d MiB; 3\.0 MiB free", estimate)
     assert re.fullmatch(r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not fit; --batch-size auto finds one that fits, "
                         r"--device-batch 8 adds up the gradients of smaller parts of the same batch", warning)
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: 2**37)
+    has_free(monkeypatch, 2**37)
     (line,) = describe_memory(SMALL, images, CPU)
     assert line.endswith("; 128 GiB free")
+
+
+def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, monkeypatch):
+    real = fastokd.train.memory.create_model
+
+    def looking(*arguments, **options):
+        model = real(*arguments, **options)
+        model.trunk.register_forward_hook(lambda module, given, result: result if float(result.sum()) > 0 else -result)
+        return model
+
+    monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
+    (line,) = describe_memory(SMALL, images, CPU)
+    assert re.fullmatch(r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a number", line)
+    has_free(monkeypatch, 2**40)
+    with pytest.raises(ConfigError, match="cannot be estimated"):
+        fit_batch_size(SMALL, images, CPU)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(fastokd.train.memory, "available_memory", lambda: 12_000)
+    assert fastokd.train.memory.free_memory(CPU) == 12_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert fastokd.train.memory.free_memory(CPU) == 12_000  # left in the environment by something else
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 6))
+    assert fastokd.train.memory.free_memory(CPU) == 4_000
 
 
 def test_sizes_for_people():
@@ -133,10 +162,6 @@ def test_sizes_to_choose_from():
 def large():
     """Enough images for any batch."""
     return made_up(50_000, 4)
-
-
-def has_free(monkeypatch, num_bytes):
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: num_bytes)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
