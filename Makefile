@@ -50,6 +50,8 @@ budgets-triton-3.6:
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=bench/results/loss-cpu.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=bench/results/data-cpu.json
+	$(BIN)/fastokd bench step --seconds 60 --out build/step
+	cp build/step/step-ladder.json bench/results/step-cpu.json
 	$(BIN)/python -m bench.methods
 	$(BIN)/python -m bench.method_pages
 	$(BIN)/python -m bench.recipe_page

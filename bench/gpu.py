@@ -165,7 +165,7 @@ def _kernel_row(context: Context, batch: int, num_classes: int, preset: str) -> 
 def part_step(context: Context) -> dict[str, Any]:
     """The ladder of ``fastokd bench step`` at CIFAR and at ImageNet size, the student alone beside it."""
     if context.dry:
-        ladders = [("resnet8", 0, 8, 32, 10)]
+        ladders = [("resnet8", 0, 4, 8, 10)]
     else:
         ladders = [("resnet32", 4, 128, 32, 10), *((model, 2, batch, 224, 1000) for batch in (96, 256) for model in ("resnet18_imagenet", "resnet34_imagenet"))]
     found = []
@@ -175,7 +175,7 @@ def part_step(context: Context) -> dict[str, Any]:
         config = TrainConfig(model=model, method="ahbf", branches=NUM_BRANCHES, aux_blocks=aux_blocks, batch_size=batch, image_size=side, lr=0.01)
         # The dry run goes through every row, but compiling takes minutes.
         with torch.compiler.set_stance("force_eager") if context.dry else contextlib.nullcontext():
-            ladder = Ladder(config, ladder_images(config, num_classes), context.device, seconds=5.0, steps=1 if context.dry else None)
+            ladder = Ladder(config, ladder_images(config, num_classes), context.device, seconds=3.0, steps=1 if context.dry else None)
             rows = []
             for row in ladder.rows(lambda: context.left() < 0):
                 rows.append(row)

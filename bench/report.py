@@ -94,12 +94,43 @@ def merge_table(path: Path) -> list[str]:
         ((group, cell(pair[False]), cell(pair[True]), f"{pair[False]['stats']['median'] / pair[True]['stats']['median']:.2f}") for group, pair in groups.items()))]
 
 
+def ladder_tables(path: Path) -> list[str]:
+    """The step's ladder of one machine: that of ``fastokd bench step``, or those of ``bench.gpu``."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [line for ladder in found.get("ladders", [found]) for line in _ladder_table(path, ladder)]
+
+
+def _ladder_table(path: Path, ladder: dict[str, Any]) -> list[str]:
+    environment = ladder["environment"]
+    device = environment["device"] if environment["device"] != "cpu" else f"{ladder['processor']}, {_threads(environment['threads'])}"
+    marks = {"lever": "+ ", "alternative": "or ", "student": "= "}
+    rows = []
+    for row in ladder["rows"]:
+        name = marks.get(row["kind"], "") + row["name"]
+        if row["reason"]:
+            rows.append((f"{name}: {row['reason']}", *[""] * 7))
+            continue
+        images, low, high = map(short, row["images_per_second"])
+        ratio, least, most = (f"{value:.2f}" for value in row["times_first"])
+        rows.append((name, images, f"{low}-{high}", short(row["milliseconds"]), f"{ratio} ({least}-{most})", "" if row["loss_share"] is None else f"{row['loss_share']:.1%}",
+                     "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB", short(row["start_seconds"])))
+    teaching = f" A step with all levers takes {ladder['teaching_costs']:.2f} times that of the student alone." if ladder["teaching_costs"] else ""
+    return [
+        f"{device}; torch {environment['torch']}; commit {environment['commit']}; `{path.relative_to(ROOT)}`, made by `{environment['command']}`.",
+        f"{ladder['model']}, {ladder['method']}, {ladder['branches']} branches, batch {ladder['batch_size']} of {' x '.join(map(str, ladder['image_size']))}, "
+        f"{ladder['num_classes']} classes, {ladder['data']}.{teaching}", "",
+        *table(("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"), rows)]
+
+
 def made_by(path: Path, found: dict[str, Any]) -> str:
     """The machine, the versions and the file that a table is of."""
     machine = found["machine_info"]
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of torch"
-    device = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {threads}"
+    device = machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {_threads(machine['threads'])}"
     return f"{device}; torch {machine['torch']}; commit {machine['commit']}; `{path.relative_to(ROOT)}`, made by `make bench`."
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)} of torch"
 
 
 def by_test(found: dict[str, Any]) -> dict[str, list[Benchmark]]:
@@ -131,7 +162,9 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 def blocks() -> list[str]:
     """What stands between each pair of the page's marks, with the marks."""
     data = RESULTS / "data-cpu.json"
+    ladders = [line for path in sorted(RESULTS.glob("step-*.json")) for line in ladder_tables(path)]
     parts = {
+        "step": ladders or ["Not measured yet."],
         "loss": [line for path in sorted(RESULTS.glob("loss-*.json")) for line in loss_table(path)],
         "data": data_tables(data), "merged convolutions": merge_table(data),
     }

@@ -261,3 +261,14 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
 def test_a_method_with_a_trained_teacher_has_no_ladder(images):
     with pytest.raises(ConfigError, match="needs a trained teacher, which the ladder has none of"):
         Ladder(dataclasses.replace(CONFIG, method="kd"), images, CPU)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_row_runs_and_trains_the_same_network(images):
+    rows = list(Ladder(CONFIG, images, torch.device("cuda", 0), steps=3).rows())
+    assert not [(row.name, row.reason) for row in rows if row.reason]
+    first, *others = [row for row in rows if row.kind != "student"]
+    for row in others:
+        assert row.first_loss == pytest.approx(first.first_loss, rel=2e-2), row
+    assert all(row.peak_bytes > 2**20 for row in rows)
+    assert all(row.loss_share is not None for row in rows)

@@ -37,6 +37,10 @@ def images():
     return made_up(1000)
 
 
+def has_free(monkeypatch, num_bytes):
+    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: num_bytes)
+
+
 def held_at_most(step, batch):
     """The most that torch's allocator held at once within a step beyond what it held before: what it told the profiler."""
     step.optimizers.zero_grad()
@@ -109,14 +113,39 @@ def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
 
 
 def test_lines_for_the_start_of_a_run(images, monkeypatch):
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: 3 * 2**20)
+    has_free(monkeypatch, 3 * 2**20)
     estimate, warning = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(r"memory: about 1\d MiB: weights \d+ KiB, optimizer \d+ KiB, batches 192 KiB, activations and gradients 1\d MiB; 3\.0 MiB free", estimate)
     assert re.fullmatch(r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not fit; --batch-size auto finds one that fits, "
                         r"--device-batch 8 adds up the gradients of smaller parts of the same batch", warning)
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: 2**37)
+    has_free(monkeypatch, 2**37)
     (line,) = describe_memory(SMALL, images, CPU)
     assert line.endswith("; 128 GiB free")
+
+
+def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, monkeypatch):
+    real = fastokd.train.memory.create_model
+
+    def looking(*arguments, **options):
+        model = real(*arguments, **options)
+        model.trunk.register_forward_hook(lambda module, given, result: result if float(result.sum()) > 0 else -result)
+        return model
+
+    monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
+    (line,) = describe_memory(SMALL, images, CPU)
+    assert re.fullmatch(r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a number", line)
+    has_free(monkeypatch, 2**40)
+    with pytest.raises(ConfigError, match="cannot be estimated"):
+        fit_batch_size(SMALL, images, CPU)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(fastokd.train.memory, "available_memory", lambda: 12_000)
+    assert fastokd.train.memory.free_memory(CPU) == 12_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert fastokd.train.memory.free_memory(CPU) == 12_000  # left in the environment by something else
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 6))
+    assert fastokd.train.memory.free_memory(CPU) == 4_000
 
 
 def test_sizes_for_people():
@@ -133,10 +162,6 @@ def test_sizes_to_choose_from():
 def large():
     """Enough images for any batch."""
     return made_up(50_000, 4)
-
-
-def has_free(monkeypatch, num_bytes):
-    monkeypatch.setattr(fastokd.train.memory, "free_memory", lambda device: num_bytes)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
@@ -239,3 +264,33 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == ("fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that fits, "
                     "--device-batch 32 adds up the gradients of smaller parts of the same batch")
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_what_was_estimated():
+    config = TrainConfig(model="resnet20", branches=3, batch_size=256, precision="fp32", compile=False, cuda_graph=False, streams=False)
+    step = TrainStep(config, build_model(config, 10, GPU), GPU)
+    pixels = torch.randn(256, 3, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
+    places = torch.arange(256, device=GPU)
+    step(Batch(pixels, places % 10, places))  # cuDNN has tried its algorithms
+    step.optimizers.zero_grad()
+    before = torch.cuda.memory_allocated(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    step(Batch(pixels, places % 10, places))
+    torch.cuda.synchronize()
+    assert estimate_memory(config, made_up(1000), GPU).passes == pytest.approx(torch.cuda.max_memory_allocated(GPU) - before, rel=0.25)
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_less_memory_than_it_says_gets_a_batch_that_runs():
+    config = TrainConfig(model="resnet32", branches=4)
+    images = made_up(50_000, 32)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(GPU).total_memory, GPU)
+    try:
+        found, reason = fit_batch_size(config, images, GPU)
+        assert 16 <= found < 1024
+        assert "tried with one step" in reason
+        assert fastokd.train.memory._one_step_fits(dataclasses.replace(config, batch_size=found), images, GPU, None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)

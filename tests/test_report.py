@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench.report
-from bench.report import PAGE, blocks, current, data_tables, loss_table, merge_table, short
+from bench.report import PAGE, blocks, current, data_tables, ladder_tables, loss_table, merge_table, short
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +81,24 @@ def test_merged_convolutions_that_lose_stay(result):
     lines = merge_table(result([
         {"name": "test_first_convs[x]", "group": "net 2x3", "extra_info": {"merged": merged}, **seconds(value)} for merged, value in ((False, 0.1), (True, 0.2))]))
     assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
+
+
+def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.report, "ROOT", tmp_path)
+    row = {"name": "first", "kind": "first", "reason": "", "images_per_second": [1000, 900, 1100], "milliseconds": 128.0, "times_first": [1.0, 1.0, 1.0], "peak_bytes": None,
+           "loss_share": 0.1234, "start_seconds": 1.0, "first_loss": 2.0}
+    ladder = {
+        "model": "net", "method": "ahbf", "branches": 4, "batch_size": 128, "image_size": [32, 32], "num_classes": 10, "data": "random images", "teaching_costs": 2.5, "processor": "Some CPU",
+        "environment": {"device": "cpu", "threads": 2, "torch": "2", "commit": "abc", "command": "fastokd bench step"},
+        "rows": [row, {**row, "name": "loses", "kind": "alternative", "times_first": [0.5, 0.4, 0.6], "peak_bytes": 3 * 2**30, "loss_share": None},
+                 {**dict.fromkeys(row), "name": "streams", "kind": "lever", "reason": "needs a GPU"}]}
+    for content, times in ((ladder, 1), ({"ladders": [ladder, ladder]}, 2)):
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        lines = ladder_tables(tmp_path / "x.json")
+        assert lines.count("Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `fastokd bench step`.") == times
+        assert lines.count("| or loses | 1,000 | 900-1,100 | 128 | 0.50 (0.40-0.60) |  | 3.00 GiB | 1 |") == times
+        assert lines.count("| first | 1,000 | 900-1,100 | 128 | 1.00 (1.00-1.00) | 12.3% |  | 1 |") == times
+        assert lines.count("| + streams: needs a GPU |  |  |  |  |  |  |  |") == times
 
 
 def test_numbers_have_three_digits_and_no_exponent():

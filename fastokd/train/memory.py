@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastokd.data import Batch, Dataset
 from fastokd.data.images import available_memory
-from fastokd.errors import ConfigError, OutOfMemory
+from fastokd.errors import ConfigError, OutOfMemory, first_line
 from fastokd.methods import get_method
 from fastokd.models import BranchedModel, create_model
 from fastokd.train.build import build_model, model_layout
@@ -97,6 +97,9 @@ def estimate_memory(config: TrainConfig, dataset: AnyDataset, device: torch.devi
         dataset: with the run's image size and classes.
         device: where the run computes.
         teacher: the frozen teacher network of methods that have one.
+
+    Raises:
+        ConfigError: the network looks at values while it runs, so shapes do not say what it takes.
     """
     share = share_of_batch(config, Ranks.current())
     with torch.device("meta"):
@@ -148,11 +151,14 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device=cpu)
         batch = torch.empty(images, dtype=torch.float32)
-        with LiveStorages() as live:
-            with autocast(precision, cpu):
-                result = model(batch)
-            ends = [value for value in tree_leaves((result.logits, method.loss_inputs(result))) if isinstance(value, Tensor) and value.requires_grad]
-            torch.autograd.backward(ends, [torch.ones_like(value) for value in ends])
+        try:
+            with LiveStorages() as live:
+                with autocast(precision, cpu):
+                    result = model(batch)
+                ends = [value for value in tree_leaves((result.logits, method.loss_inputs(result))) if isinstance(value, Tensor) and value.requires_grad]
+                torch.autograd.backward(ends, [torch.ones_like(value) for value in ends])
+        except Exception as error:  # whatever a network's own operators raise
+            raise ConfigError(f"the memory that a step takes cannot be estimated ({first_line(error)}); give --batch-size a number") from error
     return live.peak
 
 
@@ -195,7 +201,10 @@ def free_memory(device: torch.device) -> int | None:
 
 def describe_memory(config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: nn.Module | None = None) -> list[str]:
     """The lines about memory for the start of a run, when its model, optimizer and loaders are made: the second warns."""
-    estimate, free = estimate_memory(config, dataset, device, teacher), free_memory(device)
+    try:
+        estimate, free = estimate_memory(config, dataset, device, teacher), free_memory(device)
+    except ConfigError as error:
+        return [f"memory: {first_line(error)}"]
     lines = [estimate.describe(free)]
     if free is not None and estimate.ahead > free:
         lines.append(f"memory: the first step takes {size(estimate.ahead)} more, and {size(free)} are free: it will probably not fit; {_advice(share_of_batch(config, Ranks.current()))}")
