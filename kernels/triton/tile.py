@@ -125,10 +125,7 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
         warps = 1 if batch >= 1024 else 4
     else:
         warps = 4 if batch >= 256 else 8
-    if not aligned:
-        pieces = 8 if num_nodes <= 8 else 4 if num_nodes <= 12 else 2
-    else:
-        pieces = min(most, VECTOR_BYTES // itemsize)
+    pieces = min(most, VECTOR_BYTES // itemsize) if aligned else 2 if num_nodes > 12 else most
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
