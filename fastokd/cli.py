@@ -264,7 +264,7 @@ def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "
     run = load_run(path, which, data, device, split)
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
     _console().print(f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name}, {len(images)} {images.name} images", markup=False)
-    _print_accuracies(run.evaluator.evaluate(run.loader), run.evaluator.kept)
+    _print_accuracies(run.evaluator.evaluate(run.loader), run.evaluator.reported)
 
 
 @command
@@ -293,7 +293,7 @@ def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "on
     form.describe({"name": _network_name(settings, index)})  # what cannot be made is refused before the images are read
     trained = load_run(run, which, data, device)
     model = trained.evaluator.model
-    student = model.student(index).eval()
+    student = (trained.evaluator.student() if index is None else model.student(index)).eval()
     name, layout = (model.name, {}) if index is None else _branch_architecture(trained, index, student)
     # Measured as it is deployed, alone and in float32, not under the run's autocast.
     accuracy = measure_accuracy(student, trained.loader)

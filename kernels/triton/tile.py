@@ -111,7 +111,8 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still being 256 neighbouring bytes. Compiled for
     eight branches, 16 bytes would save the forward 3 % of its instructions and double the time to compile it; the
     backward would spill. Up to 32 classes several rows share a warp and each node has values of its own for
-    all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight.
+    all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight. Long
+    rows without vectors need addresses and masks beside: with eight branches the forward spills at four columns on sm_100.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -124,7 +125,10 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
         warps = 1 if batch >= 1024 else 4
     else:
         warps = 4 if batch >= 256 else 8
-    pieces = min(most, VECTOR_BYTES // itemsize) if aligned else most
+    if not aligned:
+        pieces = 8 if num_nodes <= 8 else 4 if num_nodes <= 12 else 2
+    else:
+        pieces = min(most, VECTOR_BYTES // itemsize)
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
