@@ -66,12 +66,12 @@ def cascade(num_branches: int, lambda_self: float = 0.0) -> Plan:
     return lower(Graph("cascade", tuple(nodes), tuple(terms)))
 
 
-def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: int = 0, soft_target: bool = False) -> Tile:
+def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: int = 0, soft_target: bool = False, fused: bool = False) -> Tile:
     """The tile that the executor would choose for rows of this stride (0: contiguous), all gradients wanted."""
     spec, size = specialise(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
-    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused)
     return Tile(
         num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
