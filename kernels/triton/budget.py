@@ -182,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for dtype in args.dtypes:
                 for batch in args.batches:
                     for num_classes in args.classes:
-                        tile = launch_tile(plan, batch, num_classes, dtype)
-                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if tile.splits > 1 else KERNELS)]:
+                        splits = launch_tile(plan, batch, num_classes, dtype).splits
+                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if splits > 1 else KERNELS)]:
+                            tile = launch_tile(plan, batch, num_classes, dtype, fused=which == "fused")
                             cost = measure(compile_kernel(which, plan, tile, dtype, capability), tile)
                             spilled += cost.stack + cost.spills
                             layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{'v' if tile.vector else ''}{f'/{tile.splits}' if tile.splits > 1 else ''}"
