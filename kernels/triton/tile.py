@@ -114,7 +114,8 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     backward would spill. Up to 32 classes several rows share a warp and each node has values of its own for
     all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight. Long
     rows without vectors need addresses and masks beside: with eight branches the forward spills at four columns on sm_100, as
-    the fused kernel does at four of float32.
+    the fused kernel does at four of float32; not where several warps are done with a row in a chunk or two, and there two
+    columns would spill.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -130,7 +131,7 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     if aligned:
         pieces = min(most, VECTOR_BYTES // (2 if fused and num_nodes > 12 else 1) // itemsize)
     else:
-        pieces = 2 if num_nodes > 12 else most
+        pieces = 2 if num_nodes > 12 and (warps == 1 or num_classes > 4096) else most
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
