@@ -32,7 +32,7 @@ CONFIGS = {
     "parts": dataclasses.replace(SMALL, epochs=1, device_batch=8),
     "skip": dataclasses.replace(SMALL, epochs=1, on_nonfinite="skip"),
     "stop": SMALL,
-    "average": dataclasses.replace(SMALL, ema=0.9, mixup=0.2),
+    "average": dataclasses.replace(SMALL, model="mobilenetv2_x0_5", ema=0.9, mixup=0.2),  # with dropout
     "tsb": dataclasses.replace(SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8),
     "kdcl": dataclasses.replace(SMALL, epochs=1, method="kdcl", branches=None, method_options={"variant": "general", "icl": False}, device_batch=8),
 }
@@ -58,7 +58,7 @@ class Stopper(Reporter):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def dataset(count: int = 256, evaluated: int = 100) -> Dataset:
+def dataset(count: int = 256, evaluated: int = 99) -> Dataset:
     digits = few_digits(count)
     return dataclasses.replace(digits, test=digits.test.select(torch.arange(evaluated)))
 
@@ -79,9 +79,10 @@ def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | N
     return trainer
 
 
-def resume(folder: Path) -> Trainer:
-    """The rest of a run, on the images that the test gives, which have no name."""
+def resume(folder: Path, processes: int | None = None) -> Trainer:
+    """The rest of a run, on the images that the test gives, which have no name; of ``processes``, the first ones, if it says so."""
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    state["ranks"] = state["ranks"][:processes]
     trainer = Trainer(CONFIGS[folder.name.partition("@")[0]], RunFolder.open(folder), Reporter(silent=True), dataset(), seen=state["data"])
     trainer.resume(state)
     trainer.run()
@@ -130,8 +131,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     except Preempted as stopped:
         message, code = str(stopped), stopped.exit_code
     if Ranks.current().is_main:
-        shutil.copytree(folder, folder.parent / "stopped" / folder.name)
-    return {**found(resume(folder)), "message": message, "code": code}
+        for copies in ("stopped", "kept"):
+            shutil.copytree(folder, folder.parent / copies / folder.name)
+    ended = {**found(resume(folder)), "message": message, "code": code}
+    if name == "plain" and Ranks.current().size > 1:
+        ended["fewer"] = found(resume(folder.parent / "stopped" / folder.name, 1))
+    return ended
 
 
 if __name__ == "__main__":
