@@ -174,7 +174,7 @@ def test_a_start_finds_nothing_of_the_one_before():
         def meet(rank, found=found):
             found[rank] = _of_this_start(store, Ranks(rank, 2, rank))
 
-        threads = [threading.Thread(target=meet, args=(rank,)) for rank in (1, 0)]
+        threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 0)]
         for thread in threads:
             thread.start()
             time.sleep(0.2)
