@@ -32,8 +32,8 @@ from fastokd.errors import (
 
 DESCRIPTION = """Online knowledge distillation: train a small classifier with deeper branches that teach it, and keep the small one.
 
-Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, or a loss that is not finite; 3 data;
-4 checkpoint or export; 5 the disk refused; 6 another process of the run ended; 75 stopped by SIGTERM or SIGUSR1 and saved, to
+Exit codes: 0 done; 1 a bug in fastokd, with a traceback; 2 wrong usage or configuration, a loss that is not finite, or too little memory;
+3 data; 4 checkpoint or export; 5 the disk refused; 6 another process of the run ended; 75 stopped by SIGTERM or SIGUSR1 and saved, to
 be continued; 130 interrupted."""
 
 DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it anew. Exit codes: 0 done; 3 problems were found; others as of fastokd."""

@@ -128,7 +128,7 @@ def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, m
 
     def looking(*arguments, **options):
         model = real(*arguments, **options)
-        model.trunk.register_forward_hook(lambda module, given, result: result if float(result.sum()) > 0 else -result)
+        model.trunk.register_forward_hook(lambda module, given, result: result if float(result.detach().sum()) > 0 else -result)
         return model
 
     monkeypatch.setattr(fastokd.train.memory, "create_model", looking)

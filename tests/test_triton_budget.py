@@ -25,7 +25,7 @@ MOST_REGISTERS = {"forward": 96, "backward": 192}
 
 def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
     plan = cascade(branches)
-    return _cost(which, plan, launch_tile(plan, batch, classes, dtype, stride), dtype, capability)
+    return _cost(which, plan, launch_tile(plan, batch, classes, dtype, stride, fused=which == "fused"), dtype, capability)
 
 
 @cache  # many batches have the tile of another
@@ -34,7 +34,7 @@ def _cost(which: str, plan: Plan, tile: Tile, dtype: str, capability: int) -> Co
 
 
 def check(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
-    tile = launch_tile(cascade(branches), batch, classes, dtype)
+    tile = launch_tile(cascade(branches), batch, classes, dtype, fused=which == "fused")
     if tile.splits > 1:
         for part in {"forward": ("partial", "merge"), "backward": ("columns", "weights")}.get(which, ()):
             cost = cost_of(part, branches, batch, classes, dtype, capability)

@@ -105,7 +105,7 @@ class TritonExecutor:
         terms = term_weights.new_empty((spec.num_terms, batch))
         grads = _gradients(logits, weights, needs)
         if batch:
-            tile = _tile(spec, logits, weights, externals, target, needs)
+            tile = _tile(spec, logits, weights, externals, target, needs, fused=True)
             inputs = tuple(logits), tuple(weights), tuple(externals), target
             destinations = _destinations(grads, logits, weights)
             if tile.splits > 1:
@@ -134,14 +134,14 @@ def _destinations(grads: Sequence[Tensor | None], logits: Sequence[Tensor],
 
 
 def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
-          needs: Sequence[bool] = (), grad_stride: int = 0) -> Tile:
+          needs: Sequence[bool] = (), grad_stride: int = 0, fused: bool = False) -> Tile:
     first = logits[0]
     batch, num_classes = first.shape
     size = first.element_size()
     aligned = all(
         row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
         for row in logits)
-    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused)
     double = first.dtype == torch.float64
     return make_tile(
         num_classes, rows, lanes, pieces, vector, num_warps, choose_splits(batch, num_classes),

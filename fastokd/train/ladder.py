@@ -1,6 +1,5 @@
 """What each lever of the step is worth on a machine: the step as published research code does it, then one lever more a row."""
 
-import contextlib
 import dataclasses
 import gc
 import itertools
@@ -484,29 +483,34 @@ def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, r
             call()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
+    with torch.cuda.device(device):
+        return _median_by_events(call, graph, repeats, inner)
+
+
+def _median_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner: int) -> float:
+    """``median_seconds`` on the current GPU."""
+    def some() -> None:
+        for _ in range(inner):
+            call()
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(5):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    with contextlib.ExitStack() as stack:
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            stack.enter_context(torch.cuda.graph(captured))
-        else:
-            captured = None
-        for _ in range(inner):
-            call()
+    run = some
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            some()
+        run = captured.replay
+    run()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        if captured is not None:
-            captured.replay()
-        else:
-            for _ in range(inner):
-                call()
+        run()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000 / inner)

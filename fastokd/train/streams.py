@@ -19,11 +19,12 @@ class BranchStreams:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(count - 1)]
 
     def __call__(self, branches: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What ``one_by_one`` gives, see ``fastokd.models.branched``."""
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(self._device)
         results: list[Any] = [None] * len(branches)
         for place, stream in enumerate(self._streams):
             stream.wait_stream(here)

@@ -66,12 +66,12 @@ def cascade(num_branches: int, lambda_self: float = 0.0) -> Plan:
     return lower(Graph("cascade", tuple(nodes), tuple(terms)))
 
 
-def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: int = 0, soft_target: bool = False) -> Tile:
+def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: int = 0, soft_target: bool = False, fused: bool = False) -> Tile:
     """The tile that the executor would choose for rows of this stride (0: contiguous), all gradients wanted."""
     spec, size = specialise(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
-    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned)
+    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused)
     return Tile(
         num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
@@ -182,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for dtype in args.dtypes:
                 for batch in args.batches:
                     for num_classes in args.classes:
-                        tile = launch_tile(plan, batch, num_classes, dtype)
-                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if tile.splits > 1 else KERNELS)]:
+                        splits = launch_tile(plan, batch, num_classes, dtype).splits
+                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if splits > 1 else KERNELS)]:
+                            tile = launch_tile(plan, batch, num_classes, dtype, fused=which == "fused")
                             cost = measure(compile_kernel(which, plan, tile, dtype, capability), tile)
                             spilled += cost.stack + cost.spills
                             layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{'v' if tile.vector else ''}{f'/{tile.splits}' if tile.splits > 1 else ''}"

@@ -97,10 +97,11 @@ def make_tile(*fields: Any) -> Tile:
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool) -> tuple[int, int, int, int, int]:
+def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool, fused: bool = False) -> tuple[int, int, int, int, int]:
     """Rows, lanes, pieces, vector and warps for a regime of batch and class count.
 
-    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are neighbours.
+    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are neighbours. ``fused``: for the kernel of
+    loss and gradient at once.
 
     Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp per row holds the
     whole row. More: chunks, loaded as vectors where rows are aligned. One warp per row needs no barrier at all and
@@ -112,7 +113,8 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     eight branches, 16 bytes would save the forward 3 % of its instructions and double the time to compile it; the
     backward would spill. Up to 32 classes several rows share a warp and each node has values of its own for
     all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight. Long
-    rows without vectors need addresses and masks beside: with eight branches the forward spills at four columns on sm_100.
+    rows without vectors need addresses and masks beside: with eight branches the forward spills at four columns on sm_100, as
+    the fused kernel does at four of float32.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -125,10 +127,10 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
         warps = 1 if batch >= 1024 else 4
     else:
         warps = 4 if batch >= 256 else 8
-    if not aligned:
-        pieces = 8 if num_nodes <= 8 else 4 if num_nodes <= 12 else 2
+    if aligned:
+        pieces = min(most, VECTOR_BYTES // (2 if fused and num_nodes > 12 else 1) // itemsize)
     else:
-        pieces = min(most, VECTOR_BYTES // itemsize)
+        pieces = 2 if num_nodes > 12 else most
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
