@@ -241,6 +241,8 @@ def train(
         check_launched(gpus)
     with StopSignals() as signals:  # before torch is imported, which takes seconds
         given = {name: value for name, value in locals().items() if name in _field_names() and value is not None and value != ()}
+        if gpus is not None:
+            given.setdefault("device", "cuda")  # not "auto", which would settle for the CPU
         return _train(given, recipe, config, out, resume, allow_config_change, quiet, signals)
 
 

@@ -58,9 +58,18 @@ class Stopper(Reporter):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def dataset(count: int = 256, evaluated: int = 100) -> Dataset:
+def dataset(count: int = 256, evaluated: int = 99) -> Dataset:
     digits = few_digits(count)
     return dataclasses.replace(digits, test=digits.test.select(torch.arange(evaluated)))
+
+
+def with_dropout(trainer: Trainer) -> Trainer:
+    """The run "average" with dropout: the small networks have none, and the random state would show in nothing.
+    The others are compared with runs of other processes, which draw something else.
+    """
+    if trainer.config.ema:
+        trainer.model.branches[0].register_forward_pre_hook(lambda module, given: (torch.nn.functional.dropout(given[0], 0.2, module.training),))
+    return trainer
 
 
 def make(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
@@ -69,7 +78,7 @@ def make(config: TrainConfig, folder: Path, images: Dataset | None, at: int | No
     run = RunFolder.create(folder) if ranks.is_main else RunFolder(folder)
     trainer = Trainer(config, run, Stopper(at if ranks.rank == ranks.size - 1 else None), images)
     trainer.start()
-    return trainer
+    return with_dropout(trainer)
 
 
 def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
@@ -79,12 +88,13 @@ def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | N
     return trainer
 
 
-def resume(folder: Path) -> Trainer:
-    """The rest of a run, on the images that the test gives, which have no name."""
+def resume(folder: Path, processes: int | None = None) -> Trainer:
+    """The rest of a run, on the images that the test gives, which have no name; of ``processes``, the first ones, if it says so."""
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    state["ranks"] = state["ranks"][:processes]
     trainer = Trainer(CONFIGS[folder.name.partition("@")[0]], RunFolder.open(folder), Reporter(silent=True), dataset(), seen=state["data"])
     trainer.resume(state)
-    trainer.run()
+    with_dropout(trainer).run()
     return trainer
 
 
@@ -130,8 +140,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     except Preempted as stopped:
         message, code = str(stopped), stopped.exit_code
     if Ranks.current().is_main:
-        shutil.copytree(folder, folder.parent / "stopped" / folder.name)
-    return {**found(resume(folder)), "message": message, "code": code}
+        for copies in ("stopped", "kept"):
+            shutil.copytree(folder, folder.parent / copies / folder.name)
+    ended = {**found(resume(folder)), "message": message, "code": code}
+    if name == "plain" and Ranks.current().size > 1:
+        ended["fewer"] = found(resume(folder.parent / "stopped" / folder.name, 1))
+    return ended
 
 
 if __name__ == "__main__":

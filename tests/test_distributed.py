@@ -1,10 +1,13 @@
 """Several processes that train together do what one process would do with the whole batch."""
 
 import socket
+import threading
+import time
 
 import pytest
 import rank_checks
 import torch
+import torch.distributed as dist
 from launching import finish, start_ranks
 
 from fastokd.errors import ConfigError
@@ -12,6 +15,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import (
     Agreement,
     Ranks,
+    _of_this_start,
     choose_device,
     from_main,
     gather_states,
@@ -139,7 +143,6 @@ def test_alone_without_a_launcher(environment):
     with process_group("cpu") as found:
         assert found == Ranks(0, 1, 0)
         assert found.is_main
-        assert found.label == ""
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -160,6 +163,27 @@ def test_a_port_that_is_taken_is_named(environment):
         environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with pytest.raises(ConfigError, match=rf"the port of 127.0.0.1:{port} is taken; choose another with torchrun's --master-port"), process_group("cpu"):
             pass
+
+
+def test_a_start_finds_nothing_of_the_one_before():
+    """In a store that outlives it: the second rank comes first, and finds the name and the answer of the start before."""
+    store, stores = dist.HashStore(), []
+    for value in ("old", "new"):
+        found = {}
+
+        def meet(rank, found=found):
+            found[rank] = _of_this_start(store, Ranks(rank, 2, rank))
+
+        threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 0)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join(30)
+        found[0].set("address", value)
+        assert found[1].get("address") == value.encode()
+        stores.append(found[0])
+    assert stores[0].get("address") == b"old"
 
 
 def test_more_processes_than_gpus_are_refused(environment, monkeypatch):

@@ -114,9 +114,9 @@ def test_what_a_loss_remembers_is_of_all_images(folder):
     assert torch.equal(steps, torch.ones(256, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("name", "images"), [("plain", (256, 100)), ("average", (256, 100)), ("tiny", (64, 2))])
+@pytest.mark.parametrize(("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))])
 def test_accuracies_are_those_of_one_process_over_all_images(folder, name, images, monkeypatch):
-    """100 images over two processes, and 2 over three, of which one has none."""
+    """99 images over two processes, and 2 over three, of which one has none."""
     monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
     run = load_run(folder / name)
     assert run.evaluator.evaluate(run.loader) == ended(folder, name)["last"] == run.state["last"]
@@ -132,10 +132,11 @@ def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder,
     """The signal comes after the third step's exchange: it is said after the fourth and followed after the fifth. Eight are all."""
     for rank in (0, 1):
         stopped = ended(folder, name, rank)
+        stopped.pop("fewer", None)
         assert stopped.pop("code") == EXIT_PREEMPTED
         message = stopped.pop("message")
         assert message.startswith(f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of the next; continue with 'fastokd train --resume")
-        state = load_checkpoint(folder / "stopped" / name / "checkpoints" / "last.pt")
+        state = load_checkpoint(folder / "kept" / name / "checkpoints" / "last.pt")
         assert (state["epoch"], len(state["ranks"]), state["loader"]["position"]) == (1, 2, place * 32)
         assert_equal(stopped, ended(folder, name.partition("@")[0], rank))
 
@@ -150,9 +151,9 @@ def test_a_process_alone_stops_after_the_step_and_continues_bit_for_bit(name, pl
 
 def test_two_processes_may_be_continued_by_one(folder, tmp_path, undeterministic):
     """Nothing that was measured before is lost: the accuracies are of 256 images."""
-    shutil.copytree(folder / "stopped" / "plain@3", tmp_path / "plain@3")
+    shutil.copytree(folder / "kept" / "plain@3", tmp_path / "plain@3")
     found = rank_runs.found(rank_runs.resume(tmp_path / "plain@3"))
-    before = load_checkpoint(folder / "stopped" / "plain@3" / "checkpoints" / "last.pt")
+    before = load_checkpoint(folder / "kept" / "plain@3" / "checkpoints" / "last.pt")
     names = before["ranks"][0]["sums"]["names"]
     counted = sum(state["sums"]["values"] for state in before["ranks"])
     assert counted[-1] == 5 * 32
@@ -160,6 +161,13 @@ def test_two_processes_may_be_continued_by_one(folder, tmp_path, undeterministic
         if name.startswith("accuracy/"):
             assert value * 256 == round(value * 256) >= counted[names.index(name)]
     assert found["train"][0] == ended(folder, "plain")["train"][0]
+
+
+def test_one_process_may_be_continued_by_two(folder):
+    """The 5 x 16 images that one of two processes had measured, and the 3 x 32 that were left."""
+    for name, value in ended(folder, "plain@3")["fewer"]["train"][1].items():
+        if name.startswith("accuracy/"):
+            assert value * 176 == pytest.approx(round(value * 176), abs=1e-9)
 
 
 def test_what_is_not_finite_in_one_process_is_left_out_in_all(folder):
