@@ -14,7 +14,7 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import kernels, split
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile, register_limit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_INPUTS = 16
@@ -25,6 +25,7 @@ MANY_INPUTS = 8
 MAX_SUMS_OF_MANY = 60
 """The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59 (eight branches and seven
 teachers of their own, 14 edges) do not spill."""
+_KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
 _Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,7 +74,7 @@ class TritonExecutor:
             if tile.splits > 1:
                 _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
             else:
-                _launch(kernels.forward_kernel, spec, tile, first, *inputs, term_weights, rows, terms, stats)
+                _launch("forward", spec, tile, first, *inputs, term_weights, rows, terms, stats)
         return rows, terms, stats
 
     def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
@@ -89,7 +90,7 @@ class TritonExecutor:
             if tile.splits > 1:
                 _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
             else:
-                _launch(kernels.backward_kernel, spec, tile, first, *destinations, grad_rows, *inputs, term_weights, stats)
+                _launch("backward", spec, tile, first, *destinations, grad_rows, *inputs, term_weights, stats)
         return grads
 
     def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
@@ -115,7 +116,7 @@ class TritonExecutor:
                     grad_rows = term_weights.new_full((1,), 1 / batch)
                     _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
             else:
-                _launch(kernels.fused_kernel, spec, tile, first, *destinations, *inputs, term_weights, rows, terms)
+                _launch("fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms)
         return rows, terms, grads
 
 
@@ -155,10 +156,11 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
         int(not INTERPRETED and not double))
 
 
-def _launch(kernel: Any, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
+def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
     batch = first.shape[0]
     with torch.cuda.device_of(first):
-        kernel[(-(-batch // tile.rows),)](*args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+        _KERNELS[which][(-(-batch // tile.rows),)](
+            *args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True, maxnreg=register_limit(which, len(spec.learning)))
 
 
 def _forward_split(spec: Spec, tile: Tile, inputs: _Inputs, term_weights: Tensor, rows: Tensor, terms: Tensor,

@@ -23,7 +23,7 @@ from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import kernels, split
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile
+from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, register_limit
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
@@ -106,7 +106,8 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
     constants = {(position,): values[name] for position, name in enumerate(kernel.arg_names) if name in values}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options={"num_warps": 1 if which in ("merge", "weights") else tile.num_warps, "enable_fp_fusion": True})
+                          options={"num_warps": 1 if which in ("merge", "weights") else tile.num_warps, "enable_fp_fusion": True,
+                                   "maxnreg": register_limit(which, len(spec.learning))})
 
 
 def measure(compiled: Any, tile: Tile) -> Cost:

@@ -112,10 +112,8 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still being 256 neighbouring bytes. Compiled for
     eight branches, 16 bytes would save the forward 3 % of its instructions and double the time to compile it; the
     backward would spill. Up to 32 classes several rows share a warp and each node has values of its own for
-    all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight. Long
-    rows without vectors need addresses and masks beside: with eight branches the forward spills at four columns on sm_100, as
-    the fused kernel does at four of float32; not where several warps are done with a row in a chunk or two, and there two
-    columns would spill.
+    all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight; with
+    eight it spills at four columns of float32 in longer rows too.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -131,10 +129,18 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
     if aligned:
         pieces = min(most, VECTOR_BYTES // (2 if fused and num_nodes > 12 else 1) // itemsize)
     else:
-        pieces = 2 if num_nodes > 12 and (warps == 1 or num_classes > 4096) else most
+        pieces = most
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
         warps //= 2
     return 1, 32 * warps, pieces, int(aligned), warps
+
+
+def register_limit(which: str, num_nodes: int) -> int | None:
+    """Registers a thread that a kernel may take; None where the compiler finds a good number itself.
+
+    For the forward of eight branches it aims at 168 or 128 on sm_100, and spills rather than take a few more.
+    """
+    return 192 if which == "forward" and num_nodes > 12 else None
 
 
 def choose_splits(batch: int, num_classes: int) -> int:
