@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton import kernels, split
+from fastokd.kernels.triton import split
+from fastokd.kernels.triton.kernels import KERNELS
 from fastokd.kernels.triton.spec import Spec, specialise
 from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile, register_limit
 
@@ -25,7 +26,6 @@ MANY_INPUTS = 8
 MAX_SUMS_OF_MANY = 60
 """The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59 (eight branches and seven
 teachers of their own, 14 edges) do not spill."""
-_KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
 _Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -159,7 +159,7 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
 def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
     batch = first.shape[0]
     with torch.cuda.device_of(first):
-        _KERNELS[which][(-(-batch // tile.rows),)](
+        KERNELS[which][(-(-batch // tile.rows),)](
             *args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True, maxnreg=register_limit(which, len(spec.learning)))
 
 

@@ -21,12 +21,12 @@ from triton.compiler import ASTSource
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton import kernels, split
+from fastokd.kernels.triton import split
+from fastokd.kernels.triton.kernels import KERNELS
 from fastokd.kernels.triton.spec import Spec, specialise
 from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, register_limit
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel, "fused": kernels.fused_kernel}
 SPLIT_KERNELS = {"ahead": split.partial_kernel, "partial": split.partial_kernel, "normal": split.partial_kernel,
                  "merge": split.merge_kernel, "columns": split.columns_kernel, "weights": split.weights_kernel}
 """Those that run instead where rows are split: a pass ahead, the main pass, that with normalised probabilities, and so on."""

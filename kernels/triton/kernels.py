@@ -89,3 +89,6 @@ def fused_kernel(grad_logits, grad_weights, logits, weights, externals, target, 
     grad_logits = unaligned(grad_logits, shift, TILE)
     backward_row(grad_logits, grad_weights, logits, loaded, externals, target, gradient, term_weights, rows, inside, stats,
                  SPEC, TILE)
+
+
+KERNELS = {"forward": forward_kernel, "backward": backward_kernel, "fused": fused_kernel}
