@@ -140,7 +140,7 @@ def register_limit(which: str, num_nodes: int) -> int | None:
 
     For the forward of eight branches it aims at 168 or 128 on sm_100, and spills rather than take a few more.
     """
-    return 192 if which == "forward" and num_nodes > 12 else None
+    return 176 if which == "forward" and num_nodes > 12 else None
 
 
 def choose_splits(batch: int, num_classes: int) -> int:
