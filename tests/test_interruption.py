@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from method_runs import few_digits, make
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastokd import storage
 from fastokd.data import Batch
 from fastokd.data.loader import get_loader_kind
-from fastokd.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted
+from fastokd.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted, StorageError
 from fastokd.export import load_student, measure_accuracy
 from fastokd.train import loop
 from fastokd.train.checkpoint import load_checkpoint
@@ -187,6 +189,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
     second.run_folder.unlock()
     with pytest.raises(CheckpointError, match="no checkpoint of the run is whole"):
         loop.resume_run(tmp_path / "run", first.reporter)
+
+
+def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, digits, monkeypatch):
+    trainer = make(CONFIG, tmp_path / "run", digits)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10**5))
+    with pytest.raises(StorageError, match=r"4 checkpoints \(2 of the newest, the best, and one while it is written\)"):
+        trainer.run()
+    assert int(trainer.step.number) == 0
 
 
 class TestAveragedStudent:

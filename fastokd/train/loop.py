@@ -21,7 +21,14 @@ from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
-from fastokd.train.checkpoint import CheckpointStore, checkpoint_files, load_checkpoint, load_newest
+from fastokd.train.checkpoint import (
+    CheckpointStore,
+    check_resumable,
+    checkpoint_files,
+    load_checkpoint,
+    load_newest,
+    state_bytes,
+)
 from fastokd.train.config import TrainConfig, check_config, differences, load_config
 from fastokd.train.data import (
     AnyDataset,
@@ -121,7 +128,7 @@ class Trainer:
         self.train_loader = loader_for(config, self.dataset, images, True, self.device, seen)
         self.eval_loader = loader_for(config, self.dataset, self.dataset.evaluation, False, self.device, seen)
         self._eval_steps = max(gather_states(len(self.eval_loader)))  # of the process that has most
-        self.store = CheckpointStore(run.last.parent, config.keep_checkpoints) if self.ranks.is_main else None
+        self.store = CheckpointStore(run.checkpoints, config.keep_checkpoints) if self.ranks.is_main else None
         self.signals = signals or StopSignals()
         self._agreement = Agreement()
         self.kept = self.step.reported
@@ -162,6 +169,7 @@ class Trainer:
             self.reporter.say(f"going on with another configuration than before (was, is: {'; '.join(changed)})")
         if self.teacher and state.get("teacher") != self.teacher.fingerprint:
             raise CheckpointError(f"{where} was distilled from another teacher than {self.teacher.description} is now; restore that one, or start a new run")
+        check_resumable(state, where)
         self._load(state, where)
         self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
@@ -254,6 +262,8 @@ class Trainer:
         return summary
 
     def _run_epochs(self) -> None:
+        if self.store is not None:
+            self.store.check_space(state_bytes(self._state(True, [])))
         if self.config.on_nonfinite == "rollback" and not from_main(self.run_folder.last.exists()):
             self._save(None)  # something to roll back to
         while self.epoch < self.config.epochs:
@@ -278,9 +288,9 @@ class Trainer:
 
     def _what_is_saved(self) -> str:
         # What is on the disk says it, wherever between two instructions the signal came.
-        if not self.run_folder.last.exists():
+        if not checkpoint_files(self.run_folder.checkpoints):
             return "no epoch was saved, so there is no checkpoint"
-        state = load_newest(self.run_folder.last.parent)[0]
+        state = load_newest(self.run_folder.checkpoints)[0]
         within = f" and {state['loader']['position'] // self.config.batch_size} steps of the next" if state["loader"] else ""
         return f"the last checkpoint has {state['epoch']} finished epochs{within}; continue with 'fastokd train --resume {self.run_folder.path}'"
 
@@ -462,8 +472,12 @@ class Trainer:
         step, within = self.step, record is None
         own = {"rng": random_state(), **({"sums": step.sums.state_dict(), "statistics": self._own_statistics()} if within else {})}
         ranks = gather_states(own)
-        if self.store is None:
-            return
+        if self.store is not None:
+            self.store.save(self._state(within, ranks), is_best=is_best, before=None if record is None else self._epoch_writer(record))
+
+    def _state(self, within: bool, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint holds: of a place within an epoch, or of its end."""
+        step = self.step
         state = {
             "model": self.model.state_dict(), "optimizer": step.optimizers.state_dict(), "criterion": step.criterion.state_dict(),
             "ema": {} if step.average is None else step.average.state_dict(),
@@ -478,7 +492,7 @@ class Trainer:
         }
         if self.teacher:
             state["teacher"] = self.teacher.fingerprint
-        self.store.save(state, is_best=is_best, before=None if record is None else self._epoch_writer(record))
+        return state
 
     def _epoch_writer(self, record: dict[str, Any]) -> Callable[[], None]:
         """What writes the student and the epoch's record, both as they are now."""
@@ -607,7 +621,7 @@ def resume_run(path: Path, reporter: Reporter, allow_config_change: bool = False
 def _newest_of_main(run: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
     """What the main process finds by ``load_newest``, for all; the path as text."""
     if Ranks.current().is_main:
-        state, path, complaints = load_newest(run.last.parent)
+        state, path, complaints = load_newest(run.checkpoints)
         return tuple(from_main([state, str(path), complaints]))
     return tuple(from_main(None))
 
