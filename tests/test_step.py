@@ -118,6 +118,8 @@ class TestLevers:
         model = build_model(config, 10, CPU)
         levers = choose_levers(config, model, torch.device("cuda", 0))
         assert levers == type(levers)("bf16", channels_last=True, compile=True, cuda_graph=True, streams=reason is None, flat=True)
+        several = choose_levers(config, model, torch.device("cuda", 0), world_size=2)
+        assert several == dataclasses.replace(levers, cuda_graph=False, streams=False)
         if reason:
             with pytest.raises(ConfigError, match=f"streams=True: {reason}"):
                 choose_levers(dataclasses.replace(config, streams=True), model, torch.device("cuda", 0))

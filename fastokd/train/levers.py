@@ -59,7 +59,9 @@ def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.devic
         wanted = getattr(config, name)
         if wanted and reason:
             raise ConfigError(f"{name}=True: {reason}; leave it out")
-        chosen[name] = gpu and not reason if wanted is None else wanted
+        # Captured steps and streams of several processes have not been tried on GPUs yet: there for who asks for them.
+        by_default = gpu and not reason and (world_size == 1 or name not in ("cuda_graph", "streams"))
+        chosen[name] = by_default if wanted is None else wanted
     return Levers(choose_precision(config, device), config.channels_last, **chosen)
 
 
