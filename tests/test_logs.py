@@ -122,7 +122,8 @@ class TestTensorBoard:
         digits, folder = open_dataset("digits"), tmp_path / "run"
         first = Trainer(config, RunFolder.create(folder), Reporter(quiet=True), digits)
         first.start()
-        first._run_epoch()  # and killed
+        first._run_epoch()
+        first.store.wait()  # and killed
         run = RunFolder.open(folder)
         second = Trainer(config, run, Reporter(quiet=True), digits)
         second.resume(load_checkpoint(run.last))

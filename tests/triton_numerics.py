@@ -209,8 +209,10 @@ def test_the_fused_kernel_equals_the_two(name: str) -> None:
     inputs = make(GRAPHS[name](), 3, 40)
     inputs.grad_rows = torch.full((3,), 1 / 3)
     rows, terms, grads = fused(inputs)
+    # With eight branches the fused kernel takes fewer columns at once, so float32 is summed up in another order.
+    rtol, atol = (1e-5, 1e-6) if name == "cascade of eight" else (1e-6, 1e-7)
     for mine, theirs in zip([rows, *terms, *grads], run(TRITON, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 
 def test_a_loss_through_the_registered_operator() -> None:
