@@ -23,6 +23,8 @@ from fastokd.train import loop
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import NonFiniteLoss, load_run
+from fastokd.train.progress import Reporter
+from fastokd.train.run_folder import RunFolder
 
 CONFIG = TrainConfig(
     data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=0, epochs=2, batch_size=32, lr=0.01, optimizer="adamw", schedule="cosine",
@@ -124,9 +126,11 @@ def test_what_else_a_run_remembers(tmp_path, digits, changes):
     assert_equal(outcome(interrupted(config, tmp_path / "run", digits, step=2)), outcome(whole))
 
 
-def test_what_layers_draw(tmp_path, tree):
-    """VGG has dropout, so it needs the generator's state."""
-    config = dataclasses.replace(CONFIG, data=str(tree), model="vgg13", image_size=32, batch_size=16, ema=0.0, mixup=0.0, epochs=1)
+@pytest.mark.parametrize("loader", ["resident", "torchvision"])
+def test_what_layers_draw(tmp_path, tree, loader):
+    """VGG has dropout, so it needs the generator's state, and no loader may draw from it."""
+    config = dataclasses.replace(CONFIG, data=str(tree), model="vgg13", image_size=32, batch_size=16, ema=0.0, mixup=0.0, epochs=1, loader=loader,
+                                 loader_options={"workers": 0} if loader == "torchvision" else {})
     whole = make(config, tmp_path / "straight", None)
     whole.run()
     assert_equal(outcome(interrupted(config, tmp_path / "run", None, step=2)), outcome(whole))
@@ -167,9 +171,10 @@ def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
     with pytest.raises(ConfigError, match=r"\(was, is: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo that, pass --allow-config-change, or start a new run"):
         make(other, tmp_path / "run", digits, resume=True)
     state = load_checkpoint(first.run_folder.last)
-    trainer = loop.Trainer(other, first.run_folder, first.reporter, digits)
+    trainer = loop.Trainer(other, first.run_folder, Reporter(quiet=True), digits)
     trainer.resume(state, allow_config_change=True)
     assert trainer.done == 3  # seen after the step that follows the signal's
+    trainer.run()
     assert (tmp_path / "run" / "log.txt").read_text().count("going on with another configuration than before (was, is: lr: 0.01, 0.02; ema: 0.9, 0.5)") == 1
 
 
@@ -200,6 +205,21 @@ def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, dig
 
 
 class TestAveragedStudent:
+    def test_may_begin_in_the_middle_of_a_run(self, tmp_path, digits):
+        """What was the best epoch before was another student's."""
+        config = dataclasses.replace(CONFIG, ema=0.0, epochs=3)
+        first = make(config, tmp_path / "run", digits)
+        stop_at(first, step=9)
+        with pytest.raises(Preempted):
+            first.run()
+        other = dataclasses.replace(config, ema=0.5, method_options={"lambda_self": 1.0})
+        second = loop.Trainer(other, RunFolder.open(tmp_path / "run"), Reporter(quiet=True), digits)
+        second.resume(load_checkpoint(first.run_folder.last), allow_config_change=True)
+        assert second.best == {}
+        summary = second.run()
+        assert summary.best_epoch == 2
+        assert "ema" in summary.best
+
     def test_is_what_is_measured_and_handed_over(self, tmp_path, digits):
         trainer = make(dataclasses.replace(CONFIG, epochs=1), tmp_path / "run", digits)
         summary = trainer.run()

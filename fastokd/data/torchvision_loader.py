@@ -104,7 +104,8 @@ class TorchvisionLoader(StreamLoader):
             several = {"persistent_workers": True, "prefetch_factor": options.prefetch, "multiprocessing_context": options.start_method, "timeout": options.timeout}
         return DataLoader(
             _Pictures(self.split, self.train and self.bad_images == "replace"), batch_size=None, sampler=self._requests, num_workers=workers,
-            pin_memory=self.device.type == "cuda", **several)
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(), **several)  # its own: without one it draws from what the network's layers draw from
 
 
 class _Requests:

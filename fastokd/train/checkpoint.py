@@ -29,9 +29,9 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
 epoch and which that was, seconds of training, class names, what was read of the data, and the configuration as YAML."""
 
 ADDED: dict[str, Any] = {"step": 0, "loader": {}, "sums": {}, "ema": {}, "scaler": {}, "ranks": [], "config_hash": ""}
-"""What format 3 added, with what is read for it from older files: optimizer steps in all, the loader's place (its ``state_dict``), the sums of the metrics
-of an epoch that is not finished ("names", "values", "count", "seconds"), the moving average of the student, the loss scale, one dictionary for each
-process ("rng": states of its generators by device; "buffers": what differs between processes), and the hash of the configuration."""
+"""What format 3 added, with what is read for it from older files: optimizer steps in all, the loader's place (its ``state_dict``), what an epoch that is
+not finished has taken ("seconds"), the moving average of the student, the loss scale, one dictionary for each process ("rng": states of its generators by
+device; of an epoch that is not finished "sums": what it measured, and "statistics": its own running statistics), and the hash of the configuration."""
 
 _PLAIN = (str, int, float, bool, type(None))
 

@@ -240,8 +240,8 @@ def check_config(config: TrainConfig) -> None:
             "teacher=torchvision:resnet50:WEIGHTS.pth, teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy")
     _check(config, "epochs", config.epochs >= 1, "at least 1")
     _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
-    _check(config, "device_batch", config.device_batch is None or (config.device_batch >= 2 and config.batch_size % config.device_batch == 0),
-           f"at least 2 and a divisor of batch_size={config.batch_size}")
+    _check(config, "device_batch", config.device_batch is None or (config.device_batch >= (1 if config.sync_bn else 2) and config.batch_size % config.device_batch == 0),
+           f"at least {1 if config.sync_bn else 2} and a divisor of batch_size={config.batch_size}")
     _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
     _check(config, "lr", math.isfinite(config.lr) and config.lr > 0, "a positive number")
     _check(config, "lr_gamma", 0 < config.lr_gamma <= 1, "in (0, 1]")

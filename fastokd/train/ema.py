@@ -48,7 +48,7 @@ class StudentAverage:
         """Take the weights after a step into the average; integers, such as a batch norm's counter, are copied.
 
         After a step that was left out the same weights count once more, which is harmless: the average stays one of weights
-        that the student had. Batch norms saw that batch though, and have kept what was not finite in it.
+        that the student had, provided that batch norm's statistics were put back before (``RunningStatistics``).
         """
         self._updates += 1
         rest = 1 - (self._updates / (9 + self._updates)).clamp(max=self._decay)

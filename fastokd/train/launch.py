@@ -77,7 +77,7 @@ def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[in
         yield passed
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"], passed: Collection[int]) -> int:

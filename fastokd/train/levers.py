@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from fastokd.errors import ConfigError
-from fastokd.methods import get_method
 from fastokd.models import BranchedModel
 from fastokd.train.config import TrainConfig
+from fastokd.train.optimizers import sharing
 from fastokd.train.precision import choose_precision
 
 
@@ -38,10 +38,11 @@ class Levers:
         return ", ".join([self.precision, *(text for name, text in names.items() if getattr(self, name))])
 
 
-def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.device, world_size: int = 1) -> Levers:
+def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.device, world_size: int = 1, host_rows: bool = False) -> Levers:
     """The levers of a configuration on a device, with what it leaves open decided.
 
-    On a CPU none of the open ones is on: there are no graphs and streams, and compiling takes minutes.
+    On a CPU none of the open ones is on: there are no graphs and streams, and compiling takes minutes. ``host_rows``: a teacher's
+    rows are looked up in host memory.
 
     Raises:
         ConfigError: a lever is asked for that cannot be had here, or does not go with another; the message says why.
@@ -49,9 +50,9 @@ def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.devic
     gpu = device.type == "cuda"
     without_gpu = None if gpu else f"there are none on {device}"
     reasons = {
-        "cuda_graph": without_gpu or _not_capturable(config),
+        "cuda_graph": without_gpu or _not_capturable(config, host_rows),
         "streams": without_gpu or _not_side_by_side(config, model),
-        "flat": None,
+        "flat": "parameters {} and {} share memory".format(*shared) if (shared := sharing(model)) else None,
         "compile": "sync_bn waits for the other processes in every batch norm" if config.sync_bn and world_size > 1 else None,
     }
     chosen = {}
@@ -65,12 +66,10 @@ def choose_levers(config: TrainConfig, model: BranchedModel, device: torch.devic
     return Levers(choose_precision(config, device), config.channels_last, **chosen)
 
 
-def _not_capturable(config: TrainConfig) -> str | None:
+def _not_capturable(config: TrainConfig, host_rows: bool) -> str | None:
     if config.impl == "cpu":
         return "impl=cpu computes on the host"
-    if get_method(config.method).needs_teacher and str(config.model_options().get("teacher", "")).endswith(".npy"):
-        return "stored teacher rows may lie in host memory"
-    return None
+    return "the teacher's stored rows lie in host memory" if host_rows else None
 
 
 def _not_side_by_side(config: TrainConfig, model: BranchedModel) -> str | None:

@@ -117,7 +117,7 @@ class Trainer:
         self.model = build_model(config, len(self.dataset.classes), self.device, self.teacher.network if self.teacher else None)
         check_images(self.model, self.dataset.image_size, max(find_backbone(name).image_size for name in config.model_names()))
         self.step = TrainStep(config, self.model, self.device, self.teacher.rows if self.teacher else None)
-        self.runner = StepRunner(self.step)
+        self.runner = StepRunner(self.step, reporter.say)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
             images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
@@ -175,7 +175,9 @@ class Trainer:
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
             raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
-        self._find_place(state)
+        if self.best and self.kept not in self.best:
+            self.best, self.best_epoch = {}, -1  # what was the student then is not what is now
+        self._find_place(state, not changed)
         if self.config.epochs != before.epochs:
             done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"
                               for config, epoch in ((before, max(self.epoch - 1, 0)), (self.config, self.epoch)))
@@ -201,23 +203,29 @@ class Trainer:
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{where} has an optimizer state that does not fit ({first_line(error)})") from error
 
-    def _find_place(self, state: dict[str, Any]) -> None:
-        """Go on within the epoch where the checkpoint was written, if it was."""
+    def _find_place(self, state: dict[str, Any], exactly: bool) -> None:
+        """Go on within the epoch where the checkpoint was written, if it was.
+
+        Not ``exactly`` is with another configuration: other terms may be measured, so what was measured is left, unless no step
+        of the epoch is to come.
+        """
         self.step.number.fill_(state["step"])
         if not state["loader"]:
             return
         self.train_loader.load_state_dict(state["loader"])
         self.done = state["loader"]["position"] // self.config.batch_size
         self._trained = state["sums"]["seconds"]
-        if len(state["ranks"]) == self.ranks.size:
+        exactly = exactly or self.done == len(self.train_loader)
+        if exactly and len(state["ranks"]) == self.ranks.size:
             own = state["ranks"][self.ranks.rank]
             self.step.sums.load_state_dict(own["sums"], self.device)
             set_random_state(own["rng"])
             for name, buffer in self._own_statistics().items():
-                buffer.copy_(own["statistics"][name])
+                if name in own["statistics"]:
+                    buffer.copy_(own["statistics"][name])
             return
-        # Other processes than before: what is measured stays whole, and what layers draw begins anew.
-        for each in state["ranks"]:
+        # Other processes or settings than before: what is measured stays whole, and what layers draw begins anew.
+        for each in state["ranks"] if exactly else ():
             self.step.sums.add_state(each["sums"], self.device)
         if not self.ranks.is_main:
             self.step.sums.clear()
@@ -340,7 +348,8 @@ class Trainer:
         if is_best:
             self.best, self.best_epoch = dict(last), self.epoch - 1
         self._save(record, is_best)
-        # Only after the checkpoint: what a sink was given cannot be taken back everywhere.
+        if self.sinks and self.store is not None:
+            self.store.wait()  # what a sink was given cannot be taken back everywhere
         for sink in self.sinks:
             sink.write(record)
         self.reporter.end_epoch(record, self.pace.end_epoch())
@@ -380,7 +389,9 @@ class Trainer:
                 self._save(None)
             step.set_schedule(self._lr(done), kd_weight)
         self._agreement.settle()
-        self._check_finite()
+        self._check_finite()  # waits for the device, which a captured step leaves far behind the host
+        self._trained += time.monotonic() - counted
+        self.pace.device_is_done()
 
     def _seed(self) -> None:
         """What a layer draws depends on seed, epoch and process alone, so an epoch that is trained again draws what it drew."""
@@ -496,7 +507,7 @@ class Trainer:
 
     def _epoch_writer(self, record: dict[str, Any]) -> Callable[[], None]:
         """What writes the student and the epoch's record, both as they are now."""
-        student = self.step.student()
+        student = self.step.student().cpu()
         about = student_record(self.model.name, self.dataset, accuracy=self.last[self.kept], epoch=self.epoch,
                                provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint))
 
@@ -656,6 +667,8 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     config = dataclasses.replace(run.load_config(), device=device, **({"data": data} if data else {}))
     check_config(config)
     where = choose_device(device)
+    if config.precision == "tf32" and where.type != "cuda":
+        config = dataclasses.replace(config, precision="fp32")  # the same numbers with more bits
     file = run.last if which == "last" else run.best
     state = load_checkpoint(file)
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))

@@ -276,12 +276,14 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
             raise ConfigError(f"parameter {name} is {parameter.dtype}; weights are trained in float32, --precision is that of the forward pass")
         if parameter.requires_grad and parameter.device != device:
             raise ConfigError(f"parameter {name} is on {parameter.device} and the run on {device}; move the model before")
-    if not flat:
-        return
+    if flat and (names := sharing(model)):
+        raise ConfigError(f"parameters {names[0]} and {names[1]} share memory, which flat=True would end; give both modules one Parameter, or use flat=False")
+
+
+def sharing(model: nn.Module) -> tuple[str, str] | None:
+    """Two parameters that share memory and are not one; None if there are none."""
     extents = sorted((parameter.data_ptr(), parameter.data_ptr() + _extent(parameter), name) for name, parameter in model.named_parameters() if parameter.numel())
-    for (_, end, first), (start, _, second) in itertools.pairwise(extents):
-        if start < end:
-            raise ConfigError(f"parameters {first} and {second} share memory, which flat=True would end; give both modules one Parameter, or use flat=False")
+    return next(((first, second) for (_, end, first), (start, _, second) in itertools.pairwise(extents) if start < end), None)
 
 
 def _extent(tensor: Tensor) -> int:

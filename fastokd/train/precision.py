@@ -19,9 +19,11 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
     Raises:
         ConfigError: TF32 on a device that has none.
     """
+    # Units for both came with the same generation of GPUs; before it bfloat16 is emulated.
+    has_units = device.type == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0))
     if config.precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    if config.precision == "tf32" and device.type != "cuda":
+        return "bf16" if has_units else "fp32"
+    if config.precision == "tf32" and not has_units:
         raise ConfigError(f"precision=tf32: {device} has no TF32 units; use fp32 or bf16")
     return config.precision
 

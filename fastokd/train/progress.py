@@ -130,6 +130,10 @@ class Pace:
             seconds_left_epoch=left, seconds_left_run=left + later * per_step * self._steps + (later + 1) * self._after,
             lr=lr, kd_weight=kd_weight, memory=memory)
 
+    def device_is_done(self) -> None:
+        """The device has done all steps that the host gave it: that is when an epoch's steps end."""
+        self._finished = self._clock()
+
     def waiting_share(self) -> float:
         """The share of the epoch's steps in which the host waited for the next batch."""
         return self._waited / max(self._finished - self._started, 1e-9)
@@ -290,6 +294,8 @@ class Reporter:
     def _remember(self, record: Mapping[str, Any]) -> None:
         # The best epoch is the student's, for all rows, as in summary.json.
         self._last = record["eval"]
+        if self._student not in self._last:
+            return  # an epoch before the run's student was what it is now
         if self._best_epoch < 0 or self._last[self._student] > self._best[self._student]:
             self._best, self._best_epoch = self._last, record["epoch"]
 

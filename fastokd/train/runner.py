@@ -16,12 +16,14 @@ class StepRunner:
     """Runs a step over a loader's batches.
 
     Where the step is captured, a loader that makes its batches by tensor operations alone (``gather``) makes them inside the
-    graph; other loaders' batches are copied into tensors that the graph reads. There is a graph for each shape of batch.
+    graph; other loaders' batches are copied into tensors that the graph reads. There is a graph for each shape of batch. Where
+    nobody asked for a graph and the step cannot be captured, ``say`` is told, and steps are run as without.
     """
 
-    def __init__(self, step: TrainStep) -> None:
+    def __init__(self, step: TrainStep, say: Callable[[str], object] = lambda text: None) -> None:
         self.step = step
         self.captures = step.levers.cuda_graph
+        self._say = say
         self.reason_against_capture = ""
         """Why the step is not captured though it was tried; empty if it is, or nobody tried."""
         self._captured: dict[Hashable, CapturedStep] = {}
@@ -77,6 +79,7 @@ class StepRunner:
             if self.step.config.cuda_graph:
                 raise ConfigError(f"cuda_graph=True: the step cannot be captured ({first_line(error)}); leave it out") from error
             self.reason_against_capture, self.captures = first_line(error), False
+            self._say(f"the step cannot be captured ({self.reason_against_capture}), and is run without a CUDA graph")
             self.step.levers = dataclasses.replace(self.step.levers, cuda_graph=False)
             self._captured.clear()
             body()

@@ -40,6 +40,7 @@ class BranchEvaluator:
         self.kept = self.criterion.graph.logits[model.kept]
         self.average: StudentAverage | None = None
         self.precision = choose_precision(config, device)
+        allow_tf32(self.precision == "tf32")
 
     @property
     def reported(self) -> str:
@@ -118,8 +119,7 @@ class TrainStep(BranchEvaluator):
         self.stored = stored
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
-        self.levers = choose_levers(config, model, device, ranks.size)
-        allow_tf32(self.precision == "tf32")
+        self.levers = choose_levers(config, model, device, ranks.size, host_rows=stored is not None and stored.table.device != device)
         if self.levers.compile:
             model.compile_parts()
         if self.levers.streams:
