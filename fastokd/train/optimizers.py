@@ -282,7 +282,8 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
 
 def sharing(model: nn.Module) -> tuple[str, str] | None:
     """Two parameters that share memory and are not one; None if there are none."""
-    extents = sorted((parameter.data_ptr(), parameter.data_ptr() + _extent(parameter), name) for name, parameter in model.named_parameters() if parameter.numel())
+    extents = sorted((parameter.data_ptr(), parameter.data_ptr() + _extent(parameter), name) for name, parameter in model.named_parameters()
+                     if parameter.numel() and parameter.data_ptr())  # fake tensors lie nowhere
     return next(((first, second) for (_, end, first), (start, _, second) in itertools.pairwise(extents) if start < end), None)
 
 
