@@ -142,10 +142,12 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
     aligned = all(
         row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
         for row in logits)
-    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused)
+    splits = choose_splits(batch, num_classes)
+    # Split rows have no kernel of their own for both at once, and are to give the same bits either way.
+    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused and splits == 1)
     double = first.dtype == torch.float64
     return make_tile(
-        num_classes, rows, lanes, pieces, vector, num_warps, choose_splits(batch, num_classes),
+        num_classes, rows, lanes, pieces, vector, num_warps, splits,
         tuple(row.stride() for row in logits),
         tuple(weight.stride() for weight in weights),
         tuple(row.stride() for row in externals),

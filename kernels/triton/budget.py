@@ -71,7 +71,7 @@ def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: in
     spec, size = specialise(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
-    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused)
+    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused and choose_splits(batch, num_classes) == 1)
     return Tile(
         num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
