@@ -338,9 +338,12 @@ def gpu_number(device: torch.device) -> int | None:
 
 
 def default_threads(beside_gpu: bool) -> int:
-    """One thread per usable core; where a GPU trains and there are more than four, two are left to step and reading ahead."""
+    """One thread per usable core but those that the rest needs: where a GPU trains and there are more than four, two for the step
+    and reading ahead; without a GPU one, which scales the pictures."""
     cores = default_workers()
-    return cores - 2 if beside_gpu and cores > 4 else cores
+    if beside_gpu:
+        return cores - 2 if cores > 4 else cores
+    return max(1, cores - 1)
 
 
 def dali_reason(error: Exception) -> str:
