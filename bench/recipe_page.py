@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.method_pages import table
-from bench.report import page_with
+from bench.report import page_with, table, update
 from fastokd.recipes import Recipe, recipe_groups
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -38,15 +37,7 @@ def generated() -> str:
 
 def main(arguments: list[str]) -> int:
     """Rewrite the page, or with ``--check`` compare it; returns the exit code."""
-    text = PAGE.read_text(encoding="utf-8")
-    new = page_with(text, generated())
-    if arguments == ["--check"]:
-        if new != text:
-            print(f"{PAGE} is stale: run python -m bench.recipe_page", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return update(PAGE, lambda text: page_with(text, generated()), "bench.recipe_page", arguments)
 
 
 if __name__ == "__main__":

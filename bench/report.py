@@ -6,7 +6,7 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def loss_table(path: Path) -> list[str]:
         rows.append((f"{batch} x {classes}", mode, *cells, spread, ratio("eager"), ratio("compiled")))
     return [
         made_by(path, found), "Four branches, AHBF paper preset, medians in milliseconds (p25 to p75 for the fused row).", "",
-        *table(("B x C", "pass", "eager", "torch.compile", "fused", "p25-p75", "eager / fused", "compile / fused"), rows),
+        *table([("B x C", "pass", "eager", "torch.compile", "fused", "p25-p75", "eager / fused", "compile / fused"), *rows]),
     ]
 
 
@@ -70,10 +70,10 @@ def data_tables(path: Path) -> list[str]:
     starts = {benchmark["params"]["start"]: benchmark["stats"]["median"] for benchmark in tests["test_start"]}
     return [
         made_by(path, found), "Images per second: of the median round, and of the slowest to the fastest.", "",
-        *table(("pictures", "loader", "threads or workers", "images/s", "slowest-fastest", "/ torchvision, 2 workers"), streams),
-        *table(("loader", "the step alone, images/s", "with the loader", "waiting"), waiting),
-        *table(("images", "resident loader", "images/s", "slowest-fastest", "/ the step"), [
-            *resident, (SIDES[STEP_OF], "the step itself: ResNet-20, AHBF", *speed(step), "1")]),
+        *table([("pictures", "loader", "threads or workers", "images/s", "slowest-fastest", "/ torchvision, 2 workers"), *streams]),
+        *table([("loader", "the step alone, images/s", "with the loader", "waiting"), *waiting]),
+        *table([
+            ("images", "resident loader", "images/s", "slowest-fastest", "/ the step"), *resident, (SIDES[STEP_OF], "the step itself: ResNet-20, AHBF", *speed(step), "1")]),
         f"Opening 4,000 JPEG files of 64 x 64 for the resident loader: {short(starts['first'])} s decoded, {short(starts['second'])} s from the cache.", "",
     ]
 
@@ -89,9 +89,9 @@ def merge_table(path: Path) -> list[str]:
         median, low, high = (short(1000 * benchmark["stats"][name]) for name in ("median", "min", "max"))
         return f"{median} ({low}-{high})"
 
-    return [made_by(path, found), "Forward and backward of the whole branched network: median milliseconds (fastest to slowest).", "", *table(
+    return [made_by(path, found), "Forward and backward of the whole branched network: median milliseconds (fastest to slowest).", "", *table([
         ("network and batch", "one by one", "merged", "one by one / merged"),
-        ((group, cell(pair[False]), cell(pair[True]), f"{pair[False]['stats']['median'] / pair[True]['stats']['median']:.2f}") for group, pair in groups.items()))]
+        *((group, cell(pair[False]), cell(pair[True]), f"{pair[False]['stats']['median'] / pair[True]['stats']['median']:.2f}") for group, pair in groups.items())])]
 
 
 def ladder_tables(path: Path) -> list[str]:
@@ -119,7 +119,7 @@ def _ladder_table(path: Path, ladder: dict[str, Any]) -> list[str]:
         f"{device}; torch {environment['torch']}; commit {environment['commit']}; `{path.relative_to(ROOT)}`, made by `{environment['command']}`.",
         f"{ladder['model']}, {ladder['method']}, {ladder['branches']} branches, batch {ladder['batch_size']} of {' x '.join(map(str, ladder['image_size']))}, "
         f"{ladder['num_classes']} classes, {ladder['data']}.{teaching}", "",
-        *table(("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"), rows)]
+        *table([("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"), *rows])]
 
 
 def made_by(path: Path, found: dict[str, Any]) -> str:
@@ -143,9 +143,9 @@ def by_test(found: dict[str, Any]) -> dict[str, list[Benchmark]]:
 
 def speed(benchmark: Benchmark) -> tuple[str, str]:
     """Images per second of the median round, and of the slowest to the fastest."""
-    stats = benchmark["stats"]
-    images = benchmark["extra_info"]["images_per_second"] * stats["median"]
-    return short(images / stats["median"]), f"{short(images / stats['max'])}-{short(images / stats['min'])}"
+    stats, median = benchmark["stats"], benchmark["extra_info"]["images_per_second"]
+    images = median * stats["median"]
+    return short(median), f"{short(images / stats['max'])}-{short(images / stats['min'])}"
 
 
 def short(value: float) -> str:
@@ -154,9 +154,11 @@ def short(value: float) -> str:
     return f"{float(text):,.0f}" if "e" in text else text
 
 
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """A Markdown table and the empty line after it."""
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
+def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """A Markdown table and the empty line after it; the first row is its head."""
+    head, *rest = rows
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rest)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 def blocks() -> list[str]:
@@ -192,18 +194,18 @@ def current(text: str) -> str:
     return text
 
 
-def main(arguments: list[str]) -> int:
-    """Rewrite the page, or with ``--check`` compare it; returns the exit code."""
-    text = PAGE.read_text(encoding="utf-8")
-    new = current(text)
+def update(page: Path, made: Callable[[str], str], module: str, arguments: list[str]) -> int:
+    """Make a page anew from its text, or with ``--check`` compare it; returns the exit code."""
+    text = page.read_text(encoding="utf-8")
+    new = made(text)
     if arguments == ["--check"]:
         if new != text:
-            print(f"{PAGE} is stale: run python -m bench.report", file=sys.stderr)
+            print(f"{page} is stale: run python -m {module}", file=sys.stderr)
             return 1
         return 0
-    PAGE.write_text(new, encoding="utf-8")
+    page.write_text(new, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(update(PAGE, current, "bench.report", sys.argv[1:]))

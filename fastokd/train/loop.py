@@ -90,7 +90,6 @@ class Summary:
     student: str
 
 
-
 class Trainer:
     """One run: made new (``start``) or picked up (``resume``), then ``run()``.
 
@@ -272,7 +271,7 @@ class Trainer:
     def _run_epochs(self) -> None:
         if self.store is not None:
             self.store.check_space(state_bytes(self._state(True, [])))
-        if self.config.on_nonfinite == "rollback" and not from_main(self.run_folder.last.exists()):
+        if self.config.on_nonfinite == "rollback" and not from_main(bool(checkpoint_files(self.run_folder.checkpoints))):
             self._save(None)  # something to roll back to
         while self.epoch < self.config.epochs:
             self._run_epoch()

@@ -132,12 +132,16 @@ class TrainStep(BranchEvaluator):
         self.guard = FiniteGuard(device, self.optimizers.parts, sticky=config.on_nonfinite != "skip")
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
+        self._schedule: tuple[float, float] | None = None  # what the device was told last
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         may_skip = config.on_nonfinite == "skip" or self.scale is not None
         self._statistics = RunningStatistics(model) if may_skip else None
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """The learning rate and the factor of the scheduled terms from the next step on."""
+        if (lr, kd_weight) == self._schedule:
+            return  # most steps have that of the step before, and each write is a kernel beside a captured step
+        self._schedule = (lr, kd_weight)
         self.optimizers.set_lr(lr)
         self.kd_weight.fill_(kd_weight)
 
