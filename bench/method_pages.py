@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import RESULTS
-from bench.report import page_with, table
+from bench.pages import page_with, table
 from fastokd.graph import draw_mermaid
 from fastokd.methods import Method, get_method, list_methods
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench import method_pages
 from bench.method_pages import END, FOLDER, START, generated, main, page
-from bench.report import page_with
+from bench.pages import page_with
 from fastokd.cli import main as fastokd
 from fastokd.methods import get_method, list_methods
 from fastokd.recipes import list_recipes

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import bench.report
-from bench.report import PAGE, blocks, current, data_tables, ladder_tables, loss_table, merge_table, short
+from bench.pages import short
+from bench.report import PAGE, blocks, current, data_tables, ladder_tables, loss_table, merge_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

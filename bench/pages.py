@@ -1,0 +1,39 @@
+"""Markdown pages with generated parts."""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def short(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    text = f"{value:.3g}"
+    return f"{float(text):,.0f}" if "e" in text else text
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """A Markdown table and the empty line after it; the first row is its head."""
+    head, *rest = rows
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rest)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+
+
+def page_with(text: str, block: str) -> str:
+    """The page with the part from the block's first line to its last replaced."""
+    first, last = block.partition("\n")[0], block.rpartition("\n")[2]
+    before, _, rest = text.partition(first)
+    _, _, after = rest.partition(last)
+    return before + block + after
+
+
+def update(page: Path, made: Callable[[str], str], module: str, arguments: list[str]) -> int:
+    """Make a page anew from its text, or with ``--check`` compare it; returns the exit code."""
+    text = page.read_text(encoding="utf-8")
+    new = made(text)
+    if arguments == ["--check"]:
+        if new != text:
+            print(f"{page} is stale: run python -m {module}", file=sys.stderr)
+            return 1
+        return 0
+    page.write_text(new, encoding="utf-8")
+    return 0
