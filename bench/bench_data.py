@@ -18,7 +18,7 @@ import torch
 
 from bench.loaders import LARGE_MODEL, run_epoch, waiting_share
 from bench.pictures import compose
-from bench.suite import DEVICE, SMOKE
+from bench.suite import DEVICE, SMOKE, rounds
 from fastokd.data import Augment, FileSplit, list_files, make_loader, open_dataset
 from fastokd.data.images import default_workers
 from fastokd.data.loader import get_loader_kind
@@ -59,7 +59,7 @@ def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment:
 
 def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
     images, _ = run_epoch(loader, DEVICE)
-    benchmark.pedantic(functools.partial(run_epoch, loader, DEVICE), rounds=3)
+    benchmark.pedantic(functools.partial(run_epoch, loader, DEVICE), **rounds(3))
     if hasattr(loader, "close"):
         loader.close()
     if benchmark.stats is not None:  # --benchmark-disable

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.suite import DEVICE, DTYPE, SMOKE, synchronize
+from bench.suite import DEVICE, DTYPE, SMOKE, rounds, synchronize
 from fastokd.data import Augment, ResidentLoader, Split, cache, open_dataset
 from fastokd.models import create_model
 from fastokd.train.config import TrainConfig
@@ -66,7 +66,7 @@ def test_resident_loader(benchmark: Any, name: str, work: str) -> None:
     benchmark.group = f"{name}, batches of {BATCH}"
     loader = make_loader(name, **WORK[work])
     batches = min(40, len(loader))
-    benchmark.pedantic(take_batches, (loader, batches), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(take_batches, (loader, batches), **rounds(5))
     note_speed(benchmark, batches * BATCH)
 
 
@@ -82,7 +82,7 @@ def test_a_step_consumes(benchmark: Any) -> None:
         step(batch)
         synchronize()
 
-    benchmark.pedantic(one_step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(one_step, **rounds(3))
     note_speed(benchmark, BATCH)
 
 
@@ -101,5 +101,5 @@ def test_start(benchmark: Any, start: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cache, "_RACY_SECONDS", 0.1)
     time.sleep(0.2)
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache") if start == "second" else "off")
-    open_dataset(tmp_path / "tree")
-    benchmark.pedantic(open_dataset, (tmp_path / "tree",), rounds=3)
+    open_dataset(tmp_path / "tree")  # fills the cache
+    benchmark.pedantic(open_dataset, (tmp_path / "tree",), **rounds(3))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench.suite import SMOKE
+from bench.suite import rounds
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
@@ -44,4 +44,4 @@ def test_start(benchmark: Any, case: str) -> None:
         subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, check=True)
 
     benchmark.extra_info.update(case=case, baseline=baseline)
-    benchmark.pedantic(start, rounds=1 if SMOKE else 9, warmup_rounds=0 if SMOKE else 1)
+    benchmark.pedantic(start, **rounds(9))

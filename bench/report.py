@@ -154,26 +154,25 @@ def start_table(path: Path) -> list[str]:
 
 
 def machine_code_table(path: Path) -> list[str]:
-    """What the compiled kernels cost; one cell for all generations of GPUs where they agree."""
+    """What the compiled kernels cost; one number for several generations of GPUs where they agree."""
     found = read(path)
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in found["rows"]:
         groups[row["branches"], row["preset"], row["dtype"], row["batch"], row["num_classes"], row["kernel"]][row["capability"]] = row
-    capabilities = sorted({row["capability"] for row in found["rows"]})
 
     def cell(rows: Mapping[int, Mapping[str, Any]], show: Callable[[Mapping[str, Any]], str]) -> str:
-        values = [show(rows[capability]) for capability in capabilities]
+        values = [show(rows[capability]) for capability in sorted(rows)]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
     rows = [
-        (str(branches), preset, dtype, f"{batch} x {classes}", kernel, cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"] + row["stack"])),
+        (" / ".join(f"sm_{capability}" for capability in sorted(group)), str(branches), preset, dtype, f"{batch} x {classes}", kernel, cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"] + row["stack"])),
          cell(group, lambda row: str(row["vector_loads"])), cell(group, lambda row: f"{row['exponentials_per_column']:.4g}"), cell(group, lambda row: str(row["instructions"])),
          cell(group, lambda row: f"{row['per_column']:.1f}" if row["whole"] > 1 else ""))
         for (branches, preset, dtype, batch, classes, kernel), group in groups.items()]
     return [
-        f"AHBF; {' / '.join(f'sm_{capability}' for capability in capabilities)} where these differ; Triton {found['triton']}; commit {found['commit']}; "
+        f"AHBF; Triton {found['triton']}; commit {found['commit']}; "
         f"`{path.relative_to(ROOT)}`, made by `{found['command']}`.", "",
-        *table([("branches", "preset", "dtype", "B x C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
+        *table([("for", "branches", "preset", "dtype", "B x C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
 
 
 def roofline_table(path: Path) -> list[str]:
@@ -201,7 +200,7 @@ def data_tables(path: Path) -> list[str]:
         if (info := benchmark["extra_info"])["loader"] == "torchvision" and info["workers"] == 2}
     streams = [
         (PICTURES[info["pictures"]], info["loader"], str(info.get("threads", info.get("workers"))), *speed(benchmark),
-         f"{info['images_per_second'] / baseline[info['pictures']]:.2f}")
+         _times(info["images_per_second"] / baseline[info["pictures"]] if info["pictures"] in baseline else None))
         for benchmark in tests["test_streaming"] for info in [benchmark["extra_info"]]]
     waiting = [
         (info["loader"], short(info["step_images_per_second"]), short(info["epoch_images_per_second"]), f"{info['waiting_share']:.1%}")

@@ -1,7 +1,7 @@
 """What the suites (``bench_*.py``) share: the device, the sizes, how often a call is timed, and the smoke run.
 
 ``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU, in bfloat16 (on the CPU in float32). ``FASTOKD_BENCH_SMOKE=1`` goes through
-the same code with tiny sizes and without generating code; its numbers mean nothing.
+the same code with tiny sizes, each case once and without generating code; its numbers mean nothing.
 """
 
 import os
@@ -40,8 +40,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, backend="eager" if SMOKE else "inductor")
 
 
+def rounds(count: int) -> dict[str, int]:
+    """How often ``benchmark.pedantic`` times a call, after one that it does not time."""
+    return {"rounds": 1, "warmup_rounds": 0} if SMOKE else {"rounds": count, "warmup_rounds": 1}
+
+
 def measure(benchmark: Any, call: Callable[[], Any], **info: Any) -> float | None:
-    """Time a call that waits for the device by itself, as often as goes into two seconds; the first two calls are not timed.
+    """Time a call that waits for the device by itself, as often as goes into two seconds; the first three calls are not timed.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
@@ -54,7 +59,7 @@ def measure(benchmark: Any, call: Callable[[], Any], **info: Any) -> float | Non
     call()  # compiles
     started = time.perf_counter()
     call()
-    rounds = max(3, min(200, int(SECONDS_PER_CASE / max(time.perf_counter() - started, 1e-6))))
+    count = max(3, min(200, int(SECONDS_PER_CASE / max(time.perf_counter() - started, 1e-6))))
     benchmark.extra_info.update(info)
-    benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(call, **rounds(count))
     return None if benchmark.stats is None else benchmark.stats.stats.median
