@@ -145,7 +145,7 @@ def step_table(path: Path) -> list[str]:
 def start_table(path: Path) -> list[str]:
     """Imports and starts on one machine."""
     found = read(path)
-    cases = {benchmark["extra_info"]["case"]: benchmark for benchmark in by_test(found)["test_start"]}
+    cases = {benchmark["extra_info"]["case"]: benchmark for benchmark in by_test(found)["test_process"]}
     rows = []
     for case, benchmark in cases.items():
         baseline = benchmark["extra_info"]["baseline"]
@@ -158,21 +158,25 @@ def machine_code_table(path: Path) -> list[str]:
     found = read(path)
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in found["rows"]:
-        groups[row["branches"], row["preset"], row["dtype"], row["batch"], row["num_classes"], row["kernel"]][row["capability"]] = row
+        groups[row["branches"], row["preset"], row["dtype"], row["num_classes"], row["kernel"], row["batch"]][row["capability"]] = row
 
     def cell(rows: Mapping[int, Mapping[str, Any]], show: Callable[[Mapping[str, Any]], str]) -> str:
         values = [show(rows[capability]) for capability in sorted(rows)]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
-    rows = [
-        (" / ".join(f"sm_{capability}" for capability in sorted(group)), str(branches), preset, dtype, f"{batch} x {classes}", kernel, cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"] + row["stack"])),
-         cell(group, lambda row: str(row["vector_loads"])), cell(group, lambda row: f"{row['exponentials_per_column']:.4g}"), cell(group, lambda row: str(row["instructions"])),
-         cell(group, lambda row: f"{row['per_column']:.1f}" if row["whole"] > 1 else ""))
-        for (branches, preset, dtype, batch, classes, kernel), group in groups.items()]
+    batches: dict[tuple[str, ...], list[int]] = {}
+    for (branches, preset, dtype, classes, kernel, batch), group in groups.items():
+        shown = (
+            " / ".join(f"sm_{capability}" for capability in sorted(group)), str(branches), preset, dtype, str(classes), kernel,
+            cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"])), cell(group, lambda row: str(row["vector_loads"])),
+            cell(group, lambda row: f"{roofline.exponentials_per_column(row):.3g}"), cell(group, lambda row: str(row["instructions"])),
+            cell(group, lambda row: f"{row['per_column']:.1f}" if row["whole"] > 1 else ""))
+        batches.setdefault(shown, []).append(batch)  # many batches have one kernel
+    rows = [(*shown[:4], ", ".join(map(str, found)), *shown[4:]) for shown, found in batches.items()]
     return [
         f"AHBF; Triton {found['triton']}; commit {found['commit']}; "
         f"`{path.relative_to(ROOT)}`, made by `{found['command']}`.", "",
-        *table([("for", "branches", "preset", "dtype", "B x C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
+        *table([("for", "branches", "preset", "dtype", "B", "C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
 
 
 def roofline_table(path: Path) -> list[str]:

@@ -48,6 +48,8 @@ def test_bound_by_exponentials():
     assert found.exponentials == pytest.approx(1000 * 32 * 32 * 70 / (10 * 16 * 1e9 * BUSY_SHARE))
     assert found.limit == "exponentials"
     assert predict(CHIP, code(whole=0, exponentials_per_column=70.0)).exponentials == pytest.approx(found.exponentials / 4)
+    # Two chunks without a loop: the number is of both, by the columns of one.
+    assert predict(CHIP, code(whole=1, exponentials_per_column=140.0)).exponentials == pytest.approx(found.exponentials / 2)
 
 
 def test_bound_by_the_launch():
@@ -94,7 +96,8 @@ def test_the_machine_code_file_has_every_kernel():
     want = [(branches, preset, dtype, *size, which, capability) for branches, preset, dtype, sizes, capabilities in VARIANTS
             for size in sizes for which in ("forward", "backward", "fused") for capability in capabilities]
     assert [tuple(one[name] for name in ("branches", "preset", "dtype", "batch", "num_classes", "kernel", "capability")) for one in FOUND["rows"]] == want
-    assert all(one["spills"] == one["stack"] == 0 for one in FOUND["rows"])
+    spilling = [(one["kernel"], one["dtype"], one["batch"], one["num_classes"], one["capability"], one["spills"]) for one in FOUND["rows"] if one["spills"] or one["stack"]]
+    assert spilling == [("forward", "bf16", 256, 100_000, 100, 4)]  # a size without a budget; the page says so
 
 
 @pytest.mark.parametrize(("which", "dtype", "batch", "num_classes"), [("forward", "bf16", 1024, 1000), ("backward", "fp32", 128, 10)])
