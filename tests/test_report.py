@@ -54,11 +54,12 @@ def test_a_stale_page_is_noticed(page, parts, changes):
 
 def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(tmp_path, monkeypatch, capsys):
     """Of another version the bytes differ and the digest does not."""
-    monkeypatch.setattr(bench.report, "PICTURE_FOLDER", PAGE.parent / "elsewhere")
-    (missing, *_), (data, draw) = list(pictures()), next(iter(pictures().values()))
+    path, (data, draw) = tmp_path / "x.svg", next(iter(pictures().values()))
+    monkeypatch.setattr(bench.report, "pictures", lambda: {path: (data, draw)})
     assert main(["--check"]) == 1
-    assert f"{missing} is stale: run python -m bench.report" in capsys.readouterr().err
-    path = draw(data, tmp_path / "x.svg")
+    assert capsys.readouterr().err == f"{path} is stale: run python -m bench.report\n"
+    assert main([]) == 0
+    assert main(["--check"]) == 0
     assert shows(path, data)
     again = path.read_bytes()
     assert draw(data, path).read_bytes() == again
@@ -66,6 +67,7 @@ def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
     assert shows(path, data)
     data["rows"][0]["eager"] += 0.01
     assert not shows(path, data)
+    assert main(["--check"]) == 1
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def test_bound_by_issue():
     assert found.limit == "issue"
     few = predict(CHIP, code(batch=10, rows=2, num_warps=4))
     assert few.issue == pytest.approx(1800 / (1e9 * BUSY_SHARE))  # 20 warps on 40 schedulers: each has one to itself
-    uneven = predict(CHIP, code(batch=9, rows=8))
-    assert uneven.issue == pytest.approx(1800 / (1e9 * BUSY_SHARE))  # two programs
+    uneven = predict(CHIP, code(batch=1001, rows=8))
+    assert uneven.issue == pytest.approx(126 * 1800 / (40 * 1e9 * BUSY_SHARE))  # the last program has one row
     assert predict(CHIP, code(whole=0)).issue == pytest.approx(1000 * 1000 / (40 * 1e9 * BUSY_SHARE))
 
 
@@ -49,7 +49,7 @@ def test_bound_by_exponentials():
     assert found.limit == "exponentials"
     assert predict(CHIP, code(whole=0, exponentials_per_column=70.0)).exponentials == pytest.approx(found.exponentials / 4)
     # Two chunks without a loop: the number is of both, by the columns of one.
-    assert predict(CHIP, code(whole=1, exponentials_per_column=140.0)).exponentials == pytest.approx(found.exponentials / 2)
+    assert predict(CHIP, code(whole=1, rest_pieces=4, exponentials_per_column=140.0)).exponentials == pytest.approx(found.exponentials / 2)
 
 
 def test_bound_by_the_launch():
