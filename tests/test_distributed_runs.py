@@ -270,6 +270,17 @@ def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path
     assert_same_run(out, ended(folder, "command"))
 
 
+def test_an_interrupt_to_the_launcher_alone_reaches_its_processes(tmp_path):
+    run = Command(tmp_path / "run", after=GPUS)
+    run.wait_for((run.out / "checkpoints" / "last.pt").exists)
+    run.process.send_signal(signal.SIGINT)
+    code, _, errors = finish(run.process)
+    assert code == 130
+    said, = complaints(errors)
+    assert said.startswith("fastokd: interrupted in epoch ")
+    assert "Traceback" not in errors
+
+
 def test_a_mistake_is_said_once(tmp_path):
     code, output, errors = finish(start(["-m", "fastokd", *rank_runs.COMMAND, "--batch-size", "63", "--gpus", "2", "--out", tmp_path / "run"]))
     assert (code, output) == (2, "")
