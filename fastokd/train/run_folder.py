@@ -167,6 +167,8 @@ class RunFolder:
                 break
             if not isinstance(record, dict) or not isinstance(record.get("epoch"), int) or not isinstance(record.get("eval"), dict):
                 break
+            if not all(isinstance(value, int | float) for value in record["eval"].values()):
+                break
             records.append(record)
         return records
 
