@@ -69,6 +69,7 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="
 Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")]
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
 
 
@@ -312,21 +313,21 @@ def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "on
 
 
 @command
-def compare(runs: Pos[tuple[Path, ...]] = (), out: File = None, format: Literal["terminal", "markdown", "csv", "html"] | None = None, latency: bool = True) -> None:
+def compare(runs: Runs = (), out: File = None, format: Literal["auto", "terminal", "markdown", "csv", "html"] = "auto", latency: bool = True) -> None:
     """Compare runs: errors over seeds, what the students cost, and what training costs beside the student alone.
 
     Args:
         runs: run folders. Those that differ in the seed alone are taken together.
         out: write to this file (default: print).
-        format: terminal, markdown, csv or html (default: what --out ends in, .md, .csv or .html, else terminal).
+        format: auto is what --out ends in, .md, .csv or .html, else terminal.
         latency: measure the students' latencies on this machine.
     """
     from fastokd.analysis.compare import compare as compare_groups
     from fastokd.analysis.runs import read_runs
 
     found = compare_groups(read_runs(runs), latency)
-    by_ending: dict[str, Literal["markdown", "csv", "html"]] = {".md": "markdown", ".csv": "csv", ".html": "html"}
-    form = format or by_ending.get(out.suffix.lower() if out else "", "terminal")
+    ending = out.suffix.lower() if out else ""
+    form = {".md": "markdown", ".csv": "csv", ".html": "html"}.get(ending, "terminal") if format == "auto" else format
     text = {"terminal": found.as_text, "markdown": found.as_markdown, "csv": found.as_csv, "html": found.as_html}[form]()
     if out is None:
         print(text, end="")
@@ -335,7 +336,7 @@ def compare(runs: Pos[tuple[Path, ...]] = (), out: File = None, format: Literal[
 
 
 @command
-def plot(runs: Pos[tuple[Path, ...]] = (), out: Path = Path("plots")) -> None:
+def plot(runs: Runs = (), out: Path = Path("plots")) -> None:
     """Draw what runs recorded: accuracies, loss terms, schedules and throughput by epoch, as PNG and SVG files.
 
     Args:
@@ -354,7 +355,7 @@ def plot(runs: Pos[tuple[Path, ...]] = (), out: Path = Path("plots")) -> None:
 
 
 @command
-def report(runs: Pos[tuple[Path, ...]] = (), out: Path = Path("report.html"), latency: bool = True) -> None:
+def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = True) -> None:
     """Write one HTML page about runs: their comparison, what differs in their configurations, their curves, and what
     'fastokd analyze' found of them. The page needs no other file and no network.
 

@@ -227,14 +227,14 @@ def _error_table(found: Comparison) -> Table:
             row.group.label, str(len(row.group.runs)), _epochs(row.group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")),
             "reference" if test is None else f"{spread(test.differences, '+')} (n={len(test.differences)})" if test.differences else "no shared seed",
             "" if test is None else f"{test.p:.3g}" if test.p is not None else "-"))
-    reasons = {row.test.reason: row.group.label for row in reversed(found.rows) if row.test and row.test.reason}
+    untested = [f"{row.group.label}: {row.test.reason}" for row in found.rows if row.test and row.test.reason]
     return Table(
         "Error in %, mean +- sample standard deviation over seeds",
         ("runs", "seeds", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "difference, last epoch", "p"), tuple(rows),
         ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
          f"Difference: percentage points, less is better, seed by seed against {found.reference.label}, over the n seeds that both have. "
          "p: two-sided paired t-test of these differences.",
-         *(f"No p for {label}: {reason}." for reason, label in reasons.items())))
+         *([f"No p for {'; '.join(untested)}."] if untested else [])))
 
 
 def _epochs(group: Group) -> str:

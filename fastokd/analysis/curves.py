@@ -41,7 +41,7 @@ class Picture:
     Attributes:
         name: of its files, without the ending.
         title: what it shows.
-        description: the same in words and with the last values, for who cannot see it.
+        description: that with the last values, for who cannot see it.
         files: its content by format, "png" or "svg".
     """
 
@@ -78,30 +78,30 @@ def row_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator
     Args:
         groups: what is drawn over each other. Of several seeds the mean is a line and their range a band; epochs that
             only some of them have are dotted, each run for itself.
-        title: of every picture.
+        title: what comes before every picture's own title.
         formats: "png", "svg".
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     for panel in _rows(groups):
-        yield _picture(panel.title, f"{title}: {panel.title}", [panel], groups, formats, unit=_ACCURACY)
+        yield _picture(panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY)
 
 
 def overview_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
     """``overview``: the accuracies of all branches and teacher assistants side by side. Arguments and errors as ``row_pictures``."""
-    yield _picture("overview", title, _rows(groups), groups, formats, unit=_ACCURACY, share_scale=True)
+    yield _picture("overview", title, "accuracy on the evaluation split", _rows(groups), groups, formats, unit=_ACCURACY, share_scale=True)
 
 
 def training_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
     """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``. Arguments and errors as ``row_pictures``."""
     terms = [_Panel(name, "train", name) for name in _names(_runs(groups), "train") if not name.startswith("accuracy/")]
     if terms:
-        yield _picture("loss", f"{title}: training loss and its terms, before their weights", terms, groups, formats)
+        yield _picture("loss", title, "training loss, and its terms before they are weighted", terms, groups, formats)
     schedule = [_Panel("learning rate", None, "lr", logarithmic=True), _Panel("ramp-up (kd_weight)", None, "kd_weight")]
-    yield _picture("schedule", f"{title}: schedules", schedule, groups, formats)
+    yield _picture("schedule", title, "schedules", schedule, groups, formats)
     throughput = [_Panel("training, images/s", None, "images_per_second"), _Panel("waiting for images, % of the time", None, "waiting_share", 100)]
-    yield _picture("throughput", f"{title}: throughput", throughput, groups, formats, from_zero=True)
+    yield _picture("throughput", title, "throughput", throughput, groups, formats, from_zero=True)
 
 
 def draw_curves(groups: Groups, folder: Path, title: str, formats: Sequence[str] = ("png",),
@@ -156,13 +156,13 @@ def _mean_curve(curves: Sequence[Curve]) -> dict[int, list[float]]:
     return {epoch: [curve[epoch] for curve in curves] for epoch in curves[0] if all(epoch in curve for curve in curves)}
 
 
-def _picture(name: str, title: str, panels: Sequence[_Panel], groups: Groups, formats: Sequence[str], unit: str = "", share_scale: bool = False,
+def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups: Groups, formats: Sequence[str], unit: str = "", share_scale: bool = False,
              from_zero: bool = False) -> Picture:
     plt = require_matplotlib()
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     size = (6.0, 4.0) if len(panels) == 1 else (4.0 * columns, 3.0 * lines)
-    figure, grid = plt.subplots(lines, columns, figsize=(size[0], size[1] + 0.25 * len(groups)), layout="constrained", sharex=True, sharey=share_scale, squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(size[0], size[1] + 0.2 * len(groups)), layout="constrained", sharex=True, sharey=share_scale, squeeze=False)
     words = []
     for axes, panel in zip(grid.flat, panels, strict=False):
         ends = _draw_panel(axes, groups, panel)
@@ -182,10 +182,10 @@ def _picture(name: str, title: str, panels: Sequence[_Panel], groups: Groups, fo
             axes.set_ylabel("")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
-    figure.suptitle(title, fontsize="medium" if len(panels) == 1 else "large", wrap=True)
+    figure.suptitle(f"{title}: {shows}", fontsize="medium" if len(panels) == 1 else "large", wrap=True)
     files = {ending: _encoded(plt, figure, ending) for ending in formats}
     plt.close(figure)
-    return Picture(name, title, f"{title}. Last values: {'; '.join(words)}.", files)
+    return Picture(name, shows, f"{title}: {shows}. Last values: {'; '.join(words)}.", files)
 
 
 def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
@@ -195,7 +195,8 @@ def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
         curves = _curves(runs, panel)
         if not curves:
             continue
-        color, style = f"C{number % 10}", ("-", "--", "-.", ":")[number // 10 % 4]
+        # Lines that lie on each other show, and colours need not be told apart.
+        color, style = f"C{number % 10}", ("-", "--", "-.")[number % 3]
         shared = _mean_curve(curves)
         epochs, values = list(shared), list(shared.values())
         mean = [statistics.mean(each) for each in values]

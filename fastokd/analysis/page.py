@@ -1,7 +1,7 @@
 """One HTML page that needs nothing but itself: no network, no script, no font."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from fastokd.version import __version__
@@ -18,18 +18,15 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { padding: .3rem 0; text-align: left; font-weight: 600; }
 th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right; vertical-align: top; }
 thead th { background: var(--head); vertical-align: bottom; } th:first-child { text-align: left; } tbody th { font-weight: 500; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; } figcaption { color: var(--soft); }
+img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 pre { overflow-x: auto; padding: .7rem; background: var(--head); font-size: .8rem; }
 @media print {
   @page { size: landscape; margin: 12mm; }
   :root { --text: #000; --page: #fff; --soft: #333; --line: #999; --head: #eee; }
   body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; }
-  .scroll { overflow: visible; } figure, tr { break-inside: avoid; } h2, h3, caption { break-after: avoid; } img { max-height: 165mm; }
+  .scroll { overflow: visible; } img, tr { break-inside: avoid; } h2, h3, caption { break-after: avoid; } img { max-height: 165mm; }
 }
 """
-
-MEDIA_TYPES: Mapping[str, str] = {"svg": "image/svg+xml", "png": "image/png"}
-
 
 def page(title: str, body: str) -> str:
     """A whole page: ``body`` is HTML, ``title`` is text. The policy in it forbids a browser to load anything."""
@@ -67,8 +64,7 @@ def bullets(lines: Sequence[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"
 
 
-def image(content: bytes, ending: str, description: str, caption: str) -> str:
-    """A picture with its bytes in the page; ``description`` is read out to who cannot see it."""
+def image(content: bytes, description: str) -> str:
+    """An SVG picture with its bytes in the page; ``description`` is read out to who cannot see it."""
     data = base64.b64encode(content).decode()
-    return (f'<figure>\n<img alt="{escape(description)}" src="data:{MEDIA_TYPES[ending]};base64,{data}">\n'
-            f"<figcaption>{escape(caption)}</figcaption>\n</figure>\n")
+    return f'<p><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}"></p>\n'

@@ -30,9 +30,16 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
         remarks_section(comparison.remarks),
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
         section("Configurations", _configurations(groups)),
-        section("Over the epochs", "".join(image(picture.files["svg"], "svg", picture.description, picture.title) for picture in pictures)),
+        section("Over the epochs", _BAND + "".join(_picture(picture.title, picture.files["svg"], picture.description) for picture in pictures)),
         *(_analysis(run) for group in groups for run in group.runs)]
     return page(f"Runs on {title(groups)}", "".join(parts))
+
+
+_BAND = "<p>Of several seeds the line is the mean and the band the range. What is dotted only some of the runs have.</p>\n"
+
+
+def _picture(title: str, content: bytes, description: str) -> str:
+    return section(title[:1].upper() + title[1:], image(content, description), level=3)
 
 
 def _configurations(groups: Sequence[Group]) -> str:
@@ -57,7 +64,7 @@ def _analysis(run: Run) -> str:
         where = f"{found['images']} {found['split']} images of {found['data']}, {found['checkpoint']} checkpoint, {found['epochs']} epochs"
         body = [f"<p>{escape(where)}.</p>\n", bullets(found["notes"]) if found["notes"] else ""]
         for picture in found.get("pictures", ()):
-            body.append(image((folder / f"{Path(picture['name']).name}.svg").read_bytes(), "svg", picture["description"], picture["title"]))
+            body.append(_picture(picture["title"], (folder / f"{Path(picture['name']).name}.svg").read_bytes(), picture["description"]))
         body += _measures(found["measures"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         body = [f"<p>The analysis in {escape(str(folder))} is incomplete or damaged ({escape(first_line(error))}): run 'fastokd analyze' again.</p>\n"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastokd.errors import CheckpointError, ConfigError, first_few
+from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
@@ -61,6 +61,11 @@ class Run:
     def best(self) -> Record:
         """The record of the first epoch with the student's highest accuracy, as in ``summary.json``."""
         return max((record for record in self.records if self.student in record["eval"]), key=lambda record: record["eval"][self.student])
+
+    def shown(self, fact: str) -> str:
+        """An entry of ``evaluated`` in words."""
+        value = self.evaluated[fact]
+        return f"{self.data.get('name', '')} {value[:12]}".strip() if fact == "data" else str(value)
 
     @property
     def seconds(self) -> float:
@@ -139,17 +144,14 @@ def check_comparable(runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: they were not; the message says what differs, and between which runs.
     """
-    wrong = []
     for fact in dict.fromkeys(fact for run in runs for fact in run.evaluated):
-        found: dict[str, list[str]] = {}
-        for run in runs:
-            if fact in run.evaluated:
-                value = run.evaluated[fact]
-                found.setdefault(f"{run.data.get('name', '')} {value[:12]}".strip() if fact == "data" else _shown(value), []).append(str(run.path))
-        if len(found) > 1:
-            wrong.append(f"{fact}: " + " and ".join(f"{value} ({first_few(paths)})" for value, paths in found.items()))
-    if wrong:
-        raise ConfigError(f"runs that were evaluated on different images cannot be compared; they differ in {'; '.join(wrong)}. Give runs that agree in these")
+        known = [run for run in runs if fact in run.evaluated]
+        different = [run for run in known if run.evaluated[fact] != known[0].evaluated[fact]]
+        if different:
+            one, other = known[0], different[0]
+            differing = [f"{name}: {one.shown(name)}, {other.shown(name)}" for name in one.evaluated if name in other.evaluated and one.evaluated[name] != other.evaluated[name]]
+            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            raise ConfigError(f"{one.path} and {other.path}{more} were evaluated on different images, so their numbers do not compare ({'; '.join(differing)}); give runs of the same")
 
 
 def title(groups: Sequence[Group]) -> str:
@@ -184,7 +186,7 @@ def _fields(config: TrainConfig) -> list[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a configuration or of what was evaluated, in words."""
+    """A value of a configuration, in words."""
     if value is None:
         return "default"
     if isinstance(value, Mapping):
