@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | show | models | methods | data | bench | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | analyze | export | show | models | methods | data | bench | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -267,6 +267,57 @@ def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
     _console().print(f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name}, {len(images)} {images.name} images", markup=False)
     _print_accuracies(run.evaluator.evaluate(run.loader), run.evaluator.reported)
+
+
+@command
+def analyze(run: Pos[Path], data: Text = None, which: Literal["last", "best"] = "last", split: Text = None, out: File = None, max_images: int = 500,
+            device: str = "auto") -> None:
+    """Measure how a run's branches and teacher assistants differ, where they err, and what the gates do: numbers and pictures.
+
+    Args:
+        run: the run folder.
+        data: the dataset (default: the one the run was trained on); its classes must be the same.
+        which: the checkpoint of the last or of the best epoch.
+        split: train, val or test (default: what the run is evaluated on).
+        out: the folder for analysis.json and the pictures (default RUN/analysis).
+        max_images: how many of the images that the student gets wrong the t-SNE shows at most; 0 for no t-SNE.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from fastokd.analysis.study import analyze_run
+
+    with _progress_bar("reading images") as decoding, _progress_bar("looking at images") as progress:
+        analysis = analyze_run(run, which, data, split, max_images, device, decoding, progress)
+    folder = out or run / "analysis"
+    pictures = analysis.write(folder)
+    _print_analysis(analysis.record)
+    _console().print(f"wrote {folder / 'analysis.json'}" + (f" and as .svg and .png: {', '.join(pictures)}" if pictures else ""), markup=False)
+
+
+def _print_analysis(record: Mapping[str, Any]) -> None:
+    console, student = _console(), record["student"]
+    console.print(f"{record['run']}: {record['checkpoint']} checkpoint, {record['epochs']} epochs; {record['data']}, {record['images']} {record['split']} images, "
+                  f"of which {student} gets {record['student_errors']} wrong", markup=False)
+    columns = (("accuracy", 100, ".2f"), ("cross_entropy", 1, ".3f"), ("calibration_error", 100, ".2f"), ("agreement", 100, ".2f"), ("logit_distance", 1, ".3f"), ("softmax_distance", 1, ".3f"))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("row")
+    for key, factor, _ in columns:
+        to = f"\nto {student}" if "row" in record["measures"][key]["axes"][1:] else ""
+        table.add_column(record["measures"][key]["title"] + (" %" if factor == 100 else "") + to, justify="right")
+    for name in record["rows"]:
+        cells = []
+        for key, factor, form in columns:
+            measure = record["measures"][key]
+            value = measure["values"][name] if len(measure["axes"]) == 1 else measure["values"][student][name]
+            cells.append("" if value is None else f"{factor * value:{form}}")
+        table.add_row(f"{name} (student)" if name == student else name, *cells)
+    Console(highlight=False).print(table)
+    for measure in record["measures"].values():
+        if not measure["axes"] and measure["values"] is not None:
+            console.print(f"{measure['title']}: {measure['values']:.4f}", markup=False)
+    for mixture, weights in record["measures"].get("mixing", {"values": {}})["values"].items():
+        console.print(f"{mixture}: " + " + ".join(f"{weight:.3f} {name}" for name, weight in weights.items()), markup=False)
+    for note in record["notes"]:
+        console.print(f"note: {note}", markup=False)
 
 
 @command
@@ -919,7 +970,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     group, prog, description = app, "fastokd", DESCRIPTION
-    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "models", "methods", "data", "bench", "doctor", "recipes")
+    commands: tuple[str, ...] = ("demo", "train", "eval", "analyze", "export", "show", "models", "methods", "data", "bench", "doctor", "recipes")
     if arguments[:1] == ["data"]:
         arguments = arguments[1:]
         group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")
