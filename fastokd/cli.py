@@ -297,24 +297,26 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
     console, student = _console(), record["student"]
     console.print(f"{record['run']}: {record['checkpoint']} checkpoint, {record['epochs']} epochs; {record['data']}, {record['images']} {record['split']} images, "
                   f"of which {student} gets {record['student_errors']} wrong", markup=False)
-    columns = (("accuracy", 100, ".2f"), ("cross_entropy", 1, ".3f"), ("calibration_error", 100, ".2f"), ("agreement", 100, ".2f"), ("logit_distance", 1, ".3f"), ("softmax_distance", 1, ".3f"))
+    columns = (("accuracy\n%", "accuracy", 100, ".2f"), ("cross-\nentropy", "cross_entropy", 1, ".3f"), ("calibration\nerror %", "calibration_error", 100, ".2f"),
+               ("agreement\n%", "agreement", 100, ".2f"), ("logit\ndistance", "logit_distance", 1, ".3f"), ("softmax\ndistance", "softmax_distance", 1, ".3f"))
     table = Table(box=None, pad_edge=False)
     table.add_column("row")
-    for key, factor, _ in columns:
-        to = f"\nto {student}" if "row" in record["measures"][key]["axes"][1:] else ""
-        table.add_column(record["measures"][key]["title"] + (" %" if factor == 100 else "") + to, justify="right")
+    for heading, *_ in columns:
+        table.add_column(heading, justify="right")
     for name in record["rows"]:
         cells = []
-        for key, factor, form in columns:
-            measure = record["measures"][key]
-            value = measure["values"][name] if len(measure["axes"]) == 1 else measure["values"][student][name]
+        for _, key, factor, form in columns:
+            values = record["measures"][key]["values"]
+            to_student = len(record["measures"][key]["axes"]) == 2
+            value = None if to_student and name == student else values[student][name] if to_student else values[name]
             cells.append("" if value is None else f"{factor * value:{form}}")
         table.add_row(f"{name} (student)" if name == student else name, *cells)
     Console(highlight=False).print(table)
+    console.print(f"agreement and distances are with {student}, those of logits over the images that it gets wrong", markup=False)
     for measure in record["measures"].values():
         if not measure["axes"] and measure["values"] is not None:
             console.print(f"{measure['title']}: {measure['values']:.4f}", markup=False)
-    for mixture, weights in record["measures"].get("mixing", {"values": {}})["values"].items():
+    for mixture, weights in record["measures"]["mixing"]["values"].items() if "mixing" in record["measures"] else ():
         console.print(f"{mixture}: " + " + ".join(f"{weight:.3f} {name}" for name, weight in weights.items()), markup=False)
     for note in record["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -1,5 +1,6 @@
 """The pictures of ``fastokd analyze``, each as SVG and PNG."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,16 @@ def _tsne(plt: Any, features: Mapping[str, Tensor], labels: Tensor, classes: Seq
     embedded = [_embed(torch.cat([features[name] for name in group])) for group in groups]
     counts = torch.bincount(labels, minlength=len(classes))
     marked = [place for place in counts.argsort(descending=True, stable=True)[:_MARKED].tolist() if counts[place]]
-    colors = {place: plt.get_cmap("tab10")(index) for index, place in enumerate(sorted(marked))}
+    # With few classes each has its colour in every run's picture.
+    colors = {place: plt.get_cmap("tab10")(place if len(classes) <= _MARKED else index) for index, place in enumerate(sorted(marked))}
     figure, grid = plt.subplots(1, len(groups), figsize=(7.5 if together else 4.5 * len(groups), 6), layout="constrained", squeeze=False)
-    numbers = {name: index + 1 for index, name in enumerate(features)}
+    numbers = {name: index for index, name in enumerate(features, start=1)}
     for axes, group, points in zip(grid.flat, groups, embedded, strict=True):
         for name, own in zip(group, points.chunk(len(group)), strict=True):
             for place in (None, *colors):
                 chosen = own[~torch.isin(labels, torch.tensor(list(colors)))] if place is None else own[labels == place]
                 axes.scatter(*chosen.T, marker=f"${numbers[name]}$", s=28, linewidths=0.3, color="lightgray" if place is None else colors[place])
-        axes.set(xticks=[], yticks=[], xlabel="  ".join(f"{numbers[name]}: {name}" for name in group))
+        axes.set(xticks=[], yticks=[], xlabel="  ".join(f"{numbers[name]}: {name}{' (student)' if name == student else ''}" for name in group))
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=classes[place]) for place, color in colors.items()]
     if int((counts > 0).sum()) > len(colors):
         handles.append(plt.Line2D([], [], marker="o", linestyle="", color="lightgray", label="other classes"))
@@ -149,7 +151,7 @@ def _agreement(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tupl
     figure, grid = plt.subplots(1, 2, figsize=(2 * (0.55 * len(rows) + 2.4), 0.55 * len(rows) + 2.2), layout="constrained")
     for axes, key, label in zip(grid, ("agreement", "error_overlap"), ("the same class", "errors that both make"), strict=True):
         table = [[values[key][one][other] for other in rows] for one in rows]
-        _heat_map(plt, figure, axes, table, rows, rows)
+        _heat_map(figure, axes, table, rows, rows)
         axes.set_title(label, fontsize="small")
     return figure, "agreement and error overlap", (
         "Two heat maps over all pairs of rows: the fraction of images for which both name the same class, and of the images that one gets wrong the fraction that both get wrong.")
@@ -157,12 +159,8 @@ def _agreement(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tupl
 
 def _reliability(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tuple[Any, str, str]:
     """For every row bars of the accuracy at each confidence, over the diagonal."""
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(2.8 * columns + 0.6, 2.7 * lines + 0.6), layout="constrained", sharex=True, sharey=True, squeeze=False)
-    for axes in grid.flat[len(rows):]:
-        axes.set_visible(False)
-    for axes, name in zip(grid.flat, rows, strict=False):
+    figure, panels = _panels(plt, len(rows))
+    for axes, name in zip(panels, rows, strict=True):
         counts, accuracy, confidence = (list(values[key][name].values()) for key in ("bin_count", "bin_accuracy", "bin_confidence"))
         places = [place for place, count in enumerate(counts) if count]
         left = [place / ECE_BINS for place in places]
@@ -195,7 +193,7 @@ def _confusion(plt: Any, confusion: Mapping[str, Mapping[str, int]], classes: Se
     totals = {name: sum(confusion[name].values()) for name in shown}
     table = [[confusion[name].get(other, 0) / totals[name] if totals[name] else None for other in shown] for name in shown]
     figure, axes = plt.subplots(figsize=(0.42 * len(shown) + 2.4, 0.42 * len(shown) + 2), layout="constrained")
-    _heat_map(plt, figure, axes, table, shown, shown)
+    _heat_map(figure, axes, table, shown, shown)
     axes.set(xlabel=f"what {student} says", ylabel="class")
     of = f"; the {len(shown)} of {len(classes)} classes with the most mistakes" if len(shown) < len(classes) else ""
     return figure, f"confusion of {student}: fraction of each class's images{of}", (
@@ -209,7 +207,7 @@ def _mixing(plt: Any, values: Mapping[str, Any], classes: Sequence[str]) -> tupl
     table = [[values["mixing"][mixture][name], *(values["class_mixing"][mixture][name][each] for each in classes)] for mixture, name in lines]
     named = len(classes) <= MOST_CLASSES
     figure, axes = plt.subplots(figsize=((0.45 * len(classes) + 3.4) if named else 9, 0.4 * len(lines) + 2.2), layout="constrained")
-    _heat_map(plt, figure, axes, table, labels, ["all images", *classes] if named else None)
+    _heat_map(figure, axes, table, labels, ["all images", *classes] if named else None)
     if named:
         axes.axvline(0.5, color="white", linewidth=3)
     else:
@@ -222,12 +220,8 @@ def _mixing(plt: Any, values: Mapping[str, Any], classes: Sequence[str]) -> tupl
 
 def _mixing_by_epoch(plt: Any, weights: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> tuple[Any, str, str]:
     """For every mixture the mean weight of each of its inputs, epoch by epoch."""
-    columns = min(4, len(weights))
-    lines = -(-len(weights) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(3.2 * columns + 0.6, 2.6 * lines + 0.8), layout="constrained", sharex=True, sharey=True, squeeze=False)
-    for axes in grid.flat[len(weights):]:
-        axes.set_visible(False)
-    for axes, (mixture, inputs) in zip(grid.flat, weights.items(), strict=False):
+    figure, panels = _panels(plt, len(weights))
+    for axes, (mixture, inputs) in zip(panels, weights.items(), strict=True):
         for name, by_epoch in inputs.items():
             epochs = [int(epoch) for epoch, value in by_epoch.items() if value is not None]
             axes.plot(epochs, [by_epoch[str(epoch)] for epoch in epochs], marker="." if len(epochs) < 20 else None, label=name)
@@ -240,19 +234,32 @@ def _mixing_by_epoch(plt: Any, weights: Mapping[str, Mapping[str, Mapping[str, f
     return figure, "mixing weights by epoch", "The mean weight of each input of each mixture at the evaluation after every epoch of training."
 
 
-def _heat_map(plt: Any, figure: Any, axes: Any, table: Sequence[Sequence[float | None]], lines: Sequence[str], columns: Sequence[str] | None) -> None:
-    """Values in [0, 1] as colours, and as numbers where they are readable; None stays white."""
-    numbers = [[float("nan") if value is None else value for value in line] for line in table]
-    image = axes.imshow(numbers, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    figure.colorbar(image, ax=axes)
+def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many small panels, four in a line, that share their axes."""
+    columns = min(4, count)
+    lines = -(-count // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(2.8 * columns + 0.8, 2.7 * lines + 0.8), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    panels = list(grid.flat[:count])
+    for axes in panels[-columns:]:
+        axes.tick_params(labelbottom=True)
+    return figure, panels
+
+
+def _heat_map(figure: Any, axes: Any, table: Sequence[Sequence[float | None]], lines: Sequence[str], columns: Sequence[str] | None) -> None:
+    """Values in [0, 1] as colours, and in percent as numbers where they are readable; None stays white."""
+    numbers = [[math.nan if value is None else 100 * value for value in line] for line in table]
+    image = axes.imshow(numbers, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=axes, label="%")
     axes.set_yticks(range(len(lines)), lines, fontsize="small")
     if columns is None:
         return
     axes.set_xticks(range(len(columns)), columns, fontsize="small", rotation=90)
-    for y, line in enumerate(table):
+    for y, line in enumerate(numbers):
         for x, value in enumerate(line):
-            if value is not None:
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize="x-small", color="white" if value < 0.6 else "black")
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color="white" if value < 60 else "black")
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:

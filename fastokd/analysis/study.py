@@ -204,7 +204,7 @@ def _notes(run: LoadedRun, found: Gathered, history: Mapping[int, Any], max_imag
         notes.append("there is one branch, so nothing is measured over pairs of branches")
     if not wrong:
         notes.append(f"{student} gets every image right, so there are no distances of logits on its errors and no t-SNE")
-    elif wrong > max_images:
+    elif 0 < max_images < wrong:
         notes.append(f"the t-SNE shows {max_images} of the {wrong} images that {student} gets wrong (--max-images)")
     return notes
 
