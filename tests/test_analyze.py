@@ -333,6 +333,9 @@ def test_a_run_that_is_not_finished(ahbf, analyze, tmp_path):
     assert "note: the run is not finished: 1 of 5 epochs are done" in out
     assert "note: mixing weights by epoch were not recorded" in out
     assert not (tmp_path / "run" / "analysis" / "mixing-by-epoch.svg").exists()
+    # The best epoch of a finished run is not where it stopped.
+    metrics.write_text("".join(metrics.read_text().replace('"epoch": 0', f'"epoch": {epoch}') for epoch in range(5)))
+    assert "not finished" not in analyze(tmp_path / "run", "--which", "best", "--max-images", "0", "--device", "cpu")[1]
     (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
     code, _, err = analyze(tmp_path / "run", "--device", "cpu")
     assert (code, err.count("\n")) == (4, 1)

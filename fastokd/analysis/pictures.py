@@ -225,7 +225,8 @@ def _mixing_by_epoch(plt: Any, weights: Mapping[str, Mapping[str, Mapping[str, f
         for name, by_epoch in inputs.items():
             epochs = [int(epoch) for epoch, value in by_epoch.items() if value is not None]
             axes.plot(epochs, [by_epoch[str(epoch)] for epoch in epochs], marker="." if len(epochs) < 20 else None, label=name)
-        axes.set(title=mixture, ylim=(0, 1))
+        axes.set_ylim(0, 1)
+        axes.set_title(mixture, fontsize="small")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

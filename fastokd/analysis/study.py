@@ -127,8 +127,9 @@ def analyze_run(path: Path, which: str = "last", data: str | None = None, split:
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
     total = len(images)
     gathered = gather(run.evaluator, run.loader, max_images, lambda done: progress(done, total) if progress else None)
-    folder = RunFolder.open(path)
-    history = {record["epoch"] + 1: record["mixing"] for record in folder.read_metrics() if isinstance(record.get("mixing"), dict)}
+    records = RunFolder.open(path).read_metrics()
+    history = {record["epoch"] + 1: record["mixing"] for record in records if isinstance(record.get("mixing"), dict)}
+    done = run.state["epoch"] if which == "last" else max((record["epoch"] + 1 for record in records), default=run.state["epoch"])
     members = run.evaluator.criterion.ensemble_members
     header = {
         "format": FORMAT, "fastokd": __version__, "run": path.resolve().name, "method": run.config.method, "preset": run.config.preset, "model": run.config.model,
@@ -136,7 +137,7 @@ def analyze_run(path: Path, which: str = "last", data: str | None = None, split:
         "student": gathered.rows[gathered.student], "student_errors": gathered.student_errors,
         "rows": list(gathered.rows), "branches": list(gathered.features), "ensemble_members": list(members), "classes": list(run.dataset.classes),
     }
-    record = {**header, "notes": _notes(run, gathered, history, max_images), "measures": measures(gathered, members, run.dataset.classes, history)}
+    record = {**header, "notes": _notes(run, gathered, done, history, max_images), "measures": measures(gathered, members, run.dataset.classes, history)}
     return Analysis(record, gathered)
 
 
@@ -190,12 +191,14 @@ def measures(found: Gathered, members: Sequence[str], classes: Sequence[str], hi
             for key, value in values.items()}
 
 
-def _notes(run: LoadedRun, found: Gathered, history: Mapping[int, Any], max_images: int) -> list[str]:
-    """What a reader of the numbers has to know."""
+def _notes(run: LoadedRun, found: Gathered, done: int, history: Mapping[int, Any], max_images: int) -> list[str]:
+    """What a reader of the numbers has to know; ``done`` is the number of the run's finished epochs."""
     notes = []
-    done, planned, wrong, student = run.state["epoch"], run.config.epochs, found.student_errors, found.rows[found.student]
-    if done < planned:
-        notes.append(f"the run is not finished: {done} of {planned} epochs are done")
+    wrong, student = found.student_errors, found.rows[found.student]
+    if done < run.config.epochs:
+        notes.append(f"the run is not finished: {done} of {run.config.epochs} epochs are done")
+    if run.state["loader"]:
+        notes.append(f"the checkpoint was written within epoch {run.state['epoch'] + 1}")
     if not found.mixing:
         notes.append(f"method {run.config.method} has no gate and no other weights that are found while training, so there are no mixing weights")
     elif not history:
