@@ -59,7 +59,7 @@ class Deadline(StopSignals):
 
     @property
     def received(self) -> int:
-        return self.heard or (signal.SIGUSR1 if self._spent() else 0)
+        return self.heard or (int(signal.SIGUSR1) if self._spent() else 0)  # plain, because ranks send it each other
 
     @received.setter
     def received(self, number: int) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,16 +23,21 @@ from fastokd.train.config import TrainConfig
 SIZES = ((128, 10), (128, 100), (96, 1000), (1024, 1000), (4096, 1000), (1024, 21841), (256, 100_000))
 """(B, C): CIFAR batches, an ImageNet batch, large batches, and the two regimes where memory bandwidth rules."""
 SINGLE_SIZES = ((4096, 1000), (4096, 32_000), (1024, 100_000))
+CODE_SIZES = ((128, 100), (96, 1000), (1024, 1000), (1024, 21841))
+FLOAT_SIZES = ((128, 100), (1024, 1000), (1024, 21841))
 METHOD_SIZE = (1024, 1000)
 NUM_BRANCHES = 4
 TEMPERATURE = 3.0
 _MANY_BYTES = 2**27
-"""Logits of this size take the plain executor's row a minute."""
+"""A row with more bytes of logits takes longer."""
 SINGLES = {
     "cross-entropy": Graph("cross_entropy", (Logits("student"),), (CrossEntropy("student"),)),
     "KL": Graph("kl", (Logits("student"), Logits("teacher")), (KL("teacher", "student", 1.0, TEMPERATURE, detach=True),)),
 }
 """A loss that other libraries have too; the teacher of the KL is a constant, as they have it."""
+
+PASSES = ("forward", "both")
+"""The loss alone, and with its gradients."""
 
 Call = Callable[[], Tensor]
 
@@ -79,28 +84,28 @@ def make_inputs(graph: Graph, batch: int, num_classes: int, dtype: torch.dtype, 
     return Inputs(logits, weights, externals, target, torch.tensor([term.weight for term in graph.terms], device=device))
 
 
-def _graph_cases(context: Context, graph: Graph, inputs: Inputs) -> dict[str, tuple[Callable[[], Any], bool]]:
-    """Each case by name: what is called, and whether in a CUDA graph."""
+Cases = dict[str, tuple[Callable[[], Any], bool]]
+"""What is called, and whether in a CUDA graph, by name."""
+
+
+def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequence[str]) -> Cases:
+    """The executors, with PyTorch's own operations as the plain one."""
     plan, fused = lower(graph), _fused(context)
 
     def forward(impl: str) -> Tensor:
         return evaluate(plan, *inputs.arguments(), impl)[0].mean()
 
-    plain = partial(forward, "reference")
-    cases = _both_ways(inputs.leaves(), {"eager": (plain, (False, True)), "compiled": (_compiled(lambda: forward("reference")), (True,)),
-                                         "fused": (partial(forward, fused), (False, True))})
+    cases = _in_modes(passes, inputs.leaves(), {
+        "eager": (partial(forward, "reference"), (False, True)), "compiled": (_compiled(lambda: forward("reference")), (True,)), "fused": (partial(forward, fused), (False, True))})
     cases["one kernel graph/both"] = (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)
     return cases
 
 
-def _both_ways(leaves: list[Tensor], providers: dict[str, tuple[Call, tuple[bool, ...]]]) -> dict[str, tuple[Callable[[], Any], bool]]:
-    cases: dict[str, tuple[Callable[[], Any], bool]] = {}
-    for name, (call, modes) in providers.items():
-        for graph in modes:
-            label = f"{name} graph" if graph else name
-            cases[f"{label}/forward"] = (partial(_without_gradients, call), graph)
-            cases[f"{label}/both"] = (partial(_with_gradients, call, leaves), graph)
-    return cases
+def _in_modes(passes: Sequence[str], leaves: list[Tensor], providers: dict[str, tuple[Call, tuple[bool, ...]]]) -> Cases:
+    """Each provider's passes, by itself or in a CUDA graph as it says."""
+    make = {"forward": _without_gradients, "both": partial(_with_gradients, leaves=leaves)}
+    return {f"{name} graph/{which}" if graph else f"{name}/{which}": (partial(make[which], call), graph)
+            for name, (call, modes) in providers.items() for graph in modes for which in passes}
 
 
 def _without_gradients(call: Call) -> Tensor:
@@ -120,7 +125,7 @@ def _compiled(call: Call) -> Call:
     return torch.compile(call, dynamic=False)
 
 
-def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[dict[str, tuple[Callable[[], Any], bool]], dict[str, str]]:
+def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, dict[str, str]]:
     """As ``_graph_cases``, with PyTorch's own functions as the plain ones, and other libraries; why one of these is not there."""
     student, teacher, target = inputs.logits[0], inputs.logits[-1], inputs.target
 
@@ -131,23 +136,23 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[dict[str
     kl_div = partial(F.kl_div, reduction="batchmean", log_target=True)
     plain: Call = {"cross-entropy": lambda: F.cross_entropy(student, target), "KL": lambda: divergence(kl_div)}[name]
     plan, fused, leaves, both = lower(SINGLES[name]), _fused(context), inputs.leaves(), (False, True)
-    cases = _both_ways(leaves, {"eager": (plain, both), "compiled": (_compiled(plain), (True,)),
-                                "fused": (lambda: evaluate(plan, *inputs.arguments(), fused)[0].mean(), both)})
+    cases = _in_modes(PASSES, leaves, {
+        "eager": (plain, both), "compiled": (_compiled(plain), (True,)), "fused": (lambda: evaluate(plan, *inputs.arguments(), fused)[0].mean(), both)})
     cases["one kernel graph/both"] = (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)
     reasons = {}
     liger, quack = _import("liger_kernel", "liger_kernel.transformers"), _import("quack", "quack.cross_entropy")
     if isinstance(liger, str):
         reasons["liger"] = liger
     elif name == "KL":
-        cases |= _both_ways(leaves, {"liger": (partial(divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)), both)})
+        cases |= _in_modes(PASSES, leaves, {"liger": (partial(divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)), both)})
     else:
         # It leaves the gradient where the logits were, so it gets logits of its own, and is timed on what its last call left there.
         loss, own = liger.LigerCrossEntropyLoss(), student.detach().clone().requires_grad_()
-        cases |= _both_ways([own], {"liger": (lambda: loss(own, target), both)})
+        cases |= _in_modes(PASSES, [own], {"liger": (lambda: loss(own, target), both)})
     if isinstance(quack, str) or name == "KL":
         reasons["quack"] = quack if isinstance(quack, str) else "it has none"
     else:
-        cases |= _both_ways(leaves, {"quack": (lambda: quack.cross_entropy(student, target, reduction="mean"), both)})
+        cases |= _in_modes(PASSES, leaves, {"quack": (lambda: quack.cross_entropy(student, target, reduction="mean"), both)})
     return cases, reasons
 
 
@@ -161,9 +166,9 @@ def _import(package: str, module: str) -> Any:
         return f"cannot be imported: {first_line(error)}"
 
 
-def _measure(context: Context, graph: Graph, single: str | None, batch: int, num_classes: int, dtype: torch.dtype) -> dict[str, Any]:
+def _measure(context: Context, graph: Graph, single: str | None, batch: int, num_classes: int, dtype: torch.dtype, passes: Sequence[str]) -> dict[str, Any]:
     inputs = make_inputs(graph, batch, num_classes, dtype, context.device)
-    cases, reasons = _single_cases(context, single, inputs) if single else (_graph_cases(context, graph, inputs), {})
+    cases, reasons = _single_cases(context, single, inputs) if single else (_graph_cases(context, graph, inputs, passes), {})
     forward, both = inputs.least_bytes()
     found: dict[str, Any] = {"batch": batch, "num_classes": num_classes, "dtype": str(dtype).removeprefix("torch."), "fused": _fused(context),
                              "nodes": len(graph.nodes), "terms": len(graph.terms), "bytes_forward": forward, "bytes_both": both}
@@ -177,8 +182,11 @@ def _measure(context: Context, graph: Graph, single: str | None, batch: int, num
     return found | {"spread": spreads, "reasons": reasons}
 
 
-def _cases(context: Context) -> Iterator[tuple[dict[str, str], Graph, tuple[int, int], torch.dtype]]:
-    """Every row in the order of its worth: what it is of, its graph, (B, C) and dtype."""
+def _cases(context: Context) -> Iterator[tuple[dict[str, str], Graph, tuple[int, int], torch.dtype, Sequence[str]]]:
+    """Every row in the order of its worth: what it is of, its graph, (B, C), dtype and passes.
+
+    Most of a row's time goes into compiling PyTorch's operations, once for each pass.
+    """
     half, full = torch.bfloat16, torch.float32
     tiny = ((8, 10), (4, 100))
 
@@ -191,30 +199,31 @@ def _cases(context: Context) -> Iterator[tuple[dict[str, str], Graph, tuple[int,
         return {"loss": name}, SINGLES[name]
 
     for size in tiny if context.dry else SIZES:
-        yield *of_method("ahbf"), size, half
+        yield *of_method("ahbf"), size, half, PASSES
     for size in tiny[:1] if context.dry else SINGLE_SIZES:
         for name in SINGLES:
-            yield *of_single(name), size, half
-    for size in tiny[:1] if context.dry else SIZES:
-        yield *of_method("ahbf", "code"), size, half
-    for size in tiny[:1] if context.dry else ((128, 100), (1024, 1000), (1024, 21841)):
-        yield *of_method("ahbf"), size, full
+            yield *of_single(name), size, half, PASSES
+    for size in tiny[:1] if context.dry else CODE_SIZES:
+        yield *of_method("ahbf", "code"), size, half, PASSES[1:]
+    for size in tiny[:1] if context.dry else FLOAT_SIZES:
+        yield *of_method("ahbf"), size, full, PASSES[1:]
     for size in () if context.dry else SINGLE_SIZES[:2]:
         for name in SINGLES:
-            yield *of_single(name), size, full
+            yield *of_single(name), size, full, PASSES
     for name in list_methods():
         if name != "ahbf":
-            yield *of_method(name), tiny[0] if context.dry else METHOD_SIZE, half
+            yield *of_method(name), tiny[0] if context.dry else METHOD_SIZE, half, PASSES[1:]
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:
     if "copy_bandwidth_gb_s" not in results.values:
         results.head(copy_bandwidth_gb_s=copy_bandwidth(context)[0] / 1e9)
-    for about, graph, (batch, num_classes), dtype in _cases(context):
+    for about, graph, (batch, num_classes), dtype, passes in _cases(context):
         words = [*about.values(), f"{batch} x {num_classes}", str(dtype).removeprefix("torch.")]
 
-        def measure(about: dict[str, str] = about, graph: Graph = graph, batch: int = batch, num_classes: int = num_classes, dtype: torch.dtype = dtype) -> dict[str, Any]:
-            return about | _measure(context, graph, None if "preset" in about else about["loss"], batch, num_classes, dtype)
+        def measure(about: dict[str, str] = about, graph: Graph = graph, batch: int = batch, num_classes: int = num_classes, dtype: torch.dtype = dtype,
+                    passes: Sequence[str] = passes) -> dict[str, Any]:
+            return about | _measure(context, graph, None if "preset" in about else about["loss"], batch, num_classes, dtype, passes)
 
         large = len(graph.logits) * batch * num_classes * dtype.itemsize > _MANY_BYTES
         yield Row(", ".join(words), context.needs(1.0 if large else 0.6), measure)

@@ -65,8 +65,8 @@ class Context:
         if self.dry:
             return spread(sample_seconds(call, self.device, graph, 3, 1))
         (about,) = sample_seconds(call, self.device, False, 1, 1)
-        # Each sample takes some milliseconds, whatever the call takes.
-        return spread(sample_seconds(call, self.device, graph, 25, max(1, min(20, int(0.005 / about)))))
+        # Each sample takes some milliseconds, whatever the call takes: the launch of a graph is in it too.
+        return spread(sample_seconds(call, self.device, graph, 25, max(1, min(200, int(0.005 / about)))))
 
 
 @dataclass(frozen=True)

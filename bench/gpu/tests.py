@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,8 +20,12 @@ ALONE = ("test_triton_gpu.py", "test_step_gpu.py")
 """Files that are a group of their own, and come first: the kernels, then the step; the others are one group."""
 LIMIT_SECONDS = 300.0
 """Of one group. A test that hangs must not eat the minutes of the others."""
+COUNTED = ("passed", "failed", "errors", "skipped")
+"""The kinds of outcomes."""
 _HANG_SECONDS = 60
 """After which pytest says where a test stands."""
+_PATIENCE_SECONDS = 15.0
+"""Between interrupting pytest and killing it."""
 _MESSAGE = 600
 """Characters of a failure's message that are kept; the rest is to be had by running that test."""
 
@@ -42,8 +45,8 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = (), m
         mark: the expression that chooses the tests.
 
     Returns:
-        How many passed, failed and so on; the short message of every failure; the tests that had begun and not ended when
-        time was up; the end of what was printed, where something went wrong.
+        How many passed, failed and so on, the beginning and the end of every failure's message, whether it was ended, and the
+        end of what was printed where something went wrong.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,25 +55,30 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = (), m
                    "-m", mark, f"--junitxml={report}", *files, *extra]
         # A session of its own: what the tests start is ended with them.
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        ended = ""
         try:
-            output, _ = process.communicate(timeout=seconds)
+            output = process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
-            output = _end(process)
+            ended, output = f"ended after {seconds:.0f} s", _end(process)
         except BaseException:
             _end(process)
             raise
         found: dict[str, Any] = {"files": list(files), "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1)}
-        if report.is_file():
-            found |= _outcomes(report)
-        else:
-            found |= _unfinished(output, seconds if process.returncode < 0 else None)
+        found |= _outcomes(report) if report.is_file() else {**dict.fromkeys(COUNTED, 0), "failures": []}
+        ended = ended or ("" if report.is_file() else "pytest ended without a report")
     if process.returncode not in (0, 5):  # 5: there are no such tests
         found["output"] = output[-4000:]
-    return found
+    return {**found, "ended": ended} if ended else found
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """End a process with all that it started; what it had printed."""
+    """End a process with all that it started; what it had printed.
+
+    Interrupted, pytest still reports what had run, unless it is within a call that does not return.
+    """
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=_PATIENCE_SECONDS)  # and not wait, which a full pipe would keep from ending
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[0]
@@ -78,37 +86,17 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 def _outcomes(report: Path) -> dict[str, Any]:
     """What a JUnit report says."""
-    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+    counts = dict.fromkeys(COUNTED, 0)
     failures = []
     for case in ElementTree.parse(report).iter("testcase"):
-        bad = {"failed": case.find("failure"), "error": case.find("error"), "skipped": case.find("skipped")}
+        bad = {"failed": case.find("failure"), "errors": case.find("error"), "skipped": case.find("skipped")}
         kind = next((name for name, element in bad.items() if element is not None), "passed")
         counts[kind] += 1
-        if kind in ("failed", "error"):
+        if kind in ("failed", "errors"):
             element = bad[kind]
             text = (element.get("message") or "") + "\n" + (element.text or "")
-            failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "kind": kind, "message": text.strip()[:_MESSAGE], "end": text.strip()[-_MESSAGE:]})
+            failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "message": text.strip()[:_MESSAGE], "end": text.strip()[-_MESSAGE:]})
     return {**counts, "failures": failures}
-
-
-_OUTCOME = re.compile(r"(?:^|\s)(?P<before>PASSED|FAILED|ERROR|SKIPPED)\s+(?P<late>tests/\S.*)$|^(?P<early>tests/\S.*?)\s+(?P<after>PASSED|FAILED|ERROR|SKIPPED)\b")
-_BEGUN = re.compile(r"^(tests/\S+::.*?)\s*$")
-
-
-def _unfinished(output: str, seconds: float | None) -> dict[str, Any]:
-    """What was printed by a run that did not come to its end: with xdist "[gw0] [ 5%] PASSED tests/...", else "tests/... PASSED"."""
-    counts, ended, begun, failed = dict.fromkeys(("passed", "failed", "error", "skipped"), 0), set(), [], []
-    for line in output.splitlines():
-        if match := _OUTCOME.search(line):
-            word, test = (match["before"], match["late"]) if match["before"] else (match["after"], match["early"])
-            counts[word.lower()] += 1
-            ended.add(test.strip())
-            if word in ("FAILED", "ERROR"):
-                failed.append({"test": test.strip(), "kind": word.lower(), "message": "the run was ended before its message was printed", "end": ""})
-        elif match := _BEGUN.match(line):
-            begun.append(match[1])
-    why = "pytest ended without a report" if seconds is None else f"ended after {seconds:.0f} s"
-    return {**counts, "failures": failed, "ended": why, "unfinished": [test for test in begun if test not in ended]}
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:
@@ -125,7 +113,7 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    words = [f"{row[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped") if row[kind]]
+    words = [f"{row[kind]} {kind}" for kind in COUNTED if row[kind]]
     tests = [failure["test"] for failure in row["failures"]]
     return ", ".join([*words, *([row["ended"]] if "ended" in row else []), *tests[:5]]) or "nothing ran"
 
