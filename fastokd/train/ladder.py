@@ -267,6 +267,8 @@ class Ladder:
         check_config(config)
         self.config, self.dataset, self.device = config, dataset, device
         self._seconds, self._steps, self._clock = seconds, steps, clock
+        self.environment = environment(device)
+        """Of the code that is measured: a checkout may change while it runs."""
         self._first: Stepping | None = None
         self._best: tuple[TrainConfig, bool] | None = None
 
@@ -456,7 +458,7 @@ def report(ladder: Ladder, rows: Sequence[Row]) -> dict[str, Any]:
         "rows": [dataclasses.asdict(row) for row in rows],
         "all_levers": best.name,
         "teaching_costs": alone.times_first[0] / best.times_first[0] if alone and alone.times_first and best.times_first else None,
-        "processor": processor(), "environment": environment(ladder.device),
+        "processor": processor(), "environment": ladder.environment,
     }
 
 
