@@ -362,16 +362,18 @@ def test_profile_counts_what_overlaps_once():
 
 def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # their imports would take most of the seconds that the second file has
-    good, hanging = tmp_path / "test_good.py", tmp_path / "test_hanging.py"
+    good, hanging, broken = (tmp_path / f"test_{name}.py" for name in ("good", "hanging", "broken"))
+    broken.write_text("import no_such_package\n")
     good.write_text("import pytest\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_wrong(): assert 1 + 1 == 3, 'a sum'\n"
                     "@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef test_error(broken): pass\ndef test_left(): pytest.skip('why not')\n")
     hanging.write_text("import pytest, time\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_hangs(): time.sleep(600)\n")
     plain = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-W", "ignore"]
-    found = run_files([str(good)], 60, plain)
-    assert (found["passed"], found["failed"], found["errors"], found["skipped"], found["returncode"]) == (1, 1, 1, 1, 1)
+    found = run_files([str(broken), str(good)], 60, plain)
+    assert (found["passed"], found["failed"], found["errors"], found["skipped"], found["returncode"]) == (1, 1, 2, 1, 1)
     messages = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
     assert messages["test_wrong"].startswith("AssertionError: a sum")
     assert messages["test_error"] == "OSError: no disk"
+    assert messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
     assert "a sum" in found["output"]
     assert "ended" not in found
     assert not found["unfinished"]

@@ -26,8 +26,15 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when != "call" and report.outcome == "passed":
         return  # of what comes before and after the test only what goes wrong is an outcome
-    line = {"ended": report.nodeid, "outcome": "errors" if report.outcome == "failed" and report.when != "call" else report.outcome}
-    if report.outcome == "failed":
-        crash = getattr(report.longrepr, "reprcrash", None)
-        line |= {"message": str(crash.message if crash else report.longreprtext)[:_MESSAGE], "end": report.longreprtext[-_MESSAGE:]}
-    _write(line)
+    failed = report.outcome == "failed"
+    _write({"ended": report.nodeid, "outcome": "errors" if failed and report.when != "call" else report.outcome, **(_message(report) if failed else {})})
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.outcome == "failed":  # a file that cannot be imported
+        _write({"ended": report.nodeid, "outcome": "errors", **_message(report)})
+
+
+def _message(report: Any) -> dict[str, str]:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return {"message": (crash.message if crash else report.longreprtext.strip().splitlines()[-1])[:_MESSAGE], "end": report.longreprtext[-_MESSAGE:]}

@@ -48,7 +48,7 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
                    "-m", "gpu", *files, *extra]
         # A session of its own: what the tests start is killed with them.
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
