@@ -248,7 +248,7 @@ def ladder_tables(path: Path) -> list[str]:
 def ladder_pictures(path: Path) -> dict[Path, dict[str, Any]]:
     """The ladders of a result file, that of ``fastokd bench step`` or those of ``bench.gpu``, and where the picture of each is."""
     found = read(path)
-    ladders = found.get("ladders", [found])
+    ladders = [ladder for ladder in found.get("ladders", [found]) if "rows" in ladder]
     return {PICTURE_FOLDER / (f"{path.stem}.svg" if len(ladders) == 1 else f"{path.stem}-{number}.svg"): ladder for number, ladder in enumerate(ladders, 1)}
 
 
