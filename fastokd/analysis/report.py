@@ -31,7 +31,7 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
         section("Configurations", _configurations(groups)),
         section("Over the epochs", _BAND + "".join(_picture(picture.title, picture.files["svg"], picture.description) for picture in pictures)),
-        *(_analysis(run) for group in groups for run in group.runs)]
+        *(analysis_section(run) for group in groups for run in group.runs)]
     return page(f"Runs on {title(groups)}", "".join(parts))
 
 
@@ -54,8 +54,8 @@ MOST_CELLS = 3000
 """The largest table of an analysis that is shown; larger ones are for programs."""
 
 
-def _analysis(run: Run) -> str:
-    """What ``fastokd analyze`` has left in the run's folder; empty without it."""
+def analysis_section(run: Run) -> str:
+    """What ``fastokd analyze`` has left in the run's folder as a part of a page; empty without it, a sentence where it is damaged."""
     folder = run.path / "analysis"
     if not folder.is_dir():
         return ""
