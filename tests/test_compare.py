@@ -1,14 +1,17 @@
 """``fastokd compare``: its numbers are those of the run folders, and what does not compare is refused."""
 
 import csv
+import glob
 import io
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 import time
 from html import unescape
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from fastokd.cli import main
 from fastokd.models import create_model
 from fastokd.models.summary import model_costs
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "compare.md"
 RUNS = ("ahbf-seed0", "ahbf-seed1", "baseline-seed0", "baseline-seed1")
 
 
@@ -304,3 +308,14 @@ def test_latency_goes_without_a_student_that_cannot_be_read(runs):
     found = compare(read_runs([runs / "ahbf-seed0", runs / "baseline-seed0"]))
     assert found.rows[0].latencies == {}
     assert [remark for remark in found.remarks if "no latency of its student" in remark]
+
+
+def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in PAGE.read_text(encoding="utf-8").split("```")[1].splitlines() if line]
+    assert {line.split()[1] for line in lines} == {"train", "compare", "plot", "report"}
+    for line in lines:
+        words = [word for part in shlex.split(line)[1:] for word in (sorted(glob.glob(part)) if "*" in part else [part])]
+        assert main(words) == 0, line
+    assert "| resnet8 ahbf | 2 | 2 |" in (tmp_path / "comparison.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "comparison.md", "plots", "report.html"}
