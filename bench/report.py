@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import machine_code, roofline
-from bench.pages import page_with, short, table, update
+from bench import gpu_tables, machine_code, roofline
+from bench.pages import page_with, short, update
 from bench.plots import draw_speedups
 from fastokd.analysis.ladder import draw_ladder
 from fastokd.analysis.svg import shows
+from fastokd.analysis.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+ACCURACIES = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 PICTURE_FOLDER = PAGE.parent / "pictures"
 RESULTS = ROOT / "bench" / "results"
@@ -77,7 +79,7 @@ def loss_table(path: Path) -> list[str]:
     rows = [(f"{batch} x {classes}", mode, *_provider_cells(providers)) for (batch, classes, mode), providers in groups.items()]
     return [
         made_by(path, found), "Four branches, AHBF paper preset, medians in milliseconds (p25 to p75 for the fused row).", "",
-        *table([("B x C", "pass", *_PROVIDER_HEAD), *rows]),
+        *markdown_table([("B x C", "pass", *_PROVIDER_HEAD), *rows]),
     ]
 
 
@@ -101,7 +103,7 @@ def method_table(path: Path) -> list[str]:
     *_, batch, classes = next(iter(groups))
     return [
         made_by(path, found), f"Forward and backward of every method's graph, paper preset, {batch} x {classes}, medians in milliseconds (p25 to p75 for the fused row).", "",
-        *table([("method", "branches", "nodes", "terms", *_PROVIDER_HEAD), *rows]),
+        *markdown_table([("method", "branches", "nodes", "terms", *_PROVIDER_HEAD), *rows]),
     ]
 
 
@@ -116,7 +118,7 @@ def readme_table(path: Path) -> list[str]:
     rows = [(f"{key[0]} x {key[1]}", key[2], *_milliseconds(groups[key].get("fused")), *(_times(_ratio(groups[key], name, "fused")) for name in ("eager", "compiled"))) for key in chosen]
     return [
         f"The AHBF loss of four branches on a CPU ({_machine(found)}; commit {found['machine_info']['commit']}); a ratio below 1 is a row that loses:", "",
-        *table([("B x C", "pass", "fused, ms", "p25-p75", "eager / fused", "torch.compile / fused"), *rows])]
+        *markdown_table([("B x C", "pass", "fused, ms", "p25-p75", "eager / fused", "torch.compile / fused"), *rows])]
 
 
 def gate_table(path: Path) -> list[str]:
@@ -127,7 +129,7 @@ def gate_table(path: Path) -> list[str]:
             for (method, branches, parameters, _), providers in groups.items()]
     return [
         made_by(path, found), f"Forward and backward, batch {next(iter(groups))[3]}, maps of ResNet-32 on CIFAR, medians in milliseconds.", "",
-        *table([("gates of", "branches", "parameters", "eager", "p25-p75", "torch.compile", "p25-p75", "eager / compile"), *rows])]
+        *markdown_table([("gates of", "branches", "parameters", "eager", "p25-p75", "torch.compile", "p25-p75", "eager / compile"), *rows])]
 
 
 def step_table(path: Path) -> list[str]:
@@ -139,7 +141,7 @@ def step_table(path: Path) -> list[str]:
             for case, benchmark in cases.items()]
     return [
         made_by(path, found), f"{about['model']}, {about['branches']} branches, batch {about['batch']} of 32 x 32.", "",
-        *table([("step", "ms", "p25-p75", "images/s", "x research style"), *rows])]
+        *markdown_table([("step", "ms", "p25-p75", "images/s", "x research style"), *rows])]
 
 
 def start_table(path: Path) -> list[str]:
@@ -150,7 +152,7 @@ def start_table(path: Path) -> list[str]:
     for case, benchmark in cases.items():
         baseline = benchmark["extra_info"]["baseline"]
         rows.append((f"`{case}`", *_milliseconds(benchmark), f"`{baseline}`" if baseline else "", _times(_ratio(cases, case, baseline)) if baseline else ""))
-    return [made_by(path, found), "Whole processes, in milliseconds.", "", *table([("what", "median", "p25-p75", "beside", "x beside"), *rows])]
+    return [made_by(path, found), "Whole processes, in milliseconds.", "", *markdown_table([("what", "median", "p25-p75", "beside", "x beside"), *rows])]
 
 
 def machine_code_table(path: Path) -> list[str]:
@@ -176,7 +178,7 @@ def machine_code_table(path: Path) -> list[str]:
     return [
         f"AHBF; Triton {found['triton']}; commit {found['commit']}; "
         f"`{path.relative_to(ROOT)}`, made by `{found['command']}`.", "",
-        *table([("for", "branches", "preset", "dtype", "B", "C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
+        *markdown_table([("for", "branches", "preset", "dtype", "B", "C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
 
 
 def roofline_table(path: Path) -> list[str]:
@@ -192,7 +194,7 @@ def roofline_table(path: Path) -> list[str]:
     rows = [(f"{size[0]} x {size[1]}", which, *(text for column in cells for text in column[size, which])) for size, which in predicted[0]]
     return [
         f"**Predictions of a model, not measurements**, in microseconds, with the limit that binds: AHBF, {roofline.BRANCHES} branches, paper preset, bfloat16; "
-        "`python -m bench.roofline` prints the parts.", "", *table([("B x C", "kernel", *heads), *rows])]
+        "`python -m bench.roofline` prints the parts.", "", *markdown_table([("B x C", "kernel", *heads), *rows])]
 
 
 def data_tables(path: Path) -> list[str]:
@@ -219,9 +221,9 @@ def data_tables(path: Path) -> list[str]:
     starts = {benchmark["params"]["start"]: benchmark["stats"]["median"] for benchmark in tests["test_start"]}
     return [
         made_by(path, found), "Images per second: of the median round, and of the slowest to the fastest.", "",
-        *table([("pictures", "loader", "threads or workers", "images/s", "slowest-fastest", "/ torchvision, 2 workers"), *streams]),
-        *table([("loader", "the step alone, images/s", "with the loader", "waiting"), *waiting]),
-        *table([
+        *markdown_table([("pictures", "loader", "threads or workers", "images/s", "slowest-fastest", "/ torchvision, 2 workers"), *streams]),
+        *markdown_table([("loader", "the step alone, images/s", "with the loader", "waiting"), *waiting]),
+        *markdown_table([
             ("images", "resident loader", "images/s", "slowest-fastest", "/ the step"), *resident, (SIDES[STEP_OF], "the step itself: ResNet-20, AHBF", *speed(step), "1")]),
         f"Opening 4,000 JPEG files of 64 x 64 for the resident loader: {short(starts['first'])} s decoded, {short(starts['second'])} s from the cache.", "",
     ]
@@ -238,7 +240,7 @@ def merge_table(path: Path) -> list[str]:
         median, low, high = (short(1000 * benchmark["stats"][name]) for name in ("median", "min", "max"))
         return f"{median} ({low}-{high})"
 
-    return [made_by(path, found), "Forward and backward of the whole branched network: median milliseconds (fastest to slowest).", "", *table([
+    return [made_by(path, found), "Forward and backward of the whole branched network: median milliseconds (fastest to slowest).", "", *markdown_table([
         ("network and batch", "one by one", "merged", "one by one / merged"),
         *((group, cell(pair[False]), cell(pair[True]), f"{pair[False]['stats']['median'] / pair[True]['stats']['median']:.2f}") for group, pair in groups.items())])]
 
@@ -274,7 +276,7 @@ def _ladder_table(path: Path, ladder: dict[str, Any], picture: Path) -> list[str
         f"{device}; torch {environment['torch']}; commit {environment['commit']}; `{path.relative_to(ROOT)}`, made by `{environment['command']}`.",
         f"{ladder['model']}, {ladder['method']}, {ladder['branches']} branches, batch {ladder['batch_size']} of {' x '.join(map(str, ladder['image_size']))}, "
         f"{ladder['num_classes']} classes, {ladder['data']}.{teaching}", "",
-        *table([("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"), *rows]), *_image(f"The ladder of {ladder['model']}", picture)]
+        *markdown_table([("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss", "GPU memory", "start, s"), *rows]), *_image(f"The ladder of {ladder['model']}", picture)]
 
 
 def made_by(path: Path, found: dict[str, Any]) -> str:
@@ -328,6 +330,12 @@ def _of_each(make: Callable[[Path], list[str]], pattern: str) -> list[str]:
     return [line for path in sorted(RESULTS.glob(pattern)) for line in make(path)] or NOT_MEASURED
 
 
+def _of_part(make: Callable[[Path], list[str]], part: str) -> list[str]:
+    """The tables of a part of ``bench.gpu``, on every GPU of which there is a file; suites have files of such names too."""
+    paths = [path for path in sorted(RESULTS.glob(f"{part}-*.json")) if json.loads(path.read_text(encoding="utf-8")).get("part") == part]
+    return [line for path in paths for line in make(path)]
+
+
 def _speedup_picture(path: Path) -> Path:
     return PICTURE_FOLDER / f"{path.stem}.svg"
 
@@ -342,14 +350,23 @@ def blocks() -> dict[str, list[str]]:
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"), "merged convolutions": _if_measured(merge_table, "data-cpu.json"),
+        "gpu": [*_of_part(gpu_tables.environment_lines, "environment"), *_of_part(gpu_tables.tests_lines, "tests")] or NOT_MEASURED,
+        "kernels": _of_part(gpu_tables.kernel_tables, "kernels") or NOT_MEASURED,
+        "profile": _of_part(gpu_tables.profile_tables, "profile") or NOT_MEASURED,
+        "gpu data": _of_part(gpu_tables.data_tables, "data") or NOT_MEASURED,
         "machine code": _if_measured(machine_code_table, machine_code.PATH.name),
         "roofline": _if_measured(roofline_table, machine_code.PATH.name),
     }
 
 
+def accuracy_blocks() -> dict[str, list[str]]:
+    """The same for the page of accuracies."""
+    return {"accuracy": _of_part(gpu_tables.accuracy_tables, "accuracy") or NOT_MEASURED}
+
+
 def readme_blocks() -> dict[str, list[str]]:
     """The same for the README."""
-    gpu = [] if any(RESULTS.glob("kernels-*.json")) else ["On GPUs: not measured yet."]
+    gpu = [] if _of_part(gpu_tables.kernel_tables, "kernels") else ["On GPUs: not measured yet."]
     return {"speed": [*_if_measured(readme_table, "loss-cpu.json"), *gpu]}
 
 
@@ -380,7 +397,7 @@ def pictures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], 
 def main(arguments: list[str]) -> int:
     """Make the pages and the pictures anew, or with ``--check`` compare them; returns the exit code."""
     wrong = 0
-    for page, parts in ((PAGE, blocks()), (README, readme_blocks())):
+    for page, parts in ((PAGE, blocks()), (ACCURACIES, accuracy_blocks()), (README, readme_blocks())):
         wrong |= update(page, lambda text, page=page, parts=parts: current(text, parts, page), "bench.report", arguments)
     for picture, (data, draw) in pictures().items():
         if shows(picture, data):
