@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import gpu_tables
-from bench.gpu import accuracy
+from bench.gpu import accuracy, kernels
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
@@ -16,7 +16,7 @@ from bench.gpu.results import Results, identity
 from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
-from fastokd.methods import list_methods
+from fastokd.methods import get_method, list_methods
 from fastokd.models import create_model, find_backbone
 from fastokd.train.ladder import SPENT
 
@@ -390,6 +390,20 @@ def test_floor_of_single_losses(name, read, written):
     row = 4 * 6 * 4
     assert inputs.least_bytes() == (read * row, (read + written) * row)
     assert len(inputs.leaves()) == written
+
+
+@pytest.mark.parametrize("name", ["ahbf", *SINGLES])
+def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
+    graph = SINGLES.get(name) or get_method(name).loss_class(num_branches=3).graph
+    inputs = make_inputs(graph, 5, 7, torch.float32, CPU)
+    cases = kernels._single_cases(context_of(tmp_path), name, inputs)[0] if name in SINGLES else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
+    with context_of(tmp_path).not_compiled():
+        found = {which: call() for which, (call, _) in cases.items() if not which.startswith(("liger", "quack"))}
+    *_, grads = found.pop("one kernel graph/both")
+    found["one kernel graph/both"] = [grad for grad in grads if grad is not None]
+    for which, value in found.items():
+        expected = found[f"eager/{which.rpartition('/')[2]}"]
+        torch.testing.assert_close(list(value) if isinstance(value, (list, tuple)) else value, list(expected) if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
