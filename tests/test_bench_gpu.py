@@ -56,6 +56,11 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     measured = [row for row in ladder["rows"] if row["reason"] != "needs a GPU"]
     assert {row["kind"] for row in measured} == {"first", "lever", "alternative", "student"}
     assert all(not row["reason"] and row["images_per_second"][0] > 0 for row in measured), measured
+    (profile,) = read(out, "profile")["rows"]
+    trace = gzip.decompress((out / profile["trace"]).read_bytes())
+    assert b"host_name" not in trace
+    assert {event.get("cat") for event in json.loads(trace)["traceEvents"]} >= {"cpu_op"}
+    assert profile["kernels"]
     data = read(out, "data")["rows"]
     assert all(row["images_per_second"] > 0 for row in data if "loader" in row and "skipped" not in row)
     assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
