@@ -1,5 +1,6 @@
 """The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
 
+import gzip
 import json
 from pathlib import Path
 
