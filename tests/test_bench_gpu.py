@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.report
 from bench import gpu_tables
 from bench.gpu import accuracy, kernels
 from bench.gpu.entry import PARTS, main, run_part
@@ -103,8 +104,11 @@ def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
         assert row["images_per_second"] > 0 < row["minutes"]
 
 
-def test_tables_of_a_dry_run(everything, capsys):
+def test_tables_of_a_dry_run(everything, monkeypatch):
     out, _ = everything
+    monkeypatch.setattr(bench.report, "RESULTS", out)
+    monkeypatch.setattr(bench.report, "ROOT", out)
+    pages = bench.report.blocks() | bench.report.accuracy_blocks()
     paths = {name: out / f"{name}-dry-run.json" for name in PARTS}
     assert "GB/s" in gpu_tables.environment_lines(paths["environment"])[1]
     assert "| all | 0 | 0 | 0 | 0 |  |" in gpu_tables.tests_lines(paths["tests"])
@@ -116,6 +120,9 @@ def test_tables_of_a_dry_run(everything, capsys):
     assert any("ms a step without the profiler" in line for line in gpu_tables.profile_tables(paths["profile"]))
     for line in (*kernels, *gpu_tables.accuracy_tables(paths["accuracy"])):
         assert not line.startswith("Not complete")
+    assert (pages["kernels"], pages["profile"]) == (kernels, gpu_tables.profile_tables(paths["profile"]))
+    assert (pages["gpu data"], pages["accuracy"]) == (gpu_tables.data_tables(paths["data"]), gpu_tables.accuracy_tables(paths["accuracy"]))
+    assert pages["gpu"][-3:] == gpu_tables.tests_lines(paths["tests"])[-3:]
 
 
 def context_of(tmp_path, minutes=1e9):

@@ -11,7 +11,7 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, reference_loss
 from fastokd.train.loop import MAY_CHANGE
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import AVERAGE
@@ -108,7 +108,7 @@ def read_run(path: Path) -> Run:
     remarks = []
     lines = folder.metrics_path.read_bytes().splitlines()
     if len(lines) > len(records):
-        remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only the {len(records)} epochs before it are used")
+        remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
         remarks.append(f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}")
     environment = _read_environment(folder, remarks)
@@ -197,14 +197,12 @@ def _shown(value: Any) -> str:
 
 
 def _student_row(config: TrainConfig, where: Path) -> str:
-    """The row of the configuration's graph that is the student's, without its network."""
-    method = get_method(config.method)
+    """The row of the method's graph that is the student's, without its network."""
     try:
-        options = {**config.loss_options(), "impl": "reference"}
-        graph = method.loss_class(num_branches=config.num_branches(), **options).graph
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{where}: method '{config.method}': {error}") from error
-    return AVERAGE if config.ema else graph.logits[range(config.num_branches())[-1 if config.compression else method.kept]]
+        rows = reference_loss(config).graph.logits
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return AVERAGE if config.ema else rows[range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]]
 
 
 def _read_environment(folder: RunFolder, remarks: list[str]) -> dict[str, Any]:
