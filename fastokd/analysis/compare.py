@@ -227,14 +227,17 @@ def _error_table(found: Comparison) -> Table:
             row.group.label, str(len(row.group.runs)), _epochs(row.group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")),
             "reference" if test is None else f"{spread(test.differences, '+')} (n={len(test.differences)})" if test.differences else "no shared seed",
             "" if test is None else f"{test.p:.3g}" if test.p is not None else "-"))
-    untested = [f"{row.group.label}: {row.test.reason}" for row in found.rows if row.test and row.test.reason]
+    untested: dict[str, list[str]] = {}
+    for row in found.rows:
+        if row.test and row.test.reason:
+            untested.setdefault(row.test.reason, []).append(row.group.label)
     return Table(
         "Error in %, mean +- sample standard deviation over seeds",
         ("runs", "seeds", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "difference, last epoch", "p"), tuple(rows),
         ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
          f"Difference: percentage points, less is better, seed by seed against {found.reference.label}, over the n seeds that both have. "
          "p: two-sided paired t-test of these differences.",
-         *([f"No p for {'; '.join(untested)}."] if untested else [])))
+         *(f"No p for {'; '.join(labels)}: {reason}." for reason, labels in untested.items())))
 
 
 def _epochs(group: Group) -> str:
