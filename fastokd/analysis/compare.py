@@ -74,7 +74,7 @@ class Row:
     latencies: Latencies
 
     def last(self, row: str | None = None) -> list[float]:
-        """Errors in % in the last epoch, one for each run that has it: the student's, or those of another row."""
+        """Errors in % in the last epoch, one for each run: the student's, or those of another row, if all runs have it."""
         return _errors([(run, run.last) for run in self.group.runs], row)
 
     def best(self) -> list[float]:
@@ -167,8 +167,9 @@ def paired_test(group: Group, other: Group) -> PairedTest:
 
 
 def _errors(records: Sequence[tuple[Run, Record]], row: str | None = None) -> list[float]:
+    """Errors in %; none where only some of the records have that row."""
     accuracies = [record["eval"].get(row or run.student) for run, record in records]
-    return [100 * (1 - value) for value in accuracies if value is not None]
+    return [] if None in accuracies else [100 * (1 - value) for value in accuracies]
 
 
 def _costs(run: Run) -> NetworkCosts | None:
