@@ -83,7 +83,7 @@ def test_resident(benchmark: Any) -> None:
     if SMALL is None:
         pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
     benchmark.group = "small-64"
-    loader = make_loader(open_dataset(SMALL, image_size=64), "train", 64, device=DEVICE, loader="resident")
+    loader = make_loader(open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident")
     measure(benchmark, loader, {"loader": "resident", "pictures": "small-64"})
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.gpu.kernels import TEMPERATURE
 from bench.gpu.tests import COUNTED
-from bench.pages import short, table
+from bench.pages import short
+from fastokd.analysis.tables import markdown_table
 from fastokd.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def tests_lines(path: Path) -> list[str]:
     lines = [f"- `{failure['test']}`: {_one_line(failure['message'])}" for failure in failures[:_FAILURES_SHOWN]]
     if len(failures) > _FAILURES_SHOWN:
         lines.append(f"- and {len(failures) - _FAILURES_SHOWN} more, in the file")
-    return [_made_by(path, found), "", *table([("tests", *COUNTED, ""), *groups]), *lines, *[""] * bool(lines)]
+    return [_made_by(path, found), "", *markdown_table([("tests", *COUNTED, ""), *groups]), *lines, *[""] * bool(lines)]
 
 
 def kernel_tables(path: Path) -> list[str]:
@@ -60,7 +61,7 @@ def kernel_tables(path: Path) -> list[str]:
         f"Medians in microseconds. *Ours* is what a training step runs, in a CUDA graph: for gradients the one kernel that makes loss and gradients, else the forward kernel. "
         f"The floor is the least number of bytes (each row of logits read once, each gradient written once) at this GPU's measured copy bandwidth of {short(bandwidth / 1e9)} GB/s; "
         "a share above 100% means that the rows lie in its caches, as they do in a step.", "",
-        *table([
+        *markdown_table([
             ("loss", "B x C", "dtype", "pass", "eager", "eager, graph", "compile, graph", "fused", "fused, graph", "ours", "fastest-slowest", "eager, graph / ours", "compile / ours", "floor", "share"),
             *(cells for row in graphs for cells in _kernel_rows(row, bandwidth, ("eager", "eager graph", "compiled graph", "fused", "fused graph"), ("eager graph", "compiled graph")))]),
     ]
@@ -68,7 +69,7 @@ def kernel_tables(path: Path) -> list[str]:
         lines += [
             f"Single losses, beside other libraries: the cross-entropy of a batch, and the KL to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. "
             "Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its last call left there.", "",
-            *table([
+            *markdown_table([
                 ("loss", "B x C", "dtype", "pass", "torch, graph", "compile, graph", "Liger", "Liger, graph", "QuACK", "QuACK, graph", "ours", "fastest-slowest",
                  "compile / ours", "Liger / ours", "QuACK / ours", "floor", "share"),
                 *(cells for row in singles for cells in _kernel_rows(row, bandwidth, ("eager graph", "compiled graph", "liger", "liger graph", "quack", "quack graph"),
@@ -119,7 +120,7 @@ def profile_tables(path: Path) -> list[str]:
             continue
         lines += [f"AHBF, four branches, {row['row']}; {row['levers']}; {row['precision']}: {short(row['step_ms'])} ms a step without the profiler. {_device_time(row)} "
                   f"Trace for Perfetto: `{row['trace']}`.", ""]
-        lines += table([("kernel", "calls a step", "us a step", "share"),
+        lines += markdown_table([("kernel", "calls a step", "us a step", "share"),
                         *((f"`{kernel['name'][:80]}`", short(kernel["calls"]), short(kernel["us"]), f"{kernel['share']:.1%}") for kernel in row["kernels"][:KERNELS_SHOWN])])
     return [*lines, *_missing(found)]
 
@@ -135,7 +136,7 @@ def data_tables(path: Path) -> list[str]:
     """The loaders on a GPU, and how long a step waits for the fastest that decodes."""
     found, rows = _read(path)
     speeds = [(row["row"], f"{row['size']} x {row['size']}", str(row["batch"]), row["skipped"] if "skipped" in row else short(row["images_per_second"])) for row in rows if "loader" in row]
-    lines = [_made_by(path, found), "", *table([("loader", "images", "batch", "images/s"), *speeds])]
+    lines = [_made_by(path, found), "", *markdown_table([("loader", "images", "batch", "images/s"), *speeds])]
     waiting = next((row for row in rows if row["row"] == "waiting" and "waiting_share" in row), None)
     if waiting:
         lines += [f"{waiting['model']}, {waiting['method']}, {waiting['branches']} branches, batch {waiting['batch']}, fed by {waiting['fed_by']}: {short(waiting['step_images_per_second'])} images/s "
@@ -163,9 +164,9 @@ def accuracy_tables(path: Path) -> list[str]:
         inner.append((f"`{recipe}`, {preset}", "; ".join(f"{name} {_errors(run['last'][name] for run in runs)}" for name in runs[0]["last"])))
     return [
         *head, _differences(found), "",
-        *table([("recipe, preset", "seeds", "student's error, last epoch, %", "best epoch, %", "published error, %", "minutes of training a run", "images/s"), *lines]),
+        *markdown_table([("recipe, preset", "seeds", "student's error, last epoch, %", "best epoch, %", "published error, %", "minutes of training a run", "images/s"), *lines]),
         "The errors of every row of logits after the last epoch, in %:", "",
-        *table([("recipe, preset", "error"), *inner]), *_missing(found)]
+        *markdown_table([("recipe, preset", "error"), *inner]), *_missing(found)]
 
 
 def _differences(found: dict[str, Any]) -> str:

@@ -69,12 +69,11 @@ def main(arguments: list[str]) -> int:
     except ImportError:
         print("bench.machine_code: Triton is not installed: pip install triton", file=sys.stderr)
         return 2
-    rows = []
+    about, rows = environment(torch.device("cpu")), []
     for found in all_rows():
         rows.append(found)
         print(f"{found['branches']} branches, {found['preset']}, {found['dtype']}, {found['batch']} x {found['num_classes']}, {found['kernel']}, sm_{found['capability']}: "
               f"{found['registers']} registers, {found['per_column']:.1f} instructions a column", flush=True)
-    about = environment(torch.device("cpu"))
     write_json(options.out, {**{name: about[name] for name in ("triton", "commit", "command")}, "rows": rows})
     return 0
 

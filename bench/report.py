@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import machine_code, roofline
+from bench import gpu_tables, machine_code, roofline
 from bench.pages import page_with, short, update
 from bench.plots import draw_speedups
 from fastokd.analysis.ladder import draw_ladder
@@ -20,6 +20,7 @@ from fastokd.analysis.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+ACCURACIES = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 PICTURE_FOLDER = PAGE.parent / "pictures"
 RESULTS = ROOT / "bench" / "results"
@@ -248,7 +249,7 @@ def ladder_tables(path: Path) -> list[str]:
 def ladder_pictures(path: Path) -> dict[Path, dict[str, Any]]:
     """The ladders of a result file, that of ``fastokd bench step`` or those of ``bench.gpu``, and where the picture of each is."""
     found = read(path)
-    ladders = found.get("ladders", [found])
+    ladders = [ladder for ladder in found.get("ladders", [found]) if "rows" in ladder]
     return {PICTURE_FOLDER / (f"{path.stem}.svg" if len(ladders) == 1 else f"{path.stem}-{number}.svg"): ladder for number, ladder in enumerate(ladders, 1)}
 
 
@@ -322,7 +323,11 @@ def _if_measured(make: Callable[[Path], list[str]], name: str) -> list[str]:
 
 def _of_each(make: Callable[[Path], list[str]], pattern: str) -> list[str]:
     """The tables of all machines of which there is a result file."""
-    return [line for path in sorted(RESULTS.glob(pattern)) for line in make(path)] or NOT_MEASURED
+    return _if_any(make, pattern) or NOT_MEASURED
+
+
+def _if_any(make: Callable[[Path], list[str]], pattern: str) -> list[str]:
+    return [line for path in sorted(RESULTS.glob(pattern)) for line in make(path)]
 
 
 def _speedup_picture(path: Path) -> Path:
@@ -339,9 +344,18 @@ def blocks() -> dict[str, list[str]]:
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"), "merged convolutions": _if_measured(merge_table, "data-cpu.json"),
+        "gpu": [*_of_each(gpu_tables.environment_lines, "environment-*.json"), *_if_any(gpu_tables.tests_lines, "tests-*.json")],
+        "kernels": _of_each(gpu_tables.kernel_tables, "kernels-*.json"),
+        "profile": _of_each(gpu_tables.profile_tables, "profile-*.json"),
+        "gpu data": _of_each(gpu_tables.data_tables, "data-nvidia-*.json"),
         "machine code": _if_measured(machine_code_table, machine_code.PATH.name),
         "roofline": _if_measured(roofline_table, machine_code.PATH.name),
     }
+
+
+def accuracy_blocks() -> dict[str, list[str]]:
+    """The same for the page of accuracies."""
+    return {"accuracy": _of_each(gpu_tables.accuracy_tables, "accuracy-*.json")}
 
 
 def readme_blocks() -> dict[str, list[str]]:
@@ -377,7 +391,7 @@ def pictures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], 
 def main(arguments: list[str]) -> int:
     """Make the pages and the pictures anew, or with ``--check`` compare them; returns the exit code."""
     wrong = 0
-    for page, parts in ((PAGE, blocks()), (README, readme_blocks())):
+    for page, parts in ((PAGE, blocks()), (ACCURACIES, accuracy_blocks()), (README, readme_blocks())):
         wrong |= update(page, lambda text, page=page, parts=parts: current(text, parts, page), "bench.report", arguments)
     for picture, (data, draw) in pictures().items():
         if shows(picture, data):

@@ -34,7 +34,8 @@ _SPECIAL_LANES = 16
 _WARP = 32
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 _LONG_NAME = {"bf16": "bfloat16", "fp32": "float32"}
-BRANCHES = 4
+BRANCHES, PRESET = 4, "paper"
+"""Of the kernels that are predicted. With the preset ``code`` a row is passed over once more, which the file does not tell apart."""
 PASSES = ("forward", "backward", "fused")
 
 
@@ -107,22 +108,22 @@ def predict(chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | N
     return Prediction(moved / (chip.bandwidth * MEMORY_SHARE), warps * instructions / busy, warps * exponentials * _SCHEDULERS * _WARP / _SPECIAL_LANES / busy)
 
 
-def predictions(found: Mapping[str, Any], chip: Chip, preset: str = "paper", dtype: str = "bf16") -> Iterator[tuple[tuple[int, int], str, Prediction]]:
+def predictions(found: Mapping[str, Any], chip: Chip, dtype: str = "bf16") -> Iterator[tuple[tuple[int, int], str, Prediction]]:
     """Size (B, C), pass and prediction of every kernel that the machine-code file has of four branches for this chip."""
     rows = {(row["batch"], row["num_classes"], row["kernel"]): row for row in found["rows"]
-            if (row["branches"], row["preset"], row["dtype"], row["capability"]) == (BRANCHES, preset, dtype, chip.capability)}
+            if (row["branches"], row["preset"], row["dtype"], row["capability"]) == (BRANCHES, PRESET, dtype, chip.capability)}
     for size in SIZES:
         for which in PASSES:
             if (code := rows.get((*size, which))) is not None:
                 yield size, which, predict(chip, code, rows[*size, "backward"] if which == "fused" else None)
 
 
-def measured(folder: Path, name: str, preset: str = "paper", dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
+def measured(folder: Path, name: str, dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
     """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels`` has measured them on this chip."""
     found = {}
     for path in sorted(folder.glob(f"kernels-*{name}*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            if (row.get("loss"), row.get("preset"), row.get("dtype")) == ("ahbf", preset, _LONG_NAME[dtype]):
+            if (row.get("loss"), row.get("preset"), row.get("dtype")) == ("ahbf", PRESET, _LONG_NAME[dtype]):
                 for which, case in (("forward", "fused graph/forward"), ("fused", "one kernel graph/both")):
                     if row.get(case) is not None:
                         found[(row["batch"], row["num_classes"]), which] = row[case]
@@ -144,7 +145,6 @@ def main(arguments: Sequence[str]) -> int:
     """Print the predictions; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default="h200", help=f"of {', '.join(CHIPS)} (default h200)")
-    parser.add_argument("--preset", default="paper", choices=["paper", "code"])
     parser.add_argument("--dtype", default="bf16", choices=list(ITEMSIZE))
     options = parser.parse_args(arguments)
     try:
@@ -153,10 +153,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"bench.roofline: {error}", file=sys.stderr)
         return error.exit_code
     found = json.loads(PATH.read_text(encoding="utf-8"))
-    print(f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches, {options.preset} preset, {options.dtype}; microseconds")
-    times = measured(PATH.parent, options.chip, options.preset, options.dtype)
+    print(f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches, {PRESET} preset, {options.dtype}; microseconds")
+    times = measured(PATH.parent, options.chip, options.dtype)
     print(f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7}  {'exponentials':>12}  {'measured':>8}")
-    for size, which, one in predictions(found, chip, options.preset, options.dtype):
+    for size, which, one in predictions(found, chip, options.dtype):
         print(f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12}  {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f}"
               f"  {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}")
     return 0

@@ -646,7 +646,7 @@ def compare_(before: Pos[Path], after: Pos[Path], fail_above: Number = None) -> 
     """Put two result files side by side: for each row both medians and spreads, their ratio, and whether the spreads lie apart.
 
     Args:
-        before: a result file of pytest-benchmark (make bench) or of 'fastokd bench step'.
+        before: a result file of pytest-benchmark (make bench), of 'fastokd bench step', or of the step or kernels part of bench.gpu.
         after: another one, made by the same command.
         fail_above: end with exit code 7 if a row takes more than so many times as long, e.g. 1.1, outside the spread of both.
     """

@@ -228,6 +228,12 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 
 
 @pytest.fixture
+def unsaved(monkeypatch):
+    """Pictures are drawn and not saved, which takes longer."""
+    monkeypatch.setattr("fastokd.analysis.pictures._save", lambda plt, figure, _: plt.close(figure))
+
+
+@pytest.fixture
 def says(monkeypatch):
     """Let every row give the label the largest logit, but for some images of the student's."""
 
@@ -263,7 +269,7 @@ def test_a_student_without_errors(ahbf, says, tmp_path):
     assert found["branch_softmax_distance"]["values"] == 0
 
 
-def test_a_student_with_one_error(ahbf, says, tmp_path):
+def test_a_student_with_one_error(ahbf, says, unsaved, tmp_path):
     says(wrong=(70,))
     analysis = analyze_run(ahbf, device="cpu")
     drawn = analysis.write(tmp_path)
@@ -283,7 +289,7 @@ def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_many_classes(ahbf, tmp_path):
+def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
     """Each picture names as many classes as can be read, and says so."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
@@ -301,7 +307,7 @@ def test_one_branch_without_a_gate(tmp_path):
     assert analysis.write(tmp_path / "out") == ["tsne", "reliability", "confusion"]
 
 
-def test_branches_of_different_width(ahbf, tmp_path):
+def test_branches_of_different_width(ahbf, unsaved, tmp_path):
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     analysis.gathered.features["branch3"] = analysis.gathered.features["branch3"][:, :5]
     drawn, _ = draw_study(analysis.record, analysis.gathered, tmp_path)
@@ -321,7 +327,7 @@ def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["analysis.json"]
 
 
-def test_a_run_that_is_not_finished(ahbf, analyze, tmp_path):
+def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
     code, out, _ = analyze(train(tmp_path / "run", epochs=1, branches=2), "--max-images", "0", "--device", "cpu")
     assert (code, "not finished" in out) == (0, False)
     config = tmp_path / "run" / "config.yaml"
@@ -332,7 +338,9 @@ def test_a_run_that_is_not_finished(ahbf, analyze, tmp_path):
     assert code == 0
     assert "note: the run is not finished: 1 of 5 epochs are done" in out
     assert "note: mixing weights by epoch were not recorded" in out
-    assert not (tmp_path / "run" / "analysis" / "mixing-by-epoch.svg").exists()
+    record = json.loads((tmp_path / "run" / "analysis" / "analysis.json").read_text())
+    assert "mixing" in record["measures"]
+    assert "epoch_mixing" not in record["measures"]
     # The best epoch of a finished run is not where it stopped.
     metrics.write_text("".join(metrics.read_text().replace('"epoch": 0', f'"epoch": {epoch}') for epoch in range(5)))
     assert "not finished" not in analyze(tmp_path / "run", "--which", "best", "--max-images", "0", "--device", "cpu")[1]

@@ -57,11 +57,23 @@ def test_what_differs_is_said_first(write):
 
 def test_rows_of_ladders_are_times_and_belong_to_their_setting(write):
     one, other = ladder(first=1000.0, fused=2000.0), ladder(first=1000.0, fused=1000.0)
-    for content in (other, {"part": "step", "ladders": [other, ladder(batch_size=7, first=5.0)]}):
+    for content in (other, {"part": "step", "ladders": [other, {"row": "x", "error": "no room"}, ladder(batch_size=7, first=5.0)]}):
         found = compare_files(write("a.json", one), write("b.json", content))
         assert [(row.name.rpartition(": ")[2], round(row.ratio, 9), row.verdict) for row in found.rows] == [("first", 1.0, "within the spread"), ("fused", 2.0, "slower")]
         assert found.rows[1].before == pytest.approx((0.05, 100 / 2200, 100 / 1800))
     assert found.lines()[-2] == f"only in {found.after.path}: net, ahbf, 4 branches, batch 7 of 32x32: first"
+
+
+def test_cases_of_kernels_are_rows(write):
+    def kernels(fused):
+        rows = [{"row": "ahbf, paper, 128 x 10, bfloat16", "batch": 128, "eager/forward": 1e-3, "fused graph/both": fused, "compiled graph/both": None,
+                 "spread": {"eager/forward": [0.9e-3, 1.1e-3], "fused graph/both": [0.9 * fused, 1.1 * fused]}}, {"row": "KL", "error": "RuntimeError: no"}]
+        return {"part": "kernels", "processor": "Some CPU", "environment": {"device": "NVIDIA H200", "torch": "2.15"}, "rows": rows}
+
+    found = compare_files(write("a.json", kernels(4e-6)), write("b.json", kernels(2e-6)))
+    assert [(row.name, row.ratio, row.verdict) for row in found.rows] == [
+        ("ahbf, paper, 128 x 10, bfloat16: eager/forward", 1.0, "within the spread"), ("ahbf, paper, 128 x 10, bfloat16: fused graph/both", 0.5, "faster")]
+    assert found.before.machine == {"device": "NVIDIA H200", "cpu": "Some CPU", "torch": "2.15"}
 
 
 def test_the_committed_files_compare_with_themselves():

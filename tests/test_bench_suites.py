@@ -37,9 +37,9 @@ def results(tmp_path_factory):
     pictures = compose(folder / "pictures", 10)
     path = folder / "results.json"
     variables = {"FASTOKD_BENCH_SMOKE": "1", "FASTOKD_BENCH_SMALL": str(pictures), "FASTOKD_BENCH_LARGE_PICTURES": str(pictures), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--benchmark-json={path}", *(f"bench/{name}" for name in SUITES)],
+    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={path}", *(f"bench/{name}" for name in SUITES)],
                           cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     return path, done.stdout
 
 

@@ -23,7 +23,7 @@ from fastokd.train.run_folder import RunFolder
 from fastokd.train.signals import StopSignals
 
 EPOCHS = 60
-"""Of the plan where none are given: five runs of them are meant to take about ten minutes on one H100 or H200; the papers' are 300."""
+"""Of the plan where none are given: an estimate of what lets five runs end within some ten minutes on one H200. The papers' are 300."""
 SEEDS = 3
 """The papers' number of runs."""
 SAVE_MINUTES = 0.4

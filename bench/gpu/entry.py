@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,11 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         except (Refused, StorageError, Preempted):
             raise
         except Exception as error:  # a row that cannot run must not lose the others
-            entries = {"error": f"{type(error).__name__}: {first_line(error)}"}
+            frames = traceback.extract_tb(error.__traceback__)[-4:]
+            entries = {"error": f"{type(error).__name__}: {first_line(error)}", "where": [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]}
         measured += 1
         results.put({"row": row.name, **entries})
-        print(f"  {row.name} ({time.monotonic() - begun:.1f} s): " + (entries.get("error") or part.line(entries)), flush=True)
+        print(f"  {row.name} ({time.monotonic() - begun:.1f} s): " + (f"{entries['error']} ({'; '.join(entries['where'])})" if "error" in entries else part.line(entries)), flush=True)
     results.finish(left)
     missing = f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
     print(f"{part.name}: {measured} rows in {time.monotonic() - started:.1f} s{missing}; {path}", flush=True)

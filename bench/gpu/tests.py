@@ -2,17 +2,18 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import recorder
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import ROOT, Results
 
@@ -24,10 +25,6 @@ COUNTED = ("passed", "failed", "errors", "skipped")
 """The kinds of outcomes."""
 _HANG_SECONDS = 60
 """After which pytest says where a test stands."""
-_PATIENCE_SECONDS = 15.0
-"""Between interrupting pytest and killing it."""
-_MESSAGE = 600
-"""Characters of a failure's message that are kept; the rest is to be had by running that test."""
 
 
 def gpu_files() -> list[str]:
@@ -35,68 +32,58 @@ def gpu_files() -> list[str]:
     return [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = (), mark: str = "gpu") -> dict[str, Any]:
+def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:
     """Run the marked tests of some files.
 
     Args:
         files: paths.
-        seconds: after which its processes are ended.
+        seconds: after which all their processes are killed.
         extra: further arguments of pytest.
-        mark: the expression that chooses the tests.
 
     Returns:
-        How many passed, failed and so on, the beginning and the end of every failure's message, whether it was ended, and the
-        end of what was printed where something went wrong.
+        How many tests passed, failed and so on; the message of each that failed, and the end of where; and where not everything
+        went well, those that had begun and not ended, and the end of what was printed.
     """
-    started = time.monotonic()
+    started, killed = time.monotonic(), False
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
-                   "-m", mark, f"--junitxml={report}", *files, *extra]
-        # A session of its own: what the tests start is ended with them.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-        ended = ""
+        outcomes = Path(folder) / "outcomes"
+        outcomes.touch()
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
+                   "-m", "gpu", *files, *extra]
+        # A session of its own: what the tests start is killed with them.
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, errors="replace", start_new_session=True)
         try:
             output = process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
-            ended, output = f"ended after {seconds:.0f} s", _end(process)
+            killed, output = True, _kill(process)
         except BaseException:
-            _end(process)
+            _kill(process)
             raise
-        found: dict[str, Any] = {"files": list(files), "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1)}
-        found |= _outcomes(report) if report.is_file() else {**dict.fromkeys(COUNTED, 0), "failures": []}
-        ended = ended or ("" if report.is_file() else "pytest ended without a report")
-    if process.returncode not in (0, 5):  # 5: there are no such tests
+        lines = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found: dict[str, Any] = {"files": list(files), "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1), **_outcomes(lines)}
+    if killed:
+        found["ended"] = f"killed after {seconds:.0f} s"
+    elif process.returncode not in (0, 1, 5):  # 5: there are no such tests
+        found["ended"] = f"pytest ended with {process.returncode}"
+    if process.returncode not in (0, 5):
         found["output"] = output[-4000:]
-    return {**found, "ended": ended} if ended else found
+    return found
 
 
-def _end(process: subprocess.Popen[str]) -> str:
-    """End a process with all that it started; what it had printed.
-
-    Interrupted, pytest still reports what had run, unless it is within a call that does not return.
-    """
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=_PATIENCE_SECONDS)  # and not wait, which a full pipe would keep from ending
+def _kill(process: subprocess.Popen[str]) -> str:
+    """Kill a process with all that it started; what it had printed."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[0]
 
 
-def _outcomes(report: Path) -> dict[str, Any]:
-    """What a JUnit report says."""
-    counts = dict.fromkeys(COUNTED, 0)
-    failures = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        bad = {"failed": case.find("failure"), "errors": case.find("error"), "skipped": case.find("skipped")}
-        kind = next((name for name, element in bad.items() if element is not None), "passed")
-        counts[kind] += 1
-        if kind in ("failed", "errors"):
-            element = bad[kind]
-            text = (element.get("message") or "") + "\n" + (element.text or "")
-            failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "message": text.strip()[:_MESSAGE], "end": text.strip()[-_MESSAGE:]})
-    return {**counts, "failures": failures}
+def _outcomes(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the recorder wrote."""
+    ended = {line["ended"] for line in lines if "ended" in line}
+    found: dict[str, Any] = {kind: sum(line.get("outcome") == kind for line in lines) for kind in COUNTED}
+    failures = [{"test": line["ended"], "message": line["message"], "end": line["end"]} for line in lines if "message" in line]
+    return found | {"failures": failures, "unfinished": [line["begun"] for line in lines if "begun" in line and line["begun"] not in ended]}
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:

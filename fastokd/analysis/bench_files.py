@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from fastokd.errors import ConfigError, first_line
 
-Kind = Literal["suite", "ladder"]
-SPREADS: Mapping[Kind, str] = {"suite": "the middle half of the rounds", "ladder": "the fastest to the slowest window"}
+Kind = Literal["suite", "ladder", "kernels part"]
+SPREADS: Mapping[Kind, str] = {
+    "suite": "the middle half of the rounds", "ladder": "the fastest to the slowest window", "kernels part": "the fastest to the slowest sample"}
 """What the spread of a row is, in each kind of file."""
 _MACHINE = ("device", "cpu", "threads", "python", "torch", "triton", "fastokd", "commit")
 
@@ -88,7 +89,7 @@ def _cells(times: Times) -> tuple[str, str]:
 
 
 def compare_files(before: Path, after: Path) -> Comparison:
-    """Compare two result files of one kind: of pytest-benchmark, or of ``fastokd bench step`` (or the ``step`` part of ``bench.gpu``).
+    """Compare two result files of one kind: of pytest-benchmark, of ``fastokd bench step`` or the ``step`` part of ``bench.gpu``, or of its ``kernels`` part.
 
     Raises:
         ConfigError: a file is missing, damaged or none of these, or the two are of different kinds or have no row in common.
@@ -120,11 +121,14 @@ def read_results(path: Path) -> ResultFile:
         if "benchmarks" in found:
             kind, about = "suite", found["machine_info"]
             machine, rows = {"python": about.get("python_version"), **about}, dict(_suite_rows(found))
-        elif ladders := found.get("ladders", [found] if "teaching_costs" in found else []):
-            kind, about = "ladder", ladders[0]
-            machine, rows = {"cpu": about["processor"], **about["environment"]}, {name: times for ladder in ladders for name, times in _ladder_rows(ladder)}
+        elif "ladders" in found or "teaching_costs" in found:
+            kind, ladders = "ladder", [ladder for ladder in found.get("ladders", [found]) if "error" not in ladder]
+            machine, rows = _machine(found if "environment" in found else ladders[0]), {name: times for ladder in ladders for name, times in _ladder_rows(ladder)}
+        elif found.get("part") == "kernels":
+            kind, machine, rows = "kernels part", _machine(found), dict(_kernel_rows(found))
         else:
-            raise ConfigError(f"{path} is no result file that can be compared; choices: what pytest-benchmark writes (make bench), and step-ladder.json of 'fastokd bench step'")
+            raise ConfigError(f"{path} is no result file that can be compared; choices: what pytest-benchmark writes (make bench), step-ladder.json of 'fastokd bench step', "
+                              "and the step and kernels parts of bench.gpu")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -132,6 +136,10 @@ def read_results(path: Path) -> ResultFile:
     if not rows:
         raise ConfigError(f"{path} has no row that was measured; make it anew")
     return ResultFile(path, kind, {name: str(machine[name]) for name in _MACHINE if machine.get(name) is not None}, rows)
+
+
+def _machine(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cpu": found["processor"], **found["environment"]}
 
 
 def _suite_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, Times]]:
@@ -148,6 +156,13 @@ def _ladder_rows(ladder: Mapping[str, Any]) -> Iterator[tuple[str, Times]]:
     for row in ladder["rows"]:
         if not row["reason"]:
             yield f"{setting}: {row['name']}", _times(*(ladder["batch_size"] / row["images_per_second"][place] for place in (0, 2, 1)))
+
+
+def _kernel_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, Times]]:
+    """A row a case: eager, compiled, fused, each in a graph or not, forward or with gradients."""
+    for row in found["rows"]:
+        for case, (low, high) in row.get("spread", {}).items():
+            yield f"{row['row']}: {case}", _times(row[case], low, high)
 
 
 def _times(median: float, low: float, high: float) -> Times:
