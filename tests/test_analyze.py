@@ -20,6 +20,7 @@ from fastokd.analysis import diversity
 from fastokd.analysis.pictures import NAMES, draw_study
 from fastokd.analysis.study import MEASURES, analyze_run, measures
 from fastokd.cli import main
+from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import load_run
 from fastokd.train.step import BranchEvaluator
@@ -208,6 +209,12 @@ def test_features_are_of_the_students_errors(ahbf):
     assert some.feature_labels.tolist() != labels[wrong][:5].tolist()
 
 
+@pytest.mark.parametrize(("method", "count", "members"), [("ahbf", 3, 3), ("one", 3, 3), ("dml", 2, 2), ("okddip", 4, 3), ("ffm", 4, 3), ("ffsd", 3, 2), ("baseline", 1, 1)])
+def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
+    loss = get_method(method).loss_class(num_branches=count)
+    assert loss.ensemble_members == tuple(f"branch{m}" for m in range(1, members + 1))
+
+
 @pytest.mark.parametrize(("settings", "rows", "members", "mixtures"), [
     ({"method": "baseline", "branches": 1}, ["branch1"], ["branch1"], []),
     ({"method": "okddip", "topology": "peers"}, ["branch1", "branch2", "leader", "ensemble"], ["branch1", "branch2"], ["group1", "group2"]),
@@ -229,8 +236,8 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    """Pictures are drawn and not saved, which takes longer."""
-    monkeypatch.setattr("fastokd.analysis.pictures._save", lambda plt, figure, _: plt.close(figure))
+    """Pictures are drawn and not encoded, which takes longer."""
+    monkeypatch.setattr("fastokd.analysis.pictures.encoded", lambda plt, figure, _: plt.close(figure) or {})
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.analysis.curves import require_matplotlib
+from fastokd.analysis.curves import Picture, encoded, require_matplotlib
 from fastokd.analysis.diversity import ECE_BINS
 from fastokd.analysis.gather import Gathered
 from fastokd.errors import MissingExtra
-from fastokd.storage import storage_error, write_atomically
+from fastokd.storage import storage_error
 
 NAMES = ("tsne", "distances", "agreement", "reliability", "confusion", "mixing", "mixing-by-epoch")
 """Every picture that there may be; the files are NAME.svg and NAME.png."""
@@ -57,7 +57,7 @@ def draw_study(record: Mapping[str, Any], found: Gathered, folder: Path) -> tupl
                 notes.append(f"there is no picture {name}: {error}")
                 continue
             figure.suptitle(f"{title}\n{where}", fontsize="medium")
-            _save(plt, figure, folder / name)
+            Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
             drawn.append({"name": name, "title": title, "description": description})
     for name in set(NAMES) - {picture["name"] for picture in drawn}:
         for suffix in (".svg", ".png"):
@@ -261,10 +261,3 @@ def _heat_map(figure: Any, axes: Any, table: Sequence[Sequence[float | None]], l
         for x, value in enumerate(line):
             if not math.isnan(value):
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color="white" if value < 60 else "black")
-
-
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        write_atomically(path.with_suffix(".svg"), lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
-    write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
