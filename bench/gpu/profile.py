@@ -2,11 +2,9 @@
 
 import gzip
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
 from fastokd.storage import write_atomically
-from fastokd.train.ladder import EngineStep, ladder_images
+from fastokd.train.ladder import EngineStep, chrome_trace, ladder_images
 
 STEPS = 5
 """Traced, after the warm-up."""
@@ -26,8 +24,6 @@ TOP = 30
 ON_GPU, ON_CPU = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op",)
 """The categories of a trace's events that are work."""
 _NAME = 160
-_KEPT = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
-"""Of a trace; it also names the machine."""
 
 
 def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU) -> dict[str, Any]:
@@ -81,12 +77,9 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
         with torch.profiler.profile(activities=kinds) as found:
             running.advance(STEPS)
             synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(path))
-        traced = json.loads(path.read_bytes())
+    traced = chrome_trace(found)
     trace = context.out / f"trace-{step.model}-{step.batch}-{context.label}.json.gz"
-    packed = gzip.compress(json.dumps({name: traced[name] for name in _KEPT if name in traced}).encode(), mtime=0)
+    packed = gzip.compress(json.dumps(traced).encode(), mtime=0)
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
