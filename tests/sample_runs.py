@@ -45,7 +45,7 @@ def change_records(run: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def change_config(run: Path, **values: Any) -> None:
     path = run / "config.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}, sort_keys=False))
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

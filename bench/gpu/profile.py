@@ -26,6 +26,8 @@ TOP = 30
 ON_GPU, ON_CPU = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op",)
 """The categories of a trace's events that are work."""
 _NAME = 160
+_KEPT = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
+"""Of a trace; it also names the machine."""
 
 
 def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU) -> dict[str, Any]:
@@ -82,15 +84,15 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         found.export_chrome_trace(str(path))
-        text = path.read_bytes()
+        traced = json.loads(path.read_bytes())
     trace = context.out / f"trace-{step.model}-{step.batch}-{context.label}.json.gz"
-    packed = gzip.compress(text, mtime=0)
+    packed = gzip.compress(json.dumps({name: traced[name] for name in _KEPT if name in traced}).encode(), mtime=0)
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
         "levers": running.step.levers.describe(), "precision": running.step.precision, "batch": step.batch, "step_ms": step_ms,
         "trace": trace.name if fits else f"not kept: {len(packed) / 2**20:.0f} MiB are more than {MAX_TRACE_BYTES >> 20}",
-        **kernel_summary(json.loads(text)["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU)}
+        **kernel_summary(traced["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU)}
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:

@@ -127,13 +127,17 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
         raise ConfigError("no runs: give run folders, for example runs/*")
     runs = [read_run(path) for path in paths]
     check_comparable(runs)
-    found: dict[str, dict[int, Run]] = {}
+    found: list[tuple[TrainConfig, dict[int, Run]]] = []
+    defaults = {name: getattr(TrainConfig(), name) for name in SAME_RUN}
     for run in runs:
-        same = found.setdefault(repr([(name, value) for name, value in _fields(run.config) if name not in SAME_RUN]), {})
+        kind = dataclasses.replace(run.config, **defaults)
+        same = next((same for other, same in found if other == kind), None)
+        if same is None:
+            found.append((kind, same := {}))
         if (other := same.get(run.config.seed)) is not None:
             raise ConfigError(f"{other.path} and {run.path} are the same configuration with the same seed {run.config.seed}, which would count twice: give one of them")
         same[run.config.seed] = run
-    groups = [[same[seed] for seed in sorted(same)] for same in found.values()]
+    groups = [[same[seed] for seed in sorted(same)] for _, same in found]
     configs = [runs[0].config for runs in groups]
     return [Group(_label(config, configs), tuple(runs)) for config, runs in zip(configs, groups, strict=True)]
 
@@ -171,7 +175,8 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    columns = {name: [_shown(getattr(config, name)) for config in configs] for name, _ in _fields(configs[0]) if name not in SAME_RUN}
+    names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in SAME_RUN]
+    columns = {name: [_shown(getattr(config, name)) for config in configs] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
@@ -181,19 +186,15 @@ def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     return ", ".join([f"{config.model} {config.method}", *differing])
 
 
-def _fields(config: TrainConfig) -> list[tuple[str, Any]]:
-    return [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
-
-
 def _shown(value: Any) -> str:
-    """A value of a configuration, in words."""
+    """A value of a configuration in words; different values in different words."""
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={_shown(item)}" for name, item in value.items()) or "none"
+        return " ".join(f"{name}={item}" for name, item in sorted(value.items())) or "none"
     if isinstance(value, list | tuple):
-        return " ".join(map(_shown, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def _student_row(config: TrainConfig, where: Path) -> str:
