@@ -1,4 +1,4 @@
-"""AHBF's loss in a loop and on a network of your own; the first of three branches is the student: python examples/own_loop.py --epochs 5"""
+"""AHBF's loss in a loop and on a network of your own: python examples/own_loop.py --epochs 5"""
 
 import argparse
 
@@ -10,13 +10,13 @@ from fastokd.losses import AHBFLoss, ramp_up
 
 
 class Branched(nn.Module):
-    """A trunk, branches of one, two and three convolutions, and a gate for each branch but the first."""
+    """A trunk, branches of 1, 2 and 3 convolutions (the first is the student), and their gates."""
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.branches = nn.ModuleList(nn.Sequential(*[part for _ in range(depth) for part in (
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())]) for depth in (1, 2, 3))
+        self.trunk = layer(3, width)
+        self.branches = nn.ModuleList(
+            nn.Sequential(*[layer(width, width) for _ in range(depth)]) for depth in (1, 2, 3))
         self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(3))
         self.gates = nn.ModuleList(nn.Linear(width, 2) for _ in range(2))
 
@@ -25,7 +25,11 @@ class Branched(nn.Module):
         features = [branch(shared).mean((2, 3)) for branch in self.branches]
         logits = [head(feature) for head, feature in zip(self.heads, features, strict=True)]
         scores = [gate(feature).softmax(1) for gate, feature in zip(self.gates, features[1:], strict=True)]
-        return logits, scores  # 3 x [B, C]; 2 x [B, 2]: the shares of branch m and of the mixture below it
+        return logits, scores  # 3 x [B, C]; 2 x [B, 2], the shares of branch m and the mixture below
+
+
+def layer(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 parser = argparse.ArgumentParser()
@@ -34,7 +38,7 @@ epochs = parser.parse_args().epochs
 digits = open_dataset("digits")
 train, test = make_loader(digits, "train", 64), make_loader(digits, "test", 256)
 model, criterion = Branched(digits.num_classes), AHBFLoss.preset("paper", num_branches=3)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 for epoch in range(epochs):
     model.train()
     train.set_epoch(epoch)
@@ -46,5 +50,5 @@ for epoch in range(epochs):
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        right = sum(int((model(images)[0][0].argmax(1) == target).sum()) for images, target, _ in test)
-    print(f"epoch {epoch + 1}: loss {loss.item():.3f}, the student's accuracy {100 * right / len(digits.evaluation):.2f} %")
+        right = sum((model(images)[0][0].argmax(1) == target).sum().item() for images, target, _ in test)
+    print(f"epoch {epoch + 1}: loss {loss.item():.3f}, student {100 * right / len(digits.test):.2f} %")

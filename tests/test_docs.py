@@ -5,7 +5,6 @@ leaves it to be looked at, and then its options and configurations must be sound
 """
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import os
@@ -25,9 +24,11 @@ from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd import cli
+from fastokd.data.dali import missing_dali
 from fastokd.models import create_model
 from fastokd.recipes import list_recipes
 from fastokd.train.config import check_config
+from fastokd.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 # README first: others go on with its runs.
@@ -131,7 +132,7 @@ def run_block(block: Block) -> list[str]:
     """Run a block of commands; returns what went wrong."""
     wrong = [f"{block.where}: '{line}' is none of {', '.join(PROGRAMS)}" for line in block.statements() if line.split()[0] not in PROGRAMS]
     for words in block.fastokd_commands():
-        if "dali" in words and importlib.util.find_spec("nvidia.dali") is None:
+        if "dali" in words and missing_dali():
             continue
         if words[0] == "train":
             words += shlex.split(block.mark.removeprefix("run with: "))
@@ -255,6 +256,19 @@ def test_documents_have_no_holes():
             assert (ROOT / name).is_file(), f"{block.where} takes in {name}"
 
 
+def test_citation_and_issue_templates():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    forms = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for form in forms:
+        asked = {part["id"]: part for part in form["body"] if "id" in part}
+        assert "`fastokd doctor`" in asked["doctor"]["attributes"]["description"], form["name"]
+        assert asked["doctor"]["validations"]["required"], form["name"]
+
+
 def test_the_site_is_built_and_needs_no_other_server(tmp_path):
     pytest.importorskip("material", reason="the site needs pip install 'fastokd[docs]'")
     pytest.importorskip("mkdocstrings", reason="the site needs pip install 'fastokd[docs]'")
@@ -267,6 +281,7 @@ def test_the_site_is_built_and_needs_no_other_server(tmp_path):
         loaded = re.findall(r'<(?:script|img|iframe)\b[^>]*\bsrc="([^"]+)"', html) + re.findall(r'<link\b[^>]*\bhref="([^"]+)"[^>]*rel="(?:stylesheet|preload)', html)
         assert not [address for address in loaded if "//" in address], name
         assert 'class="arithmatex"' not in html, f"{name}: a formula that is not MathML"
+        assert "|---|" not in html, f"{name}: a table that is not one"
         assert "flowchart LR" not in html, f"{name}: a drawing that is not SVG"
     assert pages["methods/ahbf.html"].count("<math") > 1
     assert "<title>ahbf</title>" in pages["methods/ahbf.html"]

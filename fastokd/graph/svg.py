@@ -1,5 +1,6 @@
 """A graph as a picture: boxes in columns from what is given to what is mixed of it, arrows for who mixes and who teaches."""
 
+import re
 from html import escape
 
 from fastokd.graph.draw import coefficient, definition, notes
@@ -42,19 +43,20 @@ def draw_svg(graph: Graph) -> str:
     kinds = list(dict.fromkeys(_kind(term) for term in edges))
     colors = {kind: _COLORS[index % len(_COLORS)] for index, kind in enumerate(kinds)}
     left = 30 + 22 * max((abs(_rows(boxes, term)) for term in edges if boxes[term.teacher].column == boxes[term.student].column), default=0)
+    mark = re.sub(r"\W", "_", graph.name)  # pictures in one page have marks of their own
     width = left + max(max(box.x + box.width for box in boxes.values()), 30 + _CHARACTER * max(map(len, kinds), default=0)) + 10
     bottom = max(box.y + box.height for box in boxes.values()) + 20
     height = bottom + _LINE * len(kinds) + 10
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-left:.0f} -10 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img" '
-             f'font-family="monospace" font-size="11" fill="none" stroke="currentColor"><title>{escape(graph.name)}</title>', _marker(f"{graph.name}-mix", "currentColor")]
-    parts += [_marker(f"{graph.name}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
+             f'font-family="monospace" font-size="11" fill="none" stroke="currentColor"><title>{escape(graph.name)}</title>', _marker(f"{mark}-mix", "currentColor")]
+    parts += [_marker(f"{mark}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
     for node in graph.ordered:
         for name in node.inputs:
             start, end = boxes[name], boxes[node.name]
-            parts.append(_curve(start.x + start.width, start.middle - 5, end.x, end.middle - 5, f'stroke-opacity="0.55" marker-end="url(#{graph.name}-mix)"'))
+            parts.append(_curve(start.x + start.width, start.middle - 5, end.x, end.middle - 5, f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"'))
     for term in edges:
         kind = _kind(term)
-        style = f'stroke="{colors[kind]}" stroke-width="2" marker-end="url(#{graph.name}-{kinds.index(kind)})"'
+        style = f'stroke="{colors[kind]}" stroke-width="2" marker-end="url(#{mark}-{kinds.index(kind)})"'
         parts.append(_teaching(boxes, term, style))
     for name, box in boxes.items():
         rounded = _LINE / 2 if graph.by_name[name].inputs else 2
