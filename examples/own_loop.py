@@ -35,6 +35,7 @@ def layer(inputs: int, outputs: int) -> nn.Module:
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=5)
 epochs = parser.parse_args().epochs
+torch.manual_seed(0)
 digits = open_dataset("digits")
 train, test = make_loader(digits, "train", 64), make_loader(digits, "test", 256)
 model, criterion = Branched(digits.num_classes), AHBFLoss.preset("paper", num_branches=3)
