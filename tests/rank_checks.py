@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastokd.data import open_dataset
+from fastokd.train import memory
+from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import (
     Agreement,
     from_main,
@@ -92,7 +95,18 @@ def run(rank: int, size: int) -> dict[str, object]:
     found["counts"] = sum_counts(right, 5 * rank)
     found["gathered"] = gather_states({"rng": torch.arange(rank + 1, dtype=torch.uint8), "name": "x" * rank, "list": [rank, None]})
     found["main"] = from_main({"value": torch.full((3,), rank), "path": f"runs/{rank}"} if rank == 0 else None)
+    found["fits"] = gather_states(one_step_fits(rank == size - 1))
     return found
+
+
+def one_step_fits(lacks_memory: bool) -> bool:
+    """Whether a step fits, where the last process has no memory for its second half."""
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("of this process alone")
+
+    if lacks_memory:
+        memory.TrainStep.__call__ = out_of_memory
+    return memory._one_step_fits(TrainConfig(data="digits", model="resnet8", branches=2, aux_blocks=0, batch_size=8), open_dataset("digits"), torch.device("cpu"), None)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,12 @@ def test_counts_are_summed_and_a_process_may_have_none(ranks):
     assert sum_counts({"branch1": torch.tensor(3)}, 4) == ({"branch1": 3}, 4)
 
 
+def test_a_step_that_does_not_fit_in_one_process_is_known_to_all(ranks):
+    """None waits in the step for gradients of the one that has left it."""
+    for found in ranks:
+        assert found["fits"] == [True] * (len(ranks) - 1) + [False]
+
+
 def test_states_are_gathered_in_order_and_spread(ranks):
     for found in ranks:
         assert [state["list"] for state in found["gathered"]] == [[rank, None] for rank in range(len(ranks))]

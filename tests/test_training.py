@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -107,6 +109,44 @@ def test_resume_equals_a_straight_run(finished, tmp_path, digits):
     for record in (*mine, *theirs):
         del record["seconds"], record["images_per_second"], record["waiting_share"]
     assert mine == theirs
+
+
+def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(finished, tmp_path, digits, capsys):
+    first = make(CONFIG, tmp_path / "run", digits)
+    first._run_epoch()
+    first.store.wait()
+    kept = {path: path.read_bytes() for path in (first.run_folder.last, first.run_folder.best)}
+    first.best = {"branch1": 0.0}  # the second epoch is the best
+    first._run_epoch()
+    first.store.wait()
+    first.run_folder.last.write_bytes(kept[first.run_folder.last])  # as if killed right before last.pt took its place
+    for path in first.run_folder.checkpoints.glob("last-*.pt"):
+        path.unlink()
+    assert load_checkpoint(first.run_folder.best)["epoch"] == 2
+    second = make(CONFIG, tmp_path / "run", digits, resume=True)
+    assert load_checkpoint(first.run_folder.best)["epoch"] == 1
+    assert (second.best_epoch, second.best) == (0, second.last)
+    assert "best" not in capsys.readouterr().out
+
+    # No checkpoint of the best epoch is left: then the best is looked for anew, and that is said.
+    first.run_folder.best.unlink()
+    state = {**load_checkpoint(first.run_folder.last), "best_epoch": 7}
+    del state["format"]
+    save_checkpoint(first.run_folder.last, state)
+    third = make(CONFIG, tmp_path / "run", digits, resume=True)
+    assert (third.best_epoch, third.best) == (-1, {})
+    assert re.search(r"best\.pt is not of the best epoch so far \(8\), and no other checkpoint is: the best of those to come is kept", capsys.readouterr().out)
+    assert third.run().best_epoch == 1
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_with_a_warning(finished, tmp_path):
+    trainer, _ = finished
+    folder = tmp_path / "run"
+    shutil.copytree(trainer.run_folder.path, folder)
+    (folder / "checkpoints" / "last.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"last\.pt is damaged"):
+        loaded = load_run(folder)
+    assert loaded.state["epoch"] == 1
 
 
 def test_resume_for_more_epochs(finished, tmp_path, digits):

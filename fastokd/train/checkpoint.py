@@ -208,6 +208,29 @@ class CheckpointStore:
         # Not a daemon: a program that ends waits for it.
         threading.Thread(target=self._current.run, name="checkpoint").start()
 
+    def restore_best(self, epoch: int) -> bool:
+        """Make ``best.pt`` that of the best epoch again, where a run was cut short between ``best.pt`` and ``last.pt``.
+
+        Args:
+            epoch: the best of the checkpoint from which the run goes on, counted from 0; -1 for none yet.
+
+        Returns:
+            Whether ``best.pt`` is of that epoch now; if not, none of those that are kept is.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if epoch < 0:
+            return True
+        for path in (self.best, *checkpoint_files(self.last.parent)):
+            with contextlib.suppress(CheckpointError):
+                state = load_checkpoint(path)
+                if state["epoch"] == epoch + 1 and not state["loader"]:
+                    if path != self.best:
+                        save_checkpoint(self.best, {name: value for name, value in state.items() if name != "format"})
+                    return True
+        return False
+
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
 

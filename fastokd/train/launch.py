@@ -63,7 +63,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
-    """Signals to this process go on to its children; which did is yielded. Ctrl-C does not, because the terminal sends it to all."""
+    """Signals to this process go on to its children; which did is yielded. For SIGINT see ``_wait``."""
     passed: set[int] = set()
 
     def pass_on(number: int, _: object) -> None:
@@ -72,7 +72,6 @@ def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[in
             child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield passed
     finally:
@@ -83,10 +82,18 @@ def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[in
 def _wait(children: Sequence["subprocess.Popen[bytes]"], passed: Collection[int]) -> int:
     """Wait for all; where one fails, the others get ``LEAVE_SECONDS`` to notice."""
     deadline = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        if deadline == float("inf") and any(child.poll() for child in children):
-            deadline = time.monotonic() + LEAVE_SECONDS
-        time.sleep(0.1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the children, who would inherit it, are there already
+    try:
+        while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+            if deadline == float("inf") and any(child.poll() for child in children):
+                deadline = time.monotonic() + LEAVE_SECONDS
+            # Ctrl-C comes from the terminal, which sends it to the children too; what a process sent came here alone.
+            received = signal.sigtimedwait({signal.SIGINT}, 0.1)
+            if received is not None and received.si_code <= 0:
+                for child in children:
+                    child.send_signal(signal.SIGINT)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     failed = {rank: code for rank, child in enumerate(children) if (code := child.poll())}
     if not failed:
         return 0

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ class Trainer:
         if state["data"].get("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(f"{where} was trained on other images than {self.config.data} holds now; restore them, or start a new run")
         before = load_config(state["config"], f"the configuration in {where}")
-        changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in _MAY_CHANGE}), self.config)
+        changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in MAY_CHANGE}), self.config)
         if changed and not allow_config_change:
             raise ConfigError(f"the configuration is not that of the checkpoint (was, is: {'; '.join(changed)}): undo that, pass --allow-config-change, or start a new run")
         if changed:
@@ -176,6 +177,9 @@ class Trainer:
             raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         if self.best and self.kept not in self.best:
             self.best, self.best_epoch = {}, -1  # what was the student then is not what is now
+        if not from_main(self.store.restore_best(self.best_epoch) if self.store is not None else None):
+            self.reporter.say(f"{self.run_folder.best} is not of the best epoch so far ({self.best_epoch + 1}), and no other checkpoint is: the best of those to come is kept")
+            self.best, self.best_epoch = {}, -1
         self._find_place(state, not changed)
         if self.config.epochs != before.epochs:
             done, next_one = (f"lr {config.lr_at(epoch):g}, kd_weight {config.kd_weight_at(epoch):.4g}"
@@ -335,9 +339,10 @@ class Trainer:
             self._train_epoch()
         self.reporter.evaluating()
         self.step.mean_statistics()
-        last = self.step.evaluate(self._unless_stopped(self.eval_loader))
+        last, mixing = self.step.measure(self._unless_stopped(self.eval_loader))
         record = {
             "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(of_all=True), "eval": last,
+            **({"mixing": mixing} if mixing else {}),
             "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
             "waiting_share": round(self.pace.waiting_share(), 4),
         }
@@ -527,13 +532,13 @@ MAX_ROLLBACKS = 3
 _CHECK, _SAVE, _STOP = 1, 2, 3
 """What may be due after a step: look for what is not finite; that, and save; that, and stop."""
 
-_MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
+MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
 """Where a run goes on, how far and how fast may change when it is resumed; what it computes may not."""
 
 
 def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
     """A hash of what a run computes: the fields that may not change when it is resumed, and the fingerprint of its data."""
-    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in _MAY_CHANGE]
+    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in MAY_CHANGE]
     return hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()
 
 
@@ -649,7 +654,7 @@ class LoadedRun:
 
 def load_run(path: Path, which: str = "last", data: str | None = None, device: str = "auto", split: str | None = None,
              progress: Progress | None = None) -> LoadedRun:
-    """A finished or interrupted run with the weights of its last or best epoch.
+    """A finished or interrupted run with the weights of its last or best epoch. A damaged last one is passed over with a warning.
 
     Args:
         path: the run folder.
@@ -668,8 +673,13 @@ def load_run(path: Path, which: str = "last", data: str | None = None, device: s
     where = choose_device(device)
     if config.precision == "tf32" and where.type != "cuda":
         config = dataclasses.replace(config, precision="fp32")  # the same numbers with more bits
-    file = run.last if which == "last" else run.best
-    state = load_checkpoint(file)
+    if which == "last":
+        state, file, complaints = load_newest(run.checkpoints)
+        for complaint in complaints:
+            warnings.warn(complaint, stacklevel=2)
+    else:
+        file = run.best
+        state = load_checkpoint(file)
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     _check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)

@@ -18,6 +18,7 @@ from fastokd.data import Batch, Dataset
 from fastokd.data.images import available_memory
 from fastokd.errors import ConfigError, OutOfMemory, first_line
 from fastokd.methods import get_method
+from fastokd.methods.ranks import alone
 from fastokd.models import BranchedModel, create_model
 from fastokd.train.build import build_model, model_layout
 from fastokd.train.config import TrainConfig
@@ -256,7 +257,7 @@ def fit_batch_size(config: TrainConfig, dataset: AnyDataset, device: torch.devic
 
     count = _how_many(sizes, lambda each: free is None or needs(each) <= FILL * free)
     tried = device.type == "cuda"
-    while tried and count and not all(gather_states(_one_step_fits(run(sizes[count - 1]), dataset, device, teacher))):
+    while tried and count and not all(gather_states(_one_step_fits(dataclasses.replace(config, batch_size=sizes[count - 1]), dataset, device, teacher))):
         count -= 1
     if not count:
         raise ConfigError(f"batch_size auto: not even {sizes[0]} images fit into the {size(free or 0)} that are free on {device}; use a smaller --model, fewer --branches or a smaller --image-size")
@@ -279,10 +280,11 @@ def _how_many(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
 
 
 def _one_step_fits(config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None) -> bool:
-    """Whether a step on random images fits beside the dataset. Not compiled, which takes minutes and memory only less."""
+    """Whether a step of this process alone, on random images, fits beside the dataset. Not compiled, which takes minutes and memory only less."""
     config = dataclasses.replace(config, compile=False, cuda_graph=False, streams=False)
     try:
-        _try_step(config, dataset, device, teacher)
+        with alone():
+            _try_step(config, dataset, device, teacher)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -299,7 +301,7 @@ def _try_step(config: TrainConfig, dataset: AnyDataset, device: torch.device, te
     model = build_model(config, len(dataset.classes), device, None if teacher is None else teacher.network)
     step = TrainStep(config, model, device, None if teacher is None else teacher.rows)
     step.criterion.prepare(len(dataset.train), len(dataset.classes), device)
-    batch, views = config.batch_size // Ranks.current().size, config.views()
+    batch, views = config.batch_size, config.views()
     images = torch.randn(*([views] if views > 1 else []), batch, 3, *dataset.image_size, device=device).to(image_dtype(choose_precision(config, device)))
     if config.channels_last and views == 1:
         images = images.contiguous(memory_format=torch.channels_last)
