@@ -437,7 +437,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 @command
-def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid"] = "text",
+def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid", "svg"] = "text",
          method_options: Options = ()) -> None:
     """Draw a method's distillation graph with its effective coefficients.
 
@@ -445,17 +445,17 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
         method: the method, for example ahbf.
         branches: number of branches (default: the method's).
         preset: the loss options: paper or code.
-        format: text, or a Mermaid flowchart.
+        format: text, a Mermaid flowchart, or an SVG picture.
         method_options: loss options as NAME=VALUE.
     """
-    from fastokd.graph import draw_mermaid
+    from fastokd.graph import draw_mermaid, draw_svg
     from fastokd.methods import get_method
     from fastokd.train.config import TrainConfig, check_method
 
     config = TrainConfig(method=method, preset=preset, branches=branches, method_options=_parse_options(method_options))
     check_method(config)
     loss = get_method(method).loss_class(num_branches=config.num_branches(), **config.loss_options())
-    print(loss.draw() if format == "text" else draw_mermaid(loss.graph))
+    print(loss.draw() if format == "text" else {"mermaid": draw_mermaid, "svg": draw_svg}[format](loss.graph))
 
 
 @command
