@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 import bench.report
 from bench import gpu_tables
-from bench.gpu import accuracy, kernels
+from bench.gpu import accuracy, kernels, results
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
@@ -175,6 +177,72 @@ def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
     assert read(context.out, "toy")["complete"]
 
 
+def test_what_is_there_of_a_row_outlasts_its_error(tmp_path):
+    def broken(context, results):
+        def measure():
+            results.put({"row": "a", "partial": "half of it", "half": 1})
+            raise TypeError("no such argument")
+        yield Row("a", 0.0, measure)
+
+    path = tmp_path / "out" / "toy-dry-run.json"
+    for _ in range(2):
+        run_part(Part("toy", 0.0, broken, str), context_of(tmp_path), identity(CPU), False)
+        found = json.loads(path.read_text())
+        assert found["rows"][0]["half"] == 1
+        assert found["rows"][0]["error"] == "TypeError: no such argument"
+        assert not found["complete"]
+
+
+def test_a_row_in_which_something_failed_is_tried_again(tmp_path):
+    outcomes = iter(["2 failed", None])
+
+    def rows(context, results):
+        yield Row("a", 0.0, lambda: {"value": 1} | ({"partial": wrong} if (wrong := next(outcomes)) else {}))
+
+    path = tmp_path / "out" / "toy-dry-run.json"
+    part = Part("toy", 0.0, rows, str)
+    run_part(part, context_of(tmp_path), identity(CPU), False)
+    found = json.loads(path.read_text())
+    assert (found["complete"], found["left"]) == (False, {"a": "2 failed"})
+    run_part(part, context_of(tmp_path), identity(CPU), False)
+    found = json.loads(path.read_text())
+    assert (found["complete"], found["left"]) == (True, {})
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.gpu.entry.run_part", interrupted)
+    assert main(["environment", "--dry-run", "--out", str(tmp_path), "--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+
+
+def test_the_first_signal_after_the_minutes_were_spent_is_not_taken_for_the_second(monkeypatch):
+    signals = accuracy.Deadline(lambda: True)
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail("it ended at once"))
+    assert signals.received == signal.SIGUSR1
+    with signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (signals.heard, signals.received) == (signal.SIGTERM, signal.SIGTERM)
+
+
+def test_each_part_has_sources_of_its_own():
+    assert all((results.ROOT / source).exists() for part in PARTS.values() for source in part.code())
+    assert len({identity(CPU, part.code())["code"] for part in PARTS.values()}) == len(PARTS)
+
+
+def test_without_pytest_the_tests_are_refused_and_not_complete(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert PARTS["tests"].refusal(context_of(tmp_path)) == "pytest is not installed: pip install pytest"
+
+
+def test_tests_that_do_not_begin_are_not_done():
+    found = run_files(["tests/no_such_file.py"], 60)
+    assert found["partial"] == "pytest ended with 4"
+    assert found["passed"] == 0
+
+
 def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeypatch):
     measured, context = [], context_of(tmp_path)
     monkeypatch.setattr(Context, "minutes_left", lambda self: 1.0)
@@ -298,7 +366,7 @@ def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
     assert not signals.heard
 
     def interrupted(*_, signals, **__):
-        signals.received = 15
+        signals.heard = 15
         raise Preempted("stopped by SIGTERM")
 
     monkeypatch.setattr(accuracy, "begin_run", interrupted)
@@ -388,10 +456,10 @@ def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
     assert messages["test_error"] == "OSError: no disk"
     assert messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
     assert "a sum" in found["output"]
-    assert "ended" not in found
+    assert found["partial"] == "1 failed, 2 errors"
     assert not found["unfinished"]
     found = run_files([str(hanging)], 12, plain)
-    assert found["ended"] == "killed after 12 s"
+    assert found["partial"] == "killed after 12 s"
     assert [test.rpartition("::")[2] for test in found["unfinished"]] == ["test_hangs"]
     assert found["passed"] == 1
 
@@ -412,8 +480,10 @@ def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
     cases = kernels._single_cases(context_of(tmp_path), name, inputs)[0] if name in SINGLES else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
     with context_of(tmp_path).not_compiled():
         found = {which: call() for which, (call, _) in cases.items() if not which.startswith(("liger", "quack"))}
-    *_, grads = found.pop("one kernel graph/both")
-    found["one kernel graph/both"] = [grad for grad in grads if grad is not None]
+    mean, grads = found.pop("one kernel graph/both")
+    rows, _, same_grads = found.pop("kernel alone graph/both")
+    found |= {"mean/forward": mean, "rows/forward": rows.mean(), "kernel alone graph/forward": found["kernel alone graph/forward"].mean(),
+              "grads/both": [grad for grad in grads if grad is not None], "same grads/both": [grad for grad in same_grads if grad is not None]}
     for which, value in found.items():
         expected = found[f"eager/{which.rpartition('/')[2]}"]
         torch.testing.assert_close(list(value) if isinstance(value, (list, tuple)) else value, list(expected) if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-6)

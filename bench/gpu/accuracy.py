@@ -47,23 +47,19 @@ MORE = tuple(Run(f"cifar10-resnet32-{method}") for method in ("cl-ilr", "ffsd", 
 
 
 class Deadline(StopSignals):
-    """Signals that ask a run to stop, and the end of the minutes, which a run hears as one.
+    """Signals that ask a run to stop, and the end of the minutes, which a run follows as one.
 
     Args:
         spent: whether the minutes are.
     """
 
     def __init__(self, spent: Callable[[], bool]) -> None:
-        self._spent, self.heard = spent, 0
         super().__init__()
+        self._spent = spent
 
     @property
     def received(self) -> int:
         return self.heard or (int(signal.SIGUSR1) if self._spent() else 0)  # plain, because ranks send it each other
-
-    @received.setter
-    def received(self, number: int) -> None:
-        self.heard = number
 
 
 def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainConfig:
