@@ -1,5 +1,6 @@
 """``fastokd analyze``: the formulas, what is gathered of a run, what is written, and what is said where there is less."""
 
+import dataclasses
 import json
 import math
 import re
@@ -228,7 +229,7 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
     for weights in record["measures"].get("mixing", {"values": {}})["values"].values():
         assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
     said = " ".join(record["notes"])
-    assert ("has no gate" in said) == (not mixtures)
+    assert ("has no mixture" in said) == (not mixtures)
     assert ("there is one branch" in said) == (len(members) == 1)
     if record["student"] == "ema":
         assert record["measures"]["accuracy"]["values"]["ema"] == load_run(tmp_path / "run").state["last"]["ema"]
@@ -300,11 +301,12 @@ def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
     """Each picture names as many classes as can be read, and says so."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
-    found = analysis.gathered
+    found = dataclasses.replace(analysis.gathered, labels=10 * torch.arange(100))
     record = {**analysis.record, "classes": names, "measures": measures(found, analysis.record["ensemble_members"], names, {})}
     drawn, notes = draw_study(record, found, tmp_path)
     titles = {picture["name"]: picture["title"] for picture in drawn}
-    assert titles["confusion"].endswith("the 20 of 1000 classes with the most mistakes")
+    assert titles["confusion"].endswith("; 20 of 1000 classes, those of the most frequent mistakes")
+    assert titles["mixing"].endswith("; 20 of 1000 classes, those that are mixed most differently")
     assert set(titles) == set(NAMES) - {"mixing-by-epoch"}
     assert notes == []
 
