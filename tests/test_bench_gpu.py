@@ -407,7 +407,8 @@ def test_accuracy_table_beside_the_papers(tmp_path):
     assert "'cifar10-jpeg' (50,000 train, 10,000 test images), not the original files" in lines[1]
     assert "| `cifar10-resnet32-ahbf`, paper | 0, 1 | 8.00 +- 1.41 | 7.00 +- 1.41 | AHBF Table 1: 5.32 +- 0.11 | 2 | 60,000 |" in lines
     assert "| `cifar10-resnet32-baseline`, paper | 0 | 10.00 | 10.00 | AHBF Table 1: 6.31 +- 0.07; OKDDip slides: 6.34 +- 0.03; FFM + CD: 6.38 +- 0.10 | 2 | 60,000 |" in lines
-    assert "| `cifar10-resnet32-ahbf`, paper | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert "| `cifar10-resnet32-ahbf`, paper | last | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert "| `cifar10-resnet32-ahbf`, paper | best | branch1 7.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
     assert lines[-2] == "Not complete, 1 rows to go: x."
 
 

@@ -50,8 +50,9 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         outcomes.touch()
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
                    "-m", "gpu", *files, *extra]
-        # A session of its own: what the tests start is killed with them.
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # A session of its own: what the tests start is killed with them. It is nobody's worker, whoever calls this.
+        surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        process = subprocess.Popen(command, cwd=ROOT, env={**surroundings, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, errors="replace", start_new_session=True)
         try:
             output = process.communicate(timeout=seconds)[0]
