@@ -1,9 +1,12 @@
 """The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
 
+import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -419,13 +422,18 @@ def test_kernel_table_by_hand(tmp_path):
            "spread": {"fused graph/forward": [1.5e-6, 3e-6]}, "reasons": {}}
     single = {"row": "s", "loss": "KL", "batch": 8, "num_classes": 10, "dtype": "float32", "bytes_forward": 1, "bytes_both": 8_000_000, "liger/both": 8e-6, "liger graph/both": None,
               "one kernel graph/both": 4e-6, "spread": {"one kernel graph/both": [4e-6, 4e-6]}, "reasons": {"quack": "not installed"}}
-    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
+    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "identity": {"code": "0a1b"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
     path = tmp_path / "k.json"
     path.write_text(json.dumps(found))
     lines = gpu_tables.kernel_tables(path)
     assert "| ahbf (paper) | 8 x 10 | bfloat16 | forward | 9 | 8 | 1 | 5 | 2 | 2 | 1.5-3 | 4.00 | 0.50 | 1 | 50% |" in lines
     assert "| KL | 8 x 10 | float32 | with gradients | - | - | 8 | - | - | - | 4 | 4-4 | - | 2.00 | - | 2 | 50% |" in lines
     assert "- quack: not installed (s)" in lines
+    assert lines[0] == "G; torch 2, Triton 3; sources 0a1b; `k.json`, made by `c`."
+    assert not gpu_tables.readme_lines(path)  # neither row is of a size that the README shows
+    path.write_text(json.dumps(found | {"rows": [row | {"batch": 1024, "num_classes": 1000, "one kernel graph/both": 3e-6, "eager graph/both": 9e-6,
+                                                        "spread": row["spread"] | {"one kernel graph/both": [3e-6, 3e-6]}}]}))
+    assert gpu_tables.readme_lines(path)[-2] == "| ahbf (paper) | 1024 x 1000 | bfloat16 | with gradients | 9 | - | 3 | 3-3 | 3.00 | - | 2 | 67% |"
 
 
 def test_profile_counts_what_overlaps_once():
@@ -536,6 +544,25 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, caps
     assert not captured.out
 
 
-def test_accuracy_without_data_is_skipped(tmp_path):
+def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
+    context = dataclasses.replace(context_of(tmp_path), dry=False, runs=tmp_path)
+    picture = tmp_path / "cifar10-jpeg" / "train" / "cat" / "1.jpg"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"a picture")
+    with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "cifar10-jpeg" / "train", "train")
+    shutil.rmtree(tmp_path / "cifar10-jpeg")
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    assert f"no --data, and no {tmp_path / 'none.tar.xz'}" in accuracy._refusal(context)
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "cifar10-jpeg.tar.xz")
+    assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
+    assert picture.read_bytes() == b"a picture"
+    monkeypatch.setattr("tarfile.open", lambda *_: pytest.fail("unpacked again"))
+    assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
+    assert accuracy._data(dataclasses.replace(context, data="mine")) == "mine"
+
+
+def test_accuracy_without_data_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
     context = Context(CPU, "x", tmp_path, tmp_path, 0.0, False)
     assert "--data" in accuracy._refusal(context)
