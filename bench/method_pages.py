@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import RESULTS
-from bench.pages import page_with, table
+from bench.pages import page_with
+from fastokd.analysis.tables import markdown_table as table
 from fastokd.graph import draw_mermaid
 from fastokd.methods import Method, get_method, list_methods
 

@@ -1,7 +1,7 @@
 """Markdown pages with generated parts."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -9,13 +9,6 @@ def short(value: float) -> str:
     """Three significant digits, never with an exponent."""
     text = f"{value:.3g}"
     return f"{float(text):,.0f}" if "e" in text else text
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """A Markdown table and the empty line after it; the first row is its head."""
-    head, *rest = rows
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rest)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
 def page_with(text: str, block: str) -> str:

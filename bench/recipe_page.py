@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.pages import page_with, table, update
+from bench.pages import page_with, update
+from fastokd.analysis.tables import markdown_table as table
 from fastokd.recipes import Recipe, recipe_groups
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"

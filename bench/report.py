@@ -9,7 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.pages import page_with, short, table, update
+from bench.pages import page_with, short, update
+from fastokd.analysis.tables import markdown_table as table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"

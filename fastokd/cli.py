@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | show | models | methods | data | bench | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | export | compare | plot | report | show | models | methods | data | bench | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -69,6 +69,7 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="
 Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")]
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
 
 
@@ -309,6 +310,75 @@ def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "on
         f"logits within {compared.difference:.1e} (allowed: {form.tolerance:g} of the largest), the same class for {compared.same_top1}")
     console.print(f"wrote {target} and {form.record_name}: {name} alone, {parameters:,} parameters", markup=False)
     console.print(f"run from that file without the branches: {same} on {compared.num_images} images, accuracy {100 * compared.accuracy:.2f} %", markup=False)
+
+
+@command
+def compare(runs: Runs = (), out: File = None, format: Literal["auto", "terminal", "markdown", "csv", "html"] = "auto", latency: bool = True) -> None:
+    """Compare runs: errors over seeds, what the students cost, and what training costs beside the student alone.
+
+    Args:
+        runs: run folders. Those that differ in the seed alone are taken together.
+        out: write to this file (default: print).
+        format: auto is what --out ends in, .md, .csv or .html, else terminal.
+        latency: measure the students' latencies on this machine.
+    """
+    from fastokd.analysis.compare import compare as compare_groups
+    from fastokd.analysis.runs import read_runs
+
+    found = compare_groups(read_runs(runs), latency)
+    ending = out.suffix.lower() if out else ""
+    form = {".md": "markdown", ".csv": "csv", ".html": "html"}.get(ending, "terminal") if format == "auto" else format
+    text = {"terminal": found.as_text, "markdown": found.as_markdown, "csv": found.as_csv, "html": found.as_html}[form]()
+    if out is None:
+        print(text, end="")
+    else:
+        _write_text(out, text)
+
+
+@command
+def plot(runs: Runs = (), out: Path = Path("plots")) -> None:
+    """Draw what runs recorded: accuracies, loss terms, schedules and throughput by epoch, as PNG and SVG files.
+
+    Args:
+        runs: run folders. Those that differ in the seed alone are one line with a band.
+        out: the folder for the pictures.
+    """
+    from fastokd.analysis.curves import PICTURES, draw_curves
+    from fastokd.analysis.runs import read_runs, remarks_of, title
+
+    groups = read_runs(runs)
+    files = draw_curves({group.label: [run.records for run in group.runs] for group in groups}, out, title(groups), ("png", "svg"), PICTURES)
+    console = _console()
+    for remark in remarks_of(groups):
+        console.print(remark, markup=False)
+    console.print(f"wrote {len(files)} files to {out}: {', '.join(dict.fromkeys(file.stem for file in files))}", markup=False)
+
+
+@command
+def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = True) -> None:
+    """Write one HTML page about runs: their comparison, what differs in their configurations, their curves, and what
+    'fastokd analyze' found of them. The page needs no other file and no network.
+
+    Args:
+        runs: run folders. Those that differ in the seed alone are taken together.
+        out: the page.
+        latency: measure the students' latencies on this machine.
+    """
+    from fastokd.analysis.compare import compare as compare_groups
+    from fastokd.analysis.curves import require_matplotlib
+    from fastokd.analysis.report import report_page
+    from fastokd.analysis.runs import read_runs
+
+    groups = read_runs(runs)
+    require_matplotlib()  # before anything is measured
+    _write_text(out, report_page(groups, compare_groups(groups, latency)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    from fastokd.storage import write_atomically
+
+    write_atomically(path, lambda file: file.write(text.encode()))
+    _console().print(f"wrote {path}", markup=False)
 
 
 @command
@@ -919,7 +989,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     group, prog, description = app, "fastokd", DESCRIPTION
-    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "show", "models", "methods", "data", "bench", "doctor", "recipes")
+    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "compare", "plot", "report", "show", "models", "methods", "data", "bench", "doctor", "recipes")
     if arguments[:1] == ["data"]:
         arguments = arguments[1:]
         group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")

@@ -162,7 +162,7 @@ class Trainer:
         if state["data"].get("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(f"{where} was trained on other images than {self.config.data} holds now; restore them, or start a new run")
         before = load_config(state["config"], f"the configuration in {where}")
-        changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in _MAY_CHANGE}), self.config)
+        changed = differences(dataclasses.replace(before, **{name: getattr(self.config, name) for name in MAY_CHANGE}), self.config)
         if changed and not allow_config_change:
             raise ConfigError(f"the configuration is not that of the checkpoint (was, is: {'; '.join(changed)}): undo that, pass --allow-config-change, or start a new run")
         if changed:
@@ -531,13 +531,13 @@ MAX_ROLLBACKS = 3
 _CHECK, _SAVE, _STOP = 1, 2, 3
 """What may be due after a step: look for what is not finite; that, and save; that, and stop."""
 
-_MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
+MAY_CHANGE = ("data", "device", "epochs", "impl", "compile", "cuda_graph", "streams", "flat", "keep_checkpoints", "save_minutes", "log_to")
 """Where a run goes on, how far and how fast may change when it is resumed; what it computes may not."""
 
 
 def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
     """A hash of what a run computes: the fields that may not change when it is resumed, and the fingerprint of its data."""
-    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in _MAY_CHANGE]
+    fixed = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config) if item.name not in MAY_CHANGE]
     return hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()
 
 

@@ -82,7 +82,7 @@ class RunFolder:
         run = cls(path)
         if not run.config_path.is_file():
             what = "does not exist" if not path.exists() else "is not a run folder (it has no config.yaml)"
-            raise CheckpointError(f"{path} {what}")
+            raise CheckpointError(f"{path} {what}; give a folder that 'fastokd train' has made")
         return run
 
     def lock(self) -> None:
@@ -166,6 +166,8 @@ class RunFolder:
             except json.JSONDecodeError:
                 break
             if not isinstance(record, dict) or not isinstance(record.get("epoch"), int) or not isinstance(record.get("eval"), dict):
+                break
+            if not all(isinstance(value, int | float) for value in record["eval"].values()):
                 break
             records.append(record)
         return records

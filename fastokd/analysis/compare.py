@@ -1,0 +1,310 @@
+"""Runs beside each other: errors over seeds, what the students cost, and what it cost to train them."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastokd.analysis.latency import BATCH_SIZES, Latency, devices, machine, measure_latency
+from fastokd.analysis.page import page, remarks_section
+from fastokd.analysis.runs import Group, Record, Run, remarks_of
+from fastokd.analysis.tables import Table, plain_markdown
+from fastokd.errors import CheckpointError
+from fastokd.export import load_student
+from fastokd.models import create_model
+from fastokd.models.summary import Cost, count_parameters, forward_flops
+from fastokd.train.build import model_layout
+
+Latencies = Mapping[tuple[str, int], Latency | None]
+"""For each kind of device and batch size; None where the batch does not fit."""
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Student's paired t-test of a group's errors against another's.
+
+    Attributes:
+        differences: this group's error less the other's in percentage points, for each seed that both have.
+        p: the two-sided p-value, or None.
+        reason: why there is no p-value.
+    """
+
+    differences: tuple[float, ...]
+    p: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NetworkCosts:
+    """What networks cost, in parameters and in FLOPs of one image forward.
+
+    Attributes:
+        name: the student's network.
+        student: the student alone.
+        training: all that is trained; a frozen teacher is not in it.
+    """
+
+    name: str
+    student: Cost
+    training: Cost
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a comparison says of a group.
+
+    Attributes:
+        group: its runs.
+        test: its last errors against those of the reference; None for the reference itself.
+        costs: of its networks; None where the runs have lost what data they are for.
+        images_per_second: of training, the median over the epochs of all its runs; None where none is recorded.
+        times_alone: how many times as long an image takes in training as with the student alone; None where no run says it.
+        latencies: of its student; empty where they were not measured.
+    """
+
+    group: Group
+    test: PairedTest | None
+    costs: NetworkCosts | None
+    images_per_second: float | None
+    times_alone: float | None
+    latencies: Latencies
+
+    def last(self, row: str | None = None) -> list[float]:
+        """Errors in % in the last epoch, one for each run that has it: the student's, or those of another row."""
+        return _errors([(run, run.last) for run in self.group.runs], row)
+
+    def best(self) -> list[float]:
+        """Errors in % of the student in its best epoch, one for each run."""
+        return _errors([(run, run.best) for run in self.group.runs])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs beside each other.
+
+    Attributes:
+        rows: one for each group.
+        reference: what the tests are against: the first group of students alone, or else the first.
+        remarks: what is not as in finished and whole runs, and what could not be measured.
+        measured_on: the machine of the latencies; empty where they were not measured.
+    """
+
+    rows: tuple[Row, ...]
+    reference: Group
+    remarks: tuple[str, ...]
+    measured_on: str
+
+    def tables(self) -> list[Table]:
+        """Errors, costs, and the single runs."""
+        return [_error_table(self), _cost_table(self), _run_table(self)]
+
+    def as_text(self) -> str:
+        """For a terminal."""
+        return "\n\n".join([*(table.as_text() for table in self.tables()), *self.remarks]) + "\n"
+
+    def as_markdown(self) -> str:
+        """Markdown, with a heading for each table."""
+        return "\n".join([*(table.as_markdown() for table in self.tables()), *(f"- {plain_markdown(remark)}" for remark in self.remarks)]) + "\n"
+
+    def as_html(self) -> str:
+        """A page that needs no other file."""
+        return page("Comparison of runs", remarks_section(self.remarks) + "".join(table.as_html() for table in self.tables()))
+
+    def as_csv(self) -> str:
+        """A line for each group, with numbers that are not rounded; in ``seeds`` and in errors by seed, spaces separate the seeds."""
+        rows = [_csv_row(row, self.reference) for row in self.rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
+    """Compare groups of runs, at least one, see ``read_runs``.
+
+    Args:
+        groups: the groups.
+        latency: measure the students' latencies on this machine.
+
+    Raises:
+        ConfigError, MissingExtra: a network cannot be built here.
+    """
+    reference = next((group for group in groups if group.config.method == "baseline"), groups[0])
+    said = remarks_of(groups)
+    costs = [_costs(group.runs[0]) for group in groups]
+    measured: dict[str, Latencies] = {}  # groups with the same student share one measurement, so noise does not tell them apart
+    rows = []
+    for group, own in zip(groups, costs, strict=True):
+        name = own.name if own else group.label
+        if latency and name not in measured:
+            measured[name] = _latencies(group.runs[0], said)
+        alone = [other for other, others in zip(groups, costs, strict=True) if own and others and others.name == own.name and _goes_as(other) == _goes_as(group)]
+        rows.append(Row(group, None if group is reference else paired_test(group, reference), own, _speed(group),
+                        _times_alone(group, alone), measured.get(name, {})))
+    return Comparison(tuple(rows), reference, tuple(said), machine() if latency else "")
+
+
+def paired_test(group: Group, other: Group) -> PairedTest:
+    """Test the students' last errors over the seeds that both groups have, with scipy (``scipy.stats.ttest_rel``)."""
+    errors = [{run.config.seed: _errors([(run, run.last)])[0] for run in each.runs} for each in (group, other)]
+    seeds = [seed for seed in errors[0] if seed in errors[1]]
+    mine, theirs = ([column[seed] for seed in seeds] for column in errors)
+    differences = tuple(one - two for one, two in zip(mine, theirs, strict=True))
+    if len(seeds) < 2:
+        return PairedTest(differences, None, "needs 2 shared seeds")
+    if max(differences) - min(differences) < 1e-9:
+        return PairedTest(differences, None, "all differences are equal")
+    try:
+        from scipy.stats import ttest_rel
+    except ImportError:
+        return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
+    return PairedTest(differences, float(ttest_rel(mine, theirs).pvalue))
+
+
+def _errors(records: Sequence[tuple[Run, Record]], row: str | None = None) -> list[float]:
+    accuracies = [record["eval"].get(row or run.student) for run, record in records]
+    return [100 * (1 - value) for value in accuracies if value is not None]
+
+
+def _costs(run: Run) -> NetworkCosts | None:
+    if "num_classes" not in run.data or "image_size" not in run.data:
+        return None
+    with torch.device("meta"):
+        model = create_model(run.config.model, num_classes=run.data["num_classes"], **model_layout(run.config))
+    size = (3, *run.data["image_size"])
+    student, training = (Cost(count_parameters(network), forward_flops(network, size)) for network in (model.student(), model))
+    return NetworkCosts(model.name, student, training)
+
+
+def _latencies(run: Run, said: list[str]) -> Latencies:
+    try:
+        student, record = load_student(run.path)
+    except CheckpointError as error:
+        said.append(f"{run.path}: no latency of its student: {error}")
+        return {}
+    size = tuple(record["preprocessing"]["image_size"])
+    return {(device.type, batch_size): measure_latency(student, size, batch_size, device) for device in devices() for batch_size in BATCH_SIZES}
+
+
+def _speed(group: Group) -> float | None:
+    found = [record["images_per_second"] for run in group.runs for record in run.records if record.get("images_per_second")]
+    return statistics.median(found) if found else None
+
+
+def _goes_as(group: Group) -> set[str]:
+    """What images per second depend on beside the method: the machines, and how the runs used them."""
+    machine_facts = ("device", "platform", "cpus", "threads", "world_size")
+    return {repr((run.config.batch_size, run.config.precision, *map(run.environment.get, machine_facts))) for run in group.runs}
+
+
+def _times_alone(group: Group, comparable: Sequence[Group]) -> float | None:
+    alone = next((other for other in comparable if other.config.method == "baseline"), None)
+    speeds = (_speed(alone), _speed(group)) if alone else (None, None)
+    return speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and sample standard deviation in words; a single value has no deviation."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"
+
+
+def _error_table(found: Comparison) -> Table:
+    rows = []
+    for row in found.rows:
+        test = row.test
+        rows.append((
+            row.group.label, str(len(row.group.runs)), _epochs(row.group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")),
+            "reference" if test is None else f"{spread(test.differences, '+')} (n={len(test.differences)})" if test.differences else "no shared seed",
+            "" if test is None else f"{test.p:.3g}" if test.p is not None else "-"))
+    untested = [f"{row.group.label}: {row.test.reason}" for row in found.rows if row.test and row.test.reason]
+    return Table(
+        "Error in %, mean +- sample standard deviation over seeds",
+        ("runs", "seeds", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "difference, last epoch", "p"), tuple(rows),
+        ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
+         f"Difference: percentage points, less is better, seed by seed against {found.reference.label}, over the n seeds that both have. "
+         "p: two-sided paired t-test of these differences.",
+         *([f"No p for {'; '.join(untested)}."] if untested else [])))
+
+
+def _epochs(group: Group) -> str:
+    done = sorted({run.epochs for run in group.runs})
+    planned = group.config.epochs
+    return str(planned) if done == [planned] else f"{'-'.join(map(str, dict.fromkeys((done[0], done[-1]))))} of {planned}"
+
+
+def _cost_table(found: Comparison) -> Table:
+    kinds = list(dict.fromkeys(kind for row in found.rows for kind in row.latencies))
+    rows = []
+    for row in found.rows:
+        costs = ["-"] * 3 if row.costs is None else [
+            f"{row.costs.student.parameters:,}", f"{row.costs.student.flops / 1e6:,.2f}", f"{row.costs.training.flops / row.costs.student.flops:.2f}"]
+        rows.append((
+            row.group.label, row.costs.name if row.costs else "-", *costs[:2], *(_milliseconds(row.latencies, kind) for kind in kinds), costs[2],
+            "-" if row.times_alone is None else f"{row.times_alone:.2f}", "-" if row.images_per_second is None else f"{row.images_per_second:,.0f}"))
+    latency = [f"Latency: median of {_repeats(found.rows)} forward passes of the student in milliseconds, eager, float32, on {found.measured_on}."] if kinds else []
+    return Table(
+        "What students and training cost",
+        ("runs", "student", "parameters", "MFLOPs", *(f"{_DEVICES[device]}, batch {size}, ms" for device, size in kinds),
+         "training FLOPs / student", "training time / alone", "training, images/s"), tuple(rows),
+        ("FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is trained, a frozen teacher not among them.", *latency,
+         "Training time: of an image, by the median images/s of the epochs, as a multiple of the same student trained alone; only where such runs are "
+         "among these, on the same device with as many threads and processes, the same batch size and precision."))
+
+
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _milliseconds(latencies: Latencies, kind: tuple[str, int]) -> str:
+    if kind not in latencies:
+        return "-"
+    found = latencies[kind]
+    return "no memory" if found is None else f"{1000 * found.seconds:.3g}"
+
+
+def _repeats(rows: Sequence[Row]) -> str:
+    counts = [found.repeats for row in rows for found in row.latencies.values() if found]
+    return "-".join(map(str, dict.fromkeys((min(counts, default=0), max(counts, default=0)))))
+
+
+def _run_table(found: Comparison) -> Table:
+    rows = []
+    for row in found.rows:
+        for run in row.group.runs:
+            last, best = (100 * (1 - record["eval"][run.student]) for record in (run.last, run.best))
+            ensemble = _errors([(run, run.last)], "ensemble")
+            known = run.environment.get
+            rows.append((
+                str(run.path), row.group.label, str(run.config.seed), f"{run.epochs} of {run.config.epochs}", f"{last:.2f}", f"{best:.2f} (epoch {run.best['epoch'] + 1})",
+                f"{ensemble[0]:.2f}" if ensemble else "-", f"{run.seconds:,.1f}", str(known("device", "-")), str(known("torch", "-")), str(known("commit") or known("fastokd", "-"))))
+    return Table(
+        "Single runs, errors in %",
+        ("run", "runs", "seed", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "seconds of training", "device", "torch", "commit"),
+        tuple(rows))
+
+
+def _csv_row(row: Row, reference: Group) -> dict[str, Any]:
+    runs, test, costs = row.group.runs, row.test, row.costs
+    cells: dict[str, Any] = {
+        "runs": row.group.label, "num_seeds": len(runs), "seeds": " ".join(str(run.config.seed) for run in runs), "epochs": row.group.config.epochs,
+        "finished_epochs": " ".join(str(run.epochs) for run in runs)}
+    for name, values in (("last_error", row.last()), ("best_error", row.best()), ("ensemble_last_error", row.last("ensemble"))):
+        cells |= {f"{name}_mean": statistics.mean(values) if values else "", f"{name}_std": statistics.stdev(values) if len(values) > 1 else "",
+                  f"{name}_by_seed": " ".join(map(repr, values))}
+    if test is not None:
+        cells |= {"reference": reference.label, "paired_seeds": len(test.differences), "p": "" if test.p is None else test.p,
+                  "last_error_difference": statistics.mean(test.differences) if test.differences else ""}
+    if costs is not None:
+        cells |= {"student": costs.name, "parameters": costs.student.parameters, "flops": costs.student.flops, "training_flops": costs.training.flops}
+    cells |= {f"latency_{device}_batch{size}_seconds": found.seconds if found else "" for (device, size), found in row.latencies.items()}
+    return cells | {"images_per_second": row.images_per_second or "", "training_time_times_alone": row.times_alone or ""}
