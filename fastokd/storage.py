@@ -68,6 +68,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line and flush it to the disk.
 

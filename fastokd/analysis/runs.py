@@ -171,13 +171,13 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    columns = {name: [_shown(getattr(config, name)) for config in configs] for name, _ in _fields(configs[0]) if name not in SAME_RUN}
+    columns = {name: [value_in_words(getattr(config, name)) for config in configs] for name, _ in _fields(configs[0]) if name not in SAME_RUN}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     alike = [other for other in configs if (other.model, other.method) == (config.model, config.method)]
-    differing = [f"{name} {_shown(getattr(config, name))}" for name in _differing(alike)]
+    differing = [f"{name} {value_in_words(getattr(config, name))}" for name in _differing(alike)]
     return ", ".join([f"{config.model} {config.method}", *differing])
 
 
@@ -185,14 +185,14 @@ def _fields(config: TrainConfig) -> list[tuple[str, Any]]:
     return [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
 
 
-def _shown(value: Any) -> str:
+def value_in_words(value: Any) -> str:
     """A value of a configuration, in words."""
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={_shown(item)}" for name, item in value.items()) or "none"
+        return " ".join(f"{name}={value_in_words(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return " ".join(map(_shown, value)) or "none"
+        return " ".join(map(value_in_words, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
