@@ -186,11 +186,14 @@ class Queue:
         """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
 
         Raises:
+            ConfigError: another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
             StorageError: the disk refused.
         """
         if not self._waiting:
             return Outcome({}, EXIT_OK)
+        held = RunFolder(self._folder)
+        held.lock()  # a second queue would find the runs of this one locked, and call that a failure
         for job in self._waiting:
             self._memory.look(job.config)
         if self._per_device is None:
@@ -217,6 +220,7 @@ class Queue:
                 self._send(signal.SIGTERM)  # after an error of ours, such as a full disk: they save
                 for running in self._running():
                     running.process.wait()
+                held.unlock()
         stopped = self._signal if self._waiting else ""
         return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
 
@@ -255,7 +259,7 @@ class Queue:
             needs, names = 0.0, {job.name, *(other.job.name for other in place.running)}
             if place.running and (len(place.running) >= self._limit or names & self._alone):
                 continue
-            if self._per_device is None and place.free is not None:
+            if self._limit > 1 and place.free is not None:
                 needs = self._memory.needs(job.config, place.device)
                 if place.running and sum(other.needs for other in place.running) + needs > FILL * place.free:
                     continue

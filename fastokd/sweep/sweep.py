@@ -207,7 +207,7 @@ class Results:
             "Errors of the student in %, mean +- sample standard deviation over seeds", 
             ("point", "runs", "last epoch", "best epoch", *(["published", "difference, last epoch"] if paper else [])), tuple(rows),
             ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.", *self.notes))
-        return [*(Table(f"{panel.title}: errors of the student in %", (f"{short(self.sweep.fields[0])} \\ {short(self.sweep.fields[1])}", *labels[1]),
+        return [*(Table(f"Errors of the student in %, {panel.title}", (f"{short(self.sweep.fields[0])} \\ {short(self.sweep.fields[1])}", *labels[1]),
                         tuple((label, *texts) for label, texts in zip(labels[0], panel.texts, strict=True))) for panel, labels in self._panels()), line]
 
     def _panels(self) -> list[tuple[Panel, list[list[str]]]]:
@@ -218,10 +218,10 @@ class Results:
         width = len(labels[1])
         errors = [each.errors() for each in self.measured]
         columns: list[tuple[str, list[float | None], list[str]]] = [
-            ("Last epoch, mean +- sample standard deviation over seeds", [statistics.mean(each) if each else None for each in errors],
+            ("last epoch", [statistics.mean(each) if each else None for each in errors],
              [f"{spread(each)}{'' if len(each) == len(found.states) else f' ({found.progress()})'}" if each else found.progress() for each, found in zip(errors, self.measured, strict=True)])]
         if source := next((number.source for number in self.published if number), ""):
-            columns.append((f"Published, {source}", [number.error if number else None for number in self.published], [number.number() if number else "-" for number in self.published]))
+            columns.append((f"published, {source}", [number.error if number else None for number in self.published], [number.number() if number else "-" for number in self.published]))
         return [(Panel(title, *([values[start:start + width] for start in range(0, len(values), width)] for values in (numbers, texts))), labels) for title, numbers, texts in columns]
 
     def as_text(self) -> str:
@@ -239,9 +239,10 @@ class Results:
                        for point, measured, number in zip(self.sweep.points, self.measured, self.published, strict=True)]})
         files = [out / "sweep.md", out / "sweep.csv", out / "results.json"]
         if panels:
+            shared = [value for field, value in (("model", self.sweep.base.model), ("method", self.sweep.base.method)) if field not in self.sweep.fields]
             rows, columns = ((short(field), names) for field, names in zip(self.sweep.fields, panels[0][1], strict=True))
             with contextlib.suppress(MissingExtra):
-                files += draw_heat_map([panel for panel, _ in panels], rows, columns, f"{self.sweep.base.model}, {self.sweep.base.method}: errors of the student in %", out / "heat-map")
+                files += draw_heat_map([panel for panel, _ in panels], rows, columns, ", ".join([*shared, "student"]), out / "heat-map")
         return files
 
     def _csv(self) -> str:
