@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -285,38 +287,34 @@ def test_two_queues_do_not_share_a_folder(fake, tmp_path):
     assert run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)[0].exit_code == 0
 
 
-FAKE_SWEEP = """
-import sys
-from fastokd import cli
-from fastokd.sweep import queue
-real = queue._command
-queue._command = lambda *given: [sys.executable, "tests/fake_training.py", *real(*given)[4:]]
-raise SystemExit(cli.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize(("number", "orders"), [
     (signal.SIGTERM, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "wait"}), (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"})])
-def test_a_signal_lets_the_runs_save(tmp_path, number, orders):
+def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     out = tmp_path / "out"
     order(tmp_path, orders)
-    process = start(["-c", FAKE_SWEEP, "sweep", "--out", out, "--data", "digits", *TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1,2", "--per-device", "2", "--devices", "cpu"])
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "events.txt").is_file() or len(events(tmp_path)) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    if "stubborn" in orders.values():
-        while len(events(tmp_path)) < 3:
+
+    def send(after: int) -> None:
+        deadline = time.monotonic() + 60
+        while (not (tmp_path / "events.txt").is_file() or len(events(tmp_path)) < after) and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(number)  # another Ctrl-C does not wait for the other
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert f"{signal.Signals(number).name}: 2 runs save and stop" in said
-    assert errors.splitlines()[-1] == f"fastokd: stopped by {signal.Signals(number).name}; the same command goes on"
-    assert "aux_blocks-0-seed0: saved, 1 of 2 epochs\n" in said
-    assert ("aux_blocks-1-seed0: stopped, not run\n" in said) == ("stubborn" in orders.values())
+        os.kill(os.getpid(), number)
+
+    def stop() -> None:
+        send(after=2)
+        if "stubborn" in orders.values():
+            send(after=3)  # another Ctrl-C does not wait for the run that does not listen
+
+    before = signal.getsignal(number)
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert sweep(out, *TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1,2", "--per-device", "2", "--devices", "cpu") == 75
+    stopper.join()
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr()
+    assert f"{signal.Signals(number).name}: 2 runs save and stop; another signal stops them at once\n" in said.out
+    assert said.err == f"fastokd: stopped by {signal.Signals(number).name}; the same command goes on\n"
+    assert "aux_blocks-0-seed0: saved, 1 of 2 epochs\n" in said.out
+    assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())
     assert {each["run"] for each in events(tmp_path)} == set(orders)
     assert [each["last_errors"] for each in results(out)["points"]] == [[], [], []]
 
@@ -458,3 +456,23 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     capsys.readouterr()
     assert sweep(out, *grid) == 2
     assert "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005): choose another --out" in capsys.readouterr().err
+
+
+# ---- the pages
+
+
+@pytest.mark.parametrize("page", ["sweep.md", "reproducing.md"])
+def test_commands_of_the_pages(page, tmp_path, monkeypatch, capsys):
+    """All are planned as they are written, with their folders as they are named there; nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "runs" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "config.yaml").write_text(TrainConfig(data="digits").to_yaml())
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = [shlex.split(line) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 6
+    for line in lines:
+        assert line[0] == "fastokd"
+        whole = [*line[1:], *(["--dry-run"] if len(line) > 2 and "--dry-run" not in line else [])]
+        assert cli.main(whole) == 0, (line, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]

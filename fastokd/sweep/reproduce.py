@@ -91,8 +91,9 @@ class Reproduction:
         name: of the table.
         table: the table.
         rows: the recipes to run now, by name; the others of the table are shown as they are.
+        seeds: runs of each of these rows, with seeds from 0.
         configs: of all recipes of the table, by name, with seed 0.
-        jobs: for each recipe of the table its runs, one for each seed.
+        jobs: for each recipe of the table its runs: those to run now, and those that are there from before.
         epochs: the number that all are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
         out: the folder.
@@ -101,6 +102,7 @@ class Reproduction:
     name: str
     table: PaperTable
     rows: tuple[str, ...]
+    seeds: int
     configs: Mapping[str, TrainConfig]
     jobs: Mapping[str, tuple[Job, ...]]
     epochs: int | None
@@ -110,7 +112,7 @@ class Reproduction:
     @property
     def queue(self) -> list[Job]:
         """The runs in the order in which they begin: all rows with the first seed, then with the next."""
-        return [job for of_a_seed in zip(*(self.jobs[name] for name in self.rows), strict=True) for job in of_a_seed]
+        return [job for seed in range(self.seeds) for name in self.rows for job in self.jobs[name] if job.config.seed == seed]
 
 
 def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | None, epochs: int | None, values: Values, out: Path | None) -> Reproduction:
@@ -149,8 +151,15 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         configs[recipe] = replace(override(config, fields_of(changes)), data=data)
         check_config(configs[recipe])
     out = out or Path("reproduce") / name
-    jobs = {recipe: tuple(Job(out / RUNS / f"{recipe}-seed{seed}", replace(config, seed=seed)) for seed in range(seeds)) for recipe, config in configs.items()}
-    return Reproduction(name, table, tuple(chosen), configs, jobs, epochs, changes, out)
+    jobs = {recipe: tuple(Job(out / RUNS / f"{recipe}-seed{seed}", replace(config, seed=seed)) for seed in sorted({*_seeds_there(out, recipe), *range(seeds if recipe in chosen else 0)}))
+            for recipe, config in configs.items()}
+    return Reproduction(name, table, tuple(chosen), seeds, configs, jobs, epochs, changes, out)
+
+
+def _seeds_there(out: Path, recipe: str) -> set[int]:
+    """The seeds of a recipe's runs in a folder."""
+    names = (re.fullmatch(rf"{re.escape(recipe)}-seed(\d+)", path.name) for path in (out / RUNS).glob(f"{recipe}-seed*"))
+    return {int(found[1]) for found in names if found}
 
 
 def scaled(config: TrainConfig, epochs: int) -> TrainConfig:

@@ -41,7 +41,7 @@ class Measured:
             return f"{planned} seed{'s' * (planned > 1)}" if len(self.runs) == planned else f"{len(self.runs)} of {planned} seeds"
         if any(state.startswith("failed") for state in self.states.values()):
             return "failed"
-        return "not run" if set(self.states.values()) == {"not run"} else "begun"
+        return "not run" if set(self.states.values()) <= {"not run"} else "begun"
 
     def as_json(self, row: str = "student") -> dict[str, Any]:
         """Errors of a row in %, not rounded, with their mean and sample standard deviation; None where there are too few runs."""
