@@ -407,7 +407,7 @@ def sweep(recipe: Text = None, config: File = None, data: Text = None, settings:
 
     base = _settings(recipe, config, _absolute_data(data))
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(settings), seeds, out)
-    return _run_queue(plan, dry_run, lambda say: run_sweep(plan, devices, per_device, say), lambda failed: Results.of(plan, failed).as_text())
+    return _run_queue(plan, dry_run, devices, per_device, run_sweep, lambda failed: Results.of(plan, failed).as_text())
 
 
 @command
@@ -435,7 +435,7 @@ def reproduce(table: Pos[Text] = None, data: Text = None, rows: Annotated[tuple[
         print(table_of_tables().as_text())
         return EXIT_OK
     plan = plan_reproduction(table, _absolute_data(data).get("data", ""), rows, seeds, epochs, parse_values(settings), out)
-    return _run_queue(plan, dry_run, lambda say: run_reproduction(plan, devices, per_device, say), lambda failed: ReproductionResults.of(plan, failed).as_text())
+    return _run_queue(plan, dry_run, devices, per_device, run_reproduction, lambda failed: ReproductionResults.of(plan, failed).as_text())
 
 
 def _absolute_data(data: str | None) -> dict[str, Any]:
@@ -445,8 +445,10 @@ def _absolute_data(data: str | None) -> dict[str, Any]:
     return {} if data is None else {"data": absolute_spec(data)}
 
 
-def _run_queue(plan: Any, dry_run: bool, run: Callable[[Callable[[str], None]], Any], results: Callable[[Mapping[str, str]], str]) -> int:
+def _run_queue(plan: Any, dry_run: bool, devices: str, per_device: str, run: Callable[..., Any], results: Callable[[Mapping[str, str]], str]) -> int:
     """Run what is planned, or only say what that is, and print what is measured."""
+    from fastokd.sweep.queue import parse_devices, parse_per_device
+
     say = functools.partial(_console().print, markup=False)
     if dry_run:
         states = [(job.name, job.state()) for job in plan.queue]
@@ -455,7 +457,7 @@ def _run_queue(plan: Any, dry_run: bool, run: Callable[[Callable[[str], None]], 
         say(f"{len(states)} runs in {plan.out}, {sum(state == 'finished' for _, state in states)} finished\n")
         print(results({}))
         return EXIT_OK
-    outcome = run(say)
+    outcome = run(plan, parse_devices(devices), parse_per_device(per_device), say)
     print(f"\n{results(outcome.failed)}\n")
     say(f"runs, tables and numbers: {plan.out}")
     if outcome.failed:

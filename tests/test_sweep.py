@@ -90,6 +90,12 @@ def test_another_method_begins_with_its_own_defaults():
     assert [(point.config.method, point.config.branches, point.config.lr_decay_at) for point in points] == [("ahbf", 4, (0.5, 0.75)), ("dml", None, (0.5, 0.75))]
 
 
+def test_a_teacher_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    points = grid_points(TrainConfig(method="kd", branches=1), parse_values(["method_options.teacher=rows.npy", "lr=0.1,0.2"]))
+    assert {point.config.method_options["teacher"] for point in points} == {str(tmp_path / "rows.npy")}
+
+
 def test_points_whose_names_would_be_the_same_differ():
     points = grid_points(TrainConfig(), parse_values(['model="resnet20,resnet32","resnet20 ,resnet32"', "method=dml"]))
     assert [point.name for point in points] == ["model-resnet20_resnet32", "model-resnet20_resnet32-2"]

@@ -12,6 +12,7 @@ import yaml
 from fastokd.analysis.runs import value_in_words
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.train.config import TrainConfig, check_config, config_from_mapping, option_value, override
+from fastokd.train.teacher import with_absolute_teacher
 
 Values = Mapping[str, Sequence[Any]]
 """For each field its values; an option is named with its field, e.g. "method_options.lambda_ta"."""
@@ -97,7 +98,7 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
         point = {field: chosen[field] for field in swept}
-        config = override(base, fields_of(chosen))
+        config = with_absolute_teacher(override(base, fields_of(chosen)))
         try:
             check_config(config)
         except ConfigError as error:

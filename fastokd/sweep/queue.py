@@ -167,9 +167,9 @@ class Queue:
     """
 
     def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> None:
-        self._total, self._folder, self._per_device, self._say = len(jobs), folder, per_device, say
+        self._jobs, self._folder, self._per_device, self._say = tuple(jobs), folder, per_device, say
         self._waiting = [job for job in jobs if not job.is_finished()]
-        self._finished = self._total - len(self._waiting)
+        self._finished = len(jobs) - len(self._waiting)
         self._places = [_Device(device, None) for device in devices]
         self._failed: dict[str, str] = {}
         self._exit_code = EXIT_OK
@@ -186,10 +186,12 @@ class Queue:
         """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
 
         Raises:
-            ConfigError: another queue runs in the folder.
+            ConfigError: a run folder holds another run, or another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
             StorageError: the disk refused.
         """
+        for job in self._jobs:
+            job.check()
         if not self._waiting:
             return Outcome({}, EXIT_OK)
         held = RunFolder(self._folder)
@@ -300,7 +302,7 @@ class Queue:
         if code == EXIT_OK:
             self._finished += 1
             self._seconds.append(seconds)
-            self._say(f"{job.name}: finished in {duration(seconds)}; {self._finished} of {self._total} runs{self._left()}")
+            self._say(f"{job.name}: finished in {duration(seconds)}; {self._finished} of {len(self._jobs)} runs{self._left()}")
             return
         if self._signal and (code == EXIT_PREEMPTED or code < 0):
             self._waiting.insert(0, job)
@@ -326,7 +328,7 @@ class Queue:
 
     def _note(self) -> None:
         running = [f"{each.job.name} {len(RunFolder(each.job.path).read_metrics())} of {each.job.config.epochs} epochs" for each in self._running()]
-        self._say(f"{self._finished} of {self._total} runs finished; running: {', '.join(running)}")
+        self._say(f"{self._finished} of {len(self._jobs)} runs finished; running: {', '.join(running)}")
 
 
 class _Memory:

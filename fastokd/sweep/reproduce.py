@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fastokd.analysis.compare import spread
 from fastokd.analysis.tables import Table, plain_markdown
 from fastokd.errors import ConfigError, did_you_mean, first_few
@@ -14,7 +16,7 @@ from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, claim_folder
 from fastokd.sweep.grid import Values, fields_of
-from fastokd.sweep.queue import Job, Outcome, Queue, parse_devices, parse_per_device
+from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
     comparison_remarks,
@@ -170,25 +172,21 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
     return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
 
 
-def run_reproduction(plan: Reproduction, devices: str, per_device: str, say: Callable[[str], None]) -> Outcome:
+def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> Outcome:
     """Train what is not trained yet, and write ``reproduce.md`` and ``results.json``.
 
     Args:
         plan: the table.
-        devices, per_device: see ``parse_devices`` and ``parse_per_device``.
-        say: takes the lines about what happens.
+        devices, per_device, say: see ``Queue``.
 
     Raises:
-        ConfigError: the folder is of something else or holds another run, or a device is not there.
+        ConfigError: the folder is of something else, holds another run, or another queue runs in it.
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    queue_of = (parse_devices(devices), parse_per_device(per_device))
     record = {"format": "fastokd reproduce 1", "table": plan.name, "epochs": plan.epochs, "set": dict(plan.changes)}
     claim_folder(plan.out, "reproduce", record, lambda there, here: [f"{name}: {there[name]!r}, {value!r}" for name, value in here.items() if there[name] != value])
-    for job in plan.queue:
-        job.check()
-    outcome = Queue(plan.queue, plan.out, *queue_of, say).run()
+    outcome = Queue(plan.queue, plan.out, devices, per_device, say).run()
     ReproductionResults.of(plan, outcome.failed).write()
     return outcome
 

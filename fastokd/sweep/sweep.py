@@ -6,10 +6,11 @@ import io
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from fastokd.analysis.compare import spread
@@ -22,7 +23,7 @@ from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, Record, claim_folder
 from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.sweep.queue import Job, Outcome, Queue, parse_devices, parse_per_device
+from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
     comparison_remarks,
@@ -83,24 +84,20 @@ def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: 
     return Sweep(base, recipe, values, tuple(points), jobs, out)
 
 
-def run_sweep(sweep: Sweep, devices: str, per_device: str, say: Callable[[str], None]) -> Outcome:
+def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> Outcome:
     """Train what is not trained yet, and write the results, see ``Results.write``.
 
     Args:
         sweep: the grid.
-        devices, per_device: see ``parse_devices`` and ``parse_per_device``.
-        say: takes the lines about what happens.
+        devices, per_device, say: see ``Queue``.
 
     Raises:
-        ConfigError: the folder is of another grid or holds another run, or a device is not there.
+        ConfigError: the folder is of another grid, holds another run, or another queue runs in it.
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    queue_of = (parse_devices(devices), parse_per_device(per_device))
     claim_folder(sweep.out, "sweep", _record(sweep), _differences)
-    for job in sweep.queue:
-        job.check()
-    outcome = Queue(sweep.queue, sweep.out, *queue_of, say).run()
+    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say).run()
     Results.of(sweep, outcome.failed).write()
     return outcome
 
