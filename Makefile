@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
+MEASURED = build/bench
 
 .PHONY: install demo test sanitize budgets budgets-triton-3.6 bench lint clean
 
@@ -47,11 +48,18 @@ budgets-triton-3.6:
 	$(TRITON_36)/bin/pip install --quiet 'triton==3.6.*' numpy pytest
 	$(TRITON_36)/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_budget.py
 
+# Into build/ first: a result file that changes would make the commit of the next one a changed one.
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=bench/results/loss-cpu.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=bench/results/data-cpu.json
+	mkdir -p $(MEASURED)
+	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=$(MEASURED)/loss-cpu.json
+	$(BIN)/python -m pytest bench/bench_gate.py -q --benchmark-json=$(MEASURED)/gate-cpu.json
+	$(BIN)/python -m pytest bench/bench_step.py -q --benchmark-json=$(MEASURED)/quickstep-cpu.json
+	$(BIN)/python -m pytest bench/bench_start.py -q --benchmark-json=$(MEASURED)/start-cpu.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=$(MEASURED)/data-cpu.json
 	$(BIN)/fastokd bench step --seconds 60 --out build/step
-	cp build/step/step-ladder.json bench/results/step-cpu.json
+	cp build/step/step-ladder.json $(MEASURED)/step-cpu.json
+	$(BIN)/python -m bench.machine_code --out $(MEASURED)/machine-code.json
+	cp $(MEASURED)/*.json bench/results/
 	$(BIN)/python -m bench.methods
 	$(BIN)/python -m bench.method_pages
 	$(BIN)/python -m bench.recipe_page

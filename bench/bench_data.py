@@ -4,8 +4,8 @@
 
 ``FASTOKD_BENCH_SMALL`` is a tree of small pictures (``train/``, ``val/``; Tiny-ImageNet), without which those cases are
 skipped. Large pictures are composed of them, or drawn, into a temporary folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a tree
-that is kept. ``FASTOKD_BENCH_DEVICE=cuda`` makes the batches on the GPU. Each round is one epoch over the same images in the
-same windows; ``extra_info`` holds images per second.
+that is kept. On a GPU the batches are made there. Each round is one epoch over the same images in the same windows; ``extra_info``
+holds images per second. Other variables: ``bench/suite.py``.
 """
 
 import functools
@@ -18,6 +18,7 @@ import torch
 
 from bench.loaders import LARGE_MODEL, run_epoch, waiting_share
 from bench.pictures import compose
+from bench.suite import DEVICE, SMOKE, rounds
 from fastokd.data import Augment, FileSplit, list_files, make_loader, open_dataset
 from fastokd.data.images import default_workers
 from fastokd.data.loader import get_loader_kind
@@ -27,12 +28,12 @@ from fastokd.train.step import TrainStep
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
-DEVICE = torch.device(os.environ.get("FASTOKD_BENCH_DEVICE", "cpu"))
 SMALL = os.environ.get("FASTOKD_BENCH_SMALL")
 LARGE = os.environ.get("FASTOKD_BENCH_LARGE_PICTURES")
-COUNT = int(os.environ.get("FASTOKD_BENCH_IMAGES", "1024"))
+COUNT = 16 if SMOKE else int(os.environ.get("FASTOKD_BENCH_IMAGES", "1024"))
+BATCH = 8 if SMOKE else 64
 CROP = Augment(flip=True, crop_scale=(0.08, 1.0))
-THREADS = sorted({1, 2, default_workers()})
+THREADS = [1] if SMOKE else sorted({1, 2, default_workers()})
 CASES = [("dali", {"threads": n}) for n in THREADS] + [("torchvision", {"workers": n}) for n in (0, *THREADS)]
 
 
@@ -48,7 +49,7 @@ def some(split: FileSplit) -> FileSplit:
     return split.select(torch.linspace(0, len(split) - 1, min(COUNT, len(split))).long())
 
 
-def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment: Augment, batch_size: int = 64) -> Any:
+def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment: Augment, batch_size: int = BATCH) -> Any:
     kind = get_loader_kind(name)
     if reason := kind.missing(DEVICE):
         pytest.skip(reason)
@@ -58,7 +59,7 @@ def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment:
 
 def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
     images, _ = run_epoch(loader, DEVICE)
-    benchmark.pedantic(functools.partial(run_epoch, loader, DEVICE), rounds=3)
+    benchmark.pedantic(functools.partial(run_epoch, loader, DEVICE), **rounds(3))
     if hasattr(loader, "close"):
         loader.close()
     if benchmark.stats is not None:  # --benchmark-disable
@@ -82,7 +83,7 @@ def test_resident(benchmark: Any) -> None:
     if SMALL is None:
         pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
     benchmark.group = "small-64"
-    loader = make_loader(open_dataset(SMALL, image_size=64), "train", 64, device=DEVICE, loader="resident")
+    loader = make_loader(open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident")
     measure(benchmark, loader, {"loader": "resident", "pictures": "small-64"})
 
 
@@ -90,11 +91,11 @@ def test_resident(benchmark: Any) -> None:
 def test_waiting(benchmark: Any, large: Path, name: str) -> None:
     """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures of 224 pixels on a GPU, of 64 on a CPU."""
     on_gpu = DEVICE.type == "cuda"
-    config = TrainConfig(model=LARGE_MODEL if on_gpu else "resnet20", method="ahbf", branches=4, aux_blocks=1)
+    config = TrainConfig(model=LARGE_MODEL if on_gpu else "resnet8" if SMOKE else "resnet20", method="ahbf", branches=4, aux_blocks=1)
     torch.manual_seed(0)
     model = create_model(config.model, config.method, 10, 4, 1).to(DEVICE, memory_format=torch.channels_last)
     step = TrainStep(config, model, DEVICE)
-    loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, 16)
+    loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, min(16, BATCH))
     benchmark.group = "waiting"
     found: dict[str, float] = {}
     benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, step)), rounds=1)

@@ -2,11 +2,10 @@
 
     pytest bench/bench_data_resident.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
 
-``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU, in bfloat16. Each result's ``extra_info`` has ``images_per_second``; that of the
+Variables: ``bench/suite.py``. Each result's ``extra_info`` has ``images_per_second``; that of the
 step is what the others are to be compared with. The pixels are random: their values cost nothing.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.suite import DEVICE, DTYPE, SMOKE, rounds, synchronize
 from fastokd.data import Augment, ResidentLoader, Split, cache, open_dataset
 from fastokd.models import create_model
 from fastokd.train.config import TrainConfig
@@ -23,10 +23,10 @@ from fastokd.train.step import TrainStep
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
-DEVICE = torch.device(os.environ.get("FASTOKD_BENCH_DEVICE", "cpu"))
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-BATCH = 128
-SETS = {"cifar": (50_000, 32), "tiny-imagenet": (20_000, 64)}
+BATCH = 8 if SMOKE else 128
+SETS = {"cifar": (32, 16), "tiny-imagenet": (32, 16)} if SMOKE else {"cifar": (50_000, 32), "tiny-imagenet": (20_000, 64)}
+FILES = 4 if SMOKE else 500
+"""Of each class and split, to open."""
 WORK: dict[str, dict[str, Any]] = {
     "evaluate": {"train": False},
     "shuffle": {"augment": Augment()},
@@ -51,8 +51,13 @@ def take_batches(loader: ResidentLoader, batches: int) -> None:
     iterator = iter(loader)
     for _ in range(batches):
         next(iterator)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
+
+
+def note_speed(benchmark: Any, images: int) -> None:
+    """Images per second of the median round, in the result."""
+    if benchmark.stats is not None:  # --benchmark-disable
+        benchmark.extra_info["images_per_second"] = round(images / benchmark.stats.stats.median)
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -61,25 +66,24 @@ def test_resident_loader(benchmark: Any, name: str, work: str) -> None:
     benchmark.group = f"{name}, batches of {BATCH}"
     loader = make_loader(name, **WORK[work])
     batches = min(40, len(loader))
-    benchmark.pedantic(take_batches, (loader, batches), rounds=5, warmup_rounds=1)
-    benchmark.extra_info["images_per_second"] = round(batches * BATCH / benchmark.stats.stats.median)
+    benchmark.pedantic(take_batches, (loader, batches), **rounds(5))
+    note_speed(benchmark, batches * BATCH)
 
 
 def test_a_step_consumes(benchmark: Any) -> None:
     """Training a small student with AHBF on CIFAR-sized images: what the loader must keep up with."""
     benchmark.group = f"cifar, batches of {BATCH}"
-    config = TrainConfig(model="resnet20", method="ahbf", batch_size=BATCH)
+    config = TrainConfig(model="resnet8" if SMOKE else "resnet20", method="ahbf", batch_size=BATCH)
     model = create_model(config.model, config.method, 10, config.num_branches(), config.aux_blocks).to(DEVICE, memory_format=torch.channels_last)
     step, loader = TrainStep(config, model, DEVICE), make_loader("cifar", augment=Augment(pad=4, flip=True))
     batch = next(iter(loader))
 
     def one_step() -> None:
         step(batch)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
-    benchmark.pedantic(one_step, rounds=3, warmup_rounds=1)
-    benchmark.extra_info["images_per_second"] = round(BATCH / benchmark.stats.stats.median)
+    benchmark.pedantic(one_step, **rounds(3))
+    note_speed(benchmark, BATCH)
 
 
 @pytest.mark.parametrize("start", ["first", "second"])
@@ -91,11 +95,11 @@ def test_start(benchmark: Any, start: str, tmp_path: Path, monkeypatch: pytest.M
         for label in range(4):
             folder = tmp_path / "tree" / split / str(label)
             folder.mkdir(parents=True)
-            for i in range(500):
+            for i in range(FILES):
                 Image.fromarray(pixels[i % 40]).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
     monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(cache, "_RACY_SECONDS", 0.1)
     time.sleep(0.2)
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache") if start == "second" else "off")
-    open_dataset(tmp_path / "tree")
-    benchmark.pedantic(open_dataset, (tmp_path / "tree",), rounds=3)
+    open_dataset(tmp_path / "tree")  # fills the cache
+    benchmark.pedantic(open_dataset, (tmp_path / "tree",), **rounds(3))

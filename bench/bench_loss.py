@@ -1,10 +1,11 @@
-"""The AHBF loss (paper preset, four branches): the fused executors against the reference, eager and compiled.
+"""The losses: the fused executors against the reference, eager and compiled.
 
     pytest bench/bench_loss.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
 
-``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits, ``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU (in
-bfloat16; on the CPU in float32). Each result's ``extra_info`` holds the least number of bytes that the logits and
-their gradients need, and the share of the time that moving these takes at the measured bandwidth of a copy.
+``test_loss`` is AHBF (paper preset, four branches) at seven sizes, ``test_method`` the graph of every method at one.
+``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits; ``bench/suite.py`` has the other variables. The ``extra_info``
+of ``test_loss`` holds the least number of bytes that the logits and their gradients need, and the share of the time that moving
+these takes at the measured bandwidth of a copy.
 """
 
 import functools
@@ -16,26 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastokd.losses import AHBFLoss
+from bench.suite import DEVICE, DTYPE, SIZES, SMOKE, compiled, measure, synchronize
+from fastokd.losses import AHBFLoss, GraphLoss
+from fastokd.methods import get_method, list_methods
 from fastokd.ops.executors import executor_states
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
-DEVICE = os.environ.get("FASTOKD_BENCH_DEVICE", "cpu")
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BRANCHES = 4
-SECONDS_PER_CASE = 2.0
-SIZES = {
-    (128, 10): "CIFAR-10",
-    (128, 100): "CIFAR-100",
-    (96, 1000): "ImageNet, one GPU's share",
-    (1024, 1000): "ImageNet, a large batch",
-    (4096, 1000): "ImageNet, beyond the caches",
-    (1024, 21841): "ImageNet-21k",
-    (256, 100000): "a large vocabulary",
-}
 LARGE = 4_000_000
-EXECUTOR = {"cpu": "cpu", "cuda": "triton"}[DEVICE]
+METHOD_SIZE = (4, 10) if SMOKE else (128, 100)
+EXECUTOR = {"cpu": "cpu", "cuda": "triton"}[DEVICE.type]
+PROVIDERS = ["eager", "compiled", "fused"]
 
 
 @functools.cache
@@ -52,57 +45,76 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / best
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def make_loss(provider: str) -> Callable[..., torch.Tensor]:
+def make_loss(provider: str, build: Callable[..., torch.nn.Module]) -> Callable[..., torch.Tensor]:
+    """The loss of ``build(impl=...)`` as one of ``PROVIDERS`` runs it."""
     if provider == "fused":
         reason = executor_states().get(EXECUTOR, "this fastokd does not have it")
         if reason:
             pytest.skip(f"impl='{EXECUTOR}' cannot run: {reason}")
-        return AHBFLoss.preset("paper", BRANCHES, impl=EXECUTOR)
-    loss = AHBFLoss.preset("paper", BRANCHES, impl="reference")
-    return torch.compile(loss, dynamic=False) if provider == "compiled" else loss
+        return build(impl=EXECUTOR).to(DEVICE)
+    loss = build(impl="reference").to(DEVICE)
+    return compiled(loss) if provider == "compiled" else loss
 
 
-@pytest.mark.parametrize("provider", ["eager", "compiled", "fused"])
+def random_logits(batch: int, classes: int, rows: int, backward: bool) -> list[torch.Tensor]:
+    return [torch.randn(batch, classes, device=DEVICE).mul(3).to(DTYPE).requires_grad_(backward) for _ in range(rows)]
+
+
+def random_weights(batch: int, width: int, backward: bool) -> torch.Tensor:
+    return torch.rand(batch, width, device=DEVICE).softmax(1).requires_grad_(backward)
+
+
+def make_step(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+    """What is timed: the loss and, with ``backward``, the gradients of the leaves."""
+    def step() -> None:
+        if backward:
+            for leaf in leaves:
+                leaf.grad = None
+            call().backward()
+        else:
+            with torch.no_grad():
+                call()
+        synchronize()
+
+    return step
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", [(4, 10)] if SMOKE else SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_loss(benchmark: Any, size: tuple[int, int], mode: str, provider: str) -> None:
     batch, classes = size
     if batch * classes * BRANCHES > LARGE * 1.5 and os.environ.get("FASTOKD_BENCH_LARGE") != "1":
         pytest.skip("large: set FASTOKD_BENCH_LARGE=1")
     backward = mode == "forward+backward"
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    logits = [torch.randn(batch, classes, device=DEVICE).mul(3).to(DTYPE).requires_grad_(backward) for _ in range(BRANCHES)]
-    scores = [torch.rand(batch, 2, device=DEVICE).softmax(1).requires_grad_(backward) for _ in range(BRANCHES - 1)]
+    logits = random_logits(batch, classes, BRANCHES, backward)
+    scores = [random_weights(batch, 2, backward) for _ in range(BRANCHES - 1)]
     target = torch.randint(classes, (batch,), device=DEVICE)
-    loss = make_loss(provider)
-
-    def step() -> None:
-        if backward:
-            for leaf in (*logits, *scores):
-                leaf.grad = None
-            loss(logits, target, scores=scores, kd_weight=0.5).backward()
-        else:
-            with torch.no_grad():
-                loss(logits, target, scores=scores, kd_weight=0.5)
-        synchronize()
-
-    step()  # compiles
-    started = time.perf_counter()
-    step()
-    rounds = max(3, min(200, int(SECONDS_PER_CASE / max(time.perf_counter() - started, 1e-6))))
+    loss = make_loss(provider, functools.partial(AHBFLoss.preset, "paper", BRANCHES))
     benchmark.group = f"{batch}x{classes} {mode}"
     # Forward reads the logits; backward reads them again and writes as much.
-    moved = BRANCHES * batch * classes * logits[0].element_size() * (3 if backward else 1)
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=2)
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    median = benchmark.stats.stats.median
-    benchmark.extra_info.update(
-        provider=provider, mode=mode, batch=batch, classes=classes, case=SIZES[size], dtype=str(DTYPE), bytes=moved,
-        bytes_per_second=moved / median, roofline_share=moved / copy_bandwidth() / median)
+    moved = BRANCHES * batch * classes * DTYPE.itemsize * (3 if backward else 1)
+    step = make_step(lambda: loss(logits, target, scores=scores, kd_weight=0.5), [*logits, *scores], backward)
+    median = measure(benchmark, step, provider=provider, mode=mode, batch=batch, classes=classes, case=SIZES.get(size, "smoke"), dtype=str(DTYPE), bytes=moved)
+    if median is not None:
+        benchmark.extra_info.update(bytes_per_second=moved / median, roofline_share=moved / copy_bandwidth() / median)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("method", list_methods())
+def test_method(benchmark: Any, method: str, provider: str) -> None:
+    """Forward and backward of a method's graph, paper preset; what a method has beside its graph is not in it."""
+    batch, classes = METHOD_SIZE
+    chosen = get_method(method)
+    graph = chosen.loss_class.preset("paper", chosen.default_branches).graph
+    torch.manual_seed(0)
+    logits = random_logits(batch, classes, len(graph.logits), True)
+    weights = {name: random_weights(batch, width, True) for name, width in graph.weight_sources.items()}
+    externals = {name: random_weights(batch, classes, False) for name in graph.externals}
+    target = torch.randint(classes, (batch,), device=DEVICE)
+    loss = make_loss(provider, functools.partial(GraphLoss, graph))
+    benchmark.group = f"{batch}x{classes} {method}"
+    step = make_step(lambda: loss(logits, target, weights=weights, externals=externals, kd_weight=0.5), [*logits, *weights.values()], True)
+    measure(benchmark, step, provider=provider, method=method, branches=chosen.default_branches, nodes=len(graph.nodes), terms=len(graph.terms),
+            batch=batch, classes=classes, dtype=str(DTYPE))

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.methods import RESULTS
 from bench.pages import page_with
-from fastokd.analysis.tables import markdown_table as table
+from fastokd.analysis.tables import markdown_table
 from fastokd.graph import draw_mermaid
 from fastokd.methods import Method, get_method, list_methods
 
@@ -62,7 +62,7 @@ def layout(method: Method) -> list[str]:
     presets = list(method.loss_class.presets)
     ramps = [_ramp(method, preset) for preset in presets]
     ramp = ramps[0] if len(set(ramps)) == 1 else "; ".join(f"`{preset}`: {text}" for preset, text in zip(presets, ramps, strict=True))
-    return table([
+    return markdown_table([
         ("layout", ""),
         ("branches", _branches(method)),
         ("networks", " or ".join(method.topologies) + (", deeper from branch to branch" if method.hierarchical else "")),
@@ -81,7 +81,7 @@ def options(method: Method) -> list[str]:
     for name, default in (*defaults.items(), *method.model_options.items()):
         values = [str(bundle[name]) if name in bundle and bundle[name] != default else "" for bundle in presets.values()]
         rows.append((f"`{name}`", str(default), *values, told[name]))
-    return table(rows)
+    return markdown_table(rows)
 
 
 def page(method: Method) -> list[str]:
@@ -99,7 +99,7 @@ def index() -> list[str]:
     for method in map(get_method, list_methods()):
         rows.append((f"[{method.name}]({method.name}.md)", method.summary, _branches(method), " or ".join(method.topologies), _kept(method),
                      ", ".join(method.loss_class.presets)))
-    return [*table(rows), *comparison(RESULTS)]
+    return [*markdown_table(rows), *comparison(RESULTS)]
 
 
 def spread(values: list[float] | None) -> str:
@@ -131,7 +131,7 @@ def comparison(path: Path) -> list[str]:
         f"`python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU thread); it takes minutes and says that everything trains. "
         f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods. AFID's student is both of its "
         "sub-networks." + (f" {found['note']}" if "note" in found else ""), "",
-        *table(rows),
+        *markdown_table(rows),
     ]
 
 

@@ -6,11 +6,15 @@ Composed out of small photographs where there is a folder of some, else drawn. T
 """
 
 import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fastokd.storage import write_atomically
 
 SIZE = (500, 375)
 BYTES = 100_000
@@ -27,12 +31,18 @@ def compose(out: Path, count: int, source: Path | None = None) -> Path:
     files = [] if source is None else sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if source is not None and not files:
         raise SystemExit(f"{source}: no .jpg or .jpeg files below it")
-    for split, number in (("train", count), ("val", max(_CLASSES, count // 10))):
-        for i in range(number):
-            path = out / split / f"class-{i % _CLASSES}" / f"{i:06d}.jpg"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(_encode(_picture(np.random.default_rng([split == "val", i]), files)))
+
+    def write(place: tuple[str, int]) -> None:
+        split, i = place
+        path = out / split / f"class-{i % _CLASSES}" / f"{i:06d}.jpg"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: file.write(_encode(_picture(np.random.default_rng([split == "val", i]), files))), durable=False)
+
+    places = [(split, i) for split, number in (("train", count), ("val", max(_CLASSES, count // 10))) for i in range(number)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow encodes and scales without Python's lock
+        for _ in pool.map(write, places):
+            pass
     return out
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.pages import page_with, update
-from fastokd.analysis.tables import markdown_table as table
+from fastokd.analysis.tables import markdown_table
 from fastokd.recipes import Recipe, recipe_groups
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -32,7 +32,7 @@ def generated() -> str:
     for group in recipe_groups():
         about = group.about.replace("``", "`")
         rows = [("recipe", "what it is", "published error, %"), *((f"`{name}`", recipe.title, recipe.reported()) for name, recipe in group.recipes.items())]
-        lines += [f"## {group.heading}", "", about, "", *table(rows), *notes(group.recipes)]
+        lines += [f"## {group.heading}", "", about, "", *markdown_table(rows), *notes(group.recipes)]
     return "\n".join([START, *lines, END])
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | export | compare | plot | report | sweep | reproduce | show | models | methods | data | bench | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | analyze | export | compare | plot | report | sweep | reproduce | show | models | methods | data | bench | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -23,6 +23,7 @@ from fastokd.errors import (
     EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_OK,
+    EXIT_SLOWER,
     EXIT_USAGE,
     ConfigError,
     DataError,
@@ -41,7 +42,8 @@ DATA_DESCRIPTION = """Look at a dataset before it is trained on, or write it ane
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 
-BENCH_DESCRIPTION = """Measure what fastokd does on this machine. Exit codes as of fastokd."""
+BENCH_DESCRIPTION = """Measure what fastokd does on this machine, and compare what was measured. Exit codes as of fastokd, and 7: a row is slower than
+'compare --fail-above' allows."""
 
 bench_app = tyro.extras.SubcommandApp()
 
@@ -272,6 +274,59 @@ def eval_(path: Pos[Path], data: Text = None, which: Literal["last", "best"] = "
 
 
 @command
+def analyze(run: Pos[Path], data: Text = None, which: Literal["last", "best"] = "last", split: Text = None, out: File = None, max_images: int = 500,
+            device: str = "auto") -> None:
+    """Measure how a run's branches and teacher assistants differ, where they err, and what the gates do: numbers and pictures.
+
+    Args:
+        run: the run folder.
+        data: the dataset (default: the one the run was trained on); its classes must be the same.
+        which: the checkpoint of the last or of the best epoch.
+        split: train, val or test (default: what the run is evaluated on).
+        out: the folder for analysis.json and the pictures (default RUN/analysis).
+        max_images: how many of the images that the student gets wrong the t-SNE shows at most; 0 for no t-SNE.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from fastokd.analysis.study import analyze_run
+
+    with _progress_bar("reading images") as decoding, _progress_bar("looking at images") as progress:
+        analysis = analyze_run(run, which, data, split, max_images, device, decoding, progress)
+    folder = out or run / "analysis"
+    pictures = analysis.write(folder)
+    _print_analysis(analysis.record)
+    _console().print(f"wrote {folder / 'analysis.json'}" + (f" and as .svg and .png: {', '.join(pictures)}" if pictures else ""), markup=False)
+
+
+def _print_analysis(record: Mapping[str, Any]) -> None:
+    console, student = _console(), record["student"]
+    console.print(f"{record['run']}: {record['checkpoint']} checkpoint, {record['epochs']} epochs; {record['data']}, {record['images']} {record['split']} images, "
+                  f"of which {student} gets {record['student_errors']} wrong", markup=False)
+    columns = (("accuracy\n%", "accuracy", 100, ".2f"), ("cross-\nentropy", "cross_entropy", 1, ".3f"), ("calibration\nerror %", "calibration_error", 100, ".2f"),
+               ("agreement\n%", "agreement", 100, ".2f"), ("logit\ndistance", "logit_distance", 1, ".3f"), ("softmax\ndistance", "softmax_distance", 1, ".3f"))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("row")
+    for heading, *_ in columns:
+        table.add_column(heading, justify="right")
+    for name in record["rows"]:
+        cells = []
+        for _, key, factor, form in columns:
+            values = record["measures"][key]["values"]
+            to_student = len(record["measures"][key]["axes"]) == 2
+            value = None if to_student and name == student else values[student][name] if to_student else values[name]
+            cells.append("" if value is None else f"{factor * value:{form}}")
+        table.add_row(f"{name} (student)" if name == student else name, *cells)
+    Console(highlight=False).print(table)
+    console.print(f"agreement and distances are with {student}, those of logits over the images that it gets wrong", markup=False)
+    for measure in record["measures"].values():
+        if not measure["axes"] and measure["values"] is not None:
+            console.print(f"{measure['title']}: {measure['values']:.4f}", markup=False)
+    for mixture, weights in record["measures"]["mixing"]["values"].items() if "mixing" in record["measures"] else ():
+        console.print(f"{mixture}: " + " + ".join(f"{weight:.3f} {name}" for name, weight in weights.items()), markup=False)
+    for note in record["notes"]:
+        console.print(f"note: {note}", markup=False)
+
+
+@command
 def export(run: Pos[Path], to: Literal["safetensors", "torchvision", "timm", "onnx", "torch-export", "torchscript"] = "safetensors",
            out: File = None, which: Literal["last", "best"] = "last", branch: Text = None, data: Text = None, device: str = "auto") -> None:
     """Write the plain student of a run, with its classes, preprocessing, accuracy and provenance, checked on real images.
@@ -376,9 +431,9 @@ def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = Tru
 
 
 def _write_text(path: Path, text: str) -> None:
-    from fastokd.storage import write_atomically
+    from fastokd.storage import write_text
 
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     _console().print(f"wrote {path}", markup=False)
 
 
@@ -572,7 +627,7 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @command
 def bench() -> None:
-    """Measure a training step on this machine, one lever at a time: see 'fastokd bench step --help'."""
+    """Measure a training step on this machine, one lever at a time, and compare two result files: see 'fastokd bench --help'."""
 
 
 @functools.partial(command, group=bench_app)
@@ -671,6 +726,27 @@ def _write_ladder(found: dict[str, Any], out: Path) -> None:
     except MissingExtra as error:
         picture = f"; no picture: {error}"
     _console().print(f"wrote {path}{picture}", markup=False)
+
+
+@functools.partial(command, group=bench_app)
+def compare_(before: Pos[Path], after: Pos[Path], fail_above: Number = None) -> int:
+    """Put two result files side by side: for each row both medians and spreads, their ratio, and whether the spreads lie apart.
+
+    Args:
+        before: a result file of pytest-benchmark (make bench), of 'fastokd bench step', or of the step or kernels part of bench.gpu.
+        after: another one, made by the same command.
+        fail_above: end with exit code 7 if a row takes more than so many times as long, e.g. 1.1, outside the spread of both.
+    """
+    from fastokd.analysis.bench_files import compare_files
+
+    if fail_above is not None and not fail_above >= 1:
+        raise ConfigError(f"--fail-above {fail_above:g}: it must be at least 1, which is as long as before")
+    found = compare_files(before, after)
+    print("\n".join(found.lines()))
+    slower = found.slower_than(fail_above) if fail_above is not None else []
+    for row in slower:
+        print(f"fastokd: {row.name} takes {row.ratio:.2f} times as long, more than --fail-above {fail_above:g}", file=sys.stderr)
+    return EXIT_SLOWER if slower else EXIT_OK
 
 
 @command
@@ -1063,13 +1139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     group, prog, description = app, "fastokd", DESCRIPTION
-    commands: tuple[str, ...] = ("demo", "train", "eval", "export", "compare", "plot", "report", "sweep", "reproduce", "show", "models", "methods", "data", "bench", "doctor", "recipes")
+    commands: tuple[str, ...] = ("demo", "train", "eval", "analyze", "export", "compare", "plot", "report", "sweep", "reproduce", "show", "models", "methods", "data", "bench", "doctor", "recipes")
     if arguments[:1] == ["data"]:
         arguments = arguments[1:]
         group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")
     elif arguments[:1] == ["bench"]:
         arguments = arguments[1:]
-        group, prog, description, commands = bench_app, "fastokd bench", BENCH_DESCRIPTION, ("step",)
+        group, prog, description, commands = bench_app, "fastokd bench", BENCH_DESCRIPTION, ("step", "compare")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(f"fastokd: unknown command '{arguments[0]}'{did_you_mean(arguments[0], commands)}", file=sys.stderr)
         return EXIT_USAGE

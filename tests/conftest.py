@@ -13,6 +13,14 @@ if _here not in sys.path:
     sys.path.insert(0, _here)
 
 
+@pytest.fixture(scope="session")
+def sample_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of ``sample_runs.make_runs``, for reading alone."""
+    from sample_runs import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("sample") / "runs")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         import torch

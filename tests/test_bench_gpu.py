@@ -1,35 +1,395 @@
-"""The GPU entry: its dry run goes through the code of every part, so that no GPU minute dies on a typo."""
+"""The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.gpu import NUM_BRANCHES, PARTS, main
+from bench import gpu_tables
+from bench.gpu import accuracy
+from bench.gpu.entry import PARTS, main, run_part
+from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
+from bench.gpu.part import Context, Part, Row
+from bench.gpu.profile import kernel_summary
+from bench.gpu.results import Results, identity
+from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
+from fastokd.errors import Preempted
+from fastokd.methods import list_methods
 from fastokd.models import create_model, find_backbone
+from fastokd.train.ladder import SPENT
+
+CPU = torch.device("cpu")
 
 
-def test_dry_run_writes_every_part_and_continues(tmp_path, capsys):
-    assert main(["--dry-run", "--out", str(tmp_path)]) == 0
-    found = {name: json.loads((tmp_path / f"{name}-dry-run.json").read_text()) for name in PARTS}
-    assert found["tests"]["returncode"] == 0, found["tests"]
-    assert {"tests/test_triton_gpu.py", "tests/test_data_dali_gpu.py", "tests/test_data_loader.py", "tests/test_kdcl.py", "tests/test_tsb.py"} <= set(found["tests"]["files"])
-    for row in found["kernels"]["rows"]:
-        missing = [name for name, value in row.items() if value is None and not name.startswith("fused")]
-        assert not missing, row
-    (ladder,) = found["step"]["ladders"]
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """What a dry run of all parts leaves, and what it and a second one print."""
+    folder = tmp_path_factory.mktemp("gpu")
+    arguments = ["--dry-run", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
+    assert main(arguments) == 0
+    return folder / "out", arguments
+
+
+def read(out, part):
+    return json.loads((out / f"{part}-dry-run.json").read_text())
+
+
+def named(found, entries="rows"):
+    return {row["row"]: row for row in found[entries]}
+
+
+def test_a_dry_run_measures_every_row_of_every_part(everything):
+    out, _ = everything
+    for name, part in PARTS.items():
+        found = read(out, name)
+        assert found["complete"], (name, found["left"])
+        assert found[part.entries]
+        assert found["identity"]["code"]
+        assert found["sessions"][0]["started"] == found["environment"]["started"]
+    assert named(read(out, "environment"))["copy"]["gb_s"] > 0
+    (tests,) = read(out, "tests")["rows"]
+    assert tests["returncode"] == 0, tests
+    assert {f"tests/test_{name}.py" for name in ("triton_gpu", "step_gpu", "data_dali_gpu", "data_loader", "kdcl", "tsb", "memory")} <= set(tests["files"])
+    (ladder,) = read(out, "step")["ladders"]
     measured = [row for row in ladder["rows"] if row["reason"] != "needs a GPU"]
     assert {row["kind"] for row in measured} == {"first", "lever", "alternative", "student"}
     assert all(not row["reason"] and row["images_per_second"][0] > 0 for row in measured), measured
-    if "skipped" not in found["data"]:
-        assert all(row["images_per_second"] > 0 for row in [*found["data"]["rows"], {"images_per_second": found["data"]["waiting"]["epoch_images_per_second"]}])
-        assert 0 <= found["data"]["waiting"]["waiting_share"] < 1
-    assert [row["preset"] for row in found["accuracy"]["rows"]] == ["paper", "paper", "code"]
-    assert found["environment"]["copy_bandwidth_gb_s"] > 0
-    capsys.readouterr()
-    assert main(["--dry-run", "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("is there already") == len(PARTS)
+    data = read(out, "data")["rows"]
+    assert all(row["images_per_second"] > 0 for row in data if "loader" in row and "skipped" not in row)
+    assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
+
+
+def test_kernel_rows_cover_every_method_and_say_what_is_not_there(everything):
+    rows = read(everything[0], "kernels")["rows"]
+    assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES}
+    assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {("ahbf", "paper"), ("ahbf", "code")}
+    for row in rows:
+        times = {name: value for name, value in row.items() if "/" in name}
+        assert times.keys() >= {"eager/both", "eager graph/both", "compiled graph/both", "fused/both", "fused graph/both", "one kernel graph/both"}
+        assert all(value > 0 for name, value in times.items() if not name.startswith(("liger", "quack"))), row
+        assert all(low <= times[name] <= high for name, (low, high) in row["spread"].items())
+        if "preset" not in row:
+            assert all(peer in row["reasons"] or f"{peer}/both" in row for peer in ("liger", "quack"))
+
+
+def test_a_complete_part_is_left_alone_and_begun_anew_when_asked(everything, capsys):
+    out, arguments = everything
+    before = {path.name: path.read_bytes() for path in out.glob("*.json")}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("is complete") == len(PARTS)
+    assert {path.name: path.read_bytes() for path in out.glob("*.json")} == before
+    assert main(["environment", "--again", *arguments]) == 0
+    (aside,) = (out / "earlier").iterdir()
+    assert aside.read_bytes() == before["environment-dry-run.json"] != (out / "environment-dry-run.json").read_bytes()
+
+
+def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
+    found = read(everything[0], "accuracy")
+    assert [(row["method"], row["preset"]) for row in found["rows"]] == [("baseline", "paper"), ("ahbf", "paper"), ("ahbf", "code"), ("one", "code"), ("okddip", "code")]
+    assert found["plan"]["epochs"] == 1
+    assert not found["data"]["original_files"]
+    assert {"branch1", "branch4", "ta2", "ensemble"} <= found["rows"][1]["last"].keys()
+    for row in found["rows"]:
+        assert row["last"].keys() == row["best"].keys()
+        assert row["student"] in row["last"]
+        assert row["images_per_second"] > 0 < row["minutes"]
+
+
+def test_tables_of_a_dry_run(everything, capsys):
+    out, _ = everything
+    paths = {name: out / f"{name}-dry-run.json" for name in PARTS}
+    assert "GB/s" in gpu_tables.environment_lines(paths["environment"])[1]
+    assert "| all | 0 | 0 | 0 | 0 |  |" in gpu_tables.tests_lines(paths["tests"])
+    kernels = gpu_tables.kernel_tables(paths["kernels"])
+    assert sum(line.startswith("| ahbf (paper) | 8 x 10 | bfloat16 |") for line in kernels) == 2
+    assert any(line.startswith("| KL | 8 x 10 |") for line in kernels)
+    assert any("branch" in line and "ta2" in line for line in gpu_tables.accuracy_tables(paths["accuracy"]))
+    assert any(line.startswith("| torchvision | 48 x 48 |") for line in gpu_tables.data_tables(paths["data"]))
+    assert any("ms a step without the profiler" in line for line in gpu_tables.profile_tables(paths["profile"]))
+    for line in (*kernels, *gpu_tables.accuracy_tables(paths["accuracy"])):
+        assert not line.startswith("Not complete")
+
+
+def context_of(tmp_path, minutes=1e9):
+    return Context(CPU, "dry-run", tmp_path / "out", tmp_path / "runs", minutes, True)
+
+
+def toy(rows, measured, minutes=0.0, fails=()):
+    """A part with rows of these names, which notes what it measures and fails once for each name in ``fails``."""
+    failing = list(fails)
+
+    def measure(name):
+        measured.append(name)
+        if name in failing:
+            failing.remove(name)
+            raise RuntimeError(f"{name} broke\nand more")
+        return {"value": len(measured)}
+
+    return Part("toy", 0.0, lambda context, results: (Row(name, minutes, lambda name=name: measure(name)) for name in rows), lambda row: str(row["value"]))
+
+
+def test_a_call_that_is_killed_loses_one_row(tmp_path):
+    measured, context = [], context_of(tmp_path)
+
+    def killed(context, results):
+        yield Row("a", 0.0, lambda: {"value": 0})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_part(Part("toy", 0.0, killed, lambda row: ""), context, {"code": "1"}, False)
+    assert [row["row"] for row in read(context.out, "toy")["rows"]] == ["a"]
+    run_part(toy("abc", measured), context, {"code": "1"}, False)
+    found = read(context.out, "toy")
+    assert measured == ["b", "c"]
+    assert [row["value"] for row in found["rows"]] == [0, 1, 2]
+    assert found["complete"]
+    assert len(found["sessions"]) == 2
+
+
+def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
+    measured, context = [], context_of(tmp_path)
+    part = toy("abc", measured, fails=["b"])
+    run_part(part, context, {"code": "1"}, False)
+    found = read(context.out, "toy")
+    failed = named(found)["b"]
+    assert (failed["error"], failed["where"][-1].partition(":")[0]) == ("RuntimeError: b broke", Path(__file__).name)
+    assert found["left"] == {"b": "failed: RuntimeError: b broke"}
+    assert not found["complete"]
+    run_part(part, context, {"code": "1"}, False)
+    assert measured == ["a", "b", "c", "b"]
+    assert read(context.out, "toy")["complete"]
+
+
+def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeypatch):
+    measured, context = [], context_of(tmp_path)
+    monkeypatch.setattr(Context, "minutes_left", lambda self: 1.0)
+    run_part(toy("ab", measured, minutes=1.5), context, {"code": "1"}, False)
+    assert not measured
+    found = read(context.out, "toy")
+    assert found["left"] == dict.fromkeys("ab", "needs at least 1.5 minutes, 1.0 were left")
+    assert "0 rows" in (out := capsys.readouterr().out)
+    assert "2 left (a: needs at least 1.5 minutes, 1.0 were left)" in out
+
+
+@pytest.mark.parametrize(("identity", "complete", "again", "kept", "said"), [
+    ({"code": "1", "device": "x"}, False, False, True, ""),
+    ({"code": "2", "device": "x"}, False, False, False, "it is of code 1, now 2"),
+    ({"code": "1", "device": "y"}, False, False, False, "it is of device x, now y"),
+    ({"code": "2", "device": "x"}, True, False, True, "not of what runs now"),
+    ({"code": "1", "device": "x"}, True, True, False, "--again"),
+])
+def test_results_of_something_else_are_never_added_to(tmp_path, identity, complete, again, kept, said):
+    path = tmp_path / "toy-x.json"
+    first = Results(path, "toy", {"code": "1", "device": "x"}, CPU)
+    first.put({"row": "a", "value": 1})
+    first.finish({} if complete else {"b": "no minutes"})
+    before = path.read_bytes()
+    results = Results(path, "toy", identity, CPU, again=again)
+    assert said in results.note
+    assert results.has("a") == kept
+    assert results.complete == (complete and kept)
+    moved = list(tmp_path.glob("earlier/toy-x-*.json"))
+    assert [file.read_bytes() for file in moved] == ([] if kept else [before])
+    assert path.exists() == kept
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"part": "toy"}', '{"part": "other", "complete": true, "identity": {}, "environment": {}, "sessions": [], "rows": []}'])
+def test_a_damaged_file_is_put_aside(tmp_path, text):
+    path = tmp_path / "toy-x.json"
+    path.write_text(text)
+    results = Results(path, "toy", {}, CPU)
+    assert "begun anew" in results.note
+    assert not results.rows
+    (aside,) = tmp_path.glob("earlier/*")
+    assert aside.read_text() == text
+
+
+def test_the_identity_follows_the_code_that_is_measured(monkeypatch, tmp_path):
+    before = identity(CPU)
+    for folder in ("kernels", "fastokd/train", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("1")
+    monkeypatch.setattr("bench.gpu.results.ROOT", tmp_path)
+    first = identity(CPU)
+    assert first["code"] != before["code"]
+    (tmp_path / "docs" / "a.py").write_text("2")
+    assert identity(CPU) == first
+    (tmp_path / "fastokd/train/a.py").write_text("2")
+    assert identity(CPU)["code"] != first["code"]
+    assert identity(CPU) | {"code": ""} == before | {"code": ""}
+
+
+def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
+    """Out of minutes after four rows: these are not measured again."""
+    arguments = ["step", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    asked = []
+
+    def minutes_left(self):
+        asked.append(1)
+        return 1.0 if len(asked) < 6 else -1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "minutes_left", minutes_left)
+        assert main(arguments) == 0
+    assert "of its 11 rows are there" in capsys.readouterr().out
+    (ladder,) = read(tmp_path / "out", "step")["ladders"]
+    before = [row for row in ladder["rows"] if row["reason"] != SPENT]
+    assert ladder["partial"]
+    assert 3 <= len(before) < 8
+    assert main(arguments) == 0
+    found = read(tmp_path / "out", "step")
+    (ladder,) = found["ladders"]
+    assert ladder["rows"][:len(before)] == before
+    assert not [row for row in ladder["rows"] if row["reason"] == SPENT]
+    assert found["complete"]
+    assert "partial" not in ladder
+
+
+def test_a_run_is_stopped_at_the_deadline_and_goes_on_in_the_next_call(tmp_path, monkeypatch, capsys):
+    runs = accuracy.FIRST[:1]
+    monkeypatch.setattr(accuracy, "FIRST", runs)
+    arguments = ["accuracy", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    asked = []
+
+    def minutes_left(self):
+        asked.append(1)
+        return 1.0 if len(asked) < 40 else -1.0  # 23 steps an epoch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "minutes_left", minutes_left)
+        assert main([*arguments, "--epochs", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "stopped in epoch" in said
+    assert not read(tmp_path / "out", "accuracy")["rows"]
+    assert main([*arguments, "--epochs", "4"]) == 2
+    assert "--epochs 4: the plan in" in capsys.readouterr().err
+    assert main(arguments) == 0
+    found = read(tmp_path / "out", "accuracy")
+    (row,) = found["rows"]
+    assert found["plan"]["epochs"] == row["epochs"] == 3
+    (log,) = (tmp_path / "runs").glob("accuracy-*/*/log.txt")
+    assert "the run goes on" in log.read_text()
+    # The row is made again from the run's folder where it was lost.
+    path = tmp_path / "out" / "accuracy-dry-run.json"
+    path.write_text(json.dumps(found | {"rows": [], "complete": False}))
+    assert main(arguments) == 0
+    assert read(tmp_path / "out", "accuracy")["rows"] == [row]
+
+
+def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
+    """It is not taken for the end of the minutes."""
+    signals = accuracy.Deadline(lambda: True)
+    assert signals.received
+    assert not signals.heard
+
+    def interrupted(*_, signals, **__):
+        signals.received = 15
+        raise Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr(accuracy, "begin_run", interrupted)
+    assert main(["accuracy", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == Preempted.exit_code
+
+
+def test_other_images_are_not_added_to_the_rows_of_some(tmp_path):
+    results = Results(tmp_path / "x.json", "accuracy", {}, CPU)
+    context = context_of(tmp_path)
+    about = {"name": "digits", "num_images": {"train": 2, "test": 1}, "image_size": [8, 8], "fingerprint": "1"}
+    accuracy._note_data(context, results, about)
+    accuracy._note_data(context, results, about | {"name": "renamed"})
+    with pytest.raises(accuracy.Refused, match="other images"):
+        accuracy._note_data(context, results, about | {"fingerprint": "2"})
+
+
+def test_what_is_measured_of_a_run():
+    records = [{"epoch": epoch, "seconds": 30.0, "images_per_second": speed, "eval": {"branch1": student, "ta2": 0.5}}
+               for epoch, (speed, student) in enumerate([(10.0, 0.6), (100.0, 0.9), (110.0, 0.8)])]
+    assert accuracy.measured(records, "branch1") == {
+        "last": {"branch1": 0.8, "ta2": 0.5}, "best": {"branch1": 0.9, "ta2": 0.5}, "best_epoch": 2, "minutes": 1.5, "images_per_second": 100.0}
+
+
+def test_accuracy_table_beside_the_papers(tmp_path):
+    def run(recipe, preset, seed, accuracy, best):
+        return {"row": f"{recipe} {preset} {seed}", "recipe": recipe, "preset": preset, "seed": seed, "student": "branch1", "minutes": 2.0, "images_per_second": 60_000.0,
+                "last": {"branch1": accuracy, "ta2": 0.95}, "best": {"branch1": best, "ta2": 0.95}}
+
+    environment = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "command": "python -m bench.gpu accuracy"}
+    found = {"complete": False, "left": {"x": "no minutes"}, "environment": environment, "sessions": [{"commit": "a"}, {"commit": "b"}, {"commit": "a"}],
+             "plan": {"epochs": 60, "seeds": 3}, "data": {"name": "cifar10-jpeg", "num_images": {"train": 50_000, "test": 10_000}, "original_files": False},
+             "rows": [run("cifar10-resnet32-ahbf", "paper", 0, 0.93, 0.94), run("cifar10-resnet32-ahbf", "paper", 1, 0.91, 0.92), run("cifar10-resnet32-baseline", "paper", 0, 0.9, 0.9)]}
+    path = tmp_path / "accuracy-x.json"
+    path.write_text(json.dumps(found))
+    lines = gpu_tables.accuracy_tables(path)
+    assert lines[0] == "NVIDIA H200; torch 2.11, Triton 3.6; commit a, b; `accuracy-x.json`, made by `python -m bench.gpu accuracy`."
+    assert "60 epochs instead of the papers' 300" in lines[1]
+    assert "'cifar10-jpeg' (50,000 train, 10,000 test images), not the original files" in lines[1]
+    assert "| `cifar10-resnet32-ahbf`, paper | 0, 1 | 8.00 +- 1.41 | 7.00 +- 1.41 | AHBF Table 1: 5.32 +- 0.11 | 2 | 60,000 |" in lines
+    assert "| `cifar10-resnet32-baseline`, paper | 0 | 10.00 | 10.00 | AHBF Table 1: 6.31 +- 0.07; OKDDip slides: 6.34 +- 0.03; FFM + CD: 6.38 +- 0.10 | 2 | 60,000 |" in lines
+    assert "| `cifar10-resnet32-ahbf`, paper | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert lines[-2] == "Not complete, 1 rows to go: x."
+
+
+def test_kernel_table_by_hand(tmp_path):
+    """4 MB in 2 us at 4 TB/s are half of the floor's speed; losing rows stay."""
+    row = {"row": "r", "loss": "ahbf", "preset": "paper", "batch": 8, "num_classes": 10, "dtype": "bfloat16", "bytes_forward": 4_000_000, "bytes_both": 8_000_000,
+           "eager/forward": 9e-6, "eager graph/forward": 8e-6, "compiled graph/forward": 1e-6, "fused/forward": 5e-6, "fused graph/forward": 2e-6,
+           "spread": {"fused graph/forward": [1.5e-6, 3e-6]}, "reasons": {}}
+    single = {"row": "s", "loss": "KL", "batch": 8, "num_classes": 10, "dtype": "float32", "bytes_forward": 1, "bytes_both": 8_000_000, "liger/both": 8e-6, "liger graph/both": None,
+              "one kernel graph/both": 4e-6, "spread": {"one kernel graph/both": [4e-6, 4e-6]}, "reasons": {"quack": "not installed"}}
+    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
+    path = tmp_path / "k.json"
+    path.write_text(json.dumps(found))
+    lines = gpu_tables.kernel_tables(path)
+    assert "| ahbf (paper) | 8 x 10 | bfloat16 | forward | 9 | 8 | 1 | 5 | 2 | 2 | 1.5-3 | 4.00 | 0.50 | 1 | 50% |" in lines
+    assert "| KL | 8 x 10 | float32 | with gradients | - | - | 8 | - | - | - | 4 | 4-4 | - | 2.00 | - | 2 | 50% |" in lines
+    assert "- quack: not installed (s)" in lines
+
+
+def test_profile_counts_what_overlaps_once():
+    def kernel(name, begin, time, **other):
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": time, **other}
+
+    events = [kernel("a", 0, 10), kernel("b", 5, 10), kernel("a", 20, 10), kernel("c", 40, 10), kernel("host", 0, 1000, cat="cpu_op"), {"ph": "M", "name": "a"}]
+    found = kernel_summary(events, 2)
+    assert found["span_ms"] == pytest.approx(0.025)
+    assert found["busy_share"] == pytest.approx(35 / 50)
+    assert found["overlap"] == pytest.approx(40 / 35)
+    assert (found["calls"], found["gaps"], found["longest_gap_us"]) == (2, 1, 10)
+    assert found["kernels"][0] == {"name": "a", "calls": 1, "us": 10, "share": 0.5}
+    assert kernel_summary([], 2) == {"calls": 0.0, "kernels": []}
+
+
+def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # their imports would take most of the seconds that the second file has
+    good, hanging, broken = (tmp_path / f"test_{name}.py" for name in ("good", "hanging", "broken"))
+    broken.write_text("import no_such_package\n")
+    good.write_text("import pytest\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_wrong(): assert 1 + 1 == 3, 'a sum'\n"
+                    "@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef test_error(broken): pass\ndef test_left(): pytest.skip('why not')\n")
+    hanging.write_text("import pytest, time\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_hangs(): time.sleep(600)\n")
+    plain = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-W", "ignore"]
+    found = run_files([str(broken), str(good)], 60, plain)
+    assert (found["passed"], found["failed"], found["errors"], found["skipped"], found["returncode"]) == (1, 1, 2, 1, 1)
+    messages = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
+    assert messages["test_wrong"].startswith("AssertionError: a sum")
+    assert messages["test_error"] == "OSError: no disk"
+    assert messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
+    assert "a sum" in found["output"]
+    assert "ended" not in found
+    assert not found["unfinished"]
+    found = run_files([str(hanging)], 12, plain)
+    assert found["ended"] == "killed after 12 s"
+    assert [test.rpartition("::")[2] for test in found["unfinished"]] == ["test_hangs"]
+    assert found["passed"] == 1
+
+
+@pytest.mark.parametrize(("name", "read", "written"), [("cross-entropy", 1, 1), ("KL", 2, 1)])
+def test_floor_of_single_losses(name, read, written):
+    """A constant teacher is read and gets no gradient."""
+    inputs = make_inputs(SINGLES[name], 4, 6, torch.float32, CPU)
+    row = 4 * 6 * 4
+    assert inputs.least_bytes() == (read * row, (read + written) * row)
+    assert len(inputs.leaves()) == written
 
 
 def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
@@ -43,16 +403,41 @@ def test_no_gpu_test_is_left_out():
     assert not [file.name for file in Path(__file__).parent.glob("test_*.py") if by_hand in file.read_text()]
 
 
-def test_spent_minutes_skip_the_rest(tmp_path, capsys):
-    assert main(["--dry-run", "--out", str(tmp_path), "--minutes", "1e-9"]) == 0
-    assert capsys.readouterr().out.count("skipped, the minutes are spent") == len(PARTS)
-    assert not list(tmp_path.iterdir())
+def test_spent_minutes_skip_every_part(tmp_path, capsys):
+    assert main(["--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--minutes", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    assert [f"{name}: skipped, it needs at least" in out for name in PARTS] == [True] * len(PARTS)
+    assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["kernel", "--dry-run"], "unknown part 'kernel'; did you mean 'kernels'?"),
-    (["--minutes", "0", "--dry-run"], "--minutes 0.0: must be positive"),
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    (["kernel", "--dry-run"], 2, "unknown part 'kernel'; did you mean 'kernels'?"),
+    (["--minutes", "0", "--dry-run"], 2, "--minutes 0.0: it must be positive"),
+    (["--epochs", "0", "--dry-run"], 2, "--epochs 0: it must be positive"),
+    (["--pictures", "nowhere", "--dry-run"], 2, "--pictures nowhere: no such folder"),
+    (["--data", "nowhere", "--dry-run"], 3, "nowhere: no folder that can be read"),
 ])
-def test_bad_arguments(arguments, said, capsys):
-    assert main(arguments) == 2
-    assert said in capsys.readouterr().err
+def test_bad_arguments(arguments, code, said, capsys, tmp_path):
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == code
+    assert said in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_without_a_gpu_it_says_what_can_run(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--dry-run", "--out", str(tmp_path / "file"), "--runs", str(tmp_path / "runs")]) == 5
+    captured = capsys.readouterr()
+    assert "cannot write" in captured.err
+    assert not captured.out
+
+
+def test_accuracy_without_data_is_skipped(tmp_path):
+    context = Context(CPU, "x", tmp_path, tmp_path, 0.0, False)
+    assert "--data" in accuracy._refusal(context)

@@ -150,7 +150,7 @@ def test_doctor(run):
     assert found["executor reference"]["state"] == "ok"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "export", "show", "doctor", "recipes"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "analyze", "export", "show", "doctor", "recipes"])
 def test_help_explains(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -15,6 +15,7 @@ from launching import finish, free_port, start, start_ranks
 from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.loop import load_run
+from fastokd.train.run_folder import RunFolder
 
 NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1", "skip", "stop"), 3: ("tiny",)}
 
@@ -115,11 +116,15 @@ def test_what_a_loss_remembers_is_of_all_images(folder):
 
 
 @pytest.mark.parametrize(("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))])
-def test_accuracies_are_those_of_one_process_over_all_images(folder, name, images, monkeypatch):
+def test_what_is_measured_is_that_of_one_process_over_all_images(folder, name, images, monkeypatch):
     """99 images over two processes, and 2 over three, of which one has none."""
     monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
     run = load_run(folder / name)
-    assert run.evaluator.evaluate(run.loader) == ended(folder, name)["last"] == run.state["last"]
+    measured = run.evaluator.measure(run.loader)
+    assert measured.accuracies == ended(folder, name)["last"] == run.state["last"]
+    recorded = RunFolder(folder / name).read_metrics()[-1]["mixing"]
+    assert recorded.keys() == measured.mixing.keys() == {"ta2"}
+    assert recorded["ta2"] == pytest.approx(measured.mixing["ta2"], rel=1e-5)
 
 
 def test_layers_draw_their_own_in_every_process(folder):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import fastokd.train.ladder
-from fastokd.cli import main
 from fastokd.data import list_files
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.train.config import TrainConfig
@@ -31,6 +30,13 @@ ON_A_CPU = ["research style: eager, fp32, NCHW, .item()", "fused loss, metrics k
             "parameters in one tensor", "branches on CUDA streams", "the step as one CUDA graph", "augmentation inside the graph", "merged first convolutions",
             "the student alone, with every lever"]
 BENCH = ["bench", "step", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "8", "--steps", "1", "--device", "cpu"]
+
+
+def main(arguments):
+    """The command line. Its packages are imported by the tests that call it: those for a GPU need none of them."""
+    from fastokd.cli import main as command_line
+
+    return command_line(arguments)
 
 
 @pytest.fixture(scope="module")

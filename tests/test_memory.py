@@ -8,7 +8,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastokd.train.memory
-from fastokd.cli import main
 from fastokd.data import Augment, Batch, Dataset, Split
 from fastokd.errors import ConfigError
 from fastokd.train.build import build_model
@@ -24,6 +23,13 @@ SMALL = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=16)
 TRAIN = ["train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--device", "cpu", "--epochs", "1"]
 TOLERANCE = 0.15
 """Of the peak of a pass: convolutions of the CPU's library take some room of their own, which no shape says."""
+
+
+def main(arguments):
+    """The command line. Its packages are imported by the tests that call it: those for a GPU need none of them."""
+    from fastokd.cli import main as command_line
+
+    return command_line(arguments)
 
 
 def made_up(count, side=32):

@@ -74,7 +74,7 @@ class Row:
     latencies: Latencies
 
     def last(self, row: str | None = None) -> list[float]:
-        """Errors in % in the last epoch, one for each run that has it: the student's, or those of another row."""
+        """Errors in % in the last epoch, one for each run: the student's, or those of another row, if all runs have it."""
         return _errors([(run, run.last) for run in self.group.runs], row)
 
     def best(self) -> list[float]:
@@ -167,8 +167,9 @@ def paired_test(group: Group, other: Group) -> PairedTest:
 
 
 def _errors(records: Sequence[tuple[Run, Record]], row: str | None = None) -> list[float]:
+    """Errors in %; none where only some of the records have that row."""
     accuracies = [record["eval"].get(row or run.student) for run, record in records]
-    return [100 * (1 - value) for value in accuracies if value is not None]
+    return [] if None in accuracies else [100 * (1 - value) for value in accuracies]
 
 
 def _costs(run: Run) -> NetworkCosts | None:
@@ -227,14 +228,17 @@ def _error_table(found: Comparison) -> Table:
             row.group.label, str(len(row.group.runs)), _epochs(row.group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")),
             "reference" if test is None else f"{spread(test.differences, '+')} (n={len(test.differences)})" if test.differences else "no shared seed",
             "" if test is None else f"{test.p:.3g}" if test.p is not None else "-"))
-    untested = [f"{row.group.label}: {row.test.reason}" for row in found.rows if row.test and row.test.reason]
+    untested: dict[str, list[str]] = {}
+    for row in found.rows:
+        if row.test and row.test.reason:
+            untested.setdefault(row.test.reason, []).append(row.group.label)
     return Table(
         "Error in %, mean +- sample standard deviation over seeds",
         ("runs", "seeds", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "difference, last epoch", "p"), tuple(rows),
         ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
          f"Difference: percentage points, less is better, seed by seed against {found.reference.label}, over the n seeds that both have. "
          "p: two-sided paired t-test of these differences.",
-         *([f"No p for {'; '.join(untested)}."] if untested else [])))
+         *(f"No p for {'; '.join(labels)}: {reason}." for reason, labels in untested.items())))
 
 
 def _epochs(group: Group) -> str:

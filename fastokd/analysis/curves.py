@@ -159,7 +159,7 @@ def _mean_curve(curves: Sequence[Curve]) -> dict[int, list[float]]:
 def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups: Groups, formats: Sequence[str], unit: str = "", share_scale: bool = False,
              from_zero: bool = False) -> Picture:
     plt = require_matplotlib()
-    columns = min(3, len(panels))
+    columns = min(3 if len(panels) <= 6 else 4, len(panels))
     lines = -(-len(panels) // columns)
     size = (6.0, 4.0) if len(panels) == 1 else (4.0 * columns, 3.0 * lines)
     figure, grid = plt.subplots(lines, columns, figsize=(size[0], size[1] + 0.2 * len(groups)), layout="constrained", sharex=True, sharey=share_scale, squeeze=False)
@@ -183,6 +183,8 @@ def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
     figure.suptitle(f"{title}: {shows}", fontsize="medium" if len(panels) == 1 else "large", wrap=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once is enough for all formats, and it takes longest
     files = {ending: _encoded(plt, figure, ending) for ending in formats}
     plt.close(figure)
     return Picture(name, shows, f"{title}: {shows}. Last values: {'; '.join(words)}.", files)

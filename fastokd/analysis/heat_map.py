@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastokd.analysis.curves import require_matplotlib
-from fastokd.storage import write_atomically
+from fastokd.analysis.pictures import save_figure
 
 
 class Panel(NamedTuple):
@@ -54,10 +54,5 @@ def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], colu
         if any(value is not None for row in panel.values for value in row):
             figure.colorbar(image, ax=axes, label="error, %")
     figure.suptitle(title, fontsize="medium", wrap=True)
-    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    write_atomically(files[0], lambda file: figure.savefig(file, format="png", dpi=120))
-    # The same numbers give the same file: no date, and names of parts that do not depend on chance.
-    with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        write_atomically(files[1], lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
-    plt.close(figure)
-    return files
+    save_figure(plt, figure, path)
+    return [path.with_suffix(".png"), path.with_suffix(".svg")]

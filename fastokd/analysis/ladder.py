@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.analysis.curves import require_matplotlib
-from fastokd.storage import write_atomically
+from fastokd.analysis.svg import save_svg
 
 _COLORS = {"first": "tab:gray", "lever": "tab:blue", "alternative": "tab:orange", "student": "tab:green"}
 _MEANING = {"first": "research style", "lever": "one lever more", "alternative": "an alternative, not kept below", "student": "the student alone"}
@@ -40,7 +40,4 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
     machine = found["environment"]["device"] if found["environment"]["device"] != "cpu" else f"{found['processor']}, threads: {found['environment']['threads']}"
     side = " x ".join(map(str, found["image_size"]))
     figure.suptitle(f"{found['model']}, {found['method']}, {found['branches']} branches, batch {found['batch_size']} of {side}\n{machine}", fontsize="medium")
-    with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        write_atomically(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
-    plt.close(figure)
-    return path
+    return save_svg(plt, figure, path, found)

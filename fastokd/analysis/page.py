@@ -19,7 +19,7 @@ caption { padding: .3rem 0; text-align: left; font-weight: 600; }
 th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: right; vertical-align: top; }
 thead th { background: var(--head); vertical-align: bottom; } th:first-child { text-align: left; } tbody th { font-weight: 500; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
-pre { overflow-x: auto; padding: .7rem; background: var(--head); font-size: .8rem; }
+details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 2.5rem; }
 @media print {
   @page { size: landscape; margin: 12mm; }
   :root { --text: #000; --page: #fff; --soft: #333; --line: #999; --head: #eee; }

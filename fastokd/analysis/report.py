@@ -31,7 +31,7 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
         section("Configurations", _configurations(groups)),
         section("Over the epochs", _BAND + "".join(_picture(picture.title, picture.files["svg"], picture.description) for picture in pictures)),
-        *(_analysis(run) for group in groups for run in group.runs)]
+        *(analysis_section(run) for group in groups for run in group.runs)]
     return page(f"Runs on {title(groups)}", "".join(parts))
 
 
@@ -39,7 +39,7 @@ _BAND = "<p>Of several seeds the line is the mean and the band the range. What i
 
 
 def _picture(title: str, content: bytes, description: str) -> str:
-    return section(title[:1].upper() + title[1:], image(content, description), level=3)
+    return section(title, image(content, description), level=3)
 
 
 def _configurations(groups: Sequence[Group]) -> str:
@@ -54,8 +54,8 @@ MOST_CELLS = 3000
 """The largest table of an analysis that is shown; larger ones are for programs."""
 
 
-def _analysis(run: Run) -> str:
-    """What ``fastokd analyze`` has left in the run's folder; empty without it."""
+def analysis_section(run: Run) -> str:
+    """What ``fastokd analyze`` has left in the run's folder as a part of a page; empty without it, a sentence where it is damaged."""
     folder = run.path / "analysis"
     if not folder.is_dir():
         return ""
@@ -73,15 +73,18 @@ def _analysis(run: Run) -> str:
 
 def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The numbers of an analysis: those that stand alone in a table, those by row in another, each of the others in its own."""
-    alone = [measure for measure in measures.values() if not measure["axes"]]
+    alone = [measure for measure in measures.values() if measure["axes"] == []]
     by_row = [measure for measure in measures.values() if measure["axes"] == ["row"]]
     rows = dict.fromkeys(name for measure in by_row for name in measure["values"])
     parts = [
-        Table("Over all branches", ("measure", "value", "meaning"), tuple((measure["title"], _number(measure["values"]), measure["description"]) for measure in alone)),
+        Table("Over all branches", ("measure", "value"), tuple((measure["title"], _number(measure["values"])) for measure in alone), _meanings(alone)),
         Table("By row", ("row", *(measure["title"] for measure in by_row)),
-              tuple((name, *(_number(measure["values"].get(name)) for measure in by_row)) for name in rows),
-              tuple(f"{measure['title'].capitalize()}: {measure['description']}" for measure in by_row))]
+              tuple((name, *(_number(measure["values"].get(name)) for measure in by_row)) for name in rows), _meanings(by_row))]
     return [table.as_html() for table in parts if table.rows] + [_details(measure) for measure in measures.values() if len(measure["axes"]) > 1]
+
+
+def _meanings(measures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(f"{measure['title']}: {measure['description']}" for measure in measures)
 
 
 def _details(measure: Mapping[str, Any]) -> str:
@@ -93,10 +96,10 @@ def _details(measure: Mapping[str, Any]) -> str:
     if len(columns) > len(names):
         names, columns, cells = columns, names, [list(line) for line in zip(*cells, strict=True)]
     if len(names) * len(columns) > MOST_CELLS:
-        return f"<p>{escape(measure['title'].capitalize())}: {len(names)} x {len(columns)} numbers, which analysis.json has.</p>\n"
-    table = Table(f"{measure['title'].capitalize()} ({', '.join(measure['axes'])})", ("", *columns), tuple((name, *line) for name, line in zip(names, cells, strict=True)),
+        return f"<p>{escape(measure['title'])}: {len(names)} x {len(columns)} numbers, which analysis.json has.</p>\n"
+    table = Table(f"{measure['title']} ({', '.join(measure['axes'])})", ("", *columns), tuple((name, *line) for name, line in zip(names, cells, strict=True)),
                   (measure["description"],))
-    return f"<details>\n<summary>{escape(measure['title'].capitalize())}</summary>\n{table.as_html()}</details>\n"
+    return f"<details>\n<summary>{escape(measure['title'])}</summary>\n{table.as_html()}</details>\n"
 
 
 def _flat(values: Mapping[str, Any], depth: int) -> dict[str, Mapping[str, Any]]:

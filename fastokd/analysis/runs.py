@@ -11,7 +11,7 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, reference_loss
 from fastokd.train.loop import MAY_CHANGE
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import AVERAGE
@@ -108,7 +108,7 @@ def read_run(path: Path) -> Run:
     remarks = []
     lines = folder.metrics_path.read_bytes().splitlines()
     if len(lines) > len(records):
-        remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only the {len(records)} epochs before it are used")
+        remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
         remarks.append(f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}")
     environment = _read_environment(folder, remarks)
@@ -127,13 +127,17 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
         raise ConfigError("no runs: give run folders, for example runs/*")
     runs = [read_run(path) for path in paths]
     check_comparable(runs)
-    found: dict[str, dict[int, Run]] = {}
+    found: list[tuple[TrainConfig, dict[int, Run]]] = []
+    defaults = {name: getattr(TrainConfig(), name) for name in SAME_RUN}
     for run in runs:
-        same = found.setdefault(repr([(name, value) for name, value in _fields(run.config) if name not in SAME_RUN]), {})
+        kind = dataclasses.replace(run.config, **defaults)
+        same = next((same for other, same in found if other == kind), None)
+        if same is None:
+            found.append((kind, same := {}))
         if (other := same.get(run.config.seed)) is not None:
             raise ConfigError(f"{other.path} and {run.path} are the same configuration with the same seed {run.config.seed}, which would count twice: give one of them")
         same[run.config.seed] = run
-    groups = [[same[seed] for seed in sorted(same)] for same in found.values()]
+    groups = [[same[seed] for seed in sorted(same)] for _, same in found]
     configs = [runs[0].config for runs in groups]
     return [Group(_label(config, configs), tuple(runs)) for config, runs in zip(configs, groups, strict=True)]
 
@@ -171,7 +175,8 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    columns = {name: [value_in_words(getattr(config, name)) for config in configs] for name, _ in _fields(configs[0]) if name not in SAME_RUN}
+    names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in SAME_RUN]
+    columns = {name: [value_in_words(getattr(config, name)) for config in configs] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
@@ -181,30 +186,24 @@ def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     return ", ".join([f"{config.model} {config.method}", *differing])
 
 
-def _fields(config: TrainConfig) -> list[tuple[str, Any]]:
-    return [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
-
-
 def value_in_words(value: Any) -> str:
-    """A value of a configuration, in words."""
+    """A value of a configuration in words; different values in different words."""
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={value_in_words(item)}" for name, item in value.items()) or "none"
+        return " ".join(f"{name}={value_in_words(item)}" for name, item in sorted(value.items())) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(value_in_words, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _student_row(config: TrainConfig, where: Path) -> str:
-    """The row of the configuration's graph that is the student's, without its network."""
-    method = get_method(config.method)
+    """The row of the method's graph that is the student's, without its network."""
     try:
-        options = {**config.loss_options(), "impl": "reference"}
-        graph = method.loss_class(num_branches=config.num_branches(), **options).graph
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{where}: method '{config.method}': {error}") from error
-    return AVERAGE if config.ema else graph.logits[range(config.num_branches())[-1 if config.compression else method.kept]]
+        rows = reference_loss(config).graph.logits
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return AVERAGE if config.ema else rows[range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]]
 
 
 def _read_environment(folder: RunFolder, remarks: list[str]) -> dict[str, Any]:

@@ -69,10 +69,14 @@ class Graph:
     def weight_sources(self) -> dict[str, int]:
         """Name and number of columns of each weight tensor given at run time, in order of first use."""
         sources: dict[str, int] = {}
-        for node in self.nodes:
-            if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str):
-                sources.setdefault(node.weights, len(node.inputs))
+        for node in self.mixed_at_run_time:
+            sources.setdefault(node.weights, len(node.inputs))
         return sources
+
+    @cached_property
+    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
+        """The mixtures whose weights are given at run time, such as by a gate."""
+        return tuple(node for node in self.nodes if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str))
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:

@@ -100,6 +100,12 @@ class MethodLoss(nn.Module):
         """The distillation graph."""
         return self.graph_loss.graph
 
+    @property
+    def ensemble_members(self) -> tuple[str, ...]:
+        """The rows of logits that ``ensemble`` is made of: all branches, or the peers of methods that have a leader beside them."""
+        node = self.graph.by_name.get("ensemble")
+        return node.inputs if node is not None else self.graph.logits[:self.num_branches][self.ensemble_of]
+
     def draw(self) -> str:
         """The graph and the terms beside it as lines of text, every coefficient multiplied out."""
         lines = [draw_text(self.graph)]
@@ -188,6 +194,23 @@ class MethodLoss(nn.Module):
         if self.num_branches > 1 and "ensemble" not in rows:
             rows["ensemble"] = torch.stack(list(given.logits[:self.num_branches])[self.ensemble_of]).mean(0)
         return rows
+
+    @torch.no_grad()
+    def mixing_weights(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None, **inputs: Any) -> dict[str, dict[str, Tensor]]:
+        """For each mixture whose weights are given at run time, such as by a gate, the weight [B] of each of its inputs.
+
+        Both by their names in the graph: ``{"ta2": {"branch2": ..., "branch1": ...}}``; empty for a graph without such a
+        mixture. ``target`` is for losses that find the weights with it.
+        """
+        if not self.graph.mixed_at_run_time:
+            return {}
+        given = self._graph_inputs(branch_logits, target, inputs)
+        batch = given.logits[0].shape[0]
+        found = {}
+        for node in self.graph.mixed_at_run_time:
+            weights = given.weights[node.weights]
+            found[node.name] = dict(zip(node.inputs, weights.expand(batch, -1).unbind(1), strict=True))
+        return found
 
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from fastokd.data.augment import PADDINGS
 from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError, did_you_mean, first_line
 from fastokd.methods import get_method
-from fastokd.methods.method import OptionValue
+from fastokd.methods.method import MethodLoss, OptionValue
 from fastokd.models import check_layout, companion_builder, find_backbone
 from fastokd.ops import check_impl
 from fastokd.train.schedules import learning_rate
@@ -211,6 +211,17 @@ def check_method(config: TrainConfig) -> None:
     topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
         find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
+    reference_loss(config)
+    companion_builder(method, config.model_options())
+
+
+def reference_loss(config: TrainConfig) -> MethodLoss:
+    """The loss of a configuration's method, with its preset and options, as the reference computes it.
+
+    Raises:
+        ConfigError: the preset or an option is unknown, or a value is out of range.
+    """
+    method = get_method(config.method)
     presets = method.loss_class.presets
     if config.preset not in presets:
         raise ConfigError(f"unknown preset '{config.preset}' of method '{config.method}'{did_you_mean(config.preset, presets)}")
@@ -220,11 +231,11 @@ def check_method(config: TrainConfig) -> None:
         if name not in allowed:
             raise ConfigError(f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}")
     try:
-        method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
+        loss = method.loss_class(num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"})
         config.views()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method '{config.method}': {error}") from error
-    companion_builder(method, config.model_options())
+    return loss
 
 
 def check_config(config: TrainConfig) -> None:

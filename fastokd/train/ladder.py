@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,8 @@ _BATCHES, _BYTES = (8, 64), 2**28
 _SMALL = 64
 """The largest side of images that are augmented as CIFAR is, by shifting them."""
 _PROFILED_STEPS = 5
+SPENT = "the time was spent"
+"""The reason of a row that was not measured because it was to be stopped before it."""
 
 Clock = Callable[[], float]
 
@@ -269,11 +272,12 @@ class Ladder:
         self._first: Stepping | None = None
         self._best: tuple[TrainConfig, bool] | None = None
 
-    def rows(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Row]:
+    def rows(self, stop: Callable[[], bool] = lambda: False, known: Mapping[str, Row] = MappingProxyType({})) -> Iterator[Row]:
         """Measure row after row.
 
         Args:
             stop: asked before each row; the rows after it said so are not measured.
+            known: rows that were measured before, by name, which are given again as they are.
 
         Raises:
             ConfigError: the first row cannot run.
@@ -281,21 +285,23 @@ class Ladder:
         be_deterministic(False)
         config, gathers, gpu = first_row(self.config, self.device), False, self.device.type == "cuda"
         number = "TF32" if gpu else "fp32"
-        row = self._measured(f"research style: eager, {number}, NCHW, .item()", "first", lambda: ResearchStep(config, self.dataset, self.device))
+        name = f"research style: eager, {number}, NCHW, .item()"
+        row = known.get(name) or self._measured(name, "first", self._research_step)
         if row.reason:
             raise ConfigError(f"the first row of the ladder cannot run: {row.reason}; use a smaller --batch-size")
         yield row
         for lever in levers(self.device):
             kind = "lever" if lever.carried else "alternative"
             candidate, inside = dataclasses.replace(config, **lever.changes), gathers or lever.gathers
-            if stop():
-                yield Row(lever.name, kind, "the time was spent")
+            if lever.name not in known and stop():
+                yield Row(lever.name, kind, SPENT)
             elif lever.needs_gpu and not gpu:
                 yield Row(lever.name, kind, "needs a GPU")
             elif lever.gathers and not config.cuda_graph:
                 yield Row(lever.name, kind, "there is no captured step to put it into")
             else:
-                row = self._measured(lever.name, kind, lambda config=candidate, inside=inside: EngineStep(config, self.dataset, self.device, inside))
+                row = known.get(lever.name) or self._measured(
+                    lever.name, kind, lambda config=candidate, inside=inside: EngineStep(config, self.dataset, self.device, inside))
                 if lever.carried and not row.reason:
                     config, gathers = candidate, inside
                 yield row
@@ -306,7 +312,15 @@ class Ladder:
                                     model=config.model_names()[get_method(config.method).kept if len(config.model_names()) > 1 else 0],
                                     streams=False, merge_first_conv=False)
         title = "the student alone, with every lever"
-        yield Row(title, "student", "the time was spent") if stop() else self._measured(title, "student", lambda: EngineStep(alone, self.dataset, self.device, gathers))
+        if title in known:
+            yield known[title]
+        elif stop():
+            yield Row(title, "student", SPENT)
+        else:
+            yield self._measured(title, "student", lambda: EngineStep(alone, self.dataset, self.device, gathers))
+
+    def _research_step(self) -> Stepping:
+        return ResearchStep(first_row(self.config, self.device), self.dataset, self.device)
 
     def _measured(self, name: str, kind: str, make: Callable[[], Stepping]) -> Row:
         """A row, or why there is none; a row that cannot run must not lose the others."""
@@ -322,6 +336,10 @@ class Ladder:
     def _measure(self, name: str, kind: str, make: Callable[[], Stepping]) -> Row:
         torch.compiler.reset()  # each row compiles networks of its own; what is left of others' counts against a limit
         gpu = self.device.type == "cuda"
+        if kind != "first" and self._first is None:  # its own row is known from before
+            self._first = self._research_step()
+            self._first.model.train()
+            self._first.advance(self._first.warm_up)
         before = torch.cuda.memory_allocated(self.device) if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -389,7 +407,7 @@ class Ladder:
             running.loss_backward(logits, batch.target, inputs)
 
         try:
-            return median_seconds(call, self.device, running.captured, *((25, 20) if self._steps is None else (3, 1)))
+            return statistics.median(sample_seconds(call, self.device, running.captured, *((25, 20) if self._steps is None else (3, 1))))
         except RuntimeError:
             return None  # it cannot be captured by itself, and launched by itself it would take longer than in the step
 
@@ -472,8 +490,8 @@ def _num_batches(batch_bytes: int) -> int:
     return max(fewest, min(most, _BYTES // batch_bytes))
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, repeats: int = 25, inner: int = 20) -> float:
-    """The median time of a call, out of ``repeats``.
+def sample_seconds(call: Callable[[], Any], device: torch.device, graph: bool, repeats: int = 25, inner: int = 20) -> list[float]:
+    """The times of a call, measured ``repeats`` times.
 
     On a GPU each is the mean of ``inner`` calls, by events; with ``graph`` they are captured, so that no launch is timed.
     """
@@ -484,13 +502,13 @@ def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool, r
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
-        return statistics.median(times)
+        return times
     with torch.cuda.device(device):
-        return _median_by_events(call, graph, repeats, inner)
+        return _sample_by_events(call, graph, repeats, inner)
 
 
-def _median_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner: int) -> float:
-    """``median_seconds`` on the current GPU."""
+def _sample_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner: int) -> list[float]:
+    """``sample_seconds`` on the current GPU."""
     def some() -> None:
         for _ in range(inner):
             call()
@@ -516,7 +534,7 @@ def _median_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000 / inner)
-    return statistics.median(times)
+    return times
 
 
 def _leaf(value: Any) -> Any:

@@ -339,9 +339,10 @@ class Trainer:
             self._train_epoch()
         self.reporter.evaluating()
         self.step.mean_statistics()
-        last = self.step.evaluate(self._unless_stopped(self.eval_loader))
+        last, mixing = self.step.measure(self._unless_stopped(self.eval_loader))
         record = {
             "epoch": self.epoch, "lr": self._lr(self.done - 1), "kd_weight": self.config.kd_weight_at(self.epoch), "train": self.step.sums.means(of_all=True), "eval": last,
+            **({"mixing": mixing} if mixing else {}),
             "seconds": round(self._trained, 3), "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
             "waiting_share": round(self.pace.waiting_share(), 4),
         }

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the rows that are measured."""
+
+
+class Evaluation(NamedTuple):
+    """What one pass over a split measures."""
+
+    accuracies: dict[str, float]
+    """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for methods whose published number that is."""
+    mixing: dict[str, dict[str, float]]
+    """For each mixture with weights given at run time the mean weight of each of its inputs."""
 
 
 class BranchEvaluator:
@@ -74,27 +84,49 @@ class BranchEvaluator:
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             return self.model(images)
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The accuracy in [0, 1] of every branch and mixture over all samples of all processes, each counted once.
+    def measured(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
+        """For each batch what ``results`` gives, with the logits [B, C] of everything that is measured, by name, in between.
 
-        ``branch_mean`` is the mean over the branches, for methods whose published number that is.
+        That is what ``named_rows`` has, and the averaged student where there is one.
         """
-        right: dict[str, Tensor] = {}
-        count = 0
         for batch in self._evaluating(batches):
-            rows = self.named_rows(self._result(batch.images))
+            result = self._result(batch.images)
+            rows = self.named_rows(result)
             if self.average is not None:
                 with torch.no_grad(), autocast(self.precision, self.device):
                     rows[AVERAGE] = self.average.module(batch.images)
-            found = correct_counts(rows, batch.target)
+            yield result, rows, batch.target
+
+    def mixing_weights(self, result: BranchOutput, target: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What the gates of the method say, see ``MethodLoss.mixing_weights``."""
+        return self.criterion.mixing_weights(result.logits, target, **self.method.loss_inputs(result))
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The accuracies of ``measure``."""
+        return self.measure(batches).accuracies
+
+    def measure(self, batches: Iterable[Batch]) -> Evaluation:
+        """How good every branch and mixture is, over all samples of all processes, each counted once."""
+        right: dict[str, Tensor] = {}
+        count = 0
+        mixed = [(node.name, name) for node in self.criterion.graph.mixed_at_run_time for name in node.inputs]
+        weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
+        for result, rows, target in self.measured(batches):
+            found = correct_counts(rows, target)
             right = {name: right.get(name, 0) + value for name, value in found.items()}
-            count += batch.target.shape[0]
+            if mixed:
+                given = self.mixing_weights(result, target)
+                weights += torch.stack([given[mixture][name] for mixture, name in mixed]).sum(1, dtype=torch.float64)
+            count += target.shape[0]
         counts, count = sum_counts(right, count)
         accuracies = {name: value / count for name, value in counts.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[:self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
-        return accuracies
+        mixing: dict[str, dict[str, float]] = {}
+        for (mixture, name), total in zip(mixed, sum_over_ranks(weights).tolist(), strict=True):
+            mixing.setdefault(mixture, {})[name] = total / count
+        return Evaluation(accuracies, mixing)
 
 
 class TrainStep(BranchEvaluator):

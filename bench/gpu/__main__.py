@@ -1,0 +1,4 @@
+from bench.gpu.entry import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""ResNet-32 alone and taught, on CIFAR-10: the papers' recipes, with their schedule scaled to the plan's epochs.
+
+The first call writes the plan (epochs, seeds, runs) into the result file, and later calls go on with it: run after run, seed after
+seed, and within a run where it was stopped, if its folder is still there.
+"""
+
+import dataclasses
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from bench.gpu.part import Context, OutOfMinutes, Part, Refused, Row
+from bench.gpu.results import Results
+from fastokd.data.registry import get_dataset_kind, resolve
+from fastokd.errors import Preempted
+from fastokd.recipes import get_recipe
+from fastokd.train.config import TrainConfig
+from fastokd.train.loop import RunIsFinished, begin_run, load_run
+from fastokd.train.progress import Reporter
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.signals import StopSignals
+
+EPOCHS = 60
+"""Of the plan where none are given: an estimate of what lets five runs end within some ten minutes on one H200. The papers' are 300."""
+SEEDS = 3
+"""The papers' number of runs."""
+SAVE_MINUTES = 0.4
+"""Before the minutes are spent a run is stopped, and saves."""
+
+
+class Run(NamedTuple):
+    """A network and method of the plan: a published recipe, with its preset or another."""
+
+    recipe: str
+    preset: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}, {self.preset}" if self.preset else self.recipe
+
+
+FIRST = (Run("cifar10-resnet32-baseline"), Run("cifar10-resnet32-ahbf", "paper"), Run("cifar10-resnet32-ahbf", "code"), Run("cifar10-resnet32-one"), Run("cifar10-resnet32-okddip"))
+"""Of all seeds before the others."""
+MORE = tuple(Run(f"cifar10-resnet32-{method}") for method in ("cl-ilr", "ffsd", "afid", "ffm"))
+
+
+class Deadline(StopSignals):
+    """Signals that ask a run to stop, and the end of the minutes, which a run hears as one.
+
+    Args:
+        spent: whether the minutes are.
+    """
+
+    def __init__(self, spent: Callable[[], bool]) -> None:
+        self._spent, self.heard = spent, 0
+        super().__init__()
+
+    @property
+    def received(self) -> int:
+        return self.heard or (int(signal.SIGUSR1) if self._spent() else 0)  # plain, because ranks send it each other
+
+    @received.setter
+    def received(self, number: int) -> None:
+        self.heard = number
+
+
+def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainConfig:
+    """The recipe's configuration with the plan's epochs; for the dry run of a small network."""
+    config = get_recipe(run.recipe).config
+    config = dataclasses.replace(config, data=_data(context), epochs=epochs, seed=seed, preset=run.preset or config.preset, device=str(context.device))
+    return dataclasses.replace(config, model="resnet8", aux_blocks=0, batch_size=64) if context.dry else config
+
+
+def _data(context: Context) -> str:
+    return context.data or "digits"
+
+
+def _refusal(context: Context) -> str | None:
+    """Why it cannot run.
+
+    Raises:
+        ConfigError, DataError: there is no such dataset.
+    """
+    if context.data is None and not context.dry:
+        return "no --data: give the folder of the CIFAR-10 images, or cifar10:FOLDER"
+    resolve(_data(context))
+    return None
+
+
+def _plan(context: Context, results: Results) -> dict[str, Any]:
+    """The plan of the result file, made by the first call.
+
+    Raises:
+        Refused: another was asked for.
+    """
+    if "plan" not in results.values:
+        epochs, seeds = (1, 1) if context.dry else (EPOCHS, SEEDS)
+        results.head(plan={"id": datetime.now().strftime("%Y%m%d-%H%M%S"), "epochs": context.epochs or epochs, "seeds": context.seeds or seeds})
+    plan: dict[str, Any] = results.values["plan"]
+    for name, wanted in (("epochs", context.epochs), ("seeds", context.seeds)):
+        if wanted is not None and wanted != plan[name]:
+            raise Refused(f"--{name} {wanted}: the plan in {results.path} has {plan[name]}; leave it out to go on with that, or begin anew with --again")
+    return plan
+
+
+def _rows(context: Context, results: Results) -> Iterator[Row]:
+    plan = _plan(context, results)
+    for runs in (FIRST, *(() if context.dry else (MORE,))):
+        for seed in range(plan["seeds"]):
+            for run in runs:
+                yield Row(f"{run.name}, seed {seed}", context.needs(2.5), lambda run=run, seed=seed: _train(context, results, plan, run, seed))
+
+
+def _train(context: Context, results: Results, plan: dict[str, Any], run: Run, seed: int) -> dict[str, Any]:
+    """Train from the beginning, or from where a call before stopped."""
+    config = configuration(context, run, plan["epochs"], seed)
+    folder = context.runs / f"accuracy-{plan['id']}" / f"{run.name.replace(', ', '-')}-{seed}"
+    signals = Deadline(lambda: context.minutes_left() < context.needs(SAVE_MINUTES))
+    try:
+        trainer = begin_run(config, folder, folder.name, Reporter(quiet=True), resume=True, signals=signals)
+        _note_data(context, results, trainer.dataset.describe())
+        trainer.run()
+        student = trainer.kept
+    except RunIsFinished:  # and its row was lost
+        student = load_run(folder).evaluator.reported
+    except Preempted:
+        if signals.heard:
+            raise
+        raise OutOfMinutes(f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call goes on there if {folder} is still there") from None
+    return {"method": config.method, "preset": config.preset, "recipe": run.recipe, "seed": seed, "epochs": config.epochs, "branches": config.num_branches(),
+            "student": student, **measured(RunFolder(folder).read_metrics(), student)}
+
+
+def _note_data(context: Context, results: Results, about: dict[str, Any]) -> None:
+    """Write what the runs are trained on; all of them on the same.
+
+    Raises:
+        Refused: the rows before are of other images.
+    """
+    kind, _ = resolve(_data(context))
+    now = {**{name: about[name] for name in ("name", "num_images", "image_size", "fingerprint")}, "original_files": kind is get_dataset_kind("cifar10")}
+    before = results.values.get("data")
+    if before is None:
+        results.head(data=now)
+    elif before["fingerprint"] != now["fingerprint"]:
+        raise Refused(f"the rows in {results.path} are of other images ('{before['name']}') than --data {context.data} has; give those, or begin anew with --again")
+
+
+def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:
+    """What a run's records say: the accuracies in [0, 1] of every row of logits after the last epoch and after the student's best
+    (numbered from 1), the minutes of training alone, and the images per second of the median epoch."""
+    best = max(records, key=lambda record: record["eval"][student])
+    return {
+        "last": records[-1]["eval"], "best": best["eval"], "best_epoch": best["epoch"] + 1, "minutes": sum(record["seconds"] for record in records) / 60,
+        "images_per_second": statistics.median(record["images_per_second"] for record in records)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    error = {when: 100 * (1 - row[when][row["student"]]) for when in ("last", "best")}
+    return f"student's error {error['last']:.2f} %, best {error['best']:.2f} %; {row['minutes']:.1f} minutes, {row['images_per_second']:,.0f} images/s"
+
+
+PART = Part("accuracy", 2.5, _rows, _line, _refusal)

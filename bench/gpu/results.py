@@ -1,0 +1,154 @@
+"""A part's result file: its rows, written one by one, all of one device, the same versions and the same code."""
+
+import hashlib
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastokd.errors import first_line
+from fastokd.storage import storage_error, write_json
+from fastokd.train.ladder import processor
+from fastokd.train.run_folder import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED_CODE = ("kernels", *(f"fastokd/{room}" for room in ("graph", "ops", "methods", "models", "data", "train")))
+"""What decides what a row says. Not the commit: that of the results themselves, and of pages, changes no number."""
+EARLIER = "earlier"
+"""The folder beside the result files for those that were begun anew."""
+
+
+def code_identity() -> str:
+    """A hash of the sources that results depend on; also there where there is no git."""
+    found = hashlib.sha256()
+    for folder in MEASURED_CODE:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".hpp") and path.is_file():
+                found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def identity(device: torch.device) -> dict[str, Any]:
+    """What all rows of a file have in common."""
+    now = environment(device)
+    return {**{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")}, "code": code_identity()}
+
+
+class Results:
+    """The result file of a part.
+
+    A file of the same identity is gone on with. One of another is complete or not: a complete one is left as it is; of one that is
+    not, nothing may be added to, so it is moved to ``earlier/`` and begun anew, as is any with ``again``. Nothing that
+    was measured is deleted.
+
+    Args:
+        path: the file.
+        part: the part's name.
+        own: the identity of what is measured now.
+        device: where.
+        entries: what the list of rows is called in the file.
+        again: begin anew.
+
+    Raises:
+        StorageError: the file cannot be moved.
+    """
+
+    def __init__(self, path: Path, part: str, own: dict[str, Any], device: torch.device, entries: str = "rows", again: bool = False) -> None:
+        self.path = path
+        self.note = ""
+        """What was done about a file that was there; empty if nothing had to be."""
+        self._entries = entries
+        self._now = environment(device)
+        self._new = {"part": part, "complete": False, "identity": own, "environment": self._now, "processor": processor(), "sessions": [], "left": {}, entries: []}
+        self._written = False
+        self.values = self._new
+        if not path.exists():
+            return
+        found, why = self._read()
+        if not why and again:
+            why = "--again"
+        if not why and found["identity"] != own and not found["complete"]:
+            changed = [f"{name} {found['identity'].get(name)}, now {value}" for name, value in own.items() if found["identity"].get(name) != value]
+            why = f"it is of {'; '.join(changed)}"
+        if why:
+            self.note = f"{path.name} went to {EARLIER}/ and is begun anew: {why}"
+            self._move_away(found)
+        else:
+            self.values = found
+            if found["identity"] != own:
+                self.note = f"of torch {found['environment']['torch']}, commit {found['environment']['commit']}, and not of what runs now"
+
+    def _read(self) -> tuple[dict[str, Any], str]:
+        """What the file holds, and why it cannot be gone on with."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            for name, kind in (("part", str), ("complete", bool), ("identity", dict), ("environment", dict), ("sessions", list), (self._entries, list)):
+                if not isinstance(found[name], kind):
+                    raise ValueError(f"its '{name}' is no {kind.__name__}")
+            if found["part"] != self._new["part"]:
+                raise ValueError(f"it is of the part '{found['part']}'")
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        except (ValueError, KeyError, TypeError) as error:
+            return {}, f"it cannot be read ({first_line(error)})"
+        return found, ""
+
+    def _move_away(self, found: dict[str, Any]) -> None:
+        begun = str(found.get("environment", {}).get("started") or datetime.now().astimezone().isoformat(timespec="seconds"))
+        aside = self.path.parent / EARLIER / f"{self.path.stem}-{begun[:19].replace(':', '').replace('-', '')}{self.path.suffix}"
+        while aside.exists():
+            aside = aside.with_stem(f"{aside.stem}-more")
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self.path, aside)
+        except OSError as error:
+            raise storage_error(aside, error) from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row was measured."""
+        return bool(self.values["complete"])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far; also those that were not measured to the end (``partial``) or failed (``error``)."""
+        return list(self.values[self._entries])
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """The row of that name, if it is there."""
+        return next((row for row in self.rows if row["row"] == name), None)
+
+    def has(self, name: str) -> bool:
+        """Whether the row is there and is not to be measured again."""
+        row = self.find(name)
+        return row is not None and "error" not in row and not row.get("partial")
+
+    def head(self, **values: Any) -> None:
+        """Set what belongs to all rows."""
+        self.values |= values
+        self._write()
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Add a row, or replace that of its name."""
+        rows = self.values[self._entries]
+        places = [place for place, other in enumerate(rows) if other["row"] == row["row"]]
+        if places:
+            rows[places[0]] = row
+        else:
+            rows.append(row)
+        self._write()
+
+    def finish(self, left: dict[str, str]) -> None:
+        """Note which rows are not there, each with the reason."""
+        failed = {row["row"]: f"failed: {row['error']}" for row in self.rows if "error" in row}
+        self.values |= {"left": left | failed, "complete": not (left or failed)}
+        self._write()
+
+    def _write(self) -> None:
+        if not self._written:  # only a call that has something to say is a session
+            self._written = True
+            self.values["sessions"].append({name: self._now[name] for name in ("started", "command", "commit")})
+        write_json(self.path, self.values)

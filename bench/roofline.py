@@ -1,0 +1,166 @@
+"""A model of how long the fused kernels take: ``python -m bench.roofline --chip h200``.
+
+From what the machine code says (``bench/results/machine-code.json``) and the bytes that must move, it predicts the time of each
+kernel on a chip, and which limit binds. It is a model, and no measurement:
+
+- **memory**: each logit is read once, and each gradient written once, at ``MEMORY_SHARE`` of the chip's bandwidth. Nothing is
+  taken from the caches, which makes it pessimistic where the logits fit into the second one.
+- **issue**: a warp runs every instruction of its kernel once, and the loop over whole chunks as often as its row has chunks. (That
+  counts the second pass for rows whose maxima were guessed too low, which hardly ever runs.) Each of a multiprocessor's four schedulers starts one a cycle, of which ``BUSY_SHARE`` are used. Where there are fewer warps
+  than schedulers, the others idle. That a warp waits for its own results is not in it, so a few warps take longer.
+- **exponentials**: the special-function units of a multiprocessor take 16 lanes a cycle; the same share is used.
+- **launch**: what the smallest kernel takes in a CUDA graph (``LAUNCH``), which comes on top of the largest of the others.
+
+The three constants are assumptions, of what kernels that stream memory usually reach.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.machine_code import PATH
+from bench.suite import SIZES
+from fastokd.errors import ConfigError, did_you_mean
+
+MEMORY_SHARE, BUSY_SHARE, LAUNCH = 0.9, 0.75, 2.2e-6
+_SCHEDULERS = 4
+"""Of a multiprocessor; each starts one instruction of a warp a cycle (CUDA C++ Programming Guide, compute capabilities)."""
+_SPECIAL_LANES = 16
+"""Results of special functions per cycle and multiprocessor (the same guide, table of arithmetic throughput: 8.0, 9.0 and 10.0)."""
+_WARP = 32
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+_LONG_NAME = {"bf16": "bfloat16", "fp32": "float32"}
+BRANCHES, PRESET = 4, "paper"
+"""Of the kernels that are predicted. With the preset ``code`` a row is passed over once more, which the file does not tell apart."""
+PASSES = ("forward", "backward", "fused")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU as its maker describes it.
+
+    Attributes:
+        title: its name.
+        capability: compute capability, 10 times.
+        multiprocessors: number of them.
+        clock: boost clock in Hz.
+        bandwidth: of its memory, in bytes per second.
+        source: where the numbers are from.
+    """
+
+    title: str
+    capability: int
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    source: str
+
+
+CHIPS = {
+    "a100": Chip("A100 SXM 80 GB", 80, 108, 1.41e9, 2.039e12, "NVIDIA A100 data sheet and architecture white paper"),
+    "h100": Chip("H100 SXM", 90, 132, 1.98e9, 3.35e12, "NVIDIA H100 data sheet; the clock from its 67 TFLOPS of float32"),
+    "h200": Chip("H200 SXM", 90, 132, 1.98e9, 4.8e12, "NVIDIA H200 data sheet; the clock from its 67 TFLOPS of float32"),
+    "b200": Chip("B200 SXM", 100, 148, 1.98e9, 7.7e12, "NVIDIA HGX B200 data sheet: 62 TB/s and 600 TFLOPS of float32 for eight"),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds that one kernel takes by each limit, and in all."""
+
+    memory: float
+    issue: float
+    exponentials: float
+
+    @property
+    def seconds(self) -> float:
+        """The start, and the slowest of the rest."""
+        return LAUNCH + max(self.memory, self.issue, self.exponentials)
+
+    @property
+    def limit(self) -> str:
+        """Which of launch, memory, issue and exponentials takes longest."""
+        times = {"launch": LAUNCH, "memory": self.memory, "issue": self.issue, "exponentials": self.exponentials}
+        return max(times, key=lambda name: times[name])
+
+
+def predict(chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | None = None) -> Prediction:
+    """The time of one kernel.
+
+    Args:
+        chip: what it runs on.
+        code: the kernel's row of the machine-code file.
+        backward: for the fused kernel the row of the backward kernel, whose loop over chunks is its second.
+    """
+    loops = [code] if backward is None else [code, backward]
+    warps = -(-code["batch"] // code["rows"]) * code["num_warps"]
+    again = max(code["whole"] - 1, 0)
+    instructions = code["instructions"] + again * sum(loop["loop_instructions"] for loop in loops)
+    columns = code["whole"] * code["pieces"] + code["rest_pieces"]
+    # Of a row that is a single chunk the number is of the whole kernel, else of one loop.
+    exponentials = code["exponentials_per_column"] * columns * (len(loops) if code["whole"] > 1 else 1)
+    busy = min(warps, _SCHEDULERS * chip.multiprocessors) * chip.clock * BUSY_SHARE
+    moved = code["branches"] * code["batch"] * code["num_classes"] * ITEMSIZE[code["dtype"]] * (1 if code["kernel"] == "forward" else 2)
+    return Prediction(moved / (chip.bandwidth * MEMORY_SHARE), warps * instructions / busy, warps * exponentials * _SCHEDULERS * _WARP / _SPECIAL_LANES / busy)
+
+
+def predictions(found: Mapping[str, Any], chip: Chip, dtype: str = "bf16") -> Iterator[tuple[tuple[int, int], str, Prediction]]:
+    """Size (B, C), pass and prediction of every kernel that the machine-code file has of four branches for this chip."""
+    rows = {(row["batch"], row["num_classes"], row["kernel"]): row for row in found["rows"]
+            if (row["branches"], row["preset"], row["dtype"], row["capability"]) == (BRANCHES, PRESET, dtype, chip.capability)}
+    for size in SIZES:
+        for which in PASSES:
+            if (code := rows.get((*size, which))) is not None:
+                yield size, which, predict(chip, code, rows[*size, "backward"] if which == "fused" else None)
+
+
+def measured(folder: Path, name: str, dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
+    """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels`` has measured them on this chip."""
+    found = {}
+    for path in sorted(folder.glob(f"kernels-*{name}*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if (row.get("loss"), row.get("preset"), row.get("dtype")) == ("ahbf", PRESET, _LONG_NAME[dtype]):
+                for which, case in (("forward", "fused graph/forward"), ("fused", "one kernel graph/both")):
+                    if row.get(case) is not None:
+                        found[(row["batch"], row["num_classes"]), which] = row[case]
+    return found
+
+
+def get_chip(name: str) -> Chip:
+    """The chip of that name.
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+    if name not in CHIPS:
+        raise ConfigError(f"unknown chip '{name}'{did_you_mean(name, CHIPS)}")
+    return CHIPS[name]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the predictions; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", default="h200", help=f"of {', '.join(CHIPS)} (default h200)")
+    parser.add_argument("--dtype", default="bf16", choices=list(ITEMSIZE))
+    options = parser.parse_args(arguments)
+    try:
+        chip = get_chip(options.chip)
+    except ConfigError as error:
+        print(f"bench.roofline: {error}", file=sys.stderr)
+        return error.exit_code
+    found = json.loads(PATH.read_text(encoding="utf-8"))
+    print(f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches, {PRESET} preset, {options.dtype}; microseconds")
+    times = measured(PATH.parent, options.chip, options.dtype)
+    print(f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7}  {'exponentials':>12}  {'measured':>8}")
+    for size, which, one in predictions(found, chip, options.dtype):
+        print(f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12}  {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f}"
+              f"  {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
