@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastokd.analysis.runs import SAME_RUN, Run, check_comparable, read_run
-from fastokd.errors import CheckpointError, ConfigError
+from fastokd.errors import CheckpointError, ConfigError, first_few
 from fastokd.recipes import DATASETS, Published, Recipe
 from fastokd.sweep.queue import Job
 from fastokd.train.config import TrainConfig, differences
@@ -113,7 +113,11 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
 
 def comparison_remarks(runs: Sequence[Run]) -> list[str]:
     """That runs were not evaluated on the same images, and what is not as in whole runs."""
-    remarks = [f"{run.path}: {remark}" for run in runs for remark in run.remarks]
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        for remark in run.remarks:
+            said.setdefault(remark, []).append(run.path.name)
+    remarks = [f"{first_few(names)}: {remark}" for remark, names in said.items()]
     try:
         check_comparable(runs)
     except ConfigError as error:

@@ -215,7 +215,7 @@ class Results:
         width = len(labels[1])
         errors = [each.errors() for each in self.measured]
         columns: list[tuple[str, list[float | None], list[str]]] = [
-            ("last epoch", [statistics.mean(each) if each else None for each in errors],
+            ("last epoch" if "epochs" in self.sweep.fields else f"last of {self.sweep.base.epochs} epochs", [statistics.mean(each) if each else None for each in errors],
              [f"{spread(each)}{'' if len(each) == len(found.states) else f' ({found.progress()})'}" if each else found.progress() for each, found in zip(errors, self.measured, strict=True)])]
         if source := next((number.source for number in self.published if number), ""):
             columns.append((f"published, {source}", [number.error if number else None for number in self.published], [number.number() if number else "-" for number in self.published]))
