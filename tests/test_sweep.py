@@ -328,10 +328,12 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
 # ---- with real runs
 
 
-def test_a_sweep_is_killed_and_goes_on(tmp_path):
+def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
     """Two real runs; the sweep is asked to stop while the first trains, and the same command again ends both as if nothing had been."""
-    out, command = tmp_path / "out", ["-m", "fastokd", "sweep", "--data", "digits", *TINY, "--set", "method=baseline", "--set", "lr=0.05,0.1", "--per-device", "1", "--devices", "cpu"]
-    stopped = start([*command, "--set", "epochs=4", "--out", out])
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    command = ["--data", "digits", *TINY, "--set", "method=baseline", "--set", "lr=0.05,0.1", "--set", "epochs=6", "--per-device", "1", "--devices", "cpu"]
+    stopped = start(["-m", "fastokd", "sweep", "--out", out, *command])
     metrics = out / "runs" / "lr-0.05-seed0" / "metrics.jsonl"
     while not metrics.is_file():
         assert stopped.poll() is None, stopped.communicate()
@@ -341,17 +343,15 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path):
     assert stopped.returncode == 75, (said, errors)
     assert "lr-0.05-seed0: saved, " in said
     assert not (out / "runs" / "lr-0.1-seed0").exists()
-    again = start([*command, "--set", "epochs=4", "--out", out])
-    said, errors = again.communicate(timeout=240)
-    assert again.returncode == 0, (said, errors)
-    assert "lr-0.05-seed0: goes on, " in said
+    assert sweep(out, *command[2:]) == 0, capsys.readouterr()
+    assert "lr-0.05-seed0: goes on, " in capsys.readouterr().out
     found = results(out)["points"]
     for each, lr in zip(found, (0.05, 0.1), strict=True):
         run = out / "runs" / f"lr-{lr}-seed0"
         config = yaml.safe_load((run / "config.yaml").read_text())
-        assert (config["lr"], config["epochs"], config["method"]) == (lr, 4, "baseline")
+        assert (config["lr"], config["epochs"], config["method"]) == (lr, 6, "baseline")
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        assert (last["epoch"], each["last_errors"]) == (3, [100 * (1 - last["eval"]["branch1"])])
+        assert (last["epoch"], each["last_errors"]) == (5, [100 * (1 - last["eval"]["branch1"])])
     assert len(json.loads((out / "runs" / "lr-0.05-seed0" / "environment.json").read_text())["sessions"]) == 2
 
 

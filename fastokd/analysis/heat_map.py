@@ -22,7 +22,7 @@ class Panel(NamedTuple):
     texts: Sequence[Sequence[str]]
 
 
-def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], columns: tuple[str, Sequence[str]], title: str, path: Path) -> list[Path]:
+def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], columns: tuple[str, Sequence[str]], title: str, path: Path) -> None:
     """Tables of the same rows and columns side by side, each with its own colours, as a PNG and an SVG file.
 
     Args:
@@ -55,4 +55,3 @@ def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], colu
             figure.colorbar(image, ax=axes, label="error, %")
     figure.suptitle(title, fontsize="medium", wrap=True)
     save_figure(plt, figure, path)
-    return [path.with_suffix(".png"), path.with_suffix(".svg")]

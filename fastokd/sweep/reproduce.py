@@ -238,16 +238,14 @@ class ReproductionResults:
         table = self.table()
         return "\n".join([replace(table, notes=()).as_markdown(), *(f"- {plain_markdown(note)}" for note in table.notes)]) + "\n"
 
-    def write(self) -> list[Path]:
+    def write(self) -> None:
         """Write ``reproduce.md`` and ``results.json``."""
         plan = self.plan
-        files = [plan.out / "reproduce.md", plan.out / "results.json"]
-        write_text(files[0], self.as_markdown())
-        write_json(files[1], {
+        write_text(plan.out / "reproduce.md", self.as_markdown())
+        write_json(plan.out / "results.json", {
             "table": plan.name, "source": plan.table.source, "dataset": plan.table.dataset, "epochs": plan.epochs, "set": plan.changes, "notes": self.notes,
             "rows": [{"recipe": name, "row": number.row, "published": number._asdict(), **self.measured[name].as_json(number.row)}
                      for name, recipe in plan.table.recipes.items() for number in plan.table.numbers(recipe)]})
-        return files
 
 
 def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
@@ -33,6 +34,8 @@ from fastokd.sweep.results import (
     setup_differences,
 )
 from fastokd.train.config import TrainConfig, override
+
+T = TypeVar("T")
 
 _WHAT_IS_TRAINED = ("model", "at", "method", "preset", "branches", "topology", "aux_blocks", "compression", "method_options")
 """Fields that make a paper's number another one's where they are not the recipe's."""
@@ -200,47 +203,58 @@ class Results:
             errors = measured.errors()
             beside = [number.number() if number else "-", difference(errors, number)] if paper else []
             rows.append((describe(point.values) or point.name, measured.progress(), spread(errors), spread(measured.errors(best=True)), *beside))
-        line = Table(
-            "Errors of the student in %, mean +- sample standard deviation over seeds", 
+        points = Table(
+            "Errors of the student in %, mean +- sample standard deviation over seeds",
             ("point", "runs", "last epoch", "best epoch", *(["published", "difference, last epoch"] if paper else [])), tuple(rows),
             ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.", *self.notes))
-        return [*(Table(f"Errors of the student in %, {panel.title}", (f"{short(self.sweep.fields[0])} \\ {short(self.sweep.fields[1])}", *labels[1]),
-                        tuple((label, *texts) for label, texts in zip(labels[0], panel.texts, strict=True))) for panel, labels in self._panels()), line]
-
-    def _panels(self) -> list[tuple[Panel, list[list[str]]]]:
-        """For two fields: our errors and the published ones by rows and columns, and the labels of both."""
         if len(self.sweep.fields) != 2:
-            return []
-        labels = [[value_in_words(value) for value in self.sweep.values[field]] for field in self.sweep.fields]
-        width = len(labels[1])
-        errors = [each.errors() for each in self.measured]
-        columns: list[tuple[str, list[float | None], list[str]]] = [
-            ("last epoch" if "epochs" in self.sweep.fields else f"last of {self.sweep.base.epochs} epochs", [statistics.mean(each) if each else None for each in errors],
-             [f"{spread(each)}{'' if len(each) == len(found.states) else f' ({found.progress()})'}" if each else found.progress() for each, found in zip(errors, self.measured, strict=True)])]
-        if source := next((number.source for number in self.published if number), ""):
-            columns.append((f"published, {source}", [number.error if number else None for number in self.published], [number.number() if number else "-" for number in self.published]))
-        return [(Panel(title, *([values[start:start + width] for start in range(0, len(values), width)] for values in (numbers, texts))), labels) for title, numbers, texts in columns]
+            return [points]
+        (row, rows_of), (column, columns_of) = self._labels()
+        return [*(Table(f"Errors of the student in %, {panel.title}", (f"{row} \\ {column}", *columns_of),
+                        tuple((label, *texts) for label, texts in zip(rows_of, panel.texts, strict=True))) for panel in self._panels()), points]
+
+    def _labels(self) -> list[tuple[str, list[str]]]:
+        """The fields with several values, and their values in words."""
+        return [(short(field), [value_in_words(value) for value in self.sweep.values[field]]) for field in self.sweep.fields]
+
+    def _panels(self) -> list[Panel]:
+        """For two fields: our errors by rows and columns, and the published ones if there are any."""
+        values, texts = [], []
+        for measured in self.measured:
+            errors = measured.errors()
+            values.append(statistics.mean(errors) if errors else None)
+            some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
+            texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
+        when = "last epoch" if "epochs" in self.sweep.fields else f"last of {self.sweep.base.epochs} epochs"
+        panels = [Panel(when, self._by_rows(values), self._by_rows(texts))]
+        if any(self.published):
+            source = next(number.source for number in self.published if number)
+            panels.append(Panel(f"published, {source}", self._by_rows([number and number.error for number in self.published]),
+                                self._by_rows([number.number() if number else "-" for number in self.published])))
+        return panels
+
+    def _by_rows(self, points: Sequence[T]) -> list[Sequence[T]]:
+        """What belongs to the points, by the values of the first field."""
+        width = len(self.sweep.values[self.sweep.fields[1]])
+        return [points[start:start + width] for start in range(0, len(points), width)]
 
     def as_text(self) -> str:
         """For a terminal."""
         return "\n\n".join(table.as_text() for table in self.tables())
 
-    def write(self) -> list[Path]:
+    def write(self) -> None:
         """Write ``sweep.md``, ``sweep.csv``, ``results.json`` and, for two fields where matplotlib is installed, ``heat-map.png`` and ``.svg``."""
-        out, panels = self.sweep.out, self._panels()
+        out, sweep = self.sweep.out, self.sweep
         write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
         write_text(out / "sweep.csv", self._csv())
         write_json(out / "results.json", {
-            "recipe": self.sweep.recipe.name if self.sweep.recipe else None, "values": self.sweep.values, "notes": self.notes,
+            "recipe": sweep.recipe.name if sweep.recipe else None, "values": sweep.values, "notes": self.notes,
             "points": [{"name": point.name, "values": point.values, **measured.as_json(), "published": number._asdict() if number else None}
-                       for point, measured, number in zip(self.sweep.points, self.measured, self.published, strict=True)]})
-        files = [out / "sweep.md", out / "sweep.csv", out / "results.json"]
-        if panels:
-            shared = [value for field, value in (("model", self.sweep.base.model), ("method", self.sweep.base.method)) if field not in self.sweep.fields]
-            rows, columns = ((short(field), names) for field, names in zip(self.sweep.fields, panels[0][1], strict=True))
+                       for point, measured, number in zip(sweep.points, self.measured, self.published, strict=True)]})
+        if len(sweep.fields) == 2:
+            shared = [getattr(sweep.base, field) for field in ("model", "method") if field not in sweep.fields]
             with contextlib.suppress(MissingExtra):
-                files += draw_heat_map([panel for panel, _ in panels], rows, columns, ", ".join([*shared, "student"]), out / "heat-map")
-        return files
+                draw_heat_map(self._panels(), *self._labels(), ", ".join([*shared, "student"]), out / "heat-map")
 
     def _csv(self) -> str:
         """A line for each point, numbers not rounded; spaces separate seeds."""
