@@ -5,7 +5,7 @@ SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 MEASURED = build/bench
 
-.PHONY: install demo test sanitize budgets budgets-triton-3.6 bench lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 bench docs lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -65,8 +65,13 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.recipe_page
 	$(BIN)/python -m bench.report
 
+# The site, into site/. What is wrong with a page ends the build.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open site/index.html"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) build dist site *.egg-info demo-out

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[list[str], str | None]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_start(benchmark: Any, case: str) -> None:
+def test_process(benchmark: Any, case: str) -> None:
     arguments, baseline = CASES[case]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -173,7 +173,7 @@ def _differences(found: dict[str, Any]) -> str:
     data, plan = found["data"], found["plan"]
     counts = ", ".join(f"{count:,} {name}" for name, count in data["num_images"].items())
     files = "the original files of CIFAR-10" if data["original_files"] else "not the original files of CIFAR-10, so that errors compare with each other and not with the papers'"
-    schedule = "the papers' 300 epochs" if plan["epochs"] == 300 else f"{plan['epochs']} epochs instead of the papers' 300, with the same schedule scaled to them"
+    schedule = "the papers' 300 epochs" if plan["epochs"] == 300 else f"{plan['epochs']} epoch{'s' * (plan['epochs'] > 1)} instead of the papers' 300, with the same schedule scaled to them"
     return (f"What differs from the papers: the data is '{data['name']}' ({counts} images), {files}; {schedule}; seeds as listed, of {plan['seeds']} planned (the papers: 3 runs, "
             "seeds not given). The papers do not say whether their numbers are of the last epoch or the best, and which of AHBF's two losses they are of.")
 

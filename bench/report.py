@@ -147,7 +147,7 @@ def step_table(path: Path) -> list[str]:
 def start_table(path: Path) -> list[str]:
     """Imports and starts on one machine."""
     found = read(path)
-    cases = {benchmark["extra_info"]["case"]: benchmark for benchmark in by_test(found)["test_start"]}
+    cases = {benchmark["extra_info"]["case"]: benchmark for benchmark in by_test(found)["test_process"]}
     rows = []
     for case, benchmark in cases.items():
         baseline = benchmark["extra_info"]["baseline"]
@@ -160,21 +160,25 @@ def machine_code_table(path: Path) -> list[str]:
     found = read(path)
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in found["rows"]:
-        groups[row["branches"], row["preset"], row["dtype"], row["batch"], row["num_classes"], row["kernel"]][row["capability"]] = row
+        groups[row["branches"], row["preset"], row["dtype"], row["num_classes"], row["kernel"], row["batch"]][row["capability"]] = row
 
     def cell(rows: Mapping[int, Mapping[str, Any]], show: Callable[[Mapping[str, Any]], str]) -> str:
         values = [show(rows[capability]) for capability in sorted(rows)]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
-    rows = [
-        (" / ".join(f"sm_{capability}" for capability in sorted(group)), str(branches), preset, dtype, f"{batch} x {classes}", kernel, cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"] + row["stack"])),
-         cell(group, lambda row: str(row["vector_loads"])), cell(group, lambda row: f"{row['exponentials_per_column']:.4g}"), cell(group, lambda row: str(row["instructions"])),
-         cell(group, lambda row: f"{row['per_column']:.1f}" if row["whole"] > 1 else ""))
-        for (branches, preset, dtype, batch, classes, kernel), group in groups.items()]
+    batches: dict[tuple[str, ...], list[int]] = {}
+    for (branches, preset, dtype, classes, kernel, batch), group in groups.items():
+        shown = (
+            " / ".join(f"sm_{capability}" for capability in sorted(group)), str(branches), preset, dtype, str(classes), kernel,
+            cell(group, lambda row: str(row["registers"])), cell(group, lambda row: str(row["spills"])), cell(group, lambda row: str(row["vector_loads"])),
+            cell(group, lambda row: f"{roofline.exponentials_per_column(row):.3g}"), cell(group, lambda row: str(row["instructions"])),
+            cell(group, lambda row: f"{row['per_column']:.1f}" if row["whole"] > 1 else ""))
+        batches.setdefault(shown, []).append(batch)  # many batches have one kernel
+    rows = [(*shown[:4], ", ".join(map(str, found)), *shown[4:]) for shown, found in batches.items()]
     return [
         f"AHBF; Triton {found['triton']}; commit {found['commit']}; "
         f"`{path.relative_to(ROOT)}`, made by `{found['command']}`.", "",
-        *markdown_table([("for", "branches", "preset", "dtype", "B x C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
+        *markdown_table([("for", "branches", "preset", "dtype", "B", "C", "kernel", "registers", "spills", "16-byte loads", "exponentials per class", "instructions", "per class in the loop"), *rows])]
 
 
 def roofline_table(path: Path) -> list[str]:
@@ -323,11 +327,13 @@ def _if_measured(make: Callable[[Path], list[str]], name: str) -> list[str]:
 
 def _of_each(make: Callable[[Path], list[str]], pattern: str) -> list[str]:
     """The tables of all machines of which there is a result file."""
-    return _if_any(make, pattern) or NOT_MEASURED
+    return [line for path in sorted(RESULTS.glob(pattern)) for line in make(path)] or NOT_MEASURED
 
 
-def _if_any(make: Callable[[Path], list[str]], pattern: str) -> list[str]:
-    return [line for path in sorted(RESULTS.glob(pattern)) for line in make(path)]
+def _of_part(make: Callable[[Path], list[str]], part: str) -> list[str]:
+    """The tables of a part of ``bench.gpu``, on every GPU of which there is a file; suites have files of such names too."""
+    paths = [path for path in sorted(RESULTS.glob(f"{part}-*.json")) if json.loads(path.read_text(encoding="utf-8")).get("part") == part]
+    return [line for path in paths for line in make(path)]
 
 
 def _speedup_picture(path: Path) -> Path:
@@ -344,10 +350,10 @@ def blocks() -> dict[str, list[str]]:
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"), "merged convolutions": _if_measured(merge_table, "data-cpu.json"),
-        "gpu": [*_of_each(gpu_tables.environment_lines, "environment-*.json"), *_if_any(gpu_tables.tests_lines, "tests-*.json")],
-        "kernels": _of_each(gpu_tables.kernel_tables, "kernels-*.json"),
-        "profile": _of_each(gpu_tables.profile_tables, "profile-*.json"),
-        "gpu data": _of_each(gpu_tables.data_tables, "data-nvidia-*.json"),
+        "gpu": [*_of_part(gpu_tables.environment_lines, "environment"), *_of_part(gpu_tables.tests_lines, "tests")] or NOT_MEASURED,
+        "kernels": _of_part(gpu_tables.kernel_tables, "kernels") or NOT_MEASURED,
+        "profile": _of_part(gpu_tables.profile_tables, "profile") or NOT_MEASURED,
+        "gpu data": _of_part(gpu_tables.data_tables, "data") or NOT_MEASURED,
         "machine code": _if_measured(machine_code_table, machine_code.PATH.name),
         "roofline": _if_measured(roofline_table, machine_code.PATH.name),
     }
@@ -355,12 +361,12 @@ def blocks() -> dict[str, list[str]]:
 
 def accuracy_blocks() -> dict[str, list[str]]:
     """The same for the page of accuracies."""
-    return {"accuracy": _of_each(gpu_tables.accuracy_tables, "accuracy-*.json")}
+    return {"accuracy": _of_part(gpu_tables.accuracy_tables, "accuracy") or NOT_MEASURED}
 
 
 def readme_blocks() -> dict[str, list[str]]:
     """The same for the README."""
-    gpu = [] if any(RESULTS.glob("kernels-*.json")) else ["On GPUs: not measured yet."]
+    gpu = [] if _of_part(gpu_tables.kernel_tables, "kernels") else ["On GPUs: not measured yet."]
     return {"speed": [*_if_measured(readme_table, "loss-cpu.json"), *gpu]}
 
 

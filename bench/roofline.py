@@ -88,6 +88,18 @@ class Prediction:
         return max(times, key=lambda name: times[name])
 
 
+def columns_of_a_thread(code: Mapping[str, Any]) -> int:
+    """How many columns of a row a thread takes, in whole chunks and the last."""
+    return code["whole"] * code["pieces"] + code["rest_pieces"]
+
+
+def exponentials_per_column(code: Mapping[str, Any]) -> float:
+    """Of the loop over whole chunks; without one of the whole kernel, which ``Cost`` divides by the columns of one chunk."""
+    if code["whole"] > 1:
+        return code["exponentials_per_column"]
+    return code["exponentials_per_column"] * (code["pieces"] if code["whole"] else code["rest_pieces"]) / columns_of_a_thread(code)
+
+
 def predict(chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | None = None) -> Prediction:
     """The time of one kernel.
 
@@ -100,9 +112,7 @@ def predict(chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | N
     warps = -(-code["batch"] // code["rows"]) * code["num_warps"]
     again = max(code["whole"] - 1, 0)
     instructions = code["instructions"] + again * sum(loop["loop_instructions"] for loop in loops)
-    columns = code["whole"] * code["pieces"] + code["rest_pieces"]
-    # Of a row that is a single chunk the number is of the whole kernel, else of one loop.
-    exponentials = code["exponentials_per_column"] * columns * (len(loops) if code["whole"] > 1 else 1)
+    exponentials = exponentials_per_column(code) * columns_of_a_thread(code) * (len(loops) if code["whole"] > 1 else 1)
     busy = min(warps, _SCHEDULERS * chip.multiprocessors) * chip.clock * BUSY_SHARE
     moved = code["branches"] * code["batch"] * code["num_classes"] * ITEMSIZE[code["dtype"]] * (1 if code["kernel"] == "forward" else 2)
     return Prediction(moved / (chip.bandwidth * MEMORY_SHARE), warps * instructions / busy, warps * exponentials * _SCHEDULERS * _WARP / _SPECIAL_LANES / busy)

@@ -73,7 +73,7 @@ File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
-Settings = tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE", help_behavior_hint="(may be repeated)")]]
+Settings = tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint="(may be repeated)")]]
 
 
 def _console() -> Console:
@@ -438,7 +438,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 @command
-def sweep(recipe: Text = None, config: File = None, data: Text = None, settings: Settings = (), seeds: int = 1, out: File = None,
+def sweep(recipe: Text = None, config: File = None, data: Text = None, set: Settings = (), seeds: int = 1, out: File = None,
           devices: str = "auto", per_device: str = "auto", dry_run: bool = False) -> int:
     """Train every combination of some values, with several seeds, and compare the students' errors. The same command again goes on.
 
@@ -448,7 +448,7 @@ def sweep(recipe: Text = None, config: File = None, data: Text = None, settings:
         recipe: start from this published configuration (see 'fastokd recipes').
         config: start from this YAML file, for example a run's config.yaml.
         data: the dataset, as 'fastokd train --data' takes it.
-        settings: a field of the configuration, or an option as method_options.NAME, with its value, or with several for the grid:
+        set: a field of the configuration, or an option as method_options.NAME, with its value, or with several for the grid:
             branches=2,3,4. Values are written as in YAML: null for the default, brackets around a list, quotes around a comma.
         seeds: how many runs of every point, with seeds from 0.
         out: the folder (default sweeps/RECIPE, or sweeps/MODEL-METHOD). A larger grid may go on in the folder of a smaller.
@@ -461,13 +461,13 @@ def sweep(recipe: Text = None, config: File = None, data: Text = None, settings:
     from fastokd.sweep.sweep import Results, plan_sweep, run_sweep
 
     base = _settings(recipe, config, _absolute_data(data))
-    plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(settings), seeds, out)
+    plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
     return _run_queue(plan, dry_run, devices, per_device, run_sweep, lambda failed: Results.of(plan, failed).as_text())
 
 
 @command
 def reproduce(table: Pos[Text] = None, data: Text = None, rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PATTERN ...]", help_behavior_hint="")] = (),
-              seeds: Whole = None, epochs: Whole = None, settings: Settings = (), out: File = None, devices: str = "auto", per_device: str = "auto",
+              seeds: Whole = None, epochs: Whole = None, set: Settings = (), out: File = None, devices: str = "auto", per_device: str = "auto",
               dry_run: bool = False) -> int:
     """Run the recipes of a published table, and put what they measured beside what the paper reports. The same command again goes on.
 
@@ -477,7 +477,7 @@ def reproduce(table: Pos[Text] = None, data: Text = None, rows: Annotated[tuple[
         rows: only recipes with such names, for example '*-resnet32-*' (default: all of the table). The others stay as they are.
         seeds: how many runs of each recipe, with seeds from 0 (default: as many as the paper has).
         epochs: scale all schedules to this number of epochs (default: the recipes' own).
-        settings: another value for a field of every recipe, as 'fastokd sweep --set' takes it: precision=fp32.
+        set: another value for a field of every recipe, as 'fastokd sweep --set' takes it: precision=fp32.
         out: the folder (default reproduce/TABLE).
         devices: cpu, or GPUs as cuda:0,cuda:1; auto is all GPUs, or the CPU where there is none.
         per_device: how many runs at once on each device; auto is as many as its memory and the cores allow.
@@ -489,7 +489,7 @@ def reproduce(table: Pos[Text] = None, data: Text = None, rows: Annotated[tuple[
     if table is None:
         print(table_of_tables().as_text())
         return EXIT_OK
-    plan = plan_reproduction(table, _absolute_data(data).get("data", ""), rows, seeds, epochs, parse_values(settings), out)
+    plan = plan_reproduction(table, _absolute_data(data).get("data", ""), rows, seeds, epochs, parse_values(set), out)
     return _run_queue(plan, dry_run, devices, per_device, run_reproduction, lambda failed: ReproductionResults.of(plan, failed).as_text())
 
 
@@ -524,7 +524,7 @@ def _run_queue(plan: Any, dry_run: bool, devices: str, per_device: str, run: Cal
 
 
 @command
-def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid"] = "text",
+def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format: Literal["text", "mermaid", "svg"] = "text",
          method_options: Options = ()) -> None:
     """Draw a method's distillation graph with its effective coefficients.
 
@@ -532,17 +532,17 @@ def show(method: Pos[str], branches: Whole = None, preset: str = "paper", format
         method: the method, for example ahbf.
         branches: number of branches (default: the method's).
         preset: the loss options: paper or code.
-        format: text, or a Mermaid flowchart.
+        format: text, a Mermaid flowchart, or an SVG picture.
         method_options: loss options as NAME=VALUE.
     """
-    from fastokd.graph import draw_mermaid
+    from fastokd.graph import draw_mermaid, draw_svg
     from fastokd.methods import get_method
     from fastokd.train.config import TrainConfig, check_method
 
     config = TrainConfig(method=method, preset=preset, branches=branches, method_options=_parse_options(method_options))
     check_method(config)
     loss = get_method(method).loss_class(num_branches=config.num_branches(), **config.loss_options())
-    print(loss.draw() if format == "text" else draw_mermaid(loss.graph))
+    print(loss.draw() if format == "text" else {"mermaid": draw_mermaid, "svg": draw_svg}[format](loss.graph))
 
 
 @command

@@ -16,7 +16,7 @@ State = Literal["ok", "absent", "problem"]
 
 _EXTRAS = {
     "dali": "nvidia.dali", "timm": "timm", "plots": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb", "export": "onnx",
-    "test": "pytest", "bench": "pytest_benchmark", "dev": "ruff",
+    "test": "pytest", "bench": "pytest_benchmark", "docs": "mkdocs", "dev": "ruff",
 }
 
 

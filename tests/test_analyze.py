@@ -1,5 +1,6 @@
 """``fastokd analyze``: the formulas, what is gathered of a run, what is written, and what is said where there is less."""
 
+import dataclasses
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from fastokd.analysis import diversity
 from fastokd.analysis.pictures import NAMES, draw_study
 from fastokd.analysis.study import MEASURES, analyze_run, measures
 from fastokd.cli import main
+from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import load_run
 from fastokd.train.step import BranchEvaluator
@@ -208,6 +210,12 @@ def test_features_are_of_the_students_errors(ahbf):
     assert some.feature_labels.tolist() != labels[wrong][:5].tolist()
 
 
+@pytest.mark.parametrize(("method", "count", "members"), [("ahbf", 3, 3), ("one", 3, 3), ("dml", 2, 2), ("okddip", 4, 3), ("ffm", 4, 3), ("ffsd", 3, 2), ("baseline", 1, 1)])
+def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
+    loss = get_method(method).loss_class(num_branches=count)
+    assert loss.ensemble_members == tuple(f"branch{m}" for m in range(1, members + 1))
+
+
 @pytest.mark.parametrize(("settings", "rows", "members", "mixtures"), [
     ({"method": "baseline", "branches": 1}, ["branch1"], ["branch1"], []),
     ({"method": "okddip", "topology": "peers"}, ["branch1", "branch2", "leader", "ensemble"], ["branch1", "branch2"], ["group1", "group2"]),
@@ -221,7 +229,7 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
     for weights in record["measures"].get("mixing", {"values": {}})["values"].values():
         assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
     said = " ".join(record["notes"])
-    assert ("has no gate" in said) == (not mixtures)
+    assert ("has no mixture" in said) == (not mixtures)
     assert ("there is one branch" in said) == (len(members) == 1)
     if record["student"] == "ema":
         assert record["measures"]["accuracy"]["values"]["ema"] == load_run(tmp_path / "run").state["last"]["ema"]
@@ -229,8 +237,8 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    """Pictures are drawn and not saved, which takes longer."""
-    monkeypatch.setattr("fastokd.analysis.pictures._save", lambda plt, figure, _: plt.close(figure))
+    """Pictures are drawn and not encoded, which takes longer."""
+    monkeypatch.setattr("fastokd.analysis.pictures.encoded", lambda plt, figure, _: plt.close(figure) or {})
 
 
 @pytest.fixture
@@ -293,11 +301,12 @@ def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
     """Each picture names as many classes as can be read, and says so."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
-    found = analysis.gathered
+    found = dataclasses.replace(analysis.gathered, labels=10 * torch.arange(100))
     record = {**analysis.record, "classes": names, "measures": measures(found, analysis.record["ensemble_members"], names, {})}
     drawn, notes = draw_study(record, found, tmp_path)
     titles = {picture["name"]: picture["title"] for picture in drawn}
-    assert titles["confusion"].endswith("the 20 of 1000 classes with the most mistakes")
+    assert titles["confusion"].endswith("; 20 of 1000 classes, those of the most frequent mistakes")
+    assert titles["mixing"].endswith("; 20 of 1000 classes, those that are mixed most differently")
     assert set(titles) == set(NAMES) - {"mixing-by-epoch"}
     assert notes == []
 

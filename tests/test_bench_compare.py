@@ -37,11 +37,11 @@ def write(tmp_path):
 
 
 def test_rows_of_a_suite(write):
-    found = compare_files(write("a.json", suite(same=1.0, faster=1.0, slower=1.0, gone=1.0)), write("b.json", suite(same=1.15, faster=0.5, slower=1.3, new=1.0)))
+    found = compare_files(write("a.json", suite(same=1.0, hardly=1.0, faster=1.0, slower=1.0, gone=1.0)), write("b.json", suite(same=1.15, hardly=0.85, faster=0.5, slower=1.3, new=1.0)))
     assert {row.name: (round(row.ratio, 9), row.verdict) for row in found.rows} == {
-        "bench_loss.py::same": (1.15, "within the spread"), "bench_loss.py::faster": (0.5, "faster"), "bench_loss.py::slower": (1.3, "slower")}
+        "bench_loss.py::same": (1.15, "within the spread"), "bench_loss.py::hardly": (0.85, "within the spread"), "bench_loss.py::faster": (0.5, "faster"), "bench_loss.py::slower": (1.3, "slower")}
     lines = found.lines()
-    assert lines[0] == "the same machine, versions and commit"
+    assert lines[:3] == [f"before: {found.before.path}", f"after:  {found.after.path}", "the same machine, versions and commit"]
     (row,) = [line.split() for line in lines if "::slower" in line]
     assert row == ["bench_loss.py::slower", "1000", "900-1100", "1300", "1170-1430", "1.30", "slower"]
     assert [line for line in lines if line.startswith("only in")] == [f"only in {found.before.path}: bench_loss.py::gone", f"only in {found.after.path}: bench_loss.py::new"]
@@ -52,7 +52,7 @@ def test_what_differs_is_said_first(write):
     other["machine_info"] |= {"torch": "2.16", "commit": "def", "python": "3.12.1"}
     del other["machine_info"]["cpu"]
     lines = compare_files(write("a.json", suite(row=1.0)), write("b.json", other)).lines()
-    assert lines[:5] == ["cpu: Some CPU -> not said", "python: 3.11.7 -> 3.12.1", "torch: 2.15 -> 2.16", "commit: abc -> def", ""]
+    assert lines[2:7] == ["cpu: Some CPU -> not said", "python: 3.11.7 -> 3.12.1", "torch: 2.15 -> 2.16", "commit: abc -> def", ""]
 
 
 def test_rows_of_ladders_are_times_and_belong_to_their_setting(write):

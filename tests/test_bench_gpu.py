@@ -1,13 +1,15 @@
 """The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench.report
 from bench import gpu_tables
-from bench.gpu import accuracy
+from bench.gpu import accuracy, kernels
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
@@ -16,7 +18,7 @@ from bench.gpu.results import Results, identity
 from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
-from fastokd.methods import list_methods
+from fastokd.methods import get_method, list_methods
 from fastokd.models import create_model, find_backbone
 from fastokd.train.ladder import SPENT
 
@@ -56,6 +58,11 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     measured = [row for row in ladder["rows"] if row["reason"] != "needs a GPU"]
     assert {row["kind"] for row in measured} == {"first", "lever", "alternative", "student"}
     assert all(not row["reason"] and row["images_per_second"][0] > 0 for row in measured), measured
+    (profile,) = read(out, "profile")["rows"]
+    trace = gzip.decompress((out / profile["trace"]).read_bytes())
+    assert b"host_name" not in trace
+    assert {event.get("cat") for event in json.loads(trace)["traceEvents"]} >= {"cpu_op"}
+    assert profile["kernels"]
     data = read(out, "data")["rows"]
     assert all(row["images_per_second"] > 0 for row in data if "loader" in row and "skipped" not in row)
     assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
@@ -97,8 +104,11 @@ def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
         assert row["images_per_second"] > 0 < row["minutes"]
 
 
-def test_tables_of_a_dry_run(everything, capsys):
+def test_tables_of_a_dry_run(everything, monkeypatch):
     out, _ = everything
+    monkeypatch.setattr(bench.report, "RESULTS", out)
+    monkeypatch.setattr(bench.report, "ROOT", out)
+    pages = bench.report.blocks() | bench.report.accuracy_blocks()
     paths = {name: out / f"{name}-dry-run.json" for name in PARTS}
     assert "GB/s" in gpu_tables.environment_lines(paths["environment"])[1]
     assert "| all | 0 | 0 | 0 | 0 |  |" in gpu_tables.tests_lines(paths["tests"])
@@ -110,6 +120,9 @@ def test_tables_of_a_dry_run(everything, capsys):
     assert any("ms a step without the profiler" in line for line in gpu_tables.profile_tables(paths["profile"]))
     for line in (*kernels, *gpu_tables.accuracy_tables(paths["accuracy"])):
         assert not line.startswith("Not complete")
+    assert (pages["kernels"], pages["profile"]) == (kernels, gpu_tables.profile_tables(paths["profile"]))
+    assert (pages["gpu data"], pages["accuracy"]) == (gpu_tables.data_tables(paths["data"]), gpu_tables.accuracy_tables(paths["accuracy"]))
+    assert pages["gpu"][-3:] == gpu_tables.tests_lines(paths["tests"])[-3:]
 
 
 def context_of(tmp_path, minutes=1e9):
@@ -390,6 +403,20 @@ def test_floor_of_single_losses(name, read, written):
     row = 4 * 6 * 4
     assert inputs.least_bytes() == (read * row, (read + written) * row)
     assert len(inputs.leaves()) == written
+
+
+@pytest.mark.parametrize("name", ["ahbf", *SINGLES])
+def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
+    graph = SINGLES.get(name) or get_method(name).loss_class(num_branches=3).graph
+    inputs = make_inputs(graph, 5, 7, torch.float32, CPU)
+    cases = kernels._single_cases(context_of(tmp_path), name, inputs)[0] if name in SINGLES else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
+    with context_of(tmp_path).not_compiled():
+        found = {which: call() for which, (call, _) in cases.items() if not which.startswith(("liger", "quack"))}
+    *_, grads = found.pop("one kernel graph/both")
+    found["one kernel graph/both"] = [grad for grad in grads if grad is not None]
+    for which, value in found.items():
+        expected = found[f"eager/{which.rpartition('/')[2]}"]
+        torch.testing.assert_close(list(value) if isinstance(value, (list, tuple)) else value, list(expected) if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():

@@ -62,7 +62,7 @@ def test_the_report_reads_what_the_suites_write(results, monkeypatch):
     starts = start_table(path)
     assert next(line for line in starts if line.startswith("| `import fastokd` ")).split(" | ")[3] == "`python -c pass`"
     assert any(line.startswith("| 64 x 64 | torchvision | 0 |") for line in data_tables(path))
-    assert len(merge_table(path)) == 6
+    assert any(line.startswith("| resnet8 2x8x8 |") for line in merge_table(path))
 
 
 def test_the_file_says_what_made_it_and_not_where(results):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd.data import (
@@ -205,23 +206,6 @@ class TestFolder:
         Image.new("RGB", (12, 10)).save(tmp_path / "test" / "dog" / "9.png")
         refused(tmp_path, r"train/cat/0.png is 8x8 and test/dog/9.png is 10x12 .*--image-size 8")
         assert open_dataset(tmp_path, image_size=6).image_size == (6, 6)
-
-
-def write_cifar(root: Path, kind="cifar10", protocol=2, count=4, keys=str) -> Path:
-    """CIFAR files of ``count`` images each, as torchvision expects them; returns the folder that holds theirs."""
-    rng = np.random.default_rng(0)
-    if kind == "cifar10":
-        folder, names, meta = root / "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta"
-        labels, classes, label_names = "labels", "label_names", ["plane", "car"]
-    else:
-        folder, names, meta = root / "cifar-100-python", ["train", "test"], "meta"
-        labels, classes, label_names = "fine_labels", "fine_label_names", ["apple", "ray"]
-    folder.mkdir(parents=True)
-    for name in names:
-        content = {keys("data"): rng.integers(0, 256, (count, 3072), dtype=np.uint8), keys(labels): [i % 2 for i in range(count)]}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=protocol))
-    (folder / meta).write_bytes(pickle.dumps({keys(classes): label_names}, protocol=protocol))
-    return root
 
 
 class TestCifar:

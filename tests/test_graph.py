@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from graph_catalog import catalog
@@ -23,6 +24,7 @@ from fastokd.graph import (
     ProbabilityMixture,
     decode_plan,
     draw_mermaid,
+    draw_svg,
     draw_text,
     lower,
 )
@@ -33,6 +35,7 @@ A, B = Logits("a"), Logits("b")
 X = External("memory")
 CE = CrossEntropy("a")
 NAN = float("nan")
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def mixed(node: object, *more: object) -> tuple:
@@ -255,6 +258,45 @@ def test_mermaid_drawing() -> None:
     assert '  n1_branch2 -->|"scores2[0]"| n2_ta2' in lines
     assert '  label -. "1" .-> n2_ta2' in lines
     assert '  n2_ta2 == "KL 36 * kd_weight, T=3" ==> n0_branch1' in lines
+
+
+def boxes_of(picture: ElementTree.Element) -> list[tuple[float, ...]]:
+    return [tuple(float(box.get(name)) for name in ("x", "y", "width", "height")) for box in picture.iter(f"{SVG}rect")]
+
+
+@given(random_graphs())
+@settings(max_examples=50, deadline=None)
+def test_svg_drawing_has_every_node_and_edge_in_sight(graph: Graph) -> None:
+    picture = ElementTree.fromstring(draw_svg(graph))
+    boxes = boxes_of(picture)
+    assert len(boxes) == len(graph.nodes)
+    left, top, wide, high = map(float, picture.get("viewBox").split())
+    for x, y, width, height in boxes:
+        assert left <= x <= x + width <= left + wide
+        assert top <= y <= y + height <= top + high
+    for index, (x, y, width, height) in enumerate(boxes):
+        for x2, y2, width2, height2 in boxes[:index]:
+            assert x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
+    arrows = [path.get("stroke-width") for path in picture.iter(f"{SVG}path") if path.get("marker-end")]
+    assert arrows.count("2") == sum(isinstance(term, KL) for term in graph.terms)
+    assert arrows.count(None) == sum(len(node.inputs) for node in graph.nodes)
+    words = "".join(picture.itertext())
+    assert all(node.name in words for node in graph.nodes)
+
+
+def test_svg_drawing_goes_from_what_is_given_to_what_is_made_of_it() -> None:
+    picture = ElementTree.fromstring(draw_svg(ahbf_graph(3)))
+    titles = [text.text for text in picture.iter(f"{SVG}text") if text.get("font-weight")]
+    column = dict(zip(titles, (x for x, *_ in boxes_of(picture)), strict=True))
+    assert column["branch1"] == column["branch2"] == column["branch3"] < column["ta2"] < column["ta3"]
+    texts = [text.text for text in picture.iter(f"{SVG}text")]
+    assert texts[-2:] == ["KL 36 * kd_weight, T=3", "KL 18 * kd_weight, T=3"]  # 4 * 9 and 2 * 9
+    assert texts[texts.index("ta2"):][:4] == ["ta2", "scores2[0]*branch2", "+ scores2[1]*branch1", "CE 1"]
+
+
+def test_svg_drawing_takes_any_name() -> None:
+    picture = ElementTree.fromstring(draw_svg(Graph('<"g"> & co', (Logits("<a> & b"),), (CrossEntropy("<a> & b"),))))
+    assert "<a> & b" in "".join(picture.itertext())
 
 
 def test_mermaid_keeps_awkward_names_apart() -> None:

@@ -54,11 +54,12 @@ def test_a_stale_page_is_noticed(page, parts, changes):
 
 def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(tmp_path, monkeypatch, capsys):
     """Of another version the bytes differ and the digest does not."""
-    monkeypatch.setattr(bench.report, "PICTURE_FOLDER", PAGE.parent / "elsewhere")
-    (missing, *_), (data, draw) = list(pictures()), next(iter(pictures().values()))
+    path, (data, draw) = tmp_path / "x.svg", next(pair for picture, pair in pictures().items() if picture.name == "loss-cpu.svg")
+    monkeypatch.setattr(bench.report, "pictures", lambda: {path: (data, draw)})
     assert main(["--check"]) == 1
-    assert f"{missing} is stale: run python -m bench.report" in capsys.readouterr().err
-    path = draw(data, tmp_path / "x.svg")
+    assert capsys.readouterr().err == f"{path} is stale: run python -m bench.report\n"
+    assert main([]) == 0
+    assert main(["--check"]) == 0
     assert shows(path, data)
     again = path.read_bytes()
     assert draw(data, path).read_bytes() == again
@@ -66,6 +67,7 @@ def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
     assert shows(path, data)
     data["rows"][0]["eager"] += 0.01
     assert not shows(path, data)
+    assert main(["--check"]) == 1
 
 
 @pytest.fixture
@@ -109,20 +111,22 @@ def test_the_readme_has_three_sizes_and_the_worst_loss(result):
 
 def test_starts_stand_beside_what_cannot_be_saved(result):
     lines = start_table(result([
-        {"name": "test_start[a]", "extra_info": {"case": "import torch", "baseline": None}, **seconds(2)},
-        {"name": "test_start[b]", "extra_info": {"case": "import fastokd.losses", "baseline": "import torch"}, **seconds(2.5)}]))
+        {"name": "test_process[a]", "extra_info": {"case": "import torch", "baseline": None}, **seconds(2)},
+        {"name": "test_process[b]", "extra_info": {"case": "import fastokd.losses", "baseline": "import torch"}, **seconds(2.5)}]))
     assert lines[-3:] == ["| `import torch` | 2,000 | 2,000-2,000 |  |  |", "| `import fastokd.losses` | 2,500 | 2,500-2,500 | `import torch` | 1.25 |", ""]
 
 
 def test_machine_code_is_one_number_where_generations_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     row = {"kernel": "forward", "branches": 4, "preset": "paper", "dtype": "bf16", "batch": 1024, "num_classes": 1000, "registers": 72, "spills": 0, "stack": 0, "vector_loads": 20,
-           "exponentials_per_column": 7.0, "instructions": 2000, "per_column": 59.25, "whole": 3}
-    rows = [{**row, "capability": 80, "registers": 80}, {**row, "capability": 90}, {**row, "capability": 90, "batch": 96, "whole": 0, "spills": 2}]
+           "exponentials_per_column": 7.0, "instructions": 2000, "per_column": 59.25, "whole": 3, "pieces": 8, "rest_pieces": 8}
+    rows = [{**row, "batch": batch, **of} for batch in (1024, 4096) for of in ({"capability": 80, "registers": 80}, {"capability": 90})]
+    # A row of one whole chunk and another one: 14 exponentials a column of one chunk are 7 of each.
+    rows += [{**row, "capability": 90, "batch": 96, "whole": 1, "spills": 2, "exponentials_per_column": 14.0}]
     (tmp_path / "x.json").write_text(json.dumps({"triton": "3.9.0", "commit": "abc", "command": "python -m bench.machine_code", "rows": rows}))
     assert machine_code_table(tmp_path / "x.json")[-3:] == [
-        "| sm_80 / sm_90 | 4 | paper | bf16 | 1024 x 1000 | forward | 80 / 72 | 0 | 20 | 7 | 2000 | 59.2 |",
-        "| sm_90 | 4 | paper | bf16 | 96 x 1000 | forward | 72 | 2 | 20 | 7 | 2000 |  |", ""]
+        "| sm_80 / sm_90 | 4 | paper | bf16 | 1024, 4096 | 1000 | forward | 80 / 72 | 0 | 20 | 7 | 2000 | 59.2 |",
+        "| sm_90 | 4 | paper | bf16 | 96 | 1000 | forward | 72 | 2 | 20 | 7 | 2000 |  |", ""]
 
 
 def test_predictions_are_called_that_and_stand_beside_measurements(tmp_path, monkeypatch):

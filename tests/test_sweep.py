@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -462,23 +461,3 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     capsys.readouterr()
     assert sweep(out, *grid) == 2
     assert "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005): choose another --out" in capsys.readouterr().err
-
-
-# ---- the pages
-
-
-@pytest.mark.parametrize("page", ["sweep.md", "reproducing.md"])
-def test_commands_of_the_pages(page, tmp_path, monkeypatch, capsys):
-    """All are planned as they are written, with their folders as they are named there; nothing is trained."""
-    monkeypatch.chdir(tmp_path)
-    mine = tmp_path / "runs" / "mine"
-    mine.mkdir(parents=True)
-    (mine / "config.yaml").write_text(TrainConfig(data="digits").to_yaml())
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    lines = [shlex.split(line) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert len(lines) >= 6
-    for line in lines:
-        assert line[0] == "fastokd"
-        whole = [*line[1:], *(["--dry-run"] if len(line) > 2 and "--dry-run" not in line else [])]
-        assert cli.main(whole) == 0, (line, capsys.readouterr().err)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]

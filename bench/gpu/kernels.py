@@ -14,14 +14,13 @@ from torch import Tensor
 from bench.gpu.environment import copy_bandwidth
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
+from bench.suite import SIZES
 from fastokd.errors import first_line
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, lower
 from fastokd.methods import get_method, list_methods
 from fastokd.ops import evaluate, loss_and_grad
 from fastokd.train.config import TrainConfig
 
-SIZES = ((128, 10), (128, 100), (96, 1000), (1024, 1000), (4096, 1000), (1024, 21841), (256, 100_000))
-"""(B, C): CIFAR batches, an ImageNet batch, large batches, and the two regimes where memory bandwidth rules."""
 SINGLE_SIZES = ((4096, 1000), (4096, 32_000), (1024, 100_000))
 CODE_SIZES = ((128, 100), (96, 1000), (1024, 1000), (1024, 21841))
 FLOAT_SIZES = ((128, 100), (1024, 1000), (1024, 21841))

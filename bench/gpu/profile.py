@@ -2,11 +2,9 @@
 
 import gzip
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
 from fastokd.storage import write_atomically
-from fastokd.train.ladder import EngineStep, ladder_images
+from fastokd.train.ladder import EngineStep, chrome_trace, ladder_images
 
 STEPS = 5
 """Traced, after the warm-up."""
@@ -79,18 +77,15 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
         with torch.profiler.profile(activities=kinds) as found:
             running.advance(STEPS)
             synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(path))
-        text = path.read_bytes()
+    traced = chrome_trace(found)
     trace = context.out / f"trace-{step.model}-{step.batch}-{context.label}.json.gz"
-    packed = gzip.compress(text, mtime=0)
+    packed = gzip.compress(json.dumps(traced).encode(), mtime=0)
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
         "levers": running.step.levers.describe(), "precision": running.step.precision, "batch": step.batch, "step_ms": step_ms,
         "trace": trace.name if fits else f"not kept: {len(packed) / 2**20:.0f} MiB are more than {MAX_TRACE_BYTES >> 20}",
-        **kernel_summary(json.loads(text)["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU)}
+        **kernel_summary(traced["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU)}
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:

@@ -71,16 +71,16 @@ class Comparison:
         """What differs in machine, versions and commit, the rows of both files, and those that only one has."""
         one, other = self.before.machine, self.after.machine
         differs = [f"{name}: {one.get(name, 'not said')} -> {other.get(name, 'not said')}" for name in _MACHINE if one.get(name) != other.get(name)]
-        cells = [("row", str(self.before.path), "spread", str(self.after.path), "spread", "ratio", "")]
+        cells = [("row", "before", "spread", "after", "spread", "ratio", "")]
         for row in self.rows:
             cells.append((row.name, *_cells(row.before), *_cells(row.after), f"{row.ratio:.2f}", row.verdict))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = differs or ["the same machine, versions and commit"]
+        lines = [f"before: {self.before.path}", f"after:  {self.after.path}", *(differs or ["the same machine, versions and commit"])]
         lines += ["", *("  ".join(cell.rjust(width) if 0 < place < 6 else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
                         for row in cells), ""]
         for mine, others in ((self.before, self.after), (self.after, self.before)):
             lines += [f"only in {mine.path}: {name}" for name in mine.rows if name not in others.rows]
-        return [*lines, f"Medians and spread ({SPREADS[self.before.kind]}) in milliseconds; ratio: the second median over the first. Faster and slower: the spreads lie apart."]
+        return [*lines, f"Medians and spread ({SPREADS[self.before.kind]}) in milliseconds; ratio: the median after over that before. Faster and slower: the spreads lie apart."]
 
 
 def _cells(times: Times) -> tuple[str, str]:

@@ -263,7 +263,7 @@ def _cost_table(found: Comparison) -> Table:
          "training FLOPs / student", "training time / alone", "training, images/s"), tuple(rows),
         ("FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is trained, a frozen teacher not among them.", *latency,
          "Training time: of an image, by the median images/s of the epochs, as a multiple of the same student trained alone; only where such runs are "
-         "among these, on the same device with as many threads and processes, the same batch size and precision."))
+         "among these, on the same device with as many threads and processes, the same batch size and precision. What else the machine did meanwhile is in it."))
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}

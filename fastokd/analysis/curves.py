@@ -50,6 +50,18 @@ class Picture:
     description: str
     files: Mapping[str, bytes]
 
+    def write(self, folder: Path) -> list[Path]:
+        """Write the files, and return them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        written = []
+        for ending, content in self.files.items():
+            written.append(folder / f"{self.name}.{ending}")
+            write_atomically(written[-1], lambda file, content=content: file.write(content))
+        return written
+
 
 @dataclass(frozen=True)
 class _Panel:
@@ -117,12 +129,7 @@ def draw_curves(groups: Groups, folder: Path, title: str, formats: Sequence[str]
         MissingExtra: matplotlib is not installed.
         StorageError: the disk refused.
     """
-    files = []
-    for picture in (picture for draw in pictures for picture in draw(groups, title, formats)):
-        for ending, content in picture.files.items():
-            files.append(folder / f"{picture.name}.{ending}")
-            write_atomically(files[-1], lambda file, content=content: file.write(content))
-    return files
+    return [file for draw in pictures for picture in draw(groups, title, formats) for file in picture.write(folder)]
 
 
 PICTURES = (row_pictures, overview_pictures, training_pictures)
@@ -183,11 +190,7 @@ def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
     figure.suptitle(f"{title}: {shows}", fontsize="medium" if len(panels) == 1 else "large", wrap=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # once is enough for all formats, and it takes longest
-    files = {ending: _encoded(plt, figure, ending) for ending in formats}
-    plt.close(figure)
-    return Picture(name, shows, f"{title}: {shows}. Last values: {'; '.join(words)}.", files)
+    return Picture(name, shows, f"{title}: {shows}. Last values: {'; '.join(words)}.", encoded(plt, figure, formats))
 
 
 def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
@@ -217,6 +220,15 @@ def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return ends
+
+
+def encoded(plt: Any, figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
+    """A figure in each of the formats, "png" or "svg". It is closed."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once is enough for all formats, and it takes longest
+    files = {ending: _encoded(plt, figure, ending) for ending in formats}
+    plt.close(figure)
+    return files
 
 
 def _encoded(plt: Any, figure: Any, ending: str) -> bytes:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastokd.analysis.curves import require_matplotlib
-from fastokd.analysis.pictures import save_figure
+from fastokd.analysis.curves import Picture, encoded, require_matplotlib
 
 
 class Panel(NamedTuple):
@@ -54,4 +53,4 @@ def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], colu
         if any(value is not None for row in panel.values for value in row):
             figure.colorbar(image, ax=axes, label="error, %")
     figure.suptitle(title, fontsize="medium", wrap=True)
-    save_figure(plt, figure, path)
+    Picture(path.name, title, title, encoded(plt, figure, ("png", "svg"))).write(path.parent)

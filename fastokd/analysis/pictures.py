@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.analysis.curves import require_matplotlib
+from fastokd.analysis.curves import Picture, encoded, require_matplotlib
 from fastokd.analysis.diversity import ECE_BINS
 from fastokd.analysis.gather import Gathered
 from fastokd.errors import MissingExtra
-from fastokd.storage import storage_error, write_atomically
+from fastokd.storage import storage_error
 
 NAMES = ("tsne", "distances", "agreement", "reliability", "confusion", "mixing", "mixing-by-epoch")
 """Every picture that there may be; the files are NAME.svg and NAME.png."""
@@ -57,7 +57,7 @@ def draw_study(record: Mapping[str, Any], found: Gathered, folder: Path) -> tupl
                 notes.append(f"there is no picture {name}: {error}")
                 continue
             figure.suptitle(f"{title}\n{where}", fontsize="medium")
-            save_figure(plt, figure, folder / name)
+            Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
             drawn.append({"name": name, "title": title, "description": description})
     for name in set(NAMES) - {picture["name"] for picture in drawn}:
         for suffix in (".svg", ".png"):
@@ -179,43 +179,42 @@ def _reliability(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tu
 
 
 def _confusion(plt: Any, confusion: Mapping[str, Mapping[str, int]], classes: Sequence[str], student: str) -> tuple[Any, str, str]:
-    """A heat map of the student's confusion matrix; of many classes those that it confuses most."""
+    """A heat map of the student's confusion matrix; of many classes those of its most frequent confusions."""
     shown = list(classes)
     if len(classes) > MOST_CLASSES:
-        mistakes = dict.fromkeys(classes, 0)
-        for name, found in confusion.items():
-            for other, count in found.items():
-                if name != other:
-                    mistakes[name] += count
-                    mistakes[other] += count
-        most = set(sorted(classes, key=lambda name: -mistakes[name])[:MOST_CLASSES])
+        mistakes = [(-count, name, other) for name, found in confusion.items() for other, count in found.items() if name != other]
+        often = dict.fromkeys([*(each for _, name, other in sorted(mistakes) for each in (name, other)), *classes])
+        most = set(list(often)[:MOST_CLASSES])
         shown = [name for name in classes if name in most]
     totals = {name: sum(confusion[name].values()) for name in shown}
     table = [[confusion[name].get(other, 0) / totals[name] if totals[name] else None for other in shown] for name in shown]
     figure, axes = plt.subplots(figsize=(0.42 * len(shown) + 2.4, 0.42 * len(shown) + 2), layout="constrained")
     _heat_map(figure, axes, table, shown, shown)
     axes.set(xlabel=f"what {student} says", ylabel="class")
-    of = f"; the {len(shown)} of {len(classes)} classes with the most mistakes" if len(shown) < len(classes) else ""
+    of = f"; {len(shown)} of {len(classes)} classes, those of the most frequent mistakes" if len(shown) < len(classes) else ""
     return figure, f"confusion of {student}: fraction of each class's images{of}", (
         f"Heat map of the confusion matrix of {student}, every line divided by the number of images of its class{of}.")
 
 
 def _mixing(plt: Any, values: Mapping[str, Any], classes: Sequence[str]) -> tuple[Any, str, str]:
-    """A heat map of the mean mixing weights, over all images and of each class."""
+    """A heat map of the mean mixing weights, over all images and of each class; of many classes those that are mixed most differently."""
     lines = [(mixture, name) for mixture, weights in values["mixing"].items() for name in weights]
     labels = [f"{mixture} \N{LEFTWARDS ARROW} {name}" for mixture, name in lines]
-    table = [[values["mixing"][mixture][name], *(values["class_mixing"][mixture][name][each] for each in classes)] for mixture, name in lines]
-    named = len(classes) <= MOST_CLASSES
-    figure, axes = plt.subplots(figsize=((0.45 * len(classes) + 3.4) if named else 9, 0.4 * len(lines) + 2.2), layout="constrained")
-    _heat_map(figure, axes, table, labels, ["all images", *classes] if named else None)
-    if named:
-        axes.axvline(0.5, color="white", linewidth=3)
-    else:
-        axes.set_xticks([0, 1, len(classes)], ["all", "1", str(len(classes))])
-        axes.set_xlabel("class, by its place in analysis.json")
-    return figure, "mean mixing weights, over all images and of each class", (
+
+    def apart(each: str) -> float:
+        means = [(values["class_mixing"][mixture][name][each], values["mixing"][mixture][name]) for mixture, name in lines]
+        return max(abs(mean - overall) if mean is not None else 0.0 for mean, overall in means)
+
+    most = set(sorted(classes, key=apart, reverse=True)[:MOST_CLASSES])
+    shown = [each for each in classes if each in most]
+    of = f"; {len(shown)} of {len(classes)} classes, those that are mixed most differently" if len(shown) < len(classes) else ""
+    table = [[values["mixing"][mixture][name], *(values["class_mixing"][mixture][name][each] for each in shown)] for mixture, name in lines]
+    figure, axes = plt.subplots(figsize=(0.45 * len(shown) + 3.4, 0.4 * len(lines) + 2.2), layout="constrained")
+    _heat_map(figure, axes, table, labels, ["all images", *shown])
+    axes.axvline(0.5, color="white", linewidth=3)
+    return figure, f"mean mixing weights, over all images and of each class{of}", (
         "Heat map of the mean weight of each input of each mixture, over all images: "
-        + ", ".join(f"{label} {line[0]:.2f}" for label, line in zip(labels, table, strict=True)) + "; and over the images of each class.")
+        + ", ".join(f"{label} {line[0]:.2f}" for label, line in zip(labels, table, strict=True)) + f"; and over the images of each class{of}.")
 
 
 def _mixing_by_epoch(plt: Any, weights: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> tuple[Any, str, str]:
@@ -248,24 +247,14 @@ def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
     return figure, panels
 
 
-def _heat_map(figure: Any, axes: Any, table: Sequence[Sequence[float | None]], lines: Sequence[str], columns: Sequence[str] | None) -> None:
-    """Values in [0, 1] as colours, and in percent as numbers where they are readable; None stays white."""
+def _heat_map(figure: Any, axes: Any, table: Sequence[Sequence[float | None]], lines: Sequence[str], columns: Sequence[str]) -> None:
+    """Values in [0, 1] in percent, as colours and as numbers where these are not 0; None stays white."""
     numbers = [[math.nan if value is None else 100 * value for value in line] for line in table]
     image = axes.imshow(numbers, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     figure.colorbar(image, ax=axes, label="%")
     axes.set_yticks(range(len(lines)), lines, fontsize="small")
-    if columns is None:
-        return
     axes.set_xticks(range(len(columns)), columns, fontsize="small", rotation=90)
     for y, line in enumerate(numbers):
         for x, value in enumerate(line):
-            if not math.isnan(value):
+            if value >= 0.5:
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color="white" if value < 60 else "black")
-
-
-def save_figure(plt: Any, figure: Any, path: Path) -> None:
-    """Write and close a figure as ``path`` with the endings ``.svg`` and ``.png``; the same numbers give the same files."""
-    with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        write_atomically(path.with_suffix(".svg"), lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
-    write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)

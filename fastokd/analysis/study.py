@@ -200,7 +200,7 @@ def _notes(run: LoadedRun, found: Gathered, done: int, history: Mapping[int, Any
     if run.state["loader"]:
         notes.append(f"the checkpoint was written within epoch {run.state['epoch'] + 1}")
     if not found.mixing:
-        notes.append(f"method {run.config.method} has no gate and no other weights that are found while training, so there are no mixing weights")
+        notes.append(f"method {run.config.method} has no mixture of rows whose weights a gate or the loss finds, so there are no mixing weights")
     elif not history:
         notes.append("mixing weights by epoch were not recorded: the run is of an earlier version, or its metrics.jsonl is lost")
     if len(run.evaluator.criterion.ensemble_members) < 2:

@@ -10,7 +10,7 @@ def _number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _definition(node: Node, externals: tuple[str, ...]) -> str:
+def definition(node: Node, externals: tuple[str, ...]) -> str:
     """The right-hand side of a node's definition."""
     if not node.inputs:
         return "given"
@@ -27,20 +27,21 @@ def _definition(node: Node, externals: tuple[str, ...]) -> str:
     return " + ".join(parts)
 
 
-def _coefficient(term: CrossEntropy | KL) -> str:
+def coefficient(term: CrossEntropy | KL) -> str:
     """The weight of a term with everything constant multiplied out."""
     return _number(term.coefficient) + (" * kd_weight" if term.scheduled else "")
 
 
-def _notes(term: KL) -> str:
-    notes = [f"T={_number(term.temperature)}"]
+def notes(term: KL) -> str:
+    """How a KL edge teaches, beside its coefficient."""
+    found = [f"T={_number(term.temperature)}"]
     if term.detach:
-        notes.append("teacher detached")
+        found.append("teacher detached")
     if term.eps:
-        notes.append(f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else ""))
+        found.append(f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else ""))
     if term.direction == "student_first":
-        notes.append("student first")
-    return ", ".join(notes)
+        found.append("student first")
+    return ", ".join(found)
 
 
 def draw_text(graph: Graph) -> str:
@@ -49,14 +50,14 @@ def draw_text(graph: Graph) -> str:
     width = max(len(node.name) for node in graph.nodes)
     kind_width = max(len(node.kind) for node in graph.nodes)
     lines.append("nodes")
-    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {_definition(node, graph.externals)}" for node in graph.ordered]
+    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {definition(node, graph.externals)}" for node in graph.ordered]
     lines.append("terms (coefficient of each per-sample value; T^2 and weights multiplied out)")
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
-            lines.append(f"  {_coefficient(term):>16}  CE({term.node}, target)")
+            lines.append(f"  {coefficient(term):>16}  CE({term.node}, target)")
         else:
             first, second = (term.teacher, term.student) if term.direction == "teacher_first" else (term.student, term.teacher)
-            lines.append(f"  {_coefficient(term):>16}  KL({first} || {second})  teaches {term.student}; {_notes(term)}")
+            lines.append(f"  {coefficient(term):>16}  KL({first} || {second})  teaches {term.student}; {notes(term)}")
     if graph.label_smoothing:
         lines.append(f"label smoothing {_number(graph.label_smoothing)} in every cross-entropy")
     return "\n".join(lines)
@@ -82,7 +83,7 @@ def draw_mermaid(graph: Graph) -> str:
     lines.append('  label{{"label"}}')
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
-            lines.append(f'  label -. "{_coefficient(term)}" .-> {ids[term.node]}')
+            lines.append(f'  label -. "{coefficient(term)}" .-> {ids[term.node]}')
         else:
-            lines.append(f'  {ids[term.teacher]} == "KL {_coefficient(term)}, {_notes(term)}" ==> {ids[term.student]}')
+            lines.append(f'  {ids[term.teacher]} == "KL {coefficient(term)}, {notes(term)}" ==> {ids[term.student]}')
     return "\n".join(lines)

@@ -68,8 +68,6 @@ class MethodLoss(nn.Module):
     """
 
     presets: ClassVar[Presets] = {"paper": {}}
-    ensemble_of: ClassVar[slice] = slice(None)
-    """The branches whose mean logits are the row ``ensemble`` of ``named_rows``, where the graph has no mixture of that name."""
     held_out: float = 0.0
     """The fraction of every class's training images that the trainer holds out for ``see_held_out``."""
 
@@ -102,9 +100,9 @@ class MethodLoss(nn.Module):
 
     @property
     def ensemble_members(self) -> tuple[str, ...]:
-        """The rows of logits that ``ensemble`` is made of: all branches, or the peers of methods that have a leader beside them."""
+        """The rows that ``ensemble`` is made of: the inputs of the graph's mixture of that name, such as a leader's peers, or else all branches."""
         node = self.graph.by_name.get("ensemble")
-        return node.inputs if node is not None else self.graph.logits[:self.num_branches][self.ensemble_of]
+        return self.graph.logits[:self.num_branches] if node is None else node.inputs
 
     def draw(self) -> str:
         """The graph and the terms beside it as lines of text, every coefficient multiplied out."""
@@ -187,12 +185,12 @@ class MethodLoss(nn.Module):
         """The logits [B, C] of every branch, head and mixture by name, for measuring their accuracy.
 
         With two or more branches there is the row ``ensemble``: the graph's mixture of that name, or else the mean of the
-        branches' logits (of those in ``ensemble_of``).
+        logits of ``ensemble_members``.
         """
         given = self._graph_inputs(branch_logits, None, inputs)
         rows = {**dict(zip(self.graph.logits, given.logits, strict=True)), **self.graph_loss.mixtures(given.logits, given.weights)}
         if self.num_branches > 1 and "ensemble" not in rows:
-            rows["ensemble"] = torch.stack(list(given.logits[:self.num_branches])[self.ensemble_of]).mean(0)
+            rows["ensemble"] = torch.stack([rows[name] for name in self.ensemble_members]).mean(0)
         return rows
 
     @torch.no_grad()

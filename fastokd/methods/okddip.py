@@ -70,7 +70,6 @@ class OKDDipLoss(MethodLoss):
         # The published code.
         "code": {"mix": "logits", "teacher_eps": 1e-7},
     }
-    ensemble_of: ClassVar[slice] = slice(0, -1)
 
     def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_peer: float = 1.0, lambda_leader: float = 1.0,
                  mix: Literal["logits", "probabilities"] = "logits", detach_teacher: bool = False, teacher_eps: float = 0.0,

@@ -3,8 +3,10 @@
 import dataclasses
 import gc
 import itertools
+import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -431,9 +433,22 @@ class Ladder:
             running.advance(_PROFILED_STEPS)
             self._now()
         path = folder / "step-trace.json"
-        write_atomically(path, lambda file: found.export_chrome_trace(file.name))
+        text = json.dumps(chrome_trace(found))
+        write_atomically(path, lambda file: file.write(text.encode()))
         sort = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         return path, found.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=60)
+
+
+_KEPT = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
+
+
+def chrome_trace(found: torch.profiler.profile) -> dict[str, Any]:
+    """A profile as a Chrome trace, without the machine's name that PyTorch writes into it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(path))
+        traced = json.loads(path.read_bytes())
+    return {name: traced[name] for name in _KEPT if name in traced}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

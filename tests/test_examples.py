@@ -1,0 +1,106 @@
+"""The programs in ``examples/`` run as their first lines say, in the small, and do what they show."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from launching import finish, start, start_ranks
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastokd.cli import main
+from fastokd.models import create_student
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(name: str, *arguments: object) -> str:
+    """What an example prints."""
+    code, output, errors = finish(start([ROOT / "examples" / name, *arguments]))
+    assert code == 0, f"{output}\n{errors}"
+    return output
+
+
+def last_percentage(output: str) -> float:
+    return float(re.findall(r"([\d.]+) %", output)[-1])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Files of two classes, dark and bright, 40 x 32."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 64), ("val", 8)):
+        for name, level in (("bright", 128), ("dark", 0)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(level, level + 128, (32, 40, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg")
+    return root
+
+
+def test_own_loop():
+    assert last_percentage(run("own_loop.py", "--epochs", 5)) > 85  # ten classes
+
+
+def test_own_method(tmp_path):
+    assert "T=3, teacher detached" in run("own_method.py", "show", "consensus")
+    run("own_method.py", "train", "--data", "digits", "--method", "consensus", "--model", "resnet8", "--batch-size", 128, "--epochs", 1, "--out", tmp_path / "run", "--quiet")
+    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert {"kl/consensus->branch1", "kl/consensus->branch2", "kl/consensus->branch3"} <= set(measured["train"])
+
+
+def test_branch_torchvision(tmp_path):
+    out = tmp_path / "student.safetensors"
+    output = run("branch_torchvision.py", "--model", "resnet18", "--at", "layer4", "--image-size", 16, "--branches", 2, "--epochs", 2, "--out", out)
+    assert last_percentage(output) > 50
+    torchvision.models.resnet18(num_classes=10).load_state_dict(load_file(out), strict=True)
+
+
+def test_branch_timm():
+    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    output = run("branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2)
+    assert float(re.findall(r"branch1 ([\d.]+)", output)[-1]) > 50
+    count = sum(parameter.numel() for parameter in timm.create_model("resnet10t", num_classes=10).parameters())
+    assert output.strip().endswith(f"ResNet, {count:,} parameters")
+
+
+def test_multi_gpu_with_two_processes(tmp_path):
+    out = tmp_path / "student.safetensors"
+    processes = start_ranks(2, [ROOT / "examples" / "multi_gpu.py", "--epochs", 2, "--out", out])
+    (first, output, errors), (second, silent, _) = map(finish, processes)
+    assert (first, second) == (0, 0), errors
+    assert "2 processes" in output
+    assert silent == ""
+    assert float(re.findall(r"accuracy ([\d.]+) %", output)[-1]) > 40
+    create_student("resnet8", 10).load_state_dict(load_file(out), strict=True)
+
+
+def test_imagenet_dali(pictures):
+    pytest.importorskip("nvidia.dali", reason="needs pip install 'fastokd[dali]'")
+    output = run("imagenet_dali.py", "--data", pictures, "--model", "resnet8", "--branches", 2, "--image-size", 32, "--batch-size", 8, "--steps", 6, "--epochs", 2)
+    assert output.count("images/s") == 2
+    assert last_percentage(output) >= 50
+
+
+def test_export_onnx(pictures, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    folder = tmp_path / "run"
+    assert main(["train", "--data", str(pictures), "--image-size", "32", "--model", "resnet8", "--method", "baseline", "--batch-size", "16", "--lr", "0.01", "--epochs", "2",
+                 "--out", str(folder), "--quiet", "--device", "cpu"]) == 0
+    shown = [pictures / "val" / name / "3.jpg" for name in ("dark", "bright")]
+    lines = run("export_onnx.py", folder, *shown).splitlines()[-2:]
+    assert [re.match(r".*: (\w+) \(", line)[1] for line in lines] == ["dark", "bright"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_says_what_it_shows_and_is_run_here(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"python examples/{path.name}" in text or f"examples/{path.name} --" in text
+    assert re.search(rf'(?:run\(|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8"))
+    assert f"`{path.name}`" in (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8")
