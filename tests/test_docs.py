@@ -33,8 +33,8 @@ from fastokd.version import __version__
 ROOT = Path(__file__).resolve().parent.parent
 # README first: others go on with its runs.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/methods/*.md"))]
-ELSEWHERE = {"docs/export.md": "tests/test_export.py"}
-"""Pages whose Python snippets are run by another file."""
+ELSEWHERE = {("docs/export.md", "python"): "tests/test_export.py", ("docs/compare.md", ""): "tests/test_compare.py", ("docs/analyze.md", ""): "tests/test_analyze.py"}
+"""Pages and languages of blocks that another file runs, because it looks closely at what they do."""
 PROGRAMS = ("fastokd", "make")
 """What a line of a block that is run may start with; that make's targets exist is looked at apart."""
 
@@ -153,9 +153,9 @@ def test_commands_and_snippets(workplace, monkeypatch):
             if block.language == "text" and printed is not None and block.text != printed:
                 wrong.append(f"{block.where}: the snippet before prints\n{printed}")
             printed = None
-            if not block.is_run or block.text.startswith(("$ ", "--8<--")):
+            if not block.is_run or (page, block.language) in ELSEWHERE or block.text.startswith(("$ ", "--8<--")):
                 continue  # what a drawing command prints is compared in test_method_pages.py, and programs are run in test_examples.py
-            if block.language == "python" and page not in ELSEWHERE:
+            if block.language == "python":
                 printed = run_snippet(block, names)
             elif not block.language:
                 wrong += run_block(block)
@@ -214,7 +214,7 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
             group.cli(args=words[group is not cli.app:], config=(tyro.conf.OmitArgPrefixes,))
     files = re.findall(r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE)
     for file in files:
-        assert (ROOT / (file if "/" in file else f"{file.replace('.', '/')}.py")).is_file(), file
+        assert any((ROOT / name).exists() for name in (file, f"{file.replace('.', '/')}.py", f"{file.replace('.', '/')}/__main__.py")), file
     assert commands or files, f"{block.where}: nothing in it that could be looked at"
 
 
@@ -223,13 +223,14 @@ def words_of(pattern: str) -> set[str]:
     return {word for path in PAGES for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")) for word in re.findall(pattern, code)}
 
 
-OTHERS_OPTIONS = {"--nproc-per-node", "--local-addr", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--check", "--strict", "--shm-size", "--help", "--version"}
-"""Of torchrun, docker, the page generators and every command."""
+OTHERS_OPTIONS = {"--nproc-per-node", "--local-addr", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--check", "--dry-run", "--again", "--shm-size", "--help"}
+"""Of torchrun, bench, docker and every command."""
 
 
 def test_options_and_names_in_the_text_exist():
     functions = [value for name, value in vars(cli).items() if inspect.isfunction(value) and value.__module__ == cli.__name__ and not name.startswith("_")]
-    known = {f"--{name.replace('_', '-')}" for function in functions for name in inspect.signature(function).parameters} | OTHERS_OPTIONS
+    options = {name.replace("_", "-") for function in functions for name in inspect.signature(function).parameters}
+    known = {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
     assert words_of(r"(?<![\w-])--[a-z][a-z-]+") <= known
     assert words_of(r"fastokd recipes ([a-z][\w-]+)") <= set(list_recipes())
     missing = {path for path in words_of(r"(?:tests|fastokd|bench|examples|kernels)/[\w/.-]+\.\w+") if not (ROOT / path).exists()}
@@ -239,7 +240,7 @@ def test_options_and_names_in_the_text_exist():
 def test_make_targets_and_extras_exist():
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"(?:^|`)make ([\w-]+)", text, flags=re.MULTILINE)):
+    for target in set(re.findall(r"(?:^|`)make ([\w.-]*\w)", text, flags=re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {name for group in re.findall(r"(?:fastokd|\.)\[([\w,-]+)\]", text) for name in group.split(",")} <= set(extras)
@@ -251,7 +252,7 @@ def test_documents_have_no_holes():
         assert not re.search(r"@[A-Z]+@|\bTODO\b|\bTBD\b", text), path
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / target).exists(), f"{path} points to {target}"
-    for page, test in ELSEWHERE.items():
+    for (page, _), test in ELSEWHERE.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
     for block in BLOCKS:
         for name in re.findall(r'^--8<-- "([^":]+)', block.text, flags=re.MULTILINE):
