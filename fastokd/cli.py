@@ -506,6 +506,7 @@ def _run_queue(plan: Any, dry_run: bool, devices: str, per_device: str, run: Cal
 
     say = functools.partial(_console().print, markup=False)
     if dry_run:
+        plan.check()
         states = [(job.name, job.state()) for job in plan.queue]
         for name, state in states:
             say(f"{name}: {state}")

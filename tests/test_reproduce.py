@@ -93,6 +93,13 @@ def test_rows_seeds_and_settings():
     assert (ahbf.seed, ahbf.method, ahbf.branches, ahbf.aux_blocks, ahbf.ramp_length()) == (1, "ahbf", 4, 4, 30)
 
 
+def test_every_table_can_be_planned(tmp_path):
+    for name, table in paper_tables().items():
+        plan = plan_reproduction(name, "", [], None, 7, {}, tmp_path)
+        assert len(plan.queue) == len(table.recipes) * table.runs
+        assert {job.config.epochs for job in plan.queue} == {7}
+
+
 def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["ahbf-table1", "--rows", "cifar10-resnet32-a*", "--epochs", "2", "--seeds", "2"]
@@ -127,8 +134,9 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"\ncifar10-resnet32-ahbf .* 30\.25 \+- 0\.35 \(2\)", said)
     assert re.search(r"\ncifar10-resnet32-baseline .* 30\.00 \(1\)", said)
-    assert reproduce(out, *given[:-4], "--epochs", "3") == 2
-    assert "is of another 'reproduce' (there, here: epochs: 2, 3)" in capsys.readouterr().err
+    for dry_run in ([], ["--dry-run"]):
+        assert reproduce(out, *given[:-4], "--epochs", "3", *dry_run) == 2
+        assert "is of another 'reproduce' (there, here: epochs: 2, 3)" in capsys.readouterr().err
 
 
 def test_rows_of_other_branches_and_of_their_mean(fake, tmp_path):

@@ -323,8 +323,8 @@ class Queue:
         rest = len(self._waiting) + len(self._running())
         if not rest:
             return ""
-        each, at_once = statistics.mean(self._seconds), max(1, len(self._running()))
-        return f", about {duration(each * rest / at_once)} left"
+        at_once = len(self._running()) + bool(self._waiting)  # one will take the place of the one that ended
+        return f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
 
     def _note(self) -> None:
         running = [f"{each.job.name} {len(RunFolder(each.job.path).read_metrics())} of {each.job.config.epochs} epochs" for each in self._running()]

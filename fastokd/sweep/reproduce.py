@@ -1,6 +1,7 @@
 """``fastokd reproduce``: the recipes of a published table, and what their runs measured beside what the paper reports."""
 
 import fnmatch
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from fastokd.analysis.tables import Table, plain_markdown
 from fastokd.errors import ConfigError, did_you_mean, first_few
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, claim_folder
+from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Values, fields_of
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
@@ -116,6 +117,23 @@ class Reproduction:
         """The runs in the order in which they begin: all rows with the first seed, then with the next."""
         return [job for seed in range(self.seeds) for name in self.rows for job in self.jobs[name] if job.config.seed == seed]
 
+    @property
+    def record(self) -> Record:
+        """What the folder is of; rows and seeds may come in several calls."""
+        return {"format": "fastokd reproduce 1", "table": self.name, "epochs": self.epochs, "set": json.loads(json.dumps(self.changes))}
+
+    def check(self) -> None:
+        """Check that the folder, if it is there, is of this table in these settings.
+
+        Raises:
+            ConfigError: it is not; the message has the difference.
+        """
+        check_folder(self.out, "reproduce", self.record, _record_differences)
+
+
+def _record_differences(there: Record, here: Record) -> list[str]:
+    return [f"{name}: {there[name]!r}, {value!r}" for name, value in here.items() if there[name] != value]
+
 
 def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | None, epochs: int | None, values: Values, out: Path | None) -> Reproduction:
     """The runs of a table.
@@ -184,8 +202,8 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    record = {"format": "fastokd reproduce 1", "table": plan.name, "epochs": plan.epochs, "set": dict(plan.changes)}
-    claim_folder(plan.out, "reproduce", record, lambda there, here: [f"{name}: {there[name]!r}, {value!r}" for name, value in here.items() if there[name] != value])
+    plan.check()
+    claim_folder(plan.out, "reproduce", plan.record)
     outcome = Queue(plan.queue, plan.out, devices, per_device, say).run()
     ReproductionResults.of(plan, outcome.failed).write()
     return outcome

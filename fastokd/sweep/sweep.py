@@ -22,7 +22,7 @@ from fastokd.errors import ConfigError, MissingExtra
 from fastokd.methods import get_method
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, Record, claim_folder
+from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
@@ -71,6 +71,14 @@ class Sweep:
         """The runs in the order in which they begin: all points with the first seed, then with the next."""
         return [job for of_a_seed in zip(*self.jobs, strict=True) for job in of_a_seed]
 
+    def check(self) -> None:
+        """Check that the folder, if it is there, is of this grid or of a smaller one.
+
+        Raises:
+            ConfigError: it is not; the message has the difference.
+        """
+        check_folder(self.out, "sweep", _record(self), _differences)
+
 
 def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None) -> Sweep:
     """The runs of a grid.
@@ -99,7 +107,8 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    claim_folder(sweep.out, "sweep", _record(sweep), _differences)
+    sweep.check()
+    claim_folder(sweep.out, "sweep", _record(sweep))
     outcome = Queue(sweep.queue, sweep.out, devices, per_device, say).run()
     Results.of(sweep, outcome.failed).write()
     return outcome
