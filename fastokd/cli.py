@@ -1,4 +1,4 @@
-"""The command line: ``fastokd demo | train | eval | analyze | export | compare | plot | report | show | models | methods | data | bench | doctor | recipes``.
+"""The command line: ``fastokd demo | train | eval | analyze | export | compare | plot | report | sweep | reproduce | show | models | methods | data | bench | doctor | recipes``.
 
 Heavy rooms are imported inside the commands, so that ``--help`` and mistakes answer at once.
 """
@@ -73,6 +73,7 @@ File = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="[X ...]", help_behavior_hint="")]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Options = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]", help_behavior_hint="")]
+Settings = tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint="(may be repeated)")]]
 
 
 def _console() -> Console:
@@ -430,10 +431,97 @@ def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = Tru
 
 
 def _write_text(path: Path, text: str) -> None:
-    from fastokd.storage import write_atomically
+    from fastokd.storage import write_text
 
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     _console().print(f"wrote {path}", markup=False)
+
+
+@command
+def sweep(recipe: Text = None, config: File = None, data: Text = None, set: Settings = (), seeds: int = 1, out: File = None,
+          devices: str = "auto", per_device: str = "auto", dry_run: bool = False) -> int:
+    """Train every combination of some values, with several seeds, and compare the students' errors. The same command again goes on.
+
+    A run that fails is reported, and the others go on; the exit code is then that of the first that failed.
+
+    Args:
+        recipe: start from this published configuration (see 'fastokd recipes').
+        config: start from this YAML file, for example a run's config.yaml.
+        data: the dataset, as 'fastokd train --data' takes it.
+        set: a field of the configuration, or an option as method_options.NAME, with its value, or with several for the grid:
+            branches=2,3,4. Values are written as in YAML: null for the default, brackets around a list, quotes around a comma.
+        seeds: how many runs of every point, with seeds from 0.
+        out: the folder (default sweeps/RECIPE, or sweeps/MODEL-METHOD). A larger grid may go on in the folder of a smaller.
+        devices: cpu, or GPUs as cuda:0,cuda:1; auto is all GPUs, or the CPU where there is none.
+        per_device: how many runs at once on each device; auto is as many as its memory and the cores allow.
+        dry_run: print the runs, and what is measured so far; train nothing.
+    """
+    from fastokd.recipes import get_recipe
+    from fastokd.sweep.grid import parse_values
+    from fastokd.sweep.sweep import Results, plan_sweep, run_sweep
+
+    base = _settings(recipe, config, _absolute_data(data))
+    plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
+    return _run_queue(plan, dry_run, devices, per_device, run_sweep, lambda failed: Results.of(plan, failed).as_text())
+
+
+@command
+def reproduce(table: Pos[Text] = None, data: Text = None, rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PATTERN ...]", help_behavior_hint="")] = (),
+              seeds: Whole = None, epochs: Whole = None, set: Settings = (), out: File = None, devices: str = "auto", per_device: str = "auto",
+              dry_run: bool = False) -> int:
+    """Run the recipes of a published table, and put what they measured beside what the paper reports. The same command again goes on.
+
+    Args:
+        table: the table, for example ahbf-table1; without it the tables are listed.
+        data: the dataset, as 'fastokd train --data' takes it.
+        rows: only recipes with such names, for example '*-resnet32-*' (default: all of the table). The others stay as they are.
+        seeds: how many runs of each recipe, with seeds from 0 (default: as many as the paper has).
+        epochs: scale all schedules to this number of epochs (default: the recipes' own).
+        set: another value for a field of every recipe, as 'fastokd sweep --set' takes it: precision=fp32.
+        out: the folder (default reproduce/TABLE).
+        devices: cpu, or GPUs as cuda:0,cuda:1; auto is all GPUs, or the CPU where there is none.
+        per_device: how many runs at once on each device; auto is as many as its memory and the cores allow.
+        dry_run: print the runs, and what is measured so far; train nothing.
+    """
+    from fastokd.sweep.grid import parse_values
+    from fastokd.sweep.reproduce import ReproductionResults, plan_reproduction, run_reproduction, table_of_tables
+
+    if table is None:
+        print(table_of_tables().as_text())
+        return EXIT_OK
+    plan = plan_reproduction(table, _absolute_data(data).get("data", ""), rows, seeds, epochs, parse_values(set), out)
+    return _run_queue(plan, dry_run, devices, per_device, run_reproduction, lambda failed: ReproductionResults.of(plan, failed).as_text())
+
+
+def _absolute_data(data: str | None) -> dict[str, Any]:
+    """The field ``data``, if it was given, so that runs can be resumed and evaluated from any folder."""
+    from fastokd.data import absolute_spec
+
+    return {} if data is None else {"data": absolute_spec(data)}
+
+
+def _run_queue(plan: Any, dry_run: bool, devices: str, per_device: str, run: Callable[..., Any], results: Callable[[Mapping[str, str]], str]) -> int:
+    """Run what is planned, or only say what that is, and print what is measured."""
+    from fastokd.sweep.queue import parse_devices, parse_per_device
+
+    say = functools.partial(_console().print, markup=False)
+    if dry_run:
+        plan.check()
+        states = [(job.name, job.state()) for job in plan.queue]
+        for name, state in states:
+            say(f"{name}: {state}")
+        say(f"{len(states)} runs in {plan.out}, {sum(state == 'finished' for _, state in states)} finished\n")
+        print(results({}))
+        return EXIT_OK
+    outcome = run(plan, parse_devices(devices), parse_per_device(per_device), say)
+    print(f"\n{results(outcome.failed)}\n")
+    say(f"runs, tables and numbers: {plan.out}")
+    if outcome.failed:
+        failed = ", ".join(outcome.failed)
+        print(f"fastokd: {len(outcome.failed)} of {len(plan.queue)} runs failed: {failed}; the same command tries them again", file=sys.stderr)
+    if outcome.signal:
+        print(f"fastokd: stopped by {outcome.signal}; the same command goes on", file=sys.stderr)
+    return outcome.exit_code
 
 
 @command
@@ -877,7 +965,7 @@ def _field_names() -> set[str]:
 def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) -> Any:
     """The configuration: a recipe or a file or the defaults, with what was given on top."""
     from fastokd.recipes import get_recipe
-    from fastokd.train.config import TrainConfig, read_config
+    from fastokd.train.config import TrainConfig, override, read_config
 
     if recipe and config:
         raise ConfigError("give --recipe or --config, not both")
@@ -887,21 +975,19 @@ def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) ->
         base = read_config(config)
     else:
         base = TrainConfig()
-    if given.get("method", base.method) != base.method:
-        # Branch counts, presets and loss options belong to the method they were written for.
-        base = dataclasses.replace(base, branches=None, topology=None, preset="paper", method_options={}, ramp_epochs=None)
-    given |= {name: {**getattr(base, name), **given[name]} for name in ("method_options", "loader_options") if name in given}
-    return dataclasses.replace(base, **given)
+    return override(base, given)
 
 
 def _parse_options(items: Sequence[str]) -> dict[str, Any]:
     """``NAME=VALUE`` pairs; values are read as numbers and booleans where they are."""
+    from fastokd.train.config import option_value
+
     options: dict[str, Any] = {}
     for item in items:
         name, mark, text = item.partition("=")
         if not mark or not name:
             raise ConfigError(f"method option '{item}' is not of the form NAME=VALUE")
-        options[name] = _option_value(text)
+        options[name] = option_value(text)
     return options
 
 
@@ -925,17 +1011,6 @@ def _parse_schedule(items: Sequence[str]) -> dict[int, int]:
     if wrong := [item for item, match in zip(items, found, strict=True) if match is None]:
         raise ConfigError(f"resize schedule '{wrong[0]}' is not of the form EPOCH:SIZE, such as 0:128")
     return {int(match[1]): int(match[2]) for match in found if match is not None}
-
-
-def _option_value(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _print_accuracies(accuracies: dict[str, float], kept: str) -> None:
@@ -1065,7 +1140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     group, prog, description = app, "fastokd", DESCRIPTION
-    commands: tuple[str, ...] = ("demo", "train", "eval", "analyze", "export", "compare", "plot", "report", "show", "models", "methods", "data", "bench", "doctor", "recipes")
+    commands: tuple[str, ...] = ("demo", "train", "eval", "analyze", "export", "compare", "plot", "report", "sweep", "reproduce", "show", "models", "methods", "data", "bench", "doctor", "recipes")
     if arguments[:1] == ["data"]:
         arguments = arguments[1:]
         group, prog, description, commands = data_app, "fastokd data", DATA_DESCRIPTION, ("check", "convert")

@@ -64,7 +64,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: b
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

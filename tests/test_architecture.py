@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastokd"
 RANK = {
     "version": 0, "errors": 0, "storage": 0.5,
     "graph": 1, "kernels": 2, "_native": 2, "ops": 3, "methods": 4, "losses": 4.5, "models": 5, "data": 5,
-    "export": 6, "train": 7, "analysis": 7.5, "recipes": 8, "doctor": 8, "demo": 8, "cli": 9, "__main__": 10,
+    "export": 6, "train": 7, "analysis": 7.5, "recipes": 8, "doctor": 8, "demo": 8, "sweep": 8.5, "cli": 9, "__main__": 10,
 }
 
 

@@ -226,7 +226,7 @@ def test_groups_differ_in_what_their_labels_say(runs, capsys):
     copied(runs / "ahbf-seed0", runs / "elsewhere")
     change_config(runs / "elsewhere", seed=5, data="moved/digits", keep_checkpoints=7, impl="reference")
     rows = as_csv(capsys, runs / "ahbf-seed0", runs / "other", runs / "elsewhere", runs / "again")
-    assert list(rows) == ["resnet8 ahbf, method_options none, lr 0.05", "resnet8 ahbf, method_options lambda_ta=2.0 temperature=4.0, lr 0.0123456789"]
+    assert list(rows) == ["resnet8 ahbf, method_options none, lr 0.05", "resnet8 ahbf, method_options lambda_ta=2 temperature=4, lr 0.0123456789"]
     assert rows["resnet8 ahbf, method_options none, lr 0.05"]["seeds"] == "0 5"
 
 

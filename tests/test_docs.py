@@ -1,6 +1,6 @@
 """Every command and snippet of the documentation runs, what it prints is what the page says, and the site is built from it.
 
-A comment right above a block says what is special: ``<!-- run with: OPTIONS -->`` adds options to its training runs, ``<!-- not run: REASON -->``
+A comment right above a block says what is special: ``<!-- run with: OPTIONS -->`` adds options to its training runs, sweeps and tables, ``<!-- not run: REASON -->``
 leaves it to be looked at, and then its options and configurations must be sound.
 """
 
@@ -134,7 +134,7 @@ def run_block(block: Block) -> list[str]:
     for words in block.fastokd_commands():
         if "dali" in words and missing_dali():
             continue
-        if words[0] == "train":
+        if words[0] in ("train", "sweep", "reproduce"):
             words += shlex.split(block.mark.removeprefix("run with: "))
         if said := run_command(words):
             wrong.append(f"{block.where}: fastokd {shlex.join(words)}: {said}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastokd.train.signals import StopSignals
+from fastokd.train.signals import PATIENCE_VARIABLE, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def test_a_signal_is_noted_and_said(number, capfd, monkeypatch):
     assert capfd.readouterr().err == f"fastokd: rank 1: {signal.Signals(number).name}: saving after this step, then stopping; another signal stops at once\n"
 
 
-def run(patience):
+def run(patience, **environment):
     code = f"""
         import os, signal
         from fastokd.train.signals import StopSignals
@@ -38,7 +38,8 @@ def run(patience):
             os.kill(os.getpid(), signal.SIGUSR1)
             print("still here", flush=True)
     """
-    return subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env={**os.environ, **environment})
 
 
 def test_a_second_signal_ends_the_process_at_once():
@@ -52,6 +53,11 @@ def test_within_the_patience_it_is_the_same_signal():
     done = run("patience=60.0")
     assert (done.returncode, done.stdout) == (0, "still here\n")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_who_starts_a_run_may_ask_for_patience():
+    done = run("", **{PATIENCE_VARIABLE: "60"})
+    assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
 def test_nothing_is_changed_outside_the_main_thread():

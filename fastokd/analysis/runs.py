@@ -176,25 +176,25 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
     names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in SAME_RUN]
-    columns = {name: [_shown(getattr(config, name)) for config in configs] for name in names}
+    columns = {name: [value_in_words(getattr(config, name)) for config in configs] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     alike = [other for other in configs if (other.model, other.method) == (config.model, config.method)]
-    differing = [f"{name} {_shown(getattr(config, name))}" for name in _differing(alike)]
+    differing = [f"{name} {value_in_words(getattr(config, name))}" for name in _differing(alike)]
     return ", ".join([f"{config.model} {config.method}", *differing])
 
 
-def _shown(value: Any) -> str:
+def value_in_words(value: Any) -> str:
     """A value of a configuration in words; different values in different words."""
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={item}" for name, item in sorted(value.items())) or "none"
+        return " ".join(f"{name}={value_in_words(item)}" for name, item in sorted(value.items())) or "none"
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
+        return " ".join(map(value_in_words, value)) or "none"
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _student_row(config: TrainConfig, where: Path) -> str:

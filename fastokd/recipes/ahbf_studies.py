@@ -2,7 +2,9 @@
 
 All vary the recipe of ResNet-32 on CIFAR-100 (section 4.1) in one thing, and the two of Table 5 train networks of which the largest
 is the plain one. Of Figure 3 only the values that the text states are known; what it plots besides (M from 2 to 6, a from 0 to 5)
-are recipes without a number. The study of ramp-ups between E = 80 and 300 is this one with another ``--ramp-epochs``.
+are recipes without a number. The ablations of its components are rows of Table 4, ``lambda-2-0`` with the teacher assistants' term
+alone, ``lambda-0-3`` with the branches' alone and ``lambda-0-0`` with neither, and ``a-0`` with equal branches. The study of ramp-ups
+between E = 80 and 300 is this one with another ``--ramp-epochs``.
 """
 
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ _TABLE_4 = (
 )
 # Figure 3 (d), by (lambda_1, lambda_2): neither term, the best with the TAs' term alone, the best with the branches' alone.
 _FIGURE_3D = {(0, 0): 28.98, (2, 0): 26.32, (0, 3): 26.59}
+# The ablation of components: whether lambda_1 and lambda_2 are above 0.
+_COMPONENTS = {(False, False): ": no distillation from teacher assistants", (True, False): ": the teacher assistants' term alone", (False, True): ": the branches' term alone"}
 # Table 5: the network, a, and the errors of branches 1 to 4; the 4th is the plain network and is kept.
 _TABLE_5 = (("resnet32", 2, (31.48, 28.18, 27.36, 26.57)), ("mobilenetv2_x0_5", 1, (41.4, 40.12, 39.12, 38.24)))
 
@@ -36,10 +40,12 @@ def _recipes() -> Iterator[Recipe]:
                 continue  # that is the recipe itself
             changes = given("AHBF Table 4", method_options={"lambda_ta": float(lambda_1), "lambda_branch": float(lambda_2)})
             figure = [Published("AHBF Figure 3", _FIGURE_3D[lambda_1, lambda_2])] if (lambda_1, lambda_2) in _FIGURE_3D else []
-            yield _study(f"lambda-{lambda_1}-{lambda_2}", f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}", changes, Published("AHBF Table 4", error), *figure)
+            only = _COMPONENTS.get((bool(lambda_1), bool(lambda_2)), "")
+            yield _study(f"lambda-{lambda_1}-{lambda_2}", f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}{only}", changes, Published("AHBF Table 4", error), *figure)
     for aux_blocks in (0, 1, 2, 3, 5):
         numbers = [Published("AHBF Figure 3", 26.47)] if aux_blocks == 0 else []
-        yield _study(f"a-{aux_blocks}", f"a = {aux_blocks}", given("AHBF Figure 3", aux_blocks=aux_blocks), *numbers)
+        equal = ": equal branches" if aux_blocks == 0 else ""
+        yield _study(f"a-{aux_blocks}", f"a = {aux_blocks}{equal}", given("AHBF Figure 3", aux_blocks=aux_blocks), *numbers)
     for branches in (2, 3, 5, 6):
         yield _study(f"m-{branches}", f"M = {branches}", given("AHBF Figure 3", branches=branches))
     yield _study("e-80", "E = 80", given("AHBF Figure 3", ramp_epochs=80), Published("AHBF Figure 3", 26.21))

@@ -46,17 +46,19 @@ class Published(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A dataset that recipes are for."""
+    """A dataset that recipes are for, and how many images papers train and test on."""
 
     title: str
     num_classes: int
+    num_train: int
+    num_test: int
 
 
 DATASETS = {
-    "cifar10": Target("CIFAR-10", 10),
-    "cifar100": Target("CIFAR-100", 100),
-    "cinic10": Target("CINIC-10", 10),
-    "imagenet": Target("ImageNet", 1000),
+    "cifar10": Target("CIFAR-10", 10, 50_000, 10_000),
+    "cifar100": Target("CIFAR-100", 100, 50_000, 10_000),
+    "cinic10": Target("CINIC-10", 10, 90_000, 90_000),
+    "imagenet": Target("ImageNet", 1000, 1_281_167, 50_000),
 }
 
 

@@ -360,6 +360,27 @@ def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def override(base: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with fields given anew: options beside those it has, and another method with that method's own defaults."""
+    if given.get("method", base.method) != base.method:
+        # Branch counts, presets and loss options belong to the method they were written for.
+        base = dataclasses.replace(base, branches=None, topology=None, preset="paper", method_options={}, ramp_epochs=None)
+    options = {name: {**getattr(base, name), **given[name]} for name in ("method_options", "loader_options") if name in given}
+    return dataclasses.replace(base, **{**given, **options})
+
+
+def option_value(text: str) -> bool | int | float | str:
+    """The value of an option of a method or a loader that is written so: a boolean or a number where it is one."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def read_config(path: Path) -> TrainConfig:
     """A configuration from a YAML file.
 

@@ -15,6 +15,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_PATIENCE = 10.0
 """Seconds in which a launcher's further signals are taken for the first: a scheduler signals every process of a job, and the
 launcher passes on what it got."""
+PATIENCE_VARIABLE = "FASTOKD_SIGNAL_PATIENCE"
+"""The environment variable with the seconds for a run that something else than a launcher started and signals."""
 
 
 class StopSignals:
@@ -24,11 +26,11 @@ class StopSignals:
 
     Args:
         patience: seconds after the first signal in which others are taken for the same; None for ``LAUNCHER_PATIENCE`` where a
-            launcher started this process, and else none.
+            launcher started this process, and else for those of ``PATIENCE_VARIABLE``, or none.
     """
 
     def __init__(self, patience: float | None = None) -> None:
-        self._patience = patience if patience is not None else LAUNCHER_PATIENCE if launched() else 0.0
+        self._patience = patience if patience is not None else LAUNCHER_PATIENCE if launched() else float(os.environ.get(PATIENCE_VARIABLE, "0"))
         self._label = f"rank {os.environ['RANK']}: " if launched() else ""
         self._depth = 0
         self.heard = 0

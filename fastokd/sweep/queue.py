@@ -1,0 +1,380 @@
+"""Runs that wait for a device: each is a ``fastokd train`` of its own, several at once on a device where they fit."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastokd.analysis.runs import SAME_RUN
+from fastokd.data import Dataset
+from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
+from fastokd.storage import storage_error, write_atomically
+from fastokd.train.checkpoint import checkpoint_files
+from fastokd.train.config import TrainConfig, differences
+from fastokd.train.data import AnyDataset, open_data
+from fastokd.train.distributed import choose_device
+from fastokd.train.memory import FILL, estimate_memory, free_memory
+from fastokd.train.progress import Counter, duration
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIGNALS
+from fastokd.train.teacher import open_teacher
+
+PROCESS_BYTES = {"cpu": 768 * 2**20, "cuda": 2**30}
+"""What a run takes beside its estimate: the interpreter and its libraries (about 700 MiB on Linux); a CUDA context and its libraries."""
+_POLL_SECONDS = 0.2
+_NOTE_SECONDS = 60.0
+"""How often it is said how far the runs are."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a queue.
+
+    Attributes:
+        path: its run folder.
+        config: what is trained; on which device is the queue's to say.
+    """
+
+    path: Path
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.name
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        try:
+            return json.loads(RunFolder(self.path).summary_path.read_text(encoding="utf-8"))["epochs"] >= self.config.epochs
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def state(self) -> str:
+        """How far the run is in words: "finished", "12 of 300 epochs" or "not run"."""
+        run = RunFolder(self.path)
+        done = len(run.read_metrics())
+        if done >= self.config.epochs:
+            return "finished"
+        return f"{done} of {self.config.epochs} epochs" if done or checkpoint_files(run.checkpoints) else "not run"
+
+    def check(self) -> None:
+        """Check that a run in its folder is this one, but for where and how fast it ran.
+
+        Raises:
+            ConfigError: it is another, or its configuration is damaged.
+        """
+        run = RunFolder(self.path)
+        if not checkpoint_files(run.checkpoints) or not run.config_path.is_file():
+            return
+        there = run.load_config()
+        if changed := differences(replace(there, **{name: getattr(self.config, name) for name in SAME_RUN}), self.config):
+            raise ConfigError(f"{self.path} holds a run of another configuration (there, here: {'; '.join(changed)}): choose another --out")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a queue ended.
+
+    Attributes:
+        failed: the names of runs that failed, each with its error in one line.
+        exit_code: 0; that of the first run that failed; or 75 where a signal ended the queue.
+        signal: the name of the signal that ended it, or "".
+    """
+
+    failed: dict[str, str]
+    exit_code: int
+    signal: str = ""
+
+
+@dataclass
+class _Device:
+    """A device, and what runs there."""
+
+    device: torch.device
+    free: int | None
+    running: list["_Running"] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    """A process that trains."""
+
+    job: Job
+    place: _Device
+    needs: float
+    log: Path
+    log_start: int
+    process: "subprocess.Popen[bytes]"
+    begun: float = field(default_factory=time.monotonic)
+    company: bool = False
+    """Whether another run was on the device while it ran."""
+
+
+def parse_devices(text: str) -> list[torch.device]:
+    """The devices of a list such as "cuda:0,cuda:1"; "auto" for all GPUs, or the CPU where there is none.
+
+    Raises:
+        ConfigError: one is not there, or is named twice.
+    """
+    if text == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    devices = []
+    for name in text.split(","):
+        device = choose_device(name.strip())
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
+        if device in devices:
+            raise ConfigError(f"--devices {text}: {device} is there twice; several runs at once on a device are --per-device N")
+        devices.append(device)
+    return devices
+
+
+def parse_per_device(text: str) -> int | None:
+    """How many runs a device takes at once; None for "auto".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise ConfigError(f"--per-device {text}: it is a whole number of runs, at least 1, or auto")
+    return int(text)
+
+
+class Queue:
+    """Runs, and the devices that they are to run on.
+
+    Args:
+        jobs: the runs, in the order in which they begin. Finished ones are passed over, begun ones go on.
+        folder: gets ``configs/`` and ``logs/``, a file for each run.
+        devices: where they run.
+        per_device: how many run at once on a device; None for as many as their estimated memory and the cores allow.
+        say: takes the lines about what happens.
+    """
+
+    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> None:
+        self._jobs, self._folder, self._per_device, self._say = tuple(jobs), folder, per_device, say
+        self._waiting = [job for job in jobs if not job.is_finished()]
+        self._finished = len(jobs) - len(self._waiting)
+        self._places = [_Device(device, None) for device in devices]
+        self._failed: dict[str, str] = {}
+        self._exit_code = EXIT_OK
+        self._signal = ""
+        self._at_once = False
+        self._seconds: list[float] = []
+        self._alone: set[str] = set()
+        self._memory = _Memory()
+        cores = len(os.sched_getaffinity(0))
+        self._limit = per_device or max(1, cores // len(devices))
+        self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
+
+    def run(self) -> Outcome:
+        """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
+
+        Raises:
+            ConfigError: a run folder holds another run, or another queue runs in the folder.
+            ConfigError, DataError: the data cannot be trained on, found before the first run.
+            StorageError: the disk refused.
+        """
+        for job in self._jobs:
+            job.check()
+        if not self._waiting:
+            return Outcome({}, EXIT_OK)
+        held = RunFolder(self._folder)
+        held.lock()  # a second queue would find the runs of this one locked, and call that a failure
+        for job in self._waiting:
+            self._memory.look(job.config)
+        if self._per_device is None:
+            for place in self._places:
+                place.free = free_memory(place.device)
+        noted, asked = time.monotonic(), False
+        with self._signals_noted():
+            try:
+                while self._running() or (self._waiting and not self._signal):
+                    self._reap()
+                    if self._signal and not asked:
+                        asked = True
+                        self._say(f"{self._signal}: {len(self._running())} runs save and stop; another signal stops them at once")
+                        self._send(signal.SIGTERM)
+                    if self._at_once:
+                        self._send(signal.SIGKILL)  # what was saved before is intact
+                    while not self._signal and self._start_one():
+                        pass
+                    if time.monotonic() - noted > _NOTE_SECONDS:
+                        noted = time.monotonic()
+                        self._note()
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                self._send(signal.SIGTERM)  # after an error of ours, such as a full disk: they save
+                for running in self._running():
+                    running.process.wait()
+                held.unlock()
+        stopped = self._signal if self._waiting else ""
+        return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
+
+    def _running(self) -> list[_Running]:
+        return [running for place in self._places for running in place.running]
+
+    def _send(self, number: int) -> None:
+        for running in self._running():
+            running.process.send_signal(number)
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Signals that ask to stop are noted, and followed by ``run``; Ctrl-C too, because the runs are in sessions of their own."""
+        begun = 0.0
+
+        def note(number: int, _: object) -> None:
+            nonlocal begun
+            if not self._signal:
+                self._signal, begun = signal.Signals(number).name, time.monotonic()
+            elif number == signal.SIGINT or time.monotonic() - begun >= LAUNCHER_PATIENCE:
+                self._at_once = True
+
+        before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+    def _start_one(self) -> bool:
+        """Start the next run, on the device with the fewest, if it fits on one."""
+        if not self._waiting:
+            return False
+        job = self._waiting[0]
+        for place in sorted(self._places, key=lambda place: len(place.running)):
+            needs, names = 0.0, {job.name, *(other.job.name for other in place.running)}
+            if place.running and (len(place.running) >= self._limit or names & self._alone):
+                continue
+            if self._limit > 1 and place.free is not None:
+                needs = self._memory.needs(job.config, place.device)
+                if place.running and sum(other.needs for other in place.running) + needs > FILL * place.free:
+                    continue
+            self._waiting.pop(0)
+            self._start(job, place, needs)
+            return True
+        return False
+
+    def _start(self, job: Job, place: _Device, needs: float) -> None:
+        config, log = self._folder / "configs" / f"{job.name}.yaml", self._folder / "logs" / f"{job.name}.txt"
+        write_atomically(config, lambda file: file.write(job.config.to_yaml().encode()), durable=False)
+        # A scheduler may signal the runs too, beside what is passed on to them.
+        own = {"OMP_NUM_THREADS": str(self._threads), "TORCHINDUCTOR_COMPILE_THREADS": str(self._threads), PATIENCE_VARIABLE: str(LAUNCHER_PATIENCE)}
+        began = job.state()
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "ab") as output:
+                start = output.tell()
+                # A session of its own: Ctrl-C at a terminal would reach it beside the signal that is passed on, and stop it at once.
+                process = subprocess.Popen(_command(config, job.path, place.device), env={**own, **os.environ}, stdin=subprocess.DEVNULL, stdout=output,
+                                           stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise storage_error(log, error) from error
+        running = _Running(job, place, needs, log, start, process, company=bool(place.running))
+        for other in place.running:
+            other.company = True
+        place.running.append(running)
+        self._say(f"{job.name}: {'starts' if began == 'not run' else 'goes on, ' + began}, on {place.device}")
+
+    def _reap(self) -> None:
+        for place in self._places:
+            for running in [each for each in place.running if each.process.poll() is not None]:
+                place.running.remove(running)
+                self._ended(running)
+
+    def _ended(self, running: _Running) -> None:
+        job, code, seconds = running.job, running.process.returncode, time.monotonic() - running.begun
+        if code == EXIT_OK:
+            self._finished += 1
+            self._seconds.append(seconds)
+            self._say(f"{job.name}: finished in {duration(seconds)}; {self._finished} of {len(self._jobs)} runs{self._left()}")
+            return
+        if self._signal and (code == EXIT_PREEMPTED or code < 0):
+            self._waiting.insert(0, job)
+            self._say(f"{job.name}: {'saved' if code == EXIT_PREEMPTED else 'stopped'}, {job.state()}")
+            return
+        reason = _complaint(running) if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        # The kernel kills the process that takes most of the main memory.
+        if running.company and ("out of memory" in reason or code == -signal.SIGKILL) and job.name not in self._alone:
+            self._alone.add(job.name)
+            self._waiting.insert(0, job)
+            self._say(f"{job.name}: {reason}; it is tried again alone on its device")
+            return
+        self._failed[job.name] = reason
+        self._exit_code = self._exit_code or (code if code > 0 else 128 - code)
+        self._say(f"{job.name}: failed: {reason} (all it said: {running.log})")
+
+    def _left(self) -> str:
+        rest = len(self._waiting) + len(self._running())
+        if not rest:
+            return ""
+        at_once = len(self._running()) + bool(self._waiting)  # one will take the place of the one that ended
+        return f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
+
+    def _note(self) -> None:
+        running = [f"{each.job.name} {len(RunFolder(each.job.path).read_metrics())} of {each.job.config.epochs} epochs" for each in self._running()]
+        self._say(f"{self._finished} of {len(self._jobs)} runs finished; running: {', '.join(running)}")
+
+
+class _Memory:
+    """The estimated memory of runs; the images, whose number and size it takes, are opened once."""
+
+    def __init__(self) -> None:
+        self._datasets: dict[str, AnyDataset] = {}
+        self._needs: dict[str, float] = {}
+
+    def look(self, config: TrainConfig) -> AnyDataset:
+        """The dataset of a configuration."""
+        key = repr([config.data, config.image_size, config.val_split, config.loader, config.bad_images])
+        if key not in self._datasets:
+            counter = Counter("reading images")
+            try:
+                self._datasets[key] = open_data(config, torch.device("cpu"), progress=counter)
+            finally:
+                counter.close()
+        return self._datasets[key]
+
+    def needs(self, config: TrainConfig, device: torch.device) -> float:
+        """The bytes that a run takes on its device; infinity where they cannot be estimated."""
+        key = repr((replace(config, seed=0), device.type))
+        if key not in self._needs:
+            dataset = self.look(config)
+            teacher = open_teacher(config, dataset, torch.device("cpu"))
+            # On a CPU the estimate leaves out the images, which that process has already; here each process has its own.
+            images = sum(split.images.nbytes for split in dataset.splits) if isinstance(dataset, Dataset) and device.type == "cpu" else 0
+            try:
+                self._needs[key] = estimate_memory(config, dataset, device, teacher.network if teacher else None).total + images + PROCESS_BYTES[device.type]
+            except ConfigError:
+                self._needs[key] = float("inf")
+        return self._needs[key]
+
+
+def _command(config: Path, path: Path, device: torch.device) -> list[str]:
+    return [sys.executable, "-m", "fastokd", "train", "--config", str(config), "--out", str(path), "--resume", "auto", "--device", str(device), "--quiet"]
+
+
+def _complaint(running: _Running) -> str:
+    """The error that a run ended with, in one line."""
+    try:
+        with open(running.log, "rb") as file:
+            file.seek(running.log_start)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    said = [line.removeprefix("fastokd: ") for line in lines if line.startswith("fastokd: ")] or lines or [f"exit code {running.process.returncode}"]
+    return said[-1][:300]
