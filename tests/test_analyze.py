@@ -210,6 +210,14 @@ def test_features_are_of_the_students_errors(ahbf):
     assert some.feature_labels.tolist() != labels[wrong][:5].tolist()
 
 
+def test_features_of_another_number_of_branches_are_refused(ahbf, monkeypatch):
+    measured = BranchEvaluator.measured
+    monkeypatch.setattr(BranchEvaluator, "measured", lambda self, batches: (
+        (result._replace(features=result.features[:-1]), rows, target) for result, rows, target in measured(self, batches)))
+    with pytest.raises(ValueError, match="shorter"):
+        analyze_run(ahbf, max_images=5, device="cpu")
+
+
 @pytest.mark.parametrize(("method", "count", "members"), [("ahbf", 3, 3), ("one", 3, 3), ("dml", 2, 2), ("okddip", 4, 3), ("ffm", 4, 3), ("ffsd", 3, 2), ("baseline", 1, 1)])
 def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
     loss = get_method(method).loss_class(num_branches=count)

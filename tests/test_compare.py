@@ -9,7 +9,6 @@ import re
 import shlex
 import statistics
 import sys
-import time
 from html import unescape
 from pathlib import Path
 
@@ -17,10 +16,8 @@ import pytest
 import torch
 from sample_runs import change_config, change_json, change_records, copied, records
 from scipy import stats
-from torch import nn
 
 from fastokd.analysis.compare import compare
-from fastokd.analysis.latency import measure_latency
 from fastokd.analysis.runs import read_run, read_runs
 from fastokd.cli import main
 from fastokd.models import create_model
@@ -75,7 +72,7 @@ def test_errors_are_those_of_the_runs(sample_runs, capsys):
     assert list(rows) == ["resnet8 ahbf", "resnet8 baseline"]
     for method in ("ahbf", "baseline"):
         row = rows[f"resnet8 {method}"]
-        assert (row["num_seeds"], row["seeds"], row["epochs"], row["finished_epochs"]) == ("2", "0 1", "2", "2 2")
+        assert (row["num_seeds"], row["seeds"], row["epochs"], row["finished_epochs"]) == ("2", "0 1", "2", "2")
         for name, best in (("last_error", False), ("best_error", True)):
             expected = errors(sample_runs, method, best=best)
             assert [float(value) for value in row[f"{name}_by_seed"].split()] == pytest.approx(expected)
@@ -143,11 +140,37 @@ def test_without_a_paired_test_it_says_why(runs, capsys, monkeypatch):
     one = said(capsys, taught[0], *alone)
     assert "-1.00 (n=1)" in one
     assert "No p for resnet8 ahbf: needs 2 shared seeds." in one
-    assert "no shared seed" in said(capsys, taught[0], alone[1])
+    assert "No difference for resnet8 ahbf: no shared seed." in said(capsys, taught[0], alone[1])
     give_errors(runs, "baseline", {1: 6.5})
     assert "No p" not in said(capsys, *taught, *alone)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     assert "No p for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'." in said(capsys, *taught, *alone)
+
+
+def test_errors_are_tested_against_those_of_the_same_network(runs, capsys):
+    small = give_errors(runs, "baseline", {0: 7.0, 1: 6.0}) + give_errors(runs, "ahbf", {0: 6.5, 1: 5.0})
+    assert as_csv(capsys, *small[2:])["resnet8 ahbf"].get("reference", "") == ""
+    assert "No difference for resnet8 ahbf: there are no other runs of resnet8." in said(capsys, *small[2:])
+    large = []
+    for method, by_seed in (("one", {0: 5.0, 1: 4.0}), ("ahbf", {0: 4.0, 1: 3.5}), ("baseline", {0: 9.0, 1: 8.9})):
+        for seed, error in by_seed.items():
+            run = copied(runs / "ahbf-seed0", runs / f"large-{method}-{seed}")
+            change_config(run, model="resnet14", method=method, seed=seed, branches=1 if method == "baseline" else 3)
+            change_records(run, lambda record, error=error: record["eval"].update(branch1=1 - error / 100))
+            large.append(str(run))
+    rows = as_csv(capsys, *small, *large)
+    assert {label: row["reference"] for label, row in rows.items()} == {
+        "resnet8 baseline": "", "resnet8 ahbf": "resnet8 baseline", "resnet14 one": "resnet14 baseline", "resnet14 ahbf": "resnet14 baseline", "resnet14 baseline": ""}
+    differences = {label: float(row["last_error_difference"]) for label, row in rows.items() if row["reference"]}
+    assert differences == pytest.approx({"resnet8 ahbf": -0.75, "resnet14 one": -4.45, "resnet14 ahbf": -5.2})
+    text = said(capsys, *small, *large)
+    assert "The reference of resnet8 ahbf is resnet8 baseline.\nThe reference of resnet14 one; resnet14 ahbf is resnet14 baseline." in text
+    assert [line.split()[:2] for line in text.splitlines() if line.endswith("  reference")] == [["resnet8", "baseline"], ["resnet14", "baseline"]]
+    without = said(capsys, *small, *large[:4])
+    assert "The reference of resnet14 ahbf is resnet14 one." in without
+    alone = said(capsys, *small, *large[:2])
+    assert "No difference for resnet14 one: there are no other runs of resnet14." in alone
+    assert re.search(r"^resnet14 one .* -  +-$", alone, re.MULTILINE)
 
 
 def test_costs_are_those_of_the_networks(sample_runs, capsys):
@@ -179,44 +202,29 @@ def test_training_time_is_a_multiple_of_the_student_alone_on_the_same_machine(ru
     assert as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"] == ""
 
 
+@pytest.mark.parametrize("lever", [
+    {"compile": True}, {"cuda_graph": True}, {"flat": True}, {"channels_last": False}, {"impl": "reference"}, {"loader": "torchvision"}, {"precision": "bf16"}, {"device_batch": 32},
+])
+def test_training_time_is_a_multiple_only_of_what_was_configured_alike(runs, capsys, lever):
+    def times_alone():
+        return as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"]
+
+    for seed in (0, 1):
+        change_config(runs / f"baseline-seed{seed}", **lever)
+    assert times_alone() == ""
+    for seed in (0, 1):
+        change_config(runs / f"ahbf-seed{seed}", **lever)
+    assert float(times_alone()) > 0
+    for seed in (0, 1):
+        change_config(runs / f"ahbf-seed{seed}", streams=True, merge_first_conv=True)  # what a student alone has no branches for
+    assert float(times_alone()) > 0
+
+
 def test_latency_of_the_same_student_is_measured_once(sample_runs):
     ahbf, baseline = compare(read_runs([sample_runs / name for name in RUNS])).rows
     assert set(ahbf.latencies) >= {("cpu", 1), ("cpu", 128)}
     assert ahbf.latencies is baseline.latencies
     assert 0 < ahbf.latencies["cpu", 1].seconds < ahbf.latencies["cpu", 128].seconds
-
-
-def test_latency_is_the_median_of_passes_without_gradients():
-    class Slow(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(()))
-            self.seen = []
-
-        def forward(self, x):
-            self.seen.append((tuple(x.shape), torch.is_grad_enabled()))
-            time.sleep(0.3 if len(self.seen) < 6 else 0.05)  # warm-up and the first two that count are slow
-            return x * self.weight
-
-    network = Slow()
-    found = measure_latency(network, (6, 7), 3, torch.device("cpu"))
-    assert 0.05 <= found.seconds < 0.3
-    assert set(network.seen) == {((3, 3, 6, 7), False)}
-    assert 5 <= found.repeats < len(network.seen)
-
-
-@pytest.mark.gpu
-def test_latency_on_a_gpu_waits_for_the_device():
-    network = nn.Conv2d(3, 64, 7).eval()
-    found = measure_latency(network, (224, 224), 128, torch.device("cuda", 0))
-    started, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    images = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        started.record()
-        network(images)
-        end.record()
-    end.synchronize()
-    assert found.seconds > 0.5e-3 * started.elapsed_time(end)
 
 
 def test_groups_differ_in_what_their_labels_say(runs, capsys):
@@ -270,14 +278,53 @@ def test_lost_records_are_said_and_the_checkpoint_still_knows_its_data(runs, cap
     assert "no record of its data is left" in said(capsys, *runs_in(runs))
 
 
+def cut(run):
+    """Leave the first epoch alone."""
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+
+
 def test_an_unfinished_run_is_used_as_far_as_it_goes(runs, capsys):
-    change_config(runs / "ahbf-seed0", epochs=9)
-    change_config(runs / "ahbf-seed1", epochs=9)
-    (runs / "ahbf-seed1" / "metrics.jsonl").write_text((runs / "ahbf-seed1" / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    for seed in (0, 1):
+        change_config(runs / f"ahbf-seed{seed}", epochs=9)
     text = said(capsys, *runs_in(runs))
     assert f"{runs / 'ahbf-seed0'}: unfinished, 2 of 9 epochs" in text
-    assert f"{runs / 'ahbf-seed1'}: unfinished, 1 of 9 epochs" in text
-    assert re.search(r"^resnet8 ahbf +2 +1-2 of 9 ", text, re.MULTILINE)
+    assert re.search(r"^resnet8 ahbf +2 +2 of 9 ", text, re.MULTILINE)
+    row = as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]
+    assert float(row["last_error_mean"]) == pytest.approx(statistics.mean(errors(runs, "ahbf")))
+    assert (row["paired_seeds"], row["p"]) == ("0", "")
+    assert "No difference for resnet8 ahbf: 2 of 9 epochs are finished, of the reference 2 of 2." in text
+
+
+@pytest.mark.parametrize("planned", [2, 9])
+def test_runs_of_different_numbers_of_epochs_share_no_mean(runs, capsys, planned):
+    paths = give_errors(runs, "ahbf", {0: 6.0, 1: 70.0, 2: 5.0}) + give_errors(runs, "baseline", {0: 7.0, 1: 80.0, 2: 6.5})
+    for path in paths:
+        change_config(Path(path), epochs=planned)
+    cut(runs / "ahbf-seed1")
+    row = as_csv(capsys, *paths)["resnet8 ahbf"]
+    assert (row["num_seeds"], row["seeds"], row["left_out_seeds"], row["epochs"], row["finished_epochs"]) == ("2", "0 2", "1", str(planned), "2")
+    assert (float(row["last_error_mean"]), float(row["best_error_mean"])) == pytest.approx((5.5, 5.5))
+    assert (row["paired_seeds"], float(row["last_error_difference"])) == ("2", pytest.approx(-1.25))
+    text = said(capsys, *paths)
+    assert f"{runs / 'ahbf-seed1'}: unfinished, 1 of {planned} epochs" in text
+    assert f"\n\nNot in means, differences and p, having fewer finished epochs than others of the row: seed 1 of resnet8 ahbf (1 of {planned} epochs).\n" in text
+    assert re.search(rf"^resnet8 ahbf +2 +2{'' if planned == 2 else ' of 9'} +5\.50 \+- 0\.71 ", text, re.MULTILINE)
+    assert "Not in means" not in said(capsys, paths[0], *paths[2:])
+
+
+def test_a_best_epoch_that_is_not_that_of_the_summary_is_said(runs, capsys):
+    run = runs / "ahbf-seed0"
+    assert "summary.json" not in said(capsys, run)
+    change_records(run, lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"]))
+    change_json(run / "summary.json", lambda found: found.update(best_epoch=1))
+    text = said(capsys, run)
+    assert f"{run}: its best epoch is 1, which is used here; summary.json and best.pt are of epoch 2" in text
+    assert "25.00 (epoch 1)" in text
+    change_config(run, epochs=9)
+    change_json(run / "summary.json", lambda found: found.update(epochs=1))  # the run went on, and has not ended since
+    assert "summary.json" not in said(capsys, run)
+    (run / "summary.json").write_text("[")
+    assert "summary.json" not in said(capsys, run)
 
 
 @pytest.mark.parametrize("line", ['{"epoch": 1, "lr"', '{"epoch": 1, "eval": {"branch1": "high"}}', "\x00\x80"])

@@ -30,7 +30,7 @@ class PairedTest:
     Attributes:
         differences: this group's error less the other's in percentage points, for each seed that both have.
         p: the two-sided p-value, or None.
-        reason: why there is no p-value.
+        reason: why there is no p-value, or no difference.
     """
 
     differences: tuple[float, ...]
@@ -59,7 +59,9 @@ class Row:
 
     Attributes:
         group: its runs.
-        test: its last errors against those of the reference; None for the reference itself.
+        reference: what its errors are tested against: the first group of the same network alone (``baseline``), or else the first
+            group of the same network; None where it is this group itself.
+        test: of its last errors against those of the reference; None without one.
         costs: of its networks; None where the runs have lost what data they are for.
         images_per_second: of training, the median over the epochs of all its runs; None where none is recorded.
         times_alone: how many times as long an image takes in training as with the student alone; None where no run says it.
@@ -67,6 +69,7 @@ class Row:
     """
 
     group: Group
+    reference: Group | None
     test: PairedTest | None
     costs: NetworkCosts | None
     images_per_second: float | None
@@ -74,12 +77,12 @@ class Row:
     latencies: Latencies
 
     def last(self, row: str | None = None) -> list[float]:
-        """Errors in % in the last epoch, one for each run: the student's, or those of another row, if all runs have it."""
-        return _errors([(run, run.last) for run in self.group.runs], row)
+        """Errors in % in the last epoch, one for each run that is counted: the student's, or those of another row, if all have it."""
+        return _errors([(run, run.last) for run in self.group.counted], row)
 
     def best(self) -> list[float]:
-        """Errors in % of the student in its best epoch, one for each run."""
-        return _errors([(run, run.best) for run in self.group.runs])
+        """Errors in % of the student in its best epoch, one for each run that is counted."""
+        return _errors([(run, run.best) for run in self.group.counted])
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,11 @@ class Comparison:
 
     Attributes:
         rows: one for each group.
-        reference: what the tests are against: the first group of students alone, or else the first.
         remarks: what is not as in finished and whole runs, and what could not be measured.
         measured_on: the machine of the latencies; empty where they were not measured.
     """
 
     rows: tuple[Row, ...]
-    reference: Group
     remarks: tuple[str, ...]
     measured_on: str
 
@@ -116,7 +117,7 @@ class Comparison:
 
     def as_csv(self) -> str:
         """A line for each group, with numbers that are not rounded; in ``seeds`` and in errors by seed, spaces separate the seeds."""
-        rows = [_csv_row(row, self.reference) for row in self.rows]
+        rows = [_csv_row(row) for row in self.rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
         writer.writeheader()
@@ -134,7 +135,6 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
     Raises:
         ConfigError, MissingExtra: a network cannot be built here.
     """
-    reference = next((group for group in groups if group.config.method == "baseline"), groups[0])
     said = remarks_of(groups)
     costs = [_costs(group.runs[0]) for group in groups]
     measured: dict[str, Latencies] = {}  # groups with the same student share one measurement, so noise does not tell them apart
@@ -144,19 +144,25 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
         if latency and name not in measured:
             measured[name] = _latencies(group.runs[0], said)
         alone = [other for other, others in zip(groups, costs, strict=True) if own and others and others.name == own.name and _goes_as(other) == _goes_as(group)]
-        rows.append(Row(group, None if group is reference else paired_test(group, reference), own, _speed(group),
+        reference = _reference(group, groups)
+        rows.append(Row(group, reference, None if reference is None else paired_test(group, reference), own, _speed(group),
                         _times_alone(group, alone), measured.get(name, {})))
-    return Comparison(tuple(rows), reference, tuple(said), machine() if latency else "")
+    return Comparison(tuple(rows), tuple(said), machine() if latency else "")
 
 
 def paired_test(group: Group, other: Group) -> PairedTest:
-    """Test the students' last errors over the seeds that both groups have, with scipy (``scipy.stats.ttest_rel``)."""
-    errors = [{run.config.seed: _errors([(run, run.last)])[0] for run in each.runs} for each in (group, other)]
+    """Test the students' last errors over the seeds that both groups have, with scipy (``scipy.stats.ttest_rel``).
+
+    Only runs after as many of as many planned epochs are tested: the learning rate has come equally far down.
+    """
+    if group.progress != other.progress:
+        return PairedTest((), None, f"{group.progress} epochs are finished, of the reference {other.progress}")
+    errors = [{run.config.seed: _errors([(run, run.last)])[0] for run in each.counted} for each in (group, other)]
     seeds = [seed for seed in errors[0] if seed in errors[1]]
     mine, theirs = ([column[seed] for seed in seeds] for column in errors)
     differences = tuple(one - two for one, two in zip(mine, theirs, strict=True))
     if len(seeds) < 2:
-        return PairedTest(differences, None, "needs 2 shared seeds")
+        return PairedTest(differences, None, "needs 2 shared seeds" if seeds else "no shared seed")
     if max(differences) - min(differences) < 1e-9:
         return PairedTest(differences, None, "all differences are equal")
     try:
@@ -164,6 +170,12 @@ def paired_test(group: Group, other: Group) -> PairedTest:
     except ImportError:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
     return PairedTest(differences, float(ttest_rel(mine, theirs).pvalue))
+
+
+def _reference(group: Group, groups: Sequence[Group]) -> Group | None:
+    alike = [other for other in groups if other.network == group.network]
+    found = next((other for other in alike if other.config.method == "baseline"), alike[0])
+    return None if found is group else found
 
 
 def _errors(records: Sequence[tuple[Run, Record]], row: str | None = None) -> list[float]:
@@ -197,10 +209,17 @@ def _speed(group: Group) -> float | None:
     return statistics.median(found) if found else None
 
 
+_SPEED_FIELDS = (
+    "batch_size", "device_batch", "image_size", "resize_schedule", "mixup", "cutmix", "loader", "loader_options", "optimizer", "ema", "precision", "channels_last",
+    "impl", "compile", "cuda_graph", "flat", "sync_bn", "deterministic")
+"""What images per second depend on beside the method, of a configuration. Not ``streams`` and ``merge_first_conv``, which run several
+branches at once: a student alone has one."""
+_MACHINE_FACTS = ("device", "platform", "cpus", "threads", "world_size")
+
+
 def _goes_as(group: Group) -> set[str]:
     """What images per second depend on beside the method: the machines, and how the runs used them."""
-    machine_facts = ("device", "platform", "cpus", "threads", "world_size")
-    return {repr((run.config.batch_size, run.config.precision, *map(run.environment.get, machine_facts))) for run in group.runs}
+    return {repr([*(getattr(run.config, name) for name in _SPEED_FIELDS), *map(run.environment.get, _MACHINE_FACTS)]) for run in group.runs}
 
 
 def _times_alone(group: Group, comparable: Sequence[Group]) -> float | None:
@@ -222,29 +241,39 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def _error_table(found: Comparison) -> Table:
     rows = []
+    references: dict[str, list[str]] = {}  # of which groups
+    untested: dict[tuple[str, str], list[str]] = {}  # for what there is not and why, of which groups
     for row in found.rows:
-        test = row.test
-        rows.append((
-            row.group.label, str(len(row.group.runs)), _epochs(row.group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")),
-            "reference" if test is None else f"{spread(test.differences, '+')} (n={len(test.differences)})" if test.differences else "no shared seed",
-            "" if test is None else f"{test.p:.3g}" if test.p is not None else "-"))
-    untested: dict[str, list[str]] = {}
-    for row in found.rows:
-        if row.test and row.test.reason:
-            untested.setdefault(row.test.reason, []).append(row.group.label)
+        group, test = row.group, row.test
+        difference, p = "-", "-"
+        if row.reference is not None:
+            references.setdefault(row.reference.label, []).append(group.label)
+        if test is None and any(other.reference is group for other in found.rows):
+            difference, p = "reference", ""
+        elif test is None:
+            untested.setdefault(("difference", f"there are no other runs of {group.network}"), []).append(group.label)
+        else:
+            if test.differences:
+                difference = f"{spread(test.differences, '+')} (n={len(test.differences)})"
+            if test.p is not None:
+                p = f"{test.p:.3g}"
+            else:
+                untested.setdefault(("p" if test.differences else "difference", test.reason), []).append(group.label)
+        rows.append((group.label, str(len(group.counted)), _epochs(group), spread(row.last()), spread(row.best()), spread(row.last("ensemble")), difference, p))
+    left_out = [f"seed {run.config.seed} of {row.group.label} ({run.epochs} of {run.config.epochs} epochs)" for row in found.rows for run in row.group.left_out]
     return Table(
         "Error in %, mean +- sample standard deviation over seeds",
         ("runs", "seeds", "epochs", "student, last epoch", "student, best epoch", "ensemble, last epoch", "difference, last epoch", "p"), tuple(rows),
-        ("The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
-         f"Difference: percentage points, less is better, seed by seed against {found.reference.label}, over the n seeds that both have. "
+        (*([f"Not in means, differences and p, having fewer finished epochs than others of the row: {'; '.join(left_out)}."] if left_out else []),
+         "The best epoch is chosen on the images it is measured on, and so it is optimistic if these are the test images; the last is not chosen.",
+         "Difference: percentage points, less is better, seed by seed against the reference, over the n seeds that both have. "
          "p: two-sided paired t-test of these differences.",
-         *(f"No p for {'; '.join(labels)}: {reason}." for reason, labels in untested.items())))
+         *(f"The reference of {'; '.join(labels)} is {reference}." for reference, labels in references.items()),
+         *(f"No {what} for {'; '.join(labels)}: {reason}." for (what, reason), labels in untested.items())))
 
 
 def _epochs(group: Group) -> str:
-    done = sorted({run.epochs for run in group.runs})
-    planned = group.config.epochs
-    return str(planned) if done == [planned] else f"{'-'.join(map(str, dict.fromkeys((done[0], done[-1]))))} of {planned}"
+    return str(group.config.epochs) if group.counted[0].epochs == group.config.epochs else group.progress
 
 
 def _cost_table(found: Comparison) -> Table:
@@ -263,7 +292,7 @@ def _cost_table(found: Comparison) -> Table:
          "training FLOPs / student", "training time / alone", "training, images/s"), tuple(rows),
         ("FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is trained, a frozen teacher not among them.", *latency,
          "Training time: of an image, by the median images/s of the epochs, as a multiple of the same student trained alone; only where such runs are "
-         "among these, on the same device with as many threads and processes, the same batch size and precision. What else the machine did meanwhile is in it."))
+         "among these, on the same device with as many threads and processes, configured alike in what speed depends on. What else the machine did meanwhile is in it."))
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -297,16 +326,16 @@ def _run_table(found: Comparison) -> Table:
         tuple(rows))
 
 
-def _csv_row(row: Row, reference: Group) -> dict[str, Any]:
-    runs, test, costs = row.group.runs, row.test, row.costs
+def _csv_row(row: Row) -> dict[str, Any]:
+    runs, test, costs = row.group.counted, row.test, row.costs
     cells: dict[str, Any] = {
         "runs": row.group.label, "num_seeds": len(runs), "seeds": " ".join(str(run.config.seed) for run in runs), "epochs": row.group.config.epochs,
-        "finished_epochs": " ".join(str(run.epochs) for run in runs)}
+        "finished_epochs": runs[0].epochs, "left_out_seeds": " ".join(str(run.config.seed) for run in row.group.left_out)}
     for name, values in (("last_error", row.last()), ("best_error", row.best()), ("ensemble_last_error", row.last("ensemble"))):
         cells |= {f"{name}_mean": statistics.mean(values) if values else "", f"{name}_std": statistics.stdev(values) if len(values) > 1 else "",
                   f"{name}_by_seed": " ".join(map(repr, values))}
-    if test is not None:
-        cells |= {"reference": reference.label, "paired_seeds": len(test.differences), "p": "" if test.p is None else test.p,
+    if test is not None and row.reference is not None:
+        cells |= {"reference": row.reference.label, "paired_seeds": len(test.differences), "p": "" if test.p is None else test.p,
                   "last_error_difference": statistics.mean(test.differences) if test.differences else ""}
     if costs is not None:
         cells |= {"student": costs.name, "parameters": costs.student.parameters, "flops": costs.student.flops, "training_flops": costs.training.flops}

@@ -103,7 +103,7 @@ def gather(evaluator: BranchEvaluator, batches: Iterable[Batch], max_images: int
     return Gathered(
         rows, student, labels, predictions, confidences, cross_entropies / done, softmax_sums / done, logit_sums / errors,
         {mixture: {name: torch.cat(parts) for name, parts in weights.items()} for mixture, weights in mixing.items()},
-        dict(zip(evaluator.criterion.graph.logits, kept[2:], strict=False)), kept[1])
+        dict(zip(evaluator.criterion.graph.logits[:evaluator.criterion.num_branches], kept[2:], strict=True)), kept[1])
 
 
 def _first(count: int, before: list[Tensor], here: list[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastokd.train.ladder import processor
+from fastokd.train.precision import without_tf32
 
 BATCH_SIZES = (1, 128)
 WARM_UP = 3
@@ -43,8 +44,9 @@ def machine() -> str:
 
 
 @torch.inference_mode()
+@without_tf32()
 def measure_latency(network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device) -> Latency | None:
-    """Time forward passes as PyTorch runs them eagerly, in float32 and channels-last, until the device is done with each.
+    """Time forward passes as PyTorch runs them eagerly, in float32 (without TF32) and channels-last, until the device is done with each.
 
     Args:
         network: images [B, 3, H, W] to logits, in evaluation mode; it is moved to the device.

@@ -59,7 +59,10 @@ class Run:
 
     @property
     def best(self) -> Record:
-        """The record of the first epoch with the student's highest accuracy, as in ``summary.json``."""
+        """The record of the first epoch with the student's highest accuracy, of all epochs.
+
+        ``summary.json`` and ``best.pt`` are of a later one where a run was resumed without the checkpoint of this; ``remarks`` say so.
+        """
         return max((record for record in self.records if self.student in record["eval"]), key=lambda record: record["eval"][self.student])
 
     def shown(self, fact: str) -> str:
@@ -90,6 +93,28 @@ class Group:
         """The configuration of the first run."""
         return self.runs[0].config
 
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs whose errors make one mean: those with the most finished epochs, which are the finished ones if there are any."""
+        most = max(run.epochs for run in self.runs)
+        return tuple(run for run in self.runs if run.epochs == most)
+
+    @property
+    def left_out(self) -> tuple[Run, ...]:
+        """The runs that are not counted."""
+        return tuple(run for run in self.runs if run.epochs < self.counted[0].epochs)
+
+    @property
+    def progress(self) -> str:
+        """Finished and planned epochs of the runs that are counted, in words."""
+        return f"{self.counted[0].epochs} of {self.config.epochs}"
+
+    @property
+    def network(self) -> str:
+        """The name of the network that the student is, or is made of."""
+        names = self.config.model_names()
+        return names[0] if len(names) == 1 else names[_kept_branch(self.config)]
+
 
 def read_run(path: Path) -> Run:
     """Read a run folder. A damaged or unfinished run is read as far as it goes, and its ``remarks`` say so.
@@ -113,7 +138,14 @@ def read_run(path: Path) -> Run:
         remarks.append(f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}")
     environment = _read_environment(folder, remarks)
     data = _data(folder, environment, remarks)
-    return Run(path, config, records, student, _evaluated(folder, config, data, remarks), data, environment, tuple(remarks))
+    evaluated = _evaluated(folder, config, data, remarks)
+    run = Run(path, config, records, student, evaluated, data, environment, ())
+    summary = _read_json(folder.summary_path)
+    chosen, best = summary.get("best_epoch"), run.best["epoch"]
+    if summary.get("epochs") == run.epochs and isinstance(chosen, int) and chosen != best:  # else it is of before the run went on
+        remarks.append(f"its best epoch is {best + 1}, which is used here; summary.json and best.pt are of epoch {chosen + 1}, as after a resume without the "
+                       f"checkpoint of epoch {best + 1}")
+    return dataclasses.replace(run, remarks=tuple(remarks))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Group]:
@@ -203,18 +235,27 @@ def _student_row(config: TrainConfig, where: Path) -> str:
         rows = reference_loss(config).graph.logits
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return AVERAGE if config.ema else rows[range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]]
+    return AVERAGE if config.ema else rows[_kept_branch(config)]
+
+
+def _kept_branch(config: TrainConfig) -> int:
+    return range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]
 
 
 def _read_environment(folder: RunFolder, remarks: list[str]) -> dict[str, Any]:
+    found = _read_json(folder.environment_path)
+    if not found:
+        remarks.append("environment.json is missing or damaged: versions and machine are not known")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where it is missing or damaged."""
     try:
-        found = json.loads(folder.environment_path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        pass
-    remarks.append("environment.json is missing or damaged: versions and machine are not known")
-    return {}
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _data(folder: RunFolder, environment: Mapping[str, Any], remarks: list[str]) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Number formats of the forward and backward pass: autocast, TF32 and loss scaling."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,17 @@ def allow_tf32(allowed: bool) -> None:
     """Whether float32 convolutions and matrix products on GPUs may run on TF32 units, for this process."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 convolutions and matrix products on GPUs are in float32 within it; then what was allowed before is so again."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 class LossScale:
