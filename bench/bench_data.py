@@ -24,6 +24,7 @@ from fastokd.data.images import default_workers
 from fastokd.data.loader import get_loader_kind
 from fastokd.models import create_model
 from fastokd.train.config import TrainConfig
+from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
@@ -98,6 +99,6 @@ def test_waiting(benchmark: Any, large: Path, name: str) -> None:
     loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, min(16, BATCH))
     benchmark.group = "waiting"
     found: dict[str, float] = {}
-    benchmark.pedantic(lambda: found.update(waiting_share(loader, DEVICE, step)), rounds=1)
+    benchmark.pedantic(lambda: found.update(waiting_share(loader, StepRunner(step))), rounds=1)
     loader.close()
     benchmark.extra_info.update(found, loader=name, model=config.model)

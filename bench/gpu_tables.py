@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS_SHOWN = 12
 """Of each profile; the file has more."""
 _FAILURES_SHOWN = 20
+_README_SIZES = ((128, 10), (1024, 1000), (1024, 21841))
 
 Rows = list[dict[str, Any]]
 
@@ -42,7 +43,7 @@ def environment_lines(path: Path) -> list[str]:
 def tests_lines(path: Path) -> list[str]:
     """How many GPU tests passed, and those that did not."""
     found, rows = _read(path)
-    groups = [(row["row"], *(str(row.get(kind, 0)) for kind in COUNTED), row.get("error") or row.get("ended", "")) for row in rows]
+    groups = [(row["row"], *(str(row.get(kind, 0)) for kind in COUNTED), row.get("error") or row.get("partial", "")) for row in rows]
     failures = [failure for row in rows for failure in row.get("failures", ())]
     lines = [f"- `{failure['test']}`: {_one_line(failure['message'])}" for failure in failures[:_FAILURES_SHOWN]]
     if len(failures) > _FAILURES_SHOWN:
@@ -60,7 +61,8 @@ def kernel_tables(path: Path) -> list[str]:
         _made_by(path, found),
         f"Medians in microseconds. *Ours* is what a training step runs, in a CUDA graph: for gradients the one kernel that makes loss and gradients, else the forward kernel. "
         f"The floor is the least number of bytes (each row of logits read once, each gradient written once) at this GPU's measured copy bandwidth of {short(bandwidth / 1e9)} GB/s; "
-        "a share above 100% means that the rows lie in its caches, as they do in a step.", "",
+        "a share above 100% means that the rows lie in its caches, as they do in a step. *Eager* is fastokd's reference executor, "
+        "plain PyTorch for the same graph and not the published code; *compile* is that compiled.", "",
         *markdown_table([
             ("loss", "B x C", "dtype", "pass", "eager", "eager, graph", "compile, graph", "fused", "fused, graph", "ours", "fastest-slowest", "eager, graph / ours", "compile / ours", "floor", "share"),
             *(cells for row in graphs for cells in _kernel_rows(row, bandwidth, ("eager", "eager graph", "compiled graph", "fused", "fused graph"), ("eager graph", "compiled graph")))]),
@@ -68,6 +70,7 @@ def kernel_tables(path: Path) -> list[str]:
     if singles:
         lines += [
             f"Single losses, beside other libraries: the cross-entropy of a batch, and the KL to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. "
+            "PyTorch's functions compute in the dtype of the logits, where ours computes in float32. "
             "Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its last call left there.", "",
             *markdown_table([
                 ("loss", "B x C", "dtype", "pass", "torch, graph", "compile, graph", "Liger", "Liger, graph", "QuACK", "QuACK, graph", "ours", "fastest-slowest",
@@ -82,6 +85,18 @@ def kernel_tables(path: Path) -> list[str]:
     for reason, places in reasons.items():
         lines.append(f"- {reason} ({places[0]}" + (f", and {len(places) - 1} more rows)" if len(places) > 1 else ")"))
     return [*lines, *[""] * bool(reasons), *_missing(found)]
+
+
+def readme_lines(path: Path) -> list[str]:
+    """A few rows of the kernel table: the AHBF loss with its gradients, in a CUDA graph."""
+    found, rows = _read(path)
+    bandwidth = 1e9 * found["copy_bandwidth_gb_s"]
+    shown = [row for row in rows if "error" not in row and (row["loss"], row.get("preset"), row["dtype"]) == ("ahbf", "paper", "bfloat16") and (row["batch"], row["num_classes"]) in _README_SIZES]
+    if not shown:
+        return []
+    cells = [cells for row in shown for cells in _kernel_rows(row, bandwidth, ("eager graph", "compiled graph"), ("eager graph", "compiled graph")) if cells[3] == "with gradients"]
+    return [_made_by(path, found), "", *markdown_table([
+        ("loss", "B x C", "dtype", "pass", "eager, graph, us", "compile, graph, us", "ours, us", "fastest-slowest", "eager / ours", "compile / ours", "floor, us", "share"), *cells])]
 
 
 def _kernel_rows(row: dict[str, Any], bandwidth: float, shown: Sequence[str], against: Sequence[str]) -> list[tuple[str, ...]]:
@@ -161,12 +176,13 @@ def accuracy_tables(path: Path) -> list[str]:
         published = get_recipe(recipe)
         lines.append((f"`{recipe}`, {preset}", seeds, _errors(run["last"][student] for run in runs), _errors(run["best"][student] for run in runs), published.reported(),
                       short(statistics.mean(run["minutes"] for run in runs)), short(statistics.median(run["images_per_second"] for run in runs))))
-        inner.append((f"`{recipe}`, {preset}", "; ".join(f"{name} {_errors(run['last'][name] for run in runs)}" for name in runs[0]["last"])))
+        for when in ("last", "best"):
+            inner.append((f"`{recipe}`, {preset}", when, "; ".join(f"{name} {_errors(run[when][name] for run in runs)}" for name in runs[0][when])))
     return [
         *head, _differences(found), "",
         *markdown_table([("recipe, preset", "seeds", "student's error, last epoch, %", "best epoch, %", "published error, %", "minutes of training a run", "images/s"), *lines]),
-        "The errors of every row of logits after the last epoch, in %:", "",
-        *markdown_table([("recipe, preset", "error"), *inner]), *_missing(found)]
+        "The errors of every row of logits after the last epoch and after the student's best, in %:", "",
+        *markdown_table([("recipe, preset", "epoch", "error"), *inner]), *_missing(found)]
 
 
 def _differences(found: dict[str, Any]) -> str:
@@ -194,8 +210,10 @@ def _made_by(path: Path, found: dict[str, Any]) -> str:
     environment = found["environment"]
     device = environment["device"] if environment["device"] != "cpu" else f"a dry run on {found['processor']}"
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    commits = dict.fromkeys(str(session["commit"]) for session in found["sessions"])
-    return f"{device}; torch {environment['torch']}, Triton {environment['triton']}; commit {', '.join(commits)}; `{where}`, made by `{environment['command']}`."
+    # A copy that was sent to a machine has no repository; the hash of its sources is always there.
+    commits = dict.fromkeys(session["commit"] for session in found["sessions"] if session["commit"])
+    code = f"commit {', '.join(commits)}" if commits else f"sources {found['identity']['code']}"
+    return f"{device}; torch {environment['torch']}, Triton {environment['triton']}; {code}; `{where}`, made by `{environment['command']}`."
 
 
 def _missing(found: dict[str, Any]) -> list[str]:

@@ -186,7 +186,7 @@ def roofline_table(path: Path) -> list[str]:
     found = read(path)
     chips = roofline.CHIPS.values()
     predicted = [{(size, which): one for size, which, one in roofline.predictions(found, chip)} for chip in chips]
-    measured = [roofline.measured(RESULTS, name) for name in roofline.CHIPS]
+    measured = [roofline.measured(RESULTS, chip) for chip in roofline.CHIPS.values()]
     heads, cells = [], []
     for chip, mine, times in zip(chips, predicted, measured, strict=True):
         heads += [f"{chip.title}, predicted", *([f"{chip.title}, measured"] if times else [])]
@@ -366,7 +366,7 @@ def accuracy_blocks() -> dict[str, list[str]]:
 
 def readme_blocks() -> dict[str, list[str]]:
     """The same for the README."""
-    gpu = [] if _of_part(gpu_tables.kernel_tables, "kernels") else ["On GPUs: not measured yet."]
+    gpu = _of_part(gpu_tables.readme_lines, "kernels") or ["On GPUs: not measured yet."]
     return {"speed": [*_if_measured(readme_table, "loss-cpu.json"), *gpu]}
 
 

@@ -45,6 +45,7 @@ class Chip:
 
     Attributes:
         title: its name.
+        device: how PyTorch names it.
         capability: compute capability, 10 times.
         multiprocessors: number of them.
         clock: boost clock in Hz.
@@ -53,6 +54,7 @@ class Chip:
     """
 
     title: str
+    device: str
     capability: int
     multiprocessors: int
     clock: float
@@ -61,10 +63,10 @@ class Chip:
 
 
 CHIPS = {
-    "a100": Chip("A100 SXM 80 GB", 80, 108, 1.41e9, 2.039e12, "NVIDIA A100 data sheet and architecture white paper"),
-    "h100": Chip("H100 SXM", 90, 132, 1.98e9, 3.35e12, "NVIDIA H100 data sheet; the clock from its 67 TFLOPS of float32"),
-    "h200": Chip("H200 SXM", 90, 132, 1.98e9, 4.8e12, "NVIDIA H200 data sheet; the clock from its 67 TFLOPS of float32"),
-    "b200": Chip("B200 SXM", 100, 148, 1.98e9, 7.7e12, "NVIDIA HGX B200 data sheet: 62 TB/s and 600 TFLOPS of float32 for eight"),
+    "a100": Chip("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2.039e12, "NVIDIA A100 data sheet and architecture white paper"),
+    "h100": Chip("H100 SXM", "NVIDIA H100 80GB HBM3", 90, 132, 1.98e9, 3.35e12, "NVIDIA H100 data sheet; the clock from its 67 TFLOPS of float32"),
+    "h200": Chip("H200 SXM", "NVIDIA H200", 90, 132, 1.98e9, 4.8e12, "NVIDIA H200 data sheet; the clock from its 67 TFLOPS of float32"),
+    "b200": Chip("B200 SXM", "NVIDIA B200", 100, 148, 1.98e9, 7.7e12, "NVIDIA HGX B200 data sheet: 62 TB/s and 600 TFLOPS of float32 for eight"),
 }
 
 
@@ -128,13 +130,14 @@ def predictions(found: Mapping[str, Any], chip: Chip, dtype: str = "bf16") -> It
                 yield size, which, predict(chip, code, rows[*size, "backward"] if which == "fused" else None)
 
 
-def measured(folder: Path, name: str, dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
+def measured(folder: Path, chip: Chip, dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
     """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels`` has measured them on this chip."""
     found = {}
-    for path in sorted(folder.glob(f"kernels-*{name}*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    for path in sorted(folder.glob("kernels-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"] if result["environment"]["device"] == chip.device else ():
             if (row.get("loss"), row.get("preset"), row.get("dtype")) == ("ahbf", PRESET, _LONG_NAME[dtype]):
-                for which, case in (("forward", "fused graph/forward"), ("fused", "one kernel graph/both")):
+                for which, case in (("forward", "kernel alone graph/forward"), ("fused", "kernel alone graph/both")):
                     if row.get(case) is not None:
                         found[(row["batch"], row["num_classes"]), which] = row[case]
     return found
@@ -164,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_code
     found = json.loads(PATH.read_text(encoding="utf-8"))
     print(f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches, {PRESET} preset, {options.dtype}; microseconds")
-    times = measured(PATH.parent, options.chip, options.dtype)
+    times = measured(PATH.parent, chip, options.dtype)
     print(f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7}  {'exponentials':>12}  {'measured':>8}")
     for size, which, one in predictions(found, chip, options.dtype):
         print(f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12}  {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f}"

@@ -11,16 +11,19 @@ from fastokd.methods.method import Method, MethodLoss
 
 
 class ConsensusLoss(MethodLoss):
-    """``L = sum_m [ CE(z^m) + kd_weight * T^2 KL(consensus || z^m) ]``, the consensus being the mean of the z^m, and constant."""
+    """``sum_m [ CE(z^m) + kd_weight * T^2 KL(c || z^m) ]`` with the constant ``c = mean_m z^m``."""
 
-    def __init__(self, num_branches: int = 3, temperature: float = 3.0, reduction: str = "mean", impl: str = "auto") -> None:
+    def __init__(self, num_branches: int = 3, temperature: float = 3.0,
+                 reduction: str = "mean", impl: str = "auto") -> None:
         names = tuple(f"branch{m}" for m in range(1, num_branches + 1))
         nodes = (*map(Logits, names), Mixture("consensus", names, (1 / num_branches,) * num_branches))
-        terms = (*map(CrossEntropy, names), *(KL("consensus", name, temperature=temperature, detach=True) for name in names))
-        super().__init__(Graph("consensus", nodes, terms), num_branches, reduction, impl)
+        teaching = [KL("consensus", name, temperature=temperature, detach=True) for name in names]
+        graph = Graph("consensus", nodes, (*map(CrossEntropy, names), *teaching))
+        super().__init__(graph, num_branches, reduction, impl)
 
 
-METHOD = Method(name="consensus", summary="every branch learns from the mean of all", loss_class=ConsensusLoss, branch_range=(2, 8), default_branches=3)
+METHOD = Method(name="consensus", summary="every branch learns from the mean of all",
+                loss_class=ConsensusLoss, branch_range=(2, 8), default_branches=3)
 
 if __name__ == "__main__":
     register_method("consensus", __name__)

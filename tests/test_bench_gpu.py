@@ -1,7 +1,12 @@
 """The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
 
+import dataclasses
 import gzip
 import json
+import os
+import shutil
+import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,7 @@ import torch
 
 import bench.report
 from bench import gpu_tables
-from bench.gpu import accuracy, kernels
+from bench.gpu import accuracy, kernels, results
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
@@ -175,6 +180,72 @@ def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
     assert read(context.out, "toy")["complete"]
 
 
+def test_what_is_there_of_a_row_outlasts_its_error(tmp_path):
+    def broken(context, results):
+        def measure():
+            results.put({"row": "a", "partial": "half of it", "half": 1})
+            raise TypeError("no such argument")
+        yield Row("a", 0.0, measure)
+
+    path = tmp_path / "out" / "toy-dry-run.json"
+    for _ in range(2):
+        run_part(Part("toy", 0.0, broken, str), context_of(tmp_path), identity(CPU), False)
+        found = json.loads(path.read_text())
+        assert found["rows"][0]["half"] == 1
+        assert found["rows"][0]["error"] == "TypeError: no such argument"
+        assert not found["complete"]
+
+
+def test_a_row_in_which_something_failed_is_tried_again(tmp_path):
+    outcomes = iter(["2 failed", None])
+
+    def rows(context, results):
+        yield Row("a", 0.0, lambda: {"value": 1} | ({"partial": wrong} if (wrong := next(outcomes)) else {}))
+
+    path = tmp_path / "out" / "toy-dry-run.json"
+    part = Part("toy", 0.0, rows, str)
+    run_part(part, context_of(tmp_path), identity(CPU), False)
+    found = json.loads(path.read_text())
+    assert (found["complete"], found["left"]) == (False, {"a": "2 failed"})
+    run_part(part, context_of(tmp_path), identity(CPU), False)
+    found = json.loads(path.read_text())
+    assert (found["complete"], found["left"]) == (True, {})
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.gpu.entry.run_part", interrupted)
+    assert main(["environment", "--dry-run", "--out", str(tmp_path), "--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+
+
+def test_the_first_signal_after_the_minutes_were_spent_is_not_taken_for_the_second(monkeypatch):
+    signals = accuracy.Deadline(lambda: True)
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail("it ended at once"))
+    assert signals.received == signal.SIGUSR1
+    with signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (signals.heard, signals.received) == (signal.SIGTERM, signal.SIGTERM)
+
+
+def test_each_part_has_sources_of_its_own():
+    assert all((results.ROOT / source).exists() for part in PARTS.values() for source in part.code())
+    assert len({identity(CPU, part.code())["code"] for part in PARTS.values()}) == len(PARTS)
+
+
+def test_without_pytest_the_tests_are_refused_and_not_complete(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert PARTS["tests"].refusal(context_of(tmp_path)) == "pytest is not installed: pip install pytest"
+
+
+def test_tests_that_do_not_begin_are_not_done():
+    found = run_files(["tests/no_such_file.py"], 60)
+    assert found["partial"] == "pytest ended with 4"
+    assert found["passed"] == 0
+
+
 def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeypatch):
     measured, context = [], context_of(tmp_path)
     monkeypatch.setattr(Context, "minutes_left", lambda self: 1.0)
@@ -298,7 +369,7 @@ def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
     assert not signals.heard
 
     def interrupted(*_, signals, **__):
-        signals.received = 15
+        signals.heard = 15
         raise Preempted("stopped by SIGTERM")
 
     monkeypatch.setattr(accuracy, "begin_run", interrupted)
@@ -339,7 +410,8 @@ def test_accuracy_table_beside_the_papers(tmp_path):
     assert "'cifar10-jpeg' (50,000 train, 10,000 test images), not the original files" in lines[1]
     assert "| `cifar10-resnet32-ahbf`, paper | 0, 1 | 8.00 +- 1.41 | 7.00 +- 1.41 | AHBF Table 1: 5.32 +- 0.11 | 2 | 60,000 |" in lines
     assert "| `cifar10-resnet32-baseline`, paper | 0 | 10.00 | 10.00 | AHBF Table 1: 6.31 +- 0.07; OKDDip slides: 6.34 +- 0.03; FFM + CD: 6.38 +- 0.10 | 2 | 60,000 |" in lines
-    assert "| `cifar10-resnet32-ahbf`, paper | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert "| `cifar10-resnet32-ahbf`, paper | last | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert "| `cifar10-resnet32-ahbf`, paper | best | branch1 7.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
     assert lines[-2] == "Not complete, 1 rows to go: x."
 
 
@@ -350,13 +422,18 @@ def test_kernel_table_by_hand(tmp_path):
            "spread": {"fused graph/forward": [1.5e-6, 3e-6]}, "reasons": {}}
     single = {"row": "s", "loss": "KL", "batch": 8, "num_classes": 10, "dtype": "float32", "bytes_forward": 1, "bytes_both": 8_000_000, "liger/both": 8e-6, "liger graph/both": None,
               "one kernel graph/both": 4e-6, "spread": {"one kernel graph/both": [4e-6, 4e-6]}, "reasons": {"quack": "not installed"}}
-    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
+    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "identity": {"code": "0a1b"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
     path = tmp_path / "k.json"
     path.write_text(json.dumps(found))
     lines = gpu_tables.kernel_tables(path)
     assert "| ahbf (paper) | 8 x 10 | bfloat16 | forward | 9 | 8 | 1 | 5 | 2 | 2 | 1.5-3 | 4.00 | 0.50 | 1 | 50% |" in lines
     assert "| KL | 8 x 10 | float32 | with gradients | - | - | 8 | - | - | - | 4 | 4-4 | - | 2.00 | - | 2 | 50% |" in lines
     assert "- quack: not installed (s)" in lines
+    assert lines[0] == "G; torch 2, Triton 3; sources 0a1b; `k.json`, made by `c`."
+    assert not gpu_tables.readme_lines(path)  # neither row is of a size that the README shows
+    path.write_text(json.dumps(found | {"rows": [row | {"batch": 1024, "num_classes": 1000, "one kernel graph/both": 3e-6, "eager graph/both": 9e-6,
+                                                        "spread": row["spread"] | {"one kernel graph/both": [3e-6, 3e-6]}}]}))
+    assert gpu_tables.readme_lines(path)[-2] == "| ahbf (paper) | 1024 x 1000 | bfloat16 | with gradients | 9 | - | 3 | 3-3 | 3.00 | - | 2 | 67% |"
 
 
 def test_profile_counts_what_overlaps_once():
@@ -388,10 +465,10 @@ def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
     assert messages["test_error"] == "OSError: no disk"
     assert messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
     assert "a sum" in found["output"]
-    assert "ended" not in found
+    assert found["partial"] == "1 failed, 2 errors"
     assert not found["unfinished"]
     found = run_files([str(hanging)], 12, plain)
-    assert found["ended"] == "killed after 12 s"
+    assert found["partial"] == "killed after 12 s"
     assert [test.rpartition("::")[2] for test in found["unfinished"]] == ["test_hangs"]
     assert found["passed"] == 1
 
@@ -412,8 +489,10 @@ def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
     cases = kernels._single_cases(context_of(tmp_path), name, inputs)[0] if name in SINGLES else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
     with context_of(tmp_path).not_compiled():
         found = {which: call() for which, (call, _) in cases.items() if not which.startswith(("liger", "quack"))}
-    *_, grads = found.pop("one kernel graph/both")
-    found["one kernel graph/both"] = [grad for grad in grads if grad is not None]
+    mean, grads = found.pop("one kernel graph/both")
+    rows, _, same_grads = found.pop("kernel alone graph/both")
+    found |= {"mean/forward": mean, "rows/forward": rows.mean(), "kernel alone graph/forward": found["kernel alone graph/forward"].mean(),
+              "grads/both": [grad for grad in grads if grad is not None], "same grads/both": [grad for grad in same_grads if grad is not None]}
     for which, value in found.items():
         expected = found[f"eager/{which.rpartition('/')[2]}"]
         torch.testing.assert_close(list(value) if isinstance(value, (list, tuple)) else value, list(expected) if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-6)
@@ -465,6 +544,25 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, caps
     assert not captured.out
 
 
-def test_accuracy_without_data_is_skipped(tmp_path):
+def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
+    context = dataclasses.replace(context_of(tmp_path), dry=False, runs=tmp_path)
+    picture = tmp_path / "cifar10-jpeg" / "train" / "cat" / "1.jpg"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"a picture")
+    with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "cifar10-jpeg" / "train", "train")
+    shutil.rmtree(tmp_path / "cifar10-jpeg")
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    assert f"no --data, and no {tmp_path / 'none.tar.xz'}" in accuracy._refusal(context)
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "cifar10-jpeg.tar.xz")
+    assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
+    assert picture.read_bytes() == b"a picture"
+    monkeypatch.setattr("tarfile.open", lambda *_: pytest.fail("unpacked again"))
+    assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
+    assert accuracy._data(dataclasses.replace(context, data="mine")) == "mine"
+
+
+def test_accuracy_without_data_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
     context = Context(CPU, "x", tmp_path, tmp_path, 0.0, False)
     assert "--data" in accuracy._refusal(context)

@@ -171,7 +171,7 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
     class Failing(fastokd.train.ladder.EngineStep):
         def __init__(self, config, *rest):
             if config.compile:
-                raise RuntimeError("no compiler here\nand more lines")
+                raise TypeError("no compiler here\nand more lines")
             if config.channels_last:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(config, *rest)

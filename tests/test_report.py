@@ -134,8 +134,8 @@ def test_predictions_are_called_that_and_stand_beside_measurements(tmp_path, mon
     lines = roofline_table(bench.report.machine_code.PATH)
     assert lines[0].startswith("**Predictions of a model, not measurements**")
     assert lines[2] == "| B x C | kernel | A100 SXM 80 GB, predicted | H100 SXM, predicted | H200 SXM, predicted | B200 SXM, predicted |"
-    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"rows": [
-        {"loss": "ahbf", "preset": "paper", "dtype": "bfloat16", "batch": 128, "num_classes": 10, "fused graph/forward": 3.21e-6}]}))
+    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"environment": {"device": "NVIDIA H200"}, "rows": [
+        {"loss": "ahbf", "preset": "paper", "dtype": "bfloat16", "batch": 128, "num_classes": 10, "kernel alone graph/forward": 3.21e-6}]}))
     lines = roofline_table(bench.report.machine_code.PATH)
     assert "| H200 SXM, predicted | H200 SXM, measured | B200 SXM, predicted |" in lines[2]
     assert lines[4].split(" | ")[5] == "3.21"

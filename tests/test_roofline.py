@@ -12,7 +12,7 @@ from bench.suite import SIZES
 
 FOUND = json.loads(PATH.read_text(encoding="utf-8"))
 # One GHz and ten multiprocessors, so 40 schedulers; a TB/s.
-CHIP = Chip("a chip", 90, 10, 1e9, 1e12, "made up")
+CHIP = Chip("a chip", "its name", 90, 10, 1e9, 1e12, "made up")
 
 
 def code(**changed):
@@ -74,13 +74,16 @@ def test_every_size_and_kernel_is_predicted_for_every_chip(chip):
 
 
 def test_the_command_prints_predictions_beside_what_was_measured(tmp_path, monkeypatch, capsys):
-    rows = [{"loss": "ahbf", "preset": preset, "dtype": "bfloat16", "batch": 1024, "num_classes": 1000, "fused graph/forward": seconds, "one kernel graph/both": None}
+    rows = [{"loss": "ahbf", "preset": preset, "dtype": "bfloat16", "batch": 1024, "num_classes": 1000, "kernel alone graph/forward": seconds, "kernel alone graph/both": None}
             for preset, seconds in (("code", 1.0), ("paper", 6.54e-6))]
-    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"rows": [*rows, {"loss": "KL", "batch": 1}]}))
+    for name, device in (("h200", "NVIDIA H200"), ("h200-nvl", "NVIDIA H200 NVL")):
+        scale = 1 if name == "h200" else 2
+        found = [{**row, "kernel alone graph/forward": scale * row["kernel alone graph/forward"]} for row in rows]
+        (tmp_path / f"kernels-nvidia-{name}.json").write_text(json.dumps({"environment": {"device": device}, "rows": [*found, {"loss": "KL", "batch": 1}]}))
     (tmp_path / "machine-code.json").write_text(json.dumps(FOUND))
     monkeypatch.setattr(bench.roofline, "PATH", tmp_path / "machine-code.json")
-    assert measured(tmp_path, "h200") == {((1024, 1000), "forward"): 6.54e-6}
-    assert measured(tmp_path, "a100") == {}
+    assert measured(tmp_path, CHIPS["h200"]) == {((1024, 1000), "forward"): 6.54e-6}
+    assert measured(tmp_path, CHIPS["a100"]) == {}
     assert main(["--chip", "h200"]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("H200 SXM: predictions of a model, not measurements; ")

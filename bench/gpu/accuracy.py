@@ -7,12 +7,15 @@ seed, and within a run where it was stopped, if its folder is still there.
 import dataclasses
 import signal
 import statistics
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gpu.part import Context, OutOfMinutes, Part, Refused, Row
-from bench.gpu.results import Results
+from bench.gpu.results import ROOT, Results
 from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import Preempted
 from fastokd.recipes import get_recipe
@@ -24,6 +27,8 @@ from fastokd.train.signals import StopSignals
 
 EPOCHS = 60
 """Of the plan where none are given: an estimate of what lets five runs end within some ten minutes on one H200. The papers' are 300."""
+ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
+"""The images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS, which is what is taken without ``--data``."""
 SEEDS = 3
 """The papers' number of runs."""
 SAVE_MINUTES = 0.4
@@ -47,23 +52,19 @@ MORE = tuple(Run(f"cifar10-resnet32-{method}") for method in ("cl-ilr", "ffsd", 
 
 
 class Deadline(StopSignals):
-    """Signals that ask a run to stop, and the end of the minutes, which a run hears as one.
+    """Signals that ask a run to stop, and the end of the minutes, which a run follows as one.
 
     Args:
         spent: whether the minutes are.
     """
 
     def __init__(self, spent: Callable[[], bool]) -> None:
-        self._spent, self.heard = spent, 0
         super().__init__()
+        self._spent = spent
 
     @property
     def received(self) -> int:
         return self.heard or (int(signal.SIGUSR1) if self._spent() else 0)  # plain, because ranks send it each other
-
-    @received.setter
-    def received(self, number: int) -> None:
-        self.heard = number
 
 
 def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainConfig:
@@ -73,8 +74,16 @@ def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainCo
     return dataclasses.replace(config, model="resnet8", aux_blocks=0, batch_size=64) if context.dry else config
 
 
-def _data(context: Context) -> str:
-    return context.data or "digits"
+def _data(context: Context) -> str | None:
+    """What ``--data`` says; else CIFAR-10 (JPEG), unpacked once, where it lies beside the checkout; the dry run has small images."""
+    if context.data is not None or context.dry:
+        return context.data or "digits"
+    folder = context.runs / ARCHIVE.name.partition(".")[0]
+    if ARCHIVE.is_file() and not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=context.runs) as unpacked, tarfile.open(ARCHIVE) as archive:
+            archive.extractall(images := Path(unpacked) / "images", filter="data")
+            images.rename(folder)
+    return str(folder) if folder.is_dir() else None
 
 
 def _refusal(context: Context) -> str | None:
@@ -83,9 +92,9 @@ def _refusal(context: Context) -> str | None:
     Raises:
         ConfigError, DataError: there is no such dataset.
     """
-    if context.data is None and not context.dry:
-        return "no --data: give the folder of the CIFAR-10 images, or cifar10:FOLDER"
-    resolve(_data(context))
+    if (data := _data(context)) is None:
+        return f"no --data, and no {ARCHIVE}: give the folder of the CIFAR-10 images, or cifar10:FOLDER"
+    resolve(data)
     return None
 
 
@@ -145,7 +154,7 @@ def _note_data(context: Context, results: Results, about: dict[str, Any]) -> Non
     if before is None:
         results.head(data=now)
     elif before["fingerprint"] != now["fingerprint"]:
-        raise Refused(f"the rows in {results.path} are of other images ('{before['name']}') than --data {context.data} has; give those, or begin anew with --again")
+        raise Refused(f"the rows in {results.path} are of other images ('{before['name']}') than {_data(context)} has; give those, or begin anew with --again")
 
 
 def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from bench.gpu import accuracy, data, environment, kernels, profile, step, tests
 from bench.gpu.part import Context, OutOfMinutes, Part, Refused
 from bench.gpu.results import ROOT, Results, identity
 from fastokd.data import absolute_spec
-from fastokd.errors import ConfigError, FastOKDError, Preempted, StorageError, did_you_mean, first_line
+from fastokd.errors import (
+    EXIT_INTERRUPTED,
+    ConfigError,
+    FastOKDError,
+    Preempted,
+    StorageError,
+    did_you_mean,
+    first_line,
+)
 from fastokd.storage import write_atomically
 
 PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (environment, tests, kernels, step, profile, data, accuracy)}
@@ -47,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastOKDError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt as error:
+        print(f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def run_parts(options: argparse.Namespace) -> int:
@@ -79,12 +90,11 @@ def run_parts(options: argparse.Namespace) -> int:
         _check_writable(folder)
     chosen = [PARTS[name] for name in options.parts or PARTS]
     refusals = {part.name: part.refusal(context) for part in chosen}
-    own = identity(device)
     for part in chosen:
         if refusals[part.name]:
             print(f"{part.name}: skipped, {refusals[part.name]}", flush=True)
         else:
-            run_part(part, context, own, options.again)
+            run_part(part, context, identity(device, part.code()), options.again)
     return 0
 
 
@@ -120,9 +130,12 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
             raise
         except Exception as error:  # a row that cannot run must not lose the others
             frames = traceback.extract_tb(error.__traceback__)[-4:]
-            entries = {"error": f"{type(error).__name__}: {first_line(error)}", "where": [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]}
+            failed = {"error": f"{type(error).__name__}: {first_line(error)}", "where": [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]}
+            entries = (results.find(row.name) or {}) | failed  # what is there of the row is gone on with
         measured += 1
         results.put({"row": row.name, **entries})
+        if "error" in entries:
+            _check_answering(context.device, entries["error"])
         print(f"  {row.name} ({time.monotonic() - begun:.1f} s): " + (f"{entries['error']} ({'; '.join(entries['where'])})" if "error" in entries else part.line(entries)), flush=True)
     results.finish(left)
     missing = f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
@@ -135,6 +148,19 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _check_answering(device: torch.device, error: str) -> None:
+    """End the call where a row has left the GPU in a state in which every other would fail too.
+
+    Raises:
+        ConfigError: it has.
+    """
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as lost:
+        raise ConfigError(f"the GPU answers no more after '{error}' ({first_line(lost)}); the rows so far are kept: call again, in a new process") from lost
 
 
 def _check_writable(folder: Path) -> None:

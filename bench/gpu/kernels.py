@@ -17,6 +17,7 @@ from bench.gpu.results import Results
 from bench.suite import SIZES
 from fastokd.errors import first_line
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, lower
+from fastokd.graph.plan import Plan
 from fastokd.methods import get_method, list_methods
 from fastokd.ops import evaluate, loss_and_grad
 from fastokd.train.config import TrainConfig
@@ -96,8 +97,21 @@ def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequenc
 
     cases = _in_modes(passes, inputs.leaves(), {
         "eager": (partial(forward, "reference"), (False, True)), "compiled": (_compiled(lambda: forward("reference")), (True,)), "fused": (partial(forward, fused), (False, True))})
-    cases["one kernel graph/both"] = (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)
-    return cases
+    return cases | _kernel_cases(plan, inputs, fused)
+
+
+def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
+    """What a step runs: loss and gradients at once, and the mean, as the others have it. And the kernels without anything beside them."""
+    def at_once() -> Any:
+        rows, _, gradients = loss_and_grad(plan, *inputs.arguments(), fused)
+        return rows.mean(), gradients
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return evaluate(plan, *inputs.arguments(), fused)[0]
+
+    return {"one kernel graph/both": (at_once, True), "kernel alone graph/forward": (forward, True),
+            "kernel alone graph/both": (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)}
 
 
 def _in_modes(passes: Sequence[str], leaves: list[Tensor], providers: dict[str, tuple[Call, tuple[bool, ...]]]) -> Cases:
@@ -137,7 +151,7 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
     plan, fused, leaves, both = lower(SINGLES[name]), _fused(context), inputs.leaves(), (False, True)
     cases = _in_modes(PASSES, leaves, {
         "eager": (plain, both), "compiled": (_compiled(plain), (True,)), "fused": (lambda: evaluate(plan, *inputs.arguments(), fused)[0].mean(), both)})
-    cases["one kernel graph/both"] = (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)
+    cases |= _kernel_cases(plan, inputs, fused)
     reasons = {}
     liger, quack = _import("liger_kernel", "liger_kernel.transformers"), _import("quack", "quack.cross_entropy")
     if isinstance(liger, str):
@@ -236,4 +250,4 @@ def _line(row: dict[str, Any]) -> str:
             f"one kernel {us('one kernel graph/both')}" + "".join(f"; {name}: {reason}" for name, reason in row["reasons"].items()))
 
 
-PART = Part("kernels", 0.6, _rows, _line)
+PART = Part("kernels", 0.6, _rows, _line, sources=("bench/gpu/environment.py", "bench/suite.py"))

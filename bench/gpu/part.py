@@ -95,6 +95,7 @@ class Part:
         line: a row's entries in a few words.
         refusal: why it cannot run as things are; None if it can.
         entries: what the list of rows is called in the result file.
+        sources: files and folders that decide what the rows say, beside the part's own file and what all parts share.
     """
 
     name: str
@@ -103,3 +104,8 @@ class Part:
     line: Callable[[dict[str, Any]], str]
     refusal: Callable[[Context], str | None] = lambda context: None
     entries: str = "rows"
+    sources: tuple[str, ...] = ()
+
+    def code(self) -> tuple[str, ...]:
+        """All sources that are this part's own."""
+        return (f"bench/gpu/{self.name}.py", *self.sources)

@@ -15,6 +15,7 @@ from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
 from fastokd.storage import write_atomically
 from fastokd.train.ladder import EngineStep, chrome_trace, ladder_images
+from fastokd.train.randomness import be_deterministic
 
 STEPS = 5
 """Traced, after the warm-up."""
@@ -63,8 +64,10 @@ def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Seq
 
 def _measure(context: Context, step: Step) -> dict[str, Any]:
     device, config = context.device, step.config()
+    be_deterministic(False)  # as in a run: convolutions by the fastest algorithms
     with context.not_compiled():
-        running = EngineStep(config, ladder_images(config, step.num_classes), device, gathers=True)
+        images = ladder_images(config, step.num_classes)
+        running = EngineStep(config, images, device, gathers=True)
         running.model.train()
         running.advance(running.warm_up)
         timed = 1 if context.dry else TIMED_STEPS
@@ -73,6 +76,9 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
         running.advance(timed)
         synchronize(device)
         step_ms = 1000 * (time.perf_counter() - started) / timed
+        # The traced steps follow the first of an epoch, in which the host draws its random choices, and end before the next.
+        running.advance(-(running.warm_up + timed) % (len(images.train) // step.batch) + 1)
+        synchronize(device)
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
         with torch.profiler.profile(activities=kinds) as found:
             running.advance(STEPS)
@@ -98,4 +104,4 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['step_ms']:.2f} ms a step, {row['calls']:.0f} kernels, busy {row.get('busy_share', 0):.0%}; {top}"
 
 
-PART = Part("profile", 2.0, _rows, _line)
+PART = Part("profile", 2.0, _rows, _line, sources=("bench/gpu/step.py",))

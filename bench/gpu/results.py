@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,26 @@ from fastokd.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_CODE = ("kernels", *(f"fastokd/{room}" for room in ("graph", "ops", "methods", "models", "data", "train")))
-"""What decides what a row says. Not the commit: that of the results themselves, and of pages, changes no number."""
+"""What decides what a row of any part says, beside the part's own code. Not the commit: that of the results themselves, and of pages,
+changes no number."""
 EARLIER = "earlier"
 """The folder beside the result files for those that were begun anew."""
 
 
-def code_identity() -> str:
-    """A hash of the sources that results depend on; also there where there is no git."""
+def code_identity(sources: Sequence[str] = ()) -> str:
+    """A hash of the sources that results depend on, and of these files and folders; also there where there is no git."""
     found = hashlib.sha256()
-    for folder in MEASURED_CODE:
-        for path in sorted((ROOT / folder).rglob("*")):
+    for source in (*MEASURED_CODE, *sources):
+        for path in sorted((ROOT / source).rglob("*")) or [ROOT / source]:
             if path.suffix in (".py", ".cpp", ".h", ".hpp") and path.is_file():
                 found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
 
-def identity(device: torch.device) -> dict[str, Any]:
-    """What all rows of a file have in common."""
+def identity(device: torch.device, sources: Sequence[str] = ()) -> dict[str, Any]:
+    """What all rows of a file have in common; ``sources`` as in ``code_identity``."""
     now = environment(device)
-    return {**{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")}, "code": code_identity()}
+    return {**{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")}, "code": code_identity(sources)}
 
 
 class Results:
@@ -114,7 +116,7 @@ class Results:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows so far; also those that were not measured to the end (``partial``) or failed (``error``)."""
+        """The rows so far; also those that were not measured to the end, or not all went well in (``partial``: why), or failed (``error``)."""
         return list(self.values[self._entries])
 
     def find(self, name: str) -> dict[str, Any] | None:
@@ -143,8 +145,8 @@ class Results:
 
     def finish(self, left: dict[str, str]) -> None:
         """Note which rows are not there, each with the reason."""
-        failed = {row["row"]: f"failed: {row['error']}" for row in self.rows if "error" in row}
-        self.values |= {"left": left | failed, "complete": not (left or failed)}
+        failed = {row["row"]: f"failed: {row['error']}" if "error" in row else row["partial"] for row in self.rows if not self.has(row["row"])}
+        self.values |= {"left": failed | left, "complete": not (left or failed)}
         self._write()
 
     def _write(self) -> None:

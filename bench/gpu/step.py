@@ -7,7 +7,7 @@ from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, OutOfMinutes, Part, Row
 from bench.gpu.results import Results
 from fastokd.train.config import TrainConfig
-from fastokd.train.ladder import SPENT, Ladder, ladder_images, report
+from fastokd.train.ladder import NEVER, SPENT, Ladder, ladder_images, report
 from fastokd.train.ladder import Row as LadderRow
 
 
@@ -43,17 +43,18 @@ def _measure(context: Context, results: Results, step: Step) -> dict[str, Any]:
     """A ladder; its rows are kept one by one, so that a later call goes on within it."""
     config = step.config()
     ladder = Ladder(config, ladder_images(config, step.num_classes), context.device, seconds=3.0, steps=1 if context.dry else None)
-    known = {row["name"]: LadderRow(**row) for row in (results.find(step.name) or {}).get("rows", ()) if row["reason"] != SPENT}
+    known = {row["name"]: LadderRow(**row) for row in (results.find(step.name) or {}).get("rows", ()) if not row["reason"]}
     rows: list[LadderRow] = []
     with context.not_compiled():
         for row in ladder.rows(lambda: context.minutes_left() < context.needs(1.0), known):
             rows.append(row)
             if row.name not in known:
                 print(f"    {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), flush=True)
-            results.put({"row": step.name, "partial": True, **report(ladder, rows)})
+            results.put({"row": step.name, "partial": "not measured to the end", **report(ladder, rows)})
     if missing := [row.name for row in rows if row.reason == SPENT]:
         raise OutOfMinutes(f"{len(rows) - len(missing)} of its {len(rows)} rows are there")
-    return report(ladder, rows)
+    failed = [f"{row.name}: {row.reason}" for row in rows if row.reason and row.reason not in NEVER]
+    return report(ladder, rows) | ({"partial": "; ".join(failed)} if failed else {})
 
 
 def _line(ladder: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
 
     Returns:
         How many tests passed, failed and so on; the message of each that failed, and the end of where; and where not everything
-        went well, those that had begun and not ended, and the end of what was printed.
+        went well, what (``partial``), the tests that had begun and not ended, and the end of what was printed.
     """
     started, killed = time.monotonic(), False
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +50,9 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         outcomes.touch()
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
                    "-m", "gpu", *files, *extra]
-        # A session of its own: what the tests start is killed with them.
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # A session of its own: what the tests start is killed with them. It is nobody's worker, whoever calls this.
+        surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        process = subprocess.Popen(command, cwd=ROOT, env={**surroundings, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, errors="replace", start_new_session=True)
         try:
             output = process.communicate(timeout=seconds)[0]
@@ -62,12 +63,13 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
             raise
         lines = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     found: dict[str, Any] = {"files": list(files), "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1), **_outcomes(lines)}
+    wrong = [f"{found[kind]} {kind}" for kind in ("failed", "errors") if found[kind]]
     if killed:
-        found["ended"] = f"killed after {seconds:.0f} s"
-    elif process.returncode not in (0, 1, 5):  # 5: there are no such tests
-        found["ended"] = f"pytest ended with {process.returncode}"
-    if process.returncode not in (0, 5):
-        found["output"] = output[-4000:]
+        wrong.append(f"killed after {seconds:.0f} s")
+    elif process.returncode not in (0, 1, 5) or (process.returncode == 1 and not wrong):  # 5: there are no such tests
+        wrong.append(f"pytest ended with {process.returncode}")
+    if wrong:
+        found |= {"partial": ", ".join(wrong), "output": output[-4000:]}
     return found
 
 
@@ -102,7 +104,11 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
 def _line(row: dict[str, Any]) -> str:
     words = [f"{row[kind]} {kind}" for kind in COUNTED if row[kind]]
     tests = [failure["test"] for failure in row["failures"]]
-    return ", ".join([*words, *([row["ended"]] if "ended" in row else []), *tests[:5]]) or "nothing ran"
+    return ", ".join([*words, *([row["partial"]] if "partial" in row else []), *tests[:5]]) or "nothing ran"
 
 
-PART = Part("tests", 1.0, _rows, _line)
+def _refusal(context: Context) -> str | None:
+    return None if importlib.util.find_spec("pytest") else "pytest is not installed: pip install pytest"
+
+
+PART = Part("tests", 1.0, _rows, _line, _refusal, sources=("tests",))

@@ -57,7 +57,7 @@ class CapturedStep:
             # Threads of the loader may call CUDA meanwhile, which the default mode would take for a mistake of ours.
             with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._body()
-        except RuntimeError as error:
+        except Exception as error:  # compilers' errors, of kernels that the warm-up did not need, have no class in common
             torch.cuda.synchronize(self._device)
             raise CaptureFailed(str(error)) from error
         self.pool = graph.pool()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastokd.data import Augment, Batch, Dataset, Loader, Split, make_loader
-from fastokd.errors import ConfigError, FastOKDError, first_line
+from fastokd.errors import ConfigError, first_line
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodLoss
 from fastokd.models import BranchedModel
@@ -43,6 +43,9 @@ _SMALL = 64
 _PROFILED_STEPS = 5
 SPENT = "the time was spent"
 """The reason of a row that was not measured because it was to be stopped before it."""
+
+NEVER = ("needs a GPU", "there is no captured step to put it into")
+"""The reasons of rows that there cannot be here."""
 
 Clock = Callable[[], float]
 
@@ -298,9 +301,9 @@ class Ladder:
             if lever.name not in known and stop():
                 yield Row(lever.name, kind, SPENT)
             elif lever.needs_gpu and not gpu:
-                yield Row(lever.name, kind, "needs a GPU")
+                yield Row(lever.name, kind, NEVER[0])
             elif lever.gathers and not config.cuda_graph:
-                yield Row(lever.name, kind, "there is no captured step to put it into")
+                yield Row(lever.name, kind, NEVER[1])
             else:
                 row = known.get(lever.name) or self._measured(
                     lever.name, kind, lambda config=candidate, inside=inside: EngineStep(config, self.dataset, self.device, inside))
@@ -328,7 +331,7 @@ class Ladder:
         """A row, or why there is none; a row that cannot run must not lose the others."""
         try:
             return self._measure(name, kind, make)
-        except (RuntimeError, FastOKDError) as error:
+        except Exception as error:  # compilers' errors have no class in common
             return Row(name, kind, "out of memory" if is_out_of_memory(error) else first_line(error))
         finally:
             gc.collect()

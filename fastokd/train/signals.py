@@ -33,10 +33,15 @@ class StopSignals:
         self._patience = patience if patience is not None else LAUNCHER_PATIENCE if launched() else float(os.environ.get(PATIENCE_VARIABLE, "0"))
         self._label = f"rank {os.environ['RANK']}: " if launched() else ""
         self._depth = 0
-        self.received = 0
+        self.heard = 0
         """The number of the first signal; 0 before."""
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def received(self) -> int:
+        """The number of the signal that is to be followed; 0 for none."""
+        return self.heard
 
     def __enter__(self) -> "StopSignals":
         self._depth += 1
@@ -55,8 +60,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if not self.received:
-            self.received, self._at = number, time.monotonic()
+        if not self.heard:
+            self.heard, self._at = number, time.monotonic()
             self._say(f"{name}: saving after this step, then stopping; another signal stops at once")
         elif time.monotonic() - self._at >= self._patience:
             self._say(f"{name}: stopping at once; the last checkpoint is intact")
