@@ -126,6 +126,7 @@ def test_the_lambda_grid_stands_beside_table_4():
     (["model=resnet32,resnet110"], [25.19, 20.96]),  # Table 2
     (["method_options.lambda_ta=0,2", "model=resnet8"], [None, None]),  # another network has no number
     (["lr=0.1,0.2"], [25.19, None]),
+    (["method_options.temperature=2,3"], [None, 25.19]),  # 3 is the loss's own default
 ])
 def test_only_points_that_a_paper_has_stand_beside_it(settings, expected):
     recipe = get_recipe("cifar100-resnet32-ahbf")
@@ -166,7 +167,7 @@ def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
     assert [each["published"] and each["published"]["error"] for each in found["points"]] == [None] * 5 + [5.32]
     assert re.search(r"lambda_ta=4, lambda_branch=2 +2 seeds +30\.25 \+- 0\.35 +29\.25 \+- 0\.35 +5\.32 \+- 0\.11 +\+24\.93\n", said)
     assert re.search(r"\n1 +22\.25 \+- 0\.35 +24\.25 \+- 0\.35\n2 +24\.25 \+- 0\.35 +26\.25 \+- 0\.35\n4 +28\.25 \+- 0\.35 +30\.25 \+- 0\.35\n", said)
-    for difference in ("epochs: 300, 2 (published, here)", "trained on 1,442 images, published on 50,000", "tested on 355 images, published on 10,000", "the images come from digits"):
+    for difference in ("epochs: 300, 2 (published, here)", "trained on 1,442 images, published on 50,000", "tested on 355 images, published on 10,000", "the images come from digits", "; 2 of 3 runs."):
         assert difference in said
     assert "| lambda_ta=1, lambda_branch=0 | 2 seeds | 22.25 +- 0.35 |" in (out / "sweep.md").read_text()
     rows = list(csv.DictReader(io.StringIO((out / "sweep.csv").read_text())))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import inspect
 import io
 import json
 import statistics
@@ -152,9 +153,10 @@ def published_numbers(sweep: Sweep) -> list[Published | None]:
 
 
 def _identity(config: TrainConfig) -> tuple[str, ...]:
-    """What a configuration computes, with defaults and presets resolved."""
+    """What a configuration computes, in words, with defaults and presets resolved."""
     method = get_method(config.method)
-    options = {**config.loss_options(), **config.model_options()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(method.loss_class).parameters.items()}
+    options = {**defaults, **config.loss_options(), **config.model_options()}
     del options["impl"]
     resolved = replace(config, preset="", branches=config.num_branches(), topology=config.topology or method.topologies[0], ramp_epochs=config.ramp_length(),
                        method_options=dict(sorted(options.items())))
@@ -197,9 +199,10 @@ class Results:
             if any(run.data.get("num_classes", classes) != classes for run in runs):
                 published = (None,) * len(published)
             else:
-                source = next(number.source for number in published if number)
-                different = [*setup_differences(recipe, sweep.base), *data_differences(recipe, runs)]
-                notes.append(f"Published: {source}, which does not say whether of the last or the best epoch. "
+                number = next(number for number in published if number)
+                fewer = [f"{len(sweep.jobs[0])} of {number.runs} runs"] if len(sweep.jobs[0]) < (number.runs or 1) else []
+                different = [*setup_differences(recipe, sweep.base), *data_differences(recipe, runs), *fewer]
+                notes.append(f"Published: {number.source}, which does not say whether of the last or the best epoch. "
                              f"What is not as published: {'; '.join(different) or 'nothing that is known'}.")
         notes += comparison_remarks(runs) if runs else []
         return cls(sweep, measured, published, tuple(notes))
