@@ -67,7 +67,7 @@ bench: $(VENV)/.installed-dev
 
 # The site, into site/. What is wrong with a page ends the build.
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: warnings that are not shown are not counted
 	@echo "open site/index.html"
 
 lint: $(VENV)/.installed-dev

@@ -275,9 +275,10 @@ def test_citation_and_issue_templates():
 def test_the_site_is_built_and_needs_no_other_server(tmp_path):
     pytest.importorskip("material", reason="the site needs pip install 'fastokd[docs]'")
     pytest.importorskip("mkdocstrings", reason="the site needs pip install 'fastokd[docs]'")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], cwd=ROOT, capture_output=True, text=True,
                           check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     pages = {str(path.relative_to(tmp_path / "site")): path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
     assert len(pages) > 30
     for name, html in pages.items():
