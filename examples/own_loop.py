@@ -35,10 +35,11 @@ def layer(inputs: int, outputs: int) -> nn.Module:
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=5)
 epochs = parser.parse_args().epochs
+device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 digits = open_dataset("digits")
-train, test = make_loader(digits, "train", 64), make_loader(digits, "test", 256)
-model, criterion = Branched(digits.num_classes), AHBFLoss.preset("paper", num_branches=3)
+train, test = make_loader(digits, "train", 64, device=device), make_loader(digits, "test", 256, device=device)
+model, criterion = Branched(digits.num_classes).to(device), AHBFLoss.preset("paper", num_branches=3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 for epoch in range(epochs):
     model.train()
