@@ -223,7 +223,7 @@ def words_of(pattern: str) -> set[str]:
     return {word for path in PAGES for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")) for word in re.findall(pattern, code)}
 
 
-OTHERS_OPTIONS = {"--nproc-per-node", "--local-addr", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--check", "--dry-run", "--again", "--shm-size", "--help"}
+OTHERS_OPTIONS = {"--nproc-per-node", "--local-addr", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--check", "--dry-run", "--again", "--minutes", "--shm-size", "--help"}
 """Of torchrun, bench, docker and every command."""
 
 
