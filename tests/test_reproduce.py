@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cifar_files import write_cifar
 
 from fastokd import cli
 from fastokd.errors import ConfigError
@@ -192,3 +193,13 @@ def test_a_recipe_by_itself_is_what_its_table_trains():
     assert plan.queue[0].config == get_recipe("cifar100-resnet32-ahbf").config
     with pytest.raises(ConfigError):
         get_table("")
+
+
+def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-ahbf", "--epochs", "1", "--seeds", "1") == 0
+    capsys.readouterr()
+    other = write_cifar(tmp_path / "data")
+    for dry_run in ([], ["--dry-run"]):
+        assert cli.main(["reproduce", "ahbf-table1", "--rows", "cifar10-resnet32-ahbf", "--epochs", "1", "--seeds", "1", "--out", str(out), "--data", f"cifar10:{other}", *dry_run]) == 2
+        assert "is of other images than cifar10:" in capsys.readouterr().err

@@ -9,21 +9,26 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from cifar_files import write_cifar
 from launching import start
+from PIL import Image
 
 from fastokd import cli
 from fastokd.errors import ConfigError
 from fastokd.recipes import get_recipe
 from fastokd.sweep import queue
 from fastokd.sweep.grid import grid_points, parse_values
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Queue, parse_devices, parse_per_device
 from fastokd.sweep.sweep import plan_sweep, published_numbers
 from fastokd.train.config import TrainConfig
+from fastokd.train.data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = [sys.executable, str(ROOT / "tests" / "fake_training.py")]
@@ -237,7 +242,7 @@ def jobs(root: Path, count: int, **fields) -> list[Job]:
 def run_queue(root: Path, given: list[Job], devices: list[torch.device], per_device: int | None) -> tuple[queue.Outcome, list[str]]:
     (root / "out").mkdir(exist_ok=True)
     said: list[str] = []
-    return Queue(given, root / "out", devices, per_device, said.append).run(), said
+    return Queue(given, root / "out", devices, per_device, said.append, Datasets()).run(), said
 
 
 @pytest.mark.parametrize("per_device", [1, 3])
@@ -262,7 +267,7 @@ def test_auto_is_as_many_as_memory_and_cores_allow(fake, tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     given = jobs(tmp_path, 4, batch_size=32)
     # Of resnet8 on digits almost nothing; that the estimate itself is right is what tests/test_memory.py is about.
-    needs = queue._Memory().needs(given[0].config, torch.device("cpu"))
+    needs = queue._Memory(Datasets()).needs(given[0].config, torch.device("cpu"))
     assert queue.PROCESS_BYTES["cpu"] < needs < 1.25 * queue.PROCESS_BYTES["cpu"]
     run_queue(tmp_path, given, [torch.device("cpu")], None)
     assert most_at_once(tmp_path) == at_once
@@ -462,3 +467,46 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     capsys.readouterr()
     assert sweep(out, *grid) == 2
     assert "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005): choose another --out" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+    out, data = tmp_path / "out", write_cifar(tmp_path / "data")
+    grid = ["sweep", "--out", str(out), "--set", "model=resnet8", "--set", "epochs=1", "--set", "batch_size=4", "--devices", "cpu", "--set", "aux_blocks=0,1"]
+    assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0, capsys.readouterr()
+    data = data.rename(tmp_path / "moved")
+    assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0
+    for dry_run in ([], ["--dry-run"]):
+        capsys.readouterr()
+        assert cli.main([*grid, "--data", "digits", *dry_run]) == 2
+        said = capsys.readouterr()
+        assert f"{out} is of other images than digits has now: give the data that its runs are trained on, or choose another --out" in said.err
+        assert "30.00" not in said.out
+    assert cli.main([*grid, "--dry-run"]) == 0  # without data there is nothing to compare
+    assert "30.00" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_images_is_refused(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--devices", "cpu", "--set", "epochs=1", "--set", "aux_blocks=0,1"]
+    assert sweep(out, *grid) == 0
+    environment = out / "runs" / "aux_blocks-1-seed0" / "environment.json"
+    found = json.loads(environment.read_text())
+    environment.write_text(json.dumps({"data": {**found["data"], "name": "pets", "fingerprint": "0" * 64}}))
+    capsys.readouterr()
+    assert sweep(out, *grid) == 2
+    assert "aux_blocks-1-seed0 holds a run on other images (of pets) than digits has now: give the data that it was trained on" in capsys.readouterr().err
+
+
+def test_what_memory_decided_is_no_other_data(tmp_path):
+    """A run that listed the files of small images, where now they are decoded, or the other way round."""
+    folder = tmp_path / "data"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (len(name + split) * 9, 0, 0)).save(folder / split / name / f"{name}.png")
+    datasets, config = Datasets(), TrainConfig(data=str(folder))
+    listed, decoded = (open_data(TrainConfig(data=str(folder), loader=loader), torch.device("cpu")).fingerprint for loader in ("torchvision", "resident"))
+    assert listed != decoded
+    assert not any(datasets.are_others(config, each) for each in (listed, decoded))
+    assert datasets.are_others(config, "0" * 64)
+    assert datasets.are_others(replace(config, loader="resident"), listed)

@@ -20,12 +20,12 @@ from fastokd.analysis.runs import SAME_RUN
 from fastokd.data import Dataset
 from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
 from fastokd.storage import storage_error, write_atomically
+from fastokd.sweep.images import Datasets
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, differences
-from fastokd.train.data import AnyDataset, open_data
 from fastokd.train.distributed import choose_device
 from fastokd.train.memory import FILL, estimate_memory, free_memory
-from fastokd.train.progress import Counter, duration
+from fastokd.train.progress import duration
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIGNALS
 from fastokd.train.teacher import open_teacher
@@ -69,18 +69,26 @@ class Job:
             return "finished"
         return f"{done} of {self.config.epochs} epochs" if done or checkpoint_files(run.checkpoints) else "not run"
 
-    def check(self) -> None:
-        """Check that a run in its folder is this one, but for where and how fast it ran.
+    def check(self, datasets: Datasets) -> None:
+        """Check that a run in its folder is this one, but for where and how fast it ran, and on the same images.
+
+        Args:
+            datasets: opens the data, if there is a run.
 
         Raises:
-            ConfigError: it is another, or its configuration is damaged.
+            ConfigError: it is another, of other images, or its configuration is damaged.
+            ConfigError, DataError: the data cannot be trained on.
         """
         run = RunFolder(self.path)
-        if not checkpoint_files(run.checkpoints) or not run.config_path.is_file():
+        if not run.config_path.is_file() or not (checkpoint_files(run.checkpoints) or self.is_finished()):
             return
         there = run.load_config()
         if changed := differences(replace(there, **{name: getattr(self.config, name) for name in SAME_RUN}), self.config):
             raise ConfigError(f"{self.path} holds a run of another configuration (there, here: {'; '.join(changed)}): choose another --out")
+        seen = run.read_environment().get("data")
+        if self.config.data and isinstance(seen, dict) and seen.get("fingerprint") and datasets.are_others(self.config, seen["fingerprint"]):
+            raise ConfigError(f"{self.path} holds a run on other images (of {seen.get('name', 'unknown data')}) than {self.config.data} has now: give the data that it was trained on, "
+                              "or choose another --out")
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,11 @@ class Queue:
         devices: where they run.
         per_device: how many run at once on a device; None for as many as their estimated memory and the cores allow.
         say: takes the lines about what happens.
+        datasets: opens the data.
     """
 
-    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None],
+                 datasets: Datasets) -> None:
         self._jobs, self._folder, self._per_device, self._say = tuple(jobs), folder, per_device, say
         self._waiting = [job for job in jobs if not job.is_finished()]
         self._finished = len(jobs) - len(self._waiting)
@@ -177,7 +187,8 @@ class Queue:
         self._at_once = False
         self._seconds: list[float] = []
         self._alone: set[str] = set()
-        self._memory = _Memory()
+        self._datasets = datasets
+        self._memory = _Memory(datasets)
         cores = len(os.sched_getaffinity(0))
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
@@ -191,13 +202,13 @@ class Queue:
             StorageError: the disk refused.
         """
         for job in self._jobs:
-            job.check()
+            job.check(self._datasets)
         if not self._waiting:
             return Outcome({}, EXIT_OK)
         held = RunFolder(self._folder)
         held.lock()  # a second queue would find the runs of this one locked, and call that a failure
         for job in self._waiting:
-            self._memory.look(job.config)
+            self._datasets.of(job.config)
         if self._per_device is None:
             for place in self._places:
                 place.free = free_memory(place.device)
@@ -332,28 +343,17 @@ class Queue:
 
 
 class _Memory:
-    """The estimated memory of runs; the images, whose number and size it takes, are opened once."""
+    """The estimated memory of runs."""
 
-    def __init__(self) -> None:
-        self._datasets: dict[str, AnyDataset] = {}
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
         self._needs: dict[str, float] = {}
-
-    def look(self, config: TrainConfig) -> AnyDataset:
-        """The dataset of a configuration."""
-        key = repr([config.data, config.image_size, config.val_split, config.loader, config.bad_images])
-        if key not in self._datasets:
-            counter = Counter("reading images")
-            try:
-                self._datasets[key] = open_data(config, torch.device("cpu"), progress=counter)
-            finally:
-                counter.close()
-        return self._datasets[key]
 
     def needs(self, config: TrainConfig, device: torch.device) -> float:
         """The bytes that a run takes on its device; infinity where they cannot be estimated."""
         key = repr((replace(config, seed=0), device.type))
         if key not in self._needs:
-            dataset = self.look(config)
+            dataset = self._datasets.of(config)
             teacher = open_teacher(config, dataset, torch.device("cpu"))
             # On a CPU the estimate leaves out the images, which that process has already; here each process has its own.
             images = sum(split.images.nbytes for split in dataset.splits) if isinstance(dataset, Dataset) and device.type == "cpu" else 0

@@ -4,7 +4,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Values, fields_of
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
@@ -100,6 +101,7 @@ class Reproduction:
         epochs: the number that all are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
         out: the folder.
+        datasets: of the runs.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Reproduction:
     epochs: int | None
     changes: Mapping[str, Any]
     out: Path
+    datasets: Datasets = field(default_factory=Datasets)
 
     @property
     def queue(self) -> list[Job]:
@@ -123,12 +126,13 @@ class Reproduction:
         return {"format": "fastokd reproduce 1", "table": self.name, "epochs": self.epochs, "set": json.loads(json.dumps(self.changes))}
 
     def check(self) -> None:
-        """Check that the folder, if it is there, is of this table in these settings.
+        """Check that the folder, if it is there, is of this table in these settings, and every run in it too; and of the same images.
 
         Raises:
             ConfigError: it is not; the message has the difference.
+            DataError: the data cannot be trained on.
         """
-        check_folder(self.out, "reproduce", self.record, _record_differences)
+        check_folder(self.out, "reproduce", self.record, _record_differences, [job for jobs in self.jobs.values() for job in jobs], self.datasets)
 
 
 def _record_differences(there: Record, here: Record) -> list[str]:
@@ -156,12 +160,12 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         raise ConfigError(f"seeds={seeds}: it must be at least 1, for seeds 0 to N-1")
     if epochs is not None and epochs < 1:
         raise ConfigError(f"epochs={epochs}: it must be at least 1")
-    for field, choices in values.items():
+    for name_set, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(f"--set {field} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
-        if field == "epochs":
+            raise ConfigError(f"--set {name_set} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
+        if name_set == "epochs":
             raise ConfigError("--set epochs is --epochs here, which scales what is counted in epochs with them")
-    changes = {field: choices[0] for field, choices in values.items()}
+    changes = {name_set: choices[0] for name_set, choices in values.items()}
     chosen = [recipe for recipe in table.recipes if not rows or any(fnmatch.fnmatchcase(recipe, pattern) for pattern in rows)]
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all")
@@ -203,8 +207,8 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         StorageError: the disk refused.
     """
     plan.check()
-    claim_folder(plan.out, "reproduce", plan.record)
-    outcome = Queue(plan.queue, plan.out, devices, per_device, say).run()
+    claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
+    outcome = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run()
     ReproductionResults.of(plan, outcome.failed).write()
     return outcome
 

@@ -8,7 +8,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
@@ -53,6 +54,7 @@ class Sweep:
         points: see ``grid_points``.
         jobs: for each point its runs, one for each seed.
         out: the folder.
+        datasets: of the runs.
     """
 
     base: TrainConfig
@@ -61,6 +63,7 @@ class Sweep:
     points: tuple[Point, ...]
     jobs: tuple[tuple[Job, ...], ...]
     out: Path
+    datasets: Datasets = field(default_factory=Datasets)
 
     @property
     def fields(self) -> list[str]:
@@ -73,12 +76,13 @@ class Sweep:
         return [job for of_a_seed in zip(*self.jobs, strict=True) for job in of_a_seed]
 
     def check(self) -> None:
-        """Check that the folder, if it is there, is of this grid or of a smaller one.
+        """Check that the folder, if it is there, is of this grid or of a smaller one, and of the same images.
 
         Raises:
             ConfigError: it is not; the message has the difference.
+            DataError: the data cannot be trained on.
         """
-        check_folder(self.out, "sweep", _record(self), _differences)
+        check_folder(self.out, "sweep", _record(self), _differences, self.queue, self.datasets)
 
 
 def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None) -> Sweep:
@@ -109,8 +113,8 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         StorageError: the disk refused.
     """
     sweep.check()
-    claim_folder(sweep.out, "sweep", _record(sweep))
-    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say).run()
+    claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
+    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run()
     Results.of(sweep, outcome.failed).write()
     return outcome
 

@@ -134,6 +134,10 @@ class RunFolder:
         now = environment(device)
         write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
 
+    def read_environment(self) -> dict[str, Any]:
+        """What ``environment.json`` says; empty where it is missing or damaged."""
+        return read_json_object(self.environment_path)
+
     def add_session(self, device: torch.device) -> None:
         """Add to ``environment.json`` what the run is resumed with. What is written there of its start stays."""
         try:
@@ -182,6 +186,15 @@ class RunFolder:
     def _write_csv(self, records: Sequence[dict[str, Any]]) -> None:
         # Always the whole file from the records, so the two never disagree; it can be made again, so nobody waits for the disk.
         write_atomically(self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def default_run_path(name: str) -> Path:
