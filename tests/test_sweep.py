@@ -26,7 +26,7 @@ from fastokd.sweep import queue
 from fastokd.sweep.grid import grid_points, parse_values
 from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Queue, parse_devices, parse_per_device
-from fastokd.sweep.sweep import plan_sweep, published_numbers
+from fastokd.sweep.sweep import Results, matched_recipes, plan_sweep, published_numbers
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import open_data
 
@@ -137,6 +137,34 @@ def test_only_points_that_a_paper_has_stand_beside_it(settings, expected):
     recipe = get_recipe("cifar100-resnet32-ahbf")
     numbers = published_numbers(plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x")))
     assert [number and number.error for number in numbers] == expected
+
+
+def published(name: str, *settings: str) -> list[float | None]:
+    recipe = get_recipe(name)
+    return [number and number.error for number in published_numbers(plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x")))]
+
+
+def test_recipes_that_a_setting_makes_the_same_are_not_mistaken_for_each_other():
+    # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself, whose number is 25.19.
+    assert published("cifar100-resnet32-ahbf", "ramp_epochs=100", "lr=0.1,0.2") == [25.19, None]
+    # KDCL-MinLogit in 100 epochs: its table has more of 200 and of 300 epochs.
+    recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit")
+    own = next(number.error for number in recipe.published if number.row == "student")
+    assert published(recipe.name, "epochs=30", "lr=0.1,0.2") == [own if recipe.config.lr == lr else None for lr in (0.1, 0.2)]
+
+
+def test_a_point_of_other_recipes_that_a_setting_makes_the_same_has_no_number():
+    # lambda_ta=4, lambda_branch=2 is the paper's own setting; with one ramp-up for all it is also every row of Figure 3 that has another.
+    grid = ("method_options.lambda_ta=2,4", "method_options.lambda_branch=2,3")
+    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid) == [25.66, 25.48, 25.19, 25.45]
+    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid, "ramp_epochs=100") == [25.66, 25.48, None, 25.45]
+
+
+def test_what_differs_is_said_of_the_recipe_that_a_point_is():
+    recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit-100-epochs")
+    sweep = plan_sweep(recipe.config, recipe, parse_values(["epochs=100,200", "lr_final=0.1"]), 1, Path("x"))
+    assert [found and found.name for found in matched_recipes(sweep)] == [recipe.name, recipe.name.removesuffix("-100-epochs")]
+    assert Results.of(sweep, {}).notes[0].endswith("What is not as published: lr_final: 0.0, 0.1 (published, here).")
 
 
 def test_without_a_recipe_nothing_is_said_of_papers():

@@ -160,12 +160,12 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         raise ConfigError(f"seeds={seeds}: it must be at least 1, for seeds 0 to N-1")
     if epochs is not None and epochs < 1:
         raise ConfigError(f"epochs={epochs}: it must be at least 1")
-    for name_set, choices in values.items():
+    for setting, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(f"--set {name_set} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
-        if name_set == "epochs":
+            raise ConfigError(f"--set {setting} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
+        if setting == "epochs":
             raise ConfigError("--set epochs is --epochs here, which scales what is counted in epochs with them")
-    changes = {name_set: choices[0] for name_set, choices in values.items()}
+    changes = {setting: choices[0] for setting, choices in values.items()}
     chosen = [recipe for recipe in table.recipes if not rows or any(fnmatch.fnmatchcase(recipe, pattern) for pattern in rows)]
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all")
@@ -282,7 +282,7 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
         recipe, each = plan.table.recipes[name], measured[name]
         published = max(number.runs or 1 for number in plan.table.numbers(recipe))
         fewer = [f"{len(each.runs)} of {published} runs"] if 0 < len(each.runs) < published else []
-        for item in [*setup_differences(recipe, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
+        for item in [*setup_differences(recipe.config, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
             different.setdefault(item, []).append(name)
     notes += [f"Not as published{_which(names, plan.rows)}: {item}." for item, names in different.items()]
     if not different:

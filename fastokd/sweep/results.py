@@ -83,10 +83,10 @@ def difference(errors: Sequence[float], published: Published | None) -> str:
     return f"{statistics.mean(errors) - published.error:+.2f}" if errors and published else "-"
 
 
-def setup_differences(recipe: Recipe, config: TrainConfig) -> list[str]:
-    """In which fields a configuration is not the recipe's, but for the seed, and where and how fast it runs."""
-    here = replace(config, **{name: getattr(recipe.config, name) for name in SAME_RUN})
-    return [f"{each} (published, here)" for each in differences(recipe.config, here)]
+def setup_differences(published: TrainConfig, config: TrainConfig) -> list[str]:
+    """In which fields a configuration is not the published one, but for the seed, and where and how fast it runs."""
+    here = replace(config, **{name: getattr(published, name) for name in SAME_RUN})
+    return [f"{each} (published, here)" for each in differences(published, here)]
 
 
 def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:

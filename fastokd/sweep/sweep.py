@@ -19,7 +19,7 @@ from fastokd.analysis.compare import spread
 from fastokd.analysis.heat_map import Panel, draw_heat_map
 from fastokd.analysis.runs import SAME_RUN, value_in_words
 from fastokd.analysis.tables import Table
-from fastokd.errors import ConfigError, MissingExtra
+from fastokd.errors import ConfigError, MissingExtra, first_few
 from fastokd.methods import get_method
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
@@ -137,17 +137,26 @@ def _differences(there: Record, here: Record) -> list[str]:
 # --- the published numbers --------------------------------------------------------------------------------------------
 
 
-def published_numbers(sweep: Sweep) -> list[Published | None]:
-    """For each point what a paper reports of the student there, all from the same table: the one that has most of the points.
+def matched_recipes(sweep: Sweep) -> list[Recipe | None]:
+    """For each point the recipe that it is, if a paper has numbers for that.
 
     A point is a recipe's if it has its fields, but for those that are set for all points alike, such as ``epochs=30``; what makes
-    another network or another loss must not be among these.
+    another network or another loss must not be among these. Where recipes differ in such a field alone, a point is of that which the
+    sweep began with, or of none.
     """
     shared = {field: choices[0] for field, choices in sweep.values.items() if len(choices) == 1}
-    if sweep.recipe is None or any(field.partition(".")[0] in _WHAT_IS_TRAINED for field in shared):
+    if sweep.recipe is None or any(name.partition(".")[0] in _WHAT_IS_TRAINED for name in shared):
         return [None] * len(sweep.points)
-    known = {_identity(override(recipe.config, fields_of(shared))): recipe for recipe in list_recipes().values() if recipe.dataset == sweep.recipe.dataset and recipe.published}
-    found = [known.get(_identity(point.config)) for point in sweep.points]
+    known: dict[tuple[str, ...], list[Recipe]] = {}
+    for recipe in list_recipes().values():
+        if recipe.dataset == sweep.recipe.dataset and recipe.published:
+            known.setdefault(_identity(override(recipe.config, fields_of(shared))), []).append(recipe)
+    return [next((recipe for recipe in found if len(found) == 1 or recipe.name == sweep.recipe.name), None) for found in (known.get(_identity(point.config), []) for point in sweep.points)]
+
+
+def published_numbers(sweep: Sweep) -> list[Published | None]:
+    """For each point what a paper reports of the student of its recipe, all from the same table: the one that has most of the points."""
+    found = matched_recipes(sweep)
     numbers = [{number.source: number for number in recipe.published if number.row == "student"} if recipe else {} for recipe in found]
     counts = Counter(source for each in numbers for source in each)
     if not counts:
@@ -157,14 +166,28 @@ def published_numbers(sweep: Sweep) -> list[Published | None]:
 
 
 def _identity(config: TrainConfig) -> tuple[str, ...]:
-    """What a configuration computes, in words, with defaults and presets resolved."""
+    """What a configuration computes, in words."""
+    return tuple(value_in_words(value) for name, value in vars(_resolved(config)).items() if name not in SAME_RUN)
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with defaults and presets written out."""
     method = get_method(config.method)
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.loss_class).parameters.items()}
     options = {**defaults, **config.loss_options(), **config.model_options()}
     del options["impl"]
-    resolved = replace(config, preset="", branches=config.num_branches(), topology=config.topology or method.topologies[0], ramp_epochs=config.ramp_length(),
-                       method_options=dict(sorted(options.items())))
-    return tuple(value_in_words(value) for name, value in vars(resolved).items() if name not in SAME_RUN)
+    return replace(config, preset="", branches=config.num_branches(), topology=config.topology or method.topologies[0], ramp_epochs=config.ramp_length(),
+                   method_options=dict(sorted(options.items())))
+
+
+def _not_as_published(sweep: Sweep, published: Sequence[Published | None]) -> list[str]:
+    """In what points that stand beside a paper are not their recipes, and which, unless all of them."""
+    points = [(point, recipe) for point, recipe, number in zip(sweep.points, matched_recipes(sweep), published, strict=True) if recipe and number]
+    different: dict[str, list[str]] = {}
+    for point, recipe in points:
+        for item in setup_differences(_resolved(recipe.config), _resolved(point.config)):
+            different.setdefault(item, []).append(describe(point.values) or point.name)
+    return [item if len(names) == len(points) else f"{item} at {first_few(names)}" for item, names in different.items()]
 
 
 # --- the results ------------------------------------------------------------------------------------------------------
@@ -205,7 +228,7 @@ class Results:
             else:
                 number = next(number for number in published if number)
                 fewer = [f"{len(sweep.jobs[0])} of {number.runs} runs"] if len(sweep.jobs[0]) < (number.runs or 1) else []
-                different = [*setup_differences(recipe, sweep.base), *data_differences(recipe, runs), *fewer]
+                different = [*_not_as_published(sweep, published), *data_differences(recipe, runs), *fewer]
                 notes.append(f"Published: {number.source}, which does not say whether of the last or the best epoch. "
                              f"What is not as published: {'; '.join(different) or 'nothing that is known'}.")
         notes += comparison_remarks(runs) if runs else []
