@@ -203,3 +203,21 @@ def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
     for dry_run in ([], ["--dry-run"]):
         assert cli.main(["reproduce", "ahbf-table1", "--rows", "cifar10-resnet32-ahbf", "--epochs", "1", "--seeds", "1", "--out", str(out), "--data", f"cifar10:{other}", *dry_run]) == 2
         assert "is of other images than cifar10:" in capsys.readouterr().err
+
+
+def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--epochs", "2", "--seeds", "1"]
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-afid", *given) == 0
+    capsys.readouterr()
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given) == 0
+    said = capsys.readouterr().out
+    assert "AHBF says nothing of how it ran AFID" in said
+    assert re.search(r"Not as published: 1 of 3 runs\.", said)
+    # And a run of another call that is counted was configured as this one has it.
+    config = out / "runs" / "cifar10-resnet32-afid-seed0" / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay: 0.0005", "weight_decay: 0.1"))
+    (config.parent / "checkpoints" / "last.pt").unlink()
+    for dry_run in ([], ["--dry-run"]):
+        assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given, *dry_run) == 2
+        assert "cifar10-resnet32-afid-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005)" in capsys.readouterr().err

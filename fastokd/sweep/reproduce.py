@@ -220,7 +220,7 @@ class ReproductionResults:
     Attributes:
         plan: the table.
         measured: of every recipe, by name.
-        notes: what differs from the paper in the runs that are finished, or in those planned where none is, and what recipes say.
+        notes: what differs from the paper in the runs that are finished and in those planned, and what their recipes say.
     """
 
     plan: Reproduction
@@ -277,22 +277,23 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
     notes = [f"{done} of {numbers} numbers have a finished run here; the others say nothing about the paper.",
              "Difference: of the last epoch from what is published, in percentage points; above 0 is worse here. The paper does not say whether its numbers are of the last "
              "epoch or of the best, and the best is chosen on the images that it is measured on."]
+    rows = [name for name in plan.table.recipes if name in plan.rows or measured[name].runs]
     different: dict[str, list[str]] = {}
-    for name in plan.rows:
+    for name in rows:
         recipe, each = plan.table.recipes[name], measured[name]
         published = max(number.runs or 1 for number in plan.table.numbers(recipe))
         fewer = [f"{len(each.runs)} of {published} runs"] if 0 < len(each.runs) < published else []
         for item in [*setup_differences(recipe.config, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
             different.setdefault(item, []).append(name)
-    notes += [f"Not as published{_which(names, plan.rows)}: {item}." for item, names in different.items()]
+    notes += [f"Not as published{_which(names, rows)}: {item}." for item, names in different.items()]
     if not different:
         notes.append("Nothing is known to differ from what is published" + ("." if runs else " in what is planned; nothing has been run."))
     notes.append("What the paper leaves open is as each recipe says ('fastokd recipes NAME'); none says its precision, which is bf16 on a GPU here unless --set precision=fp32.")
     said: dict[str, list[str]] = {}
-    for name in plan.rows:
+    for name in rows:
         for note in plan.table.recipes[name].notes:
             said.setdefault(note, []).append(name)
-    notes += [f"{note}{_which(names, plan.rows)}" for note, names in said.items()]
+    notes += [f"{note}{_which(names, rows)}" for note, names in said.items()]
     return notes + (comparison_remarks(runs) if runs else [])
 
 
