@@ -403,6 +403,9 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
     ("branches=2,3,2", "the value 2 is there twice; leave one out"),
     ("branches.x=2", "branches has no option 'x'; only method_options and loader_options have some"),
     ("method_options.=2", "method_options has no option ''"),
+    ("method_options={lambda_ta: 1},{lambda_ta: 2}", r"options are set one by one, as --set method_options\.NAME=VALUE,VALUE"),
+    ("loader_options={workers: 1}", r"options are set one by one, as --set loader_options\.NAME=VALUE,VALUE"),
+    ("resize_schedule.x=2", "resize_schedule has no option 'x'"),
     ("seed=1,2", "seed is given by --seeds N"),
     ("device=cuda", "device is given by --devices"),
     ("data=a,b", "data is given by --data; runs on other data do not compare"),
@@ -416,6 +419,12 @@ def test_values_that_make_no_sense(text, message):
 def test_a_field_that_is_set_twice():
     with pytest.raises(ConfigError, match="branches is set already; write all its values in one --set, separated by commas"):
         parse_values(["branches=2", "branches=3"])
+
+
+def test_points_of_one_configuration_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^teacher=.*/rows\.npy: this is the same configuration as teacher=rows\.npy; leave one out$"):
+        grid_points(TrainConfig(method="kd", branches=1), parse_values([f"method_options.teacher=rows.npy,{tmp_path}/rows.npy"]))
 
 
 def test_a_combination_that_makes_no_sense_is_named():
