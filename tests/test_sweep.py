@@ -326,6 +326,22 @@ def test_two_queues_do_not_share_a_folder(fake, tmp_path):
     assert run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)[0].exit_code == 0
 
 
+def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--devices", "cpu", "--set", "epochs=1"]
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0
+    record = (out / "sweep.json").read_text()
+    other = queue.RunFolder(out)
+    other.lock()
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1,2") == 2
+    other.unlock()
+    assert (out / "sweep.json").read_text() == record
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0, capsys.readouterr()
+    # Nor does one whose data cannot be opened make a folder.
+    assert cli.main(["sweep", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "nowhere"), *grid]) in (2, 3)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(("number", "orders"), [
     (signal.SIGTERM, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "wait"}), (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"})])
 def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):

@@ -193,25 +193,42 @@ class Queue:
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
 
-    def run(self) -> Outcome:
+    def run(self, claim: Callable[[], object] = lambda: None) -> Outcome:
         """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
 
+        Args:
+            claim: called when nothing stands against the first run, and the folder is this queue's alone.
+
         Raises:
-            ConfigError: a run folder holds another run, or another queue runs in the folder.
+            ConfigError: another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
             StorageError: the disk refused.
         """
-        for job in self._jobs:
-            job.check(self._datasets)
         if not self._waiting:
             return Outcome({}, EXIT_OK)
-        held = RunFolder(self._folder)
-        held.lock()  # a second queue would find the runs of this one locked, and call that a failure
         for job in self._waiting:
             self._datasets.of(job.config)
         if self._per_device is None:
             for place in self._places:
                 place.free = free_memory(place.device)
+        held = self._hold()
+        try:
+            claim()
+            return self._run()
+        finally:
+            held.unlock()
+
+    def _hold(self) -> RunFolder:
+        """The folder, held by this queue: another one would find the runs of this one locked, and call that a failure."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self._folder, error) from error
+        held = RunFolder(self._folder)
+        held.lock()
+        return held
+
+    def _run(self) -> Outcome:
         noted, asked = time.monotonic(), False
         with self._signals_noted():
             try:
@@ -233,7 +250,6 @@ class Queue:
                 self._send(signal.SIGTERM)  # after an error of ours, such as a full disk: they save
                 for running in self._running():
                     running.process.wait()
-                held.unlock()
         stopped = self._signal if self._waiting else ""
         return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
 

@@ -207,8 +207,12 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         StorageError: the disk refused.
     """
     plan.check()
-    claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
-    outcome = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run()
+
+    def claim() -> None:
+        plan.check()  # another queue may have been here since
+        claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
+
+    outcome = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run(claim)
     ReproductionResults.of(plan, outcome.failed).write()
     return outcome
 

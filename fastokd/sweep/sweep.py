@@ -113,8 +113,12 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         StorageError: the disk refused.
     """
     sweep.check()
-    claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
-    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run()
+
+    def claim() -> None:
+        sweep.check()  # another queue may have been here since
+        claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
+
+    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim)
     Results.of(sweep, outcome.failed).write()
     return outcome
 
