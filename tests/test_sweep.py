@@ -55,6 +55,12 @@ def events(root: Path) -> list[dict]:
     return [json.loads(line) for line in (root / "events.txt").read_text().splitlines()]
 
 
+def wait_for_events(root: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while (not (root / "events.txt").is_file() or len(events(root)) < count) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def most_at_once(root: Path) -> int:
     counts = [0]
     for each in events(root):
@@ -349,9 +355,7 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     order(tmp_path, orders)
 
     def send(after: int) -> None:
-        deadline = time.monotonic() + 60
-        while (not (tmp_path / "events.txt").is_file() or len(events(tmp_path)) < after) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_events(tmp_path, after)
         os.kill(os.getpid(), number)
 
     def stop() -> None:
@@ -372,6 +376,22 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())
     assert {each["run"] for each in events(tmp_path)} == set(orders)
     assert [each["last_errors"] for each in results(out)["points"]] == [[], [], []]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
+    """As after nohup, or in the background of a script."""
+    out = tmp_path / "out"
+    before = signal.signal(number, signal.SIG_IGN)
+    stopper = threading.Thread(target=lambda: (wait_for_events(tmp_path, 1), os.kill(os.getpid(), number)))
+    stopper.start()
+    try:
+        assert sweep(out, *TINY, "--set", "epochs=2", "--per-device", "1", "--devices", "cpu") == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+        stopper.join()
+    assert f"{number.name}: " not in capsys.readouterr().out
 
 
 # ---- with real runs

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from fastokd.sweep.images import Datasets
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, differences
 from fastokd.train.distributed import choose_device
+from fastokd.train.launch import handling
 from fastokd.train.memory import FILL, estimate_memory, free_memory
 from fastokd.train.progress import duration
 from fastokd.train.run_folder import RunFolder
@@ -272,12 +272,8 @@ class Queue:
             elif number == signal.SIGINT or time.monotonic() - begun >= LAUNCHER_PATIENCE:
                 self._at_once = True
 
-        before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS)}
-        try:
+        with handling((signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS), note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def _start_one(self) -> bool:
         """Start the next run, on the device with the fewest, if it fits on one."""
