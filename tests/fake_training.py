@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
     def event(what: str) -> None:
         with open(root / "events.txt", "a") as file:
-            file.write(json.dumps({"what": what, "run": run.name, "device": given["--device"], "threads": os.environ["OMP_NUM_THREADS"]}) + "\n")
+            file.write(json.dumps({"what": what, "run": run.name, "device": given["--device"], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}) + "\n")
 
     event("begins")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -326,7 +326,7 @@ def test_two_queues_do_not_share_a_folder(fake, tmp_path):
     (tmp_path / "out").mkdir()
     other = queue.RunFolder(tmp_path / "out")
     other.lock()
-    with pytest.raises(ConfigError, match=r"another process is training in .*; wait for it"):
+    with pytest.raises(ConfigError, match=r"runs in .* are still going on, of another call or of one that was killed; wait for them"):
         run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)
     other.unlock()
     assert run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)[0].exit_code == 0
@@ -392,6 +392,31 @@ def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
         signal.signal(number, before)
         stopper.join()
     assert f"{number.name}: " not in capsys.readouterr().out
+
+
+def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1", "--per-device", "1", "--devices", "cpu"]
+    order(tmp_path, {"aux_blocks-0-seed0": "wait"})
+    with_fakes = f"import sys; from fastokd import cli; from fastokd.sweep import queue; real = queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]]; cli.main(sys.argv[1:])"
+    killed = start(["-c", with_fakes, "sweep", "--out", out, "--data", "digits", *grid])
+    wait_for_events(tmp_path, 1)
+    killed.kill()
+    killed.wait()
+    left = events(tmp_path)[0]["pid"]
+    try:
+        assert sweep(out, *grid) == 2
+        assert f"runs in {out} are still going on, of another call or of one that was killed; wait for them" in capsys.readouterr().err
+        assert len(events(tmp_path)) == 1
+    finally:
+        os.kill(left, signal.SIGTERM)
+    wait_for_events(tmp_path, 2)
+    order(tmp_path, {})
+    deadline = time.monotonic() + 60
+    while (code := sweep(out, *grid)) == 2 and time.monotonic() < deadline:  # its process ends shortly after it says so
+        time.sleep(0.05)
+    assert code == 0
+    assert "aux_blocks-0-seed0: goes on, 1 of 2 epochs" in capsys.readouterr().out
 
 
 # ---- with real runs

@@ -190,6 +190,7 @@ class Queue:
         self._datasets = datasets
         self._memory = _Memory(datasets)
         cores = len(os.sched_getaffinity(0))
+        self._descriptor = -1
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
 
@@ -219,13 +220,16 @@ class Queue:
             held.unlock()
 
     def _hold(self) -> RunFolder:
-        """The folder, held by this queue: another one would find the runs of this one locked, and call that a failure."""
+        """The folder, held by this queue and its runs: another queue would find the runs locked, and call that a failure."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(self._folder, error) from error
         held = RunFolder(self._folder)
-        held.lock()
+        try:
+            self._descriptor = held.lock()
+        except ConfigError:
+            raise ConfigError(f"runs in {self._folder} are still going on, of another call or of one that was killed; wait for them, or choose another --out") from None
         return held
 
     def _run(self) -> Outcome:
@@ -303,9 +307,10 @@ class Queue:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as output:
                 start = output.tell()
+                # The run holds the folder too: it trains on where this process is killed.
                 # A session of its own: Ctrl-C at a terminal would reach it beside the signal that is passed on, and stop it at once.
                 process = subprocess.Popen(_command(config, job.path, place.device), env={**own, **os.environ}, stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=subprocess.STDOUT, start_new_session=True)
+                                           stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self._descriptor,))
         except OSError as error:
             raise storage_error(log, error) from error
         running = _Running(job, place, needs, log, start, process, company=bool(place.running))

@@ -85,8 +85,11 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}; give a folder that 'fastokd train' has made")
         return run
 
-    def lock(self) -> None:
+    def lock(self) -> int:
         """Claim the folder for this process, until ``unlock`` or its end.
+
+        Returns:
+            The descriptor that holds it. Processes that inherit it hold the folder too, also after this one's end.
 
         Raises:
             ConfigError: another process is training there.
@@ -99,6 +102,7 @@ class RunFolder:
         except OSError:
             self.unlock()
             raise ConfigError(f"another process is training in {self.path}; wait for it, or choose another --out") from None
+        return descriptor
 
     def discard_without_checkpoint(self) -> None:
         """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
