@@ -20,7 +20,7 @@ from launching import start
 from PIL import Image
 
 from fastokd import cli
-from fastokd.errors import ConfigError
+from fastokd.errors import ConfigError, FastOKDError, StorageError
 from fastokd.recipes import get_recipe
 from fastokd.sweep import queue
 from fastokd.sweep.grid import grid_points, parse_values
@@ -376,6 +376,55 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())
     assert {each["run"] for each in events(tmp_path)} == set(orders)
     assert [each["last_errors"] for each in results(out)["points"]] == [[], [], []]
+
+
+def test_what_a_later_run_lacks_is_said_before_the_first(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    good, bad = jobs(tmp_path, 2)
+    bad = Job(bad.path, replace(bad.config, method="kd", branches=1, method_options={"teacher": str(tmp_path / "nowhere")}))
+    with pytest.raises(FastOKDError, match="nowhere"):
+        run_queue(tmp_path, [good, bad], [torch.device("cpu")], None)
+    assert not (tmp_path / "events.txt").exists()
+
+
+def test_results_are_written_after_every_run_and_after_an_error(fake, tmp_path, monkeypatch):
+    written: list[tuple[list[str], dict[str, str]]] = []
+    given = jobs(tmp_path, 3)
+    order(tmp_path, {"run1": "fail"})
+
+    def write(failed: dict[str, str]) -> None:
+        written.append(([job.state() for job in given], dict(failed)))
+
+    def say(text: str) -> None:
+        if text.startswith("run2: starts"):
+            raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        Queue(given, tmp_path / "out", [torch.device("cpu")], 1, say, Datasets()).run(write=write)
+    failed = {"run1": "the images are not to my taste; bring others"}
+    assert written[:2] == [(["finished", "not run", "not run"], {}), (["finished", "not run", "not run"], failed)]
+    assert len(written) == 3
+
+
+def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, tmp_path):
+    order(tmp_path, {"run0": "stubborn"})
+
+    def say(text: str) -> None:
+        wait_for_events(tmp_path, 1)  # the run does not listen from then on
+        raise StorageError("the disk is full")
+
+    def press() -> None:
+        wait_for_events(tmp_path, 1)
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(StorageError):
+        Queue(jobs(tmp_path, 1), tmp_path / "out", [torch.device("cpu")], 1, say, Datasets()).run()
+    presser.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])

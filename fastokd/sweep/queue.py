@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,28 +194,34 @@ class Queue:
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
 
-    def run(self, claim: Callable[[], object] = lambda: None) -> Outcome:
+    def run(self, claim: Callable[[], object] = lambda: None, write: Callable[[Mapping[str, str]], object] = lambda failed: None) -> Outcome:
         """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
 
         Args:
             claim: called when nothing stands against the first run, and the folder is this queue's alone.
+            write: called with the runs that failed so far, by name, each with its error: whenever a run has ended, and at the end, whatever that is.
 
         Raises:
             ConfigError: another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
+            ConfigError, CheckpointError: where memory is estimated, a teacher is missing or does not fit, found before the first run.
             StorageError: the disk refused.
         """
         if not self._waiting:
+            write({})
             return Outcome({}, EXIT_OK)
         for job in self._waiting:
             self._datasets.of(job.config)
         if self._per_device is None:
             for place in self._places:
                 place.free = free_memory(place.device)
+        for job in self._waiting:
+            for place in self._places:
+                self._needs(job, place)
         held = self._hold()
         try:
             claim()
-            return self._run()
+            return self._run(write)
         finally:
             held.unlock()
 
@@ -232,12 +238,13 @@ class Queue:
             raise ConfigError(f"runs in {self._folder} are still going on, of another call or of one that was killed; wait for them, or choose another --out") from None
         return held
 
-    def _run(self) -> Outcome:
+    def _run(self, write: Callable[[Mapping[str, str]], object]) -> Outcome:
         noted, asked = time.monotonic(), False
         with self._signals_noted():
             try:
                 while self._running() or (self._waiting and not self._signal):
-                    self._reap()
+                    if self._reap():
+                        write(self._failed)
                     if self._signal and not asked:
                         asked = True
                         self._say(f"{self._signal}: {len(self._running())} runs save and stop; another signal stops them at once")
@@ -252,8 +259,11 @@ class Queue:
                     time.sleep(_POLL_SECONDS)
             finally:
                 self._send(signal.SIGTERM)  # after an error of ours, such as a full disk: they save
-                for running in self._running():
-                    running.process.wait()
+                while any(running.process.poll() is None for running in self._running()):
+                    if self._at_once:
+                        self._send(signal.SIGKILL)
+                    time.sleep(_POLL_SECONDS)
+                write(self._failed)
         stopped = self._signal if self._waiting else ""
         return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
 
@@ -285,17 +295,19 @@ class Queue:
             return False
         job = self._waiting[0]
         for place in sorted(self._places, key=lambda place: len(place.running)):
-            needs, names = 0.0, {job.name, *(other.job.name for other in place.running)}
+            needs, names = self._needs(job, place), {job.name, *(other.job.name for other in place.running)}
             if place.running and (len(place.running) >= self._limit or names & self._alone):
                 continue
-            if self._limit > 1 and place.free is not None:
-                needs = self._memory.needs(job.config, place.device)
-                if place.running and sum(other.needs for other in place.running) + needs > FILL * place.free:
-                    continue
+            if place.running and place.free is not None and sum(other.needs for other in place.running) + needs > FILL * place.free:
+                continue
             self._waiting.pop(0)
             self._start(job, place, needs)
             return True
         return False
+
+    def _needs(self, job: Job, place: _Device) -> float:
+        """The bytes that a run takes on a device; 0 where the number of runs is given, or one."""
+        return self._memory.needs(job.config, place.device) if self._limit > 1 and place.free is not None else 0.0
 
     def _start(self, job: Job, place: _Device, needs: float) -> None:
         config, log = self._folder / "configs" / f"{job.name}.yaml", self._folder / "logs" / f"{job.name}.txt"
@@ -319,11 +331,14 @@ class Queue:
         place.running.append(running)
         self._say(f"{job.name}: {'starts' if began == 'not run' else 'goes on, ' + began}, on {place.device}")
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Whether a run has ended."""
+        before = len(self._running())
         for place in self._places:
             for running in [each for each in place.running if each.process.poll() is not None]:
                 place.running.remove(running)
                 self._ended(running)
+        return len(self._running()) < before
 
     def _ended(self, running: _Running) -> None:
         job, code, seconds = running.job, running.process.returncode, time.monotonic() - running.begun

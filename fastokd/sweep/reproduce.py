@@ -212,9 +212,7 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         plan.check()  # another queue may have been here since
         claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
 
-    outcome = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run(claim)
-    ReproductionResults.of(plan, outcome.failed).write()
-    return outcome
+    return Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run(claim, lambda failed: ReproductionResults.of(plan, failed).write())
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,7 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         sweep.check()  # another queue may have been here since
         claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
 
-    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim)
-    Results.of(sweep, outcome.failed).write()
-    return outcome
+    return Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim, lambda failed: Results.of(sweep, failed).write())
 
 
 def _record(sweep: Sweep) -> Record:
