@@ -250,6 +250,19 @@ def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
 # ---- the queue
 
 
+def test_a_run_whose_records_were_cut_is_not_counted(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--set", "epochs=2", "--devices", "cpu"]
+    assert sweep(out, *grid) == 0
+    (metrics,) = out.glob("runs/*/metrics.jsonl")
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n{")
+    assert sweep(out, *grid) == 0
+    (point,) = results(out)["points"]
+    assert point["last_errors"] == []
+    (state,) = point["runs"].values()
+    assert state.startswith("failed: metrics.jsonl is damaged in line 2")
+
+
 def test_a_run_that_fails_is_reported_and_the_others_go_on(fake, tmp_path, capsys):
     out = tmp_path / "out"
     grid = [*TINY, "--set", "epochs=1", "--set", "aux_blocks=0,1,2", "--devices", "cpu", "--per-device", "1"]
@@ -496,6 +509,18 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["epoch"], each["last_errors"]) == (5, [100 * (1 - last["eval"]["branch1"])])
     assert len(json.loads((out / "runs" / "lr-0.05-seed0" / "environment.json").read_text())["sessions"]) == 2
+    # Killed after its last checkpoint and before its summary, a run is not finished, and has it after the next call.
+    summary = out / "runs" / "lr-0.1-seed0" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    capsys.readouterr()
+    assert sweep(out, *command[2:], "--dry-run") == 0
+    assert "lr-0.1-seed0: 6 of 6 epochs\n2 runs in " in capsys.readouterr().out
+    assert sweep(out, *command[2:]) == 0
+    after = json.loads(summary.read_text())
+    assert {name: after[name] for name in ("epochs", "last", "best", "best_epoch", "student")} == {name: before[name] for name in ("epochs", "last", "best", "best_epoch", "student")}
+    assert after["seconds"] == pytest.approx(before["seconds"])
+    assert results(out)["points"] == found
 
 
 # ---- mistakes

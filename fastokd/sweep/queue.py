@@ -1,6 +1,5 @@
 """Runs that wait for a device: each is a ``fastokd train`` of its own, several at once on a device where they fit."""
 
-import json
 import os
 import re
 import signal
@@ -26,7 +25,7 @@ from fastokd.train.distributed import choose_device
 from fastokd.train.launch import handling
 from fastokd.train.memory import FILL, estimate_memory, free_memory
 from fastokd.train.progress import duration
-from fastokd.train.run_folder import RunFolder
+from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIGNALS
 from fastokd.train.teacher import open_teacher
 
@@ -55,18 +54,16 @@ class Job:
         return self.path.name
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        try:
-            return json.loads(RunFolder(self.path).summary_path.read_text(encoding="utf-8"))["epochs"] >= self.config.epochs
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        """Whether it has all its epochs, and its summary, which a run writes last."""
+        epochs = read_json_object(RunFolder(self.path).summary_path).get("epochs")
+        return isinstance(epochs, int) and epochs >= self.config.epochs
 
     def state(self) -> str:
         """How far the run is in words: "finished", "12 of 300 epochs" or "not run"."""
+        if self.is_finished():
+            return "finished"
         run = RunFolder(self.path)
         done = len(run.read_metrics())
-        if done >= self.config.epochs:
-            return "finished"
         return f"{done} of {self.config.epochs} epochs" if done or checkpoint_files(run.checkpoints) else "not run"
 
     def check(self, datasets: Datasets) -> None:

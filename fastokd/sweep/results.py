@@ -65,9 +65,14 @@ def measure(jobs: Iterable[Job], failed: Mapping[str, str]) -> Measured:
         states[job.name] = f"failed: {failed[job.name]}" if job.name in failed else job.state()
         if states[job.name] == "finished":
             try:
-                runs.append(read_run(job.path))
+                run = read_run(job.path)
             except (CheckpointError, ConfigError) as error:
                 states[job.name] = f"failed: {error}"
+                continue
+            if run.epochs < job.config.epochs:
+                states[job.name] = f"failed: {'; '.join(run.remarks)}"
+            else:
+                runs.append(run)
     return Measured(tuple(runs), states)
 
 
