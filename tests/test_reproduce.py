@@ -9,12 +9,15 @@ import pytest
 from cifar_files import write_cifar
 
 from fastokd import cli
+from fastokd.analysis.runs import Run
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.recipes import get_recipe, list_recipes
 from fastokd.sweep import queue
 from fastokd.sweep.grid import parse_values
 from fastokd.sweep.reproduce import get_table, paper_tables, plan_reproduction, scaled
+from fastokd.sweep.results import data_differences
+from fastokd.train.config import TrainConfig
 
 FAKE = [sys.executable, str(Path(__file__).resolve().parent / "fake_training.py")]
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published.json").read_text())["tables"]
@@ -221,3 +224,11 @@ def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
     for dry_run in ([], ["--dry-run"]):
         assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given, *dry_run) == 2
         assert "cifar10-resnet32-afid-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prefix", "there", "said"), [("", True, False), ("cifar10:", True, False), ("cifar10:", False, False), ("folder:", True, True), ("", False, True)])
+def test_the_published_files_are_known_however_they_are_named(tmp_path, prefix, there, said):
+    folder = write_cifar(tmp_path / "data") if there else tmp_path / "nowhere"
+    run = Run(Path("x"), TrainConfig(data=f"{prefix}{folder}"), ({"epoch": 0, "eval": {"branch1": 0.9}},), "branch1", {}, {}, {}, ())
+    found = data_differences(get_recipe("cifar10-resnet32-ahbf"), [run])
+    assert any("not from the published arrays of CIFAR-10; if stored as JPEG, their pixels are others" in each for each in found) == said

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastokd.analysis.runs import SAME_RUN, Run, check_comparable, read_run
-from fastokd.errors import CheckpointError, ConfigError, first_few
+from fastokd.data.registry import get_dataset_kind, resolve
+from fastokd.errors import CheckpointError, ConfigError, DataError, first_few
 from fastokd.recipes import DATASETS, Published, Recipe
 from fastokd.sweep.queue import Job
 from fastokd.train.config import TrainConfig, differences
@@ -107,13 +108,21 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
             found.append(f"trained on {train:,} images, published on {target.num_train:,}")
         if tested and tested != target.num_test:
             found.append(f"tested on {tested:,} images, published on {target.num_test:,}")
-        if recipe.dataset in ("cifar10", "cifar100") and not run.config.data.startswith(f"{recipe.dataset}:"):
-            found.append(f"the images come from {run.config.data or 'elsewhere'}, not from the published arrays of {target.title}; stored as JPEG, their pixels are others")
+        if recipe.dataset in ("cifar10", "cifar100") and not _is_of_kind(run.config.data, recipe.dataset):
+            found.append(f"the images come from {run.config.data or 'elsewhere'}, not from the published arrays of {target.title}; if stored as JPEG, their pixels are others")
         if run.config.val_split:
             found.append(f"tested on {run.config.val_split:g} of the training images, published on the test images")
         if train and (rest := train % run.config.batch_size):
             found.append(f"an epoch leaves out the {rest} images that do not fill a batch; the papers do not say what they do with them")
     return list(dict.fromkeys(found))
+
+
+def _is_of_kind(data: str, kind: str) -> bool:
+    """Whether a run's data is of this kind of dataset, as far as its name tells where it is no longer there."""
+    try:
+        return resolve(data)[0] is get_dataset_kind(kind)
+    except (ConfigError, DataError):
+        return data.startswith(f"{kind}:")
 
 
 def comparison_remarks(runs: Sequence[Run]) -> list[str]:
