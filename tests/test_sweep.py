@@ -215,7 +215,16 @@ def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
     assert (out / "heat-map.png").read_bytes().startswith(b"\x89PNG")
     # What is written in the picture is what is in the table, ours and the paper's.
     drawn = re.findall(r"<!-- (.*?) -->", (out / "heat-map.svg").read_text())
-    assert {"22.25 +- 0.35", "30.25 +- 0.35", "5.32 +- 0.11", "lambda_ta", "lambda_branch", "published, AHBF Table 1"} <= set(drawn)
+    assert {"22.25 +- 0.35", "30.25 +- 0.35", "5.32 +- 0.11", "lambda_ta", "lambda_branch", "here, digits, 2 seeds, last of 2 epochs", "error, %; own colour scale",
+            "published, AHBF Table 1, the paper's", "setup, see sweep.md"} <= set(drawn)
+
+
+def test_without_matplotlib_it_is_said_that_there_is_no_picture(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert sweep(tmp_path / "out", *TINY, "--set", "epochs=1", "--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--devices", "cpu", "--per-device", "4") == 0
+    assert "no heat map: drawing needs matplotlib: pip install 'fastokd[plots]'\n" in capsys.readouterr().out
+    assert (tmp_path / "out" / "sweep.md").is_file()
+    assert not list((tmp_path / "out").glob("heat-map*"))
 
 
 def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsys):

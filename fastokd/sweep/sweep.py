@@ -1,6 +1,5 @@
 """``fastokd sweep``: a grid over fields of a configuration, several seeds of each point, and the table of their errors."""
 
-import contextlib
 import csv
 import inspect
 import io
@@ -101,7 +100,7 @@ def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: 
 
 
 def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> Outcome:
-    """Train what is not trained yet, and write the results, see ``Results.write``.
+    """Train what is not trained yet, write the results after every run, and draw them, see ``Results``.
 
     Args:
         sweep: the grid.
@@ -118,7 +117,12 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         sweep.check()  # another queue may have been here since
         claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
 
-    return Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim, lambda failed: Results.of(sweep, failed).write())
+    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim, lambda failed: Results.of(sweep, failed).write())
+    try:
+        Results.of(sweep, outcome.failed).draw()
+    except MissingExtra as error:
+        say(f"no heat map: {error}")
+    return outcome
 
 
 def _record(sweep: Sweep) -> Record:
@@ -267,7 +271,9 @@ class Results:
             some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
             texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
         when = "last epoch" if "epochs" in self.sweep.fields else f"last of {self.sweep.base.epochs} epochs"
-        panels = [Panel(when, self._by_rows(values), self._by_rows(texts))]
+        data = next((run.data.get("name", "") for measured in self.measured for run in measured.runs), "")
+        seeds = len(self.sweep.jobs[0])
+        panels = [Panel(", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when])), self._by_rows(values), self._by_rows(texts))]
         if any(self.published):
             source = next(number.source for number in self.published if number)
             panels.append(Panel(f"published, {source}", self._by_rows([number and number.error for number in self.published]),
@@ -284,7 +290,7 @@ class Results:
         return "\n\n".join(table.as_text() for table in self.tables())
 
     def write(self) -> None:
-        """Write ``sweep.md``, ``sweep.csv``, ``results.json`` and, for two fields where matplotlib is installed, ``heat-map.png`` and ``.svg``."""
+        """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
         out, sweep = self.sweep.out, self.sweep
         write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
         write_text(out / "sweep.csv", self._csv())
@@ -292,10 +298,18 @@ class Results:
             "recipe": sweep.recipe.name if sweep.recipe else None, "values": sweep.values, "notes": self.notes,
             "points": [{"name": point.name, "values": point.values, **measured.as_json(), "published": number._asdict() if number else None}
                        for point, measured, number in zip(sweep.points, self.measured, self.published, strict=True)]})
-        if len(sweep.fields) == 2:
-            shared = [getattr(sweep.base, field) for field in ("model", "method") if field not in sweep.fields]
-            with contextlib.suppress(MissingExtra):
-                draw_heat_map(self._panels(), *self._labels(), ", ".join([*shared, "student"]), out / "heat-map")
+
+    def draw(self) -> None:
+        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        if len(self.sweep.fields) == 2:
+            shared = [getattr(self.sweep.base, name) for name in ("model", "method") if name not in self.sweep.fields]
+            ours, *papers = self._panels()
+            papers = [panel._replace(title=f"{panel.title}, the paper's setup, see sweep.md") for panel in papers]
+            draw_heat_map([ours, *papers], *self._labels(), ", ".join([*shared, "student"]), self.sweep.out / "heat-map")
 
     def _csv(self) -> str:
         """A line for each point, numbers not rounded; spaces separate seeds."""
