@@ -26,6 +26,7 @@ from fastokd.sweep import queue
 from fastokd.sweep.grid import grid_points, parse_values
 from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Queue, parse_devices, parse_per_device
+from fastokd.sweep.results import Measured
 from fastokd.sweep.sweep import Results, matched_recipes, plan_sweep, published_numbers
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import open_data
@@ -254,6 +255,14 @@ def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
     assert "aux_blocks-1-seed1: 1 of 2 epochs\n4 runs in " in said
     assert re.search(r"aux_blocks=0 +2 seeds +30\.25 \+- 0\.35 ", said)
     assert re.search(r"aux_blocks=1 +1 of 2 seeds +30\.00 +29\.00\n", said)
+
+
+@pytest.mark.parametrize(("states", "said"), [
+    ("finished finished", "2 seeds"), ("finished", "1 seed"), ("finished failed", "1 of 2 seeds, 1 failed"), ("finished begun failed", "1 of 3 seeds, 1 failed"),
+    ("finished begun", "1 of 2 seeds"), ("failed failed", "failed"), ("failed begun", "0 of 2 seeds, 1 failed"), ("begun", "begun"), ("", "not run")])
+def test_how_far_seeds_are(states, said):
+    words = states.split()
+    assert Measured(("run",) * words.count("finished"), {f"seed{seed}": f"{word}: why" if word == "failed" else word for seed, word in enumerate(words)}).progress() == said
 
 
 # ---- the queue
@@ -625,7 +634,8 @@ def test_another_grid_in_the_folder_is_refused_with_the_difference(fake, tmp_pat
     assert sweep(out, *base, "--set", "aux_blocks=0,1", "--seeds", "2") == 0
     for other, message in [
         (["--set", "aux_blocks=1,2", "--seeds", "2"], "aux_blocks: [0, 1], [1, 2]"), (["--set", "aux_blocks=0,1"], "seeds: 2, 1"),
-        (["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"], "the fields with several values: aux_blocks, aux_blocks lr"),
+        (["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"], "the fields with several values: aux_blocks, aux_blocks lr; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
+        (["--set", "aux_blocks=1", "--seeds", "2"], "the fields with several values: aux_blocks, none; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
         (["--set", "aux_blocks=0,1", "--set", "weight_decay=0.1", "--seeds", "2"], "weight_decay: 0.0005, 0.1")]:
         capsys.readouterr()
         assert sweep(out, *base, *other) == 2

@@ -36,11 +36,13 @@ class Measured:
         return [_error(run, row, best) for run in self.runs]
 
     def progress(self) -> str:
-        """How far the runs are: "3 seeds", "1 of 3 seeds", "not run", "begun" or "failed"."""
-        planned = len(self.states)
-        if self.runs:
-            return f"{planned} seed{'s' * (planned > 1)}" if len(self.runs) == planned else f"{len(self.runs)} of {planned} seeds"
-        if any(state.startswith("failed") for state in self.states.values()):
+        """How far the runs are: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run", "begun" or "failed"."""
+        planned, failed = len(self.states), sum(state.startswith("failed") for state in self.states.values())
+        if len(self.runs) == planned and planned:
+            return f"{planned} seed{'s' * (planned > 1)}"
+        if self.runs or 0 < failed < planned:
+            return f"{len(self.runs)} of {planned} seeds{f', {failed} failed' if failed else ''}"
+        if failed:
             return "failed"
         return "not run" if set(self.states.values()) <= {"not run"} else "begun"
 

@@ -132,10 +132,13 @@ def _record(sweep: Sweep) -> Record:
 
 
 def _differences(there: Record, here: Record) -> list[str]:
-    """What a grid has that another has not; more values and more seeds are no difference."""
-    found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if there["base"].get(name) != value]
+    """What a grid has that another has not; more values of a field that has several, and more seeds, are no difference."""
+    fields = {name.partition(".")[0] for name in (*there["values"], *here["values"])}
     if list(there["values"]) != list(here["values"]):
-        return [*found, f"the fields with several values: {' '.join(there['values'])}, {' '.join(here['values']) or 'none'}"]
+        found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if name not in fields and there["base"].get(name) != value]
+        return [*found, f"the fields with several values: {' '.join(there['values']) or 'none'}, {' '.join(here['values']) or 'none'}; runs are named by these, so they stay as they are "
+                        "in a folder, and only they can get more values"]
+    found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if there["base"].get(name) != value]
     found += [f"{field}: {there['values'][field]}, {values}" for field, values in here["values"].items() if any(value not in values for value in there["values"][field])]
     return [*found, *([f"seeds: {there['seeds']}, {here['seeds']}"] if here["seeds"] < there["seeds"] else [])]
 
