@@ -1,9 +1,10 @@
 """Branch a trained network of timm and tune it with ONE: one method's loss for another's, the rest is the same.
 
-    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 --at blocks.4 --weights weights.safetensors
+    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 --at blocks.4 --image-size 224 --weights weights.safetensors
     python examples/branch_timm.py                                 # from random weights, on the digits that come with fastokd
 
-Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a file of timm's for that network.
+Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a file of timm's for that network. Images are
+then normalised as it was trained with; ``--image-size`` should be its too.
 """
 
 import argparse
@@ -32,11 +33,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = open_dataset(args.data, image_size=args.image_size)
+    network = timm.create_model(args.model, pretrained=False)
+    expected = timm.data.resolve_model_data_config(network)
+    normalization = {"mean": expected["mean"], "std": expected["std"]} if args.weights else {}  # else the data's own
+    dataset = open_dataset(args.data, image_size=args.image_size, **normalization)
     train = make_loader(dataset, dataset.train, args.batch_size, device=device)
     evaluation = make_loader(dataset, dataset.evaluation, 256, device=device)
 
-    network = timm.create_model(args.model, pretrained=False)
     if args.weights:
         network.load_state_dict(load_file(args.weights), strict=True)
     network.reset_classifier(dataset.num_classes)

@@ -19,7 +19,8 @@ from PIL import Image
 
 def classify(session: onnxruntime.InferenceSession, record: dict, pictures: list[Path]) -> list[tuple[str, float]]:
     """The class of each picture and its probability; ``record`` is the JSON in the file's metadata."""
-    shorter, (height, width) = record["preprocessing"]["shorter_side"], record["preprocessing"]["image_size"]
+    height, width = record["preprocessing"]["image_size"]
+    shorter = record["preprocessing"].get("shorter_side", min(height, width))  # records of early versions have none
     batch = []
     for picture in pictures:
         image = Image.open(picture).convert("RGB")

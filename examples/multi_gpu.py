@@ -8,6 +8,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("student.safetensors"))
     args = parser.parse_args()
 
+    if "RANK" not in os.environ:
+        sys.exit("multi_gpu.py is started by torchrun, once for each process: torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -2,7 +2,7 @@
 
 Its errors follow from the configuration, see ``error``. The file ``orders.json`` beside the sweep's folder may say otherwise by the name of a
 run: "fail" (ends with exit code 3), "memory" (fails the first time), "wait" (trains until it is asked to stop, and saves half of
-its epochs) or "stubborn" (does not listen). When runs begin and end is written to ``events.txt`` there.
+its epochs) or "stubborn" (does not listen). When runs begin and end is written to ``events.txt`` there. The fingerprint of its data is what ``sweep.json`` or ``reproduce.json`` says.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
     def event(what: str) -> None:
         with open(root / "events.txt", "a") as file:
-            file.write(json.dumps({"what": what, "run": run.name, "device": given["--device"], "threads": os.environ["OMP_NUM_THREADS"]}) + "\n")
+            file.write(json.dumps({"what": what, "run": run.name, "device": given["--device"], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}) + "\n")
 
     event("begins")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,10 @@ def main(arguments: list[str]) -> int:
     else:
         time.sleep(0.3)
     if epochs:
+        of = next((json.loads(path.read_text())["data"] for path in run.parents[1].glob("*.json") if path.stem in ("sweep", "reproduce")), {})
         (run / "checkpoints" / "last.pt").touch()
         (run / "environment.json").write_text(json.dumps({"data": {
-            "name": "digits", "num_classes": 10, "num_images": {"train": 1442, "test": 355}, "image_size": [8, 8], "fingerprint": "f"}}))
+            "name": "digits", "num_classes": 10, "num_images": {"train": 1442, "test": 355}, "image_size": [8, 8], "fingerprint": next(iter(of.values()), None)}}))
         last = 1 - error(config) / 100
         accuracies = [last + (0.01 if epoch == 0 and epochs > 1 else 0) for epoch in range(epochs)]
         rows = [{"branch1": value, "branch2": value - 0.02, "ensemble": value + 0.02} for value in accuracies]

@@ -2,8 +2,12 @@
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -70,6 +74,31 @@ def test_branch_timm():
     assert output.strip().endswith(f"ResNet, {count:,} parameters")
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_branch_timm_normalises_as_the_weights_were_trained(weights, monkeypatch, tmp_path):
+    timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
+    model = "vit_tiny_patch16_224"  # 0.5 for all, neither the digits' values nor ImageNet's
+    opened = {}
+
+    def open_dataset(*_, **given):
+        opened.update(given)
+        raise SystemExit
+
+    monkeypatch.setattr("fastokd.data.open_dataset", open_dataset)
+    monkeypatch.setattr(sys, "argv", ["branch_timm.py", "--model", model, "--image-size", "224", *(["--weights", str(tmp_path / "w")] if weights else [])])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples" / "branch_timm.py"), run_name="__main__")
+    wanted = timm.create_model(model).pretrained_cfg
+    assert opened == {"image_size": 224, **({"mean": wanted["mean"], "std": wanted["std"]} if weights else {})}
+
+
+def test_multi_gpu_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    code, output, errors = finish(start([ROOT / "examples" / "multi_gpu.py"]))
+    assert (code, output) == (1, "")
+    assert errors == "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py\n"
+
+
 def test_multi_gpu_with_two_processes(tmp_path):
     out = tmp_path / "student.safetensors"
     processes = start_ranks(2, [ROOT / "examples" / "multi_gpu.py", "--epochs", 2, "--out", out])
@@ -96,6 +125,17 @@ def test_export_onnx(pictures, tmp_path):
     shown = [pictures / "val" / name / "3.jpg" for name in ("dark", "bright")]
     lines = run("export_onnx.py", folder, *shown).splitlines()[-2:]
     assert [re.match(r".*: (\w+) \(", line)[1] for line in lines] == ["dark", "bright"]
+
+
+@pytest.mark.parametrize("shorter", [{}, {"shorter_side": 32}])
+def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
+    pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
+    given = []
+    session = SimpleNamespace(run=lambda _, feeds: (given.append(feeds["images"]) or np.array([[0.0, 3.0]]),))
+    record = {"preprocessing": {"image_size": [32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, **shorter}, "classes": ["bright", "dark"]}
+    classify = runpy.run_path(str(ROOT / "examples" / "export_onnx.py"))["classify"]
+    assert classify(session, record, [pictures / "val" / "dark" / "3.jpg"]) == [("dark", pytest.approx(1 / (1 + np.exp(-3))))]
+    assert given[0].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

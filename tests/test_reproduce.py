@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from cifar_files import write_cifar
 
 from fastokd import cli
+from fastokd.analysis.runs import Run
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.recipes import get_recipe, list_recipes
 from fastokd.sweep import queue
 from fastokd.sweep.grid import parse_values
 from fastokd.sweep.reproduce import get_table, paper_tables, plan_reproduction, scaled
+from fastokd.sweep.results import data_differences
+from fastokd.train.config import TrainConfig
 
 FAKE = [sys.executable, str(Path(__file__).resolve().parent / "fake_training.py")]
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published.json").read_text())["tables"]
@@ -192,3 +196,39 @@ def test_a_recipe_by_itself_is_what_its_table_trains():
     assert plan.queue[0].config == get_recipe("cifar100-resnet32-ahbf").config
     with pytest.raises(ConfigError):
         get_table("")
+
+
+def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-ahbf", "--epochs", "1", "--seeds", "1") == 0
+    capsys.readouterr()
+    other = write_cifar(tmp_path / "data")
+    for dry_run in ([], ["--dry-run"]):
+        assert cli.main(["reproduce", "ahbf-table1", "--rows", "cifar10-resnet32-ahbf", "--epochs", "1", "--seeds", "1", "--out", str(out), "--data", f"cifar10:{other}", *dry_run]) == 2
+        assert "is of other images than cifar10:" in capsys.readouterr().err
+
+
+def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--epochs", "2", "--seeds", "1"]
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-afid", *given) == 0
+    capsys.readouterr()
+    assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given) == 0
+    said = capsys.readouterr().out
+    assert "AHBF says nothing of how it ran AFID" in said
+    assert re.search(r"Not as published: 1 of 3 runs\.", said)
+    # And a run of another call that is counted was configured as this one has it.
+    config = out / "runs" / "cifar10-resnet32-afid-seed0" / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay: 0.0005", "weight_decay: 0.1"))
+    (config.parent / "checkpoints" / "last.pt").unlink()
+    for dry_run in ([], ["--dry-run"]):
+        assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given, *dry_run) == 2
+        assert "cifar10-resnet32-afid-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prefix", "there", "said"), [("", True, False), ("cifar10:", True, False), ("cifar10:", False, False), ("folder:", True, True), ("", False, True)])
+def test_the_published_files_are_known_however_they_are_named(tmp_path, prefix, there, said):
+    folder = write_cifar(tmp_path / "data") if there else tmp_path / "nowhere"
+    run = Run(Path("x"), TrainConfig(data=f"{prefix}{folder}"), ({"epoch": 0, "eval": {"branch1": 0.9}},), "branch1", {}, {}, {}, ())
+    found = data_differences(get_recipe("cifar10-resnet32-ahbf"), [run])
+    assert any("not from the published arrays of CIFAR-10; if stored as JPEG, their pixels are others" in each for each in found) == said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastokd.train.launch import _passed_on
 from fastokd.train.signals import PATIENCE_VARIABLE, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,3 +72,15 @@ def test_nothing_is_changed_outside_the_main_thread():
     thread.start()
     thread.join()
     assert found == [(0, signal.getsignal(signal.SIGTERM))]
+
+
+def test_a_launcher_passes_on_what_it_was_not_started_to_ignore():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _passed_on([]) as passed:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert passed == {signal.SIGUSR1}
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)

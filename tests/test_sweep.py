@@ -9,21 +9,27 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from cifar_files import write_cifar
 from launching import start
+from PIL import Image
 
 from fastokd import cli
-from fastokd.errors import ConfigError
+from fastokd.errors import ConfigError, FastOKDError, StorageError
 from fastokd.recipes import get_recipe
 from fastokd.sweep import queue
 from fastokd.sweep.grid import grid_points, parse_values
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Queue, parse_devices, parse_per_device
-from fastokd.sweep.sweep import plan_sweep, published_numbers
+from fastokd.sweep.results import Measured
+from fastokd.sweep.sweep import Results, matched_recipes, plan_sweep, published_numbers
 from fastokd.train.config import TrainConfig
+from fastokd.train.data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = [sys.executable, str(ROOT / "tests" / "fake_training.py")]
@@ -48,6 +54,12 @@ def order(root: Path, orders: dict[str, str]) -> None:
 
 def events(root: Path) -> list[dict]:
     return [json.loads(line) for line in (root / "events.txt").read_text().splitlines()]
+
+
+def wait_for_events(root: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while (not (root / "events.txt").is_file() or len(events(root)) < count) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def most_at_once(root: Path) -> int:
@@ -134,6 +146,34 @@ def test_only_points_that_a_paper_has_stand_beside_it(settings, expected):
     assert [number and number.error for number in numbers] == expected
 
 
+def published(name: str, *settings: str) -> list[float | None]:
+    recipe = get_recipe(name)
+    return [number and number.error for number in published_numbers(plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x")))]
+
+
+def test_recipes_that_a_setting_makes_the_same_are_not_mistaken_for_each_other():
+    # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself, whose number is 25.19.
+    assert published("cifar100-resnet32-ahbf", "ramp_epochs=100", "lr=0.1,0.2") == [25.19, None]
+    # KDCL-MinLogit in 100 epochs: its table has more of 200 and of 300 epochs.
+    recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit")
+    own = next(number.error for number in recipe.published if number.row == "student")
+    assert published(recipe.name, "epochs=30", "lr=0.1,0.2") == [own if recipe.config.lr == lr else None for lr in (0.1, 0.2)]
+
+
+def test_a_point_of_other_recipes_that_a_setting_makes_the_same_has_no_number():
+    # lambda_ta=4, lambda_branch=2 is the paper's own setting; with one ramp-up for all it is also every row of Figure 3 that has another.
+    grid = ("method_options.lambda_ta=2,4", "method_options.lambda_branch=2,3")
+    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid) == [25.66, 25.48, 25.19, 25.45]
+    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid, "ramp_epochs=100") == [25.66, 25.48, None, 25.45]
+
+
+def test_what_differs_is_said_of_the_recipe_that_a_point_is():
+    recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit-100-epochs")
+    sweep = plan_sweep(recipe.config, recipe, parse_values(["epochs=100,200", "lr_final=0.1"]), 1, Path("x"))
+    assert [found and found.name for found in matched_recipes(sweep)] == [recipe.name, recipe.name.removesuffix("-100-epochs")]
+    assert Results.of(sweep, {}).notes[0].endswith("What is not as published: lr_final: 0.0, 0.1 (published, here).")
+
+
 def test_without_a_recipe_nothing_is_said_of_papers():
     plan = plan_sweep(get_recipe("cifar100-resnet32-ahbf").config, None, parse_values(["method_options.lambda_ta=0,4"]), 1, Path("x"))
     assert published_numbers(plan) == [None, None]
@@ -176,7 +216,16 @@ def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
     assert (out / "heat-map.png").read_bytes().startswith(b"\x89PNG")
     # What is written in the picture is what is in the table, ours and the paper's.
     drawn = re.findall(r"<!-- (.*?) -->", (out / "heat-map.svg").read_text())
-    assert {"22.25 +- 0.35", "30.25 +- 0.35", "5.32 +- 0.11", "lambda_ta", "lambda_branch", "published, AHBF Table 1"} <= set(drawn)
+    assert {"22.25 +- 0.35", "30.25 +- 0.35", "5.32 +- 0.11", "lambda_ta", "lambda_branch", "here, digits, 2 seeds, last of 2 epochs", "error, %; own colour scale",
+            "published, AHBF Table 1, the paper's", "setup, see sweep.md"} <= set(drawn)
+
+
+def test_without_matplotlib_it_is_said_that_there_is_no_picture(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert sweep(tmp_path / "out", *TINY, "--set", "epochs=1", "--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--devices", "cpu", "--per-device", "4") == 0
+    assert "no heat map: drawing needs matplotlib: pip install 'fastokd[plots]'\n" in capsys.readouterr().out
+    assert (tmp_path / "out" / "sweep.md").is_file()
+    assert not list((tmp_path / "out").glob("heat-map*"))
 
 
 def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsys):
@@ -208,7 +257,28 @@ def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
     assert re.search(r"aux_blocks=1 +1 of 2 seeds +30\.00 +29\.00\n", said)
 
 
+@pytest.mark.parametrize(("states", "said"), [
+    ("finished finished", "2 seeds"), ("finished", "1 seed"), ("finished failed", "1 of 2 seeds, 1 failed"), ("finished begun failed", "1 of 3 seeds, 1 failed"),
+    ("finished begun", "1 of 2 seeds"), ("failed failed", "failed"), ("failed begun", "0 of 2 seeds, 1 failed"), ("begun", "begun"), ("", "not run")])
+def test_how_far_seeds_are(states, said):
+    words = states.split()
+    assert Measured(("run",) * words.count("finished"), {f"seed{seed}": f"{word}: why" if word == "failed" else word for seed, word in enumerate(words)}).progress() == said
+
+
 # ---- the queue
+
+
+def test_a_run_whose_records_were_cut_is_not_counted(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--set", "epochs=2", "--devices", "cpu"]
+    assert sweep(out, *grid) == 0
+    (metrics,) = out.glob("runs/*/metrics.jsonl")
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n{")
+    assert sweep(out, *grid) == 0
+    (point,) = results(out)["points"]
+    assert point["last_errors"] == []
+    (state,) = point["runs"].values()
+    assert state.startswith("failed: metrics.jsonl is damaged in line 2")
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(fake, tmp_path, capsys):
@@ -237,7 +307,7 @@ def jobs(root: Path, count: int, **fields) -> list[Job]:
 def run_queue(root: Path, given: list[Job], devices: list[torch.device], per_device: int | None) -> tuple[queue.Outcome, list[str]]:
     (root / "out").mkdir(exist_ok=True)
     said: list[str] = []
-    return Queue(given, root / "out", devices, per_device, said.append).run(), said
+    return Queue(given, root / "out", devices, per_device, said.append, Datasets()).run(), said
 
 
 @pytest.mark.parametrize("per_device", [1, 3])
@@ -262,7 +332,7 @@ def test_auto_is_as_many_as_memory_and_cores_allow(fake, tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     given = jobs(tmp_path, 4, batch_size=32)
     # Of resnet8 on digits almost nothing; that the estimate itself is right is what tests/test_memory.py is about.
-    needs = queue._Memory().needs(given[0].config, torch.device("cpu"))
+    needs = queue._Memory(Datasets()).needs(given[0].config, torch.device("cpu"))
     assert queue.PROCESS_BYTES["cpu"] < needs < 1.25 * queue.PROCESS_BYTES["cpu"]
     run_queue(tmp_path, given, [torch.device("cpu")], None)
     assert most_at_once(tmp_path) == at_once
@@ -287,10 +357,26 @@ def test_two_queues_do_not_share_a_folder(fake, tmp_path):
     (tmp_path / "out").mkdir()
     other = queue.RunFolder(tmp_path / "out")
     other.lock()
-    with pytest.raises(ConfigError, match=r"another process is training in .*; wait for it"):
+    with pytest.raises(ConfigError, match=r"runs in .* are still going on, of another call or of one that was killed; wait for them"):
         run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)
     other.unlock()
     assert run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)[0].exit_code == 0
+
+
+def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--devices", "cpu", "--set", "epochs=1"]
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0
+    record = (out / "sweep.json").read_text()
+    other = queue.RunFolder(out)
+    other.lock()
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1,2") == 2
+    other.unlock()
+    assert (out / "sweep.json").read_text() == record
+    assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0, capsys.readouterr()
+    # Nor does one whose data cannot be opened make a folder.
+    assert cli.main(["sweep", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "nowhere"), *grid]) in (2, 3)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("number", "orders"), [
@@ -300,9 +386,7 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     order(tmp_path, orders)
 
     def send(after: int) -> None:
-        deadline = time.monotonic() + 60
-        while (not (tmp_path / "events.txt").is_file() or len(events(tmp_path)) < after) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_events(tmp_path, after)
         os.kill(os.getpid(), number)
 
     def stop() -> None:
@@ -323,6 +407,96 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())
     assert {each["run"] for each in events(tmp_path)} == set(orders)
     assert [each["last_errors"] for each in results(out)["points"]] == [[], [], []]
+
+
+def test_what_a_later_run_lacks_is_said_before_the_first(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    good, bad = jobs(tmp_path, 2)
+    bad = Job(bad.path, replace(bad.config, method="kd", branches=1, method_options={"teacher": str(tmp_path / "nowhere")}))
+    with pytest.raises(FastOKDError, match="nowhere"):
+        run_queue(tmp_path, [good, bad], [torch.device("cpu")], None)
+    assert not (tmp_path / "events.txt").exists()
+
+
+def test_results_are_written_after_every_run_and_after_an_error(fake, tmp_path, monkeypatch):
+    written: list[tuple[list[str], dict[str, str]]] = []
+    given = jobs(tmp_path, 3)
+    order(tmp_path, {"run1": "fail"})
+
+    def write(failed: dict[str, str]) -> None:
+        written.append(([job.state() for job in given], dict(failed)))
+
+    def say(text: str) -> None:
+        if text.startswith("run2: starts"):
+            raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        Queue(given, tmp_path / "out", [torch.device("cpu")], 1, say, Datasets()).run(write=write)
+    failed = {"run1": "the images are not to my taste; bring others"}
+    assert written[:2] == [(["finished", "not run", "not run"], {}), (["finished", "not run", "not run"], failed)]
+    assert len(written) == 3
+
+
+def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, tmp_path):
+    order(tmp_path, {"run0": "stubborn"})
+
+    def say(text: str) -> None:
+        wait_for_events(tmp_path, 1)  # the run does not listen from then on
+        raise StorageError("the disk is full")
+
+    def press() -> None:
+        wait_for_events(tmp_path, 1)
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(StorageError):
+        Queue(jobs(tmp_path, 1), tmp_path / "out", [torch.device("cpu")], 1, say, Datasets()).run()
+    presser.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
+    """As after nohup, or in the background of a script."""
+    out = tmp_path / "out"
+    before = signal.signal(number, signal.SIG_IGN)
+    stopper = threading.Thread(target=lambda: (wait_for_events(tmp_path, 1), os.kill(os.getpid(), number)))
+    stopper.start()
+    try:
+        assert sweep(out, *TINY, "--set", "epochs=2", "--per-device", "1", "--devices", "cpu") == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+        stopper.join()
+    assert f"{number.name}: " not in capsys.readouterr().out
+
+
+def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1", "--per-device", "1", "--devices", "cpu"]
+    order(tmp_path, {"aux_blocks-0-seed0": "wait"})
+    with_fakes = f"import sys; from fastokd import cli; from fastokd.sweep import queue; real = queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]]; cli.main(sys.argv[1:])"
+    killed = start(["-c", with_fakes, "sweep", "--out", out, "--data", "digits", *grid])
+    wait_for_events(tmp_path, 1)
+    killed.kill()
+    killed.wait()
+    left = events(tmp_path)[0]["pid"]
+    try:
+        assert sweep(out, *grid) == 2
+        assert f"runs in {out} are still going on, of another call or of one that was killed; wait for them" in capsys.readouterr().err
+        assert len(events(tmp_path)) == 1
+    finally:
+        os.kill(left, signal.SIGTERM)
+    wait_for_events(tmp_path, 2)
+    order(tmp_path, {})
+    deadline = time.monotonic() + 60
+    while (code := sweep(out, *grid)) == 2 and time.monotonic() < deadline:  # its process ends shortly after it says so
+        time.sleep(0.05)
+    assert code == 0
+    assert "aux_blocks-0-seed0: goes on, 1 of 2 epochs" in capsys.readouterr().out
 
 
 # ---- with real runs
@@ -353,6 +527,18 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["epoch"], each["last_errors"]) == (5, [100 * (1 - last["eval"]["branch1"])])
     assert len(json.loads((out / "runs" / "lr-0.05-seed0" / "environment.json").read_text())["sessions"]) == 2
+    # Killed after its last checkpoint and before its summary, a run is not finished, and has it after the next call.
+    summary = out / "runs" / "lr-0.1-seed0" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    capsys.readouterr()
+    assert sweep(out, *command[2:], "--dry-run") == 0
+    assert "lr-0.1-seed0: 6 of 6 epochs\n2 runs in " in capsys.readouterr().out
+    assert sweep(out, *command[2:]) == 0
+    after = json.loads(summary.read_text())
+    assert {name: after[name] for name in ("epochs", "last", "best", "best_epoch", "student")} == {name: before[name] for name in ("epochs", "last", "best", "best_epoch", "student")}
+    assert after["seconds"] == pytest.approx(before["seconds"])
+    assert results(out)["points"] == found
 
 
 # ---- mistakes
@@ -370,6 +556,9 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
     ("branches=2,3,2", "the value 2 is there twice; leave one out"),
     ("branches.x=2", "branches has no option 'x'; only method_options and loader_options have some"),
     ("method_options.=2", "method_options has no option ''"),
+    ("method_options={lambda_ta: 1},{lambda_ta: 2}", r"options are set one by one, as --set method_options\.NAME=VALUE,VALUE"),
+    ("loader_options={workers: 1}", r"options are set one by one, as --set loader_options\.NAME=VALUE,VALUE"),
+    ("resize_schedule.x=2", "resize_schedule has no option 'x'"),
     ("seed=1,2", "seed is given by --seeds N"),
     ("device=cuda", "device is given by --devices"),
     ("data=a,b", "data is given by --data; runs on other data do not compare"),
@@ -383,6 +572,12 @@ def test_values_that_make_no_sense(text, message):
 def test_a_field_that_is_set_twice():
     with pytest.raises(ConfigError, match="branches is set already; write all its values in one --set, separated by commas"):
         parse_values(["branches=2", "branches=3"])
+
+
+def test_points_of_one_configuration_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^teacher=.*/rows\.npy: this is the same configuration as teacher=rows\.npy; leave one out$"):
+        grid_points(TrainConfig(method="kd", branches=1), parse_values([f"method_options.teacher=rows.npy,{tmp_path}/rows.npy"]))
 
 
 def test_a_combination_that_makes_no_sense_is_named():
@@ -439,7 +634,8 @@ def test_another_grid_in_the_folder_is_refused_with_the_difference(fake, tmp_pat
     assert sweep(out, *base, "--set", "aux_blocks=0,1", "--seeds", "2") == 0
     for other, message in [
         (["--set", "aux_blocks=1,2", "--seeds", "2"], "aux_blocks: [0, 1], [1, 2]"), (["--set", "aux_blocks=0,1"], "seeds: 2, 1"),
-        (["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"], "the fields with several values: aux_blocks, aux_blocks lr"),
+        (["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"], "the fields with several values: aux_blocks, aux_blocks lr; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
+        (["--set", "aux_blocks=1", "--seeds", "2"], "the fields with several values: aux_blocks, none; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
         (["--set", "aux_blocks=0,1", "--set", "weight_decay=0.1", "--seeds", "2"], "weight_decay: 0.0005, 0.1")]:
         capsys.readouterr()
         assert sweep(out, *base, *other) == 2
@@ -462,3 +658,46 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     capsys.readouterr()
     assert sweep(out, *grid) == 2
     assert "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005): choose another --out" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
+    out, data = tmp_path / "out", write_cifar(tmp_path / "data")
+    grid = ["sweep", "--out", str(out), "--set", "model=resnet8", "--set", "epochs=1", "--set", "batch_size=4", "--devices", "cpu", "--set", "aux_blocks=0,1"]
+    assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0, capsys.readouterr()
+    data = data.rename(tmp_path / "moved")
+    assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0
+    for dry_run in ([], ["--dry-run"]):
+        capsys.readouterr()
+        assert cli.main([*grid, "--data", "digits", *dry_run]) == 2
+        said = capsys.readouterr()
+        assert f"{out} is of other images than digits has now: give the data that its runs are trained on, or choose another --out" in said.err
+        assert "30.00" not in said.out
+    assert cli.main([*grid, "--dry-run"]) == 0  # without data there is nothing to compare
+    assert "30.00" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_images_is_refused(fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = [*TINY, "--devices", "cpu", "--set", "epochs=1", "--set", "aux_blocks=0,1"]
+    assert sweep(out, *grid) == 0
+    environment = out / "runs" / "aux_blocks-1-seed0" / "environment.json"
+    found = json.loads(environment.read_text())
+    environment.write_text(json.dumps({"data": {**found["data"], "name": "pets", "fingerprint": "0" * 64}}))
+    capsys.readouterr()
+    assert sweep(out, *grid) == 2
+    assert "aux_blocks-1-seed0 holds a run on other images (of pets) than digits has now: give the data that it was trained on" in capsys.readouterr().err
+
+
+def test_what_memory_decided_is_no_other_data(tmp_path):
+    """A run that listed the files of small images, where now they are decoded, or the other way round."""
+    folder = tmp_path / "data"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (len(name + split) * 9, 0, 0)).save(folder / split / name / f"{name}.png")
+    datasets, config = Datasets(), TrainConfig(data=str(folder))
+    listed, decoded = (open_data(TrainConfig(data=str(folder), loader=loader), torch.device("cpu")).fingerprint for loader in ("torchvision", "resident"))
+    assert listed != decoded
+    assert not any(datasets.are_others(config, each) for each in (listed, decoded))
+    assert datasets.are_others(config, "0" * 64)
+    assert datasets.are_others(replace(config, loader="resident"), listed)

@@ -1,5 +1,6 @@
 """A table of numbers as colours."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,8 @@ def draw_heat_map(panels: Sequence[Panel], rows: tuple[str, Sequence[str]], colu
         axes.set_yticks(range(len(rows[1])), rows[1])
         axes.set_xlabel(columns[0])
         axes.set_ylabel(rows[0])
-        axes.set_title(panel.title, fontsize="medium")
+        axes.set_title(textwrap.fill(panel.title, int(11 * width)), fontsize="medium")
         if any(value is not None for row in panel.values for value in row):
-            figure.colorbar(image, ax=axes, label="error, %")
+            figure.colorbar(image, ax=axes, label="error, %; own colour scale" if len(panels) > 1 else "error, %")
     figure.suptitle(title, fontsize="medium", wrap=True)
     Picture(path.name, title, title, encoded(plt, figure, ("png", "svg"))).write(path.parent)

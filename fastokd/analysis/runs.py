@@ -1,7 +1,6 @@
 """What run folders have recorded, read as far as it is whole, and grouped by what is the same but for the seed."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
 from fastokd.train.config import TrainConfig, reference_loss
 from fastokd.train.loop import MAY_CHANGE
-from fastokd.train.run_folder import RunFolder
+from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.step import AVERAGE
 
 SAME_RUN = frozenset({"seed", *MAY_CHANGE}) - {"epochs"}
@@ -136,11 +135,13 @@ def read_run(path: Path) -> Run:
         remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
         remarks.append(f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}")
-    environment = _read_environment(folder, remarks)
+    environment = folder.read_environment()
+    if not environment:
+        remarks.append("environment.json is missing or damaged: versions and machine are not known")
     data = _data(folder, environment, remarks)
     evaluated = _evaluated(folder, config, data, remarks)
     run = Run(path, config, records, student, evaluated, data, environment, ())
-    summary = _read_json(folder.summary_path)
+    summary = read_json_object(folder.summary_path)
     chosen, best = summary.get("best_epoch"), run.best["epoch"]
     if summary.get("epochs") == run.epochs and isinstance(chosen, int) and chosen != best:  # else it is of before the run went on
         remarks.append(f"its best epoch is {best + 1}, which is used here; summary.json and best.pt are of epoch {chosen + 1}, as after a resume without the "
@@ -240,22 +241,6 @@ def _student_row(config: TrainConfig, where: Path) -> str:
 
 def _kept_branch(config: TrainConfig) -> int:
     return range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]
-
-
-def _read_environment(folder: RunFolder, remarks: list[str]) -> dict[str, Any]:
-    found = _read_json(folder.environment_path)
-    if not found:
-        remarks.append("environment.json is missing or damaged: versions and machine are not known")
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _data(folder: RunFolder, environment: Mapping[str, Any], remarks: list[str]) -> Mapping[str, Any]:

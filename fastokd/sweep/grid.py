@@ -1,11 +1,10 @@
 """What ``--set FIELD=VALUE,VALUE`` means: the points of a grid, each with its configuration."""
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -19,6 +18,9 @@ Values = Mapping[str, Sequence[Any]]
 
 _ELSEWHERE = {"seed": "--seeds N, for seeds 0 to N-1", "device": "--devices", "data": "--data; runs on other data do not compare"}
 """Fields that are not set by name, and how they are given."""
+
+_WITH_OPTIONS = ("method_options", "loader_options")
+"""Fields whose options are set one by one."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def _check_field(field: str, text: str) -> None:
         raise ConfigError(f"--set {text}: {name} is given by {_ELSEWHERE[name]}")
     if name not in hints:
         raise ConfigError(f"--set {text}: unknown field '{name}'; an option of the method is method_options.NAME{did_you_mean(name, set(hints) - set(_ELSEWHERE))}")
-    if dot and (not option or get_origin(hints[name]) is not Mapping):
-        raise ConfigError(f"--set {text}: {name} has no option '{option}'; only method_options and loader_options have some, as method_options.NAME")
+    if dot and (not option or name not in _WITH_OPTIONS):
+        raise ConfigError(f"--set {text}: {name} has no option '{option}'; only {' and '.join(_WITH_OPTIONS)} have some, as method_options.NAME")
+    if not dot and name in _WITH_OPTIONS:
+        raise ConfigError(f"--set {text}: options are set one by one, as --set {name}.NAME=VALUE,VALUE")
 
 
 def _converted(field: str, value: Any, where: str) -> Any:
@@ -90,7 +94,7 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     """Every combination of values on top of a configuration, the last field's values changing fastest.
 
     Raises:
-        ConfigError: a combination that makes no sense; the message begins with it.
+        ConfigError: a combination that makes no sense, or is the same configuration as another; the message begins with it.
     """
     swept = [field for field, choices in values.items() if len(choices) > 1]
     points: list[Point] = []
@@ -103,10 +107,13 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
             check_config(config)
         except ConfigError as error:
             raise ConfigError(f"{describe(point)}: {error}" if point else str(error)) from error
+        alike = next((other for other in points if replace(other.config, seed=config.seed) == config), None)
+        if alike:
+            raise ConfigError(f"{describe(point)}: this is the same configuration as {describe(alike.values)}; leave one out")
         stem = _name(point) or f"{config.model}-{config.method}".replace(":", "-")
         name = next(name for number in itertools.count(1) if (name := stem if number == 1 else f"{stem}-{number}") not in names)
         names.add(name)
-        points.append(Point(name, point, dataclasses.replace(config, seed=0)))
+        points.append(Point(name, point, replace(config, seed=0)))
     return points
 
 

@@ -1,6 +1,5 @@
 """Runs that wait for a device: each is a ``fastokd train`` of its own, several at once on a device where they fit."""
 
-import json
 import os
 import re
 import signal
@@ -8,11 +7,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +18,14 @@ from fastokd.analysis.runs import SAME_RUN
 from fastokd.data import Dataset
 from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
 from fastokd.storage import storage_error, write_atomically
+from fastokd.sweep.images import Datasets
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, differences
-from fastokd.train.data import AnyDataset, open_data
 from fastokd.train.distributed import choose_device
+from fastokd.train.launch import handling
 from fastokd.train.memory import FILL, estimate_memory, free_memory
-from fastokd.train.progress import Counter, duration
-from fastokd.train.run_folder import RunFolder
+from fastokd.train.progress import duration
+from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIGNALS
 from fastokd.train.teacher import open_teacher
 
@@ -55,32 +54,38 @@ class Job:
         return self.path.name
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        try:
-            return json.loads(RunFolder(self.path).summary_path.read_text(encoding="utf-8"))["epochs"] >= self.config.epochs
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        """Whether it has all its epochs, and its summary, which a run writes last."""
+        epochs = read_json_object(RunFolder(self.path).summary_path).get("epochs")
+        return isinstance(epochs, int) and epochs >= self.config.epochs
 
     def state(self) -> str:
         """How far the run is in words: "finished", "12 of 300 epochs" or "not run"."""
+        if self.is_finished():
+            return "finished"
         run = RunFolder(self.path)
         done = len(run.read_metrics())
-        if done >= self.config.epochs:
-            return "finished"
         return f"{done} of {self.config.epochs} epochs" if done or checkpoint_files(run.checkpoints) else "not run"
 
-    def check(self) -> None:
-        """Check that a run in its folder is this one, but for where and how fast it ran.
+    def check(self, datasets: Datasets) -> None:
+        """Check that a run in its folder is this one, but for where and how fast it ran, and on the same images.
+
+        Args:
+            datasets: opens the data, if there is a run.
 
         Raises:
-            ConfigError: it is another, or its configuration is damaged.
+            ConfigError: it is another, of other images, or its configuration is damaged.
+            ConfigError, DataError: the data cannot be trained on.
         """
         run = RunFolder(self.path)
-        if not checkpoint_files(run.checkpoints) or not run.config_path.is_file():
+        if not run.config_path.is_file() or not (checkpoint_files(run.checkpoints) or self.is_finished()):
             return
         there = run.load_config()
         if changed := differences(replace(there, **{name: getattr(self.config, name) for name in SAME_RUN}), self.config):
             raise ConfigError(f"{self.path} holds a run of another configuration (there, here: {'; '.join(changed)}): choose another --out")
+        seen = run.read_environment().get("data")
+        if self.config.data and isinstance(seen, dict) and seen.get("fingerprint") and datasets.are_others(self.config, seen["fingerprint"]):
+            raise ConfigError(f"{self.path} holds a run on other images (of {seen.get('name', 'unknown data')}) than {self.config.data} has now: give the data that it was trained on, "
+                              "or choose another --out")
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,11 @@ class Queue:
         devices: where they run.
         per_device: how many run at once on a device; None for as many as their estimated memory and the cores allow.
         say: takes the lines about what happens.
+        datasets: opens the data.
     """
 
-    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None],
+                 datasets: Datasets) -> None:
         self._jobs, self._folder, self._per_device, self._say = tuple(jobs), folder, per_device, say
         self._waiting = [job for job in jobs if not job.is_finished()]
         self._finished = len(jobs) - len(self._waiting)
@@ -177,35 +184,64 @@ class Queue:
         self._at_once = False
         self._seconds: list[float] = []
         self._alone: set[str] = set()
-        self._memory = _Memory()
+        self._datasets = datasets
+        self._memory = _Memory(datasets)
         cores = len(os.sched_getaffinity(0))
+        self._descriptor = -1
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
 
-    def run(self) -> Outcome:
+    def run(self, claim: Callable[[], object] = lambda: None, write: Callable[[Mapping[str, str]], object] = lambda failed: None) -> Outcome:
         """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
 
+        Args:
+            claim: called when nothing stands against the first run, and the folder is this queue's alone.
+            write: called with the runs that failed so far, by name, each with its error: whenever a run has ended, and at the end, whatever that is.
+
         Raises:
-            ConfigError: a run folder holds another run, or another queue runs in the folder.
+            ConfigError: another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
+            ConfigError, CheckpointError: where memory is estimated, a teacher is missing or does not fit, found before the first run.
             StorageError: the disk refused.
         """
-        for job in self._jobs:
-            job.check()
         if not self._waiting:
+            write({})
             return Outcome({}, EXIT_OK)
-        held = RunFolder(self._folder)
-        held.lock()  # a second queue would find the runs of this one locked, and call that a failure
         for job in self._waiting:
-            self._memory.look(job.config)
+            self._datasets.of(job.config)
         if self._per_device is None:
             for place in self._places:
                 place.free = free_memory(place.device)
+        for job in self._waiting:
+            for place in self._places:
+                self._needs(job, place)
+        held = self._hold()
+        try:
+            claim()
+            return self._run(write)
+        finally:
+            held.unlock()
+
+    def _hold(self) -> RunFolder:
+        """The folder, held by this queue and its runs: another queue would find the runs locked, and call that a failure."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self._folder, error) from error
+        held = RunFolder(self._folder)
+        try:
+            self._descriptor = held.lock()
+        except ConfigError:
+            raise ConfigError(f"runs in {self._folder} are still going on, of another call or of one that was killed; wait for them, or choose another --out") from None
+        return held
+
+    def _run(self, write: Callable[[Mapping[str, str]], object]) -> Outcome:
         noted, asked = time.monotonic(), False
         with self._signals_noted():
             try:
                 while self._running() or (self._waiting and not self._signal):
-                    self._reap()
+                    if self._reap():
+                        write(self._failed)
                     if self._signal and not asked:
                         asked = True
                         self._say(f"{self._signal}: {len(self._running())} runs save and stop; another signal stops them at once")
@@ -220,9 +256,11 @@ class Queue:
                     time.sleep(_POLL_SECONDS)
             finally:
                 self._send(signal.SIGTERM)  # after an error of ours, such as a full disk: they save
-                for running in self._running():
-                    running.process.wait()
-                held.unlock()
+                while any(running.process.poll() is None for running in self._running()):
+                    if self._at_once:
+                        self._send(signal.SIGKILL)
+                    time.sleep(_POLL_SECONDS)
+                write(self._failed)
         stopped = self._signal if self._waiting else ""
         return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
 
@@ -245,12 +283,8 @@ class Queue:
             elif number == signal.SIGINT or time.monotonic() - begun >= LAUNCHER_PATIENCE:
                 self._at_once = True
 
-        before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS)}
-        try:
+        with handling((signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS), note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def _start_one(self) -> bool:
         """Start the next run, on the device with the fewest, if it fits on one."""
@@ -258,17 +292,19 @@ class Queue:
             return False
         job = self._waiting[0]
         for place in sorted(self._places, key=lambda place: len(place.running)):
-            needs, names = 0.0, {job.name, *(other.job.name for other in place.running)}
+            needs, names = self._needs(job, place), {job.name, *(other.job.name for other in place.running)}
             if place.running and (len(place.running) >= self._limit or names & self._alone):
                 continue
-            if self._limit > 1 and place.free is not None:
-                needs = self._memory.needs(job.config, place.device)
-                if place.running and sum(other.needs for other in place.running) + needs > FILL * place.free:
-                    continue
+            if place.running and place.free is not None and sum(other.needs for other in place.running) + needs > FILL * place.free:
+                continue
             self._waiting.pop(0)
             self._start(job, place, needs)
             return True
         return False
+
+    def _needs(self, job: Job, place: _Device) -> float:
+        """The bytes that a run takes on a device; 0 where the number of runs is given, or one."""
+        return self._memory.needs(job.config, place.device) if self._limit > 1 and place.free is not None else 0.0
 
     def _start(self, job: Job, place: _Device, needs: float) -> None:
         config, log = self._folder / "configs" / f"{job.name}.yaml", self._folder / "logs" / f"{job.name}.txt"
@@ -280,9 +316,10 @@ class Queue:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as output:
                 start = output.tell()
+                # The run holds the folder too: it trains on where this process is killed.
                 # A session of its own: Ctrl-C at a terminal would reach it beside the signal that is passed on, and stop it at once.
                 process = subprocess.Popen(_command(config, job.path, place.device), env={**own, **os.environ}, stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=subprocess.STDOUT, start_new_session=True)
+                                           stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self._descriptor,))
         except OSError as error:
             raise storage_error(log, error) from error
         running = _Running(job, place, needs, log, start, process, company=bool(place.running))
@@ -291,11 +328,14 @@ class Queue:
         place.running.append(running)
         self._say(f"{job.name}: {'starts' if began == 'not run' else 'goes on, ' + began}, on {place.device}")
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Whether a run has ended."""
+        before = len(self._running())
         for place in self._places:
             for running in [each for each in place.running if each.process.poll() is not None]:
                 place.running.remove(running)
                 self._ended(running)
+        return len(self._running()) < before
 
     def _ended(self, running: _Running) -> None:
         job, code, seconds = running.job, running.process.returncode, time.monotonic() - running.begun
@@ -332,28 +372,17 @@ class Queue:
 
 
 class _Memory:
-    """The estimated memory of runs; the images, whose number and size it takes, are opened once."""
+    """The estimated memory of runs."""
 
-    def __init__(self) -> None:
-        self._datasets: dict[str, AnyDataset] = {}
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
         self._needs: dict[str, float] = {}
-
-    def look(self, config: TrainConfig) -> AnyDataset:
-        """The dataset of a configuration."""
-        key = repr([config.data, config.image_size, config.val_split, config.loader, config.bad_images])
-        if key not in self._datasets:
-            counter = Counter("reading images")
-            try:
-                self._datasets[key] = open_data(config, torch.device("cpu"), progress=counter)
-            finally:
-                counter.close()
-        return self._datasets[key]
 
     def needs(self, config: TrainConfig, device: torch.device) -> float:
         """The bytes that a run takes on its device; infinity where they cannot be estimated."""
         key = repr((replace(config, seed=0), device.type))
         if key not in self._needs:
-            dataset = self.look(config)
+            dataset = self._datasets.of(config)
             teacher = open_teacher(config, dataset, torch.device("cpu"))
             # On a CPU the estimate leaves out the images, which that process has already; here each process has its own.
             images = sum(split.images.nbytes for split in dataset.splits) if isinstance(dataset, Dataset) and device.type == "cpu" else 0

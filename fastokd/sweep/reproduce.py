@@ -4,7 +4,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Values, fields_of
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
@@ -100,6 +101,7 @@ class Reproduction:
         epochs: the number that all are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
         out: the folder.
+        datasets: of the runs.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Reproduction:
     epochs: int | None
     changes: Mapping[str, Any]
     out: Path
+    datasets: Datasets = field(default_factory=Datasets)
 
     @property
     def queue(self) -> list[Job]:
@@ -123,12 +126,13 @@ class Reproduction:
         return {"format": "fastokd reproduce 1", "table": self.name, "epochs": self.epochs, "set": json.loads(json.dumps(self.changes))}
 
     def check(self) -> None:
-        """Check that the folder, if it is there, is of this table in these settings.
+        """Check that the folder, if it is there, is of this table in these settings, and every run in it too; and of the same images.
 
         Raises:
             ConfigError: it is not; the message has the difference.
+            DataError: the data cannot be trained on.
         """
-        check_folder(self.out, "reproduce", self.record, _record_differences)
+        check_folder(self.out, "reproduce", self.record, _record_differences, [job for jobs in self.jobs.values() for job in jobs], self.datasets)
 
 
 def _record_differences(there: Record, here: Record) -> list[str]:
@@ -156,12 +160,12 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         raise ConfigError(f"seeds={seeds}: it must be at least 1, for seeds 0 to N-1")
     if epochs is not None and epochs < 1:
         raise ConfigError(f"epochs={epochs}: it must be at least 1")
-    for field, choices in values.items():
+    for setting, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(f"--set {field} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
-        if field == "epochs":
+            raise ConfigError(f"--set {setting} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
+        if setting == "epochs":
             raise ConfigError("--set epochs is --epochs here, which scales what is counted in epochs with them")
-    changes = {field: choices[0] for field, choices in values.items()}
+    changes = {setting: choices[0] for setting, choices in values.items()}
     chosen = [recipe for recipe in table.recipes if not rows or any(fnmatch.fnmatchcase(recipe, pattern) for pattern in rows)]
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all")
@@ -203,10 +207,12 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         StorageError: the disk refused.
     """
     plan.check()
-    claim_folder(plan.out, "reproduce", plan.record)
-    outcome = Queue(plan.queue, plan.out, devices, per_device, say).run()
-    ReproductionResults.of(plan, outcome.failed).write()
-    return outcome
+
+    def claim() -> None:
+        plan.check()  # another queue may have been here since
+        claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
+
+    return Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run(claim, lambda failed: ReproductionResults.of(plan, failed).write())
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ class ReproductionResults:
     Attributes:
         plan: the table.
         measured: of every recipe, by name.
-        notes: what differs from the paper in the runs that are finished, or in those planned where none is, and what recipes say.
+        notes: what differs from the paper in the runs that are finished and in those planned, and what their recipes say.
     """
 
     plan: Reproduction
@@ -273,22 +279,23 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
     notes = [f"{done} of {numbers} numbers have a finished run here; the others say nothing about the paper.",
              "Difference: of the last epoch from what is published, in percentage points; above 0 is worse here. The paper does not say whether its numbers are of the last "
              "epoch or of the best, and the best is chosen on the images that it is measured on."]
+    rows = [name for name in plan.table.recipes if name in plan.rows or measured[name].runs]
     different: dict[str, list[str]] = {}
-    for name in plan.rows:
+    for name in rows:
         recipe, each = plan.table.recipes[name], measured[name]
         published = max(number.runs or 1 for number in plan.table.numbers(recipe))
         fewer = [f"{len(each.runs)} of {published} runs"] if 0 < len(each.runs) < published else []
-        for item in [*setup_differences(recipe, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
+        for item in [*setup_differences(recipe.config, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
             different.setdefault(item, []).append(name)
-    notes += [f"Not as published{_which(names, plan.rows)}: {item}." for item, names in different.items()]
+    notes += [f"Not as published{_which(names, rows)}: {item}." for item, names in different.items()]
     if not different:
         notes.append("Nothing is known to differ from what is published" + ("." if runs else " in what is planned; nothing has been run."))
     notes.append("What the paper leaves open is as each recipe says ('fastokd recipes NAME'); none says its precision, which is bf16 on a GPU here unless --set precision=fp32.")
     said: dict[str, list[str]] = {}
-    for name in plan.rows:
+    for name in rows:
         for note in plan.table.recipes[name].notes:
             said.setdefault(note, []).append(name)
-    notes += [f"{note}{_which(names, plan.rows)}" for note, names in said.items()]
+    notes += [f"{note}{_which(names, rows)}" for note, names in said.items()]
     return notes + (comparison_remarks(runs) if runs else [])
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastokd.analysis.runs import SAME_RUN, Run, check_comparable, read_run
-from fastokd.errors import CheckpointError, ConfigError, first_few
+from fastokd.data.registry import get_dataset_kind, resolve
+from fastokd.errors import CheckpointError, ConfigError, DataError, first_few
 from fastokd.recipes import DATASETS, Published, Recipe
 from fastokd.sweep.queue import Job
 from fastokd.train.config import TrainConfig, differences
@@ -35,11 +36,13 @@ class Measured:
         return [_error(run, row, best) for run in self.runs]
 
     def progress(self) -> str:
-        """How far the runs are: "3 seeds", "1 of 3 seeds", "not run", "begun" or "failed"."""
-        planned = len(self.states)
-        if self.runs:
-            return f"{planned} seed{'s' * (planned > 1)}" if len(self.runs) == planned else f"{len(self.runs)} of {planned} seeds"
-        if any(state.startswith("failed") for state in self.states.values()):
+        """How far the runs are: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run", "begun" or "failed"."""
+        planned, failed = len(self.states), sum(state.startswith("failed") for state in self.states.values())
+        if len(self.runs) == planned and planned:
+            return f"{planned} seed{'s' * (planned > 1)}"
+        if self.runs or 0 < failed < planned:
+            return f"{len(self.runs)} of {planned} seeds{f', {failed} failed' if failed else ''}"
+        if failed:
             return "failed"
         return "not run" if set(self.states.values()) <= {"not run"} else "begun"
 
@@ -65,9 +68,14 @@ def measure(jobs: Iterable[Job], failed: Mapping[str, str]) -> Measured:
         states[job.name] = f"failed: {failed[job.name]}" if job.name in failed else job.state()
         if states[job.name] == "finished":
             try:
-                runs.append(read_run(job.path))
+                run = read_run(job.path)
             except (CheckpointError, ConfigError) as error:
                 states[job.name] = f"failed: {error}"
+                continue
+            if run.epochs < job.config.epochs:
+                states[job.name] = f"failed: {'; '.join(run.remarks)}"
+            else:
+                runs.append(run)
     return Measured(tuple(runs), states)
 
 
@@ -83,10 +91,10 @@ def difference(errors: Sequence[float], published: Published | None) -> str:
     return f"{statistics.mean(errors) - published.error:+.2f}" if errors and published else "-"
 
 
-def setup_differences(recipe: Recipe, config: TrainConfig) -> list[str]:
-    """In which fields a configuration is not the recipe's, but for the seed, and where and how fast it runs."""
-    here = replace(config, **{name: getattr(recipe.config, name) for name in SAME_RUN})
-    return [f"{each} (published, here)" for each in differences(recipe.config, here)]
+def setup_differences(published: TrainConfig, config: TrainConfig) -> list[str]:
+    """In which fields a configuration is not the published one, but for the seed, and where and how fast it runs."""
+    here = replace(config, **{name: getattr(published, name) for name in SAME_RUN})
+    return [f"{each} (published, here)" for each in differences(published, here)]
 
 
 def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
@@ -102,13 +110,21 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
             found.append(f"trained on {train:,} images, published on {target.num_train:,}")
         if tested and tested != target.num_test:
             found.append(f"tested on {tested:,} images, published on {target.num_test:,}")
-        if recipe.dataset in ("cifar10", "cifar100") and not run.config.data.startswith(f"{recipe.dataset}:"):
-            found.append(f"the images come from {run.config.data or 'elsewhere'}, not from the published arrays of {target.title}; stored as JPEG, their pixels are others")
+        if recipe.dataset in ("cifar10", "cifar100") and not _is_of_kind(run.config.data, recipe.dataset):
+            found.append(f"the images come from {run.config.data or 'elsewhere'}, not from the published arrays of {target.title}; if stored as JPEG, their pixels are others")
         if run.config.val_split:
             found.append(f"tested on {run.config.val_split:g} of the training images, published on the test images")
         if train and (rest := train % run.config.batch_size):
             found.append(f"an epoch leaves out the {rest} images that do not fill a batch; the papers do not say what they do with them")
     return list(dict.fromkeys(found))
+
+
+def _is_of_kind(data: str, kind: str) -> bool:
+    """Whether a run's data is of this kind of dataset, as far as its name tells where it is no longer there."""
+    try:
+        return resolve(data)[0] is get_dataset_kind(kind)
+    except (ConfigError, DataError):
+        return data.startswith(f"{kind}:")
 
 
 def comparison_remarks(runs: Sequence[Run]) -> list[str]:

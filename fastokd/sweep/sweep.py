@@ -1,6 +1,5 @@
 """``fastokd sweep``: a grid over fields of a configuration, several seeds of each point, and the table of their errors."""
 
-import contextlib
 import csv
 import inspect
 import io
@@ -8,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +18,13 @@ from fastokd.analysis.compare import spread
 from fastokd.analysis.heat_map import Panel, draw_heat_map
 from fastokd.analysis.runs import SAME_RUN, value_in_words
 from fastokd.analysis.tables import Table
-from fastokd.errors import ConfigError, MissingExtra
+from fastokd.errors import ConfigError, MissingExtra, first_few
 from fastokd.methods import get_method
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
 from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
 from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
+from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.sweep.results import (
     Measured,
@@ -53,6 +53,7 @@ class Sweep:
         points: see ``grid_points``.
         jobs: for each point its runs, one for each seed.
         out: the folder.
+        datasets: of the runs.
     """
 
     base: TrainConfig
@@ -61,6 +62,7 @@ class Sweep:
     points: tuple[Point, ...]
     jobs: tuple[tuple[Job, ...], ...]
     out: Path
+    datasets: Datasets = field(default_factory=Datasets)
 
     @property
     def fields(self) -> list[str]:
@@ -73,12 +75,13 @@ class Sweep:
         return [job for of_a_seed in zip(*self.jobs, strict=True) for job in of_a_seed]
 
     def check(self) -> None:
-        """Check that the folder, if it is there, is of this grid or of a smaller one.
+        """Check that the folder, if it is there, is of this grid or of a smaller one, and of the same images.
 
         Raises:
             ConfigError: it is not; the message has the difference.
+            DataError: the data cannot be trained on.
         """
-        check_folder(self.out, "sweep", _record(self), _differences)
+        check_folder(self.out, "sweep", _record(self), _differences, self.queue, self.datasets)
 
 
 def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None) -> Sweep:
@@ -97,7 +100,7 @@ def plan_sweep(base: TrainConfig, recipe: Recipe | None, values: Values, seeds: 
 
 
 def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> Outcome:
-    """Train what is not trained yet, and write the results, see ``Results.write``.
+    """Train what is not trained yet, write the results after every run, and draw them, see ``Results``.
 
     Args:
         sweep: the grid.
@@ -109,9 +112,16 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         StorageError: the disk refused.
     """
     sweep.check()
-    claim_folder(sweep.out, "sweep", _record(sweep))
-    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say).run()
-    Results.of(sweep, outcome.failed).write()
+
+    def claim() -> None:
+        sweep.check()  # another queue may have been here since
+        claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
+
+    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim, lambda failed: Results.of(sweep, failed).write())
+    try:
+        Results.of(sweep, outcome.failed).draw()
+    except MissingExtra as error:
+        say(f"no heat map: {error}")
     return outcome
 
 
@@ -122,10 +132,13 @@ def _record(sweep: Sweep) -> Record:
 
 
 def _differences(there: Record, here: Record) -> list[str]:
-    """What a grid has that another has not; more values and more seeds are no difference."""
-    found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if there["base"].get(name) != value]
+    """What a grid has that another has not; more values of a field that has several, and more seeds, are no difference."""
+    fields = {name.partition(".")[0] for name in (*there["values"], *here["values"])}
     if list(there["values"]) != list(here["values"]):
-        return [*found, f"the fields with several values: {' '.join(there['values'])}, {' '.join(here['values']) or 'none'}"]
+        found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if name not in fields and there["base"].get(name) != value]
+        return [*found, f"the fields with several values: {' '.join(there['values']) or 'none'}, {' '.join(here['values']) or 'none'}; runs are named by these, so they stay as they are "
+                        "in a folder, and only they can get more values"]
+    found = [f"{name}: {there['base'].get(name)!r}, {value!r}" for name, value in here["base"].items() if there["base"].get(name) != value]
     found += [f"{field}: {there['values'][field]}, {values}" for field, values in here["values"].items() if any(value not in values for value in there["values"][field])]
     return [*found, *([f"seeds: {there['seeds']}, {here['seeds']}"] if here["seeds"] < there["seeds"] else [])]
 
@@ -133,17 +146,26 @@ def _differences(there: Record, here: Record) -> list[str]:
 # --- the published numbers --------------------------------------------------------------------------------------------
 
 
-def published_numbers(sweep: Sweep) -> list[Published | None]:
-    """For each point what a paper reports of the student there, all from the same table: the one that has most of the points.
+def matched_recipes(sweep: Sweep) -> list[Recipe | None]:
+    """For each point the recipe that it is, if a paper has numbers for that.
 
     A point is a recipe's if it has its fields, but for those that are set for all points alike, such as ``epochs=30``; what makes
-    another network or another loss must not be among these.
+    another network or another loss must not be among these. Where recipes differ in such a field alone, a point is of that which the
+    sweep began with, or of none.
     """
     shared = {field: choices[0] for field, choices in sweep.values.items() if len(choices) == 1}
-    if sweep.recipe is None or any(field.partition(".")[0] in _WHAT_IS_TRAINED for field in shared):
+    if sweep.recipe is None or any(name.partition(".")[0] in _WHAT_IS_TRAINED for name in shared):
         return [None] * len(sweep.points)
-    known = {_identity(override(recipe.config, fields_of(shared))): recipe for recipe in list_recipes().values() if recipe.dataset == sweep.recipe.dataset and recipe.published}
-    found = [known.get(_identity(point.config)) for point in sweep.points]
+    known: dict[tuple[str, ...], list[Recipe]] = {}
+    for recipe in list_recipes().values():
+        if recipe.dataset == sweep.recipe.dataset and recipe.published:
+            known.setdefault(_identity(override(recipe.config, fields_of(shared))), []).append(recipe)
+    return [next((recipe for recipe in found if len(found) == 1 or recipe.name == sweep.recipe.name), None) for found in (known.get(_identity(point.config), []) for point in sweep.points)]
+
+
+def published_numbers(sweep: Sweep) -> list[Published | None]:
+    """For each point what a paper reports of the student of its recipe, all from the same table: the one that has most of the points."""
+    found = matched_recipes(sweep)
     numbers = [{number.source: number for number in recipe.published if number.row == "student"} if recipe else {} for recipe in found]
     counts = Counter(source for each in numbers for source in each)
     if not counts:
@@ -153,14 +175,28 @@ def published_numbers(sweep: Sweep) -> list[Published | None]:
 
 
 def _identity(config: TrainConfig) -> tuple[str, ...]:
-    """What a configuration computes, in words, with defaults and presets resolved."""
+    """What a configuration computes, in words."""
+    return tuple(value_in_words(value) for name, value in vars(_resolved(config)).items() if name not in SAME_RUN)
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with defaults and presets written out."""
     method = get_method(config.method)
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.loss_class).parameters.items()}
     options = {**defaults, **config.loss_options(), **config.model_options()}
     del options["impl"]
-    resolved = replace(config, preset="", branches=config.num_branches(), topology=config.topology or method.topologies[0], ramp_epochs=config.ramp_length(),
-                       method_options=dict(sorted(options.items())))
-    return tuple(value_in_words(value) for name, value in vars(resolved).items() if name not in SAME_RUN)
+    return replace(config, preset="", branches=config.num_branches(), topology=config.topology or method.topologies[0], ramp_epochs=config.ramp_length(),
+                   method_options=dict(sorted(options.items())))
+
+
+def _not_as_published(sweep: Sweep, published: Sequence[Published | None]) -> list[str]:
+    """In what points that stand beside a paper are not their recipes, and which, unless all of them."""
+    points = [(point, recipe) for point, recipe, number in zip(sweep.points, matched_recipes(sweep), published, strict=True) if recipe and number]
+    different: dict[str, list[str]] = {}
+    for point, recipe in points:
+        for item in setup_differences(_resolved(recipe.config), _resolved(point.config)):
+            different.setdefault(item, []).append(describe(point.values) or point.name)
+    return [item if len(names) == len(points) else f"{item} at {first_few(names)}" for item, names in different.items()]
 
 
 # --- the results ------------------------------------------------------------------------------------------------------
@@ -201,7 +237,7 @@ class Results:
             else:
                 number = next(number for number in published if number)
                 fewer = [f"{len(sweep.jobs[0])} of {number.runs} runs"] if len(sweep.jobs[0]) < (number.runs or 1) else []
-                different = [*setup_differences(recipe, sweep.base), *data_differences(recipe, runs), *fewer]
+                different = [*_not_as_published(sweep, published), *data_differences(recipe, runs), *fewer]
                 notes.append(f"Published: {number.source}, which does not say whether of the last or the best epoch. "
                              f"What is not as published: {'; '.join(different) or 'nothing that is known'}.")
         notes += comparison_remarks(runs) if runs else []
@@ -238,7 +274,9 @@ class Results:
             some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
             texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
         when = "last epoch" if "epochs" in self.sweep.fields else f"last of {self.sweep.base.epochs} epochs"
-        panels = [Panel(when, self._by_rows(values), self._by_rows(texts))]
+        data = next((run.data.get("name", "") for measured in self.measured for run in measured.runs), "")
+        seeds = len(self.sweep.jobs[0])
+        panels = [Panel(", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when])), self._by_rows(values), self._by_rows(texts))]
         if any(self.published):
             source = next(number.source for number in self.published if number)
             panels.append(Panel(f"published, {source}", self._by_rows([number and number.error for number in self.published]),
@@ -255,7 +293,7 @@ class Results:
         return "\n\n".join(table.as_text() for table in self.tables())
 
     def write(self) -> None:
-        """Write ``sweep.md``, ``sweep.csv``, ``results.json`` and, for two fields where matplotlib is installed, ``heat-map.png`` and ``.svg``."""
+        """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
         out, sweep = self.sweep.out, self.sweep
         write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
         write_text(out / "sweep.csv", self._csv())
@@ -263,10 +301,18 @@ class Results:
             "recipe": sweep.recipe.name if sweep.recipe else None, "values": sweep.values, "notes": self.notes,
             "points": [{"name": point.name, "values": point.values, **measured.as_json(), "published": number._asdict() if number else None}
                        for point, measured, number in zip(sweep.points, self.measured, self.published, strict=True)]})
-        if len(sweep.fields) == 2:
-            shared = [getattr(sweep.base, field) for field in ("model", "method") if field not in sweep.fields]
-            with contextlib.suppress(MissingExtra):
-                draw_heat_map(self._panels(), *self._labels(), ", ".join([*shared, "student"]), out / "heat-map")
+
+    def draw(self) -> None:
+        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        if len(self.sweep.fields) == 2:
+            shared = [getattr(self.sweep.base, name) for name in ("model", "method") if name not in self.sweep.fields]
+            ours, *papers = self._panels()
+            papers = [panel._replace(title=f"{panel.title}, the paper's setup, see sweep.md") for panel in papers]
+            draw_heat_map([ours, *papers], *self._labels(), ", ".join([*shared, "student"]), self.sweep.out / "heat-map")
 
     def _csv(self) -> str:
         """A line for each point, numbers not rounded; spaces separate seeds."""

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 from fastokd.errors import EXIT_PEER, EXIT_PREEMPTED, ConfigError
 
@@ -62,6 +63,17 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
+def handling(numbers: Collection[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Within it a handler has these signals, but for those that this process was started to ignore, as by nohup."""
+    before = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: not set from Python
+
+
+@contextlib.contextmanager
 def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
     """Signals to this process go on to its children; which did is yielded. For SIGINT see ``_wait``."""
     passed: set[int] = set()
@@ -71,12 +83,8 @@ def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[in
         for child in list(children):
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    try:
+    with handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), pass_on):
         yield passed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"], passed: Collection[int]) -> int:

@@ -155,7 +155,8 @@ class Trainer:
 
         Raises:
             CheckpointError: it is of another architecture or of other data.
-            ConfigError: the run is finished, or its configuration was changed since and ``allow_config_change`` is False.
+            RunIsFinished: the run has all its epochs; its summary is written anew.
+            ConfigError: its configuration was changed since and ``allow_config_change`` is False.
         """
         where = str(self.run_folder.last)
         _check_classes(where, state, self.dataset)
@@ -174,6 +175,7 @@ class Trainer:
         self.epoch, self.done = state["epoch"], 0
         self.best_epoch, self.last, self.best, self.seconds = state["best_epoch"], state["last"], state["best"], state["seconds"]
         if self.epoch >= self.config.epochs:
+            self.finish()  # it may have been killed after its last checkpoint
             raise RunIsFinished(f"the run has {self.epoch} finished epochs, and --epochs {self.config.epochs} is not more; to train on, pass a larger --epochs")
         if self.best and self.kept not in self.best:
             self.best, self.best_epoch = {}, -1  # what was the student then is not what is now

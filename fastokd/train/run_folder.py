@@ -85,8 +85,11 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}; give a folder that 'fastokd train' has made")
         return run
 
-    def lock(self) -> None:
+    def lock(self) -> int:
         """Claim the folder for this process, until ``unlock`` or its end.
+
+        Returns:
+            The descriptor that holds it. Processes that inherit it hold the folder too, also after this one's end.
 
         Raises:
             ConfigError: another process is training there.
@@ -99,6 +102,7 @@ class RunFolder:
         except OSError:
             self.unlock()
             raise ConfigError(f"another process is training in {self.path}; wait for it, or choose another --out") from None
+        return descriptor
 
     def discard_without_checkpoint(self) -> None:
         """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
@@ -133,6 +137,10 @@ class RunFolder:
         """Write what a new run starts with."""
         now = environment(device)
         write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
+
+    def read_environment(self) -> dict[str, Any]:
+        """What ``environment.json`` says; empty where it is missing or damaged."""
+        return read_json_object(self.environment_path)
 
     def add_session(self, device: torch.device) -> None:
         """Add to ``environment.json`` what the run is resumed with. What is written there of its start stays."""
@@ -182,6 +190,15 @@ class RunFolder:
     def _write_csv(self, records: Sequence[dict[str, Any]]) -> None:
         # Always the whole file from the records, so the two never disagree; it can be made again, so nobody waits for the disk.
         write_atomically(self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def default_run_path(name: str) -> Path:
