@@ -1,6 +1,7 @@
 """Starts processes that train together, as a launcher does."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +18,10 @@ def free_port() -> int:
 
 
 def start(arguments: Sequence[object], **given: str) -> "subprocess.Popen[str]":
-    """A Python process at the root of the repository, with one thread."""
+    """A Python process at the root of the repository, with one thread, that hears Ctrl-C even if these tests run in the background."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **given}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def start_ranks(size: int, arguments: Sequence[object]) -> list["subprocess.Popen[str]"]:

@@ -37,8 +37,10 @@ def results(tmp_path_factory):
     pictures = compose(folder / "pictures", 10)
     path = folder / "results.json"
     variables = {"FASTOKD_BENCH_SMOKE": "1", "FASTOKD_BENCH_SMALL": str(pictures), "FASTOKD_BENCH_LARGE_PICTURES": str(pictures), "OMP_NUM_THREADS": "1"}
+    # As a worker of these tests pytest-benchmark would write nothing.
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={path}", *(f"bench/{name}" for name in SUITES)],
-                          cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+                          cwd=ROOT, env={**surroundings, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     return path, done.stdout
 

@@ -36,7 +36,7 @@ def run(config, folder, **changes) -> Trainer:
 def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeypatch):
     trainer = run(CONFIG, tmp_path / "run")
     seen, evaluated = [], []
-    step, evaluate = trainer.step.__class__.__call__, trainer.step.evaluate
+    step, measure = trainer.step.__class__.__call__, trainer.step.measure
 
     def record(self, batch):
         seen.append((trainer.epoch, tuple(batch.images.shape[2:])))
@@ -48,9 +48,9 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
     def look(batches):
         kept = list(batches)
         evaluated.append({batch.images.shape[2:] for batch in kept})
-        return evaluate(kept)
+        return measure(kept)
 
-    monkeypatch.setattr(trainer.step, "evaluate", look)
+    monkeypatch.setattr(trainer.step, "measure", look)
     trainer.run()
     assert set(seen) == {(0, (8, 8)), (1, (6, 6)), (2, (8, 8))}
     assert evaluated == [{(8, 8)}] * 3
