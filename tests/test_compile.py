@@ -1,7 +1,10 @@
 """The losses inside torch.compile(fullgraph=True)."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import opaque_executor
 import pytest
@@ -12,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastokd.losses import AHBFLoss, GraphLoss
 from fastokd.methods.tsb import tsb_graph
+from fastokd.ops import operator
 
+ROOT = Path(__file__).resolve().parent.parent
 OPAQUE = opaque_executor.register()
 # The formula traced through, the operator as an opaque call, and the choice between them made while tracing.
 IMPLS = ["reference", OPAQUE, "auto"]
@@ -176,3 +181,14 @@ def test_export_of_a_graph_with_external_rows() -> None:
     torch.testing.assert_close(exported(a, b, memory, target), Step()(a, b, memory, target), rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_constant_is_marked_as_pytorch_marks_it():
+    def function():
+        return 0
+
+    assert vars(torch.compiler.assume_constant_result(function)) == vars(operator._constant_when_traced(lambda: 0))
+
+
+def test_losses_do_not_import_the_compiler():
+    """It takes as long to import as torch itself."""
+    done = subprocess.run([sys.executable, "-c", "import sys, fastokd.losses; print('torch._dynamo' in sys.modules)"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "False\n", done.stderr

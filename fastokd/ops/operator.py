@@ -66,14 +66,20 @@ torch.library.register_fake("fastokd::graph_forward", _forward_fake, lib=_librar
 torch.library.register_fake("fastokd::graph_backward", _backward_fake, lib=_library)
 
 
+def _constant_when_traced(function: Any) -> Any:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes as long as torch itself."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 # While torch.compile traces, these run as plain Python and their results are constants of the compiled program. They take
 # and return what tracing can carry: strings, numbers, tuples, dtypes (not a Case, which it would pass half-made).
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return plan.encode()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str:
     return resolve(impl, plan, Case(device, dtype))
 
