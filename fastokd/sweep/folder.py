@@ -8,7 +8,7 @@ from typing import Any
 from fastokd.errors import ConfigError
 from fastokd.storage import storage_error, write_json
 from fastokd.sweep.images import Datasets
-from fastokd.sweep.queue import Job
+from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.train.run_folder import read_json_object
 
 RUNS = "runs"
@@ -59,7 +59,7 @@ def check_folder(out: Path, kind: str, record: Record, differences: Callable[[Re
         job.check(datasets)
 
 
-def claim_folder(out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets) -> None:
+def _claim_folder(out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets) -> None:
     """Make the folder, and write down what it is of, and of which images.
 
     Raises:
@@ -73,3 +73,25 @@ def claim_folder(out: Path, kind: str, record: Record, jobs: Sequence[Job], data
         raise storage_error(out, error) from error
     path = out / f"{kind}.json"
     write_json(path, {**record, "data": {**read_json_object(path).get("data", {}), **images}})
+
+
+def run_in_folder(queue: Queue, out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets, check: Callable[[], None],
+                  write: Callable[[Mapping[str, str]], object]) -> Outcome:
+    """Run a queue in a folder that is checked before, and claimed when nothing stands against the first run.
+
+    Args:
+        queue: of ``jobs``, in ``out``.
+        out, kind, record, jobs, datasets: see ``check_folder``.
+        check: checks the folder.
+        write: see ``Queue.run``.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, StorageError: see ``check_folder`` and ``Queue.run``.
+    """
+    check()
+
+    def claim() -> None:
+        check()  # another queue may have been here since
+        _claim_folder(out, kind, record, jobs, datasets)
+
+    return queue.run(claim, write)

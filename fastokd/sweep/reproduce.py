@@ -15,7 +15,7 @@ from fastokd.analysis.tables import Table, plain_markdown
 from fastokd.errors import ConfigError, did_you_mean, first_few
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
+from fastokd.sweep.folder import RUNS, Record, check_folder, run_in_folder
 from fastokd.sweep.grid import Values, fields_of
 from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
@@ -206,13 +206,8 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    plan.check()
-
-    def claim() -> None:
-        plan.check()  # another queue may have been here since
-        claim_folder(plan.out, "reproduce", plan.record, plan.queue, plan.datasets)
-
-    return Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets).run(claim, lambda failed: ReproductionResults.of(plan, failed).write())
+    queue = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets)
+    return run_in_folder(queue, plan.out, "reproduce", plan.record, plan.queue, plan.datasets, plan.check, lambda failed: ReproductionResults.of(plan, failed).write())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fastokd.errors import ConfigError, MissingExtra, first_few
 from fastokd.methods import get_method
 from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, Record, check_folder, claim_folder
+from fastokd.sweep.folder import RUNS, Record, check_folder, run_in_folder
 from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
 from fastokd.sweep.images import Datasets
 from fastokd.sweep.queue import Job, Outcome, Queue
@@ -111,13 +111,8 @@ def run_sweep(sweep: Sweep, devices: Sequence[torch.device], per_device: int | N
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
-    sweep.check()
-
-    def claim() -> None:
-        sweep.check()  # another queue may have been here since
-        claim_folder(sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets)
-
-    outcome = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets).run(claim, lambda failed: Results.of(sweep, failed).write())
+    queue = Queue(sweep.queue, sweep.out, devices, per_device, say, sweep.datasets)
+    outcome = run_in_folder(queue, sweep.out, "sweep", _record(sweep), sweep.queue, sweep.datasets, sweep.check, lambda failed: Results.of(sweep, failed).write())
     try:
         Results.of(sweep, outcome.failed).draw()
     except MissingExtra as error:
