@@ -1,11 +1,13 @@
 """The loaders alone, in images per second, and how long a step waits for them.
 
-    FASTOKD_BENCH_SMALL=tiny-imagenet-100 pytest bench/bench_data.py --benchmark-columns=min,median,rounds
+    FASTOKD_BENCH_SMALL=tiny-imagenet-100 pytest bench/bench_data.py
+    --benchmark-columns=min,median,rounds
 
-``FASTOKD_BENCH_SMALL`` is a tree of small pictures (``train/``, ``val/``; Tiny-ImageNet), without which those cases are
-skipped. Large pictures are composed of them, or drawn, into a temporary folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a tree
-that is kept. On a GPU the batches are made there. Each round is one epoch over the same images in the same windows; ``extra_info``
-holds images per second. Other variables: ``bench/suite.py``.
+``FASTOKD_BENCH_SMALL`` is a tree of small pictures (``train/``, ``val/``; Tiny-ImageNet), without
+which those cases are skipped. Large pictures are composed of them, or drawn, into a temporary
+folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a tree that is kept. On a GPU the batches are made
+there. Each round is one epoch over the same images in the same windows; ``extra_info`` holds images
+per second. Other variables: ``bench/suite.py``.
 """
 
 import functools
@@ -35,14 +37,20 @@ COUNT = 16 if SMOKE else int(os.environ.get("FASTOKD_BENCH_IMAGES", "1024"))
 BATCH = 8 if SMOKE else 64
 CROP = Augment(flip=True, crop_scale=(0.08, 1.0))
 THREADS = [1] if SMOKE else sorted({1, 2, default_workers()})
-CASES = [("dali", {"threads": n}) for n in THREADS] + [("torchvision", {"workers": n}) for n in (0, *THREADS)]
+CASES = [("dali", {"threads": n}) for n in THREADS] + [
+    ("torchvision", {"workers": n}) for n in (0, *THREADS)
+]
 
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: Any) -> Path:
     if LARGE and (Path(LARGE) / "train").is_dir():
         return Path(LARGE)
-    return compose(Path(LARGE) if LARGE else tmp_path_factory.mktemp("pictures"), COUNT, None if SMALL is None else Path(SMALL))
+    return compose(
+        Path(LARGE) if LARGE else tmp_path_factory.mktemp("pictures"),
+        COUNT,
+        None if SMALL is None else Path(SMALL),
+    )
 
 
 def some(split: FileSplit) -> FileSplit:
@@ -50,12 +58,30 @@ def some(split: FileSplit) -> FileSplit:
     return split.select(torch.linspace(0, len(split) - 1, min(COUNT, len(split))).long())
 
 
-def streamed(name: str, options: dict[str, Any], root: Path, size: int, augment: Augment, batch_size: int = BATCH) -> Any:
+def streamed(
+    name: str,
+    options: dict[str, Any],
+    root: Path,
+    size: int,
+    augment: Augment,
+    batch_size: int = BATCH,
+) -> Any:
     kind = get_loader_kind(name)
     if reason := kind.missing(DEVICE):
         pytest.skip(reason)
     dataset = list_files(root, image_size=size)
-    return kind.make(some(dataset.train), batch_size, True, DEVICE, 0, size=dataset.image_size, mean=dataset.mean, std=dataset.std, augment=augment, options=options)
+    return kind.make(
+        some(dataset.train),
+        batch_size,
+        True,
+        DEVICE,
+        0,
+        size=dataset.image_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        augment=augment,
+        options=options,
+    )
 
 
 def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
@@ -64,12 +90,16 @@ def measure(benchmark: Any, loader: Any, info: dict[str, Any]) -> None:
     if hasattr(loader, "close"):
         loader.close()
     if benchmark.stats is not None:  # --benchmark-disable
-        benchmark.extra_info.update(info, images=images, images_per_second=images / benchmark.stats.stats.median)
+        benchmark.extra_info.update(
+            info, images=images, images_per_second=images / benchmark.stats.stats.median
+        )
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 @pytest.mark.parametrize("pictures", ["small-64", "large-224"])
-def test_streaming(benchmark: Any, large: Path, pictures: str, name: str, options: dict[str, int]) -> None:
+def test_streaming(
+    benchmark: Any, large: Path, pictures: str, name: str, options: dict[str, int]
+) -> None:
     benchmark.group = pictures
     if pictures == "large-224":
         loader = streamed(name, options, large, 224, CROP)
@@ -84,17 +114,28 @@ def test_resident(benchmark: Any) -> None:
     if SMALL is None:
         pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
     benchmark.group = "small-64"
-    loader = make_loader(open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident")
+    loader = make_loader(
+        open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident"
+    )
     measure(benchmark, loader, {"loader": "resident", "pictures": "small-64"})
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
 def test_waiting(benchmark: Any, large: Path, name: str) -> None:
-    """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures of 224 pixels on a GPU, of 64 on a CPU."""
+    """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures
+    of 224 pixels on a GPU, of 64 on a CPU.
+    """
     on_gpu = DEVICE.type == "cuda"
-    config = TrainConfig(model=LARGE_MODEL if on_gpu else "resnet8" if SMOKE else "resnet20", method="ahbf", branches=4, aux_blocks=1)
+    config = TrainConfig(
+        model=LARGE_MODEL if on_gpu else "resnet8" if SMOKE else "resnet20",
+        method="ahbf",
+        branches=4,
+        aux_blocks=1,
+    )
     torch.manual_seed(0)
-    model = create_model(config.model, config.method, 10, 4, 1).to(DEVICE, memory_format=torch.channels_last)
+    model = create_model(config.model, config.method, 10, 4, 1).to(
+        DEVICE, memory_format=torch.channels_last
+    )
     step = TrainStep(config, model, DEVICE)
     loader = streamed(name, {}, large, 224 if on_gpu else 64, CROP, min(16, BATCH))
     benchmark.group = "waiting"

@@ -1,6 +1,8 @@
-"""The resident loader alone: images per second with what it is asked to do to them, and what the step consumes.
+"""The resident loader alone: images per second with what it is asked to do to them, and what the
+step consumes.
 
-    pytest bench/bench_data_resident.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
+    pytest bench/bench_data_resident.py --benchmark-group-by=group
+    --benchmark-columns=min,median,rounds
 
 Variables: ``bench/suite.py``. Each result's ``extra_info`` has ``images_per_second``; that of the
 step is what the others are to be compared with. The pixels are random: their values cost nothing.
@@ -24,7 +26,11 @@ from fastokd.train.step import TrainStep
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
 BATCH = 8 if SMOKE else 128
-SETS = {"cifar": (32, 16), "tiny-imagenet": (32, 16)} if SMOKE else {"cifar": (50_000, 32), "tiny-imagenet": (20_000, 64)}
+SETS = (
+    {"cifar": (32, 16), "tiny-imagenet": (32, 16)}
+    if SMOKE
+    else {"cifar": (50_000, 32), "tiny-imagenet": (20_000, 64)}
+)
 FILES = 4 if SMOKE else 500
 """Of each class and split, to open."""
 WORK: dict[str, dict[str, Any]] = {
@@ -33,7 +39,11 @@ WORK: dict[str, dict[str, Any]] = {
     "crop and flip": {"augment": Augment(pad=4, flip=True)},
     "reflect and flip": {"augment": Augment(pad=4, flip=True, padding="reflect")},
     "crop, flip, 3 views": {"augment": Augment(pad=4, flip=True), "views": 3},
-    "crop, flip, mixup, CutMix": {"augment": Augment(pad=4, flip=True), "mixup": 0.2, "cutmix": 1.0},
+    "crop, flip, mixup, CutMix": {
+        "augment": Augment(pad=4, flip=True),
+        "mixup": 0.2,
+        "cutmix": 1.0,
+    },
 }
 
 
@@ -41,9 +51,21 @@ def make_loader(name: str, train: bool = True, **settings: Any) -> ResidentLoade
     """A loader over random pixels of a real set's shape."""
     count, side = SETS[name]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    images = torch.randint(
+        0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator
+    ).permute(0, 3, 1, 2)
     split = Split("train", images, torch.arange(count) % 10)
-    return ResidentLoader(split, BATCH, train, DEVICE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), num_classes=10, dtype=DTYPE, **settings)
+    return ResidentLoader(
+        split,
+        BATCH,
+        train,
+        DEVICE,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        num_classes=10,
+        dtype=DTYPE,
+        **settings,
+    )
 
 
 def take_batches(loader: ResidentLoader, batches: int) -> None:
@@ -71,11 +93,18 @@ def test_resident_loader(benchmark: Any, name: str, work: str) -> None:
 
 
 def test_a_step_consumes(benchmark: Any) -> None:
-    """Training a small student with AHBF on CIFAR-sized images: what the loader must keep up with."""
+    """Training a small student with AHBF on CIFAR-sized images: what the loader must keep up
+    with.
+    """
     benchmark.group = f"cifar, batches of {BATCH}"
     config = TrainConfig(model="resnet8" if SMOKE else "resnet20", method="ahbf", batch_size=BATCH)
-    model = create_model(config.model, config.method, 10, config.num_branches(), config.aux_blocks).to(DEVICE, memory_format=torch.channels_last)
-    step, loader = TrainStep(config, model, DEVICE), make_loader("cifar", augment=Augment(pad=4, flip=True))
+    model = create_model(
+        config.model, config.method, 10, config.num_branches(), config.aux_blocks
+    ).to(DEVICE, memory_format=torch.channels_last)
+    step, loader = (
+        TrainStep(config, model, DEVICE),
+        make_loader("cifar", augment=Augment(pad=4, flip=True)),
+    )
     batch = next(iter(loader))
 
     def one_step() -> None:
@@ -96,7 +125,9 @@ def test_start(benchmark: Any, start: str, tmp_path: Path, monkeypatch: pytest.M
             folder = tmp_path / "tree" / split / str(label)
             folder.mkdir(parents=True)
             for i in range(FILES):
-                Image.fromarray(pixels[i % 40]).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+                Image.fromarray(pixels[i % 40]).resize((64, 64), Image.Resampling.BICUBIC).save(
+                    folder / f"{i}.jpg"
+                )
     monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(cache, "_RACY_SECONDS", 0.1)
     time.sleep(0.2)

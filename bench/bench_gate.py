@@ -2,8 +2,9 @@
 
     pytest bench/bench_gate.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
 
-Maps are those of ResNet-32 on CIFAR: 64 channels of 8 x 8 for every branch, 32 of 16 x 16 behind the trunk. Every method has its
-default number of branches. On a GPU the modules run under bfloat16 autocast, as in a step. Variables: ``bench/suite.py``.
+Maps are those of ResNet-32 on CIFAR: 64 channels of 8 x 8 for every branch, 32 of 16 x 16 behind
+the trunk. Every method has its default number of branches. On a GPU the modules run under bfloat16
+autocast, as in a step. Variables: ``bench/suite.py``.
 """
 
 from typing import Any
@@ -30,16 +31,26 @@ def test_gate(benchmark: Any, method: str, provider: str) -> None:
     chosen = get_method(method)
     branches = chosen.default_branches
     assert chosen.build_companion is not None
-    gate = chosen.build_companion(Layout((CHANNELS,) * branches, TRUNK_CHANNELS, CLASSES, [nn.Identity()] * branches))
+    gate = chosen.build_companion(
+        Layout((CHANNELS,) * branches, TRUNK_CHANNELS, CLASSES, [nn.Identity()] * branches)
+    )
     gate = gate.to(DEVICE, memory_format=torch.channels_last)
     run = compiled(gate) if provider == "compiled" else gate
 
     def maps(channels: int, side: int) -> torch.Tensor:
-        return torch.randn(BATCH, channels, side, side, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+        return (
+            torch.randn(BATCH, channels, side, side, device=DEVICE)
+            .to(memory_format=torch.channels_last)
+            .requires_grad_()
+        )
 
     seen = BranchPass(
-        images=torch.zeros(BATCH, 3, 32, 32, device=DEVICE), shared=maps(TRUNK_CHANNELS, TRUNK_SIDE), features=tuple(maps(CHANNELS, SIDE) for _ in range(branches)),
-        logits=(torch.zeros(BATCH, CLASSES, device=DEVICE),) * branches, branches=())
+        images=torch.zeros(BATCH, 3, 32, 32, device=DEVICE),
+        shared=maps(TRUNK_CHANNELS, TRUNK_SIDE),
+        features=tuple(maps(CHANNELS, SIDE) for _ in range(branches)),
+        logits=(torch.zeros(BATCH, CLASSES, device=DEVICE),) * branches,
+        branches=(),
+    )
     leaves = (seen.shared, *seen.features, *gate.parameters())
 
     def step() -> None:
@@ -51,4 +62,12 @@ def test_gate(benchmark: Any, method: str, provider: str) -> None:
         synchronize()
 
     benchmark.group = method
-    measure(benchmark, step, provider=provider, method=method, branches=branches, batch=BATCH, parameters=sum(parameter.numel() for parameter in gate.parameters()))
+    measure(
+        benchmark,
+        step,
+        provider=provider,
+        method=method,
+        branches=branches,
+        batch=BATCH,
+        parameters=sum(parameter.numel() for parameter in gate.parameters()),
+    )

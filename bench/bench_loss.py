@@ -2,9 +2,10 @@
 
     pytest bench/bench_loss.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
 
-``test_loss`` is AHBF (paper preset, four branches) at seven sizes, ``test_method`` the graph of every method at one.
-``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits; ``bench/suite.py`` has the other variables. The ``extra_info``
-of ``test_loss`` holds the least number of bytes that the logits and their gradients need, and the share of the time that moving
+``test_loss`` is AHBF (paper preset, four branches) at seven sizes, ``test_method`` the graph of
+every method at one. ``FASTOKD_BENCH_LARGE=1`` adds the sizes beyond 4 million logits;
+``bench/suite.py`` has the other variables. The ``extra_info`` of ``test_loss`` holds the least
+number of bytes that the logits and their gradients need, and the share of the time that moving
 these takes at the measured bandwidth of a copy.
 """
 
@@ -33,7 +34,9 @@ PROVIDERS = ["eager", "compiled", "fused"]
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of copying 256 MB: the roofline of a loss that touches each logit once."""
+    """Bytes per second, read and written, of copying 256 MB: the roofline of a loss that touches
+    each logit once.
+    """
     source = torch.ones(32 * 2**20, device=DEVICE)
     target = torch.empty_like(source)
     best = float("inf")
@@ -57,15 +60,21 @@ def make_loss(provider: str, build: Callable[..., torch.nn.Module]) -> Callable[
 
 
 def random_logits(batch: int, classes: int, rows: int, backward: bool) -> list[torch.Tensor]:
-    return [torch.randn(batch, classes, device=DEVICE).mul(3).to(DTYPE).requires_grad_(backward) for _ in range(rows)]
+    return [
+        torch.randn(batch, classes, device=DEVICE).mul(3).to(DTYPE).requires_grad_(backward)
+        for _ in range(rows)
+    ]
 
 
 def random_weights(batch: int, width: int, backward: bool) -> torch.Tensor:
     return torch.rand(batch, width, device=DEVICE).softmax(1).requires_grad_(backward)
 
 
-def make_step(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], backward: bool) -> Callable[[], None]:
+def make_step(
+    call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], backward: bool
+) -> Callable[[], None]:
     """What is timed: the loss and, with ``backward``, the gradients of the leaves."""
+
     def step() -> None:
         if backward:
             for leaf in leaves:
@@ -81,7 +90,9 @@ def make_step(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], back
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("size", [(4, 10)] if SMOKE else SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    "size", [(4, 10)] if SMOKE else SIZES, ids=lambda size: f"{size[0]}x{size[1]}"
+)
 def test_loss(benchmark: Any, size: tuple[int, int], mode: str, provider: str) -> None:
     batch, classes = size
     if batch * classes * BRANCHES > LARGE * 1.5 and os.environ.get("FASTOKD_BENCH_LARGE") != "1":
@@ -95,26 +106,58 @@ def test_loss(benchmark: Any, size: tuple[int, int], mode: str, provider: str) -
     benchmark.group = f"{batch}x{classes} {mode}"
     # Forward reads the logits; backward reads them again and writes as much.
     moved = BRANCHES * batch * classes * DTYPE.itemsize * (3 if backward else 1)
-    step = make_step(lambda: loss(logits, target, scores=scores, kd_weight=0.5), [*logits, *scores], backward)
-    median = measure(benchmark, step, provider=provider, mode=mode, batch=batch, classes=classes, case=SIZES.get(size, "smoke"), dtype=str(DTYPE), bytes=moved)
+    step = make_step(
+        lambda: loss(logits, target, scores=scores, kd_weight=0.5), [*logits, *scores], backward
+    )
+    median = measure(
+        benchmark,
+        step,
+        provider=provider,
+        mode=mode,
+        batch=batch,
+        classes=classes,
+        case=SIZES.get(size, "smoke"),
+        dtype=str(DTYPE),
+        bytes=moved,
+    )
     if median is not None:
-        benchmark.extra_info.update(bytes_per_second=moved / median, roofline_share=moved / copy_bandwidth() / median)
+        benchmark.extra_info.update(
+            bytes_per_second=moved / median, roofline_share=moved / copy_bandwidth() / median
+        )
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("method", list_methods())
 def test_method(benchmark: Any, method: str, provider: str) -> None:
-    """Forward and backward of a method's graph, paper preset; what a method has beside its graph is not in it."""
+    """Forward and backward of a method's graph, paper preset; what a method has beside its graph is
+    not in it.
+    """
     batch, classes = METHOD_SIZE
     chosen = get_method(method)
     graph = chosen.loss_class.preset("paper", chosen.default_branches).graph
     torch.manual_seed(0)
     logits = random_logits(batch, classes, len(graph.logits), True)
-    weights = {name: random_weights(batch, width, True) for name, width in graph.weight_sources.items()}
+    weights = {
+        name: random_weights(batch, width, True) for name, width in graph.weight_sources.items()
+    }
     externals = {name: random_weights(batch, classes, False) for name in graph.externals}
     target = torch.randint(classes, (batch,), device=DEVICE)
     loss = make_loss(provider, functools.partial(GraphLoss, graph))
     benchmark.group = f"{batch}x{classes} {method}"
-    step = make_step(lambda: loss(logits, target, weights=weights, externals=externals, kd_weight=0.5), [*logits, *weights.values()], True)
-    measure(benchmark, step, provider=provider, method=method, branches=chosen.default_branches, nodes=len(graph.nodes), terms=len(graph.terms),
-            batch=batch, classes=classes, dtype=str(DTYPE))
+    step = make_step(
+        lambda: loss(logits, target, weights=weights, externals=externals, kd_weight=0.5),
+        [*logits, *weights.values()],
+        True,
+    )
+    measure(
+        benchmark,
+        step,
+        provider=provider,
+        method=method,
+        branches=chosen.default_branches,
+        nodes=len(graph.nodes),
+        terms=len(graph.terms),
+        batch=batch,
+        classes=classes,
+        dtype=str(DTYPE),
+    )

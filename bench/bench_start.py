@@ -1,9 +1,10 @@
-"""How long it takes to begin: imports, the command line's answers, and a first loss, each in a process of its own.
+"""How long it takes to begin: imports, the command line's answers, and a first loss, each in a
+process of its own.
 
     pytest bench/bench_start.py --benchmark-columns=min,median,rounds
 
-Beside them stands what cannot be saved: the interpreter, torch, torch's own loss. Times are of whole processes, on the CPU, with
-their files in the system's cache.
+Beside them stands what cannot be saved: the interpreter, torch, torch's own loss. Times are of
+whole processes, on the CPU, with their files in the system's cache.
 """
 
 import os
@@ -19,7 +20,10 @@ from bench.suite import rounds
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
 ROOT = Path(__file__).resolve().parent.parent
-_LOGITS = "import torch; z = torch.randn(2, 128, 100, requires_grad=True); y = torch.randint(100, (128,)); "
+_LOGITS = (
+    "import torch; z = torch.randn(2, 128, 100, requires_grad=True); y = torch.randint(100,"
+    " (128,)); "
+)
 _FIRST = "from fastokd.losses import DMLLoss; DMLLoss(2, impl='{}')(z, y).backward()"
 CASES: dict[str, tuple[list[str], str | None]] = {
     "python -c pass": (["-c", "pass"], None),
@@ -28,9 +32,22 @@ CASES: dict[str, tuple[list[str], str | None]] = {
     "fastokd --help": (["-m", "fastokd", "--help"], "python -c pass"),
     "import torch": (["-c", "import torch"], None),
     "import fastokd.losses": (["-c", "import fastokd.losses"], "import torch"),
-    "first loss and backward, torch": (["-c", _LOGITS + "(torch.nn.functional.cross_entropy(z[0], y) + torch.nn.functional.cross_entropy(z[1], y)).backward()"], None),
-    "first loss and backward, impl='reference'": (["-c", _LOGITS + _FIRST.format("reference")], "first loss and backward, torch"),
-    "first loss and backward, impl='auto'": (["-c", _LOGITS + _FIRST.format("auto")], "first loss and backward, torch"),
+    "first loss and backward, torch": (
+        [
+            "-c",
+            _LOGITS + "(torch.nn.functional.cross_entropy(z[0], y) +"
+            " torch.nn.functional.cross_entropy(z[1], y)).backward()",
+        ],
+        None,
+    ),
+    "first loss and backward, impl='reference'": (
+        ["-c", _LOGITS + _FIRST.format("reference")],
+        "first loss and backward, torch",
+    ),
+    "first loss and backward, impl='auto'": (
+        ["-c", _LOGITS + _FIRST.format("auto")],
+        "first loss and backward, torch",
+    ),
 }
 """Arguments of the interpreter, and the case that each is to be compared with."""
 
@@ -41,7 +58,9 @@ def test_process(benchmark: Any, case: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start() -> None:
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, check=True
+        )
 
     benchmark.extra_info.update(case=case, baseline=baseline)
     benchmark.pedantic(start, **rounds(9))

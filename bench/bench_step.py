@@ -1,9 +1,11 @@
-"""A training step of a small network: the student alone, AHBF as published research code has it, AHBF here, and that with every lever.
+"""A training step of a small network: the student alone, AHBF as published research code has it,
+AHBF here, and that with every lever.
 
     pytest bench/bench_step.py --benchmark-columns=min,median,rounds
 
-The quick companion of ``fastokd bench step``, which takes the levers one by one: this one is for comparing two commits. Levers
-that need a GPU are in it on a GPU alone. Variables: ``bench/suite.py``.
+The quick companion of ``fastokd bench step``, which takes the levers one by one: this one is for
+comparing two commits. Levers that need a GPU are in it on a GPU alone. Variables:
+``bench/suite.py``.
 """
 
 import contextlib
@@ -19,7 +21,14 @@ from fastokd.train.ladder import EngineStep, ResearchStep, first_row, ladder_ima
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
-CONFIG = TrainConfig(model="resnet8" if SMOKE else "resnet20", method="ahbf", branches=3, aux_blocks=0 if SMOKE else 1, batch_size=8 if SMOKE else 64, lr=0.01)
+CONFIG = TrainConfig(
+    model="resnet8" if SMOKE else "resnet20",
+    method="ahbf",
+    branches=3,
+    aux_blocks=0 if SMOKE else 1,
+    batch_size=8 if SMOKE else 64,
+    lr=0.01,
+)
 CASES = ["ahbf, research style", "student alone", "ahbf", "ahbf, every lever"]
 
 
@@ -52,6 +61,13 @@ def test_step(benchmark: Any, case: str) -> None:
             running.advance(1)
             synchronize()
 
-        median = measure(benchmark, step, case=case, model=CONFIG.model, branches=CONFIG.branches, batch=CONFIG.batch_size)
+        median = measure(
+            benchmark,
+            step,
+            case=case,
+            model=CONFIG.model,
+            branches=CONFIG.branches,
+            batch=CONFIG.batch_size,
+        )
     if median is not None:
         benchmark.extra_info["images_per_second"] = CONFIG.batch_size / median

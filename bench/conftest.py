@@ -8,9 +8,17 @@ from bench.suite import DEVICE
 
 
 def _settings() -> str:
-    """The environment variables that the suites read, as they stand before a command; of a folder only its name."""
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTOKD_BENCH_") or name == "OMP_NUM_THREADS"}
-    return "".join(f"{name}={Path(value).name if '/' in value else value} " for name, value in found.items())
+    """The environment variables that the suites read, as they stand before a command; of a folder
+    only its name.
+    """
+    found = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("FASTOKD_BENCH_") or name == "OMP_NUM_THREADS"
+    }
+    return "".join(
+        f"{name}={Path(value).name if '/' in value else value} " for name, value in found.items()
+    )
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
@@ -20,7 +28,11 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     from fastokd.train.run_folder import environment
 
     machine_info.pop("node", None)
-    machine_info.update(environment(DEVICE), cpu=processor(), executors={name: reason or "runs" for name, reason in executor_states().items()})
+    machine_info.update(
+        environment(DEVICE),
+        cpu=processor(),
+        executors={name: reason or "runs" for name, reason in executor_states().items()},
+    )
     machine_info["command"] = _settings() + machine_info["command"]
 
 

@@ -1,4 +1,6 @@
-"""Markdown of the result files of ``python -m bench.gpu``: a function for each part, which takes the file and gives lines."""
+"""Markdown of the result files of ``python -m bench.gpu``: a function for each part, which takes
+the file and gives lines.
+"""
 
 import json
 import statistics
@@ -28,62 +30,169 @@ def environment_lines(path: Path) -> list[str]:
     named = {row["row"]: row for row in rows if "error" not in row}
     about, facts = named.get("machine", {}), []
     if "capability" in about:
-        facts.append(f"sm_{''.join(map(str, about['capability']))}, {about['multiprocessors']} multiprocessors, {about['memory_bytes'] / 2**30:.0f} GiB")
+        facts.append(
+            f"sm_{''.join(map(str, about['capability']))}, {about['multiprocessors']}"
+            f" multiprocessors, {about['memory_bytes'] / 2**30:.0f} GiB"
+        )
     if "driver_version" in about:
         facts.append(f"driver {about['driver_version']}, power limit {about['power.limit']}")
     if copy := named.get("copy"):
-        facts.append(f"a large copy moves {short(copy['gb_s'])} GB/s, read and written ({_between(copy['spread'])})")
+        facts.append(
+            f"a large copy moves {short(copy['gb_s'])} GB/s, read and written"
+            f" ({_between(copy['spread'])})"
+        )
     if matmul := named.get("matmul bf16"):
-        facts.append(f"a bf16 product of {matmul['side']} x {matmul['side']} matrices runs at {short(matmul['tflop_s'])} TFLOP/s ({_between(matmul['spread'])})")
+        facts.append(
+            f"a bf16 product of {matmul['side']} x {matmul['side']} matrices runs at"
+            f" {short(matmul['tflop_s'])} TFLOP/s ({_between(matmul['spread'])})"
+        )
     if launch := named.get("kernel launch"):
-        facts.append(f"a kernel that does next to nothing takes {short(launch['in_graph_us'])} us in a CUDA graph and {short(launch['launched_us'])} us launched")
+        facts.append(
+            f"a kernel that does next to nothing takes {short(launch['in_graph_us'])} us in a CUDA"
+            f" graph and {short(launch['launched_us'])} us launched"
+        )
     return [_made_by(path, found), "; ".join(facts) + ".", ""]
 
 
 def tests_lines(path: Path) -> list[str]:
     """How many GPU tests passed, and those that did not."""
     found, rows = _read(path)
-    groups = [(row["row"], *(str(row.get(kind, 0)) for kind in COUNTED), row.get("error") or row.get("partial", "")) for row in rows]
+    groups = [
+        (
+            row["row"],
+            *(str(row.get(kind, 0)) for kind in COUNTED),
+            row.get("error") or row.get("partial", ""),
+        )
+        for row in rows
+    ]
     failures = [failure for row in rows for failure in row.get("failures", ())]
-    lines = [f"- `{failure['test']}`: {_one_line(failure['message'])}" for failure in failures[:_FAILURES_SHOWN]]
+    lines = [
+        f"- `{failure['test']}`: {_one_line(failure['message'])}"
+        for failure in failures[:_FAILURES_SHOWN]
+    ]
     if len(failures) > _FAILURES_SHOWN:
         lines.append(f"- and {len(failures) - _FAILURES_SHOWN} more, in the file")
-    return [_made_by(path, found), "", *markdown_table([("tests", *COUNTED, ""), *groups]), *lines, *[""] * bool(lines)]
+    return [
+        _made_by(path, found),
+        "",
+        *markdown_table([("tests", *COUNTED, ""), *groups]),
+        *lines,
+        *[""] * bool(lines),
+    ]
 
 
 def kernel_tables(path: Path) -> list[str]:
-    """The losses alone: medians, their spread, the ratios to the baselines of the same run, and the share of the memory floor."""
+    """The losses alone: medians, their spread, the ratios to the baselines of the same run, and the
+    share of the memory floor.
+    """
     found, rows = _read(path)
     rows = [row for row in rows if "error" not in row]
     graphs, singles = ([row for row in rows if ("preset" in row) == kind] for kind in (True, False))
     bandwidth = 1e9 * found["copy_bandwidth_gb_s"]
     lines = [
         _made_by(path, found),
-        f"Medians in microseconds. *Ours* is what a training step runs, in a CUDA graph: for gradients the one kernel that makes loss and gradients, else the forward kernel. "
-        f"The floor is the least number of bytes (each row of logits read once, each gradient written once) at this GPU's measured copy bandwidth of {short(bandwidth / 1e9)} GB/s; "
-        "a share above 100% means that the rows lie in its caches, as they do in a step. *Eager* is fastokd's reference executor, "
-        "plain PyTorch for the same graph and not the published code; *compile* is that compiled.", "",
-        *markdown_table([
-            ("loss", "B x C", "dtype", "pass", "eager", "eager, graph", "compile, graph", "fused", "fused, graph", "ours", "fastest-slowest", "eager, graph / ours", "compile / ours", "floor", "share"),
-            *(cells for row in graphs for cells in _kernel_rows(row, bandwidth, ("eager", "eager graph", "compiled graph", "fused", "fused graph"), ("eager graph", "compiled graph")))]),
+        (
+            "Medians in microseconds. *Ours* is what a training step runs, in a CUDA graph: for"
+            " gradients the one kernel that makes loss and gradients, else the forward kernel. The"
+            " floor is the least number of bytes (each row of logits read once, each gradient"
+            f" written once) at this GPU's measured copy bandwidth of {short(bandwidth / 1e9)}"
+            " GB/s; a share above 100% means that the rows lie in its caches, as they do in a"
+            " step. *Eager* is fastokd's reference executor, plain PyTorch for the same graph and"
+            " not the published code; *compile* is that compiled."
+        ),
+        "",
+        *markdown_table(
+            [
+                (
+                    "loss",
+                    "B x C",
+                    "dtype",
+                    "pass",
+                    "eager",
+                    "eager, graph",
+                    "compile, graph",
+                    "fused",
+                    "fused, graph",
+                    "ours",
+                    "fastest-slowest",
+                    "eager, graph / ours",
+                    "compile / ours",
+                    "floor",
+                    "share",
+                ),
+                *(
+                    cells
+                    for row in graphs
+                    for cells in _kernel_rows(
+                        row,
+                        bandwidth,
+                        ("eager", "eager graph", "compiled graph", "fused", "fused graph"),
+                        ("eager graph", "compiled graph"),
+                    )
+                ),
+            ]
+        ),
     ]
     if singles:
         lines += [
-            f"Single losses, beside other libraries: the cross-entropy of a batch, and the KL to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. "
-            "PyTorch's functions compute in the dtype of the logits, where ours computes in float32. "
-            "Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its last call left there.", "",
-            *markdown_table([
-                ("loss", "B x C", "dtype", "pass", "torch, graph", "compile, graph", "Liger", "Liger, graph", "QuACK", "QuACK, graph", "ours", "fastest-slowest",
-                 "compile / ours", "Liger / ours", "QuACK / ours", "floor", "share"),
-                *(cells for row in singles for cells in _kernel_rows(row, bandwidth, ("eager graph", "compiled graph", "liger", "liger graph", "quack", "quack graph"),
-                                                                     ("compiled graph", "liger", "quack")))]),
+            (
+                "Single losses, beside other libraries: the cross-entropy of a batch, and the KL"
+                f" to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. PyTorch's"
+                " functions compute in the dtype of the logits, where ours computes in float32."
+                " Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its"
+                " last call left there."
+            ),
+            "",
+            *markdown_table(
+                [
+                    (
+                        "loss",
+                        "B x C",
+                        "dtype",
+                        "pass",
+                        "torch, graph",
+                        "compile, graph",
+                        "Liger",
+                        "Liger, graph",
+                        "QuACK",
+                        "QuACK, graph",
+                        "ours",
+                        "fastest-slowest",
+                        "compile / ours",
+                        "Liger / ours",
+                        "QuACK / ours",
+                        "floor",
+                        "share",
+                    ),
+                    *(
+                        cells
+                        for row in singles
+                        for cells in _kernel_rows(
+                            row,
+                            bandwidth,
+                            (
+                                "eager graph",
+                                "compiled graph",
+                                "liger",
+                                "liger graph",
+                                "quack",
+                                "quack graph",
+                            ),
+                            ("compiled graph", "liger", "quack"),
+                        )
+                    ),
+                ]
+            ),
         ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for name, reason in row["reasons"].items():
             reasons[f"{name}: {reason}"].append(row["row"])
     for reason, places in reasons.items():
-        lines.append(f"- {reason} ({places[0]}" + (f", and {len(places) - 1} more rows)" if len(places) > 1 else ")"))
+        lines.append(
+            f"- {reason} ({places[0]}"
+            + (f", and {len(places) - 1} more rows)" if len(places) > 1 else ")")
+        )
     return [*lines, *[""] * bool(reasons), *_missing(found)]
 
 
@@ -91,16 +200,53 @@ def readme_lines(path: Path) -> list[str]:
     """A few rows of the kernel table: the AHBF loss with its gradients, in a CUDA graph."""
     found, rows = _read(path)
     bandwidth = 1e9 * found["copy_bandwidth_gb_s"]
-    shown = [row for row in rows if "error" not in row and (row["loss"], row.get("preset"), row["dtype"]) == ("ahbf", "paper", "bfloat16") and (row["batch"], row["num_classes"]) in _README_SIZES]
+    shown = [
+        row
+        for row in rows
+        if "error" not in row
+        and (row["loss"], row.get("preset"), row["dtype"]) == ("ahbf", "paper", "bfloat16")
+        and (row["batch"], row["num_classes"]) in _README_SIZES
+    ]
     if not shown:
         return []
-    cells = [cells for row in shown for cells in _kernel_rows(row, bandwidth, ("eager graph", "compiled graph"), ("eager graph", "compiled graph")) if cells[3] == "with gradients"]
-    return [_made_by(path, found), "", *markdown_table([
-        ("loss", "B x C", "dtype", "pass", "eager, graph, us", "compile, graph, us", "ours, us", "fastest-slowest", "eager / ours", "compile / ours", "floor, us", "share"), *cells])]
+    cells = [
+        cells
+        for row in shown
+        for cells in _kernel_rows(
+            row, bandwidth, ("eager graph", "compiled graph"), ("eager graph", "compiled graph")
+        )
+        if cells[3] == "with gradients"
+    ]
+    return [
+        _made_by(path, found),
+        "",
+        *markdown_table(
+            [
+                (
+                    "loss",
+                    "B x C",
+                    "dtype",
+                    "pass",
+                    "eager, graph, us",
+                    "compile, graph, us",
+                    "ours, us",
+                    "fastest-slowest",
+                    "eager / ours",
+                    "compile / ours",
+                    "floor, us",
+                    "share",
+                ),
+                *cells,
+            ]
+        ),
+    ]
 
 
-def _kernel_rows(row: dict[str, Any], bandwidth: float, shown: Sequence[str], against: Sequence[str]) -> list[tuple[str, ...]]:
-    """The row's passes that were measured: the times of ``shown``, ours, how often faster ours is than each of ``against``.
+def _kernel_rows(
+    row: dict[str, Any], bandwidth: float, shown: Sequence[str], against: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """The row's passes that were measured: the times of ``shown``, ours, how often faster ours is
+    than each of ``against``.
 
     A library is compared in a graph if it can be captured, else launched.
     """
@@ -116,12 +262,30 @@ def _kernel_rows(row: dict[str, Any], bandwidth: float, shown: Sequence[str], ag
             return "-" if value is None else short(1e6 * value)
 
         def ratio(name: str, which: str = which, ours: float | None = ours) -> str:
-            theirs = next((value for label in (f"{name} graph", name) if (value := row.get(f"{label}/{which}")) is not None), None)
+            theirs = next(
+                (
+                    value
+                    for label in (f"{name} graph", name)
+                    if (value := row.get(f"{label}/{which}")) is not None
+                ),
+                None,
+            )
             return "-" if theirs is None or ours is None else f"{theirs / ours:.2f}"
 
-        cells.append((
-            name, f"{row['batch']} x {row['num_classes']}", row["dtype"], title, *(us(row.get(f"{each}/{which}")) for each in shown), us(ours),
-            "-" if ours is None else _between([1e6 * value for value in row["spread"][key]]), *map(ratio, against), us(floor), "-" if ours is None else f"{floor / ours:.0%}"))
+        cells.append(
+            (
+                name,
+                f"{row['batch']} x {row['num_classes']}",
+                row["dtype"],
+                title,
+                *(us(row.get(f"{each}/{which}")) for each in shown),
+                us(ours),
+                "-" if ours is None else _between([1e6 * value for value in row["spread"][key]]),
+                *map(ratio, against),
+                us(floor),
+                "-" if ours is None else f"{floor / ours:.0%}",
+            )
+        )
     return cells
 
 
@@ -133,34 +297,81 @@ def profile_tables(path: Path) -> list[str]:
         if "error" in row:
             lines += [f"{row['row']}: {row['error']}", ""]
             continue
-        lines += [f"AHBF, four branches, {row['row']}; {row['levers']}; {row['precision']}: {short(row['step_ms'])} ms a step without the profiler. {_device_time(row)} "
-                  f"Trace for Perfetto: `{row['trace']}`.", ""]
-        lines += markdown_table([("kernel", "calls a step", "us a step", "share"),
-                        *((f"`{kernel['name'][:80]}`", short(kernel["calls"]), short(kernel["us"]), f"{kernel['share']:.1%}") for kernel in row["kernels"][:KERNELS_SHOWN])])
+        lines += [
+            (
+                f"AHBF, four branches, {row['row']}; {row['levers']}; {row['precision']}:"
+                f" {short(row['step_ms'])} ms a step without the profiler. {_device_time(row)}"
+                f" Trace for Perfetto: `{row['trace']}`."
+            ),
+            "",
+        ]
+        lines += markdown_table(
+            [
+                ("kernel", "calls a step", "us a step", "share"),
+                *(
+                    (
+                        f"`{kernel['name'][:80]}`",
+                        short(kernel["calls"]),
+                        short(kernel["us"]),
+                        f"{kernel['share']:.1%}",
+                    )
+                    for kernel in row["kernels"][:KERNELS_SHOWN]
+                ),
+            ]
+        )
     return [*lines, *_missing(found)]
 
 
 def _device_time(row: dict[str, Any]) -> str:
     if not row["kernels"]:
         return "The profiler saw no kernels."
-    return (f"With it, {short(row['span_ms'])} ms from the first kernel to the last, with {short(row['calls'])} of them and one running {row['busy_share']:.1%} of the time; "
-            f"{short(row['gaps'])} gaps, the longest {short(row['longest_gap_us'])} us; their times add up to {row['overlap']:.2f} times that in which any ran.")
+    return (
+        f"With it, {short(row['span_ms'])} ms from the first kernel to the last, with"
+        f" {short(row['calls'])} of them and one running {row['busy_share']:.1%} of the time;"
+        f" {short(row['gaps'])} gaps, the longest {short(row['longest_gap_us'])} us; their times"
+        f" add up to {row['overlap']:.2f} times that in which any ran."
+    )
 
 
 def data_tables(path: Path) -> list[str]:
     """The loaders on a GPU, and how long a step waits for the fastest that decodes."""
     found, rows = _read(path)
-    speeds = [(row["row"], f"{row['size']} x {row['size']}", str(row["batch"]), row["skipped"] if "skipped" in row else short(row["images_per_second"])) for row in rows if "loader" in row]
-    lines = [_made_by(path, found), "", *markdown_table([("loader", "images", "batch", "images/s"), *speeds])]
-    waiting = next((row for row in rows if row["row"] == "waiting" and "waiting_share" in row), None)
+    speeds = [
+        (
+            row["row"],
+            f"{row['size']} x {row['size']}",
+            str(row["batch"]),
+            row["skipped"] if "skipped" in row else short(row["images_per_second"]),
+        )
+        for row in rows
+        if "loader" in row
+    ]
+    lines = [
+        _made_by(path, found),
+        "",
+        *markdown_table([("loader", "images", "batch", "images/s"), *speeds]),
+    ]
+    waiting = next(
+        (row for row in rows if row["row"] == "waiting" and "waiting_share" in row), None
+    )
     if waiting:
-        lines += [f"{waiting['model']}, {waiting['method']}, {waiting['branches']} branches, batch {waiting['batch']}, fed by {waiting['fed_by']}: {short(waiting['step_images_per_second'])} images/s "
-                  f"of the step alone, {short(waiting['epoch_images_per_second'])} with the loader; {waiting['waiting_share']:.1%} of the time it waits.", ""]
+        lines += [
+            (
+                f"{waiting['model']}, {waiting['method']}, {waiting['branches']} branches, batch"
+                f" {waiting['batch']}, fed by {waiting['fed_by']}:"
+                f" {short(waiting['step_images_per_second'])} images/s of the step alone,"
+                f" {short(waiting['epoch_images_per_second'])} with the loader;"
+                f" {waiting['waiting_share']:.1%} of the time it waits."
+            ),
+            "",
+        ]
     return [*lines, *_missing(found)]
 
 
 def accuracy_tables(path: Path) -> list[str]:
-    """The runs' errors beside the papers', with what differs from these said plainly; then the errors of all rows of logits."""
+    """The runs' errors beside the papers', with what differs from these said plainly; then the
+    errors of all rows of logits.
+    """
     found, rows = _read(path)
     groups: dict[tuple[str, str], Rows] = defaultdict(list)
     for row in rows:
@@ -174,30 +385,91 @@ def accuracy_tables(path: Path) -> list[str]:
         student = runs[0]["student"]
         seeds = ", ".join(str(run["seed"]) for run in runs)
         published = get_recipe(recipe)
-        lines.append((f"`{recipe}`, {preset}", seeds, _errors(run["last"][student] for run in runs), _errors(run["best"][student] for run in runs), published.reported(),
-                      short(statistics.mean(run["minutes"] for run in runs)), short(statistics.median(run["images_per_second"] for run in runs))))
+        lines.append(
+            (
+                f"`{recipe}`, {preset}",
+                seeds,
+                _errors(run["last"][student] for run in runs),
+                _errors(run["best"][student] for run in runs),
+                published.reported(),
+                short(statistics.mean(run["minutes"] for run in runs)),
+                short(statistics.median(run["images_per_second"] for run in runs)),
+            )
+        )
         for when in ("last", "best"):
-            inner.append((f"`{recipe}`, {preset}", when, "; ".join(f"{name} {_errors(run[when][name] for run in runs)}" for name in runs[0][when])))
+            inner.append(
+                (
+                    f"`{recipe}`, {preset}",
+                    when,
+                    "; ".join(
+                        f"{name} {_errors(run[when][name] for run in runs)}"
+                        for name in runs[0][when]
+                    ),
+                )
+            )
     return [
-        *head, _differences(found), "",
-        *markdown_table([("recipe, preset", "seeds", "student's error, last epoch, %", "best epoch, %", "published error, %", "minutes of training a run", "images/s"), *lines]),
-        "The errors of every row of logits after the last epoch and after the student's best, in %:", "",
-        *markdown_table([("recipe, preset", "epoch", "error"), *inner]), *_missing(found)]
+        *head,
+        _differences(found),
+        "",
+        *markdown_table(
+            [
+                (
+                    "recipe, preset",
+                    "seeds",
+                    "student's error, last epoch, %",
+                    "best epoch, %",
+                    "published error, %",
+                    "minutes of training a run",
+                    "images/s",
+                ),
+                *lines,
+            ]
+        ),
+        (
+            "The errors of every row of logits after the last epoch and after the student's best,"
+            " in %:"
+        ),
+        "",
+        *markdown_table([("recipe, preset", "epoch", "error"), *inner]),
+        *_missing(found),
+    ]
 
 
 def _differences(found: dict[str, Any]) -> str:
     data, plan = found["data"], found["plan"]
     counts = ", ".join(f"{count:,} {name}" for name, count in data["num_images"].items())
-    files = "the original files of CIFAR-10" if data["original_files"] else "not the original files of CIFAR-10, so that errors compare with each other and not with the papers'"
-    schedule = "the papers' 300 epochs" if plan["epochs"] == 300 else f"{plan['epochs']} epoch{'s' * (plan['epochs'] > 1)} instead of the papers' 300, with the same schedule scaled to them"
-    return (f"What differs from the papers: the data is '{data['name']}' ({counts} images), {files}; {schedule}; seeds as listed, of {plan['seeds']} planned (the papers: 3 runs, "
-            "seeds not given). The papers do not say whether their numbers are of the last epoch or the best, and which of AHBF's two losses they are of.")
+    files = (
+        "the original files of CIFAR-10"
+        if data["original_files"]
+        else (
+            "not the original files of CIFAR-10, so that errors compare with each other and not"
+            " with the papers'"
+        )
+    )
+    schedule = (
+        "the papers' 300 epochs"
+        if plan["epochs"] == 300
+        else (
+            f"{plan['epochs']} epoch{'s' * (plan['epochs'] > 1)} instead of the papers' 300, with"
+            " the same schedule scaled to them"
+        )
+    )
+    return (
+        f"What differs from the papers: the data is '{data['name']}' ({counts} images), {files};"
+        f" {schedule}; seeds as listed, of {plan['seeds']} planned (the papers: 3 runs, seeds not"
+        " given). The papers do not say whether their numbers are of the last epoch or the best,"
+        " and which of AHBF's two losses they are of."
+    )
 
 
 def _errors(accuracies: Any) -> str:
-    """Errors in % of some accuracies: the mean, and their standard deviation if there are several."""
+    """Errors in % of some accuracies: the mean, and their standard deviation if there are
+    several.
+    """
     errors = [100 * (1 - accuracy) for accuracy in accuracies]
-    return f"{statistics.mean(errors):.2f}" + (f" +- {statistics.stdev(errors):.2f}" if len(errors) > 1 else "")
+    return f"{statistics.mean(errors):.2f}" + (
+        f" +- {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Rows]:
@@ -208,12 +480,19 @@ def _read(path: Path) -> tuple[dict[str, Any], Rows]:
 def _made_by(path: Path, found: dict[str, Any]) -> str:
     """The machine, the versions and the file that a table is of."""
     environment = found["environment"]
-    device = environment["device"] if environment["device"] != "cpu" else f"a dry run on {found['processor']}"
+    device = (
+        environment["device"]
+        if environment["device"] != "cpu"
+        else f"a dry run on {found['processor']}"
+    )
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     # A copy that was sent to a machine has no repository; the hash of its sources is always there.
     commits = dict.fromkeys(session["commit"] for session in found["sessions"] if session["commit"])
     code = f"commit {', '.join(commits)}" if commits else f"sources {found['identity']['code']}"
-    return f"{device}; torch {environment['torch']}, Triton {environment['triton']}; {code}; `{where}`, made by `{environment['command']}`."
+    return (
+        f"{device}; torch {environment['torch']}, Triton {environment['triton']}; {code};"
+        f" `{where}`, made by `{environment['command']}`."
+    )
 
 
 def _missing(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,6 @@
-"""How fast loaders are, and how long a step waits for them; shared by ``bench_data.py`` and ``bench.gpu data``."""
+"""How fast loaders are, and how long a step waits for them; shared by ``bench_data.py`` and
+``bench.gpu data``.
+"""
 
 import time
 from collections.abc import Iterable
@@ -10,7 +12,9 @@ from fastokd.train.capture import WARM_UP_STEPS
 from fastokd.train.runner import StepRunner
 
 LARGE_MODEL = "resnet18_imagenet"
-"""Whose step waits for pictures of 224 pixels; the CIFAR networks are slower there than what anybody trains."""
+"""Whose step waits for pictures of 224 pixels; the CIFAR networks are slower there than what
+anybody trains.
+"""
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,8 +42,9 @@ def images_per_second(loader: Loader, device: torch.device, epochs: int) -> floa
 def waiting_share(loader: Loader, runner: StepRunner) -> dict[str, float]:
     """The part of an epoch that goes by because the step waits for its data.
 
-    An epoch on the loader's batches is compared with as many steps on one batch that is there already, both run as a training
-    run does it. What is left includes whatever the loader takes from the step besides: cores, and kernels on the same GPU.
+    An epoch on the loader's batches is compared with as many steps on one batch that is there
+    already, both run as a training run does it. What is left includes whatever the loader takes
+    from the step besides: cores, and kernels on the same GPU.
     """
     device = runner.step.device
     kept = next(iter(loader))
@@ -58,5 +63,7 @@ def waiting_share(loader: Loader, runner: StepRunner) -> dict[str, float]:
     alone, together = seconds([batch] * len(loader)), seconds(loader)
     images = len(loader) * loader.batch_size
     return {
-        "step_images_per_second": images / alone, "epoch_images_per_second": images / together, "waiting_share": max(0.0, 1 - alone / together),
+        "step_images_per_second": images / alone,
+        "epoch_images_per_second": images / together,
+        "waiting_share": max(0.0, 1 - alone / together),
     }

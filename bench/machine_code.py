@@ -1,8 +1,9 @@
 """What the compiled kernels cost, as a result file: ``python -m bench.machine_code``.
 
 Compiles AHBF's kernels for three generations of GPUs and writes what their machine code says to
-``bench/results/machine-code.json``. Needs Triton and no GPU; measures no time. ``tests/test_triton_budget.py`` holds the same
-numbers to budgets, with the same code (``fastokd.kernels.triton.budget``).
+``bench/results/machine-code.json``. Needs Triton and no GPU; measures no time.
+``tests/test_triton_budget.py`` holds the same numbers to budgets, with the same code
+(``fastokd.kernels.triton.budget``).
 """
 
 import argparse
@@ -25,8 +26,13 @@ from fastokd.train.run_folder import environment
 
 PATH = Path(__file__).resolve().parent / "results" / "machine-code.json"
 KERNELS = ("forward", "backward", "fused")
-VARIANTS = ((4, "paper", "bf16", tuple(SIZES), (80, 90, 100)), (4, "paper", "fp32", tuple(SIZES), (90,)), (4, "code", "bf16", tuple(SIZES), (90,)),
-            (2, "paper", "bf16", ((1024, 1000),), (90,)), (8, "paper", "bf16", ((1024, 1000),), (90,)))
+VARIANTS = (
+    (4, "paper", "bf16", tuple(SIZES), (80, 90, 100)),
+    (4, "paper", "fp32", tuple(SIZES), (90,)),
+    (4, "code", "bf16", tuple(SIZES), (90,)),
+    (2, "paper", "bf16", ((1024, 1000),), (90,)),
+    (8, "paper", "bf16", ((1024, 1000),), (90,)),
+)
 """Branches, preset, dtype, sizes (B, C), and compute capabilities."""
 
 
@@ -37,17 +43,38 @@ def _cost(which: str, plan: Plan, tile: Any, dtype: str, capability: int) -> dic
     return dataclasses.asdict(measure(compile_kernel(which, plan, tile, dtype, capability), tile))
 
 
-def row(which: str, branches: int, preset: str, dtype: str, batch: int, num_classes: int, capability: int) -> dict[str, Any]:
-    """One kernel for one generation of GPUs: what it is for, how its rows are laid out, and its ``Cost``."""
+def row(
+    which: str,
+    branches: int,
+    preset: str,
+    dtype: str,
+    batch: int,
+    num_classes: int,
+    capability: int,
+) -> dict[str, Any]:
+    """One kernel for one generation of GPUs: what it is for, how its rows are laid out, and its
+    ``Cost``.
+    """
     from fastokd.kernels.triton.budget import launch_tile
 
     plan = lower(ahbf_graph(branches, **PRESETS[preset]))
     tile = launch_tile(plan, batch, num_classes, dtype, fused=which == "fused")
     assert tile.splits == 1, "rows of these sizes are not split"
     return {
-        "kernel": which, "branches": branches, "preset": preset, "dtype": dtype, "batch": batch, "num_classes": num_classes, "capability": capability,
-        "rows": tile.rows, "num_warps": tile.num_warps, "pieces": tile.pieces, "whole": tile.whole, "rest_pieces": tile.rest_pieces if tile.rest else 0,
-        **_cost(which, plan, tile, dtype, capability)}
+        "kernel": which,
+        "branches": branches,
+        "preset": preset,
+        "dtype": dtype,
+        "batch": batch,
+        "num_classes": num_classes,
+        "capability": capability,
+        "rows": tile.rows,
+        "num_warps": tile.num_warps,
+        "pieces": tile.pieces,
+        "whole": tile.whole,
+        "rest_pieces": tile.rest_pieces if tile.rest else 0,
+        **_cost(which, plan, tile, dtype, capability),
+    }
 
 
 def all_rows() -> Iterator[dict[str, Any]]:
@@ -61,8 +88,14 @@ def all_rows() -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Write the file; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=PATH, help="the file (default: that of the repository)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.machine_code",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=PATH, help="the file (default: that of the repository)"
+    )
     options = parser.parse_args(arguments)
     try:
         import triton  # noqa: F401
@@ -72,9 +105,16 @@ def main(arguments: list[str]) -> int:
     about, rows = environment(torch.device("cpu")), []
     for found in all_rows():
         rows.append(found)
-        print(f"{found['branches']} branches, {found['preset']}, {found['dtype']}, {found['batch']} x {found['num_classes']}, {found['kernel']}, sm_{found['capability']}: "
-              f"{found['registers']} registers, {found['per_column']:.1f} instructions a column", flush=True)
-    write_json(options.out, {**{name: about[name] for name in ("triton", "commit", "command")}, "rows": rows})
+        print(
+            f"{found['branches']} branches, {found['preset']}, {found['dtype']}, {found['batch']} x"
+            f" {found['num_classes']}, {found['kernel']}, sm_{found['capability']}:"
+            f" {found['registers']} registers, {found['per_column']:.1f} instructions a column",
+            flush=True,
+        )
+    write_json(
+        options.out,
+        {**{name: about[name] for name in ("triton", "commit", "command")}, "rows": rows},
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 """The generated parts of ``docs/methods/``: ``python -m bench.method_pages``.
 
-Every page has what its method's code says: layout, options with their presets, and the graph as ``fastokd show`` draws it.
-The index lists the methods and compares them as ``bench.methods`` measured it. ``--check`` fails if a page is missing or not what the code gives.
+Every page has what its method's code says: layout, options with their presets, and the graph as
+``fastokd show`` draws it. The index lists the methods and compares them as ``bench.methods``
+measured it. ``--check`` fails if a page is missing or not what the code gives.
 """
 
 import inspect
@@ -47,58 +48,115 @@ def _branches(method: Method) -> str:
 
 
 def _kept(method: Method) -> str:
-    return "the student" if method.branch_range == (1, 1) else "the last branch" if method.kept == -1 else f"branch {method.kept + 1}"
+    return (
+        "the student"
+        if method.branch_range == (1, 1)
+        else "the last branch"
+        if method.kept == -1
+        else f"branch {method.kept + 1}"
+    )
 
 
 def _ramp(method: Method, preset: str) -> str:
     epochs = method.ramp_epochs(EPOCHS, preset)
     if not epochs:
         return "none"
-    return f"{'over' if method.schedule(epochs - 1, epochs) else '0 in the first'} {epochs} of {EPOCHS} epochs"
+    return (
+        f"{'over' if method.schedule(epochs - 1, epochs) else '0 in the first'} {epochs} of"
+        f" {EPOCHS} epochs"
+    )
 
 
 def layout(method: Method) -> list[str]:
     """How the networks are laid out, and which is kept."""
     presets = list(method.loss_class.presets)
     ramps = [_ramp(method, preset) for preset in presets]
-    ramp = ramps[0] if len(set(ramps)) == 1 else "; ".join(f"`{preset}`: {text}" for preset, text in zip(presets, ramps, strict=True))
-    return markdown_table([
-        ("layout", ""),
-        ("branches", _branches(method)),
-        ("networks", " or ".join(method.topologies) + (", deeper from branch to branch" if method.hierarchical else "")),
-        ("kept", _kept(method)),
-        ("ramp-up of `kd_weight`", ramp),
-    ])
+    ramp = (
+        ramps[0]
+        if len(set(ramps)) == 1
+        else "; ".join(f"`{preset}`: {text}" for preset, text in zip(presets, ramps, strict=True))
+    )
+    return markdown_table(
+        [
+            ("layout", ""),
+            ("branches", _branches(method)),
+            (
+                "networks",
+                " or ".join(method.topologies)
+                + (", deeper from branch to branch" if method.hierarchical else ""),
+            ),
+            ("kept", _kept(method)),
+            ("ramp-up of `kd_weight`", ramp),
+        ]
+    )
 
 
 def options(method: Method) -> list[str]:
     """Every option with its default and what the presets say."""
     loss, presets = method.loss_class, method.loss_class.presets
-    told = meanings(loss) | meanings(method.views) | (meanings(method.build_companion) if method.build_companion else {})
+    told = (
+        meanings(loss)
+        | meanings(method.views)
+        | (meanings(method.build_companion) if method.build_companion else {})
+    )
     rows = [("option", "default", *(f"`{preset}`" for preset in presets), "meaning")]
-    defaults = {name: parameter.default for name, parameter in inspect.signature(loss).parameters.items()
-                if name not in ("num_branches", "reduction", "impl")}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(loss).parameters.items()
+        if name not in ("num_branches", "reduction", "impl")
+    }
     for name, default in (*defaults.items(), *method.model_options.items()):
-        values = [str(bundle[name]) if name in bundle and bundle[name] != default else "" for bundle in presets.values()]
+        values = [
+            str(bundle[name]) if name in bundle and bundle[name] != default else ""
+            for bundle in presets.values()
+        ]
         rows.append((f"`{name}`", str(default), *values, told[name]))
     return markdown_table(rows)
 
 
 def page(method: Method) -> list[str]:
     """The generated part of one method's page."""
-    losses = {preset: method.loss_class.preset(preset, method.default_branches) for preset in method.loss_class.presets}
+    losses = {
+        preset: method.loss_class.preset(preset, method.default_branches)
+        for preset in method.loss_class.presets
+    }
     first = next(iter(losses.values()))
-    drawings = [line for preset, loss in losses.items() for line in
-                ("```", f"$ fastokd show {method.name}" + (f" --preset {preset}" if loss is not first else ""), loss.draw(), "```", "")]
-    return [*layout(method), *options(method), "```mermaid", draw_mermaid(first.graph), "```", "", *drawings]
+    drawings = [
+        line
+        for preset, loss in losses.items()
+        for line in (
+            "```",
+            f"$ fastokd show {method.name}" + (f" --preset {preset}" if loss is not first else ""),
+            loss.draw(),
+            "```",
+            "",
+        )
+    ]
+    return [
+        *layout(method),
+        *options(method),
+        "```mermaid",
+        draw_mermaid(first.graph),
+        "```",
+        "",
+        *drawings,
+    ]
 
 
 def index() -> list[str]:
     """The table of methods."""
     rows = [("method", "what it is", "branches", "networks", "kept", "presets")]
     for method in map(get_method, list_methods()):
-        rows.append((f"[{method.name}]({method.name}.md)", method.summary, _branches(method), " or ".join(method.topologies), _kept(method),
-                     ", ".join(method.loss_class.presets)))
+        rows.append(
+            (
+                f"[{method.name}]({method.name}.md)",
+                method.summary,
+                _branches(method),
+                " or ".join(method.topologies),
+                _kept(method),
+                ", ".join(method.loss_class.presets),
+            )
+        )
     return [*markdown_table(rows), *comparison(RESULTS)]
 
 
@@ -106,38 +164,79 @@ def spread(values: list[float] | None) -> str:
     """The mean and the standard deviation of accuracies, in %."""
     if not values:
         return ""
-    return f"{100 * statistics.mean(values):.2f} +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else f"{100 * values[0]:.2f}"
+    return (
+        f"{100 * statistics.mean(values):.2f} +- {100 * statistics.stdev(values):.2f}"
+        if len(values) > 1
+        else f"{100 * values[0]:.2f}"
+    )
 
 
 def comparison(path: Path) -> list[str]:
-    """Every method on the embedded digits, from the result file of ``bench.methods``; nothing if there is none."""
+    """Every method on the embedded digits, from the result file of ``bench.methods``; nothing if
+    there is none.
+    """
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
     settings, measured = found["settings"], found["rows"]
     count = int(re.search(r"and (\d+) test", settings["data"])[1])
-    rows = [("method", "preset", "networks", "student, %", "ensemble, %", "mean of the branches, %", "student's parameters", "parameters in training", "s per run")]
+    rows = [
+        (
+            "method",
+            "preset",
+            "networks",
+            "student, %",
+            "ensemble, %",
+            "mean of the branches, %",
+            "student's parameters",
+            "parameters in training",
+            "s per run",
+        )
+    ]
     for row in measured:
-        rows.append((f"[{row['method']}]({row['method']}.md)", row["preset"], "1" if row["branches"] == 1 else f"{row['branches']} {row['networks']}",
-                     spread(row["student"]), spread(row.get("ensemble")), spread(row.get("branch_mean")), f"{row['student_parameters']:,}", f"{row['parameters']:,}",
-                     f"{statistics.mean(row['seconds']):.0f}"))
+        rows.append(
+            (
+                f"[{row['method']}]({row['method']}.md)",
+                row["preset"],
+                "1" if row["branches"] == 1 else f"{row['branches']} {row['networks']}",
+                spread(row["student"]),
+                spread(row.get("ensemble")),
+                spread(row.get("branch_mean")),
+                f"{row['student_parameters']:,}",
+                f"{row['parameters']:,}",
+                f"{statistics.mean(row['seconds']):.0f}",
+            )
+        )
     teachers = [f"{spread(row['teacher'])} %" for row in measured if "teacher" in row]
     commits = ", ".join(sorted({row["commit"] for row in measured}))
     return [
-        "### All methods on the embedded digits", "",
-        f"Accuracy after the last epoch, mean and standard deviation over {settings['seeds']} seeds; {settings['student']}, {settings['data']}, "
-        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, learning rate {settings['lr']:g}, a = {settings['aux_blocks']} where branches get deeper, every method with its default number of branches"
-        + (f", `kd` with a {settings['teacher']} trained in the same way ({teachers[0]})" if teachers else "") + ". "
-        f"`python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU thread); it takes minutes and says that everything trains. "
-        f"One image is {100 / count:.2f} %, and differences of that order or of the deviations are none: it is no ranking of the methods. AFID's student is both of its "
-        "sub-networks." + (f" {found['note']}" if "note" in found else ""), "",
+        "### All methods on the embedded digits",
+        "",
+        f"Accuracy after the last epoch, mean and standard deviation over {settings['seeds']}"
+        f" seeds; {settings['student']}, {settings['data']}, {settings['epochs']} epochs, batches"
+        f" of {settings['batch_size']}, learning rate {settings['lr']:g}, a ="
+        f" {settings['aux_blocks']} where branches get deeper, every method with its default number"
+        " of branches"
+        + (
+            f", `kd` with a {settings['teacher']} trained in the same way ({teachers[0]})"
+            if teachers
+            else ""
+        )
+        + f". `python -m bench.methods` made it (commit {commits}, torch {found['torch']}, one CPU"
+        " thread); it takes minutes and says that everything trains. One image is"
+        f" {100 / count:.2f} %, and differences of that order or of the deviations are none: it"
+        " is no ranking of the methods. AFID's student is both of its sub-networks."
+        + (f" {found['note']}" if "note" in found else ""),
+        "",
         *markdown_table(rows),
     ]
 
 
 def generated() -> dict[Path, str]:
     """Every page's generated part."""
-    parts = {FOLDER / f"{name}.md": page(get_method(name)) for name in list_methods()} | {FOLDER / "index.md": index()}
+    parts = {FOLDER / f"{name}.md": page(get_method(name)) for name in list_methods()} | {
+        FOLDER / "index.md": index()
+    }
     return {path: "\n".join([START, *lines, END]) for path, lines in parts.items()}
 
 

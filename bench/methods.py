@@ -1,8 +1,9 @@
-"""Every method on the embedded digits, with one student and one set of settings: ``python -m bench.methods``.
+"""Every method on the embedded digits, with one student and one set of settings: ``python -m
+bench.methods``.
 
-Writes ``bench/results/methods-digits.json`` after every method, and leaves alone what that file already has for the same
-settings, so that a second call continues and a new method costs its own runs only. ``python -m bench.method_pages`` makes the
-table of ``docs/methods/index.md`` from it.
+Writes ``bench/results/methods-digits.json`` after every method, and leaves alone what that file
+already has for the same settings, so that a second call continues and a new method costs its own
+runs only. ``python -m bench.method_pages`` makes the table of ``docs/methods/index.md`` from it.
 """
 
 import argparse
@@ -28,15 +29,27 @@ from fastokd.train.run_folder import RunFolder, environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods-digits.json"
 STUDENT, TEACHER = "resnet8", "resnet20"
-SETTINGS = TrainConfig(data="digits", model=STUDENT, aux_blocks=1, batch_size=64, lr=0.05, device="cpu", precision="fp32")
+SETTINGS = TrainConfig(
+    data="digits",
+    model=STUDENT,
+    aux_blocks=1,
+    batch_size=64,
+    lr=0.05,
+    device="cpu",
+    precision="fp32",
+)
 """The demo's: the papers' optimizer, scaled to 1,442 images of 8 x 8 pixels."""
 MEASURED = ("ensemble", "branch_mean", "teacher")
 
 
-def configuration(method: str, preset: str, seed: int, epochs: int, teacher: Path | None) -> TrainConfig:
+def configuration(
+    method: str, preset: str, seed: int, epochs: int, teacher: Path | None
+) -> TrainConfig:
     """One run of a method with its default number of branches."""
     options = {"teacher": str(teacher)} if teacher else {}
-    return dataclasses.replace(SETTINGS, method=method, preset=preset, seed=seed, epochs=epochs, method_options=options)
+    return dataclasses.replace(
+        SETTINGS, method=method, preset=preset, seed=seed, epochs=epochs, method_options=options
+    )
 
 
 def run(config: TrainConfig, folder: Path, data: Dataset) -> Trainer:
@@ -47,22 +60,48 @@ def run(config: TrainConfig, folder: Path, data: Dataset) -> Trainer:
     return trainer
 
 
-def measure(method: str, preset: str, seeds: int, epochs: int, data: Dataset, folder: Path) -> dict[str, Any]:
-    """One row: the accuracy of every seed's student after the last epoch, and of what is measured beside it."""
+def measure(
+    method: str, preset: str, seeds: int, epochs: int, data: Dataset, folder: Path
+) -> dict[str, Any]:
+    """One row: the accuracy of every seed's student after the last epoch, and of what is measured
+    beside it.
+    """
     found: list[Trainer] = []
     for seed in range(seeds):
         teacher = None
         if get_method(method).needs_teacher:
             teacher = folder / f"teacher-{seed}"
             if not teacher.exists():
-                run(dataclasses.replace(SETTINGS, model=TEACHER, method="baseline", seed=seed, epochs=epochs), teacher, data)
-        found.append(run(configuration(method, preset, seed, epochs, teacher), folder / f"{method}-{preset}-{seed}", data))
+                run(
+                    dataclasses.replace(
+                        SETTINGS, model=TEACHER, method="baseline", seed=seed, epochs=epochs
+                    ),
+                    teacher,
+                    data,
+                )
+        found.append(
+            run(
+                configuration(method, preset, seed, epochs, teacher),
+                folder / f"{method}-{preset}-{seed}",
+                data,
+            )
+        )
     first = found[0]
     return {
-        "method": method, "preset": preset, "branches": first.config.num_branches(), "networks": first.config.topology or get_method(method).topologies[0],
-        "kept": first.kept, "student_parameters": count_parameters(first.model.student()), "parameters": count_parameters(first.model), "seconds": [round(trainer.seconds, 1) for trainer in found],
+        "method": method,
+        "preset": preset,
+        "branches": first.config.num_branches(),
+        "networks": first.config.topology or get_method(method).topologies[0],
+        "kept": first.kept,
+        "student_parameters": count_parameters(first.model.student()),
+        "parameters": count_parameters(first.model),
+        "seconds": [round(trainer.seconds, 1) for trainer in found],
         "student": [trainer.last[first.kept] for trainer in found],
-        **{name: [trainer.last[name] for trainer in found] for name in MEASURED if name in first.last},
+        **{
+            name: [trainer.last[name] for trainer in found]
+            for name in MEASURED
+            if name in first.last
+        },
         "commit": environment(torch.device("cpu"))["commit"],
     }
 
@@ -88,8 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown method '{name}'{did_you_mean(name, list_methods())}")
     torch.set_num_threads(1)  # on 8 x 8 pixels a second one gains nothing
     data = open_dataset("digits")
-    settings = {"data": f"digits, {len(data.train)} training and {len(data.evaluation)} test images", "student": STUDENT, "teacher": TEACHER,
-                "seeds": given.seeds, "epochs": given.epochs, "batch_size": SETTINGS.batch_size, "lr": SETTINGS.lr, "aux_blocks": SETTINGS.aux_blocks}
+    settings = {
+        "data": f"digits, {len(data.train)} training and {len(data.evaluation)} test images",
+        "student": STUDENT,
+        "teacher": TEACHER,
+        "seeds": given.seeds,
+        "epochs": given.epochs,
+        "batch_size": SETTINGS.batch_size,
+        "lr": SETTINGS.lr,
+        "aux_blocks": SETTINGS.aux_blocks,
+    }
     rows = earlier(given.out, settings)
     with tempfile.TemporaryDirectory() as folder:
         for name in given.methods or list_methods():
@@ -97,8 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if any((row["method"], row["preset"]) == (name, preset) for row in rows):
                     continue
                 row = measure(name, preset, given.seeds, given.epochs, data, Path(folder))
-                rows = sorted([*rows, row], key=lambda row: (row["method"] != "baseline", row["method"], row["preset"] != "paper"))
-                write_json(given.out, {"settings": settings, "torch": torch.__version__, "rows": rows})
+                rows = sorted(
+                    [*rows, row],
+                    key=lambda row: (
+                        row["method"] != "baseline",
+                        row["method"],
+                        row["preset"] != "paper",
+                    ),
+                )
+                write_json(
+                    given.out, {"settings": settings, "torch": torch.__version__, "rows": rows}
+                )
                 accuracies = ", ".join(f"{100 * value:.2f}" for value in row["student"])
                 print(f"{name} ({preset}): student {accuracies} %", flush=True)
     return 0

@@ -1,8 +1,10 @@
-"""Pictures of ImageNet's kind to measure decoding with: 500 x 375 JPEG files of about 100 KB, in a tree of classes.
+"""Pictures of ImageNet's kind to measure decoding with: 500 x 375 JPEG files of about 100 KB, in a
+tree of classes.
 
     python -m bench.pictures OUT [--count N] [--source FOLDER]
 
-Composed out of small photographs where there is a folder of some, else drawn. The same arguments give the same pictures.
+Composed out of small photographs where there is a folder of some, else drawn. The same arguments
+give the same pictures.
 """
 
 import argparse
@@ -23,12 +25,17 @@ _CLASSES = 10
 
 
 def compose(out: Path, count: int, source: Path | None = None) -> Path:
-    """Write ``count`` training pictures and a tenth as many for evaluation to ``out``; returns it. What is there stays.
+    """Write ``count`` training pictures and a tenth as many for evaluation to ``out``; returns it.
+    What is there stays.
 
     Args:
         source: a folder with small JPEG files anywhere below it; None to draw the pictures.
     """
-    files = [] if source is None else sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    files = (
+        []
+        if source is None
+        else sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    )
     if source is not None and not files:
         raise SystemExit(f"{source}: no .jpg or .jpeg files below it")
 
@@ -37,10 +44,22 @@ def compose(out: Path, count: int, source: Path | None = None) -> Path:
         path = out / split / f"class-{i % _CLASSES}" / f"{i:06d}.jpg"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: file.write(_encode(_picture(np.random.default_rng([split == "val", i]), files))), durable=False)
+            write_atomically(
+                path,
+                lambda file: file.write(
+                    _encode(_picture(np.random.default_rng([split == "val", i]), files))
+                ),
+                durable=False,
+            )
 
-    places = [(split, i) for split, number in (("train", count), ("val", max(_CLASSES, count // 10))) for i in range(number)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow encodes and scales without Python's lock
+    places = [
+        (split, i)
+        for split, number in (("train", count), ("val", max(_CLASSES, count // 10)))
+        for i in range(number)
+    ]
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # Pillow encodes and scales without Python's lock
         for _ in pool.map(write, places):
             pass
     return out
@@ -54,7 +73,9 @@ def _picture(rng: np.random.Generator, files: list[Path]) -> Image.Image:
             with Image.open(files[rng.integers(len(files))]) as tile:
                 part = tile.convert("RGB").resize((_TILE, _TILE))
         else:
-            coarse = rng.integers(0, 256, (rng.integers(2, 24), rng.integers(2, 24), 3), dtype=np.uint8)
+            coarse = rng.integers(
+                0, 256, (rng.integers(2, 24), rng.integers(2, 24), 3), dtype=np.uint8
+            )
             part = Image.fromarray(coarse).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
         canvas.paste(part, (place % columns * _TILE, place // columns * _TILE))
     return canvas.crop((0, 0, *SIZE))
@@ -71,7 +92,11 @@ def _encode(picture: Image.Image) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=2000, help="training pictures (default 2000)")
     parser.add_argument("--source", type=Path, help="folder of small JPEG files to compose them of")

@@ -1,4 +1,5 @@
-"""The generated part of ``docs/recipes.md``: every recipe with what the papers report for it: ``python -m bench.recipe_page``.
+"""The generated part of ``docs/recipes.md``: every recipe with what the papers report for it:
+``python -m bench.recipe_page``.
 
 ``--check`` fails if the page is not what the code gives.
 """
@@ -23,7 +24,15 @@ def notes(recipes: Mapping[str, Recipe]) -> list[str]:
             found.setdefault(note, []).append(f"`{name}`")
     if not found:
         return []
-    return [*(f"- {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + f": {note}" for note, names in found.items()), ""]
+    return [
+        *(
+            f"- {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            + f": {note}"
+            for note, names in found.items()
+        ),
+        "",
+    ]
 
 
 def generated() -> str:
@@ -31,8 +40,21 @@ def generated() -> str:
     lines = []
     for group in recipe_groups():
         about = group.about.replace("``", "`")
-        rows = [("recipe", "what it is", "published error, %"), *((f"`{name}`", recipe.title, recipe.reported()) for name, recipe in group.recipes.items())]
-        lines += [f"## {group.heading}", "", about, "", *markdown_table(rows), *notes(group.recipes)]
+        rows = [
+            ("recipe", "what it is", "published error, %"),
+            *(
+                (f"`{name}`", recipe.title, recipe.reported())
+                for name, recipe in group.recipes.items()
+            ),
+        ]
+        lines += [
+            f"## {group.heading}",
+            "",
+            about,
+            "",
+            *markdown_table(rows),
+            *notes(group.recipes),
+        ]
     return "\n".join([START, *lines, END])
 
 

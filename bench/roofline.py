@@ -1,15 +1,21 @@
 """A model of how long the fused kernels take: ``python -m bench.roofline --chip h200``.
 
-From what the machine code says (``bench/results/machine-code.json``) and the bytes that must move, it predicts the time of each
-kernel on a chip, and which limit binds. It is a model, and no measurement:
+From what the machine code says (``bench/results/machine-code.json``) and the bytes that must move,
+it predicts the time of each kernel on a chip, and which limit binds. It is a model, and no
+measurement:
 
-- **memory**: each logit is read once, and each gradient written once, at ``MEMORY_SHARE`` of the chip's bandwidth. Nothing is
-  taken from the caches, which makes it pessimistic where the logits fit into the second one.
-- **issue**: a warp runs every instruction of its kernel once, and the loop over whole chunks as often as its row has chunks. (That
-  counts the second pass for rows whose maxima were guessed too low, which hardly ever runs.) Each of a multiprocessor's four schedulers starts one a cycle, of which ``BUSY_SHARE`` are used. Where there are fewer warps
-  than schedulers, the others idle. That a warp waits for its own results is not in it, so a few warps take longer.
-- **exponentials**: the special-function units of a multiprocessor take 16 lanes a cycle; the same share is used.
-- **launch**: what the smallest kernel takes in a CUDA graph (``LAUNCH``), which comes on top of the largest of the others.
+- **memory**: each logit is read once, and each gradient written once, at ``MEMORY_SHARE`` of the
+  chip's bandwidth. Nothing is taken from the caches, which makes it pessimistic where the logits
+  fit into the second one.
+- **issue**: a warp runs every instruction of its kernel once, and the loop over whole chunks as
+  often as its row has chunks. (That counts the second pass for rows whose maxima were guessed too
+  low, which hardly ever runs.) Each of a multiprocessor's four schedulers starts one a cycle, of
+  which ``BUSY_SHARE`` are used. Where there are fewer warps than schedulers, the others idle. That
+  a warp waits for its own results is not in it, so a few warps take longer.
+- **exponentials**: the special-function units of a multiprocessor take 16 lanes a cycle; the same
+  share is used.
+- **launch**: what the smallest kernel takes in a CUDA graph (``LAUNCH``), which comes on top of the
+  largest of the others.
 
 The three constants are assumptions, of what kernels that stream memory usually reach.
 """
@@ -28,14 +34,20 @@ from fastokd.errors import ConfigError, did_you_mean
 
 MEMORY_SHARE, BUSY_SHARE, LAUNCH = 0.9, 0.75, 2.2e-6
 _SCHEDULERS = 4
-"""Of a multiprocessor; each starts one instruction of a warp a cycle (CUDA C++ Programming Guide, compute capabilities)."""
+"""Of a multiprocessor; each starts one instruction of a warp a cycle (CUDA C++ Programming Guide,
+compute capabilities).
+"""
 _SPECIAL_LANES = 16
-"""Results of special functions per cycle and multiprocessor (the same guide, table of arithmetic throughput: 8.0, 9.0 and 10.0)."""
+"""Results of special functions per cycle and multiprocessor (the same guide, table of arithmetic
+throughput: 8.0, 9.0 and 10.0).
+"""
 _WARP = 32
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 _LONG_NAME = {"bf16": "bfloat16", "fp32": "float32"}
 BRANCHES, PRESET = 4, "paper"
-"""Of the kernels that are predicted. With the preset ``code`` a row is passed over once more, which the file does not tell apart."""
+"""Of the kernels that are predicted. With the preset ``code`` a row is passed over once more, which
+the file does not tell apart.
+"""
 PASSES = ("forward", "backward", "fused")
 
 
@@ -63,10 +75,42 @@ class Chip:
 
 
 CHIPS = {
-    "a100": Chip("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2.039e12, "NVIDIA A100 data sheet and architecture white paper"),
-    "h100": Chip("H100 SXM", "NVIDIA H100 80GB HBM3", 90, 132, 1.98e9, 3.35e12, "NVIDIA H100 data sheet; the clock from its 67 TFLOPS of float32"),
-    "h200": Chip("H200 SXM", "NVIDIA H200", 90, 132, 1.98e9, 4.8e12, "NVIDIA H200 data sheet; the clock from its 67 TFLOPS of float32"),
-    "b200": Chip("B200 SXM", "NVIDIA B200", 100, 148, 1.98e9, 7.7e12, "NVIDIA HGX B200 data sheet: 62 TB/s and 600 TFLOPS of float32 for eight"),
+    "a100": Chip(
+        "A100 SXM 80 GB",
+        "NVIDIA A100-SXM4-80GB",
+        80,
+        108,
+        1.41e9,
+        2.039e12,
+        "NVIDIA A100 data sheet and architecture white paper",
+    ),
+    "h100": Chip(
+        "H100 SXM",
+        "NVIDIA H100 80GB HBM3",
+        90,
+        132,
+        1.98e9,
+        3.35e12,
+        "NVIDIA H100 data sheet; the clock from its 67 TFLOPS of float32",
+    ),
+    "h200": Chip(
+        "H200 SXM",
+        "NVIDIA H200",
+        90,
+        132,
+        1.98e9,
+        4.8e12,
+        "NVIDIA H200 data sheet; the clock from its 67 TFLOPS of float32",
+    ),
+    "b200": Chip(
+        "B200 SXM",
+        "NVIDIA B200",
+        100,
+        148,
+        1.98e9,
+        7.7e12,
+        "NVIDIA HGX B200 data sheet: 62 TB/s and 600 TFLOPS of float32 for eight",
+    ),
 }
 
 
@@ -86,7 +130,12 @@ class Prediction:
     @property
     def limit(self) -> str:
         """Which of launch, memory, issue and exponentials takes longest."""
-        times = {"launch": LAUNCH, "memory": self.memory, "issue": self.issue, "exponentials": self.exponentials}
+        times = {
+            "launch": LAUNCH,
+            "memory": self.memory,
+            "issue": self.issue,
+            "exponentials": self.exponentials,
+        }
         return max(times, key=lambda name: times[name])
 
 
@@ -96,48 +145,94 @@ def columns_of_a_thread(code: Mapping[str, Any]) -> int:
 
 
 def exponentials_per_column(code: Mapping[str, Any]) -> float:
-    """Of the loop over whole chunks; without one of the whole kernel, which ``Cost`` divides by the columns of one chunk."""
+    """Of the loop over whole chunks; without one of the whole kernel, which ``Cost`` divides by the
+    columns of one chunk.
+    """
     if code["whole"] > 1:
         return code["exponentials_per_column"]
-    return code["exponentials_per_column"] * (code["pieces"] if code["whole"] else code["rest_pieces"]) / columns_of_a_thread(code)
+    return (
+        code["exponentials_per_column"]
+        * (code["pieces"] if code["whole"] else code["rest_pieces"])
+        / columns_of_a_thread(code)
+    )
 
 
-def predict(chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | None = None) -> Prediction:
+def predict(
+    chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | None = None
+) -> Prediction:
     """The time of one kernel.
 
     Args:
         chip: what it runs on.
         code: the kernel's row of the machine-code file.
-        backward: for the fused kernel the row of the backward kernel, whose loop over chunks is its second.
+        backward: for the fused kernel the row of the backward kernel, whose loop over chunks is its
+            second.
     """
     loops = [code] if backward is None else [code, backward]
     warps = -(-code["batch"] // code["rows"]) * code["num_warps"]
     again = max(code["whole"] - 1, 0)
     instructions = code["instructions"] + again * sum(loop["loop_instructions"] for loop in loops)
-    exponentials = exponentials_per_column(code) * columns_of_a_thread(code) * (len(loops) if code["whole"] > 1 else 1)
+    exponentials = (
+        exponentials_per_column(code)
+        * columns_of_a_thread(code)
+        * (len(loops) if code["whole"] > 1 else 1)
+    )
     busy = min(warps, _SCHEDULERS * chip.multiprocessors) * chip.clock * BUSY_SHARE
-    moved = code["branches"] * code["batch"] * code["num_classes"] * ITEMSIZE[code["dtype"]] * (1 if code["kernel"] == "forward" else 2)
-    return Prediction(moved / (chip.bandwidth * MEMORY_SHARE), warps * instructions / busy, warps * exponentials * _SCHEDULERS * _WARP / _SPECIAL_LANES / busy)
+    moved = (
+        code["branches"]
+        * code["batch"]
+        * code["num_classes"]
+        * ITEMSIZE[code["dtype"]]
+        * (1 if code["kernel"] == "forward" else 2)
+    )
+    return Prediction(
+        moved / (chip.bandwidth * MEMORY_SHARE),
+        warps * instructions / busy,
+        warps * exponentials * _SCHEDULERS * _WARP / _SPECIAL_LANES / busy,
+    )
 
 
-def predictions(found: Mapping[str, Any], chip: Chip, dtype: str = "bf16") -> Iterator[tuple[tuple[int, int], str, Prediction]]:
-    """Size (B, C), pass and prediction of every kernel that the machine-code file has of four branches for this chip."""
-    rows = {(row["batch"], row["num_classes"], row["kernel"]): row for row in found["rows"]
-            if (row["branches"], row["preset"], row["dtype"], row["capability"]) == (BRANCHES, PRESET, dtype, chip.capability)}
+def predictions(
+    found: Mapping[str, Any], chip: Chip, dtype: str = "bf16"
+) -> Iterator[tuple[tuple[int, int], str, Prediction]]:
+    """Size (B, C), pass and prediction of every kernel that the machine-code file has of four
+    branches for this chip.
+    """
+    rows = {
+        (row["batch"], row["num_classes"], row["kernel"]): row
+        for row in found["rows"]
+        if (row["branches"], row["preset"], row["dtype"], row["capability"])
+        == (BRANCHES, PRESET, dtype, chip.capability)
+    }
     for size in SIZES:
         for which in PASSES:
             if (code := rows.get((*size, which))) is not None:
-                yield size, which, predict(chip, code, rows[*size, "backward"] if which == "fused" else None)
+                yield (
+                    size,
+                    which,
+                    predict(chip, code, rows[*size, "backward"] if which == "fused" else None),
+                )
 
 
-def measured(folder: Path, chip: Chip, dtype: str = "bf16") -> dict[tuple[tuple[int, int], str], float]:
-    """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels`` has measured them on this chip."""
+def measured(
+    folder: Path, chip: Chip, dtype: str = "bf16"
+) -> dict[tuple[tuple[int, int], str], float]:
+    """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels``
+    has measured them on this chip.
+    """
     found = {}
     for path in sorted(folder.glob("kernels-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"] if result["environment"]["device"] == chip.device else ():
-            if (row.get("loss"), row.get("preset"), row.get("dtype")) == ("ahbf", PRESET, _LONG_NAME[dtype]):
-                for which, case in (("forward", "kernel alone graph/forward"), ("fused", "kernel alone graph/both")):
+            if (row.get("loss"), row.get("preset"), row.get("dtype")) == (
+                "ahbf",
+                PRESET,
+                _LONG_NAME[dtype],
+            ):
+                for which, case in (
+                    ("forward", "kernel alone graph/forward"),
+                    ("fused", "kernel alone graph/both"),
+                ):
                     if row.get(case) is not None:
                         found[(row["batch"], row["num_classes"]), which] = row[case]
     return found
@@ -156,7 +251,11 @@ def get_chip(name: str) -> Chip:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the predictions; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--chip", default="h200", help=f"of {', '.join(CHIPS)} (default h200)")
     parser.add_argument("--dtype", default="bf16", choices=list(ITEMSIZE))
     options = parser.parse_args(arguments)
@@ -166,12 +265,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f"bench.roofline: {error}", file=sys.stderr)
         return error.exit_code
     found = json.loads(PATH.read_text(encoding="utf-8"))
-    print(f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches, {PRESET} preset, {options.dtype}; microseconds")
+    print(
+        f"{chip.title}: predictions of a model, not measurements; AHBF, {BRANCHES} branches,"
+        f" {PRESET} preset, {options.dtype}; microseconds"
+    )
     times = measured(PATH.parent, chip, options.dtype)
-    print(f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7}  {'exponentials':>12}  {'measured':>8}")
+    print(
+        f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7} "
+        f" {'exponentials':>12}  {'measured':>8}"
+    )
     for size, which, one in predictions(found, chip, options.dtype):
-        print(f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12}  {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f}"
-              f"  {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}")
+        print(
+            f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12} "
+            f" {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f} "
+            f" {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}"
+        )
     return 0
 
 

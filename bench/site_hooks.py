@@ -1,6 +1,8 @@
-"""What the documentation site (``make docs``) draws itself while it is built, so that its pages need no other server.
+"""What the documentation site (``make docs``) draws itself while it is built, so that its pages
+need no other server.
 
-On GitHub a page shows a Mermaid drawing and LaTeX; here they become SVG and MathML. Hooks of MkDocs, named in ``mkdocs.yml``.
+On GitHub a page shows a Mermaid drawing and LaTeX; here they become SVG and MathML. Hooks of
+MkDocs, named in ``mkdocs.yml``.
 """
 
 import html
@@ -16,49 +18,78 @@ from fastokd.methods import get_method, list_methods
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
-    """A method's graph instead of its Mermaid source, and the rooms as a drawing above their order."""
+    """A method's graph instead of its Mermaid source, and the rooms as a drawing above their
+    order.
+    """
     path = PurePosixPath(page.file.src_uri)
-    markdown = re.sub(r"^(<!-- .* -->)\n(?=\|)", r"\1\n\n", markdown, flags=re.MULTILINE)  # else a table may be taken for a paragraph
+    markdown = re.sub(
+        r"^(<!-- .* -->)\n(?=\|)", r"\1\n\n", markdown, flags=re.MULTILINE
+    )  # else a table may be taken for a paragraph
     if path.parent.name == "methods" and path.stem in list_methods():
         method = get_method(path.stem)
-        loss = method.loss_class.preset(next(iter(method.loss_class.presets)), method.default_branches)
+        loss = method.loss_class.preset(
+            next(iter(method.loss_class.presets)), method.default_branches
+        )
         drawing = draw_svg(loss.graph)
-        return re.sub(r"```mermaid\n.*?```", lambda _: _figure(drawing), markdown, count=1, flags=re.DOTALL)
+        return re.sub(
+            r"```mermaid\n.*?```", lambda _: _figure(drawing), markdown, count=1, flags=re.DOTALL
+        )
     if path.name == "architecture.md":
-        return re.sub(r"```text\n([^`\n]+ < [^`\n]+)\n```", lambda found: f"{_figure(draw_rooms(found[1]))}\n\n{found[0]}", markdown, count=1)
+        return re.sub(
+            r"```text\n([^`\n]+ < [^`\n]+)\n```",
+            lambda found: f"{_figure(draw_rooms(found[1]))}\n\n{found[0]}",
+            markdown,
+            count=1,
+        )
     return markdown
 
 
 def on_page_content(content: str, page: Any, files: Any, **others: Any) -> str:
     """Formulas as MathML, and pages that are named by their file as links with their titles."""
-    content = re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', _formula, content, flags=re.DOTALL)
+    content = re.sub(
+        r'<(div|span) class="arithmatex">(.*?)</\1>', _formula, content, flags=re.DOTALL
+    )
 
     def titled(found: re.Match[str]) -> str:
-        return f"{found[1]}{_title(files, posixpath.normpath(PurePosixPath(page.file.src_uri).parent / found[2])) or found[2]}</a>"
+        target = posixpath.normpath(PurePosixPath(page.file.src_uri).parent / found[2])
+        return f"{found[1]}{_title(files, target) or found[2]}</a>"
 
     def linked(found: re.Match[str]) -> str:
         title = _title(files, found[1])
-        return f'<a href="{files.get_file_from_path(found[1]).url_relative_to(page.file)}">{title}</a>' if title else found[0]
+        return (
+            f'<a href="{files.get_file_from_path(found[1]).url_relative_to(page.file)}">{title}</a>'
+            if title
+            else found[0]
+        )
 
     content = re.sub(r'(<a href="[^"]+">)([\w/.-]+\.md)</a>', titled, content)
     return re.sub(r'(?<![\w/"=>])docs/([\w/-]+\.md)', linked, content)
 
 
 def draw_rooms(order: str) -> str:
-    """The rooms as an SVG picture, from their order: ``a, b < c < d``, where what is right may import what is left."""
+    """The rooms as an SVG picture, from their order: ``a, b < c < d``, where what is right may
+    import what is left.
+    """
     columns = [[name.strip() for name in part.split(",")] for part in order.split("<")]
     middle, parts, x = 20.0 * max(map(len, columns)), [], 0.0
     for column in columns:
         width = 8 * max(map(len, column)) + 16
         y = middle - 20 * len(column)
         for name in column:
-            parts.append(f'<rect x="{x:.0f}" y="{y + 5:.0f}" width="{width}" height="30" rx="4"/>'
-                         f'<text x="{x + width / 2:.0f}" y="{y + 24:.0f}" text-anchor="middle" fill="currentColor" stroke="none">{name}</text>')
+            parts.append(
+                f'<rect x="{x:.0f}" y="{y + 5:.0f}" width="{width}" height="30" rx="4"/><text'
+                f' x="{x + width / 2:.0f}" y="{y + 24:.0f}" text-anchor="middle"'
+                f' fill="currentColor" stroke="none">{name}</text>'
+            )
             y += 40
         x += width + 26
         parts.append(f'<path d="M{x - 4:.0f} {middle:.0f}h-18m5 -4l-5 4l5 4"/>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 0 {x - 20:.0f} {2 * middle:.0f}" width="{x - 20:.0f}" height="{2 * middle:.0f}" role="img" '
-            f'font-family="monospace" font-size="12" fill="none" stroke="currentColor"><title>rooms, and who may import whom</title>{"".join(parts[:-1])}</svg>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 0 {x - 20:.0f} {2 * middle:.0f}"'
+        f' width="{x - 20:.0f}" height="{2 * middle:.0f}" role="img" font-family="monospace"'
+        ' font-size="12" fill="none" stroke="currentColor"><title>rooms, and who may import'
+        f" whom</title>{''.join(parts[:-1])}</svg>"
+    )
 
 
 def _title(files: Any, path: str) -> str | None:
@@ -73,6 +104,11 @@ def _figure(drawing: str) -> str:
 
 def _formula(found: re.Match[str]) -> str:
     display = found[1] == "div"
-    latex = html.unescape(found[2]).strip().removeprefix(r"\[" if display else r"\(").removesuffix(r"\]" if display else r"\)")
+    latex = (
+        html.unescape(found[2])
+        .strip()
+        .removeprefix(r"\[" if display else r"\(")
+        .removesuffix(r"\]" if display else r"\)")
+    )
     formula = convert(latex, display="block" if display else "inline")
     return f'<div class="formula">{formula}</div>' if display else formula

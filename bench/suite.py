@@ -1,7 +1,9 @@
-"""What the suites (``bench_*.py``) share: the device, the sizes, how often a call is timed, and the smoke run.
+"""What the suites (``bench_*.py``) share: the device, the sizes, how often a call is timed, and the
+smoke run.
 
-``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU, in bfloat16 (on the CPU in float32). ``FASTOKD_BENCH_SMOKE=1`` goes through
-the same code with tiny sizes, each case once and without generating code; its numbers mean nothing.
+``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU, in bfloat16 (on the CPU in float32).
+``FASTOKD_BENCH_SMOKE=1`` goes through the same code with tiny sizes, each case once and without
+generating code; its numbers mean nothing.
 """
 
 import os
@@ -46,7 +48,8 @@ def rounds(count: int) -> dict[str, int]:
 
 
 def measure(benchmark: Any, call: Callable[[], Any], **info: Any) -> float | None:
-    """Time a call that waits for the device by itself, as often as goes into two seconds; the first three calls are not timed.
+    """Time a call that waits for the device by itself, as often as goes into two seconds; the first
+    three calls are not timed.
 
     Args:
         benchmark: the fixture of pytest-benchmark.

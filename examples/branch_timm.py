@@ -1,10 +1,12 @@
-"""Branch a trained network of timm and tune it with ONE: one method's loss for another's, the rest is the same.
+"""Branch a trained network of timm and tune it with ONE: one method's loss for another's, the rest
+is the same.
 
-    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 --at blocks.4 --image-size 224 --weights weights.safetensors
-    python examples/branch_timm.py                                 # from random weights, on the digits that come with fastokd
+    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 --at blocks.4
+    --image-size 224 --weights weights.safetensors python examples/branch_timm.py
+    # from random weights, on the digits that come with fastokd
 
-Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a file of timm's for that network. Images are
-then normalised as it was trained with; ``--image-size`` should be its too.
+Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a file of timm's for
+that network. Images are then normalised as it was trained with; ``--image-size`` should be its too.
 """
 
 import argparse
@@ -19,11 +21,22 @@ from fastokd.models import branch_out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="digits", help="a folder of images, or digits")
     parser.add_argument("--model", default="mobilenetv3_small_050", help="a classifier of timm")
-    parser.add_argument("--at", default="blocks.4", help="the first module that every branch has for itself (fastokd models timm:NAME lists them)")
-    parser.add_argument("--weights", help="a safetensors file of the network's weights; it is then tuned")
+    parser.add_argument(
+        "--at",
+        default="blocks.4",
+        help=(
+            "the first module that every branch has for itself (fastokd models timm:NAME lists"
+            " them)"
+        ),
+    )
+    parser.add_argument(
+        "--weights", help="a safetensors file of the network's weights; it is then tuned"
+    )
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--branches", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
@@ -35,7 +48,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = timm.create_model(args.model, pretrained=False)
     expected = timm.data.resolve_model_data_config(network)
-    normalization = {"mean": expected["mean"], "std": expected["std"]} if args.weights else {}  # else the data's own
+    normalization = (
+        {"mean": expected["mean"], "std": expected["std"]} if args.weights else {}
+    )  # else the data's own
     dataset = open_dataset(args.data, image_size=args.image_size, **normalization)
     train = make_loader(dataset, dataset.train, args.batch_size, device=device)
     evaluation = make_loader(dataset, dataset.evaluation, 256, device=device)
@@ -62,9 +77,17 @@ def main() -> None:
                 result = model(images)
                 for name, row in criterion.named_rows(result.logits, scores=result.scores).items():
                     right[name] += int((row.argmax(1) == target).sum())
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy in %: "
-              + ", ".join(f"{name} {100 * count / len(dataset.evaluation):.2f}" for name, count in right.items()))
-    print(f"the student is timm's {args.model} again: {type(model.student()).__name__}, {sum(p.numel() for p in model.student().parameters()):,} parameters")
+        print(
+            f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy in %: "
+            + ", ".join(
+                f"{name} {100 * count / len(dataset.evaluation):.2f}"
+                for name, count in right.items()
+            )
+        )
+    print(
+        f"the student is timm's {args.model} again: {type(model.student()).__name__},"
+        f" {sum(p.numel() for p in model.student().parameters()):,} parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Several GPUs without a framework: torchrun, DistributedDataParallel, one loader for each process, one file at the end.
+"""Several GPUs without a framework: torchrun, DistributedDataParallel, one loader for each process,
+one file at the end.
 
-    torchrun --standalone --nproc-per-node=8 examples/multi_gpu.py --data path/to/images --model resnet20 --batch-size 1024
-    torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py        # without GPUs: two processes over gloo, on the digits
+    torchrun --standalone --nproc-per-node=8 examples/multi_gpu.py --data path/to/images --model
+    resnet20 --batch-size 1024 torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py
+    # without GPUs: two processes over gloo, on the digits
 
-``fastokd train --gpus N`` does all of this and more (stopping, resuming, exact running statistics); this is for loops of your own.
+``fastokd train --gpus N`` does all of this and more (stopping, resuming, exact running statistics);
+this is for loops of your own.
 """
 
 import argparse
@@ -22,18 +25,25 @@ from fastokd.models import create_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="digits", help="a folder of images, or digits")
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--branches", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64, help="images of a step, over all processes")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images of a step, over all processes"
+    )
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=Path("student.safetensors"))
     args = parser.parse_args()
 
     if "RANK" not in os.environ:
-        sys.exit("multi_gpu.py is started by torchrun, once for each process: torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py")
+        sys.exit(
+            "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone"
+            " --nproc-per-node=2 examples/multi_gpu.py"
+        )
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -48,16 +58,22 @@ def main() -> None:
     train = make_loader(dataset, dataset.train, args.batch_size // processes, **share)
     evaluation = make_loader(dataset, dataset.evaluation, 256, **share)
 
-    model = create_model(args.model, "ahbf", dataset.num_classes, args.branches, aux_blocks=1).to(device)
+    model = create_model(args.model, "ahbf", dataset.num_classes, args.branches, aux_blocks=1).to(
+        device
+    )
     parallel = DistributedDataParallel(model, device_ids=[device] if on_gpu else None)
     criterion = AHBFLoss(num_branches=args.branches)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     for epoch in range(args.epochs):
         parallel.train()
         train.set_epoch(epoch)
         for images, target, _ in train:
             result = parallel(images)
-            loss = criterion(result.logits, target, scores=result.scores, kd_weight=ramp_up(epoch, args.epochs))
+            loss = criterion(
+                result.logits, target, scores=result.scores, kd_weight=ramp_up(epoch, args.epochs)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -70,7 +86,10 @@ def main() -> None:
                 right += (model(images).logits[0].argmax(1) == target).sum()
         dist.all_reduce(right)
         if rank == 0:
-            print(f"epoch {epoch + 1}: {processes} processes, the student's accuracy {100 * int(right) / len(dataset.evaluation):.2f} %")
+            print(
+                f"epoch {epoch + 1}: {processes} processes, the student's accuracy"
+                f" {100 * int(right) / len(dataset.evaluation):.2f} %"
+            )
 
     if rank == 0:
         save_file(model.student().cpu().state_dict(), args.out)

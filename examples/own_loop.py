@@ -16,7 +16,8 @@ class Branched(nn.Module):
         super().__init__()
         self.trunk = layer(3, width)
         self.branches = nn.ModuleList(
-            nn.Sequential(*[layer(width, width) for _ in range(depth)]) for depth in (1, 2, 3))
+            nn.Sequential(*[layer(width, width) for _ in range(depth)]) for depth in (1, 2, 3)
+        )
         self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(3))
         self.gates = nn.ModuleList(nn.Linear(width, 2) for _ in range(2))
 
@@ -24,12 +25,19 @@ class Branched(nn.Module):
         shared = self.trunk(images)
         features = [branch(shared).mean((2, 3)) for branch in self.branches]
         logits = [head(feature) for head, feature in zip(self.heads, features, strict=True)]
-        scores = [gate(feature).softmax(1) for gate, feature in zip(self.gates, features[1:], strict=True)]
-        return logits, scores  # 3 x [B, C]; 2 x [B, 2], the shares of branch m and the mixture below
+        scores = [
+            gate(feature).softmax(1) for gate, feature in zip(self.gates, features[1:], strict=True)
+        ]
+        return (
+            logits,
+            scores,
+        )  # 3 x [B, C]; 2 x [B, 2], the shares of branch m and the mixture below
 
 
 def layer(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 parser = argparse.ArgumentParser()
@@ -38,7 +46,10 @@ epochs = parser.parse_args().epochs
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 digits = open_dataset("digits")
-train, test = make_loader(digits, "train", 64, device=device), make_loader(digits, "test", 256, device=device)
+train, test = (
+    make_loader(digits, "train", 64, device=device),
+    make_loader(digits, "test", 256, device=device),
+)
 model, criterion = Branched(digits.num_classes).to(device), AHBFLoss.preset("paper", num_branches=3)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 for epoch in range(epochs):
@@ -52,5 +63,9 @@ for epoch in range(epochs):
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        right = sum((model(images)[0][0].argmax(1) == target).sum().item() for images, target, _ in test)
-    print(f"epoch {epoch + 1}: loss {loss.item():.3f}, student {100 * right / len(digits.test):.2f} %")
+        right = sum(
+            (model(images)[0][0].argmax(1) == target).sum().item() for images, target, _ in test
+        )
+    print(
+        f"epoch {epoch + 1}: loss {loss.item():.3f}, student {100 * right / len(digits.test):.2f} %"
+    )

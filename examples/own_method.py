@@ -1,7 +1,8 @@
-"""A method of your own, trained by the whole trainer: every branch learns from the mean of all branches' logits.
+"""A method of your own, trained by the whole trainer: every branch learns from the mean of all
+branches' logits.
 
-    python examples/own_method.py train --data path/to/images --method consensus --model resnet20 --epochs 10
-    python examples/own_method.py show consensus
+python examples/own_method.py train --data path/to/images --method consensus --model resnet20
+--epochs 10 python examples/own_method.py show consensus
 """
 
 from fastokd.cli import main
@@ -13,17 +14,30 @@ from fastokd.methods.method import Method, MethodLoss
 class ConsensusLoss(MethodLoss):
     """``sum_m [ CE(z^m) + kd_weight * T^2 KL(c || z^m) ]`` with the constant ``c = mean_m z^m``."""
 
-    def __init__(self, num_branches: int = 3, temperature: float = 3.0,
-                 reduction: str = "mean", impl: str = "auto") -> None:
+    def __init__(
+        self,
+        num_branches: int = 3,
+        temperature: float = 3.0,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
         names = tuple(f"branch{m}" for m in range(1, num_branches + 1))
-        nodes = (*map(Logits, names), Mixture("consensus", names, (1 / num_branches,) * num_branches))
+        nodes = (
+            *map(Logits, names),
+            Mixture("consensus", names, (1 / num_branches,) * num_branches),
+        )
         teaching = [KL("consensus", name, temperature=temperature, detach=True) for name in names]
         graph = Graph("consensus", nodes, (*map(CrossEntropy, names), *teaching))
         super().__init__(graph, num_branches, reduction, impl)
 
 
-METHOD = Method(name="consensus", summary="every branch learns from the mean of all",
-                loss_class=ConsensusLoss, branch_range=(2, 8), default_branches=3)
+METHOD = Method(
+    name="consensus",
+    summary="every branch learns from the mean of all",
+    loss_class=ConsensusLoss,
+    branch_range=(2, 8),
+    default_branches=3,
+)
 
 if __name__ == "__main__":
     register_method("consensus", __name__)

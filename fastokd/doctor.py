@@ -15,8 +15,16 @@ from fastokd.errors import first_line
 State = Literal["ok", "absent", "problem"]
 
 _EXTRAS = {
-    "dali": "nvidia.dali", "timm": "timm", "plots": "matplotlib", "tensorboard": "tensorboard", "wandb": "wandb", "export": "onnx",
-    "test": "pytest", "bench": "pytest_benchmark", "docs": "mkdocs", "dev": "ruff",
+    "dali": "nvidia.dali",
+    "timm": "timm",
+    "plots": "matplotlib",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "export": "onnx",
+    "test": "pytest",
+    "bench": "pytest_benchmark",
+    "docs": "mkdocs",
+    "dev": "ruff",
 }
 
 
@@ -33,7 +41,11 @@ def examine(folder: Path = Path()) -> list[Finding]:
     """Everything ``fastokd doctor`` reports; ``folder`` is where runs would be written."""
     software = _software()
     # Without torch nothing of fastokd runs; what can be said all the same is said.
-    rest = [] if any(finding.name == "torch" and finding.state == "problem" for finding in software) else [*_hardware(), *_executors()]
+    rest = (
+        []
+        if any(finding.name == "torch" and finding.state == "problem" for finding in software)
+        else [*_hardware(), *_executors()]
+    )
     return [*software, *rest, *_extras(), *_storage(folder)]
 
 
@@ -47,35 +59,76 @@ def _version(package: str) -> str | None:
 def _software() -> list[Finding]:
     from fastokd.version import __version__
 
-    found = [Finding("fastokd", "ok", f"{__version__} in {Path(__file__).resolve().parent}"),
-             Finding("python", "ok", platform.python_version())]
+    found = [
+        Finding("fastokd", "ok", f"{__version__} in {Path(__file__).resolve().parent}"),
+        Finding("python", "ok", platform.python_version()),
+    ]
     try:
         import torch
     except ImportError as error:
-        return [*found, Finding("torch", "problem", f"cannot be imported ({error}): pip install 'torch>=2.11'")]
-    found.append(Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"))
+        return [
+            *found,
+            Finding("torch", "problem", f"cannot be imported ({error}): pip install 'torch>=2.11'"),
+        ]
+    found.append(
+        Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    )
     try:
         import torchvision
 
         found.append(Finding("torchvision", "ok", torchvision.__version__))
     except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails like this: "operator torchvision::nms does not exist".
-        found.append(Finding("torchvision", "problem", f"does not match torch ({first_line(error)}): pip install --force-reinstall torch torchvision"))
+        # A torchvision built for another torch fails like this: "operator torchvision::nms does not
+        # exist".
+        found.append(
+            Finding(
+                "torchvision",
+                "problem",
+                f"does not match torch ({first_line(error)}): pip install --force-reinstall torch"
+                " torchvision",
+            )
+        )
     triton = _version("triton")
-    found.append(Finding("triton", "ok" if triton else "absent", triton or "not installed: GPU losses run on the reference; on Linux 'pip install torch' from PyPI brings it"))
+    found.append(
+        Finding(
+            "triton",
+            "ok" if triton else "absent",
+            triton
+            or "not installed: GPU losses run on the reference; on Linux 'pip install torch' from"
+            " PyPI brings it",
+        )
+    )
     return found
 
 
 def _hardware() -> list[Finding]:
     import torch
 
-    found = [Finding("cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
+    found = [
+        Finding(
+            "cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        )
+    ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            found.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"))
+            found.append(
+                Finding(
+                    f"cuda:{index}",
+                    "ok",
+                    f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB,"
+                    f" sm_{properties.major}{properties.minor}",
+                )
+            )
     elif shutil.which("nvidia-smi"):
-        found.append(Finding("cuda", "problem", f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: check that the driver supports CUDA {torch.version.cuda}"))
+        found.append(
+            Finding(
+                "cuda",
+                "problem",
+                f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: check that"
+                f" the driver supports CUDA {torch.version.cuda}",
+            )
+        )
     else:
         found.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
     return found
@@ -86,12 +139,22 @@ def _executors() -> list[Finding]:
     from fastokd.ops.cpu import LibraryUnusable, build_info
 
     try:
-        info = build_info() or {"status": "absent", "reason": "never built here: pip install -e . builds it"}
-        text = f"{info['status']}: {info['reason']}" if info["reason"] else f"built with {info['compiler']}, ABI {info['abi']}"
+        info = build_info() or {
+            "status": "absent",
+            "reason": "never built here: pip install -e . builds it",
+        }
+        text = (
+            f"{info['status']}: {info['reason']}"
+            if info["reason"]
+            else f"built with {info['compiler']}, ABI {info['abi']}"
+        )
         found = [Finding("native library", "ok" if info["status"] == "built" else "absent", text)]
     except LibraryUnusable as error:
         found = [Finding("native library", "problem", str(error))]
-    found += [Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here") for name, why in executor_states().items()]
+    found += [
+        Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here")
+        for name, why in executor_states().items()
+    ]
     return found
 
 
@@ -102,7 +165,13 @@ def _extras() -> list[Finding]:
             there = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:
             there = False
-        found.append(Finding(f"extra {extra}", "ok" if there else "absent", "installed" if there else f"pip install 'fastokd[{extra}]'"))
+        found.append(
+            Finding(
+                f"extra {extra}",
+                "ok" if there else "absent",
+                "installed" if there else f"pip install 'fastokd[{extra}]'",
+            )
+        )
     return found
 
 
@@ -112,8 +181,20 @@ def _storage(folder: Path) -> list[Finding]:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastokd-") as file:
             file.write(b"0" * 4096)
     except OSError as error:
-        return [Finding("writing", "problem", f"{folder}: {error.strerror}; runs go to ./runs, choose another folder with --out")]
+        return [
+            Finding(
+                "writing",
+                "problem",
+                f"{folder}: {error.strerror}; runs go to ./runs, choose another folder with --out",
+            )
+        ]
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
-        return [Finding("writing", "problem", f"{folder} has {free:.2f} GiB free: checkpoints of a large model need more")]
+        return [
+            Finding(
+                "writing",
+                "problem",
+                f"{folder} has {free:.2f} GiB free: checkpoints of a large model need more",
+            )
+        ]
     return [Finding("writing", "ok", f"{folder}, {free:.0f} GiB free")]

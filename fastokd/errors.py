@@ -1,7 +1,8 @@
 """What fastokd raises for a user's mistake, and the exit code the command line gives each.
 
-Library calls raise plain ``ValueError``/``TypeError`` subclasses so that callers need no import from here; the
-command line turns every ``FastOKDError`` into one line on stderr and the class's exit code.
+Library calls raise plain ``ValueError``/``TypeError`` subclasses so that callers need no import
+from here; the command line turns every ``FastOKDError`` into one line on stderr and the class's
+exit code.
 """
 
 import difflib
@@ -17,7 +18,9 @@ EXIT_PEER = 6
 EXIT_SLOWER = 7
 """A benchmark's row takes longer than it was allowed to."""
 EXIT_PREEMPTED = 75
-"""What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which schedulers know."""
+"""What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which
+schedulers know.
+"""
 EXIT_INTERRUPTED = 130
 
 
@@ -70,7 +73,9 @@ class PeerLost(FastOKDError, RuntimeError):
 
 
 class OutOfMemory(FastOKDError, RuntimeError):
-    """A step that does not fit into the device's memory; the message says which flags make it smaller."""
+    """A step that does not fit into the device's memory; the message says which flags make it
+    smaller.
+    """
 
 
 class Preempted(FastOKDError):
@@ -80,7 +85,9 @@ class Preempted(FastOKDError):
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's message, for messages that must stay one line; its type where it says nothing."""
+    """The first line of an error's message, for messages that must stay one line; its type where it
+    says nothing.
+    """
     lines = str(error).splitlines()
     return lines[0][:limit] if lines and lines[0] else type(error).__name__
 
@@ -92,12 +99,15 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A suffix for an error message: the choice that begins with the name, or a close match, and all the choices.
+    """A suffix for an error message: the choice that begins with the name, or a close match, and
+    all the choices.
 
     >>> did_you_mean("ahfb", ["ahbf", "baseline"])
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
-    close = [choice for choice in choices if choice.startswith(f"{name}_")] or difflib.get_close_matches(name, choices, n=1)
+    close = [
+        choice for choice in choices if choice.startswith(f"{name}_")
+    ] or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})"

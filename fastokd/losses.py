@@ -17,6 +17,21 @@ from fastokd.methods.one import ONELoss
 from fastokd.methods.tsb import TSBLoss
 
 __all__ = [
-    "AFIDLoss", "AHBFLoss", "BaselineLoss", "CLILRLoss", "DMLLoss", "FFMLoss", "FFSDLoss", "FFSDMaps", "GraphLoss", "IndependentLoss",
-    "KDCLLoss", "KDLoss", "MethodLoss", "OKDDipLoss", "ONELoss", "TSBLoss", "ramp_up",
+    "AFIDLoss",
+    "AHBFLoss",
+    "BaselineLoss",
+    "CLILRLoss",
+    "DMLLoss",
+    "FFMLoss",
+    "FFSDLoss",
+    "FFSDMaps",
+    "GraphLoss",
+    "IndependentLoss",
+    "KDCLLoss",
+    "KDLoss",
+    "MethodLoss",
+    "OKDDipLoss",
+    "ONELoss",
+    "TSBLoss",
+    "ramp_up",
 ]

@@ -23,10 +23,17 @@ PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further attempt after such an error."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: bool = True, before_rename: Callable[[Path], object] | None = None) -> None:
-    """Write a file through a temporary one beside it: written, flushed to the disk, then renamed over the old one.
+def write_atomically(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    durable: bool = True,
+    before_rename: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a file through a temporary one beside it: written, flushed to the disk, then renamed
+    over the old one.
 
-    After an error that may pass all of this is done again, a few times; ``write`` and ``before_rename`` must bear that.
+    After an error that may pass all of this is done again, a few times; ``write`` and
+    ``before_rename`` must bear that.
 
     Args:
         path: the file.
@@ -35,8 +42,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], durable: b
         before_rename: called with the temporary file when it is complete; an OSError refuses it.
 
     Raises:
-        StorageError: the disk refused; the old file, if there was one, is untouched and the temporary one is gone.
+        StorageError: the disk refused; the old file, if there was one, is untouched and the
+            temporary one is gone.
     """
+
     def attempt() -> None:
         temporary = temporary_path(path)
         try:
@@ -78,13 +87,14 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         StorageError: the disk refused; nothing of the line is there.
     """
+
     def attempt() -> None:
         # Without a buffer: nothing is left in one that closing the file would write after all.
         with open(path, "ab", buffering=0) as file:
             end, left = file.tell(), memoryview(f"{line}\n".encode())
             try:
                 while left:
-                    left = left[file.write(left):]
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
@@ -98,7 +108,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def retried(action: Callable[[], T]) -> T:
-    """The result of an action, which is tried again, after growing pauses, when it fails with an error that may pass.
+    """The result of an action, which is tried again, after growing pauses, when it fails with an
+    error that may pass.
 
     The error that it fails with in the end has a note that says how often it was tried.
     """
@@ -117,8 +128,14 @@ def retried(action: Callable[[], T]) -> T:
 
 
 def system_error(error: Exception) -> Exception:
-    """The system's error behind one: torch.save reports a failed write as a RuntimeError from its archive writer."""
-    return error if isinstance(error, OSError) or not isinstance(error.__context__, OSError) else error.__context__
+    """The system's error behind one: torch.save reports a failed write as a RuntimeError from its
+    archive writer.
+    """
+    return (
+        error
+        if isinstance(error, OSError) or not isinstance(error.__context__, OSError)
+        else error.__context__
+    )
 
 
 def storage_error(path: Path, error: Exception) -> StorageError:
@@ -127,7 +144,10 @@ def storage_error(path: Path, error: Exception) -> StorageError:
     reason = getattr(cause, "strerror", None) or first_line(cause)
     tried = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     fix = "Look after that disk" if tried else "Make room there"
-    return StorageError(f"cannot write {path}: {reason}{tried}. {fix} or use another folder; what was written before is intact")
+    return StorageError(
+        f"cannot write {path}: {reason}{tried}. {fix} or use another folder; what was written"
+        " before is intact"
+    )
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -146,7 +166,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     usage = shutil.disk_usage(folder)
     # Some network file systems do not say how large they are.
     if usage.total and usage.free < needed:
-        raise StorageError(f"{what} need {_size(needed)}, and {folder} has {_size(usage.free)} free: make room there, or use another folder")
+        raise StorageError(
+            f"{what} need {_size(needed)}, and {folder} has {_size(usage.free)} free: make room"
+            " there, or use another folder"
+        )
 
 
 def _size(count: int) -> str:
@@ -164,7 +187,9 @@ def temporaries_of(path: Path) -> list[Path]:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed while they wrote a file left beside it. Nobody else may be writing it now."""
+    """Remove what processes that were killed while they wrote a file left beside it. Nobody else
+    may be writing it now.
+    """
     for leftover in temporaries_of(path):
         with contextlib.suppress(OSError):
             leftover.unlink()

@@ -1,7 +1,9 @@
-"""Checkpoints with numbers, what is known of the files of a store, and processes that are killed while they save.
+"""Checkpoints with numbers, what is known of the files of a store, and processes that are killed
+while they save.
 
-As a program (python checkpoint_saver.py FOLDER), the processes of ``test_checkpoints.py``: forked from one that has imported
-everything, so that a hundred of them take seconds. Prints what was found as JSON.
+As a program (python checkpoint_saver.py FOLDER), the processes of ``test_checkpoints.py``: forked
+from one that has imported everything, so that a hundred of them take seconds. Prints what was found
+as JSON.
 """
 
 import builtins
@@ -32,15 +34,31 @@ def make_state(number: int, size: int = 5_000) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(number)
     weights = {name: torch.randn(size, generator=generator) for name in ("trunk", "branch")}
     return {
-        "model": weights, "optimizer": {"sgd": {name: torch.randn(size, generator=generator) for name in weights}}, "criterion": {}, "epoch": number,
-        "last": {"branch1": 0.5}, "best": {}, "best_epoch": 0, "seconds": 1.5, "classes": ["a", "b"], "data": {"fingerprint": None}, "config": "",
-        "step": 10 * number, "loader": {"epoch": number}, "sums": {"names": ["loss"], "values": torch.ones(1), "count": 3, "seconds": 0.5}, "ema": {},
-        "scaler": {}, "ranks": [{"rng": {"cpu": torch.get_rng_state()}, "buffers": {}}], "config_hash": _checksum(weights),
+        "model": weights,
+        "optimizer": {"sgd": {name: torch.randn(size, generator=generator) for name in weights}},
+        "criterion": {},
+        "epoch": number,
+        "last": {"branch1": 0.5},
+        "best": {},
+        "best_epoch": 0,
+        "seconds": 1.5,
+        "classes": ["a", "b"],
+        "data": {"fingerprint": None},
+        "config": "",
+        "step": 10 * number,
+        "loader": {"epoch": number},
+        "sums": {"names": ["loss"], "values": torch.ones(1), "count": 3, "seconds": 0.5},
+        "ema": {},
+        "scaler": {},
+        "ranks": [{"rng": {"cpu": torch.get_rng_state()}, "buffers": {}}],
+        "config_hash": _checksum(weights),
     }
 
 
 def _checksum(weights: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights.values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(value.numpy().tobytes() for value in weights.values())
+    ).hexdigest()
 
 
 def number_of(state: dict[str, Any]) -> int:
@@ -49,7 +67,10 @@ def number_of(state: dict[str, Any]) -> int:
     assert _checksum(state["model"]) == state["config_hash"]
     expected = make_state(number, len(state["model"]["trunk"]))
     assert state["config_hash"] == expected["config_hash"]
-    assert all(torch.equal(value, expected["optimizer"]["sgd"][name]) for name, value in state["optimizer"]["sgd"].items())
+    assert all(
+        torch.equal(value, expected["optimizer"]["sgd"][name])
+        for name, value in state["optimizer"]["sgd"].items()
+    )
     assert state["step"] == 10 * number
     return number
 
@@ -72,17 +93,28 @@ def save_up_to(folder: Path, number: int, keep: int = KEEP) -> CheckpointStore:
     return store
 
 
-def tap(hook: Callable[[str, str], object], put: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Call ``hook(call, file)`` before each system call by which a checkpoint reaches the disk; it may raise for the call."""
-    def before(call: str, function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
+def tap(
+    hook: Callable[[str, str], object], put: Callable[[Any, str, Any], object] = setattr
+) -> None:
+    """Call ``hook(call, file)`` before each system call by which a checkpoint reaches the disk; it
+    may raise for the call.
+    """
+
+    def before(
+        call: str, function: Callable[..., Any], name: Callable[..., str]
+    ) -> Callable[..., Any]:
         def tapped(*arguments: Any, **options: Any) -> Any:
             hook(call, Path(name(*arguments)).name)
             return function(*arguments, **options)
+
         return tapped
 
     def fsync(descriptor: int) -> None:
         folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        hook("fsync folder" if folder else "fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        hook(
+            "fsync folder" if folder else "fsync",
+            Path(os.readlink(f"/proc/self/fd/{descriptor}")).name,
+        )
         real_fsync(descriptor)
 
     class Tapped:
@@ -116,7 +148,9 @@ def tap(hook: Callable[[str, str], object], put: Callable[[Any, str, Any], objec
 
 
 def _forked(work: Callable[[int], object]) -> tuple[int, int]:
-    """A new process that does some work, given where to report; its id, and where its reports are read."""
+    """A new process that does some work, given where to report; its id, and where its reports are
+    read.
+    """
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -144,12 +178,21 @@ def _found(folder: Path, reported: int) -> dict[str, Any]:
     left = temporaries(folder)
     state, path, complaints = load_newest(folder)
     best = folder / "best.pt"
-    return {"reported": reported, "newest": number_of(state), "file": path.name, "complaints": complaints, "kept": numbers_in(folder),
-            "best": number_of(load_checkpoint(best)) if best.exists() else 0, "temporaries": left}
+    return {
+        "reported": reported,
+        "newest": number_of(state),
+        "file": path.name,
+        "complaints": complaints,
+        "kept": numbers_in(folder),
+        "best": number_of(load_checkpoint(best)) if best.exists() else 0,
+        "temporaries": left,
+    }
 
 
 def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
-    """Processes that save on and on, each killed at a random moment; the next one goes on from what is there."""
+    """Processes that save on and on, each killed at a random moment; the next one goes on from what
+    is there.
+    """
     begun = time.monotonic()
     save_up_to(folder, KEEP)
     pace = (time.monotonic() - begun) / KEEP
@@ -177,7 +220,8 @@ def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
 
 
 def killed_at_each_call(folder: Path, links: bool) -> list[dict[str, Any]]:
-    """One save, the best so far, by processes that are killed before its first call, its second, and so on; the last one lives.
+    """One save, the best so far, by processes that are killed before its first call, its second,
+    and so on; the last one lives.
 
     Of the many writes of one file every 16th counts.
     """
@@ -235,7 +279,10 @@ def with_a_limit_of_size(folder: Path) -> dict[str, Any]:
 
 
 def interrupted(folder: Path) -> dict[str, Any]:
-    """Ctrl-C while a write is going on, at once and while it is waited for: the write goes on, and closing waits for it."""
+    """Ctrl-C while a write is going on, at once and while it is waited for: the write goes on, and
+    closing waits for it.
+    """
+
     def work(report: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         store = CheckpointStore(folder, KEEP)

@@ -1,4 +1,6 @@
-"""Makes the helpers beside the tests importable by name (graph_catalog, graph_strategy, oracles) in every import mode, and skips GPU tests without one."""
+"""Makes the helpers beside the tests importable by name (graph_catalog, graph_strategy, oracles) in
+every import mode, and skips GPU tests without one.
+"""
 
 import os
 import sys
@@ -6,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("FASTOKD_CACHE", "off")  # no test leaves decoded images behind, but those of the cache
+os.environ.setdefault(
+    "FASTOKD_CACHE", "off"
+)  # no test leaves decoded images behind, but those of the cache
 
 _here = str(Path(__file__).resolve().parent)
 if _here not in sys.path:

@@ -1,7 +1,8 @@
-"""What every executor must keep, on any graph: an error from float64 of at most twice PyTorch's in the same dtype.
+"""What every executor must keep, on any graph: an error from float64 of at most twice PyTorch's in
+the same dtype.
 
-Not a test file: ``test_executors.py`` calls this for the C++ executor, and in a process of its own for Triton's
-interpreter, which must be chosen before Triton is first imported.
+Not a test file: ``test_executors.py`` calls this for the C++ executor, and in a process of its own
+for Triton's interpreter, which must be chosen before Triton is first imported.
 """
 
 import warnings
@@ -17,10 +18,11 @@ from fastokd.graph import Graph
 from fastokd.ops import evaluate
 from fastokd.ops.executors import Case, load
 
-# One shape per regime that matters to a row's arithmetic: less than a vector, several vectors and a rest, more than a tile.
+# One shape per regime that matters to a row's arithmetic: less than a vector, several vectors and a
+# rest, more than a tile.
 CATALOG_SHAPES = ((3, 10), (2, 100), (2, 1001))
-# And those that only a compiled executor gets through in seconds: none and one row, a batch over several threads, the
-# smallest and the largest published numbers of classes.
+# And those that only a compiled executor gets through in seconds: none and one row, a batch over
+# several threads, the smallest and the largest published numbers of classes.
 MORE_SHAPES = ((0, 10), (1, 2), (128, 10), (3, 1000), (1, 21841))
 RANDOM_SHAPES = ((1, 2), (3, 10), (2, 37), (0, 5))
 ROUNDINGS = 8
@@ -33,26 +35,59 @@ def outcome(inputs: Inputs, impl: str, upstream: Tensor) -> list[Tensor | None]:
     return [rows.detach(), terms, *grads]
 
 
-def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torch.dtype, number: int, soft: bool, device: str) -> None:
-    """Compare an executor and PyTorch in ``dtype`` with PyTorch in float64, from the same numbers."""
+def check(
+    graph: Graph,
+    executor: str,
+    batch: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    number: int,
+    soft: bool,
+    device: str,
+) -> None:
+    """Compare an executor and PyTorch in ``dtype`` with PyTorch in float64, from the same
+    numbers.
+    """
     inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft, device=device)
     refusal = load(executor).refusal(inputs.plan, Case(device, dtype))
     assert refusal is None, f"{graph.name}: {refusal}"
-    exact = Inputs(graph, inputs.plan, [row.detach().double().requires_grad_() for row in inputs.logits],
-                   {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
-                   {name: value.double() for name, value in inputs.externals.items()},
-                   inputs.target.double() if soft else inputs.target, inputs.kd_weight)
+    exact = Inputs(
+        graph,
+        inputs.plan,
+        [row.detach().double().requires_grad_() for row in inputs.logits],
+        {name: value.detach().double().requires_grad_() for name, value in inputs.weights.items()},
+        {name: value.double() for name, value in inputs.externals.items()},
+        inputs.target.double() if soft else inputs.target,
+        inputs.kd_weight,
+    )
     upstream = torch.linspace(-1, 2, batch, dtype=torch.float64, device=device)
-    truths, theirs, ours = (outcome(case, impl, upstream) for case, impl in ((exact, "reference"), (inputs, "reference"), (inputs, executor)))
-    # Sizes of the numbers whose differences the results are. A KL's value is T times a difference of logits, its gradient T
-    # times one of probabilities (for a teacher times such a difference); a mixing weight's gradient is a gradient times a logit.
-    largest = 1 + max((float(row.detach().abs().max()) for row in inputs.logits if row.numel()), default=0.0)
+    truths, theirs, ours = (
+        outcome(case, impl, upstream)
+        for case, impl in ((exact, "reference"), (inputs, "reference"), (inputs, executor))
+    )
+    # Sizes of the numbers whose differences the results are. A KL's value is T times a difference
+    # of logits, its gradient T times one of probabilities (for a teacher times such a difference);
+    # a mixing weight's gradient is a gradient times a logit.
+    largest = 1 + max(
+        (float(row.detach().abs().max()) for row in inputs.logits if row.numel()), default=0.0
+    )
     # An eps adds eps times a sum over all classes.
-    sizes = [max(term.temperature, term.scale / term.temperature) * (1 + term.eps * num_classes) for term in inputs.plan.terms]
-    slope = sum(abs(weight) * size for weight, size in zip(inputs.term_weights.tolist(), sizes, strict=True))
+    sizes = [
+        max(term.temperature, term.scale / term.temperature) * (1 + term.eps * num_classes)
+        for term in inputs.plan.terms
+    ]
+    slope = sum(
+        abs(weight) * size for weight, size in zip(inputs.term_weights.tolist(), sizes, strict=True)
+    )
     steepest = max(sizes)
-    scales = [slope * largest, steepest * largest] + [2 * slope] * len(inputs.logits) + [2 * slope * largest] * len(inputs.weights)
-    for place, (truth, their, our, scale) in enumerate(zip(truths, theirs, ours, scales, strict=True)):
+    scales = (
+        [slope * largest, steepest * largest]
+        + [2 * slope] * len(inputs.logits)
+        + [2 * slope * largest] * len(inputs.weights)
+    )
+    for place, (truth, their, our, scale) in enumerate(
+        zip(truths, theirs, ours, scales, strict=True)
+    ):
         if truth is None or their is None:
             assert our is None or not our.any(), f"{graph}: output {place} must have no gradient"
             continue
@@ -62,34 +97,67 @@ def check(graph: Graph, executor: str, batch: int, num_classes: int, dtype: torc
         if not our.numel():
             continue
         wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-        own = torch.finfo(our.dtype).eps * float(truth.abs().max())  # a result is rounded to its own dtype at the end
+        own = torch.finfo(our.dtype).eps * float(
+            truth.abs().max()
+        )  # a result is rounded to its own dtype at the end
         allowed = 2 * float((their.double() - truth).abs().max()) + ROUNDINGS * wide * scale + own
         error = float((our.double() - truth).abs().max())
-        assert error <= allowed, f"{graph}: output {place} (rows, terms, gradients) is off by {error:.3g}, allowed {allowed:.3g}"
+        assert error <= allowed, (
+            f"{graph}: output {place} (rows, terms, gradients) is off by {error:.3g}, allowed"
+            f" {allowed:.3g}"
+        )
 
 
-def check_catalog(executor: str, device: str = "cpu", shapes: tuple[tuple[int, int], ...] = CATALOG_SHAPES, part: int = 0, parts: int = 1) -> int:
-    """Every graph of the published methods and every kind of node, at one shape per regime; returns the number of cases.
+def check_catalog(
+    executor: str,
+    device: str = "cpu",
+    shapes: tuple[tuple[int, int], ...] = CATALOG_SHAPES,
+    part: int = 0,
+    parts: int = 1,
+) -> int:
+    """Every graph of the published methods and every kind of node, at one shape per regime; returns
+    the number of cases.
 
     Of ``parts`` this is the one with every ``parts``-th graph from the ``part``-th on.
     """
     count = 0
     for case in catalog()[part::parts]:
         for batch, num_classes in shapes:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16) if num_classes == 100 else (torch.float32,):
-                check(case.graph, executor, batch, num_classes, dtype, count, count % 2 == 1, device)
+            for dtype in (
+                (torch.float32, torch.bfloat16, torch.float16)
+                if num_classes == 100
+                else (torch.float32,)
+            ):
+                check(
+                    case.graph, executor, batch, num_classes, dtype, count, count % 2 == 1, device
+                )
                 count += 1
     return count
 
 
 def check_random(executor: str, wanted: int, device: str = "cpu", begin: int = 0) -> int:
-    """Random graphs over all kinds of nodes and terms, drawn from ``begin``; returns how many different pairs of graph and shape there were."""
+    """Random graphs over all kinds of nodes and terms, drawn from ``begin``; returns how many
+    different pairs of graph and shape there were.
+    """
     seen = set()
 
     @seed(begin)
-    @settings(max_examples=4 * wanted, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(random_graphs(), st.sampled_from(RANDOM_SHAPES), st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 99), st.booleans())
-    def run(graph: Graph, shape: tuple[int, int], dtype: torch.dtype, number: int, soft: bool) -> None:
+    @settings(
+        max_examples=4 * wanted,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        random_graphs(),
+        st.sampled_from(RANDOM_SHAPES),
+        st.sampled_from((torch.float32, torch.bfloat16)),
+        st.integers(0, 99),
+        st.booleans(),
+    )
+    def run(
+        graph: Graph, shape: tuple[int, int], dtype: torch.dtype, number: int, soft: bool
+    ) -> None:
         if (graph, shape) not in seen and len(seen) < wanted:  # hypothesis repeats itself
             check(graph, executor, *shape, dtype, number, soft, device)
             seen.add((graph, shape))

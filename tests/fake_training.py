@@ -1,8 +1,11 @@
-"""Stands in for ``python -m fastokd train`` where many runs are needed: takes its arguments, and writes a run folder without training.
+"""Stands in for ``python -m fastokd train`` where many runs are needed: takes its arguments, and
+writes a run folder without training.
 
-Its errors follow from the configuration, see ``error``. The file ``orders.json`` beside the sweep's folder may say otherwise by the name of a
-run: "fail" (ends with exit code 3), "memory" (fails the first time), "wait" (trains until it is asked to stop, and saves half of
-its epochs) or "stubborn" (does not listen). When runs begin and end is written to ``events.txt`` there. The fingerprint of its data is what ``sweep.json`` or ``reproduce.json`` says.
+Its errors follow from the configuration, see ``error``. The file ``orders.json`` beside the sweep's
+folder may say otherwise by the name of a run: "fail" (ends with exit code 3), "memory" (fails the
+first time), "wait" (trains until it is asked to stop, and saves half of its epochs) or "stubborn"
+(does not listen). When runs begin and end is written to ``events.txt`` there. The fingerprint of
+its data is what ``sweep.json`` or ``reproduce.json`` says.
 """
 
 import json
@@ -18,14 +21,21 @@ import yaml
 def error(config: dict) -> float:
     """The student's error in % in the last epoch; in the best it is 1 less."""
     options = config["method_options"]
-    return 20 + 2 * options.get("lambda_ta", 4) + options.get("lambda_branch", 2) + config["seed"] * 0.5
+    return (
+        20
+        + 2 * options.get("lambda_ta", 4)
+        + options.get("lambda_branch", 2)
+        + config["seed"] * 0.5
+    )
 
 
 def main(arguments: list[str]) -> int:
     given = dict(zip(arguments[0::2], arguments[1::2], strict=False))
     config, run = yaml.safe_load(Path(given["--config"]).read_text()), Path(given["--out"])
     root = run.parents[2]
-    orders = json.loads((root / "orders.json").read_text()) if (root / "orders.json").is_file() else {}
+    orders = (
+        json.loads((root / "orders.json").read_text()) if (root / "orders.json").is_file() else {}
+    )
     order = orders.get(run.name, "")
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -33,7 +43,18 @@ def main(arguments: list[str]) -> int:
 
     def event(what: str) -> None:
         with open(root / "events.txt", "a") as file:
-            file.write(json.dumps({"what": what, "run": run.name, "device": given["--device"], "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "what": what,
+                        "run": run.name,
+                        "device": given["--device"],
+                        "threads": os.environ["OMP_NUM_THREADS"],
+                        "pid": os.getpid(),
+                    }
+                )
+                + "\n"
+            )
 
     event("begins")
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -55,14 +76,39 @@ def main(arguments: list[str]) -> int:
     else:
         time.sleep(0.3)
     if epochs:
-        of = next((json.loads(path.read_text())["data"] for path in run.parents[1].glob("*.json") if path.stem in ("sweep", "reproduce")), {})
+        of = next(
+            (
+                json.loads(path.read_text())["data"]
+                for path in run.parents[1].glob("*.json")
+                if path.stem in ("sweep", "reproduce")
+            ),
+            {},
+        )
         (run / "checkpoints" / "last.pt").touch()
-        (run / "environment.json").write_text(json.dumps({"data": {
-            "name": "digits", "num_classes": 10, "num_images": {"train": 1442, "test": 355}, "image_size": [8, 8], "fingerprint": next(iter(of.values()), None)}}))
+        (run / "environment.json").write_text(
+            json.dumps(
+                {
+                    "data": {
+                        "name": "digits",
+                        "num_classes": 10,
+                        "num_images": {"train": 1442, "test": 355},
+                        "image_size": [8, 8],
+                        "fingerprint": next(iter(of.values()), None),
+                    }
+                }
+            )
+        )
         last = 1 - error(config) / 100
         accuracies = [last + (0.01 if epoch == 0 and epochs > 1 else 0) for epoch in range(epochs)]
-        rows = [{"branch1": value, "branch2": value - 0.02, "ensemble": value + 0.02} for value in accuracies]
-        (run / "metrics.jsonl").write_text("".join(json.dumps({"epoch": epoch, "eval": row}) + "\n" for epoch, row in enumerate(rows)))
+        rows = [
+            {"branch1": value, "branch2": value - 0.02, "ensemble": value + 0.02}
+            for value in accuracies
+        ]
+        (run / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"epoch": epoch, "eval": row}) + "\n" for epoch, row in enumerate(rows)
+            )
+        )
     if code == 0:
         (run / "summary.json").write_text(json.dumps({"epochs": epochs}))
     event("ends")

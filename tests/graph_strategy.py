@@ -36,7 +36,9 @@ def _draw_weights(draw: st.DrawFn, count: int, widths: dict[str, int]) -> str | 
 
 @st.composite
 def random_graphs(draw: st.DrawFn) -> Graph:
-    """1 to 4 logits rows, up to 2 external rows, up to 4 derived nodes (mixtures of mixtures among them), 1 to 6 terms."""
+    """1 to 4 logits rows, up to 2 external rows, up to 4 derived nodes (mixtures of mixtures among
+    them), 1 to 6 terms.
+    """
     learning: list[Node] = [Logits(f"z{k}") for k in range(draw(st.integers(1, 4)))]
     externals: list[Node] = [External(f"x{k}") for k in range(draw(st.integers(0, 2)))]
     teachers: list[Node] = []
@@ -44,12 +46,16 @@ def random_graphs(draw: st.DrawFn) -> Graph:
     for k in range(draw(st.integers(0, 4))):
         kind = draw(st.sampled_from([Mixture, ProbabilityMixture, MinLogit, LowestCrossEntropy]))
         pool = learning + (externals if kind is ProbabilityMixture else [])
-        inputs = tuple(node.name for node in draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3)))
+        inputs = tuple(
+            node.name for node in draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3))
+        )
         if kind is Mixture:
             learning.append(Mixture(f"n{k}", inputs, _draw_weights(draw, len(inputs), widths)))
         elif kind is ProbabilityMixture:
             weights = _draw_weights(draw, len(inputs), widths)
-            teachers.append(ProbabilityMixture(f"n{k}", inputs, weights, draw(st.sampled_from(_TEMPERATURES))))
+            teachers.append(
+                ProbabilityMixture(f"n{k}", inputs, weights, draw(st.sampled_from(_TEMPERATURES)))
+            )
         else:
             teachers.append(kind(f"n{k}", inputs))
     everything = [*learning, *externals, *teachers]
@@ -66,13 +72,28 @@ def random_graphs(draw: st.DrawFn) -> Graph:
             eps = draw(st.sampled_from((0.0, 1e-7, 1e-2))) if direction == "teacher_first" else 0.0
             probabilities = isinstance(teacher, (External, ProbabilityMixture))
             term = KL(
-                teacher.name, student.name, weight, draw(st.sampled_from(_TEMPERATURES)), draw(st.booleans()),
-                detach=constant or draw(st.booleans()), eps=eps,
-                eps_mode="exact" if probabilities else draw(st.sampled_from(("exact", "first_order"))),
-                direction=direction, scheduled=scheduled)
+                teacher.name,
+                student.name,
+                weight,
+                draw(st.sampled_from(_TEMPERATURES)),
+                draw(st.booleans()),
+                detach=constant or draw(st.booleans()),
+                eps=eps,
+                eps_mode=(
+                    "exact" if probabilities else draw(st.sampled_from(("exact", "first_order")))
+                ),
+                direction=direction,
+                scheduled=scheduled,
+            )
         terms[term.name] = term
     # Only what reaches a term may stay.
-    used = {name for term in terms.values() for name in ((term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student))}
+    used = {
+        name
+        for term in terms.values()
+        for name in (
+            (term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student)
+        )
+    }
     for node in reversed([*learning, *teachers]):
         if node.name in used:
             used.update(node.inputs)

@@ -18,16 +18,37 @@ def free_port() -> int:
 
 
 def start(arguments: Sequence[object], **given: str) -> "subprocess.Popen[str]":
-    """A Python process at the root of the repository, with one thread, that hears Ctrl-C even if these tests run in the background."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **given}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    """A Python process at the root of the repository, with one thread, that hears Ctrl-C even if
+    these tests run in the background.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        **given,
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def start_ranks(size: int, arguments: Sequence[object]) -> list["subprocess.Popen[str]"]:
     """That many of them in torchrun's environment."""
-    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [start(arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
+    shared = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        start(arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)
+    ]
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

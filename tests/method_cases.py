@@ -1,7 +1,9 @@
-"""Every method's public loss together with its own modules, against float64 formulas: value and every gradient.
+"""Every method's public loss together with its own modules, against float64 formulas: value and
+every gradient.
 
-Not a test file: ``test_method_losses.py`` calls ``check`` for the reference and the C++ executor, and runs this file in a
-process of its own for Triton's interpreter, which must be chosen before Triton is first imported.
+Not a test file: ``test_method_losses.py`` calls ``check`` for the reference and the C++ executor,
+and runs this file in a process of its own for Triton's interpreter, which must be chosen before
+Triton is first imported.
 """
 
 import sys
@@ -26,8 +28,9 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 @dataclass(frozen=True)
 class Case:
-    """A method with options, and its formula: from rows of logits z, the trunk's map, feature maps, parameters, labels and
-    the constants ``given`` to the loss of every sample."""
+    """A method with options, and its formula: from rows of logits z, the trunk's map, feature maps,
+    parameters, labels and the constants ``given`` to the loss of every sample.
+    """
 
     method: str
     branches: int
@@ -38,15 +41,21 @@ class Case:
 
 
 def _okddip(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:
-    return lambda z, shared, maps, p, y, given: function(z[:-1], z[-1], gates.okddip_attention(maps[:-1], p), y, KD_WEIGHT, **options)
+    return lambda z, shared, maps, p, y, given: function(
+        z[:-1], z[-1], gates.okddip_attention(maps[:-1], p), y, KD_WEIGHT, **options
+    )
 
 
 def _one(**options: Any) -> Callable[..., Array]:
-    return lambda z, shared, maps, p, y, given: oracle.one(z, gates.one_gate(shared, p), y, KD_WEIGHT, **options)
+    return lambda z, shared, maps, p, y, given: oracle.one(
+        z, gates.one_gate(shared, p), y, KD_WEIGHT, **options
+    )
 
 
 def _ahbf(attention: str = "none", **options: Any) -> Callable[..., Array]:
-    return lambda z, shared, maps, p, y, given: oracle.ahbf(z, [s for s in gates.ahbf_gates(maps, p, attention)], y, KD_WEIGHT, **options)
+    return lambda z, shared, maps, p, y, given: oracle.ahbf(
+        z, [s for s in gates.ahbf_gates(maps, p, attention)], y, KD_WEIGHT, **options
+    )
 
 
 def _rows(function: Callable[..., Array], *arguments: Any) -> Callable[..., Array]:
@@ -57,31 +66,91 @@ CODE_AHBF = {"lambda_ta": 1.5, "lambda_branch": 3.0, "lambda_self": 1.5, "teache
 CASES = {
     "independent": Case("independent", 3, _rows(oracle.independent)),
     "dml": Case("dml", 3, _rows(oracle.dml, KD_WEIGHT, 1.0, True, True)),
-    "dml joint": Case("dml", 3, _rows(oracle.dml, KD_WEIGHT, 2.0, True, False), {"temperature": 2.0, "detach_teacher": False}),
-    "dml code": Case("dml", 4, _rows(oracle.dml, KD_WEIGHT, 3.0, False, False, 1e-7), {"preset": "code"}),
-    "dml mean, detached": Case("dml", 3, _rows(oracle.dml, KD_WEIGHT, 3.0, False, True), {"temperature": 3.0, "teacher": "mean"}),
-    "cl_ilr": Case("cl_ilr", 3, _rows(oracle.cl_ilr, KD_WEIGHT, 3.0, 0.0, True), {"preset": "paper"}),
-    "cl_ilr code": Case("cl_ilr", 3, _rows(oracle.cl_ilr, KD_WEIGHT, 3.0, 1e-7), {"preset": "code"}),
-    "cl_ilr convex": Case("cl_ilr", 2, _rows(oracle.cl_ilr, 0.7 * KD_WEIGHT, 2.0, 0.0, False, 0.3), {"temperature": 2.0, "lambda_ce": 0.3, "lambda_kd": 0.7}),
+    "dml joint": Case(
+        "dml",
+        3,
+        _rows(oracle.dml, KD_WEIGHT, 2.0, True, False),
+        {"temperature": 2.0, "detach_teacher": False},
+    ),
+    "dml code": Case(
+        "dml", 4, _rows(oracle.dml, KD_WEIGHT, 3.0, False, False, 1e-7), {"preset": "code"}
+    ),
+    "dml mean, detached": Case(
+        "dml",
+        3,
+        _rows(oracle.dml, KD_WEIGHT, 3.0, False, True),
+        {"temperature": 3.0, "teacher": "mean"},
+    ),
+    "cl_ilr": Case(
+        "cl_ilr", 3, _rows(oracle.cl_ilr, KD_WEIGHT, 3.0, 0.0, True), {"preset": "paper"}
+    ),
+    "cl_ilr code": Case(
+        "cl_ilr", 3, _rows(oracle.cl_ilr, KD_WEIGHT, 3.0, 1e-7), {"preset": "code"}
+    ),
+    "cl_ilr convex": Case(
+        "cl_ilr",
+        2,
+        _rows(oracle.cl_ilr, 0.7 * KD_WEIGHT, 2.0, 0.0, False, 0.3),
+        {"temperature": 2.0, "lambda_ce": 0.3, "lambda_kd": 0.7},
+    ),
     "one": Case("one", 3, _one()),
     "one code": Case("one", 3, _one(eps=1e-7), {"preset": "code"}),
     "one attached": Case("one", 4, _one(detach=False), {"detach_teacher": False}),
     "okddip": Case("okddip", 4, _okddip(oracle.okddip_slides), {"preset": "paper"}),
-    "okddip detached": Case("okddip", 3, _okddip(oracle.okddip_slides, detach=True), {"preset": "paper", "detach_teacher": True}),
+    "okddip detached": Case(
+        "okddip",
+        3,
+        _okddip(oracle.okddip_slides, detach=True),
+        {"preset": "paper", "detach_teacher": True},
+    ),
     "okddip code": Case("okddip", 4, _okddip(oracle.okddip_code, eps=1e-7), {"preset": "code"}),
-    "okddip code, detached": Case("okddip", 3, _okddip(oracle.okddip_code, detach=True), {"detach_teacher": True}),
-    "kd": Case("kd", 1, lambda z, shared, maps, p, y, given: oracle.kd_logits(z[0], given["teacher"], y, KD_WEIGHT), given=("teacher",)),
-    "kd code": Case("kd", 1, lambda z, shared, maps, p, y, given: oracle.kd_logits(z[0], given["teacher"], y, KD_WEIGHT, eps=1e-7), {"preset": "code"}, given=("teacher",)),
-    "kd stored": Case("kd", 1, lambda z, shared, maps, p, y, given: oracle.kd_stored(z[0], given["teacher"], y, KD_WEIGHT), {"teacher_rows": "probabilities"}, given=("teacher",)),
+    "okddip code, detached": Case(
+        "okddip", 3, _okddip(oracle.okddip_code, detach=True), {"detach_teacher": True}
+    ),
+    "kd": Case(
+        "kd",
+        1,
+        lambda z, shared, maps, p, y, given: oracle.kd_logits(z[0], given["teacher"], y, KD_WEIGHT),
+        given=("teacher",),
+    ),
+    "kd code": Case(
+        "kd",
+        1,
+        lambda z, shared, maps, p, y, given: oracle.kd_logits(
+            z[0], given["teacher"], y, KD_WEIGHT, eps=1e-7
+        ),
+        {"preset": "code"},
+        given=("teacher",),
+    ),
+    "kd stored": Case(
+        "kd",
+        1,
+        lambda z, shared, maps, p, y, given: oracle.kd_stored(z[0], given["teacher"], y, KD_WEIGHT),
+        {"teacher_rows": "probabilities"},
+        given=("teacher",),
+    ),
     "ahbf": Case("ahbf", 3, _ahbf()),
     "ahbf detached": Case("ahbf", 3, _ahbf(detach=True), {"detach_teacher": True}),
     "ahbf code": Case("ahbf", 3, _ahbf(ta=1.5, branch=3.0, own=1.5, eps=1e-7), {"preset": "code"}),
     "ahbf se": Case("ahbf", 3, _ahbf("se"), model_options={"gate_attention": "se"}),
     "ahbf cbam": Case("ahbf", 3, _ahbf("cbam"), model_options={"gate_attention": "cbam"}),
-    "ahbf nonlocal": Case("ahbf", 3, _ahbf("nonlocal"), model_options={"gate_attention": "nonlocal"}),
+    "ahbf nonlocal": Case(
+        "ahbf", 3, _ahbf("nonlocal"), model_options={"gate_attention": "nonlocal"}
+    ),
 }
 # The interpreter takes a second for each; the graphs differ in these, the modules do not.
-FOR_TRITON = ("independent", "dml code", "cl_ilr", "one", "one attached", "okddip", "okddip code", "kd", "kd stored", "ahbf code")
+FOR_TRITON = (
+    "independent",
+    "dml code",
+    "cl_ilr",
+    "one",
+    "one attached",
+    "okddip",
+    "okddip code",
+    "kd",
+    "kd stored",
+    "ahbf code",
+)
 
 
 def build_loss(case: Case, impl: str) -> MethodLoss:
@@ -95,7 +164,9 @@ def build_loss(case: Case, impl: str) -> MethodLoss:
 
 
 def build_companion(case: Case) -> Companion | None:
-    """The method's modules in float64 with every parameter drawn, so that no normalisation starts at 0 or 1."""
+    """The method's modules in float64 with every parameter drawn, so that no normalisation starts
+    at 0 or 1.
+    """
     method = get_method(case.method)
     if method.build_companion is None:
         return None
@@ -103,45 +174,68 @@ def build_companion(case: Case) -> Companion | None:
     companion = method.build_companion(layout, **case.model_options).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in companion.parameters():
-        parameter.data = 0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64) + (0.4 if parameter.dim() == 1 else 0.0)
+        parameter.data = 0.7 * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        ) + (0.4 if parameter.dim() == 1 else 0.0)
     return companion
 
 
 def make_leaves(case: Case, companion: Companion | None) -> dict[str, Tensor]:
-    """Everything that a gradient is taken for: rows of logits, the trunk's map, feature maps, the modules' parameters."""
+    """Everything that a gradient is taken for: rows of logits, the trunk's map, feature maps, the
+    modules' parameters.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+        return (
+            scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        ).requires_grad_()
 
     return {
         **{f"z{m}": leaf(BATCH, CLASSES, scale=2.0) for m in range(case.branches)},
         "shared": leaf(BATCH, CHANNELS, SIZE, SIZE),
         **{f"map{m}": leaf(BATCH, CHANNELS, SIZE, SIZE) for m in range(case.branches)},
-        **({} if companion is None else {f"p.{name}": value for name, value in companion.named_parameters()}),
+        **(
+            {}
+            if companion is None
+            else {f"p.{name}": value for name, value in companion.named_parameters()}
+        ),
     }
 
 
 def named(leaves: Mapping[str, Any], prefix: str) -> list[Any]:
     """The values whose names are this prefix and a number."""
-    return [value for name, value in leaves.items() if name.startswith(prefix) and name[len(prefix):].isdigit()]
+    return [
+        value
+        for name, value in leaves.items()
+        if name.startswith(prefix) and name[len(prefix) :].isdigit()
+    ]
 
 
 def constants(case: Case) -> dict[str, Tensor]:
     """A teacher's row: logits, or probabilities if the loss takes those."""
-    row = 2 * torch.randn((BATCH, CLASSES), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    row = 2 * torch.randn(
+        (BATCH, CLASSES), generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     stored = case.options.get("teacher_rows") == "probabilities"
     return {name: (row / 3).softmax(1) if stored else row for name in case.given}
 
 
-def loss_inputs(case: Case, companion: Companion | None, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+def loss_inputs(
+    case: Case, companion: Companion | None, leaves: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """What the loss takes beside logits and target."""
     given = constants(case)
     if companion is None:
         return given
     images = torch.zeros(BATCH, 3, 8, 8, dtype=torch.float64)
     z, maps = named(leaves, "z"), named(leaves, "map")
-    return {**companion(BranchPass(images, companion.at_split(leaves["shared"]), tuple(maps), tuple(z), ())), **given}
+    return {
+        **companion(
+            BranchPass(images, companion.at_split(leaves["shared"]), tuple(maps), tuple(z), ())
+        ),
+        **given,
+    }
 
 
 def labels() -> Tensor:
@@ -154,8 +248,14 @@ def expected(case: Case, leaves: Mapping[str, Tensor]) -> tuple[float, dict[str,
     given = {name: value.numpy() for name, value in constants(case).items()}
 
     def formula(values: Mapping[str, Array]) -> Array:
-        p = {name.removeprefix("p."): value for name, value in values.items() if name.startswith("p.")}
-        return case.formula(named(values, "z"), values["shared"], named(values, "map"), p, labels().numpy(), given).mean()
+        p = {
+            name.removeprefix("p."): value
+            for name, value in values.items()
+            if name.startswith("p.")
+        }
+        return case.formula(
+            named(values, "z"), values["shared"], named(values, "map"), p, labels().numpy(), given
+        ).mean()
 
     return float(np.real(formula(arrays))), gates.gradients(formula, arrays)
 
@@ -181,7 +281,12 @@ def check(name: str, impls: Sequence[str]) -> None:
             np.testing.assert_allclose(loss.item(), value, **CLOSE, err_msg=f"{name}, {impl}")
             for leaf_name, leaf in leaves.items():
                 got = np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy()
-                np.testing.assert_allclose(got, want[leaf_name], **CLOSE, err_msg=f"{name}, {impl}, fused={fused}: {leaf_name}")
+                np.testing.assert_allclose(
+                    got,
+                    want[leaf_name],
+                    **CLOSE,
+                    err_msg=f"{name}, {impl}, fused={fused}: {leaf_name}",
+                )
 
 
 if __name__ == "__main__":

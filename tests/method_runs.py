@@ -1,4 +1,6 @@
-"""What every method's tests ask of it: that a real step lowers the loss, and that a short run resumes exactly."""
+"""What every method's tests ask of it: that a real step lowers the loss, and that a short run
+resumes exactly.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -22,8 +24,12 @@ from fastokd.train.step import TrainStep
 NETWORKS = ("resnet8", "vgg13", "mobilenetv2_x0_5")
 
 
-def losses_of_a_step(method: str, network: str, branches: int, lr: float = 0.01, **options: Any) -> tuple[float, float]:
-    """The loss of a batch before and after a step of gradient descent on it, with the same dropout."""
+def losses_of_a_step(
+    method: str, network: str, branches: int, lr: float = 0.01, **options: Any
+) -> tuple[float, float]:
+    """The loss of a batch before and after a step of gradient descent on it, with the same
+    dropout.
+    """
     config = TrainConfig(model=network, method=method, branches=branches, method_options=options)
     check_config(config)
     model = build_model(config, 10, torch.device("cpu"))
@@ -32,7 +38,11 @@ def losses_of_a_step(method: str, network: str, branches: int, lr: float = 0.01,
     criterion.prepare(8, 10, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     shape = (branches, 4, 3, 32, 32) if config.views() > 1 else (4, 3, 32, 32)
-    images, target, index = torch.randn(shape, generator=generator), torch.tensor([3, 1, 4, 1]), torch.tensor([5, 0, 7, 2])
+    images, target, index = (
+        torch.randn(shape, generator=generator),
+        torch.tensor([3, 1, 4, 1]),
+        torch.tensor([5, 0, 7, 2]),
+    )
     losses = []
     for _ in range(2):
         torch.manual_seed(2)
@@ -61,7 +71,11 @@ def losses(step: TrainStep, batch: Batch) -> tuple[float, float]:
 def few_digits(count: int = 256) -> Dataset:
     """The digits with ``count`` training and 100 test images."""
     digits = open_dataset("digits")
-    return dataclasses.replace(digits, train=digits.train.select(torch.arange(count)), test=digits.test.select(torch.arange(100)))
+    return dataclasses.replace(
+        digits,
+        train=digits.train.select(torch.arange(count)),
+        test=digits.test.select(torch.arange(100)),
+    )
 
 
 def make(config: TrainConfig, folder: Path, dataset: Dataset, resume: bool = False) -> Trainer:
@@ -72,7 +86,9 @@ def make(config: TrainConfig, folder: Path, dataset: Dataset, resume: bool = Fal
 
 
 def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer:
-    """Train two epochs straight and, from a checkpoint, one and one: the same to the last bit. Returns the straight run."""
+    """Train two epochs straight and, from a checkpoint, one and one: the same to the last bit.
+    Returns the straight run.
+    """
     straight = make(config, folder / "straight", dataset)
     summary = straight.run()
     first = make(config, folder / "resumed", dataset)
@@ -81,7 +97,10 @@ def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer
     first.run_folder.unlock()
     second = make(config, folder / "resumed", dataset, resume=True)
     assert second.run().last == summary.last
-    for mine, theirs in ((second.model, straight.model), (second.step.criterion, straight.step.criterion)):
+    for mine, theirs in (
+        (second.model, straight.model),
+        (second.step.criterion, straight.step.criterion),
+    ):
         states = mine.state_dict(), theirs.state_dict()
         assert states[0].keys() == states[1].keys()
         for name, value in states[0].items():
@@ -99,6 +118,8 @@ def check_student(trainer: Trainer, network: str, row: str) -> None:
     assert trainer.kept == row
     assert record["architecture"] == {"name": network, "num_classes": 10}
     assert record["accuracy"]["top1"] == trainer.last[row]
-    assert set(load_file(trainer.run_folder.student)) == set(create_student(network, 10).state_dict())
+    assert set(load_file(trainer.run_folder.student)) == set(
+        create_student(network, 10).state_dict()
+    )
     trainer.model.eval()
     check_same_logits(trainer.model.student(), student, trainer.eval_loader)

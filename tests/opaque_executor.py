@@ -1,7 +1,8 @@
 """A toy executor: the reference behind the registered operator, as a kernel would be.
 
-``evaluate(impl="reference")`` differentiates the formula directly and never calls the operator; this one makes
-``_GraphFunction``, the operator's fake implementations and its gradients run wherever the reference does.
+``evaluate(impl="reference")`` differentiates the formula directly and never calls the operator;
+this one makes ``_GraphFunction``, the operator's fake implementations and its gradients run
+wherever the reference does.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,22 @@ from fastokd.ops.reference import ReferenceExecutor
 class OpaqueExecutor(ReferenceExecutor):
     name = "opaque"
 
-    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor], *others: object) -> list[Tensor | None]:
-        """The reference's gradients in buffers made by ``empty_like``, as kernels do: transposed for transposed inputs."""
+    def backward(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        *others: object,
+    ) -> list[Tensor | None]:
+        """The reference's gradients in buffers made by ``empty_like``, as kernels do: transposed
+        for transposed inputs.
+        """
         grads = super().backward(plan, grad_rows, logits, weights, *others)
-        return [None if grad is None else torch.empty_like(tensor).copy_(grad)
-                for tensor, grad in zip((*logits, *weights), grads, strict=True)]
+        return [
+            None if grad is None else torch.empty_like(tensor).copy_(grad)
+            for tensor, grad in zip((*logits, *weights), grads, strict=True)
+        ]
 
 
 EXECUTOR = OpaqueExecutor()

@@ -1,4 +1,6 @@
-"""One of the processes of ``test_distributed_runs.py``: torchrun's environment, and python rank_runs.py FOLDER NAME ..."""
+"""One of the processes of ``test_distributed_runs.py``: torchrun's environment, and python
+rank_runs.py FOLDER NAME ...
+"""
 
 import dataclasses
 import os
@@ -20,10 +22,40 @@ from fastokd.train.loop import NonFiniteLoss, Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
-SMALL = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=0, epochs=2, batch_size=32, lr=0.01, device="cpu", deterministic=True)
+SMALL = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=2,
+    aux_blocks=0,
+    epochs=2,
+    batch_size=32,
+    lr=0.01,
+    device="cpu",
+    deterministic=True,
+)
 """The run whose parts are compared; two epochs of 8 steps on 256 images."""
-COMMAND = ("train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--epochs", "3", "--batch-size", "64",
-           "--lr", "0.01", "--device", "cpu", "--deterministic", "True")
+COMMAND = (
+    "train",
+    "--data",
+    "digits",
+    "--model",
+    "resnet8",
+    "--branches",
+    "2",
+    "--aux-blocks",
+    "0",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "64",
+    "--lr",
+    "0.01",
+    "--device",
+    "cpu",
+    "--deterministic",
+    "True",
+)
 """The command line of the run "command", on all digits."""
 CONFIGS = {
     "command": dataclasses.replace(SMALL, epochs=3, batch_size=64),
@@ -33,13 +65,24 @@ CONFIGS = {
     "skip": dataclasses.replace(SMALL, epochs=1, on_nonfinite="skip"),
     "stop": SMALL,
     "average": dataclasses.replace(SMALL, ema=0.9, mixup=0.2),
-    "tsb": dataclasses.replace(SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8),
-    "kdcl": dataclasses.replace(SMALL, epochs=1, method="kdcl", branches=None, method_options={"variant": "general", "icl": False}, device_batch=8),
+    "tsb": dataclasses.replace(
+        SMALL, epochs=1, method="tsb", branches=None, ramp_epochs=0, device_batch=8
+    ),
+    "kdcl": dataclasses.replace(
+        SMALL,
+        epochs=1,
+        method="kdcl",
+        branches=None,
+        method_options={"variant": "general", "icl": False},
+        device_batch=8,
+    ),
 }
 
 
 class Stopper(Reporter):
-    """Signals this process when it has done a step of the second epoch, or when that is evaluated."""
+    """Signals this process when it has done a step of the second epoch, or when that is
+    evaluated.
+    """
 
     def __init__(self, at: int | None) -> None:
         super().__init__(silent=True)
@@ -64,15 +107,19 @@ def dataset(count: int = 256, evaluated: int = 99) -> Dataset:
 
 
 def with_dropout(trainer: Trainer) -> Trainer:
-    """The run "average" with dropout: the small networks have none, and the random state would show in nothing.
-    The others are compared with runs of other processes, which draw something else.
+    """The run "average" with dropout: the small networks have none, and the random state would show
+    in nothing. The others are compared with runs of other processes, which draw something else.
     """
     if trainer.config.ema:
-        trainer.model.branches[0].register_forward_pre_hook(lambda module, given: (torch.nn.functional.dropout(given[0], 0.2, module.training),))
+        trainer.model.branches[0].register_forward_pre_hook(
+            lambda module, given: (torch.nn.functional.dropout(given[0], 0.2, module.training),)
+        )
     return trainer
 
 
-def make(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
+def make(
+    config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None
+) -> Trainer:
     """A new run, in which the last process gets a signal ``at`` that step of the second epoch."""
     ranks = Ranks.current()
     run = RunFolder.create(folder) if ranks.is_main else RunFolder(folder)
@@ -81,7 +128,9 @@ def make(config: TrainConfig, folder: Path, images: Dataset | None, at: int | No
     return with_dropout(trainer)
 
 
-def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None) -> Trainer:
+def train(
+    config: TrainConfig, folder: Path, images: Dataset | None, at: int | None = None
+) -> Trainer:
     """A run from the start to the end, or to the signal."""
     trainer = make(config, folder, images, at)
     trainer.run()
@@ -89,10 +138,18 @@ def train(config: TrainConfig, folder: Path, images: Dataset | None, at: int | N
 
 
 def resume(folder: Path, processes: int | None = None) -> Trainer:
-    """The rest of a run, on the images that the test gives, which have no name; of ``processes``, the first ones, if it says so."""
+    """The rest of a run, on the images that the test gives, which have no name; of ``processes``,
+    the first ones, if it says so.
+    """
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     state["ranks"] = state["ranks"][:processes]
-    trainer = Trainer(CONFIGS[folder.name.partition("@")[0]], RunFolder.open(folder), Reporter(silent=True), dataset(), seen=state["data"])
+    trainer = Trainer(
+        CONFIGS[folder.name.partition("@")[0]],
+        RunFolder.open(folder),
+        Reporter(silent=True),
+        dataset(),
+        seen=state["data"],
+    )
     trainer.resume(state)
     with_dropout(trainer).run()
     return trainer
@@ -103,7 +160,9 @@ def run_with_a_bad_step(config: TrainConfig, folder: Path) -> dict[str, Any]:
     trainer = make(config, folder, dataset())
     calls = iter(range(1, 1000))
 
-    def spoil(_: torch.nn.Module, __: object, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def spoil(
+        _: torch.nn.Module, __: object, result: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         return (result[0], result[1] * float("nan")) if next(calls) == 3 else result
 
     if trainer.ranks.rank == trainer.ranks.size - 1:
@@ -117,7 +176,11 @@ def run_with_a_bad_step(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def found(trainer: Trainer) -> dict[str, Any]:
     """What a run ends with."""
-    states = {"model": trainer.model.state_dict(), "criterion": trainer.step.criterion.state_dict(), "optimizer": trainer.step.optimizers.state_dict()}
+    states = {
+        "model": trainer.model.state_dict(),
+        "criterion": trainer.step.criterion.state_dict(),
+        "optimizer": trainer.step.optimizers.state_dict(),
+    }
     if trainer.step.average is not None:
         states["average"] = trainer.step.average.state_dict()
     if trainer.ranks.is_main:
@@ -126,10 +189,14 @@ def found(trainer: Trainer) -> dict[str, Any]:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """One of ``CONFIGS``, as it is or, as NAME@STEP, stopped there in the second epoch and continued; -1 is in the evaluation."""
+    """One of ``CONFIGS``, as it is or, as NAME@STEP, stopped there in the second epoch and
+    continued; -1 is in the evaluation.
+    """
     name, _, at = name.partition("@")
     if name == "tiny":  # fewer images to evaluate than processes
-        return found(train(dataclasses.replace(SMALL, epochs=1, batch_size=30), folder, dataset(64, 2)))
+        return found(
+            train(dataclasses.replace(SMALL, epochs=1, batch_size=30), folder, dataset(64, 2))
+        )
     config = CONFIGS[name]
     if name in ("skip", "stop"):
         return run_with_a_bad_step(config, folder)

@@ -15,12 +15,25 @@ EPOCHS = 2
 
 
 def make_runs(root: Path) -> Path:
-    """ResNet-8 alone and with AHBF, seeds 0 and 1, two epochs each on a part of the digits: ``METHOD-seedN`` in ``root``."""
+    """ResNet-8 alone and with AHBF, seeds 0 and 1, two epochs each on a part of the digits:
+    ``METHOD-seedN`` in ``root``.
+    """
     digits = few_digits()
     for method in ("baseline", "ahbf"):
         for seed in (0, 1):
-            config = TrainConfig(data="digits", model="resnet8", method=method, branches=3 if method == "ahbf" else 1, aux_blocks=1, epochs=EPOCHS, batch_size=64,
-                                 lr=0.05, seed=seed, device="cpu", keep_checkpoints=1)
+            config = TrainConfig(
+                data="digits",
+                model="resnet8",
+                method=method,
+                branches=3 if method == "ahbf" else 1,
+                aux_blocks=1,
+                epochs=EPOCHS,
+                batch_size=64,
+                lr=0.05,
+                seed=seed,
+                device="cpu",
+                keep_checkpoints=1,
+            )
             make(config, root / f"{method}-seed{seed}", digits).run()
     return root
 

@@ -19,8 +19,12 @@ LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A colourful picture with areas, edges and gradients, as photographs have."""
     rng = np.random.default_rng(seed)
-    patches = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    waves = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    patches = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.NEAREST
+    )
+    waves = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     return Image.blend(patches, waves, 0.6)
 
 
@@ -37,7 +41,11 @@ def dali(*args, options=None, **settings):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     from fastokd.data.dali import DaliLoader, DaliOptions
 
-    return DaliLoader(*args, **{**DEFAULTS, **settings}, options=DaliOptions(threads=1) if options is None else options)
+    return DaliLoader(
+        *args,
+        **{**DEFAULTS, **settings},
+        options=DaliOptions(threads=1) if options is None else options,
+    )
 
 
 def dali_alone(*args, **settings):
@@ -49,7 +57,11 @@ def dali_alone(*args, **settings):
 
 
 def torchvision(*args, options=None, **settings):
-    return TorchvisionLoader(*args, **{**DEFAULTS, **settings}, options=TorchvisionOptions(workers=0) if options is None else options)
+    return TorchvisionLoader(
+        *args,
+        **{**DEFAULTS, **settings},
+        options=TorchvisionOptions(workers=0) if options is None else options,
+    )
 
 
 DEFAULTS = {"size": (32, 32), "augment": CROP, **LEVELS}

@@ -1,4 +1,6 @@
-"""``fastokd analyze``: the formulas, what is gathered of a run, what is written, and what is said where there is less."""
+"""``fastokd analyze``: the formulas, what is gathered of a run, what is written, and what is said
+where there is less.
+"""
 
 import dataclasses
 import json
@@ -35,14 +37,18 @@ def bools(*rows):
 
 
 def close(found, expected):
-    np.testing.assert_allclose(np.asarray(found, dtype=float), np.asarray(expected, dtype=float), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        np.asarray(found, dtype=float), np.asarray(expected, dtype=float), rtol=1e-12, atol=1e-12
+    )
 
 
 class TestFormulas:
     """Against vectors computed apart, and against scikit-learn and SciPy."""
 
     def test_interrater_agreement(self):
-        assert diversity.interrater_agreement(bools((1, 1, 0, 1, 0), (1, 0, 0, 1, 1), (1, 1, 0, 0, 1))) == pytest.approx(1 / 6, abs=1e-12)
+        assert diversity.interrater_agreement(
+            bools((1, 1, 0, 1, 0), (1, 0, 0, 1, 1), (1, 1, 0, 0, 1))
+        ) == pytest.approx(1 / 6, abs=1e-12)
         assert diversity.interrater_agreement(bools(*[(1, 0, 1, 0)] * 3)) == 1
         assert diversity.interrater_agreement(bools((1, 0), (0, 1))) == -1
         for undefined in (bools((1, 1), (1, 1)), bools((0, 0), (0, 0)), bools((1, 0))):
@@ -60,7 +66,11 @@ class TestFormulas:
 
     def test_rows_that_never_err(self):
         right = bools((1, 1), (1, 1), (1, 0))
-        assert diversity.error_overlap(right).isnan().tolist() == [[True, True, False], [True, True, False], [False] * 3]
+        assert diversity.error_overlap(right).isnan().tolist() == [
+            [True, True, False],
+            [True, True, False],
+            [False] * 3,
+        ]
         assert diversity.q_statistic(right)[0].isnan().all()
         labels = torch.tensor([1, 0])
         assert diversity.same_error(labels[None], labels).isnan().all()
@@ -76,23 +86,52 @@ class TestFormulas:
         mine = torch.from_numpy(predictions), torch.from_numpy(labels), torch.from_numpy(right)
         assert 0 < right.mean() < 1
         close(diversity.interrater_agreement(mine[2]), oracle.interrater_agreement(right))
-        for found, expected in ((diversity.agreement(mine[0]), lambda a, b: oracle.agreement(predictions[a], predictions[b])),
-                                (diversity.error_overlap(mine[2]), lambda a, b: oracle.error_overlap(right[a], right[b])),
-                                (diversity.same_error(*mine[:2]), lambda a, b: oracle.same_error(predictions[a], predictions[b], labels)),
-                                (diversity.q_statistic(mine[2]), lambda a, b: oracle.q_statistic(right[a], right[b]))):
+        for found, expected in (
+            (
+                diversity.agreement(mine[0]),
+                lambda a, b: oracle.agreement(predictions[a], predictions[b]),
+            ),
+            (
+                diversity.error_overlap(mine[2]),
+                lambda a, b: oracle.error_overlap(right[a], right[b]),
+            ),
+            (
+                diversity.same_error(*mine[:2]),
+                lambda a, b: oracle.same_error(predictions[a], predictions[b], labels),
+            ),
+            (diversity.q_statistic(mine[2]), lambda a, b: oracle.q_statistic(right[a], right[b])),
+        ):
             close(found, [[expected(a, b) for b in range(num)] for a in range(num)])
         close(diversity.pairwise_distances(torch.from_numpy(logits)), oracle.distances(logits))
-        close(diversity.confusion_matrix(mine[0][0], mine[1], classes), oracle.confusion(predictions[0], labels, classes))
-        close(diversity.class_means(torch.from_numpy(confidences[0]), mine[1], classes), oracle.class_means(confidences[0], labels, classes))
-        found, expected = diversity.calibration(torch.from_numpy(confidences[0]), mine[2][0]), oracle.calibration(confidences[0], right[0], diversity.ECE_BINS)
+        close(
+            diversity.confusion_matrix(mine[0][0], mine[1], classes),
+            oracle.confusion(predictions[0], labels, classes),
+        )
+        close(
+            diversity.class_means(torch.from_numpy(confidences[0]), mine[1], classes),
+            oracle.class_means(confidences[0], labels, classes),
+        )
+        found, expected = (
+            diversity.calibration(torch.from_numpy(confidences[0]), mine[2][0]),
+            oracle.calibration(confidences[0], right[0], diversity.ECE_BINS),
+        )
         for value, other in zip((*found, found.error), expected, strict=True):
             close(value, other)
 
     def test_a_bin_holds_its_upper_edge(self):
-        found = diversity.calibration(torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64), torch.tensor([True, False, False]), bins=2)
+        found = diversity.calibration(
+            torch.tensor([0.5, 0.5, 1.0], dtype=torch.float64),
+            torch.tensor([True, False, False]),
+            bins=2,
+        )
         assert found.count.tolist() == [2, 1]
         assert found.error == pytest.approx(1 / 3)
-        assert diversity.calibration(torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.bool)).error == 0
+        assert (
+            diversity.calibration(
+                torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.bool)
+            ).error
+            == 0
+        )
 
     def test_means_over_pairs(self):
         assert diversity.mean_over_pairs(torch.tensor([[0.0, 1, 2], [1, 0, 6], [2, 6, 0]])) == 3
@@ -101,7 +140,20 @@ class TestFormulas:
 
 def train(folder, **settings):
     """A run of one epoch on a few digits, evaluated in batches of 64 and 36."""
-    config = TrainConfig(data="digits", **{"model": "resnet8", "method": "ahbf", "branches": 3, "aux_blocks": 0, "epochs": 1, "batch_size": 64, "lr": 0.02, "device": "cpu", **settings})
+    config = TrainConfig(
+        data="digits",
+        **{
+            "model": "resnet8",
+            "method": "ahbf",
+            "branches": 3,
+            "aux_blocks": 0,
+            "epochs": 1,
+            "batch_size": 64,
+            "lr": 0.02,
+            "device": "cpu",
+            **settings,
+        },
+    )
     trainer = make(config, folder, few_digits())
     trainer.run()
     return folder
@@ -129,7 +181,9 @@ def analyze(capsys):
 
 
 def everything(folder):
-    """What the model says about all images at once, and the labels: a pass of its own, not through the loader."""
+    """What the model says about all images at once, and the labels: a pass of its own, not through
+    the loader.
+    """
     run = load_run(folder, device="cpu")
     target, images = zip(*[(batch.target, batch.images) for batch in run.loader], strict=True)
     evaluator = run.evaluator
@@ -145,7 +199,11 @@ def test_measures_of_a_run(ahbf):
     found = {key: measure["values"] for key, measure in record["measures"].items()}
     names = list(rows)
     assert record["rows"] == names == ["branch1", "branch2", "branch3", "ta2", "ta3", "ensemble"]
-    assert (record["student"], record["branches"], record["ensemble_members"]) == ("branch1", names[:3], names[:3])
+    assert (record["student"], record["branches"], record["ensemble_members"]) == (
+        "branch1",
+        names[:3],
+        names[:3],
+    )
     logits = np.stack(list(rows.values()))
     p = np.stack([softmax(row) for row in logits])
     predictions = logits.argmax(2)
@@ -155,7 +213,9 @@ def test_measures_of_a_run(ahbf):
     assert record["student_errors"] == wrong.sum()
 
     def near(value, expected):
-        np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)  # float32 logits of other batches
+        np.testing.assert_allclose(
+            value, expected, rtol=2e-5, atol=1e-6
+        )  # float32 logits of other batches
 
     apart, on_errors = oracle.distances(p).mean(2), oracle.distances(logits[:, wrong]).mean(2)
     for key, expected in (("softmax_distance", apart), ("logit_distance", on_errors)):
@@ -169,26 +229,54 @@ def test_measures_of_a_run(ahbf):
         assert found["accuracy"][name] == right[index].mean()
         near(found["cross_entropy"][name], -np.log(p[index, np.arange(100), labels]).mean())
         near(found["confidence"][name], p[index].max(1).mean())
-        counts, accuracy, confidence, error = oracle.calibration(p[index].max(1), right[index], diversity.ECE_BINS)
+        counts, accuracy, confidence, error = oracle.calibration(
+            p[index].max(1), right[index], diversity.ECE_BINS
+        )
         near(found["calibration_error"][name], error)
         assert list(found["bin_count"][name].values()) == counts
         near(np.array(list(found["bin_accuracy"][name].values()), dtype=float), accuracy)
         near(np.array(list(found["bin_confidence"][name].values()), dtype=float), confidence)
-        near(list(found["class_accuracy"][name].values()), oracle.class_means(right[index], labels, 10))
+        near(
+            list(found["class_accuracy"][name].values()),
+            oracle.class_means(right[index], labels, 10),
+        )
         for other, second in enumerate(names):
-            near(found["agreement"][name][second], oracle.agreement(predictions[index], predictions[other]))
-            near(found["error_overlap"][name][second], oracle.error_overlap(right[index], right[other]))
-            near(found["same_error"][name][second], oracle.same_error(predictions[index], predictions[other], labels))
-            near(np.array(found["q_statistic"][name][second], dtype=float), oracle.q_statistic(right[index], right[other]))
+            near(
+                found["agreement"][name][second],
+                oracle.agreement(predictions[index], predictions[other]),
+            )
+            near(
+                found["error_overlap"][name][second],
+                oracle.error_overlap(right[index], right[other]),
+            )
+            near(
+                found["same_error"][name][second],
+                oracle.same_error(predictions[index], predictions[other], labels),
+            )
+            near(
+                np.array(found["q_statistic"][name][second], dtype=float),
+                oracle.q_statistic(right[index], right[other]),
+            )
     matrix = oracle.confusion(predictions[0], labels, 10)
-    assert found["confusion"] == {str(a): {str(b): int(matrix[a, b]) for b in range(10) if matrix[a, b]} for a in range(10)}
-    scores = {("ta2", "branch2"): result.scores[0][:, 0], ("ta2", "branch1"): result.scores[0][:, 1],
-              ("ta3", "branch3"): result.scores[1][:, 0], ("ta3", "ta2"): result.scores[1][:, 1]}
-    assert [(mixture, name) for mixture, weights in found["mixing"].items() for name in weights] == list(scores)
+    assert found["confusion"] == {
+        str(a): {str(b): int(matrix[a, b]) for b in range(10) if matrix[a, b]} for a in range(10)
+    }
+    scores = {
+        ("ta2", "branch2"): result.scores[0][:, 0],
+        ("ta2", "branch1"): result.scores[0][:, 1],
+        ("ta3", "branch3"): result.scores[1][:, 0],
+        ("ta3", "ta2"): result.scores[1][:, 1],
+    }
+    assert [
+        (mixture, name) for mixture, weights in found["mixing"].items() for name in weights
+    ] == list(scores)
     for (mixture, name), weight in scores.items():
         near(found["mixing"][mixture][name], weight.mean())
         near(found["mixing_deviation"][mixture][name], weight.numpy().std())
-        near(list(found["class_mixing"][mixture][name].values()), oracle.class_means(weight.double().numpy(), labels, 10))
+        near(
+            list(found["class_mixing"][mixture][name].values()),
+            oracle.class_means(weight.double().numpy(), labels, 10),
+        )
         # Training has measured the same at the end of its only epoch.
         near(found["epoch_mixing"][mixture][name]["1"], weight.mean())
     assert found.keys() == MEASURES.keys()
@@ -197,9 +285,15 @@ def test_measures_of_a_run(ahbf):
 def test_features_are_of_the_students_errors(ahbf):
     rows, result, labels = everything(ahbf)
     wrong = rows["branch1"].argmax(1) != labels
-    everyone, some, none = (analyze_run(ahbf, max_images=count, device="cpu").gathered for count in (1000, 5, 0))
+    everyone, some, none = (
+        analyze_run(ahbf, max_images=count, device="cpu").gathered for count in (1000, 5, 0)
+    )
     for place, name in enumerate(("branch1", "branch2", "branch3")):
-        pooled = torch.nn.functional.adaptive_avg_pool2d(result.features[place], 1).flatten(1)[torch.from_numpy(wrong)].numpy()
+        pooled = (
+            torch.nn.functional.adaptive_avg_pool2d(result.features[place], 1)
+            .flatten(1)[torch.from_numpy(wrong)]
+            .numpy()
+        )
         order = np.lexsort(pooled.T)
         mine = everyone.features[name].numpy()
         np.testing.assert_allclose(mine[np.lexsort(mine.T)], pooled[order], rtol=1e-4, atol=1e-6)
@@ -212,24 +306,64 @@ def test_features_are_of_the_students_errors(ahbf):
 
 def test_features_of_another_number_of_branches_are_refused(ahbf, monkeypatch):
     measured = BranchEvaluator.measured
-    monkeypatch.setattr(BranchEvaluator, "measured", lambda self, batches: (
-        (result._replace(features=result.features[:-1]), rows, target) for result, rows, target in measured(self, batches)))
+    monkeypatch.setattr(
+        BranchEvaluator,
+        "measured",
+        lambda self, batches: (
+            (result._replace(features=result.features[:-1]), rows, target)
+            for result, rows, target in measured(self, batches)
+        ),
+    )
     with pytest.raises(ValueError, match="shorter"):
         analyze_run(ahbf, max_images=5, device="cpu")
 
 
-@pytest.mark.parametrize(("method", "count", "members"), [("ahbf", 3, 3), ("one", 3, 3), ("dml", 2, 2), ("okddip", 4, 3), ("ffm", 4, 3), ("ffsd", 3, 2), ("baseline", 1, 1)])
+@pytest.mark.parametrize(
+    ("method", "count", "members"),
+    [
+        ("ahbf", 3, 3),
+        ("one", 3, 3),
+        ("dml", 2, 2),
+        ("okddip", 4, 3),
+        ("ffm", 4, 3),
+        ("ffsd", 3, 2),
+        ("baseline", 1, 1),
+    ],
+)
 def test_a_leader_is_no_member_of_the_ensemble(method, count, members):
     loss = get_method(method).loss_class(num_branches=count)
     assert loss.ensemble_members == tuple(f"branch{m}" for m in range(1, members + 1))
 
 
-@pytest.mark.parametrize(("settings", "rows", "members", "mixtures"), [
-    ({"method": "baseline", "branches": 1}, ["branch1"], ["branch1"], []),
-    ({"method": "okddip", "topology": "peers"}, ["branch1", "branch2", "leader", "ensemble"], ["branch1", "branch2"], ["group1", "group2"]),
-    ({"method": "one", "ema": 0.9}, ["branch1", "branch2", "branch3", "ensemble", "ema"], ["branch1", "branch2", "branch3"], ["ensemble"]),
-    ({"method": "kdcl", "branches": 2, "model": "resnet8,resnet14", "method_options": {"variant": "linear"}}, ["branch1", "branch2", "ensemble"], ["branch1", "branch2"], ["teacher"]),
-])
+@pytest.mark.parametrize(
+    ("settings", "rows", "members", "mixtures"),
+    [
+        ({"method": "baseline", "branches": 1}, ["branch1"], ["branch1"], []),
+        (
+            {"method": "okddip", "topology": "peers"},
+            ["branch1", "branch2", "leader", "ensemble"],
+            ["branch1", "branch2"],
+            ["group1", "group2"],
+        ),
+        (
+            {"method": "one", "ema": 0.9},
+            ["branch1", "branch2", "branch3", "ensemble", "ema"],
+            ["branch1", "branch2", "branch3"],
+            ["ensemble"],
+        ),
+        (
+            {
+                "method": "kdcl",
+                "branches": 2,
+                "model": "resnet8,resnet14",
+                "method_options": {"variant": "linear"},
+            },
+            ["branch1", "branch2", "ensemble"],
+            ["branch1", "branch2"],
+            ["teacher"],
+        ),
+    ],
+)
 def test_any_method(tmp_path, settings, rows, members, mixtures):
     record = analyze_run(train(tmp_path / "run", **settings), max_images=0, device="cpu").record
     assert (record["rows"], record["ensemble_members"]) == (rows, members)
@@ -240,13 +374,18 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
     assert ("has no mixture" in said) == (not mixtures)
     assert ("there is one branch" in said) == (len(members) == 1)
     if record["student"] == "ema":
-        assert record["measures"]["accuracy"]["values"]["ema"] == load_run(tmp_path / "run").state["last"]["ema"]
+        assert (
+            record["measures"]["accuracy"]["values"]["ema"]
+            == load_run(tmp_path / "run").state["last"]["ema"]
+        )
 
 
 @pytest.fixture
 def unsaved(monkeypatch):
     """Pictures are drawn and not encoded, which takes longer."""
-    monkeypatch.setattr("fastokd.analysis.pictures.encoded", lambda plt, figure, _: plt.close(figure) or {})
+    monkeypatch.setattr(
+        "fastokd.analysis.pictures.encoded", lambda plt, figure, _: plt.close(figure) or {}
+    )
 
 
 @pytest.fixture
@@ -276,11 +415,19 @@ def test_a_student_without_errors(ahbf, says, tmp_path):
     says(wrong=())
     analysis = analyze_run(ahbf, device="cpu")
     drawn = analysis.write(tmp_path)
-    assert "branch1 gets every image right, so there are no distances of logits on its errors and no t-SNE" in analysis.record["notes"]
+    assert (
+        "branch1 gets every image right, so there are no distances of logits on its errors and no"
+        " t-SNE" in analysis.record["notes"]
+    )
     assert not (tmp_path / "tsne.svg").exists()
     assert set(NAMES) - set(drawn) == {"tsne"}
     found = json.loads((tmp_path / "analysis.json").read_text())["measures"]
-    assert found["branch_logit_distance"]["values"] is found["interrater_agreement"]["values"] is found["same_error"]["values"]["branch1"]["ta2"] is None
+    assert (
+        found["branch_logit_distance"]["values"]
+        is found["interrater_agreement"]["values"]
+        is found["same_error"]["values"]["branch1"]["ta2"]
+        is None
+    )
     assert found["agreement"]["values"]["branch1"]["ta2"] == 1
     assert found["branch_softmax_distance"]["values"] == 0
 
@@ -291,14 +438,29 @@ def test_a_student_with_one_error(ahbf, says, unsaved, tmp_path):
     drawn = analysis.write(tmp_path)
     assert analysis.record["student_errors"] == 1
     # The student's logits of that image are the others' but for two classes.
-    assert analysis.record["measures"]["logit_distance"]["values"]["branch1"]["branch3"] == pytest.approx(9 * math.sqrt(2), abs=1e-12)
+    assert analysis.record["measures"]["logit_distance"]["values"]["branch1"][
+        "branch3"
+    ] == pytest.approx(9 * math.sqrt(2), abs=1e-12)
     assert "tsne" not in drawn
-    assert any(re.search("there is no picture tsne: t-SNE needs at least 4 points that differ, and there are 3", note) for note in analysis.record["notes"])
+    assert any(
+        re.search(
+            "there is no picture tsne: t-SNE needs at least 4 points that differ, and there are 3",
+            note,
+        )
+        for note in analysis.record["notes"]
+    )
 
 
 def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
     original = BranchEvaluator.measured
-    monkeypatch.setattr(BranchEvaluator, "measured", lambda self, batches: ((result, {**rows, "ta2": rows["ta2"] * math.nan}, target) for result, rows, target in original(self, batches)))
+    monkeypatch.setattr(
+        BranchEvaluator,
+        "measured",
+        lambda self, batches: (
+            (result, {**rows, "ta2": rows["ta2"] * math.nan}, target)
+            for result, rows, target in original(self, batches)
+        ),
+    )
     code, _, err = analyze(ahbf, "--out", tmp_path / "out", "--device", "cpu")
     assert (code, err.count("\n")) == (4, 1)
     assert "the logits are not finite from image 1 on" in err
@@ -310,7 +472,11 @@ def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
     found = dataclasses.replace(analysis.gathered, labels=10 * torch.arange(100))
-    record = {**analysis.record, "classes": names, "measures": measures(found, analysis.record["ensemble_members"], names, {})}
+    record = {
+        **analysis.record,
+        "classes": names,
+        "measures": measures(found, analysis.record["ensemble_members"], names, {}),
+    }
     drawn, notes = draw_study(record, found, tmp_path)
     titles = {picture["name"]: picture["title"] for picture in drawn}
     assert titles["confusion"].endswith("; 20 of 1000 classes, those of the most frequent mistakes")
@@ -320,7 +486,9 @@ def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
 
 
 def test_one_branch_without_a_gate(tmp_path):
-    analysis = analyze_run(train(tmp_path / "run", method="baseline", branches=1), max_images=20, device="cpu")
+    analysis = analyze_run(
+        train(tmp_path / "run", method="baseline", branches=1), max_images=20, device="cpu"
+    )
     assert analysis.write(tmp_path / "out") == ["tsne", "reliability", "confusion"]
 
 
@@ -328,7 +496,10 @@ def test_branches_of_different_width(ahbf, unsaved, tmp_path):
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     analysis.gathered.features["branch3"] = analysis.gathered.features["branch3"][:, :5]
     drawn, _ = draw_study(analysis.record, analysis.gathered, tmp_path)
-    assert "an embedding of its own" in {picture["name"]: picture["description"] for picture in drawn}["tsne"]
+    assert (
+        "an embedding of its own"
+        in {picture["name"]: picture["description"] for picture in drawn}["tsne"]
+    )
 
 
 def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
@@ -340,17 +511,30 @@ def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0
-    assert "note: there are no pictures: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    assert (
+        "note: there are no pictures: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    )
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["analysis.json"]
 
 
 def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
-    code, out, _ = analyze(train(tmp_path / "run", epochs=1, branches=2), "--max-images", "0", "--device", "cpu")
+    code, out, _ = analyze(
+        train(tmp_path / "run", epochs=1, branches=2), "--max-images", "0", "--device", "cpu"
+    )
     assert (code, "not finished" in out) == (0, False)
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 5\n"))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.write_text(json.dumps({key: value for key, value in json.loads(metrics.read_text()).items() if key != "mixing"}) + "\n")
+    metrics.write_text(
+        json.dumps(
+            {
+                key: value
+                for key, value in json.loads(metrics.read_text()).items()
+                if key != "mixing"
+            }
+        )
+        + "\n"
+    )
     code, out, _ = analyze(tmp_path / "run", "--max-images", "0", "--device", "cpu")
     assert code == 0
     assert "note: the run is not finished: 1 of 5 epochs are done" in out
@@ -359,8 +543,17 @@ def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
     assert "mixing" in record["measures"]
     assert "epoch_mixing" not in record["measures"]
     # The best epoch of a finished run is not where it stopped.
-    metrics.write_text("".join(metrics.read_text().replace('"epoch": 0', f'"epoch": {epoch}') for epoch in range(5)))
-    assert "not finished" not in analyze(tmp_path / "run", "--which", "best", "--max-images", "0", "--device", "cpu")[1]
+    metrics.write_text(
+        "".join(
+            metrics.read_text().replace('"epoch": 0', f'"epoch": {epoch}') for epoch in range(5)
+        )
+    )
+    assert (
+        "not finished"
+        not in analyze(tmp_path / "run", "--which", "best", "--max-images", "0", "--device", "cpu")[
+            1
+        ]
+    )
     (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
     code, _, err = analyze(tmp_path / "run", "--device", "cpu")
     assert (code, err.count("\n")) == (4, 1)
@@ -368,8 +561,13 @@ def test_a_run_that_is_not_finished(analyze, unsaved, tmp_path):
 
 
 def test_mistakes(ahbf, analyze, tmp_path):
-    for arguments, expected, pattern in (([tmp_path], 4, "is not a run folder"), ([tmp_path / "none"], 4, "does not exist"), ([ahbf, "--max-images", "-1"], 2, "max_images=-1: use 0"),
-                                         ([ahbf, "--split", "tset"], 2, "no split 'tset'"), ([ahbf, "--out", ahbf / "config.yaml"], 5, "cannot write")):
+    for arguments, expected, pattern in (
+        ([tmp_path], 4, "is not a run folder"),
+        ([tmp_path / "none"], 4, "does not exist"),
+        ([ahbf, "--max-images", "-1"], 2, "max_images=-1: use 0"),
+        ([ahbf, "--split", "tset"], 2, "no split 'tset'"),
+        ([ahbf, "--out", ahbf / "config.yaml"], 5, "cannot write"),
+    ):
         code, _, err = analyze(*arguments)
         assert (code, err.count("\n")) == (expected, 1), err
         assert pattern in err
@@ -387,20 +585,36 @@ class TestPage:
         for folder in (Path("runs/a/analysis"), Path("compared/a")):
             record = json.loads((folder / "analysis.json").read_text())
             assert [picture["name"] for picture in record["pictures"]] == list(NAMES)
-            assert {path.name for path in folder.iterdir()} == {"analysis.json", *(f"{name}{suffix}" for name in NAMES for suffix in (".svg", ".png"))}
+            assert {path.name for path in folder.iterdir()} == {
+                "analysis.json",
+                *(f"{name}{suffix}" for name in NAMES for suffix in (".svg", ".png")),
+            }
             for name in NAMES:
-                assert xml.etree.ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
+                assert (
+                    xml.etree.ElementTree.parse(folder / f"{name}.svg")
+                    .getroot()
+                    .tag.endswith("svg")
+                )
                 with Image.open(folder / f"{name}.png") as picture:
                     # Something is drawn: many colours, or at least several.
                     assert len(picture.convert("RGB").getcolors(2**24)) > 20
-            assert list(record["measures"]["epoch_mixing"]["values"]["ta2"]["branch2"]) == ["1", "2"]
+            assert list(record["measures"]["epoch_mixing"]["values"]["ta2"]["branch2"]) == [
+                "1",
+                "2",
+            ]
         # The same again is the same to the last byte.
         before = {path: path.read_bytes() for path in Path("compared/a").iterdir()}
         assert main(shlex.split(commands[-1])[1:]) == 0
         assert {path: path.read_bytes() for path in Path("compared/a").iterdir()} == before
 
     def test_names_every_key_and_picture(self):
-        numbers, pictures = ([(key, after) for keys, after in re.findall(r"^\| (`.*?) \| (.*?) ?\|", part, flags=re.MULTILINE) for key in re.findall(r"`(.+?)`", keys)]
-                             for part in PAGE.split("## The numbers")[1].split("## The pictures"))
+        numbers, pictures = (
+            [
+                (key, after)
+                for keys, after in re.findall(r"^\| (`.*?) \| (.*?) ?\|", part, flags=re.MULTILINE)
+                for key in re.findall(r"`(.+?)`", keys)
+            ]
+            for part in PAGE.split("## The numbers")[1].split("## The pictures")
+        )
         assert numbers == [(key, ", ".join(measure.axes)) for key, measure in MEASURES.items()]
         assert [name for name, _ in pictures] == list(NAMES)

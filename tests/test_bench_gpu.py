@@ -1,4 +1,6 @@
-"""The GPU entry: its dry run goes through the code of every part, a later call goes on where one was ended, and what is wrong is said."""
+"""The GPU entry: its dry run goes through the code of every part, a later call goes on where one
+was ended, and what is wrong is said.
+"""
 
 import dataclasses
 import gzip
@@ -58,7 +60,18 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     assert named(read(out, "environment"))["copy"]["gb_s"] > 0
     (tests,) = read(out, "tests")["rows"]
     assert tests["returncode"] == 0, tests
-    assert {f"tests/test_{name}.py" for name in ("triton_gpu", "step_gpu", "data_dali_gpu", "data_loader", "kdcl", "tsb", "memory")} <= set(tests["files"])
+    assert {
+        f"tests/test_{name}.py"
+        for name in (
+            "triton_gpu",
+            "step_gpu",
+            "data_dali_gpu",
+            "data_loader",
+            "kdcl",
+            "tsb",
+            "memory",
+        )
+    } <= set(tests["files"])
     (ladder,) = read(out, "step")["ladders"]
     measured = [row for row in ladder["rows"] if row["reason"] != "needs a GPU"]
     assert {row["kind"] for row in measured} == {"first", "lever", "alternative", "student"}
@@ -69,21 +82,37 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     assert {event.get("cat") for event in json.loads(trace)["traceEvents"]} >= {"cpu_op"}
     assert profile["kernels"]
     data = read(out, "data")["rows"]
-    assert all(row["images_per_second"] > 0 for row in data if "loader" in row and "skipped" not in row)
+    assert all(
+        row["images_per_second"] > 0 for row in data if "loader" in row and "skipped" not in row
+    )
     assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
 
 
 def test_kernel_rows_cover_every_method_and_say_what_is_not_there(everything):
     rows = read(everything[0], "kernels")["rows"]
     assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES}
-    assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {("ahbf", "paper"), ("ahbf", "code")}
+    assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {
+        ("ahbf", "paper"),
+        ("ahbf", "code"),
+    }
     for row in rows:
         times = {name: value for name, value in row.items() if "/" in name}
-        assert times.keys() >= {"eager/both", "eager graph/both", "compiled graph/both", "fused/both", "fused graph/both", "one kernel graph/both"}
-        assert all(value > 0 for name, value in times.items() if not name.startswith(("liger", "quack"))), row
+        assert times.keys() >= {
+            "eager/both",
+            "eager graph/both",
+            "compiled graph/both",
+            "fused/both",
+            "fused graph/both",
+            "one kernel graph/both",
+        }
+        assert all(
+            value > 0 for name, value in times.items() if not name.startswith(("liger", "quack"))
+        ), row
         assert all(low <= times[name] <= high for name, (low, high) in row["spread"].items())
         if "preset" not in row:
-            assert all(peer in row["reasons"] or f"{peer}/both" in row for peer in ("liger", "quack"))
+            assert all(
+                peer in row["reasons"] or f"{peer}/both" in row for peer in ("liger", "quack")
+            )
 
 
 def test_a_complete_part_is_left_alone_and_begun_anew_when_asked(everything, capsys):
@@ -94,12 +123,22 @@ def test_a_complete_part_is_left_alone_and_begun_anew_when_asked(everything, cap
     assert {path.name: path.read_bytes() for path in out.glob("*.json")} == before
     assert main(["environment", "--again", *arguments]) == 0
     (aside,) = (out / "earlier").iterdir()
-    assert aside.read_bytes() == before["environment-dry-run.json"] != (out / "environment-dry-run.json").read_bytes()
+    assert (
+        aside.read_bytes()
+        == before["environment-dry-run.json"]
+        != (out / "environment-dry-run.json").read_bytes()
+    )
 
 
 def test_accuracy_rows_are_runs_with_the_errors_of_every_branch(everything):
     found = read(everything[0], "accuracy")
-    assert [(row["method"], row["preset"]) for row in found["rows"]] == [("baseline", "paper"), ("ahbf", "paper"), ("ahbf", "code"), ("one", "code"), ("okddip", "code")]
+    assert [(row["method"], row["preset"]) for row in found["rows"]] == [
+        ("baseline", "paper"),
+        ("ahbf", "paper"),
+        ("ahbf", "code"),
+        ("one", "code"),
+        ("okddip", "code"),
+    ]
     assert found["plan"]["epochs"] == 1
     assert not found["data"]["original_files"]
     assert {"branch1", "branch4", "ta2", "ensemble"} <= found["rows"][1]["last"].keys()
@@ -120,13 +159,27 @@ def test_tables_of_a_dry_run(everything, monkeypatch):
     kernels = gpu_tables.kernel_tables(paths["kernels"])
     assert sum(line.startswith("| ahbf (paper) | 8 x 10 | bfloat16 |") for line in kernels) == 2
     assert any(line.startswith("| KL | 8 x 10 |") for line in kernels)
-    assert any("branch" in line and "ta2" in line for line in gpu_tables.accuracy_tables(paths["accuracy"]))
-    assert any(line.startswith("| torchvision | 48 x 48 |") for line in gpu_tables.data_tables(paths["data"]))
-    assert any("ms a step without the profiler" in line for line in gpu_tables.profile_tables(paths["profile"]))
+    assert any(
+        "branch" in line and "ta2" in line for line in gpu_tables.accuracy_tables(paths["accuracy"])
+    )
+    assert any(
+        line.startswith("| torchvision | 48 x 48 |")
+        for line in gpu_tables.data_tables(paths["data"])
+    )
+    assert any(
+        "ms a step without the profiler" in line
+        for line in gpu_tables.profile_tables(paths["profile"])
+    )
     for line in (*kernels, *gpu_tables.accuracy_tables(paths["accuracy"])):
         assert not line.startswith("Not complete")
-    assert (pages["kernels"], pages["profile"]) == (kernels, gpu_tables.profile_tables(paths["profile"]))
-    assert (pages["gpu data"], pages["accuracy"]) == (gpu_tables.data_tables(paths["data"]), gpu_tables.accuracy_tables(paths["accuracy"]))
+    assert (pages["kernels"], pages["profile"]) == (
+        kernels,
+        gpu_tables.profile_tables(paths["profile"]),
+    )
+    assert (pages["gpu data"], pages["accuracy"]) == (
+        gpu_tables.data_tables(paths["data"]),
+        gpu_tables.accuracy_tables(paths["accuracy"]),
+    )
     assert pages["gpu"][-3:] == gpu_tables.tests_lines(paths["tests"])[-3:]
 
 
@@ -135,7 +188,9 @@ def context_of(tmp_path, minutes=1e9):
 
 
 def toy(rows, measured, minutes=0.0, fails=()):
-    """A part with rows of these names, which notes what it measures and fails once for each name in ``fails``."""
+    """A part with rows of these names, which notes what it measures and fails once for each name in
+    ``fails``.
+    """
     failing = list(fails)
 
     def measure(name):
@@ -145,7 +200,14 @@ def toy(rows, measured, minutes=0.0, fails=()):
             raise RuntimeError(f"{name} broke\nand more")
         return {"value": len(measured)}
 
-    return Part("toy", 0.0, lambda context, results: (Row(name, minutes, lambda name=name: measure(name)) for name in rows), lambda row: str(row["value"]))
+    return Part(
+        "toy",
+        0.0,
+        lambda context, results: (
+            Row(name, minutes, lambda name=name: measure(name)) for name in rows
+        ),
+        lambda row: str(row["value"]),
+    )
 
 
 def test_a_call_that_is_killed_loses_one_row(tmp_path):
@@ -172,7 +234,10 @@ def test_a_row_that_fails_loses_no_other_and_is_tried_again(tmp_path, capsys):
     run_part(part, context, {"code": "1"}, False)
     found = read(context.out, "toy")
     failed = named(found)["b"]
-    assert (failed["error"], failed["where"][-1].partition(":")[0]) == ("RuntimeError: b broke", Path(__file__).name)
+    assert (failed["error"], failed["where"][-1].partition(":")[0]) == (
+        "RuntimeError: b broke",
+        Path(__file__).name,
+    )
     assert found["left"] == {"b": "failed: RuntimeError: b broke"}
     assert not found["complete"]
     run_part(part, context, {"code": "1"}, False)
@@ -185,6 +250,7 @@ def test_what_is_there_of_a_row_outlasts_its_error(tmp_path):
         def measure():
             results.put({"row": "a", "partial": "half of it", "half": 1})
             raise TypeError("no such argument")
+
         yield Row("a", 0.0, measure)
 
     path = tmp_path / "out" / "toy-dry-run.json"
@@ -200,7 +266,11 @@ def test_a_row_in_which_something_failed_is_tried_again(tmp_path):
     outcomes = iter(["2 failed", None])
 
     def rows(context, results):
-        yield Row("a", 0.0, lambda: {"value": 1} | ({"partial": wrong} if (wrong := next(outcomes)) else {}))
+        yield Row(
+            "a",
+            0.0,
+            lambda: {"value": 1} | ({"partial": wrong} if (wrong := next(outcomes)) else {}),
+        )
 
     path = tmp_path / "out" / "toy-dry-run.json"
     part = Part("toy", 0.0, rows, str)
@@ -217,8 +287,13 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bench.gpu.entry.run_part", interrupted)
-    assert main(["environment", "--dry-run", "--out", str(tmp_path), "--runs", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+    assert (
+        main(["environment", "--dry-run", "--out", str(tmp_path), "--runs", str(tmp_path)]) == 130
+    )
+    assert (
+        capsys.readouterr().err
+        == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+    )
 
 
 def test_the_first_signal_after_the_minutes_were_spent_is_not_taken_for_the_second(monkeypatch):
@@ -231,13 +306,18 @@ def test_the_first_signal_after_the_minutes_were_spent_is_not_taken_for_the_seco
 
 
 def test_each_part_has_sources_of_its_own():
-    assert all((results.ROOT / source).exists() for part in PARTS.values() for source in part.code())
+    assert all(
+        (results.ROOT / source).exists() for part in PARTS.values() for source in part.code()
+    )
     assert len({identity(CPU, part.code())["code"] for part in PARTS.values()}) == len(PARTS)
 
 
 def test_without_pytest_the_tests_are_refused_and_not_complete(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert PARTS["tests"].refusal(context_of(tmp_path)) == "pytest is not installed: pip install pytest"
+    assert (
+        PARTS["tests"].refusal(context_of(tmp_path))
+        == "pytest is not installed: pip install pytest"
+    )
 
 
 def test_tests_that_do_not_begin_are_not_done():
@@ -257,14 +337,19 @@ def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeyp
     assert "2 left (a: needs at least 1.5 minutes, 1.0 were left)" in out
 
 
-@pytest.mark.parametrize(("identity", "complete", "again", "kept", "said"), [
-    ({"code": "1", "device": "x"}, False, False, True, ""),
-    ({"code": "2", "device": "x"}, False, False, False, "it is of code 1, now 2"),
-    ({"code": "1", "device": "y"}, False, False, False, "it is of device x, now y"),
-    ({"code": "2", "device": "x"}, True, False, True, "not of what runs now"),
-    ({"code": "1", "device": "x"}, True, True, False, "--again"),
-])
-def test_results_of_something_else_are_never_added_to(tmp_path, identity, complete, again, kept, said):
+@pytest.mark.parametrize(
+    ("identity", "complete", "again", "kept", "said"),
+    [
+        ({"code": "1", "device": "x"}, False, False, True, ""),
+        ({"code": "2", "device": "x"}, False, False, False, "it is of code 1, now 2"),
+        ({"code": "1", "device": "y"}, False, False, False, "it is of device x, now y"),
+        ({"code": "2", "device": "x"}, True, False, True, "not of what runs now"),
+        ({"code": "1", "device": "x"}, True, True, False, "--again"),
+    ],
+)
+def test_results_of_something_else_are_never_added_to(
+    tmp_path, identity, complete, again, kept, said
+):
     path = tmp_path / "toy-x.json"
     first = Results(path, "toy", {"code": "1", "device": "x"}, CPU)
     first.put({"row": "a", "value": 1})
@@ -279,7 +364,19 @@ def test_results_of_something_else_are_never_added_to(tmp_path, identity, comple
     assert path.exists() == kept
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"part": "toy"}', '{"part": "other", "complete": true, "identity": {}, "environment": {}, "sessions": [], "rows": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"part": "toy"}',
+        (
+            '{"part": "other", "complete": true, "identity": {}, "environment": {}, "sessions": [],'
+            ' "rows": []}'
+        ),
+    ],
+)
 def test_a_damaged_file_is_put_aside(tmp_path, text):
     path = tmp_path / "toy-x.json"
     path.write_text(text)
@@ -307,7 +404,14 @@ def test_the_identity_follows_the_code_that_is_measured(monkeypatch, tmp_path):
 
 def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
     """Out of minutes after four rows: these are not measured again."""
-    arguments = ["step", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "step",
+        "--dry-run",
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     asked = []
 
     def minutes_left(self):
@@ -325,16 +429,25 @@ def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     found = read(tmp_path / "out", "step")
     (ladder,) = found["ladders"]
-    assert ladder["rows"][:len(before)] == before
+    assert ladder["rows"][: len(before)] == before
     assert not [row for row in ladder["rows"] if row["reason"] == SPENT]
     assert found["complete"]
     assert "partial" not in ladder
 
 
-def test_a_run_is_stopped_at_the_deadline_and_goes_on_in_the_next_call(tmp_path, monkeypatch, capsys):
+def test_a_run_is_stopped_at_the_deadline_and_goes_on_in_the_next_call(
+    tmp_path, monkeypatch, capsys
+):
     runs = accuracy.FIRST[:1]
     monkeypatch.setattr(accuracy, "FIRST", runs)
-    arguments = ["accuracy", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "accuracy",
+        "--dry-run",
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     asked = []
 
     def minutes_left(self):
@@ -373,13 +486,30 @@ def test_a_real_signal_ends_the_call(tmp_path, monkeypatch):
         raise Preempted("stopped by SIGTERM")
 
     monkeypatch.setattr(accuracy, "begin_run", interrupted)
-    assert main(["accuracy", "--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == Preempted.exit_code
+    assert (
+        main(
+            [
+                "accuracy",
+                "--dry-run",
+                "--out",
+                str(tmp_path / "out"),
+                "--runs",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == Preempted.exit_code
+    )
 
 
 def test_other_images_are_not_added_to_the_rows_of_some(tmp_path):
     results = Results(tmp_path / "x.json", "accuracy", {}, CPU)
     context = context_of(tmp_path)
-    about = {"name": "digits", "num_images": {"train": 2, "test": 1}, "image_size": [8, 8], "fingerprint": "1"}
+    about = {
+        "name": "digits",
+        "num_images": {"train": 2, "test": 1},
+        "image_size": [8, 8],
+        "fingerprint": "1",
+    }
     accuracy._note_data(context, results, about)
     accuracy._note_data(context, results, about | {"name": "renamed"})
     with pytest.raises(accuracy.Refused, match="other images"):
@@ -387,60 +517,182 @@ def test_other_images_are_not_added_to_the_rows_of_some(tmp_path):
 
 
 def test_what_is_measured_of_a_run():
-    records = [{"epoch": epoch, "seconds": 30.0, "images_per_second": speed, "eval": {"branch1": student, "ta2": 0.5}}
-               for epoch, (speed, student) in enumerate([(10.0, 0.6), (100.0, 0.9), (110.0, 0.8)])]
+    records = [
+        {
+            "epoch": epoch,
+            "seconds": 30.0,
+            "images_per_second": speed,
+            "eval": {"branch1": student, "ta2": 0.5},
+        }
+        for epoch, (speed, student) in enumerate([(10.0, 0.6), (100.0, 0.9), (110.0, 0.8)])
+    ]
     assert accuracy.measured(records, "branch1") == {
-        "last": {"branch1": 0.8, "ta2": 0.5}, "best": {"branch1": 0.9, "ta2": 0.5}, "best_epoch": 2, "minutes": 1.5, "images_per_second": 100.0}
+        "last": {"branch1": 0.8, "ta2": 0.5},
+        "best": {"branch1": 0.9, "ta2": 0.5},
+        "best_epoch": 2,
+        "minutes": 1.5,
+        "images_per_second": 100.0,
+    }
 
 
 def test_accuracy_table_beside_the_papers(tmp_path):
     def run(recipe, preset, seed, accuracy, best):
-        return {"row": f"{recipe} {preset} {seed}", "recipe": recipe, "preset": preset, "seed": seed, "student": "branch1", "minutes": 2.0, "images_per_second": 60_000.0,
-                "last": {"branch1": accuracy, "ta2": 0.95}, "best": {"branch1": best, "ta2": 0.95}}
+        return {
+            "row": f"{recipe} {preset} {seed}",
+            "recipe": recipe,
+            "preset": preset,
+            "seed": seed,
+            "student": "branch1",
+            "minutes": 2.0,
+            "images_per_second": 60_000.0,
+            "last": {"branch1": accuracy, "ta2": 0.95},
+            "best": {"branch1": best, "ta2": 0.95},
+        }
 
-    environment = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "command": "python -m bench.gpu accuracy"}
-    found = {"complete": False, "left": {"x": "no minutes"}, "environment": environment, "sessions": [{"commit": "a"}, {"commit": "b"}, {"commit": "a"}],
-             "plan": {"epochs": 60, "seeds": 3}, "data": {"name": "cifar10-jpeg", "num_images": {"train": 50_000, "test": 10_000}, "original_files": False},
-             "rows": [run("cifar10-resnet32-ahbf", "paper", 0, 0.93, 0.94), run("cifar10-resnet32-ahbf", "paper", 1, 0.91, 0.92), run("cifar10-resnet32-baseline", "paper", 0, 0.9, 0.9)]}
+    environment = {
+        "device": "NVIDIA H200",
+        "torch": "2.11",
+        "triton": "3.6",
+        "command": "python -m bench.gpu accuracy",
+    }
+    found = {
+        "complete": False,
+        "left": {"x": "no minutes"},
+        "environment": environment,
+        "sessions": [{"commit": "a"}, {"commit": "b"}, {"commit": "a"}],
+        "plan": {"epochs": 60, "seeds": 3},
+        "data": {
+            "name": "cifar10-jpeg",
+            "num_images": {"train": 50_000, "test": 10_000},
+            "original_files": False,
+        },
+        "rows": [
+            run("cifar10-resnet32-ahbf", "paper", 0, 0.93, 0.94),
+            run("cifar10-resnet32-ahbf", "paper", 1, 0.91, 0.92),
+            run("cifar10-resnet32-baseline", "paper", 0, 0.9, 0.9),
+        ],
+    }
     path = tmp_path / "accuracy-x.json"
     path.write_text(json.dumps(found))
     lines = gpu_tables.accuracy_tables(path)
-    assert lines[0] == "NVIDIA H200; torch 2.11, Triton 3.6; commit a, b; `accuracy-x.json`, made by `python -m bench.gpu accuracy`."
+    assert (
+        lines[0]
+        == "NVIDIA H200; torch 2.11, Triton 3.6; commit a, b; `accuracy-x.json`, made by `python -m"
+        " bench.gpu accuracy`."
+    )
     assert "60 epochs instead of the papers' 300" in lines[1]
     assert "'cifar10-jpeg' (50,000 train, 10,000 test images), not the original files" in lines[1]
-    assert "| `cifar10-resnet32-ahbf`, paper | 0, 1 | 8.00 +- 1.41 | 7.00 +- 1.41 | AHBF Table 1: 5.32 +- 0.11 | 2 | 60,000 |" in lines
-    assert "| `cifar10-resnet32-baseline`, paper | 0 | 10.00 | 10.00 | AHBF Table 1: 6.31 +- 0.07; OKDDip slides: 6.34 +- 0.03; FFM + CD: 6.38 +- 0.10 | 2 | 60,000 |" in lines
-    assert "| `cifar10-resnet32-ahbf`, paper | last | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
-    assert "| `cifar10-resnet32-ahbf`, paper | best | branch1 7.00 +- 1.41; ta2 5.00 +- 0.00 |" in lines
+    assert (
+        "| `cifar10-resnet32-ahbf`, paper | 0, 1 | 8.00 +- 1.41 | 7.00 +- 1.41 | AHBF Table 1: 5.32"
+        " +- 0.11 | 2 | 60,000 |" in lines
+    )
+    assert (
+        "| `cifar10-resnet32-baseline`, paper | 0 | 10.00 | 10.00 | AHBF Table 1: 6.31 +- 0.07;"
+        " OKDDip slides: 6.34 +- 0.03; FFM + CD: 6.38 +- 0.10 | 2 | 60,000 |" in lines
+    )
+    assert (
+        "| `cifar10-resnet32-ahbf`, paper | last | branch1 8.00 +- 1.41; ta2 5.00 +- 0.00 |"
+        in lines
+    )
+    assert (
+        "| `cifar10-resnet32-ahbf`, paper | best | branch1 7.00 +- 1.41; ta2 5.00 +- 0.00 |"
+        in lines
+    )
     assert lines[-2] == "Not complete, 1 rows to go: x."
 
 
 def test_kernel_table_by_hand(tmp_path):
     """4 MB in 2 us at 4 TB/s are half of the floor's speed; losing rows stay."""
-    row = {"row": "r", "loss": "ahbf", "preset": "paper", "batch": 8, "num_classes": 10, "dtype": "bfloat16", "bytes_forward": 4_000_000, "bytes_both": 8_000_000,
-           "eager/forward": 9e-6, "eager graph/forward": 8e-6, "compiled graph/forward": 1e-6, "fused/forward": 5e-6, "fused graph/forward": 2e-6,
-           "spread": {"fused graph/forward": [1.5e-6, 3e-6]}, "reasons": {}}
-    single = {"row": "s", "loss": "KL", "batch": 8, "num_classes": 10, "dtype": "float32", "bytes_forward": 1, "bytes_both": 8_000_000, "liger/both": 8e-6, "liger graph/both": None,
-              "one kernel graph/both": 4e-6, "spread": {"one kernel graph/both": [4e-6, 4e-6]}, "reasons": {"quack": "not installed"}}
-    found = {"complete": True, "left": {}, "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"}, "identity": {"code": "0a1b"}, "sessions": [{"commit": None}], "copy_bandwidth_gb_s": 4000.0, "rows": [row, single]}
+    row = {
+        "row": "r",
+        "loss": "ahbf",
+        "preset": "paper",
+        "batch": 8,
+        "num_classes": 10,
+        "dtype": "bfloat16",
+        "bytes_forward": 4_000_000,
+        "bytes_both": 8_000_000,
+        "eager/forward": 9e-6,
+        "eager graph/forward": 8e-6,
+        "compiled graph/forward": 1e-6,
+        "fused/forward": 5e-6,
+        "fused graph/forward": 2e-6,
+        "spread": {"fused graph/forward": [1.5e-6, 3e-6]},
+        "reasons": {},
+    }
+    single = {
+        "row": "s",
+        "loss": "KL",
+        "batch": 8,
+        "num_classes": 10,
+        "dtype": "float32",
+        "bytes_forward": 1,
+        "bytes_both": 8_000_000,
+        "liger/both": 8e-6,
+        "liger graph/both": None,
+        "one kernel graph/both": 4e-6,
+        "spread": {"one kernel graph/both": [4e-6, 4e-6]},
+        "reasons": {"quack": "not installed"},
+    }
+    found = {
+        "complete": True,
+        "left": {},
+        "environment": {"device": "G", "torch": "2", "triton": "3", "command": "c"},
+        "identity": {"code": "0a1b"},
+        "sessions": [{"commit": None}],
+        "copy_bandwidth_gb_s": 4000.0,
+        "rows": [row, single],
+    }
     path = tmp_path / "k.json"
     path.write_text(json.dumps(found))
     lines = gpu_tables.kernel_tables(path)
-    assert "| ahbf (paper) | 8 x 10 | bfloat16 | forward | 9 | 8 | 1 | 5 | 2 | 2 | 1.5-3 | 4.00 | 0.50 | 1 | 50% |" in lines
-    assert "| KL | 8 x 10 | float32 | with gradients | - | - | 8 | - | - | - | 4 | 4-4 | - | 2.00 | - | 2 | 50% |" in lines
+    assert (
+        "| ahbf (paper) | 8 x 10 | bfloat16 | forward | 9 | 8 | 1 | 5 | 2 | 2 | 1.5-3 | 4.00 | 0.50"
+        " | 1 | 50% |" in lines
+    )
+    assert (
+        "| KL | 8 x 10 | float32 | with gradients | - | - | 8 | - | - | - | 4 | 4-4 | - | 2.00 | -"
+        " | 2 | 50% |" in lines
+    )
     assert "- quack: not installed (s)" in lines
     assert lines[0] == "G; torch 2, Triton 3; sources 0a1b; `k.json`, made by `c`."
     assert not gpu_tables.readme_lines(path)  # neither row is of a size that the README shows
-    path.write_text(json.dumps(found | {"rows": [row | {"batch": 1024, "num_classes": 1000, "one kernel graph/both": 3e-6, "eager graph/both": 9e-6,
-                                                        "spread": row["spread"] | {"one kernel graph/both": [3e-6, 3e-6]}}]}))
-    assert gpu_tables.readme_lines(path)[-2] == "| ahbf (paper) | 1024 x 1000 | bfloat16 | with gradients | 9 | - | 3 | 3-3 | 3.00 | - | 2 | 67% |"
+    path.write_text(
+        json.dumps(
+            found
+            | {
+                "rows": [
+                    row
+                    | {
+                        "batch": 1024,
+                        "num_classes": 1000,
+                        "one kernel graph/both": 3e-6,
+                        "eager graph/both": 9e-6,
+                        "spread": row["spread"] | {"one kernel graph/both": [3e-6, 3e-6]},
+                    }
+                ]
+            }
+        )
+    )
+    assert (
+        gpu_tables.readme_lines(path)[-2]
+        == "| ahbf (paper) | 1024 x 1000 | bfloat16 | with gradients | 9 | - | 3 | 3-3 | 3.00 | - |"
+        " 2 | 67% |"
+    )
 
 
 def test_profile_counts_what_overlaps_once():
     def kernel(name, begin, time, **other):
         return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": time, **other}
 
-    events = [kernel("a", 0, 10), kernel("b", 5, 10), kernel("a", 20, 10), kernel("c", 40, 10), kernel("host", 0, 1000, cat="cpu_op"), {"ph": "M", "name": "a"}]
+    events = [
+        kernel("a", 0, 10),
+        kernel("b", 5, 10),
+        kernel("a", 20, 10),
+        kernel("c", 40, 10),
+        kernel("host", 0, 1000, cat="cpu_op"),
+        {"ph": "M", "name": "a"},
+    ]
     found = kernel_summary(events, 2)
     assert found["span_ms"] == pytest.approx(0.025)
     assert found["busy_share"] == pytest.approx(35 / 50)
@@ -451,19 +703,37 @@ def test_profile_counts_what_overlaps_once():
 
 
 def test_tests_keep_failures_and_end_what_hangs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # their imports would take most of the seconds that the second file has
+    monkeypatch.setenv(
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"
+    )  # their imports would take most of the seconds that the second file has
     good, hanging, broken = (tmp_path / f"test_{name}.py" for name in ("good", "hanging", "broken"))
     broken.write_text("import no_such_package\n")
-    good.write_text("import pytest\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_wrong(): assert 1 + 1 == 3, 'a sum'\n"
-                    "@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef test_error(broken): pass\ndef test_left(): pytest.skip('why not')\n")
-    hanging.write_text("import pytest, time\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_hangs(): time.sleep(600)\n")
+    good.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef test_wrong():"
+        " assert 1 + 1 == 3, 'a sum'\n@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef"
+        " test_error(broken): pass\ndef test_left(): pytest.skip('why not')\n"
+    )
+    hanging.write_text(
+        "import pytest, time\npytestmark = pytest.mark.gpu\ndef test_right(): pass\ndef"
+        " test_hangs(): time.sleep(600)\n"
+    )
     plain = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-W", "ignore"]
     found = run_files([str(broken), str(good)], 60, plain)
-    assert (found["passed"], found["failed"], found["errors"], found["skipped"], found["returncode"]) == (1, 1, 2, 1, 1)
-    messages = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
+    assert (
+        found["passed"],
+        found["failed"],
+        found["errors"],
+        found["skipped"],
+        found["returncode"],
+    ) == (1, 1, 2, 1, 1)
+    messages = {
+        failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]
+    }
     assert messages["test_wrong"].startswith("AssertionError: a sum")
     assert messages["test_error"] == "OSError: no disk"
-    assert messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
+    assert (
+        messages["test_broken.py"] == "E   ModuleNotFoundError: No module named 'no_such_package'"
+    )
     assert "a sum" in found["output"]
     assert found["partial"] == "1 failed, 2 errors"
     assert not found["unfinished"]
@@ -486,16 +756,34 @@ def test_floor_of_single_losses(name, read, written):
 def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
     graph = SINGLES.get(name) or get_method(name).loss_class(num_branches=3).graph
     inputs = make_inputs(graph, 5, 7, torch.float32, CPU)
-    cases = kernels._single_cases(context_of(tmp_path), name, inputs)[0] if name in SINGLES else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
+    cases = (
+        kernels._single_cases(context_of(tmp_path), name, inputs)[0]
+        if name in SINGLES
+        else kernels._graph_cases(context_of(tmp_path), graph, inputs, kernels.PASSES)
+    )
     with context_of(tmp_path).not_compiled():
-        found = {which: call() for which, (call, _) in cases.items() if not which.startswith(("liger", "quack"))}
+        found = {
+            which: call()
+            for which, (call, _) in cases.items()
+            if not which.startswith(("liger", "quack"))
+        }
     mean, grads = found.pop("one kernel graph/both")
     rows, _, same_grads = found.pop("kernel alone graph/both")
-    found |= {"mean/forward": mean, "rows/forward": rows.mean(), "kernel alone graph/forward": found["kernel alone graph/forward"].mean(),
-              "grads/both": [grad for grad in grads if grad is not None], "same grads/both": [grad for grad in same_grads if grad is not None]}
+    found |= {
+        "mean/forward": mean,
+        "rows/forward": rows.mean(),
+        "kernel alone graph/forward": found["kernel alone graph/forward"].mean(),
+        "grads/both": [grad for grad in grads if grad is not None],
+        "same grads/both": [grad for grad in same_grads if grad is not None],
+    }
     for which, value in found.items():
         expected = found[f"eager/{which.rpartition('/')[2]}"]
-        torch.testing.assert_close(list(value) if isinstance(value, (list, tuple)) else value, list(expected) if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            list(value) if isinstance(value, (list, tuple)) else value,
+            list(expected) if isinstance(expected, tuple) else expected,
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
@@ -506,25 +794,45 @@ def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
 def test_no_gpu_test_is_left_out():
     """Those that are skipped without a GPU bear the mark by which the entry finds them."""
     by_hand = "skipif(" + "not torch.cuda.is_available()"
-    assert not [file.name for file in Path(__file__).parent.glob("test_*.py") if by_hand in file.read_text()]
+    assert not [
+        file.name for file in Path(__file__).parent.glob("test_*.py") if by_hand in file.read_text()
+    ]
 
 
 def test_spent_minutes_skip_every_part(tmp_path, capsys):
-    assert main(["--dry-run", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--minutes", "1e-9"]) == 0
+    assert (
+        main(
+            [
+                "--dry-run",
+                "--out",
+                str(tmp_path / "out"),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--minutes",
+                "1e-9",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert [f"{name}: skipped, it needs at least" in out for name in PARTS] == [True] * len(PARTS)
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), [
-    (["kernel", "--dry-run"], 2, "unknown part 'kernel'; did you mean 'kernels'?"),
-    (["--minutes", "0", "--dry-run"], 2, "--minutes 0.0: it must be positive"),
-    (["--epochs", "0", "--dry-run"], 2, "--epochs 0: it must be positive"),
-    (["--pictures", "nowhere", "--dry-run"], 2, "--pictures nowhere: no such folder"),
-    (["--data", "nowhere", "--dry-run"], 3, "nowhere: no folder that can be read"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["kernel", "--dry-run"], 2, "unknown part 'kernel'; did you mean 'kernels'?"),
+        (["--minutes", "0", "--dry-run"], 2, "--minutes 0.0: it must be positive"),
+        (["--epochs", "0", "--dry-run"], 2, "--epochs 0: it must be positive"),
+        (["--pictures", "nowhere", "--dry-run"], 2, "--pictures nowhere: no such folder"),
+        (["--data", "nowhere", "--dry-run"], 3, "nowhere: no folder that can be read"),
+    ],
+)
 def test_bad_arguments(arguments, code, said, capsys, tmp_path):
-    assert main([*arguments, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == code
+    assert (
+        main([*arguments, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == code
+    )
     assert said in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
     assert not list(tmp_path.rglob("*.json"))
@@ -538,7 +846,9 @@ def test_without_a_gpu_it_says_what_can_run(monkeypatch, capsys):
 
 def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--dry-run", "--out", str(tmp_path / "file"), "--runs", str(tmp_path / "runs")]) == 5
+    assert (
+        main(["--dry-run", "--out", str(tmp_path / "file"), "--runs", str(tmp_path / "runs")]) == 5
+    )
     captured = capsys.readouterr()
     assert "cannot write" in captured.err
     assert not captured.out

@@ -1,4 +1,6 @@
-"""The comparison of all methods on the digits: it goes on where it stopped, and its table says what its file says."""
+"""The comparison of all methods on the digits: it goes on where it stopped, and its table says what
+its file says.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,11 @@ def test_it_continues_and_starts_anew_for_other_settings(tmp_path, capsys, monke
     arguments = ["one", "baseline", "--seeds", "2", "--epochs", "1", "--out", str(file)]
     assert methods.main(arguments) == 0
     assert calls == [("one", "paper"), ("one", "code"), ("baseline", "paper")]
-    assert [(row["method"], row["preset"]) for row in json.loads(file.read_text())["rows"]] == [("baseline", "paper"), ("one", "paper"), ("one", "code")]
+    assert [(row["method"], row["preset"]) for row in json.loads(file.read_text())["rows"]] == [
+        ("baseline", "paper"),
+        ("one", "paper"),
+        ("one", "code"),
+    ]
     assert methods.main(["dml", *arguments]) == 0
     assert calls[3:] == [("dml", "paper"), ("dml", "code")]
     assert methods.main([*arguments[:4], "--epochs", "2", "--out", str(file)]) == 0
@@ -38,29 +44,65 @@ def test_it_continues_and_starts_anew_for_other_settings(tmp_path, capsys, monke
 
 
 def test_a_row_is_what_its_runs_found(tmp_path, monkeypatch):
-    """Two seeds of a method with a teacher, on a corner of the digits; each seed has its own teacher."""
+    """Two seeds of a method with a teacher, on a corner of the digits; each seed has its own
+    teacher.
+    """
     whole = open_dataset("digits")
-    corner = dataclasses.replace(whole, train=whole.train.select(torch.arange(128)), test=whole.test.select(torch.arange(64)))
+    corner = dataclasses.replace(
+        whole, train=whole.train.select(torch.arange(128)), test=whole.test.select(torch.arange(64))
+    )
     monkeypatch.setattr(methods, "TEACHER", "resnet8")
     row = methods.measure("kd", "code", 2, 1, corner, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kd-code-0", "kd-code-1", "teacher-0", "teacher-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "kd-code-0",
+        "kd-code-1",
+        "teacher-0",
+        "teacher-1",
+    ]
     for seed in range(2):
         summary = json.loads((tmp_path / f"kd-code-{seed}" / "summary.json").read_text())
         assert row["student"][seed] == summary["last"]["branch1"]
         teacher = json.loads((tmp_path / f"teacher-{seed}" / "summary.json").read_text())
         assert row["teacher"][seed] == summary["last"]["teacher"] == teacher["last"]["branch1"]
-    assert (row["kept"], row["student_parameters"], row["parameters"], row["branches"]) == ("branch1", 78_042, 78_042, 1)
+    assert (row["kept"], row["student_parameters"], row["parameters"], row["branches"]) == (
+        "branch1",
+        78_042,
+        78_042,
+        1,
+    )
 
 
 def test_the_table_says_what_the_file_says(tmp_path):
     path = tmp_path / "found.json"
     assert comparison(path) == []
-    row = {"method": "one", "preset": "paper", "branches": 3, "networks": "branches", "kept": "branch1", "student_parameters": 987, "parameters": 1234, "seconds": [1.0, 4.0],
-           "student": [0.9, 0.92], "ensemble": [0.95, 0.95], "commit": "abc"}
-    settings = {"data": "digits, 1442 training and 355 test images", "student": "resnet8", "teacher": "resnet20", "seeds": 2, "epochs": 3, "batch_size": 64,
-                "lr": 0.05, "aux_blocks": 1}
+    row = {
+        "method": "one",
+        "preset": "paper",
+        "branches": 3,
+        "networks": "branches",
+        "kept": "branch1",
+        "student_parameters": 987,
+        "parameters": 1234,
+        "seconds": [1.0, 4.0],
+        "student": [0.9, 0.92],
+        "ensemble": [0.95, 0.95],
+        "commit": "abc",
+    }
+    settings = {
+        "data": "digits, 1442 training and 355 test images",
+        "student": "resnet8",
+        "teacher": "resnet20",
+        "seeds": 2,
+        "epochs": 3,
+        "batch_size": 64,
+        "lr": 0.05,
+        "aux_blocks": 1,
+    }
     path.write_text(json.dumps({"settings": settings, "torch": "2", "rows": [row]}))
-    assert "| [one](one.md) | paper | 3 branches | 91.00 +- 1.41 | 95.00 +- 0.00 |  | 987 | 1,234 | 2 |" in comparison(path)
+    assert (
+        "| [one](one.md) | paper | 3 branches | 91.00 +- 1.41 | 95.00 +- 0.00 |  | 987 | 1,234"
+        " | 2 |" in comparison(path)
+    )
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -68,4 +110,11 @@ def test_every_method_can_be_compared(name, tmp_path):
     teacher = tmp_path if get_method(name).needs_teacher else None
     config = methods.configuration(name, "paper", 0, 1, teacher)
     check_config(config)
-    create_model(config.model, name, 10, config.num_branches(), config.aux_blocks, options=config.model_options())
+    create_model(
+        config.model,
+        name,
+        10,
+        config.num_branches(),
+        config.aux_blocks,
+        options=config.model_options(),
+    )

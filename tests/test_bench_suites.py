@@ -1,4 +1,6 @@
-"""Every suite runs from end to end, with tiny sizes, and what it writes is what the report reads: no typo ends an hour of measuring."""
+"""Every suite runs from end to end, with tiny sizes, and what it writes is what the report reads:
+no typo ends an hour of measuring.
+"""
 
 import json
 import os
@@ -36,11 +38,34 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suites")
     pictures = compose(folder / "pictures", 10)
     path = folder / "results.json"
-    variables = {"FASTOKD_BENCH_SMOKE": "1", "FASTOKD_BENCH_SMALL": str(pictures), "FASTOKD_BENCH_LARGE_PICTURES": str(pictures), "OMP_NUM_THREADS": "1"}
+    variables = {
+        "FASTOKD_BENCH_SMOKE": "1",
+        "FASTOKD_BENCH_SMALL": str(pictures),
+        "FASTOKD_BENCH_LARGE_PICTURES": str(pictures),
+        "OMP_NUM_THREADS": "1",
+    }
     # As a worker of these tests pytest-benchmark would write nothing.
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={path}", *(f"bench/{name}" for name in SUITES)],
-                          cwd=ROOT, env={**surroundings, **variables}, capture_output=True, text=True, check=False)
+    surroundings = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-p",
+            "no:cacheprovider",
+            "--benchmark-quiet",
+            f"--benchmark-json={path}",
+            *(f"bench/{name}" for name in SUITES),
+        ],
+        cwd=ROOT,
+        env={**surroundings, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return path, done.stdout
 
@@ -56,13 +81,28 @@ def test_every_suite_runs_and_only_what_is_not_installed_is_skipped(results):
 def test_the_report_reads_what_the_suites_write(results, monkeypatch):
     path, said = results
     monkeypatch.setattr("bench.report.ROOT", path.parent)
-    assert [line.split(" | ")[0] for line in method_table(path)[5:-1]] == [f"| {name}" for name in list_methods()]
-    assert [line.split(" | ")[1] for line in loss_table(path)[5:-1]] == ["forward", "forward+backward"]
-    assert all(row["eager"] > 0 < row["compiled"] for row in speedups(path)["rows"]) or "cannot run" in said
-    assert [line.split(" | ")[0] for line in gate_table(path)[5:-1]] == ["| ahbf", "| one", "| okddip"]
+    assert [line.split(" | ")[0] for line in method_table(path)[5:-1]] == [
+        f"| {name}" for name in list_methods()
+    ]
+    assert [line.split(" | ")[1] for line in loss_table(path)[5:-1]] == [
+        "forward",
+        "forward+backward",
+    ]
+    assert (
+        all(row["eager"] > 0 < row["compiled"] for row in speedups(path)["rows"])
+        or "cannot run" in said
+    )
+    assert [line.split(" | ")[0] for line in gate_table(path)[5:-1]] == [
+        "| ahbf",
+        "| one",
+        "| okddip",
+    ]
     assert [line.split(" | ")[-1] for line in step_table(path)[5:6]] == ["1.00 |"]
     starts = start_table(path)
-    assert next(line for line in starts if line.startswith("| `import fastokd` ")).split(" | ")[3] == "`python -c pass`"
+    assert (
+        next(line for line in starts if line.startswith("| `import fastokd` ")).split(" | ")[3]
+        == "`python -c pass`"
+    )
     assert any(line.startswith("| 64 x 64 | torchvision | 0 |") for line in data_tables(path))
     assert any(line.startswith("| resnet8 2x8x8 |") for line in merge_table(path))
 
@@ -70,11 +110,19 @@ def test_the_report_reads_what_the_suites_write(results, monkeypatch):
 def test_the_file_says_what_made_it_and_not_where(results):
     path, _ = results
     text = path.read_text()
-    assert json.loads(text)["machine_info"]["command"].startswith("FASTOKD_BENCH_LARGE_PICTURES=pictures FASTOKD_BENCH_SMALL=pictures FASTOKD_BENCH_SMOKE=1 OMP_NUM_THREADS=1 python")
+    assert json.loads(text)["machine_info"]["command"].startswith(
+        "FASTOKD_BENCH_LARGE_PICTURES=pictures FASTOKD_BENCH_SMALL=pictures FASTOKD_BENCH_SMOKE=1"
+        " OMP_NUM_THREADS=1 python"
+    )
     assert f'"{platform.node()}"' not in text
     assert len(compare_files(path, path).rows) == len(json.loads(text)["benchmarks"])
 
 
 def test_make_bench_measures_every_suite():
-    target = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nbench:")[2].partition("\nlint:")[0]
+    target = (
+        (ROOT / "Makefile")
+        .read_text(encoding="utf-8")
+        .partition("\nbench:")[2]
+        .partition("\nlint:")[0]
+    )
     assert [name for name in SUITES if f"bench/{name}" not in target] == []

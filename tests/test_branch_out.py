@@ -1,4 +1,6 @@
-"""Any classifier of torchvision or timm: branched where it is asked for, and the student is that classifier again."""
+"""Any classifier of torchvision or timm: branched where it is asked for, and the student is that
+classifier again.
+"""
 
 import copy
 import dataclasses
@@ -11,7 +13,14 @@ from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.methods import get_method
-from fastokd.models import allowed_methods, branch_out, create_model, create_student, find_backbone, list_split_points
+from fastokd.models import (
+    allowed_methods,
+    branch_out,
+    create_model,
+    create_student,
+    find_backbone,
+    list_split_points,
+)
 from fastokd.models.branch_out import GrowingBlock
 from fastokd.models.summary import check_images, count_parameters, model_costs
 
@@ -34,7 +43,12 @@ FAMILIES = [
     ("timm:vit_tiny_patch16_224", "blocks.10", 224),
 ]
 # Several hundred megabytes: only what can be said without values.
-LARGE = [("torchvision:wide_resnet50_2", "layer4"), ("torchvision:vgg11", "features.16"), ("torchvision:vgg11_bn", "features.22"), ("torchvision:vit_b_16", "encoder.layers.encoder_layer_10")]
+LARGE = [
+    ("torchvision:wide_resnet50_2", "layer4"),
+    ("torchvision:vgg11", "features.16"),
+    ("torchvision:vgg11_bn", "features.22"),
+    ("torchvision:vit_b_16", "encoder.layers.encoder_layer_10"),
+]
 
 
 def skip_without(name):
@@ -54,14 +68,18 @@ def warm(model, x):
 
 @pytest.mark.parametrize(("name", "at", "size"), FAMILIES, ids=lambda value: str(value))
 def test_families(name, at, size):
-    """Two branches, the second deeper: finite gradients everywhere, and the student bit for bit in the stock constructor."""
+    """Two branches, the second deeper: finite gradients everywhere, and the student bit for bit in
+    the stock constructor.
+    """
     skip_without(name)
     torch.manual_seed(0)
     model = create_model(name, "ahbf", 5, num_branches=2, aux_blocks=1, at=at)
     x = torch.randn(2, 3, size, size)
     result = model.train()(x)
     method = get_method("ahbf")
-    method.loss_class(num_branches=2)(result.logits, torch.arange(2), **method.loss_inputs(result), kd_weight=0.5).backward()
+    method.loss_class(num_branches=2)(
+        result.logits, torch.arange(2), **method.loss_inputs(result), kd_weight=0.5
+    ).backward()
     for title, parameter in model.named_parameters():
         assert parameter.grad is not None, title
         assert parameter.grad.isfinite().all(), title
@@ -91,17 +109,24 @@ def test_large_families(name, at):
         stock = create_student(name, 5)
     student = model.student()
     assert type(student) is type(stock)
-    assert {key: value.shape for key, value in student.state_dict().items()} == {key: value.shape for key, value in stock.state_dict().items()}
+    assert {key: value.shape for key, value in student.state_dict().items()} == {
+        key: value.shape for key, value in stock.state_dict().items()
+    }
     check_images(model, (224, 224), 224)
     costs = model_costs(model, 224)
     assert costs["student"] == costs["branch1"]
     assert costs["student"].parameters == count_parameters(stock)
-    steps = [costs["branch2"].parameters - costs["branch1"].parameters, costs["branch3"].parameters - costs["branch2"].parameters]
+    steps = [
+        costs["branch2"].parameters - costs["branch1"].parameters,
+        costs["branch3"].parameters - costs["branch2"].parameters,
+    ]
     assert steps[0] == steps[1] > 0
 
 
 class Small(nn.Module):
-    """A residual network in little, with what cutting has to mind: dropout as a function, a shape in use, a spare layer."""
+    """A residual network in little, with what cutting has to mind: dropout as a function, a shape
+    in use, a spare layer.
+    """
 
     def __init__(self, num_classes=6, drop=0.25):
         super().__init__()
@@ -167,11 +192,18 @@ def test_student_is_the_module_again():
 def test_deeper_branches_of_a_trained_module_start_as_the_module():
     network = small(trained=True).eval()
     model = branch_out(network, at="stage2", num_branches=3, deepen=2).eval()
-    assert [sum(isinstance(block, GrowingBlock) for block in branch.modules()) for branch in model.branches] == [0, 2, 4]
+    assert [
+        sum(isinstance(block, GrowingBlock) for block in branch.modules())
+        for branch in model.branches
+    ] == [0, 2, 4]
     for logits in model(X).logits:
         torch.testing.assert_close(logits, network(X))
     model(X).logits[1].square().sum().backward()
-    assert all(block.scale.grad.abs() > 0 for block in model.branches[1].modules() if isinstance(block, GrowingBlock))
+    assert all(
+        block.scale.grad.abs() > 0
+        for block in model.branches[1].modules()
+        if isinstance(block, GrowingBlock)
+    )
 
 
 def test_equal_branches_of_a_trained_module_are_not_equal():
@@ -214,7 +246,11 @@ def test_fresh_branches_of_a_trained_module_forget_its_statistics():
         if isinstance(norm, nn.BatchNorm2d):
             assert (norm.running_mean == 0).all()
             assert (norm.weight == 1).all()
-    assert any((norm.running_mean != 0).any() for norm in model.branches[0].modules() if isinstance(norm, nn.BatchNorm2d))
+    assert any(
+        (norm.running_mean != 0).any()
+        for norm in model.branches[0].modules()
+        if isinstance(norm, nn.BatchNorm2d)
+    )
 
 
 def test_dropout_functions_follow_the_training_flag():
@@ -230,7 +266,10 @@ def test_dropout_functions_follow_the_training_flag():
 
 def test_another_number_of_classes_replaces_the_last_layer_and_says_so():
     network = small()
-    with pytest.warns(UserWarning, match="Small has 6 classes: its last layer 'fc' is replaced by a fresh one for 9"):
+    with pytest.warns(
+        UserWarning,
+        match="Small has 6 classes: its last layer 'fc' is replaced by a fresh one for 9",
+    ):
         model = branch_out(network, at="stage2", num_branches=2, num_classes=9)
     assert [row.shape[1] for row in model(X).logits] == [9, 9]
     assert model.student().fc.out_features == 9
@@ -238,7 +277,13 @@ def test_another_number_of_classes_replaces_the_last_layer_and_says_so():
     heads = [branch.head.fc.weight for branch in model.branches]
     assert not torch.equal(*heads)
     with pytest.warns(UserWarning, match=r"'classifier\.1'"):
-        student = branch_out(torchvision.models.squeezenet1_1(weights=None), at="features.10", num_branches=2, num_classes=3, input_size=(3, 64, 64)).student()
+        student = branch_out(
+            torchvision.models.squeezenet1_1(weights=None),
+            at="features.10",
+            num_branches=2,
+            num_classes=3,
+            input_size=(3, 64, 64),
+        ).student()
     assert student.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
@@ -246,7 +291,16 @@ def test_split_points_are_accepted():
     with torch.device("meta"):
         network = torchvision.models.resnet18()
     points = list_split_points(network)
-    assert points == ["layer1", "layer1.1", "layer2", "layer2.1", "layer3", "layer3.1", "layer4", "layer4.1"]
+    assert points == [
+        "layer1",
+        "layer1.1",
+        "layer2",
+        "layer2.1",
+        "layer3",
+        "layer3.1",
+        "layer4",
+        "layer4.1",
+    ]
     assert list_split_points(small()) == ["stage1", "stage1.1", "stage2", "stage2.1", "stage2.2"]
     for at in list_split_points(small()):
         model = branch_out(small(), at=at, num_branches=2, deepen=0).eval()
@@ -255,11 +309,17 @@ def test_split_points_are_accepted():
 
 def test_runs_compiled_channels_last_and_copied():
     network = small(trained=True)
-    model = branch_out(network, at="stage2", num_branches=2, deepen=1).to(memory_format=torch.channels_last).eval()
+    model = (
+        branch_out(network, at="stage2", num_branches=2, deepen=1)
+        .to(memory_format=torch.channels_last)
+        .eval()
+    )
     x = X.to(memory_format=torch.channels_last)
     with torch.no_grad():
         result = model(x)
-        assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in result.features)
+        assert all(
+            maps.is_contiguous(memory_format=torch.channels_last) for maps in result.features
+        )
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x).logits, result.logits, rtol=0, atol=0)
         torch.testing.assert_close(copy.deepcopy(model)(x).logits, result.logits, rtol=0, atol=0)
@@ -268,7 +328,9 @@ def test_runs_compiled_channels_last_and_copied():
 
 def test_tokens_compile_and_reach_the_gates_as_maps():
     pytest.importorskip("timm")
-    model = create_model("timm:vit_tiny_patch16_224", "ahbf", 4, num_branches=2, aux_blocks=0, at="blocks.11").eval()
+    model = create_model(
+        "timm:vit_tiny_patch16_224", "ahbf", 4, num_branches=2, aux_blocks=0, at="blocks.11"
+    ).eval()
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         result = model(x)
@@ -281,8 +343,13 @@ def test_tokens_compile_and_reach_the_gates_as_maps():
 
 def test_peers_of_one_library_network_have_their_own_weights():
     backbone = find_backbone("torchvision:shufflenet_v2_x0_5", num_classes=4)
-    networks = [backbone.join(backbone.build_trunk(), backbone.build_branch(4, 1, 0)) for _ in range(2)]
-    weights = [[network.conv1[0].weight, network.conv5[0].weight, network.fc.weight] for network in networks]
+    networks = [
+        backbone.join(backbone.build_trunk(), backbone.build_branch(4, 1, 0)) for _ in range(2)
+    ]
+    weights = [
+        [network.conv1[0].weight, network.conv5[0].weight, network.fc.weight]
+        for network in networks
+    ]
     for first, second in zip(*weights, strict=True):
         assert not torch.equal(first, second)
     assert allowed_methods("torchvision:shufflenet_v2_x0_5")[:2] == ["ahbf", "baseline"]
@@ -302,7 +369,9 @@ def test_added_blocks_are_called_as_the_one_they_repeat():
     torch.manual_seed(1)
     network = Scaled().eval()
     model = branch_out(network, at="stage2.1", num_branches=2, deepen=2, init="copy").eval()
-    assert [count_parameters(branch.body) for branch in model.branches][1] > 2 * count_parameters(network.stage2[1])
+    assert [count_parameters(branch.body) for branch in model.branches][1] > 2 * count_parameters(
+        network.stage2[1]
+    )
     torch.testing.assert_close(model(X).logits[1], network(X))
 
 
@@ -338,27 +407,84 @@ class Tied(Small):
         return self.fc(self.stage2(self.stage1(self.stage1(x))).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: branch_out(small(), at="stage3"), r"at='stage3': Small has no module of that name; did you mean 'stage\d'\? \(choices: stage1, .*stage2.2\)"),
-    (lambda: branch_out(small(), at="stage2.1.conv2"), r"at='stage2.1.conv2': Small cannot be split there: 2 values go on from there .*residual.*; split points: stage1, "),
-    (lambda: branch_out(small(), at="stem"), r"at='stem': .* nothing with parameters comes before it"),
-    (lambda: branch_out(small(), at="fc"), r"at='fc': .* it comes after the last feature maps"),
-    (lambda: branch_out(small(), at="spare"), r"at='spare': .* its forward does not call it"),
-    (lambda: branch_out(Tied(), at="stage1.1"), "at='stage1.1': .*(used on both sides|go on from there)"),
-    (lambda: branch_out(NoClassifier(), at="b"), r"NoClassifier is no classifier: for one image it gives \[1, 4, 220, 220\]"),
-    (lambda: branch_out(Moody(), at="stage2"), "Moody computes something else in training"),
-    (lambda: branch_out(Undecided(), at="stage2"), "the forward of Undecided cannot be followed"),
-    (lambda: branch_out(small(), at="stage2", init="clone"), r"unknown init 'clone' \(choices: auto, copy, fresh\)"),
-    (lambda: branch_out(small(), at="stage2", deepen=-1), "deepen=-1; it must be a whole number"),
-    (lambda: branch_out(small(), at="stage2", num_branches=1), "1 branches: method 'ahbf' takes 2 to 8"),
-    (lambda: branch_out(small(), at="stage2", num_classes=1), "num_classes=1; a classifier needs"),
-    (lambda: branch_out(small(), at="stage2", input_size=(4, 8, 8)), "Small cannot take an image of 4 x 8 x 8"),
-    (lambda: create_model("torchvision:resnet18"), r"torchvision:resnet18 needs at \(--at\): .* split points: layer1, "),
-    (lambda: create_model("torchvision:resnet81"), "torchvision has no classifier 'resnet81'; did you mean 'resnet18'"),
-    (lambda: create_model("hub:resnet18"), r"unknown library 'hub' in model 'hub:resnet18' \(choices: timm, torchvision\)"),
-    (lambda: create_model("resnet20", at="layer3"), "at='layer3': resnet20 is branched where its paper branches it"),
-    (lambda: create_model("torchvision:densenet121", at="features.denseblock4.denselayer3"), "as inside a residual or dense block"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: branch_out(small(), at="stage3"),
+            (
+                r"at='stage3': Small has no module of that name; did you mean 'stage\d'\?"
+                r" \(choices: stage1, .*stage2.2\)"
+            ),
+        ),
+        (
+            lambda: branch_out(small(), at="stage2.1.conv2"),
+            (
+                r"at='stage2.1.conv2': Small cannot be split there: 2 values go on from there"
+                r" .*residual.*; split points: stage1, "
+            ),
+        ),
+        (
+            lambda: branch_out(small(), at="stem"),
+            r"at='stem': .* nothing with parameters comes before it",
+        ),
+        (lambda: branch_out(small(), at="fc"), r"at='fc': .* it comes after the last feature maps"),
+        (lambda: branch_out(small(), at="spare"), r"at='spare': .* its forward does not call it"),
+        (
+            lambda: branch_out(Tied(), at="stage1.1"),
+            "at='stage1.1': .*(used on both sides|go on from there)",
+        ),
+        (
+            lambda: branch_out(NoClassifier(), at="b"),
+            r"NoClassifier is no classifier: for one image it gives \[1, 4, 220, 220\]",
+        ),
+        (lambda: branch_out(Moody(), at="stage2"), "Moody computes something else in training"),
+        (
+            lambda: branch_out(Undecided(), at="stage2"),
+            "the forward of Undecided cannot be followed",
+        ),
+        (
+            lambda: branch_out(small(), at="stage2", init="clone"),
+            r"unknown init 'clone' \(choices: auto, copy, fresh\)",
+        ),
+        (
+            lambda: branch_out(small(), at="stage2", deepen=-1),
+            "deepen=-1; it must be a whole number",
+        ),
+        (
+            lambda: branch_out(small(), at="stage2", num_branches=1),
+            "1 branches: method 'ahbf' takes 2 to 8",
+        ),
+        (
+            lambda: branch_out(small(), at="stage2", num_classes=1),
+            "num_classes=1; a classifier needs",
+        ),
+        (
+            lambda: branch_out(small(), at="stage2", input_size=(4, 8, 8)),
+            "Small cannot take an image of 4 x 8 x 8",
+        ),
+        (
+            lambda: create_model("torchvision:resnet18"),
+            r"torchvision:resnet18 needs at \(--at\): .* split points: layer1, ",
+        ),
+        (
+            lambda: create_model("torchvision:resnet81"),
+            "torchvision has no classifier 'resnet81'; did you mean 'resnet18'",
+        ),
+        (
+            lambda: create_model("hub:resnet18"),
+            r"unknown library 'hub' in model 'hub:resnet18' \(choices: timm, torchvision\)",
+        ),
+        (
+            lambda: create_model("resnet20", at="layer3"),
+            "at='layer3': resnet20 is branched where its paper branches it",
+        ),
+        (
+            lambda: create_model("torchvision:densenet121", at="features.denseblock4.denselayer3"),
+            "as inside a residual or dense block",
+        ),
+    ],
+)
 def test_mistakes_are_named_with_their_fix(build, message):
     with pytest.raises(ConfigError, match=message) as caught:
         build()
@@ -367,7 +493,10 @@ def test_mistakes_are_named_with_their_fix(build, message):
 
 def test_timm_names(monkeypatch):
     pytest.importorskip("timm")
-    with pytest.raises(ConfigError, match=r"timm has no network 'resnet81'; did you mean '.*'\? timm.list_models\(\) lists all"):
+    with pytest.raises(
+        ConfigError,
+        match=r"timm has no network 'resnet81'; did you mean '.*'\? timm.list_models\(\) lists all",
+    ):
         create_student("timm:resnet81", 10)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r"pip install 'fastokd\[timm\]'"):
@@ -378,7 +507,9 @@ def test_images_that_do_not_fit_are_refused():
     pytest.importorskip("timm")
     with torch.device("meta"):
         model = create_model("timm:vit_tiny_patch16_224", "baseline", 10)
-    with pytest.raises(ConfigError, match=r"the network cannot take images of 32 x 32 pixels .*224.*--image-size"):
+    with pytest.raises(
+        ConfigError, match=r"the network cannot take images of 32 x 32 pixels .*224.*--image-size"
+    ):
         check_images(model, (32, 32), 224)
 
 
@@ -387,7 +518,9 @@ class Joint(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.a, self.b, self.c = (nn.Conv2d(inputs, 4, 3, padding=1) for inputs in (3, 4, 4, 4))
+        self.stem, self.a, self.b, self.c = (
+            nn.Conv2d(inputs, 4, 3, padding=1) for inputs in (3, 4, 4, 4)
+        )
         self.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
         self.fc = nn.Linear(4, 5)
 
@@ -401,7 +534,13 @@ def test_points_that_would_tear_a_shared_tensor_apart_are_not_listed():
     assert points == ["a", "b"]
     for at in points:
         branch_out(Joint(), at=at, num_branches=2, method="one", input_size=(3, 16, 16))
-    with pytest.raises(ConfigError, match=r"at='c': Joint cannot be split there: 'scale' is used on both sides; split points: a, b$"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"at='c': Joint cannot be split there: 'scale' is used on both sides; split points:"
+            r" a, b$"
+        ),
+    ):
         branch_out(Joint(), at="c", num_branches=2, method="one", input_size=(3, 16, 16))
 
 
@@ -414,7 +553,12 @@ class Fuse(nn.Module):
 class WritesToItsList(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.other, self.fuse, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), Fuse(), nn.Linear(4, 5)
+        self.stem, self.other, self.fuse, self.fc = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(3, 4, 3),
+            Fuse(),
+            nn.Linear(4, 5),
+        )
 
     def forward(self, x):
         return self.fc(self.fuse([self.stem(x), self.other(x)]).mean((2, 3)))
@@ -422,7 +566,10 @@ class WritesToItsList(nn.Module):
 
 def test_a_network_that_cannot_be_run_call_by_call_is_not_told_to_change_its_images():
     assert WritesToItsList()(torch.randn(1, 3, 8, 8)).shape == (1, 5)
-    with pytest.raises(ConfigError, match=r"the forward of WritesToItsList cannot be followed by torch\.fx .*immutable_list") as told:
+    with pytest.raises(
+        ConfigError,
+        match=r"the forward of WritesToItsList cannot be followed by torch\.fx .*immutable_list",
+    ) as told:
         list_split_points(WritesToItsList(), (3, 8, 8))
     assert "input_size" not in str(told.value)
     with pytest.raises(ConfigError, match=r"cannot take an image of 3 x 2 x 2 .*pass input_size"):

@@ -1,4 +1,6 @@
-"""Nothing is lost: whatever happens while a checkpoint is saved, one that is whole and as new as was promised can be loaded."""
+"""Nothing is lost: whatever happens while a checkpoint is saved, one that is whole and as new as
+was promised can be loaded.
+"""
 
 import errno
 import itertools
@@ -43,7 +45,9 @@ def killed(tmp_path_factory):
     """What was there after each process that was killed while it saved."""
     command = [sys.executable, checkpoint_saver.__file__, str(tmp_path_factory.mktemp("killed"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -56,7 +60,9 @@ class TestKilled:
             assert found["complaints"] == [], found
             assert found["kept"] == sorted(found["kept"], reverse=True), found
             assert len(set(found["kept"])) >= KEEP - 1, found
-        assert sum(bool(found["temporaries"]) for found in killed["random"]) >= 5  # the moments were those of saving
+        assert (
+            sum(bool(found["temporaries"]) for found in killed["random"]) >= 5
+        )  # the moments were those of saving
         assert killed["random"][-1]["newest"] > killed["random"][0]["newest"]
 
     @pytest.mark.parametrize("system", ["links", "no links"])
@@ -64,8 +70,21 @@ class TestKilled:
         *cut_short, whole = killed[system]
         calls = [re.sub(r"\.[0-9a-f]{8}$|(folder) .*", r"\1", found["call"]) for found in cut_short]
         names = [name for name, _ in itertools.groupby(calls)]
-        assert names == ["open .best.pt", "write .best.pt", "fsync .best.pt", "replace best.pt", "fsync folder",
-                         "open .last.pt", "write .last.pt", "fsync .last.pt", "link .last.pt", "replace last-2.pt", "replace last-1.pt", "replace last.pt", "fsync folder"]
+        assert names == [
+            "open .best.pt",
+            "write .best.pt",
+            "fsync .best.pt",
+            "replace best.pt",
+            "fsync folder",
+            "open .last.pt",
+            "write .last.pt",
+            "fsync .last.pt",
+            "link .last.pt",
+            "replace last-2.pt",
+            "replace last-1.pt",
+            "replace last.pt",
+            "fsync folder",
+        ]
         for name, found in zip(calls, cut_short, strict=True):
             renamed = found is cut_short[-1]  # before the folder was flushed, after the rename
             assert found["newest"] == (6 if renamed else 5), found
@@ -75,24 +94,39 @@ class TestKilled:
             # The oldest goes when the new one is whole on the disk, no earlier.
             assert 3 in found["kept"] or name.startswith("replace last") or renamed, found
             assert found["left_over"] == []  # the next store has tidied up
-        assert [found["file"] for found in cut_short if found["file"] != "last.pt"] == ([] if system == "links" else ["last-1.pt"])
-        assert (whole["newest"], whole["best"], whole["kept"], whole["temporaries"]) == (6, 6, [6, 5, 4], [])
+        assert [found["file"] for found in cut_short if found["file"] != "last.pt"] == (
+            [] if system == "links" else ["last-1.pt"]
+        )
+        assert (whole["newest"], whole["best"], whole["kept"], whole["temporaries"]) == (
+            6,
+            6,
+            [6, 5, 4],
+            [],
+        )
 
     def test_past_a_limit_of_the_size_of_files(self, killed):
         found = killed["limit"]
         assert len(found["said"]) == 1
-        assert re.fullmatch(r"StorageError: cannot write .*last\.pt: File too large\. Make room there or use another folder; .*", found["said"][0])
+        assert re.fullmatch(
+            r"StorageError: cannot write .*last\.pt: File too large\. Make room there or use"
+            r" another folder; .*",
+            found["said"][0],
+        )
         assert (found["newest"], found["kept"], found["temporaries"]) == (2, [2, 1], [])
 
     def test_ctrl_c_lets_the_write_finish(self, killed):
-        assert killed["interrupted"]["said"] == [f"interrupted, {number} is there" for number in (1, 2, 3, 4)]
+        assert killed["interrupted"]["said"] == [
+            f"interrupted, {number} is there" for number in (1, 2, 3, 4)
+        ]
 
     def test_the_end_of_the_program_waits_for_the_write(self, killed):
         assert (killed["end"]["newest"], killed["end"]["temporaries"]) == (1, [])
 
 
 def fail_from(monkeypatch, number, place, times=10**9):
-    """Make the system refuse with an error: its call at a place in a save, and every one after that, as often as ``times``."""
+    """Make the system refuse with an error: its call at a place in a save, and every one after
+    that, as often as ``times``.
+    """
     count = itertools.count()
     left = [times]
 
@@ -112,7 +146,10 @@ def calls(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calls")
     store = save_up_to(folder, 5)
     with pytest.MonkeyPatch.context() as patch:
-        tap(lambda *call: found.append(call), lambda where, name, value: patch.setattr(where, name, value, raising=False))
+        tap(
+            lambda *call: found.append(call),
+            lambda where, name, value: patch.setattr(where, name, value, raising=False),
+        )
         store.save(make_state(6), is_best=True)
         store.wait()
     return found
@@ -139,7 +176,11 @@ class TestRefused:
     def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(self, calls):
         for name in ("best.pt", "last.pt"):
             renamed = calls.index(("replace", name))
-            temporary = [i for i, (call, file) in enumerate(calls) if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}", file) and call != "link"]
+            temporary = [
+                i
+                for i, (call, file) in enumerate(calls)
+                if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}", file) and call != "link"
+            ]
             assert calls[temporary[-1]][0] == "fsync"
             assert {calls[i][0] for i in temporary[:-1]} == {"open", "write"}
             assert temporary[-1] < renamed
@@ -159,12 +200,19 @@ class TestRefused:
                 fail_from(patch, number, place)
                 store.save(make_state(6), is_best=True)
                 tried = r" \(tried 4 times\)" if number == errno.EIO else ""
-                with pytest.raises(StorageError, match=rf"cannot write .*\.pt: {os.strerror(number)}{tried}\. (Make room|Look after)") as raised:
+                with pytest.raises(
+                    StorageError,
+                    match=(
+                        rf"cannot write .*\.pt: {os.strerror(number)}{tried}\. (Make room|Look"
+                        r" after)"
+                    ),
+                ) as raised:
                     store.wait()
             assert "\n" not in str(raised.value)
             state, _, complaints = load_newest(folder)
             assert complaints == []
-            # Only a folder that cannot be flushed leaves the new one there, and it does not count as saved.
+            # Only a folder that cannot be flushed leaves the new one there, and it does not count
+            # as saved.
             assert number_of(state) == 5 or (number_of(state) == 6 and place == len(calls) - 1)
             assert {5, 4} <= set(numbers_in(folder))
             assert temporaries(folder) == []
@@ -180,27 +228,37 @@ class TestRefused:
         last = 3
         for times, wanted in ((1, [0.1]), (3, [0.1, 0.5, 2.0])):
             for place, call in places(calls):
-                if call[0] in ("open", "replace", "link", "fsync", "fsync folder") or number == errno.EIO:
+                if (
+                    call[0] in ("open", "replace", "link", "fsync", "fsync folder")
+                    or number == errno.EIO
+                ):
                     last += 1
                     pauses.clear()
                     with monkeypatch.context() as patch:
                         left = fail_from(patch, number, place, times)
                         store.save(make_state(last), is_best=True)
                         store.wait()
-                    # torch.save writes again after a refusal, to close the archive: two of the errors are then of one attempt.
-                    assert pauses == (wanted if call[0] != "write" else wanted[:len(pauses) or 1]), call
+                    # torch.save writes again after a refusal, to close the archive: two of the
+                    # errors are then of one attempt.
+                    assert pauses == (
+                        wanted if call[0] != "write" else wanted[: len(pauses) or 1]
+                    ), call
                     assert left == [0]
                     assert numbers_in(tmp_path) == [last, last - 1, last - 2], call
                     assert temporaries(tmp_path) == []
 
     @pytest.mark.parametrize("times", [1, 10**9])
-    def test_a_disk_that_keeps_something_else_is_noticed(self, tmp_path, monkeypatch, pauses, times):
+    def test_a_disk_that_keeps_something_else_is_noticed(
+        self, tmp_path, monkeypatch, pauses, times
+    ):
         store = save_up_to(tmp_path, 2)
         flush, left = os.fsync, [times]
 
         def spoil(descriptor):
             flush(descriptor)
-            if left[0] and re.search(r"/\.last\.pt\.\w+$", os.readlink(f"/proc/self/fd/{descriptor}")):
+            if left[0] and re.search(
+                r"/\.last\.pt\.\w+$", os.readlink(f"/proc/self/fd/{descriptor}")
+            ):
                 left[0] -= 1
                 os.pwrite(descriptor, b"\x55" * 8, os.fstat(descriptor).st_size // 2)
 
@@ -210,7 +268,10 @@ class TestRefused:
             store.wait()
             assert numbers_in(tmp_path) == [3, 2, 1]
         else:
-            with pytest.raises(StorageError, match=r"last\.pt: what was read back is not what was written \(tried 4 times\)"):
+            with pytest.raises(
+                StorageError,
+                match=r"last\.pt: what was read back is not what was written \(tried 4 times\)",
+            ):
                 store.wait()
             assert numbers_in(tmp_path) == [2, 1]
         assert temporaries(tmp_path) == []
@@ -240,7 +301,9 @@ class TestInTheBackground:
 
         def before():
             time.sleep(0.05)
-            seen.append(tuple(load_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "last.pt")))
+            seen.append(
+                tuple(load_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "last.pt"))
+            )
 
         for number in (4, 5):
             store.save(make_state(number), is_best=number == 4, before=before)
@@ -249,7 +312,13 @@ class TestInTheBackground:
         assert numbers_in(tmp_path) == [5, 4, 3]
 
     @pytest.mark.parametrize("end", ["wait", "close", "save"])
-    @pytest.mark.parametrize("error", [StorageError("cannot write metrics.jsonl: No space left on device"), ZeroDivisionError("a bug")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            StorageError("cannot write metrics.jsonl: No space left on device"),
+            ZeroDivisionError("a bug"),
+        ],
+    )
     def test_an_error_surfaces_once_and_the_epoch_does_not_count(self, tmp_path, end, error):
         store = save_up_to(tmp_path, 1)
 
@@ -267,19 +336,26 @@ class TestInTheBackground:
 
     def test_what_cannot_be_loaded_again_is_not_taken(self, tmp_path):
         store = CheckpointStore(tmp_path, KEEP)
-        for entry, value, said in (("last", {"branch1": np.float64(0.5)}, r"\['last'\]\['branch1'\] is of type float64"),
-                                   ("classes", [Path("a")], r"\['classes'\]\[0\] is of type \w*Path"),
-                                   ("data", {(1, 2): 3}, r"\['data'\] has a key of type tuple")):
+        for entry, value, said in (
+            ("last", {"branch1": np.float64(0.5)}, r"\['last'\]\['branch1'\] is of type float64"),
+            ("classes", [Path("a")], r"\['classes'\]\[0\] is of type \w*Path"),
+            ("data", {(1, 2): 3}, r"\['data'\] has a key of type tuple"),
+        ):
             with pytest.raises(TypeError, match=said):
                 store.save({**make_state(1), entry: value})
         for entry in ("model", "step", "ranks"):
-            with pytest.raises(TypeError, match=f"the entry '{entry}' of a checkpoint is missing or of the wrong kind"):
+            with pytest.raises(
+                TypeError,
+                match=f"the entry '{entry}' of a checkpoint is missing or of the wrong kind",
+            ):
                 store.save({name: value for name, value in make_state(1).items() if name != entry})
         store.close()
         assert list(tmp_path.iterdir()) == []
 
     def test_a_snapshot_keeps_kinds_strides_and_versions(self):
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(
+            memory_format=torch.channels_last
+        )
         state = network.state_dict()
         taken = snapshot(state)
         assert taken._metadata == state._metadata
@@ -288,7 +364,9 @@ class TestInTheBackground:
             assert (taken[name].dtype, taken[name].stride()) == (value.dtype, value.stride())
             assert taken[name].data_ptr() != value.data_ptr()
         part = snapshot({"view": torch.zeros(1000)[:10], "pair": (1, [None, True])})
-        assert part["view"].untyped_storage().nbytes() == 40  # and not of the whole, which torch.save would write
+        assert (
+            part["view"].untyped_storage().nbytes() == 40
+        )  # and not of the whole, which torch.save would write
         assert part["pair"] == (1, [None, True])
 
     @pytest.mark.gpu
@@ -311,7 +389,9 @@ class TestDamaged:
         "one byte of a tensor": lambda path: flip(path, path.stat().st_size // 2),
         "text": lambda path: path.write_text("not a checkpoint"),
         "another file of torch": lambda path: torch.save({"weights": torch.zeros(3)}, path),
-        "of the wrong kind": lambda path: torch.save({"format": FORMAT, **make_state(9), "model": None}, path),
+        "of the wrong kind": lambda path: torch.save(
+            {"format": FORMAT, **make_state(9), "model": None}, path
+        ),
         "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
     }
 
@@ -322,7 +402,9 @@ class TestDamaged:
         state, path, complaints = load_newest(tmp_path)
         assert (number_of(state), path) == (2, tmp_path / "last-1.pt")
         assert len(complaints) == 1
-        assert re.search(r"last\.pt (is damaged|is not a checkpoint)|cannot read .*last\.pt: ", complaints[0])
+        assert re.search(
+            r"last\.pt (is damaged|is not a checkpoint)|cannot read .*last\.pt: ", complaints[0]
+        )
         assert "\n" not in complaints[0]
         # Going on from there, the damaged one does not push a whole one out.
         store = CheckpointStore(tmp_path, KEEP)
@@ -337,7 +419,13 @@ class TestDamaged:
         state, path, complaints = load_newest(tmp_path)
         assert (number_of(state), path.name, len(complaints)) == (1, "last-2.pt", 2)
         (tmp_path / "last-2.pt").write_bytes(b"")
-        with pytest.raises(CheckpointError, match=r"no checkpoint of the run is whole: .*last\.pt .*last-1\.pt .*last-2\.pt .*copy .*best\.pt to .*last\.pt$") as raised:
+        with pytest.raises(
+            CheckpointError,
+            match=(
+                r"no checkpoint of the run is whole: .*last\.pt .*last-1\.pt .*last-2\.pt .*copy"
+                r" .*best\.pt to .*last\.pt$"
+            ),
+        ) as raised:
             load_newest(tmp_path)
         assert "\n" not in str(raised.value)
         (tmp_path / "best.pt").replace(tmp_path / "last.pt")
@@ -350,7 +438,9 @@ class TestDamaged:
     def test_a_newer_format_is_not_passed_over(self, tmp_path):
         save_up_to(tmp_path, 2)
         torch.save({**make_state(3), "format": FORMAT + 1}, tmp_path / "last.pt")
-        with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}, this fastokd reads up to {FORMAT}"):
+        with pytest.raises(
+            CheckpointError, match=f"has format {FORMAT + 1}, this fastokd reads up to {FORMAT}"
+        ):
             load_newest(tmp_path)
 
     def test_any_byte(self, tmp_path):
@@ -368,7 +458,9 @@ class TestDamaged:
                 refused += 1
             else:
                 assert number_of(state) == 1
-        assert refused > 0.25 * len(places)  # much of so small a file is padding, and names written twice
+        assert refused > 0.25 * len(
+            places
+        )  # much of so small a file is padding, and names written twice
 
     def test_a_read_that_fails_once_is_done_again(self, tmp_path, monkeypatch, pauses):
         save_up_to(tmp_path, 1)
@@ -434,9 +526,16 @@ class TestOlderFormats:
             state = load_checkpoint(tmp_path / "last.pt")
             assert {name: state[name] for name in ADDED} == ADDED
             state["loader"]["epoch"] = 3
-        assert (state["format"], state["criterion"], list(state["optimizer"])) == (number, {}, ["sgd"])
+        assert (state["format"], state["criterion"], list(state["optimizer"])) == (
+            number,
+            {},
+            ["sgd"],
+        )
         assert torch.equal(state["model"]["trunk"], make_state(1)["model"]["trunk"])
-        with pytest.raises(CheckpointError, match=f"last.pt has format {number}, .* can be evaluated and exported, but not resumed"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"last.pt has format {number}, .* can be evaluated and exported, but not resumed",
+        ):
             check_resumable(state, str(tmp_path / "last.pt"))
 
     def test_this_one_is_resumed(self, tmp_path):
@@ -448,16 +547,34 @@ class TestSpace:
     def test_the_size_of_a_state_is_that_of_its_file(self, tmp_path):
         for size in (5_000, 500_000):
             save_checkpoint(tmp_path / "last.pt", make_state(1, size))
-            assert 0 <= state_bytes(make_state(1, size)) - (tmp_path / "last.pt").stat().st_size < 2**17
+            assert (
+                0
+                <= state_bytes(make_state(1, size)) - (tmp_path / "last.pt").stat().st_size
+                < 2**17
+            )
 
     def test_a_disk_that_is_too_small_is_refused_before_the_run(self, tmp_path, monkeypatch):
         store = CheckpointStore(tmp_path / "checkpoints", 3)
         store.check_space(2**20)
-        with pytest.raises(StorageError, match=r"^5 checkpoints \(3 of the newest, the best, and one while it is written\) need 5242880\.00 GiB, and .* has \S+ [MG]iB free: make room"):
+        with pytest.raises(
+            StorageError,
+            match=(
+                r"^5 checkpoints \(3 of the newest, the best, and one while it is written\) need"
+                r" 5242880\.00 GiB, and .* has \S+ [MG]iB free: make room"
+            ),
+        ):
             store.check_space(2**50)
         usage = storage.shutil.disk_usage(tmp_path)
-        for free, total, good in ((5 * 2**20, 2**30, True), (5 * 2**20 - 1, 2**30, False), (0, 0, True)):
-            monkeypatch.setattr(storage.shutil, "disk_usage", lambda _, free=free, total=total: usage._replace(free=free, total=total))
+        for free, total, good in (
+            (5 * 2**20, 2**30, True),
+            (5 * 2**20 - 1, 2**30, False),
+            (0, 0, True),
+        ):
+            monkeypatch.setattr(
+                storage.shutil,
+                "disk_usage",
+                lambda _, free=free, total=total: usage._replace(free=free, total=total),
+            )
             if good:
                 store.check_space(2**20)
             else:
@@ -469,7 +586,9 @@ class TestSpace:
         size = state_bytes(make_state(1))
         there = sum(path.stat().st_size for path in tmp_path.iterdir())
         store, usage = CheckpointStore(tmp_path, KEEP), storage.shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=5 * size - there))
+        monkeypatch.setattr(
+            storage.shutil, "disk_usage", lambda _: usage._replace(free=5 * size - there)
+        )
         store.check_space(size)
 
 
@@ -487,7 +606,14 @@ class TestRunFolder:
     def test_what_a_killed_process_left_is_replaced(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.unlock()
-        left = [run.csv_path, run.log_path, run.best, run.path / ".config.yaml.0123abcd", run.path / ".metrics.jsonl.0123abcd", run.checkpoints / ".last.pt.0123abcd"]
+        left = [
+            run.csv_path,
+            run.log_path,
+            run.best,
+            run.path / ".config.yaml.0123abcd",
+            run.path / ".metrics.jsonl.0123abcd",
+            run.checkpoints / ".last.pt.0123abcd",
+        ]
         for path in left:
             path.write_text("")
         again = RunFolder.create(tmp_path / "run")
@@ -507,7 +633,9 @@ class TestRunFolder:
     def test_a_process_that_was_forked_does_not_hold_the_lock(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         (read, write), (begun, begin) = os.pipe(), os.pipe()
-        worker = os.fork()  # as a loader's, which lives on for seconds when the training process is killed
+        worker = (
+            os.fork()
+        )  # as a loader's, which lives on for seconds when the training process is killed
         if worker == 0:
             os.close(write)
             os.write(begin, b"x")

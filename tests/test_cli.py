@@ -1,4 +1,6 @@
-"""The command line as a user meets it: what it prints, its exit codes, one line for every mistake, never a traceback."""
+"""The command line as a user meets it: what it prints, its exit codes, one line for every mistake,
+never a traceback.
+"""
 
 import json
 import os
@@ -17,7 +19,21 @@ from fastokd.cli import main
 from fastokd.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ["train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "128", "--lr", "0.05"]
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--model",
+    "resnet8",
+    "--branches",
+    "2",
+    "--aux-blocks",
+    "0",
+    "--batch-size",
+    "128",
+    "--lr",
+    "0.05",
+]
 
 
 @pytest.fixture
@@ -57,7 +73,10 @@ def mistake(result, code, pattern):
 def test_train_eval_export_eval_resume(run, tmp_path):
     code, out, _ = run(*TRAIN, "--epochs", "1")
     assert code == 0
-    assert "loss (T^2 and weights multiplied out): 1 ce/branch1, 1 ce/branch2, 1 ce/ta2, 36*kd_weight kl/ta2->branch1, 18*kd_weight kl/branch2->branch1" in out
+    assert (
+        "loss (T^2 and weights multiplied out): 1 ce/branch1, 1 ce/branch2, 1 ce/ta2, 36*kd_weight"
+        " kl/ta2->branch1, 18*kd_weight kl/branch2->branch1" in out
+    )
     assert "branch1 (student)" in out
     assert "last epoch (1)" in out
     assert "best epoch (1)" in out
@@ -88,8 +107,14 @@ def test_train_eval_export_eval_resume(run, tmp_path):
 
 def test_a_second_run_of_one_name_gets_its_own_folder(run, tmp_path):
     for _ in range(2):
-        assert run(*TRAIN, "--method", "baseline", "--branches", "1", "--epochs", "1", "--quiet")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["resnet8-baseline-seed0", "resnet8-baseline-seed0-2"]
+        assert (
+            run(*TRAIN, "--method", "baseline", "--branches", "1", "--epochs", "1", "--quiet")[0]
+            == 0
+        )
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "resnet8-baseline-seed0",
+        "resnet8-baseline-seed0-2",
+    ]
 
 
 def test_folder_of_images_given_relative_is_found_from_elsewhere(run, tmp_path, monkeypatch):
@@ -100,14 +125,36 @@ def test_folder_of_images_given_relative_is_found_from_elsewhere(run, tmp_path, 
             folder = tree / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+                pixels = torch.randint(
+                    0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8
+                ).numpy()
                 Image.fromarray(pixels).save(folder / f"{index}.png")
-    code, out, _ = run("train", "--data", "images", "--model", "resnet8", "--method", "baseline", "--branches", "1", "--epochs", "1", "--batch-size", "4", "--out", "r")
+    code, out, _ = run(
+        "train",
+        "--data",
+        "images",
+        "--model",
+        "resnet8",
+        "--method",
+        "baseline",
+        "--branches",
+        "1",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--out",
+        "r",
+    )
     assert code == 0
     assert "data images: 2 classes, 16 training and 6 val images" in out
     monkeypatch.chdir(tmp_path.parent)
     assert run("eval", tmp_path / "r")[0] == 0
-    mistake(run("eval", tmp_path / "r", "--data", "digits"), 4, r"was trained on the classes cat, dog, the data has 0, 1, 2, 3")
+    mistake(
+        run("eval", tmp_path / "r", "--data", "digits"),
+        4,
+        r"was trained on the classes cat, dog, the data has 0, 1, 2, 3",
+    )
 
 
 def test_recipes_are_listed_and_printed(run):
@@ -121,7 +168,19 @@ def test_recipes_are_listed_and_printed(run):
 
 
 def test_config_file_and_options_on_top(run, tmp_path, trained):
-    code, _, _ = run("train", "--config", trained / "config.yaml", "--method-options", "temperature=4", "detach_teacher=true", "--epochs", "1", "--out", "again", "--quiet")
+    code, _, _ = run(
+        "train",
+        "--config",
+        trained / "config.yaml",
+        "--method-options",
+        "temperature=4",
+        "detach_teacher=true",
+        "--epochs",
+        "1",
+        "--out",
+        "again",
+        "--quiet",
+    )
     assert code == 0
     text = (tmp_path / "again" / "config.yaml").read_text()
     assert "temperature: 4" in text
@@ -150,7 +209,9 @@ def test_doctor(run):
     assert found["executor reference"]["state"] == "ok"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "analyze", "export", "show", "doctor", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "eval", "analyze", "export", "show", "doctor", "recipes"]
+)
 def test_help_explains(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -164,18 +225,44 @@ def test_no_command_prints_the_help(run):
 
 
 def test_module_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "fastokd", "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastokd", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert re.fullmatch(r"fastokd \d+\.\d+\.\d+\n", done.stdout)
 
 
 class TestMistakes:
     def test_unknown_names(self, run):
         mistake(run("trian"), 2, r"unknown command 'trian'; did you mean 'train'\?")
-        mistake(run("train", "--data", "digits", "--model", "resnet21"), 2, r"unknown model 'resnet21'; did you mean 'resnet\d+'\?")
-        mistake(run("train", "--data", "digits", "--method", "ahfb"), 2, r"unknown method 'ahfb'; did you mean 'ahbf'\?")
-        mistake(run("train", "--recipe", "cifar10-resnet32-abhf"), 2, r"unknown recipe .* did you mean 'cifar10-resnet32-ahbf'\?")
-        mistake(run("train", "--data", "digits", "--preset", "papr"), 2, r"unknown preset 'papr' .* did you mean 'paper'\?")
-        mistake(run("train", "--data", "digits", "--method-options", "temp=3"), 2, r"unknown option 'temp'")
+        mistake(
+            run("train", "--data", "digits", "--model", "resnet21"),
+            2,
+            r"unknown model 'resnet21'; did you mean 'resnet\d+'\?",
+        )
+        mistake(
+            run("train", "--data", "digits", "--method", "ahfb"),
+            2,
+            r"unknown method 'ahfb'; did you mean 'ahbf'\?",
+        )
+        mistake(
+            run("train", "--recipe", "cifar10-resnet32-abhf"),
+            2,
+            r"unknown recipe .* did you mean 'cifar10-resnet32-ahbf'\?",
+        )
+        mistake(
+            run("train", "--data", "digits", "--preset", "papr"),
+            2,
+            r"unknown preset 'papr' .* did you mean 'paper'\?",
+        )
+        mistake(
+            run("train", "--data", "digits", "--method-options", "temp=3"),
+            2,
+            r"unknown option 'temp'",
+        )
         mistake(run("train", "--data", "digts"), 3, r"digts.* did you mean 'digits'\?")
         mistake(run("show", "abhf"), 2, r"unknown method 'abhf'; did you mean 'ahbf'\?")
         mistake(run("recipes", "cifar1000"), 2, r"unknown recipe 'cifar1000'")
@@ -190,34 +277,92 @@ class TestMistakes:
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
         mistake(run("train", "--lr", "fast"), 2, r"--lr: 'fast' is not a number")
-        mistake(run("train", "--flip", "maybe"), 2, r"invalid choice 'maybe' for argument '--flip' \(choices: False, True\);")
-        mistake(run("eval", "x", "--which", "lst"), 2, r"invalid choice 'lst' for argument '--which' \(choices: best, last\)")
+        mistake(
+            run("train", "--flip", "maybe"),
+            2,
+            r"invalid choice 'maybe' for argument '--flip' \(choices: False, True\);",
+        )
+        mistake(
+            run("eval", "x", "--which", "lst"),
+            2,
+            r"invalid choice 'lst' for argument '--which' \(choices: best, last\)",
+        )
         mistake(run("train", "--epochs"), 2, r"Missing value for argument '--epochs'")
         mistake(run("eval"), 2, r"Missing from fastokd eval: PATH")
-        mistake(run("train", "--data", "digits", "--method-options", "temperature=[1"), 2, r"temperature='\[1'; it must be a number")
-        mistake(run("train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--pad", "100000"), 2, r"pad=100000: it must not exceed the images, which are 8 x 8")
+        mistake(
+            run("train", "--data", "digits", "--method-options", "temperature=[1"),
+            2,
+            r"temperature='\[1'; it must be a number",
+        )
+        mistake(
+            run(
+                "train",
+                "--data",
+                "digits",
+                "--model",
+                "resnet8",
+                "--branches",
+                "2",
+                "--pad",
+                "100000",
+            ),
+            2,
+            r"pad=100000: it must not exceed the images, which are 8 x 8",
+        )
 
     def test_names_too_long(self, run):
         for arguments in (["--out", "x" * 300], ["--resume", "x" * 300], ["--data", "x" * 300]):
-            got, _, err = run("train", "--model", "resnet8", *(["--data", "digits"] if arguments[0] != "--data" else []), *arguments)
+            got, _, err = run(
+                "train",
+                "--model",
+                "resnet8",
+                *(["--data", "digits"] if arguments[0] != "--data" else []),
+                *arguments,
+            )
             assert got in (2, 3, 5)
             assert "Traceback" not in err
             assert len(err.strip().splitlines()) == 1
 
     def test_values_out_of_range(self, run):
-        mistake(run("train", "--data", "digits", "--branches", "1"), 2, r"1 branches: method 'ahbf' takes 2 to 8")
-        mistake(run("train", "--data", "digits", "--method-options", "temperature=0"), 2, r"temperature=0")
-        mistake(run("train", "--data", "digits", "--method-options", "temperature"), 2, r"'temperature' is not of the form NAME=VALUE")
+        mistake(
+            run("train", "--data", "digits", "--branches", "1"),
+            2,
+            r"1 branches: method 'ahbf' takes 2 to 8",
+        )
+        mistake(
+            run("train", "--data", "digits", "--method-options", "temperature=0"),
+            2,
+            r"temperature=0",
+        )
+        mistake(
+            run("train", "--data", "digits", "--method-options", "temperature"),
+            2,
+            r"'temperature' is not of the form NAME=VALUE",
+        )
         mistake(run("train", "--data", "digits", "--epochs", "0"), 2, r"epochs=0")
-        mistake(run("train", "--data", "digits", "--device", "cuda:99"), 2, r"device 'cuda:99' is not there")
+        mistake(
+            run("train", "--data", "digits", "--device", "cuda:99"),
+            2,
+            r"device 'cuda:99' is not there",
+        )
         mistake(run("train", "--data", "digits", "--device", "tpu"), 2, r"device 'tpu'")
         mistake(run("train"), 2, r"no dataset: pass --data")
         mistake(run("demo", "--seeds", "1"), 2, r"seeds=1: use at least 3")
-        mistake(run("train", "--recipe", "cifar10-resnet32-ahbf", "--config", "x.yaml"), 2, r"--recipe or --config, not both")
-        mistake(run("train", "--config", "missing.yaml"), 2, r"cannot read missing.yaml: No such file")
+        mistake(
+            run("train", "--recipe", "cifar10-resnet32-ahbf", "--config", "x.yaml"),
+            2,
+            r"--recipe or --config, not both",
+        )
+        mistake(
+            run("train", "--config", "missing.yaml"), 2, r"cannot read missing.yaml: No such file"
+        )
 
     def test_batch_larger_than_the_data(self, run, tmp_path):
-        mistake(run("train", "--data", "digits", "--model", "resnet8", "--batch-size", "5000"), 3, r"1442 images, fewer than one batch of 5000")
+        mistake(
+            run("train", "--data", "digits", "--model", "resnet8", "--batch-size", "5000"),
+            3,
+            r"1442 images, fewer than one batch of 5000",
+        )
         assert not list((tmp_path / "runs").iterdir())
 
     @pytest.mark.parametrize("break_it", ["missing", "empty", "one-sided", "truncated", "zero"])
@@ -227,7 +372,9 @@ class TestMistakes:
             for name in ("cat", "dog"):
                 (tree / split / name).mkdir(parents=True)
                 for index in range(2):
-                    Image.new("RGB", (16, 16), (index, 0, 0)).save(tree / split / name / f"{index}.jpg")
+                    Image.new("RGB", (16, 16), (index, 0, 0)).save(
+                        tree / split / name / f"{index}.jpg"
+                    )
         broken = tree / "train" / "cat" / "1.jpg"
         if break_it == "missing":
             tree = tmp_path / "nowhere"
@@ -241,29 +388,44 @@ class TestMistakes:
             broken.write_bytes(broken.read_bytes()[:200])
         else:
             broken.write_bytes(b"")
-        pattern = {"missing": r"nowhere: no folder that can be read", "empty": r"void.*train/", "one-sided": r"horse", "truncated": r"train/cat/1\.jpg",
-                   "zero": r"train/cat/1\.jpg"}[break_it]
+        pattern = {
+            "missing": r"nowhere: no folder that can be read",
+            "empty": r"void.*train/",
+            "one-sided": r"horse",
+            "truncated": r"train/cat/1\.jpg",
+            "zero": r"train/cat/1\.jpg",
+        }[break_it]
         mistake(run("train", "--data", tree, "--model", "resnet8", "--batch-size", "2"), 3, pattern)
         assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
     def test_not_a_run(self, run, tmp_path):
         mistake(run("eval", tmp_path / "nothing"), 4, r"nothing does not exist")
         mistake(run("export", tmp_path), 4, r"is not a run folder")
-        mistake(run("train", "--resume", tmp_path), 4, r"is not a run folder \(it has no config.yaml\)")
+        mistake(
+            run("train", "--resume", tmp_path), 4, r"is not a run folder \(it has no config.yaml\)"
+        )
         mistake(run("eval", tmp_path), 4, r"there is no student at")
 
     def test_run_folder_taken(self, run, trained):
-        mistake(run(*TRAIN, "--epochs", "1", "--out", trained), 2, r"holds a run already: continue it with 'fastokd train --resume")
+        mistake(
+            run(*TRAIN, "--epochs", "1", "--out", trained),
+            2,
+            r"holds a run already: continue it with 'fastokd train --resume",
+        )
 
     def test_out_holds_something_else(self, run, tmp_path):
         for name in ("config.yaml", "thesis.tex"):
             folder = tmp_path / name.split(".")[0]
             folder.mkdir()
             (folder / name).write_text("mine")
-            mistake(run(*TRAIN, "--out", folder), 2, rf"is not empty \({name}\); choose another --out")
+            mistake(
+                run(*TRAIN, "--out", folder), 2, rf"is not empty \({name}\); choose another --out"
+            )
             assert (folder / name).read_text() == "mine"
 
-    def test_out_holds_a_run_that_was_killed_before_its_first_checkpoint(self, run, trained, tmp_path):
+    def test_out_holds_a_run_that_was_killed_before_its_first_checkpoint(
+        self, run, trained, tmp_path
+    ):
         import shutil
 
         shutil.copytree(trained, tmp_path / "dead")
@@ -272,9 +434,17 @@ class TestMistakes:
         assert len((tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()) == 1
 
     def test_resume_cannot_change_the_configuration(self, run, trained):
-        mistake(run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"), 2,
-                r"the configuration is not that of the checkpoint \(was, is: model: 'resnet8', 'resnet20'; lr: 0.05, 1.0\): undo that, pass --allow-config-change")
-        mistake(run("train", "--resume", trained), 2, r"has 1 finished epochs, and --epochs 1 is not more")
+        mistake(
+            run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"),
+            2,
+            r"the configuration is not that of the checkpoint \(was, is: model: 'resnet8',"
+            r" 'resnet20'; lr: 0.05, 1.0\): undo that, pass --allow-config-change",
+        )
+        mistake(
+            run("train", "--resume", trained),
+            2,
+            r"has 1 finished epochs, and --epochs 1 is not more",
+        )
 
     def test_export_of_another_architecture(self, run, trained, tmp_path):
         import shutil
@@ -290,21 +460,37 @@ class TestMistakes:
             for name in ("cat", "dog"):
                 (tmp_path / "t" / split / name).mkdir(parents=True)
                 Image.new("RGB", (8, 8)).save(tmp_path / "t" / split / name / "0.png")
-        mistake(run("eval", trained / "student.safetensors", "--data", tmp_path / "t"), 4, r"knows 10 classes .* the data has 2 \(cat, dog")
+        mistake(
+            run("eval", trained / "student.safetensors", "--data", tmp_path / "t"),
+            4,
+            r"knows 10 classes .* the data has 2 \(cat, dog",
+        )
 
     def test_out_cannot_be_written(self, run, tmp_path):
         (tmp_path / "file").write_text("")
-        mistake(run(*TRAIN, "--out", tmp_path / "file" / "run"), 5, r"cannot write .*/file/run: Not a directory")
+        mistake(
+            run(*TRAIN, "--out", tmp_path / "file" / "run"),
+            5,
+            r"cannot write .*/file/run: Not a directory",
+        )
         # /proc refuses even root.
         mistake(run(*TRAIN, "--out", "/proc/fastokd"), 5, r"cannot write /proc/fastokd: ")
 
     def test_demo_does_not_delete_foreign_files(self, run, tmp_path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.tex").write_text("")
-        mistake(run("demo", "--out", tmp_path / "mine"), 2, r"mine holds something else than an earlier demo \(thesis.tex\)")
+        mistake(
+            run("demo", "--out", tmp_path / "mine"),
+            2,
+            r"mine holds something else than an earlier demo \(thesis.tex\)",
+        )
         (tmp_path / "mine" / "demo.json").write_text('{"name": "mine"}')
         mistake(run("demo", "--out", tmp_path / "mine"), 2, r"mine holds something else")
-        mistake(run("demo", "--out", tmp_path / "mine" / "thesis.tex"), 5, r"cannot write .*thesis.tex: Not a directory")
+        mistake(
+            run("demo", "--out", tmp_path / "mine" / "thesis.tex"),
+            5,
+            r"cannot write .*thesis.tex: Not a directory",
+        )
         assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
@@ -318,15 +504,37 @@ def noise_tree(root, brightness, count=12, size=16):
                 pixels = torch.randint(0, 256, (size, size, 3), generator=generator)
                 if split == "train":
                     pixels = pixels * brightness
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / split / name / f"{index}.png")
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(
+                    root / split / name / f"{index}.png"
+                )
     return root
 
 
 def test_other_data_is_prepared_as_the_run_was(run, tmp_path):
-    # The same validation images beside darker training images: nothing about the student may change.
+    # The same validation images beside darker training images: nothing about the student may
+    # change.
     here, there = noise_tree(tmp_path / "a", 1.0), noise_tree(tmp_path / "b", 0.2)
     folder = tmp_path / "run"
-    assert run("train", "--data", here, "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "8", "--epochs", "1", "--out", folder)[0] == 0
+    assert (
+        run(
+            "train",
+            "--data",
+            here,
+            "--model",
+            "resnet8",
+            "--branches",
+            "2",
+            "--aux-blocks",
+            "0",
+            "--batch-size",
+            "8",
+            "--epochs",
+            "1",
+            "--out",
+            folder,
+        )[0]
+        == 0
+    )
     record = json.loads((folder / "student.json").read_text())
     assert run("export", folder, "--data", there, "--out", tmp_path / "export")[0] == 0
     exported = json.loads((tmp_path / "export" / "student.json").read_text())
@@ -337,7 +545,10 @@ def test_other_data_is_prepared_as_the_run_was(run, tmp_path):
     # Larger images are brought to the size that the student was trained on.
     large = noise_tree(tmp_path / "c", 1.0, size=24)
     assert run("export", folder, "--data", large, "--out", tmp_path / "export2")[0] == 0
-    assert json.loads((tmp_path / "export2" / "student.json").read_text())["preprocessing"] == record["preprocessing"]
+    assert (
+        json.loads((tmp_path / "export2" / "student.json").read_text())["preprocessing"]
+        == record["preprocessing"]
+    )
     # Too few training images for a batch do not stop an evaluation; other splits can be named.
     assert "24 train images" in run("eval", folder, "--split", "train")[1]
     mistake(run("eval", folder, "--split", "tset"), 2, r"no split 'tset'")
@@ -346,45 +557,103 @@ def test_other_data_is_prepared_as_the_run_was(run, tmp_path):
 def test_a_moved_dataset_and_a_changed_one(run, tmp_path):
     tree = noise_tree(tmp_path / "a", 1.0)
     folder = tmp_path / "run"
-    assert run("train", "--data", tree, "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "8", "--epochs", "1", "--out", folder)[0] == 0
+    assert (
+        run(
+            "train",
+            "--data",
+            tree,
+            "--model",
+            "resnet8",
+            "--branches",
+            "2",
+            "--aux-blocks",
+            "0",
+            "--batch-size",
+            "8",
+            "--epochs",
+            "1",
+            "--out",
+            folder,
+        )[0]
+        == 0
+    )
     tree.rename(tmp_path / "moved")
     mistake(run("train", "--resume", folder, "--epochs", "2"), 3, r"/a: ")
     code, out, _ = run("train", "--resume", folder, "--epochs", "2", "--data", tmp_path / "moved")
     assert code == 0
-    assert "the run now has 2 epochs instead of 1: learning-rate decay and ramp-up follow the new number" in out
+    assert (
+        "the run now has 2 epochs instead of 1: learning-rate decay and ramp-up follow the new"
+        " number" in out
+    )
     next((tmp_path / "moved" / "train" / "cat").iterdir()).unlink()
-    mistake(run("train", "--resume", folder, "--epochs", "3"), 4, r"was trained on other images than .*moved holds now")
+    mistake(
+        run("train", "--resume", folder, "--epochs", "3"),
+        4,
+        r"was trained on other images than .*moved holds now",
+    )
 
 
 def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing(run, tmp_path):
     got, out, err = run(*TRAIN, "--epochs", "1", "--lr", "1e30", "--quiet", "--out", tmp_path / "r")
-    mistake((got, out, err), 2, r"epoch 1, step \d+: not finite: loss, ce/branch1, .*; no epoch was saved, so there is no checkpoint. To mend it lower --lr$")
+    mistake(
+        (got, out, err),
+        2,
+        r"epoch 1, step \d+: not finite: loss, ce/branch1, .*; no epoch was saved, so there is no"
+        r" checkpoint. To mend it lower --lr$",
+    )
     assert not (tmp_path / "r").exists()
     assert run(*TRAIN, "--epochs", "1", "--quiet", "--out", tmp_path / "r")[0] == 0
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"epochs: [", b"epoch: 1", b"method_options: {1: 2}"])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"epochs: [", b"epoch: 1", b"method_options: {1: 2}"]
+)
 def test_a_damaged_config_file(run, trained, tmp_path, content):
     import shutil
 
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes(content)
-    for command in (["eval", tmp_path / "run"], ["export", tmp_path / "run"], ["train", "--resume", tmp_path / "run"]):
+    for command in (
+        ["eval", tmp_path / "run"],
+        ["export", tmp_path / "run"],
+        ["train", "--resume", tmp_path / "run"],
+    ):
         mistake(run(*command), 2, r"config\.yaml")
 
 
 def test_standard_output_full():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "fastokd", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastokd", "recipes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr, done.stderr
 
 
 def start(tmp_path):
-    return subprocess.Popen([sys.executable, "-m", "fastokd", *TRAIN, "--epochs", "200", "--out", str(tmp_path / "run")],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                            # Started from a background job the child would inherit that Ctrl-C is ignored.
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "fastokd",
+            *TRAIN,
+            "--epochs",
+            "200",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # Started from a background job the child would inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_checkpoint(process, tmp_path):
@@ -402,10 +671,16 @@ def test_ctrl_c_leaves_the_last_checkpoint_and_says_how_to_go_on(tmp_path, run):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    said = re.search(r"fastokd: interrupted in epoch (\d+); the last checkpoint has (\d+) finished epochs; continue with 'fastokd train --resume ", err)
+    said = re.search(
+        r"fastokd: interrupted in epoch (\d+); the last checkpoint has (\d+) finished epochs;"
+        r" continue with 'fastokd train --resume ",
+        err,
+    )
     assert said, err
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["epoch"] >= int(said[2])  # the checkpoint may have been written just before it could be noted
+    assert state["epoch"] >= int(
+        said[2]
+    )  # the checkpoint may have been written just before it could be noted
     assert run("eval", tmp_path / "run")[0] == 0
 
 
@@ -419,18 +694,28 @@ def test_sigkill_leaves_a_loadable_checkpoint(tmp_path, run):
 
 
 def test_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
-    # A limit on file size stands in for a full disk: a write past it fails with an OSError, as one past the disk's end does.
+    # A limit on file size stands in for a full disk: a write past it fails with an OSError, as one
+    # past the disk's end does.
     folder = tmp_path / "run"
     assert main([*TRAIN, "--epochs", "1", "--out", str(folder), "--quiet"]) == 0
     before = (folder / "checkpoints" / "last.pt").read_bytes()
-    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2})); "
-            f"from fastokd.cli import main; sys.exit(main(['train', '--resume', {str(folder)!r}, '--epochs', '2', '--quiet']))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f" resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2}));"
+        f" from fastokd.cli import main; sys.exit(main(['train', '--resume', {str(folder)!r},"
+        " '--epochs', '2', '--quiet']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 5, done.stderr
-    assert re.fullmatch(r"fastokd: cannot write .*(last|best)\.pt: File too large\..*", done.stderr.strip())
+    assert re.fullmatch(
+        r"fastokd: cannot write .*(last|best)\.pt: File too large\..*", done.stderr.strip()
+    )
     assert (folder / "checkpoints" / "last.pt").read_bytes() == before
-    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
 
 
 def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(run, tmp_path):
@@ -442,12 +727,31 @@ def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(ru
     for _ in range(2):
         code, out, err = run(*command, "--epochs", "2")
         assert (code, err) == (0, "")
-        assert out == "the run has 2 finished epochs, and --epochs 2 is not more; to train on, pass a larger --epochs\n"
-    mistake(run(*command, "--epochs", "3", "--lr", "1"), 2, r"the configuration is not that of the checkpoint \(was, is: lr: 0.05, 1.0\)")
+        assert (
+            out == "the run has 2 finished epochs, and --epochs 2 is not more; to train on, pass a"
+            " larger --epochs\n"
+        )
+    mistake(
+        run(*command, "--epochs", "3", "--lr", "1"),
+        2,
+        r"the configuration is not that of the checkpoint \(was, is: lr: 0.05, 1.0\)",
+    )
 
 
 def test_wrong_numbers_of_processes(run, monkeypatch):
-    mistake(run(*TRAIN, "--gpus", "0"), 2, "gpus=0; it is how many processes train together, at least 1")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+    mistake(
+        run(*TRAIN, "--gpus", "0"), 2, "gpus=0; it is how many processes train together, at least 1"
+    )
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_RANK", "0"),
+        ("LOCAL_WORLD_SIZE", "2"),
+    ):
         monkeypatch.setenv(name, value)
-    mistake(run(*TRAIN, "--gpus", "3"), 2, "--gpus 3 under a launcher that started 2 processes here; leave it out, or give it without the launcher")
+    mistake(
+        run(*TRAIN, "--gpus", "3"),
+        2,
+        "--gpus 3 under a launcher that started 2 processes here; leave it out, or give it without"
+        " the launcher",
+    )

@@ -1,4 +1,6 @@
-"""``fastokd compare``: its numbers are those of the run folders, and what does not compare is refused."""
+"""``fastokd compare``: its numbers are those of the run folders, and what does not compare is
+refused.
+"""
 
 import csv
 import glob
@@ -54,11 +56,16 @@ def mistake(capsys, code, *arguments):
 
 
 def as_csv(capsys, *arguments):
-    return {row["runs"]: row for row in csv.DictReader(io.StringIO(said(capsys, *arguments, "--format", "csv")))}
+    return {
+        row["runs"]: row
+        for row in csv.DictReader(io.StringIO(said(capsys, *arguments, "--format", "csv")))
+    }
 
 
 def errors(runs, method, row="branch1", best=False):
-    """Of each seed, in %: in the last epoch, or in that with the highest accuracy of the student."""
+    """Of each seed, in %: in the last epoch, or in that with the highest accuracy of the
+    student.
+    """
     found = []
     for seed in (0, 1):
         epochs = records(runs / f"{method}-seed{seed}")
@@ -72,39 +79,95 @@ def test_errors_are_those_of_the_runs(sample_runs, capsys):
     assert list(rows) == ["resnet8 ahbf", "resnet8 baseline"]
     for method in ("ahbf", "baseline"):
         row = rows[f"resnet8 {method}"]
-        assert (row["num_seeds"], row["seeds"], row["epochs"], row["finished_epochs"]) == ("2", "0 1", "2", "2")
+        assert (row["num_seeds"], row["seeds"], row["epochs"], row["finished_epochs"]) == (
+            "2",
+            "0 1",
+            "2",
+            "2",
+        )
         for name, best in (("last_error", False), ("best_error", True)):
             expected = errors(sample_runs, method, best=best)
-            assert [float(value) for value in row[f"{name}_by_seed"].split()] == pytest.approx(expected)
+            assert [float(value) for value in row[f"{name}_by_seed"].split()] == pytest.approx(
+                expected
+            )
             assert float(row[f"{name}_mean"]) == pytest.approx(statistics.mean(expected))
             assert float(row[f"{name}_std"]) == pytest.approx(statistics.stdev(expected))
-    assert float(rows["resnet8 ahbf"]["ensemble_last_error_mean"]) == pytest.approx(statistics.mean(errors(sample_runs, "ahbf", "ensemble")))
+    assert float(rows["resnet8 ahbf"]["ensemble_last_error_mean"]) == pytest.approx(
+        statistics.mean(errors(sample_runs, "ahbf", "ensemble"))
+    )
     assert rows["resnet8 baseline"]["ensemble_last_error_mean"] == ""
 
 
 def test_last_and_best_differ_where_the_best_epoch_is_not_the_last(runs, capsys):
-    change_records(runs / "ahbf-seed0", lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"], ensemble=0.625))
+    change_records(
+        runs / "ahbf-seed0",
+        lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"], ensemble=0.625),
+    )
     row = as_csv(capsys, runs / "ahbf-seed0")["resnet8 ahbf"]
-    assert (float(row["last_error_mean"]), float(row["best_error_mean"]), float(row["ensemble_last_error_mean"])) == (50, 25, 37.5)
+    assert (
+        float(row["last_error_mean"]),
+        float(row["best_error_mean"]),
+        float(row["ensemble_last_error_mean"]),
+    ) == (50, 25, 37.5)
     assert row["last_error_std"] == row["best_error_std"] == ""
     text = said(capsys, runs / "ahbf-seed0")
-    assert re.search(r"\S+ahbf-seed0 +resnet8 ahbf +0 +2 of 2 +50\.00 +25\.00 \(epoch 1\) +37\.50 ", text)
+    assert re.search(
+        r"\S+ahbf-seed0 +resnet8 ahbf +0 +2 of 2 +50\.00 +25\.00 \(epoch 1\) +37\.50 ", text
+    )
     assert "+-" not in text.split("resnet8 ahbf")[1].partition("\n")[0]
 
 
 def test_every_format_shows_the_same_numbers(sample_runs, capsys, tmp_path):
     cells = {}
     for method in ("ahbf", "baseline"):
-        spreads = [f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}" for values in (errors(sample_runs, method), errors(sample_runs, method, best=True))]
+        spreads = [
+            f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}"
+            for values in (errors(sample_runs, method), errors(sample_runs, method, best=True))
+        ]
         ensemble = errors(sample_runs, method, "ensemble") if method == "ahbf" else None
-        cells[f"resnet8 {method}"] = ["2", "2", *spreads, "-" if ensemble is None else f"{statistics.mean(ensemble):.2f} +- {statistics.stdev(ensemble):.2f}"]
+        cells[f"resnet8 {method}"] = [
+            "2",
+            "2",
+            *spreads,
+            (
+                "-"
+                if ensemble is None
+                else f"{statistics.mean(ensemble):.2f} +- {statistics.stdev(ensemble):.2f}"
+            ),
+        ]
     terminal = said(capsys, *runs_in(sample_runs))
-    assert main(["compare", *runs_in(sample_runs), "--no-latency", "--out", str(tmp_path / "found.md")]) == 0
-    assert main(["compare", *runs_in(sample_runs), "--no-latency", "--out", str(tmp_path / "found.html")]) == 0
+    assert (
+        main(
+            ["compare", *runs_in(sample_runs), "--no-latency", "--out", str(tmp_path / "found.md")]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "compare",
+                *runs_in(sample_runs),
+                "--no-latency",
+                "--out",
+                str(tmp_path / "found.html"),
+            ]
+        )
+        == 0
+    )
     markdown, html = (tmp_path / "found.md").read_text(), (tmp_path / "found.html").read_text()
     for label, expected in cells.items():
-        assert re.split(r" {2,}", next(line for line in terminal.splitlines() if line.startswith(label)))[1:6] == expected
-        assert next(line for line in markdown.splitlines() if line.startswith(f"| {label}")).split(" | ")[1:6] == expected
+        assert (
+            re.split(
+                r" {2,}", next(line for line in terminal.splitlines() if line.startswith(label))
+            )[1:6]
+            == expected
+        )
+        assert (
+            next(line for line in markdown.splitlines() if line.startswith(f"| {label}")).split(
+                " | "
+            )[1:6]
+            == expected
+        )
         row = re.search(rf'<th scope="row">{label}</th>(.*)</tr>', html)[1]
         assert [unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row)][:5] == expected
     for heading in ("student, last epoch", "student, best epoch", "ensemble, last epoch"):
@@ -118,7 +181,9 @@ def give_errors(runs, method, by_seed):
         if not run.exists():
             copied(runs / f"{method}-seed0", run)
             change_config(run, seed=seed)
-        change_records(run, lambda record, error=error: record["eval"].update(branch1=1 - error / 100))
+        change_records(
+            run, lambda record, error=error: record["eval"].update(branch1=1 - error / 100)
+        )
     return [str(runs / f"{method}-seed{seed}") for seed in by_seed]
 
 
@@ -131,11 +196,17 @@ def test_paired_test_is_over_the_seeds_that_both_have(runs, capsys):
     assert (row["reference"], row["paired_seeds"]) == ("resnet8 baseline", "3")
     assert float(row["last_error_difference"]) == pytest.approx(statistics.mean(differences))
     assert float(row["p"]) == pytest.approx(2 * stats.t.sf(abs(t), df=2))
-    assert f"{statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f} (n=3)  {float(row['p']):.3g}" in said(capsys, *paths)
+    assert (
+        f"{statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f} (n=3) "
+        f" {float(row['p']):.3g}" in said(capsys, *paths)
+    )
 
 
 def test_without_a_paired_test_it_says_why(runs, capsys, monkeypatch):
-    taught, alone = give_errors(runs, "ahbf", {0: 6.0, 1: 5.0}), give_errors(runs, "baseline", {0: 7.0, 1: 6.0})
+    taught, alone = (
+        give_errors(runs, "ahbf", {0: 6.0, 1: 5.0}),
+        give_errors(runs, "baseline", {0: 7.0, 1: 6.0}),
+    )
     assert "No p for resnet8 ahbf: all differences are equal." in said(capsys, *taught, *alone)
     one = said(capsys, taught[0], *alone)
     assert "-1.00 (n=1)" in one
@@ -144,28 +215,63 @@ def test_without_a_paired_test_it_says_why(runs, capsys, monkeypatch):
     give_errors(runs, "baseline", {1: 6.5})
     assert "No p" not in said(capsys, *taught, *alone)
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    assert "No p for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'." in said(capsys, *taught, *alone)
+    assert "No p for resnet8 ahbf: needs scipy: pip install 'fastokd[plots]'." in said(
+        capsys, *taught, *alone
+    )
 
 
 def test_errors_are_tested_against_those_of_the_same_network(runs, capsys):
-    small = give_errors(runs, "baseline", {0: 7.0, 1: 6.0}) + give_errors(runs, "ahbf", {0: 6.5, 1: 5.0})
+    small = give_errors(runs, "baseline", {0: 7.0, 1: 6.0}) + give_errors(
+        runs, "ahbf", {0: 6.5, 1: 5.0}
+    )
     assert as_csv(capsys, *small[2:])["resnet8 ahbf"].get("reference", "") == ""
-    assert "No difference for resnet8 ahbf: there are no other runs of resnet8." in said(capsys, *small[2:])
+    assert "No difference for resnet8 ahbf: there are no other runs of resnet8." in said(
+        capsys, *small[2:]
+    )
     large = []
-    for method, by_seed in (("one", {0: 5.0, 1: 4.0}), ("ahbf", {0: 4.0, 1: 3.5}), ("baseline", {0: 9.0, 1: 8.9})):
+    for method, by_seed in (
+        ("one", {0: 5.0, 1: 4.0}),
+        ("ahbf", {0: 4.0, 1: 3.5}),
+        ("baseline", {0: 9.0, 1: 8.9}),
+    ):
         for seed, error in by_seed.items():
             run = copied(runs / "ahbf-seed0", runs / f"large-{method}-{seed}")
-            change_config(run, model="resnet14", method=method, seed=seed, branches=1 if method == "baseline" else 3)
-            change_records(run, lambda record, error=error: record["eval"].update(branch1=1 - error / 100))
+            change_config(
+                run,
+                model="resnet14",
+                method=method,
+                seed=seed,
+                branches=1 if method == "baseline" else 3,
+            )
+            change_records(
+                run, lambda record, error=error: record["eval"].update(branch1=1 - error / 100)
+            )
             large.append(str(run))
     rows = as_csv(capsys, *small, *large)
     assert {label: row["reference"] for label, row in rows.items()} == {
-        "resnet8 baseline": "", "resnet8 ahbf": "resnet8 baseline", "resnet14 one": "resnet14 baseline", "resnet14 ahbf": "resnet14 baseline", "resnet14 baseline": ""}
-    differences = {label: float(row["last_error_difference"]) for label, row in rows.items() if row["reference"]}
-    assert differences == pytest.approx({"resnet8 ahbf": -0.75, "resnet14 one": -4.45, "resnet14 ahbf": -5.2})
+        "resnet8 baseline": "",
+        "resnet8 ahbf": "resnet8 baseline",
+        "resnet14 one": "resnet14 baseline",
+        "resnet14 ahbf": "resnet14 baseline",
+        "resnet14 baseline": "",
+    }
+    differences = {
+        label: float(row["last_error_difference"])
+        for label, row in rows.items()
+        if row["reference"]
+    }
+    assert differences == pytest.approx(
+        {"resnet8 ahbf": -0.75, "resnet14 one": -4.45, "resnet14 ahbf": -5.2}
+    )
     text = said(capsys, *small, *large)
-    assert "The reference of resnet8 ahbf is resnet8 baseline.\nThe reference of resnet14 one; resnet14 ahbf is resnet14 baseline." in text
-    assert [line.split()[:2] for line in text.splitlines() if line.endswith("  reference")] == [["resnet8", "baseline"], ["resnet14", "baseline"]]
+    assert (
+        "The reference of resnet8 ahbf is resnet8 baseline.\nThe reference of resnet14 one;"
+        " resnet14 ahbf is resnet14 baseline." in text
+    )
+    assert [line.split()[:2] for line in text.splitlines() if line.endswith("  reference")] == [
+        ["resnet8", "baseline"],
+        ["resnet14", "baseline"],
+    ]
     without = said(capsys, *small, *large[:4])
     assert "The reference of resnet14 ahbf is resnet14 one." in without
     alone = said(capsys, *small, *large[:2])
@@ -177,17 +283,35 @@ def test_costs_are_those_of_the_networks(sample_runs, capsys):
     rows = as_csv(capsys, *runs_in(sample_runs))
     with torch.device("meta"):
         costs = model_costs(create_model("resnet8", "ahbf", 10, 3, 1), 8)
-    for row, training in ((rows["resnet8 ahbf"], costs["training"]), (rows["resnet8 baseline"], costs["student"])):
+    for row, training in (
+        (rows["resnet8 ahbf"], costs["training"]),
+        (rows["resnet8 baseline"], costs["student"]),
+    ):
         assert row["student"] == "resnet8"
-        assert (int(row["parameters"]), int(row["flops"]), int(row["training_flops"])) == (costs["student"].parameters, costs["student"].flops, training.flops)
+        assert (int(row["parameters"]), int(row["flops"]), int(row["training_flops"])) == (
+            costs["student"].parameters,
+            costs["student"].flops,
+            training.flops,
+        )
     ratio = f"{costs['training'].flops / costs['student'].flops:.2f}"
-    assert re.search(rf"^resnet8 ahbf +resnet8 +{costs['student'].parameters:,} +\S+ +{ratio} ", said(capsys, *runs_in(sample_runs)), re.MULTILINE)
+    assert re.search(
+        rf"^resnet8 ahbf +resnet8 +{costs['student'].parameters:,} +\S+ +{ratio} ",
+        said(capsys, *runs_in(sample_runs)),
+        re.MULTILINE,
+    )
 
 
 def test_training_time_is_a_multiple_of_the_student_alone_on_the_same_machine(runs, capsys):
     for name in RUNS:
         # The median: the first epoch may compile.
-        change_records(runs / name, lambda record, name=name: record.update(images_per_second=(1000 if name.startswith("baseline") else 250) if record["epoch"] else 1000))
+        change_records(
+            runs / name,
+            lambda record, name=name: record.update(
+                images_per_second=(
+                    (1000 if name.startswith("baseline") else 250) if record["epoch"] else 1000
+                )
+            ),
+        )
         for seed, epoch in ((0, 2), (1, 2)):
             if name.endswith(str(seed)):
                 last = records(runs / name)[-1]
@@ -202,9 +326,19 @@ def test_training_time_is_a_multiple_of_the_student_alone_on_the_same_machine(ru
     assert as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"] == ""
 
 
-@pytest.mark.parametrize("lever", [
-    {"compile": True}, {"cuda_graph": True}, {"flat": True}, {"channels_last": False}, {"impl": "reference"}, {"loader": "torchvision"}, {"precision": "bf16"}, {"device_batch": 32},
-])
+@pytest.mark.parametrize(
+    "lever",
+    [
+        {"compile": True},
+        {"cuda_graph": True},
+        {"flat": True},
+        {"channels_last": False},
+        {"impl": "reference"},
+        {"loader": "torchvision"},
+        {"precision": "bf16"},
+        {"device_batch": 32},
+    ],
+)
 def test_training_time_is_a_multiple_only_of_what_was_configured_alike(runs, capsys, lever):
     def times_alone():
         return as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"]
@@ -216,7 +350,9 @@ def test_training_time_is_a_multiple_only_of_what_was_configured_alike(runs, cap
         change_config(runs / f"ahbf-seed{seed}", **lever)
     assert float(times_alone()) > 0
     for seed in (0, 1):
-        change_config(runs / f"ahbf-seed{seed}", streams=True, merge_first_conv=True)  # what a student alone has no branches for
+        change_config(
+            runs / f"ahbf-seed{seed}", streams=True, merge_first_conv=True
+        )  # what a student alone has no branches for
     assert float(times_alone()) > 0
 
 
@@ -228,17 +364,29 @@ def test_latency_of_the_same_student_is_measured_once(sample_runs):
 
 
 def test_groups_differ_in_what_their_labels_say(runs, capsys):
-    for name, options in (("other", {"temperature": 4.0, "lambda_ta": 2.0}), ("again", {"lambda_ta": 2.0, "temperature": 4.0})):
+    for name, options in (
+        ("other", {"temperature": 4.0, "lambda_ta": 2.0}),
+        ("again", {"lambda_ta": 2.0, "temperature": 4.0}),
+    ):
         copied(runs / "ahbf-seed0", runs / name)
-        change_config(runs / name, lr=0.0123456789, method_options=options, seed=int(name == "again"))
+        change_config(
+            runs / name, lr=0.0123456789, method_options=options, seed=int(name == "again")
+        )
     copied(runs / "ahbf-seed0", runs / "elsewhere")
-    change_config(runs / "elsewhere", seed=5, data="moved/digits", keep_checkpoints=7, impl="reference")
+    change_config(
+        runs / "elsewhere", seed=5, data="moved/digits", keep_checkpoints=7, impl="reference"
+    )
     rows = as_csv(capsys, runs / "ahbf-seed0", runs / "other", runs / "elsewhere", runs / "again")
-    assert list(rows) == ["resnet8 ahbf, method_options none, lr 0.05", "resnet8 ahbf, method_options lambda_ta=2 temperature=4, lr 0.0123456789"]
+    assert list(rows) == [
+        "resnet8 ahbf, method_options none, lr 0.05",
+        "resnet8 ahbf, method_options lambda_ta=2 temperature=4, lr 0.0123456789",
+    ]
     assert rows["resnet8 ahbf, method_options none, lr 0.05"]["seeds"] == "0 5"
 
 
-def test_the_student_is_the_average_of_its_weights_or_the_deepest_branch_where_the_run_says_so(runs):
+def test_the_student_is_the_average_of_its_weights_or_the_deepest_branch_where_the_run_says_so(
+    runs,
+):
     change_config(runs / "ahbf-seed0", ema=0.99)
     change_records(runs / "ahbf-seed0", lambda record: record["eval"].update(ema=0.5))
     assert read_run(runs / "ahbf-seed0").student == "ema"
@@ -246,16 +394,36 @@ def test_the_student_is_the_average_of_its_weights_or_the_deepest_branch_where_t
     assert read_run(runs / "ahbf-seed1").student == "branch3"
 
 
-@pytest.mark.parametrize(("file", "change", "what"), [
-    ("environment.json", lambda found: found["data"].update(fingerprint="ab" * 32), "data: digits {first:.12}, digits abababababab"),
-    ("student.json", lambda found: found["accuracy"].update(split="val", num_images=77), "split: test, val; number of images: 100, 77"),
-    ("student.json", lambda found: found["preprocessing"].update(image_size=[16, 16], shorter_side=18), "image size: 8 x 8, 16 x 16; shorter side before the crop: 8, 18"),
-])
+@pytest.mark.parametrize(
+    ("file", "change", "what"),
+    [
+        (
+            "environment.json",
+            lambda found: found["data"].update(fingerprint="ab" * 32),
+            "data: digits {first:.12}, digits abababababab",
+        ),
+        (
+            "student.json",
+            lambda found: found["accuracy"].update(split="val", num_images=77),
+            "split: test, val; number of images: 100, 77",
+        ),
+        (
+            "student.json",
+            lambda found: found["preprocessing"].update(image_size=[16, 16], shorter_side=18),
+            "image size: 8 x 8, 16 x 16; shorter side before the crop: 8, 18",
+        ),
+    ],
+)
 def test_runs_that_were_evaluated_on_different_images_are_refused(runs, capsys, file, change, what):
-    fingerprint = json.loads((runs / "ahbf-seed0" / "environment.json").read_text())["data"]["fingerprint"]
+    fingerprint = json.loads((runs / "ahbf-seed0" / "environment.json").read_text())["data"][
+        "fingerprint"
+    ]
     change_json(runs / "baseline-seed1" / file, change)
     text = mistake(capsys, 2, *runs_in(runs))
-    assert f"{runs / 'ahbf-seed0'} and {runs / 'baseline-seed1'} were evaluated on different images" in text
+    assert (
+        f"{runs / 'ahbf-seed0'} and {runs / 'baseline-seed1'} were evaluated on different images"
+        in text
+    )
     assert f"({what.format(first=fingerprint)})" in text
 
 
@@ -292,23 +460,43 @@ def test_an_unfinished_run_is_used_as_far_as_it_goes(runs, capsys):
     row = as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]
     assert float(row["last_error_mean"]) == pytest.approx(statistics.mean(errors(runs, "ahbf")))
     assert (row["paired_seeds"], row["p"]) == ("0", "")
-    assert "No difference for resnet8 ahbf: 2 of 9 epochs are finished, of the reference 2 of 2." in text
+    assert (
+        "No difference for resnet8 ahbf: 2 of 9 epochs are finished, of the reference 2 of 2."
+        in text
+    )
 
 
 @pytest.mark.parametrize("planned", [2, 9])
 def test_runs_of_different_numbers_of_epochs_share_no_mean(runs, capsys, planned):
-    paths = give_errors(runs, "ahbf", {0: 6.0, 1: 70.0, 2: 5.0}) + give_errors(runs, "baseline", {0: 7.0, 1: 80.0, 2: 6.5})
+    paths = give_errors(runs, "ahbf", {0: 6.0, 1: 70.0, 2: 5.0}) + give_errors(
+        runs, "baseline", {0: 7.0, 1: 80.0, 2: 6.5}
+    )
     for path in paths:
         change_config(Path(path), epochs=planned)
     cut(runs / "ahbf-seed1")
     row = as_csv(capsys, *paths)["resnet8 ahbf"]
-    assert (row["num_seeds"], row["seeds"], row["left_out_seeds"], row["epochs"], row["finished_epochs"]) == ("2", "0 2", "1", str(planned), "2")
-    assert (float(row["last_error_mean"]), float(row["best_error_mean"])) == pytest.approx((5.5, 5.5))
+    assert (
+        row["num_seeds"],
+        row["seeds"],
+        row["left_out_seeds"],
+        row["epochs"],
+        row["finished_epochs"],
+    ) == ("2", "0 2", "1", str(planned), "2")
+    assert (float(row["last_error_mean"]), float(row["best_error_mean"])) == pytest.approx(
+        (5.5, 5.5)
+    )
     assert (row["paired_seeds"], float(row["last_error_difference"])) == ("2", pytest.approx(-1.25))
     text = said(capsys, *paths)
     assert f"{runs / 'ahbf-seed1'}: unfinished, 1 of {planned} epochs" in text
-    assert f"\n\nNot in means, differences and p, having fewer finished epochs than others of the row: seed 1 of resnet8 ahbf (1 of {planned} epochs).\n" in text
-    assert re.search(rf"^resnet8 ahbf +2 +2{'' if planned == 2 else ' of 9'} +5\.50 \+- 0\.71 ", text, re.MULTILINE)
+    assert (
+        "\n\nNot in means, differences and p, having fewer finished epochs than others of the row:"
+        f" seed 1 of resnet8 ahbf (1 of {planned} epochs).\n" in text
+    )
+    assert re.search(
+        rf"^resnet8 ahbf +2 +2{'' if planned == 2 else ' of 9'} +5\.50 \+- 0\.71 ",
+        text,
+        re.MULTILINE,
+    )
     assert "Not in means" not in said(capsys, paths[0], *paths[2:])
 
 
@@ -318,21 +506,31 @@ def test_a_best_epoch_that_is_not_that_of_the_summary_is_said(runs, capsys):
     change_records(run, lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"]))
     change_json(run / "summary.json", lambda found: found.update(best_epoch=1))
     text = said(capsys, run)
-    assert f"{run}: its best epoch is 1, which is used here; summary.json and best.pt are of epoch 2" in text
+    assert (
+        f"{run}: its best epoch is 1, which is used here; summary.json and best.pt are of epoch 2"
+        in text
+    )
     assert "25.00 (epoch 1)" in text
     change_config(run, epochs=9)
-    change_json(run / "summary.json", lambda found: found.update(epochs=1))  # the run went on, and has not ended since
+    change_json(
+        run / "summary.json", lambda found: found.update(epochs=1)
+    )  # the run went on, and has not ended since
     assert "summary.json" not in said(capsys, run)
     (run / "summary.json").write_text("[")
     assert "summary.json" not in said(capsys, run)
 
 
-@pytest.mark.parametrize("line", ['{"epoch": 1, "lr"', '{"epoch": 1, "eval": {"branch1": "high"}}', "\x00\x80"])
+@pytest.mark.parametrize(
+    "line", ['{"epoch": 1, "lr"', '{"epoch": 1, "eval": {"branch1": "high"}}', "\x00\x80"]
+)
 def test_a_damaged_line_ends_what_is_used_of_a_run(runs, capsys, line):
     first = (runs / "ahbf-seed0" / "metrics.jsonl").read_text().splitlines()[0]
     (runs / "ahbf-seed0" / "metrics.jsonl").write_bytes(f"{first}\n{line}".encode("latin-1"))
     text = said(capsys, *runs_in(runs))
-    assert f"{runs / 'ahbf-seed0'}: metrics.jsonl is damaged in line 2: only what is before it is used" in text
+    assert (
+        f"{runs / 'ahbf-seed0'}: metrics.jsonl is damaged in line 2: only what is before it is used"
+        in text
+    )
     assert read_run(runs / "ahbf-seed0").epochs == 1
 
 
@@ -347,7 +545,10 @@ def test_what_is_no_run_is_refused_in_one_line(runs, capsys):
     (runs / "ahbf-seed1" / "config.yaml").write_text("method: [")
     assert "is not valid YAML" in mistake(capsys, 2, runs / "ahbf-seed1")
     change_config(runs / "baseline-seed0", preset="papre")
-    assert "baseline-seed0/config.yaml: unknown preset 'papre' of method 'baseline'; did you mean 'paper'?" in mistake(capsys, 2, runs / "baseline-seed0")
+    assert (
+        "baseline-seed0/config.yaml: unknown preset 'papre' of method 'baseline'; did you mean"
+        " 'paper'?" in mistake(capsys, 2, runs / "baseline-seed0")
+    )
 
 
 def test_latency_goes_without_a_student_that_cannot_be_read(runs):
@@ -363,7 +564,16 @@ def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch):
     lines = [line for line in PAGE.read_text(encoding="utf-8").split("```")[1].splitlines() if line]
     assert {line.split()[1] for line in lines} == {"train", "compare", "plot", "report"}
     for line in lines:
-        words = [word for part in shlex.split(line)[1:] for word in (sorted(glob.glob(part)) if "*" in part else [part])]
+        words = [
+            word
+            for part in shlex.split(line)[1:]
+            for word in (sorted(glob.glob(part)) if "*" in part else [part])
+        ]
         assert main(words) == 0, line
     assert "| resnet8 ahbf | 2 | 2 |" in (tmp_path / "comparison.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "comparison.md", "plots", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs",
+        "comparison.md",
+        "plots",
+        "report.html",
+    }

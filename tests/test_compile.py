@@ -19,7 +19,8 @@ from fastokd.ops import operator
 
 ROOT = Path(__file__).resolve().parent.parent
 OPAQUE = opaque_executor.register()
-# The formula traced through, the operator as an opaque call, and the choice between them made while tracing.
+# The formula traced through, the operator as an opaque call, and the choice between them made while
+# tracing.
 IMPLS = ["reference", OPAQUE, "auto"]
 
 
@@ -30,14 +31,28 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def batch(size: int = 6, num_classes: int = 10, num_branches: int = 3) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def batch(
+    size: int = 6, num_classes: int = 10, num_branches: int = 3
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     g = torch.Generator().manual_seed(size)
-    logits = [torch.randn((size, num_classes), generator=g).requires_grad_() for _ in range(num_branches)]
-    scores = [torch.randn((size, 2), generator=g).softmax(1).requires_grad_() for _ in range(num_branches - 1)]
+    logits = [
+        torch.randn((size, num_classes), generator=g).requires_grad_() for _ in range(num_branches)
+    ]
+    scores = [
+        torch.randn((size, 2), generator=g).softmax(1).requires_grad_()
+        for _ in range(num_branches - 1)
+    ]
     return logits, scores, torch.randint(num_classes, (size,), generator=g)
 
 
-def assert_same(compiled: object, eager: object, size: int = 6, num_classes: int = 10, tolerance: float = 0.0, **options: object) -> None:
+def assert_same(
+    compiled: object,
+    eager: object,
+    size: int = 6,
+    num_classes: int = 10,
+    tolerance: float = 0.0,
+    **options: object,
+) -> None:
     logits, scores, target = batch(size, num_classes)
     got, want = (f(logits, target, scores=scores, **options) for f in (compiled, eager))
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
@@ -50,25 +65,33 @@ def test_aot_eager_runs_the_same_operations(impl: str) -> None:
     criterion = AHBFLoss.preset("code", 3, impl=impl)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
-        # Tracing through the plan would be slow and warn in every user's log; it must be taken as a constant.
+        # Tracing through the plan would be slow and warn in every user's log; it must be taken as a
+        # constant.
         warnings.filterwarnings("error", message="(?s).*lru_cache")
         assert_same(compiled, criterion, kd_weight=torch.tensor(0.5))
     logits, scores, target = batch()
     loss, terms = compiled(logits, target, scores=scores, kd_weight=0.5, return_terms=True)
-    want_loss, want_terms = criterion(logits, target, scores=scores, kd_weight=0.5, return_terms=True)
+    want_loss, want_terms = criterion(
+        logits, target, scores=scores, kd_weight=0.5, return_terms=True
+    )
     assert torch.equal(loss, want_loss)
     torch.testing.assert_close(terms, want_terms, rtol=0, atol=0)
 
 
 def test_other_batches_and_class_counts() -> None:
-    """A ragged last batch, a single row, another number of classes: shapes that become dynamic, or compile anew."""
+    """A ragged last batch, a single row, another number of classes: shapes that become dynamic, or
+    compile anew.
+    """
     criterion = AHBFLoss.preset("code", 3, impl=OPAQUE)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     for size, num_classes in ((6, 10), (5, 10), (6, 11), (1, 10)):
         assert_same(compiled, criterion, size, num_classes, kd_weight=torch.tensor(0.5))
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 makes symbols of a plan's integers under dynamic=True")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 makes symbols of a plan's integers under dynamic=True",
+)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dynamic_shapes(impl: str) -> None:
     criterion = AHBFLoss(3, impl=impl)
@@ -97,23 +120,34 @@ def test_operator_stays_one_call() -> None:
 
     def backend(module: torch.fx.GraphModule, _: list) -> object:
         for inner in module.modules():
-            calls.extend(str(node.target) for node in getattr(inner, "graph", module.graph).nodes if node.op == "call_function")
+            calls.extend(
+                str(node.target)
+                for node in getattr(inner, "graph", module.graph).nodes
+                if node.op == "call_function"
+            )
         return module.forward
 
     logits, scores, target = batch()
-    torch.compile(AHBFLoss(3, impl=OPAQUE), backend=backend, fullgraph=True)(logits, target, scores=scores)
+    torch.compile(AHBFLoss(3, impl=OPAQUE), backend=backend, fullgraph=True)(
+        logits, target, scores=scores
+    )
     assert sum("graph_forward" in call for call in calls) == 1
     assert not any("softmax" in call for call in calls)
 
 
-@pytest.mark.parametrize("name", ["kdcl_naive", "kdcl_minlogit", "okddip_probabilities", "tsb_student_first"])
+@pytest.mark.parametrize(
+    "name", ["kdcl_naive", "kdcl_minlogit", "okddip_probabilities", "tsb_student_first"]
+)
 def test_other_graphs_compile(name: str) -> None:
     graph = next(case.graph for case in catalog() if case.name == name)
     inputs = make_inputs(graph, 4, 6)
     for impl in ("reference", OPAQUE):
         criterion = GraphLoss(graph, impl=impl)
         compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
-        got, want = (f(inputs.logits, inputs.target, weights=inputs.weights, externals=inputs.externals) for f in (compiled, criterion))
+        got, want = (
+            f(inputs.logits, inputs.target, weights=inputs.weights, externals=inputs.externals)
+            for f in (compiled, criterion)
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=0)
         grads = [torch.autograd.grad(loss, inputs.leaves()) for loss in (got, want)]
         torch.testing.assert_close(*grads, rtol=0, atol=0)
@@ -121,7 +155,9 @@ def test_other_graphs_compile(name: str) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", OPAQUE])
 def test_inductor(impl: str) -> None:
-    """Compiled as part of a step, with the layer that makes the logits; backward too. Float32 in another order."""
+    """Compiled as part of a step, with the layer that makes the logits; backward too. Float32 in
+    another order.
+    """
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 20)
     criterion = AHBFLoss(2, impl=impl)
@@ -129,12 +165,19 @@ def test_inductor(impl: str) -> None:
 
     def step(x: Tensor, kd_weight: Tensor) -> Tensor:
         first, second = layer(x).chunk(2, 1)
-        return criterion([first, second], target, scores=[second[:, :2].softmax(1)], kd_weight=kd_weight)
+        return criterion(
+            [first, second], target, scores=[second[:, :2].softmax(1)], kd_weight=kd_weight
+        )
 
     weight = torch.tensor(0.5)
     got, want = torch.compile(step, fullgraph=True)(x, weight), step(x, weight)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(got, layer.weight), torch.autograd.grad(want, layer.weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, layer.weight),
+        torch.autograd.grad(want, layer.weight),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", OPAQUE])
@@ -143,7 +186,9 @@ def test_label_out_of_range_is_nan_in_compiled_code(impl: str) -> None:
     logits, scores, target = batch()
     target[2] = 10
     criterion = AHBFLoss(3, impl=impl)
-    assert torch.compile(criterion, backend="aot_eager", fullgraph=True)(logits, target, scores=scores).isnan()
+    assert torch.compile(criterion, backend="aot_eager", fullgraph=True)(
+        logits, target, scores=scores
+    ).isnan()
     with pytest.raises(ValueError, match=r"target\[2\] is 10"):
         criterion(logits, target, scores=scores)
 
@@ -156,7 +201,9 @@ def test_bad_shapes_raise_while_tracing() -> None:
 
 
 def test_under_a_dispatch_mode() -> None:
-    """A profiler of the dispatcher (a FLOP counter, a fake-tensor mode) calls operators below autograd."""
+    """A profiler of the dispatcher (a FLOP counter, a fake-tensor mode) calls operators below
+    autograd.
+    """
     logits, scores, target = batch()
     criterion = AHBFLoss(3, impl=OPAQUE)
     want = torch.autograd.grad(criterion(logits, target, scores=scores), logits)
@@ -167,6 +214,7 @@ def test_under_a_dispatch_mode() -> None:
 
 def test_export_of_a_graph_with_external_rows() -> None:
     """torch.export traces the formula without running it: nothing may depend on a value."""
+
     class Step(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -178,17 +226,27 @@ def test_export_of_a_graph_with_external_rows() -> None:
     (a, b, _), _, target = batch()
     memory = torch.full((6, 10), 0.1)
     exported = torch.export.export(Step(), (a, b, memory, target)).module()
-    torch.testing.assert_close(exported(a, b, memory, target), Step()(a, b, memory, target), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        exported(a, b, memory, target), Step()(a, b, memory, target), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_what_is_constant_is_marked_as_pytorch_marks_it():
     def function():
         return 0
 
-    assert vars(torch.compiler.assume_constant_result(function)) == vars(operator._constant_when_traced(lambda: 0))
+    assert vars(torch.compiler.assume_constant_result(function)) == vars(
+        operator._constant_when_traced(lambda: 0)
+    )
 
 
 def test_losses_do_not_import_the_compiler():
     """It takes as long to import as torch itself."""
-    done = subprocess.run([sys.executable, "-c", "import sys, fastokd.losses; print('torch._dynamo' in sys.modules)"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, fastokd.losses; print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.stdout == "False\n", done.stderr

@@ -26,14 +26,18 @@ from fastokd.data.dataset import channel_statistics, prepare
 from fastokd.errors import EXIT_DATA, ConfigError, DataError
 
 
-def make_tree(root: Path, splits=("train", "test"), classes=("cat", "dog"), count=3, size=(8, 8)) -> Path:
+def make_tree(
+    root: Path, splits=("train", "test"), classes=("cat", "dog"), count=3, size=(8, 8)
+) -> Path:
     rng = np.random.default_rng(0)
     for split in splits:
         for name in classes:
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+                    folder / f"{i}.png"
+                )
     return root
 
 
@@ -65,7 +69,9 @@ class TestDigits:
         assert digits.classes == tuple("0123456789")
         assert digits.image_size == (8, 8)
         assert digits.augment == Augment(pad=1, flip=False)
-        assert torch.bincount(digits.test.targets).tolist() == [c // 5 for c in (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)]
+        assert torch.bincount(digits.test.targets).tolist() == [
+            c // 5 for c in (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
+        ]
 
     def test_resized(self):
         digits = open_dataset("digits", 32)
@@ -87,7 +93,9 @@ class TestFolder:
             assert split.targets.tolist() == [0] * 4 + [1] * 4
             for file, target, image in zip(split.files, split.targets, split.images, strict=True):
                 assert file.startswith(f"{split.name}/{opened.classes[target]}/")
-                assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(tmp_path / file)))
+                assert np.array_equal(
+                    image.permute(1, 2, 0).numpy(), np.asarray(Image.open(tmp_path / file))
+                )
 
     @pytest.mark.parametrize("spec", [str, lambda path: f"folder:{path}", lambda path: path])
     def test_by_any_kind_of_name(self, tmp_path, spec):
@@ -123,7 +131,9 @@ class TestFolder:
         (folder / ".cache").mkdir()
         (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
         opened = open_dataset(tmp_path)
-        assert opened.train.files[3:] == tuple(f"train/猫 été/{name}" for name in ("1.png", "2.png", "deeper/ñ.PNG", "link.png"))
+        assert opened.train.files[3:] == tuple(
+            f"train/猫 été/{name}" for name in ("1.png", "2.png", "deeper/ñ.PNG", "link.png")
+        )
         assert opened.ignored_files == 2  # notes.txt and the link to itself
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -145,9 +155,13 @@ class TestFolder:
     def test_empty_folder(self, tmp_path):
         refused(tmp_path, r"no train/ \(found no folders\); arrange the images as train/<class>/")
 
-    @pytest.mark.parametrize(("splits", "message"), [
-        (("train",), "no val/ or test/ images; hold some training images out with --val-split"), (("test",), "no train/ .found test/."),
-    ])
+    @pytest.mark.parametrize(
+        ("splits", "message"),
+        [
+            (("train",), "no val/ or test/ images; hold some training images out with --val-split"),
+            (("test",), "no train/ .found test/."),
+        ],
+    )
     def test_missing_split(self, tmp_path, splits, message):
         refused(make_tree(tmp_path, splits), message)
 
@@ -162,9 +176,13 @@ class TestFolder:
             Image.new("RGB", (8, 8)).save(tmp_path / "val" / f"{i}.png")
         refused(tmp_path, "val: 3 images and no class folders")
 
-    @pytest.mark.parametrize(("extra", "message"), [
-        ("train", r"1 class\(es\) in train/ and not in test/: emu"), ("test", r"1 class\(es\) in test/ and not in train/: emu"),
-    ])
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            ("train", r"1 class\(es\) in train/ and not in test/: emu"),
+            ("test", r"1 class\(es\) in test/ and not in train/: emu"),
+        ],
+    )
     def test_classes_differ(self, tmp_path, extra, message):
         make_tree(tmp_path)
         make_tree(tmp_path, (extra,), ("emu",))
@@ -211,7 +229,9 @@ class TestFolder:
 class TestCifar:
     @pytest.mark.parametrize("protocol", [2, 4])
     @pytest.mark.parametrize("keys", [str, str.encode])
-    @pytest.mark.parametrize(("kind", "count", "mean"), [("cifar10", 20, 0.4914), ("cifar100", 4, 0.5071)])
+    @pytest.mark.parametrize(
+        ("kind", "count", "mean"), [("cifar10", 20, 0.4914), ("cifar100", 4, 0.5071)]
+    )
     def test_opens(self, tmp_path, kind, count, mean, protocol, keys):
         write_cifar(tmp_path, kind, protocol, keys=keys)
         for spec in (tmp_path, str(tmp_path), f"{kind}:{tmp_path}", next(tmp_path.iterdir())):
@@ -226,7 +246,9 @@ class TestCifar:
         datasets = pytest.importorskip("torchvision.datasets")
         torchvision_kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
         write_cifar(tmp_path, kind)
-        monkeypatch.setattr(torchvision_kind, "_check_integrity", lambda self: True)  # these are not the real files
+        monkeypatch.setattr(
+            torchvision_kind, "_check_integrity", lambda self: True
+        )  # these are not the real files
         monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
         opened = open_dataset(tmp_path)
         for train, split in ((True, opened.train), (False, opened.test)):
@@ -247,7 +269,10 @@ class TestCifar:
 
     def test_says_what_is_missing(self, tmp_path):
         refused("cifar10", "needs a folder: cifar10:PATH")
-        refused(f"cifar10:{tmp_path}", r"no cifar-10-batches-py/; put the unpacked cifar-10-python.tar.gz there")
+        refused(
+            f"cifar10:{tmp_path}",
+            r"no cifar-10-batches-py/; put the unpacked cifar-10-python.tar.gz there",
+        )
         with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz"):
             pass
         refused(f"cifar10:{tmp_path}", "unpack cifar-10-python.tar.gz there: tar xzf")
@@ -256,17 +281,27 @@ class TestCifar:
         (folder / "batches.meta").unlink()
         refused(tmp_path, "missing data_batch_3, batches.meta; unpack")
 
-    @pytest.mark.parametrize("content", [
-        b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"labels": [0]}), pickle.dumps({"data": np.zeros((2, 3072)), "labels": [0, 1]}),
-        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}), pickle.dumps({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}),
-    ])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"no pickle",
+            pickle.dumps([1, 2]),
+            pickle.dumps({"labels": [0]}),
+            pickle.dumps({"data": np.zeros((2, 3072)), "labels": [0, 1]}),
+            pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}),
+            pickle.dumps({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}),
+        ],
+    )
     def test_damaged_file(self, tmp_path, content):
         (write_cifar(tmp_path) / "cifar-10-batches-py" / "data_batch_2").write_bytes(content)
         refused(tmp_path, "data_batch_2: not .*; unpack")
 
     def test_label_outside_the_classes(self, tmp_path):
         content = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 2]}
-        (write_cifar(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(content))
+        (write_cifar(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(
+            pickle.dumps(content)
+        )
         refused(tmp_path, r"split 'test' has label 2, outside 0..1")
 
     @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -275,7 +310,9 @@ class TestCifar:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "pwned"),)
 
-        (write_cifar(tmp_path) / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Attack(), protocol))
+        (write_cifar(tmp_path) / "cifar-10-batches-py" / "data_batch_1").write_bytes(
+            pickle.dumps(Attack(), protocol)
+        )
         refused(tmp_path, r"data_batch_1: not a CIFAR file \(it refers to \w+.mkdir")
         assert not (tmp_path / "pwned").exists()
 
@@ -294,7 +331,9 @@ class TestSplitting:
         assert torch.equal(carved.test.images, whole.test.images)
 
     def test_depends_on_the_seed_alone(self):
-        first, again, other = (open_dataset("digits", val_split=0.2, seed=seed) for seed in (1, 1, 2))
+        first, again, other = (
+            open_dataset("digits", val_split=0.2, seed=seed) for seed in (1, 1, 2)
+        )
         assert torch.equal(first.val.images, again.val.images)
         assert not torch.equal(first.val.images, other.val.images)
 
@@ -302,7 +341,9 @@ class TestSplitting:
         opened = open_dataset(make_tree(tmp_path, count=5), val_split=0.4)
         for split in (opened.train, opened.val):
             for file, image in zip(split.files, split.images, strict=True):
-                assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(tmp_path / file)))
+                assert np.array_equal(
+                    image.permute(1, 2, 0).numpy(), np.asarray(Image.open(tmp_path / file))
+                )
 
     def test_out_of_range(self, tmp_path):
         for fraction in (-0.1, 1.0, 2):
@@ -345,7 +386,9 @@ class TestNormalisation:
 
     def test_loaders_take_the_dataset_s(self):
         digits = open_dataset("digits", val_split=0.1)
-        images = torch.cat([batch.images for batch in make_loader(digits, "train", 100, train=False)]).double()
+        images = torch.cat(
+            [batch.images for batch in make_loader(digits, "train", 100, train=False)]
+        ).double()
         assert images.mean().abs() < 1e-6
         assert images.std(correction=0) == pytest.approx(1, abs=1e-6)
         assert make_loader(digits, "train", 100).augment == digits.augment
@@ -355,15 +398,24 @@ class TestNormalisation:
 class TestFingerprint:
     def test_is_of_the_content_alone(self, tmp_path):
         first = open_dataset(make_tree(tmp_path / "a"))
-        moved = open_dataset(make_tree(tmp_path / "elsewhere"), val_split=0.5, seed=3, mean=(0, 0, 0), std=(1, 1, 1))
+        moved = open_dataset(
+            make_tree(tmp_path / "elsewhere"), val_split=0.5, seed=3, mean=(0, 0, 0), std=(1, 1, 1)
+        )
         assert first.fingerprint == moved.fingerprint
         assert len(first.fingerprint) == 64
 
-    @pytest.mark.parametrize("change", [
-        lambda root: Image.new("RGB", (8, 8)).save(root / "test" / "dog" / "2.png"),
-        lambda root: (root / "train" / "dog" / "2.png").rename(root / "train" / "cat" / "3.png"),
-        lambda root: [(root / split / "dog").rename(root / split / "emu") for split in ("train", "test")],
-    ])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda root: Image.new("RGB", (8, 8)).save(root / "test" / "dog" / "2.png"),
+            lambda root: (root / "train" / "dog" / "2.png").rename(
+                root / "train" / "cat" / "3.png"
+            ),
+            lambda root: [
+                (root / split / "dog").rename(root / split / "emu") for split in ("train", "test")
+            ],
+        ],
+    )
     def test_changes_with_pixels_labels_and_names(self, tmp_path, change):
         before = open_dataset(make_tree(tmp_path)).fingerprint
         change(tmp_path)
@@ -383,7 +435,8 @@ from fastokd.data import DataSource, DatasetKind, Split
 
 def read(path, options):
     images, targets = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
-    return DataSource("toy", ("a", "b"), Split("train", images, targets), Split("test", images, targets))
+    splits = (Split("train", images, targets), Split("test", images, targets))
+    return DataSource("toy", ("a", "b"), *splits)
 
 KIND = DatasetKind(read, detect=lambda path: (path / "toy.txt").exists())
 """
@@ -401,7 +454,18 @@ class TestRegistry:
             assert len(open_dataset(spec).train) == 4
 
     def test_names(self):
-        assert list_datasets() == ["cifar10", "cifar100", "cinic10", "csv", "digits", "folder", "recordio", "svhn", "tfrecord", "webdataset"]
+        assert list_datasets() == [
+            "cifar10",
+            "cifar100",
+            "cinic10",
+            "csv",
+            "digits",
+            "folder",
+            "recordio",
+            "svhn",
+            "tfrecord",
+            "webdataset",
+        ]
         with pytest.raises(ConfigError, match="did you mean 'cifar10'"):
             open_dataset("cifar-10:/data")
         with pytest.raises(ConfigError, match=r"must read .package\.module:CONSTANT"):
@@ -431,15 +495,28 @@ class TestRegistry:
 
 
 def test_importing_the_room_loads_nothing_heavy():
-    code = "import sys, fastokd.data; print([m for m in ('PIL', 'torchvision', 'sklearn', 'triton', 'nvidia.dali') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, fastokd.data; print([m for m in ('PIL', 'torchvision', 'sklearn', 'triton',"
+        " 'nvidia.dali') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif("FASTOKD_TEST_DATA" not in os.environ, reason="FASTOKD_TEST_DATA does not name the CIFAR-10 (JPEG) tree")
+@pytest.mark.skipif(
+    "FASTOKD_TEST_DATA" not in os.environ,
+    reason="FASTOKD_TEST_DATA does not name the CIFAR-10 (JPEG) tree",
+)
 def test_real_cifar10():
     opened = open_dataset(os.environ["FASTOKD_TEST_DATA"])
-    assert (len(opened.train), len(opened.test), opened.num_classes, opened.image_size) == (50_000, 10_000, 10, (32, 32))
+    assert (len(opened.train), len(opened.test), opened.num_classes, opened.image_size) == (
+        50_000,
+        10_000,
+        10,
+        (32, 32),
+    )
     assert torch.bincount(opened.train.targets).tolist() == [5000] * 10
     assert opened.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=2e-3)
     assert opened.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=4e-3)

@@ -1,4 +1,6 @@
-"""The cache of decoded images: it spares the second decoding, and never gives anything but what decoding now would."""
+"""The cache of decoded images: it spares the second decoding, and never gives anything but what
+decoding now would.
+"""
 
 import os
 import stat
@@ -37,7 +39,9 @@ def decodings(monkeypatch):
 
 def picture(path, seed=0, size=(8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path, compress_level=0)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        path, compress_level=0
+    )
 
 
 @pytest.fixture
@@ -50,9 +54,14 @@ def tree(tmp_path):
 
 
 def same(left, right) -> bool:
-    return (
-        all(torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.files == b.files for a, b in ((left.train, right.train), (left.test, right.test)))
-        and (left.mean, left.std, left.fingerprint, left.classes) == (right.mean, right.std, right.fingerprint, right.classes)
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.files == b.files
+        for a, b in ((left.train, right.train), (left.test, right.test))
+    ) and (left.mean, left.std, left.fingerprint, left.classes) == (
+        right.mean,
+        right.std,
+        right.fingerprint,
+        right.classes,
     )
 
 
@@ -77,7 +86,9 @@ def test_what_is_written_to_the_images_does_not_reach_the_cache(kept, tree, deco
 
 
 def change_bytes(tree):
-    """Another picture of the same size in bytes and pixels, with the modification time of the old one."""
+    """Another picture of the same size in bytes and pixels, with the modification time of the old
+    one.
+    """
     file = tree / "train" / "cat" / "0.png"
     before = file.stat()
     picture(file, 999)
@@ -99,7 +110,16 @@ def rename_class(tree):
         (tree / split / "dog").rename(tree / split / "emu")
 
 
-@pytest.mark.parametrize("change", [change_bytes, move_to_other_class, swap_two, rename_class, lambda tree: (tree / "test" / "dog" / "3.png").unlink()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_bytes,
+        move_to_other_class,
+        swap_two,
+        rename_class,
+        lambda tree: (tree / "test" / "dog" / "3.png").unlink(),
+    ],
+)
 def test_a_changed_tree_is_decoded_again(kept, tree, decodings, change, monkeypatch):
     first = open_dataset(tree)
     change(tree)
@@ -126,7 +146,9 @@ def test_a_moved_or_touched_tree_is_found_by_content(kept, tree, decodings):
     assert decodings == [16]
 
 
-def test_files_changed_a_moment_ago_are_not_trusted_by_their_times(kept, tree, decodings, monkeypatch):
+def test_files_changed_a_moment_ago_are_not_trusted_by_their_times(
+    kept, tree, decodings, monkeypatch
+):
     monkeypatch.setattr(cache, "_RACY_SECONDS", 60.0)
     hashed = []
     real = cache.Cache._hash
@@ -149,9 +171,14 @@ def test_a_file_changed_between_hashing_and_decoding_is_not_kept(kept, tree, mon
     assert not list(kept.parent.rglob("*.npy"))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: file.write_bytes(b""), lambda file: file.unlink(),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.unlink(),
+    ],
+)
 @pytest.mark.parametrize("which", ["*.images.npy", "*.sums.npy", "*.json"])
 def test_a_damaged_entry_is_decoded_and_written_again(kept, tree, decodings, which, damage):
     first = open_dataset(tree)
@@ -176,7 +203,9 @@ def test_the_entry_used_longest_ago_makes_room(kept, tree, monkeypatch):
     assert sides == [5, 6, 8]
 
 
-def test_making_room_takes_what_killed_runs_left_and_nothing_else_that_is_hidden(kept, tree, monkeypatch):
+def test_making_room_takes_what_killed_runs_left_and_nothing_else_that_is_hidden(
+    kept, tree, monkeypatch
+):
     for size in (8, 7):
         open_dataset(tree, image_size=size)
     old, new, cut_off = kept / ".a.images.npy.x", kept / ".b.images.npy.x", kept / "c.images.npy"
@@ -190,7 +219,11 @@ def test_making_room_takes_what_killed_runs_left_and_nothing_else_that_is_hidden
     assert not old.exists()
     assert not cut_off.exists(), "an entry cut off before its record was written"
     assert new.exists(), "somebody may be writing it"
-    assert sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy")) == [6, 7, 8], "a temporary file is no entry"
+    assert sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy")) == [
+        6,
+        7,
+        8,
+    ], "a temporary file is no entry"
     assert len(list(kept.glob("*.status"))) == 3
     for file in kept.glob("*.json"):
         file.unlink()
@@ -216,7 +249,9 @@ def test_limits_are_kept(kept, tree, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_a_warning(kept, tree, decodings, monkeypatch):
     kept.parent.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match=r"not kept for the next start.*FASTOKD_CACHE names another folder"):
+    with pytest.warns(
+        UserWarning, match=r"not kept for the next start.*FASTOKD_CACHE names another folder"
+    ):
         first = open_dataset(tree)
     kept.parent.unlink()
     assert same(open_dataset(tree), first)
@@ -242,17 +277,27 @@ def test_where_it_lies(monkeypatch, tmp_path):
 class TestBadImages:
     def test_stop_by_default(self, kept, tree):
         (tree / "train" / "cat" / "1.png").write_bytes(b"")
-        with pytest.raises(DataError, match=r"1 of 16 .*train/cat/1.png \(not an image, or empty\); .*--bad-images replace"):
+        with pytest.raises(
+            DataError,
+            match=r"1 of 16 .*train/cat/1.png \(not an image, or empty\); .*--bad-images replace",
+        ):
             open_dataset(tree)
-        with pytest.raises(ConfigError, match="unknown bad_images 'replce'; did you mean 'replace'"):
+        with pytest.raises(
+            ConfigError, match="unknown bad_images 'replce'; did you mean 'replace'"
+        ):
             open_dataset(tree, bad_images="replce")
 
     @pytest.mark.parametrize(("bad", "place", "instead"), [(3, 7, 4), (1, 5, 6)])
-    def test_are_replaced_by_the_next_of_their_class(self, kept, tree, decodings, bad, place, instead):
+    def test_are_replaced_by_the_next_of_their_class(
+        self, kept, tree, decodings, bad, place, instead
+    ):
         good = open_dataset(tree)
         (tree / "train" / "dog" / f"{bad}.png").write_bytes(b"no image")
         for _ in range(2):  # and are not kept: the next start says it again
-            with pytest.warns(UserWarning, match="1 of 8 training images cannot be decoded and were replaced.*train/dog/"):
+            with pytest.warns(
+                UserWarning,
+                match="1 of 8 training images cannot be decoded and were replaced.*train/dog/",
+            ):
                 opened = open_dataset(tree, bad_images="replace")
             assert opened.replaced_files == opened.describe()["replaced_files"] == 1
             want = good.train.images.clone()
@@ -261,14 +306,21 @@ class TestBadImages:
             assert opened.fingerprint != good.fingerprint
         assert len(decodings) == 3
 
-    def test_not_more_than_one_in_a_hundred_not_in_evaluation_and_not_without_another(self, kept, tree):
+    def test_not_more_than_one_in_a_hundred_not_in_evaluation_and_not_without_another(
+        self, kept, tree
+    ):
         for name in ("0.png", "1.png"):
             (tree / "train" / "cat" / name).write_bytes(b"")
-        with pytest.raises(DataError, match="takes at most 1; leave them out with 'fastokd data check --write-list'"):
+        with pytest.raises(
+            DataError,
+            match="takes at most 1; leave them out with 'fastokd data check --write-list'",
+        ):
             open_dataset(tree, bad_images="replace")
         picture(tree / "train" / "cat" / "1.png")
         (tree / "test" / "cat" / "0.png").write_bytes(b"")
-        with pytest.raises(DataError, match=r"1 of 16 .*test/cat/0.png .*evaluation images are never replaced"):
+        with pytest.raises(
+            DataError, match=r"1 of 16 .*test/cat/0.png .*evaluation images are never replaced"
+        ):
             open_dataset(tree, bad_images="replace")
         picture(tree / "test" / "cat" / "0.png")
         for name in ("1.png", "2.png", "3.png"):

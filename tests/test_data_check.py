@@ -1,4 +1,6 @@
-"""``fastokd data check`` finds every kind of damage there is and nothing in sound data; what it lists can be trained on."""
+"""``fastokd data check`` finds every kind of damage there is and nothing in sound data; what it
+lists can be trained on.
+"""
 
 import io
 import json
@@ -54,7 +56,11 @@ def test_sound_data_has_no_findings(tree, workers, monkeypatch):
     report = check.check_dataset(tree, workers, lambda *call: calls.append(call))
     assert kinds(report) == {}
     assert (report.images, report.classes) == ({"train": 12, "val": 12}, {"train": 2, "val": 2})
-    assert (report.formats, report.modes, report.sizes) == ({"JPEG": 24}, {"RGB": 24}, ((12, 10), (12, 10)))
+    assert (report.formats, report.modes, report.sizes) == (
+        {"JPEG": 24},
+        {"RGB": 24},
+        ((12, 10), (12, 10)),
+    )
     assert len(report.clean) == 24
     assert calls[-1] == (24, 24)
 
@@ -76,18 +82,33 @@ def test_every_kind_of_damage_is_found_and_left_out(tree, monkeypatch, tmp_path)
     (tree / "train" / "emu").mkdir()
     put(tree / "val" / "fox" / "0.jpg", encoded(picture()))
     monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2800)  # Pillow warns above it, and refuses twice as many
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 2800
+    )  # Pillow warns above it, and refuses twice as many
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = check.check_dataset(tree, workers=1)
-    assert {what: sorted(os.path.basename(name.split(" (")[0]) for name in names) for what, names in (report.problems | report.remarks).items()} == {
-        "empty file": ["empty.jpg"], "truncated": ["cut.jpg", "cut.png", "wide-cut.jpg"], "not an image": ["text.jpg"], "unreadable": ["gone.jpg"],
-        "too large": ["enormous.jpg"], "huge": ["wide.jpg"], "misnamed": ["png.jpg"], "tiny": ["tiny.jpg"], "empty class": ["emu"], "one-sided class": ["fox"],
+    assert {
+        what: sorted(os.path.basename(name.split(" (")[0]) for name in names)
+        for what, names in (report.problems | report.remarks).items()
+    } == {
+        "empty file": ["empty.jpg"],
+        "truncated": ["cut.jpg", "cut.png", "wide-cut.jpg"],
+        "not an image": ["text.jpg"],
+        "unreadable": ["gone.jpg"],
+        "too large": ["enormous.jpg"],
+        "huge": ["wide.jpg"],
+        "misnamed": ["png.jpg"],
+        "tiny": ["tiny.jpg"],
+        "empty class": ["emu"],
+        "one-sided class": ["fox"],
         "not an image file": ["notes.txt"],
     }
     assert "it is PNG" in report.remarks["misnamed"][0]
     assert report.remarks["huge"] == ["train/cat/wide.jpg (50 x 60)"]
-    assert report.problems["too large"] == ["train/cat/enormous.jpg (Image size (12000 pixels) exceeds limit of 5600 pixels)"]
+    assert report.problems["too large"] == [
+        "train/cat/enormous.jpg (Image size (12000 pixels) exceeds limit of 5600 pixels)"
+    ]
     names = {os.path.basename(name) for name, _, _ in report.clean}
     assert names == {*(f"{i}.jpg" for i in range(6)), "png.jpg", "tiny.jpg", "wide.jpg"}
     assert not any(label == "fox" for _, label, _ in report.clean), "nobody could learn it"
@@ -119,13 +140,21 @@ class TestDuplicates:
         report = check.check_dataset(tree)
         assert kinds(report) == {"duplicate across splits": 1}
         assert report.problems["duplicate across splits"] == ["train/cat/copy.jpg = val/cat/2.jpg"]
-        assert {name for name, _, _ in report.clean} == {f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in ("cat", "dog") for i in range(6)}
+        assert {name for name, _, _ in report.clean} == {
+            f"{split}/{name}/{i}.jpg"
+            for split in ("train", "val")
+            for name in ("cat", "dog")
+            for i in range(6)
+        }
 
     def test_of_the_same_pixels_in_other_bytes(self, tree):
         image = picture()
         put(tree / "train" / "cat" / "a.png", encoded(image, "PNG", compress_level=1))
         put(tree / "val" / "cat" / "b.png", encoded(image, "PNG", compress_level=9))
-        assert "same pixels in other bytes" in check.check_dataset(tree).problems["duplicate across splits"][0]
+        assert (
+            "same pixels in other bytes"
+            in check.check_dataset(tree).problems["duplicate across splits"][0]
+        )
 
     def test_across_classes_all_training_copies_are_left_out(self, tree):
         put(tree / "train" / "dog" / "copy.jpg", (tree / "train" / "cat" / "2.jpg").read_bytes())
@@ -140,7 +169,10 @@ class TestDuplicates:
 
     def test_alike_in_pixels_but_not_in_shape_are_none(self, tree):
         for name, size in (("a", (8, 18)), ("b", (18, 8))):
-            put(tree / "train" / "dog" / f"{name}.png", encoded(Image.new("RGB", size, "red"), "PNG"))
+            put(
+                tree / "train" / "dog" / f"{name}.png",
+                encoded(Image.new("RGB", size, "red"), "PNG"),
+            )
         assert kinds(check.check_dataset(tree)) == {}
 
 
@@ -149,7 +181,9 @@ class TestOtherLayouts:
         report = check.check_dataset(tree / "train")
         assert (report.images, kinds(report)) == ({"": 12}, {})
         report.write_clean(tmp_path / "list.csv")
-        assert (tmp_path / "list.csv").read_text().startswith("path,label\ntree/train/cat/0.jpg,cat\n")
+        assert (
+            (tmp_path / "list.csv").read_text().startswith("path,label\ntree/train/cat/0.jpg,cat\n")
+        )
         assert len(list_files(tmp_path / "list.csv", val_split=0.5).train) == 6
 
     def test_a_flat_validation_folder(self, tree):
@@ -158,7 +192,9 @@ class TestOtherLayouts:
                 file.rename(tree / "val" / f"{name}{file.name}")
             (tree / "val" / name).rmdir()
         assert kinds(check.check_dataset(tree)) == {"no labels": 1}
-        (tree / "val.txt").write_text("".join(f"{name}{i}.jpg {name}\n" for name in ("cat", "dog") for i in range(6)))
+        (tree / "val.txt").write_text(
+            "".join(f"{name}{i}.jpg {name}\n" for name in ("cat", "dog") for i in range(6))
+        )
         report = check.check_dataset(tree)
         assert kinds(report) == {}
         assert ("val/dog3.jpg", "dog", "val") in report.clean
@@ -171,16 +207,29 @@ class TestOtherLayouts:
         check.check_dataset(tmp_path / "tree").write_clean(tmp_path / "clean.csv")
         tree, listed = list_files(tmp_path / "tree"), list_files(tmp_path / "clean.csv")
         assert tree.classes == listed.classes == ("1", "10", "2")
-        labels = [{os.path.basename(os.path.dirname(file)): target for file, target in zip(data.train.files, data.train.targets.tolist(), strict=True)} for data in (tree, listed)]
+        labels = [
+            {
+                os.path.basename(os.path.dirname(file)): target
+                for file, target in zip(data.train.files, data.train.targets.tolist(), strict=True)
+            }
+            for data in (tree, listed)
+        ]
         assert labels[0] == labels[1]
 
     def test_a_csv_list(self, tree):
-        (tree / "list.csv").write_text("train/cat/0.jpg,a\ntrain/cat/1.jpg,b\ntrain/cat/gone.jpg,a\n")
+        (tree / "list.csv").write_text(
+            "train/cat/0.jpg,a\ntrain/cat/1.jpg,b\ntrain/cat/gone.jpg,a\n"
+        )
         assert kinds(check.check_dataset(tree / "list.csv")) == {"unreadable": 1}
 
     def test_shards(self, tmp_path):
         with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
-            for name, content in (("0.jpg", encoded(picture())), ("0.cls", b"0"), ("1.jpg", b""), ("1.cls", b"1")):
+            for name, content in (
+                ("0.jpg", encoded(picture())),
+                ("0.cls", b"0"),
+                ("1.jpg", b""),
+                ("1.cls", b"1"),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
@@ -198,7 +247,10 @@ class TestOtherLayouts:
 
 def test_a_decoder_that_crashes_is_reported():
     images = [check.Image("train", "cat", f"{i}.jpg", f"/nowhere/{i}.jpg") for i in range(24)]
-    with pytest.raises(DataError, match=r"a decoding process died.* among 0\.jpg and the 8 after it; try --workers 1"):
+    with pytest.raises(
+        DataError,
+        match=r"a decoding process died.* among 0\.jpg and the 8 after it; try --workers 1",
+    ):
         check.run_in_processes(crash, images, 2, None, chunk=4)
 
 
@@ -206,7 +258,9 @@ def crash(item):
     os._exit(11)
 
 
-def test_a_large_picture_is_a_remark_and_one_that_pillow_refuses_a_problem(tree, monkeypatch, capsys):
+def test_a_large_picture_is_a_remark_and_one_that_pillow_refuses_a_problem(
+    tree, monkeypatch, capsys
+):
     put(tree / "train" / "cat" / "wide.jpg", encoded(picture((50, 60))))
     monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
     assert cli.main(["data", "check", str(tree)]) == 0

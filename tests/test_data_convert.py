@@ -1,4 +1,6 @@
-"""``fastokd data convert``: the same labels and pictures, scaled; whole files only; an interruption costs what was not done."""
+"""``fastokd data convert``: the same labels and pictures, scaled; whole files only; an interruption
+costs what was not done.
+"""
 
 import io
 import json
@@ -19,7 +21,9 @@ RNG = np.random.default_rng(0)
 
 def smooth(size=(24, 32), shift=0) -> Image.Image:
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
-    return Image.fromarray(np.stack([x * 6 + shift, y * 9 + shift, 255 - x * 3 - y * 3], axis=-1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 6 + shift, y * 9 + shift, 255 - x * 3 - y * 3], axis=-1).astype(np.uint8)
+    )
 
 
 @pytest.fixture
@@ -29,23 +33,35 @@ def tree(tmp_path):
         for c, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True)
             for i in range(4):
-                smooth(shift=7 * i + 20 * c + 3 * s).save(root / split / name / f"{i}.{'JPEG' if i % 2 else 'png'}", quality=95)
+                smooth(shift=7 * i + 20 * c + 3 * s).save(
+                    root / split / name / f"{i}.{'JPEG' if i % 2 else 'png'}", quality=95
+                )
     return root
 
 
 def content(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_tree_is_scaled_to_its_shorter_side(tree, tmp_path):
     outcome = convert_dataset(tree, tmp_path / "out", Conversion(shorter_side=12))
     assert (outcome.written, outcome.kept) == (16, 0)
     before, after = list_files(tree), list_files(tmp_path / "out")
-    assert (after.classes, after.train.files, after.test.files) == (before.classes, before.train.files, before.test.files)
+    assert (after.classes, after.train.files, after.test.files) == (
+        before.classes,
+        before.train.files,
+        before.test.files,
+    )
     assert torch.equal(after.train.targets, before.train.targets)
     for file in after.train.files:
         got = np.asarray(Image.open(tmp_path / "out" / file)).astype(int)
-        want = np.asarray(Image.open(tree / file).resize((16, 12), Image.Resampling.BILINEAR)).astype(int)
+        want = np.asarray(
+            Image.open(tree / file).resize((16, 12), Image.Resampling.BILINEAR)
+        ).astype(int)
         assert got.shape == (12, 16, 3)
         assert np.abs(got - want).max() <= (0 if file.endswith(".png") else 8), file
 
@@ -70,25 +86,38 @@ def test_what_is_small_enough_is_copied_and_what_is_not_upright_is_turned(tmp_pa
     turned = Image.open(out / "turned.jpg")
     assert (turned.size, turned.getexif().get(0x0112, 1)) == ((24, 32), 1)
     assert Image.open(out / "cmyk.jpg").mode == "RGB"
-    assert np.array_equal(np.asarray(Image.open(out / "1.webp.png")), np.asarray(Image.open(tmp_path / "in" / "a" / "1.webp").convert("RGB")))
+    assert np.array_equal(
+        np.asarray(Image.open(out / "1.webp.png")),
+        np.asarray(Image.open(tmp_path / "in" / "a" / "1.webp").convert("RGB")),
+    )
 
 
 def test_shards_hold_the_same_pictures_and_labels(tree, tmp_path):
     outcome = convert_dataset(tree, tmp_path / "out", Conversion(webdataset=True, per_shard=3))
     assert outcome.written == 16
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"{split}-{i:06}.tar" for split in ("train", "val") for i in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        f"{split}-{i:06}.tar" for split in ("train", "val") for i in range(3)
+    ]
     before, after = list_files(tree), list_files(tmp_path / "out")
     assert after.classes == before.classes
     for name in ("train", "test"):
         old, new = getattr(before, name), getattr(after, name)
-        pairs = [sorted((split.read(i), target) for i, target in enumerate(split.targets.tolist())) for split in (old, new)]
+        pairs = [
+            sorted((split.read(i), target) for i, target in enumerate(split.targets.tolist()))
+            for split in (old, new)
+        ]
         assert pairs[0] == pairs[1]
     assert after.train.targets.tolist() != sorted(after.train.targets.tolist()), "shuffled"
     assert open_dataset(tmp_path / "out").train.images.shape == (8, 3, 24, 32)
 
 
-@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(shorter_side=12, webdataset=True, per_shard=3)])
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, conversion, monkeypatch):
+@pytest.mark.parametrize(
+    "conversion",
+    [Conversion(shorter_side=12), Conversion(shorter_side=12, webdataset=True, per_shard=3)],
+)
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(
+    tree, tmp_path, conversion, monkeypatch
+):
     convert_dataset(tree, tmp_path / "straight", conversion)
     real, calls = convert._converted, []
 
@@ -102,7 +131,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, con
     with pytest.raises(KeyboardInterrupt):
         convert_dataset(tree, tmp_path / "out", conversion, workers=1)
     assert not [path for path in (tmp_path / "out").rglob(".*")], "no temporary file is left"
-    with pytest.raises(DataError, match="conversion is not finished; run the same 'fastokd data convert' again"):
+    with pytest.raises(
+        DataError, match="conversion is not finished; run the same 'fastokd data convert' again"
+    ):
         open_dataset(tmp_path / "out")
     monkeypatch.setattr(convert, "_converted", real)
     outcome = convert_dataset(tree, tmp_path / "out", conversion, workers=1)
@@ -112,7 +143,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, con
     assert convert_dataset(tree, tmp_path / "out", conversion).kept == 16
 
 
-@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+@pytest.mark.parametrize(
+    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
+)
 def test_what_was_damaged_since_is_written_again(tree, tmp_path, conversion):
     out = tmp_path / "out"
     convert_dataset(tree, out, conversion)
@@ -125,7 +158,9 @@ def test_what_was_damaged_since_is_written_again(tree, tmp_path, conversion):
     assert content(out) == before
 
 
-@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+@pytest.mark.parametrize(
+    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
+)
 def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conversion):
     convert_dataset(tree, tmp_path / "out", conversion)
     before = content(tmp_path / "out")
@@ -136,7 +171,9 @@ def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conve
         if times is not None:
             picture.write_bytes(picture.read_bytes() + b"0")
             os.utime(picture, ns=times)
-        with pytest.raises(ConfigError, match="from pictures that changed since; give a new folder"):
+        with pytest.raises(
+            ConfigError, match="from pictures that changed since; give a new folder"
+        ):
             convert_dataset(tree, tmp_path / "out", conversion)
     assert content(tmp_path / "out") == before
 
@@ -157,7 +194,11 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypat
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
     bad.write_bytes(good)
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "run_in_processes", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            convert,
+            "run_in_processes",
+            lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             convert_dataset(tree, tmp_path / "out", conversion)
     bad.write_bytes(before)
@@ -165,12 +206,17 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypat
         convert_dataset(tree, tmp_path / "out", conversion)
 
 
-@pytest.mark.parametrize("conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)])
+@pytest.mark.parametrize(
+    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
+)
 def test_bad_images_are_named_and_the_others_done(tree, tmp_path, conversion):
     bad = tree / "train" / "dog" / "2.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:60])
-    with pytest.raises(DataError, match=r"1 of 16 images cannot be decoded: train/dog/2.png \(.*the others are written"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 16 images cannot be decoded: train/dog/2.png \(.*the others are written",
+    ):
         convert_dataset(tree, tmp_path / "out", conversion)
     with pytest.raises(DataError, match="not finished"):
         list_files(tmp_path / "out")
@@ -209,10 +255,44 @@ def test_settings_out_of_range(tree, tmp_path):
 
 def test_the_command(tree, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12", "--webdataset", "--per-shard", "5", "--workers", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "data",
+                "convert",
+                str(tree),
+                "--out",
+                str(out),
+                "--shorter-side",
+                "12",
+                "--webdataset",
+                "--per-shard",
+                "5",
+                "--workers",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert f"wrote 16 images to {out}; train with --data {out}" in capsys.readouterr().out
     assert json.loads((out / "fastokd-convert.json").read_text())["finished"]
-    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12", "--webdataset", "--per-shard", "5"]) == 0
+    assert (
+        cli.main(
+            [
+                "data",
+                "convert",
+                str(tree),
+                "--out",
+                str(out),
+                "--shorter-side",
+                "12",
+                "--webdataset",
+                "--per-shard",
+                "5",
+            ]
+        )
+        == 0
+    )
     assert "wrote 0 images" in capsys.readouterr().out
     split = list_files(out).train
     assert Image.open(io.BytesIO(split.read(0))).size == (16, 12)

@@ -1,4 +1,6 @@
-"""DALI on a GPU: the JPEG engine, the hand-over without a copy, and the step's buffer. Skipped where there is no GPU."""
+"""DALI on a GPU: the JPEG engine, the hand-over without a copy, and the step's buffer. Skipped
+where there is no GPU.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,14 @@ def on_gpu(split, batch_size, train, options=None, **settings):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     from fastokd.data.dali import DaliLoader
 
-    return DaliLoader(split, batch_size, train, GPU, **{"size": (64, 64), "augment": CROP, **LEVELS, **settings}, options=options)
+    return DaliLoader(
+        split,
+        batch_size,
+        train,
+        GPU,
+        **{"size": (64, 64), "augment": CROP, **LEVELS, **settings},
+        options=options,
+    )
 
 
 @pytest.mark.parametrize("decoder", ["mixed", "cpu"])
@@ -53,7 +62,9 @@ def test_a_resumed_epoch_continues_with_the_same_pixels(split, augment):
 def test_batches_are_written_into_a_captured_graphs_input(split):
     loader = on_gpu(split, 8, True, dtype=torch.bfloat16)
     want = [batch.images.double().mean().item() for batch in loader]
-    static = torch.zeros((8, 3, 64, 64), dtype=torch.bfloat16, device=GPU).to(memory_format=torch.channels_last)
+    static = torch.zeros((8, 3, 64, 64), dtype=torch.bfloat16, device=GPU).to(
+        memory_format=torch.channels_last
+    )
     result, graph = torch.zeros((), dtype=torch.float64, device=GPU), torch.cuda.CUDAGraph()
     static.double().mean()  # what a capture may not do for the first time
     with torch.cuda.graph(graph):
@@ -68,4 +79,12 @@ def test_batches_are_written_into_a_captured_graphs_input(split):
 
 @pytest.mark.parametrize("load", [0.0, 0.5, 1.0])
 def test_every_share_of_the_jpeg_engine_decodes(split, load):
-    assert sum(len(batch.index) for batch in on_gpu(split, 8, True, {"hw_decoder_load": load, "width_hint": 500, "height_hint": 400})) == 40
+    assert (
+        sum(
+            len(batch.index)
+            for batch in on_gpu(
+                split, 8, True, {"hw_decoder_load": load, "width_hint": 500, "height_hint": 400}
+            )
+        )
+        == 40
+    )

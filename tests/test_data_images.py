@@ -1,4 +1,6 @@
-"""Decoding: every colour mode and orientation gives the RGB pixels it should, and damage is reported in one line."""
+"""Decoding: every colour mode and orientation gives the RGB pixels it should, and damage is
+reported in one line.
+"""
 
 import time
 
@@ -16,24 +18,32 @@ from fastokd.errors import DataError
 def picture() -> Image.Image:
     """A smooth 24 x 16 picture with a different ramp in every channel."""
     y, x = np.mgrid[0:16, 0:24]
-    return Image.fromarray(np.stack([x * 10, y * 15, 255 - x * 5 - y * 5], axis=-1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 10, y * 15, 255 - x * 5 - y * 5], axis=-1).astype(np.uint8)
+    )
 
 
 def pixels(image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}]
+)
 def test_colour_jpeg(picture, tmp_path, options):
     picture.save(tmp_path / "a.jpg", **options)
-    assert np.array_equal(pixels(decode(tmp_path / "a.jpg")), pixels(Image.open(tmp_path / "a.jpg").convert("RGB")))
+    assert np.array_equal(
+        pixels(decode(tmp_path / "a.jpg")), pixels(Image.open(tmp_path / "a.jpg").convert("RGB"))
+    )
 
 
 def test_grey_jpeg_is_repeated_over_the_channels(picture, tmp_path):
     picture.convert("L").save(tmp_path / "a.jpg")
     grey = pixels(Image.open(tmp_path / "a.jpg"))
     assert grey.ndim == 2
-    assert np.array_equal(pixels(decode(tmp_path / "a.jpg")), np.repeat(grey[..., None], 3, axis=-1))
+    assert np.array_equal(
+        pixels(decode(tmp_path / "a.jpg")), np.repeat(grey[..., None], 3, axis=-1)
+    )
 
 
 def test_cmyk_jpeg_keeps_its_colours(picture, tmp_path):
@@ -50,11 +60,15 @@ def test_exif_orientation_is_applied(picture, tmp_path, orientation):
     exif[0x0112] = orientation
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
     decoded = decode(tmp_path / "a.jpg")
-    assert np.array_equal(pixels(decoded), pixels(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))))
+    assert np.array_equal(
+        pixels(decoded), pixels(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
+    )
     assert decoded.size == ((16, 24) if orientation > 4 else (24, 16))
 
 
-@pytest.mark.parametrize("transparency", [{}, {"transparency": 0}, {"transparency": bytes([0, 128])}])
+@pytest.mark.parametrize(
+    "transparency", [{}, {"transparency": 0}, {"transparency": bytes([0, 128])}]
+)
 @pytest.mark.filterwarnings("error")
 def test_palette_png(picture, tmp_path, transparency):
     palette = picture.quantize(16)
@@ -78,7 +92,9 @@ def test_other_modes_become_rgb(picture, tmp_path, mode):
     assert np.array_equal(pixels(decode(tmp_path / "a.png")), pixels(image.convert("RGB")))
 
 
-def test_the_content_decides_not_the_extension_and_animations_give_their_first_frame(picture, tmp_path):
+def test_the_content_decides_not_the_extension_and_animations_give_their_first_frame(
+    picture, tmp_path
+):
     picture.save(tmp_path / "png.jpg", format="PNG")
     assert np.array_equal(pixels(decode(tmp_path / "png.jpg")), pixels(picture))
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
@@ -90,7 +106,9 @@ def test_the_content_decides_not_the_extension_and_animations_give_their_first_f
 @pytest.mark.parametrize("side", [16, 9, 32])
 def test_fit_is_torchvisions_resize_and_centre_crop(size, side):
     transforms = pytest.importorskip("torchvision.transforms")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
     want = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])(image)
     assert np.array_equal(pixels(fit(image, side)), pixels(want))
 
@@ -127,7 +145,17 @@ def test_decode_all_keeps_the_order_and_reports_progress(tmp_path, workers):
 def test_damaged_files_are_all_named_and_counted(tmp_path, picture):
     picture.save(tmp_path / "good.jpg", quality=95)
     whole = (tmp_path / "good.jpg").read_bytes()
-    names = ["good.jpg", "cut.jpg", "empty.jpg", "text.jpg", "gone.jpg", "cut.png", "float.tif", "new\nline.jpg", "bad\udcff.jpg"]
+    names = [
+        "good.jpg",
+        "cut.jpg",
+        "empty.jpg",
+        "text.jpg",
+        "gone.jpg",
+        "cut.png",
+        "float.tif",
+        "new\nline.jpg",
+        "bad\udcff.jpg",
+    ]
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("no image")
@@ -178,7 +206,9 @@ def test_an_absurdly_large_image_is_refused(tmp_path, picture, monkeypatch):
 def test_differing_sizes_are_named_with_a_fix_and_fitted_when_told(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     Image.new("RGB", (5, 9)).save(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"a.png is 6x8 and b.png is 9x5 \(height x width\).*--image-size 5$"):
+    with pytest.raises(
+        DataError, match=r"a.png is 6x8 and b.png is 9x5 \(height x width\).*--image-size 5$"
+    ):
         decode_all(tmp_path, ["a.png", "b.png"])
     assert decode_all(tmp_path, ["a.png", "b.png"], image_size=7).shape == (2, 3, 7, 7)
 
@@ -195,7 +225,10 @@ def test_differing_sizes_stop_the_decoding_at_once(tmp_path):
 def test_a_set_larger_than_the_memory_is_refused_before_decoding(tmp_path, monkeypatch):
     Image.new("RGB", (512, 1024)).save(tmp_path / "a.png")
     monkeypatch.setattr(data_images, "available_memory", lambda: 2 * 2**30)
-    with pytest.raises(DataError, match=r"1000 images of 1024x512 need 1.46 GiB decoded, more than half of the 2 GiB"):
+    with pytest.raises(
+        DataError,
+        match=r"1000 images of 1024x512 need 1.46 GiB decoded, more than half of the 2 GiB",
+    ):
         decode_all(tmp_path, ["a.png"] * 1000)
     with pytest.raises(DataError, match="--image-size"):
         resize_all(torch.zeros(2000, 3, 1, 1, dtype=torch.uint8), 512, "cifar")

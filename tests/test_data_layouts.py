@@ -1,4 +1,6 @@
-"""The layouts people have: each gives the images, labels and splits it should, decoded or listed, or says what is wrong."""
+"""The layouts people have: each gives the images, labels and splits it should, decoded or listed,
+or says what is wrong.
+"""
 
 import io
 import os
@@ -19,7 +21,11 @@ RNG = np.random.default_rng(0)
 
 
 def png(size=(6, 6), colour=None) -> bytes:
-    pixels = RNG.integers(0, 256, (*size, 3), dtype=np.uint8) if colour is None else np.full((*size, 3), colour, dtype=np.uint8)
+    pixels = (
+        RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+        if colour is None
+        else np.full((*size, 3), colour, dtype=np.uint8)
+    )
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
@@ -39,11 +45,16 @@ def refused(spec, match, open_it=open_dataset, **settings) -> None:
 
 
 def labelled(split, classes) -> dict[str, str]:
-    return {file: classes[target] for file, target in zip(split.files, split.targets.tolist(), strict=True)}
+    return {
+        file: classes[target]
+        for file, target in zip(split.files, split.targets.tolist(), strict=True)
+    }
 
 
 def check_agreement(spec, **settings) -> None:
-    """Listing and decoding give the same files and labels, and ``read`` the bytes that were decoded."""
+    """Listing and decoding give the same files and labels, and ``read`` the bytes that were
+    decoded.
+    """
     listed, opened = list_files(spec, **settings), open_dataset(spec, **settings)
     assert (listed.classes, listed.name) == (opened.classes, opened.name)
     for name in ("train", "test", "val"):
@@ -65,7 +76,12 @@ class TestOneFolder:
                 put(tmp_path / name / f"{i}.png")
         refused(tmp_path, "no val/ or test/ images; hold some training images out with --val-split")
         opened = open_dataset(tmp_path, val_split=0.4)
-        assert (len(opened.train), opened.evaluation.name, len(opened.evaluation), opened.val) == (6, "val", 4, None)
+        assert (len(opened.train), opened.evaluation.name, len(opened.evaluation), opened.val) == (
+            6,
+            "val",
+            4,
+            None,
+        )
         assert opened.test.targets.tolist() == [0, 0, 1, 1]
         assert not set(opened.train.files) & set(opened.test.files)
         check_agreement(tmp_path, val_split=0.4, seed=3)
@@ -90,16 +106,28 @@ class TestOneFolder:
 class TestSplitWords:
     def test_all_layouts_know_the_same(self, tmp_path):
         for split, count in (("training", 3), ("validation", 2), ("testing", 1)):
-            write_shard(tmp_path / "shards" / f"{split}-0.tar", [(f"{name}{i}", name) for name in ("cat", "dog") for i in range(count)])
+            write_shard(
+                tmp_path / "shards" / f"{split}-0.tar",
+                [(f"{name}{i}", name) for name in ("cat", "dog") for i in range(count)],
+            )
             for name in ("cat", "dog"):
                 for i in range(count):
                     put(tmp_path / "tree" / split / name / f"{i}.png")
-        (tmp_path / "tree" / "list.csv").write_text("".join(
-            f"{file.relative_to(tmp_path / 'tree')},{file.parent.name},{file.parent.parent.name}\n" for file in sorted((tmp_path / "tree").rglob("*.png"))))
+        (tmp_path / "tree" / "list.csv").write_text(
+            "".join(
+                f"{file.relative_to(tmp_path / 'tree')},"
+                f"{file.parent.name},{file.parent.parent.name}\n"
+                for file in sorted((tmp_path / "tree").rglob("*.png"))
+            )
+        )
         for spec in (tmp_path / "tree", tmp_path / "shards", tmp_path / "tree" / "list.csv"):
             listed = list_files(spec)
             assert listed.classes == ("cat", "dog")
-            assert {split.name: len(split) for split in listed.splits} == {"train": 6, "val": 4, "test": 2}
+            assert {split.name: len(split) for split in listed.splits} == {
+                "train": 6,
+                "val": 4,
+                "test": 2,
+            }
             check_agreement(spec)
             assert check_dataset(spec).images == {"train": 6, "val": 4, "test": 2}
         assert len(open_evaluation(tmp_path / "tree", "test").images) == 2
@@ -110,14 +138,18 @@ class TestSplitWords:
         for split in ("train", "val", "valid"):
             for name in ("cat", "dog"):
                 put(tmp_path / split / name / "0.png")
-        refused(tmp_path, "both val/ and valid/ are there; put the images of a split into one folder")
+        refused(
+            tmp_path, "both val/ and valid/ are there; put the images of a split into one folder"
+        )
 
 
 class TestFlatValidation:
     WNIDS = ("n01", "n02", "n03")
 
     def tree(self, root: Path, folder="val") -> Path:
-        """Three classes, two training images each; six validation images whose classes are 2 0 1 1 0 2."""
+        """Three classes, two training images each; six validation images whose classes are 2 0 1 1
+        0 2.
+        """
         for name in self.WNIDS:
             for i in range(2):
                 put(root / "train" / name / f"{name}_{i}.JPEG")
@@ -127,8 +159,17 @@ class TestFlatValidation:
 
     def check(self, root: Path) -> None:
         opened = list_files(root)
-        assert [opened.classes[i] for i in opened.test.targets] == ["n03", "n01", "n02", "n02", "n01", "n03"]
-        assert [os.path.basename(file) for file in opened.test.files] == [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)]
+        assert [opened.classes[i] for i in opened.test.targets] == [
+            "n03",
+            "n01",
+            "n02",
+            "n02",
+            "n01",
+            "n03",
+        ]
+        assert [os.path.basename(file) for file in opened.test.files] == [
+            f"ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)
+        ]
         check_agreement(root)
 
     def test_pairs_of_image_and_synset_in_any_order(self, tmp_path):
@@ -139,7 +180,10 @@ class TestFlatValidation:
         self.check(tmp_path)
         # Kaggle's: no extension, a heading, and boxes after the synset.
         (tmp_path / "val.txt").unlink()
-        kaggle = ["ImageId,PredictionString", *(f"ILSVRC2012_val_{i:08},{wanted[i]} 1 2 3 4 " for i in wanted)]
+        kaggle = [
+            "ImageId,PredictionString",
+            *(f"ILSVRC2012_val_{i:08},{wanted[i]} 1 2 3 4 " for i in wanted),
+        ]
         (tmp_path / "LOC_val_solution.csv").write_text("\n".join(kaggle))
         self.check(tmp_path)
 
@@ -154,24 +198,48 @@ class TestFlatValidation:
             self.check(tmp_path)
             assert list_files(tmp_path).ignored_files == 4
             assert check_dataset(tmp_path).problems.get("no labels") is None
-            assert torch.equal(open_evaluation(tmp_path, "val", decoded=False).images.targets, list_files(tmp_path).test.targets)
+            assert torch.equal(
+                open_evaluation(tmp_path, "val", decoded=False).images.targets,
+                list_files(tmp_path).test.targets,
+            )
             with pytest.raises(DataError, match="test: images and no label file"):
                 open_evaluation(tmp_path, "test", decoded=False)
             file.unlink()
-        put(tmp_path / "val" / "val_annotations.txt", b"".join(b"ILSVRC2012_val_%08d.JPEG %s\n" % (i, name) for i, name in enumerate(synsets.split(), start=1)))
-        for place, name in ((tmp_path / "test", "val_annotations.txt"), (tmp_path, "test.txt"), (kit, "test_labels.txt")):
+        put(
+            tmp_path / "val" / "val_annotations.txt",
+            b"".join(
+                b"ILSVRC2012_val_%08d.JPEG %s\n" % (i, name)
+                for i, name in enumerate(synsets.split(), start=1)
+            ),
+        )
+        for place, name in (
+            (tmp_path / "test", "val_annotations.txt"),
+            (tmp_path, "test.txt"),
+            (kit, "test_labels.txt"),
+        ):
             file = put(place / name, b"n01\nn02\nn03\nn01\n")
             opened = list_files(tmp_path)
-            assert (opened.test.name, opened.test.targets.tolist(), opened.val.targets.tolist()) == ("test", [0, 1, 2, 0], [2, 0, 1, 1, 0, 2])
+            assert (
+                opened.test.name,
+                opened.test.targets.tolist(),
+                opened.val.targets.tolist(),
+            ) == ("test", [0, 1, 2, 0], [2, 0, 1, 1, 0, 2])
             file.unlink()
 
     def test_numbers_of_the_folders_in_order(self, tmp_path):
         self.tree(tmp_path)
-        lines = [f"ILSVRC2012_val_{i:08}.JPEG {label}" for i, label in enumerate((2, 0, 1, 1, 0, 2), start=1)]
+        lines = [
+            f"ILSVRC2012_val_{i:08}.JPEG {label}"
+            for i, label in enumerate((2, 0, 1, 1, 0, 2), start=1)
+        ]
         (tmp_path / "val.txt").write_text("\n".join(lines))
         self.check(tmp_path)
-        (tmp_path / "val.txt").write_text("\n".join(lines).replace(" 2", " 3").replace(" 1", " 2").replace(" 0", " 1"))
-        refused(tmp_path, "labels are the numbers 1 to 3, and the 3 class folders in order are 0 to 2")
+        (tmp_path / "val.txt").write_text(
+            "\n".join(lines).replace(" 2", " 3").replace(" 1", " 2").replace(" 0", " 1")
+        )
+        refused(
+            tmp_path, "labels are the numbers 1 to 3, and the 3 class folders in order are 0 to 2"
+        )
         # Within range, and still not sure to begin with 0.
         (tmp_path / "val.txt").write_text("\n".join(lines).replace(" 0", " 1"))
         refused(tmp_path, "labels are the numbers 1 to 2")
@@ -188,9 +256,13 @@ class TestFlatValidation:
         io_ = pytest.importorskip("scipy.io")
         self.tree(tmp_path)
         kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
-        # The numbers are not in the synsets' order, and inner nodes of the hierarchy follow the leaves.
+        # The numbers are not in the synsets' order, and inner nodes of the hierarchy follow the
+        # leaves.
         kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
-        synsets = np.array([(1, "n02", "b", 0), (2, "n03", "c", 0), (3, "n01", "a", 0), (4, "n99", "animal", 2)], dtype=kind)
+        synsets = np.array(
+            [(1, "n02", "b", 0), (2, "n03", "c", 0), (3, "n01", "a", 0), (4, "n99", "animal", 2)],
+            dtype=kind,
+        )
         kit.mkdir(parents=True)
         truth = put(kit / "ILSVRC2012_validation_ground_truth.txt", b"2\n3\n1\n1\n3\n2\n")
         refused(tmp_path, "meta.mat of the development kit; put it beside")
@@ -205,40 +277,70 @@ class TestFlatValidation:
         for name in ("n01", "n02"):
             for i in range(2):
                 put(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG")
-            (tmp_path / "train" / name / f"{name}_boxes.txt").write_text("n01_0.JPEG\t0\t10\t63\t58\n")
+            (tmp_path / "train" / name / f"{name}_boxes.txt").write_text(
+                "n01_0.JPEG\t0\t10\t63\t58\n"
+            )
         for i in range(3):
             put(tmp_path / "val" / "images" / f"val_{i}.JPEG")
             put(tmp_path / "test" / "images" / f"test_{i}.JPEG")
-        (tmp_path / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\t{name}\t0\t32\t44\t62\n" for i, name in enumerate(("n02", "n01", "n02"))))
+        (tmp_path / "val" / "val_annotations.txt").write_text(
+            "".join(
+                f"val_{i}.JPEG\t{name}\t0\t32\t44\t62\n"
+                for i, name in enumerate(("n02", "n01", "n02"))
+            )
+        )
         opened = open_dataset(tmp_path)
-        assert labelled(opened.test, opened.classes) == {"val/images/val_0.JPEG": "n02", "val/images/val_1.JPEG": "n01", "val/images/val_2.JPEG": "n02"}
+        assert labelled(opened.test, opened.classes) == {
+            "val/images/val_0.JPEG": "n02",
+            "val/images/val_1.JPEG": "n01",
+            "val/images/val_2.JPEG": "n02",
+        }
         assert labelled(opened.train, opened.classes)["train/n02/images/n02_1.JPEG"] == "n02"
         assert opened.ignored_files == 5  # two box files, and three test images without labels
         check_agreement(tmp_path)
 
     def test_what_is_missing_is_said(self, tmp_path):
         self.tree(tmp_path)
-        refused(tmp_path, "6 images and no class folders.*val_annotations.txt with 'image class' lines")
+        refused(
+            tmp_path, "6 images and no class folders.*val_annotations.txt with 'image class' lines"
+        )
         (tmp_path / "val.txt").write_text("ILSVRC2012_val_00000001.JPEG n03\n")
         refused(tmp_path, "no label for 5 of 6 images: ILSVRC2012_val_00000002.JPEG")
-        (tmp_path / "val.txt").write_text("".join(f"ILSVRC2012_val_{i:08}.JPEG n0{i}\n" for i in range(1, 7)))
+        (tmp_path / "val.txt").write_text(
+            "".join(f"ILSVRC2012_val_{i:08}.JPEG n0{i}\n" for i in range(1, 7))
+        )
         refused(tmp_path, r"3 class\(es\) that have no folder in train/: n04, n05, n06")
 
 
 class TestCsv:
-    ROWS = (("a/1.png", "dog", "train"), ("a/2.png", "cat", "train"), ("b/3.png", "dog", "val"), ("b/4.png", "cat", "test"), ("ünï 5.png", "cat", "train"))
+    ROWS = (
+        ("a/1.png", "dog", "train"),
+        ("a/2.png", "cat", "train"),
+        ("b/3.png", "dog", "val"),
+        ("b/4.png", "cat", "test"),
+        ("ünï 5.png", "cat", "train"),
+    )
 
     def images(self, root: Path) -> None:
         for file, _, _ in self.ROWS:
             put(root / file)
 
-    @pytest.mark.parametrize(("head", "order"), [("", (0, 1, 2)), ("path,label,split\n", (0, 1, 2)), ("Split,Class,File\n", (2, 1, 0))])
+    @pytest.mark.parametrize(
+        ("head", "order"),
+        [("", (0, 1, 2)), ("path,label,split\n", (0, 1, 2)), ("Split,Class,File\n", (2, 1, 0))],
+    )
     def test_three_columns(self, tmp_path, head, order):
         self.images(tmp_path)
-        (tmp_path / "list.csv").write_text(head + "\n".join(",".join(row[i] for i in order) for row in self.ROWS) + "\n")
+        (tmp_path / "list.csv").write_text(
+            head + "\n".join(",".join(row[i] for i in order) for row in self.ROWS) + "\n"
+        )
         opened = open_dataset(tmp_path / "list.csv")
         assert (opened.name, opened.classes) == ("list", ("cat", "dog"))
-        assert labelled(opened.train, opened.classes) == {"a/1.png": "dog", "a/2.png": "cat", "ünï 5.png": "cat"}
+        assert labelled(opened.train, opened.classes) == {
+            "a/1.png": "dog",
+            "a/2.png": "cat",
+            "ünï 5.png": "cat",
+        }
         assert labelled(opened.val, opened.classes) == {"b/3.png": "dog"}
         assert labelled(opened.test, opened.classes) == {"b/4.png": "cat"}
         check_agreement(f"csv:{tmp_path / 'list.csv'}")
@@ -248,24 +350,41 @@ class TestCsv:
         files = [put(tmp_path / "pictures" / f"{i}.png") for i in range(24)]
         lists = tmp_path / "lists"
         lists.mkdir()
-        (lists / f"all{suffix}").write_text("".join(f"{file}{mark}{i % 12}\n" for i, file in enumerate(files)))
+        (lists / f"all{suffix}").write_text(
+            "".join(f"{file}{mark}{i % 12}\n" for i, file in enumerate(files))
+        )
         opened = open_dataset(lists / f"all{suffix}", val_split=0.5)
-        assert opened.classes == ("0", "1", "10", "11", *(str(i) for i in range(2, 10))), "as the folders of a tree are ordered"
+        assert opened.classes == (
+            "0",
+            "1",
+            "10",
+            "11",
+            *(str(i) for i in range(2, 10)),
+        ), "as the folders of a tree are ordered"
         assert (len(opened.train), len(opened.test)) == (12, 12)
 
-    @pytest.mark.parametrize(("content", "message"), [
-        ("", "empty; write path,label"),
-        ("a.png,cat,train,extra\n", "4 columns without names"),
-        ("a.png\n", "1 columns without names"),
-        ("a.png,cat\nb.png\n", "line 2 has 1 columns"),
-        ("a.png,cat\n,dog\n", "line 2 has an empty path"),
-        ("a.png,cat\n\nb.png, \n", "line 3 has an empty label"),
-        ("a.png,cat,train\nb.png,dog,tset\n", "line 2 has the split 'tset'; use train, val or test"),
-        ("a.png,cat\na.png,dog\n", "line 2 lists a.png as 'dog' in train, a line before as 'cat' in train"),
-        ("a.png,cat,val\n", "no training images"),
-        ("a.png,cat,train\nb.png,dog,test\n", "no training images of dog"),
-        ("a.png,cat\nb.png,cat\n", r"1 class\(es\)"),
-    ])
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("", "empty; write path,label"),
+            ("a.png,cat,train,extra\n", "4 columns without names"),
+            ("a.png\n", "1 columns without names"),
+            ("a.png,cat\nb.png\n", "line 2 has 1 columns"),
+            ("a.png,cat\n,dog\n", "line 2 has an empty path"),
+            ("a.png,cat\n\nb.png, \n", "line 3 has an empty label"),
+            (
+                "a.png,cat,train\nb.png,dog,tset\n",
+                "line 2 has the split 'tset'; use train, val or test",
+            ),
+            (
+                "a.png,cat\na.png,dog\n",
+                "line 2 lists a.png as 'dog' in train, a line before as 'cat' in train",
+            ),
+            ("a.png,cat,val\n", "no training images"),
+            ("a.png,cat,train\nb.png,dog,test\n", "no training images of dog"),
+            ("a.png,cat\nb.png,cat\n", r"1 class\(es\)"),
+        ],
+    )
     def test_what_is_wrong_is_said_with_its_line(self, tmp_path, content, message):
         (tmp_path / "list.csv").write_text(content)
         refused(tmp_path / "list.csv", message, list_files)
@@ -273,23 +392,44 @@ class TestCsv:
     def test_a_missing_image_is_named(self, tmp_path):
         (tmp_path / "list.csv").write_text("a.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n")
         put(tmp_path / "a.png")
-        refused(tmp_path / "list.csv", r"3 of 4 image files cannot be decoded: b.png \(No such file", val_split=0.5)
+        refused(
+            tmp_path / "list.csv",
+            r"3 of 4 image files cannot be decoded: b.png \(No such file",
+            val_split=0.5,
+        )
 
 
 def write_shard(path: Path, samples, label=str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for key, target in samples:
-            for name, content in ((f"{key}.png", png()), (f"{key}.cls", label(target).encode()), (f"{key}.json", b"{}")):
+            for name, content in (
+                (f"{key}.png", png()),
+                (f"{key}.cls", label(target).encode()),
+                (f"{key}.json", b"{}"),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
 
 
 class TestWebDataset:
-    @pytest.mark.parametrize("names", [("train-0.tar", "train-1.tar", "val-0.tar"), ("train/00.tar", "train/01.tar", "val/00.tar"), ("imgs_train_0.tar",), ("imgs_0.tar",),
-        ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar"), ("training-0.tar", "training-1.tar", "validation-000.tar"),
-        ("TRAINING_1.tar", "training/0.tar", "valid-0.tar")])
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train-0.tar", "train-1.tar", "val-0.tar"),
+            ("train/00.tar", "train/01.tar", "val/00.tar"),
+            ("imgs_train_0.tar",),
+            ("imgs_0.tar",),
+            (
+                "imagenet1k-train-0000.tar",
+                "imagenet1k-train-0001.tar",
+                "imagenet1k-validation-00.tar",
+            ),
+            ("training-0.tar", "training-1.tar", "validation-000.tar"),
+            ("TRAINING_1.tar", "training/0.tar", "valid-0.tar"),
+        ],
+    )
     def test_splits_are_told_by_name_or_folder(self, tmp_path, names):
         for i, name in enumerate(names):
             write_shard(tmp_path / name, [(f"deep/er.d/{i}{k}", k % 3) for k in range(6)])
@@ -307,11 +447,20 @@ class TestWebDataset:
         assert (len(opened.train), opened.test.name, len(opened.test)) == (12, "val", 6)
         check_agreement(tmp_path)
 
-    @pytest.mark.parametrize(("names", "message"), [
-        (("imagenet-train-0.tar", "imagenet-train-val-0.tar"), "imagenet-train-val-0.tar: its name says train and val"),
-        (("train/0.tar", "train/test-0.tar"), "train/test-0.tar: its name says test and train"),
-        (("imagenet-train-0.tar", "imagenet-trainval-0.tar", "valley-0.tar"), "do not say their split: imagenet-trainval-0.tar, valley-0.tar"),
-    ])
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (
+                ("imagenet-train-0.tar", "imagenet-train-val-0.tar"),
+                "imagenet-train-val-0.tar: its name says train and val",
+            ),
+            (("train/0.tar", "train/test-0.tar"), "train/test-0.tar: its name says test and train"),
+            (
+                ("imagenet-train-0.tar", "imagenet-trainval-0.tar", "valley-0.tar"),
+                "do not say their split: imagenet-trainval-0.tar, valley-0.tar",
+            ),
+        ],
+    )
     def test_a_name_says_one_split_and_all_do(self, tmp_path, names, message):
         for name in names:
             write_shard(tmp_path / name, [("a", 0), ("b", 1)])
@@ -324,7 +473,12 @@ class TestWebDataset:
         write_shard(tmp_path / "test-0.tar", [("c", 1), ("d", label), ("e", 0)])
         if listed:
             (tmp_path / "classes.txt").write_text("dog\ncat\n")
-        refused(tmp_path, rf"test-0.tar: sample d.png has the class number {label[:10]}.*, outside 0\.\.{1 if listed else 4} for", list_files)
+        refused(
+            tmp_path,
+            rf"test-0.tar: sample d.png has the class number {label[:10]}.*, outside"
+            rf" 0\.\.{1 if listed else 4} for",
+            list_files,
+        )
 
     def test_a_sample_that_comes_twice_is_named(self, tmp_path):
         write_shard(tmp_path / "train-0.tar", [("x/7", 0), ("y/7", 1), ("x/7", 1)])
@@ -386,14 +540,30 @@ class TestWebDataset:
 
 
 class TestSmallSets:
-    CINIC = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    CINIC = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
 
     def test_cinic10(self, tmp_path):
         for split in ("train", "valid", "test"):
             for name in self.CINIC:
                 put(tmp_path / split / name / "0.png", png((32, 32)))
         opened = open_dataset(tmp_path)
-        assert (opened.name, opened.classes, opened.augment.pad, opened.augment.flip) == ("cinic10", self.CINIC, 4, True)
+        assert (opened.name, opened.classes, opened.augment.pad, opened.augment.flip) == (
+            "cinic10",
+            self.CINIC,
+            4,
+            True,
+        )
         assert (opened.evaluation.name, opened.mean[0]) == ("val", 0.47889522)
         assert opened.val.files[0] == "valid/airplane/0.png"
         (tmp_path / "valid" / "truck").rename(tmp_path / "valid" / "lorry")
@@ -401,7 +571,10 @@ class TestSmallSets:
 
     def test_svhn(self, tmp_path):
         io_ = pytest.importorskip("scipy.io")
-        pixels = {name: RNG.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8) for name in ("train", "test")}
+        pixels = {
+            name: RNG.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+            for name in ("train", "test")
+        }
         labels = np.array([*range(1, 11), *range(1, 11)], dtype=np.uint8).reshape(-1, 1)
         refused(f"svhn:{tmp_path}", "missing train_32x32.mat, test_32x32.mat")
         for name, array in pixels.items():
@@ -410,7 +583,9 @@ class TestSmallSets:
         assert (opened.name, opened.augment.flip) == ("svhn", False)
         assert opened.train.targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2
         assert np.array_equal(opened.test.images.numpy(), pixels["test"].transpose(3, 2, 0, 1))
-        refused(tmp_path, "not made of image files; it is small, so use --loader resident", list_files)
+        refused(
+            tmp_path, "not made of image files; it is small, so use --loader resident", list_files
+        )
         io_.savemat(tmp_path / "test_32x32.mat", {"X": pixels["test"].astype(float), "y": labels})
         refused(tmp_path, "X is float64")
         (tmp_path / "test_32x32.mat").write_bytes(b"nonsense")
@@ -425,7 +600,9 @@ def test_listed_files_know_their_normalisation_size_and_content(tmp_path):
     listed = list_files(tmp_path / "here")
     assert (listed.mean, listed.image_size) == (IMAGENET_MEAN, (20, 24))
     assert listed.describe()["num_images"] == {"train": 6, "val": 6}
-    assert list_files(tmp_path / "here", image_size=64, mean=(0, 0, 0), std=(1, 1, 1)).image_size == (64, 64)
+    assert list_files(
+        tmp_path / "here", image_size=64, mean=(0, 0, 0), std=(1, 1, 1)
+    ).image_size == (64, 64)
     before = listed.fingerprint
     (tmp_path / "here").rename(tmp_path / "there")
     assert list_files(tmp_path / "there", val_split=0.34, seed=1).fingerprint == before

@@ -1,4 +1,6 @@
-"""The loaders' promises: what is visited how often, in which order, and what augmentation does to a pixel."""
+"""The loaders' promises: what is visited how often, in which order, and what augmentation does to a
+pixel.
+"""
 
 import itertools
 import resource
@@ -38,11 +40,17 @@ def make(count=50, batch_size=8, train=True, seed=0, split=None, **settings) -> 
 
 
 def equal(left, right) -> bool:
-    return len(left) == len(right) and all(torch.equal(x, y) for a, b in zip(left, right, strict=True) for x, y in zip(a, b, strict=True))
+    return len(left) == len(right) and all(
+        torch.equal(x, y)
+        for a, b in zip(left, right, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def slow_augmented(image, offset, mirrored, pad, padding="zero"):
-    """One image [C, H, W], pixel by pixel: what a crop out of the padded image and a mirroring must give."""
+    """One image [C, H, W], pixel by pixel: what a crop out of the padded image and a mirroring must
+    give.
+    """
     height, width = image.shape[1:]
     out = torch.zeros_like(image)
     for y, x in itertools.product(range(height), range(width)):
@@ -57,15 +65,32 @@ def slow_augmented(image, offset, mirrored, pad, padding="zero"):
     return out
 
 
-@pytest.mark.parametrize(("height", "width", "pad", "padding"), [
-    (5, 5, 1, "zero"), (4, 7, 3, "zero"), (1, 1, 1, "zero"), (6, 3, 0, "zero"), (3, 3, 5, "zero"), (5, 5, 1, "reflect"), (4, 7, 3, "reflect"), (2, 2, 1, "reflect"),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "pad", "padding"),
+    [
+        (5, 5, 1, "zero"),
+        (4, 7, 3, "zero"),
+        (1, 1, 1, "zero"),
+        (6, 3, 0, "zero"),
+        (3, 3, 5, "zero"),
+        (5, 5, 1, "reflect"),
+        (4, 7, 3, "reflect"),
+        (2, 2, 1, "reflect"),
+    ],
+)
 def test_crop_and_mirror_against_a_per_pixel_oracle(height, width, pad, padding):
     offsets = torch.tensor(list(itertools.product(range(2 * pad + 1), repeat=2)))
     images = torch.randint(1, 256, (len(offsets), 3, height, width), dtype=torch.uint8)
     mirrored = torch.arange(len(offsets)) % 3 == 0
-    got = mirror(crop(images.permute(0, 2, 3, 1), offsets, pad, padding), mirrored).permute(0, 3, 1, 2)
-    want = torch.stack([slow_augmented(*each, pad, padding) for each in zip(images, offsets, mirrored, strict=True)])
+    got = mirror(crop(images.permute(0, 2, 3, 1), offsets, pad, padding), mirrored).permute(
+        0, 3, 1, 2
+    )
+    want = torch.stack(
+        [
+            slow_augmented(*each, pad, padding)
+            for each in zip(images, offsets, mirrored, strict=True)
+        ]
+    )
     assert torch.equal(got, want)
 
 
@@ -84,32 +109,45 @@ def test_draws_cover_every_offset_evenly_and_mirror_half():
 def test_evaluation_images_are_normalised(dtype, memory_format):
     loader = make(count=10, batch_size=4, train=False, dtype=dtype, memory_format=memory_format)
     pixels = make_split(10).images.double() / 255
-    want = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)
+    want = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD, dtype=torch.float64
+    ).view(3, 1, 1)
     for batch in loader:
         assert batch.images.dtype == dtype
         assert batch.images.is_contiguous(memory_format=memory_format)
         # One rounding of a number up to 4, and for float32 the arithmetic's few roundings.
-        torch.testing.assert_close(batch.images.double(), want[batch.index], rtol=torch.finfo(dtype).eps, atol=2e-6)
+        torch.testing.assert_close(
+            batch.images.double(), want[batch.index], rtol=torch.finfo(dtype).eps, atol=2e-6
+        )
 
 
 def test_padding_is_a_black_pixel():
-    white = Split("train", torch.full((64, 3, 2, 2), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    white = Split(
+        "train",
+        torch.full((64, 3, 2, 2), 255, dtype=torch.uint8),
+        torch.zeros(64, dtype=torch.int64),
+    )
     loader = ResidentLoader(white, 64, True, mean=MEAN, std=STD, augment=Augment(pad=1))
     values = next(iter(loader)).images[:, 0].unique()
     torch.testing.assert_close(values, torch.tensor([-MEAN[0] / STD[0], (1 - MEAN[0]) / STD[0]]))
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(pad=2), Augment(flip=True), Augment(pad=1, flip=True)])
+@pytest.mark.parametrize(
+    "augment", [Augment(), Augment(pad=2), Augment(flip=True), Augment(pad=1, flip=True)]
+)
 def test_training_images_are_one_of_the_possible_augmentations(augment):
     split = make_split(12)
     loader = ResidentLoader(split, 4, True, mean=(0, 0, 0), std=(1, 1, 1), augment=augment)
     for batch in loader:
         assert torch.equal(batch.target, split.targets[batch.index])
-        for image, index in zip((batch.images * 255).round().to(torch.uint8), batch.index, strict=True):
+        for image, index in zip(
+            (batch.images * 255).round().to(torch.uint8), batch.index, strict=True
+        ):
             offsets = itertools.product(range(2 * augment.pad + 1), repeat=2)
             possible = [
                 slow_augmented(split.images[index], offset, mirrored, augment.pad)
-                for offset in offsets for mirrored in {False, augment.flip}
+                for offset in offsets
+                for mirrored in {False, augment.flip}
             ]
             assert any(torch.equal(image, each) for each in possible)
 
@@ -142,13 +180,18 @@ def test_training_drops_the_last_partial_batch_on_every_rank_alike(count, batch_
         assert len(batches) == len(loader) == count // (batch_size * world_size)
         assert all(batch.images.shape == (batch_size, 3, 6, 6) for batch in batches)
         seen += [i for batch in batches for i in batch.index.tolist()]
-    assert len(seen) == len(set(seen)) == count // (batch_size * world_size) * batch_size * world_size
+    assert (
+        len(seen) == len(set(seen)) == count // (batch_size * world_size) * batch_size * world_size
+    )
 
 
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks():
     alone = list(make(50, 8))
     ranks = [list(make(50, 2, rank=rank, world_size=4)) for rank in range(4)]
-    joined = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True)) for batches in zip(*ranks, strict=True)]
+    joined = [
+        tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+        for batches in zip(*ranks, strict=True)
+    ]
     assert equal(alone, joined)
 
 
@@ -177,7 +220,9 @@ def test_augmentation_differs_between_epochs():
     first = next(iter(loader))
     loader.set_epoch(1)
     second = next(iter(loader))
-    assert not torch.equal(first.images[first.index.argsort()], second.images[second.index.argsort()])
+    assert not torch.equal(
+        first.images[first.index.argsort()], second.images[second.index.argsort()]
+    )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -224,7 +269,9 @@ def test_resume_with_another_number_of_ranks_keeps_the_global_batches():
     for loader in ranks:
         loader.load_state_dict(alone.state_dict())
     parts = [[batch.index for batch in loader] for loader in ranks]
-    assert [torch.cat(pair).tolist() for pair in zip(*parts, strict=True)] == [batch.index.tolist() for batch in batches[2:]]
+    assert [torch.cat(pair).tolist() for pair in zip(*parts, strict=True)] == [
+        batch.index.tolist() for batch in batches[2:]
+    ]
 
 
 def test_a_state_that_does_not_fit_is_refused():
@@ -242,7 +289,9 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def test_too_few_training_images_for_a_batch():
-    with pytest.raises(DataError, match=r"50 images, fewer than one batch of 64; use --batch-size 50 or less"):
+    with pytest.raises(
+        DataError, match=r"50 images, fewer than one batch of 64; use --batch-size 50 or less"
+    ):
         make(batch_size=64)
     with pytest.raises(DataError, match=r"each of 4 ranks; use --batch-size 12 or less"):
         make(batch_size=16, world_size=4)
@@ -254,22 +303,34 @@ def test_too_few_training_images_for_a_batch():
 def test_a_set_larger_than_the_device_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 2**30))
     resident._check_device_memory(make_split(40), torch.device("cuda"))  # 40 x 3 x 6 x 6 bytes fit
-    with pytest.raises(DataError, match=r"split 'train' takes 5.03e-06 GiB on cuda, which has 4.66e-06 GiB free; use a smaller --image-size"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"split 'train' takes 5.03e-06 GiB on cuda, which has 4.66e-06 GiB free; use a smaller"
+            r" --image-size"
+        ),
+    ):
         resident._check_device_memory(make_split(50), torch.device("cuda"))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"batch_size": 0}, "batch_size=0"),
-    ({"rank": 2, "world_size": 2}, "rank=2"),
-    ({"rank": -1}, "rank=-1"),
-    ({"dtype": torch.uint8}, "floating"),
-    ({"memory_format": torch.preserve_format}, "channels_last"),
-    ({"views": 0}, "views=0"),
-    ({"mixup": -0.1}, r"mixup=-0.1: it is the alpha"),
-    ({"cutmix": float("inf")}, "cutmix=inf"),
-    ({"mixup": 0.2}, "num_classes"),
-    ({"augment": Augment(pad=6, padding="reflect")}, "pad=6 by reflection needs larger images than 6 x 6"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"rank": -1}, "rank=-1"),
+        ({"dtype": torch.uint8}, "floating"),
+        ({"memory_format": torch.preserve_format}, "channels_last"),
+        ({"views": 0}, "views=0"),
+        ({"mixup": -0.1}, r"mixup=-0.1: it is the alpha"),
+        ({"cutmix": float("inf")}, "cutmix=inf"),
+        ({"mixup": 0.2}, "num_classes"),
+        (
+            {"augment": Augment(pad=6, padding="reflect")},
+            "pad=6 by reflection needs larger images than 6 x 6",
+        ),
+    ],
+)
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         make(**settings)
@@ -292,19 +353,36 @@ def test_the_split_is_never_written_to():
 def test_the_augmentation_of_a_seed_and_epoch_stays_what_it_was():
     """Fixed numbers: runs of earlier versions can be resumed, and one view is the first of many."""
     for views in (1, 3):
-        loader = make(count=10, batch_size=5, seed=2, augment=Augment(pad=1, flip=True), views=views)
+        loader = make(
+            count=10, batch_size=5, seed=2, augment=Augment(pad=1, flip=True), views=views
+        )
         loader.set_epoch(4)
         first = next(iter(loader))
         assert first.index.tolist() == [2, 3, 4, 9, 5]
         images = first.images if views == 1 else first.images[0]
         # Of each image the sum over its pixels, as a fingerprint.
-        assert [round(value, 3) for value in images.double().sum((1, 2, 3)).tolist()] == [36.759, 36.618, -27.825, -10.997, -27.163]
+        assert [round(value, 3) for value in images.double().sum((1, 2, 3)).tolist()] == [
+            36.759,
+            36.618,
+            -27.825,
+            -10.997,
+            -27.163,
+        ]
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_views_are_other_augmentations_of_the_same_images(memory_format):
     split = make_split(48)
-    loader = ResidentLoader(split, 16, True, mean=(0, 0, 0), std=(1, 1, 1), augment=Augment(pad=2, flip=True), views=3, memory_format=memory_format)
+    loader = ResidentLoader(
+        split,
+        16,
+        True,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        augment=Augment(pad=2, flip=True),
+        views=3,
+        memory_format=memory_format,
+    )
     differ = 0
     for batch in loader:
         assert batch.images.shape == (3, 16, 3, 6, 6)
@@ -313,8 +391,13 @@ def test_views_are_other_augmentations_of_the_same_images(memory_format):
         for view in batch.images:
             for image, index in zip((view * 255).round().to(torch.uint8), batch.index, strict=True):
                 choices = itertools.product(itertools.product(range(5), repeat=2), (False, True))
-                assert any(torch.equal(image, slow_augmented(split.images[index], *choice, 2)) for choice in choices)
-        differ += sum(not torch.equal(*pair) for pair in zip(batch.images[1], batch.images[2], strict=True))
+                assert any(
+                    torch.equal(image, slow_augmented(split.images[index], *choice, 2))
+                    for choice in choices
+                )
+        differ += sum(
+            not torch.equal(*pair) for pair in zip(batch.images[1], batch.images[2], strict=True)
+        )
     assert differ > 40  # one in fifty draws the same crop and mirroring
     assert next(iter(make(train=False, views=3))).images.ndim == 4
 
@@ -325,29 +408,50 @@ def without_mixing(**settings):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_mixup_blends_pixels_and_labels_by_one_weight(views):
-    settings = {"count": 48, "batch_size": 8, "num_classes": 7, "augment": Augment(pad=2, flip=True), "views": views}
+    settings = {
+        "count": 48,
+        "batch_size": 8,
+        "num_classes": 7,
+        "augment": Augment(pad=2, flip=True),
+        "views": views,
+    }
     weights = []
     for mixed, plain in zip(make(**settings, mixup=0.8), without_mixing(**settings), strict=True):
         assert torch.equal(mixed.index, plain.index)
-        first, other = torch.nn.functional.one_hot(plain.target, 7).float(), torch.nn.functional.one_hot(plain.target.flip(0), 7).float()
+        first, other = (
+            torch.nn.functional.one_hot(plain.target, 7).float(),
+            torch.nn.functional.one_hot(plain.target.flip(0), 7).float(),
+        )
         row = int((first != other).any(1).nonzero()[0])
         weight = mixed.target[row, plain.target[row]]
         torch.testing.assert_close(mixed.target, weight * first + (1 - weight) * other)
-        torch.testing.assert_close(mixed.images, weight * plain.images + (1 - weight) * plain.images.flip(-4), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            mixed.images,
+            weight * plain.images + (1 - weight) * plain.images.flip(-4),
+            rtol=1e-5,
+            atol=1e-5,
+        )
         weights.append(float(weight))
     assert len(set(weights)) == 6
     assert all(0 <= weight <= 1 for weight in weights)
 
 
 def test_cutmix_pastes_a_box_and_labels_by_its_area():
-    settings = {"count": 64, "batch_size": 8, "num_classes": 7, "augment": Augment(pad=2, flip=True)}
+    settings = {
+        "count": 64,
+        "batch_size": 8,
+        "num_classes": 7,
+        "augment": Augment(pad=2, flip=True),
+    }
     pasted = 0
     for mixed, plain in zip(make(**settings, cutmix=1.0), without_mixing(**settings), strict=True):
         other = plain.images.flip(0)
         from_other = (mixed.images == other).all(1) & ~(plain.images == other).all(1)
         from_own = (mixed.images == plain.images).all(1)
         assert (from_other | from_own).all(), "every pixel is one image's or the other's"
-        box = from_other.any(0)  # where any image of the batch shows the other: the same box for all
+        box = from_other.any(
+            0
+        )  # where any image of the batch shows the other: the same box for all
         rows, columns = box.any(1), box.any(0)
         assert torch.equal(box, rows[:, None] & columns), "a rectangle"
         share = 1 - box.float().mean()
@@ -362,23 +466,33 @@ def test_mixing_weights_have_their_distribution():
     draws = Mixing(mixup=alpha).draw(20_000, 0)
     assert (draws[:, 0] == draws[:, 1]).all(), "mixup has no box"
     assert draws[:, 4].mean() == pytest.approx(0.5, abs=0.01)
-    assert draws[:, 4].var() == pytest.approx(0.25 / (2 * alpha + 1), rel=0.02)  # of Beta(alpha, alpha)
+    assert draws[:, 4].var() == pytest.approx(
+        0.25 / (2 * alpha + 1), rel=0.02
+    )  # of Beta(alpha, alpha)
     draws = Mixing(cutmix=1.0).draw(20_000, 0)
     assert (draws[:, 4] == 1).all()
     inner = ((draws[:, :4] > 0) & (draws[:, :4] < 1)).all(1)  # boxes that the border did not cut
     sides = draws[inner, 1] - draws[inner, 0]
     torch.testing.assert_close(sides, draws[inner, 3] - draws[inner, 2], rtol=0, atol=1e-6)
-    # With so large an alpha every weight is one half, and so is the area of a box that the border does not cut.
+    # With so large an alpha every weight is one half, and so is the area of a box that the border
+    # does not cut.
     halves = Mixing(cutmix=1e7).draw(100, 0)
     whole = ((halves[:, :4] > 0) & (halves[:, :4] < 1)).all(1)
-    torch.testing.assert_close((halves[whole, 1] - halves[whole, 0]).square(), torch.full((int(whole.sum()),), 0.5), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        (halves[whole, 1] - halves[whole, 0]).square(),
+        torch.full((int(whole.sum()),), 0.5),
+        rtol=0,
+        atol=2e-3,
+    )
     assert whole.any()
     both = Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 0)
     assert (both[:, 4] == 1).float().mean() == pytest.approx(0.5, abs=0.02)
     assert not torch.equal(both, Mixing(mixup=0.2, cutmix=1.0).draw(20_000, 1))
 
 
-@pytest.mark.parametrize("settings", [{"views": 2}, {"mixup": 0.4, "cutmix": 1.0, "num_classes": 7}])
+@pytest.mark.parametrize(
+    "settings", [{"views": 2}, {"mixup": 0.4, "cutmix": 1.0, "num_classes": 7}]
+)
 def test_views_and_mixing_depend_on_neither_ranks_nor_interruption(settings):
     alone = make(50, 8, **settings)
     alone.set_epoch(3)
@@ -388,7 +502,10 @@ def test_views_and_mixing_depend_on_neither_ranks_nor_interruption(settings):
         loader.load_state_dict({"epoch": 3, "position": 16, "seed": 0, "size": 50})
     dims = (1 if "views" in settings else 0, 0, 0)
     joined = [
-        tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*rank_batches, strict=True), dims, strict=True))
+        tuple(
+            torch.cat(parts, dim)
+            for parts, dim in zip(zip(*rank_batches, strict=True), dims, strict=True)
+        )
         for rank_batches in zip(*ranks, strict=True)
     ]
     assert equal(joined, batches[2:])
@@ -413,7 +530,9 @@ def test_gather_makes_the_batches_of_the_epoch_from_a_step_on_the_device():
 
 
 def test_gather_is_tensor_operations_alone():
-    """What a captured graph replays: a trace of one step in one epoch gives every other, once the epoch is drawn."""
+    """What a captured graph replays: a trace of one step in one epoch gives every other, once the
+    epoch is drawn.
+    """
     settings = {"views": 2, "mixup": 0.4, "cutmix": 1.0, "num_classes": 7}
     loader = make(**settings)
     loader.set_epoch(0)
@@ -434,7 +553,12 @@ def test_resized_training_images_are_antialiased_after_augmentation(size):
     weights = triangle_weights(6, size)
     for got, want in zip(loader, whole, strict=True):
         assert torch.equal(got.index, want.index)
-        torch.testing.assert_close(got.images, torch.einsum("yh,bchw,xw->bcyx", weights, want.images, weights), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            got.images,
+            torch.einsum("yh,bchw,xw->bcyx", weights, want.images, weights),
+            rtol=0,
+            atol=1e-5,
+        )
     loader.set_size(None)
     assert equal(list(loader), whole)
     with pytest.raises(ConfigError, match="image size 7: the images are 6 x 6"):
@@ -450,9 +574,19 @@ def triangle_weights(source: int, target: int) -> torch.Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see this process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="needs /proc to see this process's memory"
+)
 def test_fifty_epochs_take_no_more_memory_than_ten():
-    loader = make(count=256, batch_size=32, views=2, mixup=0.4, cutmix=1.0, num_classes=7, split=make_split(256, 32))
+    loader = make(
+        count=256,
+        batch_size=32,
+        views=2,
+        mixup=0.4,
+        cutmix=1.0,
+        num_classes=7,
+        split=make_split(256, 32),
+    )
 
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -482,8 +616,10 @@ def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("fastokd.data.loader._modules", {"resident": "fastokd.data.resident"})
     (tmp_path / "toy_loader_module.py").write_text(
-        "from fastokd.data import LoaderKind, ResidentLoader\n"
-        "LOADER = LoaderKind(ResidentLoader, decoded=True, missing=lambda device: 'pip install toy' if device.type == 'meta' else None)\n")
+        "from fastokd.data import LoaderKind, ResidentLoader\nLOADER = LoaderKind(ResidentLoader,"
+        " decoded=True, missing=lambda device: 'pip install toy' if device.type == 'meta' else"
+        " None)\n"
+    )
     register_loader("toy", "toy_loader_module")
     assert list_loaders() == ["resident", "toy"]
     digits = open_dataset("digits")

@@ -1,4 +1,6 @@
-"""All loaders give the same images and labels; DALI and torchvision make the same pictures of the same files, those that Pillow makes."""
+"""All loaders give the same images and labels; DALI and torchvision make the same pictures of the
+same files, those that Pillow makes.
+"""
 
 import builtins
 from collections import Counter
@@ -66,23 +68,31 @@ def evaluated(make, split) -> torch.Tensor:
 
 
 def by_pillow(path) -> np.ndarray:
-    """Upright RGB, the shorter side scaled to COVER with an antialiased triangle filter, the central square: [SIDE, SIDE, 3]."""
+    """Upright RGB, the shorter side scaled to COVER with an antialiased triangle filter, the
+    central square: [SIDE, SIDE, 3].
+    """
     with Image.open(path) as image:
         orientation = image.getexif().get(0x0112, 1)
         turn = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}.get(orientation, [])
         image = image.convert("RGB")
-    for how in turn:  # FLIP_LEFT_RIGHT 0, FLIP_TOP_BOTTOM 1, ROTATE_90 2, 180 3, 270 4, TRANSPOSE 5, TRANSVERSE 6
+    for how in (
+        turn
+    ):  # FLIP_LEFT_RIGHT 0, FLIP_TOP_BOTTOM 1, ROTATE_90 2, 180 3, 270 4, TRANSPOSE 5, TRANSVERSE 6
         image = image.transpose(how)
     width, height = image.size
     short = min(width, height)
-    image = image.resize((COVER * width // short, COVER * height // short), Image.Resampling.BILINEAR)
+    image = image.resize(
+        (COVER * width // short, COVER * height // short), Image.Resampling.BILINEAR
+    )
     left, top = round((image.width - SIDE) / 2), round((image.height - SIDE) / 2)
     return np.asarray(image.crop((left, top, left + SIDE, top + SIDE))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """60 training pictures, which 1 to 4 ranks share without a rest, and 29 for evaluation, which they do not."""
+    """60 training pictures, which 1 to 4 ranks share without a rest, and 29 for evaluation, which
+    they do not.
+    """
     root = tmp_path_factory.mktemp("tree")
     for split, count in (("train", 60), ("val", 29)):
         for i in range(count):
@@ -93,19 +103,39 @@ def tree(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("name", "options"), [("resident", {}), ("dali", {"options": {"threads": 1}}), ("torchvision", {"options": {"workers": 0}})])
-def test_every_loader_gives_each_image_once_an_epoch_with_its_folders_class(tree, name, options, world_size):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resident", {}),
+        ("dali", {"options": {"threads": 1}}),
+        ("torchvision", {"options": {"workers": 0}}),
+    ],
+)
+def test_every_loader_gives_each_image_once_an_epoch_with_its_folders_class(
+    tree, name, options, world_size
+):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     dataset = (open_dataset if name == "resident" else list_files)(tree, image_size=16)
     for split in dataset.splits:
         seen = Counter()
         for rank in range(world_size):
-            loader = make_loader(dataset, split, 5, loader=name, rank=rank, world_size=world_size, **options)
+            loader = make_loader(
+                dataset, split, 5, loader=name, rank=rank, world_size=world_size, **options
+            )
             for epoch in range(3):
                 loader.set_epoch(epoch)
-                seen.update((split.files[i], dataset.classes[target]) for batch in loader for i, target in zip(*map(torch.Tensor.tolist, (batch.index, batch.target)), strict=True))
-        assert seen == {(f"{split.name}/{file.parent.name}/{file.name}", file.parent.name): 3 for file in (tree / split.name).rglob("*.png")}
+                seen.update(
+                    (split.files[i], dataset.classes[target])
+                    for batch in loader
+                    for i, target in zip(
+                        *map(torch.Tensor.tolist, (batch.index, batch.target)), strict=True
+                    )
+                )
+        assert seen == {
+            (f"{split.name}/{file.parent.name}/{file.name}", file.parent.name): 3
+            for file in (tree / split.name).rglob("*.png")
+        }
 
 
 @pytest.mark.parametrize("make", [*LOADERS.values(), dali_alone])
@@ -138,8 +168,8 @@ def test_dali_and_torchvision_train_on_the_same_windows(tmp_path, make):
             assert torch.equal(mine.index, theirs.index)
             assert torch.equal(mine.target, theirs.target)
             difference = (mine.images - theirs.images).abs()
-            # DALI decodes the window alone and so knows less of the chroma at its edge; a window that is off by one
-            # pixel differs by seven and more on average on these pictures.
+            # DALI decodes the window alone and so knows less of the chroma at its edge; a window
+            # that is off by one pixel differs by seven and more on average on these pictures.
             assert difference.mean((1, 2, 3)).max() <= 1.0
             assert difference.mean() <= 0.5
 

@@ -1,4 +1,6 @@
-"""The loaders that decode while training, both held to the same promises: order, shards, windows, resumption, the batch itself."""
+"""The loaders that decode while training, both held to the same promises: order, shards, windows,
+resumption, the batch itself.
+"""
 
 import gc
 import itertools
@@ -30,7 +32,11 @@ def indices(loader) -> list[int]:
 
 
 def equal(left, right) -> bool:
-    return len(left) == len(right) and all(torch.equal(x, y) for a, b in zip(left, right, strict=True) for x, y in zip(a, b, strict=True))
+    return len(left) == len(right) and all(
+        torch.equal(x, y)
+        for a, b in zip(left, right, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @each_loader
@@ -76,7 +82,9 @@ def test_every_epoch_visits_every_image_in_another_order(split, make):
 
 
 def test_both_loaders_visit_the_same_images_in_the_same_order(split):
-    assert indices(LOADERS["dali"](split, 4, True, seed=3)) == indices(torchvision(split, 4, True, seed=3))
+    assert indices(LOADERS["dali"](split, 4, True, seed=3)) == indices(
+        torchvision(split, 4, True, seed=3)
+    )
 
 
 @each_loader
@@ -87,7 +95,11 @@ def test_a_seed_decides_everything_and_another_seed_or_epoch_changes_it(split, m
     pixels = {}
     for name, loader, epoch in (("first", first, 0), ("later", first, 1), ("other", other, 0)):
         loader.set_epoch(epoch)
-        pixels[name] = {i: image for batch in loader for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+        pixels[name] = {
+            i: image
+            for batch in loader
+            for i, image in zip(batch.index.tolist(), batch.images, strict=True)
+        }
     for one, two in itertools.combinations(pixels.values(), 2):
         common = one.keys() & two.keys()
         assert sum(torch.equal(one[i], two[i]) for i in common) < len(common) / 4
@@ -98,7 +110,14 @@ def test_a_seed_decides_everything_and_another_seed_or_epoch_changes_it(split, m
 def test_ranks_threads_workers_and_prefetching_change_no_pixel(split, make, augment):
     whole = list(make(split, 12, True, augment=augment))
     for world_size in (2, 3):
-        ranks = [list(make(split, 12 // world_size, True, augment=augment, rank=rank, world_size=world_size)) for rank in range(world_size)]
+        ranks = [
+            list(
+                make(
+                    split, 12 // world_size, True, augment=augment, rank=rank, world_size=world_size
+                )
+            )
+            for rank in range(world_size)
+        ]
         for batch, *parts in zip(whole, *ranks, strict=True):
             assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
             assert torch.equal(batch.index, torch.cat([part.index for part in parts]))
@@ -109,7 +128,10 @@ def test_threads_and_prefetching_of_dali_change_no_pixel(split):
     loader = make(split, 4, True)
     from fastokd.data.dali import DaliOptions
 
-    assert equal(list(loader), list(make(split, 4, True, options=DaliOptions(threads=3, prefetch=4, mmap=False))))
+    assert equal(
+        list(loader),
+        list(make(split, 4, True, options=DaliOptions(threads=3, prefetch=4, mmap=False))),
+    )
 
 
 def test_worker_processes_change_no_pixel_and_survive_epochs_and_breaks(split):
@@ -165,7 +187,12 @@ def test_an_epoch_may_be_continued_by_another_number_of_ranks(split, make):
 def test_a_state_of_other_data_seed_or_batch_size_is_refused(split):
     loader = torchvision(split, 4, True)
     state = {"epoch": 0, "position": 8, "seed": 0, "size": COUNT}
-    for change, said in (({"seed": 1}, "seed 1"), ({"size": 30}, "size 30"), ({"position": 6}, "6 images"), ({"position": 32}, "32 images")):
+    for change, said in (
+        ({"seed": 1}, "seed 1"),
+        ({"size": 30}, "size 30"),
+        ({"position": 6}, "6 images"),
+        ({"position": 32}, "32 images"),
+    ):
         with pytest.raises(ConfigError, match=said):
             loader.load_state_dict({**state, **change})
     with pytest.raises(ConfigError, match="epoch=-1"):
@@ -195,18 +222,31 @@ def test_a_broken_off_epoch_leaves_nothing_behind(split, make):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_format):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    levels = {i: image for batch in make(split, 8, False) for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
-    for batch in make(split, 8, False, mean=mean, std=std, dtype=dtype, memory_format=memory_format):
+    levels = {
+        i: image
+        for batch in make(split, 8, False)
+        for i, image in zip(batch.index.tolist(), batch.images, strict=True)
+    }
+    for batch in make(
+        split, 8, False, mean=mean, std=std, dtype=dtype, memory_format=memory_format
+    ):
         assert batch.images.dtype == dtype
         assert batch.images.is_contiguous(memory_format=memory_format)
         pixels = torch.stack([levels[i] for i in batch.index.tolist()]).double().round() / 255
-        want = (pixels - torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
-        torch.testing.assert_close(batch.images.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
+        want = (pixels - torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
+            std, dtype=torch.float64
+        ).view(3, 1, 1)
+        torch.testing.assert_close(
+            batch.images.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6
+        )
 
 
 @each_loader
 def test_training_batches_are_written_into_the_steps_buffer(split, make):
-    loader, out = make(split, 4, True), torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
+    loader, out = (
+        make(split, 4, True),
+        torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),
+    )
     want = list(loader)
     loader.write_into(out)
     for batch, other in zip(loader, want, strict=True):
@@ -234,12 +274,21 @@ def test_the_size_of_training_images_changes_between_epochs(split, make):
 
 @each_loader
 def test_the_size_there_is_already_changes_nothing_and_another_one_asks_for_the_buffer(split, make):
-    loader, out = make(split, 4, True), torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last)
+    loader, out = (
+        make(split, 4, True),
+        torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),
+    )
     loader.write_into(out)
     for size in (32, None):
         loader.set_size(size)
         assert next(iter(loader)).images.data_ptr() == out.data_ptr()
-    with pytest.raises(ConfigError, match=r"image size 20 x 20: the buffer of write_into is for 32 x 32; call write_into\(None\) first"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"image size 20 x 20: the buffer of write_into is for 32 x 32; call write_into\(None\)"
+            r" first"
+        ),
+    ):
         loader.set_size(20)
     assert next(iter(loader)).images.data_ptr() == out.data_ptr()
     loader.write_into(None)
@@ -250,7 +299,9 @@ def test_the_size_there_is_already_changes_nothing_and_another_one_asks_for_the_
 def test_one_pipeline_of_dali_lasts_as_long_as_the_size(split, monkeypatch):
     loader, built = dali(split, 4, True), []
     build = loader._build
-    monkeypatch.setattr(loader, "_build", lambda *given: built.append(loader.framing.size) or build(*given))
+    monkeypatch.setattr(
+        loader, "_build", lambda *given: built.append(loader.framing.size) or build(*given)
+    )
     for epoch, size in enumerate((None, 32, None, 20, 20)):
         loader.set_size(size)
         loader.set_epoch(epoch)
@@ -262,7 +313,12 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     from fastokd.data.dali import gpu_number
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert [gpu_number(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1", "cpu")] == [3, 0, 1, None]
+    assert [gpu_number(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1", "cpu")] == [
+        3,
+        0,
+        1,
+        None,
+    ]
 
 
 def test_dalis_threads_leave_cores_to_what_else_works(monkeypatch):
@@ -281,14 +337,18 @@ def test_views_are_crops_of_the_same_images(split, make):
         assert torch.equal(two.images[0], one.images)
         assert torch.equal(two.index, one.index)
         assert torch.equal(two.target, one.target)
-        assert all(not torch.equal(first, second) for first, second in zip(*two.images, strict=True))
+        assert all(
+            not torch.equal(first, second) for first, second in zip(*two.images, strict=True)
+        )
 
 
 @each_loader
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
 def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
     seen = 0
-    for plain, mixed in zip(make(split, 6, True), make(split, 6, True, num_classes=3, **alphas), strict=True):
+    for plain, mixed in zip(
+        make(split, 6, True), make(split, 6, True, num_classes=3, **alphas), strict=True
+    ):
         partner = plain.images.flip(0)
         for i in range(6):
             one, two, got = plain.images[i], partner[i], mixed.images[i]
@@ -307,14 +367,23 @@ def test_mixed_images_are_mixed_as_their_targets_say(split, make, alphas):
 
 @each_loader
 def test_pad_and_flip_move_the_fitted_picture(split, make):
-    plain = {i: image for batch in make(split, COUNT, False, augment=Augment()) for i, image in zip(batch.index.tolist(), batch.images, strict=True)}
+    plain = {
+        i: image
+        for batch in make(split, COUNT, False, augment=Augment())
+        for i, image in zip(batch.index.tolist(), batch.images, strict=True)
+    }
     pad, moves = 2, set()
     for batch in make(split, COUNT, True, augment=Augment(pad=pad, flip=True)):
         for i, image in zip(batch.index.tolist(), batch.images, strict=True):
             padded = torch.nn.functional.pad(plain[i], (pad,) * 4)
             possible = {
-                (y, x, mirrored): padded[:, y : y + 32, x : x + 32].flip(2) if mirrored else padded[:, y : y + 32, x : x + 32]
-                for y, x in itertools.product(range(2 * pad + 1), repeat=2) for mirrored in (False, True)
+                (y, x, mirrored): (
+                    padded[:, y : y + 32, x : x + 32].flip(2)
+                    if mirrored
+                    else padded[:, y : y + 32, x : x + 32]
+                )
+                for y, x in itertools.product(range(2 * pad + 1), repeat=2)
+                for mirrored in (False, True)
             }
             moves |= {move for move, crop in possible.items() if torch.equal(crop, image)}
     assert len(moves) > 15
@@ -328,14 +397,18 @@ def test_windows_are_drawn_as_torchvision_draws_them():
         drawn = candidates(uniforms(0, 0, 0, 4000), scale, ratio)
         ours = np.array([window(row, height, width, ratio) for row in drawn])
         picture = Image.new("L", (width, height))
-        theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(4000)])
+        theirs = np.array(
+            [RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(4000)]
+        )
         top, left, h, w = ours.T
         assert (top >= 0).all()
         assert (left >= 0).all()
         assert (top + h <= height).all()
         assert (left + w <= width).all()
         for quantile in (0.1, 0.5, 0.9):
-            for mine, other, side in zip(ours.T, theirs.T, (height, width, height, width), strict=True):
+            for mine, other, side in zip(
+                ours.T, theirs.T, (height, width, height, width), strict=True
+            ):
                 assert abs(np.quantile(mine, quantile) - np.quantile(other, quantile)) < 0.04 * side
 
 
@@ -348,7 +421,9 @@ def test_pictures_that_no_window_fits_give_their_centre(width, height):
         assert top + h <= height
         assert left + w <= width
         if (width, height) in ((300, 10), (10, 300)):
-            theirs = RandomResizedCrop.get_params(Image.new("L", (width, height)), [0.9, 1.0], list(ratio))
+            theirs = RandomResizedCrop.get_params(
+                Image.new("L", (width, height)), [0.9, 1.0], list(ratio)
+            )
             assert (top, left, h, w) == tuple(theirs)
 
 
@@ -363,18 +438,21 @@ def test_numbers_belong_to_a_place_whatever_is_drawn_with_them():
     assert (numbers < 1).all()
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    (lambda: {"batch_size": 0}, "batch_size=0"),
-    (lambda: {"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
-    (lambda: {"dtype": torch.uint8}, "torch.uint8"),
-    (lambda: {"memory_format": torch.preserve_format}, "memory_format"),
-    (lambda: {"bad_images": "skip"}, "unknown bad_images 'skip'"),
-    (lambda: {"augment": Augment(crop_scale=(0.0, 1.0))}, "crop_scale"),
-    (lambda: {"augment": Augment(pad=4, crop_scale=(0.1, 1.0))}, "pad=4 with crop_scale"),
-    (lambda: {"augment": Augment(crop_scale=(0.1, 1.0), crop_ratio=(2.0, 1.0))}, "crop_ratio"),
-    (lambda: {"options": TorchvisionOptions(workers=-1)}, "workers=-1"),
-    (lambda: {"options": TorchvisionOptions(start_method="frok")}, "did you mean 'fork'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (lambda: {"batch_size": 0}, "batch_size=0"),
+        (lambda: {"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
+        (lambda: {"dtype": torch.uint8}, "torch.uint8"),
+        (lambda: {"memory_format": torch.preserve_format}, "memory_format"),
+        (lambda: {"bad_images": "skip"}, "unknown bad_images 'skip'"),
+        (lambda: {"augment": Augment(crop_scale=(0.0, 1.0))}, "crop_scale"),
+        (lambda: {"augment": Augment(pad=4, crop_scale=(0.1, 1.0))}, "pad=4 with crop_scale"),
+        (lambda: {"augment": Augment(crop_scale=(0.1, 1.0), crop_ratio=(2.0, 1.0))}, "crop_ratio"),
+        (lambda: {"options": TorchvisionOptions(workers=-1)}, "workers=-1"),
+        (lambda: {"options": TorchvisionOptions(start_method="frok")}, "did you mean 'fork'"),
+    ],
+)
 def test_settings_out_of_range(split, settings, said):
     with pytest.raises(ConfigError, match=said):
         torchvision(split, train=True, **{"batch_size": 4, **settings()})
@@ -395,5 +473,7 @@ def test_memory_stays_flat_over_fifty_epochs(split, make):
             assert batch.images.shape == (8, 3, 96, 96)
         if epoch % 10 == 9:
             gc.collect()
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            resident.append(
+                int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            )
     assert resident[-1] - resident[1] < 12 * 2**20

@@ -1,4 +1,6 @@
-"""Pictures that cannot be decoded, formats and packages that are not there: what the loaders that decode while training say and do."""
+"""Pictures that cannot be decoded, formats and packages that are not there: what the loaders that
+decode while training say and do.
+"""
 
 import os
 import sys
@@ -38,7 +40,16 @@ def folder(path):
 
 
 @each_loader
-@pytest.mark.parametrize(("damage", "reason"), [(truncate, "truncated"), (empty, "empty"), (text, "not an image"), (missing, "No such file"), (folder, "directory")])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "truncated"),
+        (empty, "empty"),
+        (text, "not an image"),
+        (missing, "No such file"),
+        (folder, "directory"),
+    ],
+)
 @pytest.mark.parametrize("train", [True, False])
 def test_a_bad_picture_stops_the_run_with_its_name(tmp_path, make, damage, reason, train):
     split = write_split(tmp_path, COUNT)
@@ -64,7 +75,9 @@ def test_bad_pictures_are_replaced_by_the_next_of_their_class_and_counted(tmp_pa
     for _ in range(2):
         replaced = 0
         for batch, want in zip(loader, good, strict=True):
-            for i, j, image, same in zip(batch.index.tolist(), want.index.tolist(), batch.images, want.images, strict=True):
+            for i, j, image, same in zip(
+                batch.index.tolist(), want.index.tolist(), batch.images, want.images, strict=True
+            ):
                 if j == 9:
                     replaced += 1
                     assert i == 12  # the next of its class
@@ -81,7 +94,8 @@ def test_both_loaders_replace_alike_and_so_do_workers(tmp_path):
     split = write_split(tmp_path, COUNT)
     truncate(tmp_path / split.files[COUNT - 1])  # the last of its class: the next one is its first
     loaders = [
-        LOADERS["dali"](split, 6, True, bad_images="replace"), torchvision(split, 6, True, bad_images="replace"),
+        LOADERS["dali"](split, 6, True, bad_images="replace"),
+        torchvision(split, 6, True, bad_images="replace"),
         torchvision(split, 6, True, bad_images="replace", options=TorchvisionOptions(workers=1)),
     ]
     orders = [[batch.index.tolist() for batch in loader] for loader in loaders]
@@ -148,14 +162,18 @@ def archived(root, split) -> FileSplit:
         with tarfile.open(root / name) as archive:
             places |= {member.name: (number, member.offset_data, member.size) for member in archive}
     shard, offset, size = torch.tensor([places[file] for file in split.files]).T
-    return FileSplit("train", root, split.files, split.targets, Members(shards, shard, offset, size))
+    return FileSplit(
+        "train", root, split.files, split.targets, Members(shards, shard, offset, size)
+    )
 
 
 @each_loader
 def test_archives_give_the_same_batches_as_files(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     for train in (True, False):
-        for batch, want in zip(make(archived(tmp_path, split), 7, train), make(split, 7, train), strict=True):
+        for batch, want in zip(
+            make(archived(tmp_path, split), 7, train), make(split, 7, train), strict=True
+        ):
             assert torch.equal(batch.index, want.index)
             assert torch.equal(batch.images, want.images)
 
@@ -185,15 +203,25 @@ def test_a_format_that_dali_lacks_is_named_before_anything_is_decoded(tmp_path):
     split = write_split(tmp_path, 4)
     picture(20, 20).save(tmp_path / "moving.gif")
     split = FileSplit("train", tmp_path, (*split.files[:3], "moving.gif"), split.targets)
-    with pytest.raises(DataError, match=r"DALI cannot decode moving\.gif; convert them, or use --loader torchvision"):
+    with pytest.raises(
+        DataError,
+        match=r"DALI cannot decode moving\.gif; convert them, or use --loader torchvision",
+    ):
         LOADERS["dali"](split, 2, True)
     assert len(list(torchvision(split, 4, False))) == 1
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"threads": 0}, "threads=0"), ({"prefetch": 0}, "prefetch=0"), ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5"),
-    ({"decoder": "gpu"}, "unknown decoder 'gpu'"), ({"resize": "pillow"}, "unknown resize 'pillow'"), ({"width_hint": -1}, "width_hint=-1"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"threads": 0}, "threads=0"),
+        ({"prefetch": 0}, "prefetch=0"),
+        ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5"),
+        ({"decoder": "gpu"}, "unknown decoder 'gpu'"),
+        ({"resize": "pillow"}, "unknown resize 'pillow'"),
+        ({"width_hint": -1}, "width_hint=-1"),
+    ],
+)
 def test_dali_options_out_of_range(options, said):
     from fastokd.data.dali import DaliOptions
 

@@ -1,4 +1,6 @@
-"""The trainer and its data: the loader chosen and said, mixed and resized images, and runs that resume with all of it."""
+"""The trainer and its data: the loader chosen and said, mixed and resized images, and runs that
+resume with all of it.
+"""
 
 import dataclasses
 import os
@@ -18,17 +20,35 @@ from fastokd.train.loop import Trainer, load_run, resume_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
-LOADER = loader.LoaderKind(lambda *_, **__: pytest.fail("it cannot run"), decoded=False, missing=lambda device: f"no {device} for it")
+LOADER = loader.LoaderKind(
+    lambda *_, **__: pytest.fail("it cannot run"),
+    decoded=False,
+    missing=lambda device: f"no {device} for it",
+)
 """A loader of files that can run nowhere; this module is its module in a table of loaders."""
 
 CONFIG = TrainConfig(
-    data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=1, epochs=3, batch_size=96, lr=0.05, lr_decay_at=(), ramp_epochs=3,
-    mixup=0.4, cutmix=1.0, padding="reflect", resize_schedule={1: 6, 2: 8},
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=2,
+    aux_blocks=1,
+    epochs=3,
+    batch_size=96,
+    lr=0.05,
+    lr_decay_at=(),
+    ramp_epochs=3,
+    mixup=0.4,
+    cutmix=1.0,
+    padding="reflect",
+    resize_schedule={1: 6, 2: 8},
 )
 
 
 def run(config, folder, **changes) -> Trainer:
-    trainer = Trainer(dataclasses.replace(config, **changes), RunFolder.create(folder), Reporter(quiet=True))
+    trainer = Trainer(
+        dataclasses.replace(config, **changes), RunFolder.create(folder), Reporter(quiet=True)
+    )
     trainer.start()
     return trainer
 
@@ -45,6 +65,7 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
         return step(self, batch)
 
     monkeypatch.setattr(trainer.step.__class__, "__call__", record)
+
     def look(batches):
         kept = list(batches)
         evaluated.append({batch.images.shape[2:] for batch in kept})
@@ -54,7 +75,9 @@ def test_images_have_the_scheduled_sizes_and_targets_are_mixed(tmp_path, monkeyp
     trainer.run()
     assert set(seen) == {(0, (8, 8)), (1, (6, 6)), (2, (8, 8))}
     assert evaluated == [{(8, 8)}] * 3
-    assert all(0 < record["train"]["accuracy/branch1"] < 1 for record in trainer.run_folder.read_metrics())
+    assert all(
+        0 < record["train"]["accuracy/branch1"] < 1 for record in trainer.run_folder.read_metrics()
+    )
 
 
 def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
@@ -67,16 +90,41 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     begun.run_folder.unlock()
     resumed = resume_run(tmp_path / "begun", Reporter(quiet=True))
     resumed.run()
-    left, right = (load_checkpoint(trainer.run_folder.last)["model"] for trainer in (straight, resumed))
+    left, right = (
+        load_checkpoint(trainer.run_folder.last)["model"] for trainer in (straight, resumed)
+    )
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_the_loader_says_why(tmp_path, capsys):
-    code = cli.main(["train", "--data", "digits", "--model", "resnet8", "--method", "baseline", "--epochs", "1", "--batch-size", "256", "--out", str(tmp_path / "run"),
-                     "--resize-schedule", "0:6", "--mixup", "0.2"])
+    code = cli.main(
+        [
+            "train",
+            "--data",
+            "digits",
+            "--model",
+            "resnet8",
+            "--method",
+            "baseline",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "256",
+            "--out",
+            str(tmp_path / "run"),
+            "--resize-schedule",
+            "0:6",
+            "--mixup",
+            "0.2",
+        ]
+    )
     assert code == 0
-    assert "loader resident: the dataset comes decoded, so they lie on cpu" in capsys.readouterr().out
-    assert load_config((tmp_path / "run" / "config.yaml").read_text(), "config").resize_schedule == {0: 6}
+    assert (
+        "loader resident: the dataset comes decoded, so they lie on cpu" in capsys.readouterr().out
+    )
+    assert load_config(
+        (tmp_path / "run" / "config.yaml").read_text(), "config"
+    ).resize_schedule == {0: 6}
 
 
 def make_tree(root, size=(8, 8), count=4):
@@ -84,7 +132,9 @@ def make_tree(root, size=(8, 8), count=4):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / split / name / f"{i}.png")
+                Image.fromarray(
+                    np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+                ).save(root / split / name / f"{i}.png")
     return root
 
 
@@ -92,7 +142,11 @@ class TestChoice:
     def choose(self, root, **changes):
         config = TrainConfig(data=str(root), **changes)
         dataset = open_data(config, torch.device("cpu"))
-        return loader_name(config, dataset, torch.device("cpu")), dataset, explain_loader(config, dataset, torch.device("cpu"))
+        return (
+            loader_name(config, dataset, torch.device("cpu")),
+            dataset,
+            explain_loader(config, dataset, torch.device("cpu")),
+        )
 
     def test_small_images_that_fit_are_resident(self, tmp_path):
         name, dataset, line = self.choose(make_tree(tmp_path))
@@ -111,21 +165,49 @@ class TestChoice:
     def test_the_files_are_listed_once(self, tmp_path, monkeypatch, size):
         make_tree(tmp_path, size)
         listed, real_scan = [], os.scandir
-        monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.relpath(path, tmp_path)) or real_scan(path))
+        monkeypatch.setattr(
+            os,
+            "scandir",
+            lambda path: listed.append(os.path.relpath(path, tmp_path)) or real_scan(path),
+        )
         open_data(TrainConfig(data=str(tmp_path)), torch.device("cpu"))
-        assert sorted(name for name in listed if name.count("/") == 1) == ["train/cat", "train/dog", "val/cat", "val/dog"]
+        assert sorted(name for name in listed if name.count("/") == 1) == [
+            "train/cat",
+            "train/dog",
+            "val/cat",
+            "val/dog",
+        ]
 
     def test_better_loaders_that_cannot_run_are_named_with_the_reason(self, tmp_path, monkeypatch):
         there = loader._modules
-        monkeypatch.setattr(loader, "_modules", {"resident": there["resident"], "toy": __name__, "torchvision": there["torchvision"], "worse": __name__})
+        monkeypatch.setattr(
+            loader,
+            "_modules",
+            {
+                "resident": there["resident"],
+                "toy": __name__,
+                "torchvision": there["torchvision"],
+                "worse": __name__,
+            },
+        )
         name, _, line = self.choose(make_tree(tmp_path, (200, 300)))
         assert name == "torchvision"
         assert line.endswith("decoded while training; toy cannot run (no cpu for it)")
 
     def test_a_run_keeps_its_choice(self, tmp_path, monkeypatch):
-        config = dataclasses.replace(CONFIG, data=str(make_tree(tmp_path / "tree")), batch_size=8, epochs=1, resize_schedule={}, method="baseline", branches=None)
+        config = dataclasses.replace(
+            CONFIG,
+            data=str(make_tree(tmp_path / "tree")),
+            batch_size=8,
+            epochs=1,
+            resize_schedule={},
+            method="baseline",
+            branches=None,
+        )
         run(config, tmp_path / "run").run()
-        monkeypatch.setattr("fastokd.train.data._is_small", lambda *_: pytest.fail("it was chosen anew"))
+        monkeypatch.setattr(
+            "fastokd.train.data._is_small", lambda *_: pytest.fail("it was chosen anew")
+        )
         loaded = load_run(tmp_path / "run")
         assert isinstance(loaded.dataset, Dataset)
         assert loaded.dataset.image_size == (8, 8)
@@ -134,23 +216,42 @@ class TestChoice:
 def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
     make_tree(tmp_path / "tree")
     (tmp_path / "tree" / "train" / "cat" / "1.png").write_bytes(b"")
-    arguments = ["train", "--data", str(tmp_path / "tree"), "--model", "resnet8", "--method", "baseline", "--epochs", "1", "--batch-size", "8", "--out", str(tmp_path / "run")]
+    arguments = [
+        "train",
+        "--data",
+        str(tmp_path / "tree"),
+        "--model",
+        "resnet8",
+        "--method",
+        "baseline",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert cli.main(arguments) == DataError.exit_code
     assert "train/cat/1.png (not an image, or empty)" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="1 of 8 training images cannot be decoded and were replaced"):
+    with pytest.warns(
+        UserWarning, match="1 of 8 training images cannot be decoded and were replaced"
+    ):
         assert cli.main([*arguments, "--bad-images", "replace"]) == 0
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"loader": "dalli"}, "unknown loader 'dalli'"),
-    ({"bad_images": "skip"}, "unknown bad_images 'skip'"),
-    ({"mixup": -1.0}, "mixup=-1.0: it must be an alpha above 0, or 0 for none"),
-    ({"cutmix": float("nan")}, "cutmix=nan"),
-    ({"padding": "black"}, "padding='black': it must be zero or reflect"),
-    ({"resize_schedule": {3: 8}}, "of epochs from 0 to 2"),
-    ({"resize_schedule": {-1: 8}}, "of epochs from 0 to 2"),
-    ({"resize_schedule": {0: 2}}, "sizes of at least 4 pixels"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loader": "dalli"}, "unknown loader 'dalli'"),
+        ({"bad_images": "skip"}, "unknown bad_images 'skip'"),
+        ({"mixup": -1.0}, "mixup=-1.0: it must be an alpha above 0, or 0 for none"),
+        ({"cutmix": float("nan")}, "cutmix=nan"),
+        ({"padding": "black"}, "padding='black': it must be zero or reflect"),
+        ({"resize_schedule": {3: 8}}, "of epochs from 0 to 2"),
+        ({"resize_schedule": {-1: 8}}, "of epochs from 0 to 2"),
+        ({"resize_schedule": {0: 2}}, "sizes of at least 4 pixels"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(dataclasses.replace(CONFIG, **changes))
@@ -158,7 +259,10 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message)
 
 def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
     tsb = dataclasses.replace(CONFIG, method="tsb", branches=None)
-    with pytest.raises(ConfigError, match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image",
+    ):
         check_config(tsb)
     check_config(dataclasses.replace(tsb, mixup=0.0, cutmix=0.0))
 
@@ -171,7 +275,12 @@ def test_sizes_beyond_the_images_are_refused_before_training(tmp_path):
 def test_schedules_are_read_and_written(capsys):
     assert load_config(CONFIG.to_yaml(), "here") == CONFIG
     assert [CONFIG.size_at(epoch) for epoch in range(4)] == [None, 6, 8, 8]
-    for text in ("resize_schedule: {a: 3}", "resize_schedule: {0: 1.5}", "resize_schedule: {0: true}", "resize_schedule: [0, 8]"):
+    for text in (
+        "resize_schedule: {a: 3}",
+        "resize_schedule: {0: 1.5}",
+        "resize_schedule: {0: true}",
+        "resize_schedule: [0, 8]",
+    ):
         with pytest.raises(ConfigError, match=r"resize_schedule=.* has the wrong type"):
             load_config(text, "here")
     assert cli.main(["train", "--data", "digits", "--resize-schedule", "0-8"]) == 2

@@ -41,7 +41,13 @@ def ranks(request, tmp_path_factory):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=1e-12,
+            atol=1e-12,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_gradients_are_those_of_the_whole_batch(ranks):
@@ -57,7 +63,9 @@ def test_synchronized_norms_are_those_of_the_whole_batch(ranks):
     alone = rank_checks.train(model, model, [[step] for step in rank_checks.images()])
     for found in ranks:
         assert_same(found["synchronized"], alone)
-        assert not torch.allclose(found["apart"]["trunk.0.weight"], alone["trunk.0.weight"], atol=1e-6)
+        assert not torch.allclose(
+            found["apart"]["trunk.0.weight"], alone["trunk.0.weight"], atol=1e-6
+        )
 
 
 def test_running_statistics_are_averaged(ranks):
@@ -81,7 +89,10 @@ def test_all_agree_one_call_later(ranks):
 
 def test_counts_are_summed_and_a_process_may_have_none(ranks):
     size = len(ranks)
-    expected = ({"branch1": sum(2 + rank for rank in range(1, size)), "ta2": size - 1}, 5 * sum(range(size)))
+    expected = (
+        {"branch1": sum(2 + rank for rank in range(1, size)), "ta2": size - 1},
+        5 * sum(range(size)),
+    )
     assert all(found["counts"] == expected for found in ranks)
     assert sum_counts({"branch1": torch.tensor(3)}, 4) == ({"branch1": 3}, 4)
 
@@ -94,33 +105,67 @@ def test_a_step_that_does_not_fit_in_one_process_is_known_to_all(ranks):
 
 def test_states_are_gathered_in_order_and_spread(ranks):
     for found in ranks:
-        assert [state["list"] for state in found["gathered"]] == [[rank, None] for rank in range(len(ranks))]
-        assert [state["rng"].tolist() for state in found["gathered"]] == [list(range(rank + 1)) for rank in range(len(ranks))]
-        assert [state["name"] for state in found["gathered"]] == ["x" * rank for rank in range(len(ranks))]
+        assert [state["list"] for state in found["gathered"]] == [
+            [rank, None] for rank in range(len(ranks))
+        ]
+        assert [state["rng"].tolist() for state in found["gathered"]] == [
+            list(range(rank + 1)) for rank in range(len(ranks))
+        ]
+        assert [state["name"] for state in found["gathered"]] == [
+            "x" * rank for rank in range(len(ranks))
+        ]
         assert found["main"]["path"] == "runs/0"
         assert found["main"]["value"].tolist() == [0, 0, 0]
     assert gather_states([1, "a"]) == [[1, "a"]]
     assert from_main({"a": 1}) == {"a": 1}
 
 
-@pytest.mark.parametrize(("given", "size", "described", "share"), [
-    ({"batch_size": 256, "device_batch": 64}, 2, "batch 256 = 2 processes x 2 x 64", (2, 64)),
-    ({"batch_size": 256}, 8, "batch 256 = 8 processes x 32", (1, 32)),
-    ({"batch_size": 128, "device_batch": 32}, 1, "batch 128 = 1 process x 4 x 32", (4, 32)),
-    ({"batch_size": 128}, 1, "batch 128", (1, 128)),
-])
+@pytest.mark.parametrize(
+    ("given", "size", "described", "share"),
+    [
+        ({"batch_size": 256, "device_batch": 64}, 2, "batch 256 = 2 processes x 2 x 64", (2, 64)),
+        ({"batch_size": 256}, 8, "batch 256 = 8 processes x 32", (1, 32)),
+        ({"batch_size": 128, "device_batch": 32}, 1, "batch 128 = 1 process x 4 x 32", (4, 32)),
+        ({"batch_size": 128}, 1, "batch 128", (1, 128)),
+    ],
+)
 def test_the_global_batch_is_divided(given, size, described, share):
     found = share_of_batch(TrainConfig(**given), Ranks(0, size))
     assert found.describe() == described
     assert (found.accumulate, found.device_batch) == share
 
 
-@pytest.mark.parametrize(("given", "size", "message"), [
-    ({"batch_size": 128}, 3, "batch_size=128 over 3 processes leaves 2; it is the global batch: use 126 or 129"),
-    ({"batch_size": 2}, 4, "batch_size=2 over 4 processes leaves 2; it is the global batch: use 4"),
-    ({"batch_size": 24, "device_batch": 8}, 2, "device_batch=8: each of 2 processes has 12 images of a batch of 24; use one of 1, 2, 3, 4, 6, 12"),
-    ({"batch_size": 4}, 4, "batch_size=4 over 4 processes is one image at once, and batch norm needs two: use 8 or more, or --sync-bn True"),
-])
+@pytest.mark.parametrize(
+    ("given", "size", "message"),
+    [
+        (
+            {"batch_size": 128},
+            3,
+            "batch_size=128 over 3 processes leaves 2; it is the global batch: use 126 or 129",
+        ),
+        (
+            {"batch_size": 2},
+            4,
+            "batch_size=2 over 4 processes leaves 2; it is the global batch: use 4",
+        ),
+        (
+            {"batch_size": 24, "device_batch": 8},
+            2,
+            (
+                "device_batch=8: each of 2 processes has 12 images of a batch of 24; use one of 1,"
+                " 2, 3, 4, 6, 12"
+            ),
+        ),
+        (
+            {"batch_size": 4},
+            4,
+            (
+                "batch_size=4 over 4 processes is one image at once, and batch norm needs two: use"
+                " 8 or more, or --sync-bn True"
+            ),
+        ),
+    ],
+)
 def test_what_cannot_be_divided_is_refused_with_the_numbers(given, size, message):
     with pytest.raises(ConfigError, match=message):
         share_of_batch(TrainConfig(**given), Ranks(0, size))
@@ -133,6 +178,7 @@ def test_one_image_at_once_goes_with_synchronized_norms():
 @pytest.fixture
 def environment(monkeypatch):
     """Sets the variables that torchrun sets, and no others of them."""
+
     def describe(**given):
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
@@ -151,14 +197,35 @@ def test_alone_without_a_launcher(environment):
         assert found.is_main
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"MASTER_PORT": ""}, r"MASTER_PORT='' in the environment; torchrun sets RANK, .*: start with torchrun or --gpus N, or unset them"),
-    ({"RANK": "first"}, "RANK='first' in the environment"),
-    ({"RANK": "2"}, "RANK=2 with WORLD_SIZE=2 in the environment; ranks are 0 to WORLD_SIZE - 1"),
-    ({"MASTER_ADDR": ""}, "MASTER_ADDR is not in the environment; it is the address of rank 0"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"MASTER_PORT": ""},
+            (
+                r"MASTER_PORT='' in the environment; torchrun sets RANK, .*: start with torchrun or"
+                r" --gpus N, or unset them"
+            ),
+        ),
+        ({"RANK": "first"}, "RANK='first' in the environment"),
+        (
+            {"RANK": "2"},
+            "RANK=2 with WORLD_SIZE=2 in the environment; ranks are 0 to WORLD_SIZE - 1",
+        ),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not in the environment; it is the address of rank 0"),
+    ],
+)
 def test_an_environment_that_makes_no_sense_is_refused(environment, given, message):
-    environment(**{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **given})
+    environment(
+        **{
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+            **given,
+        }
+    )
     with pytest.raises(ConfigError, match=message), process_group("cpu"):
         pass
 
@@ -166,13 +233,26 @@ def test_an_environment_that_makes_no_sense_is_refused(environment, given, messa
 def test_a_port_that_is_taken_is_named(environment):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        with pytest.raises(ConfigError, match=rf"the port of 127.0.0.1:{port} is taken; choose another with torchrun's --master-port"), process_group("cpu"):
+        environment(
+            RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        with (
+            pytest.raises(
+                ConfigError,
+                match=(
+                    rf"the port of 127.0.0.1:{port} is taken; choose another with torchrun's"
+                    r" --master-port"
+                ),
+            ),
+            process_group("cpu"),
+        ):
             pass
 
 
 def test_a_start_finds_nothing_of_the_one_before():
-    """In a store that outlives it: the second rank comes first, and finds the name and the answer of the start before."""
+    """In a store that outlives it: the second rank comes first, and finds the name and the answer
+    of the start before.
+    """
     store, stores = dist.HashStore(), []
     for value in ("old", "new"):
         found = {}
@@ -199,9 +279,17 @@ def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
     assert choose_device("cuda", Ranks(0, 1)) == torch.device("cuda", 0)
     assert choose_device("auto", Ranks(0, 1)) == torch.device("cuda", 0)
     assert choose_device("cpu", Ranks(3, 4, 3)) == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"4 processes on this machine, and torch sees 2 GPUs; start 2 with --gpus 2 or --nproc-per-node 2"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"4 processes on this machine, and torch sees 2 GPUs; start 2 with --gpus 2 or"
+            r" --nproc-per-node 2"
+        ),
+    ):
         choose_device("auto", Ranks(1, 8, 1))
     environment(LOCAL_WORLD_SIZE="2")
     assert choose_device("cuda", Ranks(3, 4, 1)) == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="device 'cuda:0' with 4 processes: each takes the GPU of its local rank"):
+    with pytest.raises(
+        ConfigError, match="device 'cuda:0' with 4 processes: each takes the GPU of its local rank"
+    ):
         choose_device("cuda:0", Ranks(3, 4, 1))

@@ -1,4 +1,6 @@
-"""Runs of several processes: the same as those of one, exactly evaluated, and stopped, killed and continued without a trace."""
+"""Runs of several processes: the same as those of one, exactly evaluated, and stopped, killed and
+continued without a trace.
+"""
 
 import json
 import os
@@ -17,12 +19,30 @@ from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.loop import load_run
 from fastokd.train.run_folder import RunFolder
 
-NAMES = {2: ("command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "plain@3", "average@3", "plain@-1", "skip", "stop"), 3: ("tiny",)}
+NAMES = {
+    2: (
+        "command",
+        "plain",
+        "synchronized",
+        "parts",
+        "average",
+        "tsb",
+        "kdcl",
+        "plain@3",
+        "average@3",
+        "plain@-1",
+        "skip",
+        "stop",
+    ),
+    3: ("tiny",),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The runs of two and of three processes, see ``rank_runs.py``; what process R ended with is in NAME.R.pt."""
+    """The runs of two and of three processes, see ``rank_runs.py``; what process R ended with is in
+    NAME.R.pt.
+    """
     folder = tmp_path_factory.mktemp("runs")
     for size, names in NAMES.items():
         for process in start_ranks(size, ["tests/rank_runs.py", folder, *names]):
@@ -38,6 +58,7 @@ def ended(folder, name, rank=0):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process ends with, for one of the configurations."""
+
     def run(name):
         before = torch.are_deterministic_algorithms_enabled()
         try:
@@ -52,7 +73,13 @@ def assert_close(found, expected, tolerance, leave_out=()):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not name.endswith(leave_out or "\0"):
-            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name],
+                value,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def assert_equal(found, expected):
@@ -83,7 +110,9 @@ GPUS = ("--gpus", "2")
 STATISTICS = ("running_mean", "running_var")
 
 
-@pytest.mark.parametrize("name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "skip"])
+@pytest.mark.parametrize(
+    "name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "skip"]
+)
 def test_all_processes_end_with_the_same(folder, name):
     first = ended(folder, name)
     del first["train"]
@@ -101,7 +130,9 @@ def test_synchronized_norms_make_it_one_process(folder, alone):
 
 @pytest.mark.parametrize("name", ["parts", "tsb", "kdcl"])
 def test_two_processes_are_one_that_takes_more_parts(folder, alone, name):
-    """Each part of 8 images is normalised on its own. Two processes' statistics are averaged, one's follow each other."""
+    """Each part of 8 images is normalised on its own. Two processes' statistics are averaged, one's
+    follow each other.
+    """
     found, expected = ended(folder, name), alone(name)
     assert found["share"] == "batch 32 = 2 processes x 2 x 8"
     assert_close(found["model"], expected["model"], 1e-5, leave_out=STATISTICS)
@@ -115,7 +146,9 @@ def test_what_a_loss_remembers_is_of_all_images(folder):
     assert torch.equal(steps, torch.ones(256, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))])
+@pytest.mark.parametrize(
+    ("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))]
+)
 def test_what_is_measured_is_that_of_one_process_over_all_images(folder, name, images, monkeypatch):
     """99 images over two processes, and 2 over three, of which one has none."""
     monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
@@ -134,20 +167,31 @@ def test_layers_draw_their_own_in_every_process(folder):
 
 @pytest.mark.parametrize(("name", "place"), [("plain@3", 5), ("average@3", 5), ("plain@-1", 8)])
 def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder, name, place):
-    """The signal comes after the third step's exchange: it is said after the fourth and followed after the fifth. Eight are all."""
+    """The signal comes after the third step's exchange: it is said after the fourth and followed
+    after the fifth. Eight are all.
+    """
     for rank in (0, 1):
         stopped = ended(folder, name, rank)
         stopped.pop("fewer", None)
         assert stopped.pop("code") == EXIT_PREEMPTED
         message = stopped.pop("message")
-        assert message.startswith(f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of the next; continue with 'fastokd train --resume")
+        assert message.startswith(
+            f"stopped by SIGTERM; the last checkpoint has 1 finished epochs and {place} steps of"
+            " the next; continue with 'fastokd train --resume"
+        )
         state = load_checkpoint(folder / "kept" / name / "checkpoints" / "last.pt")
-        assert (state["epoch"], len(state["ranks"]), state["loader"]["position"]) == (1, 2, place * 32)
+        assert (state["epoch"], len(state["ranks"]), state["loader"]["position"]) == (
+            1,
+            2,
+            place * 32,
+        )
         assert_equal(stopped, ended(folder, name.partition("@")[0], rank))
 
 
 @pytest.mark.parametrize(("name", "place"), [("plain@3", 4), ("plain@-1", 8)])
-def test_a_process_alone_stops_after_the_step_and_continues_bit_for_bit(name, place, alone, tmp_path, undeterministic):
+def test_a_process_alone_stops_after_the_step_and_continues_bit_for_bit(
+    name, place, alone, tmp_path, undeterministic
+):
     stopped = rank_runs.run(name, tmp_path / name)
     assert stopped.pop("code") == EXIT_PREEMPTED
     assert f" and {place} steps of the next; " in stopped.pop("message")
@@ -185,7 +229,10 @@ def test_what_is_not_finite_in_one_process_is_left_out_in_all(folder):
 def test_what_is_not_finite_in_one_process_is_named_by_all(folder):
     first, second = (ended(folder, "stop", rank)["message"] for rank in (0, 1))
     assert first == second
-    assert first.startswith("epoch 1, step 3: not finite: loss, ce/branch2, ce/ta2, kl/ta2->branch1, kl/branch2->branch1")
+    assert first.startswith(
+        "epoch 1, step 3: not finite: loss, ce/branch2, ce/ta2, kl/ta2->branch1,"
+        " kl/branch2->branch1"
+    )
 
 
 class Command:
@@ -193,12 +240,20 @@ class Command:
 
     def __init__(self, out, before=(), after=()):
         self.out = out
-        self.process = start([*before, "-m", "fastokd", *rank_runs.COMMAND, "--out", out, "--resume", "auto", *after])
+        self.process = start(
+            [*before, "-m", "fastokd", *rank_runs.COMMAND, "--out", out, "--resume", "auto", *after]
+        )
 
     def rank(self, rank):
         """The process of that rank below the one that was started."""
-        below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in below if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        below = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
+        return next(
+            int(pid)
+            for pid in below
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        )
 
     def wait_for(self, what):
         end = time.monotonic() + 120
@@ -215,15 +270,23 @@ class Command:
 
 
 def assert_same_run(out, expected):
-    """The checkpoint and the records of a run from outside, which is one that was not interrupted."""
+    """The checkpoint and the records of a run from outside, which is one that was not
+    interrupted.
+    """
     state = load_checkpoint(out / "checkpoints" / "last.pt")
     for part in ("model", "optimizer", "last"):
         assert_equal(state[part], expected[part])
-    assert_equal([json.loads(line)["train"] for line in (out / "metrics.jsonl").read_text().splitlines()], expected["train"])
+    assert_equal(
+        [json.loads(line)["train"] for line in (out / "metrics.jsonl").read_text().splitlines()],
+        expected["train"],
+    )
 
 
 def test_a_killed_worker_is_started_again_by_torchrun_and_nothing_is_lost(folder, tmp_path):
-    run = Command(tmp_path / "run", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"])
+    run = Command(
+        tmp_path / "run",
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"],
+    )
     run.wait_for((run.out / "checkpoints" / "last.pt").exists)
     os.kill(run.rank(1), signal.SIGKILL)
     code, _, errors = finish(run.process)
@@ -234,8 +297,22 @@ def test_a_killed_worker_is_started_again_by_torchrun_and_nothing_is_lost(folder
 
 def test_two_nodes(folder, tmp_path):
     """Two agents of torchrun with one process each meet on the loopback interface."""
-    agents = [Command(tmp_path / "run", ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
-                                         f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]) for port in [free_port()] * 2]
+    agents = [
+        Command(
+            tmp_path / "run",
+            [
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc-per-node=1",
+                "--rdzv-backend=c10d",
+                "--rdzv-id=test",
+                f"--rdzv-endpoint=127.0.0.1:{port}",
+                "--local-addr=127.0.0.1",
+            ],
+        )
+        for port in [free_port()] * 2
+    ]
     for agent in agents:
         code, _, errors = finish(agent.process)
         assert code == 0, errors
@@ -245,7 +322,11 @@ def test_two_nodes(folder, tmp_path):
 
 def complaints(errors):
     """What fastokd says on stderr, without what each process says when it hears a signal."""
-    return [line for line in errors.splitlines() if line.startswith("fastokd: ") and "saving after this step" not in line]
+    return [
+        line
+        for line in errors.splitlines()
+        if line.startswith("fastokd: ") and "saving after this step" not in line
+    ]
 
 
 def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path):
@@ -256,15 +337,20 @@ def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path
     os.kill(run.rank(1), signal.SIGUSR1)
     code, _, errors = finish(run.process)
     assert code == EXIT_PREEMPTED
-    said, = complaints(errors)
-    assert said.startswith("fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epochs and ")
+    (said,) = complaints(errors)
+    assert said.startswith(
+        "fastokd: stopped by SIGUSR1; the last checkpoint has 1 finished epochs and "
+    )
 
     run = Command(out, after=GPUS)
     run.wait_for(lambda: run.sessions() == 2)
     os.kill(run.rank(1), signal.SIGKILL)
     code, _, errors = finish(run.process)
     assert code == 128 + signal.SIGKILL
-    assert complaints(errors)[-1] == "fastokd: rank 1 of 2 was killed by SIGKILL; the last checkpoint is intact"
+    assert (
+        complaints(errors)[-1]
+        == "fastokd: rank 1 of 2 was killed by SIGKILL; the last checkpoint is intact"
+    )
     assert len(complaints(errors)) <= 2
     assert "Traceback" not in errors
 
@@ -281,13 +367,31 @@ def test_an_interrupt_to_the_launcher_alone_reaches_its_processes(tmp_path):
     run.process.send_signal(signal.SIGINT)
     code, _, errors = finish(run.process)
     assert code == 130
-    said, = complaints(errors)
+    (said,) = complaints(errors)
     assert said.startswith("fastokd: interrupted in epoch ")
     assert "Traceback" not in errors
 
 
 def test_a_mistake_is_said_once(tmp_path):
-    code, output, errors = finish(start(["-m", "fastokd", *rank_runs.COMMAND, "--batch-size", "63", "--gpus", "2", "--out", tmp_path / "run"]))
+    code, output, errors = finish(
+        start(
+            [
+                "-m",
+                "fastokd",
+                *rank_runs.COMMAND,
+                "--batch-size",
+                "63",
+                "--gpus",
+                "2",
+                "--out",
+                tmp_path / "run",
+            ]
+        )
+    )
     assert (code, output) == (2, "")
-    assert errors == "fastokd: batch_size=63 over 2 processes leaves 1; it is the global batch: use 62 or 64\n"
+    assert (
+        errors
+        == "fastokd: batch_size=63 over 2 processes leaves 1; it is the global batch: use 62 or"
+        " 64\n"
+    )
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,9 @@
-"""Every command and snippet of the documentation runs, what it prints is what the page says, and the site is built from it.
+"""Every command and snippet of the documentation runs, what it prints is what the page says, and
+the site is built from it.
 
-A comment right above a block says what is special: ``<!-- run with: OPTIONS -->`` adds options to its training runs, sweeps and tables, ``<!-- not run: REASON -->``
-leaves it to be looked at, and then its options and configurations must be sound.
+A comment right above a block says what is special: ``<!-- run with: OPTIONS -->`` adds options to
+its training runs, sweeps and tables, ``<!-- not run: REASON -->`` leaves it to be looked at, and
+then its options and configurations must be sound.
 """
 
 import contextlib
@@ -32,11 +34,24 @@ from fastokd.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 # README first: others go on with its runs.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/methods/*.md"))]
-ELSEWHERE = {("docs/export.md", "python"): "tests/test_export.py", ("docs/compare.md", ""): "tests/test_compare.py", ("docs/analyze.md", ""): "tests/test_analyze.py"}
-"""Pages and languages of blocks that another file runs, because it looks closely at what they do."""
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/methods/*.md")),
+]
+ELSEWHERE = {
+    ("docs/export.md", "python"): "tests/test_export.py",
+    ("docs/compare.md", ""): "tests/test_compare.py",
+    ("docs/analyze.md", ""): "tests/test_analyze.py",
+}
+"""Pages and languages of blocks that another file runs, because it looks closely at what they
+do.
+"""
 PROGRAMS = ("fastokd", "make")
-"""What a line of a block that is run may start with; that make's targets exist is looked at apart."""
+"""What a line of a block that is run may start with; that make's targets exist is looked at
+apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,35 @@ class Block:
         """The arguments of every call of fastokd, whoever starts it."""
         if self.language == "yaml":
             words = yaml.safe_load(self.text)["spec"]["trainer"]["command"]
-            return [words[words.index("fastokd") + 1:]]
-        calls = [found[1] for line in self.statements() if (found := re.search(r"(?:^|-m )fastokd (.*?)(?: &)?$", line))]
-        return [[word for word in shlex.split(call, comments=True) if word != "..."] for call in calls]
+            return [words[words.index("fastokd") + 1 :]]
+        calls = [
+            found[1]
+            for line in self.statements()
+            if (found := re.search(r"(?:^|-m )fastokd (.*?)(?: &)?$", line))
+        ]
+        return [
+            [word for word in shlex.split(call, comments=True) if word != "..."] for call in calls
+        ]
 
 
 def blocks_of(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
-    found = re.finditer(r"^(?:<!-- (?P<mark>(?:run with|not run): [^\n]*) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    return [Block(str(path.relative_to(ROOT)), 1 + text[:match.start()].count("\n"), match["mark"] or "", match["language"], match["text"]) for match in found]
+    found = re.finditer(
+        r"^(?:<!-- (?P<mark>(?:run with|not run): [^\n]*)"
+        r" -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    return [
+        Block(
+            str(path.relative_to(ROOT)),
+            1 + text[: match.start()].count("\n"),
+            match["mark"] or "",
+            match["language"],
+            match["text"],
+        )
+        for match in found
+    ]
 
 
 BLOCKS = [block for path in PAGES for block in blocks_of(path)]
@@ -83,7 +118,9 @@ LEFT_OUT = [block for block in BLOCKS if not block.is_run]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Real files where the pages say they are: three classes of coloured noise, 32 x 32, and CIFAR's files."""
+    """Real files where the pages say they are: three classes of coloured noise, 32 x 32, and
+    CIFAR's files.
+    """
     root = tmp_path_factory.mktemp("docs")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 60), ("val", 8)):
@@ -111,10 +148,22 @@ def given_names(page: str) -> dict[str, object]:
             return result.logits, result.scores
 
         images = torch.randn(4, 3, 32, 32)
-        return {"model": model, "loader": [(images, target)], "images": images, "range": lambda epochs: [epochs // 2]}
+        return {
+            "model": model,
+            "loader": [(images, target)],
+            "images": images,
+            "range": lambda epochs: [epochs // 2],
+        }
     rows = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
-    return {"images": torch.randn(4, 3, 32, 32), "target": target, "branch_logits": rows, "scores": torch.full((2, 4, 2), 0.5),
-            "small": rows[0], "large": rows[1], "shares": torch.tensor([0.5, 0.5])}
+    return {
+        "images": torch.randn(4, 3, 32, 32),
+        "target": target,
+        "branch_logits": rows,
+        "scores": torch.full((2, 4, 2), 0.5),
+        "small": rows[0],
+        "large": rows[1],
+        "shares": torch.tensor([0.5, 0.5]),
+    }
 
 
 def run_command(words: list[str]) -> str:
@@ -130,7 +179,11 @@ def run_command(words: list[str]) -> str:
 
 def run_block(block: Block) -> list[str]:
     """Run a block of commands; returns what went wrong."""
-    wrong = [f"{block.where}: '{line}' is none of {', '.join(PROGRAMS)}" for line in block.statements() if line.split()[0] not in PROGRAMS]
+    wrong = [
+        f"{block.where}: '{line}' is none of {', '.join(PROGRAMS)}"
+        for line in block.statements()
+        if line.split()[0] not in PROGRAMS
+    ]
     for words in block.fastokd_commands():
         if "dali" in words and missing_dali():
             continue
@@ -143,7 +196,9 @@ def run_block(block: Block) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:ResNet has 1000 classes")
 def test_commands_and_snippets(workplace, monkeypatch):
-    """In one folder and one process, in the order of the pages, so that a run serves all that look at it."""
+    """In one folder and one process, in the order of the pages, so that a run serves all that look
+    at it.
+    """
     monkeypatch.chdir(workplace)
     wrong = []
     for path in PAGES:
@@ -153,8 +208,14 @@ def test_commands_and_snippets(workplace, monkeypatch):
             if block.language == "text" and printed is not None and block.text != printed:
                 wrong.append(f"{block.where}: the snippet before prints\n{printed}")
             printed = None
-            if not block.is_run or (page, block.language) in ELSEWHERE or block.text.startswith(("$ ", "--8<--")):
-                continue  # what a drawing command prints is compared in test_method_pages.py, and programs are run in test_examples.py
+            if (
+                not block.is_run
+                or (page, block.language) in ELSEWHERE
+                or block.text.startswith(("$ ", "--8<--"))
+            ):
+                # test_method_pages.py compares the output of drawing commands, and test_examples.py
+                # runs programs.
+                continue
             if block.language == "python":
                 printed = run_snippet(block, names)
             elif not block.language:
@@ -182,7 +243,9 @@ def check_names(page: str, names: dict[str, object]) -> None:
         assert all(parameter.grad is not None for parameter in model.parameters())
         assert model.merged_first_conv
         with torch.no_grad():
-            torch.testing.assert_close(model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5
+            )
     if page == "docs/own-loop.md":
         assert all(row.grad is not None for row in names["branch_logits"])
 
@@ -191,7 +254,9 @@ class Understood(Exception):
     """A run was about to begin, with a configuration that can be trained."""
 
 
-@pytest.mark.parametrize("block", LEFT_OUT, ids=lambda block: f"{block.where} ({block.mark.removeprefix('not run: ')})")
+@pytest.mark.parametrize(
+    "block", LEFT_OUT, ids=lambda block: f"{block.where} ({block.mark.removeprefix('not run: ')})"
+)
 def test_what_is_not_run_is_sound(block, monkeypatch):
     """Its options exist, its values are allowed, its recipes and files are there."""
 
@@ -206,35 +271,79 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
             if "--gpus" in words:
                 at = words.index("--gpus")
                 assert int(words[at + 1]) > 0
-                words[at:at + 2] = []
+                words[at : at + 2] = []
             with pytest.raises(Understood):
                 assert cli.main(words) == 0
         else:
             group = {"bench": cli.bench_app, "data": cli.data_app}.get(words[0], cli.app)
-            group.cli(args=words[group is not cli.app:], config=(tyro.conf.OmitArgPrefixes,))
-    files = re.findall(r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE)
+            group.cli(args=words[group is not cli.app :], config=(tyro.conf.OmitArgPrefixes,))
+    files = re.findall(
+        r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE
+    )
     for file in files:
-        assert any((ROOT / name).exists() for name in (file, f"{file.replace('.', '/')}.py", f"{file.replace('.', '/')}/__main__.py")), file
+        assert any(
+            (ROOT / name).exists()
+            for name in (
+                file,
+                f"{file.replace('.', '/')}.py",
+                f"{file.replace('.', '/')}/__main__.py",
+            )
+        ), file
     assert commands or files, f"{block.where}: nothing in it that could be looked at"
 
 
 def words_of(pattern: str) -> set[str]:
     """What a pattern finds in the inline code of all pages."""
-    return {word for path in PAGES for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")) for word in re.findall(pattern, code)}
+    return {
+        word
+        for path in PAGES
+        for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8"))
+        for word in re.findall(pattern, code)
+    }
 
 
-OTHERS_OPTIONS = {"--nproc-per-node", "--local-addr", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--check", "--dry-run", "--again", "--minutes", "--shm-size", "--help",
-                  "--version", "--benchmark-json", "--benchmark-quiet"}
+OTHERS_OPTIONS = {
+    "--nproc-per-node",
+    "--local-addr",
+    "--max-restarts",
+    "--signals-to-handle",
+    "--shutdown-timeout",
+    "--check",
+    "--dry-run",
+    "--again",
+    "--minutes",
+    "--shm-size",
+    "--help",
+    "--version",
+    "--benchmark-json",
+    "--benchmark-quiet",
+}
 """Of torchrun, bench, docker and every command."""
 
 
 def test_options_and_names_in_the_text_exist():
-    functions = [value for name, value in vars(cli).items() if inspect.isfunction(value) and value.__module__ == cli.__name__ and not name.startswith("_")]
-    options = {name.replace("_", "-") for function in functions for name in inspect.signature(function).parameters}
-    known = {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
+    functions = [
+        value
+        for name, value in vars(cli).items()
+        if inspect.isfunction(value)
+        and value.__module__ == cli.__name__
+        and not name.startswith("_")
+    ]
+    options = {
+        name.replace("_", "-")
+        for function in functions
+        for name in inspect.signature(function).parameters
+    }
+    known = (
+        {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
+    )
     assert words_of(r"(?<![\w-])--[a-z][a-z-]+") <= known
     assert words_of(r"fastokd recipes ([a-z][\w-]+)") <= set(list_recipes())
-    missing = {path for path in words_of(r"(?<![\w/])(?:tests|fastokd|bench|examples|kernels)/[\w/.-]+\.\w+") if not (ROOT / path).exists()}
+    missing = {
+        path
+        for path in words_of(r"(?<![\w/])(?:tests|fastokd|bench|examples|kernels)/[\w/.-]+\.\w+")
+        if not (ROOT / path).exists()
+    }
     assert {path for path in missing if not path.startswith("bench/results/")} == set()
 
 
@@ -243,8 +352,14 @@ def test_make_targets_and_extras_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"(?:^|`)make ([\w.-]*\w)", text, flags=re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert {name for group in re.findall(r"(?:fastokd|\.)\[([\w,-]+)\]", text) for name in group.split(",")} <= set(extras)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    assert {
+        name
+        for group in re.findall(r"(?:fastokd|\.)\[([\w,-]+)\]", text)
+        for name in group.split(",")
+    } <= set(extras)
 
 
 def test_documents_have_no_holes():
@@ -265,7 +380,11 @@ def test_citation_and_issue_templates():
     assert citation["version"] == __version__
     assert citation["license"] == "Apache-2.0"
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    forms = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    forms = [
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
+        if path.name != "config.yml"
+    ]
     assert len(forms) == 3
     for form in forms:
         asked = {part["id"]: part for part in form["body"] if "id" in part}
@@ -276,11 +395,20 @@ def test_citation_and_issue_templates():
 def test_the_site_is_built_and_needs_no_other_server(tmp_path):
     pytest.importorskip("material", reason="the site needs pip install 'fastokd[docs]'")
     pytest.importorskip("mkdocstrings", reason="the site needs pip install 'fastokd[docs]'")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"], cwd=ROOT, capture_output=True, text=True,
-                          check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    pages = {str(path.relative_to(tmp_path / "site")): path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    pages = {
+        str(path.relative_to(tmp_path / "site")): path.read_text(encoding="utf-8")
+        for path in (tmp_path / "site").rglob("*.html")
+    }
     assert len(pages) > 30
     for name, html in pages.items():
         loaded = re.findall(r'<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)="([^"]+)"', html)

@@ -21,7 +21,11 @@ def shake(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator)) if tensor.is_floating_point() else tensor.add_(1)
+            (
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                if tensor.is_floating_point()
+                else tensor.add_(1)
+            )
 
 
 def averaged(states: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
@@ -29,21 +33,41 @@ def averaged(states: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]
     average = {name: value.double() for name, value in states[0].items()}
     for number, state in enumerate(states[1:]):
         own = min(decay, (1 + number) / (10 + number))
-        average = {name: own * value + (1 - own) * state[name].double() for name, value in average.items()}
-    return {name: value if states[0][name].is_floating_point() else states[-1][name].double() for name, value in average.items()}
+        average = {
+            name: own * value + (1 - own) * state[name].double() for name, value in average.items()
+        }
+    return {
+        name: value if states[0][name].is_floating_point() else states[-1][name].double()
+        for name, value in average.items()
+    }
 
 
 def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value.double(), theirs[name].double(), rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value.double(),
+            theirs[name].double(),
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
-@pytest.mark.parametrize(("network", "method", "options"), [
-    ("resnet8", "ahbf", {}), ("mobilenetv2_x0_5", "one", {}), ("resnet8", "okddip", {"topology": "peers"}), ("resnet8", "afid", {}),
-    ("torchvision:resnet18", "ahbf", {"at": "layer4", "num_branches": 2, "aux_blocks": 1}),
-], ids=str)
-def test_the_average_is_of_the_students_weights_and_statistics(network: str, method: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("network", "method", "options"),
+    [
+        ("resnet8", "ahbf", {}),
+        ("mobilenetv2_x0_5", "one", {}),
+        ("resnet8", "okddip", {"topology": "peers"}),
+        ("resnet8", "afid", {}),
+        ("torchvision:resnet18", "ahbf", {"at": "layer4", "num_branches": 2, "aux_blocks": 1}),
+    ],
+    ids=str,
+)
+def test_the_average_is_of_the_students_weights_and_statistics(
+    network: str, method: str, options: dict[str, Any]
+) -> None:
     model = create_model(network, method, **options)
     averages = {decay: StudentAverage(model, decay) for decay in (0.15, 0.999)}
     states = [copy.deepcopy(model.student().state_dict())]
@@ -71,7 +95,12 @@ def test_the_average_follows_flat_weights_and_is_exported(tmp_path: Any) -> None
     states = [copy.deepcopy(model.student().state_dict())]
     for step in range(3):
         optimizers.zero_grad()
-        sum(row.square().sum() for row in model(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))).logits).backward()
+        sum(
+            row.square().sum()
+            for row in model(
+                torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+            ).logits
+        ).backward()
         optimizers.step()
         states.append(copy.deepcopy(model.student().state_dict()))
         average.update()
@@ -99,7 +128,9 @@ def test_a_state_continues() -> None:
     for name, value in straight.module.state_dict().items():
         assert torch.equal(value, resumed.module.state_dict()[name]), name
     assert int(resumed.state_dict()["updates"]) == 6
-    with pytest.raises(CheckpointError, match=r"the checkpoint is of another architecture: .* weights are missing"):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint is of another architecture: .* weights are missing"
+    ):
         resumed.load_state_dict({**state, "weights": {}}, "the checkpoint")
 
 
@@ -112,8 +143,22 @@ def test_a_student_that_is_a_copy_is_refused() -> None:
             return copy.deepcopy(branches[kept])
 
     parts = create_model("resnet8", "independent", num_branches=2)
-    model = BranchedModel(["resnet8", "resnet8"], 10, None, list(parts.branches), parts._joins, build_companion=lambda layout: Copies(), method="mine")
-    with pytest.raises(ConfigError, match=r"ema=0.9 and method 'mine': what it hands over is not made of the model's own modules; use ema=0"):
+    model = BranchedModel(
+        ["resnet8", "resnet8"],
+        10,
+        None,
+        list(parts.branches),
+        parts._joins,
+        build_companion=lambda layout: Copies(),
+        method="mine",
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"ema=0.9 and method 'mine': what it hands over is not made of the model's own modules;"
+            r" use ema=0"
+        ),
+    ):
         StudentAverage(model, 0.9)
 
 

@@ -1,4 +1,6 @@
-"""The programs in ``examples/`` run as their first lines say, in the small, and do what they show."""
+"""The programs in ``examples/`` run as their first lines say, in the small, and do what they
+show.
+"""
 
 import json
 import re
@@ -43,7 +45,9 @@ def pictures(tmp_path_factory):
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = torch.randint(level, level + 128, (32, 40, 3), generator=generator, dtype=torch.uint8)
+                pixels = torch.randint(
+                    level, level + 128, (32, 40, 3), generator=generator, dtype=torch.uint8
+                )
                 Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg")
     return root
 
@@ -54,23 +58,62 @@ def test_own_loop():
 
 def test_own_method(tmp_path):
     assert "T=3, teacher detached" in run("own_method.py", "show", "consensus")
-    run("own_method.py", "train", "--data", "digits", "--method", "consensus", "--model", "resnet8", "--batch-size", 128, "--epochs", 1, "--out", tmp_path / "run", "--quiet")
-    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    assert {"kl/consensus->branch1", "kl/consensus->branch2", "kl/consensus->branch3"} <= set(measured["train"])
+    run(
+        "own_method.py",
+        "train",
+        "--data",
+        "digits",
+        "--method",
+        "consensus",
+        "--model",
+        "resnet8",
+        "--batch-size",
+        128,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--quiet",
+    )
+    measured = json.loads(
+        (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    )
+    assert {"kl/consensus->branch1", "kl/consensus->branch2", "kl/consensus->branch3"} <= set(
+        measured["train"]
+    )
 
 
 def test_branch_torchvision(tmp_path):
     out = tmp_path / "student.safetensors"
-    output = run("branch_torchvision.py", "--model", "resnet18", "--at", "layer4", "--image-size", 16, "--branches", 2, "--epochs", 2, "--out", out)
+    output = run(
+        "branch_torchvision.py",
+        "--model",
+        "resnet18",
+        "--at",
+        "layer4",
+        "--image-size",
+        16,
+        "--branches",
+        2,
+        "--epochs",
+        2,
+        "--out",
+        out,
+    )
     assert last_percentage(output) > 50
     torchvision.models.resnet18(num_classes=10).load_state_dict(load_file(out), strict=True)
 
 
 def test_branch_timm():
     timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
-    output = run("branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2)
+    output = run(
+        "branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2
+    )
     assert float(re.findall(r"branch1 ([\d.]+)", output)[-1]) > 50
-    count = sum(parameter.numel() for parameter in timm.create_model("resnet10t", num_classes=10).parameters())
+    count = sum(
+        parameter.numel()
+        for parameter in timm.create_model("resnet10t", num_classes=10).parameters()
+    )
     assert output.strip().endswith(f"ResNet, {count:,} parameters")
 
 
@@ -85,18 +128,36 @@ def test_branch_timm_normalises_as_the_weights_were_trained(weights, monkeypatch
         raise SystemExit
 
     monkeypatch.setattr("fastokd.data.open_dataset", open_dataset)
-    monkeypatch.setattr(sys, "argv", ["branch_timm.py", "--model", model, "--image-size", "224", *(["--weights", str(tmp_path / "w")] if weights else [])])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "branch_timm.py",
+            "--model",
+            model,
+            "--image-size",
+            "224",
+            *(["--weights", str(tmp_path / "w")] if weights else []),
+        ],
+    )
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "examples" / "branch_timm.py"), run_name="__main__")
     wanted = timm.create_model(model).pretrained_cfg
-    assert opened == {"image_size": 224, **({"mean": wanted["mean"], "std": wanted["std"]} if weights else {})}
+    assert opened == {
+        "image_size": 224,
+        **({"mean": wanted["mean"], "std": wanted["std"]} if weights else {}),
+    }
 
 
 def test_multi_gpu_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     code, output, errors = finish(start([ROOT / "examples" / "multi_gpu.py"]))
     assert (code, output) == (1, "")
-    assert errors == "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py\n"
+    assert (
+        errors
+        == "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone"
+        " --nproc-per-node=2 examples/multi_gpu.py\n"
+    )
 
 
 def test_multi_gpu_with_two_processes(tmp_path):
@@ -112,7 +173,23 @@ def test_multi_gpu_with_two_processes(tmp_path):
 
 def test_imagenet_dali(pictures):
     pytest.importorskip("nvidia.dali", reason="needs pip install 'fastokd[dali]'")
-    output = run("imagenet_dali.py", "--data", pictures, "--model", "resnet8", "--branches", 2, "--image-size", 32, "--batch-size", 8, "--steps", 6, "--epochs", 2)
+    output = run(
+        "imagenet_dali.py",
+        "--data",
+        pictures,
+        "--model",
+        "resnet8",
+        "--branches",
+        2,
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--steps",
+        6,
+        "--epochs",
+        2,
+    )
     assert output.count("images/s") == 2
     assert last_percentage(output) >= 50
 
@@ -120,8 +197,33 @@ def test_imagenet_dali(pictures):
 def test_export_onnx(pictures, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
     folder = tmp_path / "run"
-    assert main(["train", "--data", str(pictures), "--image-size", "32", "--model", "resnet8", "--method", "baseline", "--batch-size", "16", "--lr", "0.01", "--epochs", "2",
-                 "--out", str(folder), "--quiet", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(pictures),
+                "--image-size",
+                "32",
+                "--model",
+                "resnet8",
+                "--method",
+                "baseline",
+                "--batch-size",
+                "16",
+                "--lr",
+                "0.01",
+                "--epochs",
+                "2",
+                "--out",
+                str(folder),
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     shown = [pictures / "val" / name / "3.jpg" for name in ("dark", "bright")]
     lines = run("export_onnx.py", folder, *shown).splitlines()[-2:]
     assert [re.match(r".*: (\w+) \(", line)[1] for line in lines] == ["dark", "bright"]
@@ -131,10 +233,17 @@ def test_export_onnx(pictures, tmp_path):
 def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
     pytest.importorskip("onnxruntime", reason="needs pip install 'fastokd[export]'")
     given = []
-    session = SimpleNamespace(run=lambda _, feeds: (given.append(feeds["images"]) or np.array([[0.0, 3.0]]),))
-    record = {"preprocessing": {"image_size": [32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, **shorter}, "classes": ["bright", "dark"]}
+    session = SimpleNamespace(
+        run=lambda _, feeds: (given.append(feeds["images"]) or np.array([[0.0, 3.0]]),)
+    )
+    record = {
+        "preprocessing": {"image_size": [32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, **shorter},
+        "classes": ["bright", "dark"],
+    }
     classify = runpy.run_path(str(ROOT / "examples" / "export_onnx.py"))["classify"]
-    assert classify(session, record, [pictures / "val" / "dark" / "3.jpg"]) == [("dark", pytest.approx(1 / (1 + np.exp(-3))))]
+    assert classify(session, record, [pictures / "val" / "dark" / "3.jpg"]) == [
+        ("dark", pytest.approx(1 / (1 + np.exp(-3))))
+    ]
     assert given[0].shape == (1, 3, 32, 32)
 
 

@@ -1,4 +1,6 @@
-"""The student as a file: every format gives the student's logits to whoever loads it, says what it is, and breaks in one line."""
+"""The student as a file: every format gives the student's logits to whoever loads it, says what it
+is, and breaks in one line.
+"""
 
 import io
 import json
@@ -37,18 +39,54 @@ from fastokd.models import create_model, create_student
 from fastokd.train.loop import load_run
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
-TRAIN = ["train", "--data", "digits", "--batch-size", "128", "--lr", "0.05", "--epochs", "1", "--quiet", "--device", "cpu"]
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--batch-size",
+    "128",
+    "--lr",
+    "0.05",
+    "--epochs",
+    "1",
+    "--quiet",
+    "--device",
+    "cpu",
+]
 FORMATS = ["safetensors", "onnx", "torch-export", "torchscript"]
 TWINS = ["torchvision", "timm"]
-FILES = {"safetensors": "student.safetensors", "onnx": "student.onnx", "torch-export": "student.pt2", "torchscript": "student.torchscript.pt",
-         "torchvision": "student.torchvision.safetensors", "timm": "student.timm.safetensors"}
+FILES = {
+    "safetensors": "student.safetensors",
+    "onnx": "student.onnx",
+    "torch-export": "student.pt2",
+    "torchscript": "student.torchscript.pt",
+    "torchvision": "student.torchvision.safetensors",
+    "timm": "student.timm.safetensors",
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one epoch with two branches of different depth, exported in every format that its network has."""
+    """A run of one epoch with two branches of different depth, exported in every format that its
+    network has.
+    """
     folder = tmp_path_factory.mktemp("export") / "run"
-    assert main([*TRAIN, "--model", "resnet8", "--branches", "2", "--aux-blocks", "1", "--out", str(folder)]) == 0
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--model",
+                "resnet8",
+                "--branches",
+                "2",
+                "--aux-blocks",
+                "1",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     for name in FORMATS:
         assert main(["export", str(folder), "--to", name, "--device", "cpu"]) == 0
     return folder
@@ -58,7 +96,24 @@ def run(tmp_path_factory):
 def twin_run(tmp_path_factory):
     """A run of a network that torchvision and timm have too, exported for both."""
     folder = tmp_path_factory.mktemp("twin") / "run"
-    assert main([*TRAIN, "--model", "resnet18_imagenet", "--method", "baseline", "--branches", "1", "--aux-blocks", "0", "--out", str(folder)]) == 0
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--model",
+                "resnet18_imagenet",
+                "--method",
+                "baseline",
+                "--branches",
+                "1",
+                "--aux-blocks",
+                "0",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     for name in TWINS:
         assert main(["export", str(folder), "--to", name, "--device", "cpu"]) == 0
     return folder
@@ -73,7 +128,9 @@ def images():
 
 
 def trained_logits(folder, images, branch=0):
-    """What the branched network of the checkpoint says. Weights in channels-last order would be rounded otherwise."""
+    """What the branched network of the checkpoint says. Weights in channels-last order would be
+    rounded otherwise.
+    """
     model = load_run(folder, device="cpu").evaluator.model.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
         return model(images).logits[branch]
@@ -83,7 +140,8 @@ def file_of(folder, name):
     return folder / "export" / FILES[name]
 
 
-# --- what is in a file, read with the libraries that read such files -------------------------------------------------
+# --- what is in a file, read with the libraries that read such files
+# -------------------------------------------------
 
 
 def read_metadata(path):
@@ -98,7 +156,9 @@ def read_metadata(path):
 
 
 def stock_network(path):
-    """A file as a function, loaded by the library it is for; a state dict into a network of its own making."""
+    """A file as a function, loaded by the library it is for; a state dict into a network of its own
+    making.
+    """
     if path.suffix == ".onnx":
         import onnxruntime
 
@@ -135,7 +195,9 @@ def test_the_library_it_is_for_gets_the_students_logits(request, images, name):
             found = network(images[part])
         assert torch.equal(found.argmax(1), expected[part].argmax(1))
         if name == "onnx":
-            torch.testing.assert_close(found, expected[part], rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+            torch.testing.assert_close(
+                found, expected[part], rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item())
+            )
         elif name in ("torch-export", "torchscript"):
             torch.testing.assert_close(found, expected[part], rtol=0, atol=1e-5)
         else:
@@ -156,16 +218,39 @@ def test_one_record_in_the_file_and_beside_it(request, name):
     model = "resnet18_imagenet" if name in TWINS else "resnet8"
     assert record["architecture"] == {"name": model, "num_classes": 10}
     assert record["classes"] == [str(digit) for digit in range(10)]
-    assert record["preprocessing"] == {"color": "RGB", "shorter_side": 8, "image_size": [8, 8], "scale": "divide by 255", "mean": list(data.mean), "std": list(data.std)}
-    assert record["accuracy"] == {"top1": summary["last"]["branch1"], "data": "digits", "split": "test", "num_images": 355, "epoch": 1}
+    assert record["preprocessing"] == {
+        "color": "RGB",
+        "shorter_side": 8,
+        "image_size": [8, 8],
+        "scale": "divide by 255",
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    assert record["accuracy"] == {
+        "top1": summary["last"]["branch1"],
+        "data": "digits",
+        "split": "test",
+        "num_images": 355,
+        "epoch": 1,
+    }
     environment = json.loads((folder / "environment.json").read_text())
     run = record["provenance"].pop("run")
     assert re.fullmatch("[0-9a-f]{12}", run)
     assert json.loads((folder / "student.json").read_text())["provenance"]["run"] == run
     assert record["provenance"] == {
-        "fastokd": environment["fastokd"], "torch": environment["torch"], "commit": environment["commit"], "method": "baseline" if name in TWINS else "ahbf",
-        "preset": "paper", "branches": 1 if name in TWINS else 2, "branch": 1, "aux_blocks": 0 if name in TWINS else 1, "compression": False, "seed": 0, "epochs": 1,
-        "checkpoint": "last"}
+        "fastokd": environment["fastokd"],
+        "torch": environment["torch"],
+        "commit": environment["commit"],
+        "method": "baseline" if name in TWINS else "ahbf",
+        "preset": "paper",
+        "branches": 1 if name in TWINS else 2,
+        "branch": 1,
+        "aux_blocks": 0 if name in TWINS else 1,
+        "compression": False,
+        "seed": 0,
+        "epochs": 1,
+        "checkpoint": "last",
+    }
     assert record["export"]["to"] == name
     assert record["export"]["tolerance"] == (0 if path.suffix == ".safetensors" else 1e-4)
 
@@ -182,19 +267,34 @@ def test_onnx_is_one_sound_file(run):
     weights = sum(int(np.prod(item.dims)) for item in model.graph.initializer)
     assert weights > 77_000  # the 78,042 parameters, batch norm folded into the convolutions
     (taken,), (given,) = model.graph.input, model.graph.output
-    shapes = [[item.dim_param or item.dim_value for item in value.type.tensor_type.shape.dim] for value in (taken, given)]
-    assert (taken.name, given.name, shapes) == ("images", "logits", [["batch", 3, 8, 8], ["batch", 10]])
+    shapes = [
+        [item.dim_param or item.dim_value for item in value.type.tensor_type.shape.dim]
+        for value in (taken, given)
+    ]
+    assert (taken.name, given.name, shapes) == (
+        "images",
+        "logits",
+        [["batch", 3, 8, 8], ["batch", 10]],
+    )
 
 
 @pytest.mark.parametrize("name", ["onnx", "torch-export"])
 def test_no_path_of_this_machine_is_in_a_file(run, name):
     blob = file_of(run, name).read_bytes()
-    parts = [blob] if name == "onnx" else [zipfile.ZipFile(io.BytesIO(blob)).read(item) for item in zipfile.ZipFile(io.BytesIO(blob)).namelist()]
+    parts = (
+        [blob]
+        if name == "onnx"
+        else [
+            zipfile.ZipFile(io.BytesIO(blob)).read(item)
+            for item in zipfile.ZipFile(io.BytesIO(blob)).namelist()
+        ]
+    )
     here = os.path.dirname(torch.__file__).encode()
     assert not any(here in part or b"fastokd/models/residual.py" in part for part in parts)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line
+# -------------------------------------------------------------------------------------------------
 
 
 def call(capsys, *arguments):
@@ -215,7 +315,9 @@ def mistake(result, code, pattern):
 def test_eval_measures_a_file_again(request, capsys, name):
     folder = request.getfixturevalue("twin_run" if name in TWINS else "run")
     said = f"{100 * json.loads((folder / 'summary.json').read_text())['last']['branch1']:.2f}"
-    code, out, err = call(capsys, "eval", file_of(folder, name), "--data", "digits", "--device", "cpu")
+    code, out, err = call(
+        capsys, "eval", file_of(folder, name), "--data", "digits", "--device", "cpu"
+    )
     assert (code, err) == (0, "")
     assert f"alone ({name}) on digits, 355 test images" in out
     assert f"accuracy {said} % (stored with the export: {said} % on digits, 355 test images)" in out
@@ -228,29 +330,58 @@ def test_the_choices_of_to_are_the_formats():
 
 def test_another_branch(run, images, tmp_path, capsys):
     for branch in ("2", "branch2"):
-        code, out, _ = call(capsys, "export", run, "--branch", branch, "--out", tmp_path, "--device", "cpu")
+        code, out, _ = call(
+            capsys, "export", run, "--branch", branch, "--out", tmp_path, "--device", "cpu"
+        )
         assert code == 0
         assert "the same logits bit for bit on 355 images" in out
     student, record = load_student(tmp_path)
     assert record["architecture"] == {
-        "name": "resnet8", "num_classes": 10, "branch": 1, "method": "ahbf", "num_branches": 2, "aux_blocks": 1, "topology": None,
-        "at": None, "compression": False, "options": {"gate_attention": "none"}}
+        "name": "resnet8",
+        "num_classes": 10,
+        "branch": 1,
+        "method": "ahbf",
+        "num_branches": 2,
+        "aux_blocks": 1,
+        "topology": None,
+        "at": None,
+        "compression": False,
+        "options": {"gate_attention": "none"},
+    }
     with torch.no_grad():
         assert torch.equal(student(images), trained_logits(run, images, 1))
-    assert record["accuracy"]["top1"] == json.loads((run / "summary.json").read_text())["last"]["branch2"]
+    assert (
+        record["accuracy"]["top1"]
+        == json.loads((run / "summary.json").read_text())["last"]["branch2"]
+    )
     for wrong in ("0", "3", "teacher", "\u00b2"):
-        mistake(call(capsys, "export", run, "--branch", wrong, "--out", tmp_path), 2, rf"unknown branch '{wrong}'.*\(choices: branch1, branch2\)")
+        mistake(
+            call(capsys, "export", run, "--branch", wrong, "--out", tmp_path),
+            2,
+            rf"unknown branch '{wrong}'.*\(choices: branch1, branch2\)",
+        )
 
 
 def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
     shutil.copy(file_of(run, "safetensors"), tmp_path)
-    mistake(call(capsys, "export", run, "--branch", "2", "--out", tmp_path), 2, r"student\.safetensors is the export of another run \(resnet8, .*branch 1.*choose another folder")
-    assert (tmp_path / "student.safetensors").read_bytes() == file_of(run, "safetensors").read_bytes()
+    mistake(
+        call(capsys, "export", run, "--branch", "2", "--out", tmp_path),
+        2,
+        r"student\.safetensors is the export of another run \(resnet8, .*branch 1.*choose another"
+        r" folder",
+    )
+    assert (tmp_path / "student.safetensors").read_bytes() == file_of(
+        run, "safetensors"
+    ).read_bytes()
     for name in ("student.safetensors", "student.json"):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("mine")
-        mistake(call(capsys, "export", run, "--out", folder), 2, rf"{name} is there and is no export of fastokd")
+        mistake(
+            call(capsys, "export", run, "--out", folder),
+            2,
+            rf"{name} is there and is no export of fastokd",
+        )
         assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "mine")]
     # An earlier export of the same run is replaced.
     before = (tmp_path / "student.safetensors").stat().st_ino
@@ -260,14 +391,40 @@ def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
 
 def test_a_run_that_differs_in_the_learning_rate_alone_is_another(run, tmp_path, capsys):
     other = tmp_path / "other"
-    assert main([*TRAIN, "--lr", "0.1", "--model", "resnet8", "--branches", "2", "--aux-blocks", "1", "--out", str(other)]) == 0
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--lr",
+                "0.1",
+                "--model",
+                "resnet8",
+                "--branches",
+                "2",
+                "--aux-blocks",
+                "1",
+                "--out",
+                str(other),
+            ]
+        )
+        == 0
+    )
     shutil.copy(file_of(run, "safetensors"), tmp_path)
-    mistake(call(capsys, "export", other, "--out", tmp_path), 2, r"student\.safetensors is the export of another run \(resnet8, run [0-9a-f]{12}, .*choose another folder")
-    assert (tmp_path / "student.safetensors").read_bytes() == file_of(run, "safetensors").read_bytes()
+    mistake(
+        call(capsys, "export", other, "--out", tmp_path),
+        2,
+        r"student\.safetensors is the export of another run \(resnet8, run [0-9a-f]{12}, .*choose"
+        r" another folder",
+    )
+    assert (tmp_path / "student.safetensors").read_bytes() == file_of(
+        run, "safetensors"
+    ).read_bytes()
 
 
 def test_a_run_stays_the_same_run(run, tree, tmp_path, capsys):
-    """Trained on, moved, and exported with other images for the check: its earlier export is replaced."""
+    """Trained on, moved, and exported with other images for the check: its earlier export is
+    replaced.
+    """
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert call(capsys, "train", "--resume", moved, "--epochs", "2", "--quiet")[0] == 0
@@ -276,7 +433,9 @@ def test_a_run_stays_the_same_run(run, tree, tmp_path, capsys):
         shutil.copytree(tree, data / split)
     code, _, err = call(capsys, "export", moved, "--data", data, "--device", "cpu")
     assert (code, err) == (0, "")
-    before, after = (json.loads((folder / "export" / "student.json").read_text()) for folder in (run, moved))
+    before, after = (
+        json.loads((folder / "export" / "student.json").read_text()) for folder in (run, moved)
+    )
     assert (before["provenance"]["epochs"], after["provenance"]["epochs"]) == (1, 2)
     assert before["accuracy"]["data"] != after["accuracy"]["data"]
     assert before["provenance"]["run"] == after["provenance"]["run"]
@@ -286,21 +445,51 @@ def test_a_network_is_found_whatever_its_spelling(twin_run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(twin_run, folder)
     config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("model: resnet18_imagenet\n", "model: ResNet18-ImageNet\n"))
+    (folder / "config.yaml").write_text(
+        config.replace("model: resnet18_imagenet\n", "model: ResNet18-ImageNet\n")
+    )
     assert (folder / "config.yaml").read_text() != config
-    code, _, err = call(capsys, "export", folder, "--to", "torchvision", "--out", tmp_path, "--device", "cpu")
+    code, _, err = call(
+        capsys, "export", folder, "--to", "torchvision", "--out", tmp_path, "--device", "cpu"
+    )
     assert (code, err) == (0, "")
-    assert json.loads((tmp_path / "student.torchvision.json").read_text())["architecture"] == {"name": "resnet18_imagenet", "num_classes": 10}
+    assert json.loads((tmp_path / "student.torchvision.json").read_text())["architecture"] == {
+        "name": "resnet18_imagenet",
+        "num_classes": 10,
+    }
 
 
 def test_a_peer_is_found_by_its_own_name(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main([*TRAIN, "--model", "resnet8,torchvision:shufflenet_v2_x0_5", "--method", "dml", "--out", str(folder)]) == 0
-    code, _, err = call(capsys, "export", folder, "--to", "torchvision", "--branch", "2", "--device", "cpu")
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--model",
+                "resnet8,torchvision:shufflenet_v2_x0_5",
+                "--method",
+                "dml",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
+    code, _, err = call(
+        capsys, "export", folder, "--to", "torchvision", "--branch", "2", "--device", "cpu"
+    )
     assert (code, err) == (0, "")
-    assert json.loads((folder / "export" / "student.torchvision.json").read_text())["architecture"] == {"name": "torchvision:shufflenet_v2_x0_5", "num_classes": 10}
-    (folder / "checkpoints" / "last.pt").unlink()  # that the other has no such network is said before anything is read
-    mistake(call(capsys, "export", folder, "--to", "torchvision"), 2, r"torchvision has no network with the weights of resnet8;")
+    assert json.loads((folder / "export" / "student.torchvision.json").read_text())[
+        "architecture"
+    ] == {"name": "torchvision:shufflenet_v2_x0_5", "num_classes": 10}
+    (
+        folder / "checkpoints" / "last.pt"
+    ).unlink()  # that the other has no such network is said before anything is read
+    mistake(
+        call(capsys, "export", folder, "--to", "torchvision"),
+        2,
+        r"torchvision has no network with the weights of resnet8;",
+    )
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -316,7 +505,9 @@ def test_torchvisions_networks_without_their_auxiliary_classifiers(run, tmp_path
     assert compared.num_images == 4
     written = json.loads(read_metadata(path))["export"]["constructor"]
     assert written == f"torchvision.models.{name}(aux_logits=False)"
-    stock = eval(written.replace("(", "(num_classes=10, init_weights=False, "), {"torchvision": torchvision})
+    stock = eval(
+        written.replace("(", "(num_classes=10, init_weights=False, "), {"torchvision": torchvision}
+    )
     stock.load_state_dict(load_file(path), strict=True)
     with torch.no_grad():
         assert torch.equal(stock.eval()(batch.images), student(batch.images))
@@ -324,19 +515,40 @@ def test_torchvisions_networks_without_their_auxiliary_classifiers(run, tmp_path
 
 def test_a_network_that_the_library_has_not(run, capsys):
     for library in TWINS:
-        mistake(call(capsys, "export", run, "--to", library), 2, rf"{library} has no network with the weights of resnet8; it has them of resnet18_imagenet, resnet34_imagenet.* and every {library}:NAME")
+        mistake(
+            call(capsys, "export", run, "--to", library),
+            2,
+            rf"{library} has no network with the weights of resnet8; it has them of"
+            rf" resnet18_imagenet, resnet34_imagenet.* and every {library}:NAME",
+        )
 
 
-@pytest.mark.parametrize(("module", "to", "extra"), [("onnx", "onnx", "export"), ("onnxruntime", "onnx", "export"), ("onnxscript", "onnx", "export"), ("timm", "timm", "timm")])
+@pytest.mark.parametrize(
+    ("module", "to", "extra"),
+    [
+        ("onnx", "onnx", "export"),
+        ("onnxruntime", "onnx", "export"),
+        ("onnxscript", "onnx", "export"),
+        ("timm", "timm", "timm"),
+    ],
+)
 def test_a_missing_package_is_named(twin_run, tmp_path, capsys, monkeypatch, module, to, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    mistake(call(capsys, "export", twin_run, "--to", to, "--out", tmp_path), 2, rf"pip install 'fastokd\[{extra}\]'")
+    mistake(
+        call(capsys, "export", twin_run, "--to", to, "--out", tmp_path),
+        2,
+        rf"pip install 'fastokd\[{extra}\]'",
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_eval_without_onnxruntime(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    mistake(call(capsys, "eval", file_of(run, "onnx"), "--data", "digits"), 2, r"pip install 'fastokd\[export\]'")
+    mistake(
+        call(capsys, "eval", file_of(run, "onnx"), "--data", "digits"),
+        2,
+        r"pip install 'fastokd\[export\]'",
+    )
 
 
 def test_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
@@ -344,11 +556,16 @@ def test_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    mistake(call(capsys, "export", run, "--to", "torchscript", "--out", tmp_path), 5, r"cannot write .*student\.torchscript\.pt: No space left on device")
+    mistake(
+        call(capsys, "export", run, "--to", "torchscript", "--out", tmp_path),
+        5,
+        r"cannot write .*student\.torchscript\.pt: No space left on device",
+    )
     assert not list(tmp_path.iterdir())
 
 
-# --- evaluation images without training images ------------------------------------------------------------------------
+# --- evaluation images without training images
+# ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +574,9 @@ def tree(tmp_path_factory):
     root, split = tmp_path_factory.mktemp("tree") / "digits", open_dataset("digits").test
     for number, (pixels, target) in enumerate(zip(split.images, split.targets, strict=True)):
         (root / str(int(target))).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(root / str(int(target)) / f"{number}.png")
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(
+            root / str(int(target)) / f"{number}.png"
+        )
     return root
 
 
@@ -368,7 +587,9 @@ def test_eval_needs_no_training_images(run, tree, tmp_path, capsys, layout):
         where = tmp_path / "data"
         shutil.copytree(tree, where / layout)
     said = f"{100 * json.loads((run / 'summary.json').read_text())['last']['branch1']:.2f}"
-    code, out, err = call(capsys, "eval", file_of(run, "safetensors"), "--data", where, "--device", "cpu")
+    code, out, err = call(
+        capsys, "eval", file_of(run, "safetensors"), "--data", where, "--device", "cpu"
+    )
     assert (code, err) == (0, "")
     assert f"accuracy {said} % (" in out
     assert f"355 {'digits' if layout == 'classes' else layout} images" in out
@@ -378,24 +599,50 @@ def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
     path = file_of(run, "safetensors")
     (tmp_path / "train").mkdir()
     mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"there is train/ alone")
-    mistake(call(capsys, "eval", path, "--data", tree, "--split", "test"), 2, r"has no split 'test' \(there is none\)")
+    mistake(
+        call(capsys, "eval", path, "--data", tree, "--split", "test"),
+        2,
+        r"has no split 'test' \(there is none\)",
+    )
     shutil.copytree(tree, tmp_path / "test")
-    mistake(call(capsys, "eval", path, "--data", tmp_path, "--split", "val"), 2, r"has no split 'val' \(there is train, test\)")
+    mistake(
+        call(capsys, "eval", path, "--data", tmp_path, "--split", "val"),
+        2,
+        r"has no split 'val' \(there is train, test\)",
+    )
     shutil.rmtree(tmp_path / "test" / "9")
-    mistake(call(capsys, "eval", path, "--data", tmp_path), 4, r"the student knows 10 classes \(0, 1, 2 and 7 more\), the data has 9 \(0, 1, 2 and 6 more\)")
+    mistake(
+        call(capsys, "eval", path, "--data", tmp_path),
+        4,
+        r"the student knows 10 classes \(0, 1, 2 and 7 more\), the data has 9 \(0, 1, 2 and 6"
+        r" more\)",
+    )
     (tmp_path / "test" / "9").mkdir()
-    mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"class folder\(s\) without images: test/9")
-    mistake(call(capsys, "eval", path, "--data", f"folder:{tmp_path / 'nowhere'}"), 3, r"nowhere: no folder that can be read")
+    mistake(
+        call(capsys, "eval", path, "--data", tmp_path),
+        3,
+        r"class folder\(s\) without images: test/9",
+    )
+    mistake(
+        call(capsys, "eval", path, "--data", f"folder:{tmp_path / 'nowhere'}"),
+        3,
+        r"nowhere: no folder that can be read",
+    )
 
 
 def test_a_height_that_is_no_width(run, tree, tmp_path, capsys):
     student, record = load_student(run)
     record["preprocessing"]["image_size"] = [8, 12]
     write_student(tmp_path / "student.safetensors", student, record)
-    mistake(call(capsys, "eval", tmp_path, "--data", tree), 3, r"the images are 8 x 8, the student takes 8 x 12")
+    mistake(
+        call(capsys, "eval", tmp_path, "--data", tree),
+        3,
+        r"the images are 8 x 8, the student takes 8 x 12",
+    )
 
 
-# --- the check ---------------------------------------------------------------------------------------------------------
+# --- the check
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -416,8 +663,13 @@ def test_a_format_that_loses_something_is_not_written(run, tmp_path, monkeypatch
         made[name] = True
         return form.encode(network, its_record)
 
-    monkeypatch.setattr("fastokd.export.files.get_format", lambda asked: type(form)(**{**form.__dict__, "encode": write_another}))
-    with pytest.raises(CheckpointError, match=r"logits differ by up to 0\.0(1|09).* from the trained branch's"):
+    monkeypatch.setattr(
+        "fastokd.export.files.get_format",
+        lambda asked: type(form)(**{**form.__dict__, "encode": write_another}),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"logits differ by up to 0\.0(1|09).* from the trained branch's"
+    ):
         export_student(student, record, name, tmp_path, loader)
     assert made
     assert not list(tmp_path.iterdir())
@@ -426,16 +678,45 @@ def test_a_format_that_loses_something_is_not_written(run, tmp_path, monkeypatch
 def test_a_twin_of_another_make_is_not_written(twin_run, tmp_path, capsys, monkeypatch):
     import torchvision.models
 
-    mistake(_with_twin(monkeypatch, "resnet34", call, capsys, "export", twin_run, "--to", "torchvision", "--out", tmp_path), 4, r"of another architecture: \d+ weights are missing")
+    mistake(
+        _with_twin(
+            monkeypatch,
+            "resnet34",
+            call,
+            capsys,
+            "export",
+            twin_run,
+            "--to",
+            "torchvision",
+            "--out",
+            tmp_path,
+        ),
+        4,
+        r"of another architecture: \d+ weights are missing",
+    )
     # Strictly loaded, and still another network: only the logits tell.
-    monkeypatch.setattr(torchvision.models.resnet, "conv3x3", lambda *a, **k: nn.Conv2d(a[0], a[1], 3, a[2] if len(a) > 2 else 1, 1, bias=False, padding_mode="circular"))
-    mistake(call(capsys, "export", twin_run, "--to", "torchvision", "--out", tmp_path), 4, r"logits differ by up to")
+    monkeypatch.setattr(
+        torchvision.models.resnet,
+        "conv3x3",
+        lambda *a, **k: nn.Conv2d(
+            a[0], a[1], 3, a[2] if len(a) > 2 else 1, 1, bias=False, padding_mode="circular"
+        ),
+    )
+    mistake(
+        call(capsys, "export", twin_run, "--to", "torchvision", "--out", tmp_path),
+        4,
+        r"logits differ by up to",
+    )
     assert not list(tmp_path.iterdir())
 
 
 def _with_twin(monkeypatch, name, function, *arguments):
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules["fastokd.export.state_dict"]._TWINS["torchvision"], "resnet18_imagenet", name)
+        patch.setitem(
+            sys.modules["fastokd.export.state_dict"]._TWINS["torchvision"],
+            "resnet18_imagenet",
+            name,
+        )
         return function(*arguments)
 
 
@@ -452,7 +733,10 @@ class FrozenBatch(nn.Module):
 
 def test_a_frozen_batch_size_is_not_written(run, tmp_path, loader):
     _, record = load_student(run)
-    with pytest.warns(torch.jit.TracerWarning), pytest.raises(CheckpointError, match=r"torchscript cannot be run on images \[1, 3, 8, 8\]"):
+    with (
+        pytest.warns(torch.jit.TracerWarning),
+        pytest.raises(CheckpointError, match=r"torchscript cannot be run on images \[1, 3, 8, 8\]"),
+    ):
         export_student(FrozenBatch(), record, "torchscript", tmp_path, loader)
     assert not list(tmp_path.iterdir())
 
@@ -463,7 +747,10 @@ def test_a_network_that_cannot_be_followed(run, tmp_path, loader):
             return x.flatten(1)[:, :10] if x.sum() > 0 else x.flatten(1)[:, 1:11]
 
     _, record = load_student(run)
-    with pytest.raises(CheckpointError, match=r"resnet8 cannot be written as torch-export: .*; use --to safetensors"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"resnet8 cannot be written as torch-export: .*; use --to safetensors",
+    ):
         export_student(Moody(), record, "torch-export", tmp_path, loader)
     with pytest.raises(ConfigError, match=r"unknown export format 'onxx'; did you mean 'onnx'"):
         export_student(Moody(), record, "onxx", tmp_path, loader)
@@ -482,14 +769,17 @@ def test_comparison_counts(loader):
     assert found.num_images == 355
     assert found.same_top1 == int((left.argmax(1) == right.argmax(1)).sum()) < 355
     assert found.difference == pytest.approx(1.0, abs=1e-4)
-    assert found.accuracy == pytest.approx(int((right.argmax(1) == target).sum()) / 355, abs=1 / 355)
+    assert found.accuracy == pytest.approx(
+        int((right.argmax(1) == target).sum()) / 355, abs=1 / 355
+    )
     with torch.no_grad():
         off.fc.bias[0] = float("nan")
     with pytest.raises(CheckpointError, match="differ by up to nan"):
         compare_logits(student, off, loader, tolerance=1.0)
 
 
-# --- wrappers ----------------------------------------------------------------------------------------------------------
+# --- wrappers
+# --------------------------------------------------------------------------------------------------
 
 
 def test_wrappers_leave_no_trace(run, tmp_path, loader):
@@ -509,7 +799,10 @@ def test_wrappers_leave_no_trace(run, tmp_path, loader):
     write_student(tmp_path / "student.safetensors", wrapped, record)
     assert set(load_file(tmp_path / "student.safetensors")) == names
     loaded, _ = load_student(tmp_path)
-    assert all(torch.equal(value, student.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert all(
+        torch.equal(value, student.state_dict()[name])
+        for name, value in loaded.state_dict().items()
+    )
 
 
 def test_only_wrappers_are_stripped():
@@ -517,19 +810,27 @@ def test_only_wrappers_are_stripped():
     assert list(strip_wrappers({"module.module.a.weight": x, "n_averaged": x})) == ["a.weight"]
     assert list(strip_wrappers({"_orig_mod.module.a._orig_mod.weight": x})) == ["a.weight"]
     assert list(strip_wrappers({"module.a": x, "other.b": x})) == ["module.a", "other.b"]
-    assert list(strip_wrappers({"a.module.b": x, "a.n_averaged": x})) == ["a.module.b", "a.n_averaged"]
+    assert list(strip_wrappers({"a.module.b": x, "a.n_averaged": x})) == [
+        "a.module.b",
+        "a.n_averaged",
+    ]
     assert list(strip_wrappers({"ema_model.module.a": x, "initted": x, "step": x})) == ["a"]
 
 
-# --- files that are not what they should be ----------------------------------------------------------------------------
+# --- files that are not what they should be
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, 0.5, -1])
 @pytest.mark.parametrize("name", FORMATS)
 def test_cut_short(run, tmp_path, capsys, name, keep):
     path, blob = tmp_path / FILES[name], file_of(run, name).read_bytes()
-    path.write_bytes(blob[:int(keep * len(blob)) if isinstance(keep, float) else keep])
-    mistake(call(capsys, "eval", path, "--data", "digits"), 4, rf"{FILES[name]} is (damaged or not a \w+ file \(.*\)|not a student exported by fastokd.*)")
+    path.write_bytes(blob[: int(keep * len(blob)) if isinstance(keep, float) else keep])
+    mistake(
+        call(capsys, "eval", path, "--data", "digits"),
+        4,
+        rf"{FILES[name]} is (damaged or not a \w+ file \(.*\)|not a student exported by fastokd.*)",
+    )
 
 
 @pytest.mark.parametrize("name", ["torch-export", "torchscript"])
@@ -537,7 +838,11 @@ def test_a_changed_byte(run, tmp_path, capsys, name):
     path, blob = tmp_path / FILES[name], bytearray(file_of(run, name).read_bytes())
     blob[len(blob) // 3] ^= 1
     path.write_bytes(blob)
-    mistake(call(capsys, "eval", path, "--data", "digits"), 4, r"is damaged or not a \w+ file \(Bad CRC-32")
+    mistake(
+        call(capsys, "eval", path, "--data", "digits"),
+        4,
+        r"is damaged or not a \w+ file \(Bad CRC-32",
+    )
 
 
 def foreign(path, run):
@@ -560,31 +865,57 @@ def foreign(path, run):
 def test_foreign(run, tmp_path, capsys, name):
     path = tmp_path / FILES[name]
     foreign(path, run)
-    mistake(call(capsys, "eval", path, "--data", "digits"), 4, rf"{FILES[name]} is not a student exported by fastokd \(its metadata has no 'fastokd' entry\); make one with")
+    mistake(
+        call(capsys, "eval", path, "--data", "digits"),
+        4,
+        rf"{FILES[name]} is not a student exported by fastokd \(its metadata has no 'fastokd'"
+        r" entry\); make one with",
+    )
 
 
 def test_a_checkpoint_is_no_export(run, capsys):
-    mistake(call(capsys, "eval", run / "checkpoints" / "last.pt", "--data", "digits"), 4, r"last\.pt is no export by its name: they end in .*\.onnx.*a run is given as its folder")
+    mistake(
+        call(capsys, "eval", run / "checkpoints" / "last.pt", "--data", "digits"),
+        4,
+        r"last\.pt is no export by its name: they end in .*\.onnx.*a run is given as its folder",
+    )
 
 
 def test_a_file_under_another_name(run, tmp_path, capsys):
     shutil.copy(file_of(run, "torchscript"), tmp_path / "student.pt2")
-    mistake(call(capsys, "eval", tmp_path, "--data", "digits"), 4, r"student\.pt2 says that it is of the format 'torchscript', which a pt2 file cannot be")
+    mistake(
+        call(capsys, "eval", tmp_path, "--data", "digits"),
+        4,
+        r"student\.pt2 says that it is of the format 'torchscript', which a pt2 file cannot be",
+    )
     shutil.copy(file_of(run, "onnx"), tmp_path / "student.safetensors")
-    mistake(call(capsys, "eval", tmp_path / "student.safetensors", "--data", "digits"), 4, r"is damaged or not a safetensors file")
+    mistake(
+        call(capsys, "eval", tmp_path / "student.safetensors", "--data", "digits"),
+        4,
+        r"is damaged or not a safetensors file",
+    )
 
 
 def test_a_folder_of_several_asks_which(run, tmp_path, capsys):
-    mistake(call(capsys, "eval", run / "export", "--data", "digits"), 4,
-            r"export holds 4 exports \(student\.onnx, student\.pt2, student\.safetensors, student\.torchscript\.pt\); name the file that is meant")
+    mistake(
+        call(capsys, "eval", run / "export", "--data", "digits"),
+        4,
+        r"export holds 4 exports \(student\.onnx, student\.pt2, student\.safetensors,"
+        r" student\.torchscript\.pt\); name the file that is meant",
+    )
     load_student(run / "export")  # of these one alone holds weights
     shutil.copy(file_of(run, "safetensors"), tmp_path / "a.safetensors")
     shutil.copy(file_of(run, "safetensors"), tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 2 exports \(a\.safetensors, b\.safetensors\); name the file"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 exports \(a\.safetensors, b\.safetensors\); name the file"
+    ):
         load_student(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no student at .*nothing"):
         load_student(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"student\.onnx is a program and no network's weights: run it with open_export"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"student\.onnx is a program and no network's weights: run it with open_export",
+    ):
         load_student(file_of(run, "onnx"))
 
 
@@ -597,25 +928,81 @@ def with_tensors(run, path, change):
     return path
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors, record: tensors.pop("fc.bias"), r"is of another architecture: 1 weights are missing, e\.g\. fc\.bias$"),
-    (lambda tensors, record: tensors.update(extra=torch.zeros(1)), r"1 are not the model's, e\.g\. extra$"),
-    (lambda tensors, record: tensors.update({"fc.weight": torch.zeros(5, 64)}), r"1 have another shape, e\.g\. fc\.weight is \[5, 64\], the model's is \[10, 64\]$"),
-    (lambda tensors, record: record["architecture"].update(num_classes=5), r"its record has 10 class names for a network of 5 classes"),
-    (lambda tensors, record: record.update(classes=["a", "b"], architecture={"name": "resnet8", "num_classes": 2}), r"fc\.weight is \[10, 64\], the model's is \[2, 64\]"),
-    (lambda tensors, record: record["architecture"].update(num_classes="ten"), r"its record's entry 'architecture' is incomplete"),
-    (lambda tensors, record: record["architecture"].update(name="resnet9"), r"unknown model 'resnet9'; did you mean 'resnet\d+'"),
-    (lambda tensors, record: record["architecture"].update(width=2), r"does not fit the architecture .*width"),
-    (lambda tensors, record: record["preprocessing"].update(mean=[0.5]), r"its record's entry 'preprocessing' is incomplete"),
-    (lambda tensors, record: record["preprocessing"].update(std=[1, 1, 0]), r"its record's entry 'preprocessing' is incomplete"),
-    (lambda tensors, record: record["preprocessing"].update(shorter_side="x"), r"its record's entry 'preprocessing' is incomplete"),
-    (lambda tensors, record: record["preprocessing"].update(shorter_side=7), r"its record's entry 'preprocessing' is incomplete"),
-    (lambda tensors, record: record["architecture"].update(method="ahbf", options=5), r"does not fit the architecture .*'options': 5"),
-    (lambda tensors, record: record["preprocessing"].update(image_size=[8, "8"]), r"its record's entry 'preprocessing' is incomplete"),
-    (lambda tensors, record: record["accuracy"].update(top1=None), r"its record's entry 'accuracy' is incomplete"),
-    (lambda tensors, record: record["export"].update(to="zip"), r"of the format 'zip', which a safetensors file cannot be"),
-    (lambda tensors, record: record.update(format=99), r"has format 99, this fastokd reads up to 1: install a newer fastokd"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors, record: tensors.pop("fc.bias"),
+            r"is of another architecture: 1 weights are missing, e\.g\. fc\.bias$",
+        ),
+        (
+            lambda tensors, record: tensors.update(extra=torch.zeros(1)),
+            r"1 are not the model's, e\.g\. extra$",
+        ),
+        (
+            lambda tensors, record: tensors.update({"fc.weight": torch.zeros(5, 64)}),
+            r"1 have another shape, e\.g\. fc\.weight is \[5, 64\], the model's is \[10, 64\]$",
+        ),
+        (
+            lambda tensors, record: record["architecture"].update(num_classes=5),
+            r"its record has 10 class names for a network of 5 classes",
+        ),
+        (
+            lambda tensors, record: record.update(
+                classes=["a", "b"], architecture={"name": "resnet8", "num_classes": 2}
+            ),
+            r"fc\.weight is \[10, 64\], the model's is \[2, 64\]",
+        ),
+        (
+            lambda tensors, record: record["architecture"].update(num_classes="ten"),
+            r"its record's entry 'architecture' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["architecture"].update(name="resnet9"),
+            r"unknown model 'resnet9'; did you mean 'resnet\d+'",
+        ),
+        (
+            lambda tensors, record: record["architecture"].update(width=2),
+            r"does not fit the architecture .*width",
+        ),
+        (
+            lambda tensors, record: record["preprocessing"].update(mean=[0.5]),
+            r"its record's entry 'preprocessing' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["preprocessing"].update(std=[1, 1, 0]),
+            r"its record's entry 'preprocessing' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["preprocessing"].update(shorter_side="x"),
+            r"its record's entry 'preprocessing' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["preprocessing"].update(shorter_side=7),
+            r"its record's entry 'preprocessing' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["architecture"].update(method="ahbf", options=5),
+            r"does not fit the architecture .*'options': 5",
+        ),
+        (
+            lambda tensors, record: record["preprocessing"].update(image_size=[8, "8"]),
+            r"its record's entry 'preprocessing' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["accuracy"].update(top1=None),
+            r"its record's entry 'accuracy' is incomplete",
+        ),
+        (
+            lambda tensors, record: record["export"].update(to="zip"),
+            r"of the format 'zip', which a safetensors file cannot be",
+        ),
+        (
+            lambda tensors, record: record.update(format=99),
+            r"has format 99, this fastokd reads up to 1: install a newer fastokd",
+        ),
+    ],
+)
 def test_weights_and_records_that_do_not_fit(run, tmp_path, change, message):
     path = with_tensors(run, tmp_path / "student.safetensors", change)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -648,7 +1035,17 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("where", ["data/sample_inputs/model.pt", "data/weights/model.pt", "data/constants/model.pt", "data/aotinductor/model/x.so", "pickled weight", "custom object"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "data/sample_inputs/model.pt",
+        "data/weights/model.pt",
+        "data/constants/model.pt",
+        "data/aotinductor/model/x.so",
+        "pickled weight",
+        "custom object",
+    ],
+)
 def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
     buffer = io.BytesIO()
     torch.save((Evil(tmp_path / "written"),), buffer)
@@ -658,40 +1055,72 @@ def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
         config = f"data/{folder}/model_{folder}_config.json"
         content = json.loads(read_archive(file_of(run, "torch-export"))[config])
         path_name = "weight_0" if where == "pickled weight" else "custom_obj_0"
-        content["config"]["evil"] = {"path_name": path_name, "is_param": False, "use_pickle": True, "tensor_meta": None}
+        content["config"]["evil"] = {
+            "path_name": path_name,
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
         changes = {config: json.dumps(content), f"data/{folder}/{path_name}": buffer.getvalue()}
     rewrite(file_of(run, "torch-export"), tmp_path / "student.pt2", changes)
-    mistake(call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits"), 4, r"student\.pt2 (is refused: |cannot be loaded by torch .*[Ww]eights.only)")
+    mistake(
+        call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits"),
+        4,
+        r"student\.pt2 (is refused: |cannot be loaded by torch .*[Ww]eights.only)",
+    )
     assert not (tmp_path / "written").exists()
 
 
 def test_a_name_that_is_in_an_archive_twice(run, tmp_path, capsys):
     shutil.copy(file_of(run, "torchscript"), tmp_path / "student.torchscript.pt")
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "student.torchscript.pt", "a") as archive:
-        archive.writestr(next(name for name in archive.namelist() if name.endswith("data.pkl")), b"")
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(tmp_path / "student.torchscript.pt", "a") as archive,
+    ):
+        archive.writestr(
+            next(name for name in archive.namelist() if name.endswith("data.pkl")), b""
+        )
     mistake(call(capsys, "eval", tmp_path, "--data", "digits"), 4, r"a name is in it twice")
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_name_that_is_in_an_archive_in_another_case(run, tmp_path, capsys, first):
-    """PyTorch looks names up without regard to case: another spelling of a file that was looked at could be what it reads."""
+    """PyTorch looks names up without regard to case: another spelling of a file that was looked at
+    could be what it reads.
+    """
     buffer = io.BytesIO()
     torch.save(Evil(tmp_path / "written"), buffer)
     sound = read_archive(file_of(run, "torch-export"))
     config = "data/weights/model_weights_config.json"
     content = json.loads(sound[config])
-    content["config"][next(iter(content["config"]))] = {"path_name": "weight_evil", "is_param": False, "use_pickle": True, "tensor_meta": None}
-    added = {"data/weights/MODEL_weights_config.json": json.dumps(content), "data/weights/weight_evil": buffer.getvalue()}
+    content["config"][next(iter(content["config"]))] = {
+        "path_name": "weight_evil",
+        "is_param": False,
+        "use_pickle": True,
+        "tensor_meta": None,
+    }
+    added = {
+        "data/weights/MODEL_weights_config.json": json.dumps(content),
+        "data/weights/weight_evil": buffer.getvalue(),
+    }
     write_archive(tmp_path / "student.pt2", {**added, **sound} if first else {**sound, **added})
-    mistake(call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits"), 4, r"a name is in it twice")
+    mistake(
+        call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits"),
+        4,
+        r"a name is in it twice",
+    )
     assert not (tmp_path / "written").exists()
 
 
 def test_pytorch_is_given_what_was_looked_at(run, tmp_path, capsys, monkeypatch):
-    """What Python's reader skips and another might not, such as bytes before the archive, does not get to PyTorch."""
+    """What Python's reader skips and another might not, such as bytes before the archive, does not
+    get to PyTorch.
+    """
     (tmp_path / "student.pt2").write_bytes(b"before" + file_of(run, "torch-export").read_bytes())
     given, load = [], torch.export.load
-    monkeypatch.setattr(torch.export, "load", lambda file: given.append(file.getvalue()) or load(file))
+    monkeypatch.setattr(
+        torch.export, "load", lambda file: given.append(file.getvalue()) or load(file)
+    )
     assert call(capsys, "eval", tmp_path / "student.pt2", "--data", "digits")[0] == 0
     (tmp_path / "given.pt2").write_bytes(given[0])
     assert given[0].startswith(b"PK")
@@ -703,7 +1132,8 @@ def test_an_untouched_archive_passes_the_rewriting(run, tmp_path, capsys):
     assert call(capsys, "eval", tmp_path, "--data", "digits")[0] == 0
 
 
-# --- docs/export.md -----------------------------------------------------------------------------------------------------
+# --- docs/export.md
+# --------------------------------------------------------------------------------------------------
 
 
 def test_snippets_of_the_page(run, twin_run, images, tmp_path, monkeypatch, capsys):
@@ -726,7 +1156,9 @@ def test_snippets_of_the_page(run, twin_run, images, tmp_path, monkeypatch, caps
             exec(snippet, names)
         files.append(re.search(r"export/(student\.[\w.]+)", snippet)[1])
         folder = twin_run if any(library in files[-1] for library in TWINS) else run
-        found = torch.from_numpy(names["logits"]) if "logits" in names else names["network"](images[:1])
+        found = (
+            torch.from_numpy(names["logits"]) if "logits" in names else names["network"](images[:1])
+        )
         torch.testing.assert_close(found, expected[folder], rtol=0, atol=1e-4)
         if "record" in names:
             assert names["record"]["classes"] == [str(digit) for digit in range(10)]
@@ -749,10 +1181,23 @@ def test_the_page_frames_a_picture_as_the_run_did(run, tmp_path, monkeypatch):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 43, 3), dtype=np.uint8))
     image.save("image.png")
     names = {}
-    exec(next(snippet for snippet in re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL) if "onnxruntime" in snippet), names)
+    exec(
+        next(
+            snippet
+            for snippet in re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+            if "onnxruntime" in snippet
+        ),
+        names,
+    )
     preprocessing = record["preprocessing"]
-    expected = transforms.Compose([transforms.Resize(10), transforms.CenterCrop(8), transforms.ToTensor(),
-                                   transforms.Normalize(preprocessing["mean"], preprocessing["std"])])(image)
+    expected = transforms.Compose(
+        [
+            transforms.Resize(10),
+            transforms.CenterCrop(8),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing["mean"], preprocessing["std"]),
+        ]
+    )(image)
     np.testing.assert_allclose(names["images"][0], expected.numpy(), atol=1e-5)
     row = re.search(r"^\| `preprocessing` \|.*$", DOCS, flags=re.MULTILINE)[0]
     assert set(preprocessing) == set(re.findall(r"`(\w+)`", row)) - {"preprocessing"}
@@ -770,7 +1215,9 @@ def test_open_export_runs_any_format(run, images):
         path, record, runtime = open_export(file_of(run, name))
         assert path == file_of(run, name)
         assert record["export"]["to"] == name
-        torch.testing.assert_close(runtime.run(images[:5]), trained_logits(run, images[:5]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            runtime.run(images[:5]), trained_logits(run, images[:5]), rtol=0, atol=1e-4
+        )
         assert not runtime.run(images[:5]).requires_grad
 
 
@@ -778,6 +1225,8 @@ def test_any_branch_is_built_again_from_the_layout():
     layout = {"method": "ahbf", "num_branches": 3, "aux_blocks": 2}
     model = create_model("resnet8", num_classes=10, **layout)
     for branch in range(3):
-        create_student("resnet8", 10, branch=branch, **layout).load_state_dict(model.student(branch).state_dict())
+        create_student("resnet8", 10, branch=branch, **layout).load_state_dict(
+            model.student(branch).state_dict()
+        )
     with pytest.raises(ConfigError, match="branch 3: this model has the branches 0 to 2"):
         create_student("resnet8", 10, branch=3, **layout)

@@ -9,7 +9,14 @@ from fastokd.ops.executors import executor_states
 
 opaque_executor.register()
 STATE = executor_states()["cpu"]
-IMPLS = ["reference", "opaque", pytest.param("cpu", marks=pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}"))]
+IMPLS = [
+    "reference",
+    "opaque",
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}"),
+    ),
+]
 
 
 def make(batch=6, dtype=torch.float32):
@@ -18,7 +25,12 @@ def make(batch=6, dtype=torch.float32):
     weight = torch.randn(3, 5, 7, generator=generator, dtype=dtype).requires_grad_()
     gate = torch.randn(2, 5, 2, generator=generator, dtype=dtype).requires_grad_()
     images = torch.randn(batch, 5, generator=generator, dtype=dtype)
-    return (weight, gate), [images @ part for part in weight], [(images @ part).softmax(1) for part in gate], torch.randint(0, 7, (batch,), generator=generator)
+    return (
+        (weight, gate),
+        [images @ part for part in weight],
+        [(images @ part).softmax(1) for part in gate],
+        torch.randint(0, 7, (batch,), generator=generator),
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -30,7 +42,9 @@ def test_equals_forward_then_backward(impl, dtype):
     loss.backward()
     expected = [leaf.grad.clone() for leaf in leaves]
     leaves, logits, scores, target = make(dtype=dtype)
-    at_once, terms_at_once = criterion.forward_backward(logits, target, scores=scores, kd_weight=0.3)
+    at_once, terms_at_once = criterion.forward_backward(
+        logits, target, scores=scores, kd_weight=0.3
+    )
     assert not at_once.requires_grad
     torch.testing.assert_close(at_once, loss.detach())
     assert list(terms) == list(terms_at_once)

@@ -1,4 +1,6 @@
-"""A run that is stopped anywhere and picked up again ends as one that was not, to the last bit; and what is not finite, in a run."""
+"""A run that is stopped anywhere and picked up again ends as one that was not, to the last bit; and
+what is not finite, in a run.
+"""
 
 import dataclasses
 import json
@@ -27,8 +29,23 @@ from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
 CONFIG = TrainConfig(
-    data="digits", model="resnet8", method="ahbf", branches=2, aux_blocks=0, epochs=2, batch_size=32, lr=0.01, optimizer="adamw", schedule="cosine",
-    warmup_epochs=0.5, ema=0.9, mixup=0.2, clip_grad=5.0, deterministic=True, save_minutes=0.0)
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=2,
+    aux_blocks=0,
+    epochs=2,
+    batch_size=32,
+    lr=0.01,
+    optimizer="adamw",
+    schedule="cosine",
+    warmup_epochs=0.5,
+    ema=0.9,
+    mixup=0.2,
+    clip_grad=5.0,
+    deterministic=True,
+    save_minutes=0.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +62,21 @@ def tree(tmp_path_factory):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+                Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(
+                    folder / f"{number}.png"
+                )
     return root
 
 
 def stop_at(trainer, step=None, evaluating=False):
-    """Send this process SIGTERM after a step counted over the whole run, or when an epoch's steps are done."""
-    steps, report, begin = len(trainer.train_loader), trainer.reporter.step, trainer.reporter.evaluating
+    """Send this process SIGTERM after a step counted over the whole run, or when an epoch's steps
+    are done.
+    """
+    steps, report, begin = (
+        len(trainer.train_loader),
+        trainer.reporter.step,
+        trainer.reporter.evaluating,
+    )
 
     def after_step(done, progress=None):
         report(done, progress)
@@ -70,7 +95,13 @@ def interrupted(config, folder, dataset, **stop):
     """The same run, stopped once and resumed."""
     first = make(config, folder, dataset)
     stop_at(first, **stop)
-    with pytest.raises(Preempted, match=r"stopped by SIGTERM; the last checkpoint has \d finished epochs and \d+ steps of the next; continue with"):
+    with pytest.raises(
+        Preempted,
+        match=(
+            r"stopped by SIGTERM; the last checkpoint has \d finished epochs and \d+ steps of the"
+            r" next; continue with"
+        ),
+    ):
         first.run()
     second = make(config, folder, dataset, resume=True)
     second.run()
@@ -110,15 +141,31 @@ def straight(tmp_path_factory, digits):
     return outcome(trainer)
 
 
-@pytest.mark.parametrize("stop", [{"step": 1}, {"step": 4}, {"step": 6}, {"evaluating": True}], ids=str)
+@pytest.mark.parametrize(
+    "stop", [{"step": 1}, {"step": 4}, {"step": 6}, {"evaluating": True}], ids=str
+)
 def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
     assert_equal(outcome(interrupted(CONFIG, tmp_path / "run", digits, **stop)), straight)
 
 
-@pytest.mark.parametrize("changes", [
-    {"method": "tsb", "branches": 2, "mixup": 0.0, "optimizer": "lamb"},  # what the loss remembers
-    {"precision": "fp16", "impl": "reference", "flat": True, "device_batch": 16},  # the loss scale, views, parts
-], ids=lambda changes: changes.get("method") or changes.get("precision"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "method": "tsb",
+            "branches": 2,
+            "mixup": 0.0,
+            "optimizer": "lamb",
+        },  # what the loss remembers
+        {
+            "precision": "fp16",
+            "impl": "reference",
+            "flat": True,
+            "device_batch": 16,
+        },  # the loss scale, views, parts
+    ],
+    ids=lambda changes: changes.get("method") or changes.get("precision"),
+)
 def test_what_else_a_run_remembers(tmp_path, digits, changes):
     config = dataclasses.replace(CONFIG, **changes)
     whole = make(config, tmp_path / "straight", digits)
@@ -129,8 +176,18 @@ def test_what_else_a_run_remembers(tmp_path, digits, changes):
 @pytest.mark.parametrize("loader", ["resident", "torchvision"])
 def test_what_layers_draw(tmp_path, tree, loader):
     """VGG has dropout, so it needs the generator's state, and no loader may draw from it."""
-    config = dataclasses.replace(CONFIG, data=str(tree), model="vgg13", image_size=32, batch_size=16, ema=0.0, mixup=0.0, epochs=1, loader=loader,
-                                 loader_options={"workers": 0} if loader == "torchvision" else {})
+    config = dataclasses.replace(
+        CONFIG,
+        data=str(tree),
+        model="vgg13",
+        image_size=32,
+        batch_size=16,
+        ema=0.0,
+        mixup=0.0,
+        epochs=1,
+        loader=loader,
+        loader_options={"workers": 0} if loader == "torchvision" else {},
+    )
     whole = make(config, tmp_path / "straight", None)
     whole.run()
     assert_equal(outcome(interrupted(config, tmp_path / "run", None, step=2)), outcome(whole))
@@ -140,8 +197,15 @@ def test_what_layers_draw(tmp_path, tree, loader):
 def test_every_loader(tmp_path, tree, loader):
     if reason := get_loader_kind(loader).missing(torch.device("cpu")):
         pytest.skip(reason)
-    config = dataclasses.replace(CONFIG, data=str(tree), loader=loader, batch_size=16, image_size=16, mixup=0.0,
-                                 loader_options={"workers": 0} if loader == "torchvision" else {})
+    config = dataclasses.replace(
+        CONFIG,
+        data=str(tree),
+        loader=loader,
+        batch_size=16,
+        image_size=16,
+        mixup=0.0,
+        loader_options={"workers": 0} if loader == "torchvision" else {},
+    )
     whole = make(config, tmp_path / "straight", None)
     whole.run()
     assert_equal(outcome(interrupted(config, tmp_path / "run", None, step=2)), outcome(whole))
@@ -154,7 +218,12 @@ def test_other_levers_may_go_on(tmp_path, digits, straight):
     with pytest.raises(Preempted) as stopped:
         first.run()
     assert stopped.value.exit_code == EXIT_PREEMPTED == 75
-    second = make(dataclasses.replace(CONFIG, flat=True, impl="reference", keep_checkpoints=1), tmp_path / "run", digits, resume=True)
+    second = make(
+        dataclasses.replace(CONFIG, flat=True, impl="reference", keep_checkpoints=1),
+        tmp_path / "run",
+        digits,
+        resume=True,
+    )
     second.run()
     assert [record["epoch"] for record in second.run_folder.read_metrics()] == [0, 1]
     found = outcome(second)["model"]
@@ -168,14 +237,22 @@ def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
     with pytest.raises(Preempted):
         first.run()
     other = dataclasses.replace(CONFIG, lr=0.02, ema=0.5)
-    with pytest.raises(ConfigError, match=r"\(was, is: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo that, pass --allow-config-change, or start a new run"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"\(was, is: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo that, pass"
+            r" --allow-config-change, or start a new run"
+        ),
+    ):
         make(other, tmp_path / "run", digits, resume=True)
     state = load_checkpoint(first.run_folder.last)
     trainer = loop.Trainer(other, first.run_folder, Reporter(quiet=True), digits)
     trainer.resume(state, allow_config_change=True)
     assert trainer.done == 3  # seen after the step that follows the signal's
     trainer.run()
-    assert (tmp_path / "run" / "log.txt").read_text().count("going on with another configuration than before (was, is: lr: 0.01, 0.02; ema: 0.9, 0.5)") == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count(
+        "going on with another configuration than before (was, is: lr: 0.01, 0.02; ema: 0.9, 0.5)"
+    ) == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
@@ -198,8 +275,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
 
 def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, digits, monkeypatch):
     trainer = make(CONFIG, tmp_path / "run", digits)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10**5))
-    with pytest.raises(StorageError, match=r"4 checkpoints \(2 of the newest, the best, and one while it is written\)"):
+    monkeypatch.setattr(
+        storage.shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(total=10**9, used=10**9, free=10**5),
+    )
+    with pytest.raises(
+        StorageError,
+        match=r"4 checkpoints \(2 of the newest, the best, and one while it is written\)",
+    ):
         trainer.run()
     assert int(trainer.step.number) == 0
 
@@ -226,16 +310,27 @@ class TestAveragedStudent:
         assert trainer.kept == "ema"
         assert summary.last["ema"] != summary.last["branch1"]
         student, record = load_student(tmp_path / "run")
-        assert record["accuracy"]["top1"] == summary.last["ema"] == measure_accuracy(student, trainer.eval_loader)
+        assert (
+            record["accuracy"]["top1"]
+            == summary.last["ema"]
+            == measure_accuracy(student, trainer.eval_loader)
+        )
         averaged = trainer.step.average.module.state_dict()
-        assert all(torch.equal(value, averaged[name]) for name, value in student.state_dict().items())
+        assert all(
+            torch.equal(value, averaged[name]) for name, value in student.state_dict().items()
+        )
         loaded = load_run(tmp_path / "run")
         assert loaded.evaluator.evaluate(trainer.eval_loader) == summary.last
-        assert json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["ema"] == summary.last["ema"]
+        assert (
+            json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["ema"]
+            == summary.last["ema"]
+        )
 
 
 class Poisoned:
-    """A loader one of whose batches, each time the epoch is gone through, holds a picture of infinities."""
+    """A loader one of whose batches, each time the epoch is gone through, holds a picture of
+    infinities.
+    """
 
     def __init__(self, loader, which):
         self.loader, self.which = loader, which
@@ -248,7 +343,9 @@ class Poisoned:
 
     def __iter__(self):
         for number, batch in enumerate(self.loader):
-            images = torch.full_like(batch.images, math.inf) if number in self.which else batch.images
+            images = (
+                torch.full_like(batch.images, math.inf) if number in self.which else batch.images
+            )
             yield Batch(images, batch.target, batch.index)
 
 
@@ -263,14 +360,25 @@ class TestNotFinite:
 
     def test_stop(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2})
-        with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 3: not finite: loss, ce/branch1, .*; no epoch was saved, so there is no checkpoint. To mend it lower --lr"):
+        with pytest.raises(
+            NonFiniteLoss,
+            match=(
+                r"epoch 1, step 3: not finite: loss, ce/branch1, .*; no epoch was saved, so there"
+                r" is no checkpoint. To mend it lower --lr"
+            ),
+        ):
             trainer.run()
 
     def test_skip(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="skip")
         summary = trainer.run()
-        assert "left out in epoch 1, step 3: not finite: loss, ce/branch1" in self.said(tmp_path / "run")
-        assert all(bool(value.isfinite().all()) for value in load_student(tmp_path / "run")[0].state_dict().values())
+        assert "left out in epoch 1, step 3: not finite: loss, ce/branch1" in self.said(
+            tmp_path / "run"
+        )
+        assert all(
+            bool(value.isfinite().all())
+            for value in load_student(tmp_path / "run")[0].state_dict().values()
+        )
         assert math.isfinite(trainer.run_folder.read_metrics()[0]["train"]["loss"])
         assert summary.epochs == 1
 
@@ -287,9 +395,18 @@ class TestNotFinite:
         clean.model.train()
         clean.step.set_schedule(clean._lr(3), clean.config.kd_weight_at(0))
         clean.step(fourth[0])
-        assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in clean.model.state_dict().items())
+        assert all(
+            torch.equal(value, trainer.model.state_dict()[name])
+            for name, value in clean.model.state_dict().items()
+        )
 
-    @pytest.mark.parametrize(("policy", "message"), [("skip", "more than 2 steps were to be left out"), ("rollback", "2 rollbacks in this epoch did not help")])
+    @pytest.mark.parametrize(
+        ("policy", "message"),
+        [
+            ("skip", "more than 2 steps were to be left out"),
+            ("rollback", "2 rollbacks in this epoch did not help"),
+        ],
+    )
     def test_it_ends_somewhere(self, tmp_path, digits, monkeypatch, policy, message):
         for name in ("MAX_SKIPPED", "MAX_ROLLBACKS"):
             monkeypatch.setattr(loop, name, 2)

@@ -1,4 +1,6 @@
-"""KDCL: the teacher that each variant makes, the loss against its equations, views of one's own, and held-out images."""
+"""KDCL: the teacher that each variant makes, the loss against its equations, views of one's own,
+and held-out images.
+"""
 
 import dataclasses
 import itertools
@@ -19,7 +21,10 @@ from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.loop import load_run
 
-Z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5), (2.0, -1.0, 0.5))]
+Z = [
+    torch.tensor([row], dtype=torch.float64)
+    for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5), (2.0, -1.0, 0.5))
+]
 LABEL = torch.tensor([0])
 PRINTED = 1.1e-6
 
@@ -31,16 +36,25 @@ def weights_of(rows, target):
 def test_worked_linear():
     # The optimum is a vertex, met exactly.
     assert weights_of(Z[:2], LABEL) == pytest.approx(np.array([[1.0, 0.0]]), abs=1e-12)
-    pair = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 2.0, -3.0), (1.0, -3.0, 2.0))]
+    pair = [
+        torch.tensor([row], dtype=torch.float64) for row in ((1.0, 2.0, -3.0), (1.0, -3.0, 2.0))
+    ]
     assert weights_of(pair, LABEL) == pytest.approx(np.array([[0.5, 0.5]]), abs=1e-9)
-    mixed = KDCLLoss(2, "linear").graph_inputs(pair, LABEL).weights["teacher_weights"].numpy() @ np.concatenate(pair)
+    mixed = KDCLLoss(2, "linear").graph_inputs(pair, LABEL).weights[
+        "teacher_weights"
+    ].numpy() @ np.concatenate(pair)
     assert cross_entropy(mixed, LABEL.numpy())[0] == pytest.approx(0.368981, abs=PRINTED)
 
 
 def test_worked_general():
-    assert error_correlation_weights(torch.tensor([[0.04, 0.01], [0.01, 0.09]])).tolist() == pytest.approx([0.727273, 0.272727], abs=PRINTED)
+    assert error_correlation_weights(
+        torch.tensor([[0.04, 0.01], [0.01, 0.09]])
+    ).tolist() == pytest.approx([0.727273, 0.272727], abs=PRINTED)
     # C^-1 1 is (12, -2) here: the negative weight is 0, and the other one is all.
-    assert error_correlation_weights(torch.tensor([[0.04, 0.07], [0.07, 0.19]])).tolist() == [1.0, 0.0]
+    assert error_correlation_weights(torch.tensor([[0.04, 0.07], [0.07, 0.19]])).tolist() == [
+        1.0,
+        0.0,
+    ]
     assert error_correlation_weights(torch.full((3, 3), 0.5)).tolist() == pytest.approx([1 / 3] * 3)
     assert error_correlation_weights(torch.zeros(2, 2)).tolist() == [0.5, 0.5]
 
@@ -51,12 +65,20 @@ def test_worked_teachers_through_the_loss():
     z = [row.numpy() for row in Z]
     for variant, teacher in (("naive", z[2]), ("minlogit", np.array([[0.0, -3.0, -2.0]]))):
         loss = KDCLLoss(3, variant)(Z, LABEL, kd_weight=0.5)
-        assert loss.item() == pytest.approx(oracle.kdcl(z, teacher, LABEL.numpy(), 0.5, 3.0)[0], abs=1e-9)
+        assert loss.item() == pytest.approx(
+            oracle.kdcl(z, teacher, LABEL.numpy(), 0.5, 3.0)[0], abs=1e-9
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 6), st.sampled_from((2, 10, 50)), st.sampled_from((0.05, 1.0, 5.0, 40.0)), st.sampled_from(("free", "alike", "equal")),
-       st.booleans(), st.integers(0, 999))
+@given(
+    st.integers(2, 6),
+    st.sampled_from((2, 10, 50)),
+    st.sampled_from((0.05, 1.0, 5.0, 40.0)),
+    st.sampled_from(("free", "alike", "equal")),
+    st.booleans(),
+    st.integers(0, 999),
+)
 def test_linear_is_at_the_minimum(count, classes, scale, kind, soft, seed):
     random = np.random.default_rng(seed)
     base, own = random.normal(size=(8, 1, classes)), random.normal(size=(8, count, classes))
@@ -78,7 +100,9 @@ def test_linear_is_at_the_minimum(count, classes, scale, kind, soft, seed):
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_linear_is_at_the_minimum_of_logits_in_the_hundreds(count):
-    """There the cross-entropy is almost piecewise linear, and without the cooling 16 steps end 100 times as far off."""
+    """There the cross-entropy is almost piecewise linear, and without the cooling 16 steps end 100
+    times as far off.
+    """
     random = np.random.default_rng(count)
     rows, labels = 100 * random.normal(size=(64, count, 100)), random.integers(100, size=64)
     a = weights_of(list(torch.from_numpy(rows).unbind(1)), torch.from_numpy(labels))
@@ -92,8 +116,20 @@ def test_linear_beats_a_grid():
     rows, labels = 3 * random.normal(size=(6, 3, 7)), random.integers(7, size=6)
     y = np.eye(7)[labels]
     a = weights_of(list(torch.from_numpy(rows).unbind(1)), torch.from_numpy(labels))
-    grid = np.array([(i, j, 200 - i - j) for i, j in itertools.product(range(201), repeat=2) if i + j <= 200]) / 200
-    lowest = np.min([oracle.mixed_cross_entropy_gap(rows, y, np.tile(point, (6, 1)))[0] for point in grid], axis=0)
+    grid = (
+        np.array(
+            [
+                (i, j, 200 - i - j)
+                for i, j in itertools.product(range(201), repeat=2)
+                if i + j <= 200
+            ]
+        )
+        / 200
+    )
+    lowest = np.min(
+        [oracle.mixed_cross_entropy_gap(rows, y, np.tile(point, (6, 1)))[0] for point in grid],
+        axis=0,
+    )
     found = oracle.mixed_cross_entropy_gap(rows, y, a)[0]
     assert (found <= lowest + 1e-12).all()
     assert (found >= lowest - 1e-3).all()
@@ -110,15 +146,24 @@ def test_loss_and_gradients_equal_the_equations(variant, impl):
     if variant == "general":
         held = [random.normal(size=(9, 6)) * k for k in (1, 2, 3)]
         labels = random.integers(6, size=9)
-        criterion.see_held_out([([torch.from_numpy(row[part]) for row in held], torch.from_numpy(labels[part])) for part in (slice(0, 4), slice(4, 9))])
+        criterion.see_held_out(
+            [
+                ([torch.from_numpy(row[part]) for row in held], torch.from_numpy(labels[part]))
+                for part in (slice(0, 4), slice(4, 9))
+            ]
+        )
         inverse = np.linalg.inv(oracle.error_correlation(held, labels))
         mix = np.maximum(inverse.sum(1) / inverse.sum(), 0)
         mix /= mix.sum()
         assert len(set(mix.round(3))) > 1
         np.testing.assert_allclose(criterion.teacher_weights.numpy(), mix, rtol=1e-9)
     elif variant == "linear":
-        mix = weights_of([torch.from_numpy(row) for row in z], torch.from_numpy(target))  # held to its oracle above
-    teacher = {"naive": oracle.naive_teacher, "minlogit": oracle.minlogit_teacher}.get(variant, lambda rows, _: oracle.mixed_teacher(rows, mix))
+        mix = weights_of(
+            [torch.from_numpy(row) for row in z], torch.from_numpy(target)
+        )  # held to its oracle above
+    teacher = {"naive": oracle.naive_teacher, "minlogit": oracle.minlogit_teacher}.get(
+        variant, lambda rows, _: oracle.mixed_teacher(rows, mix)
+    )
     leaves = [torch.from_numpy(row).requires_grad_() for row in z]
     loss, _ = criterion.forward_backward(leaves, torch.from_numpy(target), kd_weight=0.7)
 
@@ -132,7 +177,12 @@ def test_loss_and_gradients_equal_the_equations(variant, impl):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_soft_targets_and_half_precision(variant):
-    rows = [torch.randn(4, 6, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(2)]
+    rows = [
+        torch.randn(
+            4, 6, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(k)
+        ).requires_grad_()
+        for k in range(2)
+    ]
     target = torch.full((4, 6), 1 / 6)
     loss, terms = KDCLLoss(2, variant).forward_backward(rows, target)
     assert torch.isfinite(loss)
@@ -140,14 +190,17 @@ def test_soft_targets_and_half_precision(variant):
     assert list(terms) == ["ce/branch1", "ce/branch2", "kl/teacher->branch1", "kl/teacher->branch2"]
 
 
-@pytest.mark.parametrize(("target", "message"), [
-    (torch.tensor([0, 1, 2]), r"target has the shape \(3,\); labels must be \[4\]"),
-    (torch.tensor([0, 1, 2, 3, 4]), r"target has the shape \(5,\); labels must be \[4\]"),
-    (torch.tensor([0, 1, 2, 6]), r"target\[3\] is 6, but the logits have 6 classes"),
-    (torch.full((4, 5), 0.2), r"must have the shape \[4, 6\], got \(4, 5\)"),
-    (None, "target must be a tensor, got NoneType"),
-    ([0, 1, 2, 3], "target must be a tensor, got list"),
-])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.tensor([0, 1, 2]), r"target has the shape \(3,\); labels must be \[4\]"),
+        (torch.tensor([0, 1, 2, 3, 4]), r"target has the shape \(5,\); labels must be \[4\]"),
+        (torch.tensor([0, 1, 2, 6]), r"target\[3\] is 6, but the logits have 6 classes"),
+        (torch.full((4, 5), 0.2), r"must have the shape \[4, 6\], got \(4, 5\)"),
+        (None, "target must be a tensor, got NoneType"),
+        ([0, 1, 2, 3], "target must be a tensor, got list"),
+    ],
+)
 def test_wrong_targets_are_named(target, message):
     """Where the target is used before the graph sees it."""
     rows = list(torch.randn(2, 4, 6))
@@ -158,7 +211,10 @@ def test_wrong_targets_are_named(target, message):
 
 
 def test_held_out_labels_as_probabilities():
-    rows, target = list(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))), torch.tensor([0, 5, 2, 2, 1])
+    rows, target = (
+        list(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))),
+        torch.tensor([0, 5, 2, 2, 1]),
+    )
     labels, probabilities = KDCLLoss(2, "general"), KDCLLoss(2, "general")
     labels.see_held_out([(rows, target)])
     probabilities.see_held_out([(rows, torch.eye(6)[target])])
@@ -185,17 +241,25 @@ def test_ensemble_is_the_mean_of_predictions():
     assert list(found) == ["branch1", "branch2", "ensemble"]
     assert found["ensemble"].argmax() == 1
     assert found["ensemble"].exp().sum().item() == pytest.approx(1)
-    assert list(KDCLLoss(2, "general").named_rows(rows)) == ["branch1", "branch2", "ensemble", "teacher"]
+    assert list(KDCLLoss(2, "general").named_rows(rows)) == [
+        "branch1",
+        "branch2",
+        "ensemble",
+        "teacher",
+    ]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"variant": "minlogits"}, "variant='minlogits'; did you mean 'minlogit'"),
-    ({"temperature": 0}, "temperature=0; it must be a positive number"),
-    ({"lambda_kd": -1.0}, "lambda_kd=-1.0; it must be a number of at least 0"),
-    ({"held_out": 1.5}, "held_out=1.5; it must be a fraction"),
-    ({"icl": 3}, "icl=3; it must be True or False"),
-    ({"iccl": True}, "unknown option 'iccl' of method 'kdcl'; did you mean 'icl'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "minlogits"}, "variant='minlogits'; did you mean 'minlogit'"),
+        ({"temperature": 0}, "temperature=0; it must be a positive number"),
+        ({"lambda_kd": -1.0}, "lambda_kd=-1.0; it must be a number of at least 0"),
+        ({"held_out": 1.5}, "held_out=1.5; it must be a fraction"),
+        ({"icl": 3}, "icl=3; it must be True or False"),
+        ({"iccl": True}, "unknown option 'iccl' of method 'kdcl'; did you mean 'icl'"),
+    ],
+)
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         check_config(TrainConfig(method="kdcl", model="resnet8", method_options=options))
@@ -203,7 +267,11 @@ def test_wrong_options_are_named(options, message):
 
 def test_layouts_that_cannot_be():
     with pytest.raises(ConfigError, match="'linear' solves for the weights of at most 6 networks"):
-        check_config(TrainConfig(method="kdcl", model="resnet8", branches=7, method_options={"variant": "linear"}))
+        check_config(
+            TrainConfig(
+                method="kdcl", model="resnet8", branches=7, method_options={"variant": "linear"}
+            )
+        )
     with pytest.raises(ConfigError, match="topology='branches': method 'kdcl' takes peers"):
         check_config(TrainConfig(method="kdcl", model="resnet8", topology="branches"))
 
@@ -214,13 +282,19 @@ def test_a_step_lowers_the_loss(network):
     assert after < before
 
 
-CONFIG = TrainConfig(data="digits", model="resnet8,resnet14", method="kdcl", epochs=2, batch_size=32, lr=0.05)
+CONFIG = TrainConfig(
+    data="digits", model="resnet8,resnet14", method="kdcl", epochs=2, batch_size=32, lr=0.05
+)
 
 
 def test_every_network_sees_a_view_of_its_own(tmp_path):
     few = few_digits(64)
     for icl in (True, False):
-        trainer = make(dataclasses.replace(CONFIG, method_options={"icl": icl}, pad=1), tmp_path / str(icl), few)
+        trainer = make(
+            dataclasses.replace(CONFIG, method_options={"icl": icl}, pad=1),
+            tmp_path / str(icl),
+            few,
+        )
         images = next(iter(trainer.train_loader)).images
         if icl:
             assert images.shape == (2, 32, 3, 8, 8)
@@ -246,7 +320,9 @@ def test_a_run_of_general_resumes_exactly_and_never_trains_on_what_is_held_out(t
     seen = torch.cat([batch.images[0] for batch in plain.train_loader]).flatten(1)
     plain.run_folder.unlock()
     originals = {image.numpy().tobytes() for image in (few.train.images * 1).flatten(1)}
-    assert len(originals) == 256, "two digits are the same picture, and the next line would say nothing"
+    assert len(originals) == 256, (
+        "two digits are the same picture, and the next line would say nothing"
+    )
     assert torch.cdist(held.flatten(1), seen).min() > 0
     assert trainer.step.criterion.teacher_weights.sum().item() == pytest.approx(1)
     assert trainer.step.criterion.teacher_weights[0] != 0.5
@@ -256,7 +332,11 @@ def test_a_run_of_general_resumes_exactly_and_never_trains_on_what_is_held_out(t
 
 
 def test_weights_follow_the_networks_before_every_epoch(tmp_path):
-    trainer = make(dataclasses.replace(CONFIG, method_options={"variant": "general", "held_out": 0.25}), tmp_path / "run", few_digits())
+    trainer = make(
+        dataclasses.replace(CONFIG, method_options={"variant": "general", "held_out": 0.25}),
+        tmp_path / "run",
+        few_digits(),
+    )
     weights = []
     while trainer.epoch < 2:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -269,9 +349,13 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     trainer.model.load_state_dict(before)
     trainer.model.eval()
     with torch.no_grad():
-        pairs = [(trainer.model(batch.images).logits, batch.target) for batch in trainer.held_out_loader]
+        pairs = [
+            (trainer.model(batch.images).logits, batch.target) for batch in trainer.held_out_loader
+        ]
     rows = [torch.cat([logits[k] for logits, _ in pairs]).double().numpy() for k in range(2)]
-    inverse = np.linalg.inv(oracle.error_correlation(rows, torch.cat([target for _, target in pairs]).numpy()))
+    inverse = np.linalg.inv(
+        oracle.error_correlation(rows, torch.cat([target for _, target in pairs]).numpy())
+    )
     want = np.maximum(inverse.sum(1) / inverse.sum(), 0)
     np.testing.assert_allclose(weights[1].numpy(), want / want.sum(), rtol=1e-4)
 
@@ -288,4 +372,6 @@ def test_linear_equals_the_cpu_and_waits_for_nothing():
         found = lowest_cross_entropy_weights(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found.cpu(), lowest_cross_entropy_weights(rows, target), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.cpu(), lowest_cross_entropy_weights(rows, target), rtol=0, atol=1e-6
+    )

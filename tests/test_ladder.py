@@ -1,4 +1,6 @@
-"""The ladder: which rows there are, what each has that the one before has not, what is computed from the clock, and what is written."""
+"""The ladder: which rows there are, what each has that the one before has not, what is computed
+from the clock, and what is written.
+"""
 
 import dataclasses
 import json
@@ -27,14 +29,41 @@ from fastokd.train.ladder import (
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=8, lr=0.01)
-ON_A_CPU = ["research style: eager, fp32, NCHW, .item()", "fused loss, metrics kept on the device, fused SGD", "channels-last", "bf16", "torch.compile of each part",
-            "parameters in one tensor", "branches on CUDA streams", "the step as one CUDA graph", "augmentation inside the graph", "merged first convolutions",
-            "the student alone, with every lever"]
-BENCH = ["bench", "step", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--batch-size", "8", "--steps", "1", "--device", "cpu"]
+ON_A_CPU = [
+    "research style: eager, fp32, NCHW, .item()",
+    "fused loss, metrics kept on the device, fused SGD",
+    "channels-last",
+    "bf16",
+    "torch.compile of each part",
+    "parameters in one tensor",
+    "branches on CUDA streams",
+    "the step as one CUDA graph",
+    "augmentation inside the graph",
+    "merged first convolutions",
+    "the student alone, with every lever",
+]
+BENCH = [
+    "bench",
+    "step",
+    "--model",
+    "resnet8",
+    "--branches",
+    "2",
+    "--aux-blocks",
+    "0",
+    "--batch-size",
+    "8",
+    "--steps",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def main(arguments):
-    """The command line. Its packages are imported by the tests that call it: those for a GPU need none of them."""
+    """The command line. Its packages are imported by the tests that call it: those for a GPU need
+    none of them.
+    """
     from fastokd.cli import main as command_line
 
     return command_line(arguments)
@@ -67,7 +96,11 @@ def made(monkeypatch):
 
 
 def changed(one, other):
-    return {item.name: getattr(other, item.name) for item in dataclasses.fields(one) if getattr(one, item.name) != getattr(other, item.name)}
+    return {
+        item.name: getattr(other, item.name)
+        for item in dataclasses.fields(one)
+        if getattr(one, item.name) != getattr(other, item.name)
+    }
 
 
 def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_compiled):
@@ -75,17 +108,39 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
     rows = list(ladder.rows())
     assert [row.name for row in rows] == ON_A_CPU
     assert [row.name for row in rows if row.reason == "needs a GPU"] == ON_A_CPU[6:9]
-    assert [row.kind for row in rows if not row.reason] == ["first", "lever", "lever", "alternative", "lever", "lever", "lever", "student"]
-    assert [changed(one, other) for one, other in zip([first_row(CONFIG, CPU), *made], made, strict=False)] == [
-        {"impl": "auto"}, {"channels_last": True}, {"precision": "bf16"}, {"precision": "fp32", "compile": True},  # bf16 is not kept on a CPU
-        {"flat": True}, {"merge_first_conv": True}, {"method": "baseline", "branches": 1, "merge_first_conv": False}]
+    assert [row.kind for row in rows if not row.reason] == [
+        "first",
+        "lever",
+        "lever",
+        "alternative",
+        "lever",
+        "lever",
+        "lever",
+        "student",
+    ]
+    assert [
+        changed(one, other)
+        for one, other in zip([first_row(CONFIG, CPU), *made], made, strict=False)
+    ] == [
+        {"impl": "auto"},
+        {"channels_last": True},
+        {"precision": "bf16"},
+        {"precision": "fp32", "compile": True},  # bf16 is not kept on a CPU
+        {"flat": True},
+        {"merge_first_conv": True},
+        {"method": "baseline", "branches": 1, "merge_first_conv": False},
+    ]
     first, *others = [row for row in rows if row.first_loss is not None and row.kind != "student"]
     for row in others:
-        assert row.first_loss == pytest.approx(first.first_loss, rel=2e-2 if row.name == "bf16" else 1e-5), row
+        assert row.first_loss == pytest.approx(
+            first.first_loss, rel=2e-2 if row.name == "bf16" else 1e-5
+        ), row
     for row in rows:
         if not row.reason:
             assert row.images_per_second[1] <= row.images_per_second[0] <= row.images_per_second[2]
-            assert row.milliseconds == pytest.approx(1000 * CONFIG.batch_size / row.images_per_second[0])
+            assert row.milliseconds == pytest.approx(
+                1000 * CONFIG.batch_size / row.images_per_second[0]
+            )
             assert 0 < row.loss_share < 1
             assert row.peak_bytes is None
     found = report(ladder, rows)
@@ -95,18 +150,31 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
 
 def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
     rows = levers(torch.device("cuda"))
-    assert [row.name for row in rows if not row.carried] == ["merged first convolutions instead of streams"]
+    assert [row.name for row in rows if not row.carried] == [
+        "merged first convolutions instead of streams"
+    ]
     assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
     everything = CONFIG
     for row in rows:
         everything = dataclasses.replace(everything, **(row.changes if row.carried else {}))
-    assert (everything.precision, everything.compile, everything.flat, everything.streams, everything.cuda_graph, everything.merge_first_conv) == ("bf16", True, True, True, True, False)
-    assert first_row(CONFIG, torch.device("cuda")).precision == "tf32"  # what PyTorch does with float32 convolutions there
+    assert (
+        everything.precision,
+        everything.compile,
+        everything.flat,
+        everything.streams,
+        everything.cuda_graph,
+        everything.merge_first_conv,
+    ) == ("bf16", True, True, True, True, False)
+    assert (
+        first_row(CONFIG, torch.device("cuda")).precision == "tf32"
+    )  # what PyTorch does with float32 convolutions there
 
 
 def test_research_style_reads_every_number_in_every_step_and_trains_alike(images, monkeypatch):
     research = ResearchStep(first_row(CONFIG, CPU), images, CPU)
-    engine = EngineStep(dataclasses.replace(first_row(CONFIG, CPU), impl="auto"), images, CPU, False)
+    engine = EngineStep(
+        dataclasses.replace(first_row(CONFIG, CPU), impl="auto"), images, CPU, False
+    )
     before = {name: value.clone() for name, value in research.model.state_dict().items()}
     read = []
     real = torch.Tensor.item
@@ -148,12 +216,22 @@ class FakeMachine:
 
 def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
     machine = FakeMachine()
-    monkeypatch.setattr(fastokd.train.ladder, "ResearchStep", lambda config, dataset, device: machine.step(0.5))
-    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", lambda config, dataset, device, gathers: machine.step(0.5 if config.method == "baseline" else 0.125 if config.flat else 0.25))
+    monkeypatch.setattr(
+        fastokd.train.ladder, "ResearchStep", lambda config, dataset, device: machine.step(0.5)
+    )
+    monkeypatch.setattr(
+        fastokd.train.ladder,
+        "EngineStep",
+        lambda config, dataset, device, gathers: machine.step(
+            0.5 if config.method == "baseline" else 0.125 if config.flat else 0.25
+        ),
+    )
     monkeypatch.setattr(Ladder, "_loss_seconds", lambda self, running: 0.01)
     ladder = Ladder(CONFIG, images, CPU, seconds=10, clock=machine)
     rows = {row.name: row for row in ladder.rows() if not row.reason}
-    first, fused, flat, alone = (rows[name] for name in (ON_A_CPU[0], ON_A_CPU[1], "parameters in one tensor", ON_A_CPU[-1]))
+    first, fused, flat, alone = (
+        rows[name] for name in (ON_A_CPU[0], ON_A_CPU[1], "parameters in one tensor", ON_A_CPU[-1])
+    )
     assert first.times_first == (1.0, 1.0, 1.0)
     # By the last row the machine has become slower by a tenth, which the ratio must not show.
     assert machine.slower > 1.1
@@ -178,7 +256,10 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
 
     monkeypatch.setattr(fastokd.train.ladder, "EngineStep", Failing)
     rows = {row.name: row for row in Ladder(CONFIG, images, CPU, steps=1).rows()}
-    assert (rows["torch.compile of each part"].reason, rows["channels-last"].reason) == ("no compiler here", "out of memory")
+    assert (rows["torch.compile of each part"].reason, rows["channels-last"].reason) == (
+        "no compiler here",
+        "out of memory",
+    )
     assert rows["merged first convolutions"].images_per_second
     assert not any(config.compile or config.channels_last for config in made)
 
@@ -195,7 +276,10 @@ def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fastokd.train.ladder, "ResearchStep", refuse)
-    with pytest.raises(ConfigError, match="first row of the ladder cannot run: out of memory; use a smaller --batch-size"):
+    with pytest.raises(
+        ConfigError,
+        match="first row of the ladder cannot run: out of memory; use a smaller --batch-size",
+    ):
         next(Ladder(CONFIG, images, CPU).rows())
 
 
@@ -216,7 +300,11 @@ def test_pictures_are_decoded_once(tmp_path):
     assert found.train.images.shape == (40, 3, 72, 72)
     assert found.classes == ("blue", "red")
     for image, label in zip(found.train.images, found.train.targets.tolist(), strict=True):
-        assert image.flatten(1).amin(1).tolist() == image.flatten(1).amax(1).tolist() == [[3, 7, 250], [255, 0, 0]][label]
+        assert (
+            image.flatten(1).amin(1).tolist()
+            == image.flatten(1).amax(1).tolist()
+            == [[3, 7, 250], [255, 0, 0]][label]
+        )
 
 
 def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
@@ -224,7 +312,12 @@ def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "step-ladder.json").read_text())
     assert [row["name"] for row in found["rows"]] == ON_A_CPU
-    assert (found["model"], found["batch_size"], found["image_size"], found["num_classes"]) == ("resnet8", 8, [32, 32], 10)
+    assert (found["model"], found["batch_size"], found["image_size"], found["num_classes"]) == (
+        "resnet8",
+        8,
+        [32, 32],
+        10,
+    )
     assert set(found["rows"][0]) == {item.name for item in dataclasses.fields(Row)}
     assert "+ branches on CUDA streams: needs a GPU" in out
     assert re.search(r"^or bf16 +\d", out, re.MULTILINE)
@@ -241,7 +334,22 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
 
     monkeypatch.setattr("fastokd.analysis.ladder.require_matplotlib", missing)
-    assert main([*BENCH, "--method", "baseline", "--branches", "1", "--data", "digits", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                *BENCH,
+                "--method",
+                "baseline",
+                "--branches",
+                "1",
+                "--data",
+                "digits",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "no picture: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
     assert [path.name for path in tmp_path.iterdir()] == ["step-ladder.json"]
@@ -249,16 +357,19 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
     assert json.loads((tmp_path / "step-ladder.json").read_text())["teaching_costs"] is None
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--model", "resnet9"], r"resnet9.*did you mean"),
-    (["--method", "ahfb"], "did you mean 'ahbf'"),
-    (["--method", "tskd"], "unknown method"),
-    (["--steps", "0"], "steps=0: each window has at least 1"),
-    (["--seconds", "0"], "seconds=0: it must be positive"),
-    (["--data", "digits", "--num-classes", "5"], "--num-classes 5 is for synthetic images"),
-    (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
-    (["--device", "tpu"], "unknown device"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet9"], r"resnet9.*did you mean"),
+        (["--method", "ahfb"], "did you mean 'ahbf'"),
+        (["--method", "tskd"], "unknown method"),
+        (["--steps", "0"], "steps=0: each window has at least 1"),
+        (["--seconds", "0"], "seconds=0: it must be positive"),
+        (["--data", "digits", "--num-classes", "5"], "--num-classes 5 is for synthetic images"),
+        (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
+        (["--device", "tpu"], "unknown device"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
     given = [item for item in BENCH if "--steps" not in arguments or item not in ("--steps", "1")]
     assert main([*given, *arguments, "--out", str(tmp_path)]) == 2

@@ -1,4 +1,6 @@
-"""Networks of torchvision and timm from the command line: train, resume, evaluate, export; and the list of networks."""
+"""Networks of torchvision and timm from the command line: train, resume, evaluate, export; and the
+list of networks.
+"""
 
 import json
 import re
@@ -43,8 +45,29 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_train_resume_evaluate_export(run, images, tmp_path):
-    base = ("train", "--data", images, "--model", "torchvision:mobilenet_v3_small", "--at", "features.11")
-    code, out, err = run(*base, "--branches", "2", "--aux-blocks", "1", "--epochs", "1", "--batch-size", "8", "--lr", "0.01", "--quiet")
+    base = (
+        "train",
+        "--data",
+        images,
+        "--model",
+        "torchvision:mobilenet_v3_small",
+        "--at",
+        "features.11",
+    )
+    code, out, err = run(
+        *base,
+        "--branches",
+        "2",
+        "--aux-blocks",
+        "1",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--lr",
+        "0.01",
+        "--quiet",
+    )
     assert code == 0, err
     folder = tmp_path / "runs" / "torchvision-mobilenet_v3_small-ahbf-seed0"
     assert "at: features.11" in (folder / "config.yaml").read_text()
@@ -62,21 +85,54 @@ def test_train_resume_evaluate_export(run, images, tmp_path):
 
 def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
     pytest.importorskip("timm")
-    code, _, err = run("train", "--data", images, "--model", "timm:test_resnet", "--method", "baseline", "--epochs", "1", "--batch-size", "8", "--out", "r", "--quiet")
+    code, _, err = run(
+        "train",
+        "--data",
+        images,
+        "--model",
+        "timm:test_resnet",
+        "--method",
+        "baseline",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--out",
+        "r",
+        "--quiet",
+    )
     assert code == 0, err
     record = json.loads((tmp_path / "r" / "student.json").read_text())
     assert record["architecture"]["name"] == "timm:test_resnet"
     assert run("eval", "r")[0] == 0
 
 
-@pytest.mark.parametrize(("arguments", "pattern"), [
-    (("--model", "torchvision:resnet81", "--at", "layer3"), r"torchvision has no classifier 'resnet81'; did you mean 'resnet18'\?"),
-    (("--model", "torchvision:resnet18"), r"needs at \(--at\): .* split points: layer1, layer1\.1, "),
-    (("--model", "torchvision:resnet18", "--at", "layer9"), r"at='layer9': ResNet has no module of that name; did you mean 'layer\d'\?"),
-    (("--model", "resnet20", "--at", "layer3"), "resnet20 is branched where its paper branches it"),
-    (("--model", "hub:resnet18"), "unknown library 'hub'"),
-    (("--model", "resnte18"), r"unknown model 'resnte18'; did you mean .* torchvision:NAME and timm:NAME"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (
+            ("--model", "torchvision:resnet81", "--at", "layer3"),
+            r"torchvision has no classifier 'resnet81'; did you mean 'resnet18'\?",
+        ),
+        (
+            ("--model", "torchvision:resnet18"),
+            r"needs at \(--at\): .* split points: layer1, layer1\.1, ",
+        ),
+        (
+            ("--model", "torchvision:resnet18", "--at", "layer9"),
+            r"at='layer9': ResNet has no module of that name; did you mean 'layer\d'\?",
+        ),
+        (
+            ("--model", "resnet20", "--at", "layer3"),
+            "resnet20 is branched where its paper branches it",
+        ),
+        (("--model", "hub:resnet18"), "unknown library 'hub'"),
+        (
+            ("--model", "resnte18"),
+            r"unknown model 'resnte18'; did you mean .* torchvision:NAME and timm:NAME",
+        ),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_read(run, tmp_path, arguments, pattern):
     code, _, err = run("train", "--data", tmp_path / "nowhere", *arguments)
     assert code == 2
@@ -85,19 +141,54 @@ def test_mistakes_are_told_before_anything_is_read(run, tmp_path, arguments, pat
 
 
 def test_images_that_are_too_small(run, images):
-    code, _, err = run("train", "--data", images, "--model", "torchvision:vit_b_16", "--at", "encoder.layers.encoder_layer_11", "--method", "one", "--branches", "2")
+    code, _, err = run(
+        "train",
+        "--data",
+        images,
+        "--model",
+        "torchvision:vit_b_16",
+        "--at",
+        "encoder.layers.encoder_layer_11",
+        "--method",
+        "one",
+        "--branches",
+        "2",
+    )
     assert code == 2
-    assert re.fullmatch(r"fastokd: the network cannot take images of 32 x 32 pixels \(.*\); it is made for 224 x 224: pass --image-size 224, or another --model\n", err), err
+    assert re.fullmatch(
+        r"fastokd: the network cannot take images of 32 x 32 pixels \(.*\); it is made for 224 x"
+        r" 224: pass --image-size 224, or another --model\n",
+        err,
+    ), err
 
 
 def test_first_convolutions_are_merged_or_said_why_not(run, images, tmp_path):
-    base = ("train", "--data", images, "--epochs", "1", "--batch-size", "8", "--branches", "2", "--merge-first-conv", "True", "--quiet")
+    base = (
+        "train",
+        "--data",
+        images,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--branches",
+        "2",
+        "--merge-first-conv",
+        "True",
+        "--quiet",
+    )
     code, _, err = run(*base, "--model", "resnet8", "--aux-blocks", "0", "--out", "merged")
     assert code == 0, err
     assert "merge_first_conv: true" in (tmp_path / "merged" / "config.yaml").read_text()
     assert run("eval", "merged")[0] == 0
     code, _, err = run(*base, "--model", "resnet8", "--method", "dml", "--out", "peers")
-    assert (code, err) == (2, "fastokd: merged_first_conv: peers have no trunk, so their convolutions have no input in common\n")
+    assert (code, err) == (
+        2,
+        (
+            "fastokd: merged_first_conv: peers have no trunk, so their convolutions have no input"
+            " in common\n"
+        ),
+    )
     assert not (tmp_path / "peers").exists()
 
 
@@ -112,7 +203,16 @@ def test_models_are_listed_with_what_they_cost(run):
     code, out, err = run("models", "torchvision:resnet18")
     assert code == 0, err
     assert "can be split at: layer1, layer1.1, layer2" in out
-    code, out, err = run("models", "torchvision:resnet18", "--at", "layer3", "--aux-blocks", "0", "--num-classes", "1000")
+    code, out, err = run(
+        "models",
+        "torchvision:resnet18",
+        "--at",
+        "layer3",
+        "--aux-blocks",
+        "0",
+        "--num-classes",
+        "1000",
+    )
     assert code == 0, err
     assert re.search(r"student, alone +11,689,512 +3,628\.15", out)
     assert "images of 224 x 224" in out
@@ -126,10 +226,14 @@ def test_models_shows_peers_and_compression(run):
     assert re.search(r"branch2, a peer +472,756 ", out)
     assert re.search(r"training network +751,080 ", out)
     assert re.search(r"methods: .*dml", out)
-    code, out, err = run("models", "resnet8", "--method", "okddip", "--topology", "peers", "--branches", "3")
+    code, out, err = run(
+        "models", "resnet8", "--method", "okddip", "--topology", "peers", "--branches", "3"
+    )
     assert code == 0, err
     assert re.search(r"branch3, a peer +78,042 ", out)
-    code, out, err = run("models", "resnet32", "--compression", "--aux-blocks", "2", "--num-classes", "100")
+    code, out, err = run(
+        "models", "resnet32", "--compression", "--aux-blocks", "2", "--num-classes", "100"
+    )
     assert code == 0, err
     assert re.search(r"student, alone +472,756 ", out)
     assert re.search(r"branch4, with the trunk +472,756 ", out)

@@ -1,4 +1,6 @@
-"""The records of a run: CSV, TensorBoard and W&B say what metrics.jsonl says, also after a resume; environment.json."""
+"""The records of a run: CSV, TensorBoard and W&B say what metrics.jsonl says, also after a resume;
+environment.json.
+"""
 
 import csv
 import json
@@ -25,7 +27,13 @@ from fastokd.train.run_folder import RunFolder
 
 
 def record(epoch, value=0.5, **extra):
-    return {"epoch": epoch, "lr": 0.1, "train": {"loss": 1 / 3 + value, "kl/ta2->branch1": value}, "eval": {"branch1": value, "ta2": 1.0}, **extra}
+    return {
+        "epoch": epoch,
+        "lr": 0.1,
+        "train": {"loss": 1 / 3 + value, "kl/ta2->branch1": value},
+        "eval": {"branch1": value, "ta2": 1.0},
+        **extra,
+    }
 
 
 SCALARS = {"lr", "train/loss", "train/kl/ta2->branch1", "eval/branch1", "eval/ta2"}
@@ -45,20 +53,33 @@ class TestCsv:
         for row, of_epoch in zip(rows, records, strict=True):
             left = dict(row)
             for name, value in of_epoch.items():
-                for column, number in {f"{name}/{inner}": item for inner, item in value.items()}.items() if isinstance(value, dict) else [(name, value)]:
+                for column, number in (
+                    {f"{name}/{inner}": item for inner, item in value.items()}.items()
+                    if isinstance(value, dict)
+                    else [(name, value)]
+                ):
                     found = left.pop(column)
-                    assert float(found) == number or (math.isnan(float(found)) and math.isnan(number))
+                    assert float(found) == number or (
+                        math.isnan(float(found)) and math.isnan(number)
+                    )
             assert set(left.values()) <= {""}
         return rows
 
     def test_it_says_what_the_records_say(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.append_metrics(record(0))
-        assert list(self.check(run)[0]) == ["epoch", "lr", "train/loss", "train/kl/ta2->branch1", "eval/branch1", "eval/ta2"]
+        assert list(self.check(run)[0]) == [
+            "epoch",
+            "lr",
+            "train/loss",
+            "train/kl/ta2->branch1",
+            "eval/branch1",
+            "eval/ta2",
+        ]
         run.append_metrics(record(1, float("nan")))
-        run.append_metrics(record(2, 0.1 + 0.2, **{"with, comma and \"quote\"": 1e-300}))
+        run.append_metrics(record(2, 0.1 + 0.2, **{'with, comma and "quote"': 1e-300}))
         rows = self.check(run)
-        assert [row["with, comma and \"quote\""] for row in rows] == ["", "", "1e-300"]
+        assert [row['with, comma and "quote"'] for row in rows] == ["", "", "1e-300"]
         run.keep_metrics_before(2)  # a resume at the third epoch
         assert [row["epoch"] for row in self.check(run)] == ["0", "1"]
         run.append_metrics(record(2, 0.75))
@@ -74,14 +95,24 @@ class TestCsv:
 
 
 def scalars(folder):
-    """What TensorBoard's own reader finds: {tag: [(step, value)]}, and the text of the configuration."""
+    """What TensorBoard's own reader finds: {tag: [(step, value)]}, and the text of the
+    configuration.
+    """
     from tensorboard.backend.event_processing import plugin_event_accumulator
     from tensorboard.util import tensor_util
 
-    events = plugin_event_accumulator.EventAccumulator(str(folder), tensor_size_guidance={"scalars": 0, "text": 0})
+    events = plugin_event_accumulator.EventAccumulator(
+        str(folder), tensor_size_guidance={"scalars": 0, "text": 0}
+    )
     events.Reload()
-    found = {tag: [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
-    (step, text), = found.pop("config/text_summary")
+    found = {
+        tag: [
+            (event.step, tensor_util.make_ndarray(event.tensor_proto).item())
+            for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+    }
+    ((step, text),) = found.pop("config/text_summary")
     assert step == 0
     return found, text.decode()
 
@@ -93,32 +124,60 @@ class TestTensorBoard:
 
     def test_it_shows_every_record(self, tmp_path):
         said = []
-        sink, = open_sinks(["tensorboard"], tmp_path, {"model": "resnet8", "lr": 0.1}, [], said.append)
+        (sink,) = open_sinks(
+            ["tensorboard"], tmp_path, {"model": "resnet8", "lr": 0.1}, [], said.append
+        )
         for epoch in range(3):
             sink.write(record(epoch, epoch / 4))
-            assert scalars(tmp_path / "tensorboard")[0]["eval/branch1"][-1] == (epoch, epoch / 4)  # at once, not at the end
+            assert scalars(tmp_path / "tensorboard")[0]["eval/branch1"][-1] == (
+                epoch,
+                epoch / 4,
+            )  # at once, not at the end
         sink.close()
         found, config = scalars(tmp_path / "tensorboard")
         assert set(found) == SCALARS
-        assert found["train/loss"] == [(epoch, pytest.approx(1 / 3 + epoch / 4)) for epoch in range(3)]
+        assert found["train/loss"] == [
+            (epoch, pytest.approx(1 / 3 + epoch / 4)) for epoch in range(3)
+        ]
         assert config.splitlines() == ["    model: resnet8", "    lr: 0.1"]
         assert said == []
 
     def test_after_a_resume_it_shows_the_records_alone(self, tmp_path):
-        """The first session was killed: it had shown two epochs more than are saved, and lacked one that is."""
-        first, = open_sinks(["tensorboard"], tmp_path, {"epochs": 5}, [], pytest.fail)
+        """The first session was killed: it had shown two epochs more than are saved, and lacked one
+        that is.
+        """
+        (first,) = open_sinks(["tensorboard"], tmp_path, {"epochs": 5}, [], pytest.fail)
         for epoch in (0, 2, 3):
             first.write(record(epoch, 0.25))
         first._sink._writer.flush()  # and never closed
-        second, = open_sinks(["tensorboard"], tmp_path, {"epochs": 5}, [record(0, 0.25), record(1, 0.25)], pytest.fail)
+        (second,) = open_sinks(
+            ["tensorboard"],
+            tmp_path,
+            {"epochs": 5},
+            [record(0, 0.25), record(1, 0.25)],
+            pytest.fail,
+        )
         assert scalars(tmp_path / "tensorboard")[0]["eval/branch1"] == [(0, 0.25), (1, 0.25)]
         second.write(record(2, 0.75))
         second.close()
-        assert scalars(tmp_path / "tensorboard")[0]["eval/branch1"] == [(0, 0.25), (1, 0.25), (2, 0.75)]
+        assert scalars(tmp_path / "tensorboard")[0]["eval/branch1"] == [
+            (0, 0.25),
+            (1, 0.25),
+            (2, 0.75),
+        ]
         first.close()
 
     def test_a_run_and_its_resume(self, tmp_path):
-        config = TrainConfig(data="digits", model="resnet8", method="baseline", branches=1, aux_blocks=0, epochs=2, batch_size=256, log_to=("tensorboard",))
+        config = TrainConfig(
+            data="digits",
+            model="resnet8",
+            method="baseline",
+            branches=1,
+            aux_blocks=0,
+            epochs=2,
+            batch_size=256,
+            log_to=("tensorboard",),
+        )
         digits, folder = open_dataset("digits"), tmp_path / "run"
         first = Trainer(config, RunFolder.create(folder), Reporter(quiet=True), digits)
         first.start()
@@ -130,10 +189,15 @@ class TestTensorBoard:
         second.run()
         found, _ = scalars(folder / "tensorboard")
         for name in ("eval/branch1", "train/loss", "lr"):
-            rows = [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows_of(folder / "metrics.csv")]
+            rows = [
+                (int(row["epoch"]), pytest.approx(float(row[name])))
+                for row in rows_of(folder / "metrics.csv")
+            ]
             assert found[name] == rows
             assert [epoch for epoch, _ in rows] == [0, 1]
-        assert [session["torch"] for session in json.loads(run.environment_path.read_text())["sessions"]] == [torch.__version__] * 2
+        assert [
+            session["torch"] for session in json.loads(run.environment_path.read_text())["sessions"]
+        ] == [torch.__version__] * 2
 
 
 class TestFailures:
@@ -146,7 +210,7 @@ class TestFailures:
     def test_one_that_cannot_begin(self, tmp_path):
         (tmp_path / "tensorboard").write_text("a file where the folder should be")
         said = []
-        sink, = open_sinks(["tensorboard"], tmp_path, {}, [], said.append)
+        (sink,) = open_sinks(["tensorboard"], tmp_path, {}, [], said.append)
         sink.write(record(0))
         sink.close()
         assert len(said) == 1
@@ -155,8 +219,8 @@ class TestFailures:
 
     def test_one_that_fails_later(self, tmp_path, monkeypatch):
         said = []
-        broken, = open_sinks(["tensorboard"], tmp_path / "one", {}, [], said.append)
-        other, = open_sinks(["tensorboard"], tmp_path / "two", {}, [], said.append)
+        (broken,) = open_sinks(["tensorboard"], tmp_path / "one", {}, [], said.append)
+        (other,) = open_sinks(["tensorboard"], tmp_path / "two", {}, [], said.append)
         broken.write(record(0))
 
         def refuse():
@@ -168,16 +232,27 @@ class TestFailures:
             other.write(record(epoch))
         broken.close()
         other.close()
-        assert said == ["tensorboard: [Errno 28] No space left on device; the run goes on without it, and metrics.jsonl has every epoch"]
+        assert said == [
+            "tensorboard: [Errno 28] No space left on device; the run goes on without it, and"
+            " metrics.jsonl has every epoch"
+        ]
         assert [step for step, _ in scalars(tmp_path / "two" / "tensorboard")[0]["lr"]] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
 def test_a_missing_package_is_named_before_anything_happens(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     config = TrainConfig(data="no/such/folder", model="resnet8", log_to=(name,))
-    for ask in (lambda: check_sinks([name]), lambda: open_sinks([name], tmp_path, {}, [], pytest.fail), lambda: Trainer(config, RunFolder(tmp_path), Reporter(silent=True))):
-        with pytest.raises(MissingExtra, match=rf"--log-to {name} needs .*: pip install 'fastokd\[{name}\]'"):
+    for ask in (
+        lambda: check_sinks([name]),
+        lambda: open_sinks([name], tmp_path, {}, [], pytest.fail),
+        lambda: Trainer(config, RunFolder(tmp_path), Reporter(silent=True)),
+    ):
+        with pytest.raises(
+            MissingExtra, match=rf"--log-to {name} needs .*: pip install 'fastokd\[{name}\]'"
+        ):
             ask()
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +267,9 @@ def test_a_folder_named_wandb_is_not_the_package(tmp_path, monkeypatch):
 
 
 def wandb_file(path):
-    """The records of an offline W&B run: protocol buffers in blocks of 32 KiB, each part with its checksum, length and kind."""
+    """The records of an offline W&B run: protocol buffers in blocks of 32 KiB, each part with its
+    checksum, length and kind.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, part, found = path.read_bytes(), 7, b"", []
@@ -203,7 +280,7 @@ def wandb_file(path):
         length, kind = struct.unpack_from("<HB", data, at + 4)
         if at + 7 + length > len(data):
             break  # it is still being written
-        part += data[at + 7:at + 7 + length]
+        part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
             found.append(Record.FromString(part))
@@ -212,42 +289,66 @@ def wandb_file(path):
 
 
 def finished(path):
-    """The records when the last is there: W&B's own process may write the file a moment after ``finish`` has returned."""
+    """The records when the last is there: W&B's own process may write the file a moment after
+    ``finish`` has returned.
+    """
     until = time.monotonic() + 60
     while time.monotonic() < until:
         found = wandb_file(path)
         if found and found[-1].WhichOneof("record_type") == "exit":
             return found
         time.sleep(0.1)
-    pytest.fail(f"{path} was not finished: {[item.WhichOneof('record_type') for item in wandb_file(path)]}")
+    pytest.fail(
+        f"{path} was not finished: {[item.WhichOneof('record_type') for item in wandb_file(path)]}"
+    )
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb.proto", reason="pip install 'fastokd[wandb]'")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(tmp_path / "config"), "WANDB_CACHE_DIR": str(tmp_path / "cache")}.items():
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+    }.items():
         monkeypatch.setenv(name, value)
     folder = tmp_path / "runs" / "resnet8-ahbf"
     folder.mkdir(parents=True)
-    first, = open_sinks(["wandb"], folder, {"model": "resnet8", "betas": [0.9, 0.99]}, [], pytest.fail)
+    (first,) = open_sinks(
+        ["wandb"], folder, {"model": "resnet8", "betas": [0.9, 0.99]}, [], pytest.fail
+    )
     first.write(record(0, 0.25))
     first.write(record(1, 0.25))
     first.close()
     time.sleep(1.1)  # W&B names the folder of a session by the second
-    second, = open_sinks(["wandb"], folder, {"model": "resnet8"}, [record(0, 0.25)], pytest.fail)
+    (second,) = open_sinks(["wandb"], folder, {"model": "resnet8"}, [record(0, 0.25)], pytest.fail)
     second.write(record(1, 0.75))
     second.close()
 
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
     sessions = [finished(file) for file in files]
-    runs = [next(item.run for item in records if item.WhichOneof("record_type") == "run") for records in sessions]
+    runs = [
+        next(item.run for item in records if item.WhichOneof("record_type") == "run")
+        for records in sessions
+    ]
     assert runs[0].run_id == runs[1].run_id
     assert (runs[1].project, runs[1].display_name) == ("fastokd", "resnet8-ahbf")
-    assert {item.key: json.loads(item.value_json) for item in runs[0].config.update if item.key != "_wandb"} == {"model": "resnet8", "betas": [0.9, 0.99]}
+    assert {
+        item.key: json.loads(item.value_json)
+        for item in runs[0].config.update
+        if item.key != "_wandb"
+    } == {"model": "resnet8", "betas": [0.9, 0.99]}
     histories = []
     for records in sessions:
         steps = [item.history for item in records if item.WhichOneof("record_type") == "history"]
-        values = [{part.key or "/".join(part.nested_key): json.loads(part.value_json) for part in step.item} for step in steps]
+        values = [
+            {
+                part.key or "/".join(part.nested_key): json.loads(part.value_json)
+                for part in step.item
+            }
+            for step in steps
+        ]
         histories.append([(row["_step"], row["eval/branch1"]) for row in values])
         assert {name for name in values[0] if not name.startswith("_")} == SCALARS
     # Each session's folder is the whole run so far, without what was not saved.
@@ -290,16 +391,31 @@ def online(monkeypatch):
 def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_path, online):
     _, calls = online
     said = []
-    first, = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [], said.append)
+    (first,) = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [], said.append)
     first.close()
-    sink, = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [record(0, 0.0), record(1, 0.1), record(2, 0.2)], said.append)
+    (sink,) = open_sinks(
+        ["wandb"],
+        tmp_path,
+        {"epochs": 9},
+        [record(0, 0.0), record(1, 0.1), record(2, 0.2)],
+        said.append,
+    )
     run = sink._sink._run
     for epoch in range(3, 8):
         sink.write(record(epoch, epoch / 10))
     sink.close()
-    assert [(options["id"], options["resume"], options["project"], options["name"], options["dir"]) for options in calls] == [
-        (None, None, "mine", tmp_path.name, str(tmp_path)), ("made-by-wandb", "allow", "mine", tmp_path.name, str(tmp_path))]
-    assert run.rows == [(2, 0.2), (3, 0.3), (4, 0.4)]  # 0 and 1 are there, 5 fails, and nothing is tried again
+    assert [
+        (options["id"], options["resume"], options["project"], options["name"], options["dir"])
+        for options in calls
+    ] == [
+        (None, None, "mine", tmp_path.name, str(tmp_path)),
+        ("made-by-wandb", "allow", "mine", tmp_path.name, str(tmp_path)),
+    ]
+    assert run.rows == [
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.4),
+    ]  # 0 and 1 are there, 5 fails, and nothing is tried again
     assert len(said) == 1
     assert said[0].startswith("wandb: the network is gone; the run goes on without it")
 
@@ -307,11 +423,13 @@ def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_pat
 def test_wandb_without_a_login_does_not_stop_the_run(tmp_path, online):
     online[0].refuses = True
     said = []
-    sink, = open_sinks(["wandb"], tmp_path, {}, [], said.append)
+    (sink,) = open_sinks(["wandb"], tmp_path, {}, [], said.append)
     sink.write(record(0))
     sink.close()
-    assert said == ["wandb: api_key not configured (no-tty); the run goes on without it, and metrics.jsonl has every epoch "
-                    "('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"]
+    assert said == [
+        "wandb: api_key not configured (no-tty); the run goes on without it, and metrics.jsonl has"
+        " every epoch ('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"
+    ]
 
 
 class TestEnvironment:
@@ -320,9 +438,28 @@ class TestEnvironment:
         run.save_environment(torch.device("cpu"), {"name": "toy"})
         found = json.loads(run.environment_path.read_text())
         # No host, no user, no environment variables: a new entry has to be thought about here.
-        assert set(found) == {"started", "fastokd", "commit", "command", "python", "torch", "torchvision", "triton", "dali", "cuda", "cudnn", "platform", "cpus",
-                              "threads", "world_size", "device", "data", "sessions"}
+        assert set(found) == {
+            "started",
+            "fastokd",
+            "commit",
+            "command",
+            "python",
+            "torch",
+            "torchvision",
+            "triton",
+            "dali",
+            "cuda",
+            "cudnn",
+            "platform",
+            "cpus",
+            "threads",
+            "world_size",
+            "device",
+            "data",
+            "sessions",
+        }
         import torchvision
+
         assert found["torchvision"] == torchvision.__version__.partition("+")[0]
         assert (found["world_size"], found["device"], found["data"]) == (1, "cpu", {"name": "toy"})
         assert abs(datetime.fromisoformat(found["started"]).timestamp() - time.time()) < 60
@@ -332,14 +469,22 @@ class TestEnvironment:
         run.save_environment(torch.device("cpu"), {"name": "toy"})
         start = json.loads(run.environment_path.read_text())
         monkeypatch.setattr(run_folder, "_commit", lambda: "0123456789ab")
-        monkeypatch.setattr(sys, "orig_argv", ["python3", "/usr/bin/fastokd", "train", "--resume", "run"])
+        monkeypatch.setattr(
+            sys, "orig_argv", ["python3", "/usr/bin/fastokd", "train", "--resume", "run"]
+        )
         run.add_session(torch.device("cpu"))
         run.add_session(torch.device("cpu"))
         found = json.loads(run.environment_path.read_text())
         assert {**found, "sessions": start["sessions"]} == start
         assert [(session["command"], session["commit"]) for session in found["sessions"]] == [
-            (start["command"], start["commit"]), *[("fastokd train --resume run", "0123456789ab")] * 2]
-        assert all(set(session) == {"started", "command", "commit", "fastokd", "torch", "device", "world_size"} for session in found["sessions"])
+            (start["command"], start["commit"]),
+            *[("fastokd train --resume run", "0123456789ab")] * 2,
+        ]
+        assert all(
+            set(session)
+            == {"started", "command", "commit", "fastokd", "torch", "device", "world_size"}
+            for session in found["sessions"]
+        )
         assert run.versions() == {name: start[name] for name in ("fastokd", "commit", "torch")}
 
     @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"sessions": 3}'])
@@ -350,12 +495,27 @@ class TestEnvironment:
         assert len(json.loads(run.environment_path.read_text())["sessions"]) == 1
         assert run.versions() == {}
 
-    @pytest.mark.parametrize(("argv", "command"), [
-        (["/home/me/.venv/bin/python", "/home/me/.venv/bin/fastokd", "train", "--out", "two words"], "fastokd train --out 'two words'"),
-        (["/home/me/.venv/bin/python", "-u", "-m", "fastokd", "train"], "python -u -m fastokd train"),
-        (["python3.11", "mine.py", "--x"], "python3.11 mine.py --x"),
-        (["python"], "python"),
-    ])
+    @pytest.mark.parametrize(
+        ("argv", "command"),
+        [
+            (
+                [
+                    "/home/me/.venv/bin/python",
+                    "/home/me/.venv/bin/fastokd",
+                    "train",
+                    "--out",
+                    "two words",
+                ],
+                "fastokd train --out 'two words'",
+            ),
+            (
+                ["/home/me/.venv/bin/python", "-u", "-m", "fastokd", "train"],
+                "python -u -m fastokd train",
+            ),
+            (["python3.11", "mine.py", "--x"], "python3.11 mine.py --x"),
+            (["python"], "python"),
+        ],
+    )
     def test_the_command_is_the_real_one(self, monkeypatch, argv, command):
         monkeypatch.setattr(sys, "orig_argv", argv)
         assert run_folder.environment(torch.device("cpu"))["command"] == command
@@ -363,7 +523,12 @@ class TestEnvironment:
 
 def test_what_a_dead_run_left_is_replaced(tmp_path):
     run = RunFolder.create(tmp_path / "run")
-    for path in (run.log_path, run.csv_path, run.path / "tensorboard" / "events", run.path / "wandb" / "offline-run" / "file"):
+    for path in (
+        run.log_path,
+        run.csv_path,
+        run.path / "tensorboard" / "events",
+        run.path / "wandb" / "offline-run" / "file",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     elsewhere = tmp_path / "elsewhere"

@@ -1,4 +1,6 @@
-"""The memory estimate against what torch's allocator really holds, the batch size that is chosen by it, and what is said when it does not fit."""
+"""The memory estimate against what torch's allocator really holds, the batch size that is chosen by
+it, and what is said when it does not fit.
+"""
 
 import dataclasses
 import re
@@ -13,20 +15,45 @@ from fastokd.errors import ConfigError
 from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.train.distributed import Ranks
-from fastokd.train.memory import FILL, batch_sizes, describe_memory, estimate_memory, fit_batch_size, size
+from fastokd.train.memory import (
+    FILL,
+    batch_sizes,
+    describe_memory,
+    estimate_memory,
+    fit_batch_size,
+    size,
+)
 from fastokd.train.step import TrainStep
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 """Estimates for one need none."""
 SMALL = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=16)
-TRAIN = ["train", "--data", "digits", "--model", "resnet8", "--branches", "2", "--aux-blocks", "0", "--device", "cpu", "--epochs", "1"]
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--model",
+    "resnet8",
+    "--branches",
+    "2",
+    "--aux-blocks",
+    "0",
+    "--device",
+    "cpu",
+    "--epochs",
+    "1",
+]
 TOLERANCE = 0.15
-"""Of the peak of a pass: convolutions of the CPU's library take some room of their own, which no shape says."""
+"""Of the peak of a pass: convolutions of the CPU's library take some room of their own, which no
+shape says.
+"""
 
 
 def main(arguments):
-    """The command line. Its packages are imported by the tests that call it: those for a GPU need none of them."""
+    """The command line. Its packages are imported by the tests that call it: those for a GPU need
+    none of them.
+    """
     from fastokd.cli import main as command_line
 
     return command_line(arguments)
@@ -35,7 +62,16 @@ def main(arguments):
 def made_up(count, side=32):
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
     split = Split("train", images, torch.arange(count) % 10)
-    return Dataset(name="made up", classes=tuple("0123456789"), train=split, test=split, mean=(0.5,) * 3, std=(0.3,) * 3, augment=Augment(), fingerprint="")
+    return Dataset(
+        name="made up",
+        classes=tuple("0123456789"),
+        train=split,
+        test=split,
+        mean=(0.5,) * 3,
+        std=(0.3,) * 3,
+        augment=Augment(),
+        fingerprint="",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +84,9 @@ def has_free(monkeypatch, num_bytes):
 
 
 def held_at_most(step, batch):
-    """The most that torch's allocator held at once within a step beyond what it held before: what it told the profiler."""
+    """The most that torch's allocator held at once within a step beyond what it held before: what
+    it told the profiler.
+    """
     step.optimizers.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step(batch)
@@ -60,14 +98,23 @@ def held_at_most(step, batch):
     return peak
 
 
-@pytest.mark.parametrize("settings", [
-    {"model": "resnet8", "branches": 2, "aux_blocks": 0},
-    {"model": "resnet8", "branches": 3, "aux_blocks": 1, "precision": "bf16"},
-    {"model": "resnet8", "branches": 2, "aux_blocks": 0, "device_batch": 4},
-    {"model": "vgg13", "branches": 2, "aux_blocks": 0, "batch_size": 4},  # its gradients weigh more than its activations
-    {"model": "mobilenetv2_x0_5", "method": "baseline", "branches": 1},
-    {"model": "resnet8", "method": "ffm", "branches": 3},
-], ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "resnet8", "branches": 2, "aux_blocks": 0},
+        {"model": "resnet8", "branches": 3, "aux_blocks": 1, "precision": "bf16"},
+        {"model": "resnet8", "branches": 2, "aux_blocks": 0, "device_batch": 4},
+        {
+            "model": "vgg13",
+            "branches": 2,
+            "aux_blocks": 0,
+            "batch_size": 4,
+        },  # its gradients weigh more than its activations
+        {"model": "mobilenetv2_x0_5", "method": "baseline", "branches": 1},
+        {"model": "resnet8", "method": "ffm", "branches": 3},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 def test_a_pass_holds_what_was_estimated(settings, images):
     config = dataclasses.replace(TrainConfig(batch_size=16), **settings)
     step = TrainStep(config, build_model(config, 10, CPU), CPU)
@@ -79,20 +126,44 @@ def test_a_pass_holds_what_was_estimated(settings, images):
     assert estimate.batches == pixels.nbytes // (2 if config.precision == "bf16" else 1)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"nesterov": False, "momentum": 0.0}, {"optimizer": "adamw", "flat": True}, {"optimizer": "lamb", "ema": 0.99}, {"method": "ffm", "branches": 3, "flat": True}],
-    ids=lambda settings: "-".join(map(str, settings.values())) or "sgd")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nesterov": False, "momentum": 0.0},
+        {"optimizer": "adamw", "flat": True},
+        {"optimizer": "lamb", "ema": 0.99},
+        {"method": "ffm", "branches": 3, "flat": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "sgd",
+)
 def test_what_lies_there_between_steps_is_counted_exactly(settings, images):
     config = dataclasses.replace(SMALL, **settings)
     model = build_model(config, 10, CPU)
     step = TrainStep(config, model, CPU)
     estimate = estimate_memory(config, images, CPU)
     assert estimate.weights == sum(value.nbytes for value in model.state_dict().values())
-    remembered = sum(value.nbytes for state in step.optimizers.state_dict().values() for value in state.values() if value.dim())
+    remembered = sum(
+        value.nbytes
+        for state in step.optimizers.state_dict().values()
+        for value in state.values()
+        if value.dim()
+    )
     gradients = sum(parameter.nbytes for parameter in model.parameters()) if config.flat else 0
     assert estimate.optimizer == remembered + gradients
-    assert estimate.average == (sum(value.nbytes for value in step.average.module.state_dict().values()) if config.ema else 0)
-    assert estimate.total == estimate.weights + estimate.optimizer + estimate.average + estimate.batches + estimate.passes
+    assert estimate.average == (
+        sum(value.nbytes for value in step.average.module.state_dict().values())
+        if config.ema
+        else 0
+    )
+    assert (
+        estimate.total
+        == estimate.weights
+        + estimate.optimizer
+        + estimate.average
+        + estimate.batches
+        + estimate.passes
+    )
 
 
 def test_estimating_allocates_nothing_and_draws_nothing(images):
@@ -100,7 +171,14 @@ def test_estimating_allocates_nothing_and_draws_nothing(images):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         estimate = estimate_memory(dataclasses.replace(SMALL, batch_size=100_000), images, CPU)
     assert estimate.passes > 60 * 2**30
-    assert sum(max(event.nbytes(), 0) for event in found.profiler.kineto_results.events() if event.name() == "[memory]") < 2**20
+    assert (
+        sum(
+            max(event.nbytes(), 0)
+            for event in found.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        )
+        < 2**20
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -108,22 +186,34 @@ def test_on_a_gpu_the_images_lie_there_too_and_gradients_in_one_tensor(images):
     here, there = estimate_memory(SMALL, images, CPU), estimate_memory(SMALL, images, GPU)
     assert (here.images, there.images) == (0, 2 * 1000 * 3 * 32 * 32)
     assert there.passes < 0.6 * here.passes  # bf16
-    assert there.optimizer - here.optimizer == sum(parameter.nbytes for parameter in build_model(SMALL, 10, CPU).parameters())
+    assert there.optimizer - here.optimizer == sum(
+        parameter.nbytes for parameter in build_model(SMALL, 10, CPU).parameters()
+    )
 
 
 def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
     alone = estimate_memory(SMALL, images, CPU)
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     shared = estimate_memory(dataclasses.replace(SMALL, batch_size=32), images, CPU)
-    assert shared.passes == alone.passes + sum(parameter.nbytes for parameter in build_model(SMALL, 10, CPU).parameters())
+    assert shared.passes == alone.passes + sum(
+        parameter.nbytes for parameter in build_model(SMALL, 10, CPU).parameters()
+    )
 
 
 def test_lines_for_the_start_of_a_run(images, monkeypatch):
     has_free(monkeypatch, 3 * 2**20)
     estimate, warning = describe_memory(SMALL, images, CPU)
-    assert re.fullmatch(r"memory: about 1\d MiB: weights \d+ KiB, optimizer \d+ KiB, batches 192 KiB, activations and gradients 1\d MiB; 3\.0 MiB free", estimate)
-    assert re.fullmatch(r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not fit; --batch-size auto finds one that fits, "
-                        r"--device-batch 8 adds up the gradients of smaller parts of the same batch", warning)
+    assert re.fullmatch(
+        r"memory: about 1\d MiB: weights \d+ KiB, optimizer \d+ KiB, batches 192 KiB, activations"
+        r" and gradients 1\d MiB; 3\.0 MiB free",
+        estimate,
+    )
+    assert re.fullmatch(
+        r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not"
+        r" fit; --batch-size auto finds one that fits, "
+        r"--device-batch 8 adds up the gradients of smaller parts of the same batch",
+        warning,
+    )
     has_free(monkeypatch, 2**37)
     (line,) = describe_memory(SMALL, images, CPU)
     assert line.endswith("; 128 GiB free")
@@ -134,12 +224,18 @@ def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, m
 
     def looking(*arguments, **options):
         model = real(*arguments, **options)
-        model.trunk.register_forward_hook(lambda module, given, result: result if float(result.detach().sum()) > 0 else -result)
+        model.trunk.register_forward_hook(
+            lambda module, given, result: result if float(result.detach().sum()) > 0 else -result
+        )
         return model
 
     monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
     (line,) = describe_memory(SMALL, images, CPU)
-    assert re.fullmatch(r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a number", line)
+    assert re.fullmatch(
+        r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a"
+        r" number",
+        line,
+    )
     has_free(monkeypatch, 2**40)
     with pytest.raises(ConfigError, match="cannot be estimated"):
         fit_batch_size(SMALL, images, CPU)
@@ -149,13 +245,17 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(fastokd.train.memory, "available_memory", lambda: 12_000)
     assert fastokd.train.memory.free_memory(CPU) == 12_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert fastokd.train.memory.free_memory(CPU) == 12_000  # left in the environment by something else
+    assert (
+        fastokd.train.memory.free_memory(CPU) == 12_000
+    )  # left in the environment by something else
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 6))
     assert fastokd.train.memory.free_memory(CPU) == 4_000
 
 
 def test_sizes_for_people():
-    assert [size(value) for value in (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)] == ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
+    assert [
+        size(value) for value in (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
+    ] == ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
 
 
 def test_sizes_to_choose_from():
@@ -173,7 +273,10 @@ def large():
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
 def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
     monkeypatch.setattr(fastokd.train.memory, "_one_step_fits", lambda *arguments: True)
-    takes = {count: estimate_memory(dataclasses.replace(SMALL, batch_size=count), large, device).total for count in batch_sizes(1024)}
+    takes = {
+        count: estimate_memory(dataclasses.replace(SMALL, batch_size=count), large, device).total
+        for count in batch_sizes(1024)
+    }
     assert list(takes.values()) == sorted(takes.values())
     for count in (8, 48, 512):
         has_free(monkeypatch, int(takes[count] / FILL) + 1)
@@ -182,16 +285,29 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         following = batch_sizes(1024)[batch_sizes(1024).index(count) + 1]
         assert f"{following} on a process take about {size(takes[following])}, and" in reason
     has_free(monkeypatch, int(takes[8] / FILL) - 10)
-    with pytest.raises(ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"):
+    with pytest.raises(
+        ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"
+    ):
         fit_batch_size(SMALL, large, device)
 
 
 def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
     has_free(monkeypatch, 2**50)
-    assert fit_batch_size(SMALL, large, CPU) == (1024, "batch 1024, chosen by memory: more than 1024 must be asked for, as auto:N; lr stays as it is (--lr-scaling linear or sqrt makes it follow)")
+    assert fit_batch_size(SMALL, large, CPU) == (
+        1024,
+        (
+            "batch 1024, chosen by memory: more than 1024 must be asked for, as auto:N; lr stays as"
+            " it is (--lr-scaling linear or sqrt makes it follow)"
+        ),
+    )
     assert fit_batch_size(SMALL, large, CPU, largest=2500)[0] == 2048
-    chosen, reason = fit_batch_size(dataclasses.replace(SMALL, lr_scaling="sqrt"), made_up(2000, 4), CPU)
-    assert (chosen, reason) == (96, "batch 96, chosen by memory: an epoch keeps 20 steps; lr follows by --lr-scaling sqrt")
+    chosen, reason = fit_batch_size(
+        dataclasses.replace(SMALL, lr_scaling="sqrt"), made_up(2000, 4), CPU
+    )
+    assert (chosen, reason) == (
+        96,
+        "batch 96, chosen by memory: an epoch keeps 20 steps; lr follows by --lr-scaling sqrt",
+    )
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     chosen, reason = fit_batch_size(SMALL, made_up(2000, 4), CPU)
     assert (chosen, reason.split(",")[0]) == (96, "batch 96 = 2 processes x 48")
@@ -202,7 +318,11 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
 def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
     tried = []
     has_free(monkeypatch, 2**50)
-    monkeypatch.setattr(fastokd.train.memory, "_one_step_fits", lambda config, *rest: tried.append(config.batch_size) or config.batch_size <= 512)
+    monkeypatch.setattr(
+        fastokd.train.memory,
+        "_one_step_fits",
+        lambda config, *rest: tried.append(config.batch_size) or config.batch_size <= 512,
+    )
     found, reason = fit_batch_size(SMALL, large, GPU)
     assert (found, tried) == (512, [1024, 768, 512])
     assert "chosen by memory and tried with one step: 768 on a process" in reason
@@ -211,7 +331,12 @@ def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
 def test_trying_a_step(images, monkeypatch):
     tries = fastokd.train.memory._one_step_fits
     assert tries(SMALL, images, CPU, None)
-    assert tries(dataclasses.replace(SMALL, method="tsb", model="resnet8", branches=2, topology=None), images, CPU, None)
+    assert tries(
+        dataclasses.replace(SMALL, method="tsb", model="resnet8", branches=2, topology=None),
+        images,
+        CPU,
+        None,
+    )
     real = TrainStep.__call__
 
     def fail(error):
@@ -229,8 +354,28 @@ def test_trying_a_step(images, monkeypatch):
 
 
 def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsys):
-    has_free(monkeypatch, int(estimate_memory(dataclasses.replace(SMALL, batch_size=24), made_up(10, 8), CPU).total / FILL) + 1)
-    assert main([*TRAIN, "--batch-size", "auto", "--lr-scaling", "linear", "--out", str(tmp_path / "run")]) == 0
+    has_free(
+        monkeypatch,
+        int(
+            estimate_memory(dataclasses.replace(SMALL, batch_size=24), made_up(10, 8), CPU).total
+            / FILL
+        )
+        + 1,
+    )
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--batch-size",
+                "auto",
+                "--lr-scaling",
+                "linear",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "batch 24, chosen by memory: 32 on a process take about" in out
     assert "; lr follows by --lr-scaling linear" in out
@@ -239,17 +384,37 @@ def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsy
     assert read_config(tmp_path / "run" / "config.yaml").batch_size == 24
     # A run that is there keeps its own, whatever is free now.
     has_free(monkeypatch, 2**50)
-    assert main([*TRAIN, "--batch-size", "auto", "--lr-scaling", "linear", "--out", str(tmp_path / "run"), "--resume", "auto", "--epochs", "2"]) == 0
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--batch-size",
+                "auto",
+                "--lr-scaling",
+                "linear",
+                "--out",
+                str(tmp_path / "run"),
+                "--resume",
+                "auto",
+                "--epochs",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert read_config(tmp_path / "run" / "config.yaml").batch_size == 24
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--batch-size", "many"], "--batch-size many: it is a whole number, auto, or auto:N"),
-    (["--batch-size", "auto:4"], "--batch-size auto:4: .* at least 8"),
-    (["--batch-size", "auto", "--device-batch", "8"], "batch_size auto and device_batch=8"),
-    (["--batch-size", "1"], "batch_size=1: it must be at least 2"),
-    (["--batch-size", "auto", "--resume", "run"], "leave out --batch-size auto"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-size", "many"], "--batch-size many: it is a whole number, auto, or auto:N"),
+        (["--batch-size", "auto:4"], "--batch-size auto:4: .* at least 8"),
+        (["--batch-size", "auto", "--device-batch", "8"], "batch_size auto and device_batch=8"),
+        (["--batch-size", "1"], "batch_size=1: it must be at least 2"),
+        (["--batch-size", "auto", "--resume", "run"], "leave out --batch-size auto"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*TRAIN, *arguments]) == 2
@@ -258,9 +423,16 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000 bytes.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate"
+            " memory: you tried to allocate 400000000000 bytes."
+        ),
+    ],
+)
 def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch, capsys):
     def step(self, batch):
         raise error
@@ -268,13 +440,24 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
     monkeypatch.setattr(TrainStep, "__call__", step)
     assert main([*TRAIN, "--batch-size", "64", "--out", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == ("fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that fits, "
-                    "--device-batch 32 adds up the gradients of smaller parts of the same batch")
+    assert (
+        line
+        == "fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that"
+        " fits, --device-batch 32 adds up the gradients of smaller parts of the same batch"
+    )
 
 
 @pytest.mark.gpu
 def test_a_gpu_holds_what_was_estimated():
-    config = TrainConfig(model="resnet20", branches=3, batch_size=256, precision="fp32", compile=False, cuda_graph=False, streams=False)
+    config = TrainConfig(
+        model="resnet20",
+        branches=3,
+        batch_size=256,
+        precision="fp32",
+        compile=False,
+        cuda_graph=False,
+        streams=False,
+    )
     step = TrainStep(config, build_model(config, 10, GPU), GPU)
     pixels = torch.randn(256, 3, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
     places = torch.arange(256, device=GPU)
@@ -284,7 +467,9 @@ def test_a_gpu_holds_what_was_estimated():
     torch.cuda.reset_peak_memory_stats(GPU)
     step(Batch(pixels, places % 10, places))
     torch.cuda.synchronize()
-    assert estimate_memory(config, made_up(1000), GPU).passes == pytest.approx(torch.cuda.max_memory_allocated(GPU) - before, rel=0.25)
+    assert estimate_memory(config, made_up(1000), GPU).passes == pytest.approx(
+        torch.cuda.max_memory_allocated(GPU) - before, rel=0.25
+    )
 
 
 @pytest.mark.gpu
@@ -292,11 +477,15 @@ def test_a_gpu_with_less_memory_than_it_says_gets_a_batch_that_runs():
     config = TrainConfig(model="resnet32", branches=4)
     images = made_up(50_000, 32)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(GPU).total_memory, GPU)
+    torch.cuda.set_per_process_memory_fraction(
+        2**30 / torch.cuda.get_device_properties(GPU).total_memory, GPU
+    )
     try:
         found, reason = fit_batch_size(config, images, GPU)
         assert 16 <= found < 1024
         assert "tried with one step" in reason
-        assert fastokd.train.memory._one_step_fits(dataclasses.replace(config, batch_size=found), images, GPU, None)
+        assert fastokd.train.memory._one_step_fits(
+            dataclasses.replace(config, batch_size=found), images, GPU, None
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)

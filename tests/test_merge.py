@@ -1,4 +1,6 @@
-"""The branches' first convolutions as one: the same values and gradients, and nobody notices but the clock."""
+"""The branches' first convolutions as one: the same values and gradients, and nobody notices but
+the clock.
+"""
 
 import copy
 
@@ -17,10 +19,16 @@ def loss_of(model, x):
     method = get_method(model.method)
     result = model(x)
     loss = method.loss_class(num_branches=model.num_branches, impl="reference")
-    return loss(result.logits, torch.arange(len(x)) % model.num_classes, **method.loss_inputs(result), kd_weight=0.5)
+    return loss(
+        result.logits,
+        torch.arange(len(x)) % model.num_classes,
+        **method.loss_inputs(result),
+        kd_weight=0.5,
+    )
 
 
-# (network, where, method, convolutions in each merged one): a projection shortcut reads the input too.
+# (network, where, method, convolutions in each merged one): a projection shortcut reads the input
+# too.
 CASES = [
     ("resnet8", None, "ahbf", [3, 3]),
     ("resnet8", None, "one", [3, 3]),
@@ -44,7 +52,13 @@ def test_same_values_and_gradients(name, at, method, groups, channels_last):
     for model in (apart, merged):
         loss_of(model, x).backward()
     for (title, one), other in zip(apart.named_parameters(), merged.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-7, msg=lambda text, title=title: f"{title}: {text}")
+        torch.testing.assert_close(
+            other.grad,
+            one.grad,
+            rtol=1e-5,
+            atol=1e-7,
+            msg=lambda text, title=title: f"{title}: {text}",
+        )
     # Running statistics were updated as often.
     torch.testing.assert_close(merged.state_dict(), apart.state_dict(), rtol=1e-9, atol=1e-9)
 
@@ -147,12 +161,30 @@ def test_biases_are_merged():
     torch.testing.assert_close(model(x).logits, before)
 
 
-@pytest.mark.parametrize(("build", "reason"), [
-    (lambda: create_model("resnet8", "baseline"), "there is one branch"),
-    (lambda: branched(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3)), r"branch1's 'tail\.0' is a BatchNorm2d, no convolution"),
-    (lambda: branched(nn.Conv2d(4, 8, 3, groups=4), nn.ReLU()), r"branch1's 'tail\.0' has groups=4"),
-    (lambda: create_model("torchvision:densenet121", "ahbf", at="features.denseblock4", aux_blocks=0, num_branches=2), "branch1 reads its input with cat"),
-])
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: create_model("resnet8", "baseline"), "there is one branch"),
+        (
+            lambda: branched(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3)),
+            r"branch1's 'tail\.0' is a BatchNorm2d, no convolution",
+        ),
+        (
+            lambda: branched(nn.Conv2d(4, 8, 3, groups=4), nn.ReLU()),
+            r"branch1's 'tail\.0' has groups=4",
+        ),
+        (
+            lambda: create_model(
+                "torchvision:densenet121",
+                "ahbf",
+                at="features.denseblock4",
+                aux_blocks=0,
+                num_branches=2,
+            ),
+            "branch1 reads its input with cat",
+        ),
+    ],
+)
 def test_what_cannot_be_merged_says_why(build, reason):
     model = build()
     with pytest.raises(ConfigError, match=rf"merged_first_conv: .*{reason}"):
@@ -169,8 +201,15 @@ def test_other_geometry_is_not_merged():
 
 def test_a_run_merges_them_if_told_to():
     settings = {"model": "resnet8", "branches": 2, "aux_blocks": 0}
-    models = [build_model(TrainConfig(**settings, merge_first_conv=merged), 5, torch.device("cpu")) for merged in (False, True)]
+    models = [
+        build_model(TrainConfig(**settings, merge_first_conv=merged), 5, torch.device("cpu"))
+        for merged in (False, True)
+    ]
     assert [model.merged_first_conv for model in models] == [False, True]
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=0, atol=0)
     with pytest.raises(ConfigError, match="merged_first_conv: peers have no trunk"):
-        build_model(TrainConfig(model="resnet8", method="dml", branches=2, merge_first_conv=True), 5, torch.device("cpu"))
+        build_model(
+            TrainConfig(model="resnet8", method="dml", branches=2, merge_first_conv=True),
+            5,
+            torch.device("cpu"),
+        )

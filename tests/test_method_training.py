@@ -1,4 +1,6 @@
-"""The methods as they are trained: their networks, one step on every kind of network, a run with its resume, the frozen teacher."""
+"""The methods as they are trained: their networks, one step on every kind of network, a run with
+its resume, the frozen teacher.
+"""
 
 import dataclasses
 import re
@@ -28,7 +30,8 @@ from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import TrainStep
 from fastokd.train.teacher import open_teacher
 
-# --- networks ------------------------------------------------------------------------------------------------------------
+# --- networks
+# --------------------------------------------------------------------------------------------------
 
 TOTALS = [
     ("resnet32", "okddip", {}, (1_530_872, 1_554_272)),
@@ -66,7 +69,13 @@ def test_peers_of_different_width():
     """DML takes any; OKDDip's peers share a projection, its leader is free."""
     assert create_model("resnet8,resnet110", "dml", 5).num_branches == 2
     create_model("resnet8,resnet8,resnet110", "okddip", 5, topology="peers")
-    with pytest.raises(ConfigError, match=r"method 'okddip' with model 'resnet8,resnet110.*64 and 256 channels; give peers of one width"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"method 'okddip' with model 'resnet8,resnet110.*64 and 256 channels; give peers of one"
+            r" width"
+        ),
+    ):
         create_model("resnet8,resnet110,resnet8", "okddip", 5, topology="peers")
 
 
@@ -79,7 +88,9 @@ def test_cl_ilr_divides_the_trunk_s_gradient_by_m():
         torch.manual_seed(0)
         model = create_model("resnet8", method, 5, 3).double()
         result = model(images(4, 16).double())
-        loss = get_method("independent").loss_class(3, impl="reference")(result.logits, torch.tensor([0, 1, 2, 3]))
+        loss = get_method("independent").loss_class(3, impl="reference")(
+            result.logits, torch.tensor([0, 1, 2, 3])
+        )
         loss.backward()
         return result, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -104,16 +115,24 @@ def test_the_network_with_its_modules_compiles_as_one_graph(method):
     torch.testing.assert_close(gradient, model.trunk.conv1.weight.grad)
 
 
-# --- a step --------------------------------------------------------------------------------------------------------------
+# --- a step
+# --------------------------------------------------------------------------------------------------
 
 METHODS = {
     "baseline": {"branches": 1},
-    "independent": {"branches": 2}, "independent peers": {"branches": 2, "topology": "peers"}, "kd": {"branches": 1},
-    "dml": {"branches": 2}, "cl_ilr": {"branches": 2}, "one": {"branches": 2}, "okddip": {"branches": 3},
-    "okddip peers": {"branches": 3, "topology": "peers"}, "ahbf": {"branches": 2, "aux_blocks": 1},
+    "independent": {"branches": 2},
+    "independent peers": {"branches": 2, "topology": "peers"},
+    "kd": {"branches": 1},
+    "dml": {"branches": 2},
+    "cl_ilr": {"branches": 2},
+    "one": {"branches": 2},
+    "okddip": {"branches": 3},
+    "okddip peers": {"branches": 3, "topology": "peers"},
+    "ahbf": {"branches": 2, "aux_blocks": 1},
     "ahbf cbam": {"branches": 2, "aux_blocks": 0, "method_options": {"gate_attention": "cbam"}},
     # FFSD's losses on maps are steep: weighted with up to 1000.
-    "ffsd": {"branches": 3, "lr": 1e-5, "method_options": {"decoder_lr": 1e-5}}, "afid": {"branches": 2},
+    "ffsd": {"branches": 3, "lr": 1e-5, "method_options": {"decoder_lr": 1e-5}},
+    "afid": {"branches": 2},
 }
 
 
@@ -122,10 +141,27 @@ METHODS = {
 def test_a_step_lowers_the_loss_of_its_batch(name, network):
     """A short plain step of gradient descent, so that what goes down is what the gradients say."""
     method = name.partition(" ")[0]
-    config = TrainConfig(data="digits", model=network, method=method, momentum=0.0, nesterov=False, weight_decay=0.0, **{"lr": 1e-3, **METHODS[name]})
+    config = TrainConfig(
+        data="digits",
+        model=network,
+        method=method,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=0.0,
+        **{"lr": 1e-3, **METHODS[name]},
+    )
     torch.manual_seed(0)
     teacher = create_student(network, 10) if method == "kd" else None
-    model = create_model(network, method, 10, config.branches, config.aux_blocks, topology=config.topology, options=config.model_options(), teacher=teacher)
+    model = create_model(
+        network,
+        method,
+        10,
+        config.branches,
+        config.aux_blocks,
+        topology=config.topology,
+        options=config.model_options(),
+        teacher=teacher,
+    )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # another mask would be another loss
@@ -137,7 +173,9 @@ def test_a_step_lowers_the_loss_of_its_batch(name, network):
     assert after < before
 
 
-# --- a run ---------------------------------------------------------------------------------------------------------------
+# --- a run
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -148,12 +186,32 @@ def digits():
 CONFIG = TrainConfig(data="digits", model="resnet8", epochs=2, batch_size=48, lr=0.05, aux_blocks=0)
 RUNS = {
     "baseline": (["branch1"], "branch1"),
-    "independent": (["branch1", "branch2", "branch3", "branch4", "ensemble", "branch_mean"], "branch1"),
+    "independent": (
+        ["branch1", "branch2", "branch3", "branch4", "ensemble", "branch_mean"],
+        "branch1",
+    ),
     "kd": (["branch1", "teacher"], "branch1"),
     "dml": (["branch1", "branch2", "ensemble", "branch_mean"], "branch1"),
-    "cl_ilr": (["branch1", "branch2", "branch3", "branch4", "others1", "others2", "others3", "others4", "ensemble", "branch_mean"], "branch1"),
+    "cl_ilr": (
+        [
+            "branch1",
+            "branch2",
+            "branch3",
+            "branch4",
+            "others1",
+            "others2",
+            "others3",
+            "others4",
+            "ensemble",
+            "branch_mean",
+        ],
+        "branch1",
+    ),
     "one": (["branch1", "branch2", "branch3", "ensemble"], "branch1"),
-    "okddip": (["branch1", "branch2", "branch3", "leader", "group1", "group2", "group3", "ensemble"], "leader"),
+    "okddip": (
+        ["branch1", "branch2", "branch3", "leader", "group1", "group2", "group3", "ensemble"],
+        "leader",
+    ),
     "ffsd": (["branch1", "branch2", "leader", "fusion", "ensemble"], "leader"),
     "afid": (["branch1", "branch2", "fusion", "ensemble"], "branch1"),
 }
@@ -170,7 +228,12 @@ def teacher_run(tmp_path_factory, digits):
 
 def settings(name, teacher_run, **changes):
     options = {"teacher": str(teacher_run)} if name == "kd" else {}
-    return dataclasses.replace(CONFIG, method=name, method_options={**options, **changes.pop("method_options", {})}, **{**DIFFERENT.get(name, {}), **changes})
+    return dataclasses.replace(
+        CONFIG,
+        method=name,
+        method_options={**options, **changes.pop("method_options", {})},
+        **{**DIFFERENT.get(name, {}), **changes},
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -181,7 +244,11 @@ def test_a_run_its_rows_its_resume_and_its_student(name, tmp_path, digits, teach
     assert list(measured) == rows
     assert straight.kept == kept
     if "branch_mean" in rows:
-        branches = [value for row, value in measured.items() if row.startswith("branch") and row != "branch_mean"]
+        branches = [
+            value
+            for row, value in measured.items()
+            if row.startswith("branch") and row != "branch_mean"
+        ]
         assert measured["branch_mean"] == pytest.approx(sum(branches) / len(branches))
     terms = {term.name for term in straight.step.criterion.graph.terms}
     for record in straight.run_folder.read_metrics():
@@ -190,7 +257,9 @@ def test_a_run_its_rows_its_resume_and_its_student(name, tmp_path, digits, teach
     student, record = load_student(tmp_path / "straight")
     assert record["architecture"]["name"] == straight.model.name
     straight.model.eval()
-    trained = straight.model.student().to(memory_format=torch.contiguous_format)  # as it is loaded: bits depend on it
+    trained = straight.model.student().to(
+        memory_format=torch.contiguous_format
+    )  # as it is loaded: bits depend on it
     assert check_same_logits(trained, student, straight.eval_loader) == 100
     assert measure_accuracy(student, straight.eval_loader) == measured[kept]
 
@@ -205,7 +274,9 @@ def test_what_a_run_says_at_its_start(tmp_path, digits, teacher_run, capsys):
     assert "1 ce/branch1, 9*kd_weight kl/teacher->branch1" in said
 
 
-# --- the frozen teacher --------------------------------------------------------------------------------------------------
+# --- the frozen teacher
+# --------------------------------------------------------------------------------------------------
+
 
 def test_a_teacher_stays_as_it_was(tmp_path, digits, teacher_run):
     trainer = make(settings("kd", teacher_run, epochs=1), tmp_path / "run", digits)
@@ -219,13 +290,17 @@ def test_a_teacher_stays_as_it_was(tmp_path, digits, teacher_run):
         assert torch.equal(value, before[name]), name
     own, _ = load_student(teacher_run)
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
-    assert not [name for name in load_checkpoint(trainer.run_folder.last)["model"] if "companion" in name]
+    assert not [
+        name for name in load_checkpoint(trainer.run_folder.last)["model"] if "companion" in name
+    ]
 
 
 def test_a_teacher_moves_with_the_model_and_learns_nothing():
     network = create_student("resnet8", 5)
     assert network.training
-    model = create_model("resnet8", "kd", 5, teacher=network).to(torch.float64, memory_format=torch.channels_last)
+    model = create_model("resnet8", "kd", 5, teacher=network).to(
+        torch.float64, memory_format=torch.channels_last
+    )
     assert not any(module.training for module in network.modules())
     assert network.fc.weight.dtype == torch.float64
     assert network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -256,7 +331,9 @@ def test_without_its_teacher_a_run_is_evaluated_but_not_resumed(tmp_path, digits
 
 
 def opened(spec, dataset, **options):
-    config = dataclasses.replace(CONFIG, method="kd", method_options={"teacher": str(spec), **options})
+    config = dataclasses.replace(
+        CONFIG, method="kd", method_options={"teacher": str(spec), **options}
+    )
     check_config(config)
     teachers.check_teacher(config)
     return open_teacher(config, dataset, torch.device("cpu"))
@@ -264,7 +341,10 @@ def opened(spec, dataset, **options):
 
 def test_every_way_to_a_network(tmp_path, digits, teacher_run):
     x = images(4, 8)
-    run, exported, checkpoint = (opened(teacher_run / part, digits) for part in ("", "student.safetensors", "checkpoints/last.pt"))
+    run, exported, checkpoint = (
+        opened(teacher_run / part, digits)
+        for part in ("", "student.safetensors", "checkpoints/last.pt")
+    )
     for other in (exported, checkpoint):
         # The memory format, and with it the order of sums, may differ.
         torch.testing.assert_close(run.network(x), other.network(x))
@@ -276,9 +356,13 @@ def test_every_way_to_a_network(tmp_path, digits, teacher_run):
     for file in ("stock.pth", "stock.safetensors"):
         found = opened(f"torchvision:resnet18:{tmp_path / file}", digits)
         assert torch.equal(found.network.eval()(x), stock(x))
-    found = opened(f"torchvision:resnet18:{tmp_path / file}", digits, teacher_normalization="imagenet")
+    found = opened(
+        f"torchvision:resnet18:{tmp_path / file}", digits, teacher_normalization="imagenet"
+    )
     pixels = x * torch.tensor(digits.std).view(3, 1, 1) + torch.tensor(digits.mean).view(3, 1, 1)
-    wanted = torchvision.transforms.functional.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    wanted = torchvision.transforms.functional.normalize(
+        pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
     torch.testing.assert_close(found.network.eval()(x), stock(wanted), rtol=1e-4, atol=1e-4)
 
 
@@ -295,16 +379,25 @@ def test_images_are_brought_to_the_teacher_s_normalisation(digits, teacher_run):
     pixels = torch.rand(4, 3, 8, 8)
 
     def normalised(dataset):
-        return (pixels - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(3, 1, 1)
+        return (pixels - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(
+            3, 1, 1
+        )
 
     plain, moved = opened(teacher_run, digits), opened(teacher_run, other)
     assert moved.fingerprint == plain.fingerprint
-    torch.testing.assert_close(moved.network(normalised(other)), plain.network(normalised(digits)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        moved.network(normalised(other)), plain.network(normalised(digits)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize(("kind", "suffix"), [("logits", "npy"), ("probabilities", "npy"), ("probabilities", "safetensors")])
-def test_stored_rows_teach_what_their_network_says(tmp_path, digits, monkeypatch, kind, suffix, resident):
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("logits", "npy"), ("probabilities", "npy"), ("probabilities", "safetensors")],
+)
+def test_stored_rows_teach_what_their_network_says(
+    tmp_path, digits, monkeypatch, kind, suffix, resident
+):
     """Rows are addressed by the image, whatever the order: each image's own row comes to it."""
     if not resident:
         monkeypatch.setattr(teachers, "RESIDENT_BYTES", 0)
@@ -312,7 +405,9 @@ def test_stored_rows_teach_what_their_network_says(tmp_path, digits, monkeypatch
     rows = rows if kind == "logits" else (rows / 3).softmax(1)
     path = tmp_path / f"rows.{suffix}"
     np.save(path, rows.numpy()) if suffix == "npy" else save_file({"rows": rows}, path)
-    config = settings("kd", path, epochs=1, method_options={"teacher_rows": kind, "teacher": str(path)})
+    config = settings(
+        "kd", path, epochs=1, method_options={"teacher_rows": kind, "teacher": str(path)}
+    )
     trainer = make(config, tmp_path / "run", digits)
     trainer.train_loader.set_epoch(0)
     batch = next(iter(trainer.train_loader))
@@ -320,7 +415,10 @@ def test_stored_rows_teach_what_their_network_says(tmp_path, digits, monkeypatch
     torch.testing.assert_close(trainer.step.stored(batch.index), rows[batch.index].float())
     seen = {}
     forward = trainer.step.criterion.forward_backward
-    trainer.step.criterion.forward_backward = lambda *given, **others: (seen.update(others), forward(*given, **others))[1]
+    trainer.step.criterion.forward_backward = lambda *given, **others: (
+        seen.update(others),
+        forward(*given, **others),
+    )[1]
     trainer.step(batch)
     torch.testing.assert_close(seen["teacher"], rows[batch.index].float())
     assert list(trainer.run().last) == ["branch1"]
@@ -337,22 +435,47 @@ def test_stored_rows_do_not_go_with_mixed_images(tmp_path, suffix, mixing):
     np.save(path, ROWS.numpy()) if suffix == "npy" else save_file({"rows": ROWS}, path)
     config = settings("kd", path)
     teachers.check_teacher(config)
-    with pytest.raises(ConfigError, match=f"{mixing}=0.4 and stored rows of a teacher: they are of whole images"):
+    with pytest.raises(
+        ConfigError, match=f"{mixing}=0.4 and stored rows of a teacher: they are of whole images"
+    ):
         teachers.check_teacher(dataclasses.replace(config, **{mixing: 0.4}))
 
 
 def test_a_network_sees_mixed_images(teacher_run):
-    teachers.check_teacher(settings("kd", teacher_run / "student.safetensors", mixup=0.4, cutmix=1.0))
+    teachers.check_teacher(
+        settings("kd", teacher_run / "student.safetensors", mixup=0.4, cutmix=1.0)
+    )
 
 
-@pytest.mark.parametrize(("content", "options", "message"), [
-    (ROWS[:100], {}, r"float32 \[100, 10\]; rows for 192 training images and 10 classes are floating \[192, 10\]"),
-    (ROWS[:, :7], {}, r"\[192, 7\]"),
-    (ROWS.long(), {}, r"int64 \[192, 10\]"),
-    (ROWS, {"teacher_rows": "probabilities"}, "holds rows that are no probabilities, and teacher_rows=probabilities; pass teacher_rows=logits"),
-    (ROWS.softmax(1), {}, "holds probabilities, and teacher_rows=logits; pass teacher_rows=probabilities"),
-    (torch.full((192, 10), float("nan")), {}, "numbers that are not finite"),
-])
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (
+            ROWS[:100],
+            {},
+            (
+                r"float32 \[100, 10\]; rows for 192 training images and 10 classes are floating"
+                r" \[192, 10\]"
+            ),
+        ),
+        (ROWS[:, :7], {}, r"\[192, 7\]"),
+        (ROWS.long(), {}, r"int64 \[192, 10\]"),
+        (
+            ROWS,
+            {"teacher_rows": "probabilities"},
+            (
+                "holds rows that are no probabilities, and teacher_rows=probabilities; pass"
+                " teacher_rows=logits"
+            ),
+        ),
+        (
+            ROWS.softmax(1),
+            {},
+            "holds probabilities, and teacher_rows=logits; pass teacher_rows=probabilities",
+        ),
+        (torch.full((192, 10), float("nan")), {}, "numbers that are not finite"),
+    ],
+)
 def test_stored_rows_that_do_not_fit(tmp_path, digits, content, options, message):
     np.save(tmp_path / "rows.npy", content.numpy())
     with pytest.raises(CheckpointError, match=message):
@@ -367,26 +490,75 @@ def test_a_pickle_is_not_read(tmp_path, digits):
 
 def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
     renamed = dataclasses.replace(digits, classes=(*digits.classes[1:], digits.classes[0]))
-    with pytest.raises(CheckpointError, match=r"knows the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\); use a teacher of the same classes"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"knows the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
+            r" use a teacher of the same classes"
+        ),
+    ):
         opened(teacher_run, renamed)
-    larger = dataclasses.replace(digits, train=dataclasses.replace(digits.train, images=digits.train.images.repeat(1, 1, 2, 2)))
-    with pytest.raises(CheckpointError, match=r"was trained on images of 8 x 8, the run's are 16 x 16; use another teacher, or --image-size 8"):
+    larger = dataclasses.replace(
+        digits,
+        train=dataclasses.replace(digits.train, images=digits.train.images.repeat(1, 1, 2, 2)),
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"was trained on images of 8 x 8, the run's are 16 x 16; use another teacher, or"
+            r" --image-size 8"
+        ),
+    ):
         opened(teacher_run, larger)
 
 
-@pytest.mark.parametrize(("spec", "error", "message"), [
-    ("", ConfigError, r"method 'kd' needs a trained teacher: pass --method-options teacher=RUN"),
-    ("{tmp}/nothing", CheckpointError, "there is no teacher at .*nothing"),
-    ("{tmp}/empty", CheckpointError, "there is no student at .*empty; make one with 'fastokd export RUN'"),
-    ("{tmp}/notes.txt", ConfigError, r"notes\.txt is none of a run folder, a checkpoint"),
-    ("torchvision:resnet18", ConfigError, "give the network and the file of its weights, torchvision:NAME:FILE"),
-    ("torchvision:resnet1o1:{tmp}/weights.pth", ConfigError, "unknown network 'resnet1o1' of torchvision; did you mean resnet101"),
-    ("torchvision:resnet18:{tmp}/weights.pth", CheckpointError, r"fc\.weight is \[7, 512\], the model's is \[10, 512\] \(torchvision's resnet18 with the data's 10 classes\)"),
-    ("torchvision:resnet18:{tmp}/notes.txt", CheckpointError, r"notes\.txt is damaged or holds no weights"),
-    ("{tmp}/weights.pth", ConfigError, r"weights of a library's network are named torchvision:NAME:FILE"),
-    ("{tmp}/damaged.safetensors", CheckpointError, "is damaged or not a safetensors file"),
-    ("{tmp}/damaged.npy", CheckpointError, "is damaged or holds no numbers"),
-])
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (
+            "",
+            ConfigError,
+            r"method 'kd' needs a trained teacher: pass --method-options teacher=RUN",
+        ),
+        ("{tmp}/nothing", CheckpointError, "there is no teacher at .*nothing"),
+        (
+            "{tmp}/empty",
+            CheckpointError,
+            "there is no student at .*empty; make one with 'fastokd export RUN'",
+        ),
+        ("{tmp}/notes.txt", ConfigError, r"notes\.txt is none of a run folder, a checkpoint"),
+        (
+            "torchvision:resnet18",
+            ConfigError,
+            "give the network and the file of its weights, torchvision:NAME:FILE",
+        ),
+        (
+            "torchvision:resnet1o1:{tmp}/weights.pth",
+            ConfigError,
+            "unknown network 'resnet1o1' of torchvision; did you mean resnet101",
+        ),
+        (
+            "torchvision:resnet18:{tmp}/weights.pth",
+            CheckpointError,
+            (
+                r"fc\.weight is \[7, 512\], the model's is \[10, 512\] \(torchvision's resnet18"
+                r" with the data's 10 classes\)"
+            ),
+        ),
+        (
+            "torchvision:resnet18:{tmp}/notes.txt",
+            CheckpointError,
+            r"notes\.txt is damaged or holds no weights",
+        ),
+        (
+            "{tmp}/weights.pth",
+            ConfigError,
+            r"weights of a library's network are named torchvision:NAME:FILE",
+        ),
+        ("{tmp}/damaged.safetensors", CheckpointError, "is damaged or not a safetensors file"),
+        ("{tmp}/damaged.npy", CheckpointError, "is damaged or holds no numbers"),
+    ],
+)
 def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
@@ -398,33 +570,72 @@ def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
 
 
 def test_options_that_a_teacher_cannot_have(tmp_path, digits, teacher_run):
-    with pytest.raises(ConfigError, match=r"teacher_rows='probabilities': teacher=.* is a network and gives logits"):
+    with pytest.raises(
+        ConfigError, match=r"teacher_rows='probabilities': teacher=.* is a network and gives logits"
+    ):
         opened(teacher_run, digits, teacher_rows="probabilities")
-    with pytest.raises(ConfigError, match=r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* says itself"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* says"
+            r" itself"
+        ),
+    ):
         opened(teacher_run, digits, teacher_normalization="imagenet")
-    with pytest.raises(ConfigError, match=r"teacher_normalization='image-net'; did you mean 'imagenet'\? \(choices: data, imagenet\)"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"teacher_normalization='image-net'; did you mean 'imagenet'\? \(choices: data,"
+            r" imagenet\)"
+        ),
+    ):
         opened(teacher_run, digits, teacher_normalization="image-net")
 
 
-def test_a_teacher_given_relative_is_found_from_elsewhere(tmp_path, digits, teacher_run, monkeypatch):
+def test_a_teacher_given_relative_is_found_from_elsewhere(
+    tmp_path, digits, teacher_run, monkeypatch
+):
     monkeypatch.chdir(teacher_run.parent)
     trainer = make(settings("kd", teacher_run.name, epochs=1), tmp_path / "run", digits)
     assert trainer.run_folder.load_config().method_options["teacher"] == str(teacher_run)
 
 
-# --- options -------------------------------------------------------------------------------------------------------------
+# --- options
+# --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "ahbf", "method_options": {"gate_attention": "cbm"}}, r"gate_attention='cbm'; did you mean 'cbam'\? \(choices: cbam, none, nonlocal, se\)"),
-    ({"method": "okddip", "branches": 2}, "2 branches: method 'okddip' takes 3 to 8"),
-    ({"method": "dml", "topology": "branches"}, "topology='branches': method 'dml' takes peers"),
-    ({"method": "one", "topology": "peers"}, "topology='peers': method 'one' takes branches"),
-    ({"method": "one", "model": "resnet8,resnet14"}, "several networks can only be peers, and method 'one' branches one network"),
-    ({"method": "one", "method_options": {"temprature": 2}}, "unknown option 'temprature' of method 'one'; did you mean 'temperature'"),
-    ({"method": "okddip", "method_options": {"mix": "probs"}}, "method 'okddip': mix='probs'"),
-    ({"method": "cl_ilr", "method_options": {"lambda_ce": -1}}, "method 'cl_ilr': lambda_ce=-1; it must be a number of at least 0"),
-    ({"method": "independent", "preset": "code"}, r"unknown preset 'code' of method 'independent' \(choices: paper\)"),
-])
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "ahbf", "method_options": {"gate_attention": "cbm"}},
+            r"gate_attention='cbm'; did you mean 'cbam'\? \(choices: cbam, none, nonlocal, se\)",
+        ),
+        ({"method": "okddip", "branches": 2}, "2 branches: method 'okddip' takes 3 to 8"),
+        (
+            {"method": "dml", "topology": "branches"},
+            "topology='branches': method 'dml' takes peers",
+        ),
+        ({"method": "one", "topology": "peers"}, "topology='peers': method 'one' takes branches"),
+        (
+            {"method": "one", "model": "resnet8,resnet14"},
+            "several networks can only be peers, and method 'one' branches one network",
+        ),
+        (
+            {"method": "one", "method_options": {"temprature": 2}},
+            "unknown option 'temprature' of method 'one'; did you mean 'temperature'",
+        ),
+        ({"method": "okddip", "method_options": {"mix": "probs"}}, "method 'okddip': mix='probs'"),
+        (
+            {"method": "cl_ilr", "method_options": {"lambda_ce": -1}},
+            "method 'cl_ilr': lambda_ce=-1; it must be a number of at least 0",
+        ),
+        (
+            {"method": "independent", "preset": "code"},
+            r"unknown preset 'code' of method 'independent' \(choices: paper\)",
+        ),
+    ],
+)
 def test_a_configuration_is_checked_before_anything_is_read(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(dataclasses.replace(TrainConfig(data="digits", model="resnet8"), **changes))
@@ -435,15 +646,31 @@ def test_a_method_s_graph_needs_no_teacher():
 
 
 def test_options_of_modules_are_checked_by_the_models_too():
-    with pytest.raises(ConfigError, match="unknown option 'gate_atention' of method 'ahbf'; did you mean 'gate_attention'"):
+    with pytest.raises(
+        ConfigError,
+        match="unknown option 'gate_atention' of method 'ahbf'; did you mean 'gate_attention'",
+    ):
         create_model("resnet8", "ahbf", 5, options={"gate_atention": "se"})
     with pytest.raises(ConfigError, match="gate_attention='see'"):
         create_model("resnet8", "ahbf", 5, options={"gate_attention": "see"})
 
 
-@pytest.mark.parametrize(("method", "preset", "length"), [
-    ("independent", "paper", 0), ("kd", "code", 0), ("dml", "paper", 0), ("dml", "code", 0), ("cl_ilr", "paper", 0), ("cl_ilr", "code", 80),
-    ("one", "paper", 80), ("one", "code", 80), ("okddip", "paper", 0), ("okddip", "code", 80), ("ahbf", "paper", 300), ("ahbf", "code", 240),
-])
+@pytest.mark.parametrize(
+    ("method", "preset", "length"),
+    [
+        ("independent", "paper", 0),
+        ("kd", "code", 0),
+        ("dml", "paper", 0),
+        ("dml", "code", 0),
+        ("cl_ilr", "paper", 0),
+        ("cl_ilr", "code", 80),
+        ("one", "paper", 80),
+        ("one", "code", 80),
+        ("okddip", "paper", 0),
+        ("okddip", "code", 80),
+        ("ahbf", "paper", 300),
+        ("ahbf", "code", 240),
+    ],
+)
 def test_ramps_of_300_epochs(method, preset, length):
     assert TrainConfig(method=method, preset=preset, epochs=300).ramp_length() == length

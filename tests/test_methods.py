@@ -1,4 +1,6 @@
-"""What a method asks of the model and the trainer: layouts, its own modules, extra terms, and what it remembers."""
+"""What a method asks of the model and the trainer: layouts, its own modules, extra terms, and what
+it remembers.
+"""
 
 import dataclasses
 
@@ -14,15 +16,28 @@ from fastokd.methods.method import Companion, ExtraTerm, GraphInputs, MethodLoss
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 
-PAIR = Graph("pair", (Logits("branch1"), Logits("branch2")),
-             (CrossEntropy("branch1"), CrossEntropy("branch2"), KL("branch2", "branch1", 1.0, 2.0, detach=True)))
+PAIR = Graph(
+    "pair",
+    (Logits("branch1"), Logits("branch2")),
+    (
+        CrossEntropy("branch1"),
+        CrossEntropy("branch2"),
+        KL("branch2", "branch1", 1.0, 2.0, detach=True),
+    ),
+)
 
 
 class PullLoss(MethodLoss):
     """Two rows and a term outside the graph: a plain sum that pulls the parameter ``pull`` up."""
 
     def __init__(self, num_branches: int = 2, reduction: str = "mean", impl: str = "auto") -> None:
-        super().__init__(PAIR, num_branches, reduction, impl, extra_terms={"pull": ExtraTerm(0.5), "late": ExtraTerm(2.0, scheduled=True)})
+        super().__init__(
+            PAIR,
+            num_branches,
+            reduction,
+            impl,
+            extra_terms={"pull": ExtraTerm(0.5), "late": ExtraTerm(2.0, scheduled=True)},
+        )
 
     def graph_inputs(self, branch_logits, target=None, *, pull):
         return GraphInputs(branch_logits, extras={"pull": pull.sum(), "late": pull.square().sum()})
@@ -34,7 +49,14 @@ class NegativeLoss(PullLoss):
 
 
 def peers(method: str = "baseline", **changes):
-    return dataclasses.replace(get_method(method), topologies=("peers", "branches"), branch_range=(2, 4), default_branches=2, build_companion=None, **changes)
+    return dataclasses.replace(
+        get_method(method),
+        topologies=("peers", "branches"),
+        branch_range=(2, 4),
+        default_branches=2,
+        build_companion=None,
+        **changes,
+    )
 
 
 def images(batch: int = 4, size: int = 16) -> torch.Tensor:
@@ -62,10 +84,25 @@ def test_terms_outside_the_graph_go_through_the_same_backward_pass(impl):
 
 
 @pytest.mark.parametrize("call", ["forward", "forward_backward", "named_rows"])
-@pytest.mark.parametrize(("given", "message"), [
-    ({}, "PullLoss: missing a required argument: 'pull'; this loss takes branch_logits, target, pull"),
-    ({"pull": torch.ones(2), "push": 1}, "PullLoss: got an unexpected keyword argument 'push'; this loss takes branch_logits, target, pull"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {},
+            (
+                "PullLoss: missing a required argument: 'pull'; this loss takes branch_logits,"
+                " target, pull"
+            ),
+        ),
+        (
+            {"pull": torch.ones(2), "push": 1},
+            (
+                "PullLoss: got an unexpected keyword argument 'push'; this loss takes"
+                " branch_logits, target, pull"
+            ),
+        ),
+    ],
+)
 def test_inputs_that_are_missing_or_unknown_are_named(call, given, message):
     rows = torch.randn(2, 3, 5, requires_grad=True)
     batch = (rows,) if call == "named_rows" else (rows, torch.tensor([0, 1, 2]))
@@ -80,15 +117,24 @@ def test_a_type_error_of_a_loss_s_own_stays_as_it_is():
 
 
 def test_terms_outside_the_graph_are_means():
-    with pytest.raises(ValueError, match="reduction='sum': the terms pull, late are means over the batch"):
+    with pytest.raises(
+        ValueError, match="reduction='sum': the terms pull, late are means over the batch"
+    ):
         PullLoss(reduction="sum")
 
 
 def test_peers_are_whole_networks_in_their_order(monkeypatch):
     monkeypatch.setattr(models, "get_method", lambda name: peers(kept=-1))
     model = create_model("resnet8,resnet14", "baseline", 5).eval()
-    assert (model.names, model.name, model.num_branches, model.trunk) == (("resnet8", "resnet14"), "resnet14", 2, None)
-    assert count_parameters(model) == sum(count_parameters(create_student(name, 5)) for name in model.names)
+    assert (model.names, model.name, model.num_branches, model.trunk) == (
+        ("resnet8", "resnet14"),
+        "resnet14",
+        2,
+        None,
+    )
+    assert count_parameters(model) == sum(
+        count_parameters(create_student(name, 5)) for name in model.names
+    )
     x = images()
     result = model(x)
     for index, name in enumerate(model.names):
@@ -102,12 +148,23 @@ def test_peers_are_whole_networks_in_their_order(monkeypatch):
         model.student(2)
 
 
-@pytest.mark.parametrize(("name", "given", "message"), [
-    ("resnet8,resnet14,resnet20", {"num_branches": 2}, "names 3 networks for 2 branches; name one, or as many"),
-    ("resnet8,resnet14", {"topology": "branches"}, "several networks can only be peers"),
-    ("resnet8", {"topology": "tree"}, "topology='tree': method 'baseline' takes peers or branches"),
-    ("resnet8,resent14", {}, "unknown model 'resent14'"),
-])
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "resnet8,resnet14,resnet20",
+            {"num_branches": 2},
+            "names 3 networks for 2 branches; name one, or as many",
+        ),
+        ("resnet8,resnet14", {"topology": "branches"}, "several networks can only be peers"),
+        (
+            "resnet8",
+            {"topology": "tree"},
+            "topology='tree': method 'baseline' takes peers or branches",
+        ),
+        ("resnet8,resent14", {}, "unknown model 'resent14'"),
+    ],
+)
 def test_layouts_that_cannot_be(monkeypatch, name, given, message):
     monkeypatch.setattr(models, "get_method", lambda method: peers())
     with pytest.raises(ConfigError, match=message):
@@ -134,9 +191,17 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
             assert seen.passed_on == "seen"
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
-    monkeypatch.setattr(models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",)))
+    monkeypatch.setattr(
+        models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",))
+    )
     plain = create_model("resnet8", "baseline", 5).eval()
-    monkeypatch.setattr(models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",), build_companion=Watch))
+    monkeypatch.setattr(
+        models,
+        "get_method",
+        lambda method: dataclasses.replace(
+            peers(), topologies=("branches",), build_companion=Watch
+        ),
+    )
     model = create_model("resnet8", "baseline", 5).eval()
     model.load_state_dict({**plain.state_dict(), "companion.scale": torch.tensor(1.0)})
     result = model(images())
@@ -152,8 +217,15 @@ def test_a_network_that_a_method_cannot_train_is_refused_with_the_reason(monkeyp
     def refuse(layout, **options):
         raise ValueError("its features have no height and width")
 
-    monkeypatch.setattr(models, "get_method", lambda method: dataclasses.replace(get_method("ahbf"), build_companion=refuse))
-    with pytest.raises(ConfigError, match="method 'ahbf' with model 'resnet8': its features have no height and width"):
+    monkeypatch.setattr(
+        models,
+        "get_method",
+        lambda method: dataclasses.replace(get_method("ahbf"), build_companion=refuse),
+    )
+    with pytest.raises(
+        ConfigError,
+        match="method 'ahbf' with model 'resnet8': its features have no height and width",
+    ):
         create_model("resnet8", "ahbf", 5)
 
 

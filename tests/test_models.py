@@ -1,4 +1,6 @@
-"""The networks: their size to the last parameter, their shapes, their gradients, and the student they hand over."""
+"""The networks: their size to the last parameter, their shapes, their gradients, and the student
+they hand over.
+"""
 
 import copy
 import dataclasses
@@ -29,9 +31,13 @@ def images(batch=4, **options):
 
 
 def warm(module, batch=None):
-    """Batch norms away from their initial values, with the statistics of a batch, as after some training."""
+    """Batch norms away from their initial values, with the statistics of a batch, as after some
+    training.
+    """
     generator = torch.Generator().manual_seed(2)
-    norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [
+        norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    ]
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 1.0
@@ -44,16 +50,33 @@ def warm(module, batch=None):
 # ---- size
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    ("resnet8", 78_042), ("resnet14", 175_258), ("resnet20", 272_474), ("resnet32", 466_906),
-    ("resnet44", 661_338), ("resnet56", 855_770), ("resnet110", 1_147_738),
-])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet8", 78_042),
+        ("resnet14", 175_258),
+        ("resnet20", 272_474),
+        ("resnet32", 466_906),
+        ("resnet44", 661_338),
+        ("resnet56", 855_770),
+        ("resnet110", 1_147_738),
+    ],
+)
 def test_plain_networks(name, parameters):
     student = create_student(name, 10)
     assert type(student) is CifarResNet
     assert count_parameters(student) == parameters
     assert [child for child, _ in student.named_children()] == [
-        "conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool", "flatten", "fc"]
+        "conv1",
+        "bn1",
+        "relu",
+        "layer1",
+        "layer2",
+        "layer3",
+        "avgpool",
+        "flatten",
+        "fc",
+    ]
     assert student.eval()(images(2)).shape == (2, 10)
 
 
@@ -70,7 +93,9 @@ def test_forward_flops_leaves_the_module_alone():
 
 
 def test_initial_weights():
-    """Convolutions Kaiming-normal by fan-out (std sqrt(2 / (k^2 out))), batch norms 1 and 0, the gates alike."""
+    """Convolutions Kaiming-normal by fan-out (std sqrt(2 / (k^2 out))), batch norms 1 and 0, the
+    gates alike.
+    """
     torch.manual_seed(0)
     model = create_model("resnet110", num_branches=2, aux_blocks=0)
     for name, module in model.named_modules():
@@ -82,20 +107,29 @@ def test_initial_weights():
             assert (module.bias == 0).all(), name
 
 
-@pytest.mark.parametrize(("name", "layout"), [
-    ("resnet8", {"method": "ahbf"}), ("resnet8", {"method": "baseline"}),
-    # The last branch is kept: by the method on a trunk, by the method among peers, and in compression.
-    ("resnet8", {"method": "okddip"}), ("resnet8", {"method": "okddip", "topology": "peers"}),
-    ("resnet14", {"method": "ahbf", "num_branches": 3, "aux_blocks": 1, "compression": True}),
-    ("torchvision:resnet18", {"method": "okddip", "at": "layer4", "num_branches": 3}),
-], ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("resnet8", {"method": "ahbf"}),
+        ("resnet8", {"method": "baseline"}),
+        # The last branch is kept: by the method on a trunk, by the method among peers, and in
+        # compression.
+        ("resnet8", {"method": "okddip"}),
+        ("resnet8", {"method": "okddip", "topology": "peers"}),
+        ("resnet14", {"method": "ahbf", "num_branches": 3, "aux_blocks": 1, "compression": True}),
+        ("torchvision:resnet18", {"method": "okddip", "at": "layer4", "num_branches": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers(name, layout):
     def start(build):
         torch.manual_seed(3)
         return build().state_dict()
 
     plain = start(lambda: create_student(name, 10))
-    torch.testing.assert_close(start(lambda: create_model(name, **layout).student()), plain, rtol=0, atol=0)
+    torch.testing.assert_close(
+        start(lambda: create_model(name, **layout).student()), plain, rtol=0, atol=0
+    )
 
 
 # ---- shapes
@@ -106,7 +140,9 @@ def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers(nam
 def test_shapes(num_branches, aux_blocks):
     model = create_model("resnet8", num_classes=7, num_branches=num_branches, aux_blocks=aux_blocks)
     assert model.num_branches == num_branches
-    assert [len(branch.body.layer3) for branch in model.branches] == [1 + aux_blocks * m for m in range(num_branches)]
+    assert [len(branch.body.layer3) for branch in model.branches] == [
+        1 + aux_blocks * m for m in range(num_branches)
+    ]
     result = model(images(3))
     assert [tuple(row.shape) for row in result.logits] == [(3, 7)] * num_branches
     assert [tuple(maps.shape) for maps in result.features] == [(3, 64, 8, 8)] * num_branches
@@ -118,15 +154,24 @@ def test_shapes(num_branches, aux_blocks):
 
 def test_baseline_is_one_branch_without_gates():
     model = create_model("resnet20", method="baseline", num_classes=10)
-    assert (model.name, model.num_classes, model.num_branches, model.companion) == ("resnet20", 10, 1, None)
+    assert (model.name, model.num_classes, model.num_branches, model.companion) == (
+        "resnet20",
+        10,
+        1,
+        None,
+    )
     assert count_parameters(model) == 272_474
     result = model(images(2))
     assert (len(result.logits), len(result.features), result.scores) == (1, 1, ())
 
 
 def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
-    """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a leader."""
-    leader = dataclasses.replace(get_method("ahbf"), hierarchical=False, build_companion=None, kept=-1)
+    """Peers of equal depth, no gates, and the last branch kept: the layout of methods with a
+    leader.
+    """
+    leader = dataclasses.replace(
+        get_method("ahbf"), hierarchical=False, build_companion=None, kept=-1
+    )
     monkeypatch.setattr(models, "get_method", lambda name: leader)
     model = warm(create_model("resnet8", num_branches=3)).eval()
     assert [len(branch.body.layer3) for branch in model.branches] == [1, 1, 1]
@@ -135,7 +180,12 @@ def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
 
 
 def test_default_is_four_branches_with_four_auxiliary_blocks():
-    assert [len(branch.body.layer3) for branch in create_model("resnet32").branches] == [5, 9, 13, 17]
+    assert [len(branch.body.layer3) for branch in create_model("resnet32").branches] == [
+        5,
+        9,
+        13,
+        17,
+    ]
 
 
 def test_branches_compute_what_their_plain_networks_compute():
@@ -143,7 +193,9 @@ def test_branches_compute_what_their_plain_networks_compute():
     x = images()
     with torch.no_grad():
         result = model(x)
-        for branch, logits, features in zip(model.branches, result.logits, result.features, strict=True):
+        for branch, logits, features in zip(
+            model.branches, result.logits, result.features, strict=True
+        ):
             assert torch.equal(models.PlainNetwork.join(model.trunk, branch)(x), logits)
             assert torch.equal(branch.head(features), logits)
 
@@ -151,7 +203,9 @@ def test_branches_compute_what_their_plain_networks_compute():
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 @pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (16, 2), (64, 1), (64, 2)])
 def test_blocks_compute_what_torchvision_s_do(block, in_channels, stride):
-    """Same attribute names, same function; the width is such that 64 channels in and stride 1 need no projection."""
+    """Same attribute names, same function; the width is such that 64 channels in and stride 1 need
+    no projection.
+    """
     theirs_class, ours_class = getattr(torchvision.models.resnet, block), getattr(residual, block)
     width = 64 // ours_class.expansion
     x = torch.randn(8, in_channels, 8, 8)
@@ -179,7 +233,9 @@ def test_student_is_independent_of_the_model():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(student(images()), before)
-    assert not {id(tensor) for tensor in model.parameters()} & {id(tensor) for tensor in student.parameters()}
+    assert not {id(tensor) for tensor in model.parameters()} & {
+        id(tensor) for tensor in student.parameters()
+    }
 
 
 def test_student_keeps_dtype_format_and_mode():
@@ -195,7 +251,9 @@ def test_student_keeps_dtype_format_and_mode():
 
 def test_models_can_be_copied_and_sliced():
     model = warm(create_model("resnet8")).eval()
-    torch.testing.assert_close(copy.deepcopy(model).student()(images()), model(images()).logits[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        copy.deepcopy(model).student()(images()), model(images()).logits[0], rtol=0, atol=0
+    )
     student = model.student()
     assert torch.equal(student[:-3](images()), model(images()).features[0])
 
@@ -211,7 +269,8 @@ def test_bf16_autocast(method):
     with torch.autocast("cpu", torch.bfloat16):
         result = model(x)
         loss = chosen.loss_class(num_branches=model.num_branches)(
-            result.logits, torch.arange(4), **chosen.loss_inputs(result))
+            result.logits, torch.arange(4), **chosen.loss_inputs(result)
+        )
     assert {row.dtype for row in result.logits} == {torch.bfloat16}
     assert {maps.dtype for maps in result.features} == {torch.bfloat16}
     assert loss.dtype == torch.float32
@@ -225,7 +284,11 @@ class CountedAdds(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         self.count = 0
-        self.counters = {buffer.data_ptr() for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
+        self.counters = {
+            buffer.data_ptr()
+            for name, buffer in model.named_buffers()
+            if name.endswith("num_batches_tracked")
+        }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten.add_.Tensor and args[0].data_ptr() in self.counters
@@ -233,7 +296,14 @@ class CountedAdds(TorchDispatchMode):
 
 
 def test_a_training_step_counts_no_batches():
-    config = TrainConfig(model="torchvision:resnet18", at="layer4", branches=2, aux_blocks=0, precision="fp32", impl="reference")
+    config = TrainConfig(
+        model="torchvision:resnet18",
+        at="layer4",
+        branches=2,
+        aux_blocks=0,
+        precision="fp32",
+        impl="reference",
+    )
     torch.manual_seed(0)
     model = create_model(config.model, at=config.at, num_branches=2, aux_blocks=0)
     average = model.branches[0].body.layer4[0].bn1
@@ -251,7 +321,9 @@ def test_a_training_step_counts_no_batches():
     for name, value in counted.items():
         if "running" in name:
             assert torch.equal(stepped[name], value), name
-    torchvision.models.resnet18(num_classes=10).load_state_dict(model.student().state_dict(), strict=True)
+    torchvision.models.resnet18(num_classes=10).load_state_dict(
+        model.student().state_dict(), strict=True
+    )
 
 
 @pytest.mark.parametrize("method", ["ahbf", "baseline"])
@@ -259,7 +331,9 @@ def test_compiles_as_one_graph(method):
     model = warm(create_model("resnet14", method, aux_blocks=1)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(tuple(compiled(images())), tuple(model(images())), rtol=0, atol=0)
+        torch.testing.assert_close(
+            tuple(compiled(images())), tuple(model(images())), rtol=0, atol=0
+        )
     model.train()
     assert len(compiled(images()).logits) == model.num_branches
 
@@ -268,8 +342,10 @@ def test_compiles_as_one_graph(method):
 
 
 def test_asking_for_names_imports_no_family():
-    code = ("import sys, fastokd.models as m; assert 'resnet110' in m.list_models();"
-            "sys.exit('fastokd.models.resnet_cifar' in sys.modules)")
+    code = (
+        "import sys, fastokd.models as m; assert 'resnet110' in m.list_models();"
+        "sys.exit('fastokd.models.resnet_cifar' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -278,7 +354,7 @@ def test_every_listed_name_builds():
         assert create_model(name, "baseline").name == name
 
 
-TOY = '''
+TOY = """
 from torch import nn
 from fastokd.models import Backbone, Branch, PlainNetwork
 
@@ -298,7 +374,7 @@ def trunk():
     return net
 
 BACKBONES = {"toy": Backbone("toy", trunk, branch, PlainNetwork.join)}
-'''
+"""
 
 
 def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
@@ -313,18 +389,42 @@ def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
     create_student("toy", 3).load_state_dict(model.student().state_dict())
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: create_model("resent32"), r"unknown model 'resent32'; did you mean 'resnet32'\? \(choices: .*resnet110"),
-    (lambda: create_student("resnet18c", 10), "unknown model 'resnet18c'"),
-    (lambda: create_model("resnet8", "ahfb"), r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
-    (lambda: create_model("resnet8", num_branches=1), r"1 branches: method 'ahbf' takes 2 to 8 \(its default is 4\)"),
-    (lambda: create_model("resnet8", num_branches=9), r"9 branches: method 'ahbf' takes 2 to 8"),
-    (lambda: create_model("resnet8", num_branches=2.5), r"2.5 branches: method 'ahbf' takes 2 to 8"),
-    (lambda: create_model("resnet8", "baseline", num_branches=4), r"4 branches: method 'baseline' takes 1 only"),
-    (lambda: create_model("resnet8", aux_blocks=-1), r"aux_blocks=-1; it must be a whole number of at least 0"),
-    (lambda: create_model("resnet8", num_classes=1), r"num_classes=1; a classifier needs a whole number of at least 2"),
-    (lambda: create_student("resnet8", 0), r"num_classes=0; a classifier needs"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: create_model("resent32"),
+            r"unknown model 'resent32'; did you mean 'resnet32'\? \(choices: .*resnet110",
+        ),
+        (lambda: create_student("resnet18c", 10), "unknown model 'resnet18c'"),
+        (lambda: create_model("resnet8", "ahfb"), r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
+        (
+            lambda: create_model("resnet8", num_branches=1),
+            r"1 branches: method 'ahbf' takes 2 to 8 \(its default is 4\)",
+        ),
+        (
+            lambda: create_model("resnet8", num_branches=9),
+            r"9 branches: method 'ahbf' takes 2 to 8",
+        ),
+        (
+            lambda: create_model("resnet8", num_branches=2.5),
+            r"2.5 branches: method 'ahbf' takes 2 to 8",
+        ),
+        (
+            lambda: create_model("resnet8", "baseline", num_branches=4),
+            r"4 branches: method 'baseline' takes 1 only",
+        ),
+        (
+            lambda: create_model("resnet8", aux_blocks=-1),
+            r"aux_blocks=-1; it must be a whole number of at least 0",
+        ),
+        (
+            lambda: create_model("resnet8", num_classes=1),
+            r"num_classes=1; a classifier needs a whole number of at least 2",
+        ),
+        (lambda: create_student("resnet8", 0), r"num_classes=0; a classifier needs"),
+    ],
+)
 def test_mistakes_are_named_with_their_fix(build, message):
     with pytest.raises(ConfigError, match=message):
         build()

@@ -19,17 +19,35 @@ needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="n
 
 
 def build(folder: Path, mode: str, path: str) -> tuple[int, str, dict[str, str]]:
-    """Run build_ext into ``folder`` where an older library lies; returns exit status, output and build_info.json."""
+    """Run build_ext into ``folder`` where an older library lies; returns exit status, output and
+    build_info.json.
+    """
     pytest.importorskip("setuptools", minversion="77")
     native = folder / "lib" / "fastokd" / "_native"
     native.mkdir(parents=True)
     (native / "libfastokd_cpu.so").write_bytes(b"stale")
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'tmp'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "FASTOKD_BUILD_NATIVE": mode, "PATH": path})
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            f"--build-lib={folder / 'lib'}",
+            f"--build-temp={folder / 'tmp'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "FASTOKD_BUILD_NATIVE": mode, "PATH": path},
+    )
     assert not (native / "libfastokd_cpu.so").exists()
     record = native / "build_info.json"
-    return done.returncode, done.stdout + done.stderr, json.loads(record.read_text()) if record.exists() else {}
+    return (
+        done.returncode,
+        done.stdout + done.stderr,
+        json.loads(record.read_text()) if record.exists() else {},
+    )
 
 
 @needs_checkout
@@ -51,11 +69,20 @@ class TestBuild:
     def test_requiring_it_fails_with_the_reason(self, tmp_path: Path) -> None:
         status, output, _ = build(tmp_path, "require", str(tmp_path))
         assert status != 0
-        assert "FASTOKD_BUILD_NATIVE=require, but the native library cannot be built: cmake not found" in output
+        assert (
+            "FASTOKD_BUILD_NATIVE=require, but the native library cannot be built: cmake not found"
+            in output
+        )
 
     def test_an_unknown_mode_names_the_choices(self, tmp_path: Path) -> None:
-        done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}"], cwd=ROOT, capture_output=True,
-                              text=True, timeout=300, env={**os.environ, "FASTOKD_BUILD_NATIVE": "yes"})
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "FASTOKD_BUILD_NATIVE": "yes"},
+        )
         assert done.returncode != 0
         assert "auto, require, skip" in done.stderr
 
@@ -64,11 +91,14 @@ class TestBuild:
 class TestSources:
     """Numbers that Python and C++ both state."""
 
-    @pytest.mark.parametrize(("file", "pattern", "value"), [
-        ("fastokd.h", r"FASTOKD_ABI_VERSION (\d+)", cpu.ABI_VERSION),
-        ("plan.cpp", r"kPlanVersion = (\d+);", PLAN_VERSION),
-        ("rows.hpp", r"kFloor = static_cast<Real>\(([0-9.e-]+)\)", PROBABILITY_FLOOR),
-    ])
+    @pytest.mark.parametrize(
+        ("file", "pattern", "value"),
+        [
+            ("fastokd.h", r"FASTOKD_ABI_VERSION (\d+)", cpu.ABI_VERSION),
+            ("plan.cpp", r"kPlanVersion = (\d+);", PLAN_VERSION),
+            ("rows.hpp", r"kFloor = static_cast<Real>\(([0-9.e-]+)\)", PROBABILITY_FLOOR),
+        ],
+    )
     def test_agree(self, file: str, pattern: str, value: float) -> None:
         match = re.search(pattern, (SOURCES / file).read_text(encoding="utf-8"))
         assert match is not None

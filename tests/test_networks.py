@@ -1,4 +1,6 @@
-"""Every network: its size to the last parameter, its arithmetic, what it computes, its initial weights, compression."""
+"""Every network: its size to the last parameter, its arithmetic, what it computes, its initial
+weights, compression.
+"""
 
 import functools
 import itertools
@@ -34,15 +36,21 @@ from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.step import BranchEvaluator
 
-NETWORKS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "networks.json").read_text())
+NETWORKS: dict[str, list[dict[str, Any]]] = json.loads(
+    (Path(__file__).parent / "data" / "networks.json").read_text()
+)
 
 
 def row_id(row: dict[str, Any]) -> str:
-    return f"{row['name']}-{row['num_classes']}" + ("-compression" if row.get("compression") else "")
+    return f"{row['name']}-{row['num_classes']}" + (
+        "-compression" if row.get("compression") else ""
+    )
 
 
 @functools.cache
-def shapes(name: str, num_classes: int, aux_blocks: int, compression: bool = False) -> BranchedModel:
+def shapes(
+    name: str, num_classes: int, aux_blocks: int, compression: bool = False
+) -> BranchedModel:
     """AHBF's four branches without memory for their weights."""
     with torch.device("meta"):
         return create_model(name, "ahbf", num_classes, 4, aux_blocks, compression=compression)
@@ -60,7 +68,9 @@ def test_parameters(row: dict[str, Any]) -> None:
     model = shapes(row["name"], row["num_classes"], row["aux_blocks"])
     assert count_parameters(model.trunk) == row["shared"]
     assert own_counts(model) == row["own"]
-    assert [count_parameters(gate) for gate in model.modules() if isinstance(gate, AHBFGate)] == row["gates"]
+    assert [
+        count_parameters(gate) for gate in model.modules() if isinstance(gate, AHBFGate)
+    ] == row["gates"]
     assert count_parameters(model) == row["total"]
     assert count_parameters(model.student()) == row["single"]
 
@@ -70,7 +80,9 @@ def test_parameters_in_compression(row: dict[str, Any]) -> None:
     model = shapes(row["name"], row["num_classes"], row["aux_blocks"], compression=True)
     assert count_parameters(model.trunk) == row["shared"]
     assert own_counts(model) == row["own"]
-    assert [count_parameters(gate) for gate in model.modules() if isinstance(gate, AHBFGate)] == row["gates"]
+    assert [
+        count_parameters(gate) for gate in model.modules() if isinstance(gate, AHBFGate)
+    ] == row["gates"]
     assert count_parameters(model) == row["total"]
     assert [count_parameters(model.student(branch)) for branch in range(4)] == row["single"]
 
@@ -80,13 +92,17 @@ def test_parameters_of_equal_branches(row: dict[str, Any]) -> None:
     backbone = get_backbone(row["name"])
     with torch.device("meta"):
         student = create_student(row["name"], row["num_classes"])
-        parts = [backbone.build_trunk(), *(backbone.build_branch(row["num_classes"], 1, 0) for _ in range(4))]
+        parts = [
+            backbone.build_trunk(),
+            *(backbone.build_branch(row["num_classes"], 1, 0) for _ in range(4)),
+        ]
     assert count_parameters(student) == row["single"]
     if row["four_equal_branches"] is not None:
         assert sum(map(count_parameters, parts)) == row["four_equal_branches"]
 
 
-# Counts by hand for networks whose papers and codes give none: convolutions without bias, batch norms, linear layers.
+# Counts by hand for networks whose papers and codes give none: convolutions without bias, batch
+# norms, linear layers.
 
 
 def conv(inputs: int, outputs: int, kernel: int, groups: int = 1) -> int:
@@ -103,21 +119,42 @@ def fc(inputs: int, outputs: int) -> int:
 
 def wide_resnet(blocks: int, widen: int, aux: int) -> tuple[int, int]:
     def stage(inputs: int, width: int, count: int) -> int:
-        first = bn(inputs) + conv(inputs, width, 3) + bn(width) + conv(width, width, 3) + conv(inputs, width, 1)
+        first = (
+            bn(inputs)
+            + conv(inputs, width, 3)
+            + bn(width)
+            + conv(width, width, 3)
+            + conv(inputs, width, 1)
+        )
         return first + (count - 1) * (2 * bn(width) + 2 * conv(width, width, 3))
 
     w = [widen * width for width in (16, 32, 64)]
-    return conv(3, 16, 3) + stage(16, w[0], blocks) + stage(w[0], w[1], blocks), stage(w[1], w[2], blocks + aux) + bn(w[2]) + fc(w[2], 10)
+    return conv(3, 16, 3) + stage(16, w[0], blocks) + stage(w[0], w[1], blocks), stage(
+        w[1], w[2], blocks + aux
+    ) + bn(w[2]) + fc(w[2], 10)
 
 
 def resnext(aux: int) -> tuple[int, int]:
     def stage(inputs: int, width: int, count: int) -> int:
         def block(inputs: int) -> int:
-            return conv(inputs, 2 * width, 1) + conv(2 * width, 2 * width, 3, 32) + conv(2 * width, 4 * width, 1) + 2 * bn(2 * width) + bn(4 * width)
+            return (
+                conv(inputs, 2 * width, 1)
+                + conv(2 * width, 2 * width, 3, 32)
+                + conv(2 * width, 4 * width, 1)
+                + 2 * bn(2 * width)
+                + bn(4 * width)
+            )
 
-        return conv(inputs, 4 * width, 1) + bn(4 * width) + block(inputs) + (count - 1) * block(4 * width)
+        return (
+            conv(inputs, 4 * width, 1)
+            + bn(4 * width)
+            + block(inputs)
+            + (count - 1) * block(4 * width)
+        )
 
-    return conv(3, 64, 3) + bn(64) + stage(64, 64, 3) + stage(256, 128, 4) + stage(512, 256, 6), stage(1024, 512, 3 + aux) + fc(2048, 10)
+    return conv(3, 64, 3) + bn(64) + stage(64, 64, 3) + stage(256, 128, 4) + stage(
+        512, 256, 6
+    ), stage(1024, 512, 3 + aux) + fc(2048, 10)
 
 
 def shufflenet(aux: int) -> tuple[int, int]:
@@ -125,9 +162,17 @@ def shufflenet(aux: int) -> tuple[int, int]:
         w = channels // 2
         passing = conv(inputs, inputs, 3, inputs) + bn(inputs) + conv(inputs, w, 1) + bn(w)
         after_first = conv(w, w, 3, w) + bn(w) + conv(w, w, 1) + bn(w)
-        return passing + conv(inputs, w, 1) + bn(w) + after_first + (count - 1) * (conv(w, w, 1) + bn(w) + after_first)
+        return (
+            passing
+            + conv(inputs, w, 1)
+            + bn(w)
+            + after_first
+            + (count - 1) * (conv(w, w, 1) + bn(w) + after_first)
+        )
 
-    return conv(3, 24, 3) + bn(24) + stage(24, 116, 4) + stage(116, 232, 8), stage(232, 464, 4 + aux) + conv(464, 1024, 1) + bn(1024) + fc(1024, 10)
+    return conv(3, 24, 3) + bn(24) + stage(24, 116, 4) + stage(116, 232, 8), stage(
+        232, 464, 4 + aux
+    ) + conv(464, 1024, 1) + bn(1024) + fc(1024, 10)
 
 
 def xception(aux: int) -> tuple[int, int]:
@@ -135,25 +180,50 @@ def xception(aux: int) -> tuple[int, int]:
         return conv(inputs, inputs, 3, inputs) + conv(inputs, outputs, 1) + bn(outputs)
 
     def down(inputs: int, inner: int, outputs: int) -> int:
-        return conv(inputs, outputs, 1) + bn(outputs) + separable(inputs, inner) + separable(inner, outputs)
+        return (
+            conv(inputs, outputs, 1)
+            + bn(outputs)
+            + separable(inputs, inner)
+            + separable(inner, outputs)
+        )
 
     middle = 3 * separable(728, 728)
-    shared = conv(3, 32, 3) + bn(32) + conv(32, 64, 3) + bn(64) + down(64, 128, 128) + down(128, 256, 256) + down(256, 728, 728) + 7 * middle
-    return shared, (1 + aux) * middle + down(728, 728, 1024) + separable(1024, 1536) + separable(1536, 2048) + fc(2048, 10)
+    shared = (
+        conv(3, 32, 3)
+        + bn(32)
+        + conv(32, 64, 3)
+        + bn(64)
+        + down(64, 128, 128)
+        + down(128, 256, 256)
+        + down(256, 728, 728)
+        + 7 * middle
+    )
+    return shared, (1 + aux) * middle + down(728, 728, 1024) + separable(1024, 1536) + separable(
+        1536, 2048
+    ) + fc(2048, 10)
 
 
 def vgg13(aux: int) -> tuple[int, int]:
     def convs(*channels: int) -> int:
         return sum(conv(i, o, 3) + o + bn(o) for i, o in itertools.pairwise(channels))
 
-    return convs(3, 64, 64, 128, 128, 256, 256, 512, 512), convs(*(512,) * (3 + aux)) + 2 * fc(512, 512) + fc(512, 10)
+    return convs(3, 64, 64, 128, 128, 256, 256, 512, 512), convs(*(512,) * (3 + aux)) + 2 * fc(
+        512, 512
+    ) + fc(512, 10)
 
 
-@pytest.mark.parametrize(("name", "count"), [
-    ("wrn16_2", functools.partial(wide_resnet, 2, 2)), ("wrn16_4", functools.partial(wide_resnet, 2, 4)),
-    ("wrn28_2", functools.partial(wide_resnet, 4, 2)), ("resnext50_32x4d", resnext), ("shufflenetv2_x1_0", shufflenet),
-    ("xception", xception), ("vgg13", vgg13),
-])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("wrn16_2", functools.partial(wide_resnet, 2, 2)),
+        ("wrn16_4", functools.partial(wide_resnet, 2, 4)),
+        ("wrn28_2", functools.partial(wide_resnet, 4, 2)),
+        ("resnext50_32x4d", resnext),
+        ("shufflenetv2_x1_0", shufflenet),
+        ("xception", xception),
+        ("vgg13", vgg13),
+    ],
+)
 def test_parameters_by_hand(name: str, count: Callable[[int], tuple[int, int]]) -> None:
     model = shapes(name, 10, 4)
     counts = [count(4 * level) for level in range(4)]
@@ -161,34 +231,52 @@ def test_parameters_by_hand(name: str, count: Callable[[int], tuple[int, int]]) 
     assert own_counts(model) == [own for _, own in counts]
 
 
-@pytest.mark.parametrize(("name", "num_classes", "millions"), [
-    # As their papers print them.
-    ("wrn16_4", 10, 2.7), ("wrn28_2", 10, 1.5), ("mobilenetv2_x1_0_imagenet", 1000, 3.5),
-    # torchvision's, whose stems differ by little.
-    ("resnext50_32x4d", 1000, 25.0), ("shufflenetv2_x1_0", 1000, 2.3), ("mobilenetv2_x1_0", 1000, 3.5),
-])
+@pytest.mark.parametrize(
+    ("name", "num_classes", "millions"),
+    [
+        # As their papers print them.
+        ("wrn16_4", 10, 2.7),
+        ("wrn28_2", 10, 1.5),
+        ("mobilenetv2_x1_0_imagenet", 1000, 3.5),
+        # torchvision's, whose stems differ by little.
+        ("resnext50_32x4d", 1000, 25.0),
+        ("shufflenetv2_x1_0", 1000, 2.3),
+        ("mobilenetv2_x1_0", 1000, 3.5),
+    ],
+)
 def test_known_sizes(name: str, num_classes: int, millions: float) -> None:
     with torch.device("meta"):
-        assert count_parameters(create_student(name, num_classes)) / 1e6 == pytest.approx(millions, abs=0.05)
+        assert count_parameters(create_student(name, num_classes)) / 1e6 == pytest.approx(
+            millions, abs=0.05
+        )
 
 
 def test_one_more_auxiliary_block() -> None:
-    """The published increments: a basic block of 64 channels, a bottleneck, a convolution of VGG; 9.437 MFLOPs."""
+    """The published increments: a basic block of 64 channels, a bottleneck, a convolution of VGG;
+    9.437 MFLOPs.
+    """
     for name, parameters in (("resnet20", 73_984), ("resnet110", 70_400), ("vgg16", 2_360_832)):
         one, two = (shapes(name, 10, aux_blocks) for aux_blocks in (1, 2))
         assert own_counts(two)[1] - own_counts(one)[1] == parameters
         assert own_counts(two)[3] - own_counts(one)[3] == 3 * parameters
-    flops = [forward_flops(shapes("resnet20", 10, aux_blocks), (3, 32, 32)) for aux_blocks in (1, 2)]
+    flops = [
+        forward_flops(shapes("resnet20", 10, aux_blocks), (3, 32, 32)) for aux_blocks in (1, 2)
+    ]
     assert (flops[1] - flops[0]) / 1e6 == pytest.approx(9.437 * (1 + 2 + 3), abs=0.002)
 
 
-@pytest.mark.parametrize(("num_blocks", "aux_blocks", "expected"), [
-    ((5,), 4, [(5,), (9,), (13,), (17,), (21,)]),
-    ((2, 2), 2, [(2, 2), (4, 2), (4, 4), (6, 4), (6, 6)]),
-    ((6, 3), 2, [(6, 3), (8, 3), (8, 5), (10, 5), (10, 7)]),
-    ((3, 3, 1), 4, [(3, 3, 1), (7, 3, 1), (7, 7, 1), (7, 7, 5), (11, 7, 5)]),
-])
-def test_blocks_of_each_hierarchy_level(num_blocks: tuple[int, ...], aux_blocks: int, expected: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "aux_blocks", "expected"),
+    [
+        ((5,), 4, [(5,), (9,), (13,), (17,), (21,)]),
+        ((2, 2), 2, [(2, 2), (4, 2), (4, 4), (6, 4), (6, 6)]),
+        ((6, 3), 2, [(6, 3), (8, 3), (8, 5), (10, 5), (10, 7)]),
+        ((3, 3, 1), 4, [(3, 3, 1), (7, 3, 1), (7, 7, 1), (7, 7, 5), (11, 7, 5)]),
+    ],
+)
+def test_blocks_of_each_hierarchy_level(
+    num_blocks: tuple[int, ...], aux_blocks: int, expected: list[tuple[int, ...]]
+) -> None:
     assert [level_blocks(num_blocks, level, aux_blocks) for level in range(1, 6)] == expected
 
 
@@ -222,8 +310,15 @@ def test_forward_mflops(row: dict[str, Any]) -> None:
 def cifar_resnet(block: type[nn.Module], count: int, **options: int) -> nn.Module:
     net = ResNet(block, [1, 1, 1, 1], num_classes=7, **options)
     net.inplanes = 16
-    net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.Identity()
-    net.layer1, net.layer2, net.layer3 = (net._make_layer(block, width, count, stride) for width, stride in ((16, 1), (32, 2), (64, 2)))
+    net.conv1, net.bn1, net.maxpool = (
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Identity(),
+    )
+    net.layer1, net.layer2, net.layer3 = (
+        net._make_layer(block, width, count, stride)
+        for width, stride in ((16, 1), (32, 2), (64, 2))
+    )
     net.layer4, net.fc = nn.Identity(), nn.Linear(64 * block.expansion, 7)
     return net
 
@@ -245,12 +340,24 @@ def cifar_shufflenet() -> nn.Module:
 
 
 def cifar_mobilenet(width: float) -> nn.Module:
-    """The stride of the second row is 1, ReLU is not cut at 6, and the first block has a convolution that widens by 1."""
-    rows = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    """The stride of the second row is 1, ReLU is not cut at 6, and the first block has a
+    convolution that widens by 1.
+    """
+    rows = [
+        [1, 16, 1, 1],
+        [6, 24, 2, 1],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
     net = TorchvisionMobileNetV2(7, width, rows, round_nearest=1, dropout=0.0)
     stem = int(32 * width)
     first = net.features[1].conv
-    net.features[1].conv = nn.Sequential(nn.Sequential(nn.Conv2d(stem, stem, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()), *first)
+    net.features[1].conv = nn.Sequential(
+        nn.Sequential(nn.Conv2d(stem, stem, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()), *first
+    )
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU6):
@@ -261,7 +368,9 @@ def cifar_mobilenet(width: float) -> nn.Module:
 def cifar_vgg(name: str) -> nn.Module:
     net = imagenet(name)
     net.avgpool = nn.Identity()
-    net.classifier = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 7))
+    net.classifier = nn.Sequential(
+        nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 7)
+    )
     return net
 
 
@@ -281,18 +390,27 @@ def cifar_xception() -> nn.Module:
 
 
 class FunctionalWideResNet(nn.Module):
-    """Pre-activation blocks as Zagoruyko & Komodakis describe them, on a list of tensors in the order of the state dict."""
+    """Pre-activation blocks as Zagoruyko & Komodakis describe them, on a list of tensors in the
+    order of the state dict.
+    """
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
         self.blocks = blocks
 
     def forward_with(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
-        left = iter([value for name, value in state.items() if not name.endswith("num_batches_tracked")])
+        left = iter(
+            [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+        )
 
         def norm_relu(x: Tensor) -> Tensor:
             weight, bias, mean, var = (next(left) for _ in range(4))
-            return F.relu((x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt() * weight[:, None, None] + bias[:, None, None])
+            return F.relu(
+                (x - mean[:, None, None])
+                / (var[:, None, None] + 1e-5).sqrt()
+                * weight[:, None, None]
+                + bias[:, None, None]
+            )
 
         x = F.conv2d(x, next(left), padding=1)
         for stage, block in ((stage, block) for stage in range(3) for block in range(self.blocks)):
@@ -354,7 +472,9 @@ def test_computes_what_the_stock_network_does(name: str) -> None:
     got, want = student(x), stock(x)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     upstream = torch.randn(2, 7).double()
-    for ours, theirs in zip(*(torch.autograd.grad(logits, x, upstream) for logits in (got, want)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(logits, x, upstream) for logits in (got, want)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
     with torch.no_grad():
         if name.endswith("_imagenet"):
@@ -366,16 +486,32 @@ def test_computes_what_the_stock_network_does(name: str) -> None:
 def test_wide_resnets_compute_their_definition(name: str, blocks: int) -> None:
     student, x = trained(name, 32), torch.randn(2, 3, 32, 32).double()
     with torch.no_grad():
-        torch.testing.assert_close(student(x), FunctionalWideResNet(blocks).forward_with(student.state_dict(), x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            student(x),
+            FunctionalWideResNet(blocks).forward_with(student.state_dict(), x),
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
 def test_the_list_of_compared_networks_is_complete() -> None:
-    compared = {*STOCK, "wrn16_2", "wrn16_4", "wrn28_2", "resnet8", "resnet14", "resnet32", "resnet44", "resnet56"}
+    compared = {
+        *STOCK,
+        "wrn16_2",
+        "wrn16_4",
+        "wrn28_2",
+        "resnet8",
+        "resnet14",
+        "resnet32",
+        "resnet44",
+        "resnet56",
+    }
     assert compared == set(list_models())
 
 
 def test_dropout_of_vgg_is_one_rule() -> None:
     """0.5 in the baseline and in every branch; a network without is one argument away."""
+
     def rates(module: nn.Module) -> list[float]:
         return [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
 
@@ -389,8 +525,22 @@ def test_dropout_of_vgg_is_one_rule() -> None:
 # ---- initial weights
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn20_8", "wrn16_2", "resnet18_imagenet", "resnext50_32x4d", "vgg13", "densenet40_12",
-                                  "mobilenetv2_x0_5", "mobilenetv2_x1_0_imagenet", "shufflenetv2_x1_0", "xception"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet20",
+        "wrn20_8",
+        "wrn16_2",
+        "resnet18_imagenet",
+        "resnext50_32x4d",
+        "vgg13",
+        "densenet40_12",
+        "mobilenetv2_x0_5",
+        "mobilenetv2_x1_0_imagenet",
+        "shufflenetv2_x1_0",
+        "xception",
+    ],
+)
 def test_initial_weights(name: str) -> None:
     torch.manual_seed(0)
     for layer, module in create_student(name, 100).named_modules():
@@ -411,7 +561,9 @@ def test_initial_weights(name: str) -> None:
 
 
 def check_normal(weight: Tensor, std: float, where: str) -> None:
-    """Mean 0 and this standard deviation within six standard errors, and tails that a uniform distribution has not."""
+    """Mean 0 and this standard deviation within six standard errors, and tails that a uniform
+    distribution has not.
+    """
     count = weight.numel()
     assert abs(weight.mean().item()) < 6 * std / math.sqrt(count), where
     assert abs(weight.std().item() / std - 1) < 6 / math.sqrt(2 * count), where
@@ -428,15 +580,27 @@ def stages(module: nn.Module, *names: str) -> tuple[int, ...]:
 
 def test_compression_takes_blocks_from_the_last_stage_first() -> None:
     resnet = shapes("resnet32", 100, 2, compression=True)
-    assert [stages(branch.body, "layer2", "layer3") for branch in resnet.branches] == [(3, 1), (3, 3), (5, 3), (5, 5)]
+    assert [stages(branch.body, "layer2", "layer3") for branch in resnet.branches] == [
+        (3, 1),
+        (3, 3),
+        (5, 3),
+        (5, 5),
+    ]
     assert [name for name, _ in resnet.trunk.named_children()] == ["conv1", "bn1", "relu", "layer1"]
     mobile = shapes("mobilenetv2_x0_5", 100, 1, compression=True)
-    assert [stages(branch.body, "row96", "row160", "row320") for branch in mobile.branches] == [(2, 1, 1), (2, 2, 1), (3, 2, 1), (3, 3, 1)]
+    assert [stages(branch.body, "row96", "row160", "row320") for branch in mobile.branches] == [
+        (2, 1, 1),
+        (2, 2, 1),
+        (3, 2, 1),
+        (3, 3, 1),
+    ]
     assert compressed_blocks((5, 5), 5, 1) == (3, 2)
 
 
 def test_compression_keeps_the_deepest_branch_and_gives_any() -> None:
-    model = create_model("resnet14", "ahbf", 5, num_branches=3, aux_blocks=1, compression=True).eval()
+    model = create_model(
+        "resnet14", "ahbf", 5, num_branches=3, aux_blocks=1, compression=True
+    ).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = model(x).logits
@@ -444,8 +608,14 @@ def test_compression_keeps_the_deepest_branch_and_gives_any() -> None:
         plain = create_student("resnet14", 5).eval()
         plain.load_state_dict(model.student().state_dict(), strict=True)
         assert torch.equal(plain(x), logits[2])
-        assert [torch.equal(model.student(branch)(x), logits[branch]) for branch in range(3)] == [True] * 3
-    assert [stages(model.student(branch), "layer2", "layer3") for branch in range(3)] == [(1, 1), (2, 1), (2, 2)]
+        assert [torch.equal(model.student(branch)(x), logits[branch]) for branch in range(3)] == [
+            True
+        ] * 3
+    assert [stages(model.student(branch), "layer2", "layer3") for branch in range(3)] == [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - {"resnet8"}))
@@ -455,22 +625,51 @@ def test_every_network_can_be_compressed(name: str) -> None:
         smaller, kept = own_counts(model)
         assert smaller < kept
         assert {key: value.shape for key, value in model.student().state_dict().items()} == {
-            key: value.shape for key, value in create_student(name, 10).state_dict().items()}
+            key: value.shape for key, value in create_student(name, 10).state_dict().items()
+        }
     size = get_backbone(name).image_size
-    assert [tuple(logits.shape) for logits in model.eval()(torch.empty(2, 3, size, size, device="meta")).logits] == [(2, 10)] * 2
+    assert [
+        tuple(logits.shape)
+        for logits in model.eval()(torch.empty(2, 3, size, size, device="meta")).logits
+    ] == [(2, 10)] * 2
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: create_model("resnet32", num_branches=4, aux_blocks=4, compression=True),
-     r"compression to 4 branches with aux_blocks=4: the stages have 5 and 5 blocks, too few to take 3 x 4 in turn"),
-    (lambda: create_model("resnet8", num_branches=2, aux_blocks=1, compression=True), "the stages have 1 and 1 blocks, too few to take 1 x 1"),
-    (lambda: create_model("resnet32", "one", compression=True), "compression: method 'one' has branches of equal depth; use method 'ahbf'"),
-    (lambda: create_model("mine", num_branches=2, compression=True), "compression: model 'mine' does not say which of its blocks"),
-    (lambda: create_model("resnet8").student(4), "branch 4: this model has the branches 0 to 3"),
-    (lambda: create_student("vgg61", 10), r"unknown model 'vgg61'; did you mean 'vgg16'\?"),
-    (lambda: create_student("resnet18", 10), r"unknown model 'resnet18'; did you mean 'resnet18_imagenet'\?"),
-])
-def test_mistakes_are_named_with_their_fix(build: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: create_model("resnet32", num_branches=4, aux_blocks=4, compression=True),
+            (
+                r"compression to 4 branches with aux_blocks=4: the stages have 5 and 5 blocks, too"
+                r" few to take 3 x 4 in turn"
+            ),
+        ),
+        (
+            lambda: create_model("resnet8", num_branches=2, aux_blocks=1, compression=True),
+            "the stages have 1 and 1 blocks, too few to take 1 x 1",
+        ),
+        (
+            lambda: create_model("resnet32", "one", compression=True),
+            "compression: method 'one' has branches of equal depth; use method 'ahbf'",
+        ),
+        (
+            lambda: create_model("mine", num_branches=2, compression=True),
+            "compression: model 'mine' does not say which of its blocks",
+        ),
+        (
+            lambda: create_model("resnet8").student(4),
+            "branch 4: this model has the branches 0 to 3",
+        ),
+        (lambda: create_student("vgg61", 10), r"unknown model 'vgg61'; did you mean 'vgg16'\?"),
+        (
+            lambda: create_student("resnet18", 10),
+            r"unknown model 'resnet18'; did you mean 'resnet18_imagenet'\?",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_their_fix(
+    build: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock = get_backbone("resnet8")
     mine = Backbone("mine", stock.build_trunk, stock.build_branch, stock.join)
     monkeypatch.setattr(models, "_modules", {**models._modules, "mine": "mine"})
@@ -480,13 +679,22 @@ def test_mistakes_are_named_with_their_fix(build: Callable[[], object], message:
         build()
 
 
-@pytest.mark.parametrize(("spelled", "name"), [
-    ("WRN-16-2", "wrn16_2"), ("ResNet-32", "resnet32"), ("densenet40-12", "densenet40_12"), ("MobileNetV2 x0.5", "mobilenetv2_x0_5"),
-])
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("WRN-16-2", "wrn16_2"),
+        ("ResNet-32", "resnet32"),
+        ("densenet40-12", "densenet40_12"),
+        ("MobileNetV2 x0.5", "mobilenetv2_x0_5"),
+    ],
+)
 def test_case_and_punctuation_of_a_name_do_not_matter(spelled: str, name: str) -> None:
     with torch.device("meta"):
         assert create_model(spelled, "baseline").name == name
-        assert create_student(spelled, 10).state_dict().keys() == create_student(name, 10).state_dict().keys()
+        assert (
+            create_student(spelled, 10).state_dict().keys()
+            == create_student(name, 10).state_dict().keys()
+        )
     check_config(TrainConfig(model=spelled))
 
 
@@ -495,12 +703,21 @@ def test_images_that_are_too_small() -> None:
         vgg, resnet = create_model("VGG-16"), create_model("resnet20")
     check_images(vgg, (32, 32), 32)
     check_images(resnet, (8, 8), 32)
-    with pytest.raises(ConfigError, match=r"cannot take images of 8 x 16 pixels .*; it is made for 32 x 32: pass --image-size 32"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"cannot take images of 8 x 16 pixels .*; it is made for 32 x 32: pass --image-size 32"
+        ),
+    ):
         check_images(vgg, (8, 16), 32)
 
 
 def test_a_run_in_compression_keeps_the_deepest_branch() -> None:
     config = TrainConfig(model="resnet14", branches=3, aux_blocks=1, compression=True)
     model = build_model(config, 5, torch.device("cpu"))
-    assert [stages(branch.body, "layer2", "layer3") for branch in model.branches] == [(1, 1), (2, 1), (2, 2)]
+    assert [stages(branch.body, "layer2", "layer3") for branch in model.branches] == [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+    ]
     assert BranchEvaluator(config, model, torch.device("cpu")).kept == "branch3"

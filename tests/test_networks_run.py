@@ -1,4 +1,6 @@
-"""Every network runs as the engine needs it: memory format, precision, compilation, gradients, and its student."""
+"""Every network runs as the engine needs it: memory format, precision, compilation, gradients, and
+its student.
+"""
 
 import contextlib
 import copy
@@ -25,12 +27,17 @@ def images(name: str, batch: int = BATCH, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-# ResNets of the same blocks that differ in nothing but their number are left to the shortest and to ResNet-20.
-NAMES = [name for name in list_models() if name not in ("resnet14", "resnet32", "resnet44", "resnet56")]
+# ResNets of the same blocks that differ in nothing but their number are left to the shortest and to
+# ResNet-20.
+NAMES = [
+    name for name in list_models() if name not in ("resnet14", "resnet32", "resnet44", "resnet56")
+]
 
 
 class Network(NamedTuple):
-    """A network with a student and one deeper branch, in eval mode, its batch norms as after some training."""
+    """A network with a student and one deeper branch, in eval mode, its batch norms as after some
+    training.
+    """
 
     name: str
     model: BranchedModel
@@ -62,7 +69,9 @@ def test_any_branch_comes_out_as_a_plain_network_bit_for_bit(network: Network) -
             student = network.model.student(branch)
             assert torch.equal(student(network.images), logits)
             assert not any(module.training for module in student.modules())
-            assert {name.split(".")[0] for name in student.state_dict()} == {name.split(".")[0] for name in create_student_on_meta(network.name)}
+            assert {name.split(".")[0] for name in student.state_dict()} == {
+                name.split(".")[0] for name in create_student_on_meta(network.name)
+            }
         fresh = create_student(network.name, CLASSES).eval()
         fresh.load_state_dict(network.model.student().state_dict(), strict=True)
         assert torch.equal(fresh(network.images), result.logits[0])
@@ -84,14 +93,21 @@ class Copies(TorchDispatchMode):
         self.seen: list[object] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+        if func.overloadpacket in (
+            torch.ops.aten.clone,
+            torch.ops.aten.copy_,
+            torch.ops.aten._to_copy,
+        ):
             self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, check: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+def watching(
+    model: nn.Module, check: Callable[[nn.Module, Tensor, Tensor], None]
+) -> Iterator[None]:
     """Call ``check(layer, input, output)`` for every convolution and linear layer that runs."""
+
     def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         check(module, inputs[0], output)
 
@@ -108,7 +124,9 @@ def channels_last(network: Network) -> Iterator[BranchedModel]:
     network.model.to(memory_format=torch.contiguous_format)
 
 
-def test_channels_last_in_and_out_without_a_copy(network: Network, channels_last: BranchedModel) -> None:
+def test_channels_last_in_and_out_without_a_copy(
+    network: Network, channels_last: BranchedModel
+) -> None:
     seen = []
 
     def check(layer: nn.Module, given: Tensor, output: Tensor) -> None:
@@ -120,7 +138,9 @@ def test_channels_last_in_and_out_without_a_copy(network: Network, channels_last
     x = network.images.to(memory_format=CHANNELS_LAST)
     with torch.no_grad(), watching(channels_last, check), Copies() as copies:
         result = channels_last(x)
-    assert len(seen) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in channels_last.modules())
+    assert len(seen) == sum(
+        isinstance(module, (nn.Conv2d, nn.Linear)) for module in channels_last.modules()
+    )
     assert copies.seen == []
     assert all(maps.is_contiguous(memory_format=CHANNELS_LAST) for maps in result.features)
 
@@ -132,7 +152,12 @@ def test_memory_format_does_not_change_what_is_computed(network: Network) -> Non
     with torch.no_grad():
         expected = double(x)
         same = double.to(memory_format=CHANNELS_LAST)(x.to(memory_format=CHANNELS_LAST))
-    torch.testing.assert_close((same.logits, same.features, same.scores), (expected.logits, expected.features, expected.scores), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        (same.logits, same.features, same.scores),
+        (expected.logits, expected.features, expected.scores),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_bf16_autocast(network: Network, channels_last: BranchedModel) -> None:
@@ -174,15 +199,21 @@ def test_trunk_and_branch_compile_as_one_graph_each(network: Network, fresh_comp
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize(("name", "part"), [("resnet8", "student"), ("shufflenetv2_x1_0", "branch")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("resnet8", "student"), ("shufflenetv2_x1_0", "branch")]
+)
 def test_inductor_computes_what_eager_does(name: str, part: str, fresh_compiler: None) -> None:
     """A whole network, and the branch whose layers look at the memory format."""
     torch.manual_seed(0)
     model = create_model(name, "baseline", CLASSES).eval().to(memory_format=CHANNELS_LAST)
     x = images(name, 2).to(memory_format=CHANNELS_LAST)
     with torch.no_grad():
-        module, given = (model.student(), x) if part == "student" else (model.branches[0], model.trunk(x))
-        torch.testing.assert_close(torch.compile(module, fullgraph=True)(given), module(given), rtol=1e-4, atol=1e-4)
+        module, given = (
+            (model.student(), x) if part == "student" else (model.branches[0], model.trunk(x))
+        )
+        torch.testing.assert_close(
+            torch.compile(module, fullgraph=True)(given), module(given), rtol=1e-4, atol=1e-4
+        )
 
 
 # ---- gradients
@@ -203,11 +234,17 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name: str, method: str
     loss = chosen.loss_class(num_branches=num_branches, impl="reference")
     loss.prepare(BATCH, CLASSES, torch.device("cpu"))
     result = model(images(name))
-    inputs = {**chosen.loss_inputs(result), **({"index": torch.arange(BATCH)} if chosen.needs_index else {})}
+    inputs = {
+        **chosen.loss_inputs(result),
+        **({"index": torch.arange(BATCH)} if chosen.needs_index else {}),
+    }
     loss(result.logits, torch.arange(BATCH), kd_weight=0.5, **inputs).backward()
 
-    # Batch norm takes the mean away again, so nothing but rounding reaches the bias of the convolution before it.
-    without_effect = {f"{layer}.bias" for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    # Batch norm takes the mean away again, so nothing but rounding reaches the bias of the
+    # convolution before it.
+    without_effect = {
+        f"{layer}.bias" for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
     for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

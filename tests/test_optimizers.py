@@ -1,4 +1,6 @@
-"""What happens between a backward and a forward pass: the published updates, clipped, left out where something is not finite, in every layout."""
+"""What happens between a backward and a forward pass: the published updates, clipped, left out
+where something is not finite, in every layout.
+"""
 
 import copy
 import io
@@ -24,7 +26,15 @@ from fastokd.train.optimizers import Optimizers
 CPU = torch.device("cpu")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 # FFSD trains its fusion head with a weight decay of its own, and its decoders with Adam.
-CONFIG = TrainConfig(data="digits", model="resnet8", method="ffsd", branches=3, lr=0.05, weight_decay=0.02, betas=(0.8, 0.97))
+CONFIG = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ffsd",
+    branches=3,
+    lr=0.05,
+    weight_decay=0.02,
+    betas=(0.8, 0.97),
+)
 NETWORKS = ("resnet20", "densenet40_12", "mobilenetv2_x0_5", "shufflenetv2_x1_0", "wrn16_2")
 
 
@@ -32,7 +42,9 @@ def config_of(optimizer: str = "sgd", **changes: Any) -> TrainConfig:
     return TrainConfig(**{**CONFIG.__dict__, "optimizer": optimizer, **changes})
 
 
-def build(config: TrainConfig, flat: bool, device: torch.device = CPU) -> tuple[BranchedModel, Optimizers]:
+def build(
+    config: TrainConfig, flat: bool, device: torch.device = CPU
+) -> tuple[BranchedModel, Optimizers]:
     model = build_model(config, 10, device)
     return model, Optimizers(config, model, device, flat=flat)
 
@@ -57,14 +69,23 @@ def train(model: nn.Module, optimizers: Optimizers, steps: Iterator[int] | range
 
 
 def snapshot(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    moments = {f"{name}/{key}": value for name, state in optimizers.state_dict().items() for key, value in state.items()}
+    moments = {
+        f"{name}/{key}": value
+        for name, state in optimizers.state_dict().items()
+        for key, value in state.items()
+    }
     return copy.deepcopy({**model.state_dict(), **moments})
 
 
 def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(
+            value,
+            theirs[name],
+            msg=lambda text, name=name: f"{name}: {text}",
+            **(tolerance or {"rtol": 0, "atol": 0}),
+        )
 
 
 class Oracle:
@@ -81,7 +102,9 @@ class Oracle:
         if self.rule == "sgd":  # Sutskever et al. 2013 in PyTorch's form
             g = g + self.decay * self.x
             self.m = self.config.momentum * self.m + g
-            self.x = self.x - lr * (g + self.config.momentum * self.m if self.config.nesterov else self.m)
+            self.x = self.x - lr * (
+                g + self.config.momentum * self.m if self.config.nesterov else self.m
+            )
             return
         b1, b2 = (0.9, 0.999) if self.rule == "adam" else self.config.betas
         self.m, self.v = b1 * self.m + (1 - b1) * g, b2 * self.v + (1 - b2) * g * g
@@ -97,7 +120,17 @@ class Oracle:
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
-@pytest.mark.parametrize("changes", [{}, {"momentum": 0.0, "nesterov": False}, {"nesterov": False, "weight_decay": 0.0}, {"optimizer": "adamw"}, {"optimizer": "lamb"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"momentum": 0.0, "nesterov": False},
+        {"nesterov": False, "weight_decay": 0.0},
+        {"optimizer": "adamw"},
+        {"optimizer": "lamb"},
+    ],
+    ids=str,
+)
 def test_five_steps_are_those_of_the_papers(changes: dict[str, Any], flat: bool) -> None:
     config = config_of(**changes)
     model, optimizers = build(config, flat)
@@ -105,8 +138,13 @@ def test_five_steps_are_those_of_the_papers(changes: dict[str, Any], flat: bool)
     for name, parameter in model.named_parameters():
         kind, _, rest = name.partition(".")
         apart = rest.split(".")[0] if kind == "companion" else ""
-        rule, decay = {"decoders": ("adam", 0.0), "fusion": (config.optimizer, 1e-5)}.get(apart, (config.optimizer, config.weight_decay))
-        oracles[name] = Oracle(config, parameter, rule, decay), config.model_options()["decoder_lr"] if rule == "adam" else None
+        rule, decay = {"decoders": ("adam", 0.0), "fusion": (config.optimizer, 1e-5)}.get(
+            apart, (config.optimizer, config.weight_decay)
+        )
+        oracles[name] = (
+            Oracle(config, parameter, rule, decay),
+            config.model_options()["decoder_lr"] if rule == "adam" else None,
+        )
     assert {oracle.rule for oracle, _ in oracles.values()} == {config.optimizer, "adam"}
     for step, lr in enumerate((0.05, 0.05, 0.02, 0.1, 0.01)):
         optimizers.zero_grad()
@@ -114,18 +152,38 @@ def test_five_steps_are_those_of_the_papers(changes: dict[str, Any], flat: bool)
         give(model, step, factor=3.0)
         norm, skipped = optimizers.step(3.0)
         assert not skipped
-        grads = {name: gradient(name, parameter, step) for name, parameter in model.named_parameters()}
-        assert float(norm) == pytest.approx(sum(float((grad.double()**2).sum()) for grad in grads.values()) ** 0.5, rel=1e-5)
+        grads = {
+            name: gradient(name, parameter, step) for name, parameter in model.named_parameters()
+        }
+        assert float(norm) == pytest.approx(
+            sum(float((grad.double() ** 2).sum()) for grad in grads.values()) ** 0.5, rel=1e-5
+        )
         for name, (oracle, constant) in oracles.items():
             oracle.step(grads[name], constant or lr)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.detach().double(), torch.from_numpy(oracles[name][0].x), rtol=2e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.detach().double(),
+            torch.from_numpy(oracles[name][0].x),
+            rtol=2e-5,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("limit", [2.0, 1e6])
 def test_clipping_is_pytorchs(limit: float, flat: bool) -> None:
-    model, optimizers = build(config_of(momentum=0.0, nesterov=False, weight_decay=0.0, clip_grad=limit, method="baseline", branches=1), flat)
+    model, optimizers = build(
+        config_of(
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            clip_grad=limit,
+            method="baseline",
+            branches=1,
+        ),
+        flat,
+    )
     optimizers.set_lr(1.0)
     before = copy.deepcopy(model)
     give(model, 0, factor=8.0)
@@ -152,7 +210,9 @@ def test_a_divisor_divides() -> None:
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["rest", "adam", "told"])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(where: str, optimizer: str, flat: bool) -> None:
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
+    where: str, optimizer: str, flat: bool
+) -> None:
     config = config_of(optimizer, clip_grad=1.0)
     ends = []
     for broken in (True, False):
@@ -163,9 +223,15 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(where: str, optimize
                 optimizers.zero_grad()
                 give(model, 9)
                 if where != "told":
-                    chosen = model.branches[1].trunk.conv1.weight if where == "rest" else next(model.companion.decoders.parameters())
+                    chosen = (
+                        model.branches[1].trunk.conv1.weight
+                        if where == "rest"
+                        else next(model.companion.decoders.parameters())
+                    )
                     chosen.grad[(0,) * chosen.dim()] = float("inf") if step else float("nan")
-                _, skipped = optimizers.step(2.0, torch.tensor(1.0) if where == "told" else torch.tensor(0.0))
+                _, skipped = optimizers.step(
+                    2.0, torch.tensor(1.0) if where == "told" else torch.tensor(0.0)
+                )
                 assert skipped == 1
                 assert_same(snapshot(model, optimizers), before)
             train(model, optimizers, range(step, step + 1))
@@ -182,13 +248,20 @@ def test_flat_computes_the_same(network: str, optimizer: str) -> None:
         model, optimizers = build(config, flat)
         train(model, optimizers, range(3))
         models.append(model)
-    for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+    for (name, mine), theirs in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
         assert theirs.stride() == mine.stride(), name
         assert theirs.data_ptr() % 16 == 0, name
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-6)
         if optimizer != "lamb":  # whose ratio of norms carries the rounding of one element to all
             whole = mine.numel() - mine.numel() % 64  # the rest does not fill a vector
-            assert torch.equal(*(tensor.detach().as_strided((whole,), (1,), tensor.storage_offset()) for tensor in (mine, theirs))), name
+            assert torch.equal(
+                *(
+                    tensor.detach().as_strided((whole,), (1,), tensor.storage_offset())
+                    for tensor in (mine, theirs)
+                )
+            ), name
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -197,7 +270,10 @@ def test_flat_trains_a_network_the_same(channels_last: bool) -> None:
     images, target = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
     ends = []
     for flat in (False, True):
-        model, optimizers = build(config_of(method="baseline", branches=1, channels_last=channels_last, clip_grad=1.0), flat)
+        model, optimizers = build(
+            config_of(method="baseline", branches=1, channels_last=channels_last, clip_grad=1.0),
+            flat,
+        )
         for _ in range(4):
             optimizers.zero_grad()
             for half in (slice(4), slice(4, 8)):  # gradients are added up
@@ -222,12 +298,17 @@ def test_a_state_continues_under_other_levers(optimizer: str) -> None:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         assert state.keys() == shapes.keys()
         for name, each in state.items():
-            assert all(value.is_contiguous() and value.shape == (() if key == "step" else shapes[name]) for key, value in each.items())
+            assert all(
+                value.is_contiguous() and value.shape == (() if key == "step" else shapes[name])
+                for key, value in each.items()
+            )
         file = io.BytesIO()
         torch.save((model.state_dict(), state), file)
         weights, state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
         other_flat, other_channels_last = layouts[number - 2]
-        other, optimizers = build(config_of(optimizer, channels_last=other_channels_last, seed=5), other_flat)
+        other, optimizers = build(
+            config_of(optimizer, channels_last=other_channels_last, seed=5), other_flat
+        )
         other.load_state_dict(weights)
         optimizers.load_state_dict(state)
         train(other, optimizers, range(2, 4))
@@ -239,17 +320,36 @@ def test_a_state_of_another_run_is_refused() -> None:
     state = optimizers.state_dict()
     name = "branches.0.trunk.conv1.weight"
     for changed, message in [
-        ({key: value for key, value in state.items() if key != name}, f"state of 1 parameters is missing, e.g. {name}"),
-        ({**state, "other.weight": {}}, "1 states are of parameters that this run does not train, e.g. other.weight"),
-        ({**state, name: {"momentum_buffer": torch.zeros(3)}}, f"state of {name} is momentum_buffer; adamw has step, exp_avg, exp_avg_sq"),
+        (
+            {key: value for key, value in state.items() if key != name},
+            f"state of 1 parameters is missing, e.g. {name}",
+        ),
+        (
+            {**state, "other.weight": {}},
+            "1 states are of parameters that this run does not train, e.g. other.weight",
+        ),
+        (
+            {**state, name: {"momentum_buffer": torch.zeros(3)}},
+            f"state of {name} is momentum_buffer; adamw has step, exp_avg, exp_avg_sq",
+        ),
         ({**state, name: {}}, f"state of {name} is empty; adamw has step"),
-        ({**state, name: {**state[name], "exp_avg": torch.zeros(3)}}, rf"exp_avg of {name} is \[3\], here it is \[16, 3, 3, 3\]"),
-        ({**state, name: {**state[name], "step": torch.tensor(7.0)}}, "seen 0 steps and others have not, which flat=True cannot hold"),
+        (
+            {**state, name: {**state[name], "exp_avg": torch.zeros(3)}},
+            rf"exp_avg of {name} is \[3\], here it is \[16, 3, 3, 3\]",
+        ),
+        (
+            {**state, name: {**state[name], "step": torch.tensor(7.0)}},
+            "seen 0 steps and others have not, which flat=True cannot hold",
+        ),
     ]:
         before = copy.deepcopy(optimizers.state_dict())
         with pytest.raises(ValueError, match=message):
             optimizers.load_state_dict(changed)
-        assert all(torch.equal(value, before[key][part]) for key, each in optimizers.state_dict().items() for part, value in each.items())
+        assert all(
+            torch.equal(value, before[key][part])
+            for key, each in optimizers.state_dict().items()
+            for part, value in each.items()
+        )
 
 
 def test_a_flat_model_is_copied_loaded_and_exported_like_any_other(tmp_path: Any) -> None:
@@ -269,18 +369,30 @@ def test_a_flat_model_is_copied_loaded_and_exported_like_any_other(tmp_path: Any
     give(model, 1)
     give(twin, 1)
     optimizers.set_lr(1.0)
-    optimizers.load_state_dict({name: {key: torch.zeros_like(value) for key, value in state.items()} for name, state in optimizers.state_dict().items()})
+    optimizers.load_state_dict(
+        {
+            name: {key: torch.zeros_like(value) for key, value in state.items()}
+            for name, state in optimizers.state_dict().items()
+        }
+    )
     optimizers.step()
     for name, parameter in model.named_parameters():
         if not name.startswith("companion"):
             old = dict(twin.named_parameters())[name]
-            torch.testing.assert_close(parameter.detach(), old.detach() - 1.9 * (old.grad + 0.02 * old.detach()), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                parameter.detach(),
+                old.detach() - 1.9 * (old.grad + 0.02 * old.detach()),
+                rtol=1e-5,
+                atol=1e-5,
+            )
 
 
 def test_what_the_loss_does_not_reach_has_the_gradient_zero() -> None:
     ends = []
     for flat in (False, True):
-        model, optimizers = build(config_of(method="baseline", branches=1, momentum=0.0, nesterov=False), flat)
+        model, optimizers = build(
+            config_of(method="baseline", branches=1, momentum=0.0, nesterov=False), flat
+        )
         optimizers.set_lr(0.5)
         weight = model.trunk.conv1.weight
         before = weight.detach().clone()
@@ -300,14 +412,23 @@ def test_what_cannot_be_trained_is_refused() -> None:
     config = config_of(method="baseline", branches=1)
     model = build_model(config, 10, CPU)
     model.trunk.conv1.double()
-    with pytest.raises(ConfigError, match=r"parameter trunk.conv1.weight is torch.float64; weights are trained in float32"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parameter trunk.conv1.weight is torch.float64; weights are trained in float32",
+    ):
         Optimizers(config, model, CPU, flat=False)
-    with pytest.raises(ConfigError, match=r"trunk.conv1.weight is on cpu and the run on meta; move the model before"):
+    with pytest.raises(
+        ConfigError,
+        match=r"trunk.conv1.weight is on cpu and the run on meta; move the model before",
+    ):
         Optimizers(config, build_model(config, 10, CPU), torch.device("meta"), flat=False)
     model = build_model(config, 10, CPU)
     model.trunk.extra = nn.Conv2d(3, 16, 3, bias=False)
     model.trunk.extra.weight.data = model.trunk.conv1.weight.data
-    with pytest.raises(ConfigError, match=r"trunk.conv1.weight and trunk.extra.weight share memory, which flat=True would end"):
+    with pytest.raises(
+        ConfigError,
+        match=r"trunk.conv1.weight and trunk.extra.weight share memory, which flat=True would end",
+    ):
         Optimizers(config, model, CPU, flat=True)
     model.trunk.extra.weight = model.trunk.conv1.weight  # one parameter, as PyTorch ties them
     give(model, 0)
@@ -330,7 +451,9 @@ def test_frozen_parameters_stay() -> None:
     optimizers = Optimizers(CONFIG, model, CPU, flat=True)
     give(model, 0)
     optimizers.step()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == optimizers.state_dict().keys()
     assert "branches.0.trunk.conv1.weight" not in changed
     assert not any("decoders" in name for name in changed)
@@ -367,14 +490,25 @@ def test_a_step_reads_nothing_on_the_host(optimizer: str, flat: bool) -> None:
 
 def test_lamb_alone_is_an_optimizer_like_others() -> None:
     torch.manual_seed(0)
-    weights = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.randn(3))]
-    oracles = [Oracle(TrainConfig(), weight, "lamb", decay) for weight, decay in zip(weights, (0.1, 0.1, 0.0), strict=True)]
+    weights = [
+        nn.Parameter(torch.randn(5, 4)),
+        nn.Parameter(torch.zeros(4)),
+        nn.Parameter(torch.randn(3)),
+    ]
+    oracles = [
+        Oracle(TrainConfig(), weight, "lamb", decay)
+        for weight, decay in zip(weights, (0.1, 0.1, 0.0), strict=True)
+    ]
     idle = weights[2].detach().clone()
-    optimizer = LAMB([{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}], lr=0.3)
+    optimizer = LAMB(
+        [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}], lr=0.3
+    )
     for step in range(4):
         if step == 2:
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = LAMB([{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}])
+            optimizer = LAMB(
+                [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}]
+            )
             optimizer.load_state_dict(saved)
         grads = [torch.randn(5, 4), torch.zeros(4) if step == 0 else torch.randn(4)]
 
@@ -387,7 +521,9 @@ def test_lamb_alone_is_an_optimizer_like_others() -> None:
         for oracle, grad in zip(oracles, grads, strict=False):
             oracle.step(grad, 0.3)
     for weight, oracle in zip(weights[:2], oracles, strict=False):
-        torch.testing.assert_close(weight.detach().double(), torch.from_numpy(oracle.x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            weight.detach().double(), torch.from_numpy(oracle.x), rtol=1e-5, atol=1e-6
+        )
     assert torch.equal(weights[2].detach(), idle)  # it has no gradient
     assert int(optimizer.state[weights[0]]["step"]) == 4
     assert int(optimizer.state[weights[2]]["step"]) == 0
@@ -412,7 +548,10 @@ def test_a_captured_step_has_the_bits_of_one_outside(optimizer: str, flat: bool)
                 outputs = optimizers.step(divisor, bad)
         results = []
         for step, (lr, scale, broken) in enumerate(inputs):
-            fresh = {name: gradient(name, parameter.cpu(), step).to(device) for name, parameter in model.named_parameters()}
+            fresh = {
+                name: gradient(name, parameter.cpu(), step).to(device)
+                for name, parameter in model.named_parameters()
+            }
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:

@@ -34,7 +34,12 @@ def drawn(monkeypatch):
 
 def panel(figures, title):
     """The axes with this title, or alone in a figure with it."""
-    return next(axes for figure in figures for axes in figure.axes if title in (axes.get_title(), figure.get_suptitle()))
+    return next(
+        axes
+        for figure in figures
+        for axes in figure.axes
+        if title in (axes.get_title(), figure.get_suptitle())
+    )
 
 
 def plot(runs, out):
@@ -42,25 +47,42 @@ def plot(runs, out):
 
 
 def test_lines_are_means_and_bands_are_ranges_of_the_records(sample_runs, tmp_path, drawn, capsys):
-    runs = {method: [sample_runs / f"{method}-seed{seed}" for seed in (0, 1)] for method in ("ahbf", "baseline")}
+    runs = {
+        method: [sample_runs / f"{method}-seed{seed}" for seed in (0, 1)]
+        for method in ("ahbf", "baseline")
+    }
     assert plot(runs["ahbf"] + runs["baseline"], tmp_path) == 0
     found = {method: [records(run) for run in paths] for method, paths in runs.items()}
     for title, scale, value in (
-            ("branch1", 100, lambda record: record["eval"]["branch1"]), ("ta3", 100, lambda record: record["eval"]["ta3"]),
-            ("loss", 1, lambda record: record["train"]["loss"]), ("kl/ta2->branch1", 1, lambda record: record["train"]["kl/ta2->branch1"]),
-            ("learning rate", 1, lambda record: record["lr"]), ("ramp-up (kd_weight)", 1, lambda record: record["kd_weight"]),
-            ("training, images/s", 1, lambda record: record["images_per_second"]), ("waiting for images, % of the time", 100, lambda record: record["waiting_share"])):
+        ("branch1", 100, lambda record: record["eval"]["branch1"]),
+        ("ta3", 100, lambda record: record["eval"]["ta3"]),
+        ("loss", 1, lambda record: record["train"]["loss"]),
+        ("kl/ta2->branch1", 1, lambda record: record["train"]["kl/ta2->branch1"]),
+        ("learning rate", 1, lambda record: record["lr"]),
+        ("ramp-up (kd_weight)", 1, lambda record: record["kd_weight"]),
+        ("training, images/s", 1, lambda record: record["images_per_second"]),
+        ("waiting for images, % of the time", 100, lambda record: record["waiting_share"]),
+    ):
         axes = panel(drawn, title)
         shown = ["ahbf"] if title in ("ta3", "kl/ta2->branch1") else ["ahbf", "baseline"]
-        assert [line.get_label() for line in axes.get_lines()] == [f"resnet8 {method} (mean and range of 2 seeds)" for method in shown]
+        assert [line.get_label() for line in axes.get_lines()] == [
+            f"resnet8 {method} (mean and range of 2 seeds)" for method in shown
+        ]
         for line, band, method in zip(axes.get_lines(), axes.collections, shown, strict=True):
-            values = [[scale * value(run[epoch]) for run in found[method]] for epoch in range(EPOCHS)]
+            values = [
+                [scale * value(run[epoch]) for run in found[method]] for epoch in range(EPOCHS)
+            ]
             assert list(line.get_xdata()) == [1, 2]
-            assert list(line.get_ydata()) == pytest.approx([statistics.mean(each) for each in values])
+            assert list(line.get_ydata()) == pytest.approx(
+                [statistics.mean(each) for each in values]
+            )
             vertices = band.get_paths()[0].vertices
             for epoch, each in enumerate(values, 1):
                 drawn_there = [y for x, y in vertices if x == epoch]
-                assert (min(drawn_there), max(drawn_there)) == (pytest.approx(min(each)), pytest.approx(max(each)))
+                assert (min(drawn_there), max(drawn_there)) == (
+                    pytest.approx(min(each)),
+                    pytest.approx(max(each)),
+                )
     assert "wrote 20 files" in capsys.readouterr().out
 
 
@@ -68,7 +90,9 @@ def test_every_picture_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_p
     run = sample_runs / "ahbf-seed0"
     assert plot([run], tmp_path) == 0
     names = {*ROWS, "overview", "loss", "schedule", "throughput"}
-    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in names for ending in ("png", "svg")
+    }
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
@@ -88,12 +112,24 @@ def test_what_only_some_seeds_have_is_dotted_and_said(sample_runs, tmp_path, dra
     assert f"{runs[1]}: metrics.jsonl is damaged in line 2" in text
     assert f"{runs[1]}: unfinished, 1 of 2 epochs" in text
     both, alone = panel(drawn, "branch1").get_lines()
-    found = [[100 * record["eval"]["branch1"] for record in records(runs[0])], [100 * records(sample_runs / "ahbf-seed1")[0]["eval"]["branch1"]]]
-    assert (list(both.get_xdata()), list(both.get_ydata())) == ([1], pytest.approx([statistics.mean((found[0][0], found[1][0]))]))
-    assert (alone.get_linestyle(), list(alone.get_xdata()), list(alone.get_ydata())) == (":", [1, 2], pytest.approx(found[0]))
+    found = [
+        [100 * record["eval"]["branch1"] for record in records(runs[0])],
+        [100 * records(sample_runs / "ahbf-seed1")[0]["eval"]["branch1"]],
+    ]
+    assert (list(both.get_xdata()), list(both.get_ydata())) == (
+        [1],
+        pytest.approx([statistics.mean((found[0][0], found[1][0]))]),
+    )
+    assert (alone.get_linestyle(), list(alone.get_xdata()), list(alone.get_ydata())) == (
+        ":",
+        [1, 2],
+        pytest.approx(found[0]),
+    )
 
 
-def test_records_of_an_earlier_version_are_drawn_without_what_they_lack(sample_runs, tmp_path, drawn):
+def test_records_of_an_earlier_version_are_drawn_without_what_they_lack(
+    sample_runs, tmp_path, drawn
+):
     run = copied(sample_runs / "ahbf-seed0", tmp_path / "run")
     change_records(run, lambda record: [record.pop(name) for name in ("train", "waiting_share")])
     assert plot([run], tmp_path / "plots") == 0
@@ -102,9 +138,13 @@ def test_records_of_an_earlier_version_are_drawn_without_what_they_lack(sample_r
     assert panel(drawn, "training, images/s").get_lines()
 
 
-def test_what_cannot_be_drawn_together_is_refused_in_one_line(sample_runs, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_drawn_together_is_refused_in_one_line(
+    sample_runs, tmp_path, capsys, monkeypatch
+):
     other = copied(sample_runs / "baseline-seed0", tmp_path / "other")
-    change_json(other / "environment.json", lambda found: found["data"].update(fingerprint="ab" * 32))
+    change_json(
+        other / "environment.json", lambda found: found["data"].update(fingerprint="ab" * 32)
+    )
     assert plot([sample_runs / "ahbf-seed0", other], tmp_path / "plots") == 2
     assert "were evaluated on different images" in capsys.readouterr().err
     assert plot([tmp_path], tmp_path / "plots") == 4
@@ -114,5 +154,8 @@ def test_what_cannot_be_drawn_together_is_refused_in_one_line(sample_runs, tmp_p
     assert "has no accuracy of ema" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot([sample_runs / "ahbf-seed0"], tmp_path / "plots") == 2
-    assert capsys.readouterr().err == "fastokd: drawing needs matplotlib: pip install 'fastokd[plots]'\n"
+    assert (
+        capsys.readouterr().err
+        == "fastokd: drawing needs matplotlib: pip install 'fastokd[plots]'\n"
+    )
     assert not (tmp_path / "plots").exists()

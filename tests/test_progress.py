@@ -1,4 +1,6 @@
-"""What a person sees of a run: the numbers, the live table in any terminal, the plain lines, and log.txt."""
+"""What a person sees of a run: the numbers, the live table in any terminal, the plain lines, and
+log.txt.
+"""
 
 import dataclasses
 import io
@@ -51,9 +53,14 @@ class TestPace:
             clock.now += 0.3
             if index == 9:
                 seen = look(pace, index + 1)
-        assert (seen.images_per_second, seen.waiting_share) == (pytest.approx(8 / 0.4), pytest.approx(0.25))
+        assert (seen.images_per_second, seen.waiting_share) == (
+            pytest.approx(8 / 0.4),
+            pytest.approx(0.25),
+        )
         assert seen.seconds_left_epoch == pytest.approx(10 * 0.4)
-        assert seen.seconds_left_run == pytest.approx(50 * 0.4)  # what comes after the steps is not known yet
+        assert seen.seconds_left_run == pytest.approx(
+            50 * 0.4
+        )  # what comes after the steps is not known yet
         assert pace.waiting_share() == pytest.approx(0.25)
         clock.now += 2  # evaluation and checkpoint
         assert pace.end_epoch() == pytest.approx(2 * (20 * 0.4 + 2))
@@ -87,12 +94,19 @@ class TestPace:
             clock.now += 1
             if index == 1:
                 seen = look(pace, 8)
-        assert (seen.images_per_second, seen.seconds_left_epoch) == (pytest.approx(4), pytest.approx(2))
+        assert (seen.images_per_second, seen.seconds_left_epoch) == (
+            pytest.approx(4),
+            pytest.approx(2),
+        )
         assert pace.end_epoch() == pytest.approx(10)  # the whole next epoch, not four steps of it
 
 
 def names_of(branches):
-    return [*(f"branch{index + 1}" for index in range(branches)), *(f"ta{index + 2}" for index in range(branches - 1)), "ensemble"]
+    return [
+        *(f"branch{index + 1}" for index in range(branches)),
+        *(f"ta{index + 2}" for index in range(branches - 1)),
+        "ensemble",
+    ]
 
 
 def numbers(branches, loss=12.34):
@@ -100,14 +114,29 @@ def numbers(branches, loss=12.34):
     names = names_of(branches)
     terms = {f"ce/{name}": 0.1 * index for index, name in enumerate(names)}
     accuracy = {f"accuracy/{name}": 0.5 + index / 1000 for index, name in enumerate(names)}
-    return EpochProgress({"loss": loss, **terms, **accuracy}, images_per_second=1234.4, waiting_share=0.031, seconds_left_epoch=65, seconds_left_run=3725,
-                         lr=0.05, kd_weight=0.135, memory=3 << 30)
+    return EpochProgress(
+        {"loss": loss, **terms, **accuracy},
+        images_per_second=1234.4,
+        waiting_share=0.031,
+        seconds_left_epoch=65,
+        seconds_left_run=3725,
+        lr=0.05,
+        kd_weight=0.135,
+        memory=3 << 30,
+    )
 
 
 def record(epoch, branches=3, student=0.7, **extra):
     names = names_of(branches)
     values = {name: student + index / 100 for index, name in enumerate(names)}
-    return {"epoch": epoch, "lr": 0.1, "train": {"loss": 1.5, "accuracy/branch1": 0.6}, "eval": values, "images_per_second": 321.4, **extra}
+    return {
+        "epoch": epoch,
+        "lr": 0.1,
+        "train": {"loss": 1.5, "accuracy/branch1": 0.6},
+        "eval": values,
+        "images_per_second": 321.4,
+        **extra,
+    }
 
 
 class Terminal(io.StringIO):
@@ -118,13 +147,27 @@ class Terminal(io.StringIO):
 
 
 def live_reporter(width=100, height=40, **options):
-    console = Console(file=Terminal(), width=width, height=height, force_terminal=True, soft_wrap=True, highlight=False, color_system=None, _environ={"TERM": "xterm"})
+    console = Console(
+        file=Terminal(),
+        width=width,
+        height=height,
+        force_terminal=True,
+        soft_wrap=True,
+        highlight=False,
+        color_system=None,
+        _environ={"TERM": "xterm"},
+    )
     return Reporter(console=console, **options)
 
 
 def drawn(reporter):
     """The live table as it stands."""
-    console = Console(file=io.StringIO(), width=reporter.console.width, height=reporter.console.height, soft_wrap=True)
+    console = Console(
+        file=io.StringIO(),
+        width=reporter.console.width,
+        height=reporter.console.height,
+        soft_wrap=True,
+    )
     console.print(reporter._display.get_renderable())
     return console.file.getvalue().splitlines()
 
@@ -136,7 +179,10 @@ def live():
     def make(branches=3, progress=True, **options):
         reporter = live_reporter(**options)
         made.append(reporter)
-        reporter.start_run("branch1", [record(0, branches, 0.6), record(1, branches, 0.7), record(2, branches, 0.65)])
+        reporter.start_run(
+            "branch1",
+            [record(0, branches, 0.6), record(1, branches, 0.7), record(2, branches, 0.65)],
+        )
         reporter.start_epoch(3, 10, 22)
         reporter.step(11, numbers(branches) if progress else None)
         return reporter
@@ -148,11 +194,24 @@ def live():
 
 def test_the_table_has_train_last_and_best_of_every_row(live):
     lines = drawn(live())
-    assert lines[0].split() == ["epoch", "4/10", "━" * 20 + "─" * 20, "11/22", "1:05", "left", "run", "1:02:05", "left"]
+    assert lines[0].split() == [
+        "epoch",
+        "4/10",
+        "━" * 20 + "─" * 20,
+        "11/22",
+        "1:05",
+        "left",
+        "run",
+        "1:02:05",
+        "left",
+    ]
     assert lines[1].split() == ["accuracy", "%", "train", "eval", "best", "(epoch", "2)"]
     assert lines[2].split() == ["branch1", "(student)", "50.00", "65.00", "70.00"]
     assert [line.split() for line in lines[3:8]] == [
-        [name, f"{50 + index / 10:.2f}", f"{65 + index}.00", f"{70 + index}.00"] for index, name in enumerate(names_of(3)) if index]
+        [name, f"{50 + index / 10:.2f}", f"{65 + index}.00", f"{70 + index}.00"]
+        for index, name in enumerate(names_of(3))
+        if index
+    ]
     assert lines[8].split()[:4] == ["loss", "12.3400", "ce/branch1", "0.0000"]
     assert lines[-1] == "1234 img/s  waiting for data 3 %  lr 0.05  kd_weight 0.135  GPU 3.00 GiB"
 
@@ -169,8 +228,10 @@ def test_the_table_fits_any_terminal(live, branches, height, width):
         text = "\n".join(lines)
         assert "loss" in text
         assert "1234 img/s" in text
-    if height >= 24 and width >= 60:  # eight branches and seven teacher assistants in 24 lines of 60 columns
-        assert [line.split()[0] for line in lines[2:2 + 2 * branches]] == names_of(branches)
+    if (
+        height >= 24 and width >= 60
+    ):  # eight branches and seven teacher assistants in 24 lines of 60 columns
+        assert [line.split()[0] for line in lines[2 : 2 + 2 * branches]] == names_of(branches)
     if (branches, height, width) == (8, 8, 60):
         assert any(line.startswith("... ") and line.endswith(" more") for line in lines)
 
@@ -214,13 +275,22 @@ def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
     assert shown.index("\x1b[?25l") < shown.index("\x1b[?25h")
     logged = (tmp_path / "log.txt").read_text()
     assert logged.count("  step ") == 2  # one each 30 seconds
-    assert "epoch 1/2  step 61/100  loss 12.3400  branch1 50.0 %  1234 img/s  waiting for data 3 %  GPU 3.00 GiB  epoch 1:05 left, run 1:02:05 left" in logged
+    assert (
+        "epoch 1/2  step 61/100  loss 12.3400  branch1 50.0 %  1234 img/s  waiting for data 3 % "
+        " GPU 3.00 GiB  epoch 1:05 left, run 1:02:05 left" in logged
+    )
 
 
 @pytest.mark.parametrize("file", ["pipe", "pipe with FORCE_COLOR", "dumb terminal"])
 def test_elsewhere_plain_lines(clock, file):
-    console = Console(file=Terminal() if "dumb" in file else io.StringIO(), force_terminal=file != "pipe", soft_wrap=True, highlight=False,
-                      color_system=None, _environ={"TERM": "dumb" if "dumb" in file else "xterm"})
+    console = Console(
+        file=Terminal() if "dumb" in file else io.StringIO(),
+        force_terminal=file != "pipe",
+        soft_wrap=True,
+        highlight=False,
+        color_system=None,
+        _environ={"TERM": "dumb" if "dumb" in file else "xterm"},
+    )
     reporter = Reporter("kd", console=console)
     reporter.start_run("branch1")
     reporter.start_epoch(0, 1, 100)
@@ -230,11 +300,25 @@ def test_elsewhere_plain_lines(clock, file):
     reporter.end_epoch(record(0, waiting_share=0.125), 0.0)
     shown = console.file.getvalue()
     assert "\x1b" not in shown
-    assert [line.split("  ")[:2] for line in shown.splitlines()] == [*(["kd: epoch 1/1", f"step {step}/100"] for step in (31, 62, 93)), ["kd: epoch 1/1", "loss 1.5000"]]
-    assert shown.splitlines()[-1].startswith("kd: epoch 1/1  loss 1.5000  lr 0.1  321 img/s  waiting for data 12 %  accuracy %: branch1 70.00")
+    assert [line.split("  ")[:2] for line in shown.splitlines()] == [
+        *(["kd: epoch 1/1", f"step {step}/100"] for step in (31, 62, 93)),
+        ["kd: epoch 1/1", "loss 1.5000"],
+    ]
+    assert shown.splitlines()[-1].startswith(
+        "kd: epoch 1/1  loss 1.5000  lr 0.1  321 img/s  waiting for data 12 %  accuracy %: branch1"
+        " 70.00"
+    )
 
 
-@pytest.mark.parametrize(("options", "screen"), [({}, ["result", "detail", "epoch 1/1"]), ({"quiet": True}, ["result"]), ({"lines": False}, ["result"]), ({"silent": True}, [])])
+@pytest.mark.parametrize(
+    ("options", "screen"),
+    [
+        ({}, ["result", "detail", "epoch 1/1"]),
+        ({"quiet": True}, ["result"]),
+        ({"lines": False}, ["result"]),
+        ({"silent": True}, []),
+    ],
+)
 @pytest.mark.parametrize("log", [True, False])
 def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, screen, log):
     reporter = Reporter(**options)
@@ -253,7 +337,11 @@ def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, scre
     assert (tmp_path / "log.txt").exists() == (log and not silent)
     if log and not silent:
         logged = (tmp_path / "log.txt").read_text().splitlines()
-        assert [line.split(" ", 1)[1].split("  ")[0] for line in logged] == ["result", "detail", "epoch 1/1"]
+        assert [line.split(" ", 1)[1].split("  ")[0] for line in logged] == [
+            "result",
+            "detail",
+            "epoch 1/1",
+        ]
 
 
 def test_the_log_is_appended_to_with_the_time(tmp_path):
@@ -263,7 +351,13 @@ def test_the_log_is_appended_to_with_the_time(tmp_path):
         reporter.attach_log(path)
         reporter.log(f"session {session}\nsecond line of it \udcff")
     lines = [line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [text for _, text in lines] == ["session 0", "second line of it \\udcff", "--- the run goes on ---", "session 1", "second line of it \\udcff"]
+    assert [text for _, text in lines] == [
+        "session 0",
+        "second line of it \\udcff",
+        "--- the run goes on ---",
+        "session 1",
+        "second line of it \\udcff",
+    ]
     assert all(datetime.fromisoformat(time).tzinfo is not None for time, _ in lines)
 
 
@@ -272,11 +366,25 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     reporter.attach_log(tmp_path)  # a folder
     reporter.say("one")
     reporter.say("two")
-    assert sorted(capsys.readouterr().out.splitlines()) == sorted(["one", f"cannot write {tmp_path}: Is a directory; the run goes on without those lines", "two"])
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(
+        [
+            "one",
+            f"cannot write {tmp_path}: Is a directory; the run goes on without those lines",
+            "two",
+        ]
+    )
 
 
 def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch):
-    config = TrainConfig(data="digits", model="resnet8", method="baseline", branches=1, aux_blocks=0, epochs=2, batch_size=256)
+    config = TrainConfig(
+        data="digits",
+        model="resnet8",
+        method="baseline",
+        branches=1,
+        aux_blocks=0,
+        epochs=2,
+        batch_size=256,
+    )
     reporter = live_reporter()
     trainer = Trainer(config, RunFolder.create(tmp_path / "run"), reporter, open_dataset("digits"))
     trainer.start()
@@ -294,15 +402,18 @@ def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch
     assert all(calls)
     shown = reporter.console.file.getvalue()
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
-    logged = [line.split(" ", 1)[1] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    logged = [
+        line.split(" ", 1)[1] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()
+    ]
     assert logged[0].startswith("run ")
     assert logged[-2].startswith("epoch 1/2  loss ")
     assert logged[-1].startswith("interrupted in epoch 2; ")
 
 
 def test_durations():
-    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90_061, float("inf"), float("nan"))] == [
-        "0:00", "1:00", "59:59", "1:00:00", "1d 01:01:01", "?", "?"]
+    assert [
+        duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90_061, float("inf"), float("nan"))
+    ] == ["0:00", "1:00", "59:59", "1:00:00", "1d 01:01:01", "?", "?"]
 
 
 def test_progress_cannot_change_under_the_table():

@@ -1,4 +1,6 @@
-"""Every recipe is what its source says: numbers as in the papers' tables, networks of the published size, names that fit."""
+"""Every recipe is what its source says: numbers as in the papers' tables, networks of the published
+size, names that fit.
+"""
 
 import dataclasses
 import functools
@@ -29,7 +31,9 @@ DATA = Path(__file__).parent / "data"
 PUBLISHED: list[dict[str, Any]] = json.loads((DATA / "published.json").read_text())["tables"]
 NETWORKS: dict[str, list[dict[str, Any]]] = json.loads((DATA / "networks.json").read_text())
 ALL = list_recipes()
-DEFAULTS = {field.name: getattr(TrainConfig(), field.name) for field in dataclasses.fields(TrainConfig)}
+DEFAULTS = {
+    field.name: getattr(TrainConfig(), field.name) for field in dataclasses.fields(TrainConfig)
+}
 
 
 def get_group(start: str) -> dict[str, Recipe]:
@@ -45,7 +49,9 @@ def number(measure: str, values: list[float | None]) -> tuple[float | None, floa
     """Mean error and standard deviation in % of an entry of published.json."""
     if measure == "runs":
         accuracies = [value for value in values if value is not None]
-        return round(100 - statistics.mean(accuracies), 2), round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
+        return round(100 - statistics.mean(accuracies), 2), (
+            round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None
+        )
     mean, std = values
     return mean if mean is None or measure == "error" else round(100 - mean, 2), std
 
@@ -55,9 +61,19 @@ def test_published_numbers_are_those_of_the_tables():
     for table in PUBLISHED:
         for name, rows in table["recipes"].items():
             for row, values in rows.items():
-                runs = table["runs"] if table["measure"] != "runs" else len(values) if len(values) > 1 else None
+                runs = (
+                    table["runs"]
+                    if table["measure"] != "runs"
+                    else len(values)
+                    if len(values) > 1
+                    else None
+                )
                 expected.add((name, table["source"], row, *number(table["measure"], values), runs))
-    have = [(name, found.source, found.row, found.error, found.std, found.runs) for name, recipe in ALL.items() for found in recipe.published]
+    have = [
+        (name, found.source, found.row, found.error, found.std, found.runs)
+        for name, recipe in ALL.items()
+        for found in recipe.published
+    ]
     assert len(have) == len(set(have))
     assert set(have) == expected
 
@@ -65,13 +81,28 @@ def test_published_numbers_are_those_of_the_tables():
 def test_every_row_of_the_ahbf_tables_has_a_recipe():
     counts = {table["source"]: sum(map(len, table["recipes"].values())) for table in PUBLISHED}
     assert {source: count for source, count in counts.items() if source.startswith("AHBF")} == {
-        "AHBF Table 1": 35, "AHBF Table 2": 35, "AHBF Table 3": 10, "AHBF Table 4": 25, "AHBF Table 5": 12, "AHBF Figure 3": 6}
+        "AHBF Table 1": 35,
+        "AHBF Table 2": 35,
+        "AHBF Table 3": 10,
+        "AHBF Table 4": 25,
+        "AHBF Table 5": 12,
+        "AHBF Figure 3": 6,
+    }
 
 
 def test_what_is_reported_names_every_row():
-    assert get_recipe("cifar100-resnet32-ahbf").reported() == "AHBF Table 2: 25.19 +- 0.16; AHBF Table 4: 25.19; AHBF Figure 3: 25.19"
-    assert get_recipe("cifar10-wrn16-4-wrn28-2-tsb").reported() == "TSB, different networks: 4.42, 4.64 (branch2), 3.99 (ensemble)"
-    assert get_recipe("cifar100-wrn20-8-one").reported() == "OKDDip slides: 21.19 +- 0.12 (mean of the branches)"
+    assert (
+        get_recipe("cifar100-resnet32-ahbf").reported()
+        == "AHBF Table 2: 25.19 +- 0.16; AHBF Table 4: 25.19; AHBF Figure 3: 25.19"
+    )
+    assert (
+        get_recipe("cifar10-wrn16-4-wrn28-2-tsb").reported()
+        == "TSB, different networks: 4.42, 4.64 (branch2), 3.99 (ensemble)"
+    )
+    assert (
+        get_recipe("cifar100-wrn20-8-one").reported()
+        == "OKDDip slides: 21.19 +- 0.12 (mean of the branches)"
+    )
 
 
 # ---- configurations
@@ -79,7 +110,11 @@ def test_what_is_reported_names_every_row():
 
 def complete(config: TrainConfig) -> TrainConfig:
     """The configuration with what only the user can say."""
-    return dataclasses.replace(config, method_options={"teacher": "rows.npy"}) if config.method == "kd" else config
+    return (
+        dataclasses.replace(config, method_options={"teacher": "rows.npy"})
+        if config.method == "kd"
+        else config
+    )
 
 
 def test_every_recipe_is_a_good_configuration():
@@ -93,7 +128,9 @@ def test_names_say_what_is_inside():
         config, parts = recipe.config, name.split("-")
         assert recipe.dataset == parts[0], name
         assert config.data == "", name
-        networks = [part.removesuffix("_imagenet").replace("_", "-") for part in config.model_names()]
+        networks = [
+            part.removesuffix("_imagenet").replace("_", "-") for part in config.model_names()
+        ]
         stem = "-".join([parts[0], *networks, config.method.replace("_", "-")])
         assert name == stem or name.startswith(stem + "-"), name
         assert ("peers" in parts) == (config.topology == "peers"), name
@@ -106,33 +143,90 @@ def test_names_say_what_is_inside():
 
 
 def settings(**values: Any) -> dict[str, Any]:
-    return {"optimizer": "sgd", "schedule": "step", "lr_scaling": "none", "warmup_epochs": None, "momentum": 0.9, "lr_gamma": 0.1, **values}
+    return {
+        "optimizer": "sgd",
+        "schedule": "step",
+        "lr_scaling": "none",
+        "warmup_epochs": None,
+        "momentum": 0.9,
+        "lr_gamma": 0.1,
+        **values,
+    }
 
 
-# Of each paper or code: epochs, batch, learning rate, the epochs after which it decays, Nesterov, weight decay.
+# Of each paper or code: epochs, batch, learning rate, the epochs after which it decays, Nesterov,
+# weight decay.
 SHARED = settings(epochs=300, batch_size=128, lr=0.1, nesterov=True, weight_decay=5e-4), (150, 225)
-TSB = settings(epochs=240, batch_size=64, lr=0.05, nesterov=False, weight_decay=5e-4), (150, 180, 210)
-TSB_IMAGENET = settings(epochs=200, batch_size=256, lr=0.1, nesterov=False, weight_decay=1e-4), (60, 120, 180)
-AHBF_IMAGENET = settings(epochs=90, batch_size=96, lr=0.1, nesterov=True, weight_decay=1e-4), (30, 60)
+TSB = (
+    settings(epochs=240, batch_size=64, lr=0.05, nesterov=False, weight_decay=5e-4),
+    (150, 180, 210),
+)
+TSB_IMAGENET = (
+    settings(epochs=200, batch_size=256, lr=0.1, nesterov=False, weight_decay=1e-4),
+    (60, 120, 180),
+)
+AHBF_IMAGENET = (
+    settings(epochs=90, batch_size=96, lr=0.1, nesterov=True, weight_decay=1e-4),
+    (30, 60),
+)
 OPTIMIZERS = {
-    "cifar100-resnet32-ahbf": SHARED, "cifar10-densenet40-12-okddip": SHARED, "cinic10-resnet32-ffm": SHARED, "cifar100-resnet32-ahbf-a-0": SHARED,
-    "cifar100-mobilenetv2-x0-5-ahbf-compression": SHARED, "cifar100-wrn20-8-dml": SHARED,
+    "cifar100-resnet32-ahbf": SHARED,
+    "cifar10-densenet40-12-okddip": SHARED,
+    "cinic10-resnet32-ffm": SHARED,
+    "cifar100-resnet32-ahbf-a-0": SHARED,
+    "cifar100-mobilenetv2-x0-5-ahbf-compression": SHARED,
+    "cifar100-wrn20-8-dml": SHARED,
     "imagenet-resnet34-ahbf": AHBF_IMAGENET,
-    "cifar10-resnet32-tsb": TSB, "cifar100-wrn16-2-wrn16-4-kdcl": TSB, "cifar100-resnet32-wrn16-2-kdcl-general": TSB, "cifar10-vgg13-baseline-tsb": TSB,
+    "cifar10-resnet32-tsb": TSB,
+    "cifar100-wrn16-2-wrn16-4-kdcl": TSB,
+    "cifar100-resnet32-wrn16-2-kdcl-general": TSB,
+    "cifar10-vgg13-baseline-tsb": TSB,
     "cifar100-mobilenetv2-x0-5-tsb": ({**TSB[0], "lr": 0.01}, TSB[1]),
-    "imagenet-resnet18-tsb": TSB_IMAGENET, "imagenet-resnet50-resnet18-kdcl-naive": TSB_IMAGENET,
+    "imagenet-resnet18-tsb": TSB_IMAGENET,
+    "imagenet-resnet50-resnet18-kdcl-naive": TSB_IMAGENET,
     "imagenet-mobilenetv2-x1-0-tsb": ({**TSB_IMAGENET[0], "epochs": 300}, (90, 180, 270)),
-    "imagenet-resnet50-resnet18-kdcl-linear-100-epochs": ({**TSB_IMAGENET[0], "epochs": 100}, (30, 60, 90)),
-    "cifar100-resnet32-one-official": (settings(epochs=300, batch_size=128, lr=0.1, nesterov=False, weight_decay=1e-4), (150, 225)),
-    "cifar100-resnet32-ffsd-official": (settings(epochs=299, batch_size=128, lr=0.1, nesterov=True, weight_decay=1e-4, padding="reflect"), (150, 225)),
-    "imagenet-resnet18-ffsd-official": (settings(epochs=89, batch_size=256, lr=0.1, nesterov=True, weight_decay=1e-4, warmup_epochs=5.0), (30, 60, 80)),
-    "cifar100-wrn16-2-afid-official": (settings(epochs=301, batch_size=128, lr=0.1, nesterov=True, weight_decay=2e-4), (150, 225)),
-    "imagenet-resnet34-afid-official": (settings(epochs=100, batch_size=256, lr=0.1, nesterov=False, weight_decay=1e-4), (30, 60, 90)),
+    "imagenet-resnet50-resnet18-kdcl-linear-100-epochs": (
+        {**TSB_IMAGENET[0], "epochs": 100},
+        (30, 60, 90),
+    ),
+    "cifar100-resnet32-one-official": (
+        settings(epochs=300, batch_size=128, lr=0.1, nesterov=False, weight_decay=1e-4),
+        (150, 225),
+    ),
+    "cifar100-resnet32-ffsd-official": (
+        settings(
+            epochs=299, batch_size=128, lr=0.1, nesterov=True, weight_decay=1e-4, padding="reflect"
+        ),
+        (150, 225),
+    ),
+    "imagenet-resnet18-ffsd-official": (
+        settings(
+            epochs=89, batch_size=256, lr=0.1, nesterov=True, weight_decay=1e-4, warmup_epochs=5.0
+        ),
+        (30, 60, 80),
+    ),
+    "cifar100-wrn16-2-afid-official": (
+        settings(epochs=301, batch_size=128, lr=0.1, nesterov=True, weight_decay=2e-4),
+        (150, 225),
+    ),
+    "imagenet-resnet34-afid-official": (
+        settings(epochs=100, batch_size=256, lr=0.1, nesterov=False, weight_decay=1e-4),
+        (30, 60, 90),
+    ),
 }
 
 
-@pytest.mark.parametrize(("heading", "expected"), [("CIFAR-10, CIFAR-100", SHARED), ("AHBF's ablations", SHARED), ("ImageNet in AHBF", AHBF_IMAGENET)])
-def test_recipes_of_one_paper_share_its_optimizer_settings(heading: str, expected: tuple[dict[str, Any], tuple[int, ...]]):
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("CIFAR-10, CIFAR-100", SHARED),
+        ("AHBF's ablations", SHARED),
+        ("ImageNet in AHBF", AHBF_IMAGENET),
+    ],
+)
+def test_recipes_of_one_paper_share_its_optimizer_settings(
+    heading: str, expected: tuple[dict[str, Any], tuple[int, ...]]
+):
     for name, recipe in get_group(heading).items():
         if not name.endswith("-large"):
             check_optimizer(recipe.config, expected)
@@ -143,11 +237,17 @@ def test_recipes_in_tsb_settings_share_them():
         config = recipe.config
         if recipe.dataset == "imagenet":
             common = {key: value for key, value in TSB_IMAGENET[0].items() if key != "epochs"}
-            check_optimizer(config, (common, tuple(round(part * config.epochs) for part in (0.3, 0.6, 0.9))))
+            check_optimizer(
+                config, (common, tuple(round(part * config.epochs) for part in (0.3, 0.6, 0.9)))
+            )
             long = config.model.startswith("mobilenetv2_x1_0")
-            assert config.epochs == (100 if recipe.variant.endswith("100-epochs") else 300 if long else 200)
+            assert config.epochs == (
+                100 if recipe.variant.endswith("100-epochs") else 300 if long else 200
+            )
         else:
-            check_optimizer(config, ({**TSB[0], "lr": 0.01 if "mobilenetv2" in config.model else 0.05}, TSB[1]))
+            check_optimizer(
+                config, ({**TSB[0], "lr": 0.01 if "mobilenetv2" in config.model else 0.05}, TSB[1])
+            )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -155,7 +255,9 @@ def test_optimizer_settings(name: str):
     check_optimizer(get_recipe(name).config, OPTIMIZERS[name])
 
 
-def check_optimizer(config: TrainConfig, expectation: tuple[dict[str, Any], tuple[int, ...]]) -> None:
+def check_optimizer(
+    config: TrainConfig, expectation: tuple[dict[str, Any], tuple[int, ...]]
+) -> None:
     """The settings, and the learning rate just before and after each decay."""
     expected, decays = expectation
     assert {key: getattr(config, key) for key in expected} == expected
@@ -167,23 +269,85 @@ def check_optimizer(config: TrainConfig, expectation: tuple[dict[str, Any], tupl
 
 # Branches, ramp-up in epochs and loss options of the methods.
 LOSSES = {
-    "cifar10-resnet110-ahbf": (4, 300, {"temperature": 3.0, "lambda_ta": 4.0, "lambda_branch": 2.0, "lambda_self": 0.0, "teacher_eps": 0.0, "detach_teacher": False}),
+    "cifar10-resnet110-ahbf": (
+        4,
+        300,
+        {
+            "temperature": 3.0,
+            "lambda_ta": 4.0,
+            "lambda_branch": 2.0,
+            "lambda_self": 0.0,
+            "teacher_eps": 0.0,
+            "detach_teacher": False,
+        },
+    ),
     "imagenet-resnet18-ahbf": (4, 90, {"lambda_ta": 4.0, "lambda_branch": 2.0}),
-    "cifar100-resnet32-okddip": (4, 80, {"temperature": 3.0, "lambda_peer": 1.0, "lambda_leader": 1.0, "teacher_eps": 1e-7, "detach_teacher": False}),
-    "cifar100-resnet32-one": (4, 80, {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": False}),
-    "cifar100-resnet32-one-official": (3, 80, {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": True}),
-    "cifar100-resnet32-cl-ilr": (4, 80, {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": False}),
-    "cifar100-resnet32-dml": (4, 0, {"temperature": 3.0, "teacher": "mean", "teacher_eps": 1e-7, "detach_teacher": False}),
+    "cifar100-resnet32-okddip": (
+        4,
+        80,
+        {
+            "temperature": 3.0,
+            "lambda_peer": 1.0,
+            "lambda_leader": 1.0,
+            "teacher_eps": 1e-7,
+            "detach_teacher": False,
+        },
+    ),
+    "cifar100-resnet32-one": (
+        4,
+        80,
+        {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": False},
+    ),
+    "cifar100-resnet32-one-official": (
+        3,
+        80,
+        {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": True},
+    ),
+    "cifar100-resnet32-cl-ilr": (
+        4,
+        80,
+        {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "detach_teacher": False},
+    ),
+    "cifar100-resnet32-dml": (
+        4,
+        0,
+        {"temperature": 3.0, "teacher": "mean", "teacher_eps": 1e-7, "detach_teacher": False},
+    ),
     "cifar100-resnet32-dml-tsb": (2, 0, {"temperature": 1.0, "teacher_eps": 0.0}),
     "cifar100-resnet32-kd": (1, 0, {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7}),
-    "cifar100-resnet32-ffm": (4, 80, {"temperature": 3.0, "lambda_peer": 1.0, "lambda_leader": 2.0, "lambda_cd": 5e-8}),
-    "cifar100-resnet32-ffm-no-cd": (4, 80, {"lambda_peer": 1.0, "lambda_leader": 2.0, "lambda_cd": 0.0}),
-    "cifar100-resnet32-tsb": (2, 20, {"temperature": 4.0, "beta": 0.8, "lambda_ta": 0.5, "lambda_si": 0.5}),
+    "cifar100-resnet32-ffm": (
+        4,
+        80,
+        {"temperature": 3.0, "lambda_peer": 1.0, "lambda_leader": 2.0, "lambda_cd": 5e-8},
+    ),
+    "cifar100-resnet32-ffm-no-cd": (
+        4,
+        80,
+        {"lambda_peer": 1.0, "lambda_leader": 2.0, "lambda_cd": 0.0},
+    ),
+    "cifar100-resnet32-tsb": (
+        2,
+        20,
+        {"temperature": 4.0, "beta": 0.8, "lambda_ta": 0.5, "lambda_si": 0.5},
+    ),
     "cifar100-resnet32-wrn16-2-kdcl-general": (2, 0, {"variant": "general", "icl": True}),
     "cifar100-resnet32-wrn16-2-kdcl-naive-no-icl": (2, 0, {"variant": "naive", "icl": False}),
-    "cifar100-resnet32-ffsd-official": (3, 5, {"temperature": 2.0, "lambda_diversity": 1e-5, "lambda_fusion": 10.0, "lambda_decoder": 1000.0}),
+    "cifar100-resnet32-ffsd-official": (
+        3,
+        5,
+        {
+            "temperature": 2.0,
+            "lambda_diversity": 1e-5,
+            "lambda_fusion": 10.0,
+            "lambda_decoder": 1000.0,
+        },
+    ),
     "cifar100-resnet32-ffsd": (4, 5, {"temperature": 2.0}),
-    "cifar100-wrn16-2-afid-official": (2, 80, {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "fusion_weight_decay": 1e-5}),
+    "cifar100-wrn16-2-afid-official": (
+        2,
+        80,
+        {"temperature": 3.0, "lambda_kd": 1.0, "teacher_eps": 1e-7, "fusion_weight_decay": 1e-5},
+    ),
 }
 
 
@@ -197,8 +361,15 @@ def test_losses(name: str):
 
 
 def test_ramps_follow_the_epochs():
-    """A shortened run has as large a part of its epochs to ramp up in, where the recipe's own length is the method's default."""
-    for name, ramp in (("cifar100-resnet32-ahbf", 30), ("cifar100-resnet32-okddip", 8), ("cifar100-resnet32-tsb", 2), ("cifar100-resnet32-ahbf-e-80", 80)):
+    """A shortened run has as large a part of its epochs to ramp up in, where the recipe's own
+    length is the method's default.
+    """
+    for name, ramp in (
+        ("cifar100-resnet32-ahbf", 30),
+        ("cifar100-resnet32-okddip", 8),
+        ("cifar100-resnet32-tsb", 2),
+        ("cifar100-resnet32-ahbf-e-80", 80),
+    ):
         assert dataclasses.replace(get_recipe(name).config, epochs=30).ramp_length() == ramp, name
 
 
@@ -206,32 +377,61 @@ def options(config: TrainConfig) -> dict[str, Any]:
     """The loss's options, its defaults filled in."""
     from fastokd.methods import get_method
 
-    defaults = {name: value.default for name, value in inspect.signature(get_method(config.method).loss_class).parameters.items()}
+    defaults = {
+        name: value.default
+        for name, value in inspect.signature(
+            get_method(config.method).loss_class
+        ).parameters.items()
+    }
     return {**defaults, **config.loss_options()}
 
 
 def test_ahbf_studies_vary_one_thing():
     base, seen = get_recipe("cifar100-resnet32-ahbf").config, {}
     for name, recipe in get_group("AHBF's ablations").items():
-        changed = {key: getattr(recipe.config, key) for key in DEFAULTS if getattr(recipe.config, key) != getattr(base, key)}
+        changed = {
+            key: getattr(recipe.config, key)
+            for key in DEFAULTS
+            if getattr(recipe.config, key) != getattr(base, key)
+        }
         seen[name.removeprefix("cifar100-resnet32-ahbf-")] = changed
-    expected = {f"lambda-{one}-{two}": {"method_options": {"lambda_ta": one, "lambda_branch": two}} for one in range(5) for two in range(5) if (one, two) != (4, 2)}
+    expected = {
+        f"lambda-{one}-{two}": {"method_options": {"lambda_ta": one, "lambda_branch": two}}
+        for one in range(5)
+        for two in range(5)
+        if (one, two) != (4, 2)
+    }
     expected |= {f"a-{a}": {"aux_blocks": a} for a in (0, 1, 2, 3, 5)}
     expected |= {f"m-{m}": {"branches": m} for m in (2, 3, 5, 6)}
     expected |= {"e-80": {"ramp_epochs": 80}, "compression": {"aux_blocks": 2, "compression": True}}
-    expected |= {"cifar100-mobilenetv2-x0-5-ahbf-compression": {"model": "mobilenetv2_x0_5", "aux_blocks": 1, "compression": True}}
+    expected |= {
+        "cifar100-mobilenetv2-x0-5-ahbf-compression": {
+            "model": "mobilenetv2_x0_5",
+            "aux_blocks": 1,
+            "compression": True,
+        }
+    }
     assert seen == expected
 
 
 def test_large_scale_settings_are_alike_for_both_methods():
     for network in ("resnet18", "resnet34", "resnet50"):
-        alone, ahbf = (get_recipe(f"imagenet-{network}-{method}-large") for method in ("baseline", "ahbf"))
+        alone, ahbf = (
+            get_recipe(f"imagenet-{network}-{method}-large") for method in ("baseline", "ahbf")
+        )
         assert not alone.published
         assert not ahbf.published
-        differ = {key for key in DEFAULTS if getattr(alone.config, key) != getattr(ahbf.config, key)}
+        differ = {
+            key for key in DEFAULTS if getattr(alone.config, key) != getattr(ahbf.config, key)
+        }
         assert differ <= {"method", "branches", "aux_blocks"}
         config = ahbf.config
-        assert (config.batch_size, config.loader, config.epochs, config.weight_decay) == (1024, "dali", 90, 1e-4)
+        assert (config.batch_size, config.loader, config.epochs, config.weight_decay) == (
+            1024,
+            "dali",
+            90,
+            1e-4,
+        )
         assert "label_smoothing" not in config.method_options
         assert config.lr_at(5) == pytest.approx(0.4)  # 0.1 for 256 images
         assert config.lr_at(2.5) == pytest.approx(0.2)
@@ -253,12 +453,17 @@ def _network(model: str, num_classes: int, layout: tuple[tuple[str, Any], ...]) 
 def network(recipe: Recipe) -> BranchedModel:
     """The recipe's network without memory for its weights."""
     layout = model_layout(complete(recipe.config))
-    key = tuple((name, tuple(value.items()) if name == "options" else value) for name, value in layout.items())
+    key = tuple(
+        (name, tuple(value.items()) if name == "options" else value)
+        for name, value in layout.items()
+    )
     return _network(recipe.config.model, DATASETS[recipe.dataset].num_classes, key)
 
 
 SIZES = {(row["name"], row["num_classes"]): row for row in NETWORKS["parameters"]}
-COMPRESSED = {(row["name"], row["num_classes"], row["aux_blocks"]): row for row in NETWORKS["compression"]}
+COMPRESSED = {
+    (row["name"], row["num_classes"], row["aux_blocks"]): row for row in NETWORKS["compression"]
+}
 EQUAL = {(row["name"], row["num_classes"]): row["four_equal_branches"] for row in NETWORKS["equal"]}
 
 
@@ -267,19 +472,32 @@ def test_networks_exist_and_have_the_published_size():
     for name, recipe in ALL.items():
         config, model = recipe.config, network(recipe)
         assert len(model.branches) == config.num_branches(), name
-        key = (config.model_names()[model.kept if "," in config.model else 0], DATASETS[recipe.dataset].num_classes)
+        key = (
+            config.model_names()[model.kept if "," in config.model else 0],
+            DATASETS[recipe.dataset].num_classes,
+        )
         if key in SIZES and config.method != "afid":  # whose student is two networks
             assert count_parameters(model.student()) == SIZES[key]["single"], name
             students += 1
         if config.compression:
             row = COMPRESSED[(*key, config.aux_blocks)]
             assert count_parameters(model) == row["total"], name
-            assert [count_parameters(model.student(branch)) for branch in range(4)] == row["single"], name
+            assert [count_parameters(model.student(branch)) for branch in range(4)] == row[
+                "single"
+            ], name
             compressed += 1
-        elif key in SIZES and config.method == "ahbf" and (config.num_branches(), config.aux_blocks) == (4, SIZES[key]["aux_blocks"]):
+        elif (
+            key in SIZES
+            and config.method == "ahbf"
+            and (config.num_branches(), config.aux_blocks) == (4, SIZES[key]["aux_blocks"])
+        ):
             assert count_parameters(model) == SIZES[key]["total"], name
             ahbf += 1
-        elif EQUAL.get(key) is not None and config.method in ("independent", "cl_ilr") and config.topology != "peers":
+        elif (
+            EQUAL.get(key) is not None
+            and config.method in ("independent", "cl_ilr")
+            and config.topology != "peers"
+        ):
             assert count_parameters(model) == EQUAL[key], name
             equal += 1
     # So that no condition above leaves everything out.
@@ -295,19 +513,36 @@ def test_networks_exist_and_have_the_published_size():
 def test_every_field_has_a_source_or_is_a_default():
     for name, recipe in ALL.items():
         assert all(sourced.source for sourced in recipe.settings.values()), name
-        plain = {key: value for key, value in dataclasses.asdict(recipe.config).items() if value != DEFAULTS[key]}
+        plain = {
+            key: value
+            for key, value in dataclasses.asdict(recipe.config).items()
+            if value != DEFAULTS[key]
+        }
         assert set(plain) <= set(recipe.settings), name
 
 
-@pytest.mark.parametrize("name", ["cifar100-resnet32-ahbf-lambda-2-0", "imagenet-resnet50-ahbf-large", "cifar100-resnet32-wrn16-2-kdcl-general", "cifar100-resnet32-ffsd-official"])
-def test_a_printed_recipe_can_be_trained_from_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar100-resnet32-ahbf-lambda-2-0",
+        "imagenet-resnet50-ahbf-large",
+        "cifar100-resnet32-wrn16-2-kdcl-general",
+        "cifar100-resnet32-ffsd-official",
+    ],
+)
+def test_a_printed_recipe_can_be_trained_from_a_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert cli.main(["recipes", name]) == 0
     text = capsys.readouterr().out
     (tmp_path / "config.yaml").write_text(text)
     recipe = get_recipe(name)
     assert read_config(tmp_path / "config.yaml") == recipe.config
     for field, (_, source) in recipe.settings.items():
-        assert any(line.startswith(f"{field}:") and line.endswith(f"  # {source}") for line in text.splitlines()), field
+        assert any(
+            line.startswith(f"{field}:") and line.endswith(f"  # {source}")
+            for line in text.splitlines()
+        ), field
     for line in (*recipe.notes, *(found.source for found in recipe.published)):
         assert line in text
 
@@ -324,7 +559,10 @@ def test_recipes_are_listed_in_groups(capsys: pytest.CaptureFixture[str]):
 
 
 def test_an_unknown_recipe_is_told_the_closest_name():
-    with pytest.raises(ConfigError, match=r"unknown recipe 'cifar10-resnet32-abhf'; did you mean 'cifar10-resnet32-ahbf'\?") as caught:
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown recipe 'cifar10-resnet32-abhf'; did you mean 'cifar10-resnet32-ahbf'\?",
+    ) as caught:
         get_recipe("cifar10-resnet32-abhf")
     assert len(str(caught.value)) < 200  # not the names of all
 
@@ -333,14 +571,43 @@ def test_every_field_can_be_overridden():
     assert set(DEFAULTS) <= set(inspect.signature(cli.train).parameters)
 
 
-def test_an_overridden_option_leaves_the_recipe_its_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_overridden_option_leaves_the_recipe_its_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = tmp_path / "run"
-    code = cli.main(["train", "--recipe", "cifar100-resnet32-one", "--method-options", "temperature=4", "--model", "resnet8", "--data", "digits", "--epochs", "1",
-                     "--branches", "2", "--batch-size", "256", "--device", "cpu", "--out", str(run), "--quiet"])
+    code = cli.main(
+        [
+            "train",
+            "--recipe",
+            "cifar100-resnet32-one",
+            "--method-options",
+            "temperature=4",
+            "--model",
+            "resnet8",
+            "--data",
+            "digits",
+            "--epochs",
+            "1",
+            "--branches",
+            "2",
+            "--batch-size",
+            "256",
+            "--device",
+            "cpu",
+            "--out",
+            str(run),
+            "--quiet",
+        ]
+    )
     assert code == 0, capsys.readouterr().err
     config = read_config(run / "config.yaml")
     assert config.method_options == {"detach_teacher": False, "temperature": 4}
-    assert (config.method, config.preset, config.weight_decay, config.branches) == ("one", "code", 5e-4, 2)
+    assert (config.method, config.preset, config.weight_decay, config.branches) == (
+        "one",
+        "code",
+        5e-4,
+        2,
+    )
 
 
 # ---- the page
@@ -351,7 +618,9 @@ def test_the_page_is_current(capsys: pytest.CaptureFixture[str]):
     assert code == 0, capsys.readouterr().err
 
 
-def test_a_stale_page_is_noticed_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_stale_page_is_noticed_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     good = recipe_page.PAGE.read_text(encoding="utf-8")
     copy = tmp_path / "recipes.md"
     monkeypatch.setattr(recipe_page, "PAGE", copy)
@@ -387,7 +656,9 @@ def test_two_recipes_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "again", again)
     recipes.register_recipes("again")
     try:
-        with pytest.raises(ValueError, match="two recipes are named cifar100-resnet32-one-official"):
+        with pytest.raises(
+            ValueError, match="two recipes are named cifar100-resnet32-one-official"
+        ):
             list_recipes()
     finally:
         recipes._modules.remove("again")

@@ -34,14 +34,34 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_page_is_not_stale():
-    done = subprocess.run([sys.executable, "-m", "bench.report", "--check"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.report", "--check"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("page", "parts", "changes"), [
-    (PAGE, blocks, [(" x 1000 |", " x 1001 |"), ("| dali |", "| dalli |"), ("| resnet32 ", "| resnet33 "), (", launch", ", lunch"), ("sm_80", "sm_81")]),
-    (README, readme_blocks, [("| 96 x 1000 |", "| 97 x 1000 |")]),
-], ids=["page", "readme"])
+@pytest.mark.parametrize(
+    ("page", "parts", "changes"),
+    [
+        (
+            PAGE,
+            blocks,
+            [
+                (" x 1000 |", " x 1001 |"),
+                ("| dali |", "| dalli |"),
+                ("| resnet32 ", "| resnet33 "),
+                (", launch", ", lunch"),
+                ("sm_80", "sm_81"),
+            ],
+        ),
+        (README, readme_blocks, [("| 96 x 1000 |", "| 97 x 1000 |")]),
+    ],
+    ids=["page", "readme"],
+)
 def test_a_stale_page_is_noticed(page, parts, changes):
     text, made = page.read_text(encoding="utf-8"), parts()
     for right, wrong in changes:
@@ -52,9 +72,14 @@ def test_a_stale_page_is_noticed(page, parts, changes):
         current(text.replace(mark, ""), made, page)
 
 
-def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(tmp_path, monkeypatch, capsys):
+def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
+    tmp_path, monkeypatch, capsys
+):
     """Of another version the bytes differ and the digest does not."""
-    path, (data, draw) = tmp_path / "x.svg", next(pair for picture, pair in pictures().items() if picture.name == "loss-cpu.svg")
+    path, (data, draw) = (
+        tmp_path / "x.svg",
+        next(pair for picture, pair in pictures().items() if picture.name == "loss-cpu.svg"),
+    )
     monkeypatch.setattr(bench.report, "pictures", lambda: {path: (data, draw)})
     assert main(["--check"]) == 1
     assert capsys.readouterr().err == f"{path} is stale: run python -m bench.report\n"
@@ -77,65 +102,186 @@ def result(tmp_path, monkeypatch):
 
     def write(benchmarks):
         machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2", "commit": "abc"}
-        (tmp_path / "x.json").write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
+        (tmp_path / "x.json").write_text(
+            json.dumps({"machine_info": machine, "benchmarks": benchmarks})
+        )
         return tmp_path / "x.json"
 
     return write
 
 
 def seconds(median, **others):
-    return {"stats": {"median": median, "min": median / 2, "max": median * 2, "q1": median, "q3": median} | others}
+    return {
+        "stats": (
+            {
+                "median": median,
+                "min": median / 2,
+                "max": median * 2,
+                "q1": median,
+                "q3": median,
+            }
+            | others
+        )
+    }
 
 
 def test_loss_table_keeps_losing_rows(result):
-    path = result([
-        {"name": f"test_loss[{name}]", "extra_info": {"batch": 8, "classes": 10, "mode": "forward", "provider": name}, **seconds(value)}
-        for name, value in {"eager": 4, "compiled": 0.001, "fused": 0.002}.items()])
-    assert loss_table(path)[-2:] == ["| 8 x 10 | forward | 4,000 | 1 | 2 | 2-2 | 2000.00 | 0.50 |", ""]
-    assert speedups(path)["rows"] == [{"size": "8 x 10", "mode": "forward", "eager": 2000, "compiled": 0.5}]
+    path = result(
+        [
+            {
+                "name": f"test_loss[{name}]",
+                "extra_info": {"batch": 8, "classes": 10, "mode": "forward", "provider": name},
+                **seconds(value),
+            }
+            for name, value in {"eager": 4, "compiled": 0.001, "fused": 0.002}.items()
+        ]
+    )
+    assert loss_table(path)[-2:] == [
+        "| 8 x 10 | forward | 4,000 | 1 | 2 | 2-2 | 2000.00 | 0.50 |",
+        "",
+    ]
+    assert speedups(path)["rows"] == [
+        {"size": "8 x 10", "mode": "forward", "eager": 2000, "compiled": 0.5}
+    ]
     assert method_table(path)[0] == "Not measured yet."
 
 
 def test_the_readme_has_three_sizes_and_the_worst_loss(result):
     def benchmarks(batch, classes, mode, compiled, fused):
-        return [{"name": "test_loss[x]", "extra_info": {"batch": batch, "classes": classes, "mode": mode, "provider": name}, **seconds(value)}
-                for name, value in (("eager", 4), ("compiled", compiled), ("fused", fused)) if value]
+        return [
+            {
+                "name": "test_loss[x]",
+                "extra_info": {"batch": batch, "classes": classes, "mode": mode, "provider": name},
+                **seconds(value),
+            }
+            for name, value in (("eager", 4), ("compiled", compiled), ("fused", fused))
+            if value
+        ]
 
-    rows = [one for batch, classes in ((128, 10), (96, 1000), (1024, 1000)) for one in benchmarks(batch, classes, "forward+backward", 2, 1)]
-    winning = result([*rows, *benchmarks(128, 100, "forward", 3, 1), *benchmarks(128, 10, "forward", 1.5, 1)])
+    rows = [
+        one
+        for batch, classes in ((128, 10), (96, 1000), (1024, 1000))
+        for one in benchmarks(batch, classes, "forward+backward", 2, 1)
+    ]
+    winning = result(
+        [*rows, *benchmarks(128, 100, "forward", 3, 1), *benchmarks(128, 10, "forward", 1.5, 1)]
+    )
     assert [line.split(" | ")[:2] for line in readme_table(winning)[4:-1]] == [
-        ["| 128 x 10", "forward+backward"], ["| 96 x 1000", "forward+backward"], ["| 1024 x 1000", "forward+backward"]]
-    losing = result([*rows, *benchmarks(128, 100, "forward", 0.9, 1), *benchmarks(128, 10, "forward", 0.5, 1)])
+        ["| 128 x 10", "forward+backward"],
+        ["| 96 x 1000", "forward+backward"],
+        ["| 1024 x 1000", "forward+backward"],
+    ]
+    losing = result(
+        [*rows, *benchmarks(128, 100, "forward", 0.9, 1), *benchmarks(128, 10, "forward", 0.5, 1)]
+    )
     assert readme_table(losing)[-2] == "| 128 x 10 | forward | 1,000 | 1,000-1,000 | 4.00 | 0.50 |"
 
 
 def test_starts_stand_beside_what_cannot_be_saved(result):
-    lines = start_table(result([
-        {"name": "test_process[a]", "extra_info": {"case": "import torch", "baseline": None}, **seconds(2)},
-        {"name": "test_process[b]", "extra_info": {"case": "import fastokd.losses", "baseline": "import torch"}, **seconds(2.5)}]))
-    assert lines[-3:] == ["| `import torch` | 2,000 | 2,000-2,000 |  |  |", "| `import fastokd.losses` | 2,500 | 2,500-2,500 | `import torch` | 1.25 |", ""]
+    lines = start_table(
+        result(
+            [
+                {
+                    "name": "test_process[a]",
+                    "extra_info": {"case": "import torch", "baseline": None},
+                    **seconds(2),
+                },
+                {
+                    "name": "test_process[b]",
+                    "extra_info": {"case": "import fastokd.losses", "baseline": "import torch"},
+                    **seconds(2.5),
+                },
+            ]
+        )
+    )
+    assert lines[-3:] == [
+        "| `import torch` | 2,000 | 2,000-2,000 |  |  |",
+        "| `import fastokd.losses` | 2,500 | 2,500-2,500 | `import torch` | 1.25 |",
+        "",
+    ]
 
 
 def test_machine_code_is_one_number_where_generations_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
-    row = {"kernel": "forward", "branches": 4, "preset": "paper", "dtype": "bf16", "batch": 1024, "num_classes": 1000, "registers": 72, "spills": 0, "stack": 0, "vector_loads": 20,
-           "exponentials_per_column": 7.0, "instructions": 2000, "per_column": 59.25, "whole": 3, "pieces": 8, "rest_pieces": 8}
-    rows = [{**row, "batch": batch, **of} for batch in (1024, 4096) for of in ({"capability": 80, "registers": 80}, {"capability": 90})]
+    row = {
+        "kernel": "forward",
+        "branches": 4,
+        "preset": "paper",
+        "dtype": "bf16",
+        "batch": 1024,
+        "num_classes": 1000,
+        "registers": 72,
+        "spills": 0,
+        "stack": 0,
+        "vector_loads": 20,
+        "exponentials_per_column": 7.0,
+        "instructions": 2000,
+        "per_column": 59.25,
+        "whole": 3,
+        "pieces": 8,
+        "rest_pieces": 8,
+    }
+    rows = [
+        {**row, "batch": batch, **of}
+        for batch in (1024, 4096)
+        for of in ({"capability": 80, "registers": 80}, {"capability": 90})
+    ]
     # A row of one whole chunk and another one: 14 exponentials a column of one chunk are 7 of each.
-    rows += [{**row, "capability": 90, "batch": 96, "whole": 1, "spills": 2, "exponentials_per_column": 14.0}]
-    (tmp_path / "x.json").write_text(json.dumps({"triton": "3.9.0", "commit": "abc", "command": "python -m bench.machine_code", "rows": rows}))
+    rows += [
+        {
+            **row,
+            "capability": 90,
+            "batch": 96,
+            "whole": 1,
+            "spills": 2,
+            "exponentials_per_column": 14.0,
+        }
+    ]
+    (tmp_path / "x.json").write_text(
+        json.dumps(
+            {
+                "triton": "3.9.0",
+                "commit": "abc",
+                "command": "python -m bench.machine_code",
+                "rows": rows,
+            }
+        )
+    )
     assert machine_code_table(tmp_path / "x.json")[-3:] == [
-        "| sm_80 / sm_90 | 4 | paper | bf16 | 1024, 4096 | 1000 | forward | 80 / 72 | 0 | 20 | 7 | 2000 | 59.2 |",
-        "| sm_90 | 4 | paper | bf16 | 96 | 1000 | forward | 72 | 2 | 20 | 7 | 2000 |  |", ""]
+        (
+            "| sm_80 / sm_90 | 4 | paper | bf16 | 1024, 4096 | 1000 | forward | 80 / 72 | 0 | 20 |"
+            " 7 | 2000 | 59.2 |"
+        ),
+        "| sm_90 | 4 | paper | bf16 | 96 | 1000 | forward | 72 | 2 | 20 | 7 | 2000 |  |",
+        "",
+    ]
 
 
 def test_predictions_are_called_that_and_stand_beside_measurements(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "RESULTS", tmp_path)
     lines = roofline_table(bench.report.machine_code.PATH)
     assert lines[0].startswith("**Predictions of a model, not measurements**")
-    assert lines[2] == "| B x C | kernel | A100 SXM 80 GB, predicted | H100 SXM, predicted | H200 SXM, predicted | B200 SXM, predicted |"
-    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"environment": {"device": "NVIDIA H200"}, "rows": [
-        {"loss": "ahbf", "preset": "paper", "dtype": "bfloat16", "batch": 128, "num_classes": 10, "kernel alone graph/forward": 3.21e-6}]}))
+    assert (
+        lines[2] == "| B x C | kernel | A100 SXM 80 GB, predicted | H100 SXM, predicted | H200 SXM,"
+        " predicted | B200 SXM, predicted |"
+    )
+    (tmp_path / "kernels-nvidia-h200.json").write_text(
+        json.dumps(
+            {
+                "environment": {"device": "NVIDIA H200"},
+                "rows": [
+                    {
+                        "loss": "ahbf",
+                        "preset": "paper",
+                        "dtype": "bfloat16",
+                        "batch": 128,
+                        "num_classes": 10,
+                        "kernel alone graph/forward": 3.21e-6,
+                    }
+                ],
+            }
+        )
+    )
     lines = roofline_table(bench.report.machine_code.PATH)
     assert "| H200 SXM, predicted | H200 SXM, measured | B200 SXM, predicted |" in lines[2]
     assert lines[4].split(" | ")[5] == "3.21"
@@ -143,52 +289,168 @@ def test_predictions_are_called_that_and_stand_beside_measurements(tmp_path, mon
 
 def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
     def streamed(loader, rate, pictures="small-64", **options):
-        return {"name": f"test_streaming[{loader}]", "extra_info": {"loader": loader, **options, "pictures": pictures, "images_per_second": rate}, **seconds(0.5)}
+        return {
+            "name": f"test_streaming[{loader}]",
+            "extra_info": {
+                "loader": loader,
+                **options,
+                "pictures": pictures,
+                "images_per_second": rate,
+            },
+            **seconds(0.5),
+        }
 
-    lines = data_tables(result([
-        streamed("dali", 80, threads=1), streamed("torchvision", 100, workers=2), streamed("torchvision", 1234567, workers=0),
-        streamed("dali", 30, "large-224", threads=2), streamed("torchvision", 20, "large-224", workers=2),
-        {"name": "test_waiting[dali]", "extra_info": {"loader": "dali", "step_images_per_second": 50, "epoch_images_per_second": 40, "waiting_share": 0.2}},
-        {"name": "test_resident_loader[a]", "params": {"name": "cifar", "work": "shuffle"}, "extra_info": {"images_per_second": 300}, **seconds(1)},
-        {"name": "test_resident_loader[b]", "params": {"name": "tiny-imagenet", "work": "shuffle"}, "extra_info": {"images_per_second": 200}, **seconds(1)},
-        {"name": "test_a_step_consumes", "extra_info": {"images_per_second": 10}, **seconds(1)},
-        *({"name": f"test_start[{start}]", "params": {"start": start}, **seconds(value)} for start, value in (("first", 2), ("second", 0.1))),
-    ]))
-    assert lines[0] == "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `make bench`."
+    lines = data_tables(
+        result(
+            [
+                streamed("dali", 80, threads=1),
+                streamed("torchvision", 100, workers=2),
+                streamed("torchvision", 1234567, workers=0),
+                streamed("dali", 30, "large-224", threads=2),
+                streamed("torchvision", 20, "large-224", workers=2),
+                {
+                    "name": "test_waiting[dali]",
+                    "extra_info": {
+                        "loader": "dali",
+                        "step_images_per_second": 50,
+                        "epoch_images_per_second": 40,
+                        "waiting_share": 0.2,
+                    },
+                },
+                {
+                    "name": "test_resident_loader[a]",
+                    "params": {"name": "cifar", "work": "shuffle"},
+                    "extra_info": {"images_per_second": 300},
+                    **seconds(1),
+                },
+                {
+                    "name": "test_resident_loader[b]",
+                    "params": {"name": "tiny-imagenet", "work": "shuffle"},
+                    "extra_info": {"images_per_second": 200},
+                    **seconds(1),
+                },
+                {
+                    "name": "test_a_step_consumes",
+                    "extra_info": {"images_per_second": 10},
+                    **seconds(1),
+                },
+                *(
+                    {"name": f"test_start[{start}]", "params": {"start": start}, **seconds(value)}
+                    for start, value in (("first", 2), ("second", 0.1))
+                ),
+            ]
+        )
+    )
+    assert (
+        lines[0]
+        == "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `make bench`."
+    )
     assert [line for line in lines if "dali" in line or "torchvision |" in line] == [
-        "| 64 x 64 | dali | 1 | 80 | 40-160 | 0.80 |", "| 64 x 64 | torchvision | 2 | 100 | 50-200 | 1.00 |",
+        "| 64 x 64 | dali | 1 | 80 | 40-160 | 0.80 |",
+        "| 64 x 64 | torchvision | 2 | 100 | 50-200 | 1.00 |",
         "| 64 x 64 | torchvision | 0 | 1,230,000 | 617,000-2,470,000 | 12345.67 |",
-        "| 500 x 375, cropped to 224 | dali | 2 | 30 | 15-60 | 1.50 |", "| 500 x 375, cropped to 224 | torchvision | 2 | 20 | 10-40 | 1.00 |",
-        "| dali | 50 | 40 | 20.0% |"]
+        "| 500 x 375, cropped to 224 | dali | 2 | 30 | 15-60 | 1.50 |",
+        "| 500 x 375, cropped to 224 | torchvision | 2 | 20 | 10-40 | 1.00 |",
+        "| dali | 50 | 40 | 20.0% |",
+    ]
     assert [line for line in lines if "shuffle" in line or "itself" in line] == [
-        "| 32 x 32 | shuffle | 300 | 150-600 | 30 |", "| 64 x 64 | shuffle | 200 | 100-400 |  |",
-        "| 32 x 32 | the step itself: ResNet-20, AHBF | 10 | 5-20 | 1 |"]
+        "| 32 x 32 | shuffle | 300 | 150-600 | 30 |",
+        "| 64 x 64 | shuffle | 200 | 100-400 |  |",
+        "| 32 x 32 | the step itself: ResNet-20, AHBF | 10 | 5-20 | 1 |",
+    ]
     assert "2 s decoded, 0.1 s from the cache" in lines[-2]
 
 
 def test_merged_convolutions_that_lose_stay(result):
-    lines = merge_table(result([
-        {"name": "test_first_convs[x]", "group": "net 2x3", "extra_info": {"merged": merged}, **seconds(value)} for merged, value in ((False, 0.1), (True, 0.2))]))
+    lines = merge_table(
+        result(
+            [
+                {
+                    "name": "test_first_convs[x]",
+                    "group": "net 2x3",
+                    "extra_info": {"merged": merged},
+                    **seconds(value),
+                }
+                for merged, value in ((False, 0.1), (True, 0.2))
+            ]
+        )
+    )
     assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
 
 
 def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
-    row = {"name": "first", "kind": "first", "reason": "", "images_per_second": [1000, 900, 1100], "milliseconds": 128.0, "times_first": [1.0, 1.0, 1.0], "peak_bytes": None,
-           "loss_share": 0.1234, "start_seconds": 1.0, "first_loss": 2.0}
+    row = {
+        "name": "first",
+        "kind": "first",
+        "reason": "",
+        "images_per_second": [1000, 900, 1100],
+        "milliseconds": 128.0,
+        "times_first": [1.0, 1.0, 1.0],
+        "peak_bytes": None,
+        "loss_share": 0.1234,
+        "start_seconds": 1.0,
+        "first_loss": 2.0,
+    }
     ladder = {
-        "model": "net", "method": "ahbf", "branches": 4, "batch_size": 128, "image_size": [32, 32], "num_classes": 10, "data": "random images", "teaching_costs": 2.5, "processor": "Some CPU",
-        "environment": {"device": "cpu", "threads": 2, "torch": "2", "commit": "abc", "command": "fastokd bench step"},
-        "rows": [row, {**row, "name": "loses", "kind": "alternative", "times_first": [0.5, 0.4, 0.6], "peak_bytes": 3 * 2**30, "loss_share": None},
-                 {**dict.fromkeys(row), "name": "streams", "kind": "lever", "reason": "needs a GPU"}]}
+        "model": "net",
+        "method": "ahbf",
+        "branches": 4,
+        "batch_size": 128,
+        "image_size": [32, 32],
+        "num_classes": 10,
+        "data": "random images",
+        "teaching_costs": 2.5,
+        "processor": "Some CPU",
+        "environment": {
+            "device": "cpu",
+            "threads": 2,
+            "torch": "2",
+            "commit": "abc",
+            "command": "fastokd bench step",
+        },
+        "rows": [
+            row,
+            {
+                **row,
+                "name": "loses",
+                "kind": "alternative",
+                "times_first": [0.5, 0.4, 0.6],
+                "peak_bytes": 3 * 2**30,
+                "loss_share": None,
+            },
+            {**dict.fromkeys(row), "name": "streams", "kind": "lever", "reason": "needs a GPU"},
+        ],
+    }
     for content, times in ((ladder, 1), ({"ladders": [ladder, ladder]}, 2)):
         (tmp_path / "x.json").write_text(json.dumps(content))
         lines = ladder_tables(tmp_path / "x.json")
-        assert lines.count("Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `fastokd bench step`.") == times
-        assert lines.count("| or loses | 1,000 | 900-1,100 | 128 | 0.50 (0.40-0.60) |  | 3.00 GiB | 1 |") == times
-        assert lines.count("| first | 1,000 | 900-1,100 | 128 | 1.00 (1.00-1.00) | 12.3% |  | 1 |") == times
+        assert (
+            lines.count(
+                "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `fastokd"
+                " bench step`."
+            )
+            == times
+        )
+        assert (
+            lines.count(
+                "| or loses | 1,000 | 900-1,100 | 128 | 0.50 (0.40-0.60) |  | 3.00 GiB | 1 |"
+            )
+            == times
+        )
+        assert (
+            lines.count("| first | 1,000 | 900-1,100 | 128 | 1.00 (1.00-1.00) | 12.3% |  | 1 |")
+            == times
+        )
         assert lines.count("| + streams: needs a GPU |  |  |  |  |  |  |  |") == times
 
 
 def test_numbers_have_three_digits_and_no_exponent():
-    assert [short(value) for value in (0.0123456, 1.2, 99.96, 123.4, 1234.5, 1_234_567.0)] == ["0.0123", "1.2", "100", "123", "1,230", "1,230,000"]
+    assert [short(value) for value in (0.0123456, 1.2, 99.96, 123.4, 1234.5, 1_234_567.0)] == [
+        "0.0123",
+        "1.2",
+        "100",
+        "123",
+        "1,230",
+        "1,230,000",
+    ]

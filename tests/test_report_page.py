@@ -56,7 +56,9 @@ class Page(HTMLParser):
 
     def table(self, first):
         """The rows below the head that begins with this cell, by their first cells."""
-        return next({row[0]: row[1:] for row in rows[1:]} for rows in self.tables if rows[0][0] == first)
+        return next(
+            {row[0]: row[1:] for row in rows[1:]} for rows in self.tables if rows[0][0] == first
+        )
 
 
 def report(runs, out):
@@ -73,23 +75,49 @@ def page(sample_runs, tmp_path_factory):
 
 
 def check_nothing_is_loaded(page, text):
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "source"}
+    assert not {tag for tag, _ in page.elements} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "video",
+        "audio",
+        "source",
+    }
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], tag
         for name in ("src", "href", "srcset", "data", "action", "poster"):
-            assert attributes.get(name, "data:").startswith(("data:image/svg+xml;base64,", "data:")), tag
+            assert attributes.get(name, "data:").startswith(
+                ("data:image/svg+xml;base64,", "data:")
+            ), tag
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "url(" not in style
     assert "@import" not in style
-    policy = next(meta["content"] for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
-    assert policy.split("; ") == ["default-src 'none'", "img-src data:", "style-src 'unsafe-inline'"]
+    policy = next(
+        meta["content"]
+        for meta in page.of("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+    ]
     for picture in page.of("img"):
         svg = ET.fromstring(base64.b64decode(picture["src"].partition("base64,")[2], validate=True))
         for element in svg.iter():
             assert not element.tag.endswith(("script", "foreignObject")), element.tag
-            if not element.tag.startswith("{http://www.w3.org/1999/02/22-rdf") and not element.tag.startswith("{http://purl.org"):
+            if not element.tag.startswith(
+                "{http://www.w3.org/1999/02/22-rdf"
+            ) and not element.tag.startswith("{http://purl.org"):
                 for name, value in element.attrib.items():
-                    assert not name.endswith("href") or value.startswith(("#", "data:")), (name, value)
+                    assert not name.endswith("href") or value.startswith(("#", "data:")), (
+                        name,
+                        value,
+                    )
 
 
 def test_the_page_needs_no_network_and_no_other_file(page):
@@ -118,30 +146,83 @@ def test_the_page_is_read_out_well(page):
 def test_the_page_has_the_comparison_the_differences_and_the_last_values(page, sample_runs):
     found, _ = page
     for method in ("ahbf", "baseline"):
-        errors = [100 - 100 * records(sample_runs / f"{method}-seed{seed}")[-1]["eval"]["branch1"] for seed in (0, 1)]
-        assert found.table("runs")[f"resnet8 {method}"][2] == f"{statistics.mean(errors):.2f} +- {statistics.stdev(errors):.2f}"
+        errors = [
+            100 - 100 * records(sample_runs / f"{method}-seed{seed}")[-1]["eval"]["branch1"]
+            for seed in (0, 1)
+        ]
+        assert (
+            found.table("runs")[f"resnet8 {method}"][2]
+            == f"{statistics.mean(errors):.2f} +- {statistics.stdev(errors):.2f}"
+        )
         for seed, error in enumerate(errors):
-            assert found.table("run")[str(sample_runs / f"{method}-seed{seed}")][3] == f"{error:.2f}"
+            assert (
+                found.table("run")[str(sample_runs / f"{method}-seed{seed}")][3] == f"{error:.2f}"
+            )
     assert found.table("field") == {"method": ["ahbf", "baseline"], "branches": ["3", "1"]}
-    for picture, title in zip(found.of("img"), ("accuracy", "training loss", "schedules", "throughput"), strict=True):
+    for picture, title in zip(
+        found.of("img"), ("accuracy", "training loss", "schedules", "throughput"), strict=True
+    ):
         assert picture["alt"].startswith(f"digits, resnet8: {title}")
-    ta3 = statistics.mean(100 * records(sample_runs / f"ahbf-seed{seed}")[-1]["eval"]["ta3"] for seed in (0, 1))
+    ta3 = statistics.mean(
+        100 * records(sample_runs / f"ahbf-seed{seed}")[-1]["eval"]["ta3"] for seed in (0, 1)
+    )
     assert f"ta3: resnet8 ahbf {ta3:.4g} in epoch 2;" in found.of("img")[0]["alt"]
     assert "Not as in finished runs" not in found.text
 
 
 ANALYSIS = {
-    "format": "fastokd analysis 1", "data": "digits", "split": "test", "images": 100, "checkpoint": "last", "epochs": 2, "notes": ["a note with <b>"],
-    "pictures": [{"name": "agreement", "title": "agreement of rows", "description": "A heat map & more."}],
+    "format": "fastokd analysis 1",
+    "data": "digits",
+    "split": "test",
+    "images": 100,
+    "checkpoint": "last",
+    "epochs": 2,
+    "notes": ["a note with <b>"],
+    "pictures": [
+        {"name": "agreement", "title": "agreement of rows", "description": "A heat map & more."}
+    ],
     "measures": {
-        "any_branch_right": {"title": "any branch right", "description": "One is right.", "axes": [], "values": 0.8125},
-        "accuracy": {"title": "accuracy", "description": "Fraction.", "axes": ["row"], "values": {"branch1": 0.5, "ta2": 0.75}},
-        "calibration_error": {"title": "calibration", "description": "Gap.", "axes": ["row"], "values": {"branch1": 0.125, "ta2": None}},
-        "agreement": {"title": "agreement", "description": "Same class.", "axes": ["row", "row"], "values": {"branch1": {"branch1": 1, "ta2": 0.25}, "ta2": {"branch1": 0.25, "ta2": 1}}},
-        "class_mixing": {"title": "mixing per class", "description": "Weights.", "axes": ["mixture", "input", "class"],
-                         "values": {"ta2": {"branch1": {"cat": 0.375, "dog": 0.5}, "branch2": {"cat": 0.625, "dog": 0.5}}}},
-        "confusion": {"title": "confusion", "description": "Counts.", "axes": ["class", "predicted class"],
-                      "values": {str(i): {str(j): 1 for j in range(100)} for i in range(100)}},
+        "any_branch_right": {
+            "title": "any branch right",
+            "description": "One is right.",
+            "axes": [],
+            "values": 0.8125,
+        },
+        "accuracy": {
+            "title": "accuracy",
+            "description": "Fraction.",
+            "axes": ["row"],
+            "values": {"branch1": 0.5, "ta2": 0.75},
+        },
+        "calibration_error": {
+            "title": "calibration",
+            "description": "Gap.",
+            "axes": ["row"],
+            "values": {"branch1": 0.125, "ta2": None},
+        },
+        "agreement": {
+            "title": "agreement",
+            "description": "Same class.",
+            "axes": ["row", "row"],
+            "values": {"branch1": {"branch1": 1, "ta2": 0.25}, "ta2": {"branch1": 0.25, "ta2": 1}},
+        },
+        "class_mixing": {
+            "title": "mixing per class",
+            "description": "Weights.",
+            "axes": ["mixture", "input", "class"],
+            "values": {
+                "ta2": {
+                    "branch1": {"cat": 0.375, "dog": 0.5},
+                    "branch2": {"cat": 0.625, "dog": 0.5},
+                }
+            },
+        },
+        "confusion": {
+            "title": "confusion",
+            "description": "Counts.",
+            "axes": ["class", "predicted class"],
+            "values": {str(i): {str(j): 1 for j in range(100)} for i in range(100)},
+        },
     },
 }
 
@@ -168,16 +249,28 @@ def test_an_analysis_in_the_run_is_on_the_page(analysed, tmp_path):
     assert page.table("row") == {"branch1": ["0.5", "0.125"], "ta2": ["0.75", "-"]}
     folded = [{row[0]: row[1:] for row in rows} for rows in page.tables if rows[0][0] == ""]
     assert {"": ["branch1", "ta2"], "branch1": ["1", "0.25"], "ta2": ["0.25", "1"]} in folded
-    assert {"": ["cat", "dog"], "ta2, branch1": ["0.375", "0.5"], "ta2, branch2": ["0.625", "0.5"]} in folded
+    assert {
+        "": ["cat", "dog"],
+        "ta2, branch1": ["0.375", "0.5"],
+        "ta2, branch2": ["0.625", "0.5"],
+    } in folded
     assert "confusion: 100 x 100 numbers, which analysis.json has." in page.text
     assert "The configurations are the same but for the seed." in page.text
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "analysis.json").write_text("{"), lambda folder: (folder / "analysis.json").unlink(),
-    lambda folder: (folder / "agreement.svg").unlink(), lambda folder: change_json(folder / "analysis.json", lambda found: found.pop("measures")),
-    lambda folder: (folder / "analysis.json").write_text("[]"),
-    lambda folder: change_json(folder / "analysis.json", lambda found: found["measures"]["accuracy"].update(values=3))])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "analysis.json").write_text("{"),
+        lambda folder: (folder / "analysis.json").unlink(),
+        lambda folder: (folder / "agreement.svg").unlink(),
+        lambda folder: change_json(folder / "analysis.json", lambda found: found.pop("measures")),
+        lambda folder: (folder / "analysis.json").write_text("[]"),
+        lambda folder: change_json(
+            folder / "analysis.json", lambda found: found["measures"]["accuracy"].update(values=3)
+        ),
+    ],
+)
 def test_a_damaged_analysis_is_said(analysed, damage):
     damage(analysed / "analysis")
     page = Page(analysis_section(read_run(analysed)))

@@ -1,4 +1,6 @@
-"""The model of the kernels' times, against cases computed by hand; and the machine-code file it starts from, against the compiler."""
+"""The model of the kernels' times, against cases computed by hand; and the machine-code file it
+starts from, against the compiler.
+"""
 
 import json
 import os
@@ -7,7 +9,17 @@ import pytest
 
 import bench.roofline
 from bench.machine_code import PATH, VARIANTS, row
-from bench.roofline import BUSY_SHARE, CHIPS, LAUNCH, MEMORY_SHARE, Chip, main, measured, predict, predictions
+from bench.roofline import (
+    BUSY_SHARE,
+    CHIPS,
+    LAUNCH,
+    MEMORY_SHARE,
+    Chip,
+    main,
+    measured,
+    predict,
+    predictions,
+)
 from bench.suite import SIZES
 
 FOUND = json.loads(PATH.read_text(encoding="utf-8"))
@@ -16,14 +28,31 @@ CHIP = Chip("a chip", "its name", 90, 10, 1e9, 1e12, "made up")
 
 
 def code(**changed):
-    """A kernel of four branches, bfloat16: a warp a row of 1000 classes, in three whole chunks of 256 and one of eight pieces."""
-    return {"kernel": "forward", "branches": 4, "dtype": "bf16", "batch": 1000, "num_classes": 1000, "rows": 1, "num_warps": 1, "whole": 3, "pieces": 8, "rest_pieces": 8,
-            "instructions": 1000, "loop_instructions": 400, "exponentials_per_column": 7.0} | changed
+    """A kernel of four branches, bfloat16: a warp a row of 1000 classes, in three whole chunks of
+    256 and one of eight pieces.
+    """
+    return {
+        "kernel": "forward",
+        "branches": 4,
+        "dtype": "bf16",
+        "batch": 1000,
+        "num_classes": 1000,
+        "rows": 1,
+        "num_warps": 1,
+        "whole": 3,
+        "pieces": 8,
+        "rest_pieces": 8,
+        "instructions": 1000,
+        "loop_instructions": 400,
+        "exponentials_per_column": 7.0,
+    } | changed
 
 
 def test_bound_by_memory():
     found = predict(CHIP, code(instructions=10, loop_instructions=5, exponentials_per_column=0.01))
-    assert found.memory == pytest.approx(8_000_000 / (MEMORY_SHARE * 1e12))  # 4 branches, 1000 rows of 1000 logits of 2 bytes
+    assert found.memory == pytest.approx(
+        8_000_000 / (MEMORY_SHARE * 1e12)
+    )  # 4 branches, 1000 rows of 1000 logits of 2 bytes
     assert found.limit == "memory"
     assert found.seconds == pytest.approx(LAUNCH + found.memory)
     both = predict(CHIP, code(kernel="backward", dtype="fp32"))
@@ -32,14 +61,21 @@ def test_bound_by_memory():
 
 def test_bound_by_issue():
     found = predict(CHIP, code())
-    # 1000 warps run 1000 instructions and the loop twice more, on 40 schedulers of which 3 of 4 cycles count.
+    # 1000 warps run 1000 instructions and the loop twice more, on 40 schedulers of which 3 of 4
+    # cycles count.
     assert found.issue == pytest.approx(1000 * (1000 + 2 * 400) / (40 * 1e9 * BUSY_SHARE))
     assert found.limit == "issue"
     few = predict(CHIP, code(batch=10, rows=2, num_warps=4))
-    assert few.issue == pytest.approx(1800 / (1e9 * BUSY_SHARE))  # 20 warps on 40 schedulers: each has one to itself
+    assert few.issue == pytest.approx(
+        1800 / (1e9 * BUSY_SHARE)
+    )  # 20 warps on 40 schedulers: each has one to itself
     uneven = predict(CHIP, code(batch=1001, rows=8))
-    assert uneven.issue == pytest.approx(126 * 1800 / (40 * 1e9 * BUSY_SHARE))  # the last program has one row
-    assert predict(CHIP, code(whole=0)).issue == pytest.approx(1000 * 1000 / (40 * 1e9 * BUSY_SHARE))
+    assert uneven.issue == pytest.approx(
+        126 * 1800 / (40 * 1e9 * BUSY_SHARE)
+    )  # the last program has one row
+    assert predict(CHIP, code(whole=0)).issue == pytest.approx(
+        1000 * 1000 / (40 * 1e9 * BUSY_SHARE)
+    )
 
 
 def test_bound_by_exponentials():
@@ -47,9 +83,13 @@ def test_bound_by_exponentials():
     # 1000 rows of 32 lanes take 32 columns of 70 each; ten multiprocessors make 16 a cycle.
     assert found.exponentials == pytest.approx(1000 * 32 * 32 * 70 / (10 * 16 * 1e9 * BUSY_SHARE))
     assert found.limit == "exponentials"
-    assert predict(CHIP, code(whole=0, exponentials_per_column=70.0)).exponentials == pytest.approx(found.exponentials / 4)
+    assert predict(CHIP, code(whole=0, exponentials_per_column=70.0)).exponentials == pytest.approx(
+        found.exponentials / 4
+    )
     # Two chunks without a loop: the number is of both, by the columns of one.
-    assert predict(CHIP, code(whole=1, rest_pieces=4, exponentials_per_column=140.0)).exponentials == pytest.approx(found.exponentials / 2)
+    assert predict(
+        CHIP, code(whole=1, rest_pieces=4, exponentials_per_column=140.0)
+    ).exponentials == pytest.approx(found.exponentials / 2)
 
 
 def test_bound_by_the_launch():
@@ -63,23 +103,44 @@ def test_the_fused_kernel_has_the_loops_of_both():
     found = predict(CHIP, code(kernel="fused"), backward)
     assert found.issue == pytest.approx(1000 * (1000 + 2 * (400 + 700)) / (40 * 1e9 * BUSY_SHARE))
     assert found.exponentials == pytest.approx(2 * predict(CHIP, backward).exponentials)
-    single = predict(CHIP, code(kernel="fused", whole=0), backward)  # both passes are in the numbers of the kernel
+    single = predict(
+        CHIP, code(kernel="fused", whole=0), backward
+    )  # both passes are in the numbers of the kernel
     assert single.exponentials == pytest.approx(predict(CHIP, code(whole=0)).exponentials)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_size_and_kernel_is_predicted_for_every_chip(chip):
     found = list(predictions(FOUND, CHIPS[chip]))
-    assert [(size, which) for size, which, _ in found] == [(size, which) for size in SIZES for which in ("forward", "backward", "fused")]
+    assert [(size, which) for size, which, _ in found] == [
+        (size, which) for size in SIZES for which in ("forward", "backward", "fused")
+    ]
 
 
 def test_the_command_prints_predictions_beside_what_was_measured(tmp_path, monkeypatch, capsys):
-    rows = [{"loss": "ahbf", "preset": preset, "dtype": "bfloat16", "batch": 1024, "num_classes": 1000, "kernel alone graph/forward": seconds, "kernel alone graph/both": None}
-            for preset, seconds in (("code", 1.0), ("paper", 6.54e-6))]
+    rows = [
+        {
+            "loss": "ahbf",
+            "preset": preset,
+            "dtype": "bfloat16",
+            "batch": 1024,
+            "num_classes": 1000,
+            "kernel alone graph/forward": seconds,
+            "kernel alone graph/both": None,
+        }
+        for preset, seconds in (("code", 1.0), ("paper", 6.54e-6))
+    ]
     for name, device in (("h200", "NVIDIA H200"), ("h200-nvl", "NVIDIA H200 NVL")):
         scale = 1 if name == "h200" else 2
-        found = [{**row, "kernel alone graph/forward": scale * row["kernel alone graph/forward"]} for row in rows]
-        (tmp_path / f"kernels-nvidia-{name}.json").write_text(json.dumps({"environment": {"device": device}, "rows": [*found, {"loss": "KL", "batch": 1}]}))
+        found = [
+            {**row, "kernel alone graph/forward": scale * row["kernel alone graph/forward"]}
+            for row in rows
+        ]
+        (tmp_path / f"kernels-nvidia-{name}.json").write_text(
+            json.dumps(
+                {"environment": {"device": device}, "rows": [*found, {"loss": "KL", "batch": 1}]}
+            )
+        )
     (tmp_path / "machine-code.json").write_text(json.dumps(FOUND))
     monkeypatch.setattr(bench.roofline, "PATH", tmp_path / "machine-code.json")
     assert measured(tmp_path, CHIPS["h200"]) == {((1024, 1000), "forward"): 6.54e-6}
@@ -92,23 +153,64 @@ def test_the_command_prints_predictions_beside_what_was_measured(tmp_path, monke
 
 def test_an_unknown_chip_is_one_line(capsys):
     assert main(["--chip", "h20"]) == 2
-    assert capsys.readouterr().err == "bench.roofline: unknown chip 'h20'; did you mean 'h200'? (choices: a100, b200, h100, h200)\n"
+    assert (
+        capsys.readouterr().err
+        == "bench.roofline: unknown chip 'h20'; did you mean 'h200'? (choices: a100, b200, h100,"
+        " h200)\n"
+    )
 
 
 def test_the_machine_code_file_has_every_kernel():
-    want = [(branches, preset, dtype, *size, which, capability) for branches, preset, dtype, sizes, capabilities in VARIANTS
-            for size in sizes for which in ("forward", "backward", "fused") for capability in capabilities]
-    assert [tuple(one[name] for name in ("branches", "preset", "dtype", "batch", "num_classes", "kernel", "capability")) for one in FOUND["rows"]] == want
-    spilling = [(one["kernel"], one["dtype"], one["batch"], one["num_classes"], one["capability"], one["spills"]) for one in FOUND["rows"] if one["spills"] or one["stack"]]
-    assert spilling == [("forward", "bf16", 256, 100_000, 100, 4)]  # a size without a budget; the page says so
+    want = [
+        (branches, preset, dtype, *size, which, capability)
+        for branches, preset, dtype, sizes, capabilities in VARIANTS
+        for size in sizes
+        for which in ("forward", "backward", "fused")
+        for capability in capabilities
+    ]
+    assert [
+        tuple(
+            one[name]
+            for name in (
+                "branches",
+                "preset",
+                "dtype",
+                "batch",
+                "num_classes",
+                "kernel",
+                "capability",
+            )
+        )
+        for one in FOUND["rows"]
+    ] == want
+    spilling = [
+        (
+            one["kernel"],
+            one["dtype"],
+            one["batch"],
+            one["num_classes"],
+            one["capability"],
+            one["spills"],
+        )
+        for one in FOUND["rows"]
+        if one["spills"] or one["stack"]
+    ]
+    assert spilling == [
+        ("forward", "bf16", 256, 100_000, 100, 4)
+    ]  # a size without a budget; the page says so
 
 
-@pytest.mark.parametrize(("which", "dtype", "batch", "num_classes"), [("forward", "bf16", 1024, 1000), ("backward", "fp32", 128, 10)])
+@pytest.mark.parametrize(
+    ("which", "dtype", "batch", "num_classes"),
+    [("forward", "bf16", 1024, 1000), ("backward", "fp32", 128, 10)],
+)
 def test_the_machine_code_file_is_that_of_these_kernels(which, dtype, batch, num_classes):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
     if triton.__version__ != FOUND["triton"]:
-        pytest.skip(f"the file was made with Triton {FOUND['triton']}, and this is {triton.__version__}")
+        pytest.skip(
+            f"the file was made with Triton {FOUND['triton']}, and this is {triton.__version__}"
+        )
     made = row(which, 4, "paper", dtype, batch, num_classes, 90)
     assert made in FOUND["rows"], "the kernels have changed: run python -m bench.machine_code"

@@ -27,7 +27,11 @@ def test_a_signal_is_noted_and_said(number, capfd, monkeypatch):
         os.kill(os.getpid(), number)  # a launcher passes on what it got
         assert signals.received == number
     assert signal.getsignal(number) is before
-    assert capfd.readouterr().err == f"fastokd: rank 1: {signal.Signals(number).name}: saving after this step, then stopping; another signal stops at once\n"
+    assert (
+        capfd.readouterr().err
+        == f"fastokd: rank 1: {signal.Signals(number).name}: saving after this step, then stopping;"
+        " another signal stops at once\n"
+    )
 
 
 def run(patience, **environment):
@@ -39,15 +43,24 @@ def run(patience, **environment):
             os.kill(os.getpid(), signal.SIGUSR1)
             print("still here", flush=True)
     """
-    return subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 def test_a_second_signal_ends_the_process_at_once():
     done = run("")
     assert done.returncode == 128 + signal.SIGUSR1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "fastokd: SIGUSR1: stopping at once; the last checkpoint is intact"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "fastokd: SIGUSR1: stopping at once; the last checkpoint is intact"
+    )
 
 
 def test_within_the_patience_it_is_the_same_signal():

@@ -41,7 +41,11 @@ def test_a_model_without_statistics() -> None:
 @pytest.mark.gpu
 def test_keeping_is_captured() -> None:
     norm = nn.BatchNorm2d(4).cuda()
-    statistics, images, skipped = RunningStatistics(norm), torch.randn(2, 4, 3, 3, device="cuda"), torch.ones((), device="cuda")
+    statistics, images, skipped = (
+        RunningStatistics(norm),
+        torch.randn(2, 4, 3, 3, device="cuda"),
+        torch.ones((), device="cuda"),
+    )
 
     def step() -> None:
         statistics.keep()

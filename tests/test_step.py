@@ -22,7 +22,9 @@ from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, batch_size=16, lr=0.05)
+CONFIG = TrainConfig(
+    data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, batch_size=16, lr=0.05
+)
 
 
 def step_of(smooth=False, **changes):
@@ -32,14 +34,22 @@ def step_of(smooth=False, **changes):
     for module in [*model.modules()] if smooth else ():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
-                # Rounding may fall on either side of a kink, and after twenty steps all weights show which.
+                # Rounding may fall on either side of a kink, and after twenty steps all weights
+                # show which.
                 setattr(module, name, nn.Softplus(beta=3.0))
     return TrainStep(config, model, CPU)
 
 
 def batches(count, size=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [Batch(torch.randn(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator), torch.arange(size)) for _ in range(count)]
+    return [
+        Batch(
+            torch.randn(size, 3, 8, 8, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+            torch.arange(size),
+        )
+        for _ in range(count)
+    ]
 
 
 def train(step, given, kd_weight=0.7, lr=0.05):
@@ -54,13 +64,29 @@ def weights(step):
 
 
 def difference(one, other, start):
-    """How far the parameters of two trainings are apart, as a fraction of how far the second moved them."""
-    one, other, start = (torch.cat([value.flatten().double() for name, value in each.items() if value.is_floating_point() and "running" not in name])
-                         for each in (one, other, start))
+    """How far the parameters of two trainings are apart, as a fraction of how far the second moved
+    them.
+    """
+    one, other, start = (
+        torch.cat(
+            [
+                value.flatten().double()
+                for name, value in each.items()
+                if value.is_floating_point() and "running" not in name
+            ]
+        )
+        for each in (one, other, start)
+    )
     return float((one - other).norm() / (other - start).norm())
 
 
-OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False, "merge_first_conv": False}
+OFF = {
+    "impl": "reference",
+    "channels_last": False,
+    "flat": False,
+    "compile": False,
+    "merge_first_conv": False,
+}
 SMOOTH = {"smooth": True, **OFF}
 
 
@@ -74,87 +100,158 @@ def plain():
 class TestLevers:
     """A lever changes how fast a step is, not what it does."""
 
-    # Measured: 1e-6 to 3e-6. A weight decay of 4e-4 instead of 5e-4 is off by 5e-3, a kd_weight of 0.69 for 0.7 by 0.1.
+    # Measured: 1e-6 to 3e-6. A weight decay of 4e-4 instead of 5e-4 is off by 5e-3, a kd_weight of
+    # 0.69 for 0.7 by 0.1.
     TOLERANCE = 1e-4
 
-    @pytest.mark.parametrize("lever", [{"impl": "auto"}, {"channels_last": True}, {"flat": True}, {"merge_first_conv": True}], ids=lambda lever: next(iter(lever)))
+    @pytest.mark.parametrize(
+        "lever",
+        [{"impl": "auto"}, {"channels_last": True}, {"flat": True}, {"merge_first_conv": True}],
+        ids=lambda lever: next(iter(lever)),
+    )
     def test_one_at_a_time(self, plain, lever):
         start, end = plain
-        assert difference(weights(train(step_of(**{**SMOOTH, **lever}), batches(20), lr=0.002)), end, start) < self.TOLERANCE
+        assert (
+            difference(
+                weights(train(step_of(**{**SMOOTH, **lever}), batches(20), lr=0.002)), end, start
+            )
+            < self.TOLERANCE
+        )
 
     def test_all_together(self, plain):
         start, end = plain
-        every = step_of(**{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True, "merge_first_conv": True})
+        every = step_of(
+            **{
+                **SMOOTH,
+                "impl": "auto",
+                "channels_last": True,
+                "flat": True,
+                "compile": True,
+                "merge_first_conv": True,
+            }
+        )
         assert every.levers.describe() == "fp32, channels-last, compiled, parameters in one tensor"
         assert difference(weights(train(every, batches(20), lr=0.002)), end, start) < self.TOLERANCE
-        assert set(every.model.student().state_dict()) == set(step_of(**SMOOTH).model.student().state_dict())
+        assert set(every.model.student().state_dict()) == set(
+            step_of(**SMOOTH).model.student().state_dict()
+        )
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_fewer_bits_are_near(self, precision):
-        """One step of gradient descent: of a gradient through all layers and batch norms 8 bits lose 12 %, 11 bits 5 %."""
+        """One step of gradient descent: of a gradient through all layers and batch norms 8 bits
+        lose 12 %, 11 bits 5 %.
+        """
         settings = {**SMOOTH, "momentum": 0.0, "nesterov": False}
         start = weights(step_of(**settings))
-        full, half = (train(step_of(**settings, precision=each), batches(1)) for each in ("fp32", precision))
+        full, half = (
+            train(step_of(**settings, precision=each), batches(1)) for each in ("fp32", precision)
+        )
         assert 1e-3 < difference(weights(half), weights(full), start) < 0.3
         assert half.guard.read() is None
         assert half.sums.means()["loss"] == pytest.approx(full.sums.means()["loss"], rel=0.02)
 
-    @pytest.mark.parametrize(("changes", "message"), [
-        ({"cuda_graph": True}, "cuda_graph=True: there are none on cpu; leave it out"),
-        ({"streams": True}, "streams=True: there are none on cpu"),
-        ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"cuda_graph": True}, "cuda_graph=True: there are none on cpu; leave it out"),
+            ({"streams": True}, "streams=True: there are none on cpu"),
+            ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
+        ],
+    )
     def test_what_a_cpu_has_not_is_refused(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             step_of(**changes)
 
-    @pytest.mark.parametrize(("changes", "reason"), [
-        ({}, None),
-        ({"merge_first_conv": True}, "merge_first_conv runs the branches' first convolutions as one"),
-        ({"method": "baseline", "branches": 1, "aux_blocks": 0}, "there is one branch"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({}, None),
+            (
+                {"merge_first_conv": True},
+                "merge_first_conv runs the branches' first convolutions as one",
+            ),
+            ({"method": "baseline", "branches": 1, "aux_blocks": 0}, "there is one branch"),
+        ],
+    )
     def test_on_a_gpu_what_goes_together_is_on(self, changes, reason):
         config = dataclasses.replace(CONFIG, **changes)
         model = build_model(config, 10, CPU)
         levers = choose_levers(config, model, torch.device("cuda", 0))
-        assert levers == type(levers)("bf16", channels_last=True, compile=True, cuda_graph=True, streams=reason is None, flat=True)
+        assert levers == type(levers)(
+            "bf16",
+            channels_last=True,
+            compile=True,
+            cuda_graph=True,
+            streams=reason is None,
+            flat=True,
+        )
         several = choose_levers(config, model, torch.device("cuda", 0), world_size=2)
         assert several == dataclasses.replace(levers, cuda_graph=False, streams=False)
         if reason:
             with pytest.raises(ConfigError, match=f"streams=True: {reason}"):
-                choose_levers(dataclasses.replace(config, streams=True), model, torch.device("cuda", 0))
+                choose_levers(
+                    dataclasses.replace(config, streams=True), model, torch.device("cuda", 0)
+                )
 
-    @pytest.mark.parametrize(("changes", "message"), [
-        ({"device_batch": 5}, r"device_batch=5: it must be at least 2 and a divisor of batch_size=16"),
-        ({"optimizer": "sdg"}, r"unknown optimizer 'sdg'; did you mean 'sgd'\?"),
-        ({"schedule": "cosin"}, r"unknown schedule 'cosin'; did you mean 'cosine'\?"),
-        ({"ema": 1.0}, r"ema=1.0: it must be a decay in \(0, 1\)"),
-        ({"clip_grad": -1.0}, r"clip_grad=-1.0"),
-        ({"betas": (0.9,)}, r"betas=\(0.9,\): it must be two numbers"),
-        ({"warmup_epochs": 300.0}, r"warmup_epochs=300.0: it must be at least 0 and below epochs=300"),
-        ({"on_nonfinite": "ignore"}, r"unknown on_nonfinite 'ignore'"),
-        ({"log_to": ("tensorbord",)}, r"unknown log_to 'tensorbord'; did you mean 'tensorboard'\?"),
-        ({"keep_checkpoints": 0}, r"keep_checkpoints=0"),
-        ({"method": "tsb", "branches": 2, "aux_blocks": 0, "on_nonfinite": "skip"}, r"on_nonfinite=skip and method 'tsb': it remembers"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"device_batch": 5},
+                r"device_batch=5: it must be at least 2 and a divisor of batch_size=16",
+            ),
+            ({"optimizer": "sdg"}, r"unknown optimizer 'sdg'; did you mean 'sgd'\?"),
+            ({"schedule": "cosin"}, r"unknown schedule 'cosin'; did you mean 'cosine'\?"),
+            ({"ema": 1.0}, r"ema=1.0: it must be a decay in \(0, 1\)"),
+            ({"clip_grad": -1.0}, r"clip_grad=-1.0"),
+            ({"betas": (0.9,)}, r"betas=\(0.9,\): it must be two numbers"),
+            (
+                {"warmup_epochs": 300.0},
+                r"warmup_epochs=300.0: it must be at least 0 and below epochs=300",
+            ),
+            ({"on_nonfinite": "ignore"}, r"unknown on_nonfinite 'ignore'"),
+            (
+                {"log_to": ("tensorbord",)},
+                r"unknown log_to 'tensorbord'; did you mean 'tensorboard'\?",
+            ),
+            ({"keep_checkpoints": 0}, r"keep_checkpoints=0"),
+            (
+                {"method": "tsb", "branches": 2, "aux_blocks": 0, "on_nonfinite": "skip"},
+                r"on_nonfinite=skip and method 'tsb': it remembers",
+            ),
+        ],
+    )
     def test_settings_that_make_no_sense(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             check_config(dataclasses.replace(CONFIG, **changes))
 
 
 def test_gradients_of_parts_are_those_of_the_batch_in_parts():
-    """Two passes of eight images and one update, against the same by hand: batch norm sees eight images at a time."""
+    """Two passes of eight images and one update, against the same by hand: batch norm sees eight
+    images at a time.
+    """
     step = step_of(device_batch=8, momentum=0.0, nesterov=False, weight_decay=0.0)
-    model, criterion, batch = copy.deepcopy(step.model), copy.deepcopy(step.criterion), batches(1)[0]
+    model, criterion, batch = (
+        copy.deepcopy(step.model),
+        copy.deepcopy(step.criterion),
+        batches(1)[0],
+    )
     train(step, [batch], lr=0.1)
     loss = 0.0
     for rows in (slice(0, 8), slice(8, 16)):
         result = model(batch.images[rows])
-        loss = loss + criterion(result.logits, batch.target[rows], scores=result.scores, kd_weight=0.7) / 2
+        loss = (
+            loss
+            + criterion(result.logits, batch.target[rows], scores=result.scores, kd_weight=0.7) / 2
+        )
     loss.backward()
     loss = loss.detach()
-    for (name, trained), reference in zip(step.model.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(trained, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, trained), reference in zip(
+        step.model.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            trained, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6, msg=name
+        )
     assert step.sums.means()["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -166,21 +263,37 @@ class HostReads(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
-                                   torch.ops.aten.is_nonzero):
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.equal,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.is_nonzero,
+        ):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"impl": "reference"}, {"flat": True, "clip_grad": 1.0, "ema": 0.9}, {"optimizer": "lamb", "on_nonfinite": "skip"}, {"optimizer": "adamw", "device_batch": 8},
-    {"precision": "fp16", "impl": "reference"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"impl": "reference"},
+        {"flat": True, "clip_grad": 1.0, "ema": 0.9},
+        {"optimizer": "lamb", "on_nonfinite": "skip"},
+        {"optimizer": "adamw", "device_batch": 8},
+        {"precision": "fp16", "impl": "reference"},
+    ],
+    ids=str,
+)
 def test_the_loop_reads_nothing_on_the_host(monkeypatch, changes):
     # On a CPU labels are looked at in every step, because that is free there.
     monkeypatch.setattr(base, "_check_label_range", lambda target, classes: None)
     dataset = open_dataset("digits")
     step = step_of(**changes)
-    loader = make_loader(dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True)
+    loader = make_loader(
+        dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True
+    )
     runner = StepRunner(step)
     loader.set_epoch(0)
     with HostReads() as reads:
@@ -199,7 +312,9 @@ def test_an_epoch_is_taken_up_in_its_middle():
     whole, parts = step_of(), step_of()
 
     def loader():
-        return make_loader(dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True)
+        return make_loader(
+            dataset, dataset.train.select(torch.arange(64)), 16, device=CPU, seed=0, train=True
+        )
 
     assert list(StepRunner(whole).epoch(loader())) == [1, 2, 3, 4]
     first, second = loader(), loader()
@@ -222,12 +337,16 @@ class TestNotFinite:
         good, bad = given
         step = train(step_of(on_nonfinite="skip", ema=0.9, flat=flat), [good[0], bad, *good[1:]])
         clean = train(step_of(on_nonfinite="skip", flat=flat), good)
-        assert all(torch.equal(value, weights(clean)[name]) for name, value in weights(step).items())
+        assert all(
+            torch.equal(value, weights(clean)[name]) for name, value in weights(step).items()
+        )
         found = step.guard.read()
         assert (found.count, found.step) == (1, 1)
         assert {"loss", "ce/branch1", "ce/ta3"} <= set(found.terms)
         assert step.sums.means() == clean.sums.means()
-        assert all(bool(value.isfinite().all()) for value in step.average.module.state_dict().values())
+        assert all(
+            bool(value.isfinite().all()) for value in step.average.module.state_dict().values()
+        )
 
     @pytest.mark.parametrize("policy", ["stop", "rollback"])
     def test_until_the_host_looks_the_weights_stay_as_they_were(self, given, policy):
@@ -235,7 +354,9 @@ class TestNotFinite:
         step = train(step_of(on_nonfinite=policy), good[:2])
         before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
         train(step, [bad, *good[2:]])
-        assert all(torch.equal(value, before[name]) for name, value in step.model.named_parameters())
+        assert all(
+            torch.equal(value, before[name]) for name, value in step.model.named_parameters()
+        )
         found = step.guard.read()
         assert (found.count, found.step) == (1, 2)
         step.guard.clear()
@@ -251,14 +372,25 @@ class TestNotFinite:
         assert "branch2" in found.describe()
         assert "trunk" not in found.describe()
         if not flat:
-            assert found.describe() == "step 1: every term of the loss is finite, and the gradient is not, in branch2"
+            assert (
+                found.describe()
+                == "step 1: every term of the loss is finite, and the gradient is not, in branch2"
+            )
 
     def test_the_first_is_the_one_that_is_described(self):
         guard = FiniteGuard(CPU, [("a",), ("b",)], sticky=True)
         for number, value in enumerate([1.0, math.nan, math.inf]):
             assert float(guard.withheld()) == (number > 1)
-            terms = {"loss": torch.tensor(value), "ce/branch1": torch.tensor(1.0 if number == 1 else value)}
-            guard.note(torch.tensor(not math.isfinite(value)), torch.tensor(number), terms, torch.tensor([1.0, value]))
+            terms = {
+                "loss": torch.tensor(value),
+                "ce/branch1": torch.tensor(1.0 if number == 1 else value),
+            }
+            guard.note(
+                torch.tensor(not math.isfinite(value)),
+                torch.tensor(number),
+                terms,
+                torch.tensor([1.0, value]),
+            )
         found = guard.read()
         assert (found.count, found.step, found.terms, found.parameters) == (2, 1, ("loss",), ("b",))
         assert found.describe() == "step 2: not finite: loss (2 such steps)"
@@ -288,7 +420,16 @@ class TestLossScale:
         assert step.guard.read() is None
         assert float(step.scale.value) == LossScale.LARGEST
         assert all(torch.equal(value, weights(step)[name]) for name, value in before.items())
-        train(step, [Batch(torch.full((16, 3, 8, 8), math.nan), torch.zeros(16, dtype=torch.int64), torch.arange(16))])
+        train(
+            step,
+            [
+                Batch(
+                    torch.full((16, 3, 8, 8), math.nan),
+                    torch.zeros(16, dtype=torch.int64),
+                    torch.arange(16),
+                )
+            ],
+        )
         assert "loss" in step.guard.read().terms
 
 

@@ -1,4 +1,6 @@
-"""The training step on a GPU: levers change nothing but speed, nothing waits for the device, captured steps are the steps they were."""
+"""The training step on a GPU: levers change nothing but speed, nothing waits for the device,
+captured steps are the steps they were.
+"""
 
 import contextlib
 import dataclasses
@@ -19,11 +21,30 @@ from fastokd.train.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 
-OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False, "cuda_graph": False, "streams": False, "precision": "fp32"}
-CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, batch_size=32, lr=0.002, **OFF)
+OFF = {
+    "impl": "reference",
+    "channels_last": False,
+    "flat": False,
+    "compile": False,
+    "cuda_graph": False,
+    "streams": False,
+    "precision": "fp32",
+}
+CONFIG = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=3,
+    aux_blocks=1,
+    batch_size=32,
+    lr=0.002,
+    **OFF,
+)
 STEPS = 20
 TOLERANCE = 1e-3
-"""Of the way that the weights go in twenty steps; float32 on a GPU rounds otherwise in another order, and kinks are taken out."""
+"""Of the way that the weights go in twenty steps; float32 on a GPU rounds otherwise in another
+order, and kinks are taken out.
+"""
 
 
 @contextlib.contextmanager
@@ -50,12 +71,19 @@ def step_of(**changes: object) -> TrainStep:
 
 def batches(count: int = STEPS) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
-    return [Batch(torch.randn(32, 3, 8, 8, generator=generator).cuda(), torch.randint(10, (32,), generator=generator).cuda(), torch.arange(32).cuda())
-            for _ in range(count)]
+    return [
+        Batch(
+            torch.randn(32, 3, 8, 8, generator=generator).cuda(),
+            torch.randint(10, (32,), generator=generator).cuda(),
+            torch.arange(32).cuda(),
+        )
+        for _ in range(count)
+    ]
 
 
 def train(step: TrainStep, given: list[Batch]) -> TrainStep:
-    assert list(StepRunner(step).epoch(given)) == list(range(1, len(given) + 1))  # type: ignore[arg-type]
+    numbers = list(StepRunner(step).epoch(given))  # type: ignore[arg-type]
+    assert numbers == list(range(1, len(given) + 1))
     return step
 
 
@@ -73,7 +101,15 @@ def plain() -> TrainStep:
     return train(step_of(), batches())
 
 
-LEVERS = [{"impl": "triton"}, {"channels_last": True}, {"flat": True}, {"compile": True}, {"streams": True}, {"cuda_graph": True}, {"merge_first_conv": True}]
+LEVERS = [
+    {"impl": "triton"},
+    {"channels_last": True},
+    {"flat": True},
+    {"compile": True},
+    {"streams": True},
+    {"cuda_graph": True},
+    {"merge_first_conv": True},
+]
 
 
 @pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: next(iter(lever)))
@@ -82,22 +118,37 @@ def test_one_at_a_time(plain: TrainStep, lever: dict[str, object]) -> None:
 
 
 def test_all_together(plain: TrainStep) -> None:
-    every = step_of(impl="auto", channels_last=True, flat=True, compile=True, streams=True, cuda_graph=True)
+    every = step_of(
+        impl="auto", channels_last=True, flat=True, compile=True, streams=True, cuda_graph=True
+    )
     assert difference(train(every, batches()), plain) < TOLERANCE
 
 
 def test_the_defaults_train() -> None:
     settings = {name: getattr(TrainConfig(), name) for name in OFF}
     step = train(step_of(**settings), batches())
-    assert step.levers.describe() == "bf16, channels-last, compiled, branches on streams of their own, parameters in one tensor, one CUDA graph"
+    assert (
+        step.levers.describe()
+        == "bf16, channels-last, compiled, branches on streams of their own, parameters in one"
+        " tensor, one CUDA graph"
+    )
     assert step.guard.read() is None
     assert math.isfinite(step.sums.means()["loss"])
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"flat": True, "clip_grad": 1.0, "ema": 0.9, "streams": True}, {"optimizer": "lamb", "on_nonfinite": "skip"}, {"optimizer": "adamw", "device_batch": 16},
-    {"precision": "fp16"}, {"precision": "bf16", "impl": "triton"}, {"cuda_graph": True, "flat": True, "impl": "triton", "ema": 0.9},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"flat": True, "clip_grad": 1.0, "ema": 0.9, "streams": True},
+        {"optimizer": "lamb", "on_nonfinite": "skip"},
+        {"optimizer": "adamw", "device_batch": 16},
+        {"precision": "fp16"},
+        {"precision": "bf16", "impl": "triton"},
+        {"cuda_graph": True, "flat": True, "impl": "triton", "ema": 0.9},
+    ],
+    ids=str,
+)
 def test_nothing_waits_for_the_device(changes: dict[str, object]) -> None:
     step, given = step_of(**changes), batches(capture.WARM_UP_STEPS + 4)
     runner = StepRunner(step)
@@ -115,7 +166,9 @@ def test_a_captured_step_is_counted_once_and_reads_what_is_set(plain: TrainStep)
     for step in (captured, eager):
         runner = StepRunner(step)
         for done in runner.epoch(batches(STEPS)):  # type: ignore[arg-type]
-            step.set_schedule(0.002 if done < 15 else 0.0, 0.7)  # without a learning rate nothing moves any more
+            step.set_schedule(
+                0.002 if done < 15 else 0.0, 0.7
+            )  # without a learning rate nothing moves any more
     assert int(captured.number) == int(eager.number) == STEPS
     assert captured.sums.state_dict()["values"][-1] == 32 * STEPS
     assert captured.sums.means()["loss"] == pytest.approx(eager.sums.means()["loss"], rel=1e-4)
@@ -123,11 +176,21 @@ def test_a_captured_step_is_counted_once_and_reads_what_is_set(plain: TrainStep)
 
 
 def test_batches_made_inside_the_graph_are_the_loaders() -> None:
-    """Two epochs over a resident set, with a captured graph for each size; the loader's place goes along."""
+    """Two epochs over a resident set, with a captured graph for each size; the loader's place goes
+    along.
+    """
     dataset = open_dataset("digits")
 
     def loader() -> object:
-        return make_loader(dataset, dataset.train.select(torch.arange(640)), 32, device="cuda", seed=0, train=True, memory_format=torch.contiguous_format)
+        return make_loader(
+            dataset,
+            dataset.train.select(torch.arange(640)),
+            32,
+            device="cuda",
+            seed=0,
+            train=True,
+            memory_format=torch.contiguous_format,
+        )
 
     steps = []
     for changes in ({"cuda_graph": True}, {}):
@@ -153,7 +216,10 @@ def test_a_step_that_is_not_finite_inside_the_graph() -> None:
 
 
 def test_what_cannot_be_captured_goes_on_without(plain: TrainStep) -> None:
-    """A step that reads a value on the host: nothing is lost and nothing runs twice, and who asked for a graph is told."""
+    """A step that reads a value on the host: nothing is lost and nothing runs twice, and who asked
+    for a graph is told.
+    """
+
     def reads(step: TrainStep) -> TrainStep:
         update = step.optimizers.step
         step.optimizers.step = lambda *given: (float(step.number), update(*given))[1]
@@ -176,7 +242,17 @@ def test_deterministic_runs_have_the_same_bits() -> None:
 
     be_deterministic(True)
     try:
-        first, second = (weights(train(step_of(channels_last=True, flat=True, impl="triton", streams=True, cuda_graph=True), batches())) for _ in range(2))
+        first, second = (
+            weights(
+                train(
+                    step_of(
+                        channels_last=True, flat=True, impl="triton", streams=True, cuda_graph=True
+                    ),
+                    batches(),
+                )
+            )
+            for _ in range(2)
+        )
     finally:
         be_deterministic(False)
     assert torch.equal(first, second)

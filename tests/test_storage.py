@@ -31,7 +31,14 @@ def _umask():
     return value
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EACCES, "Permission denied"),
+    ],
+)
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 def test_a_refusal_keeps_the_old_file(tmp_path, monkeypatch, number, said, step):
     path = tmp_path / "file"
@@ -43,7 +50,9 @@ def test_a_refusal_keeps_the_old_file(tmp_path, monkeypatch, number, said, step)
     if step != "write":
         monkeypatch.setattr(os, step, refuse)
     with pytest.raises(StorageError, match=f"cannot write {path}: {said}"):
-        write_atomically(path, refuse if step == "write" else lambda file: file.write(b"new") and None)
+        write_atomically(
+            path, refuse if step == "write" else lambda file: file.write(b"new") and None
+        )
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
@@ -86,7 +95,12 @@ def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
         assert pauses == [0.1, 0.5]
     assert (tmp_path / "lines").read_text() == "first\nsecond\n"  # each once
     left[0] = 99
-    with pytest.raises(StorageError, match=rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Look after that disk"):
+    with pytest.raises(
+        StorageError,
+        match=(
+            rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Look after that disk"
+        ),
+    ):
         write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
     with pytest.raises(StorageError, match=r"lines: .* \(tried 4 times\)"):
         append_line(tmp_path / "lines", "third")
@@ -97,17 +111,28 @@ def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
 
 def test_half_a_line_is_taken_back(tmp_path):
     """A limit on the size of files stands in for a disk that is full in the middle of a line."""
-    code = ("import resource, signal, sys; from pathlib import Path; from fastokd.storage import append_line; "
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12)); "
-            "append_line(Path(sys.argv[1]), 'short'); append_line(Path(sys.argv[1]), 'too long')")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "lines")], capture_output=True, text=True, check=False, cwd=ROOT)
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from fastokd.storage import"
+        " append_line; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        " resource.setrlimit(resource.RLIMIT_FSIZE, (12, 12)); append_line(Path(sys.argv[1]),"
+        " 'short'); append_line(Path(sys.argv[1]), 'too long')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "lines")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert "StorageError: cannot write" in done.stderr
     assert "File too large" in done.stderr
     assert (tmp_path / "lines").read_text() == "short\n"
 
 
 def test_a_folder_that_cannot_be_flushed_is_reported(tmp_path, monkeypatch):
-    """The file system may not know how (EINVAL), but one that fails has perhaps not kept the new name."""
+    """The file system may not know how (EINVAL), but one that fails has perhaps not kept the new
+    name.
+    """
     flush = os.fsync
 
     def refuse(descriptor, number):
@@ -123,7 +148,15 @@ def test_a_folder_that_cannot_be_flushed_is_reported(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    names = [".file.0123abcd", ".file.swp", ".file.pt.0123abcd", ".file", "file.1", ".other.0123abcd", "file"]
+    names = [
+        ".file.0123abcd",
+        ".file.swp",
+        ".file.pt.0123abcd",
+        ".file",
+        "file.1",
+        ".other.0123abcd",
+        "file",
+    ]
     for name in names:
         (tmp_path / name).write_text("")
     remove_temporaries(tmp_path / "file")

@@ -1,4 +1,6 @@
-"""A sweep trains every point of a grid, goes on where it was, and puts the errors beside the paper's."""
+"""A sweep trains every point of a grid, goes on where it was, and puts the errors beside the
+paper's.
+"""
 
 import csv
 import io
@@ -58,7 +60,9 @@ def events(root: Path) -> list[dict]:
 
 def wait_for_events(root: Path, count: int) -> None:
     deadline = time.monotonic() + 60
-    while (not (root / "events.txt").is_file() or len(events(root)) < count) and time.monotonic() < deadline:
+    while (
+        not (root / "events.txt").is_file() or len(events(root)) < count
+    ) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -77,44 +81,93 @@ def results(out: Path) -> dict:
 
 
 def test_values_have_the_types_of_their_fields():
-    texts = ["branches=2,null", "lr=1e-3, 0.1", "flip=true,false", "lr_decay_at=[0.5, 0.75],[0.6]", 'model="resnet8,resnet14",resnet8',
-             "method_options.temperature=1,2.5,1e1", "method_options.teacher=a.npy,b:c", "resize_schedule={0: 8, 1: 16},{}", "at=layer3"]
+    texts = [
+        "branches=2,null",
+        "lr=1e-3, 0.1",
+        "flip=true,false",
+        "lr_decay_at=[0.5, 0.75],[0.6]",
+        'model="resnet8,resnet14",resnet8',
+        "method_options.temperature=1,2.5,1e1",
+        "method_options.teacher=a.npy,b:c",
+        "resize_schedule={0: 8, 1: 16},{}",
+        "at=layer3",
+    ]
     found = parse_values(texts)
     assert found == {
-        "branches": [2, None], "lr": [0.001, 0.1], "flip": [True, False], "lr_decay_at": [(0.5, 0.75), (0.6,)], "model": ["resnet8,resnet14", "resnet8"],
-        "method_options.temperature": [1, 2.5, 10.0], "method_options.teacher": ["a.npy", "b:c"], "resize_schedule": [{0: 8, 1: 16}, {}], "at": ["layer3"]}
+        "branches": [2, None],
+        "lr": [0.001, 0.1],
+        "flip": [True, False],
+        "lr_decay_at": [(0.5, 0.75), (0.6,)],
+        "model": ["resnet8,resnet14", "resnet8"],
+        "method_options.temperature": [1, 2.5, 10.0],
+        "method_options.teacher": ["a.npy", "b:c"],
+        "resize_schedule": [{0: 8, 1: 16}, {}],
+        "at": ["layer3"],
+    }
     assert isinstance(found["lr"][0], float)
 
 
 def test_the_grid_has_every_combination_once():
     base = TrainConfig(model="resnet8", method_options={"temperature": 2.0}, seed=7)
-    points = grid_points(base, parse_values(["method_options.lambda_ta=1,2,4", "epochs=3", "branches=2,3"]))
-    assert [(point.config.method_options["lambda_ta"], point.config.branches) for point in points] == [(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]
-    assert [point.name for point in points[:2]] == ["lambda_ta-1-branches-2", "lambda_ta-1-branches-3"]
+    points = grid_points(
+        base, parse_values(["method_options.lambda_ta=1,2,4", "epochs=3", "branches=2,3"])
+    )
+    assert [
+        (point.config.method_options["lambda_ta"], point.config.branches) for point in points
+    ] == [(1, 2), (1, 3), (2, 2), (2, 3), (4, 2), (4, 3)]
+    assert [point.name for point in points[:2]] == [
+        "lambda_ta-1-branches-2",
+        "lambda_ta-1-branches-3",
+    ]
     for point in points:
-        assert (point.config.epochs, point.config.seed, point.config.method_options["temperature"]) == (3, 0, 2.0)
+        assert (
+            point.config.epochs,
+            point.config.seed,
+            point.config.method_options["temperature"],
+        ) == (3, 0, 2.0)
         assert "epochs" not in point.values
 
 
 def test_another_method_begins_with_its_own_defaults():
-    points = grid_points(get_recipe("cifar10-resnet32-ahbf").config, parse_values(["method=ahbf,dml", "aux_blocks=1"]))
-    assert [(point.config.method, point.config.branches, point.config.lr_decay_at) for point in points] == [("ahbf", 4, (0.5, 0.75)), ("dml", None, (0.5, 0.75))]
+    points = grid_points(
+        get_recipe("cifar10-resnet32-ahbf").config,
+        parse_values(["method=ahbf,dml", "aux_blocks=1"]),
+    )
+    assert [
+        (point.config.method, point.config.branches, point.config.lr_decay_at) for point in points
+    ] == [("ahbf", 4, (0.5, 0.75)), ("dml", None, (0.5, 0.75))]
 
 
 def test_a_teacher_is_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    points = grid_points(TrainConfig(method="kd", branches=1), parse_values(["method_options.teacher=rows.npy", "lr=0.1,0.2"]))
-    assert {point.config.method_options["teacher"] for point in points} == {str(tmp_path / "rows.npy")}
+    points = grid_points(
+        TrainConfig(method="kd", branches=1),
+        parse_values(["method_options.teacher=rows.npy", "lr=0.1,0.2"]),
+    )
+    assert {point.config.method_options["teacher"] for point in points} == {
+        str(tmp_path / "rows.npy")
+    }
 
 
 def test_points_whose_names_would_be_the_same_differ():
-    points = grid_points(TrainConfig(), parse_values(['model="resnet20,resnet32","resnet20 ,resnet32"', "method=dml"]))
-    assert [point.name for point in points] == ["model-resnet20_resnet32", "model-resnet20_resnet32-2"]
+    points = grid_points(
+        TrainConfig(),
+        parse_values(['model="resnet20,resnet32","resnet20 ,resnet32"', "method=dml"]),
+    )
+    assert [point.name for point in points] == [
+        "model-resnet20_resnet32",
+        "model-resnet20_resnet32-2",
+    ]
 
 
 def test_the_first_seed_of_every_point_comes_first(tmp_path):
     plan = plan_sweep(TrainConfig(), None, parse_values(["branches=2,3"]), 2, tmp_path)
-    assert [job.name for job in plan.queue] == ["branches-2-seed0", "branches-3-seed0", "branches-2-seed1", "branches-3-seed1"]
+    assert [job.name for job in plan.queue] == [
+        "branches-2-seed0",
+        "branches-3-seed0",
+        "branches-2-seed1",
+        "branches-3-seed1",
+    ]
     assert [job.config.seed for job in plan.queue] == [0, 0, 1, 1]
 
 
@@ -123,68 +176,143 @@ def test_the_first_seed_of_every_point_comes_first(tmp_path):
 
 def test_the_lambda_grid_stands_beside_table_4():
     recipe = get_recipe("cifar100-resnet32-ahbf")
-    values = parse_values(["method_options.lambda_ta=0,1,2,3,4", "method_options.lambda_branch=0,1,2,3,4", "epochs=30", "batch_size=256"])
+    values = parse_values(
+        [
+            "method_options.lambda_ta=0,1,2,3,4",
+            "method_options.lambda_branch=0,1,2,3,4",
+            "epochs=30",
+            "batch_size=256",
+        ]
+    )
     numbers = published_numbers(plan_sweep(recipe.config, recipe, values, 1, Path("x")))
     # AHBF Table 4, typed a second time; the best is the recipe itself, which has no method_options.
-    table = ["28.88 27.19 26.88 26.59 26.76", "27.04 25.77 25.98 26.23 26.30", "26.32 25.61 25.66 25.48 25.37", "26.76 25.48 25.66 25.39 25.54", "26.78 25.45 25.19 25.45 25.98"]
-    assert [number.error for number in numbers] == [float(word) for row in table for word in row.split()]
+    table = [
+        "28.88 27.19 26.88 26.59 26.76",
+        "27.04 25.77 25.98 26.23 26.30",
+        "26.32 25.61 25.66 25.48 25.37",
+        "26.76 25.48 25.66 25.39 25.54",
+        "26.78 25.45 25.19 25.45 25.98",
+    ]
+    assert [number.error for number in numbers] == [
+        float(word) for row in table for word in row.split()
+    ]
     assert {number.source for number in numbers} == {"AHBF Table 4"}
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    (["aux_blocks=0,1,4"], [26.47, None, 25.19]),  # Figure 3
-    (["ramp_epochs=null,80,300"], [25.19, 26.21, 25.19]),  # Figure 3, which has both; None is over all of the epochs
-    (["method=baseline,ahbf", "branches=null"], [None, None]),  # the recipe's branches are set for all
-    (["model=resnet32,resnet110"], [25.19, 20.96]),  # Table 2
-    (["method_options.lambda_ta=0,2", "model=resnet8"], [None, None]),  # another network has no number
-    (["lr=0.1,0.2"], [25.19, None]),
-    (["method_options.temperature=2,3"], [None, 25.19]),  # 3 is the loss's own default
-])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["aux_blocks=0,1,4"], [26.47, None, 25.19]),  # Figure 3
+        (
+            ["ramp_epochs=null,80,300"],
+            [25.19, 26.21, 25.19],
+        ),  # Figure 3, which has both; None is over all of the epochs
+        (
+            ["method=baseline,ahbf", "branches=null"],
+            [None, None],
+        ),  # the recipe's branches are set for all
+        (["model=resnet32,resnet110"], [25.19, 20.96]),  # Table 2
+        (
+            ["method_options.lambda_ta=0,2", "model=resnet8"],
+            [None, None],
+        ),  # another network has no number
+        (["lr=0.1,0.2"], [25.19, None]),
+        (["method_options.temperature=2,3"], [None, 25.19]),  # 3 is the loss's own default
+    ],
+)
 def test_only_points_that_a_paper_has_stand_beside_it(settings, expected):
     recipe = get_recipe("cifar100-resnet32-ahbf")
-    numbers = published_numbers(plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x")))
+    numbers = published_numbers(
+        plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x"))
+    )
     assert [number and number.error for number in numbers] == expected
 
 
 def published(name: str, *settings: str) -> list[float | None]:
     recipe = get_recipe(name)
-    return [number and number.error for number in published_numbers(plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x")))]
+    return [
+        number and number.error
+        for number in published_numbers(
+            plan_sweep(recipe.config, recipe, parse_values(settings), 1, Path("x"))
+        )
+    ]
 
 
 def test_recipes_that_a_setting_makes_the_same_are_not_mistaken_for_each_other():
-    # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself, whose number is 25.19.
+    # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself,
+    # whose number is 25.19.
     assert published("cifar100-resnet32-ahbf", "ramp_epochs=100", "lr=0.1,0.2") == [25.19, None]
     # KDCL-MinLogit in 100 epochs: its table has more of 200 and of 300 epochs.
     recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit")
     own = next(number.error for number in recipe.published if number.row == "student")
-    assert published(recipe.name, "epochs=30", "lr=0.1,0.2") == [own if recipe.config.lr == lr else None for lr in (0.1, 0.2)]
+    assert published(recipe.name, "epochs=30", "lr=0.1,0.2") == [
+        own if recipe.config.lr == lr else None for lr in (0.1, 0.2)
+    ]
 
 
 def test_a_point_of_other_recipes_that_a_setting_makes_the_same_has_no_number():
-    # lambda_ta=4, lambda_branch=2 is the paper's own setting; with one ramp-up for all it is also every row of Figure 3 that has another.
+    # lambda_ta=4, lambda_branch=2 is the paper's own setting; with one ramp-up for all it is also
+    # every row of Figure 3 that has another.
     grid = ("method_options.lambda_ta=2,4", "method_options.lambda_branch=2,3")
     assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid) == [25.66, 25.48, 25.19, 25.45]
-    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid, "ramp_epochs=100") == [25.66, 25.48, None, 25.45]
+    assert published("cifar100-resnet32-ahbf-lambda-2-2", *grid, "ramp_epochs=100") == [
+        25.66,
+        25.48,
+        None,
+        25.45,
+    ]
 
 
 def test_what_differs_is_said_of_the_recipe_that_a_point_is():
     recipe = get_recipe("imagenet-resnet50-resnet18-kdcl-minlogit-100-epochs")
-    sweep = plan_sweep(recipe.config, recipe, parse_values(["epochs=100,200", "lr_final=0.1"]), 1, Path("x"))
-    assert [found and found.name for found in matched_recipes(sweep)] == [recipe.name, recipe.name.removesuffix("-100-epochs")]
-    assert Results.of(sweep, {}).notes[0].endswith("What is not as published: lr_final: 0.0, 0.1 (published, here).")
+    sweep = plan_sweep(
+        recipe.config, recipe, parse_values(["epochs=100,200", "lr_final=0.1"]), 1, Path("x")
+    )
+    assert [found and found.name for found in matched_recipes(sweep)] == [
+        recipe.name,
+        recipe.name.removesuffix("-100-epochs"),
+    ]
+    assert (
+        Results.of(sweep, {})
+        .notes[0]
+        .endswith("What is not as published: lr_final: 0.0, 0.1 (published, here).")
+    )
 
 
 def test_without_a_recipe_nothing_is_said_of_papers():
-    plan = plan_sweep(get_recipe("cifar100-resnet32-ahbf").config, None, parse_values(["method_options.lambda_ta=0,4"]), 1, Path("x"))
+    plan = plan_sweep(
+        get_recipe("cifar100-resnet32-ahbf").config,
+        None,
+        parse_values(["method_options.lambda_ta=0,4"]),
+        1,
+        Path("x"),
+    )
     assert published_numbers(plan) == [None, None]
 
 
 def test_ablations_of_ahbf_are_recipes():
     for name, options, layout, meaning in [
-        ("lambda-2-0", {"lambda_ta": 2, "lambda_branch": 0}, 4, "the teacher assistants' term alone"), ("lambda-0-3", {"lambda_ta": 0, "lambda_branch": 3}, 4, "the branches' term alone"),
-        ("lambda-0-0", {"lambda_ta": 0, "lambda_branch": 0}, 4, "no distillation from teacher assistants"), ("a-0", {}, 0, "equal branches")]:
+        (
+            "lambda-2-0",
+            {"lambda_ta": 2, "lambda_branch": 0},
+            4,
+            "the teacher assistants' term alone",
+        ),
+        ("lambda-0-3", {"lambda_ta": 0, "lambda_branch": 3}, 4, "the branches' term alone"),
+        (
+            "lambda-0-0",
+            {"lambda_ta": 0, "lambda_branch": 0},
+            4,
+            "no distillation from teacher assistants",
+        ),
+        ("a-0", {}, 0, "equal branches"),
+    ]:
         recipe = get_recipe(f"cifar100-resnet32-ahbf-{name}")
-        assert (recipe.config.method_options, recipe.config.aux_blocks, recipe.config.method) == (options, layout, "ahbf")
+        assert (recipe.config.method_options, recipe.config.aux_blocks, recipe.config.method) == (
+            options,
+            layout,
+            "ahbf",
+        )
         assert recipe.meaning.endswith(f": {meaning}")
         assert recipe.published
 
@@ -194,36 +322,122 @@ def test_ablations_of_ahbf_are_recipes():
 
 def test_a_sweep_and_its_tables(fake, tmp_path, capsys):
     out = tmp_path / "out"
-    grid = ["--recipe", "cifar10-resnet32-ahbf", "--set", "epochs=2", "--set", "method_options.lambda_ta=1,2,4", "--set", "method_options.lambda_branch=0,2", "--seeds", "2",
-            "--devices", "cpu", "--per-device", "6"]
+    grid = [
+        "--recipe",
+        "cifar10-resnet32-ahbf",
+        "--set",
+        "epochs=2",
+        "--set",
+        "method_options.lambda_ta=1,2,4",
+        "--set",
+        "method_options.lambda_branch=0,2",
+        "--seeds",
+        "2",
+        "--devices",
+        "cpu",
+        "--per-device",
+        "6",
+    ]
     assert sweep(out, *grid) == 0
     said = capsys.readouterr().out
-    # fake_training: 20 + 2 lambda_ta + lambda_branch, 0.5 more for seed 1; 1 less in the best epoch.
-    by_hand = {(1, 0): 22.25, (1, 2): 24.25, (2, 0): 24.25, (2, 2): 26.25, (4, 0): 28.25, (4, 2): 30.25}
+    # fake_training: 20 + 2 lambda_ta + lambda_branch, 0.5 more for seed 1; 1 less in the best
+    # epoch.
+    by_hand = {
+        (1, 0): 22.25,
+        (1, 2): 24.25,
+        (2, 0): 24.25,
+        (2, 2): 26.25,
+        (4, 0): 28.25,
+        (4, 2): 30.25,
+    }
     found = results(out)
-    assert [(each["values"], round(each["last_error_mean"], 9), round(each["last_error_std"], 9), round(each["best_error_mean"], 9)) for each in found["points"]] == [
-        ({"method_options.lambda_ta": one, "method_options.lambda_branch": two}, mean, round(0.125**0.5, 9), mean - 1) for (one, two), mean in by_hand.items()]
+    assert [
+        (
+            each["values"],
+            round(each["last_error_mean"], 9),
+            round(each["last_error_std"], 9),
+            round(each["best_error_mean"], 9),
+        )
+        for each in found["points"]
+    ] == [
+        (
+            {"method_options.lambda_ta": one, "method_options.lambda_branch": two},
+            mean,
+            round(0.125**0.5, 9),
+            mean - 1,
+        )
+        for (one, two), mean in by_hand.items()
+    ]
     # Only the last point is a recipe of CIFAR-10: Table 1 has 5.32 +- 0.11.
-    assert [each["published"] and each["published"]["error"] for each in found["points"]] == [None] * 5 + [5.32]
-    assert re.search(r"lambda_ta=4, lambda_branch=2 +2 seeds +30\.25 \+- 0\.35 +29\.25 \+- 0\.35 +5\.32 \+- 0\.11 +\+24\.93\n", said)
-    assert re.search(r"\n1 +22\.25 \+- 0\.35 +24\.25 \+- 0\.35\n2 +24\.25 \+- 0\.35 +26\.25 \+- 0\.35\n4 +28\.25 \+- 0\.35 +30\.25 \+- 0\.35\n", said)
-    for difference in ("epochs: 300, 2 (published, here)", "trained on 1,442 images, published on 50,000", "tested on 355 images, published on 10,000", "the images come from digits", "; 2 of 3 runs."):
+    assert [each["published"] and each["published"]["error"] for each in found["points"]] == [
+        None
+    ] * 5 + [5.32]
+    assert re.search(
+        r"lambda_ta=4, lambda_branch=2 +2 seeds +30\.25 \+- 0\.35 +29\.25 \+- 0\.35 +5\.32 \+-"
+        r" 0\.11 +\+24\.93\n",
+        said,
+    )
+    assert re.search(
+        r"\n1 +22\.25 \+- 0\.35 +24\.25 \+- 0\.35\n2 +24\.25 \+- 0\.35 +26\.25 \+- 0\.35\n4 +28\.25"
+        r" \+- 0\.35 +30\.25 \+- 0\.35\n",
+        said,
+    )
+    for difference in (
+        "epochs: 300, 2 (published, here)",
+        "trained on 1,442 images, published on 50,000",
+        "tested on 355 images, published on 10,000",
+        "the images come from digits",
+        "; 2 of 3 runs.",
+    ):
         assert difference in said
-    assert "| lambda_ta=1, lambda_branch=0 | 2 seeds | 22.25 +- 0.35 |" in (out / "sweep.md").read_text()
+    assert (
+        "| lambda_ta=1, lambda_branch=0 | 2 seeds | 22.25 +- 0.35 |"
+        in (out / "sweep.md").read_text()
+    )
     rows = list(csv.DictReader(io.StringIO((out / "sweep.csv").read_text())))
     assert [float(row["last_error_mean"]) for row in rows] == pytest.approx(list(by_hand.values()))
     assert [float(word) for word in rows[0]["last_errors"].split()] == pytest.approx([22, 22.5])
     assert (out / "heat-map.png").read_bytes().startswith(b"\x89PNG")
     # What is written in the picture is what is in the table, ours and the paper's.
     drawn = re.findall(r"<!-- (.*?) -->", (out / "heat-map.svg").read_text())
-    assert {"22.25 +- 0.35", "30.25 +- 0.35", "5.32 +- 0.11", "lambda_ta", "lambda_branch", "here, digits, 2 seeds, last of 2 epochs", "error, %; own colour scale",
-            "published, AHBF Table 1, the paper's", "setup, see sweep.md"} <= set(drawn)
+    assert {
+        "22.25 +- 0.35",
+        "30.25 +- 0.35",
+        "5.32 +- 0.11",
+        "lambda_ta",
+        "lambda_branch",
+        "here, digits, 2 seeds, last of 2 epochs",
+        "error, %; own colour scale",
+        "published, AHBF Table 1, the paper's",
+        "setup, see sweep.md",
+    } <= set(drawn)
 
 
-def test_without_matplotlib_it_is_said_that_there_is_no_picture(fake, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_it_is_said_that_there_is_no_picture(
+    fake, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert sweep(tmp_path / "out", *TINY, "--set", "epochs=1", "--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--devices", "cpu", "--per-device", "4") == 0
-    assert "no heat map: drawing needs matplotlib: pip install 'fastokd[plots]'\n" in capsys.readouterr().out
+    assert (
+        sweep(
+            tmp_path / "out",
+            *TINY,
+            "--set",
+            "epochs=1",
+            "--set",
+            "aux_blocks=0,1",
+            "--set",
+            "lr=0.1,0.2",
+            "--devices",
+            "cpu",
+            "--per-device",
+            "4",
+        )
+        == 0
+    )
+    assert (
+        "no heat map: drawing needs matplotlib: pip install 'fastokd[plots]'\n"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "out" / "sweep.md").is_file()
     assert not list((tmp_path / "out").glob("heat-map*"))
 
@@ -231,7 +445,18 @@ def test_without_matplotlib_it_is_said_that_there_is_no_picture(fake, tmp_path, 
 def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    grid = ["--recipe", "cifar100-resnet32-ahbf", "--set", "epochs=2", "--set", "aux_blocks=0,4", "--devices", "cpu", "--per-device", "2"]
+    grid = [
+        "--recipe",
+        "cifar100-resnet32-ahbf",
+        "--set",
+        "epochs=2",
+        "--set",
+        "aux_blocks=0,4",
+        "--devices",
+        "cpu",
+        "--per-device",
+        "2",
+    ]
     assert sweep(out, *grid) == 0
     assert "published" not in capsys.readouterr().out
     assert [each["published"] for each in results(out)["points"]] == [None, None]
@@ -239,7 +464,19 @@ def test_runs_on_other_classes_do_not_stand_beside_a_paper(fake, tmp_path, capsy
 
 def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
     out = tmp_path / "out"
-    grid = [*TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1", "--devices", "cpu", "--per-device", "2", "--seeds", "2"]
+    grid = [
+        *TINY,
+        "--set",
+        "epochs=2",
+        "--set",
+        "aux_blocks=0,1",
+        "--devices",
+        "cpu",
+        "--per-device",
+        "2",
+        "--seeds",
+        "2",
+    ]
     assert sweep(out, *grid, "--dry-run") == 0
     said = capsys.readouterr().out
     assert said.count("not run") == 6
@@ -257,12 +494,32 @@ def test_what_is_not_finished_is_said_and_not_counted(fake, tmp_path, capsys):
     assert re.search(r"aux_blocks=1 +1 of 2 seeds +30\.00 +29\.00\n", said)
 
 
-@pytest.mark.parametrize(("states", "said"), [
-    ("finished finished", "2 seeds"), ("finished", "1 seed"), ("finished failed", "1 of 2 seeds, 1 failed"), ("finished begun failed", "1 of 3 seeds, 1 failed"),
-    ("finished begun", "1 of 2 seeds"), ("failed failed", "failed"), ("failed begun", "0 of 2 seeds, 1 failed"), ("begun", "begun"), ("", "not run")])
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        ("finished finished", "2 seeds"),
+        ("finished", "1 seed"),
+        ("finished failed", "1 of 2 seeds, 1 failed"),
+        ("finished begun failed", "1 of 3 seeds, 1 failed"),
+        ("finished begun", "1 of 2 seeds"),
+        ("failed failed", "failed"),
+        ("failed begun", "0 of 2 seeds, 1 failed"),
+        ("begun", "begun"),
+        ("", "not run"),
+    ],
+)
 def test_how_far_seeds_are(states, said):
     words = states.split()
-    assert Measured(("run",) * words.count("finished"), {f"seed{seed}": f"{word}: why" if word == "failed" else word for seed, word in enumerate(words)}).progress() == said
+    assert (
+        Measured(
+            ("run",) * words.count("finished"),
+            {
+                f"seed{seed}": f"{word}: why" if word == "failed" else word
+                for seed, word in enumerate(words)
+            },
+        ).progress()
+        == said
+    )
 
 
 # ---- the queue
@@ -283,28 +540,60 @@ def test_a_run_whose_records_were_cut_is_not_counted(fake, tmp_path, capsys):
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(fake, tmp_path, capsys):
     out = tmp_path / "out"
-    grid = [*TINY, "--set", "epochs=1", "--set", "aux_blocks=0,1,2", "--devices", "cpu", "--per-device", "1"]
+    grid = [
+        *TINY,
+        "--set",
+        "epochs=1",
+        "--set",
+        "aux_blocks=0,1,2",
+        "--devices",
+        "cpu",
+        "--per-device",
+        "1",
+    ]
     order(tmp_path, {"aux_blocks-1-seed0": "fail"})
     assert sweep(out, *grid) == 3
     said = capsys.readouterr()
-    assert "aux_blocks-1-seed0: failed: the images are not to my taste; bring others (all it said: " in said.out
-    assert said.err.endswith("1 of 3 runs failed: aux_blocks-1-seed0; the same command tries them again\n")
+    assert (
+        "aux_blocks-1-seed0: failed: the images are not to my taste; bring others (all it said: "
+        in said.out
+    )
+    assert said.err.endswith(
+        "1 of 3 runs failed: aux_blocks-1-seed0; the same command tries them again\n"
+    )
     assert re.search(r"aux_blocks=1 +failed +- +-\n", said.out)
-    assert [each["run"] for each in events(tmp_path) if each["what"] == "begins"] == ["aux_blocks-0-seed0", "aux_blocks-1-seed0", "aux_blocks-2-seed0"]
+    assert [each["run"] for each in events(tmp_path) if each["what"] == "begins"] == [
+        "aux_blocks-0-seed0",
+        "aux_blocks-1-seed0",
+        "aux_blocks-2-seed0",
+    ]
     # The same command tries that one alone again.
     order(tmp_path, {})
     (tmp_path / "events.txt").unlink()
     assert sweep(out, *grid) == 0
-    assert [each["run"] for each in events(tmp_path) if each["what"] == "begins"] == ["aux_blocks-1-seed0"]
-    assert [each["last_error_mean"] for each in results(out)["points"]] == pytest.approx([30, 30, 30])
-
+    assert [each["run"] for each in events(tmp_path) if each["what"] == "begins"] == [
+        "aux_blocks-1-seed0"
+    ]
+    assert [each["last_error_mean"] for each in results(out)["points"]] == pytest.approx(
+        [30, 30, 30]
+    )
 
 
 def jobs(root: Path, count: int, **fields) -> list[Job]:
-    return [Job(root / "out" / "runs" / f"run{number}", TrainConfig(data="digits", model="resnet8", method="baseline", epochs=2, seed=number, **fields)) for number in range(count)]
+    return [
+        Job(
+            root / "out" / "runs" / f"run{number}",
+            TrainConfig(
+                data="digits", model="resnet8", method="baseline", epochs=2, seed=number, **fields
+            ),
+        )
+        for number in range(count)
+    ]
 
 
-def run_queue(root: Path, given: list[Job], devices: list[torch.device], per_device: int | None) -> tuple[queue.Outcome, list[str]]:
+def run_queue(
+    root: Path, given: list[Job], devices: list[torch.device], per_device: int | None
+) -> tuple[queue.Outcome, list[str]]:
     (root / "out").mkdir(exist_ok=True)
     said: list[str] = []
     return Queue(given, root / "out", devices, per_device, said.append, Datasets()).run(), said
@@ -321,17 +610,32 @@ def test_no_more_run_at_once_than_are_to(fake, tmp_path, per_device, monkeypatch
 
 
 def test_runs_are_spread_over_the_devices(fake, tmp_path):
-    _, said = run_queue(tmp_path, jobs(tmp_path, 4), [torch.device("cuda", 0), torch.device("cuda", 3)], 2)
-    assert sorted(each["device"] for each in events(tmp_path) if each["what"] == "begins") == ["cuda:0", "cuda:0", "cuda:3", "cuda:3"]
-    assert said[:4] == ["run0: starts, on cuda:0", "run1: starts, on cuda:3", "run2: starts, on cuda:0", "run3: starts, on cuda:3"]
+    _, said = run_queue(
+        tmp_path, jobs(tmp_path, 4), [torch.device("cuda", 0), torch.device("cuda", 3)], 2
+    )
+    assert sorted(each["device"] for each in events(tmp_path) if each["what"] == "begins") == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:3",
+        "cuda:3",
+    ]
+    assert said[:4] == [
+        "run0: starts, on cuda:0",
+        "run1: starts, on cuda:3",
+        "run2: starts, on cuda:0",
+        "run3: starts, on cuda:3",
+    ]
 
 
 @pytest.mark.parametrize(("gib", "cores", "at_once"), [(100, 3, 3), (2.5, 12, 2), (0.1, 12, 1)])
-def test_auto_is_as_many_as_memory_and_cores_allow(fake, tmp_path, monkeypatch, gib, cores, at_once):
+def test_auto_is_as_many_as_memory_and_cores_allow(
+    fake, tmp_path, monkeypatch, gib, cores, at_once
+):
     monkeypatch.setattr(queue, "free_memory", lambda device: int(gib * 2**30))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     given = jobs(tmp_path, 4, batch_size=32)
-    # Of resnet8 on digits almost nothing; that the estimate itself is right is what tests/test_memory.py is about.
+    # Of resnet8 on digits almost nothing; that the estimate itself is right is what
+    # tests/test_memory.py is about.
     needs = queue._Memory(Datasets()).needs(given[0].config, torch.device("cpu"))
     assert queue.PROCESS_BYTES["cpu"] < needs < 1.25 * queue.PROCESS_BYTES["cpu"]
     run_queue(tmp_path, given, [torch.device("cpu")], None)
@@ -342,7 +646,10 @@ def test_what_runs_out_of_memory_beside_others_is_tried_alone(fake, tmp_path):
     order(tmp_path, {"run1": "memory"})
     outcome, said = run_queue(tmp_path, jobs(tmp_path, 4), [torch.device("cpu")], 4)
     assert outcome == queue.Outcome({}, 0)
-    assert "run1: out of memory on cpu: 128 images do not fit; it is tried again alone on its device" in said
+    assert (
+        "run1: out of memory on cpu: 128 images do not fit; it is tried again alone on its device"
+        in said
+    )
     assert [each["run"] for each in events(tmp_path)][-2:] == ["run1", "run1"]
     assert [each["what"] for each in events(tmp_path)][-2:] == ["begins", "ends"]
 
@@ -357,7 +664,13 @@ def test_two_queues_do_not_share_a_folder(fake, tmp_path):
     (tmp_path / "out").mkdir()
     other = queue.RunFolder(tmp_path / "out")
     other.lock()
-    with pytest.raises(ConfigError, match=r"runs in .* are still going on, of another call or of one that was killed; wait for them"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"runs in .* are still going on, of another call or of one that was killed; wait for"
+            r" them"
+        ),
+    ):
         run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)
     other.unlock()
     assert run_queue(tmp_path, jobs(tmp_path, 1), [torch.device("cpu")], 1)[0].exit_code == 0
@@ -375,12 +688,19 @@ def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, caps
     assert (out / "sweep.json").read_text() == record
     assert sweep(out, *grid, "--set", "aux_blocks=0,1") == 0, capsys.readouterr()
     # Nor does one whose data cannot be opened make a folder.
-    assert cli.main(["sweep", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "nowhere"), *grid]) in (2, 3)
+    assert cli.main(
+        ["sweep", "--out", str(tmp_path / "new"), "--data", str(tmp_path / "nowhere"), *grid]
+    ) in (2, 3)
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("number", "orders"), [
-    (signal.SIGTERM, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "wait"}), (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"})])
+@pytest.mark.parametrize(
+    ("number", "orders"),
+    [
+        (signal.SIGTERM, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "wait"}),
+        (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"}),
+    ],
+)
 def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     out = tmp_path / "out"
     order(tmp_path, orders)
@@ -397,12 +717,31 @@ def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
     before = signal.getsignal(number)
     stopper = threading.Thread(target=stop)
     stopper.start()
-    assert sweep(out, *TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1,2", "--per-device", "2", "--devices", "cpu") == 75
+    assert (
+        sweep(
+            out,
+            *TINY,
+            "--set",
+            "epochs=2",
+            "--set",
+            "aux_blocks=0,1,2",
+            "--per-device",
+            "2",
+            "--devices",
+            "cpu",
+        )
+        == 75
+    )
     stopper.join()
     assert signal.getsignal(number) is before
     said = capsys.readouterr()
-    assert f"{signal.Signals(number).name}: 2 runs save and stop; another signal stops them at once\n" in said.out
-    assert said.err == f"fastokd: stopped by {signal.Signals(number).name}; the same command goes on\n"
+    assert (
+        f"{signal.Signals(number).name}: 2 runs save and stop; another signal stops them at once\n"
+        in said.out
+    )
+    assert (
+        said.err == f"fastokd: stopped by {signal.Signals(number).name}; the same command goes on\n"
+    )
     assert "aux_blocks-0-seed0: saved, 1 of 2 epochs\n" in said.out
     assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())
     assert {each["run"] for each in events(tmp_path)} == set(orders)
@@ -413,7 +752,15 @@ def test_what_a_later_run_lacks_is_said_before_the_first(fake, tmp_path, monkeyp
     monkeypatch.setattr(queue, "free_memory", lambda device: 2**40)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     good, bad = jobs(tmp_path, 2)
-    bad = Job(bad.path, replace(bad.config, method="kd", branches=1, method_options={"teacher": str(tmp_path / "nowhere")}))
+    bad = Job(
+        bad.path,
+        replace(
+            bad.config,
+            method="kd",
+            branches=1,
+            method_options={"teacher": str(tmp_path / "nowhere")},
+        ),
+    )
     with pytest.raises(FastOKDError, match="nowhere"):
         run_queue(tmp_path, [good, bad], [torch.device("cpu")], None)
     assert not (tmp_path / "events.txt").exists()
@@ -434,7 +781,10 @@ def test_results_are_written_after_every_run_and_after_an_error(fake, tmp_path, 
     with pytest.raises(StorageError, match="the disk is full"):
         Queue(given, tmp_path / "out", [torch.device("cpu")], 1, say, Datasets()).run(write=write)
     failed = {"run1": "the images are not to my taste; bring others"}
-    assert written[:2] == [(["finished", "not run", "not run"], {}), (["finished", "not run", "not run"], failed)]
+    assert written[:2] == [
+        (["finished", "not run", "not run"], {}),
+        (["finished", "not run", "not run"], failed),
+    ]
     assert len(written) == 3
 
 
@@ -463,7 +813,9 @@ def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
     """As after nohup, or in the background of a script."""
     out = tmp_path / "out"
     before = signal.signal(number, signal.SIG_IGN)
-    stopper = threading.Thread(target=lambda: (wait_for_events(tmp_path, 1), os.kill(os.getpid(), number)))
+    stopper = threading.Thread(
+        target=lambda: (wait_for_events(tmp_path, 1), os.kill(os.getpid(), number))
+    )
     stopper.start()
     try:
         assert sweep(out, *TINY, "--set", "epochs=2", "--per-device", "1", "--devices", "cpu") == 0
@@ -476,9 +828,23 @@ def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
 
 def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
     out = tmp_path / "out"
-    grid = [*TINY, "--set", "epochs=2", "--set", "aux_blocks=0,1", "--per-device", "1", "--devices", "cpu"]
+    grid = [
+        *TINY,
+        "--set",
+        "epochs=2",
+        "--set",
+        "aux_blocks=0,1",
+        "--per-device",
+        "1",
+        "--devices",
+        "cpu",
+    ]
     order(tmp_path, {"aux_blocks-0-seed0": "wait"})
-    with_fakes = f"import sys; from fastokd import cli; from fastokd.sweep import queue; real = queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]]; cli.main(sys.argv[1:])"
+    with_fakes = (
+        "import sys; from fastokd import cli; from fastokd.sweep import queue; real ="
+        f" queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]];"
+        " cli.main(sys.argv[1:])"
+    )
     killed = start(["-c", with_fakes, "sweep", "--out", out, "--data", "digits", *grid])
     wait_for_events(tmp_path, 1)
     killed.kill()
@@ -486,14 +852,19 @@ def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
     left = events(tmp_path)[0]["pid"]
     try:
         assert sweep(out, *grid) == 2
-        assert f"runs in {out} are still going on, of another call or of one that was killed; wait for them" in capsys.readouterr().err
+        assert (
+            f"runs in {out} are still going on, of another call or of one that was killed; wait for"
+            " them" in capsys.readouterr().err
+        )
         assert len(events(tmp_path)) == 1
     finally:
         os.kill(left, signal.SIGTERM)
     wait_for_events(tmp_path, 2)
     order(tmp_path, {})
     deadline = time.monotonic() + 60
-    while (code := sweep(out, *grid)) == 2 and time.monotonic() < deadline:  # its process ends shortly after it says so
+    while (
+        code := sweep(out, *grid)
+    ) == 2 and time.monotonic() < deadline:  # its process ends shortly after it says so
         time.sleep(0.05)
     assert code == 0
     assert "aux_blocks-0-seed0: goes on, 1 of 2 epochs" in capsys.readouterr().out
@@ -503,10 +874,26 @@ def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
 
 
 def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
-    """Two real runs; the sweep is asked to stop while the first trains, and the same command again ends both as if nothing had been."""
+    """Two real runs; the sweep is asked to stop while the first trains, and the same command again
+    ends both as if nothing had been.
+    """
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    command = ["--data", "digits", *TINY, "--set", "method=baseline", "--set", "lr=0.05,0.1", "--set", "epochs=6", "--per-device", "1", "--devices", "cpu"]
+    command = [
+        "--data",
+        "digits",
+        *TINY,
+        "--set",
+        "method=baseline",
+        "--set",
+        "lr=0.05,0.1",
+        "--set",
+        "epochs=6",
+        "--per-device",
+        "1",
+        "--devices",
+        "cpu",
+    ]
     stopped = start(["-m", "fastokd", "sweep", "--out", out, *command])
     metrics = out / "runs" / "lr-0.05-seed0" / "metrics.jsonl"
     while not metrics.is_file():
@@ -526,8 +913,16 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
         assert (config["lr"], config["epochs"], config["method"]) == (lr, 6, "baseline")
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["epoch"], each["last_errors"]) == (5, [100 * (1 - last["eval"]["branch1"])])
-    assert len(json.loads((out / "runs" / "lr-0.05-seed0" / "environment.json").read_text())["sessions"]) == 2
-    # Killed after its last checkpoint and before its summary, a run is not finished, and has it after the next call.
+    assert (
+        len(
+            json.loads((out / "runs" / "lr-0.05-seed0" / "environment.json").read_text())[
+                "sessions"
+            ]
+        )
+        == 2
+    )
+    # Killed after its last checkpoint and before its summary, a run is not finished, and has it
+    # after the next call.
     summary = out / "runs" / "lr-0.1-seed0" / "summary.json"
     before = json.loads(summary.read_text())
     summary.unlink()
@@ -536,7 +931,9 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "lr-0.1-seed0: 6 of 6 epochs\n2 runs in " in capsys.readouterr().out
     assert sweep(out, *command[2:]) == 0
     after = json.loads(summary.read_text())
-    assert {name: after[name] for name in ("epochs", "last", "best", "best_epoch", "student")} == {name: before[name] for name in ("epochs", "last", "best", "best_epoch", "student")}
+    assert {name: after[name] for name in ("epochs", "last", "best", "best_epoch", "student")} == {
+        name: before[name] for name in ("epochs", "last", "best", "best_epoch", "student")
+    }
     assert after["seconds"] == pytest.approx(before["seconds"])
     assert results(out)["points"] == found
 
@@ -544,25 +941,49 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
 # ---- mistakes
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("branchs=2,3", r"unknown field 'branchs'; an option of the method is method_options\.NAME; did you mean 'branches'\?"),
-    ("lambda_ta=1", r"unknown field 'lambda_ta'; an option of the method is method_options\.NAME"),
-    ("branches=two,3", r"--set branches=two,3: branches='two' has the wrong type; expected int \| None"),
-    ("lr=1,x", r"lr='x' has the wrong type; expected float"),
-    ("branches=[2", r"these are no values separated by commas; put quotes around"),
-    ("branches=", "branches has no value; write at least one after the ="),
-    ("branches", r"it is not of the form FIELD=VALUE,VALUE, such as branches=2,3,4"),
-    ("=2", "it is not of the form FIELD=VALUE,VALUE"),
-    ("branches=2,3,2", "the value 2 is there twice; leave one out"),
-    ("branches.x=2", "branches has no option 'x'; only method_options and loader_options have some"),
-    ("method_options.=2", "method_options has no option ''"),
-    ("method_options={lambda_ta: 1},{lambda_ta: 2}", r"options are set one by one, as --set method_options\.NAME=VALUE,VALUE"),
-    ("loader_options={workers: 1}", r"options are set one by one, as --set loader_options\.NAME=VALUE,VALUE"),
-    ("resize_schedule.x=2", "resize_schedule has no option 'x'"),
-    ("seed=1,2", "seed is given by --seeds N"),
-    ("device=cuda", "device is given by --devices"),
-    ("data=a,b", "data is given by --data; runs on other data do not compare"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "branchs=2,3",
+            (
+                r"unknown field 'branchs'; an option of the method is method_options\.NAME; did you"
+                r" mean 'branches'\?"
+            ),
+        ),
+        (
+            "lambda_ta=1",
+            r"unknown field 'lambda_ta'; an option of the method is method_options\.NAME",
+        ),
+        (
+            "branches=two,3",
+            r"--set branches=two,3: branches='two' has the wrong type; expected int \| None",
+        ),
+        ("lr=1,x", r"lr='x' has the wrong type; expected float"),
+        ("branches=[2", r"these are no values separated by commas; put quotes around"),
+        ("branches=", "branches has no value; write at least one after the ="),
+        ("branches", r"it is not of the form FIELD=VALUE,VALUE, such as branches=2,3,4"),
+        ("=2", "it is not of the form FIELD=VALUE,VALUE"),
+        ("branches=2,3,2", "the value 2 is there twice; leave one out"),
+        (
+            "branches.x=2",
+            "branches has no option 'x'; only method_options and loader_options have some",
+        ),
+        ("method_options.=2", "method_options has no option ''"),
+        (
+            "method_options={lambda_ta: 1},{lambda_ta: 2}",
+            r"options are set one by one, as --set method_options\.NAME=VALUE,VALUE",
+        ),
+        (
+            "loader_options={workers: 1}",
+            r"options are set one by one, as --set loader_options\.NAME=VALUE,VALUE",
+        ),
+        ("resize_schedule.x=2", "resize_schedule has no option 'x'"),
+        ("seed=1,2", "seed is given by --seeds N"),
+        ("device=cuda", "device is given by --devices"),
+        ("data=a,b", "data is given by --data; runs on other data do not compare"),
+    ],
+)
 def test_values_that_make_no_sense(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_values([text])
@@ -570,32 +991,59 @@ def test_values_that_make_no_sense(text, message):
 
 
 def test_a_field_that_is_set_twice():
-    with pytest.raises(ConfigError, match="branches is set already; write all its values in one --set, separated by commas"):
+    with pytest.raises(
+        ConfigError,
+        match="branches is set already; write all its values in one --set, separated by commas",
+    ):
         parse_values(["branches=2", "branches=3"])
 
 
 def test_points_of_one_configuration_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^teacher=.*/rows\.npy: this is the same configuration as teacher=rows\.npy; leave one out$"):
-        grid_points(TrainConfig(method="kd", branches=1), parse_values([f"method_options.teacher=rows.npy,{tmp_path}/rows.npy"]))
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"^teacher=.*/rows\.npy: this is the same configuration as teacher=rows\.npy; leave one"
+            r" out$"
+        ),
+    ):
+        grid_points(
+            TrainConfig(method="kd", branches=1),
+            parse_values([f"method_options.teacher=rows.npy,{tmp_path}/rows.npy"]),
+        )
 
 
 def test_a_combination_that_makes_no_sense_is_named():
-    with pytest.raises(ConfigError, match=r"^lr=0\.1, lambda_tb=1: unknown option 'lambda_tb' of method 'ahbf'; did you mean 'lambda_ta'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"^lr=0\.1, lambda_tb=1: unknown option 'lambda_tb' of method 'ahbf'; did you mean"
+            r" 'lambda_ta'\?"
+        ),
+    ):
         grid_points(TrainConfig(), parse_values(["lr=0.1,0.2", "method_options.lambda_tb=1,2"]))
     with pytest.raises(ConfigError, match=r"^branches=1: .*ahbf"):
         grid_points(TrainConfig(), parse_values(["branches=3,1"]))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--seeds", "0"], "seeds=0: it must be at least 1"),
-    (["--devices", "cuda:7"], "cuda:7"),
-    (["--devices", "cpu,cpu"], "cpu is there twice; several runs at once on a device are --per-device N"),
-    (["--per-device", "0"], "--per-device 0: it is a whole number of runs, at least 1, or auto"),
-    (["--per-device", "many"], "--per-device many: it is a whole number of runs"),
-    (["--recipe", "cifar10-resnet32-abhf"], "did you mean 'cifar10-resnet32-ahbf'"),
-    (["--config", "missing.yaml"], "cannot read missing.yaml"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "seeds=0: it must be at least 1"),
+        (["--devices", "cuda:7"], "cuda:7"),
+        (
+            ["--devices", "cpu,cpu"],
+            "cpu is there twice; several runs at once on a device are --per-device N",
+        ),
+        (
+            ["--per-device", "0"],
+            "--per-device 0: it is a whole number of runs, at least 1, or auto",
+        ),
+        (["--per-device", "many"], "--per-device many: it is a whole number of runs"),
+        (["--recipe", "cifar10-resnet32-abhf"], "did you mean 'cifar10-resnet32-ahbf'"),
+        (["--config", "missing.yaml"], "cannot read missing.yaml"),
+    ],
+)
 def test_mistakes_are_one_line_and_nothing_is_made(arguments, message, tmp_path, capsys):
     assert sweep(tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err
@@ -612,7 +1060,17 @@ def test_devices():
 
 
 def test_data_that_cannot_be_trained_on_is_said_before_the_first_run(fake, tmp_path, capsys):
-    assert cli.main(["sweep", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "nowhere"), "--set", "aux_blocks=0,1"]) in (2, 3)
+    assert cli.main(
+        [
+            "sweep",
+            "--out",
+            str(tmp_path / "out"),
+            "--data",
+            str(tmp_path / "nowhere"),
+            "--set",
+            "aux_blocks=0,1",
+        ]
+    ) in (2, 3)
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "events.txt").exists()
 
@@ -622,7 +1080,10 @@ def test_a_folder_that_is_not_the_sweeps(fake, tmp_path, capsys):
     out.mkdir()
     (out / "thesis.tex").touch()
     assert sweep(out, *TINY) == 2
-    assert "is not empty (thesis.tex) and no folder of 'fastokd sweep'; choose another --out" in capsys.readouterr().err
+    assert (
+        "is not empty (thesis.tex) and no folder of 'fastokd sweep'; choose another --out"
+        in capsys.readouterr().err
+    )
     (tmp_path / "file").touch()
     assert sweep(tmp_path / "file", *TINY) == 5
     assert "Not a directory" in capsys.readouterr().err
@@ -633,17 +1094,41 @@ def test_another_grid_in_the_folder_is_refused_with_the_difference(fake, tmp_pat
     base = [*TINY, "--devices", "cpu", "--per-device", "4", "--set", "epochs=1"]
     assert sweep(out, *base, "--set", "aux_blocks=0,1", "--seeds", "2") == 0
     for other, message in [
-        (["--set", "aux_blocks=1,2", "--seeds", "2"], "aux_blocks: [0, 1], [1, 2]"), (["--set", "aux_blocks=0,1"], "seeds: 2, 1"),
-        (["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"], "the fields with several values: aux_blocks, aux_blocks lr; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
-        (["--set", "aux_blocks=1", "--seeds", "2"], "the fields with several values: aux_blocks, none; runs are named by these, so they stay as they are in a folder, and only they can get more values"),
-        (["--set", "aux_blocks=0,1", "--set", "weight_decay=0.1", "--seeds", "2"], "weight_decay: 0.0005, 0.1")]:
+        (["--set", "aux_blocks=1,2", "--seeds", "2"], "aux_blocks: [0, 1], [1, 2]"),
+        (["--set", "aux_blocks=0,1"], "seeds: 2, 1"),
+        (
+            ["--set", "aux_blocks=0,1", "--set", "lr=0.1,0.2", "--seeds", "2"],
+            (
+                "the fields with several values: aux_blocks, aux_blocks lr; runs are named by"
+                " these, so they stay as they are in a folder, and only they can get more values"
+            ),
+        ),
+        (
+            ["--set", "aux_blocks=1", "--seeds", "2"],
+            (
+                "the fields with several values: aux_blocks, none; runs are named by these, so they"
+                " stay as they are in a folder, and only they can get more values"
+            ),
+        ),
+        (
+            ["--set", "aux_blocks=0,1", "--set", "weight_decay=0.1", "--seeds", "2"],
+            "weight_decay: 0.0005, 0.1",
+        ),
+    ]:
         capsys.readouterr()
         assert sweep(out, *base, *other) == 2
         assert f"is of another 'sweep' (there, here: {message})" in capsys.readouterr().err
     (tmp_path / "events.txt").unlink()
-    assert sweep(out, *base, "--set", "aux_blocks=0,1,2", "--seeds", "3") == 0  # a larger one goes on
+    assert (
+        sweep(out, *base, "--set", "aux_blocks=0,1,2", "--seeds", "3") == 0
+    )  # a larger one goes on
     assert sorted(each["run"] for each in events(tmp_path) if each["what"] == "begins") == [
-        "aux_blocks-0-seed2", "aux_blocks-1-seed2", "aux_blocks-2-seed0", "aux_blocks-2-seed1", "aux_blocks-2-seed2"]
+        "aux_blocks-0-seed2",
+        "aux_blocks-1-seed2",
+        "aux_blocks-2-seed0",
+        "aux_blocks-2-seed1",
+        "aux_blocks-2-seed2",
+    ]
     (out / "sweep.json").write_text("{")
     assert sweep(out, *base, "--set", "aux_blocks=0,1") == 2
     assert "sweep.json is damaged" in capsys.readouterr().err
@@ -657,12 +1142,29 @@ def test_a_run_of_another_configuration_in_the_folder_is_refused(fake, tmp_path,
     config.write_text(config.read_text().replace("weight_decay: 0.0005", "weight_decay: 0.1"))
     capsys.readouterr()
     assert sweep(out, *grid) == 2
-    assert "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1, 0.0005): choose another --out" in capsys.readouterr().err
+    assert (
+        "aux_blocks-1-seed0 holds a run of another configuration (there, here: weight_decay: 0.1,"
+        " 0.0005): choose another --out" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
     out, data = tmp_path / "out", write_cifar(tmp_path / "data")
-    grid = ["sweep", "--out", str(out), "--set", "model=resnet8", "--set", "epochs=1", "--set", "batch_size=4", "--devices", "cpu", "--set", "aux_blocks=0,1"]
+    grid = [
+        "sweep",
+        "--out",
+        str(out),
+        "--set",
+        "model=resnet8",
+        "--set",
+        "epochs=1",
+        "--set",
+        "batch_size=4",
+        "--devices",
+        "cpu",
+        "--set",
+        "aux_blocks=0,1",
+    ]
     assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0, capsys.readouterr()
     data = data.rename(tmp_path / "moved")
     assert cli.main([*grid, "--data", f"cifar10:{data}"]) == 0
@@ -670,7 +1172,10 @@ def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
         capsys.readouterr()
         assert cli.main([*grid, "--data", "digits", *dry_run]) == 2
         said = capsys.readouterr()
-        assert f"{out} is of other images than digits has now: give the data that its runs are trained on, or choose another --out" in said.err
+        assert (
+            f"{out} is of other images than digits has now: give the data that its runs are trained"
+            " on, or choose another --out" in said.err
+        )
         assert "30.00" not in said.out
     assert cli.main([*grid, "--dry-run"]) == 0  # without data there is nothing to compare
     assert "30.00" in capsys.readouterr().out
@@ -682,21 +1187,33 @@ def test_a_finished_run_of_other_images_is_refused(fake, tmp_path, capsys):
     assert sweep(out, *grid) == 0
     environment = out / "runs" / "aux_blocks-1-seed0" / "environment.json"
     found = json.loads(environment.read_text())
-    environment.write_text(json.dumps({"data": {**found["data"], "name": "pets", "fingerprint": "0" * 64}}))
+    environment.write_text(
+        json.dumps({"data": {**found["data"], "name": "pets", "fingerprint": "0" * 64}})
+    )
     capsys.readouterr()
     assert sweep(out, *grid) == 2
-    assert "aux_blocks-1-seed0 holds a run on other images (of pets) than digits has now: give the data that it was trained on" in capsys.readouterr().err
+    assert (
+        "aux_blocks-1-seed0 holds a run on other images (of pets) than digits has now: give the"
+        " data that it was trained on" in capsys.readouterr().err
+    )
 
 
 def test_what_memory_decided_is_no_other_data(tmp_path):
-    """A run that listed the files of small images, where now they are decoded, or the other way round."""
+    """A run that listed the files of small images, where now they are decoded, or the other way
+    round.
+    """
     folder = tmp_path / "data"
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8), (len(name + split) * 9, 0, 0)).save(folder / split / name / f"{name}.png")
+            Image.new("RGB", (8, 8), (len(name + split) * 9, 0, 0)).save(
+                folder / split / name / f"{name}.png"
+            )
     datasets, config = Datasets(), TrainConfig(data=str(folder))
-    listed, decoded = (open_data(TrainConfig(data=str(folder), loader=loader), torch.device("cpu")).fingerprint for loader in ("torchvision", "resident"))
+    listed, decoded = (
+        open_data(TrainConfig(data=str(folder), loader=loader), torch.device("cpu")).fingerprint
+        for loader in ("torchvision", "resident")
+    )
     assert listed != decoded
     assert not any(datasets.are_others(config, each) for each in (listed, decoded))
     assert datasets.are_others(config, "0" * 64)

@@ -1,4 +1,6 @@
-"""Training on pictures that are decoded on the way: the command line, the choice of the loader, resuming, the exported student."""
+"""Training on pictures that are decoded on the way: the command line, the choice of the loader,
+resuming, the exported student.
+"""
 
 import dataclasses
 import json
@@ -15,7 +17,14 @@ from fastokd.data import Augment, list_files, make_loader
 from fastokd.errors import DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
-from fastokd.train.data import data_record, explain_loader, loader_for, loader_name, open_data, with_augmentation
+from fastokd.train.data import (
+    data_record,
+    explain_loader,
+    loader_for,
+    loader_name,
+    open_data,
+    with_augmentation,
+)
 
 OPTIONS = {"dali": "threads=1", "torchvision": "workers=0", "auto": "prefetch=1"}
 LOADERS = ("dali", "torchvision")
@@ -23,20 +32,46 @@ LOADERS = ("dali", "torchvision")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """24 training and 9 validation JPEG pictures of three classes, larger than what is kept decoded."""
+    """24 training and 9 validation JPEG pictures of three classes, larger than what is kept
+    decoded.
+    """
     root = tmp_path_factory.mktemp("tree")
     for split, count in (("train", 8), ("val", 3)):
         for label, name in enumerate(("birch", "maple", "oak")):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture(160 + 8 * i, 150, seed=100 * label + i + (50 if split == "val" else 0)).save(folder / f"{i}.jpg", quality=85)
+                picture(
+                    160 + 8 * i, 150, seed=100 * label + i + (50 if split == "val" else 0)
+                ).save(folder / f"{i}.jpg", quality=85)
     return root
 
 
 def train(tree, out, loader, *more, size=24) -> int:
-    return main(["train", "--data", str(tree), "--model", "resnet8", "--method", "baseline", "--image-size", str(size), "--batch-size", "8", "--lr", "0.05",
-                 "--loader", loader, "--loader-options", OPTIONS[loader], "--out", str(out), *more])
+    return main(
+        [
+            "train",
+            "--data",
+            str(tree),
+            "--model",
+            "resnet8",
+            "--method",
+            "baseline",
+            "--image-size",
+            str(size),
+            "--batch-size",
+            "8",
+            "--lr",
+            "0.05",
+            "--loader",
+            loader,
+            "--loader-options",
+            OPTIONS[loader],
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -44,7 +79,9 @@ def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     out = tmp_path / "run"
-    assert train(tree, out, loader, "--epochs", "1", size=136) == 0  # large enough for random resized crops
+    assert (
+        train(tree, out, loader, "--epochs", "1", size=136) == 0
+    )  # large enough for random resized crops
     said = capsys.readouterr().out
     assert f"loader {loader}, as chosen" in said
     assert "24 training and 9 val images" in said
@@ -53,7 +90,10 @@ def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
     assert main(["eval", str(out)]) == 0
     assert re.search(rf"branch1 \(student\) +{100 * accuracy:.2f}\n", capsys.readouterr().out)
     assert main(["export", str(out)]) == 0
-    assert json.loads((out / "export" / "student.json").read_text())["preprocessing"]["shorter_side"] == 155
+    assert (
+        json.loads((out / "export" / "student.json").read_text())["preprocessing"]["shorter_side"]
+        == 155
+    )
     assert main(["eval", str(out / "export"), "--data", str(tree)]) == 0
     assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
 
@@ -66,7 +106,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tree, tmp_path, loader):
     assert train(tree, tmp_path / "whole", loader, "--epochs", "2", *constant) == 0
     assert train(tree, tmp_path / "half", loader, "--epochs", "1", *constant) == 0
     assert main(["train", "--resume", str(tmp_path / "half"), "--epochs", "2"]) == 0
-    whole, half = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "half"))
+    whole, half = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "half")
+    )
     for name, value in whole["model"].items():
         assert torch.equal(value, half["model"][name]), name
 
@@ -82,21 +124,38 @@ def test_large_pictures_are_framed_as_imagenets_are(tree):
     config = TrainConfig(data=str(tree), batch_size=4, pad=6, image_size=160)
     dataset = with_augmentation(config, open_data(config, cpu))
     assert dataset.augment == Augment(pad=6, flip=True)
-    assert next(iter(loader_for(config, dataset, dataset.train, True, cpu))).images.shape == (4, 3, 160, 160)
+    assert next(iter(loader_for(config, dataset, dataset.train, True, cpu))).images.shape == (
+        4,
+        3,
+        160,
+        160,
+    )
 
 
 def test_auto_explains_itself(tree, monkeypatch):
     cpu = torch.device("cpu")
     streamed = TrainConfig(data=str(tree))
     dataset = open_data(streamed, cpu)
-    assert "are large or too many for memory, so they are decoded while training" in explain_loader(streamed, dataset, cpu)
+    assert "are large or too many for memory, so they are decoded while training" in explain_loader(
+        streamed, dataset, cpu
+    )
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert loader_name(streamed, dataset, cpu) == "torchvision"
-    assert re.search(r"loader torchvision: .*; dali cannot run \(DALI cannot be imported .*pip install 'fastokd\[dali\]'", explain_loader(streamed, dataset, cpu))
+    assert re.search(
+        r"loader torchvision: .*; dali cannot run \(DALI cannot be imported .*pip install"
+        r" 'fastokd\[dali\]'",
+        explain_loader(streamed, dataset, cpu),
+    )
     small = TrainConfig(data=str(tree), image_size=24)
-    assert explain_loader(small, open_data(small, cpu), cpu) == "loader resident: the images are small and fit, so they lie on cpu"
+    assert (
+        explain_loader(small, open_data(small, cpu), cpu)
+        == "loader resident: the images are small and fit, so they lie on cpu"
+    )
     digits = TrainConfig(data="digits")
-    assert explain_loader(digits, open_data(digits, cpu), cpu) == "loader resident: the dataset comes decoded, so they lie on cpu"
+    assert (
+        explain_loader(digits, open_data(digits, cpu), cpu)
+        == "loader resident: the dataset comes decoded, so they lie on cpu"
+    )
     monkeypatch.setattr("fastokd.train.data.available_memory", lambda: 1000)
     assert loader_name(small, open_data(small, cpu), cpu) == "torchvision"
 
@@ -104,14 +163,28 @@ def test_auto_explains_itself(tree, monkeypatch):
 def test_auto_passes_dali_over_for_what_it_cannot_decode(tree, tmp_path):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     cpu = torch.device("cpu")
-    assert loader_name(TrainConfig(data=str(tree)), open_data(TrainConfig(data=str(tree)), cpu), cpu) == "dali"
+    assert (
+        loader_name(TrainConfig(data=str(tree)), open_data(TrainConfig(data=str(tree)), cpu), cpu)
+        == "dali"
+    )
     shutil.copytree(tree, tmp_path / "tree")
     picture(200, 160).save(tmp_path / "tree" / "val" / "oak" / "moving.gif")
-    config = TrainConfig(data=str(tmp_path / "tree"), batch_size=4, image_size=136, loader_options={"workers": 0})
+    config = TrainConfig(
+        data=str(tmp_path / "tree"), batch_size=4, image_size=136, loader_options={"workers": 0}
+    )
     dataset = open_data(config, cpu)
-    assert re.search(r"^loader torchvision: .*; dali cannot run \(split 'val' of .*: DALI cannot decode val/oak/moving\.gif; convert them[^\n]*$",
-                     explain_loader(config, dataset, cpu))
-    assert sum(len(batch.target) for batch in loader_for(config, dataset, dataset.evaluation, False, cpu)) == 10
+    assert re.search(
+        r"^loader torchvision: .*; dali cannot run \(split 'val' of .*: DALI cannot decode"
+        r" val/oak/moving\.gif; convert them[^\n]*$",
+        explain_loader(config, dataset, cpu),
+    )
+    assert (
+        sum(
+            len(batch.target)
+            for batch in loader_for(config, dataset, dataset.evaluation, False, cpu)
+        )
+        == 10
+    )
     assert type(make_loader(dataset, dataset.evaluation, 4)).__name__ == "TorchvisionLoader"
     with pytest.raises(DataError, match=r"DALI cannot decode val/oak/moving\.gif"):
         make_loader(dataset, dataset.evaluation, 4, loader="dali")
@@ -125,15 +198,26 @@ def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, 
     seen = data_record(dataset, "torchvision")
     again = open_data(config, cpu, seen)
     assert loader_name(config, again, cpu, seen) == "torchvision"
-    assert type(loader_for(config, again, again.evaluation, False, cpu, seen)).__name__ == "TorchvisionLoader"
+    assert (
+        type(loader_for(config, again, again.evaluation, False, cpu, seen)).__name__
+        == "TorchvisionLoader"
+    )
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "nvidia.dali", None)
-        assert train(tree, tmp_path / "run", "auto", "--epochs", "1", "--lr-gamma", "1", size=136) == 0
-        assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"] == "torchvision"
+        assert (
+            train(tree, tmp_path / "run", "auto", "--epochs", "1", "--lr-gamma", "1", size=136) == 0
+        )
+        assert (
+            load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"]
+            == "torchvision"
+        )
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
     assert "loader torchvision: the images are large" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"] == "torchvision"
+    assert (
+        load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["data"]["loader"]
+        == "torchvision"
+    )
     # What cannot run here any more is no reason to stop.
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert loader_name(config, again, cpu, data_record(dataset, "dali")) == "torchvision"
@@ -142,25 +226,64 @@ def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_training_images_have_the_steps_dtype_and_those_of_evaluation_float32(tree, precision):
     cpu = torch.device("cpu")
-    config = TrainConfig(data=str(tree), batch_size=4, precision=precision, loader="torchvision", loader_options={"workers": 0})
+    config = TrainConfig(
+        data=str(tree),
+        batch_size=4,
+        precision=precision,
+        loader="torchvision",
+        loader_options={"workers": 0},
+    )
     small = dataclasses.replace(config, image_size=24, loader="resident", loader_options={})
     for each in (config, small):
         dataset = open_data(each, cpu)
-        made = {train: next(iter(loader_for(each, dataset, split, train, cpu))).images for train, split in ((True, dataset.train), (False, dataset.evaluation))}
+        made = {
+            train: next(iter(loader_for(each, dataset, split, train, cpu))).images
+            for train, split in ((True, dataset.train), (False, dataset.evaluation))
+        }
         assert made[True].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         assert made[False].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--loader", "dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
-    (["--bad-images", "skip"], "unknown bad_images 'skip'"),
-    (["--loader", "torchvision", "--loader-options", "worker=2"], "unknown loader option 'worker'; did you mean 'workers'?"),
-    (["--loader", "torchvision", "--loader-options", "workers=two"], "loader option workers='two': it must be an int"),
-    (["--loader", "resident", "--image-size", "24", "--loader-options", "workers=2"], "the resident loader has none"),
-    (["--loader", "torchvision", "--pad", "300"], "pad=300"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--loader", "dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
+        (["--bad-images", "skip"], "unknown bad_images 'skip'"),
+        (
+            ["--loader", "torchvision", "--loader-options", "worker=2"],
+            "unknown loader option 'worker'; did you mean 'workers'?",
+        ),
+        (
+            ["--loader", "torchvision", "--loader-options", "workers=two"],
+            "loader option workers='two': it must be an int",
+        ),
+        (
+            ["--loader", "resident", "--image-size", "24", "--loader-options", "workers=2"],
+            "the resident loader has none",
+        ),
+        (["--loader", "torchvision", "--pad", "300"], "pad=300"),
+    ],
+)
 def test_mistakes_are_one_line(tree, tmp_path, capsys, arguments, said):
-    assert main(["train", "--data", str(tree), "--model", "resnet8", "--method", "baseline", "--batch-size", "8", "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(tree),
+                "--model",
+                "resnet8",
+                "--method",
+                "baseline",
+                "--batch-size",
+                "8",
+                "--out",
+                str(tmp_path / "run"),
+                *arguments,
+            ]
+        )
+        == 2
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said in lines[0]
@@ -180,25 +303,65 @@ def test_a_bad_picture_stops_or_is_replaced_and_reported(tree, tmp_path, capsys)
         for folder in (tree / split).iterdir():
             (broken / split / folder.name).mkdir()
             for file in folder.iterdir():
-                (broken / split / folder.name / file.name).write_bytes(file.read_bytes()[: 300 if (split, folder.name, file.name) == ("train", "maple", "3.jpg") else None])
+                (broken / split / folder.name / file.name).write_bytes(
+                    file.read_bytes()[
+                        : (
+                            300
+                            if (split, folder.name, file.name) == ("train", "maple", "3.jpg")
+                            else None
+                        )
+                    ]
+                )
     assert train(broken, tmp_path / "fails", "torchvision", "--epochs", "1") == 3
     assert "cannot decode train/maple/3.jpg" in capsys.readouterr().err
     assert not (tmp_path / "fails").exists()
-    assert train(broken, tmp_path / "goes-on", "torchvision", "--epochs", "2", "--bad-images", "replace") == 0
+    assert (
+        train(
+            broken, tmp_path / "goes-on", "torchvision", "--epochs", "2", "--bad-images", "replace"
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert said.count("pictures that cannot be decoded and were replaced, so far 1: train/maple/3.jpg (") == 1
+    assert (
+        said.count(
+            "pictures that cannot be decoded and were replaced, so far 1: train/maple/3.jpg ("
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_missing_file_is_a_bad_picture(tree, tmp_path, capsys, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
-    rows = [f"{tree / split / name / f'{i}.jpg'},{name},{split}" for split, count in (("train", 8), ("val", 3)) for name in ("birch", "maple", "oak") for i in range(count)]
+    rows = [
+        f"{tree / split / name / f'{i}.jpg'},{name},{split}"
+        for split, count in (("train", 8), ("val", 3))
+        for name in ("birch", "maple", "oak")
+        for i in range(count)
+    ]
     (tmp_path / "list.csv").write_text("\n".join(rows).replace("maple/3.jpg", "maple/gone.jpg"))
-    assert list_files(tmp_path / "list.csv").fingerprint == list_files(tmp_path / "list.csv").fingerprint
+    assert (
+        list_files(tmp_path / "list.csv").fingerprint
+        == list_files(tmp_path / "list.csv").fingerprint
+    )
     assert train(tmp_path / "list.csv", tmp_path / "fails", loader, "--epochs", "1") == 3
-    assert re.search(r"^[^\n]*gone\.jpg \(No such file or directory\)[^\n]*--bad-images replace\n$", capsys.readouterr().err)
-    assert train(tmp_path / "list.csv", tmp_path / "goes-on", loader, "--epochs", "1", "--bad-images", "replace") == 0
+    assert re.search(
+        r"^[^\n]*gone\.jpg \(No such file or directory\)[^\n]*--bad-images replace\n$",
+        capsys.readouterr().err,
+    )
+    assert (
+        train(
+            tmp_path / "list.csv",
+            tmp_path / "goes-on",
+            loader,
+            "--epochs",
+            "1",
+            "--bad-images",
+            "replace",
+        )
+        == 0
+    )
     assert "were replaced, so far 1: " in capsys.readouterr().out
 
 
@@ -211,7 +374,10 @@ def test_classes_that_a_model_does_not_know_are_refused(tree, tmp_path, capsys):
             picture(150, 150).save(other / split / name / "0.jpg")
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), "--data", str(other)]) == 4
-    assert "was trained on the classes birch, maple, oak, the data has birch, maple, willow" in capsys.readouterr().err
+    assert (
+        "was trained on the classes birch, maple, oak, the data has birch, maple, willow"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_listings_of_one_tree_have_one_fingerprint_and_a_changed_tree_another(tree):

@@ -1,4 +1,6 @@
-"""A run from start to end: what it writes, that it can be resumed exactly, and what comes out of it."""
+"""A run from start to end: what it writes, that it can be resumed exactly, and what comes out of
+it.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,16 @@ from fastokd.train.loop import Interrupted, NonFiniteLoss, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 
-CONFIG = TrainConfig(data="digits", model="resnet8", method="ahbf", branches=3, aux_blocks=1, epochs=2, batch_size=64, lr=0.05)
+CONFIG = TrainConfig(
+    data="digits",
+    model="resnet8",
+    method="ahbf",
+    branches=3,
+    aux_blocks=1,
+    epochs=2,
+    batch_size=64,
+    lr=0.05,
+)
 ROWS = ["branch1", "branch2", "branch3", "ta2", "ta3"]
 MEASURED = [*ROWS, "ensemble"]
 
@@ -47,9 +58,21 @@ def finished(tmp_path_factory, digits):
 def test_run_folder_is_complete(finished):
     trainer, summary = finished
     folder = trainer.run_folder.path
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
-        "checkpoints/best.pt", "checkpoints/last-1.pt", "checkpoints/last.pt", "config.yaml", "environment.json", "log.txt", "metrics.csv", "metrics.jsonl",
-        "student.json", "student.safetensors", "summary.json"]
+    assert sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    ) == [
+        "checkpoints/best.pt",
+        "checkpoints/last-1.pt",
+        "checkpoints/last.pt",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "metrics.csv",
+        "metrics.jsonl",
+        "student.json",
+        "student.safetensors",
+        "summary.json",
+    ]
     assert load_config((folder / "config.yaml").read_text(), "config") == CONFIG
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
@@ -69,7 +92,13 @@ def test_metrics_name_every_branch_ta_and_term(finished):
         assert {f"accuracy/{name}" for name in MEASURED} < set(record["train"])
         weighted = sum(record["train"][f"ce/{name}"] for name in ROWS) + record["kd_weight"] * sum(
             weight * record["train"][f"kl/{edge}"]
-            for edge, weight in (("ta2->branch1", 4), ("branch2->branch1", 2), ("ta3->ta2", 4), ("branch3->ta2", 2)))
+            for edge, weight in (
+                ("ta2->branch1", 4),
+                ("branch2->branch1", 2),
+                ("ta3->ta2", 4),
+                ("branch3->ta2", 2),
+            )
+        )
         assert record["train"]["loss"] == pytest.approx(weighted, rel=1e-5)
     assert summary.last == records[-1]["eval"]
     assert summary.best["branch1"] == max(record["eval"]["branch1"] for record in records)
@@ -91,7 +120,9 @@ def test_evaluation_counts_each_image_once(finished, digits):
         for image, target in zip(digits.test.images, digits.test.targets, strict=True):
             logits = trainer.model((((image / 255) - mean) / std).unsqueeze(0)).logits[0]
             right += int(logits.argmax()) == int(target)
-    assert summary.last["branch1"] == pytest.approx(right / 355, abs=1.5 / 355)  # one borderline image may round otherwise
+    assert summary.last["branch1"] == pytest.approx(
+        right / 355, abs=1.5 / 355
+    )  # one borderline image may round otherwise
 
 
 def test_resume_equals_a_straight_run(finished, tmp_path, digits):
@@ -111,7 +142,9 @@ def test_resume_equals_a_straight_run(finished, tmp_path, digits):
     assert mine == theirs
 
 
-def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(finished, tmp_path, digits, capsys):
+def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(
+    finished, tmp_path, digits, capsys
+):
     first = make(CONFIG, tmp_path / "run", digits)
     first._run_epoch()
     first.store.wait()
@@ -119,7 +152,9 @@ def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(finished,
     first.best = {"branch1": 0.0}  # the second epoch is the best
     first._run_epoch()
     first.store.wait()
-    first.run_folder.last.write_bytes(kept[first.run_folder.last])  # as if killed right before last.pt took its place
+    first.run_folder.last.write_bytes(
+        kept[first.run_folder.last]
+    )  # as if killed right before last.pt took its place
     for path in first.run_folder.checkpoints.glob("last-*.pt"):
         path.unlink()
     assert load_checkpoint(first.run_folder.best)["epoch"] == 2
@@ -135,7 +170,11 @@ def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(finished,
     save_checkpoint(first.run_folder.last, state)
     third = make(CONFIG, tmp_path / "run", digits, resume=True)
     assert (third.best_epoch, third.best) == (-1, {})
-    assert re.search(r"best\.pt is not of the best epoch so far \(8\), and no other checkpoint is: the best of those to come is kept", capsys.readouterr().out)
+    assert re.search(
+        r"best\.pt is not of the best epoch so far \(8\), and no other checkpoint is: the best of"
+        r" those to come is kept",
+        capsys.readouterr().out,
+    )
     assert third.run().best_epoch == 1
 
 
@@ -152,7 +191,9 @@ def test_a_damaged_last_checkpoint_is_passed_over_with_a_warning(finished, tmp_p
 def test_resume_for_more_epochs(finished, tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=1)
     make(config, tmp_path / "run", digits).run()
-    with pytest.raises(ConfigError, match=r"has 1 finished epochs, and --epochs 1 is not more.*larger --epochs"):
+    with pytest.raises(
+        ConfigError, match=r"has 1 finished epochs, and --epochs 1 is not more.*larger --epochs"
+    ):
         make(config, tmp_path / "run", digits, resume=True)
     more = make(dataclasses.replace(config, epochs=2), tmp_path / "run", digits, resume=True)
     more.run()
@@ -193,11 +234,19 @@ def test_load_run_gives_the_trained_weights(finished, digits):
 def test_student_is_the_kept_branch_alone(finished, digits):
     trainer, summary = finished
     student, record = load_student(trainer.run_folder.path)
-    assert record["accuracy"] == {"top1": summary.last["branch1"], "data": "digits", "split": "test", "num_images": 355, "epoch": 2}
+    assert record["accuracy"] == {
+        "top1": summary.last["branch1"],
+        "data": "digits",
+        "split": "test",
+        "num_images": 355,
+        "epoch": 2,
+    }
     assert record["classes"] == [str(digit) for digit in range(10)]
     assert record["architecture"] == {"name": "resnet8", "num_classes": 10}
     assert json.loads((trainer.run_folder.path / "student.json").read_text()) == record
-    assert set(load_file(trainer.run_folder.student)) == set(create_student("resnet8", 10).state_dict())
+    assert set(load_file(trainer.run_folder.student)) == set(
+        create_student("resnet8", 10).state_dict()
+    )
     trainer.model.eval()
     assert check_same_logits(trainer.model.student(), student, trainer.eval_loader) == 355
     assert measure_accuracy(student, trainer.eval_loader) == summary.last["branch1"]
@@ -219,7 +268,10 @@ def test_val_split_keeps_the_test_images_out(tmp_path):
 
 def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path, digits):
     trainer = make(dataclasses.replace(CONFIG, lr=1e30), tmp_path / "run", digits)
-    with pytest.raises(NonFiniteLoss, match=r"epoch 1, step \d+: not finite: loss, ce/branch1.*no epoch was saved.*lower --lr$"):
+    with pytest.raises(
+        NonFiniteLoss,
+        match=r"epoch 1, step \d+: not finite: loss, ce/branch1.*no epoch was saved.*lower --lr$",
+    ):
         trainer.run()
     assert not trainer.run_folder.last.exists()
 
@@ -231,7 +283,12 @@ def test_bf16_autocast_trains(tmp_path, digits):
 
 @pytest.mark.parametrize(("method", "expected"), [("ahbf", MEASURED), ("baseline", ["branch1"])])
 def test_rows_of_each_method(tmp_path, digits, method, expected):
-    config = dataclasses.replace(CONFIG, epochs=1, method=method, branches=len([name for name in expected if name.startswith("b")]))
+    config = dataclasses.replace(
+        CONFIG,
+        epochs=1,
+        method=method,
+        branches=len([name for name in expected if name.startswith("b")]),
+    )
     assert list(make(config, tmp_path / "run", digits).run().last) == expected
 
 
@@ -241,7 +298,9 @@ class TestCheckpoints:
         other = make(dataclasses.replace(CONFIG, model="resnet14"), tmp_path / "run", digits)
         state = load_checkpoint(trainer.run_folder.last)
         save_checkpoint(other.run_folder.last, {**state, "config": other.config.to_yaml()})
-        with pytest.raises(CheckpointError, match=r"is of another architecture: \d+ weights are missing, e\.g\. "):
+        with pytest.raises(
+            CheckpointError, match=r"is of another architecture: \d+ weights are missing, e\.g\. "
+        ):
             other.resume(load_checkpoint(other.run_folder.last))
 
     def test_of_other_classes(self, finished, tmp_path, digits):
@@ -250,7 +309,10 @@ class TestCheckpoints:
         folder = tmp_path / "run"
         other = make(CONFIG, folder, renamed)
         other.run_folder.last.write_bytes(trainer.run_folder.last.read_bytes())
-        with pytest.raises(CheckpointError, match=r"trained on the classes 0, 1, 2, 3, \.\.\. \(10\), the data has a, b"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"trained on the classes 0, 1, 2, 3, \.\.\. \(10\), the data has a, b",
+        ):
             other.resume(load_checkpoint(other.run_folder.last))
 
     @pytest.mark.parametrize("keep", [0, 10, 1000, 50_000])
@@ -287,14 +349,18 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match="there is no checkpoint"):
             make(CONFIG, tmp_path / "run", digits, resume=True)
 
-
     @pytest.mark.parametrize("entry", sorted(ENTRIES))
     def test_with_an_entry_missing_or_wrong(self, finished, tmp_path, entry):
         trainer, _ = finished
         state = load_checkpoint(trainer.run_folder.last)
-        for wrong in ({key: value for key, value in state.items() if key != entry}, {**state, entry: None}):
+        for wrong in (
+            {key: value for key, value in state.items() if key != entry},
+            {**state, entry: None},
+        ):
             save_checkpoint(tmp_path / "last.pt", wrong)
-            with pytest.raises(CheckpointError, match=f"its entry '{entry}' is missing or of the wrong kind"):
+            with pytest.raises(
+                CheckpointError, match=f"its entry '{entry}' is missing or of the wrong kind"
+            ):
                 load_checkpoint(tmp_path / "last.pt")
 
     def test_of_another_optimizer(self, finished, tmp_path, digits):
@@ -308,19 +374,35 @@ class TestCheckpoints:
 
     def test_of_changed_images(self, finished, tmp_path, digits):
         trainer, _ = finished
-        other = make(dataclasses.replace(CONFIG, epochs=3), tmp_path / "run", dataclasses.replace(digits, fingerprint="other"))
-        with pytest.raises(CheckpointError, match="was trained on other images than digits holds now"):
+        other = make(
+            dataclasses.replace(CONFIG, epochs=3),
+            tmp_path / "run",
+            dataclasses.replace(digits, fingerprint="other"),
+        )
+        with pytest.raises(
+            CheckpointError, match="was trained on other images than digits holds now"
+        ):
             other.resume(load_checkpoint(trainer.run_folder.last))
 
     def test_of_a_changed_configuration(self, finished, tmp_path, digits):
         trainer, _ = finished
-        other = make(dataclasses.replace(CONFIG, epochs=3, lr=0.5, seed=7), tmp_path / "run", digits)
-        with pytest.raises(ConfigError, match=r"is not that of the checkpoint \(was, is: lr: 0\.05, 0\.5; seed: 0, 7\).*--allow-config-change"):
+        other = make(
+            dataclasses.replace(CONFIG, epochs=3, lr=0.5, seed=7), tmp_path / "run", digits
+        )
+        with pytest.raises(
+            ConfigError,
+            match=(
+                r"is not that of the checkpoint \(was, is: lr: 0\.05, 0\.5; seed: 0,"
+                r" 7\).*--allow-config-change"
+            ),
+        ):
             other.resume(load_checkpoint(trainer.run_folder.last))
 
 
 @pytest.mark.parametrize("failing", ["best.pt", "student.safetensors", "metrics.jsonl", "last.pt"])
-def test_a_write_that_fails_leaves_a_run_that_resumes_as_if_nothing_was(finished, tmp_path, digits, monkeypatch, failing):
+def test_a_write_that_fails_leaves_a_run_that_resumes_as_if_nothing_was(
+    finished, tmp_path, digits, monkeypatch, failing
+):
     straight, summary = finished
     trainer = make(CONFIG, tmp_path / "run", digits)
     trainer._run_epoch()
@@ -331,15 +413,22 @@ def test_a_write_that_fails_leaves_a_run_that_resumes_as_if_nothing_was(finished
             if path.name == failing:
                 raise StorageError(f"cannot write {path}: No space left on device")
             return write(path, *arguments)
+
         return written
 
     import fastokd.train.checkpoint as checkpoint
     import fastokd.train.loop as loop
     import fastokd.train.run_folder as run_folder
 
-    for module, name in ((checkpoint, "save_checkpoint"), (run_folder, "append_line"), (loop, "write_student")):
+    for module, name in (
+        (checkpoint, "save_checkpoint"),
+        (run_folder, "append_line"),
+        (loop, "write_student"),
+    ):
         monkeypatch.setattr(module, name, refusing(getattr(module, name)))
-    trainer.best = {"branch1": 0.0}  # the second epoch is to be the best, so that best.pt is written
+    trainer.best = {
+        "branch1": 0.0
+    }  # the second epoch is to be the best, so that best.pt is written
     trainer._run_epoch()
     with pytest.raises(StorageError):
         trainer.store.wait()
@@ -376,16 +465,23 @@ def test_two_processes_cannot_share_a_run_folder(tmp_path):
 def test_metrics_that_are_none_are_left_out(finished, tmp_path, line):
     trainer, _ = finished
     run = RunFolder(tmp_path)
-    run.metrics_path.write_bytes(trainer.run_folder.metrics_path.read_bytes() + line.encode("latin-1") + b"\n")
+    run.metrics_path.write_bytes(
+        trainer.run_folder.metrics_path.read_bytes() + line.encode("latin-1") + b"\n"
+    )
     assert [record["epoch"] for record in run.read_metrics()] == [0, 1]
 
 
 class TestExports:
-    @pytest.mark.parametrize("entry", ["architecture", "classes", "preprocessing", "accuracy", "provenance", "format"])
+    @pytest.mark.parametrize(
+        "entry", ["architecture", "classes", "preprocessing", "accuracy", "provenance", "format"]
+    )
     def test_with_an_incomplete_record(self, finished, tmp_path, entry):
         trainer, _ = finished
         student, record = load_student(trainer.run_folder.path)
-        for wrong in ({key: value for key, value in record.items() if key != entry}, {**record, entry: "x"}):
+        for wrong in (
+            {key: value for key, value in record.items() if key != entry},
+            {**record, entry: "x"},
+        ):
             write_student(tmp_path / "student.safetensors", student, wrong)
             with pytest.raises(CheckpointError, match="is damaged: its record"):
                 load_student(tmp_path)
@@ -407,65 +503,94 @@ class TestExports:
     def test_of_an_unknown_architecture(self, finished, tmp_path):
         trainer, _ = finished
         student, record = load_student(trainer.run_folder.path)
-        write_student(tmp_path / "student.safetensors", student, {**record, "architecture": {"name": "resnet999", "num_classes": 10}})
+        write_student(
+            tmp_path / "student.safetensors",
+            student,
+            {**record, "architecture": {"name": "resnet999", "num_classes": 10}},
+        )
         with pytest.raises(CheckpointError, match="unknown model 'resnet999'"):
             load_student(tmp_path)
-        write_student(tmp_path / "student.safetensors", student, {**record, "architecture": {"name": "resnet20", "num_classes": 10}})
-        with pytest.raises(CheckpointError, match="is of another architecture: 72 weights are missing"):
+        write_student(
+            tmp_path / "student.safetensors",
+            student,
+            {**record, "architecture": {"name": "resnet20", "num_classes": 10}},
+        )
+        with pytest.raises(
+            CheckpointError, match="is of another architecture: 72 weights are missing"
+        ):
             load_student(tmp_path)
 
 
 class TestConfig:
     def test_yaml_round_trip(self):
-        config = dataclasses.replace(CONFIG, method_options={"temperature": 4.0, "detach_teacher": True}, lr_decay_at=(0.25,))
+        config = dataclasses.replace(
+            CONFIG, method_options={"temperature": 4.0, "detach_teacher": True}, lr_decay_at=(0.25,)
+        )
         assert load_config(config.to_yaml(), "here") == config
 
     def test_yaml_numbers_without_a_dot(self):
         # YAML 1.1 reads 5e-4 as a string.
-        assert load_config("weight_decay: 5e-4\nlr: 1", "here") == TrainConfig(weight_decay=5e-4, lr=1.0)
+        assert load_config("weight_decay: 5e-4\nlr: 1", "here") == TrainConfig(
+            weight_decay=5e-4, lr=1.0
+        )
 
-    @pytest.mark.parametrize(("text", "message"), [
-        ("epoch: 3", r"here: unknown field 'epoch'; did you mean 'epochs'\?"),
-        ("epochs: three", r"here: epochs='three' has the wrong type; expected int"),
-        ("epochs: true", r"epochs=True has the wrong type"),
-        ("epochs: null", r"epochs=None has the wrong type"),
-        ("lr_decay_at: 0.5", r"lr_decay_at=0.5 has the wrong type"),
-        ("nesterov: 1", r"nesterov=1 has the wrong type; expected bool"),
-        ("method_options: {1: 2}", r"method_options=\{1: 2\} has the wrong type"),
-        ("- 1", r"expected a mapping of fields, got list"),
-        ("a: [", r"here is not valid YAML"),
-    ])
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("epoch: 3", r"here: unknown field 'epoch'; did you mean 'epochs'\?"),
+            ("epochs: three", r"here: epochs='three' has the wrong type; expected int"),
+            ("epochs: true", r"epochs=True has the wrong type"),
+            ("epochs: null", r"epochs=None has the wrong type"),
+            ("lr_decay_at: 0.5", r"lr_decay_at=0.5 has the wrong type"),
+            ("nesterov: 1", r"nesterov=1 has the wrong type; expected bool"),
+            ("method_options: {1: 2}", r"method_options=\{1: 2\} has the wrong type"),
+            ("- 1", r"expected a mapping of fields, got list"),
+            ("a: [", r"here is not valid YAML"),
+        ],
+    )
     def test_bad_yaml(self, text, message):
         with pytest.raises(ConfigError, match=message):
             load_config(text, "here")
 
-    @pytest.mark.parametrize(("changes", "message"), [
-        ({"method": "ahfb"}, r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
-        ({"preset": "papers"}, r"unknown preset 'papers' of method 'ahbf'; did you mean 'paper'\?"),
-        ({"branches": 1}, r"1 branches: method 'ahbf' takes 2 to 8"),
-        ({"branches": 9}, r"9 branches"),
-        ({"method": "baseline"}, r"3 branches: method 'baseline' takes 1 only"),
-        ({"method_options": {"temprature": 3}}, r"unknown option 'temprature' of method 'ahbf'; did you mean 'temperature'\?"),
-        ({"method_options": {"temperature": 0}}, r"temperature=0"),
-        ({"method_options": {"lambda_ta": -1}}, r"lambda_ta=-1"),
-        ({"method_options": {"temperature": "hot"}}, r"method 'ahbf'"),
-        ({"epochs": 0}, r"epochs=0: it must be at least 1"),
-        ({"batch_size": 1}, r"batch_size=1"),
-        ({"lr": float("nan")}, r"lr=nan"),
-        ({"lr": -1.0}, r"lr=-1.0"),
-        ({"lr_decay_at": (150.0,)}, r"lr_decay_at=\(150.0,\): it must be fractions"),
-        ({"momentum": 0.0}, r"nesterov=True: it must be false when momentum is 0"),
-        ({"weight_decay": -1.0}, r"weight_decay"),
-        ({"val_split": 1.0}, r"val_split=1.0"),
-        ({"precision": "fp23"}, r"unknown precision 'fp23'; did you mean 'fp32'\?"),
-        ({"model": "resnet21"}, r"unknown model 'resnet21'; did you mean 'resnet\d+'\?"),
-        ({"seed": 2**31}, r"seed=2147483648"),
-        ({"data": "b\udcff"}, r"not valid UTF-8"),
-        ({"method_options": {"detach_teacher": 3}}, r"detach_teacher=3; it must be True or False"),
-        ({"impl": "tritn"}, r"unknown impl 'tritn'; did you mean 'triton'\?"),
-        ({"aux_blocks": -1}, r"aux_blocks=-1"),
-        ({"seed": -1}, r"seed=-1"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"method": "ahfb"}, r"unknown method 'ahfb'; did you mean 'ahbf'\?"),
+            (
+                {"preset": "papers"},
+                r"unknown preset 'papers' of method 'ahbf'; did you mean 'paper'\?",
+            ),
+            ({"branches": 1}, r"1 branches: method 'ahbf' takes 2 to 8"),
+            ({"branches": 9}, r"9 branches"),
+            ({"method": "baseline"}, r"3 branches: method 'baseline' takes 1 only"),
+            (
+                {"method_options": {"temprature": 3}},
+                r"unknown option 'temprature' of method 'ahbf'; did you mean 'temperature'\?",
+            ),
+            ({"method_options": {"temperature": 0}}, r"temperature=0"),
+            ({"method_options": {"lambda_ta": -1}}, r"lambda_ta=-1"),
+            ({"method_options": {"temperature": "hot"}}, r"method 'ahbf'"),
+            ({"epochs": 0}, r"epochs=0: it must be at least 1"),
+            ({"batch_size": 1}, r"batch_size=1"),
+            ({"lr": float("nan")}, r"lr=nan"),
+            ({"lr": -1.0}, r"lr=-1.0"),
+            ({"lr_decay_at": (150.0,)}, r"lr_decay_at=\(150.0,\): it must be fractions"),
+            ({"momentum": 0.0}, r"nesterov=True: it must be false when momentum is 0"),
+            ({"weight_decay": -1.0}, r"weight_decay"),
+            ({"val_split": 1.0}, r"val_split=1.0"),
+            ({"precision": "fp23"}, r"unknown precision 'fp23'; did you mean 'fp32'\?"),
+            ({"model": "resnet21"}, r"unknown model 'resnet21'; did you mean 'resnet\d+'\?"),
+            ({"seed": 2**31}, r"seed=2147483648"),
+            ({"data": "b\udcff"}, r"not valid UTF-8"),
+            (
+                {"method_options": {"detach_teacher": 3}},
+                r"detach_teacher=3; it must be True or False",
+            ),
+            ({"impl": "tritn"}, r"unknown impl 'tritn'; did you mean 'triton'\?"),
+            ({"aux_blocks": -1}, r"aux_blocks=-1"),
+            ({"seed": -1}, r"seed=-1"),
+        ],
+    )
     def test_bad_values(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             check_config(dataclasses.replace(CONFIG, **changes))

@@ -22,26 +22,37 @@ def loss(impl, case, logits):
 
 
 def test_create_graph_gives_the_right_first_derivative(case):
-    grads = [torch.autograd.grad(loss(impl, case, case[0]), case[0], create_graph=True)[0] for impl in ("reference", "opaque")]
+    grads = [
+        torch.autograd.grad(loss(impl, case, case[0]), case[0], create_graph=True)[0]
+        for impl in ("reference", "opaque")
+    ]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-14)
 
 
 def test_a_second_derivative_is_refused_and_the_reference_has_it(case):
-    grad, = torch.autograd.grad(loss("opaque", case, case[0]), case[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="cannot be differentiated twice with impl='opaque'; use impl='reference'"):
+    (grad,) = torch.autograd.grad(loss("opaque", case, case[0]), case[0], create_graph=True)
+    with pytest.raises(
+        NotImplementedError,
+        match="cannot be differentiated twice with impl='opaque'; use impl='reference'",
+    ):
         grad.sum().backward()
-    grad, = torch.autograd.grad(loss("reference", case, case[0]), case[0], create_graph=True)
-    second, = torch.autograd.grad(grad.square().sum(), case[0])
+    (grad,) = torch.autograd.grad(loss("reference", case, case[0]), case[0], create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), case[0])
     assert second.abs().sum() > 0
 
 
 @pytest.mark.parametrize("impl", ["reference", "opaque"])
 def test_func_grad(case, impl):
     found = torch.func.grad(lambda logits: loss(impl, case, logits))(case[0].detach())
-    expected, = torch.autograd.grad(loss("reference", case, case[0]), case[0])
+    (expected,) = torch.autograd.grad(loss("reference", case, case[0]), case[0])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_vmap_is_refused(case):
-    with pytest.raises(NotImplementedError, match=r"cannot be mapped with torch\.vmap with impl='opaque'; use impl='reference'"):
-        torch.func.vmap(lambda logits: loss("opaque", case, logits))(torch.stack([case[0].detach()] * 3))
+    with pytest.raises(
+        NotImplementedError,
+        match=r"cannot be mapped with torch\.vmap with impl='opaque'; use impl='reference'",
+    ):
+        torch.func.vmap(lambda logits: loss("opaque", case, logits))(
+            torch.stack([case[0].detach()] * 3)
+        )

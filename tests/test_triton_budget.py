@@ -1,4 +1,6 @@
-"""What the compiled kernels may cost. Everything here is read from machine code made on a machine without a GPU."""
+"""What the compiled kernels may cost. Everything here is read from machine code made on a machine
+without a GPU.
+"""
 
 import os
 from functools import cache
@@ -11,21 +13,48 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from fastokd.graph import lower
 from fastokd.graph.plan import Plan
-from fastokd.kernels.triton.budget import SIZES, Cost, cascade, compile_kernel, launch_tile, main, measure
+from fastokd.kernels.triton.budget import (
+    SIZES,
+    Cost,
+    cascade,
+    compile_kernel,
+    launch_tile,
+    main,
+    measure,
+)
 from fastokd.kernels.triton.spec import specialise
 from fastokd.kernels.triton.tile import Tile, choose_splits
 from tests.triton_graphs import GRAPHS
 
-# Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6 KL edges, sm_90, and
-# registers. What is there, on Triton 3.9 and 3.6: forward 59.25 and 59.25, 72 registers; backward 85.8 and 89.5, 168 and 166;
-# without vectors 64.0 and 64.0, 95.0 and 98.0.
-MOST_PER_COLUMN = {("forward", True): 62, ("backward", True): 91, ("forward", False): 67, ("backward", False): 100}
+# Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6
+# KL edges, sm_90, and registers. What is there, on Triton 3.9 and 3.6: forward 59.25 and 59.25, 72
+# registers; backward 85.8 and 89.5, 168 and 166; without vectors 64.0 and 64.0, 95.0 and 98.0.
+MOST_PER_COLUMN = {
+    ("forward", True): 62,
+    ("backward", True): 91,
+    ("forward", False): 67,
+    ("backward", False): 100,
+}
 MOST_REGISTERS = {"forward": 96, "backward": 192}
 
 
-def cost_of(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int = 90, stride: int = 0) -> Cost:
+def cost_of(
+    which: str,
+    branches: int,
+    batch: int,
+    classes: int,
+    dtype: str,
+    capability: int = 90,
+    stride: int = 0,
+) -> Cost:
     plan = cascade(branches)
-    return _cost(which, plan, launch_tile(plan, batch, classes, dtype, stride, fused=which == "fused"), dtype, capability)
+    return _cost(
+        which,
+        plan,
+        launch_tile(plan, batch, classes, dtype, stride, fused=which == "fused"),
+        dtype,
+        capability,
+    )
 
 
 @cache  # many batches have the tile of another
@@ -36,7 +65,9 @@ def _cost(which: str, plan: Plan, tile: Tile, dtype: str, capability: int) -> Co
 def check(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
     tile = launch_tile(cascade(branches), batch, classes, dtype, fused=which == "fused")
     if tile.splits > 1:
-        for part in {"forward": ("partial", "merge"), "backward": ("columns", "weights")}.get(which, ()):
+        for part in {"forward": ("partial", "merge"), "backward": ("columns", "weights")}.get(
+            which, ()
+        ):
             cost = cost_of(part, branches, batch, classes, dtype, capability)
             assert (cost.stack, cost.spills) == (0, 0), (part, cost)
         return
@@ -50,17 +81,22 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
         assert cost.exponentials_per_column == 2 * branches - 1, cost
 
 
-@pytest.mark.parametrize(("which", "branches", "batch", "classes", "dtype", "capability"), [
-    ("forward", 4, 128, 10, "bf16", 90),       # rows share a warp
-    ("backward", 4, 128, 100, "fp32", 80),     # a warp holds the row
-    ("forward", 2, 96, 1000, "fp32", 100),     # four warps hold the row
-    ("backward", 8, 1024, 1000, "bf16", 90),   # the most branches: the most registers
-    ("forward", 8, 1024, 1001, "bf16", 90),
-    ("backward", 2, 256, 21841, "fp32", 90),
-    ("fused", 4, 128, 100, "bf16", 90),
-    ("backward", 8, 128, 32, "fp32", 90),      # the most columns of few classes
-])
-def test_no_spills_and_wide_loads(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("which", "branches", "batch", "classes", "dtype", "capability"),
+    [
+        ("forward", 4, 128, 10, "bf16", 90),  # rows share a warp
+        ("backward", 4, 128, 100, "fp32", 80),  # a warp holds the row
+        ("forward", 2, 96, 1000, "fp32", 100),  # four warps hold the row
+        ("backward", 8, 1024, 1000, "bf16", 90),  # the most branches: the most registers
+        ("forward", 8, 1024, 1001, "bf16", 90),
+        ("backward", 2, 256, 21841, "fp32", 90),
+        ("fused", 4, 128, 100, "bf16", 90),
+        ("backward", 8, 128, 32, "fp32", 90),  # the most columns of few classes
+    ],
+)
+def test_no_spills_and_wide_loads(
+    which: str, branches: int, batch: int, classes: int, dtype: str, capability: int
+) -> None:
     check(which, branches, batch, classes, dtype, capability)
 
 
@@ -71,7 +107,9 @@ def test_no_spills_and_wide_loads(which: str, branches: int, batch: int, classes
 @pytest.mark.parametrize("classes", [10, 32, 100, 1000, 1001, 21841])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("batch", [128, 1024])
-def test_the_whole_grid(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
+def test_the_whole_grid(
+    which: str, branches: int, batch: int, classes: int, dtype: str, capability: int
+) -> None:
     check(which, branches, batch, classes, dtype, capability)
 
 
@@ -90,13 +128,36 @@ def test_instructions_per_column_of_other_numbers_of_branches(branches: int, mos
 
 
 def test_which_rows_are_split() -> None:
-    assert [choose_splits(batch, 100000) for batch in (0, 1, 8, 32, 33, 128, 255, 256)] == [1, 8, 8, 8, 8, 2, 2, 1]
-    assert [choose_splits(8, classes) for classes in (1000, 16383, 16384, 21841, 50000, 10**6)] == [1, 1, 2, 2, 4, 32]
+    assert [choose_splits(batch, 100000) for batch in (0, 1, 8, 32, 33, 128, 255, 256)] == [
+        1,
+        8,
+        8,
+        8,
+        8,
+        2,
+        2,
+        1,
+    ]
+    assert [choose_splits(8, classes) for classes in (1000, 16383, 16384, 21841, 50000, 10**6)] == [
+        1,
+        1,
+        2,
+        2,
+        4,
+        32,
+    ]
 
 
-@pytest.mark.parametrize(("branches", "classes", "dtype"), [
-    (4, 131072, "bf16"), (8, 100001, "bf16"), pytest.param(2, 100000, "fp32", marks=pytest.mark.grid),
-    pytest.param(4, 100001, "fp32", marks=pytest.mark.grid), pytest.param(8, 100000, "fp32", marks=pytest.mark.grid)])
+@pytest.mark.parametrize(
+    ("branches", "classes", "dtype"),
+    [
+        (4, 131072, "bf16"),
+        (8, 100001, "bf16"),
+        pytest.param(2, 100000, "fp32", marks=pytest.mark.grid),
+        pytest.param(4, 100001, "fp32", marks=pytest.mark.grid),
+        pytest.param(8, 100000, "fp32", marks=pytest.mark.grid),
+    ],
+)
 def test_split_rows_cost_no_more(branches: int, classes: int, dtype: str) -> None:
     plan = cascade(branches)
     tile = launch_tile(plan, 8, classes, dtype)
@@ -116,13 +177,17 @@ def split_graph(name: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
     tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
     spec = specialise(plan)
-    stages = ["ahead"] * spec.looks_ahead(soft_target) + ["partial"] + ["normal"] * bool(spec.normal)
+    stages = (
+        ["ahead"] * spec.looks_ahead(soft_target) + ["partial"] + ["normal"] * bool(spec.normal)
+    )
     for which in (*stages, "merge", "columns", *["weights"] * bool(spec.num_weights)):
         cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
         assert (cost.stack, cost.spills) == (0, 0), (which, cost)
 
 
-@pytest.mark.parametrize(("name", "soft_target"), [("selection", True), ("mixed probabilities", False)])
+@pytest.mark.parametrize(
+    ("name", "soft_target"), [("selection", True), ("mixed probabilities", False)]
+)
 def test_split_graphs_compile(name: str, soft_target: bool) -> None:
     split_graph(name, soft_target)
 
@@ -143,15 +208,25 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
         assert dtype == "fp64" or (cost.stack, cost.spills) == (0, 0), (which, cost)
 
 
-@pytest.mark.parametrize(("name", "soft_target"), [
-    ("memory", False), ("mixed probabilities", True), ("selection", True), ("first-order eps", False), ("shared weights", False)])
+@pytest.mark.parametrize(
+    ("name", "soft_target"),
+    [
+        ("memory", False),
+        ("mixed probabilities", True),
+        ("selection", True),
+        ("first-order eps", False),
+        ("shared weights", False),
+    ],
+)
 def test_graphs_compile(name: str, soft_target: bool) -> None:
     compile_graph(name, 10, "fp32", soft_target)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "soft"])
-@pytest.mark.parametrize(("classes", "dtype"), [(10, "fp32"), (1000, "bf16"), (1001, "fp16"), (1000, "fp64")])
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(10, "fp32"), (1000, "bf16"), (1001, "fp16"), (1000, "fp64")]
+)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_graph_compiles(name: str, classes: int, dtype: str, soft_target: bool) -> None:
     compile_graph(name, classes, dtype, soft_target)
@@ -163,6 +238,22 @@ def test_padded_rows_of_an_odd_number_of_classes_are_loaded_as_vectors() -> None
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--branches", "2", "--classes", "10", "--batches", "128", "--dtypes", "bf16", "--kernels", "forward"]) == 0
+    assert (
+        main(
+            [
+                "--branches",
+                "2",
+                "--classes",
+                "10",
+                "--batches",
+                "128",
+                "--dtypes",
+                "bf16",
+                "--kernels",
+                "forward",
+            ]
+        )
+        == 0
+    )
     table = capsys.readouterr().out.splitlines()
     assert table[-1].split()[:6] == ["forward", "90", "2", "bf16", "128", "10"]

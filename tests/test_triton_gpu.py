@@ -1,4 +1,6 @@
-"""The Triton executor on a GPU: parity, no waiting for the device, capture, determinism, compilation, other devices."""
+"""The Triton executor on a GPU: parity, no waiting for the device, capture, determinism,
+compilation, other devices.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ PARTS = 12
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_published_graph(part: int) -> None:
     shapes = executor_properties.CATALOG_SHAPES + executor_properties.MORE_SHAPES
-    assert executor_properties.check_catalog("triton", "cuda", shapes, part, PARTS) >= 48 // PARTS * 10
+    assert (
+        executor_properties.check_catalog("triton", "cuda", shapes, part, PARTS) >= 48 // PARTS * 10
+    )
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -31,8 +35,12 @@ def test_random_graphs(part: int) -> None:
 
 
 @pytest.mark.parametrize("height", [15.0, 60.0, 90.0, 1e4])
-@pytest.mark.parametrize(("classes", "dtype"), [(1000, torch.bfloat16), (1300, torch.float32), (100003, torch.float32)])
-def test_a_logit_far_above_the_guess_at_its_rows_maximum(classes: int, dtype: torch.dtype, height: float) -> None:
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(1000, torch.bfloat16), (1300, torch.float32), (100003, torch.float32)]
+)
+def test_a_logit_far_above_the_guess_at_its_rows_maximum(
+    classes: int, dtype: torch.dtype, height: float
+) -> None:
     inputs = make(GRAPHS["cascade"](), 3, classes, dtype, device="cuda")
     for m, row in enumerate(inputs.logits):
         row[torch.arange(3), torch.tensor([1, 700 + m, classes - 1])] += height * (1 + m / 8)
@@ -46,16 +54,33 @@ def test_every_kind_of_node_and_term(name: str, soft: bool) -> None:
     check(make(GRAPHS[name](), 37, 1000, soft=soft, device="cuda"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [
-    (0, 10), (1, 2), (17, 10), (128, 10), (128, 32), (128, 100), (96, 1000), (1024, 1000), (1500, 1001), (300, 4096), (40, 21841),
-    (3, 100003),
-])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    ("batch", "classes"),
+    [
+        (0, 10),
+        (1, 2),
+        (17, 10),
+        (128, 10),
+        (128, 32),
+        (128, 100),
+        (96, 1000),
+        (1024, 1000),
+        (1500, 1001),
+        (300, 4096),
+        (40, 21841),
+        (3, 100003),
+    ],
+)
 def test_shapes_and_dtypes(dtype: torch.dtype, batch: int, classes: int) -> None:
     check(make(GRAPHS["cascade"](), batch, classes, dtype, device="cuda"))
 
 
-@pytest.mark.parametrize("name", ["cascade", "mixed probabilities", "minimum", "cascade, exact eps"])
+@pytest.mark.parametrize(
+    "name", ["cascade", "mixed probabilities", "minimum", "cascade, exact eps"]
+)
 def test_huge_logits(name: str) -> None:
     check(make(GRAPHS[name](), 33, 1000, scale=1e4, device="cuda"), huge=True)
 
@@ -69,8 +94,12 @@ def test_a_common_offset_costs_no_accuracy_in_the_gradient() -> None:
 def test_strided_and_padded_rows() -> None:
     inputs = make(GRAPHS["cascade"](), 64, 1001, torch.bfloat16, device="cuda")
     first, second, third, fourth = inputs.logits
-    inputs.logits = [torch.nn.functional.pad(first, (0, 7))[:, :1001], second.t().contiguous().t(),
-                     torch.stack([third, third], 2)[:, :, 1], torch.nn.functional.pad(fourth, (1, 0))[:, 1:]]
+    inputs.logits = [
+        torch.nn.functional.pad(first, (0, 7))[:, :1001],
+        second.t().contiguous().t(),
+        torch.stack([third, third], 2)[:, :, 1],
+        torch.nn.functional.pad(fourth, (1, 0))[:, 1:],
+    ]
     check(inputs)
 
 
@@ -104,10 +133,17 @@ def test_bits_repeat(classes: int) -> None:
         assert torch.equal(one, two)
 
 
-def loss_inputs(batch: int, classes: int, device: str = "cuda") -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def loss_inputs(
+    batch: int, classes: int, device: str = "cuda"
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    logits = [torch.randn(batch, classes, generator=random).to(device).requires_grad_() for _ in range(4)]
-    scores = [torch.randn(batch, 2, generator=random).softmax(1).to(device).requires_grad_() for _ in range(3)]
+    logits = [
+        torch.randn(batch, classes, generator=random).to(device).requires_grad_() for _ in range(4)
+    ]
+    scores = [
+        torch.randn(batch, 2, generator=random).softmax(1).to(device).requires_grad_()
+        for _ in range(3)
+    ]
     return logits, scores, torch.randint(classes, (batch,), generator=random).to(device)
 
 
@@ -126,8 +162,9 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def replayed(logits: list[torch.Tensor], scores: list[torch.Tensor], target: torch.Tensor) -> None:
-    """Captures a step in a CUDA graph; replays must give the bits of the same step outside it, for other weights of the
-    terms and, replayed last, for other logits and labels in the same places."""
+    """Captures a step in a CUDA graph; replays must give the bits of the same step outside it, for
+    other weights of the terms and, replayed last, for other logits and labels in the same places.
+    """
     criterion = AHBFLoss(impl="triton").cuda()
     weight = torch.tensor(1.0, device="cuda")
 
@@ -190,7 +227,9 @@ def test_no_kernel_is_compiled_again_for_another_batch_or_weight() -> None:
 def test_torch_compile_without_a_break() -> None:
     logits, scores, target = loss_inputs(64, 100)
     criterion = AHBFLoss(impl="triton").cuda()
-    compiled = torch.compile(lambda *tensors: criterion(tensors[:4], target, scores=tensors[4:]), fullgraph=True)
+    compiled = torch.compile(
+        lambda *tensors: criterion(tensors[:4], target, scores=tensors[4:]), fullgraph=True
+    )
     expected = criterion(logits, target, scores=scores)
     expected_grads = torch.autograd.grad(expected, [*logits, *scores])
     found = compiled(*logits, *scores)

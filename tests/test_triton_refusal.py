@@ -18,21 +18,40 @@ from fastokd.ops.executors import Case, load
 def mutual(count: int) -> Graph:
     names = [f"z{k}" for k in range(count)]
     edges = [KL(one, two, 1.0, 3.0) for one in names for two in names if one != two]
-    return Graph("mutual", tuple(Logits(name) for name in names), (*map(CrossEntropy, names), *edges))
+    return Graph(
+        "mutual", tuple(Logits(name) for name in names), (*map(CrossEntropy, names), *edges)
+    )
 
 
 def test_cpu_tensors() -> None:
-    with pytest.raises(ExecutorUnavailable, match="runs on CUDA devices, and the logits are on 'cpu'"):
-        AHBFLoss(num_branches=2, impl="triton")([torch.randn(3, 10)] * 2, torch.tensor([0, 1, 2]), scores=[torch.rand(3, 2)])
+    with pytest.raises(
+        ExecutorUnavailable, match="runs on CUDA devices, and the logits are on 'cpu'"
+    ):
+        AHBFLoss(num_branches=2, impl="triton")(
+            [torch.randn(3, 10)] * 2, torch.tensor([0, 1, 2]), scores=[torch.rand(3, 2)]
+        )
 
 
-@pytest.mark.parametrize(("plan", "dtype", "reason"), [
-    (None, torch.int32, "no arithmetic for torch.int32"),
-    (lower(mutual(17)), torch.float32, "17 rows of inputs; a kernel takes 16"),
-    (lower(mutual(8)), torch.float32, "80 running sums; a kernel's registers hold 72 beside 8 rows"),
-    (lower(mutual(9)), torch.float32, "99 running sums; a kernel's registers hold 60 beside 9 rows"),
-])
-def test_what_no_kernel_can_do(monkeypatch: pytest.MonkeyPatch, plan: object, dtype: torch.dtype, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("plan", "dtype", "reason"),
+    [
+        (None, torch.int32, "no arithmetic for torch.int32"),
+        (lower(mutual(17)), torch.float32, "17 rows of inputs; a kernel takes 16"),
+        (
+            lower(mutual(8)),
+            torch.float32,
+            "80 running sums; a kernel's registers hold 72 beside 8 rows",
+        ),
+        (
+            lower(mutual(9)),
+            torch.float32,
+            "99 running sums; a kernel's registers hold 60 beside 9 rows",
+        ),
+    ],
+)
+def test_what_no_kernel_can_do(
+    monkeypatch: pytest.MonkeyPatch, plan: object, dtype: torch.dtype, reason: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     executor = load("triton")
     assert reason in executor.refusal(plan, Case("cuda", dtype))

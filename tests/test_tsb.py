@@ -1,4 +1,6 @@
-"""TSB: what the temporal accumulator remembers, the loss against its equations, two processes, and a run that resumes."""
+"""TSB: what the temporal accumulator remembers, the loss against its equations, two processes, and
+a run that resumes.
+"""
 
 import copy
 import dataclasses
@@ -25,7 +27,9 @@ from fastokd.train.loop import load_run
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
-CONFIG = TrainConfig(data="digits", model="resnet8", branches=2, method="tsb", epochs=2, batch_size=32, lr=0.05)
+CONFIG = TrainConfig(
+    data="digits", model="resnet8", branches=2, method="tsb", epochs=2, batch_size=32, lr=0.05
+)
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}  # the memory is float32
 
 
@@ -40,9 +44,13 @@ def test_worked_values():
     z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5))]
     for step in range(1, 4):
         given = criterion.graph_inputs(z, torch.tensor([0]), index=torch.tensor([0]))
-        assert given.externals["memory2"][0].tolist() == pytest.approx([0.343413, 0.389137, 0.267450], abs=1e-6)
+        assert given.externals["memory2"][0].tolist() == pytest.approx(
+            [0.343413, 0.389137, 0.267450], abs=1e-6
+        )
         if step == 1:
-            assert criterion.accumulator.memory[0, 1].tolist() == pytest.approx([0.068683, 0.077827, 0.053490], abs=1e-6)
+            assert criterion.accumulator.memory[0, 1].tolist() == pytest.approx(
+                [0.068683, 0.077827, 0.053490], abs=1e-6
+            )
     _, terms = criterion(z, torch.tensor([0]), index=torch.tensor([0]), return_terms=True)
     assert terms["kl/mean->branch1"].item() == pytest.approx(0.00330907, abs=1e-6)
     assert terms["kl/memory2->branch1"].item() == pytest.approx(0.01330442, abs=1e-6)
@@ -52,14 +60,19 @@ def test_worked_values():
     assert terms["kl/memory2->branch1"].item() == pytest.approx(0.01347987, abs=1e-6)
 
 
-@pytest.mark.parametrize(("impl", "options"), [
-    ("reference", {}),
-    ("cpu", {}),
-    ("cpu", {"student_first": True, "t2_scaling": True}),
-    ("reference", {"beta": 0.0}),
-])
+@pytest.mark.parametrize(
+    ("impl", "options"),
+    [
+        ("reference", {}),
+        ("cpu", {}),
+        ("cpu", {"student_first": True, "t2_scaling": True}),
+        ("reference", {"beta": 0.0}),
+    ],
+)
 def test_loss_gradients_and_memory_over_shuffled_epochs(impl, options):
-    """Three epochs in random order, the rest of each dropped: samples have been seen one to three times, or never."""
+    """Three epochs in random order, the rest of each dropped: samples have been seen one to three
+    times, or never.
+    """
     samples, batch, classes, count = 11, 4, 6, 3
     criterion = prepared(samples, classes, num_branches=count, impl=impl, **options)
     beta = options.get("beta", 0.8)
@@ -67,18 +80,26 @@ def test_loss_gradients_and_memory_over_shuffled_epochs(impl, options):
     history: dict[int, list] = {}
     for _ in range(3):
         order = random.permutation(samples)
-        for index in (order[:batch], order[batch:2 * batch]):
+        for index in (order[:batch], order[batch : 2 * batch]):
             z = [2 * random.normal(size=(batch, classes)) for _ in range(count)]
             target = random.integers(classes, size=batch)
             for place, sample in enumerate(index):
-                history.setdefault(sample, []).append(np.stack([softmax(row, 4.0)[place] for row in z]))
-            memories = np.stack([oracle.temporal_accumulator(history[sample], beta) for sample in index], 1)
+                history.setdefault(sample, []).append(
+                    np.stack([softmax(row, 4.0)[place] for row in z])
+                )
+            memories = np.stack(
+                [oracle.temporal_accumulator(history[sample], beta) for sample in index], 1
+            )
             leaves = [torch.from_numpy(row).requires_grad_() for row in z]
-            loss, _ = criterion.forward_backward(leaves, torch.from_numpy(target), kd_weight=0.7, index=torch.from_numpy(index))
+            loss, _ = criterion.forward_backward(
+                leaves, torch.from_numpy(target), kd_weight=0.7, index=torch.from_numpy(index)
+            )
             student_first = "student_first" in options
             scale = 16.0 if "t2_scaling" in options else 1.0
 
-            def formula(*rows, memories=memories, target=target, student_first=student_first, scale=scale):
+            def formula(
+                *rows, memories=memories, target=target, student_first=student_first, scale=scale
+            ):
                 return oracle.tsb(rows, list(memories), target, 0.7, 4.0, student_first, scale)
 
             assert loss.item() == pytest.approx(formula(*z).mean(), rel=1e-5)
@@ -101,7 +122,9 @@ def test_evaluation_mode_remembers_nothing():
     again = criterion.graph_inputs(-rows, target, index=index).externals
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not torch.equal(again["memory1"], criterion.graph_inputs(rows, target, index=index).externals["memory1"])
+    assert not torch.equal(
+        again["memory1"], criterion.graph_inputs(rows, target, index=index).externals["memory1"]
+    )
 
 
 def test_a_sample_twice_in_a_batch_makes_one_step_with_the_mean():
@@ -124,17 +147,31 @@ def test_memory_is_a_state_that_moves_with_nothing():
     other = prepared()
     other.load_state_dict(criterion.state_dict())
     rows, target, index = torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), torch.tensor([9, 4, 0])
-    for mine, theirs in zip(criterion.graph_inputs(rows, target, index=index).externals.values(),
-                            other.graph_inputs(rows, target, index=index).externals.values(), strict=True):
+    for mine, theirs in zip(
+        criterion.graph_inputs(rows, target, index=index).externals.values(),
+        other.graph_inputs(rows, target, index=index).externals.values(),
+        strict=True,
+    ):
         assert torch.equal(mine, theirs)
     assert sorted(criterion.state_dict()) == ["accumulator.memory", "accumulator.steps"]
     assert criterion.half().accumulator.memory.dtype == torch.float32
 
 
 def test_two_processes_remember_what_one_does(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     command = [sys.executable, str(HERE / "tsb_rank.py"), str(tmp_path)]
-    running = [subprocess.Popen([*command, str(rank), "2"], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), "2"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     errors = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -147,32 +184,55 @@ def test_two_processes_remember_what_one_does(tmp_path):
     assert torch.equal(second["evaluated"], alone["evaluated"])
     torch.testing.assert_close(first["weights"], alone["weights"])
     torch.testing.assert_close(first["losses"] + second["losses"], alone["losses"])
-    mine, other, both = (value["grads"].unflatten(1, (tsb_rank.EPOCHS, -1)) for value in (first, second, alone))
+    mine, other, both = (
+        value["grads"].unflatten(1, (tsb_rank.EPOCHS, -1)) for value in (first, second, alone)
+    )
     torch.testing.assert_close(torch.cat((mine, other), 2), both)
 
 
 def test_how_much_it_takes_is_said_before_it_is_taken(monkeypatch):
     criterion = TSBLoss()
     said = criterion.prepare(50_000, 100, CPU)
-    assert said == "temporal accumulator: 2 networks' predictions of 50,000 samples and 100 classes take 38.1 MiB of float32, on cpu"
+    assert (
+        said
+        == "temporal accumulator: 2 networks' predictions of 50,000 samples and 100 classes take"
+        " 38.1 MiB of float32, on cpu"
+    )
     monkeypatch.setattr(tsb, "_free_memory", lambda device: 2**30)
-    with pytest.raises(ConfigError, match=r"1,281,167 samples and 1,000 classes take 9\.55 GiB of float32, and 1 GiB are free on cpu; use fewer networks"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"1,281,167 samples and 1,000 classes take 9\.55 GiB of float32, and 1 GiB are free on"
+            r" cpu; use fewer networks"
+        ),
+    ):
         criterion.prepare(1_281_167, 1000, CPU)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"index": torch.tensor([0, 1, 20])}, r"index holds 20; prepare\(\) made room for the samples 0 to 19"),
-    ({"index": torch.tensor([0, -1, 2])}, "index holds -1"),
-    ({"index": torch.tensor([0, 1])}, r"index is torch.int64 \[2\]; it must be int64 \[3\]"),
-    ({"index": torch.tensor([0.0, 1, 2])}, r"index is torch.float32 \[3\]"),
-    ({"branch_logits": torch.randn(2, 3, 7)}, r"has 7 classes; prepare\(\) made room for 6"),
-    ({"branch_logits": torch.randn(3, 3, 6)}, "holds 3 tensors; this loss needs 2"),
-    ({"target": torch.tensor([0, 6, 2])}, r"target\[1\] is 6, but the logits have 6 classes"),
-    ({"target": torch.tensor([0, 1])}, r"target has the shape \(2,\); labels must be \[3\]"),
-    ({"target": None}, "target must be a tensor, got NoneType"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"index": torch.tensor([0, 1, 20])},
+            r"index holds 20; prepare\(\) made room for the samples 0 to 19",
+        ),
+        ({"index": torch.tensor([0, -1, 2])}, "index holds -1"),
+        ({"index": torch.tensor([0, 1])}, r"index is torch.int64 \[2\]; it must be int64 \[3\]"),
+        ({"index": torch.tensor([0.0, 1, 2])}, r"index is torch.float32 \[3\]"),
+        ({"branch_logits": torch.randn(2, 3, 7)}, r"has 7 classes; prepare\(\) made room for 6"),
+        ({"branch_logits": torch.randn(3, 3, 6)}, "holds 3 tensors; this loss needs 2"),
+        ({"target": torch.tensor([0, 6, 2])}, r"target\[1\] is 6, but the logits have 6 classes"),
+        ({"target": torch.tensor([0, 1])}, r"target has the shape \(2,\); labels must be \[3\]"),
+        ({"target": None}, "target must be a tensor, got NoneType"),
+    ],
+)
 def test_wrong_arguments_are_named_and_their_batch_is_not_remembered(change, message):
-    arguments = {"branch_logits": torch.randn(2, 3, 6), "target": torch.tensor([0, 1, 2]), "index": torch.tensor([0, 1, 2]), **change}
+    arguments = {
+        "branch_logits": torch.randn(2, 3, 6),
+        "target": torch.tensor([0, 1, 2]),
+        "index": torch.tensor([0, 1, 2]),
+        **change,
+    }
     criterion = prepared()
     with pytest.raises((TypeError, ValueError), match=message):
         criterion(**arguments)
@@ -184,12 +244,15 @@ def test_no_batch_before_prepare():
         TSBLoss()(torch.randn(2, 3, 6), torch.tensor([0, 1, 2]), index=torch.tensor([0, 1, 2]))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"beta": 1.0}, r"beta=1.0; it must be in \[0, 1\)"),
-    ({"memory": "disk"}, r"memory='disk' \(choices: auto, device, host\)"),
-    ({"student_first": 1}, "student_first=1; it must be True or False"),
-    ({"lambda_ta": -1.0}, "lambda_ta=-1.0; it must be a number of at least 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 1.0}, r"beta=1.0; it must be in \[0, 1\)"),
+        ({"memory": "disk"}, r"memory='disk' \(choices: auto, device, host\)"),
+        ({"student_first": 1}, "student_first=1; it must be True or False"),
+        ({"lambda_ta": -1.0}, "lambda_ta=-1.0; it must be a number of at least 0"),
+    ],
+)
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         check_config(TrainConfig(method="tsb", model="resnet8", method_options=options))
@@ -198,7 +261,10 @@ def test_wrong_options_are_named(options, message):
 def test_warm_up_is_a_twelfth_of_the_run():
     assert [warm_up(epoch, 20) for epoch in (0, 19, 20, 239)] == [0, 0, 1, 1]
     assert TrainConfig(method="tsb", epochs=240).ramp_length() == 20
-    assert [TrainConfig(method="tsb", epochs=240).kd_weight_at(epoch) for epoch in (19, 20)] == [0, 1]
+    assert [TrainConfig(method="tsb", epochs=240).kd_weight_at(epoch) for epoch in (19, 20)] == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -216,15 +282,21 @@ def test_a_run_resumes_exactly_with_its_memory(tmp_path):
     assert [record["kd_weight"] for record in records] == [0, 1]
     assert records[0]["train"]["kl/memory2->branch1"] > 0
     accumulator = trainer.step.criterion.accumulator
-    assert torch.equal(accumulator.steps, torch.full((256,), 2, dtype=torch.int32))  # in the warm-up too
+    assert torch.equal(
+        accumulator.steps, torch.full((256,), 2, dtype=torch.int32)
+    )  # in the warm-up too
     torch.testing.assert_close(accumulator.memory.sum(2), torch.full((256, 2), 1 - 0.8**2))
-    assert load_run(trainer.run_folder.path).evaluator.evaluate(trainer.eval_loader) == trainer.last  # without the memory
+    assert (
+        load_run(trainer.run_folder.path).evaluator.evaluate(trainer.eval_loader) == trainer.last
+    )  # without the memory
     state = load_checkpoint(trainer.run_folder.last)
     assert torch.equal(state["criterion"]["accumulator.memory"], accumulator.memory)
 
 
 def test_a_resume_without_the_memory_would_differ(tmp_path):
-    """That the run above resumes exactly says something: a forgotten memory shows in the weights."""
+    """That the run above resumes exactly says something: a forgotten memory shows in the
+    weights.
+    """
     config = dataclasses.replace(CONFIG, ramp_epochs=0)
     few = few_digits(128)
     ends = []
@@ -251,15 +323,29 @@ def test_pinned_host_memory_equals_the_device_s_and_waits_for_nothing():
         assert ("pinned host memory" in said) == (where == "host")
         assert criterion.accumulator.memory.is_pinned() == (where == "host")
         generator = torch.Generator().manual_seed(0)
-        steps = [(torch.randn(2, 8, 6, generator=generator).to(device), torch.randperm(50, generator=generator)[:8].to(device)) for _ in range(5)]
+        steps = [
+            (
+                torch.randn(2, 8, 6, generator=generator).to(device),
+                torch.randperm(50, generator=generator)[:8].to(device),
+            )
+            for _ in range(5)
+        ]
         target = torch.arange(8, device=device) % 6
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            memories = [criterion.graph_inputs(rows, target, index=index).externals["memory1"] for rows, index in steps]
+            memories = [
+                criterion.graph_inputs(rows, target, index=index).externals["memory1"]
+                for rows, index in steps
+            ]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        ends.append(([memory.cpu() for memory in memories], {name: value.cpu() for name, value in criterion.state_dict().items()}))
+        ends.append(
+            (
+                [memory.cpu() for memory in memories],
+                {name: value.cpu() for name, value in criterion.state_dict().items()},
+            )
+        )
     for mine, theirs in zip(ends[0][0], ends[1][0], strict=True):
         assert torch.equal(mine, theirs)
     for name, value in ends[0][1].items():

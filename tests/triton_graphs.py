@@ -21,6 +21,7 @@ from fastokd.graph import (
 def ahbf(*args: Any, **options: Any) -> Graph:
     pytest.importorskip("torch")  # the methods' own modules need it, compiling kernels does not
     from fastokd.methods.ahbf import ahbf_graph
+
     return ahbf_graph(*args, **options)
 
 
@@ -39,42 +40,98 @@ def mutual(count: int, **options: object) -> Graph:
 
 def minimum() -> Graph:
     nodes = (*logits(3), Mixture("u", ("z0", "z1"), "w"), MinLogit("m", ("z0", "u", "z2")))
-    return Graph("minimum", nodes, (CrossEntropy("z0"), KL("m", "z1", 1.0, 2.0, detach=True),
-                                    KL("m", "u", 1.0, 2.5, detach=True, direction="student_first")))
+    return Graph(
+        "minimum",
+        nodes,
+        (
+            CrossEntropy("z0"),
+            KL("m", "z1", 1.0, 2.0, detach=True),
+            KL("m", "u", 1.0, 2.5, detach=True, direction="student_first"),
+        ),
+    )
 
 
 def selection() -> Graph:
     nodes = (*logits(3), LowestCrossEntropy("s", ("z0", "z1", "z2")))
-    return Graph("selection", nodes, (*entropies(3), *(KL("s", f"z{k}", 1.0, 2.0, detach=True) for k in range(3))), 0.1)
+    return Graph(
+        "selection",
+        nodes,
+        (*entropies(3), *(KL("s", f"z{k}", 1.0, 2.0, detach=True) for k in range(3))),
+        0.1,
+    )
 
 
 def memory(direction: str = "teacher_first") -> Graph:
-    nodes = (*logits(2), External("x0"), External("x1"), ProbabilityMixture("h", ("x0", "z0"), (0.7, 0.3), 4.0),
-             ProbabilityMixture("p", ("z0", "z1"), (0.5, 0.5), 4.0))
+    nodes = (
+        *logits(2),
+        External("x0"),
+        External("x1"),
+        ProbabilityMixture("h", ("x0", "z0"), (0.7, 0.3), 4.0),
+        ProbabilityMixture("p", ("z0", "z1"), (0.5, 0.5), 4.0),
+    )
     options = {"temperature": 4.0, "t2_scaling": False, "direction": direction}
-    return Graph("memory", nodes, (*entropies(2), KL("h", "z1", 0.5, detach=True, **options), KL("p", "z0", 0.5, **options),
-                                   KL("x1", "z0", 1.0, detach=True, **options)))
+    return Graph(
+        "memory",
+        nodes,
+        (
+            *entropies(2),
+            KL("h", "z1", 0.5, detach=True, **options),
+            KL("p", "z0", 0.5, **options),
+            KL("x1", "z0", 1.0, detach=True, **options),
+        ),
+    )
 
 
 def mixed_probabilities() -> Graph:
     nodes = (*logits(3), ProbabilityMixture("t", ("z0", "z1", "z2"), "w", 3.0))
-    return Graph("mixed probabilities", nodes, (CrossEntropy("z0"), *(KL("t", f"z{k}", 1.0, 3.0, eps=1e-3 * k) for k in range(3))))
+    return Graph(
+        "mixed probabilities",
+        nodes,
+        (CrossEntropy("z0"), *(KL("t", f"z{k}", 1.0, 3.0, eps=1e-3 * k) for k in range(3))),
+    )
 
 
 def outside_eps() -> Graph:
-    return Graph("outside eps", (Logits("z0"), External("x")), (CrossEntropy("z0"), KL("x", "z0", 1.0, 2.0, detach=True, eps=1e-3)))
+    return Graph(
+        "outside eps",
+        (Logits("z0"), External("x")),
+        (CrossEntropy("z0"), KL("x", "z0", 1.0, 2.0, detach=True, eps=1e-3)),
+    )
 
 
 def first_order() -> Graph:
-    nodes = (*logits(3), Mixture("u", ("z0", "z1", "z2"), "w"), Mixture("v", ("u", "z1"), (0.25, 0.5)), MinLogit("m", ("z0", "z1")))
+    nodes = (
+        *logits(3),
+        Mixture("u", ("z0", "z1", "z2"), "w"),
+        Mixture("v", ("u", "z1"), (0.25, 0.5)),
+        MinLogit("m", ("z0", "z1")),
+    )
     eps = {"eps": 1e-3, "eps_mode": "first_order"}
-    return Graph("first order", nodes, (CrossEntropy("u"), KL("u", "z0", 1.0, 3.0, **eps), KL("v", "z2", 1.0, 1.5, detach=True, **eps),
-                                        KL("m", "z1", 1.0, 2.0, detach=True, **eps)), 0.1)
+    return Graph(
+        "first order",
+        nodes,
+        (
+            CrossEntropy("u"),
+            KL("u", "z0", 1.0, 3.0, **eps),
+            KL("v", "z2", 1.0, 1.5, detach=True, **eps),
+            KL("m", "z1", 1.0, 2.0, detach=True, **eps),
+        ),
+        0.1,
+    )
 
 
 def shared_weights() -> Graph:
-    nodes = (*logits(3), Mixture("u", ("z0", "z1"), "w"), Mixture("v", ("u", "z2"), "w"), ProbabilityMixture("h", ("v", "z0"), "w", 2.0))
-    return Graph("shared weights", nodes, (CrossEntropy("v"), KL("h", "u", 1.0, 2.0), KL("u", "z0", 1.0, 1.0)))
+    nodes = (
+        *logits(3),
+        Mixture("u", ("z0", "z1"), "w"),
+        Mixture("v", ("u", "z2"), "w"),
+        ProbabilityMixture("h", ("v", "z0"), "w", 2.0),
+    )
+    return Graph(
+        "shared weights",
+        nodes,
+        (CrossEntropy("v"), KL("h", "u", 1.0, 2.0), KL("u", "z0", 1.0, 1.0)),
+    )
 
 
 GRAPHS: dict[str, Callable[[], Graph]] = {

@@ -1,7 +1,7 @@
 """The Triton kernels against float64, on CPU tensors through Triton's interpreter.
 
-Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of its own, because the interpreter must be
-chosen before Triton is first imported.
+Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of its own, because the
+interpreter must be chosen before Triton is first imported.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,19 @@ def test_every_kind_of_node_and_term(name: str, soft: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["cascade", "memory", "selection", "first-order eps"])
-@pytest.mark.parametrize(("batch", "classes"), [
-    (1, 2),      # the fewest classes: most lanes have none
-    (17, 10),    # rows share a warp; the last program's rows are not all there
-    (3, 32),     # the most classes of that regime
-    (2, 100),    # a warp holds the row, columns are loaded one by one
-    (2, 256),    # a warp holds the row as vectors
-    (2, 1000),   # several warps, one chunk, 16-byte loads
-    (2, 1001),   # rows not aligned for vectors
-    (1, 4500),   # several chunks and a rest
-])
+@pytest.mark.parametrize(
+    ("batch", "classes"),
+    [
+        (1, 2),  # the fewest classes: most lanes have none
+        (17, 10),  # rows share a warp; the last program's rows are not all there
+        (3, 32),  # the most classes of that regime
+        (2, 100),  # a warp holds the row, columns are loaded one by one
+        (2, 256),  # a warp holds the row as vectors
+        (2, 1000),  # several warps, one chunk, 16-byte loads
+        (2, 1001),  # rows not aligned for vectors
+        (1, 4500),  # several chunks and a rest
+    ],
+)
 def test_one_shape_per_regime(name: str, batch: int, classes: int) -> None:
     check(make(GRAPHS[name](), batch, classes))
 
@@ -56,26 +59,44 @@ def test_numbers_of_branches(num_branches: int) -> None:
     check(make(ahbf_graph(num_branches), 3, 10))
 
 
-@pytest.mark.parametrize(("name", "criterion"), [
-    *((variant, lambda impl, variant=variant: KDCLLoss(3, variant, impl=impl)) for variant in ("naive", "linear", "minlogit", "general")),
-    ("tsb", lambda impl: TSBLoss(3, impl=impl)),
-    ("tsb as printed", lambda impl: TSBLoss(3, student_first=True, impl=impl)),
-    ("ffm", lambda impl: FFMLoss(3, lambda_cd=0.1, impl=impl)),
-    ("ffm detached", lambda impl: FFMLoss(3, lambda_cd=0.1, detach_teacher=True, impl=impl)),
-])
-def test_losses_that_solve_remember_or_add_a_term(name: str, criterion: Callable[[str], MethodLoss]) -> None:
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        *(
+            (variant, lambda impl, variant=variant: KDCLLoss(3, variant, impl=impl))
+            for variant in ("naive", "linear", "minlogit", "general")
+        ),
+        ("tsb", lambda impl: TSBLoss(3, impl=impl)),
+        ("tsb as printed", lambda impl: TSBLoss(3, student_first=True, impl=impl)),
+        ("ffm", lambda impl: FFMLoss(3, lambda_cd=0.1, impl=impl)),
+        ("ffm detached", lambda impl: FFMLoss(3, lambda_cd=0.1, detach_teacher=True, impl=impl)),
+    ],
+)
+def test_losses_that_solve_remember_or_add_a_term(
+    name: str, criterion: Callable[[str], MethodLoss]
+) -> None:
     """Twice on the same batch, so that a memory is not empty the second time."""
     generator = torch.Generator().manual_seed(4)
     rows = [2 * torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
-    shares, weights = torch.rand(3, 2, generator=generator, dtype=torch.float64), [torch.randn(5, 2, generator=generator) for _ in range(3)]
+    shares, weights = (
+        torch.rand(3, 2, generator=generator, dtype=torch.float64),
+        [torch.randn(5, 2, generator=generator) for _ in range(3)],
+    )
     target = torch.tensor([0, 4, 2])
     ends = []
     for impl in ("reference", "triton"):
         loss = criterion(impl)
         loss.prepare(4, 5, torch.device("cpu"))
         for _ in range(2):
-            leaves = [leaf.clone().requires_grad_() for leaf in (*rows, *([shares, *weights] if name.startswith("ffm") else []))]
-            given = {"fusion_weights": leaves[3], "classifiers": leaves[4:]} if name.startswith("ffm") else {}
+            leaves = [
+                leaf.clone().requires_grad_()
+                for leaf in (*rows, *([shares, *weights] if name.startswith("ffm") else []))
+            ]
+            given = (
+                {"fusion_weights": leaves[3], "classifiers": leaves[4:]}
+                if name.startswith("ffm")
+                else {}
+            )
             given |= {"index": torch.tensor([3, 0, 1])} if name.startswith("tsb") else {}
             value, terms = loss.forward_backward(leaves[:3], target, kd_weight=0.5, **given)
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -96,10 +117,15 @@ def test_empty_batch() -> None:
     rows, terms, grads = fused(inputs)
     assert rows.shape == (0,)
     assert terms.shape == (inputs.plan.num_terms, 0)
-    assert [grad.shape for grad in grads] == [tensor.shape for tensor in (*inputs.logits, *inputs.weights)]
+    assert [grad.shape for grad in grads] == [
+        tensor.shape for tensor in (*inputs.logits, *inputs.weights)
+    ]
 
 
-@pytest.mark.parametrize("name", ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"])
+@pytest.mark.parametrize(
+    "name",
+    ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"],
+)
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
 def test_huge_and_tiny_logits(name: str, scale: float) -> None:
     check(make(GRAPHS[name](), 3, 100, scale=scale), huge=scale > 1)
@@ -113,7 +139,8 @@ def test_a_common_offset_costs_no_accuracy_in_the_gradient(name: str) -> None:
 
 
 def test_opposed_branches_keep_their_mixtures_finite() -> None:
-    # The mixture's maximum is far below the mixture of the maxima: its exponentials must not all vanish.
+    # The mixture's maximum is far below the mixture of the maxima: its exponentials must not all
+    # vanish.
     inputs = make(GRAPHS["cascade"](), 2, 100)
     for m, row in enumerate(inputs.logits):
         row[:, m] = 2000.0
@@ -123,7 +150,8 @@ def test_opposed_branches_keep_their_mixtures_finite() -> None:
 @pytest.mark.parametrize("height", [15.0, 60.0, 90.0, 1e4])
 @pytest.mark.parametrize("name", ["cascade", "selection", "mixed probabilities"])
 def test_a_logit_far_above_the_guess_at_its_rows_maximum(name: str, height: float) -> None:
-    # Of 1300 columns 512 make a chunk; the guess looks at the first chunk's first, fifth, ninth ... column.
+    # Of 1300 columns 512 make a chunk; the guess looks at the first chunk's first, fifth, ninth ...
+    # column.
     inputs = make(GRAPHS[name](), 3, 1300)
     for m, row in enumerate(inputs.logits):
         row[torch.arange(3), torch.tensor([1, 700 + m, 1299])] += height * (1 + m / 8)
@@ -159,7 +187,11 @@ def test_weights_that_do_not_add_up_to_one() -> None:
 def test_strided_logits_and_expanded_weights() -> None:
     inputs = make(GRAPHS["shared weights"](), 3, 100)
     first, second, third = inputs.logits
-    inputs.logits = [first.t().contiguous().t(), torch.stack([second, second], 2)[:, :, 0], torch.cat([third, third], 1)[:, 100:]]
+    inputs.logits = [
+        first.t().contiguous().t(),
+        torch.stack([second, second], 2)[:, :, 0],
+        torch.cat([third, third], 1)[:, 100:],
+    ]
     inputs.weights = [torch.tensor([0.25, 0.75]).expand(3, 2)]
     check(inputs)
 
@@ -209,7 +241,8 @@ def test_the_fused_kernel_equals_the_two(name: str) -> None:
     inputs = make(GRAPHS[name](), 3, 40)
     inputs.grad_rows = torch.full((3,), 1 / 3)
     rows, terms, grads = fused(inputs)
-    # With eight branches the fused kernel takes fewer columns at once, so float32 is summed up in another order.
+    # With eight branches the fused kernel takes fewer columns at once, so float32 is summed up in
+    # another order.
     rtol, atol = (1e-5, 1e-6) if name == "cascade of eight" else (1e-6, 1e-7)
     for mine, theirs in zip([rows, *terms, *grads], run(TRITON, inputs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
@@ -220,7 +253,9 @@ def test_a_loss_through_the_registered_operator() -> None:
     found = []
     for impl in ("triton", "reference"):
         leaves = [tensor.clone().requires_grad_() for tensor in (*inputs.logits, *inputs.weights)]
-        loss, terms = AHBFLoss(lambda_self=2.0, impl=impl)(leaves[:4], inputs.target, scores=leaves[4:], kd_weight=0.5, return_terms=True)
+        loss, terms = AHBFLoss(lambda_self=2.0, impl=impl)(
+            leaves[:4], inputs.target, scores=leaves[4:], kd_weight=0.5, return_terms=True
+        )
         loss.backward()
         found.append([loss.detach(), *terms.values(), *(leaf.grad for leaf in leaves)])
     for mine, theirs in zip(*found, strict=True):
@@ -233,7 +268,15 @@ def test_the_operator_is_registered_as_it_behaves() -> None:
     forward = (*inputs.arguments(), list(ints), list(floats), "triton")
     torch.library.opcheck(torch.ops.fastokd.graph_forward.default, forward)
     stats = TRITON.forward(inputs.plan, *inputs.arguments())[2]
-    backward = (inputs.grad_rows, *inputs.arguments(), stats, list(ints), list(floats), "triton", [True, False, True, True])
+    backward = (
+        inputs.grad_rows,
+        *inputs.arguments(),
+        stats,
+        list(ints),
+        list(floats),
+        "triton",
+        [True, False, True, True],
+    )
     torch.library.opcheck(torch.ops.fastokd.graph_backward.default, backward)
 
 
@@ -248,21 +291,34 @@ def split(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_split_rows_with_every_kind_of_node_and_term(monkeypatch: pytest.MonkeyPatch, name: str, soft: bool) -> None:
+def test_split_rows_with_every_kind_of_node_and_term(
+    monkeypatch: pytest.MonkeyPatch, name: str, soft: bool
+) -> None:
     split(monkeypatch, 2)
     check(make(GRAPHS[name](), 1 if soft else 2, 1200, soft=soft))
 
 
-@pytest.mark.parametrize(("name", "batch", "classes", "splits", "soft"), [
-    ("cascade", 1, 9001, 8, False),              # parts of one and of two chunks, rows not aligned for vectors
-    ("cascade, detached", 3, 12345, 4, True),
-    ("mutual", 1, 20000, 16, False),
-    ("mixed probabilities", 1, 9000, 4, False),
-    ("selection", 1, 9001, 2, True),
-    ("mutual", 2, 1200, 8, False),               # more parts than chunks: some are empty
-    ("minimum", 2, 1024, 2, True),               # no chunk that is not whole
-])
-def test_split_rows_of_many_classes(monkeypatch: pytest.MonkeyPatch, name: str, batch: int, classes: int, splits: int, soft: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "batch", "classes", "splits", "soft"),
+    [
+        (
+            "cascade",
+            1,
+            9001,
+            8,
+            False,
+        ),  # parts of one and of two chunks, rows not aligned for vectors
+        ("cascade, detached", 3, 12345, 4, True),
+        ("mutual", 1, 20000, 16, False),
+        ("mixed probabilities", 1, 9000, 4, False),
+        ("selection", 1, 9001, 2, True),
+        ("mutual", 2, 1200, 8, False),  # more parts than chunks: some are empty
+        ("minimum", 2, 1024, 2, True),  # no chunk that is not whole
+    ],
+)
+def test_split_rows_of_many_classes(
+    monkeypatch: pytest.MonkeyPatch, name: str, batch: int, classes: int, splits: int, soft: bool
+) -> None:
     split(monkeypatch, splits)
     check(make(GRAPHS[name](), batch, classes, soft=soft))
 
@@ -275,12 +331,17 @@ def test_split_rows_of_every_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch
 
 def test_a_label_in_each_part_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     split(monkeypatch, 4)
-    inputs = make(GRAPHS["cascade, detached"](), 10, 2500)  # 512 columns to a chunk, one chunk to a part, 452 more in the last
+    inputs = make(
+        GRAPHS["cascade, detached"](), 10, 2500
+    )  # 512 columns to a chunk, one chunk to a part, 452 more in the last
     inputs.target = torch.tensor([0, 511, 512, 1023, 1024, 1535, 1536, 2047, 2048, 2499])
     check(inputs)
 
 
-@pytest.mark.parametrize("name", ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"])
+@pytest.mark.parametrize(
+    "name",
+    ["cascade", "mixed probabilities", "mutual, student first", "minimum", "cascade, exact eps"],
+)
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 def test_huge_logits_in_split_rows(monkeypatch: pytest.MonkeyPatch, name: str, soft: bool) -> None:
     split(monkeypatch, 2)
@@ -297,14 +358,18 @@ def test_parts_of_a_row_that_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2, 3), (4, 5, 6), (0, 1, 2, 3)])
-def test_frozen_inputs_of_split_rows(monkeypatch: pytest.MonkeyPatch, frozen: tuple[int, ...]) -> None:
+def test_frozen_inputs_of_split_rows(
+    monkeypatch: pytest.MonkeyPatch, frozen: tuple[int, ...]
+) -> None:
     split(monkeypatch, 2)
     inputs = make(GRAPHS["cascade"](), 2, 1200)
     inputs.needs = [k not in frozen for k in range(7)]
     check(inputs)
 
 
-def test_labels_out_of_range_in_split_rows_are_never_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_out_of_range_in_split_rows_are_never_a_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     split(monkeypatch, 2)
     inputs = make(GRAPHS["cascade, detached"](), 3, 1200)
     inputs.target = torch.tensor([5, 1200, -1])
@@ -313,7 +378,9 @@ def test_labels_out_of_range_in_split_rows_are_never_a_number(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_loss_and_gradient_of_split_rows_at_once_equal_the_two_and_repeat(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_loss_and_gradient_of_split_rows_at_once_equal_the_two_and_repeat(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     split(monkeypatch, 2)
     inputs = make(GRAPHS[name](), 1, 1200)
     inputs.grad_rows = torch.ones(1)

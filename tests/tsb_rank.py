@@ -1,4 +1,6 @@
-"""One of the processes of ``test_tsb.py``'s run with torch.distributed: python tsb_rank.py FOLDER RANK SIZE."""
+"""One of the processes of ``test_tsb.py``'s run with torch.distributed: python tsb_rank.py FOLDER
+RANK SIZE.
+"""
 
 import sys
 from pathlib import Path
@@ -12,17 +14,27 @@ SAMPLES, CLASSES, BATCH, EPOCHS = 12, 5, 6, 3
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The global batches of all epochs: shuffled, the last of each epoch dropped: two networks' logits, index, labels."""
+    """The global batches of all epochs: shuffled, the last of each epoch dropped: two networks'
+    logits, index, labels.
+    """
     generator = torch.Generator().manual_seed(7)
     found = []
     for _ in range(EPOCHS):
         index = torch.randperm(SAMPLES, generator=generator)[:BATCH]
-        found.append((torch.randn(2, BATCH, CLASSES, generator=generator), index, torch.randint(CLASSES, (BATCH,), generator=generator)))
+        found.append(
+            (
+                torch.randn(2, BATCH, CLASSES, generator=generator),
+                index,
+                torch.randint(CLASSES, (BATCH,), generator=generator),
+            )
+        )
     return found
 
 
 def run(rank: int, size: int) -> dict[str, torch.Tensor]:
-    """What this process remembers in the end, the sum over its samples of loss and gradient in every step, and what the last reads."""
+    """What this process remembers in the end, the sum over its samples of loss and gradient in
+    every step, and what the last reads.
+    """
     criterion = TSBLoss(impl="reference")
     criterion.prepare(SAMPLES, CLASSES, torch.device("cpu"))
     own = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
@@ -33,13 +45,23 @@ def run(rank: int, size: int) -> dict[str, torch.Tensor]:
         losses.append(loss * len(index[own]))
         grads.append(rows.grad * len(index[own]))
     general = KDCLLoss(2, "general", impl="reference")
-    general.see_held_out([(logits[:, own].unbind(0), target[own]) for logits, _, target in batches()])
+    general.see_held_out(
+        [(logits[:, own].unbind(0), target[own]) for logits, _, target in batches()]
+    )
     evaluated = {}
     if rank == size - 1:
         criterion.eval()
         logits, index, target = batches()[0]
-        evaluated["evaluated"] = torch.stack(list(criterion.graph_inputs(logits, target, index=index).externals.values()))
-    return {**evaluated, **criterion.state_dict(), "losses": torch.stack(losses), "grads": torch.cat(grads, 1), "weights": general.teacher_weights}
+        evaluated["evaluated"] = torch.stack(
+            list(criterion.graph_inputs(logits, target, index=index).externals.values())
+        )
+    return {
+        **evaluated,
+        **criterion.state_dict(),
+        "losses": torch.stack(losses),
+        "grads": torch.cat(grads, 1),
+        "weights": general.teacher_weights,
+    }
 
 
 if __name__ == "__main__":

@@ -1,1 +1,3 @@
-"""Everything that wants a GPU, from one entry: ``python -m bench.gpu``. One file a part; ``entry.py`` runs them."""
+"""Everything that wants a GPU, from one entry: ``python -m bench.gpu``. One file a part;
+``entry.py`` runs them.
+"""

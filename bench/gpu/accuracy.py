@@ -1,7 +1,9 @@
-"""ResNet-32 alone and taught, on CIFAR-10: the papers' recipes, with their schedule scaled to the plan's epochs.
+"""ResNet-32 alone and taught, on CIFAR-10: the papers' recipes, with their schedule scaled to the
+plan's epochs.
 
-The first call writes the plan (epochs, seeds, runs) into the result file, and later calls go on with it: run after run, seed after
-seed, and within a run where it was stopped, if its folder is still there.
+The first call writes the plan (epochs, seeds, runs) into the result file, and later calls go on
+with it: run after run, seed after seed, and within a run where it was stopped, if its folder is
+still there.
 """
 
 import dataclasses
@@ -26,9 +28,13 @@ from fastokd.train.run_folder import RunFolder
 from fastokd.train.signals import StopSignals
 
 EPOCHS = 60
-"""Of the plan where none are given: an estimate of what lets five runs end within some ten minutes on one H200. The papers' are 300."""
+"""Of the plan where none are given: an estimate of what lets five runs end within some ten minutes
+on one H200. The papers' are 300.
+"""
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
-"""The images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS, which is what is taken without ``--data``."""
+"""The images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS, which is what is
+taken without ``--data``.
+"""
 SEEDS = 3
 """The papers' number of runs."""
 SAVE_MINUTES = 0.4
@@ -46,7 +52,13 @@ class Run(NamedTuple):
         return f"{self.recipe}, {self.preset}" if self.preset else self.recipe
 
 
-FIRST = (Run("cifar10-resnet32-baseline"), Run("cifar10-resnet32-ahbf", "paper"), Run("cifar10-resnet32-ahbf", "code"), Run("cifar10-resnet32-one"), Run("cifar10-resnet32-okddip"))
+FIRST = (
+    Run("cifar10-resnet32-baseline"),
+    Run("cifar10-resnet32-ahbf", "paper"),
+    Run("cifar10-resnet32-ahbf", "code"),
+    Run("cifar10-resnet32-one"),
+    Run("cifar10-resnet32-okddip"),
+)
 """Of all seeds before the others."""
 MORE = tuple(Run(f"cifar10-resnet32-{method}") for method in ("cl-ilr", "ffsd", "afid", "ffm"))
 
@@ -64,23 +76,41 @@ class Deadline(StopSignals):
 
     @property
     def received(self) -> int:
-        return self.heard or (int(signal.SIGUSR1) if self._spent() else 0)  # plain, because ranks send it each other
+        return self.heard or (
+            int(signal.SIGUSR1) if self._spent() else 0
+        )  # plain, because ranks send it each other
 
 
 def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainConfig:
     """The recipe's configuration with the plan's epochs; for the dry run of a small network."""
     config = get_recipe(run.recipe).config
-    config = dataclasses.replace(config, data=_data(context), epochs=epochs, seed=seed, preset=run.preset or config.preset, device=str(context.device))
-    return dataclasses.replace(config, model="resnet8", aux_blocks=0, batch_size=64) if context.dry else config
+    config = dataclasses.replace(
+        config,
+        data=_data(context),
+        epochs=epochs,
+        seed=seed,
+        preset=run.preset or config.preset,
+        device=str(context.device),
+    )
+    return (
+        dataclasses.replace(config, model="resnet8", aux_blocks=0, batch_size=64)
+        if context.dry
+        else config
+    )
 
 
 def _data(context: Context) -> str | None:
-    """What ``--data`` says; else CIFAR-10 (JPEG), unpacked once, where it lies beside the checkout; the dry run has small images."""
+    """What ``--data`` says; else CIFAR-10 (JPEG), unpacked once, where it lies beside the checkout;
+    the dry run has small images.
+    """
     if context.data is not None or context.dry:
         return context.data or "digits"
     folder = context.runs / ARCHIVE.name.partition(".")[0]
     if ARCHIVE.is_file() and not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=context.runs) as unpacked, tarfile.open(ARCHIVE) as archive:
+        with (
+            tempfile.TemporaryDirectory(dir=context.runs) as unpacked,
+            tarfile.open(ARCHIVE) as archive,
+        ):
             archive.extractall(images := Path(unpacked) / "images", filter="data")
             images.rename(folder)
     return str(folder) if folder.is_dir() else None
@@ -93,7 +123,10 @@ def _refusal(context: Context) -> str | None:
         ConfigError, DataError: there is no such dataset.
     """
     if (data := _data(context)) is None:
-        return f"no --data, and no {ARCHIVE}: give the folder of the CIFAR-10 images, or cifar10:FOLDER"
+        return (
+            f"no --data, and no {ARCHIVE}: give the folder of the CIFAR-10 images, or"
+            " cifar10:FOLDER"
+        )
     resolve(data)
     return None
 
@@ -106,11 +139,20 @@ def _plan(context: Context, results: Results) -> dict[str, Any]:
     """
     if "plan" not in results.values:
         epochs, seeds = (1, 1) if context.dry else (EPOCHS, SEEDS)
-        results.head(plan={"id": datetime.now().strftime("%Y%m%d-%H%M%S"), "epochs": context.epochs or epochs, "seeds": context.seeds or seeds})
+        results.head(
+            plan={
+                "id": datetime.now().strftime("%Y%m%d-%H%M%S"),
+                "epochs": context.epochs or epochs,
+                "seeds": context.seeds or seeds,
+            }
+        )
     plan: dict[str, Any] = results.values["plan"]
     for name, wanted in (("epochs", context.epochs), ("seeds", context.seeds)):
         if wanted is not None and wanted != plan[name]:
-            raise Refused(f"--{name} {wanted}: the plan in {results.path} has {plan[name]}; leave it out to go on with that, or begin anew with --again")
+            raise Refused(
+                f"--{name} {wanted}: the plan in {results.path} has {plan[name]}; leave it out to"
+                " go on with that, or begin anew with --again"
+            )
     return plan
 
 
@@ -119,16 +161,24 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
     for runs in (FIRST, *(() if context.dry else (MORE,))):
         for seed in range(plan["seeds"]):
             for run in runs:
-                yield Row(f"{run.name}, seed {seed}", context.needs(2.5), lambda run=run, seed=seed: _train(context, results, plan, run, seed))
+                yield Row(
+                    f"{run.name}, seed {seed}",
+                    context.needs(2.5),
+                    lambda run=run, seed=seed: _train(context, results, plan, run, seed),
+                )
 
 
-def _train(context: Context, results: Results, plan: dict[str, Any], run: Run, seed: int) -> dict[str, Any]:
+def _train(
+    context: Context, results: Results, plan: dict[str, Any], run: Run, seed: int
+) -> dict[str, Any]:
     """Train from the beginning, or from where a call before stopped."""
     config = configuration(context, run, plan["epochs"], seed)
     folder = context.runs / f"accuracy-{plan['id']}" / f"{run.name.replace(', ', '-')}-{seed}"
     signals = Deadline(lambda: context.minutes_left() < context.needs(SAVE_MINUTES))
     try:
-        trainer = begin_run(config, folder, folder.name, Reporter(quiet=True), resume=True, signals=signals)
+        trainer = begin_run(
+            config, folder, folder.name, Reporter(quiet=True), resume=True, signals=signals
+        )
         _note_data(context, results, trainer.dataset.describe())
         trainer.run()
         student = trainer.kept
@@ -137,9 +187,20 @@ def _train(context: Context, results: Results, plan: dict[str, Any], run: Run, s
     except Preempted:
         if signals.heard:
             raise
-        raise OutOfMinutes(f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call goes on there if {folder} is still there") from None
-    return {"method": config.method, "preset": config.preset, "recipe": run.recipe, "seed": seed, "epochs": config.epochs, "branches": config.num_branches(),
-            "student": student, **measured(RunFolder(folder).read_metrics(), student)}
+        raise OutOfMinutes(
+            f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call goes on there"
+            f" if {folder} is still there"
+        ) from None
+    return {
+        "method": config.method,
+        "preset": config.preset,
+        "recipe": run.recipe,
+        "seed": seed,
+        "epochs": config.epochs,
+        "branches": config.num_branches(),
+        "student": student,
+        **measured(RunFolder(folder).read_metrics(), student),
+    }
 
 
 def _note_data(context: Context, results: Results, about: dict[str, Any]) -> None:
@@ -149,26 +210,41 @@ def _note_data(context: Context, results: Results, about: dict[str, Any]) -> Non
         Refused: the rows before are of other images.
     """
     kind, _ = resolve(_data(context))
-    now = {**{name: about[name] for name in ("name", "num_images", "image_size", "fingerprint")}, "original_files": kind is get_dataset_kind("cifar10")}
+    now = {
+        **{name: about[name] for name in ("name", "num_images", "image_size", "fingerprint")},
+        "original_files": kind is get_dataset_kind("cifar10"),
+    }
     before = results.values.get("data")
     if before is None:
         results.head(data=now)
     elif before["fingerprint"] != now["fingerprint"]:
-        raise Refused(f"the rows in {results.path} are of other images ('{before['name']}') than {_data(context)} has; give those, or begin anew with --again")
+        raise Refused(
+            f"the rows in {results.path} are of other images ('{before['name']}') than"
+            f" {_data(context)} has; give those, or begin anew with --again"
+        )
 
 
 def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:
-    """What a run's records say: the accuracies in [0, 1] of every row of logits after the last epoch and after the student's best
-    (numbered from 1), the minutes of training alone, and the images per second of the median epoch."""
+    """What a run's records say: the accuracies in [0, 1] of every row of logits after the last
+    epoch and after the student's best (numbered from 1), the minutes of training alone, and the
+    images per second of the median epoch.
+    """
     best = max(records, key=lambda record: record["eval"][student])
     return {
-        "last": records[-1]["eval"], "best": best["eval"], "best_epoch": best["epoch"] + 1, "minutes": sum(record["seconds"] for record in records) / 60,
-        "images_per_second": statistics.median(record["images_per_second"] for record in records)}
+        "last": records[-1]["eval"],
+        "best": best["eval"],
+        "best_epoch": best["epoch"] + 1,
+        "minutes": sum(record["seconds"] for record in records) / 60,
+        "images_per_second": statistics.median(record["images_per_second"] for record in records),
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
     error = {when: 100 * (1 - row[when][row["student"]]) for when in ("last", "best")}
-    return f"student's error {error['last']:.2f} %, best {error['best']:.2f} %; {row['minutes']:.1f} minutes, {row['images_per_second']:,.0f} images/s"
+    return (
+        f"student's error {error['last']:.2f} %, best {error['best']:.2f} %; {row['minutes']:.1f}"
+        f" minutes, {row['images_per_second']:,.0f} images/s"
+    )
 
 
 PART = Part("accuracy", 2.5, _rows, _line, _refusal)

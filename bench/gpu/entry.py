@@ -1,7 +1,9 @@
-"""Everything that wants a GPU, from one entry: ``python -m bench.gpu [PARTS] --out DIR --minutes N``.
+"""Everything that wants a GPU, from one entry: ``python -m bench.gpu [PARTS] --out DIR --minutes
+N``.
 
-Parts run in the order of their worth, and each writes its JSON file row by row: a call that is ended loses the row it was at, and
-the next one goes on with the rows that are missing. ``--dry-run`` goes through the same code on the CPU with tiny sizes.
+Parts run in the order of their worth, and each writes its JSON file row by row: a call that is
+ended loses the row it was at, and the next one goes on with the rows that are missing.
+``--dry-run`` goes through the same code on the CPU with tiny sizes.
 """
 
 import argparse
@@ -31,24 +33,73 @@ from fastokd.errors import (
 )
 from fastokd.storage import write_atomically
 
-PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (environment, tests, kernels, step, profile, data, accuracy)}
-"""In the order of their worth. What is wrong cannot be fast, so the tests come before what is timed; the profile says why the step is
-as fast as it is; and accuracy is last, because it takes all the minutes there are."""
+PARTS: dict[str, Part] = {
+    module.PART.name: module.PART
+    for module in (environment, tests, kernels, step, profile, data, accuracy)
+}
+"""In the order of their worth. What is wrong cannot be fast, so the tests come before what is
+timed; the profile says why the step is as fast as it is; and accuracy is last, because it takes all
+the minutes there are.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the JSON files and traces (default bench/results)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench-gpu"), help="folder for run folders and drawn pictures, to go on within a run (default runs/bench-gpu)")
-    parser.add_argument("--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)")
-    parser.add_argument("--data", help="CIFAR-10 for the accuracy part, as 'fastokd train --data' takes it")
-    parser.add_argument("--epochs", type=int, help=f"of the accuracy part's plan, fixed by its first call (default {accuracy.EPOCHS}; the papers' 300)")
-    parser.add_argument("--seeds", type=int, help=f"of the accuracy part's plan, fixed by its first call (default {accuracy.SEEDS})")
-    parser.add_argument("--pictures", type=Path, help="tree of large JPEG files for the data part (default: some are drawn)")
-    parser.add_argument("--again", action="store_true", help="begin the parts anew; what there is goes to the folder 'earlier' beside it")
-    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results"),
+        help="folder for the JSON files and traces (default bench/results)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/bench-gpu"),
+        help=(
+            "folder for run folders and drawn pictures, to go on within a run (default"
+            " runs/bench-gpu)"
+        ),
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)"
+    )
+    parser.add_argument(
+        "--data", help="CIFAR-10 for the accuracy part, as 'fastokd train --data' takes it"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help=(
+            f"of the accuracy part's plan, fixed by its first call (default {accuracy.EPOCHS}; the"
+            " papers' 300)"
+        ),
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help=f"of the accuracy part's plan, fixed by its first call (default {accuracy.SEEDS})",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        help="tree of large JPEG files for the data part (default: some are drawn)",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="begin the parts anew; what there is goes to the folder 'earlier' beside it",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes"
+    )
     options = parser.parse_args(arguments)
     try:
         return run_parts(options)
@@ -56,7 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
-        print(f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call goes on", file=sys.stderr)
+        print(
+            f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call"
+            " goes on",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
 
 
@@ -64,7 +119,8 @@ def run_parts(options: argparse.Namespace) -> int:
     """Check the options, then run part after part.
 
     Raises:
-        ConfigError: an unknown part, no GPU, numbers that are not positive, or another plan than that of the runs so far.
+        ConfigError: an unknown part, no GPU, numbers that are not positive, or another plan than
+            that of the runs so far.
         DataError: there is no such dataset.
         StorageError: the results cannot be written.
         Preempted: a signal ended a run, which has saved.
@@ -77,13 +133,32 @@ def run_parts(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             raise ConfigError(f"--{name} {value}: it must be positive")
     if not options.dry_run and not torch.cuda.is_available():
-        raise ConfigError("torch sees no GPU here, and every part needs one; --dry-run goes through the code of all of them on the CPU")
+        raise ConfigError(
+            "torch sees no GPU here, and every part needs one; --dry-run goes through the code of"
+            " all of them on the CPU"
+        )
     if options.pictures is not None and not options.pictures.is_dir():
-        raise ConfigError(f"--pictures {options.pictures}: no such folder; leave it out, and some are drawn")
+        raise ConfigError(
+            f"--pictures {options.pictures}: no such folder; leave it out, and some are drawn"
+        )
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
-    label = "dry-run" if options.dry_run else torch.cuda.get_device_name(device).replace(" ", "-").lower()
-    context = Context(device, label, options.out.absolute(), options.runs.absolute(), time.monotonic() + 60 * options.minutes, options.dry_run,
-                      None if options.data is None else absolute_spec(options.data), options.pictures and options.pictures.absolute(), options.epochs, options.seeds)
+    label = (
+        "dry-run"
+        if options.dry_run
+        else torch.cuda.get_device_name(device).replace(" ", "-").lower()
+    )
+    context = Context(
+        device,
+        label,
+        options.out.absolute(),
+        options.runs.absolute(),
+        time.monotonic() + 60 * options.minutes,
+        options.dry_run,
+        None if options.data is None else absolute_spec(options.data),
+        options.pictures and options.pictures.absolute(),
+        options.epochs,
+        options.seeds,
+    )
     os.chdir(ROOT)  # where the tests are
     # What is wrong is said now, not when the minutes of other parts are spent.
     for folder in (context.out, context.runs):
@@ -102,7 +177,11 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
     """Measure the rows of a part that its result file lacks, as far as the minutes reach."""
     path = context.out / f"{part.name}-{context.label}.json"
     if context.minutes_left() < context.needs(part.minutes):
-        print(f"{part.name}: skipped, it needs at least {part.minutes:g} minutes and {max(0.0, context.minutes_left()):.1f} are left", flush=True)
+        print(
+            f"{part.name}: skipped, it needs at least {part.minutes:g} minutes and"
+            f" {max(0.0, context.minutes_left()):.1f} are left",
+            flush=True,
+        )
         return
     results = Results(path, part.name, own, context.device, part.entries, again)
     if results.note:
@@ -116,7 +195,10 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         if results.has(row.name):
             continue
         if context.minutes_left() < row.minutes:
-            left[row.name] = f"needs at least {row.minutes:g} minutes, {max(0.0, context.minutes_left()):.1f} were left"
+            left[row.name] = (
+                f"needs at least {row.minutes:g} minutes, {max(0.0, context.minutes_left()):.1f}"
+                " were left"
+            )
             continue  # a smaller one may still fit
         _free(context.device)
         begun = time.monotonic()
@@ -130,20 +212,43 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
             raise
         except Exception as error:  # a row that cannot run must not lose the others
             frames = traceback.extract_tb(error.__traceback__)[-4:]
-            failed = {"error": f"{type(error).__name__}: {first_line(error)}", "where": [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]}
-            entries = (results.find(row.name) or {}) | failed  # what is there of the row is gone on with
+            failed = {
+                "error": f"{type(error).__name__}: {first_line(error)}",
+                "where": [
+                    f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+                    for frame in frames
+                ],
+            }
+            entries = (
+                results.find(row.name) or {}
+            ) | failed  # what is there of the row is gone on with
         measured += 1
         results.put({"row": row.name, **entries})
         if "error" in entries:
             _check_answering(context.device, entries["error"])
-        print(f"  {row.name} ({time.monotonic() - begun:.1f} s): " + (f"{entries['error']} ({'; '.join(entries['where'])})" if "error" in entries else part.line(entries)), flush=True)
+        print(
+            f"  {row.name} ({time.monotonic() - begun:.1f} s): "
+            + (
+                f"{entries['error']} ({'; '.join(entries['where'])})"
+                if "error" in entries
+                else part.line(entries)
+            ),
+            flush=True,
+        )
     results.finish(left)
-    missing = f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
-    print(f"{part.name}: {measured} rows in {time.monotonic() - started:.1f} s{missing}; {path}", flush=True)
+    missing = (
+        f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
+    )
+    print(
+        f"{part.name}: {measured} rows in {time.monotonic() - started:.1f} s{missing}; {path}",
+        flush=True,
+    )
 
 
 def _free(device: torch.device) -> None:
-    """Let go of what the row before had, and of what was compiled for it: others' counts against dynamo's limits."""
+    """Let go of what the row before had, and of what was compiled for it: others' counts against
+    dynamo's limits.
+    """
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -160,7 +265,10 @@ def _check_answering(device: torch.device, error: str) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except RuntimeError as lost:
-        raise ConfigError(f"the GPU answers no more after '{error}' ({first_line(lost)}); the rows so far are kept: call again, in a new process") from lost
+        raise ConfigError(
+            f"the GPU answers no more after '{error}' ({first_line(lost)}); the rows so far are"
+            " kept: call again, in a new process"
+        ) from lost
 
 
 def _check_writable(folder: Path) -> None:

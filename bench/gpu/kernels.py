@@ -1,4 +1,6 @@
-"""The losses alone: the graphs of AHBF at seven sizes, single losses beside other libraries, every method's graph at one size."""
+"""The losses alone: the graphs of AHBF at seven sizes, single losses beside other libraries, every
+method's graph at one size.
+"""
 
 import importlib
 import importlib.util
@@ -32,7 +34,11 @@ _MANY_BYTES = 2**27
 """A row with more bytes of logits takes longer."""
 SINGLES = {
     "cross-entropy": Graph("cross_entropy", (Logits("student"),), (CrossEntropy("student"),)),
-    "KL": Graph("kl", (Logits("student"), Logits("teacher")), (KL("teacher", "student", 1.0, TEMPERATURE, detach=True),)),
+    "KL": Graph(
+        "kl",
+        (Logits("student"), Logits("teacher")),
+        (KL("teacher", "student", 1.0, TEMPERATURE, detach=True),),
+    ),
 }
 """A loss that other libraries have too; the teacher of the KL is a constant, as they have it."""
 
@@ -44,7 +50,9 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a graph is evaluated on: the arguments of ``evaluate`` after the plan, and what gradients are taken for."""
+    """What a graph is evaluated on: the arguments of ``evaluate`` after the plan, and what
+    gradients are taken for.
+    """
 
     logits: list[Tensor]
     weights: list[Tensor]
@@ -59,13 +67,18 @@ class Inputs:
         return [value for value in (*self.logits, *self.weights) if value.requires_grad]
 
     def least_bytes(self) -> tuple[int, int]:
-        """What must be moved: for the forward pass every row read once, with gradients these written once too."""
+        """What must be moved: for the forward pass every row read once, with gradients these
+        written once too.
+        """
         read = sum(value.nbytes for value in (*self.logits, *self.externals))
         return read, read + sum(value.nbytes for value in self.logits if value.requires_grad)
 
 
-def make_inputs(graph: Graph, batch: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Random logits of standard deviation 3, mixing weights on the simplex, external probabilities, and labels.
+def make_inputs(
+    graph: Graph, batch: int, num_classes: int, dtype: torch.dtype, device: torch.device
+) -> Inputs:
+    """Random logits of standard deviation 3, mixing weights on the simplex, external probabilities,
+    and labels.
 
     Rows that only teach as constants need no gradient, as those of a frozen teacher.
     """
@@ -75,13 +88,31 @@ def make_inputs(graph: Graph, batch: int, num_classes: int, dtype: torch.dtype, 
         return torch.randn(shape, generator=generator, device=device)
 
     constant = {term.teacher for term in graph.terms if isinstance(term, KL) and term.detach}
-    learning = {name for term in graph.terms for name in ((term.node,) if isinstance(term, CrossEntropy) else (term.student,))}
+    learning = {
+        name
+        for term in graph.terms
+        for name in ((term.node,) if isinstance(term, CrossEntropy) else (term.student,))
+    }
     mixed = {name for node in graph.nodes for name in node.inputs}
-    logits = [normal(batch, num_classes).mul_(3).to(dtype).requires_grad_(name in learning | mixed or name not in constant) for name in graph.logits]
-    weights = [normal(batch, width).softmax(1).requires_grad_() for width in graph.weight_sources.values()]
+    logits = [
+        normal(batch, num_classes)
+        .mul_(3)
+        .to(dtype)
+        .requires_grad_(name in learning | mixed or name not in constant)
+        for name in graph.logits
+    ]
+    weights = [
+        normal(batch, width).softmax(1).requires_grad_() for width in graph.weight_sources.values()
+    ]
     externals = [normal(batch, num_classes).softmax(1).to(dtype) for _ in graph.externals]
     target = torch.randint(0, num_classes, (batch,), generator=generator, device=device)
-    return Inputs(logits, weights, externals, target, torch.tensor([term.weight for term in graph.terms], device=device))
+    return Inputs(
+        logits,
+        weights,
+        externals,
+        target,
+        torch.tensor([term.weight for term in graph.terms], device=device),
+    )
 
 
 Cases = dict[str, tuple[Callable[[], Any], bool]]
@@ -95,13 +126,23 @@ def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequenc
     def forward(impl: str) -> Tensor:
         return evaluate(plan, *inputs.arguments(), impl)[0].mean()
 
-    cases = _in_modes(passes, inputs.leaves(), {
-        "eager": (partial(forward, "reference"), (False, True)), "compiled": (_compiled(lambda: forward("reference")), (True,)), "fused": (partial(forward, fused), (False, True))})
+    cases = _in_modes(
+        passes,
+        inputs.leaves(),
+        {
+            "eager": (partial(forward, "reference"), (False, True)),
+            "compiled": (_compiled(lambda: forward("reference")), (True,)),
+            "fused": (partial(forward, fused), (False, True)),
+        },
+    )
     return cases | _kernel_cases(plan, inputs, fused)
 
 
 def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
-    """What a step runs: loss and gradients at once, and the mean, as the others have it. And the kernels without anything beside them."""
+    """What a step runs: loss and gradients at once, and the mean, as the others have it. And the
+    kernels without anything beside them.
+    """
+
     def at_once() -> Any:
         rows, _, gradients = loss_and_grad(plan, *inputs.arguments(), fused)
         return rows.mean(), gradients
@@ -110,15 +151,24 @@ def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
         with torch.no_grad():
             return evaluate(plan, *inputs.arguments(), fused)[0]
 
-    return {"one kernel graph/both": (at_once, True), "kernel alone graph/forward": (forward, True),
-            "kernel alone graph/both": (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True)}
+    return {
+        "one kernel graph/both": (at_once, True),
+        "kernel alone graph/forward": (forward, True),
+        "kernel alone graph/both": (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True),
+    }
 
 
-def _in_modes(passes: Sequence[str], leaves: list[Tensor], providers: dict[str, tuple[Call, tuple[bool, ...]]]) -> Cases:
+def _in_modes(
+    passes: Sequence[str], leaves: list[Tensor], providers: dict[str, tuple[Call, tuple[bool, ...]]]
+) -> Cases:
     """Each provider's passes, by itself or in a CUDA graph as it says."""
     make = {"forward": _without_gradients, "both": partial(_with_gradients, leaves=leaves)}
-    return {f"{name} graph/{which}" if graph else f"{name}/{which}": (partial(make[which], call), graph)
-            for name, (call, modes) in providers.items() for graph in modes for which in passes}
+    return {
+        f"{name} graph/{which}" if graph else f"{name}/{which}": (partial(make[which], call), graph)
+        for name, (call, modes) in providers.items()
+        for graph in modes
+        for which in passes
+    }
 
 
 def _without_gradients(call: Call) -> Tensor:
@@ -139,7 +189,9 @@ def _compiled(call: Call) -> Call:
 
 
 def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, dict[str, str]]:
-    """As ``_graph_cases``, with PyTorch's own functions as the plain ones, and other libraries; why one of these is not there."""
+    """As ``_graph_cases``, with PyTorch's own functions as the plain ones, and other libraries; why
+    one of these is not there.
+    """
     student, teacher, target = inputs.logits[0], inputs.logits[-1], inputs.target
 
     def divergence(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -147,25 +199,59 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
         return loss(own, other) * TEMPERATURE**2
 
     kl_div = partial(F.kl_div, reduction="batchmean", log_target=True)
-    plain: Call = {"cross-entropy": lambda: F.cross_entropy(student, target), "KL": lambda: divergence(kl_div)}[name]
-    plan, fused, leaves, both = lower(SINGLES[name]), _fused(context), inputs.leaves(), (False, True)
-    cases = _in_modes(PASSES, leaves, {
-        "eager": (plain, both), "compiled": (_compiled(plain), (True,)), "fused": (lambda: evaluate(plan, *inputs.arguments(), fused)[0].mean(), both)})
+    plain: Call = {
+        "cross-entropy": lambda: F.cross_entropy(student, target),
+        "KL": lambda: divergence(kl_div),
+    }[name]
+    plan, fused, leaves, both = (
+        lower(SINGLES[name]),
+        _fused(context),
+        inputs.leaves(),
+        (False, True),
+    )
+    cases = _in_modes(
+        PASSES,
+        leaves,
+        {
+            "eager": (plain, both),
+            "compiled": (_compiled(plain), (True,)),
+            "fused": (lambda: evaluate(plan, *inputs.arguments(), fused)[0].mean(), both),
+        },
+    )
     cases |= _kernel_cases(plan, inputs, fused)
     reasons = {}
-    liger, quack = _import("liger_kernel", "liger_kernel.transformers"), _import("quack", "quack.cross_entropy")
+    liger, quack = (
+        _import("liger_kernel", "liger_kernel.transformers"),
+        _import("quack", "quack.cross_entropy"),
+    )
     if isinstance(liger, str):
         reasons["liger"] = liger
     elif name == "KL":
-        cases |= _in_modes(PASSES, leaves, {"liger": (partial(divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)), both)})
+        cases |= _in_modes(
+            PASSES,
+            leaves,
+            {
+                "liger": (
+                    partial(
+                        divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+                    ),
+                    both,
+                )
+            },
+        )
     else:
-        # It leaves the gradient where the logits were, so it gets logits of its own, and is timed on what its last call left there.
+        # It leaves the gradient where the logits were, so it gets logits of its own, and is timed
+        # on what its last call left there.
         loss, own = liger.LigerCrossEntropyLoss(), student.detach().clone().requires_grad_()
         cases |= _in_modes(PASSES, [own], {"liger": (lambda: loss(own, target), both)})
     if isinstance(quack, str) or name == "KL":
         reasons["quack"] = quack if isinstance(quack, str) else "it has none"
     else:
-        cases |= _in_modes(PASSES, leaves, {"quack": (lambda: quack.cross_entropy(student, target, reduction="mean"), both)})
+        cases |= _in_modes(
+            PASSES,
+            leaves,
+            {"quack": (lambda: quack.cross_entropy(student, target, reduction="mean"), both)},
+        )
     return cases, reasons
 
 
@@ -179,12 +265,32 @@ def _import(package: str, module: str) -> Any:
         return f"cannot be imported: {first_line(error)}"
 
 
-def _measure(context: Context, graph: Graph, single: str | None, batch: int, num_classes: int, dtype: torch.dtype, passes: Sequence[str]) -> dict[str, Any]:
+def _measure(
+    context: Context,
+    graph: Graph,
+    single: str | None,
+    batch: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    passes: Sequence[str],
+) -> dict[str, Any]:
     inputs = make_inputs(graph, batch, num_classes, dtype, context.device)
-    cases, reasons = _single_cases(context, single, inputs) if single else (_graph_cases(context, graph, inputs, passes), {})
+    cases, reasons = (
+        _single_cases(context, single, inputs)
+        if single
+        else (_graph_cases(context, graph, inputs, passes), {})
+    )
     forward, both = inputs.least_bytes()
-    found: dict[str, Any] = {"batch": batch, "num_classes": num_classes, "dtype": str(dtype).removeprefix("torch."), "fused": _fused(context),
-                             "nodes": len(graph.nodes), "terms": len(graph.terms), "bytes_forward": forward, "bytes_both": both}
+    found: dict[str, Any] = {
+        "batch": batch,
+        "num_classes": num_classes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "fused": _fused(context),
+        "nodes": len(graph.nodes),
+        "terms": len(graph.terms),
+        "bytes_forward": forward,
+        "bytes_both": both,
+    }
     spreads = {}
     for name, (call, in_graph) in cases.items():
         try:
@@ -195,7 +301,9 @@ def _measure(context: Context, graph: Graph, single: str | None, batch: int, num
     return found | {"spread": spreads, "reasons": reasons}
 
 
-def _cases(context: Context) -> Iterator[tuple[dict[str, str], Graph, tuple[int, int], torch.dtype, Sequence[str]]]:
+def _cases(
+    context: Context,
+) -> Iterator[tuple[dict[str, str], Graph, tuple[int, int], torch.dtype, Sequence[str]]]:
     """Every row in the order of its worth: what it is of, its graph, (B, C), dtype and passes.
 
     Most of a row's time goes into compiling PyTorch's operations, once for each pass.
@@ -204,8 +312,12 @@ def _cases(context: Context) -> Iterator[tuple[dict[str, str], Graph, tuple[int,
     tiny = ((8, 10), (4, 100))
 
     def of_method(name: str, preset: str = "paper") -> tuple[dict[str, str], Graph]:
-        config = TrainConfig(method=name, preset=preset, branches=NUM_BRANCHES if name == "ahbf" else None)
-        loss = get_method(name).loss_class(num_branches=config.num_branches(), **config.loss_options())
+        config = TrainConfig(
+            method=name, preset=preset, branches=NUM_BRANCHES if name == "ahbf" else None
+        )
+        loss = get_method(name).loss_class(
+            num_branches=config.num_branches(), **config.loss_options()
+        )
         return {"loss": name, "preset": preset}, loss.graph
 
     def of_single(name: str) -> tuple[dict[str, str], Graph]:
@@ -234,9 +346,23 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
     for about, graph, (batch, num_classes), dtype, passes in _cases(context):
         words = [*about.values(), f"{batch} x {num_classes}", str(dtype).removeprefix("torch.")]
 
-        def measure(about: dict[str, str] = about, graph: Graph = graph, batch: int = batch, num_classes: int = num_classes, dtype: torch.dtype = dtype,
-                    passes: Sequence[str] = passes) -> dict[str, Any]:
-            return about | _measure(context, graph, None if "preset" in about else about["loss"], batch, num_classes, dtype, passes)
+        def measure(
+            about: dict[str, str] = about,
+            graph: Graph = graph,
+            batch: int = batch,
+            num_classes: int = num_classes,
+            dtype: torch.dtype = dtype,
+            passes: Sequence[str] = passes,
+        ) -> dict[str, Any]:
+            return about | _measure(
+                context,
+                graph,
+                None if "preset" in about else about["loss"],
+                batch,
+                num_classes,
+                dtype,
+                passes,
+            )
 
         large = len(graph.logits) * batch * num_classes * dtype.itemsize > _MANY_BYTES
         yield Row(", ".join(words), context.needs(1.0 if large else 0.6), measure)
@@ -246,8 +372,12 @@ def _line(row: dict[str, Any]) -> str:
     def us(name: str) -> str:
         return "-" if row.get(name) is None else f"{1e6 * row[name]:.1f}"
 
-    return (f"forward and gradients, us: eager {us('eager/both')}, in a graph {us('eager graph/both')}, compiled {us('compiled graph/both')}, fused {us('fused graph/both')}, "
-            f"one kernel {us('one kernel graph/both')}" + "".join(f"; {name}: {reason}" for name, reason in row["reasons"].items()))
+    return (
+        f"forward and gradients, us: eager {us('eager/both')}, in a graph {us('eager graph/both')},"
+        f" compiled {us('compiled graph/both')}, fused {us('fused graph/both')}, one kernel"
+        f" {us('one kernel graph/both')}"
+        + "".join(f"; {name}: {reason}" for name, reason in row["reasons"].items())
+    )
 
 
 PART = Part("kernels", 0.6, _rows, _line, sources=("bench/gpu/environment.py", "bench/suite.py"))

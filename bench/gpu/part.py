@@ -57,7 +57,9 @@ class Context:
         return 0.0 if self.dry else minutes
 
     def not_compiled(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it nothing is compiled where sizes are tiny: that takes minutes, and tests of their own do it."""
+        """Within it nothing is compiled where sizes are tiny: that takes minutes, and tests of
+        their own do it.
+        """
         return torch.compiler.set_stance("force_eager") if self.dry else contextlib.nullcontext()
 
     def seconds(self, call: Callable[[], Any], graph: bool) -> tuple[float, float, float]:
@@ -65,8 +67,11 @@ class Context:
         if self.dry:
             return spread(sample_seconds(call, self.device, graph, 3, 1))
         (about,) = sample_seconds(call, self.device, False, 1, 1)
-        # Each sample takes some milliseconds, whatever the call takes: the launch of a graph is in it too.
-        return spread(sample_seconds(call, self.device, graph, 25, max(1, min(200, int(0.005 / about)))))
+        # Each sample takes some milliseconds, whatever the call takes: the launch of a graph is in
+        # it too.
+        return spread(
+            sample_seconds(call, self.device, graph, 25, max(1, min(200, int(0.005 / about))))
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Row:
     """One thing to measure.
 
     Attributes:
-        name: unique in its part; a row of this name that is in the result file already is not measured again.
+        name: unique in its part; a row of this name that is in the result file already is not
+            measured again.
         minutes: with fewer left it is not begun.
         measure: gives the row's entries. May raise ``OutOfMinutes``.
     """
@@ -91,11 +97,13 @@ class Part:
     Attributes:
         name: on the command line, and the start of the result file's name.
         minutes: with fewer left it is not begun.
-        rows: the rows in the order of their worth, made while they are asked for, so that none is prepared in vain.
+        rows: the rows in the order of their worth, made while they are asked for, so that none is
+            prepared in vain.
         line: a row's entries in a few words.
         refusal: why it cannot run as things are; None if it can.
         entries: what the list of rows is called in the result file.
-        sources: files and folders that decide what the rows say, beside the part's own file and what all parts share.
+        sources: files and folders that decide what the rows say, beside the part's own file and
+            what all parts share.
     """
 
     name: str

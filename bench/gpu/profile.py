@@ -1,4 +1,6 @@
-"""Where the time of a step with every lever goes: a trace for Perfetto, and a table of the kernels."""
+"""Where the time of a step with every lever goes: a trace for Perfetto, and a table of the
+kernels.
+"""
 
 import gzip
 import json
@@ -27,7 +29,9 @@ ON_GPU, ON_CPU = ("kernel", "gpu_memcpy", "gpu_memset"), ("cpu_op",)
 _NAME = 160
 
 
-def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU) -> dict[str, Any]:
+def kernel_summary(
+    events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU
+) -> dict[str, Any]:
     """What a trace says of the device.
 
     Args:
@@ -36,12 +40,19 @@ def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Seq
         categories: of the events that count.
 
     Returns:
-        ``span_ms``: from the first event's start to the last one's end, per step; ``busy_share``: the part of it in which at least
-        one ran; ``overlap``: the sum of their times over the time in which any ran, above 1 where streams run side by side;
-        ``calls``: per step; ``gaps``: between two of them, per step, and the longest in microseconds; ``kernels``: by name, the
+        ``span_ms``: from the first event's start to the last one's end, per step; ``busy_share``:
+            the part of it in which at least
+        one ran; ``overlap``: the sum of their times over the time in which any ran, above 1 where
+        streams run side by side;
+        ``calls``: per step; ``gaps``: between two of them, per step, and the longest in
+            microseconds; ``kernels``: by name, the
         ``TOP`` that take most: calls per step, microseconds per step, share of the sum of all.
     """
-    work = sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in events if event.get("ph") == "X" and event.get("cat") in categories)
+    work = sorted(
+        (event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in categories
+    )
     if not work:
         return {"calls": 0.0, "kernels": []}
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
@@ -56,9 +67,21 @@ def kernel_summary(events: Sequence[dict[str, Any]], steps: int, categories: Seq
     span, total = end - work[0][0], sum(time for _, time in totals.values())
     ranked = sorted(totals.items(), key=lambda item: -item[1][1])
     return {
-        "span_ms": span / steps / 1000, "busy_share": busy / span if span else 1.0, "overlap": total / busy if busy else 1.0, "calls": len(work) / steps,
-        "gaps": gaps / steps, "longest_gap_us": longest,
-        "kernels": [{"name": name[:_NAME], "calls": count / steps, "us": time / steps, "share": time / total if total else 0.0} for name, (count, time) in ranked[:TOP]],
+        "span_ms": span / steps / 1000,
+        "busy_share": busy / span if span else 1.0,
+        "overlap": total / busy if busy else 1.0,
+        "calls": len(work) / steps,
+        "gaps": gaps / steps,
+        "longest_gap_us": longest,
+        "kernels": [
+            {
+                "name": name[:_NAME],
+                "calls": count / steps,
+                "us": time / steps,
+                "share": time / total if total else 0.0,
+            }
+            for name, (count, time) in ranked[:TOP]
+        ],
     }
 
 
@@ -76,10 +99,13 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
         running.advance(timed)
         synchronize(device)
         step_ms = 1000 * (time.perf_counter() - started) / timed
-        # The traced steps follow the first of an epoch, in which the host draws its random choices, and end before the next.
+        # The traced steps follow the first of an epoch, in which the host draws its random choices,
+        # and end before the next.
         running.advance(-(running.warm_up + timed) % (len(images.train) // step.batch) + 1)
         synchronize(device)
-        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+            device.type == "cuda"
+        )
         with torch.profiler.profile(activities=kinds) as found:
             running.advance(STEPS)
             synchronize(device)
@@ -89,9 +115,17 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
-        "levers": running.step.levers.describe(), "precision": running.step.precision, "batch": step.batch, "step_ms": step_ms,
-        "trace": trace.name if fits else f"not kept: {len(packed) / 2**20:.0f} MiB are more than {MAX_TRACE_BYTES >> 20}",
-        **kernel_summary(traced["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU)}
+        "levers": running.step.levers.describe(),
+        "precision": running.step.precision,
+        "batch": step.batch,
+        "step_ms": step_ms,
+        "trace": (
+            trace.name
+            if fits
+            else f"not kept: {len(packed) / 2**20:.0f} MiB are more than {MAX_TRACE_BYTES >> 20}"
+        ),
+        **kernel_summary(traced["traceEvents"], STEPS, ON_GPU if device.type == "cuda" else ON_CPU),
+    }
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:
@@ -101,7 +135,10 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
 
 def _line(row: dict[str, Any]) -> str:
     top = "; ".join(f"{kernel['share']:.0%} {kernel['name'][:60]}" for kernel in row["kernels"][:4])
-    return f"{row['step_ms']:.2f} ms a step, {row['calls']:.0f} kernels, busy {row.get('busy_share', 0):.0%}; {top}"
+    return (
+        f"{row['step_ms']:.2f} ms a step, {row['calls']:.0f} kernels, busy"
+        f" {row.get('busy_share', 0):.0%}; {top}"
+    )
 
 
 PART = Part("profile", 2.0, _rows, _line, sources=("bench/gpu/step.py",))

@@ -1,6 +1,8 @@
-"""A plugin for pytest that writes down at once which test begins and how it ends, so that it is known of a run that was killed too.
+"""A plugin for pytest that writes down at once which test begins and how it ends, so that it is
+known of a run that was killed too.
 
-The file is the environment variable's ``VARIABLE``; its lines are JSON: ``{"begun": test}``, then ``{"ended": test, "outcome": ..., "message": ...}``.
+The file is the environment variable's ``VARIABLE``; its lines are JSON: ``{"begun": test}``, then
+``{"ended": test, "outcome": ..., "message": ...}``.
 """
 
 import json
@@ -27,7 +29,13 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.when != "call" and report.outcome == "passed":
         return  # of what comes before and after the test only what goes wrong is an outcome
     failed = report.outcome == "failed"
-    _write({"ended": report.nodeid, "outcome": "errors" if failed and report.when != "call" else report.outcome, **(_message(report) if failed else {})})
+    _write(
+        {
+            "ended": report.nodeid,
+            "outcome": "errors" if failed and report.when != "call" else report.outcome,
+            **(_message(report) if failed else {}),
+        }
+    )
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -37,4 +45,9 @@ def pytest_collectreport(report: Any) -> None:
 
 def _message(report: Any) -> dict[str, str]:
     crash = getattr(report.longrepr, "reprcrash", None)
-    return {"message": (crash.message if crash else report.longreprtext.strip().splitlines()[-1])[:_MESSAGE], "end": report.longreprtext[-_MESSAGE:]}
+    return {
+        "message": (crash.message if crash else report.longreprtext.strip().splitlines()[-1])[
+            :_MESSAGE
+        ],
+        "end": report.longreprtext[-_MESSAGE:],
+    }

@@ -1,4 +1,6 @@
-"""A part's result file: its rows, written one by one, all of one device, the same versions and the same code."""
+"""A part's result file: its rows, written one by one, all of one device, the same versions and the
+same code.
+"""
 
 import hashlib
 import json
@@ -16,15 +18,21 @@ from fastokd.train.ladder import processor
 from fastokd.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED_CODE = ("kernels", *(f"fastokd/{room}" for room in ("graph", "ops", "methods", "models", "data", "train")))
-"""What decides what a row of any part says, beside the part's own code. Not the commit: that of the results themselves, and of pages,
-changes no number."""
+MEASURED_CODE = (
+    "kernels",
+    *(f"fastokd/{room}" for room in ("graph", "ops", "methods", "models", "data", "train")),
+)
+"""What decides what a row of any part says, beside the part's own code. Not the commit: that of the
+results themselves, and of pages, changes no number.
+"""
 EARLIER = "earlier"
 """The folder beside the result files for those that were begun anew."""
 
 
 def code_identity(sources: Sequence[str] = ()) -> str:
-    """A hash of the sources that results depend on, and of these files and folders; also there where there is no git."""
+    """A hash of the sources that results depend on, and of these files and folders; also there
+    where there is no git.
+    """
     found = hashlib.sha256()
     for source in (*MEASURED_CODE, *sources):
         for path in sorted((ROOT / source).rglob("*")) or [ROOT / source]:
@@ -36,15 +44,18 @@ def code_identity(sources: Sequence[str] = ()) -> str:
 def identity(device: torch.device, sources: Sequence[str] = ()) -> dict[str, Any]:
     """What all rows of a file have in common; ``sources`` as in ``code_identity``."""
     now = environment(device)
-    return {**{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")}, "code": code_identity(sources)}
+    return {
+        **{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")},
+        "code": code_identity(sources),
+    }
 
 
 class Results:
     """The result file of a part.
 
-    A file of the same identity is gone on with. One of another is complete or not: a complete one is left as it is; of one that is
-    not, nothing may be added to, so it is moved to ``earlier/`` and begun anew, as is any with ``again``. Nothing that
-    was measured is deleted.
+    A file of the same identity is gone on with. One of another is complete or not: a complete one
+    is left as it is; of one that is not, nothing may be added to, so it is moved to ``earlier/``
+    and begun anew, as is any with ``again``. Nothing that was measured is deleted.
 
     Args:
         path: the file.
@@ -58,13 +69,30 @@ class Results:
         StorageError: the file cannot be moved.
     """
 
-    def __init__(self, path: Path, part: str, own: dict[str, Any], device: torch.device, entries: str = "rows", again: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        part: str,
+        own: dict[str, Any],
+        device: torch.device,
+        entries: str = "rows",
+        again: bool = False,
+    ) -> None:
         self.path = path
         self.note = ""
         """What was done about a file that was there; empty if nothing had to be."""
         self._entries = entries
         self._now = environment(device)
-        self._new = {"part": part, "complete": False, "identity": own, "environment": self._now, "processor": processor(), "sessions": [], "left": {}, entries: []}
+        self._new = {
+            "part": part,
+            "complete": False,
+            "identity": own,
+            "environment": self._now,
+            "processor": processor(),
+            "sessions": [],
+            "left": {},
+            entries: [],
+        }
         self._written = False
         self.values = self._new
         if not path.exists():
@@ -73,7 +101,11 @@ class Results:
         if not why and again:
             why = "--again"
         if not why and found["identity"] != own and not found["complete"]:
-            changed = [f"{name} {found['identity'].get(name)}, now {value}" for name, value in own.items() if found["identity"].get(name) != value]
+            changed = [
+                f"{name} {found['identity'].get(name)}, now {value}"
+                for name, value in own.items()
+                if found["identity"].get(name) != value
+            ]
             why = f"it is of {'; '.join(changed)}"
         if why:
             self.note = f"{path.name} went to {EARLIER}/ and is begun anew: {why}"
@@ -81,13 +113,23 @@ class Results:
         else:
             self.values = found
             if found["identity"] != own:
-                self.note = f"of torch {found['environment']['torch']}, commit {found['environment']['commit']}, and not of what runs now"
+                self.note = (
+                    f"of torch {found['environment']['torch']}, commit"
+                    f" {found['environment']['commit']}, and not of what runs now"
+                )
 
     def _read(self) -> tuple[dict[str, Any], str]:
         """What the file holds, and why it cannot be gone on with."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            for name, kind in (("part", str), ("complete", bool), ("identity", dict), ("environment", dict), ("sessions", list), (self._entries, list)):
+            for name, kind in (
+                ("part", str),
+                ("complete", bool),
+                ("identity", dict),
+                ("environment", dict),
+                ("sessions", list),
+                (self._entries, list),
+            ):
                 if not isinstance(found[name], kind):
                     raise ValueError(f"its '{name}' is no {kind.__name__}")
             if found["part"] != self._new["part"]:
@@ -99,8 +141,15 @@ class Results:
         return found, ""
 
     def _move_away(self, found: dict[str, Any]) -> None:
-        begun = str(found.get("environment", {}).get("started") or datetime.now().astimezone().isoformat(timespec="seconds"))
-        aside = self.path.parent / EARLIER / f"{self.path.stem}-{begun[:19].replace(':', '').replace('-', '')}{self.path.suffix}"
+        begun = str(
+            found.get("environment", {}).get("started")
+            or datetime.now().astimezone().isoformat(timespec="seconds")
+        )
+        aside = (
+            self.path.parent
+            / EARLIER
+            / f"{self.path.stem}-{begun[:19].replace(':', '').replace('-', '')}{self.path.suffix}"
+        )
         while aside.exists():
             aside = aside.with_stem(f"{aside.stem}-more")
         try:
@@ -116,7 +165,9 @@ class Results:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows so far; also those that were not measured to the end, or not all went well in (``partial``: why), or failed (``error``)."""
+        """The rows so far; also those that were not measured to the end, or not all went well in
+        (``partial``: why), or failed (``error``).
+        """
         return list(self.values[self._entries])
 
     def find(self, name: str) -> dict[str, Any] | None:
@@ -145,12 +196,18 @@ class Results:
 
     def finish(self, left: dict[str, str]) -> None:
         """Note which rows are not there, each with the reason."""
-        failed = {row["row"]: f"failed: {row['error']}" if "error" in row else row["partial"] for row in self.rows if not self.has(row["row"])}
+        failed = {
+            row["row"]: f"failed: {row['error']}" if "error" in row else row["partial"]
+            for row in self.rows
+            if not self.has(row["row"])
+        }
         self.values |= {"left": failed | left, "complete": not (left or failed)}
         self._write()
 
     def _write(self) -> None:
         if not self._written:  # only a call that has something to say is a session
             self._written = True
-            self.values["sessions"].append({name: self._now[name] for name in ("started", "command", "commit")})
+            self.values["sessions"].append(
+                {name: self._now[name] for name in ("started", "command", "commit")}
+            )
         write_json(self.path, self.values)

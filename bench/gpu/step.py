@@ -1,4 +1,6 @@
-"""The training step, one lever more a row, at CIFAR and at ImageNet size, with the student alone beside it: what does teaching cost?"""
+"""The training step, one lever more a row, at CIFAR and at ImageNet size, with the student alone
+beside it: what does teaching cost?
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,12 +27,31 @@ class Step(NamedTuple):
         return f"{self.model}, batch {self.batch} of {self.side} x {self.side}"
 
     def config(self) -> TrainConfig:
-        return TrainConfig(model=self.model, method="ahbf", branches=NUM_BRANCHES, aux_blocks=self.aux_blocks, batch_size=self.batch, image_size=self.side, lr=0.01)
+        return TrainConfig(
+            model=self.model,
+            method="ahbf",
+            branches=NUM_BRANCHES,
+            aux_blocks=self.aux_blocks,
+            batch_size=self.batch,
+            image_size=self.side,
+            lr=0.01,
+        )
 
 
 CIFAR = Step("resnet32", 4, 128, 32, 10)
 IMAGENET = Step("resnet18_imagenet", 2, 256, 224, 1000)
-STEPS = (CIFAR, IMAGENET, *(Step(model, 2, batch, 224, 1000) for model, batch in (("resnet34_imagenet", 256), ("resnet18_imagenet", 96), ("resnet34_imagenet", 96))))
+STEPS = (
+    CIFAR,
+    IMAGENET,
+    *(
+        Step(model, 2, batch, 224, 1000)
+        for model, batch in (
+            ("resnet34_imagenet", 256),
+            ("resnet18_imagenet", 96),
+            ("resnet34_imagenet", 96),
+        )
+    ),
+)
 TINY = Step("resnet8", 0, 4, 8, 10)
 
 
@@ -42,15 +63,34 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
 def _measure(context: Context, results: Results, step: Step) -> dict[str, Any]:
     """A ladder; its rows are kept one by one, so that a later call goes on within it."""
     config = step.config()
-    ladder = Ladder(config, ladder_images(config, step.num_classes), context.device, seconds=3.0, steps=1 if context.dry else None)
-    known = {row["name"]: LadderRow(**row) for row in (results.find(step.name) or {}).get("rows", ()) if not row["reason"]}
+    ladder = Ladder(
+        config,
+        ladder_images(config, step.num_classes),
+        context.device,
+        seconds=3.0,
+        steps=1 if context.dry else None,
+    )
+    known = {
+        row["name"]: LadderRow(**row)
+        for row in (results.find(step.name) or {}).get("rows", ())
+        if not row["reason"]
+    }
     rows: list[LadderRow] = []
     with context.not_compiled():
         for row in ladder.rows(lambda: context.minutes_left() < context.needs(1.0), known):
             rows.append(row)
             if row.name not in known:
-                print(f"    {row.name}: " + (row.reason or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"), flush=True)
-            results.put({"row": step.name, "partial": "not measured to the end", **report(ladder, rows)})
+                print(
+                    f"    {row.name}: "
+                    + (
+                        row.reason
+                        or f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"
+                    ),
+                    flush=True,
+                )
+            results.put(
+                {"row": step.name, "partial": "not measured to the end", **report(ladder, rows)}
+            )
     if missing := [row.name for row in rows if row.reason == SPENT]:
         raise OutOfMinutes(f"{len(rows) - len(missing)} of its {len(rows)} rows are there")
     failed = [f"{row.name}: {row.reason}" for row in rows if row.reason and row.reason not in NEVER]
@@ -59,8 +99,15 @@ def _measure(context: Context, results: Results, step: Step) -> dict[str, Any]:
 
 def _line(ladder: dict[str, Any]) -> str:
     (best,) = (row for row in ladder["rows"] if row["name"] == ladder["all_levers"])
-    teaching = f", {ladder['teaching_costs']:.2f} times the student alone" if ladder["teaching_costs"] else ""
-    return f"{best['images_per_second'][0]:,.0f} images/s, {best['times_first'][0]:.2f} x the first row{teaching}"
+    teaching = (
+        f", {ladder['teaching_costs']:.2f} times the student alone"
+        if ladder["teaching_costs"]
+        else ""
+    )
+    return (
+        f"{best['images_per_second'][0]:,.0f} images/s, {best['times_first'][0]:.2f} x the first"
+        f" row{teaching}"
+    )
 
 
 PART = Part("step", 2.0, _rows, _line, entries="ladders")

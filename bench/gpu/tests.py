@@ -1,4 +1,6 @@
-"""The tests that need a GPU, in a few groups, each in processes of its own that are ended when they take too long."""
+"""The tests that need a GPU, in a few groups, each in processes of its own that are ended when they
+take too long.
+"""
 
 import contextlib
 import importlib.util
@@ -18,7 +20,9 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import ROOT, Results
 
 ALONE = ("test_triton_gpu.py", "test_step_gpu.py")
-"""Files that are a group of their own, and come first: the kernels, then the step; the others are one group."""
+"""Files that are a group of their own, and come first: the kernels, then the step; the others are
+one group.
+"""
 LIMIT_SECONDS = 300.0
 """Of one group. A test that hangs must not eat the minutes of the others."""
 COUNTED = ("passed", "failed", "errors", "skipped")
@@ -29,7 +33,11 @@ _HANG_SECONDS = 60
 
 def gpu_files() -> list[str]:
     """The files with tests that are marked ``gpu``."""
-    return [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    return [
+        path.name
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
 
 
 def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,19 +49,48 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         extra: further arguments of pytest.
 
     Returns:
-        How many tests passed, failed and so on; the message of each that failed, and the end of where; and where not everything
-        went well, what (``partial``), the tests that had begun and not ended, and the end of what was printed.
+        How many tests passed, failed and so on; the message of each that failed, and the end of
+        where; and where not everything
+        went well, what (``partial``), the tests that had begun and not ended, and the end of what
+        was printed.
     """
     started, killed = time.monotonic(), False
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors", "-p", recorder.__name__, "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_HANG_SECONDS}",
-                   "-m", "gpu", *files, *extra]
-        # A session of its own: what the tests start is killed with them. It is nobody's worker, whoever calls this.
-        surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        process = subprocess.Popen(command, cwd=ROOT, env={**surroundings, recorder.VARIABLE: str(outcomes)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, errors="replace", start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "--continue-on-collection-errors",
+            "-p",
+            recorder.__name__,
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            f"faulthandler_timeout={_HANG_SECONDS}",
+            "-m",
+            "gpu",
+            *files,
+            *extra,
+        ]
+        # A session of its own: what the tests start is killed with them. It is nobody's worker,
+        # whoever calls this.
+        surroundings = {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
+        }
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**surroundings, recorder.VARIABLE: str(outcomes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         try:
             output = process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -61,12 +98,23 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         except BaseException:
             _kill(process)
             raise
-        lines = [json.loads(line) for line in outcomes.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    found: dict[str, Any] = {"files": list(files), "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1), **_outcomes(lines)}
+        lines = [
+            json.loads(line)
+            for line in outcomes.read_text(encoding="utf-8").splitlines()
+            if line.endswith("}")
+        ]
+    found: dict[str, Any] = {
+        "files": list(files),
+        "returncode": process.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        **_outcomes(lines),
+    }
     wrong = [f"{found[kind]} {kind}" for kind in ("failed", "errors") if found[kind]]
     if killed:
         wrong.append(f"killed after {seconds:.0f} s")
-    elif process.returncode not in (0, 1, 5) or (process.returncode == 1 and not wrong):  # 5: there are no such tests
+    elif process.returncode not in (0, 1, 5) or (
+        process.returncode == 1 and not wrong
+    ):  # 5: there are no such tests
         wrong.append(f"pytest ended with {process.returncode}")
     if wrong:
         found |= {"partial": ", ".join(wrong), "output": output[-4000:]}
@@ -83,32 +131,60 @@ def _kill(process: subprocess.Popen[str]) -> str:
 def _outcomes(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What the recorder wrote."""
     ended = {line["ended"] for line in lines if "ended" in line}
-    found: dict[str, Any] = {kind: sum(line.get("outcome") == kind for line in lines) for kind in COUNTED}
-    failures = [{"test": line["ended"], "message": line["message"], "end": line["end"]} for line in lines if "message" in line]
-    return found | {"failures": failures, "unfinished": [line["begun"] for line in lines if "begun" in line and line["begun"] not in ended]}
+    found: dict[str, Any] = {
+        kind: sum(line.get("outcome") == kind for line in lines) for kind in COUNTED
+    }
+    failures = [
+        {"test": line["ended"], "message": line["message"], "end": line["end"]}
+        for line in lines
+        if "message" in line
+    ]
+    return found | {
+        "failures": failures,
+        "unfinished": [
+            line["begun"] for line in lines if "begun" in line and line["begun"] not in ended
+        ],
+    }
 
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:
     files = gpu_files()
-    groups = {"all": files} if context.dry else {**{name: [name] for name in ALONE}, "the others": [name for name in files if name not in ALONE]}
-    # Most of the time goes into compiling kernels, which one process does one after the other; nothing here is timed.
+    groups = (
+        {"all": files}
+        if context.dry
+        else {
+            **{name: [name] for name in ALONE},
+            "the others": [name for name in files if name not in ALONE],
+        }
+    )
+    # Most of the time goes into compiling kernels, which one process does one after the other;
+    # nothing here is timed.
     workers = min(12, (os.cpu_count() or 1) * 3 // 4)
     extra = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
     for name, group in groups.items():
+
         def measure(paths: Sequence[str] = [f"tests/{file}" for file in group]) -> dict[str, Any]:
             seconds = max(10.0, min(LIMIT_SECONDS, 60 * context.minutes_left()))
             return run_files(paths, seconds, ["--collect-only"] if context.dry else extra)
+
         yield Row(name, context.needs(1.0), measure)
 
 
 def _line(row: dict[str, Any]) -> str:
     words = [f"{row[kind]} {kind}" for kind in COUNTED if row[kind]]
     tests = [failure["test"] for failure in row["failures"]]
-    return ", ".join([*words, *([row["partial"]] if "partial" in row else []), *tests[:5]]) or "nothing ran"
+    return (
+        ", ".join([*words, *([row["partial"]] if "partial" in row else []), *tests[:5]])
+        or "nothing ran"
+    )
 
 
 def _refusal(context: Context) -> str | None:
-    return None if importlib.util.find_spec("pytest") else "pytest is not installed: pip install pytest"
+    return (
+        None
+        if importlib.util.find_spec("pytest")
+        else "pytest is not installed: pip install pytest"
+    )
 
 
 PART = Part("tests", 1.0, _rows, _line, _refusal, sources=("tests",))

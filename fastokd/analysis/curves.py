@@ -1,4 +1,6 @@
-"""What runs have recorded, over their epochs: accuracies, loss terms, schedules and throughput as pictures."""
+"""What runs have recorded, over their epochs: accuracies, loss terms, schedules and throughput as
+pictures.
+"""
 
 import io
 import statistics
@@ -65,7 +67,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One pair of axes: of each record the value of a name, in a section of the record or at its top, scaled."""
+    """One pair of axes: of each record the value of a name, in a section of the record or at its
+    top, scaled.
+    """
 
     title: str
     section: str | None
@@ -88,8 +92,8 @@ def row_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator
     """A picture for each branch and teacher assistant: its accuracy on the evaluation split.
 
     Args:
-        groups: what is drawn over each other. Of several seeds the mean is a line and their range a band; epochs that
-            only some of them have are dotted, each run for itself.
+        groups: what is drawn over each other. Of several seeds the mean is a line and their range a
+            band; epochs that only some of them have are dotted, each run for itself.
         title: what comes before every picture's own title.
         formats: "png", "svg".
 
@@ -101,23 +105,61 @@ def row_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator
 
 
 def overview_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
-    """``overview``: the accuracies of all branches and teacher assistants side by side. Arguments and errors as ``row_pictures``."""
-    yield _picture("overview", title, "accuracy on the evaluation split", _rows(groups), groups, formats, unit=_ACCURACY, share_scale=True)
+    """``overview``: the accuracies of all branches and teacher assistants side by side. Arguments
+    and errors as ``row_pictures``.
+    """
+    yield _picture(
+        "overview",
+        title,
+        "accuracy on the evaluation split",
+        _rows(groups),
+        groups,
+        formats,
+        unit=_ACCURACY,
+        share_scale=True,
+    )
 
 
 def training_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
-    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``. Arguments and errors as ``row_pictures``."""
-    terms = [_Panel(name, "train", name) for name in _names(_runs(groups), "train") if not name.startswith("accuracy/")]
+    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``.
+    Arguments and errors as ``row_pictures``.
+    """
+    terms = [
+        _Panel(name, "train", name)
+        for name in _names(_runs(groups), "train")
+        if not name.startswith("accuracy/")
+    ]
     if terms:
-        yield _picture("loss", title, "training loss, and its terms before they are weighted", terms, groups, formats)
-    schedule = [_Panel("learning rate", None, "lr", logarithmic=True), _Panel("ramp-up (kd_weight)", None, "kd_weight")]
+        yield _picture(
+            "loss",
+            title,
+            "training loss, and its terms before they are weighted",
+            terms,
+            groups,
+            formats,
+        )
+    schedule = [
+        _Panel("learning rate", None, "lr", logarithmic=True),
+        _Panel("ramp-up (kd_weight)", None, "kd_weight"),
+    ]
     yield _picture("schedule", title, "schedules", schedule, groups, formats)
-    throughput = [_Panel("training, images/s", None, "images_per_second"), _Panel("waiting for images, % of the time", None, "waiting_share", 100)]
+    throughput = [
+        _Panel("training, images/s", None, "images_per_second"),
+        _Panel("waiting for images, % of the time", None, "waiting_share", 100),
+    ]
     yield _picture("throughput", title, "throughput", throughput, groups, formats, from_zero=True)
 
 
-def draw_curves(groups: Groups, folder: Path, title: str, formats: Sequence[str] = ("png",),
-                pictures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[Picture]]] = (row_pictures, overview_pictures)) -> list[Path]:
+def draw_curves(
+    groups: Groups,
+    folder: Path,
+    title: str,
+    formats: Sequence[str] = ("png",),
+    pictures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[Picture]]] = (
+        row_pictures,
+        overview_pictures,
+    ),
+) -> list[Path]:
     """Write pictures of runs as files, and return these.
 
     Args:
@@ -129,7 +171,12 @@ def draw_curves(groups: Groups, folder: Path, title: str, formats: Sequence[str]
         MissingExtra: matplotlib is not installed.
         StorageError: the disk refused.
     """
-    return [file for draw in pictures for picture in draw(groups, title, formats) for file in picture.write(folder)]
+    return [
+        file
+        for draw in pictures
+        for picture in draw(groups, title, formats)
+        for file in picture.write(folder)
+    ]
 
 
 PICTURES = (row_pictures, overview_pictures, training_pictures)
@@ -154,22 +201,50 @@ def _names(runs: Sequence[Sequence[Record]], section: str) -> list[str]:
 
 def _curves(runs: Sequence[Sequence[Record]], panel: _Panel) -> list[Curve]:
     """A curve for each run that has recorded the panel's value."""
-    curves = [{record["epoch"] + 1: value for record in records if (value := panel.value(record)) is not None} for records in runs]
+    curves = [
+        {
+            record["epoch"] + 1: value
+            for record in records
+            if (value := panel.value(record)) is not None
+        }
+        for records in runs
+    ]
     return [curve for curve in curves if curve]
 
 
 def _mean_curve(curves: Sequence[Curve]) -> dict[int, list[float]]:
     """Where all curves have a value: the values."""
-    return {epoch: [curve[epoch] for curve in curves] for epoch in curves[0] if all(epoch in curve for curve in curves)}
+    return {
+        epoch: [curve[epoch] for curve in curves]
+        for epoch in curves[0]
+        if all(epoch in curve for curve in curves)
+    }
 
 
-def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups: Groups, formats: Sequence[str], unit: str = "", share_scale: bool = False,
-             from_zero: bool = False) -> Picture:
+def _picture(
+    name: str,
+    title: str,
+    shows: str,
+    panels: Sequence[_Panel],
+    groups: Groups,
+    formats: Sequence[str],
+    unit: str = "",
+    share_scale: bool = False,
+    from_zero: bool = False,
+) -> Picture:
     plt = require_matplotlib()
     columns = min(3 if len(panels) <= 6 else 4, len(panels))
     lines = -(-len(panels) // columns)
     size = (6.0, 4.0) if len(panels) == 1 else (4.0 * columns, 3.0 * lines)
-    figure, grid = plt.subplots(lines, columns, figsize=(size[0], size[1] + 0.2 * len(groups)), layout="constrained", sharex=True, sharey=share_scale, squeeze=False)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(size[0], size[1] + 0.2 * len(groups)),
+        layout="constrained",
+        sharex=True,
+        sharey=share_scale,
+        squeeze=False,
+    )
     words = []
     for axes, panel in zip(grid.flat, panels, strict=False):
         ends = _draw_panel(axes, groups, panel)
@@ -179,18 +254,29 @@ def _picture(name: str, title: str, shows: str, panels: Sequence[_Panel], groups
         words.append(f"{panel.title}: " + (", ".join(ends) or "not recorded"))
         if len(panels) > 1:
             axes.set_title(panel.title, fontsize="medium")
-    for axes in grid.flat[len(panels):]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for place, axes in enumerate(grid.flat[:len(panels)]):
+    for place, axes in enumerate(grid.flat[: len(panels)]):
         if place + columns >= len(panels):  # nothing is drawn below it
             axes.set_xlabel("epoch")
             axes.tick_params(labelbottom=True)
         if place % columns:
             axes.set_ylabel("")
-    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
-    figure.suptitle(f"{title}: {shows}", fontsize="medium" if len(panels) == 1 else "large", wrap=True)
-    return Picture(name, shows, f"{title}: {shows}. Last values: {'; '.join(words)}.", encoded(plt, figure, formats))
+    figure.suptitle(
+        f"{title}: {shows}", fontsize="medium" if len(panels) == 1 else "large", wrap=True
+    )
+    return Picture(
+        name,
+        shows,
+        f"{title}: {shows}. Last values: {'; '.join(words)}.",
+        encoded(plt, figure, formats),
+    )
 
 
 def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
@@ -206,16 +292,35 @@ def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:
         epochs, values = list(shared), list(shared.values())
         mean = [statistics.mean(each) for each in values]
         seeds = f" (mean and range of {len(curves)} seeds)" if len(curves) > 1 else ""
-        axes.plot(epochs, mean, color=color, linestyle=style, linewidth=2, marker="." if len(epochs) == 1 else "", label=f"{label}{seeds}")
+        axes.plot(
+            epochs,
+            mean,
+            color=color,
+            linestyle=style,
+            linewidth=2,
+            marker="." if len(epochs) == 1 else "",
+            label=f"{label}{seeds}",
+        )
         if len(curves) > 1:
-            axes.fill_between(epochs, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(
+                epochs,
+                [min(each) for each in values],
+                [max(each) for each in values],
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )
         for curve in curves:
-            rest = {epoch: value for epoch, value in curve.items() if not epochs or epoch >= epochs[-1]}
+            rest = {
+                epoch: value for epoch, value in curve.items() if not epochs or epoch >= epochs[-1]
+            }
             if len(rest) > 1:
                 axes.plot(list(rest), list(rest.values()), color=color, linestyle=":", linewidth=1)
         if mean:
             ends.append(f"{label} {mean[-1]:.4g} in epoch {epochs[-1]}")
-    if panel.logarithmic and all(value > 0 for line in axes.get_lines() for value in line.get_ydata()):
+    if panel.logarithmic and all(
+        value > 0 for line in axes.get_lines() for value in line.get_ydata()
+    ):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -235,5 +340,7 @@ def _encoded(plt: Any, figure: Any, ending: str) -> bytes:
     content = io.BytesIO()
     # The same runs give the same file: no date, and names of parts that do not depend on chance.
     with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        figure.savefig(content, format=ending, dpi=120, metadata={"Date": None} if ending == "svg" else {})
+        figure.savefig(
+            content, format=ending, dpi=120, metadata={"Date": None} if ending == "svg" else {}
+        )
     return content.getvalue()

@@ -1,7 +1,9 @@
-"""How much classifiers differ, where one errs, and whether its confidence can be believed: formulas on tensors.
+"""How much classifiers differ, where one errs, and whether its confidence can be believed: formulas
+on tensors.
 
-K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels`` [N] are int64, ``right`` [K, N] is bool, and
-what comes back is in float64. A value that is not defined, such as a mean over no images, is NaN.
+K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels`` [N] are int64,
+``right`` [K, N] is bool, and what comes back is in float64. A value that is not defined, such as a
+mean over no images, is NaN.
 """
 
 from typing import NamedTuple
@@ -14,12 +16,14 @@ ECE_BINS = 15
 
 
 def interrater_agreement(right: Tensor) -> float:
-    """Interrater agreement s of K classifiers: 1 where all are right on the same images, smaller for more diverse ones.
+    """Interrater agreement s of K classifiers: 1 where all are right on the same images, smaller
+    for more diverse ones.
 
-    ``s = 1 - [ (1/K) sum_x rho(x) (K - rho(x)) ] / [ N (K-1) p (1-p) ]``; rho(x) of the K classifiers are right on image x,
-    and p is their mean accuracy (FFM + CD, ACCV 2020, eq. 9; Fleiss 1981). It is 0 where they err independently, and
-    negative where they err on different images more often than chance would have it. NaN for fewer than two
-    classifiers, and where all are always or never right.
+    ``s = 1 - [ (1/K) sum_x rho(x) (K - rho(x)) ] / [ N (K-1) p (1-p) ]``; rho(x) of the K
+    classifiers are right on image x, and p is their mean accuracy (FFM + CD, ACCV 2020, eq. 9;
+    Fleiss 1981). It is 0 where they err independently, and negative where they err on different
+    images more often than chance would have it. NaN for fewer than two classifiers, and where all
+    are always or never right.
     """
     num, count = right.shape
     rho = right.double().sum(0)
@@ -28,12 +32,18 @@ def interrater_agreement(right: Tensor) -> float:
 
 
 def agreement(predictions: Tensor) -> Tensor:
-    """[K, K]: the fraction of images for which two classifiers name the same class, right or wrong."""
-    return _fractions(predictions[:, None] == predictions[None], torch.ones_like(predictions[:, None], dtype=torch.bool))
+    """[K, K]: the fraction of images for which two classifiers name the same class, right or
+    wrong.
+    """
+    return _fractions(
+        predictions[:, None] == predictions[None],
+        torch.ones_like(predictions[:, None], dtype=torch.bool),
+    )
 
 
 def error_overlap(right: Tensor) -> Tensor:
-    """[K, K]: of the images that at least one of two classifiers gets wrong, the fraction that both get wrong.
+    """[K, K]: of the images that at least one of two classifiers gets wrong, the fraction that both
+    get wrong.
 
     The Jaccard index of their errors; NaN where neither errs.
     """
@@ -42,7 +52,8 @@ def error_overlap(right: Tensor) -> Tensor:
 
 
 def same_error(predictions: Tensor, labels: Tensor) -> Tensor:
-    """[K, K]: of the images that both of two classifiers get wrong, the fraction for which they name the same wrong class.
+    """[K, K]: of the images that both of two classifiers get wrong, the fraction for which they
+    name the same wrong class.
 
     NaN where they are never both wrong.
     """
@@ -52,10 +63,11 @@ def same_error(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def q_statistic(right: Tensor) -> Tensor:
-    """[K, K]: Yule's Q of being right, ``(a d - b c) / (a d + b c)``: 0 where two classifiers err independently, 1 where together.
+    """[K, K]: Yule's Q of being right, ``(a d - b c) / (a d + b c)``: 0 where two classifiers err
+    independently, 1 where together.
 
-    a and d count the images that both get right and wrong, b and c those that only one gets right (Yule 1900; Kuncheva and
-    Whitaker 2003, eq. 1). NaN where the denominator is 0.
+    a and d count the images that both get right and wrong, b and c those that only one gets right
+    (Yule 1900; Kuncheva and Whitaker 2003, eq. 1). NaN where the denominator is 0.
     """
     right = right.double()
     wrong = 1 - right
@@ -65,34 +77,47 @@ def q_statistic(right: Tensor) -> Tensor:
 
 
 def any_right(right: Tensor) -> float:
-    """The fraction of images that at least one of the K classifiers gets right (FFSD's code prints it as the ensemble's accuracy)."""
+    """The fraction of images that at least one of the K classifiers gets right (FFSD's code prints
+    it as the ensemble's accuracy).
+    """
     return float(right.any(0).double().mean())
 
 
 def pairwise_distances(rows: Tensor) -> Tensor:
-    """[K, K, N]: the Euclidean distance between every two of K rows for each image, from float64 [K, N, C].
+    """[K, K, N]: the Euclidean distance between every two of K rows for each image, from float64
+    [K, N, C].
 
-    With logits this is the distance of AHBF (AAAI 2023, Fig. 5), with softmax outputs that of OKDDip, whose code adds 1e-6 to
-    every difference.
+    With logits this is the distance of AHBF (AAAI 2023, Fig. 5), with softmax outputs that of
+    OKDDip, whose code adds 1e-6 to every difference.
     """
     per_image = rows.transpose(0, 1)
     # The other way of computing it loses digits where rows are alike.
-    return torch.cdist(per_image, per_image, compute_mode="donot_use_mm_for_euclid_dist").movedim(0, 2)
+    return torch.cdist(per_image, per_image, compute_mode="donot_use_mm_for_euclid_dist").movedim(
+        0, 2
+    )
 
 
 def mean_over_pairs(matrix: Tensor) -> float:
-    """The mean of a symmetric [K, K] over the pairs of different classifiers; NaN for fewer than two."""
+    """The mean of a symmetric [K, K] over the pairs of different classifiers; NaN for fewer than
+    two.
+    """
     first, second = torch.triu_indices(*matrix.shape, offset=1)
     return float(matrix[first, second].mean())
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 [C, C]: how many images of the class of each line (``labels`` [N]) are said to be of the class of each column (``predictions`` [N])."""
-    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
+    """int64 [C, C]: how many images of the class of each line (``labels`` [N]) are said to be of
+    the class of each column (``predictions`` [N]).
+    """
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
 
 
 class Calibration(NamedTuple):
-    """The images of a classifier by its confidence, in bins (low, high] of equal width over [0, 1]; each [bins]."""
+    """The images of a classifier by its confidence, in bins (low, high] of equal width over [0, 1];
+    each [bins].
+    """
 
     count: Tensor
     accuracy: Tensor
@@ -102,7 +127,9 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et al., ICML 2017, eq. 3)."""
+        """The expected calibration error: ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et
+        al., ICML 2017, eq. 3).
+        """
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
         return float((self.count * gaps).sum() / self.count.sum())
 
@@ -117,13 +144,17 @@ def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Cal
     """
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     place = torch.bucketize(confidences, inner)
-    count, accuracy, confidence = (torch.zeros(bins, dtype=torch.float64).index_add_(0, place, value.double())
-                                   for value in (torch.ones_like(right), right, confidences))
+    count, accuracy, confidence = (
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, place, value.double())
+        for value in (torch.ones_like(right), right, confidences)
+    )
     return Calibration(count, accuracy / count, confidence / count)
 
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """[C]: the mean of ``values`` [N] over the images of each class; NaN for a class without images."""
+    """[C]: the mean of ``values`` [N] over the images of each class; NaN for a class without
+    images.
+    """
     sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, values.double())
     return sums / torch.bincount(labels, minlength=num_classes)
 

@@ -14,7 +14,8 @@ from fastokd.train.step import BranchEvaluator
 
 @dataclass(frozen=True)
 class Gathered:
-    """What R rows of logits (branches, heads, teacher assistants, the ensemble) say about N images; on the CPU.
+    """What R rows of logits (branches, heads, teacher assistants, the ensemble) say about N images;
+    on the CPU.
 
     Attributes:
         rows: their names.
@@ -23,10 +24,14 @@ class Gathered:
         predictions: int64 [R, N].
         confidences: of the predictions, float64 [R, N].
         cross_entropies: the mean over the images, float64 [R].
-        softmax_distances: float64 [R, R], the mean Euclidean distance of softmax outputs over all images.
-        logit_distances: float64 [R, R], that of logits over the images that the student gets wrong; NaN if there are none.
-        mixing: for each mixture with weights given at run time, for each of its inputs the weights, float64 [N].
-        features: for each branch by name a tensor [n, c_m], its pooled features of some images that the student gets wrong.
+        softmax_distances: float64 [R, R], the mean Euclidean distance of softmax outputs over all
+            images.
+        logit_distances: float64 [R, R], that of logits over the images that the student gets wrong;
+            NaN if there are none.
+        mixing: for each mixture with weights given at run time, for each of its inputs the weights,
+            float64 [N].
+        features: for each branch by name a tensor [n, c_m], its pooled features of some images that
+            the student gets wrong.
         feature_labels: the classes of these images, int64 [n].
     """
 
@@ -53,12 +58,18 @@ class Gathered:
         return int((~self.right[self.student]).sum())
 
 
-def gather(evaluator: BranchEvaluator, batches: Iterable[Batch], max_images: int, progress: Callable[[int], object] = lambda done: None) -> Gathered:
+def gather(
+    evaluator: BranchEvaluator,
+    batches: Iterable[Batch],
+    max_images: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Gathered:
     """Look at every image once.
 
-    Of each image four numbers a row stay, and features of ``max_images`` images at most, so that memory does not grow with the
-    classes. If the student gets more wrong, these are drawn: image i is among them by the i-th of a fixed row of random
-    numbers, so that runs on the same split show the same images as far as they make the same mistakes.
+    Of each image four numbers a row stay, and features of ``max_images`` images at most, so that
+    memory does not grow with the classes. If the student gets more wrong, these are drawn: image i
+    is among them by the i-th of a fixed row of random numbers, so that runs on the same split show
+    the same images as far as they make the same mistakes.
 
     Args:
         evaluator: of the run, with its weights.
@@ -72,7 +83,9 @@ def gather(evaluator: BranchEvaluator, batches: Iterable[Batch], max_images: int
     drawn = torch.Generator().manual_seed(0)
     columns: list[tuple[Tensor, ...]] = []  # of every batch: labels, predictions, confidences
     mixing: dict[str, dict[str, list[Tensor]]] = {}
-    kept: list[Tensor] = []  # of the errors that are shown: keys, labels, the features of every branch
+    kept: list[
+        Tensor
+    ] = []  # of the errors that are shown: keys, labels, the features of every branch
     rows: tuple[str, ...] = ()
     sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
     done = 0
@@ -80,12 +93,19 @@ def gather(evaluator: BranchEvaluator, batches: Iterable[Batch], max_images: int
         rows = tuple(named)
         logits = torch.stack([row.double() for row in named.values()])
         if not logits.isfinite().all():
-            raise CheckpointError(f"the logits are not finite from image {done + 1} on, so there is nothing to compare; choose another checkpoint with --which")
+            raise CheckpointError(
+                f"the logits are not finite from image {done + 1} on, so there is nothing to"
+                " compare; choose another checkpoint with --which"
+            )
         log_p = logits.log_softmax(2)
         confidences, predictions = log_p.exp().max(2)
         wrong = predictions[rows.index(evaluator.reported)] != target
         cross_entropies = -log_p.gather(2, target.expand(len(rows), -1)[..., None]).sum((1, 2))
-        found = (cross_entropies, pairwise_distances(log_p.exp()).sum(2), pairwise_distances(logits[:, wrong]).sum(2))
+        found = (
+            cross_entropies,
+            pairwise_distances(log_p.exp()).sum(2),
+            pairwise_distances(logits[:, wrong]).sum(2),
+        )
         sums = tuple(before + here for before, here in zip(sums, found, strict=True))
         columns.append((target.cpu(), predictions.cpu(), confidences.cpu()))
         for mixture, weights in evaluator.mixing_weights(result, target).items():
@@ -96,18 +116,40 @@ def gather(evaluator: BranchEvaluator, batches: Iterable[Batch], max_images: int
         kept = _first(max_images, kept, [keys[wrong.cpu()], target[wrong].cpu(), *pooled])
         done += len(target)
         progress(done)
-    labels, predictions, confidences = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
+    labels, predictions, confidences = (
+        torch.cat(parts, -1) for parts in zip(*columns, strict=True)
+    )
     student = rows.index(evaluator.reported)
     cross_entropies, softmax_sums, logit_sums = (value.cpu() for value in sums)
     errors = int((predictions[student] != labels).sum())
     return Gathered(
-        rows, student, labels, predictions, confidences, cross_entropies / done, softmax_sums / done, logit_sums / errors,
-        {mixture: {name: torch.cat(parts) for name, parts in weights.items()} for mixture, weights in mixing.items()},
-        dict(zip(evaluator.criterion.graph.logits[:evaluator.criterion.num_branches], kept[2:], strict=True)), kept[1])
+        rows,
+        student,
+        labels,
+        predictions,
+        confidences,
+        cross_entropies / done,
+        softmax_sums / done,
+        logit_sums / errors,
+        {
+            mixture: {name: torch.cat(parts) for name, parts in weights.items()}
+            for mixture, weights in mixing.items()
+        },
+        dict(
+            zip(
+                evaluator.criterion.graph.logits[: evaluator.criterion.num_branches],
+                kept[2:],
+                strict=True,
+            )
+        ),
+        kept[1],
+    )
 
 
 def _first(count: int, before: list[Tensor], here: list[Tensor]) -> list[Tensor]:
-    """The ``count`` entries with the smallest keys, which are the first tensor, of those before and those here."""
+    """The ``count`` entries with the smallest keys, which are the first tensor, of those before and
+    those here.
+    """
     both = [torch.cat(pair) for pair in zip(before, here, strict=True)] if before else here
     order = both[0].argsort()[:count]
     return [value[order] for value in both]

@@ -7,12 +7,23 @@ from typing import Any
 from fastokd.analysis.curves import require_matplotlib
 from fastokd.analysis.svg import save_svg
 
-_COLORS = {"first": "tab:gray", "lever": "tab:blue", "alternative": "tab:orange", "student": "tab:green"}
-_MEANING = {"first": "research style", "lever": "one lever more", "alternative": "an alternative, not kept below", "student": "the student alone"}
+_COLORS = {
+    "first": "tab:gray",
+    "lever": "tab:blue",
+    "alternative": "tab:orange",
+    "student": "tab:green",
+}
+_MEANING = {
+    "first": "research style",
+    "lever": "one lever more",
+    "alternative": "an alternative, not kept below",
+    "student": "the student alone",
+}
 
 
 def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
-    """Bars of how often faster each row is than the first, with the lowest and highest of its windows, as an SVG file.
+    """Bars of how often faster each row is than the first, with the lowest and highest of its
+    windows, as an SVG file.
 
     Args:
         found: as ``fastokd.train.ladder.report`` gives it.
@@ -30,14 +41,35 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
         median, low, high = row["times_first"]
         label = _MEANING[row["kind"]] if row["kind"] not in shown else None
         shown.add(row["kind"])
-        axes.barh(place, median, xerr=[[median - low], [high - median]], color=_COLORS[row["kind"]], ecolor="black", capsize=3, label=label)
-        axes.annotate(f" {median:.2f} x, {row['images_per_second'][0]:,.0f} images/s", (high, place), va="center", fontsize="small")
+        axes.barh(
+            place,
+            median,
+            xerr=[[median - low], [high - median]],
+            color=_COLORS[row["kind"]],
+            ecolor="black",
+            capsize=3,
+            label=label,
+        )
+        axes.annotate(
+            f" {median:.2f} x, {row['images_per_second'][0]:,.0f} images/s",
+            (high, place),
+            va="center",
+            fontsize="small",
+        )
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlim(right=1.4 * max(row["times_first"][2] for row in rows))
     axes.set_xlabel("times as fast as the first row")
     figure.legend(loc="outside lower center", ncols=len(shown), fontsize="small")
-    machine = found["environment"]["device"] if found["environment"]["device"] != "cpu" else f"{found['processor']}, threads: {found['environment']['threads']}"
+    machine = (
+        found["environment"]["device"]
+        if found["environment"]["device"] != "cpu"
+        else f"{found['processor']}, threads: {found['environment']['threads']}"
+    )
     side = " x ".join(map(str, found["image_size"]))
-    figure.suptitle(f"{found['model']}, {found['method']}, {found['branches']} branches, batch {found['batch_size']} of {side}\n{machine}", fontsize="medium")
+    figure.suptitle(
+        f"{found['model']}, {found['method']}, {found['branches']} branches, batch"
+        f" {found['batch_size']} of {side}\n{machine}",
+        fontsize="medium",
+    )
     return save_svg(plt, figure, path, found)

@@ -45,8 +45,11 @@ def machine() -> str:
 
 @torch.inference_mode()
 @without_tf32()
-def measure_latency(network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device) -> Latency | None:
-    """Time forward passes as PyTorch runs them eagerly, in float32 (without TF32) and channels-last, until the device is done with each.
+def measure_latency(
+    network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device
+) -> Latency | None:
+    """Time forward passes as PyTorch runs them eagerly, in float32 (without TF32) and
+    channels-last, until the device is done with each.
 
     Args:
         network: images [B, 3, H, W] to logits, in evaluation mode; it is moved to the device.
@@ -57,6 +60,7 @@ def measure_latency(network: nn.Module, image_size: tuple[int, int], batch_size:
     Returns:
         None where the batch does not fit into the device's memory.
     """
+
     def run() -> float:
         started = time.perf_counter()
         network(images)
@@ -66,7 +70,9 @@ def measure_latency(network: nn.Module, image_size: tuple[int, int], batch_size:
 
     try:
         network.to(device, memory_format=torch.channels_last)
-        images = torch.randn(batch_size, 3, *image_size).to(device, memory_format=torch.channels_last)
+        images = torch.randn(batch_size, 3, *image_size).to(
+            device, memory_format=torch.channels_last
+        )
         for _ in range(WARM_UP):
             run()
         found: list[float] = []

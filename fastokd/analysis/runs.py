@@ -1,4 +1,6 @@
-"""What run folders have recorded, read as far as it is whole, and grouped by what is the same but for the seed."""
+"""What run folders have recorded, read as far as it is whole, and grouped by what is the same but
+for the seed.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,9 @@ from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.step import AVERAGE
 
 SAME_RUN = frozenset({"seed", *MAY_CHANGE}) - {"epochs"}
-"""The fields of a configuration in which the runs of a group may differ: the seed, and where and how fast they ran."""
+"""The fields of a configuration in which the runs of a group may differ: the seed, and where and
+how fast they ran.
+"""
 
 Record = Mapping[str, Any]
 
@@ -28,12 +32,16 @@ class Run:
     Attributes:
         path: the run folder.
         config: its configuration.
-        records: what ``metrics.jsonl`` says of each epoch, up to the first line that is damaged; at least one.
+        records: what ``metrics.jsonl`` says of each epoch, up to the first line that is damaged; at
+            least one.
         student: the name of the accuracy that is the student's.
-        evaluated: what the accuracies were measured on: the data's fingerprint, its classes, the split and its number of images, how
-            the images were brought to their size. What is not recorded is left out.
-        data: what is known of the dataset: "name", "fingerprint", "num_classes" and "image_size"; empty where that is lost.
-        environment: what ``environment.json`` says of the versions and the machine; empty where that is damaged.
+        evaluated: what the accuracies were measured on: the data's fingerprint, its classes, the
+            split and its number of images, how the images were brought to their size. What is not
+            recorded is left out.
+        data: what is known of the dataset: "name", "fingerprint", "num_classes" and "image_size";
+            empty where that is lost.
+        environment: what ``environment.json`` says of the versions and the machine; empty where
+            that is damaged.
         remarks: what is not as in a finished run.
     """
 
@@ -60,9 +68,13 @@ class Run:
     def best(self) -> Record:
         """The record of the first epoch with the student's highest accuracy, of all epochs.
 
-        ``summary.json`` and ``best.pt`` are of a later one where a run was resumed without the checkpoint of this; ``remarks`` say so.
+        ``summary.json`` and ``best.pt`` are of a later one where a run was resumed without the
+        checkpoint of this; ``remarks`` say so.
         """
-        return max((record for record in self.records if self.student in record["eval"]), key=lambda record: record["eval"][self.student])
+        return max(
+            (record for record in self.records if self.student in record["eval"]),
+            key=lambda record: record["eval"][self.student],
+        )
 
     def shown(self, fact: str) -> str:
         """An entry of ``evaluated`` in words."""
@@ -80,7 +92,8 @@ class Group:
     """Runs that are the same but for the seed, by their seeds.
 
     Attributes:
-        label: model, method, and in what the configuration differs from that of other groups of the same two.
+        label: model, method, and in what the configuration differs from that of other groups of the
+            same two.
         runs: at least one, of different seeds.
     """
 
@@ -94,7 +107,9 @@ class Group:
 
     @property
     def counted(self) -> tuple[Run, ...]:
-        """The runs whose errors make one mean: those with the most finished epochs, which are the finished ones if there are any."""
+        """The runs whose errors make one mean: those with the most finished epochs, which are the
+        finished ones if there are any.
+        """
         most = max(run.epochs for run in self.runs)
         return tuple(run for run in self.runs if run.epochs == most)
 
@@ -116,7 +131,8 @@ class Group:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder. A damaged or unfinished run is read as far as it goes, and its ``remarks`` say so.
+    """Read a run folder. A damaged or unfinished run is read as far as it goes, and its ``remarks``
+    say so.
 
     Raises:
         CheckpointError: this is not a run folder, or no epoch was finished.
@@ -127,14 +143,25 @@ def read_run(path: Path) -> Run:
     student = _student_row(config, folder.config_path)
     records = tuple(folder.read_metrics())
     if not records or student not in records[-1]["eval"]:
-        what = f"its last epoch has no accuracy of {student}" if records else "it has no finished epoch"
-        raise CheckpointError(f"{path}: {what} in metrics.jsonl; train it with 'fastokd train --resume {path}', or leave it out")
+        what = (
+            f"its last epoch has no accuracy of {student}"
+            if records
+            else "it has no finished epoch"
+        )
+        raise CheckpointError(
+            f"{path}: {what} in metrics.jsonl; train it with 'fastokd train --resume {path}', or"
+            " leave it out"
+        )
     remarks = []
     lines = folder.metrics_path.read_bytes().splitlines()
     if len(lines) > len(records):
-        remarks.append(f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used")
+        remarks.append(
+            f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used"
+        )
     if (done := records[-1]["epoch"] + 1) < config.epochs:
-        remarks.append(f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}")
+        remarks.append(
+            f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}"
+        )
     environment = folder.read_environment()
     if not environment:
         remarks.append("environment.json is missing or damaged: versions and machine are not known")
@@ -143,18 +170,24 @@ def read_run(path: Path) -> Run:
     run = Run(path, config, records, student, evaluated, data, environment, ())
     summary = read_json_object(folder.summary_path)
     chosen, best = summary.get("best_epoch"), run.best["epoch"]
-    if summary.get("epochs") == run.epochs and isinstance(chosen, int) and chosen != best:  # else it is of before the run went on
-        remarks.append(f"its best epoch is {best + 1}, which is used here; summary.json and best.pt are of epoch {chosen + 1}, as after a resume without the "
-                       f"checkpoint of epoch {best + 1}")
+    if (
+        summary.get("epochs") == run.epochs and isinstance(chosen, int) and chosen != best
+    ):  # else it is of before the run went on
+        remarks.append(
+            f"its best epoch is {best + 1}, which is used here; summary.json and best.pt are of"
+            f" epoch {chosen + 1}, as after a resume without the checkpoint of epoch {best + 1}"
+        )
     return dataclasses.replace(run, remarks=tuple(remarks))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Group]:
-    """Read runs that are to be compared, grouped by what is the same but for the seed, in the order of their first runs.
+    """Read runs that are to be compared, grouped by what is the same but for the seed, in the order
+    of their first runs.
 
     Raises:
         CheckpointError: one is not a run folder, or has no finished epoch.
-        ConfigError: there is none, a configuration is damaged, one is there twice, or they were not evaluated on the same images.
+        ConfigError: there is none, a configuration is damaged, one is there twice, or they were not
+            evaluated on the same images.
     """
     if not paths:
         raise ConfigError("no runs: give run folders, for example runs/*")
@@ -168,15 +201,22 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
         if same is None:
             found.append((kind, same := {}))
         if (other := same.get(run.config.seed)) is not None:
-            raise ConfigError(f"{other.path} and {run.path} are the same configuration with the same seed {run.config.seed}, which would count twice: give one of them")
+            raise ConfigError(
+                f"{other.path} and {run.path} are the same configuration with the same seed"
+                f" {run.config.seed}, which would count twice: give one of them"
+            )
         same[run.config.seed] = run
     groups = [[same[seed] for seed in sorted(same)] for _, same in found]
     configs = [runs[0].config for runs in groups]
-    return [Group(_label(config, configs), tuple(runs)) for config, runs in zip(configs, groups, strict=True)]
+    return [
+        Group(_label(config, configs), tuple(runs))
+        for config, runs in zip(configs, groups, strict=True)
+    ]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Check that accuracies were measured on the same images, prepared in the same way. What a run has not recorded is not compared.
+    """Check that accuracies were measured on the same images, prepared in the same way. What a run
+    has not recorded is not compared.
 
     Raises:
         ConfigError: they were not; the message says what differs, and between which runs.
@@ -186,9 +226,16 @@ def check_comparable(runs: Sequence[Run]) -> None:
         different = [run for run in known if run.evaluated[fact] != known[0].evaluated[fact]]
         if different:
             one, other = known[0], different[0]
-            differing = [f"{name}: {one.shown(name)}, {other.shown(name)}" for name in one.evaluated if name in other.evaluated and one.evaluated[name] != other.evaluated[name]]
+            differing = [
+                f"{name}: {one.shown(name)}, {other.shown(name)}"
+                for name in one.evaluated
+                if name in other.evaluated and one.evaluated[name] != other.evaluated[name]
+            ]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            raise ConfigError(f"{one.path} and {other.path}{more} were evaluated on different images, so their numbers do not compare ({'; '.join(differing)}); give runs of the same")
+            raise ConfigError(
+                f"{one.path} and {other.path}{more} were evaluated on different images, so their"
+                f" numbers do not compare ({'; '.join(differing)}); give runs of the same"
+            )
 
 
 def title(groups: Sequence[Group]) -> str:
@@ -199,22 +246,30 @@ def title(groups: Sequence[Group]) -> str:
 
 def remarks_of(groups: Sequence[Group]) -> list[str]:
     """What is not as in finished and whole runs, each with its run."""
-    return [f"{run.path}: {remark}" for group in groups for run in group.runs for remark in run.remarks]
+    return [
+        f"{run.path}: {remark}" for group in groups for run in group.runs for remark in run.remarks
+    ]
 
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The fields in which the groups' configurations differ, each with its value in every group, in words."""
+    """The fields in which the groups' configurations differ, each with its value in every group, in
+    words.
+    """
     return _differing([group.config for group in groups])
 
 
 def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
     names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in SAME_RUN]
-    columns = {name: [value_in_words(getattr(config, name)) for config in configs] for name in names}
+    columns = {
+        name: [value_in_words(getattr(config, name)) for config in configs] for name in names
+    }
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
-    alike = [other for other in configs if (other.model, other.method) == (config.model, config.method)]
+    alike = [
+        other for other in configs if (other.model, other.method) == (config.model, config.method)
+    ]
     differing = [f"{name} {value_in_words(getattr(config, name))}" for name in _differing(alike)]
     return ", ".join([f"{config.model} {config.method}", *differing])
 
@@ -224,7 +279,10 @@ def value_in_words(value: Any) -> str:
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={value_in_words(item)}" for name, item in sorted(value.items())) or "none"
+        return (
+            " ".join(f"{name}={value_in_words(item)}" for name, item in sorted(value.items()))
+            or "none"
+        )
     if isinstance(value, list | tuple):
         return " ".join(map(value_in_words, value)) or "none"
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
@@ -240,32 +298,55 @@ def _student_row(config: TrainConfig, where: Path) -> str:
 
 
 def _kept_branch(config: TrainConfig) -> int:
-    return range(config.num_branches())[-1 if config.compression else get_method(config.method).kept]
+    return range(config.num_branches())[
+        -1 if config.compression else get_method(config.method).kept
+    ]
 
 
-def _data(folder: RunFolder, environment: Mapping[str, Any], remarks: list[str]) -> Mapping[str, Any]:
-    """What is recorded of the dataset, from the run's last checkpoint if ``environment.json`` has lost it."""
+def _data(
+    folder: RunFolder, environment: Mapping[str, Any], remarks: list[str]
+) -> Mapping[str, Any]:
+    """What is recorded of the dataset, from the run's last checkpoint if ``environment.json`` has
+    lost it.
+    """
     if isinstance(data := environment.get("data"), dict):
         return data
     try:
         state = load_newest(folder.checkpoints)[0]
     except CheckpointError:
-        remarks.append("no record of its data is left: that it is the data of the other runs is not checked")
+        remarks.append(
+            "no record of its data is left: that it is the data of the other runs is not checked"
+        )
         return {}
     return {**state["data"], "num_classes": len(state["classes"])}
 
 
-def _evaluated(folder: RunFolder, config: TrainConfig, data: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
-    """What is recorded of the images that the accuracies were measured on; what is lost is said in ``remarks``."""
-    facts: dict[str, Any] = {"data": data.get("fingerprint"), "classes": data.get("num_classes"), "val_split": config.val_split}
+def _evaluated(
+    folder: RunFolder, config: TrainConfig, data: Mapping[str, Any], remarks: list[str]
+) -> dict[str, Any]:
+    """What is recorded of the images that the accuracies were measured on; what is lost is said in
+    ``remarks``.
+    """
+    facts: dict[str, Any] = {
+        "data": data.get("fingerprint"),
+        "classes": data.get("num_classes"),
+        "val_split": config.val_split,
+    }
     path = folder.student.with_suffix(".json")
     try:
         record = parse_record(path.read_bytes(), str(path))
     except (OSError, CheckpointError):
-        remarks.append("student.json is missing or damaged: that it was evaluated on the split of the other runs is not checked")
+        remarks.append(
+            "student.json is missing or damaged: that it was evaluated on the split of the other"
+            " runs is not checked"
+        )
     else:
         accuracy, preprocessing = record["accuracy"], record["preprocessing"]
         height, width = preprocessing["image_size"]
-        facts |= {"split": accuracy["split"], "number of images": accuracy["num_images"], "image size": f"{height} x {width}",
-                  "shorter side before the crop": preprocessing.get("shorter_side", min(height, width))}
+        facts |= {
+            "split": accuracy["split"],
+            "number of images": accuracy["num_images"],
+            "image size": f"{height} x {width}",
+            "shorter side before the crop": preprocessing.get("shorter_side", min(height, width)),
+        }
     return {name: value for name, value in facts.items() if value is not None}

@@ -14,7 +14,8 @@ def fingerprint(data: Any) -> str:
 
 
 def save_svg(plt: Any, figure: Any, path: Path, data: Any) -> Path:
-    """Write a figure and close it; one version of matplotlib writes the same bytes for the same data.
+    """Write a figure and close it; one version of matplotlib writes the same bytes for the same
+    data.
 
     Args:
         plt: matplotlib.pyplot.
@@ -26,11 +27,18 @@ def save_svg(plt: Any, figure: Any, path: Path, data: Any) -> Path:
         StorageError: the disk refused.
     """
     with plt.rc_context({"svg.hashsalt": "fastokd"}):
-        write_atomically(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None, "Identifier": fingerprint(data)}))
+        write_atomically(
+            path,
+            lambda file: figure.savefig(
+                file, format="svg", metadata={"Date": None, "Identifier": fingerprint(data)}
+            ),
+        )
     plt.close(figure)
     return path
 
 
 def shows(path: Path, data: Any) -> bool:
-    """Whether the file is there and was drawn from these data, by whatever version of matplotlib."""
+    """Whether the file is there and was drawn from these data, by whatever version of
+    matplotlib.
+    """
     return path.is_file() and fingerprint(data) in path.read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Archives of samples: what tar shards, TFRecord and RecordIO files have in common.
 
-The splits are told by a word in the archives' names (``train-000000.tar``, ``imagenet-val-0.tar``) or folders
-(``train/000000.tar``), and class numbers mean the lines of ``classes.txt``. Nothing is unpacked: an image is a place in an archive.
+The splits are told by a word in the archives' names (``train-000000.tar``, ``imagenet-val-0.tar``)
+or folders (``train/000000.tar``), and class numbers mean the lines of ``classes.txt``. Nothing is
+unpacked: an image is a place in an archive.
 """
 
 import contextlib
@@ -33,7 +34,9 @@ _DIGITS = 18  # of a label that is a class number; what has more may not fit int
 
 
 class Sample(NamedTuple):
-    """An image in an archive: its name there, where its bytes are, and its label as it is written."""
+    """An image in an archive: its name there, where its bytes are, and its label as it is
+    written.
+    """
 
     name: str
     offset: int
@@ -42,11 +45,17 @@ class Sample(NamedTuple):
 
 
 def find_archives(root: Path, named: re.Pattern[str]) -> list[str]:
-    """The archives in the folder and in its split folders, relative to it, by name; ``named`` is found in each name."""
+    """The archives in the folder and in its split folders, relative to it, by name; ``named`` is
+    found in each name.
+    """
     found = []
     for folder in (".", *SPLIT_OF):
         if os.path.isdir(root / folder):
-            found += [os.path.normpath(f"{folder}/{name}") for name in os.listdir(root / folder) if named.search(name) and not name.startswith(".")]
+            found += [
+                os.path.normpath(f"{folder}/{name}")
+                for name in os.listdir(root / folder)
+                if named.search(name) and not name.startswith(".")
+            ]
     return sorted(found)
 
 
@@ -58,8 +67,14 @@ def holds_archives(named: re.Pattern[str], path: Path) -> bool:
         return False
 
 
-def list_archives(kind: str, suffix: str, named: re.Pattern[str], path: Path | None, read: Callable[[Path], list[Sample]],
-                  from_one: bool = False) -> DataSource[FileSplit]:
+def list_archives(
+    kind: str,
+    suffix: str,
+    named: re.Pattern[str],
+    path: Path | None,
+    read: Callable[[Path], list[Sample]],
+    from_one: bool = False,
+) -> DataSource[FileSplit]:
     """List the samples of all archives in a folder, without decoding any image.
 
     Args:
@@ -67,43 +82,77 @@ def list_archives(kind: str, suffix: str, named: re.Pattern[str], path: Path | N
         named: found in the names of its archives.
         path: the folder.
         read: lists the samples of one archive, or raises ``DataError``.
-        from_one: whether class numbers may begin with 1, as they do where 0 is kept for the background.
+        from_one: whether class numbers may begin with 1, as they do where 0 is kept for the
+            background.
 
     Raises:
-        DataError: no archives, one that ``read`` refuses, one whose name has the words of two splits, archives of which only
-            some say their split, or a class number below 0 or beyond the classes there can be.
+        DataError: no archives, one that ``read`` refuses, one whose name has the words of two
+            splits, archives of which only some say their split, or a class number below 0 or beyond
+            the classes there can be.
     """
     if path is None:
-        raise DataError(f"{kind} needs a folder: {kind}:PATH, with train-*{suffix} and val-*{suffix} in it")
+        raise DataError(
+            f"{kind} needs a folder: {kind}:PATH, with train-*{suffix} and val-*{suffix} in it"
+        )
     try:
         shards = find_archives(path, named) if os.path.isdir(path) else []
     except OSError as error:
-        raise DataError(f"{show(path)}: cannot be read: {error.strerror}; check its permissions") from error
+        raise DataError(
+            f"{show(path)}: cannot be read: {error.strerror}; check its permissions"
+        ) from error
     if not shards:
-        raise DataError(f"{show(path)}: no {suffix} files there; give the folder that holds the shards")
+        raise DataError(
+            f"{show(path)}: no {suffix} files there; give the folder that holds the shards"
+        )
     check_finished(path)
     by_split: dict[str, list[str]] = {}
     for shard in shards:
         by_split.setdefault(_split_of(path, shard), []).append(shard)
     if "" in by_split:
         if len(by_split) > 1:
-            raise DataError(f"{show(path)}: shards that do not say their split: {first_of(by_split[''])}; call them train-, val- or test-NUMBER{suffix}")
+            raise DataError(
+                f"{show(path)}: shards that do not say their split: {first_of(by_split[''])}; call"
+                f" them train-, val- or test-NUMBER{suffix}"
+            )
         by_split = {"train": shards}
     samples = {split: [read(path / shard) for shard in names] for split, names in by_split.items()}
-    by_shard = {shard: part for split, names in by_split.items() for shard, part in zip(names, samples[split], strict=True)}
+    by_shard = {
+        shard: part
+        for split, names in by_split.items()
+        for shard, part in zip(names, samples[split], strict=True)
+    }
     classes, number = _classes(path, by_shard, from_one)
     splits = {}
     for split, parts in samples.items():
         flat = [(shard, sample) for shard, part in enumerate(parts) for sample in part]
         members = Members(
-            tuple(by_split[split]), *(torch.tensor(column, dtype=torch.int64) for column in (
-                [shard for shard, _ in flat], [sample.offset for _, sample in flat], [sample.size for _, sample in flat])))
+            tuple(by_split[split]),
+            *(
+                torch.tensor(column, dtype=torch.int64)
+                for column in (
+                    [shard for shard, _ in flat],
+                    [sample.offset for _, sample in flat],
+                    [sample.size for _, sample in flat],
+                )
+            ),
+        )
         names = tuple(f"{by_split[split][shard]}/{sample.name}" for shard, sample in flat)
-        splits[split] = FileSplit(split, path, names, torch.tensor([number[sample.label] for _, sample in flat], dtype=torch.int64), members)
+        splits[split] = FileSplit(
+            split,
+            path,
+            names,
+            torch.tensor([number[sample.label] for _, sample in flat], dtype=torch.int64),
+            members,
+        )
     if "train" not in splits:
-        raise DataError(f"{show(path)}: no training shards (found {first_of(shards)}); call them train-NUMBER{suffix}")
+        raise DataError(
+            f"{show(path)}: no training shards (found {first_of(shards)}); call them"
+            f" train-NUMBER{suffix}"
+        )
     test = splits.pop("test") if "test" in splits else splits.pop("val", None)
-    return DataSource(path.resolve().name, classes, splits["train"], test, splits.get("val"), root=path.resolve())
+    return DataSource(
+        path.resolve().name, classes, splits["train"], test, splits.get("val"), root=path.resolve()
+    )
 
 
 def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sample]]:
@@ -120,7 +169,15 @@ def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sampl
         folder = cache_folder()
         if folder is None:
             return read(file)
-        identity = [INDEX_VERSION, read.__qualname__, os.path.abspath(file), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        identity = [
+            INDEX_VERSION,
+            read.__qualname__,
+            os.path.abspath(file),
+            status.st_size,
+            status.st_ino,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        ]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         index = folder / "index" / f"{digest}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -134,40 +191,60 @@ def indexed(read: Callable[[Path], list[Sample]]) -> Callable[[Path], list[Sampl
 
 
 def _split_of(root: Path, shard: str) -> str:
-    """The split whose word is in a shard's name or folder, between what are no letters; "" if neither tells."""
+    """The split whose word is in a shard's name or folder, between what are no letters; "" if
+    neither tells.
+    """
     found = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
     if len(found) > 1:
-        raise DataError(f"{show(root / shard)}: its name says {' and '.join(found)}; leave the word of one split in it")
+        raise DataError(
+            f"{show(root / shard)}: its name says {' and '.join(found)}; leave the word of one"
+            " split in it"
+        )
     return found[0] if found else ""
 
 
-def _classes(root: Path, shards: Mapping[str, Sequence[Sample]], from_one: bool) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The class names in the order of their numbers, and the number of every label that is written in the shards.
+def _classes(
+    root: Path, shards: Mapping[str, Sequence[Sample]], from_one: bool
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The class names in the order of their numbers, and the number of every label that is written
+    in the shards.
 
-    The names are those of ``classes.txt``, else the numbers if all labels are whole, else the labels in order.
+    The names are those of ``classes.txt``, else the numbers if all labels are whole, else the
+    labels in order.
     """
     names = _listed_names(root / CLASSES_FILE)
     labels = {sample.label for part in shards.values() for sample in part}
     if not all(_WHOLE.fullmatch(label) for label in labels):
         unknown = sorted(labels.difference(names or labels))
         if unknown:
-            raise DataError(f"{show(root / CLASSES_FILE)}: labels that it does not list: {first_of(unknown)}")
+            raise DataError(
+                f"{show(root / CLASSES_FILE)}: labels that it does not list: {first_of(unknown)}"
+            )
         names = names or tuple(sorted(labels))
         return names, {name: i for i, name in enumerate(names)}
     numbers = {label: int(label) if len(label) <= _DIGITS else -1 for label in labels}
     low, high = (edge(numbers.values(), default=0) for edge in (min, max))
     first = int(from_one and low == 1 and (names is None or high == len(names)))
-    # Every class has an image for training, so that no number reaches the number of images: found before names are made of them.
+    # Every class has an image for training, so that no number reaches the number of images: found
+    # before names are made of them.
     count = sum(map(len, shards.values())) if names is None else len(names)
     wrong = {label for label, number in numbers.items() if not first <= number < first + count}
     if wrong:
-        shard, sample = next((shard, sample) for shard, part in shards.items() for sample in part if sample.label in wrong)
+        shard, sample = next(
+            (shard, sample)
+            for shard, part in shards.items()
+            for sample in part
+            if sample.label in wrong
+        )
         bound = f"{count} images" if names is None else f"the {count} names in {CLASSES_FILE}"
         raise DataError(
-            f"{show(root / shard)}: sample {show(sample.name)} has the class number {show(sample.label[:_DIGITS])}, outside {first}..{first + count - 1} "
-            f"for {bound}; number the classes from {first} on, and leave out what has no class"
+            f"{show(root / shard)}: sample {show(sample.name)} has the class number"
+            f" {show(sample.label[:_DIGITS])}, outside {first}..{first + count - 1} for {bound};"
+            f" number the classes from {first} on, and leave out what has no class"
         )
-    return names or tuple(str(i) for i in range(first, high + 1)), {label: number - first for label, number in numbers.items()}
+    return names or tuple(str(i) for i in range(first, high + 1)), {
+        label: number - first for label, number in numbers.items()
+    }
 
 
 def _listed_names(file: Path) -> tuple[str, ...] | None:
@@ -175,6 +252,16 @@ def _listed_names(file: Path) -> tuple[str, ...] | None:
     if not os.path.isfile(file):
         return None
     try:
-        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()) or None
+        return (
+            tuple(
+                line.strip()
+                for line in file.read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            )
+            or None
+        )
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{show(file)}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+        raise DataError(
+            f"{show(file)}: cannot be read:"
+            f" {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        ) from None

@@ -1,7 +1,7 @@
 """Training augmentation of a whole batch at once, on whatever device the batch lies.
 
-Every operation here has static shapes and no host synchronisation, so it may be compiled or captured. What is random
-is drawn beforehand, on the CPU, so that every device sees the same.
+Every operation here has static shapes and no host synchronisation, so it may be compiled or
+captured. What is random is drawn beforehand, on the CPU, so that every device sees the same.
 """
 
 import math
@@ -21,11 +21,14 @@ class Augment:
     """The augmentation policy of the training split: a random crop, then random mirroring.
 
     Args:
-        pad: pixels added on every side before a crop of the original size is taken; 0 for no such crop.
+        pad: pixels added on every side before a crop of the original size is taken; 0 for no such
+            crop.
         flip: mirror each image left to right with probability one half.
-        padding: what is added: "zero" (black pixels) or "reflect" (the image mirrored at its edge, which is not repeated).
-        crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet; None for none. They
-            need the picture in its own size, which the loaders have that decode while training.
+        padding: what is added: "zero" (black pixels) or "reflect" (the image mirrored at its edge,
+            which is not repeated).
+        crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet;
+            None for none. They need the picture in its own size, which the loaders have that decode
+            while training.
         crop_ratio: the range of their aspect ratio, width / height.
     """
 
@@ -37,27 +40,40 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.pad < 0:
-            raise ConfigError(f"augment pad={self.pad} is negative; use 0 to switch the random crop off")
+            raise ConfigError(
+                f"augment pad={self.pad} is negative; use 0 to switch the random crop off"
+            )
         if self.padding not in PADDINGS:
             raise ConfigError(f"augment padding='{self.padding}'; use {' or '.join(PADDINGS)}")
         if self.crop_scale is None:
             return
         if self.pad:
-            raise ConfigError(f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one way; leave one of them out")
+            raise ConfigError(
+                f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one"
+                " way; leave one of them out"
+            )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ConfigError(f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 < low <= high <= 1")
+            raise ConfigError(
+                f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 <"
+                " low <= high <= 1"
+            )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
-            raise ConfigError(f"augment crop_ratio={self.crop_ratio}: it must be a range of width / height, 0 < low <= high")
+            raise ConfigError(
+                f"augment crop_ratio={self.crop_ratio}: it must be a range of width / height, 0 <"
+                " low <= high"
+            )
 
     def evaluation_side(self, side: int) -> int:
         """What an evaluated image's side is scaled to before its central ``side`` pixels are cut.
 
-        Random resized crops show objects larger than they are: 256 for 224 is the custom that goes with them.
+        Random resized crops show objects larger than they are: 256 for 224 is the custom that goes
+        with them.
         """
         return side if self.crop_scale is None else round(side * 256 / 224)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The random choices for ``count`` images: crop offsets int64 [count, 2] (y, x) and mirroring bool [count].
+        """The random choices for ``count`` images: crop offsets int64 [count, 2] (y, x) and
+        mirroring bool [count].
 
         The crop of an unmoved image has offset ``pad`` on both axes.
         """
@@ -82,8 +98,11 @@ def crop(images: Tensor, offsets: Tensor, pad: int, padding: str = "zero") -> Te
     x = torch.arange(width, device=images.device) + offsets[:, 1:] - pad
     place = _reflected if padding == "reflect" else _clamped
     inner_y, inner_x = place(y, height), place(x, width)
-    # Pixels of all images in one list: picking whole pixels out of it is one gather, and nothing is padded.
-    rows = (torch.arange(count, device=images.device)[:, None, None] * height + inner_y[:, :, None]) * width + inner_x[:, None, :]
+    # Pixels of all images in one list: picking whole pixels out of it is one gather, and nothing is
+    # padded.
+    rows = (
+        torch.arange(count, device=images.device)[:, None, None] * height + inner_y[:, :, None]
+    ) * width + inner_x[:, None, :]
     picked = images.reshape(-1, channels).index_select(0, rows.flatten()).view(images.shape)
     if padding == "reflect":
         return picked
@@ -107,8 +126,8 @@ def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
 def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``images * scale + shift`` of uint8 [B, H, W, C] as float32.
 
-    ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel: broadcasting over
-    an inner dimension of three is four times slower on a CPU.
+    ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel:
+    broadcasting over an inner dimension of three is four times slower on a CPU.
     """
     return (images.flatten(1) * scale + shift).view(images.shape)
 
@@ -117,8 +136,9 @@ def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class Mixing:
     """Blending every training image with another one of its batch.
 
-    Mixup (Zhang et al. 2018) blends pixels and labels by a weight from Beta(alpha, alpha); CutMix (Yun et al. 2019)
-    pastes a box whose area is that weight's complement. With both on, each batch draws one of them evenly.
+    Mixup (Zhang et al. 2018) blends pixels and labels by a weight from Beta(alpha, alpha); CutMix
+    (Yun et al. 2019) pastes a box whose area is that weight's complement. With both on, each batch
+    draws one of them evenly.
 
     Args:
         mixup: alpha of mixup; 0 for none.
@@ -131,7 +151,10 @@ class Mixing:
     def __post_init__(self) -> None:
         for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
             if not 0 <= alpha < float("inf"):
-                raise ConfigError(f"{name}={alpha}: it is the alpha of a Beta distribution, a positive number, or 0 to switch it off")
+                raise ConfigError(
+                    f"{name}={alpha}: it is the alpha of a Beta distribution, a positive number, or"
+                    " 0 to switch it off"
+                )
 
     def __bool__(self) -> bool:
         return bool(self.mixup or self.cutmix)
@@ -139,12 +162,20 @@ class Mixing:
     def draw(self, count: int, seed: int) -> Tensor:
         """The random choices for ``count`` batches, float32 [count, 5].
 
-        Of each batch the box (top, bottom, left, right) as fractions of the image, and the weight of the image's own
-        pixels outside of it. Mixup's box is empty, CutMix's weight is 1.
+        Of each batch the box (top, bottom, left, right) as fractions of the image, and the weight
+        of the image's own pixels outside of it. Mixup's box is empty, CutMix's weight is 1.
         """
         random = np.random.Generator(np.random.PCG64(seed))
-        cut = random.random(count) < 0.5 if self.mixup and self.cutmix else np.full(count, bool(self.cutmix))
-        weight = np.where(cut, random.beta(self.cutmix or 1, self.cutmix or 1, count), random.beta(self.mixup or 1, self.mixup or 1, count))
+        cut = (
+            random.random(count) < 0.5
+            if self.mixup and self.cutmix
+            else np.full(count, bool(self.cutmix))
+        )
+        weight = np.where(
+            cut,
+            random.beta(self.cutmix or 1, self.cutmix or 1, count),
+            random.beta(self.mixup or 1, self.mixup or 1, count),
+        )
         half = np.where(cut, np.sqrt(1 - weight) / 2, 0.0)
         centre_y, centre_x = random.random((2, count))
         box = [centre_y - half, centre_y + half, centre_x - half, centre_x + half]
@@ -152,7 +183,14 @@ class Mixing:
         return torch.from_numpy(choices.astype(np.float32))
 
 
-def mix(images: Tensor, others: Tensor, target: Tensor, other_target: Tensor, choice: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def mix(
+    images: Tensor,
+    others: Tensor,
+    target: Tensor,
+    other_target: Tensor,
+    choice: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
     """Blend each image with another.
 
     Args:
@@ -169,7 +207,11 @@ def mix(images: Tensor, others: Tensor, target: Tensor, other_target: Tensor, ch
     y, x = ((torch.arange(size, device=images.device) + 0.5) / size for size in (height, width))
     box = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
     own = torch.where(box, 0.0, weight)  # [H, W], the weight of the image's own pixels
-    mixed = torch.lerp(others, images, own[..., None].to(images.dtype).expand_as(images))  # exact where the weight is 0 or 1
+    mixed = torch.lerp(
+        others, images, own[..., None].to(images.dtype).expand_as(images)
+    )  # exact where the weight is 0 or 1
     share = own.mean()
     classes = torch.arange(num_classes, device=target.device)
-    return mixed, share * (target[:, None] == classes) + (1 - share) * (other_target[:, None] == classes)
+    return mixed, share * (target[:, None] == classes) + (1 - share) * (
+        other_target[:, None] == classes
+    )

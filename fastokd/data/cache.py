@@ -1,9 +1,10 @@
 """Decoded images kept on the disk, so that the second start of a run need not decode them.
 
-An entry is found by content: a hash of everything the decoded images follow from, down to the bytes of every file. So that
-the files need not be read to find it, a second, smaller record maps what the file system says of them (name, size, inode,
-times of modification and of status change) to that hash. Writing to a file always moves its status change time, which no
-program can set back, so a changed file is never served stale; what was changed a moment before it was hashed gets no such
+An entry is found by content: a hash of everything the decoded images follow from, down to the bytes
+of every file. So that the files need not be read to find it, a second, smaller record maps what the
+file system says of them (name, size, inode, times of modification and of status change) to that
+hash. Writing to a file always moves its status change time, which no program can set back, so a
+changed file is never served stale; what was changed a moment before it was hashed gets no such
 record, because two changes may bear one time.
 """
 
@@ -55,12 +56,18 @@ class Entry:
 
 
 def cache_folder() -> Path | None:
-    """Where decoded images are kept: ``FASTOKD_CACHE``, by default ``~/.cache/fastokd``; None if that says ``off``."""
+    """Where decoded images are kept: ``FASTOKD_CACHE``, by default ``~/.cache/fastokd``; None if
+    that says ``off``.
+    """
     named = os.environ.get("FASTOKD_CACHE")
     if named is not None and named.lower() in _OFF:
         return None
     try:
-        return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
+        return (
+            Path(named).expanduser()
+            if named
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
+        )
     except RuntimeError:  # no home folder
         return None
 
@@ -77,7 +84,10 @@ def cache_limit() -> int:
     except ValueError:
         limit = -1.0
     if not 0 <= limit < float("inf"):
-        raise ConfigError(f"FASTOKD_CACHE_GIB='{text}': it is how many GiB of decoded images may be kept, a number of at least 0")
+        raise ConfigError(
+            f"FASTOKD_CACHE_GIB='{text}': it is how many GiB of decoded images may be kept, a"
+            " number of at least 0"
+        )
     return int(limit * 2**30)
 
 
@@ -91,12 +101,16 @@ class Cache:
         count: the number of images.
     """
 
-    def __init__(self, recipe: dict[str, Any], paths: Sequence[str], read: Callable[[int], bytes], count: int) -> None:
+    def __init__(
+        self, recipe: dict[str, Any], paths: Sequence[str], read: Callable[[int], bytes], count: int
+    ) -> None:
         from PIL import __version__ as pillow_version
 
         self._folder = cache_folder()
         self._limit = cache_limit()
-        self._recipe = json.dumps({"version": VERSION, "pillow": pillow_version, **recipe}).encode("utf-8", "surrogatepass")
+        self._recipe = json.dumps({"version": VERSION, "pillow": pillow_version, **recipe}).encode(
+            "utf-8", "surrogatepass"
+        )
         self._paths, self._read, self._count = paths, read, count
         self._status: str | None = None
         self._content: str | None = None
@@ -105,7 +119,9 @@ class Cache:
         self._changed = False
 
     def find(self) -> Entry | None:
-        """What was kept of these very files, if anything was. Reads the files only if their status is new."""
+        """What was kept of these very files, if anything was. Reads the files only if their status
+        is new.
+        """
         if self._folder is None:
             return None
         try:
@@ -125,26 +141,47 @@ class Cache:
         return entry
 
     def checked_read(self, i: int) -> bytes:
-        """The bytes of the i-th image; if they are no longer those that were hashed, nothing will be kept."""
+        """The bytes of the i-th image; if they are no longer those that were hashed, nothing will
+        be kept.
+        """
         content = self._read(i)
         if self._digests and hashlib.blake2b(content, digest_size=16).digest() != self._digests[i]:
             self._changed = True
         return content
 
     def keep(self, entry: Entry, seconds: float) -> None:
-        """Keep what took ``seconds`` to decode, if that is worth it and there is room. A refusal of the disk is a warning."""
+        """Keep what took ``seconds`` to decode, if that is worth it and there is room. A refusal of
+        the disk is a warning.
+        """
         needed = entry.images.nbytes + entry.sums.nbytes
-        if self._folder is None or self._content is None or self._changed or seconds < WORTH_SECONDS or needed > self._limit:
+        if (
+            self._folder is None
+            or self._content is None
+            or self._changed
+            or seconds < WORTH_SECONDS
+            or needed > self._limit
+        ):
             return
         try:
             self._make_room(needed)
             images = entry.images.permute(0, 2, 3, 1).numpy()
-            write_atomically(self._file("images.npy"), lambda file: np.save(file, images, allow_pickle=False))
-            write_atomically(self._file("sums.npy"), lambda file: np.save(file, entry.sums.numpy(), allow_pickle=False))
+            write_atomically(
+                self._file("images.npy"), lambda file: np.save(file, images, allow_pickle=False)
+            )
+            write_atomically(
+                self._file("sums.npy"),
+                lambda file: np.save(file, entry.sums.numpy(), allow_pickle=False),
+            )
             # Last: an entry without it is none.
-            write_json(self._file("json"), {"shape": list(images.shape), "fingerprint": entry.fingerprint})
+            write_json(
+                self._file("json"), {"shape": list(images.shape), "fingerprint": entry.fingerprint}
+            )
         except (StorageError, OSError) as error:
-            warnings.warn(f"decoded images are not kept for the next start: {error}; FASTOKD_CACHE names another folder, or is 'off'", stacklevel=2)
+            warnings.warn(
+                f"decoded images are not kept for the next start: {error}; FASTOKD_CACHE names"
+                " another folder, or is 'off'",
+                stacklevel=2,
+            )
             return
         self._remember()
 
@@ -158,13 +195,18 @@ class Cache:
         return self._folder / "decoded" / f"{self._status}.status"
 
     def _stat(self) -> tuple[str, float]:
-        """A hash of what the file system says of the files, and the newest time of a status change."""
+        """A hash of what the file system says of the files, and the newest time of a status
+        change.
+        """
         digest = hashlib.sha256(self._recipe)
         newest = 0.0
         for path in self._paths:
             status = os.stat(path)
             newest = max(newest, status.st_ctime)
-            digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}\0".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+                f" {status.st_ino} {status.st_dev}\0".encode("utf-8", "surrogateescape")
+            )
         return digest.hexdigest(), newest
 
     def _hash(self) -> str:
@@ -184,12 +226,27 @@ class Cache:
             # Copy on write: nothing that is done to the tensor reaches the file.
             images = np.load(self._file("images.npy", content), mmap_mode="c", allow_pickle=False)
             sums = np.load(self._file("sums.npy", content), allow_pickle=False)
-            if list(images.shape) != record["shape"] or images.dtype != np.uint8 or len(sums) != len(images) or len(images) != self._count:
+            if (
+                list(images.shape) != record["shape"]
+                or images.dtype != np.uint8
+                or len(sums) != len(images)
+                or len(images) != self._count
+            ):
                 return None
             with contextlib.suppress(OSError):
                 os.utime(self._file("json", content))  # used last just now
-            return Entry(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(sums), record["fingerprint"])
-        except (OSError, EOFError, ValueError, KeyError, TypeError):  # not there, cut off, or not ours: decode again
+            return Entry(
+                torch.from_numpy(images).permute(0, 3, 1, 2),
+                torch.from_numpy(sums),
+                record["fingerprint"],
+            )
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not there, cut off, or not ours: decode again
             return None
 
     def _remember(self) -> None:
@@ -198,9 +255,11 @@ class Cache:
                 write_json(self._status_file, {"content": self._content})
 
     def _make_room(self, needed: int) -> None:
-        """Remove entries, those used longest ago first, until ``needed`` more bytes are within the limit.
+        """Remove entries, those used longest ago first, until ``needed`` more bytes are within the
+        limit.
 
-        Temporary files that a killed run left behind and records of entries that are gone go in any case.
+        Temporary files that a killed run left behind and records of entries that are gone go in any
+        case.
         """
         folder = self._file("json").parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,12 +273,18 @@ class Cache:
                 elif file.suffix != ".status":
                     entries.setdefault(file.name.partition(".")[0], []).append((file, status))
         kept = sum(status.st_size for files in entries.values() for _, status in files)
-        # The record, ``.json``, was touched when the entry was used last; what was cut off before it was written has none.
-        used = {content: max((file.suffix == ".json", status.st_mtime) for file, status in files)[1] for content, files in entries.items()}
+        # The record, ``.json``, was touched when the entry was used last; what was cut off before
+        # it was written has none.
+        used = {
+            content: max((file.suffix == ".json", status.st_mtime) for file, status in files)[1]
+            for content, files in entries.items()
+        }
         for content in sorted(entries, key=lambda content: used[content]):
             if kept + needed <= self._limit:
                 break
-            for file, status in sorted(entries.pop(content), key=lambda pair: pair[0].suffix != ".json"):
+            for file, status in sorted(
+                entries.pop(content), key=lambda pair: pair[0].suffix != ".json"
+            ):
                 file.unlink(missing_ok=True)
                 kept -= status.st_size
         for file in folder.glob("*.status"):

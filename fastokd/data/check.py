@@ -1,7 +1,8 @@
 """Looks at every image of a dataset before it is trained on, and says what is wrong with it.
 
-Problems stop a run or make its numbers wrong; remarks are worth knowing and do neither. Unlike opening a dataset, looking at
-a folder tree goes on after what is wrong with it, so that one look finds all of it.
+Problems stop a run or make its numbers wrong; remarks are worth knowing and do neither. Unlike
+opening a dataset, looking at a folder tree goes on after what is wrong with it, so that one look
+finds all of it.
 """
 
 import csv
@@ -20,7 +21,15 @@ from typing import Any, NamedTuple
 
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
-from fastokd.data.folder import entries, flat_images, identity, is_folder, is_image, split_folders, walk
+from fastokd.data.folder import (
+    entries,
+    flat_images,
+    identity,
+    is_folder,
+    is_image,
+    split_folders,
+    walk,
+)
 from fastokd.data.images import Progress, decode, default_workers, reason_of, show
 from fastokd.data.label_list import find_label_file, read_label_file
 from fastokd.data.registry import resolve
@@ -48,18 +57,25 @@ PROBLEMS = {
 
 REMARKS = {
     "misnamed": "the content is of another format than the name says; it is decoded by its content",
-    "huge": f"more than {HUGE_PIXELS // 10**6} million pixels, which slow every epoch down; 'fastokd data convert' makes them smaller",
+    "huge": (
+        f"more than {HUGE_PIXELS // 10**6} million pixels, which slow every epoch down; 'fastokd"
+        " data convert' makes them smaller"
+    ),
     "tiny": f"a side below {TINY_SIDE} pixels",
     "duplicate": "the same picture twice in one class and split",
     "not an image file": "no image by its name; passed over",
 }
 """What is worth knowing, and what it means."""
 
-_BAD = frozenset({"empty file", "unreadable", "permission", "truncated", "not an image", "too large"})
+_BAD = frozenset(
+    {"empty file", "unreadable", "permission", "truncated", "not an image", "too large"}
+)
 
 
 class Image(NamedTuple):
-    """An image to look at: its split ("" where there are none yet), class, name, and where its bytes are."""
+    """An image to look at: its split ("" where there are none yet), class, name, and where its
+    bytes are.
+    """
 
     split: str
     label: str
@@ -73,7 +89,9 @@ class Image(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What one image is like: what is wrong with it, its size, format and colours, and hashes of its bytes and its pixels."""
+    """What one image is like: what is wrong with it, its size, format and colours, and hashes of
+    its bytes and its pixels.
+    """
 
     findings: tuple[tuple[str, str], ...]
     height: int = 0
@@ -92,7 +110,8 @@ class Report:
         root: the folder that names are relative to.
         images: how many there are in each split.
         classes: how many there are in each split.
-        problems, remarks: of each kind in ``PROBLEMS`` and ``REMARKS`` what was found: each a name and details.
+        problems, remarks: of each kind in ``PROBLEMS`` and ``REMARKS`` what was found: each a name
+            and details.
         formats, modes: how many images are of each.
         sizes: [height, width] of the smallest and of the largest image.
         clean: path, label and split of the images without problems.
@@ -111,20 +130,30 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Plain values for a file; the clean list is not among them."""
         return {
-            "root": str(self.root), "images": self.images, "classes": self.classes, "problems": self.problems, "remarks": self.remarks,
-            "formats": self.formats, "modes": self.modes, "sizes": None if self.sizes is None else [list(size) for size in self.sizes],
+            "root": str(self.root),
+            "images": self.images,
+            "classes": self.classes,
+            "problems": self.problems,
+            "remarks": self.remarks,
+            "formats": self.formats,
+            "modes": self.modes,
+            "sizes": None if self.sizes is None else [list(size) for size in self.sizes],
             "clean_images": len(self.clean),
         }
 
     def write_clean(self, file: Path) -> None:
-        """Write the list of images without problems, as ``--data`` takes it: CSV of path, label and split.
+        """Write the list of images without problems, as ``--data`` takes it: CSV of path, label and
+        split.
 
         Raises:
             DataError: no image is left.
             StorageError: the disk refused.
         """
         if not self.clean:
-            raise DataError(f"{show(self.root)}: no image file without problems is left to list (pictures in archives are none)")
+            raise DataError(
+                f"{show(self.root)}: no image file without problems is left to list (pictures in"
+                " archives are none)"
+            )
         here = file.absolute().parent
         with_splits = any(split for _, _, split in self.clean)
         text = io.StringIO()
@@ -134,10 +163,14 @@ class Report:
             path = Path(os.path.abspath(self.root / name))
             path = path.relative_to(here) if path.is_relative_to(here) else path
             writer.writerow([path, label, split][: 3 if with_splits else 2])
-        write_atomically(file, lambda out: out.write(text.getvalue().encode("utf-8", "surrogateescape")))
+        write_atomically(
+            file, lambda out: out.write(text.getvalue().encode("utf-8", "surrogateescape"))
+        )
 
 
-def check_dataset(spec: str | Path, workers: int | None = None, progress: Progress | None = None) -> Report:
+def check_dataset(
+    spec: str | Path, workers: int | None = None, progress: Progress | None = None
+) -> Report:
     """Look at every image of a dataset.
 
     Args:
@@ -150,7 +183,10 @@ def check_dataset(spec: str | Path, workers: int | None = None, progress: Progre
     """
     kind, path = resolve(spec)
     if kind.files is None:
-        raise DataError(f"{show(spec)} is not made of image files; there is nothing to check that opening it does not")
+        raise DataError(
+            f"{show(spec)} is not made of image files; there is nothing to check that opening it"
+            " does not"
+        )
     found: dict[str, list[str]] = defaultdict(list)
     if path is not None and os.path.isdir(path) and kind.walked:
         root, images = path, _walk_tree(path, found)
@@ -158,7 +194,10 @@ def check_dataset(spec: str | Path, workers: int | None = None, progress: Progre
         source = kind.files(path)
         root, images = source.train.root, images_of(source)
     if not images:
-        raise DataError(f"{show(root)}: no images there; give a folder with train/<class>/ and val/<class>/, or <class>/")
+        raise DataError(
+            f"{show(root)}: no images there; give a folder with train/<class>/ and val/<class>/, or"
+            " <class>/"
+        )
     looks = look_at_all(images, workers, progress)
     _compare_classes(images, found)
     for image, look in zip(images, looks, strict=True):
@@ -166,8 +205,12 @@ def check_dataset(spec: str | Path, workers: int | None = None, progress: Progre
             found[what].append(f"{image.name} ({detail})" if detail else image.name)
     dropped = _find_duplicates(images, looks, found)
     clean = [
-        (image.name, image.label, image.split) for i, (image, look) in enumerate(zip(images, looks, strict=True))
-        if i not in dropped and image.label and image.size < 0 and not any(what in _BAD for what, _ in look.findings)
+        (image.name, image.label, image.split)
+        for i, (image, look) in enumerate(zip(images, looks, strict=True))
+        if i not in dropped
+        and image.label
+        and image.size < 0
+        and not any(what in _BAD for what, _ in look.findings)
     ]
     # Without training images nobody can learn what evaluation images of a class show.
     learned = {label for _, label, split in clean if split in ("train", "")}
@@ -177,10 +220,15 @@ def check_dataset(spec: str | Path, workers: int | None = None, progress: Progre
     for image in images:
         per_split[image.split].add(image.label)
     return Report(
-        root, dict(Counter(image.split for image in images)), {split: len(labels - {""}) for split, labels in per_split.items()},
-        {what: found[what] for what in PROBLEMS if found.get(what)}, {what: found[what] for what in REMARKS if found.get(what)},
-        dict(Counter(look.format for look in good).most_common()), dict(Counter(look.mode for look in good).most_common()),
-        (sizes[0], sizes[-1]) if sizes else None, [row for row in clean if row[1] in learned],
+        root,
+        dict(Counter(image.split for image in images)),
+        {split: len(labels - {""}) for split, labels in per_split.items()},
+        {what: found[what] for what in PROBLEMS if found.get(what)},
+        {what: found[what] for what in REMARKS if found.get(what)},
+        dict(Counter(look.format for look in good).most_common()),
+        dict(Counter(look.mode for look in good).most_common()),
+        (sizes[0], sizes[-1]) if sizes else None,
+        [row for row in clean if row[1] in learned],
     )
 
 
@@ -191,7 +239,9 @@ def images_of(source: DataSource[FileSplit]) -> list[Image]:
         whole = split.members is None
         for i, target in enumerate(split.targets.tolist()):
             place = (0, -1) if whole else (int(split.members.offset[i]), int(split.members.size[i]))
-            images.append(Image(split.name, source.classes[target], split.files[i], split.path(i), *place))
+            images.append(
+                Image(split.name, source.classes[target], split.files[i], split.path(i), *place)
+            )
     return images
 
 
@@ -229,23 +279,42 @@ def look_at(image: Image) -> Look:
         extension = os.path.splitext(image.name)[1].lower()
         named = Pictures.registered_extensions().get(extension)
         # A JPEG with further pictures in it, as phones write them, is still one.
-        if named is not None and named != ("JPEG" if file_format == "MPO" else file_format) and {named, file_format} != {"PPM", "PGM"}:
+        if (
+            named is not None
+            and named != ("JPEG" if file_format == "MPO" else file_format)
+            and {named, file_format} != {"PPM", "PGM"}
+        ):
             findings.append(("misnamed", f"it is {file_format}"))
         if width * height > HUGE_PIXELS:
             findings.append(("huge", f"{height} x {width}"))
         if min(height, width) < TINY_SIDE:
             findings.append(("tiny", f"{height} x {width}"))
     except Pictures.DecompressionBombError as error:
-        return Look((("too large", show(error).partition(",")[0]),))  # up to the comma it says how many there are and may be
+        return Look(
+            (("too large", show(error).partition(",")[0]),)
+        )  # up to the comma it says how many there are and may be
     except Exception as error:  # a decoder may raise anything at all for damaged bytes
         reason = reason_of(error)
-        cut = any(word in reason.lower() for word in ("truncated", "broken data stream", "not enough", "unexpected end"))
+        cut = any(
+            word in reason.lower()
+            for word in ("truncated", "broken data stream", "not enough", "unexpected end")
+        )
         return Look((("truncated" if cut else "not an image", show(reason)),))
     shape = f"{decoded.height} {decoded.width} ".encode()
-    return Look(tuple(findings), height, width, file_format, mode, _hash(content), _hash(shape + decoded.tobytes()))
+    return Look(
+        tuple(findings),
+        height,
+        width,
+        file_format,
+        mode,
+        _hash(content),
+        _hash(shape + decoded.tobytes()),
+    )
 
 
-def look_at_all(images: Sequence[Image], workers: int | None = None, progress: Progress | None = None) -> list[Look]:
+def look_at_all(
+    images: Sequence[Image], workers: int | None = None, progress: Progress | None = None
+) -> list[Look]:
     """``look_at`` each, in processes: a decoder that crashes takes none of the others with it.
 
     Raises:
@@ -254,7 +323,13 @@ def look_at_all(images: Sequence[Image], workers: int | None = None, progress: P
     return run_in_processes(look_at, images, workers, progress)
 
 
-def run_in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int | None, progress: Progress | None, chunk: int = _CHUNK) -> list[Any]:
+def run_in_processes(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int | None,
+    progress: Progress | None,
+    chunk: int = _CHUNK,
+) -> list[Any]:
     """``function`` of every item, in order; in this process if one worker is enough.
 
     Raises:
@@ -267,7 +342,8 @@ def run_in_processes(function: Callable[[Any], Any], items: Sequence[Any], worke
             results.append(function(item))
             _report(progress, results, items, chunk)
         return results
-    # Forked, a worker starts at once; it decodes and does nothing else, so it needs no thread of its parent.
+    # Forked, a worker starts at once; it decodes and does nothing else, so it needs no thread of
+    # its parent.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method))
     try:
@@ -276,15 +352,17 @@ def run_in_processes(function: Callable[[Any], Any], items: Sequence[Any], worke
             _report(progress, results, items, chunk)
     except BrokenProcessPool:
         raise DataError(
-            f"a decoding process died, out of memory or by a damaged file among {show(items[len(results)])} and the {workers * chunk} after it; "
-            f"try --workers 1"
+            "a decoding process died, out of memory or by a damaged file among"
+            f" {show(items[len(results)])} and the {workers * chunk} after it; try --workers 1"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
     return results
 
 
-def _report(progress: Progress | None, results: Sequence[Any], items: Sequence[Any], chunk: int) -> None:
+def _report(
+    progress: Progress | None, results: Sequence[Any], items: Sequence[Any], chunk: int
+) -> None:
     if progress is not None and (len(results) % chunk == 0 or len(results) == len(items)):
         progress(len(results), len(items))
 
@@ -294,7 +372,8 @@ def _hash(content: bytes) -> bytes:
 
 
 def _walk_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
-    """All images of a tree, whatever else is wrong with it; what is wrong with its structure goes to ``found``.
+    """All images of a tree, whatever else is wrong with it; what is wrong with its structure goes
+    to ``found``.
 
     Raises:
         DataError: two folders of one split.
@@ -319,24 +398,41 @@ def _walk_tree(root: Path, found: dict[str, list[str]]) -> list[Image]:
                 found["permission"].append(show(error))
                 continue
             pictures = [file for file in files if is_image(file)]
-            found["not an image file"] += [os.path.relpath(file, root) for file in files if not is_image(file)]
+            found["not an image file"] += [
+                os.path.relpath(file, root) for file in files if not is_image(file)
+            ]
             if not pictures:
                 found["empty class"].append(os.path.normpath(f"{name}/{label}"))
             images += [Image(split, label, os.path.relpath(file, root), file) for file in pictures]
     return images
 
 
-def _flat_split(root: Path, split: str, name: str, files: Sequence[str], classes: Sequence[str], found: dict[str, list[str]]) -> list[Image]:
+def _flat_split(
+    root: Path,
+    split: str,
+    name: str,
+    files: Sequence[str],
+    classes: Sequence[str],
+    found: dict[str, list[str]],
+) -> list[Image]:
     labels = [""] * len(files)
     list_file = find_label_file(root, split, root / name)
     try:
         if list_file is not None:
-            labels = [classes[i] for i in read_label_file(list_file, [os.path.basename(file) for file in files], classes)]
+            labels = [
+                classes[i]
+                for i in read_label_file(
+                    list_file, [os.path.basename(file) for file in files], classes
+                )
+            ]
         elif split != "test":  # test images without labels are how ImageNet's come
             found["no labels"].append(f"{name} ({len(files)} images and no label file)")
     except DataError as error:
         found["no labels"].append(show(error))
-    return [Image(split, label, os.path.relpath(file, root), file) for file, label in zip(files, labels, strict=True)]
+    return [
+        Image(split, label, os.path.relpath(file, root), file)
+        for file, label in zip(files, labels, strict=True)
+    ]
 
 
 def _compare_classes(images: Iterable[Image], found: dict[str, list[str]]) -> None:
@@ -346,13 +442,19 @@ def _compare_classes(images: Iterable[Image], found: dict[str, list[str]]) -> No
             labels[image.split].add(image.label)
     everywhere = set().union(*labels.values())
     for split, here in labels.items():
-        found["one-sided class"] += [f"{label} (not in {split})" for label in sorted(everywhere - here)]
+        found["one-sided class"] += [
+            f"{label} (not in {split})" for label in sorted(everywhere - here)
+        ]
 
 
-def _find_duplicates(images: Sequence[Image], looks: Sequence[Look], found: dict[str, list[str]]) -> set[int]:
-    """Report pictures that are there more than once, by their pixels; the places of those that a clean list leaves out.
+def _find_duplicates(
+    images: Sequence[Image], looks: Sequence[Look], found: dict[str, list[str]]
+) -> set[int]:
+    """Report pictures that are there more than once, by their pixels; the places of those that a
+    clean list leaves out.
 
-    Of a picture in training and evaluation the one in training goes; of one under two labels all that are for training.
+    Of a picture in training and evaluation the one in training goes; of one under two labels all
+    that are for training.
     """
     groups: dict[bytes, list[int]] = defaultdict(list)
     for i, look in enumerate(looks):
@@ -363,7 +465,9 @@ def _find_duplicates(images: Sequence[Image], looks: Sequence[Look], found: dict
         if len(places) == 1:
             continue
         same_bytes = len({looks[i].content for i in places}) == 1
-        named = " = ".join(images[i].name for i in places) + ("" if same_bytes else " (the same pixels in other bytes)")
+        named = " = ".join(images[i].name for i in places) + (
+            "" if same_bytes else " (the same pixels in other bytes)"
+        )
         labels, splits = {images[i].label for i in places} - {""}, {images[i].split for i in places}
         training = {i for i in places if images[i].split in ("train", "")}
         if len(labels) > 1:

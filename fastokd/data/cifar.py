@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 in the files that torchvision and the authors' ``-python.tar.gz`` archives use.
+"""CIFAR-10 and CIFAR-100 in the files that torchvision and the authors' ``-python.tar.gz`` archives
+use.
 
-Those files are pickles. They are read by an unpickler that resolves nothing but what an array of numbers is made of,
-so a file from an untrusted place can do no more than be refused.
+Those files are pickles. They are read by an unpickler that resolves nothing but what an array of
+numbers is made of, so a file from an untrusted place can do no more than be refused.
 """
 
 import io
@@ -40,19 +41,37 @@ class CifarFiles:
 
 
 _CIFAR10 = CifarFiles(
-    "cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz", tuple(f"data_batch_{i}" for i in range(1, 6)),
-    ("test_batch",), "batches.meta", "labels", "label_names",
-    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+    "cifar10",
+    "cifar-10-batches-py",
+    "cifar-10-python.tar.gz",
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    ("test_batch",),
+    "batches.meta",
+    "labels",
+    "label_names",
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
 )
 _CIFAR100 = CifarFiles(
-    "cifar100", "cifar-100-python", "cifar-100-python.tar.gz", ("train",), ("test",), "meta", "fine_labels",
-    "fine_label_names", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+    "cifar100",
+    "cifar-100-python",
+    "cifar-100-python.tar.gz",
+    ("train",),
+    ("test",),
+    "meta",
+    "fine_labels",
+    "fine_label_names",
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
 )
 
 
 def _find(files: CifarFiles, path: Path) -> Path | None:
     """The folder with the files: ``path`` itself, or the one below it."""
-    return next((p for p in (path / files.folder, path) if p.name == files.folder and os.path.isdir(p)), None)
+    return next(
+        (p for p in (path / files.folder, path) if p.name == files.folder and os.path.isdir(p)),
+        None,
+    )
 
 
 def _detect(files: CifarFiles, path: Path) -> bool:
@@ -61,36 +80,70 @@ def _detect(files: CifarFiles, path: Path) -> bool:
 
 def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSource:
     if path is None:
-        raise DataError(f"{files.name} needs a folder: {files.name}:PATH, where PATH holds {files.folder}/ (nothing is downloaded)")
+        raise DataError(
+            f"{files.name} needs a folder: {files.name}:PATH, where PATH holds {files.folder}/"
+            " (nothing is downloaded)"
+        )
     folder = _find(files, path)
     if folder is None:
-        fix = f"unpack {files.archive} there: tar xzf" if os.path.exists(path / files.archive) else f"put the unpacked {files.archive} there"
+        fix = (
+            f"unpack {files.archive} there: tar xzf"
+            if os.path.exists(path / files.archive)
+            else f"put the unpacked {files.archive} there"
+        )
         raise DataError(f"{show(path)}: no {files.folder}/; {fix} (nothing is downloaded)")
-    missing = [name for name in (*files.train, *files.test, files.meta) if not os.path.isfile(folder / name)]
+    missing = [
+        name
+        for name in (*files.train, *files.test, files.meta)
+        if not os.path.isfile(folder / name)
+    ]
     if missing:
-        raise DataError(f"{show(folder)}: missing {', '.join(missing)}; unpack {files.archive} again")
+        raise DataError(
+            f"{show(folder)}: missing {', '.join(missing)}; unpack {files.archive} again"
+        )
     classes = _load(folder / files.meta).get(files.classes_key)
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"{show(folder / files.meta)}: no list '{files.classes_key}' in it; unpack {files.archive} again")
+        raise DataError(
+            f"{show(folder / files.meta)}: no list '{files.classes_key}' in it; unpack"
+            f" {files.archive} again"
+        )
     train, test = (
         _read_split(name, folder, batches, files, options.image_size)
         for name, batches in (("train", files.train), ("test", files.test))
     )
     return DataSource(
-        files.name, tuple(classes), train, test, mean=files.mean, std=files.std, root=folder.resolve(),
+        files.name,
+        tuple(classes),
+        train,
+        test,
+        mean=files.mean,
+        std=files.std,
+        root=folder.resolve(),
         augment=Augment(pad=train.images.shape[-1] // 8, flip=True),
     )
 
 
-def _read_split(name: str, folder: Path, batches: tuple[str, ...], files: CifarFiles, image_size: int | None) -> Split:
+def _read_split(
+    name: str, folder: Path, batches: tuple[str, ...], files: CifarFiles, image_size: int | None
+) -> Split:
     images, targets = [], []
     for batch in batches:
         content = _load(folder / batch)
         pixels, labels = content.get("data"), content.get(files.labels_key)
-        sound = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,)
-        if not sound or not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(y) is int for y in labels):
+        sound = (
+            isinstance(pixels, np.ndarray)
+            and pixels.dtype == np.uint8
+            and pixels.shape[1:] == (3072,)
+        )
+        if (
+            not sound
+            or not isinstance(labels, list)
+            or len(labels) != len(pixels)
+            or not all(type(y) is int for y in labels)
+        ):
             raise DataError(
-                f"{show(folder / batch)}: not uint8 'data' [N, 3072] with N '{files.labels_key}'; unpack {files.archive} again"
+                f"{show(folder / batch)}: not uint8 'data' [N, 3072] with N '{files.labels_key}';"
+                f" unpack {files.archive} again"
             )
         images.append(torch.from_numpy(pixels).reshape(-1, 3, 32, 32).permute(0, 2, 3, 1))
         targets += labels
@@ -99,14 +152,18 @@ def _read_split(name: str, folder: Path, batches: tuple[str, ...], files: CifarF
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol-2 pickles of Python 3 spell bytes: ``_codecs.encode(text, "latin1")``. Other codecs are refused."""
+    """How protocol-2 pickles of Python 3 spell bytes: ``_codecs.encode(text, "latin1")``. Other
+    codecs are refused.
+    """
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding}")
     return text.encode("latin1")
 
 
 def _array_parts() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What a pickled array refers to; the function that NumPy 1 and 2 keep in different modules is asked for, not named."""
+    """What a pickled array refers to; the function that NumPy 1 and 2 keep in different modules is
+    asked for, not named.
+    """
     rebuild = np.empty(0).__reduce__()[0]
     return {
         ("numpy.core.multiarray", "_reconstruct"): rebuild,
@@ -135,10 +192,18 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise DataError(f"{show(path)}: not a CIFAR file ({show(error) or type(error).__name__}); unpack the archive again") from error
+        raise DataError(
+            f"{show(path)}: not a CIFAR file ({show(error) or type(error).__name__}); unpack the"
+            " archive again"
+        ) from error
     if not isinstance(content, dict):
-        raise DataError(f"{show(path)}: not a CIFAR file (a {type(content).__name__}); unpack the archive again")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+        raise DataError(
+            f"{show(path)}: not a CIFAR file (a {type(content).__name__}); unpack the archive again"
+        )
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else str(key): value
+        for key, value in content.items()
+    }
 
 
 CIFAR10 = DatasetKind(partial(_read, _CIFAR10), partial(_detect, _CIFAR10))

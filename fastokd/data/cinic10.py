@@ -1,4 +1,6 @@
-"""CINIC-10 (Darlow et al. 2018): ``train/``, ``valid/`` and ``test/`` of 90,000 pictures each, 32 x 32."""
+"""CINIC-10 (Darlow et al. 2018): ``train/``, ``valid/`` and ``test/`` of 90,000 pictures each, 32 x
+32.
+"""
 
 import os
 from dataclasses import replace
@@ -29,10 +31,16 @@ def list_cinic10(path: Path | None) -> DataSource[FileSplit]:
         DataError: no folder, or none that holds CINIC-10.
     """
     if path is None:
-        raise DataError("cinic10 needs a folder: cinic10:PATH, where PATH holds train/, valid/ and test/ (nothing is downloaded)")
+        raise DataError(
+            "cinic10 needs a folder: cinic10:PATH, where PATH holds train/, valid/ and test/"
+            " (nothing is downloaded)"
+        )
     tree = list_tree(path)
     if tree.classes != CLASSES:
-        raise DataError(f"{path}: not CINIC-10, whose classes are {', '.join(CLASSES)}; open it as folder:{path}")
+        raise DataError(
+            f"{path}: not CINIC-10, whose classes are {', '.join(CLASSES)}; open it as"
+            f" folder:{path}"
+        )
     return replace(tree, name="cinic10", mean=MEAN, std=STD, augment=Augment(pad=4, flip=True))
 
 

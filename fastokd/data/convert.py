@@ -1,7 +1,9 @@
-"""Writes a dataset anew: scaled to a shorter side, as a tree of class folders or as WebDataset shards.
+"""Writes a dataset anew: scaled to a shorter side, as a tree of class folders or as WebDataset
+shards.
 
-Every file appears whole or not at all, and what is there is not made again: an interrupted conversion goes on where it stopped
-when it is called again, unless a picture changed under it. Until it is finished its folder is refused as a dataset.
+Every file appears whole or not at all, and what is there is not made again: an interrupted
+conversion goes on where it stopped when it is called again, unless a picture changed under it.
+Until it is finished its folder is refused as a dataset.
 """
 
 import hashlib
@@ -41,7 +43,8 @@ class Conversion:
     """How images are written.
 
     Args:
-        shorter_side: images with a longer one are scaled down to it, antialiased; None keeps every size.
+        shorter_side: images with a longer one are scaled down to it, antialiased; None keeps every
+            size.
         webdataset: shards instead of a tree.
         per_shard: images per shard.
     """
@@ -54,13 +57,17 @@ class Conversion:
         if self.shorter_side is None and not self.webdataset:
             raise ConfigError("nothing to convert: give --shorter-side N, --webdataset, or both")
         if self.shorter_side is not None and self.shorter_side < 1:
-            raise ConfigError(f"shorter_side={self.shorter_side}: it is a number of pixels, 1 or more")
+            raise ConfigError(
+                f"shorter_side={self.shorter_side}: it is a number of pixels, 1 or more"
+            )
         if self.per_shard < 1:
             raise ConfigError(f"per_shard={self.per_shard}: it is a number of images, 1 or more")
 
 
 class Outcome(NamedTuple):
-    """What became of a conversion: how many images were written, how many were there already, and where."""
+    """What became of a conversion: how many images were written, how many were there already, and
+    where.
+    """
 
     written: int
     kept: int
@@ -84,11 +91,17 @@ class _Result(NamedTuple):
     failures: tuple[tuple[str, str], ...] = ()  # image and reason
 
 
-def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers: int | None = None, progress: Progress | None = None) -> Outcome:
+def convert_dataset(
+    spec: str | Path,
+    out: Path,
+    conversion: Conversion,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
     """Write a dataset anew.
 
-    Images that are small enough, upright and in RGB or grey are copied byte for byte; others are written as JPEG where they were,
-    and as PNG where they were anything else.
+    Images that are small enough, upright and in RGB or grey are copied byte for byte; others are
+    written as JPEG where they were, and as PNG where they were anything else.
 
     Args:
         spec: as for ``open_dataset``; it must be made of image files.
@@ -98,8 +111,10 @@ def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers
         progress: called with (files done, files in all): images of a tree, or shards.
 
     Raises:
-        ConfigError: ``out`` holds something else, or what was made of pictures that have changed since.
-        DataError: the dataset is not sound, or images cannot be decoded: all others are written then, and the bad ones named.
+        ConfigError: ``out`` holds something else, or what was made of pictures that have changed
+            since.
+        DataError: the dataset is not sound, or images cannot be decoded: all others are written
+            then, and the bad ones named.
         StorageError: the disk refused.
     """
     kind, path = resolve(spec)
@@ -108,37 +123,61 @@ def convert_dataset(spec: str | Path, out: Path, conversion: Conversion, workers
     source = kind.files(path)
     images = images_of(source)
     record = {
-        "finished": False, "shorter_side": conversion.shorter_side, "format": "webdataset" if conversion.webdataset else "tree",
-        "per_shard": conversion.per_shard if conversion.webdataset else None, "quality": QUALITY, "images": len(images),
+        "finished": False,
+        "shorter_side": conversion.shorter_side,
+        "format": "webdataset" if conversion.webdataset else "tree",
+        "per_shard": conversion.per_shard if conversion.webdataset else None,
+        "quality": QUALITY,
+        "images": len(images),
         "source": _fingerprint(images),
     }
     _claim(out, record, images)
     if conversion.webdataset:
-        write_atomically(out / CLASSES_FILE, lambda file: file.write("".join(f"{name}\n" for name in source.classes).encode()))
-        jobs = _shard_jobs(out, images, {name: i for i, name in enumerate(source.classes)}, conversion.per_shard)
+        write_atomically(
+            out / CLASSES_FILE,
+            lambda file: file.write("".join(f"{name}\n" for name in source.classes).encode()),
+        )
+        jobs = _shard_jobs(
+            out, images, {name: i for i, name in enumerate(source.classes)}, conversion.per_shard
+        )
     else:
         jobs = _tree_jobs(out, images)
-    write = partial(_write_shard if conversion.webdataset else _write_image, shorter_side=conversion.shorter_side)
-    results = run_in_processes(write, jobs, workers, progress, chunk=1 if conversion.webdataset else 16)
+    write = partial(
+        _write_shard if conversion.webdataset else _write_image,
+        shorter_side=conversion.shorter_side,
+    )
+    results = run_in_processes(
+        write, jobs, workers, progress, chunk=1 if conversion.webdataset else 16
+    )
     failures = [failure for result in results for failure in result.failures]
     if failures:
         names = {name for name, _ in failures}
         bad = [i for i, image in enumerate(images) if image.name in names]
-        write_json(out / CONVERSION_FILE, {**record, "bad": bad, "source": _fingerprint(images, bad)})
+        write_json(
+            out / CONVERSION_FILE, {**record, "bad": bad, "source": _fingerprint(images, bad)}
+        )
         listed = first_of([f"{name} ({reason})" for name, reason in failures])
         raise DataError(
-            f"{show(source.root or spec)}: {len(failures)} of {len(images)} images cannot be decoded: {listed}; the others are written to "
-            f"{show(out)}. Mend them and call again, or convert the list that 'fastokd data check --write-list' makes"
+            f"{show(source.root or spec)}: {len(failures)} of {len(images)} images cannot be"
+            f" decoded: {listed}; the others are written to {show(out)}. Mend them and call again,"
+            " or convert the list that 'fastokd data check --write-list' makes"
         )
     write_json(out / CONVERSION_FILE, {**record, "finished": True})
-    return Outcome(sum(result.written for result in results), sum(result.kept for result in results), out)
+    return Outcome(
+        sum(result.written for result in results), sum(result.kept for result in results), out
+    )
 
 
 def _fingerprint(images: Sequence[Image], bad: Iterable[int] = ()) -> str:
-    """A hash of the images' names and labels, and of their files' sizes and times, but for ``bad`` ones, which are to be mended."""
+    """A hash of the images' names and labels, and of their files' sizes and times, but for ``bad``
+    ones, which are to be mended.
+    """
     status = {path: _status(path) for path in dict.fromkeys(image.path for image in images)}
     left_out = set(bad)
-    listed = [(i.split, i.label, i.name, None if place in left_out else status[i.path]) for place, i in enumerate(images)]
+    listed = [
+        (i.split, i.label, i.name, None if place in left_out else status[i.path])
+        for place, i in enumerate(images)
+    ]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
@@ -161,17 +200,30 @@ def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
         except OSError as error:
             raise StorageError(f"cannot use {show(out)}: {error.strerror}") from error
         if taken:
-            raise ConfigError(f"{show(out)} is not empty; give a new folder for what is converted") from None
+            raise ConfigError(
+                f"{show(out)} is not empty; give a new folder for what is converted"
+            ) from None
         write_json(file, record)
         return
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{show(file)} cannot be read ({show(error)}); give a new folder") from None
-    differing = [f"{key} {there.get(key)!r} there, {value!r} now" for key, value in record.items() if key not in ("finished", "source") and there.get(key) != value]
+        raise ConfigError(
+            f"{show(file)} cannot be read ({show(error)}); give a new folder"
+        ) from None
+    differing = [
+        f"{key} {there.get(key)!r} there, {value!r} now"
+        for key, value in record.items()
+        if key not in ("finished", "source") and there.get(key) != value
+    ]
     if differing:
-        raise ConfigError(f"{show(out)} holds another conversion ({'; '.join(differing)}); give a new folder")
+        raise ConfigError(
+            f"{show(out)} holds another conversion ({'; '.join(differing)}); give a new folder"
+        )
     bad = there.get("bad", [])
     if there.get("source") != _fingerprint(images, bad):
-        raise ConfigError(f"{show(out)} was converted from other files, or from pictures that changed since; give a new folder")
+        raise ConfigError(
+            f"{show(out)} was converted from other files, or from pictures that changed since; give"
+            " a new folder"
+        )
     if bad:  # mended now: from here on they are not to change either
         write_json(file, record)
 
@@ -180,20 +232,29 @@ def _tree_jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
     jobs, taken = [], set()
     for image in images:
         if os.path.basename(image.label) != image.label or image.label.startswith("."):
-            raise DataError(f"the class {show(image.label)} cannot be the name of a folder; rename it, or convert with --webdataset")
+            raise DataError(
+                f"the class {show(image.label)} cannot be the name of a folder; rename it, or"
+                " convert with --webdataset"
+            )
         stem, extension = os.path.splitext(os.path.basename(image.name))
         if extension.lower() not in _FORMATS:
             stem, extension = stem + extension, ".png"
         target = out / image.split / image.label / (stem + extension)
         if target in taken:  # of another folder of the same class
-            target = target.with_name(f"{stem}-{hashlib.sha256(os.fsencode(image.name)).hexdigest()[:8]}{extension}")
+            target = target.with_name(
+                f"{stem}-{hashlib.sha256(os.fsencode(image.name)).hexdigest()[:8]}{extension}"
+            )
         taken.add(target)
         jobs.append(_Job(target, (image,)))
     return jobs
 
 
-def _shard_jobs(out: Path, images: Sequence[Image], number: dict[str, int], per_shard: int) -> list[_Job]:
-    """Training images are shuffled once, because shards are read in order; the same way every time, or no shard could be kept."""
+def _shard_jobs(
+    out: Path, images: Sequence[Image], number: dict[str, int], per_shard: int
+) -> list[_Job]:
+    """Training images are shuffled once, because shards are read in order; the same way every time,
+    or no shard could be kept.
+    """
     jobs = []
     for split in dict.fromkeys(image.split for image in images):
         members = [image for image in images if image.split == split]
@@ -201,7 +262,13 @@ def _shard_jobs(out: Path, images: Sequence[Image], number: dict[str, int], per_
             members = [members[i] for i in np.random.default_rng(0).permutation(len(members))]
         for start in range(0, len(members), per_shard):
             part = tuple(members[start : start + per_shard])
-            jobs.append(_Job(out / f"{split}-{start // per_shard:06}.tar", part, tuple(number[image.label] for image in part)))
+            jobs.append(
+                _Job(
+                    out / f"{split}-{start // per_shard:06}.tar",
+                    part,
+                    tuple(number[image.label] for image in part),
+                )
+            )
     return jobs
 
 
@@ -212,7 +279,8 @@ def _write_image(job: _Job, shorter_side: int | None) -> _Result:
         content = _converted(job.images[0], _FORMATS[job.target.suffix.lower()], shorter_side)
     except Exception as error:  # a decoder may raise anything at all for damaged bytes
         return _Result(0, 0, ((job.images[0].name, reason_of(error)),))
-    # Not every file waits for the disk: what a lost machine left incomplete is found incomplete and written again.
+    # Not every file waits for the disk: what a lost machine left incomplete is found incomplete and
+    # written again.
     write_atomically(job.target, lambda file: file.write(content), durable=False)
     return _Result(1, 0)
 
@@ -231,7 +299,9 @@ def _is_whole(target: Path, shorter_side: int | None) -> bool:
 def _write_shard(job: _Job, shorter_side: int | None) -> _Result:
     if os.path.isfile(job.target):
         try:
-            if [sample.label for sample in read_shard(job.target)] == [str(label) for label in job.labels]:
+            if [sample.label for sample in read_shard(job.target)] == [
+                str(label) for label in job.labels
+            ]:
                 return _Result(0, len(job.images))
         except DataError:  # damaged since: written again
             pass
@@ -248,7 +318,10 @@ def _write_shard(job: _Job, shorter_side: int | None) -> _Result:
                 except Exception as error:  # a decoder may raise anything at all for damaged bytes
                     failures.append((image.name, reason_of(error)))
                     continue
-                for name, data in ((f"{i:06}{extension}", content), (f"{i:06}.cls", str(label).encode())):
+                for name, data in (
+                    (f"{i:06}{extension}", content),
+                    (f"{i:06}.cls", str(label).encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -273,8 +346,15 @@ def _converted(image: Image, file_format: str, shorter_side: int | None) -> byte
     content = read_image(image)
     with Pictures.open(io.BytesIO(content)) as picture:
         small = shorter_side is None or min(picture.size) <= shorter_side
-        as_it_is = small and picture.format == file_format and picture.mode in ("RGB", "L") and picture.getexif().get(0x0112, 1) == 1
-    decoded = decode(io.BytesIO(content))  # also where its bytes are copied: what is damaged is found now
+        as_it_is = (
+            small
+            and picture.format == file_format
+            and picture.mode in ("RGB", "L")
+            and picture.getexif().get(0x0112, 1) == 1
+        )
+    decoded = decode(
+        io.BytesIO(content)
+    )  # also where its bytes are copied: what is damaged is found now
     if as_it_is:
         return content
     if not small:
@@ -292,4 +372,7 @@ def _scaled(picture: "Pictures.Image", shorter_side: int) -> "Pictures.Image":
 
     width, height = picture.size
     shorter = min(width, height)
-    return picture.resize((shorter_side * width // shorter, shorter_side * height // shorter), Pictures.Resampling.BILINEAR)
+    return picture.resize(
+        (shorter_side * width // shorter, shorter_side * height // shorter),
+        Pictures.Resampling.BILINEAR,
+    )

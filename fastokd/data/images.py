@@ -1,4 +1,6 @@
-"""Image files and arrays into one uint8 tensor: decoding, colour, orientation, size, and whether it fits in memory."""
+"""Image files and arrays into one uint8 tensor: decoding, colour, orientation, size, and whether it
+fits in memory.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +20,18 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+)
 MEMORY_FRACTION = 0.5
 _CHUNK = 64
 _NAMED = 10
 
 
 def show(name: object) -> str:
-    """A path or a class name for a one-line message: line breaks and undecodable bytes are escaped."""
+    """A path or a class name for a one-line message: line breaks and undecodable bytes are
+    escaped.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
@@ -42,16 +48,25 @@ def default_workers() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory this process can still take, within its control group's limit; None where unknown."""
+    """Bytes of main memory this process can still take, within its control group's limit; None
+    where unknown.
+    """
     readings = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        readings += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        readings += [
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        ]
     except OSError:
         pass
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
-            total, used = ((Path("/sys/fs/cgroup") / file).read_text().strip() for file in (limit, usage))
+            total, used = (
+                (Path("/sys/fs/cgroup") / file).read_text().strip() for file in (limit, usage)
+            )
         except OSError:
             continue
         if total != "max":
@@ -69,25 +84,31 @@ def check_memory(count: int, height: int, width: int, where: object) -> None:
     needed = count * height * width * 3
     if available is not None and needed > MEMORY_FRACTION * available:
         raise DataError(
-            f"{show(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB decoded, more than half of "
-            f"the {available / 2**30:.3g} GiB of free memory; use a smaller --image-size, fewer images or a larger machine"
+            f"{show(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB"
+            f" decoded, more than half of the {available / 2**30:.3g} GiB of free memory; use a"
+            " smaller --image-size, fewer images or a larger machine"
         )
 
 
 def check_image_size(image_size: int | None) -> None:
     """Raise ``ConfigError`` unless the size is None or a positive number of pixels."""
     if image_size is not None and image_size < 1:
-        raise ConfigError(f"image_size={image_size}; it is the side of a square in pixels, 1 or more")
+        raise ConfigError(
+            f"image_size={image_size}; it is the side of a square in pixels, 1 or more"
+        )
 
 
 def decode(path: str | Path | BytesIO) -> "Image.Image":
-    """Decode an image file or its bytes, whatever its name says it is, into an upright 8-bit RGB image.
+    """Decode an image file or its bytes, whatever its name says it is, into an upright 8-bit RGB
+    image.
 
-    Grey, palette and CMYK images are converted; transparency is dropped; 16-bit grey keeps its high byte, as Pillow
-    does for 16-bit colour; EXIF orientation is applied; of an animation the first frame is taken.
+    Grey, palette and CMYK images are converted; transparency is dropped; 16-bit grey keeps its high
+    byte, as Pillow does for 16-bit colour; EXIF orientation is applied; of an animation the first
+    frame is taken.
 
     Raises:
-        Exception: whatever Pillow raises for a file that is missing, truncated, not an image, or absurdly large.
+        Exception: whatever Pillow raises for a file that is missing, truncated, not an image, or
+            absurdly large.
     """
     from PIL import Image, ImageOps
 
@@ -96,18 +117,23 @@ def decode(path: str | Path | BytesIO) -> "Image.Image":
         file_format = image.format  # a transposed image has lost it
         if image.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        # Pillow clips 16-bit grey at 255 when it converts to RGB, and knows no range for 32-bit integers and floats.
+        # Pillow clips 16-bit grey at 255 when it converts to RGB, and knows no range for 32-bit
+        # integers and floats.
         if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise ValueError(f"{image.mode}-mode pixels (32 bits per channel) have no defined 8-bit range")
+            raise ValueError(
+                f"{image.mode}-mode pixels (32 bits per channel) have no defined 8-bit range"
+            )
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: "Image.Image", size: int) -> "Image.Image":
-    """Scale the shorter side to ``size`` with an antialiased triangle filter, then cut the central square."""
+    """Scale the shorter side to ``size`` with an antialiased triangle filter, then cut the central
+    square.
+    """
     from PIL import Image
 
     width, height = image.size
@@ -121,7 +147,8 @@ def fit(image: "Image.Image", size: int) -> "Image.Image":
 
 
 def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
-    """``fit`` for images that are already decoded: uint8 [N, 3, H, W] to [N, 3, size, size], channels last in memory.
+    """``fit`` for images that are already decoded: uint8 [N, 3, H, W] to [N, 3, size, size],
+    channels last in memory.
 
     Raises:
         DataError: the result would not fit in memory.
@@ -138,13 +165,20 @@ def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, workers: int | None = None,
-               progress: Progress | None = None, read: Callable[[int], bytes] | None = None) -> Tensor:
+def decode_all(
+    root: Path,
+    files: Sequence[str],
+    image_size: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    read: Callable[[int], bytes] | None = None,
+) -> Tensor:
     """Decode files in a thread pool into one tensor.
 
     Args:
         root: the folder that ``files`` are relative to.
-        image_size: side of the square every image is fitted to; None keeps the size that all of them share.
+        image_size: side of the square every image is fitted to; None keeps the size that all of
+            them share.
         workers: decoding threads; one per usable core by default.
         progress: called in this thread with (files done, files in all).
         read: gives the bytes of the i-th file; by default they are read from the file of that name.
@@ -153,8 +187,8 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
         uint8 [N, 3, H, W], channels last in memory.
 
     Raises:
-        DataError: files that cannot be decoded (the first ten are named, all are counted), sizes that differ while
-            no ``image_size`` is given, or more images than fit in memory.
+        DataError: files that cannot be decoded (the first ten are named, all are counted), sizes
+            that differ while no ``image_size`` is given, or more images than fit in memory.
     """
     images, bad = try_decode_all(root, files, image_size, workers, progress, read)
     if bad:
@@ -162,7 +196,9 @@ def decode_all(root: Path, files: Sequence[str], image_size: int | None = None, 
     return images
 
 
-def bad_files_error(root: Path, files: Sequence[str], bad: Mapping[int, str], more: str = "replace or delete them") -> DataError:
+def bad_files_error(
+    root: Path, files: Sequence[str], bad: Mapping[int, str], more: str = "replace or delete them"
+) -> DataError:
     """The error that names files which cannot be decoded.
 
     Args:
@@ -171,20 +207,32 @@ def bad_files_error(root: Path, files: Sequence[str], bad: Mapping[int, str], mo
         more: what mends it.
     """
     named = first_of([f"{files[i]} ({reason})" for i, reason in bad.items()])
-    return DataError(f"{show(root)}: {len(bad)} of {len(files)} image files cannot be decoded: {named}; {more}")
+    return DataError(
+        f"{show(root)}: {len(bad)} of {len(files)} image files cannot be decoded: {named}; {more}"
+    )
 
 
-def try_decode_all(root: Path, files: Sequence[str], image_size: int | None = None, workers: int | None = None,
-                   progress: Progress | None = None, read: Callable[[int], bytes] | None = None) -> tuple[Tensor, dict[int, str]]:
+def try_decode_all(
+    root: Path,
+    files: Sequence[str],
+    image_size: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    read: Callable[[int], bytes] | None = None,
+) -> tuple[Tensor, dict[int, str]]:
     """``decode_all``, except that files which cannot be decoded are left out.
 
     Returns:
-        the images, undefined where a file cannot be decoded, and the places of those files with the reason.
+        the images, undefined where a file cannot be decoded, and the places of those files with the
+        reason.
     """
+
     def source(i: int) -> str | BytesIO:
         return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
 
-    height, width, model = (image_size, image_size, None) if image_size else _common_size(files, source)
+    height, width, model = (
+        (image_size, image_size, None) if image_size else _common_size(files, source)
+    )
     check_memory(len(files), height, width, root)
     out = _allocate(len(files), height, width)
     pixels = out.numpy()
@@ -201,9 +249,9 @@ def try_decode_all(root: Path, files: Sequence[str], image_size: int | None = No
                 image = fit(image, image_size)
             elif image.size != (width, height):
                 raise DataError(
-                    f"{show(root)}: images differ in size: {show(model)} is {height}x{width} and {show(files[i])} is "
-                    f"{image.height}x{image.width} (height x width); fit them all to one with "
-                    f"--image-size {min(height, width, *image.size)}"
+                    f"{show(root)}: images differ in size: {show(model)} is {height}x{width} and"
+                    f" {show(files[i])} is {image.height}x{image.width} (height x width); fit them"
+                    f" all to one with --image-size {min(height, width, *image.size)}"
                 )
             pixels[i] = np.asarray(image)
         return unreadable
@@ -211,7 +259,9 @@ def try_decode_all(root: Path, files: Sequence[str], image_size: int | None = No
     unreadable: dict[int, str] = {}
     pool = ThreadPoolExecutor(workers or default_workers())
     try:
-        for done, failed in enumerate(pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1):
+        for done, failed in enumerate(
+            pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1
+        ):
             unreadable |= failed
             if progress is not None:
                 progress(min(done * _CHUNK, len(files)), len(files))
@@ -225,7 +275,9 @@ def _allocate(count: int, height: int, width: int) -> Tensor:
     return torch.empty((count, height, width, 3), dtype=torch.uint8)
 
 
-def _common_size(files: Sequence[str], source: Callable[[int], str | BytesIO]) -> tuple[int, int, str | None]:
+def _common_size(
+    files: Sequence[str], source: Callable[[int], str | BytesIO]
+) -> tuple[int, int, str | None]:
     """Height and width of the first file that can be decoded, and its name."""
     for i, file in enumerate(files):
         try:

@@ -1,8 +1,10 @@
-"""Which class each image of a flat folder has: the label files that ImageNet and its relatives come with.
+"""Which class each image of a flat folder has: the label files that ImageNet and its relatives come
+with.
 
-Three forms, told apart by their content: ``image synset`` pairs (Tiny-ImageNet's ``val_annotations.txt``, Kaggle's
-``LOC_val_solution.csv``, anybody's own list), one synset a line in the order of the images' names, and ImageNet's official
-ground truth, one number a line, whose meaning is in ``meta.mat`` of the same development kit.
+Three forms, told apart by their content: ``image synset`` pairs (Tiny-ImageNet's
+``val_annotations.txt``, Kaggle's ``LOC_val_solution.csv``, anybody's own list), one synset a line
+in the order of the images' names, and ImageNet's official ground truth, one number a line, whose
+meaning is in ``meta.mat`` of the same development kit.
 """
 
 import os
@@ -14,20 +16,28 @@ from fastokd.data.images import first_of, show
 from fastokd.errors import DataError, MissingExtra
 
 NAMES = (
-    "val_annotations.txt", "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt",
+    "val_annotations.txt",
+    "LOC_val_solution.csv",
+    "imagenet_2012_validation_synset_labels.txt",
     "ILSVRC2012_validation_ground_truth.txt",
 )
 FOLDERS = (".", "ILSVRC2012_devkit_t12/data", "data")
 
 
 def find_label_file(root: Path, split: str, folder: Path) -> Path | None:
-    """The label file of the flat split "val" or "test": in its folder, in the tree's root, or in ImageNet's development kit there.
+    """The label file of the flat split "val" or "test": in its folder, in the tree's root, or in
+    ImageNet's development kit there.
 
-    What is outside the split's folder and called by one of ``NAMES`` says what the validation images are, not those of "test".
+    What is outside the split's folder and called by one of ``NAMES`` says what the validation
+    images are, not those of "test".
     """
     own = (f"{folder.name}_labels.txt", f"{folder.name}.txt", f"{folder.name}.csv")
     outside = [root / name for name in FOLDERS]
-    places = ((place / name) for name in (*NAMES, *own) for place in (folder, *(outside if split == "val" or name in own else ())))
+    places = (
+        (place / name)
+        for name in (*NAMES, *own)
+        for place in (folder, *(outside if split == "val" or name in own else ()))
+    )
     return next((place for place in places if os.path.isfile(place)), None)
 
 
@@ -40,12 +50,20 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
         classes: the class names; a number is an index into them.
 
     Raises:
-        DataError: images without a label, labels that are no class, or a file that is neither of the forms.
+        DataError: images without a label, labels that are no class, or a file that is neither of
+            the forms.
     """
     try:
-        rows = [re.split(r"[\s,;]+", line.strip()) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [
+            re.split(r"[\s,;]+", line.strip())
+            for line in file.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{show(file)}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+        raise DataError(
+            f"{show(file)}: cannot be read:"
+            f" {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        ) from None
     if rows and all(len(row) == 1 for row in rows):
         labels = _in_order(file, [row[0] for row in rows], images, classes)
     else:
@@ -53,37 +71,54 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     number = {name: label for label, name in enumerate(classes)}
     unknown = sorted({name for name in labels if name not in number})
     if unknown:
-        raise DataError(f"{show(file)}: {len(unknown)} class(es) that have no folder in train/: {first_of(unknown)}; the names must be those of the folders")
+        raise DataError(
+            f"{show(file)}: {len(unknown)} class(es) that have no folder in train/:"
+            f" {first_of(unknown)}; the names must be those of the folders"
+        )
     return [number[name] for name in labels]
 
 
-def _by_name(file: Path, rows: Sequence[Sequence[str]], images: Sequence[str], classes: Sequence[str]) -> list[str]:
+def _by_name(
+    file: Path, rows: Sequence[Sequence[str]], images: Sequence[str], classes: Sequence[str]
+) -> list[str]:
     labels = {os.path.basename(row[0]): row[1] for row in rows if len(row) > 1}
     found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:
-        raise DataError(f"{show(file)}: no label for {len(missing)} of {len(images)} images: {first_of(missing)}; each line is an image's name and its class")
+        raise DataError(
+            f"{show(file)}: no label for {len(missing)} of {len(images)} images:"
+            f" {first_of(missing)}; each line is an image's name and its class"
+        )
     named = [label for label in found if label is not None]
     if set(named) <= set(classes) or not all(label.isdecimal() for label in named):
         return named
     numbers = [int(label) for label in named]
     if min(numbers) != 0 or max(numbers) != len(classes) - 1:
         raise DataError(
-            f"{show(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the {len(classes)} class folders in order are 0 to "
-            f"{len(classes) - 1}; write the folders' names instead"
+            f"{show(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the"
+            f" {len(classes)} class folders in order are 0 to {len(classes) - 1}; write the"
+            " folders' names instead"
         )
     return [classes[number] for number in numbers]
 
 
-def _in_order(file: Path, labels: Sequence[str], images: Sequence[str], classes: Sequence[str]) -> list[str]:
+def _in_order(
+    file: Path, labels: Sequence[str], images: Sequence[str], classes: Sequence[str]
+) -> list[str]:
     if len(labels) != len(images):
-        raise DataError(f"{show(file)}: {len(labels)} labels for {len(images)} images; a list without image names needs one line for each")
+        raise DataError(
+            f"{show(file)}: {len(labels)} labels for {len(images)} images; a list without image"
+            " names needs one line for each"
+        )
     if set(labels) <= set(classes) or not all(label.isdecimal() for label in labels):
         return list(labels)
     synsets = _read_meta(file)
     unknown = sorted({label for label in labels if int(label) not in synsets})
     if unknown:
-        raise DataError(f"{show(file)}: numbers that {show(file.with_name('meta.mat'))} does not have: {first_of(unknown)}")
+        raise DataError(
+            f"{show(file)}: numbers that {show(file.with_name('meta.mat'))} does not have:"
+            f" {first_of(unknown)}"
+        )
     return [synsets[int(label)] for label in labels]
 
 
@@ -92,8 +127,8 @@ def _read_meta(file: Path) -> dict[int, str]:
     meta = file.with_name("meta.mat")
     if not os.path.isfile(meta):
         raise DataError(
-            f"{show(file)}: labels are ImageNet's own numbers, whose meaning is in meta.mat of the development kit; put it beside, "
-            f"or use a list of 'image synset' lines"
+            f"{show(file)}: labels are ImageNet's own numbers, whose meaning is in meta.mat of the"
+            " development kit; put it beside, or use a list of 'image synset' lines"
         )
     try:
         from scipy.io import loadmat
@@ -101,6 +136,11 @@ def _read_meta(file: Path) -> dict[int, str]:
         raise MissingExtra(f"reading {show(meta)} needs SciPy: pip install scipy") from None
     try:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        return {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+        return {
+            int(number): str(name)
+            for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        }
     except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise DataError(f"{show(meta)}: not the meta.mat of ImageNet's development kit ({show(error)})") from error
+        raise DataError(
+            f"{show(meta)}: not the meta.mat of ImageNet's development kit ({show(error)})"
+        ) from error

@@ -16,10 +16,12 @@ from fastokd.errors import ConfigError, DataError, did_you_mean
 
 
 class Batch(NamedTuple):
-    """B images [B, C, H, W] in a floating dtype, their targets, and their positions in the split int64 [B].
+    """B images [B, C, H, W] in a floating dtype, their targets, and their positions in the split
+    int64 [B].
 
-    With K > 1 views of each image, the images are [K, B, C, H, W]. Targets are labels int64 [B], or class
-    probabilities float32 [B, classes] where images are mixed; ``index`` is then that of the first image of each pair.
+    With K > 1 views of each image, the images are [K, B, C, H, W]. Targets are labels int64 [B], or
+    class probabilities float32 [B, classes] where images are mixed; ``index`` is then that of the
+    first image of each pair.
     """
 
     images: Tensor
@@ -40,7 +42,9 @@ class Loader(Protocol):
         """Choose the epoch that the next iteration gives."""
 
     def set_size(self, size: int | None) -> None:
-        """Give square images of this side from the next iteration on; None for the dataset's own size."""
+        """Give square images of this side from the next iteration on; None for the dataset's own
+        size.
+        """
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and how much of it has been handed out."""
@@ -50,12 +54,13 @@ class Loader(Protocol):
 
 
 class LoaderBase:
-    """What all loaders have in common: the settings, the shards of the ranks, and the place in the epoch.
+    """What all loaders have in common: the settings, the shards of the ranks, and the place in the
+    epoch.
 
-    Training drops the rest that does not fill a batch on every rank, so that all batches have one shape. Evaluation goes
-    through every image exactly once over all ranks; the last batch may be smaller, and a rank may have no batch at all.
-    Rank r of W takes the r-th part of each training batch of W * batch_size images, and the r-th contiguous part of an
-    evaluation split.
+    Training drops the rest that does not fill a batch on every rank, so that all batches have one
+    shape. Evaluation goes through every image exactly once over all ranks; the last batch may be
+    smaller, and a rank may have no batch at all. Rank r of W takes the r-th part of each training
+    batch of W * batch_size images, and the r-th contiguous part of an evaluation split.
 
     Args:
         split_name, count: the split and the number of its images.
@@ -72,20 +77,43 @@ class LoaderBase:
         DataError: fewer training images than one batch on every rank.
     """
 
-    def __init__(self, split_name: str, count: int, batch_size: int, train: bool, device: torch.device | str, seed: int, *,
-                 dtype: torch.dtype, memory_format: torch.memory_format, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        split_name: str,
+        count: int,
+        batch_size: int,
+        train: bool,
+        device: torch.device | str,
+        seed: int,
+        *,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        rank: int,
+        world_size: int,
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}; use 1 or more")
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} of world_size={world_size}; ranks are 0 to world_size - 1")
+            raise ConfigError(
+                f"rank={rank} of world_size={world_size}; ranks are 0 to world_size - 1"
+            )
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype}; images are normalised, so it is a floating dtype")
         if memory_format not in (torch.channels_last, torch.contiguous_format):
-            raise ConfigError(f"memory_format={memory_format}; use torch.channels_last or torch.contiguous_format")
+            raise ConfigError(
+                f"memory_format={memory_format}; use torch.channels_last or torch.contiguous_format"
+            )
         if train and count < batch_size * world_size:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-            fix = f"--batch-size {count // world_size} or less" if count >= world_size else "fewer ranks"
-            raise DataError(f"split '{split_name}' has {count} images, fewer than one batch of {batch_size}{ranks}; use {fix}")
+            fix = (
+                f"--batch-size {count // world_size} or less"
+                if count >= world_size
+                else "fewer ranks"
+            )
+            raise DataError(
+                f"split '{split_name}' has {count} images, fewer than one batch of"
+                f" {batch_size}{ranks}; use {fix}"
+            )
         self.batch_size = batch_size
         self.train = train
         self.device = torch.device(device)
@@ -96,7 +124,8 @@ class LoaderBase:
         self.world_size = world_size
         self.epoch = 0
         self._count = count
-        self._position = 0  # images handed out this epoch: over all ranks in training, on this rank in evaluation
+        # Images handed out this epoch: over all ranks in training, on this rank in evaluation
+        self._position = 0
         self._resumed = False
 
     def __len__(self) -> int:
@@ -106,7 +135,9 @@ class LoaderBase:
         return -(-(stop - start) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. Naming the epoch just loaded keeps the place in it."""
+        """Choose the epoch of the next iteration. Naming the epoch just loaded keeps the place in
+        it.
+        """
         if epoch < 0:
             raise ConfigError(f"epoch={epoch} is negative")
         if epoch != self.epoch:
@@ -114,26 +145,39 @@ class LoaderBase:
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: what it has handed out counts as done. Plain integers."""
-        return {"epoch": self.epoch, "position": self._position, "seed": self.seed, "size": self._count}
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "size": self._count,
+        }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly where the loader that gave ``state`` stood: the next iteration gives the rest of its epoch.
+        """Continue exactly where the loader that gave ``state`` stood: the next iteration gives the
+        rest of its epoch.
 
-        A training state may be continued with another number of ranks if the global batch divides the place in the
-        epoch, as it does when the global batch stays the same.
+        A training state may be continued with another number of ranks if the global batch divides
+        the place in the epoch, as it does when the global batch stays the same.
 
         Raises:
             ConfigError: the state is of other data or another seed, or falls between two batches.
         """
         for key, here in (("seed", self.seed), ("size", self._count)):
             if state[key] != here:
-                raise ConfigError(f"the loader's state is of {key} {state[key]}, and this loader has {key} {here}; resume with the same data and seed")
+                raise ConfigError(
+                    f"the loader's state is of {key} {state[key]}, and this loader has {key}"
+                    f" {here}; resume with the same data and seed"
+                )
         position = state["position"]
-        whole = self._count // self._step * self._step if self.train else self._shard()[1] - self._shard()[0]
+        whole = (
+            self._count // self._step * self._step
+            if self.train
+            else self._shard()[1] - self._shard()[0]
+        )
         if not 0 <= position <= whole or (position % self._step and position != whole):
             raise ConfigError(
-                f"the loader's state is {position} images into the epoch, which is no whole number of batches of {self._step}; "
-                f"resume with the same global batch size"
+                f"the loader's state is {position} images into the epoch, which is no whole number"
+                f" of batches of {self._step}; resume with the same global batch size"
             )
         self.epoch, self._position, self._resumed = state["epoch"], position, True
 
@@ -143,7 +187,10 @@ class LoaderBase:
         return self.batch_size * (self.world_size if self.train else 1)
 
     def _shard(self) -> tuple[int, int]:
-        return self._count * self.rank // self.world_size, self._count * (self.rank + 1) // self.world_size
+        return (
+            self._count * self.rank // self.world_size,
+            self._count * (self.rank + 1) // self.world_size,
+        )
 
     def _start_iteration(self) -> None:
         """Begin the epoch, unless its rest was just asked for by ``load_state_dict``."""
@@ -154,7 +201,10 @@ class LoaderBase:
 
 def epoch_seed(seed: int, epoch: int, purpose: str = "") -> int:
     """One number for the pair, so that seed 1 in epoch 0 shares nothing with seed 0 in epoch 1."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}{purpose}".encode(), digest_size=8).digest()) >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}{purpose}".encode(), digest_size=8).digest())
+        >> 1
+    )
 
 
 def to_device(choices: Tensor, device: torch.device) -> Tensor:
@@ -177,12 +227,15 @@ class LoaderKind:
     """A kind of loader.
 
     Args:
-        make: called as ``make(split, batch_size, train, device, seed, **settings)``. The settings are those of
-            ``ResidentLoader``, and for a loader of files ``size`` (height, width) and ``bad_images`` ("fail" or
-            "replace"). It raises ``ConfigError`` for one it cannot do, with the reason.
-        decoded: whether it takes splits of decoded images (of a ``Dataset``) or of files (of a ``FileDataset``).
+        make: called as ``make(split, batch_size, train, device, seed, **settings)``. The settings
+            are those of ``ResidentLoader``, and for a loader of files ``size`` (height, width) and
+            ``bad_images`` ("fail" or "replace"). It raises ``ConfigError`` for one it cannot do,
+            with the reason.
+        decoded: whether it takes splits of decoded images (of a ``Dataset``) or of files (of a
+            ``FileDataset``).
         missing: why it cannot run on a device, with what mends it; None if it can.
-        unsuitable: why it cannot decode a split of files, as far as their names tell, with what mends it; None if it can.
+        unsuitable: why it cannot decode a split of files, as far as their names tell, with what
+            mends it; None if it can.
     """
 
     make: Callable[..., Loader]
@@ -203,7 +256,9 @@ _modules = {
 
 
 def register_loader(name: str, module: str) -> None:
-    """Add a loader: the module has a constant ``LOADER``, a ``LoaderKind``, and is imported when it is needed."""
+    """Add a loader: the module has a constant ``LOADER``, a ``LoaderKind``, and is imported when it
+    is needed.
+    """
     _modules[name] = module
 
 
@@ -223,41 +278,68 @@ def get_loader_kind(name: str) -> LoaderKind:
     return importlib.import_module(_modules[name]).LOADER
 
 
-def make_loader(dataset: Dataset | FileDataset, split: str | Split | FileSplit, batch_size: int, *, loader: str | None = None, device: torch.device | str = "cpu",
-                seed: int = 0, train: bool | None = None, augment: Augment | None = None, **settings: Any) -> Loader:
+def make_loader(
+    dataset: Dataset | FileDataset,
+    split: str | Split | FileSplit,
+    batch_size: int,
+    *,
+    loader: str | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    train: bool | None = None,
+    augment: Augment | None = None,
+    **settings: Any,
+) -> Loader:
     """The loader of one of a dataset's splits, with the dataset's normalisation and augmentation.
 
     Args:
         split: one of the dataset's splits, or its name: "train", "val" or "test".
-        loader: the kind; by default "resident" for decoded images, and for files the best that can decode them here.
+        loader: the kind; by default "resident" for decoded images, and for files the best that can
+            decode them here.
         train: by default true for the training split alone; false to evaluate on its images.
         augment: overrides the dataset's policy.
         settings: the other keywords of the loader.
 
     Raises:
-        ConfigError: no such split or loader, a loader that does not go with this dataset, or a setting out of range.
+        ConfigError: no such split or loader, a loader that does not go with this dataset, or a
+            setting out of range.
         DataError: see the loader.
     """
     device = torch.device(device)
     decoded = isinstance(dataset, Dataset)
-    name = loader or ("resident" if isinstance(dataset, Dataset) else best_file_loader(device, dataset.splits))
+    name = loader or (
+        "resident" if isinstance(dataset, Dataset) else best_file_loader(device, dataset.splits)
+    )
     kind = get_loader_kind(name)
     if kind.decoded != decoded:
         fix = "open_dataset" if kind.decoded else "list_files"
-        raise ConfigError(f"loader '{name}' takes {'decoded images' if kind.decoded else 'image files'}; open {dataset.name} with {fix}")
+        raise ConfigError(
+            f"loader '{name}' takes {'decoded images' if kind.decoded else 'image files'}; open"
+            f" {dataset.name} with {fix}"
+        )
     if reason := kind.missing(device):
         raise ConfigError(f"loader '{name}' cannot run here: {reason}")
     if not kind.decoded:
         settings.setdefault("size", dataset.image_size)
     chosen = dataset.split(split) if isinstance(split, str) else split
     return kind.make(
-        chosen, batch_size, chosen is dataset.train if train is None else train, device, seed, mean=dataset.mean, std=dataset.std,
-        num_classes=dataset.num_classes, augment=dataset.augment if augment is None else augment, **settings,
+        chosen,
+        batch_size,
+        chosen is dataset.train if train is None else train,
+        device,
+        seed,
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=dataset.num_classes,
+        augment=dataset.augment if augment is None else augment,
+        **settings,
     )
 
 
 def file_loaders() -> Iterator[str]:
-    """The names of the loaders that decode files while training, best first; each is imported when it is its turn."""
+    """The names of the loaders that decode files while training, best first; each is imported when
+    it is its turn.
+    """
     return (name for name in _modules if not get_loader_kind(name).decoded)
 
 
@@ -273,4 +355,7 @@ def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    raise ConfigError(f"no loader can decode image files while training ({'; '.join(reasons) or 'none is there'}); use --loader resident")
+    raise ConfigError(
+        "no loader can decode image files while training"
+        f" ({'; '.join(reasons) or 'none is there'}); use --loader resident"
+    )

@@ -1,4 +1,6 @@
-"""RecordIO files of images, as MXNet's ``im2rec`` packs them, read without MXNet; ``.idx`` files are not needed."""
+"""RecordIO files of images, as MXNet's ``im2rec`` packs them, read without MXNet; ``.idx`` files
+are not needed.
+"""
 
 import mmap
 import re
@@ -15,7 +17,10 @@ from fastokd.errors import DataError
 
 MAGIC = 0xCED7230A
 NAMED = re.compile(r"\.rec$")
-_RECORD, _IMAGE = struct.Struct("<II"), struct.Struct("<IfQQ")  # magic, kind and length; flag, label, two ids
+_RECORD, _IMAGE = (
+    struct.Struct("<II"),
+    struct.Struct("<IfQQ"),
+)  # magic, kind and length; flag, label, two ids
 _LENGTH_BITS = 29
 
 
@@ -23,32 +28,53 @@ def read_recordio(file: Path) -> list[Sample]:
     """The samples of one file, in its order.
 
     Raises:
-        DataError: cut off, not a RecordIO file of images, a record in several parts, or a label that is no whole number.
+        DataError: cut off, not a RecordIO file of images, a record in several parts, or a label
+            that is no whole number.
     """
     samples: list[Sample] = []
     try:
-        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open(file, "rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             start = 0
             while start < len(data):
                 magic, word = _RECORD.unpack_from(data, start)
                 length, parts = word & (1 << _LENGTH_BITS) - 1, word >> _LENGTH_BITS
                 begin = start + _RECORD.size
                 if magic != MAGIC or begin + length > len(data):
-                    raise ValueError("its end is missing" if magic == MAGIC else "no record begins there")
+                    raise ValueError(
+                        "its end is missing" if magic == MAGIC else "no record begins there"
+                    )
                 if parts:
-                    raise ValueError("it is in several parts, because the format's magic number occurs in its image: leave it out, or pack the images anew")
+                    raise ValueError(
+                        "it is in several parts, because the format's magic number occurs in its"
+                        " image: leave it out, or pack the images anew"
+                    )
                 flag, label, _, _ = _IMAGE.unpack_from(data, begin)
-                image = begin + _IMAGE.size + 4 * flag  # a flag counts the labels that follow instead
+                image = (
+                    begin + _IMAGE.size + 4 * flag
+                )  # a flag counts the labels that follow instead
                 if flag:
                     (label,) = struct.unpack_from("<f", data, begin + _IMAGE.size)
                 if label != int(label) or image > begin + length:
                     raise ValueError(f"its label {label:g} is no class number")
-                samples.append(Sample(f"{file.name}/{len(samples)}", image, begin + length - image, str(int(label))))
+                samples.append(
+                    Sample(
+                        f"{file.name}/{len(samples)}",
+                        image,
+                        begin + length - image,
+                        str(int(label)),
+                    )
+                )
                 start = begin + (length + 3) // 4 * 4
     except OSError as error:
         raise DataError(f"{show(file)}: cannot be read: {error.strerror or show(error)}") from error
     except (ValueError, OverflowError, struct.error) as error:
-        raise DataError(f"{show(file)}: record {len(samples)} cannot be used ({show(error)}); write or copy the file again") from error
+        raise DataError(
+            f"{show(file)}: record {len(samples)} cannot be used ({show(error)}); write or copy the"
+            " file again"
+        ) from error
     return samples
 
 

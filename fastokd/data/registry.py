@@ -20,7 +20,8 @@ class ReadOptions:
     """How to read a dataset.
 
     Args:
-        image_size: side of the square all images are fitted to (shorter side scaled, centre cut); None: as they are.
+        image_size: side of the square all images are fitted to (shorter side scaled, centre cut);
+            None: as they are.
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
     """
@@ -32,13 +33,15 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """A kind of dataset: decoded while it is read, or a list of image files; one of ``read`` and ``files``.
+    """A kind of dataset: decoded while it is read, or a list of image files; one of ``read`` and
+    ``files``.
 
     Args:
         read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
         detect: whether a path holds this kind; None for kinds that are only opened by name.
         files: lists the image files of one without decoding any; raises ``DataError``.
-        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when it is not sound.
+        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when
+            it is not sound.
     """
 
     read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
@@ -63,7 +66,9 @@ _targets = {
 
 
 def register_dataset(name: str, target: str) -> None:
-    """Add a dataset kind: ``"package.module:CONSTANT"`` names its ``DatasetKind``, imported when it is needed."""
+    """Add a dataset kind: ``"package.module:CONSTANT"`` names its ``DatasetKind``, imported when it
+    is needed.
+    """
     if ":" not in target:
         raise ConfigError(f"dataset '{name}': '{target}' must read 'package.module:CONSTANT'")
     _targets[name] = target
@@ -87,7 +92,8 @@ def get_dataset_kind(name: str) -> DatasetKind:
 
 
 def list_source(spec: str | Path) -> DataSource[FileSplit]:
-    """List the image files of a dataset once, for ``list_files`` and ``open_dataset``, which take it in the place of a path.
+    """List the image files of a dataset once, for ``list_files`` and ``open_dataset``, which take
+    it in the place of a path.
 
     Args:
         spec: as for ``open_dataset``.
@@ -98,24 +104,35 @@ def list_source(spec: str | Path) -> DataSource[FileSplit]:
     """
     kind, path = resolve(spec)
     if kind.files is None:
-        raise DataError(f"{show(spec)} is not made of image files; it is small, so use --loader resident")
+        raise DataError(
+            f"{show(spec)} is not made of image files; it is small, so use --loader resident"
+        )
     return kind.files(path)
 
 
-def open_dataset(spec: str | Path | DataSource[FileSplit], image_size: int | None = None, val_split: float = 0.0, seed: int = 0, *,
-                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                 augment: Augment | None = None, workers: int | None = None,
-                 progress: Progress | None = None, bad_images: str = "fail") -> Dataset:
+def open_dataset(
+    spec: str | Path | DataSource[FileSplit],
+    image_size: int | None = None,
+    val_split: float = 0.0,
+    seed: int = 0,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    augment: Augment | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    bad_images: str = "fail",
+) -> Dataset:
     """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
 
     Args:
-        spec: "digits" (in the package), a folder, a CSV list, or "kind:path"; ``docs/data.md`` has all the layouts. Or what
-            ``list_source`` listed.
+        spec: "digits" (in the package), a folder, a CSV list, or "kind:path"; ``docs/data.md`` has
+            all the layouts. Or what ``list_source`` listed.
         image_size: side of the square all images are fitted to; None keeps the size they all share.
         val_split: fraction of every class's training images to hold out for validation.
         seed: chooses the images held out.
-        mean, std: normalisation per channel, as fractions of 255; by default the dataset's customary values, or
-            measured over the training split.
+        mean, std: normalisation per channel, as fractions of 255; by default the dataset's
+            customary values, or measured over the training split.
         augment: training augmentation; by default the dataset's customary one.
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
@@ -123,7 +140,8 @@ def open_dataset(spec: str | Path | DataSource[FileSplit], image_size: int | Non
 
     Raises:
         ConfigError: a setting out of range, or a kind that does not exist.
-        DataError: data that cannot be trained on; the message is one line: what, where, and how to mend it.
+        DataError: data that cannot be trained on; the message is one line: what, where, and how to
+            mend it.
     """
     check_image_size(image_size)
     if isinstance(spec, DataSource):
@@ -137,15 +155,24 @@ def open_dataset(spec: str | Path | DataSource[FileSplit], image_size: int | Non
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
-def list_files(spec: str | Path | DataSource[FileSplit], val_split: float = 0.0, seed: int = 0, *, image_size: int | None = None,
-               mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-               augment: Augment | None = None) -> FileDataset:
+def list_files(
+    spec: str | Path | DataSource[FileSplit],
+    val_split: float = 0.0,
+    seed: int = 0,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    augment: Augment | None = None,
+) -> FileDataset:
     """Open a dataset made of image files and check its structure, without decoding anything.
 
     Args:
-        spec, val_split, seed: as for ``open_dataset``, and with the same labels and the same images held out.
+        spec, val_split, seed: as for ``open_dataset``, and with the same labels and the same images
+            held out.
         image_size: side of the square that loaders give; see ``prepare_files`` for the default.
-        mean, std: normalisation per channel, as fractions of 255; by default the dataset's customary values, or ImageNet's.
+        mean, std: normalisation per channel, as fractions of 255; by default the dataset's
+            customary values, or ImageNet's.
         augment: training augmentation; by default the dataset's customary one.
 
     Raises:
@@ -164,12 +191,20 @@ class EvaluationSet(NamedTuple):
     images: Split | FileSplit
 
 
-def open_evaluation(spec: str | Path, split: str | None = None, image_size: int | None = None, *, decoded: bool = True,
-                    progress: Progress | None = None) -> EvaluationSet:
-    """Open one split of a dataset for a network that is trained already; of a folder nothing else is read.
+def open_evaluation(
+    spec: str | Path,
+    split: str | None = None,
+    image_size: int | None = None,
+    *,
+    decoded: bool = True,
+    progress: Progress | None = None,
+) -> EvaluationSet:
+    """Open one split of a dataset for a network that is trained already; of a folder nothing else
+    is read.
 
     Args:
-        spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders themselves.
+        spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders
+            themselves.
         split: "train", "val" or "test"; by default what a run is evaluated on.
         image_size: as in ``open_dataset``.
         decoded: decode the images; else they are files, for a loader that decodes.
@@ -182,15 +217,25 @@ def open_evaluation(spec: str | Path, split: str | None = None, image_size: int 
     check_image_size(image_size)
     kind, path = resolve(spec)
     if path is None or not kind.walked:
-        dataset = open_dataset(spec, image_size, progress=progress) if decoded else list_files(spec, image_size=image_size)
-        return EvaluationSet(dataset.name, dataset.classes, dataset.evaluation if split is None else dataset.split(split))
+        dataset = (
+            open_dataset(spec, image_size, progress=progress)
+            if decoded
+            else list_files(spec, image_size=image_size)
+        )
+        return EvaluationSet(
+            dataset.name,
+            dataset.classes,
+            dataset.evaluation if split is None else dataset.split(split),
+        )
     from fastokd.data.folder import list_split
 
     found = list_split(path, split)
     images: Split | FileSplit = found.train
     if decoded:
         alone = dataclasses.replace(found, train=dataclasses.replace(found.train, name="train"))
-        images = dataclasses.replace(decode_files(alone, image_size, progress=progress).train, name=found.train.name)
+        images = dataclasses.replace(
+            decode_files(alone, image_size, progress=progress).train, name=found.train.name
+        )
     return EvaluationSet(found.name, found.classes, images)
 
 
@@ -225,12 +270,22 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     path = Path(spec).expanduser()
     if os.path.exists(path):  # unlike pathlib's tests, False where permission is missing
         kinds = {name: get_dataset_kind(name) for name in list_datasets()}
-        matches = [name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)]
+        matches = [
+            name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)
+        ]
         if len(matches) > 1:
-            raise DataError(f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}")
+            raise DataError(
+                f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}"
+            )
         if matches or os.path.isdir(path):
             return kinds[matches[0] if matches else _FALLBACK], path
-        raise DataError(f"{show(path)} is a file; give the folder that holds the dataset, or a .csv list of path and label")
+        raise DataError(
+            f"{show(path)} is a file; give the folder that holds the dataset, or a .csv list of"
+            " path and label"
+        )
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
-    raise DataError(f"{show(path.absolute())}: no folder that can be read, and no dataset of that name{did_you_mean(str(spec), _targets)}")
+    raise DataError(
+        f"{show(path.absolute())}: no folder that can be read, and no dataset of that"
+        f" name{did_you_mean(str(spec), _targets)}"
+    )

@@ -1,4 +1,6 @@
-"""The Street View House Numbers, cropped digits (Netzer et al. 2011): ``train_32x32.mat`` and ``test_32x32.mat``."""
+"""The Street View House Numbers, cropped digits (Netzer et al. 2011): ``train_32x32.mat`` and
+``test_32x32.mat``.
+"""
 
 import os
 from pathlib import Path
@@ -22,15 +24,29 @@ def _detect(path: Path) -> bool:
 def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
     """The digits 0 to 9; the files' label 10 is the digit 0."""
     if path is None:
-        raise DataError(f"svhn needs a folder: svhn:PATH, where PATH holds {' and '.join(FILES.values())} (nothing is downloaded)")
+        raise DataError(
+            f"svhn needs a folder: svhn:PATH, where PATH holds {' and '.join(FILES.values())}"
+            " (nothing is downloaded)"
+        )
     missing = [name for name in FILES.values() if not os.path.isfile(path / name)]
     if missing:
-        raise DataError(f"{show(path)}: missing {', '.join(missing)}; put SVHN's cropped digits there (nothing is downloaded)")
-    train, test = (_read_split(name, path / file, options.image_size) for name, file in FILES.items())
+        raise DataError(
+            f"{show(path)}: missing {', '.join(missing)}; put SVHN's cropped digits there (nothing"
+            " is downloaded)"
+        )
+    train, test = (
+        _read_split(name, path / file, options.image_size) for name, file in FILES.items()
+    )
     # A mirrored 2 is no digit. The statistics are those of the training images.
     return DataSource(
-        "svhn", tuple(map(str, range(10))), train, test, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970),
-        augment=Augment(pad=train.images.shape[-1] // 8, flip=False), root=path.resolve(),
+        "svhn",
+        tuple(map(str, range(10))),
+        train,
+        test,
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+        augment=Augment(pad=train.images.shape[-1] // 8, flip=False),
+        root=path.resolve(),
     )
 
 
@@ -43,10 +59,18 @@ def _read_split(name: str, file: Path, image_size: int | None) -> Split:
         content = loadmat(file, variable_names=["X", "y"])
         pixels, labels = content["X"], content["y"].astype(np.int64).flatten()
     except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise DataError(f"{show(file)}: not an SVHN file ({show(error) or type(error).__name__}); download it again") from error
+        raise DataError(
+            f"{show(file)}: not an SVHN file ({show(error) or type(error).__name__}); download it"
+            " again"
+        ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2:] != (3, len(labels)):
-        raise DataError(f"{show(file)}: X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels, not uint8 [H, W, 3, N]; download it again")
-    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))).permute(0, 3, 1, 2)
+        raise DataError(
+            f"{show(file)}: X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels, not"
+            " uint8 [H, W, 3, N]; download it again"
+        )
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))).permute(
+        0, 3, 1, 2
+    )
     return Split(name, resize_all(images, image_size, file), torch.from_numpy(labels % 10))
 
 

@@ -27,10 +27,12 @@ class TorchvisionOptions:
     """What can be tuned; the defaults are set from the machine.
 
     Args:
-        workers: processes that decode; None for one per usable core, 0 to decode in the training process.
+        workers: processes that decode; None for one per usable core, 0 to decode in the training
+            process.
         prefetch: batches that each worker makes ahead of the step, 1 or more.
-        start_method: how workers are started: "forkserver", "spawn" or "fork". Forking the training process itself starts
-            fastest, and takes workers down that are forked while DALI or another library runs threads in it.
+        start_method: how workers are started: "forkserver", "spawn" or "fork". Forking the training
+            process itself starts fastest, and takes workers down that are forked while DALI or
+            another library runs threads in it.
         timeout: seconds to wait for a batch before the run is stopped; 0 to wait for ever.
     """
 
@@ -49,7 +51,10 @@ class TorchvisionOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: it must be {rule}")
         methods = multiprocessing.get_all_start_methods()
         if self.start_method not in methods:
-            raise ConfigError(f"unknown start_method '{self.start_method}'{did_you_mean(self.start_method, methods)}")
+            raise ConfigError(
+                "unknown start_method"
+                f" '{self.start_method}'{did_you_mean(self.start_method, methods)}"
+            )
 
 
 class TorchvisionLoader(StreamLoader):
@@ -65,7 +70,12 @@ class TorchvisionLoader(StreamLoader):
         ConfigError, DataError: as ``StreamLoader``.
     """
 
-    def __init__(self, *settings: Any, options: TorchvisionOptions | Mapping[str, Any] | None = None, **named: Any) -> None:
+    def __init__(
+        self,
+        *settings: Any,
+        options: TorchvisionOptions | Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> None:
         super().__init__(*settings, **named)
         self.options = read_options(TorchvisionOptions, options)
         self._requests = _Requests()
@@ -85,9 +95,13 @@ class TorchvisionLoader(StreamLoader):
                 pixels, index, bad, hopeless = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # a worker was killed, timed out, or ran out of shared memory
+            except (
+                RuntimeError
+            ) as error:  # a worker was killed, timed out, or ran out of shared memory
                 self._workers = None
-                raise DataError(f"{error}; a smaller --batch-size or fewer workers need less memory") from error
+                raise DataError(
+                    f"{error}; a smaller --batch-size or fewer workers need less memory"
+                ) from error
             if bad:
                 self._note_bad(bad)
             if hopeless:
@@ -100,16 +114,30 @@ class TorchvisionLoader(StreamLoader):
         several: dict[str, Any] = {}
         if workers:
             if options.start_method == "forkserver":
-                multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # imported once, not in each worker
-            several = {"persistent_workers": True, "prefetch_factor": options.prefetch, "multiprocessing_context": options.start_method, "timeout": options.timeout}
+                multiprocessing.set_forkserver_preload(
+                    [__name__, "torchvision.transforms.v2"]
+                )  # imported once, not in each worker
+            several = {
+                "persistent_workers": True,
+                "prefetch_factor": options.prefetch,
+                "multiprocessing_context": options.start_method,
+                "timeout": options.timeout,
+            }
         return DataLoader(
-            _Pictures(self.split, self.train and self.bad_images == "replace"), batch_size=None, sampler=self._requests, num_workers=workers,
+            _Pictures(self.split, self.train and self.bad_images == "replace"),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(), **several)  # its own: without one it draws from what the network's layers draw from
+            generator=torch.Generator(),
+            **several,
+        )  # its own: without one it draws from what the network's layers draw from
 
 
 class _Requests:
-    """The sampler of a ``DataLoader`` that outlives the epochs: it gives whatever requests remain now."""
+    """The sampler of a ``DataLoader`` that outlives the epochs: it gives whatever requests remain
+    now.
+    """
 
     remaining: Iterator[Request] = iter(())
 
@@ -127,24 +155,33 @@ class _Pictures(Dataset):
         self.split, self.replace = split, replace
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str], str]:
-        """The pictures [B, H, W, 3] asked for, the images they are, the bad ones and why, and why one has no stand-in."""
+        """The pictures [B, H, W, 3] asked for, the images they are, the bad ones and why, and why
+        one has no stand-in.
+        """
         index, bad, hopeless = request.index.copy(), {}, ""
         pixels = torch.empty((len(index), *request.framing.size, 3), dtype=torch.uint8)
         for place, i in enumerate(index.tolist()):
             candidate = None if request.candidates is None else request.candidates[place]
             try:
-                while not self._decode_into(pixels[place], i, request, candidate, bad) and self.replace:
+                while (
+                    not self._decode_into(pixels[place], i, request, candidate, bad)
+                    and self.replace
+                ):
                     i = stand_in(self.split, i, bad)
             except DataError as error:
                 hopeless = str(error)
             index[place] = i
         return pixels, torch.from_numpy(index), bad, hopeless
 
-    def _decode_into(self, out: Tensor, i: int, request: Request, candidate: Any, bad: dict[int, str]) -> bool:
+    def _decode_into(
+        self, out: Tensor, i: int, request: Request, candidate: Any, bad: dict[int, str]
+    ) -> bool:
         try:
             picture = decode_rgb(self.split.read(i))
             if candidate is not None:
-                top, left, height, width = window(candidate, *picture.shape[1:], request.framing.augment.crop_ratio)
+                top, left, height, width = window(
+                    candidate, *picture.shape[1:], request.framing.augment.crop_ratio
+                )
                 picture = picture[:, top : top + height, left : left + width]
             out.copy_(scaled(picture, request.framing))
         except Exception as error:  # a decoder may raise anything at all for damaged bytes
@@ -156,9 +193,9 @@ class _Pictures(Dataset):
 def decode_rgb(data: bytes) -> Tensor:
     """An encoded picture as uint8 [3, H, W], upright, in RGB.
 
-    JPEG by torchvision's decoder, which gives the pixels that Pillow does a quarter faster, as long as there is one (0.29
-    calls it deprecated); everything else by Pillow, because torchvision knows fewer formats, and some damaged PNG files take
-    its process down.
+    JPEG by torchvision's decoder, which gives the pixels that Pillow does a quarter faster, as long
+    as there is one (0.29 calls it deprecated); everything else by Pillow, because torchvision knows
+    fewer formats, and some damaged PNG files take its process down.
 
     Raises:
         Exception: whatever the decoder raises for bytes that are no picture.

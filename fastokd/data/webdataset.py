@@ -1,6 +1,8 @@
-"""WebDataset shards: tar archives in which the files of one sample lie together, named alike up to the first dot.
+"""WebDataset shards: tar archives in which the files of one sample lie together, named alike up to
+the first dot.
 
-A sample is an image and its label: ``.cls`` with a class number or name. Splits and class names are told as in all ``archives``.
+A sample is an image and its label: ``.cls`` with a class number or name. Splits and class names are
+told as in all ``archives``.
 """
 
 import os
@@ -32,7 +34,8 @@ def read_shard(file: Path) -> list[Sample]:
     """The samples of one shard, in its order.
 
     Raises:
-        DataError: not an uncompressed tar archive, cut off, a sample without image or label, or two of one name.
+        DataError: not an uncompressed tar archive, cut off, a sample without image or label, or two
+            of one name.
     """
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -43,26 +46,51 @@ def read_shard(file: Path) -> list[Sample]:
                 stem, _, extension = name.partition(".")
                 if member.isfile() and not name.startswith("."):
                     key = os.path.join(folder, stem)
-                    if parts.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
-                        raise DataError(f"{show(file)}: sample {show(key)} has a second .{show(extension.lower())} file; give every sample a name of its own")
+                    if (
+                        parts.setdefault(key, {}).setdefault(extension.lower(), member)
+                        is not member
+                    ):
+                        raise DataError(
+                            f"{show(file)}: sample {show(key)} has a second"
+                            f" .{show(extension.lower())} file; give every sample a name of its own"
+                        )
             samples = []
             for key, members in parts.items():
-                image = next((members[extension] for extension in members if f".{extension}" in EXTENSIONS), None)
+                image = next(
+                    (members[extension] for extension in members if f".{extension}" in EXTENSIONS),
+                    None,
+                )
                 label = members.get("cls")
                 if image is None or label is None:
-                    raise DataError(f"{show(file)}: sample {show(key)} has no {'image' if image is None else '.cls file with its label'}; each needs both")
+                    raise DataError(
+                        f"{show(file)}: sample {show(key)} has no"
+                        f" {'image' if image is None else '.cls file with its label'}; each needs"
+                        " both"
+                    )
                 text = archive.extractfile(label)
                 assert text is not None, "a regular file"
-                samples.append(Sample(image.name, image.offset_data, image.size, text.read().decode("utf-8", "surrogateescape").strip()))
+                samples.append(
+                    Sample(
+                        image.name,
+                        image.offset_data,
+                        image.size,
+                        text.read().decode("utf-8", "surrogateescape").strip(),
+                    )
+                )
             return samples
     except tarfile.TarError as error:
-        raise DataError(f"{show(file)}: not an uncompressed tar archive, or cut off ({show(error)}); write or copy it again") from error
+        raise DataError(
+            f"{show(file)}: not an uncompressed tar archive, or cut off ({show(error)}); write or"
+            " copy it again"
+        ) from error
     except OSError as error:
         raise DataError(f"{show(file)}: cannot be read: {error.strerror or show(error)}") from error
 
 
 def _check_end(file: Path) -> None:
-    """Raise ``tarfile.ReadError`` unless the archive has its end, two blocks of zeros: it may be cut between two members."""
+    """Raise ``tarfile.ReadError`` unless the archive has its end, two blocks of zeros: it may be
+    cut between two members.
+    """
     with open(file, "rb") as archive:
         if archive.seek(0, os.SEEK_END) >= 2 * tarfile.BLOCKSIZE:
             archive.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)

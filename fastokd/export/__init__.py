@@ -8,6 +8,20 @@ from fastokd.export.state_dict import write_student
 from fastokd.export.weights import load_weights, strip_wrappers
 
 __all__ = [
-    "Comparison", "Export", "ExportFormat", "check_same_logits", "compare_logits", "export_student", "find_export", "get_format",
-    "list_formats", "load_student", "load_weights", "measure_accuracy", "open_export", "strip_wrappers", "student_record", "write_student",
+    "Comparison",
+    "Export",
+    "ExportFormat",
+    "check_same_logits",
+    "compare_logits",
+    "export_student",
+    "find_export",
+    "get_format",
+    "list_formats",
+    "load_student",
+    "load_weights",
+    "measure_accuracy",
+    "open_export",
+    "strip_wrappers",
+    "student_record",
+    "write_student",
 ]

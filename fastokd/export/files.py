@@ -25,44 +25,70 @@ class Export(NamedTuple):
     runtime: Runtime
 
 
-def export_student(student: nn.Module, record: dict[str, Any], to: str, folder: Path, batches: Iterable[Batch],
-                   device: torch.device | str = "cpu") -> tuple[Path, Comparison]:
-    """Write a student and the JSON beside it; neither is there unless the file's content gives the student's logits.
+def export_student(
+    student: nn.Module,
+    record: dict[str, Any],
+    to: str,
+    folder: Path,
+    batches: Iterable[Batch],
+    device: torch.device | str = "cpu",
+) -> tuple[Path, Comparison]:
+    """Write a student and the JSON beside it; neither is there unless the file's content gives the
+    student's logits.
 
     Args:
         student: images [B, 3, H, W] to logits [B, C], float32; left alone.
         record: see ``student_record``; ``export`` in it is filled in here.
         to: a format, see ``list_formats``.
-        folder: where to; made if it is not there. A file that is an export of the same run is replaced.
+        folder: where to; made if it is not there. A file that is an export of the same run is
+            replaced.
         batches: real images on any device, for the check.
         device: where the check runs, for formats that can run elsewhere than on the CPU.
 
     Raises:
-        ConfigError: the format is unknown or does not fit the network, or the file there is none of this run.
+        ConfigError: the format is unknown or does not fit the network, or the file there is none of
+            this run.
         MissingExtra: a package is missing.
         CheckpointError: what the format makes of the student is not the student.
         StorageError: the disk refused.
     """
     form = get_format(to)
     path = folder / form.filename
-    record = {**record, "export": {"to": to, "tolerance": form.tolerance, **form.describe(record["architecture"])}}
+    record = {
+        **record,
+        "export": {"to": to, "tolerance": form.tolerance, **form.describe(record["architecture"])},
+    }
     _check_replaceable(path, record)
     try:
         blob = form.encode(_plain(student, "cpu"), record)
     except Exception as error:  # exporters raise anything at all for a network they cannot follow
-        raise CheckpointError(f"{record['architecture']['name']} cannot be written as {to}: {first_line(error)}; use --to safetensors") from error
+        raise CheckpointError(
+            f"{record['architecture']['name']} cannot be written as {to}: {first_line(error)}; use"
+            " --to safetensors"
+        ) from error
     runtime = form.open(blob, parse_record(form.find_record(blob), to), to, torch.device(device))
-    on_device = (Batch(batch.images.to(runtime.device), batch.target.to(runtime.device), batch.index) for batch in batches)
-    comparison = compare_logits(_plain(student, runtime.device), runtime.run, on_device, form.tolerance)
+    on_device = (
+        Batch(batch.images.to(runtime.device), batch.target.to(runtime.device), batch.index)
+        for batch in batches
+    )
+    comparison = compare_logits(
+        _plain(student, runtime.device), runtime.run, on_device, form.tolerance
+    )
     write_atomically(path, lambda file: file.write(blob))
     write_json(path.with_name(form.record_name), record)
     return path, comparison
 
 
 def _plain(student: nn.Module, device: torch.device | str) -> nn.Module:
-    """A copy without wrappers as a file holds it: in evaluation mode, its weights contiguous, whose convolutions may round
-    otherwise than those of channels-last weights."""
-    return unwrap(student).to(device, memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    """A copy without wrappers as a file holds it: in evaluation mode, its weights contiguous, whose
+    convolutions may round otherwise than those of channels-last weights.
+    """
+    return (
+        unwrap(student)
+        .to(device, memory_format=torch.contiguous_format)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def open_export(path: str | Path, device: torch.device | str = "cpu") -> Export:
@@ -86,7 +112,8 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """A student as a plain network in evaluation mode, and its record.
 
     Args:
-        path: a safetensors file (format safetensors, torchvision or timm), or a folder that holds one.
+        path: a safetensors file (format safetensors, torchvision or timm), or a folder that holds
+            one.
 
     Raises:
         CheckpointError: missing, damaged, or of an architecture that this fastokd does not know.
@@ -109,16 +136,29 @@ def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
     known = tuple(dict.fromkeys(get_format(name).suffix for name in list_formats()))
     wanted = tuple(suffixes) or known
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.name.endswith(wanted) and file.is_file() and not file.name.startswith("."))
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.name.endswith(wanted) and file.is_file() and not file.name.startswith(".")
+        )
         if len(found) > 1:
-            raise CheckpointError(f"{path} holds {len(found)} exports ({', '.join(file.name for file in found)}); name the file that is meant")
+            raise CheckpointError(
+                f"{path} holds {len(found)} exports ({', '.join(file.name for file in found)});"
+                " name the file that is meant"
+            )
         path = found[0] if found else path
     if not path.is_file():
         raise CheckpointError(f"there is no student at {path}; make one with 'fastokd export RUN'")
     if not path.name.endswith(known):
-        raise CheckpointError(f"{path} is no export by its name: they end in {', '.join(known)}; a run is given as its folder")
+        raise CheckpointError(
+            f"{path} is no export by its name: they end in {', '.join(known)}; a run is given as"
+            " its folder"
+        )
     if not path.name.endswith(wanted):
-        raise CheckpointError(f"{path} is a program and no network's weights: run it with open_export or 'fastokd eval', or export the run with --to safetensors")
+        raise CheckpointError(
+            f"{path} is a program and no network's weights: run it with open_export or 'fastokd"
+            " eval', or export the run with --to safetensors"
+        )
     return path
 
 
@@ -126,7 +166,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; check its permissions"
+        ) from error
 
 
 def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
@@ -135,17 +177,26 @@ def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
     Raises:
         CheckpointError: damaged, or not an export of fastokd.
     """
-    forms = {name: get_format(name) for name in list_formats() if path.name.endswith(get_format(name).suffix)}
+    forms = {
+        name: get_format(name)
+        for name in list_formats()
+        if path.name.endswith(get_format(name).suffix)
+    }
     kind = path.suffix.removeprefix(".")
     try:
         text = next(iter(forms.values())).find_record(blob)
     except MissingExtra:
         raise
     except Exception as error:  # damaged bytes make readers raise almost anything
-        raise CheckpointError(f"{path} is damaged or not a {kind} file ({first_line(error)}); export it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a {kind} file ({first_line(error)}); export it again"
+        ) from error
     record = parse_record(text, str(path))
     if record["export"]["to"] not in forms:
-        raise CheckpointError(f"{path} says that it is of the format {record['export']['to']!r}, which a {kind} file cannot be; export it again")
+        raise CheckpointError(
+            f"{path} says that it is of the format {record['export']['to']!r}, which a {kind} file"
+            " cannot be; export it again"
+        )
     return forms[record["export"]["to"]], record
 
 
@@ -158,17 +209,37 @@ def _check_replaceable(path: Path, record: dict[str, Any]) -> None:
     Raises:
         ConfigError: something else is there.
     """
+
     def identity(one: dict[str, Any]) -> list[Any]:
-        return [one["architecture"], one["classes"], one["preprocessing"], *(one["provenance"].get(name) for name in _SAME_RUN)]
+        return [
+            one["architecture"],
+            one["classes"],
+            one["preprocessing"],
+            *(one["provenance"].get(name) for name in _SAME_RUN),
+        ]
 
     beside = path.with_name(get_format(record["export"]["to"]).record_name)
     what = path if path.exists() else beside
     if not what.exists():
         return
     try:
-        there = _identify(path, _read(path))[1] if what is path else parse_record(_read(beside), str(beside))
+        there = (
+            _identify(path, _read(path))[1]
+            if what is path
+            else parse_record(_read(beside), str(beside))
+        )
     except CheckpointError:
-        raise ConfigError(f"{what} is there and is no export of fastokd; move it away, or choose another folder with --out") from None
+        raise ConfigError(
+            f"{what} is there and is no export of fastokd; move it away, or choose another folder"
+            " with --out"
+        ) from None
     if identity(there) != identity(record):
-        run = ", ".join(f"{name} {there['provenance'].get(name)}" for name in _SAME_RUN if there["provenance"].get(name) is not None)
-        raise ConfigError(f"{what} is the export of another run ({there['architecture']['name']}, {run}); choose another folder with --out")
+        run = ", ".join(
+            f"{name} {there['provenance'].get(name)}"
+            for name in _SAME_RUN
+            if there["provenance"].get(name) is not None
+        )
+        raise ConfigError(
+            f"{what} is the export of another run ({there['architecture']['name']}, {run}); choose"
+            " another folder with --out"
+        )

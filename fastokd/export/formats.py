@@ -1,4 +1,6 @@
-"""The file formats of a student, one file each (those that are state dicts share one), and what a format is."""
+"""The file formats of a student, one file each (those that are state dicts share one), and what a
+format is.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -20,14 +22,22 @@ class Runtime(NamedTuple):
 
 
 def torch_runtime(network: nn.Module, device: torch.device, where: str) -> Runtime:
-    """The runtime of a network or program that lies on ``device``; ``where`` names its file in messages."""
+    """The runtime of a network or program that lies on ``device``; ``where`` names its file in
+    messages.
+    """
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
         try:
             return network(images)
-        except (RuntimeError, AssertionError) as error:  # programs say with an assertion which sizes they take
-            raise CheckpointError(f"{where} cannot be run on images {list(images.shape)} ({first_line(error)}); export it again") from error
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # programs say with an assertion which sizes they take
+            raise CheckpointError(
+                f"{where} cannot be run on images {list(images.shape)} ({first_line(error)});"
+                " export it again"
+            ) from error
 
     return Runtime(run, device)
 
@@ -40,14 +50,16 @@ class ExportFormat:
         name: as in ``--to``.
         filename: of the file in the export folder.
         suffix: what its name ends in, by which a file is recognised.
-        tolerance: by how much logits may differ from the student's, as a fraction of the largest (or of 1); 0 where the
-            same PyTorch kernels run, and the logits are the student's bit for bit.
-        describe: a record's ``architecture`` to what ``export`` says in it; raises ``ConfigError`` or ``MissingExtra``
-            where the format cannot be made.
+        tolerance: by how much logits may differ from the student's, as a fraction of the largest
+            (or of 1); 0 where the same PyTorch kernels run, and the logits are the student's bit
+            for bit.
+        describe: a record's ``architecture`` to what ``export`` says in it; raises ``ConfigError``
+            or ``MissingExtra`` where the format cannot be made.
         encode: the student (on the CPU, in evaluation mode) and its record to the file's content.
-        find_record: a file's content to the record's JSON, or None where it is no export; raises anything for damage.
-        open: content, record, the file's name for messages, and the wanted device to a runtime; raises
-            ``CheckpointError`` or ``MissingExtra``.
+        find_record: a file's content to the record's JSON, or None where it is no export; raises
+            anything for damage.
+        open: content, record, the file's name for messages, and the wanted device to a runtime;
+            raises ``CheckpointError`` or ``MissingExtra``.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""The student as ONNX: one file, weights embedded, the batch dimension free; run by onnxruntime on the CPU."""
+"""The student as ONNX: one file, weights embedded, the batch dimension free; run by onnxruntime on
+the CPU.
+"""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +26,13 @@ def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
         import onnxscript
     except ImportError:
         raise MissingExtra(_MISSING) from None
-    return {"opset": OPSET, "input": "images", "output": "logits", "torch": torch.__version__, "onnxscript": onnxscript.__version__}
+    return {
+        "opset": OPSET,
+        "input": "images",
+        "output": "logits",
+        "torch": torch.__version__,
+        "onnxscript": onnxscript.__version__,
+    }
 
 
 def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
@@ -32,12 +40,27 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
 
     example = torch.zeros(2, 3, *record["preprocessing"]["image_size"])
     program = torch.onnx.export(
-        student, (example,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: "batch"},), verbose=False)
+        student,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
     model = program.model_proto
     graph = model.graph
-    # The exporter's notes on every node are as long as the graph, and hold the paths of this machine.
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    # The exporter's notes on every node are as long as the graph, and hold the paths of this
+    # machine.
+    for part in (
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
         del part.metadata_props[:]
     onnx.helper.set_model_props(model, {KEY: json.dumps(record)})
     onnx.checker.check_model(model, full_check=True)
@@ -63,14 +86,23 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     session = _session(blob)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     expected = [3, *record["preprocessing"]["image_size"]]
-    if [item.name for item in (*inputs, *outputs)] != ["images", "logits"] or inputs[0].shape[1:] != expected or inputs[0].type != "tensor(float)":
-        raise CheckpointError(f"{where} does not take images [batch, {', '.join(map(str, expected))}] to logits; export it again")
+    if (
+        [item.name for item in (*inputs, *outputs)] != ["images", "logits"]
+        or inputs[0].shape[1:] != expected
+        or inputs[0].type != "tensor(float)"
+    ):
+        raise CheckpointError(
+            f"{where} does not take images [batch, {', '.join(map(str, expected))}] to logits;"
+            " export it again"
+        )
 
     def run(images: Tensor) -> Tensor:
         try:
             logits = session.run(["logits"], {"images": images.contiguous().numpy()})[0]
         except Exception as error:  # its errors have no class in common
-            raise CheckpointError(f"{where} cannot be run by onnxruntime: {first_line(error)}; export it again") from error
+            raise CheckpointError(
+                f"{where} cannot be run by onnxruntime: {first_line(error)}; export it again"
+            ) from error
         return torch.from_numpy(logits)
 
     return Runtime(run, torch.device("cpu"))

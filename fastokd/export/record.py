@@ -1,4 +1,6 @@
-"""The record that goes with every exported student: one format, in the file's own metadata and in the JSON beside it."""
+"""The record that goes with every exported student: one format, in the file's own metadata and in
+the JSON beside it.
+"""
 
 import json
 import math
@@ -14,9 +16,17 @@ KEY = "fastokd"
 """The name under which a file's metadata holds the record, as JSON."""
 
 
-def student_record(model: str, dataset: Dataset | FileDataset, *, accuracy: float, epoch: int, provenance: dict[str, Any],
-                   layout: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where it comes from.
+def student_record(
+    model: str,
+    dataset: Dataset | FileDataset,
+    *,
+    accuracy: float,
+    epoch: int,
+    provenance: dict[str, Any],
+    layout: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where
+    it comes from.
 
     Args:
         model: the network's name, as ``create_student`` takes it.
@@ -24,7 +34,8 @@ def student_record(model: str, dataset: Dataset | FileDataset, *, accuracy: floa
         accuracy: of the student, in [0, 1], on ``dataset.evaluation``.
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed, commit.
-        layout: ``branch`` and ``layout`` of ``create_student`` for a branch that is not the plain network.
+        layout: ``branch`` and ``layout`` of ``create_student`` for a branch that is not the plain
+            network.
     """
     return {
         "format": FORMAT,
@@ -32,17 +43,31 @@ def student_record(model: str, dataset: Dataset | FileDataset, *, accuracy: floa
         "architecture": {"name": model, "num_classes": len(dataset.classes), **(layout or {})},
         "classes": list(dataset.classes),
         "preprocessing": {
-            "color": "RGB", "shorter_side": dataset.augment.evaluation_side(min(dataset.image_size)), "image_size": list(dataset.image_size), "scale": "divide by 255",
-            "mean": [float(value) for value in dataset.mean], "std": [float(value) for value in dataset.std],
+            "color": "RGB",
+            "shorter_side": dataset.augment.evaluation_side(min(dataset.image_size)),
+            "image_size": list(dataset.image_size),
+            "scale": "divide by 255",
+            "mean": [float(value) for value in dataset.mean],
+            "std": [float(value) for value in dataset.std],
         },
-        "accuracy": {"top1": accuracy, "data": dataset.name, "split": dataset.evaluation.name, "num_images": len(dataset.evaluation), "epoch": epoch},
+        "accuracy": {
+            "top1": accuracy,
+            "data": dataset.name,
+            "split": dataset.evaluation.name,
+            "num_images": len(dataset.evaluation),
+            "epoch": epoch,
+        },
         "provenance": {"fastokd": __version__, **provenance},
         "export": {"to": "safetensors"},
     }
 
 
 def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and len(value) == count and all(type(item) in kinds and math.isfinite(item) for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(type(item) in kinds and math.isfinite(item) for item in value)
+    )
 
 
 def _sound_architecture(part: dict[str, Any]) -> bool:
@@ -54,8 +79,13 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
         return False
     side = min(part["image_size"])
     scaled = part.get("shorter_side", side)  # records from before random resized crops have none
-    return (side > 0 and type(scaled) is int and scaled >= side
-            and all(_numbers(part.get(name), 3, (int, float)) for name in ("mean", "std")) and min(part["std"]) > 0)
+    return (
+        side > 0
+        and type(scaled) is int
+        and scaled >= side
+        and all(_numbers(part.get(name), 3, (int, float)) for name in ("mean", "std"))
+        and min(part["std"]) > 0
+    )
 
 
 def _sound_accuracy(part: dict[str, Any]) -> bool:
@@ -64,8 +94,11 @@ def _sound_accuracy(part: dict[str, Any]) -> bool:
 
 
 _SOUND: Mapping[str, Callable[[dict[str, Any]], bool]] = {
-    "architecture": _sound_architecture, "preprocessing": _sound_preprocessing, "accuracy": _sound_accuracy,
-    "provenance": lambda part: True, "export": lambda part: isinstance(part.get("to"), str),
+    "architecture": _sound_architecture,
+    "preprocessing": _sound_preprocessing,
+    "accuracy": _sound_accuracy,
+    "provenance": lambda part: True,
+    "export": lambda part: isinstance(part.get("to"), str),
 }
 """The mappings that a record holds, and whether one has what is read of it."""
 
@@ -80,7 +113,10 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or of a newer fastokd.
     """
     if text is None:
-        raise CheckpointError(f"{where} is not a student exported by fastokd (its metadata has no '{KEY}' entry); make one with 'fastokd export RUN'")
+        raise CheckpointError(
+            f"{where} is not a student exported by fastokd (its metadata has no '{KEY}' entry);"
+            " make one with 'fastokd export RUN'"
+        )
     try:
         record = json.loads(text)
     except ValueError:  # not JSON, or not UTF-8
@@ -88,14 +124,25 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or type(record.get("format")) is not int:
         raise CheckpointError(f"{where} is damaged: its record has no format; export it again")
     if record["format"] > FORMAT:
-        raise CheckpointError(f"{where} has format {record['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
-    wrong = [name for name, sound in _SOUND.items() if not isinstance(record.get(name), dict) or not sound(record[name])]
+        raise CheckpointError(
+            f"{where} has format {record['format']}, this fastokd reads up to {FORMAT}: install a"
+            " newer fastokd"
+        )
+    wrong = [
+        name
+        for name, sound in _SOUND.items()
+        if not isinstance(record.get(name), dict) or not sound(record[name])
+    ]
     classes = record.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append("classes")
     if wrong:
-        raise CheckpointError(f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again")
+        raise CheckpointError(
+            f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again"
+        )
     if len(classes) != record["architecture"]["num_classes"]:
-        raise CheckpointError(f"{where} is damaged: its record has {len(classes)} class names for a network of "
-                              f"{record['architecture']['num_classes']} classes; export it again")
+        raise CheckpointError(
+            f"{where} is damaged: its record has {len(classes)} class names for a network of "
+            f"{record['architecture']['num_classes']} classes; export it again"
+        )
     return record

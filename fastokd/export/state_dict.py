@@ -1,4 +1,6 @@
-"""Students as safetensors: for fastokd's own network, or for torchvision's or timm's network of the same weights."""
+"""Students as safetensors: for fastokd's own network, or for torchvision's or timm's network of the
+same weights.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,7 +25,10 @@ def encode(student: nn.Module, record: dict[str, Any]) -> bytes:
     """The weights under the network's own names, with the record in the metadata."""
     from safetensors.torch import save
 
-    tensors = {name: value.detach().cpu().contiguous() for name, value in strip_wrappers(student.state_dict()).items()}
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in strip_wrappers(student.state_dict()).items()
+    }
     return save(tensors, metadata={KEY: json.dumps(record)})
 
 
@@ -31,7 +36,7 @@ def find_record(blob: bytes) -> str | None:
     from safetensors import deserialize
 
     deserialize(blob)  # checks header, offsets and length
-    header = json.loads(blob[8:8 + int.from_bytes(blob[:8], "little")])
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
     return header.get("__metadata__", {}).get(KEY)
 
 
@@ -52,7 +57,12 @@ def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
     Raises:
         CheckpointError: unknown architecture, or weights of another one.
     """
-    return _filled(lambda: create_student(**record["architecture"]), blob, where, f"the architecture {record['architecture']}")
+    return _filled(
+        lambda: create_student(**record["architecture"]),
+        blob,
+        where,
+        f"the architecture {record['architecture']}",
+    )
 
 
 def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
@@ -68,18 +78,30 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
     return network.eval()
 
 
-# --- the same network elsewhere ---------------------------------------------------------------------------------------
+# --- the same network elsewhere
+# ---------------------------------------------------------------------------------------
 
 _TWINS: dict[str, dict[str, str]] = {
-    "torchvision": {"resnet18_imagenet": "resnet18", "resnet34_imagenet": "resnet34", "resnet50_imagenet": "resnet50",
-                    "mobilenetv2_x1_0_imagenet": "mobilenet_v2"},
-    "timm": {"resnet18_imagenet": "resnet18", "resnet34_imagenet": "resnet34", "resnet50_imagenet": "resnet50"},
+    "torchvision": {
+        "resnet18_imagenet": "resnet18",
+        "resnet34_imagenet": "resnet34",
+        "resnet50_imagenet": "resnet50",
+        "mobilenetv2_x1_0_imagenet": "mobilenet_v2",
+    },
+    "timm": {
+        "resnet18_imagenet": "resnet18",
+        "resnet34_imagenet": "resnet34",
+        "resnet50_imagenet": "resnet50",
+    },
 }
-"""For each library: the networks here whose weights have its names, and what it calls them. A ``library:name`` network
-is the library's own and needs no entry."""
+"""For each library: the networks here whose weights have its names, and what it calls them. A
+``library:name`` network is the library's own and needs no entry.
+"""
 
 _KEYWORDS = {"googlenet": "(aux_logits=False)", "inception_v3": "(aux_logits=False)"}
-"""What torchvision's constructors need, besides the number of classes, for the network that is trained here."""
+"""What torchvision's constructors need, besides the number of classes, for the network that is
+trained here.
+"""
 
 
 def _twin(library: str, architecture: Mapping[str, Any]) -> str:
@@ -94,17 +116,25 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
             return name.partition(":")[2]
         if name in _TWINS[library]:
             return _TWINS[library][name]
-    raise ConfigError(f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name}; it has them of {', '.join(_TWINS[library])} and every "
-                      f"{library}:NAME. Use --to safetensors, onnx, torch-export or torchscript")
+    raise ConfigError(
+        f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name};"
+        f" it has them of {', '.join(_TWINS[library])} and every {library}:NAME. Use --to"
+        " safetensors, onnx, torch-export or torchscript"
+    )
 
 
 def _describe_torchvision(architecture: Mapping[str, Any]) -> dict[str, Any]:
     name = _twin("torchvision", architecture)
-    return {"constructor": f"torchvision.models.{name}{_KEYWORDS.get(name, '')}", "torchvision": version("torchvision")}
+    return {
+        "constructor": f"torchvision.models.{name}{_KEYWORDS.get(name, '')}",
+        "torchvision": version("torchvision"),
+    }
 
 
 def _build_torchvision(architecture: Mapping[str, Any]) -> nn.Module:
-    return library_network(f"torchvision:{_twin('torchvision', architecture)}", architecture["num_classes"])
+    return library_network(
+        f"torchvision:{_twin('torchvision', architecture)}", architecture["num_classes"]
+    )
 
 
 def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +144,10 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     except ImportError:
         raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
     if not timm.is_model(name):  # such as a name that it would fetch from elsewhere
-        raise ConfigError(f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use --to safetensors")
+        raise ConfigError(
+            f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use"
+            " --to safetensors"
+        )
     return {"constructor": f"timm.create_model('{name}')", "timm": timm.__version__}
 
 
@@ -122,19 +155,55 @@ def _build_timm(architecture: Mapping[str, Any]) -> nn.Module:
     _describe_timm(architecture)
     import timm
 
-    return timm.create_model(_twin("timm", architecture), pretrained=False, num_classes=architecture["num_classes"])
+    return timm.create_model(
+        _twin("timm", architecture), pretrained=False, num_classes=architecture["num_classes"]
+    )
 
 
 def _open_student(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
     return torch_runtime(build_student(blob, record, where).to(device), device, where)
 
 
-def _open_twin(build: Callable[[Mapping[str, Any]], nn.Module], blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
-    network = _filled(lambda: build(record["architecture"]), blob, where, f"{record['export'].get('constructor')}")
+def _open_twin(
+    build: Callable[[Mapping[str, Any]], nn.Module],
+    blob: bytes,
+    record: dict[str, Any],
+    where: str,
+    device: torch.device,
+) -> Runtime:
+    network = _filled(
+        lambda: build(record["architecture"]), blob, where, f"{record['export'].get('constructor')}"
+    )
     return torch_runtime(network.to(device), device, where)
 
 
-SAFETENSORS = ExportFormat("safetensors", "student.safetensors", ".safetensors", 0.0, lambda architecture: {}, encode, find_record, _open_student)
-TORCHVISION = ExportFormat("torchvision", "student.torchvision.safetensors", ".safetensors", 0.0, _describe_torchvision, encode, find_record,
-                           partial(_open_twin, _build_torchvision))
-TIMM = ExportFormat("timm", "student.timm.safetensors", ".safetensors", 0.0, _describe_timm, encode, find_record, partial(_open_twin, _build_timm))
+SAFETENSORS = ExportFormat(
+    "safetensors",
+    "student.safetensors",
+    ".safetensors",
+    0.0,
+    lambda architecture: {},
+    encode,
+    find_record,
+    _open_student,
+)
+TORCHVISION = ExportFormat(
+    "torchvision",
+    "student.torchvision.safetensors",
+    ".safetensors",
+    0.0,
+    _describe_torchvision,
+    encode,
+    find_record,
+    partial(_open_twin, _build_torchvision),
+)
+TIMM = ExportFormat(
+    "timm",
+    "student.timm.safetensors",
+    ".safetensors",
+    0.0,
+    _describe_timm,
+    encode,
+    find_record,
+    partial(_open_twin, _build_timm),
+)

@@ -1,7 +1,8 @@
-"""The student as a ``torch.export`` program (``.pt2``): PyTorch's own way to deploy, no Python source needed.
+"""The student as a ``torch.export`` program (``.pt2``): PyTorch's own way to deploy, no Python
+source needed.
 
-Such a file is a program. PyTorch's loader evaluates expressions of it and unpickles what says it is a pickle; the latter
-is refused here, but a file from a stranger should still not be opened.
+Such a file is a program. PyTorch's loader evaluates expressions of it and unpickles what says it is
+a pickle; the latter is refused here, but a file from a stranger should still not be opened.
 """
 
 import io
@@ -23,7 +24,9 @@ def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
     example = torch.zeros(2, 3, *record["preprocessing"]["image_size"])
-    program = torch.export.export(student, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        student, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # the paths of this machine
     buffer = io.BytesIO()
@@ -32,13 +35,26 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
 
 
 def _refusal(entries: Mapping[str, bytes]) -> str | None:
-    """Why PyTorch must not load an archive of these files: it would unpickle something, or load a library; None if it would not."""
+    """Why PyTorch must not load an archive of these files: it would unpickle something, or load a
+    library; None if it would not.
+    """
     for name in entries:
-        known = name in ("archive_format", "archive_version", "byteorder", "models/model.json", "data/sample_inputs/model.pt") or (
-            name.startswith((".data/", "extra/", "data/weights/", "data/constants/")) and not name.endswith((".pt", ".so")))
+        known = name in (
+            "archive_format",
+            "archive_version",
+            "byteorder",
+            "models/model.json",
+            "data/sample_inputs/model.pt",
+        ) or (
+            name.startswith((".data/", "extra/", "data/weights/", "data/constants/"))
+            and not name.endswith((".pt", ".so"))
+        )
         if not known:
             return f"it holds {name}"
-    for config in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
+    for config in (
+        "data/weights/model_weights_config.json",
+        "data/constants/model_constants_config.json",
+    ):
         for name, entry in json.loads(entries[config])["config"].items():
             if entry["use_pickle"] or not entry["path_name"].startswith(("weight_", "tensor_")):
                 return f"{name} is a pickle"
@@ -53,13 +69,22 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     try:
         entries = read_entries(blob)
         if reason := _refusal(entries):
-            raise CheckpointError(f"{where} is refused: {reason}, which no student needs; export it again")
-        network = move_to_device_pass(torch.export.load(io.BytesIO(write_entries(entries))), device).module()
+            raise CheckpointError(
+                f"{where} is refused: {reason}, which no student needs; export it again"
+            )
+        network = move_to_device_pass(
+            torch.export.load(io.BytesIO(write_entries(entries))), device
+        ).module()
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the loader raise almost anything
-        raise CheckpointError(f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export it again") from error
+        raise CheckpointError(
+            f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export"
+            " it again"
+        ) from error
     return torch_runtime(network, device, where)
 
 
-TORCH_EXPORT = ExportFormat("torch-export", "student.pt2", ".pt2", 1e-4, _describe, _encode, find_record, _open)
+TORCH_EXPORT = ExportFormat(
+    "torch-export", "student.pt2", ".pt2", 1e-4, _describe, _encode, find_record, _open
+)

@@ -1,6 +1,8 @@
-"""The student as TorchScript, for programs that still load it; PyTorch calls it deprecated and points to ``torch.export``.
+"""The student as TorchScript, for programs that still load it; PyTorch calls it deprecated and
+points to ``torch.export``.
 
-Such a file is a program for PyTorch's interpreter. It runs no Python, but a file from a stranger should not be opened.
+Such a file is a program for PyTorch's interpreter. It runs no Python, but a file from a stranger
+should not be opened.
 """
 
 import contextlib
@@ -20,9 +22,13 @@ from fastokd.export.formats import ExportFormat, Runtime, torch_runtime
 
 @contextlib.contextmanager
 def _deprecated() -> Iterator[None]:
-    """Without PyTorch's notes that TorchScript is deprecated: the help of ``fastokd export`` says so."""
+    """Without PyTorch's notes that TorchScript is deprecated: the help of ``fastokd export`` says
+    so.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
+        warnings.filterwarnings(
+            "ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)"
+        )
         yield
 
 
@@ -33,8 +39,13 @@ def _describe(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
     example, buffer = torch.zeros(2, 3, *record["preprocessing"]["image_size"]), io.BytesIO()
     with _deprecated():
-        # Traced again PyTorch would compare outputs for these zeros; they are compared for real images instead.
-        torch.jit.save(torch.jit.trace(student, example, check_trace=False), buffer, _extra_files={RECORD_FILE: json.dumps(record)})
+        # Traced again PyTorch would compare outputs for these zeros; they are compared for real
+        # images instead.
+        torch.jit.save(
+            torch.jit.trace(student, example, check_trace=False),
+            buffer,
+            _extra_files={RECORD_FILE: json.dumps(record)},
+        )
     return buffer.getvalue()
 
 
@@ -43,8 +54,20 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
         with _deprecated():
             network = torch.jit.load(io.BytesIO(blob), map_location=device)
     except Exception as error:  # damaged bytes make the loader raise almost anything
-        raise CheckpointError(f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export it again") from error
+        raise CheckpointError(
+            f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export"
+            " it again"
+        ) from error
     return torch_runtime(network, device, where)
 
 
-TORCHSCRIPT = ExportFormat("torchscript", "student.torchscript.pt", ".torchscript.pt", 1e-4, _describe, _encode, find_record, _open)
+TORCHSCRIPT = ExportFormat(
+    "torchscript",
+    "student.torchscript.pt",
+    ".torchscript.pt",
+    1e-4,
+    _describe,
+    _encode,
+    find_record,
+    _open,
+)

@@ -18,11 +18,14 @@ _COUNTERS = {"n_averaged", "initted", "step"}
 def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the wrapped network's own names.
 
-    Removes what ``torch.compile``, FSDP and activation checkpointing put before a module's name anywhere, and what data
-    parallelism and averaging (``DistributedDataParallel``, ``AveragedModel``, EMA wrappers) put before all of them,
-    with the counters that averaging adds.
+    Removes what ``torch.compile``, FSDP and activation checkpointing put before a module's name
+    anywhere, and what data parallelism and averaging (``DistributedDataParallel``,
+    ``AveragedModel``, EMA wrappers) put before all of them, with the counters that averaging adds.
     """
-    stripped = {".".join(part for part in name.split(".") if part not in _ANYWHERE): value for name, value in weights.items()}
+    stripped = {
+        ".".join(part for part in name.split(".") if part not in _ANYWHERE): value
+        for name, value in weights.items()
+    }
     while True:
         kept = {name: value for name, value in stripped.items() if name not in _COUNTERS}
         first = {name.split(".")[0] for name in kept}
@@ -48,20 +51,28 @@ def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper holds; None for a module that is no wrapper."""
     if "_orig_mod" in module._modules:  # what torch.compile returns has no public class
         return module._modules["_orig_mod"]
-    return module.module if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)) else None
+    return (
+        module.module
+        if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel))
+        else None
+    )
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
     """Load weights strictly, whatever they were wrapped in.
 
     Raises:
-        CheckpointError: they belong to another architecture; the message names the first differences.
+        CheckpointError: they belong to another architecture; the message names the first
+            differences.
     """
     own, weights = module.state_dict(), strip_wrappers(weights)
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
-    shapes = [f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
-              for name in own if name in weights and weights[name].shape != own[name].shape]
+    shapes = [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     problems = []
     if missing:
         problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")

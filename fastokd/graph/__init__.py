@@ -18,6 +18,23 @@ from fastokd.graph.plan import Plan, PlanNode, PlanTerm, decode_plan, lower
 from fastokd.graph.svg import draw_svg
 
 __all__ = [
-    "KL", "CrossEntropy", "External", "Graph", "Logits", "LowestCrossEntropy", "MinLogit", "Mixture", "Node", "Plan",
-    "PlanNode", "PlanTerm", "ProbabilityMixture", "Term", "decode_plan", "draw_mermaid", "draw_svg", "draw_text", "lower",
+    "KL",
+    "CrossEntropy",
+    "External",
+    "Graph",
+    "Logits",
+    "LowestCrossEntropy",
+    "MinLogit",
+    "Mixture",
+    "Node",
+    "Plan",
+    "PlanNode",
+    "PlanTerm",
+    "ProbabilityMixture",
+    "Term",
+    "decode_plan",
+    "draw_mermaid",
+    "draw_svg",
+    "draw_text",
+    "lower",
 ]

@@ -16,7 +16,11 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
         return "given"
     weights = getattr(node, "weights", None)
     if weights is None:
-        function = "min over inputs shifted by their label's logit" if node.kind == "minimum" else "the input with the lowest cross-entropy"
+        function = (
+            "min over inputs shifted by their label's logit"
+            if node.kind == "minimum"
+            else "the input with the lowest cross-entropy"
+        )
         return f"{function}: {', '.join(node.inputs)}"
     parts = []
     for column, name in enumerate(node.inputs):
@@ -38,26 +42,40 @@ def notes(term: KL) -> str:
     if term.detach:
         found.append("teacher detached")
     if term.eps:
-        found.append(f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else ""))
+        found.append(
+            f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else "")
+        )
     if term.direction == "student_first":
         found.append("student first")
     return ", ".join(found)
 
 
 def draw_text(graph: Graph) -> str:
-    """The graph as lines of text: nodes with their definitions, terms with their effective coefficients."""
+    """The graph as lines of text: nodes with their definitions, terms with their effective
+    coefficients.
+    """
     lines = [f"graph {graph.name}: {len(graph.nodes)} nodes, {len(graph.terms)} terms"]
     width = max(len(node.name) for node in graph.nodes)
     kind_width = max(len(node.kind) for node in graph.nodes)
     lines.append("nodes")
-    lines += [f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {definition(node, graph.externals)}" for node in graph.ordered]
+    lines += [
+        f"  {node.name:<{width}}  {node.kind:<{kind_width}}  {definition(node, graph.externals)}"
+        for node in graph.ordered
+    ]
     lines.append("terms (coefficient of each per-sample value; T^2 and weights multiplied out)")
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
             lines.append(f"  {coefficient(term):>16}  CE({term.node}, target)")
         else:
-            first, second = (term.teacher, term.student) if term.direction == "teacher_first" else (term.student, term.teacher)
-            lines.append(f"  {coefficient(term):>16}  KL({first} || {second})  teaches {term.student}; {notes(term)}")
+            first, second = (
+                (term.teacher, term.student)
+                if term.direction == "teacher_first"
+                else (term.student, term.teacher)
+            )
+            lines.append(
+                f"  {coefficient(term):>16}  KL({first} || {second})  teaches {term.student};"
+                f" {notes(term)}"
+            )
     if graph.label_smoothing:
         lines.append(f"label smoothing {_number(graph.label_smoothing)} in every cross-entropy")
     return "\n".join(lines)
@@ -69,21 +87,38 @@ def _quotable(text: str) -> str:
 
 
 def draw_mermaid(graph: Graph) -> str:
-    """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are cross-entropies."""
-    # Numbered, so that names that differ in punctuation only, "label" and Mermaid's own words keep apart.
-    ids = {node.name: f"n{index}_{re.sub(r'[^A-Za-z0-9]', '_', node.name)}" for index, node in enumerate(graph.ordered)}
+    """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are
+    cross-entropies.
+    """
+    # Numbered, so that names that differ in punctuation only, "label" and Mermaid's own words keep
+    # apart.
+    ids = {
+        node.name: f"n{index}_{re.sub(r'[^A-Za-z0-9]', '_', node.name)}"
+        for index, node in enumerate(graph.ordered)
+    }
     lines = ["flowchart LR"]
     for node in graph.ordered:
         shape = ("[{}]", "([{}])")[bool(node.inputs)]
         lines.append(f"  {ids[node.name]}" + shape.format(f'"{_quotable(node.name)}"'))
         weights = getattr(node, "weights", None)
         for column, name in enumerate(node.inputs):
-            label = "" if weights is None else f'|"{_quotable(weights)}[{column}]"|' if isinstance(weights, str) else f'|"{_number(weights[column])}"|'
+            label = (
+                ""
+                if weights is None
+                else (
+                    f'|"{_quotable(weights)}[{column}]"|'
+                    if isinstance(weights, str)
+                    else f'|"{_number(weights[column])}"|'
+                )
+            )
             lines.append(f"  {ids[name]} -->{label} {ids[node.name]}")
     lines.append('  label{{"label"}}')
     for term in graph.terms:
         if isinstance(term, CrossEntropy):
             lines.append(f'  label -. "{coefficient(term)}" .-> {ids[term.node]}')
         else:
-            lines.append(f'  {ids[term.teacher]} == "KL {coefficient(term)}, {notes(term)}" ==> {ids[term.student]}')
+            lines.append(
+                f'  {ids[term.teacher]} == "KL {coefficient(term)}, {notes(term)}" ==>'
+                f" {ids[term.student]}"
+            )
     return "\n".join(lines)

@@ -67,7 +67,9 @@ class Graph:
 
     @cached_property
     def weight_sources(self) -> dict[str, int]:
-        """Name and number of columns of each weight tensor given at run time, in order of first use."""
+        """Name and number of columns of each weight tensor given at run time, in order of first
+        use.
+        """
         sources: dict[str, int] = {}
         for node in self.mixed_at_run_time:
             sources.setdefault(node.weights, len(node.inputs))
@@ -76,7 +78,11 @@ class Graph:
     @cached_property
     def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
         """The mixtures whose weights are given at run time, such as by a gate."""
-        return tuple(node for node in self.nodes if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str))
+        return tuple(
+            node
+            for node in self.nodes
+            if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str)
+        )
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:
@@ -98,9 +104,13 @@ class Graph:
         seen: set[str] = set()
         for node in self.nodes:
             if not isinstance(node.name, str) or not node.name:
-                raise GraphError(f"graph '{self.name}': a {node.kind} node has no name (got {node.name!r})")
+                raise GraphError(
+                    f"graph '{self.name}': a {node.kind} node has no name (got {node.name!r})"
+                )
             if node.name in seen:
-                raise GraphError(f"graph '{self.name}': two nodes are named '{node.name}'; names must differ")
+                raise GraphError(
+                    f"graph '{self.name}': two nodes are named '{node.name}'; names must differ"
+                )
             seen.add(node.name)
         widths: dict[str, tuple[str, int]] = {}
         for node in self.nodes:
@@ -110,34 +120,53 @@ class Graph:
             if not node.inputs:
                 raise GraphError(f"{node.kind} node '{node.name}' has no inputs")
             if isinstance(node.inputs, str):
-                raise GraphError(f"{node.kind} node '{node.name}' has inputs={node.inputs!r}; pass a tuple of names")
+                raise GraphError(
+                    f"{node.kind} node '{node.name}' has inputs={node.inputs!r}; pass a tuple of"
+                    " names"
+                )
             for name in node.inputs:
                 if name not in seen:
-                    raise GraphError(f"node '{node.name}' takes unknown input '{name}'{did_you_mean(name, seen)}")
+                    raise GraphError(
+                        f"node '{node.name}' takes unknown input '{name}'{did_you_mean(name, seen)}"
+                    )
                 source = self.by_name[name]
                 if not isinstance(source, allowed):
                     kinds = " or ".join(cls.kind for cls in allowed)
-                    raise GraphError(f"{node.kind} node '{node.name}' cannot take the {source.kind} node '{name}'; it takes {kinds}")
+                    raise GraphError(
+                        f"{node.kind} node '{node.name}' cannot take the {source.kind} node"
+                        f" '{name}'; it takes {kinds}"
+                    )
             if isinstance(node, (Mixture, ProbabilityMixture)):
                 self._check_weights(node, widths)
             if isinstance(node, ProbabilityMixture):
                 _check_temperature(node.temperature, f"node '{node.name}'")
 
-    def _check_weights(self, node: Mixture | ProbabilityMixture, widths: dict[str, tuple[str, int]]) -> None:
+    def _check_weights(
+        self, node: Mixture | ProbabilityMixture, widths: dict[str, tuple[str, int]]
+    ) -> None:
         count = len(node.inputs)
         if isinstance(node.weights, str):
             other, width = widths.setdefault(node.weights, (node.name, count))
             if width != count:
                 raise GraphError(
-                    f"nodes '{other}' and '{node.name}' share the weights '{node.weights}' but have {width} and {count} inputs")
+                    f"nodes '{other}' and '{node.name}' share the weights '{node.weights}' but have"
+                    f" {width} and {count} inputs"
+                )
             return
         if len(node.weights) != count:
-            raise GraphError(f"node '{node.name}' has {count} inputs but {len(node.weights)} weights")
+            raise GraphError(
+                f"node '{node.name}' has {count} inputs but {len(node.weights)} weights"
+            )
         for value in node.weights:
             if not math.isfinite(value):
-                raise GraphError(f"node '{node.name}' has the weight {value}; weights must be finite")
+                raise GraphError(
+                    f"node '{node.name}' has the weight {value}; weights must be finite"
+                )
             if value < 0 and isinstance(node, ProbabilityMixture):
-                raise GraphError(f"node '{node.name}' has the weight {value}; weights of probabilities must not be negative")
+                raise GraphError(
+                    f"node '{node.name}' has the weight {value}; weights of probabilities must not"
+                    " be negative"
+                )
 
     def _check_acyclic(self) -> None:
         state: dict[str, int] = {}
@@ -147,7 +176,7 @@ class Graph:
             if state.get(name) == 2:
                 return
             if state.get(name) == 1:
-                cycle = [*path[path.index(name):], name]
+                cycle = [*path[path.index(name) :], name]
                 raise GraphError(f"graph '{self.name}' has a cycle: {' <- '.join(cycle)}")
             state[name] = 1
             path.append(name)
@@ -161,37 +190,70 @@ class Graph:
 
     def _node(self, name: str, term: Term) -> Node:
         if name not in self.by_name:
-            raise GraphError(f"term '{term.name}' names the unknown node '{name}'{did_you_mean(name, self.by_name)}")
+            raise GraphError(
+                f"term '{term.name}' names the unknown node"
+                f" '{name}'{did_you_mean(name, self.by_name)}"
+            )
         return self.by_name[name]
 
     def _check_term(self, term: Term) -> None:
         if not (math.isfinite(term.weight) and term.weight >= 0):
-            raise GraphError(f"term '{term.name}' has the weight {term.weight}; weights must be finite and not negative")
+            raise GraphError(
+                f"term '{term.name}' has the weight {term.weight}; weights must be finite and not"
+                " negative"
+            )
         if isinstance(term, CrossEntropy):
             node = self._node(term.node, term)
             if not isinstance(node, (Logits, Mixture)):
-                raise GraphError(f"term '{term.name}': a cross-entropy needs logits, but '{node.name}' is a {node.kind} node")
+                raise GraphError(
+                    f"term '{term.name}': a cross-entropy needs logits, but '{node.name}' is a"
+                    f" {node.kind} node"
+                )
             return
         teacher, student = self._node(term.teacher, term), self._node(term.student, term)
         _check_temperature(term.temperature, f"term '{term.name}'")
         if not isinstance(student, (Logits, Mixture)):
-            raise GraphError(f"term '{term.name}': the student must be logits or a mixture, but '{student.name}' is a {student.kind} node")
+            raise GraphError(
+                f"term '{term.name}': the student must be logits or a mixture, but '{student.name}'"
+                f" is a {student.kind} node"
+            )
         if teacher is student:
             raise GraphError(f"term '{term.name}': '{student.name}' cannot teach itself")
         if isinstance(teacher, CONSTANTS) and not term.detach:
-            raise GraphError(f"term '{term.name}': the {teacher.kind} node '{teacher.name}' is a constant; set detach=True")
+            raise GraphError(
+                f"term '{term.name}': the {teacher.kind} node '{teacher.name}' is a constant; set"
+                " detach=True"
+            )
         if not isinstance(term.detach, bool) or not isinstance(term.t2_scaling, bool):
-            raise GraphError(f"term '{term.name}' has detach={term.detach!r}, t2_scaling={term.t2_scaling!r}; both must be True or False")
+            raise GraphError(
+                f"term '{term.name}' has detach={term.detach!r}, t2_scaling={term.t2_scaling!r};"
+                " both must be True or False"
+            )
         if not (math.isfinite(term.eps) and 0 <= term.eps < 1):
             raise GraphError(f"term '{term.name}' has eps={term.eps}; it must be in [0, 1)")
         if term.eps_mode not in ("exact", "first_order"):
-            raise GraphError(f"term '{term.name}' has eps_mode={term.eps_mode!r}; use 'exact' or 'first_order'")
+            raise GraphError(
+                f"term '{term.name}' has eps_mode={term.eps_mode!r}; use 'exact' or 'first_order'"
+            )
         if term.direction not in ("teacher_first", "student_first"):
-            raise GraphError(f"term '{term.name}' has direction={term.direction!r}; use 'teacher_first' or 'student_first'")
+            raise GraphError(
+                f"term '{term.name}' has direction={term.direction!r}; use 'teacher_first' or"
+                " 'student_first'"
+            )
         if term.eps and term.direction == "student_first":
-            raise GraphError(f"term '{term.name}': eps is defined for the teacher-first direction only; set eps=0")
-        if term.eps and term.eps_mode == "first_order" and isinstance(teacher, (External, ProbabilityMixture)):
-            raise GraphError(f"term '{term.name}': eps_mode='first_order' needs a teacher of logits, but '{teacher.name}' is a {teacher.kind} node; use 'exact'")
+            raise GraphError(
+                f"term '{term.name}': eps is defined for the teacher-first direction only; set"
+                " eps=0"
+            )
+        if (
+            term.eps
+            and term.eps_mode == "first_order"
+            and isinstance(teacher, (External, ProbabilityMixture))
+        ):
+            raise GraphError(
+                f"term '{term.name}': eps_mode='first_order' needs a teacher of logits, but"
+                f" '{teacher.name}' is a {teacher.kind} node; use 'exact'"
+            )
 
     def _check_whole(self) -> None:
         if not self.logits:
@@ -199,20 +261,31 @@ class Graph:
         if not self.terms:
             raise GraphError(f"graph '{self.name}' has no terms: there is nothing to learn from")
         if not 0 <= self.label_smoothing < 1:
-            raise GraphError(f"graph '{self.name}' has label_smoothing={self.label_smoothing}; it must be in [0, 1)")
+            raise GraphError(
+                f"graph '{self.name}' has label_smoothing={self.label_smoothing}; it must be in"
+                " [0, 1)"
+            )
         names = [term.name for term in self.terms]
         for name in names:
             if names.count(name) > 1:
-                raise GraphError(f"graph '{self.name}' has two terms '{name}'; a node has one cross-entropy and a pair of nodes one KL edge")
+                raise GraphError(
+                    f"graph '{self.name}' has two terms '{name}'; a node has one cross-entropy and"
+                    " a pair of nodes one KL edge"
+                )
         used: set[str] = set()
         for term in self.terms:
-            used.update((term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student))
+            used.update(
+                (term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student)
+            )
         for node in reversed(self.ordered):
             if node.name in used:
                 used.update(node.inputs)
         for node in self.nodes:
             if node.name not in used:
-                raise GraphError(f"{node.kind} node '{node.name}' reaches no term, so it can neither learn nor teach; remove it or add a term")
+                raise GraphError(
+                    f"{node.kind} node '{node.name}' reaches no term, so it can neither learn nor"
+                    " teach; remove it or add a term"
+                )
 
 
 def _check_temperature(value: float, where: str) -> None:

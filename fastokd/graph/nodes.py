@@ -1,15 +1,17 @@
 """Nodes and terms of a distillation graph.
 
-A node is one row per sample. Rows of logits (``Logits``, ``Mixture``) can learn: they may be students, carry
-cross-entropies and feed other nodes. The other nodes are teacher rows: they may only be the teacher of a KL edge
-(an ``External`` row may also feed a ``ProbabilityMixture``).
+A node is one row per sample. Rows of logits (``Logits``, ``Mixture``) can learn: they may be
+students, carry cross-entropies and feed other nodes. The other nodes are teacher rows: they may
+only be the teacher of a KL edge (an ``External`` row may also feed a ``ProbabilityMixture``).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 Weights: TypeAlias = str | tuple[float, ...]
-"""Mixing weights: constants, or the name of a tensor given at run time, [B, K] or [K] for K inputs."""
+"""Mixing weights: constants, or the name of a tensor given at run time, [B, K] or [K] for K
+inputs.
+"""
 
 
 def _freeze(node: "Node") -> None:
@@ -34,7 +36,9 @@ class Logits:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A weighted sum of logits, ``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs: logits or mixtures."""
+    """A weighted sum of logits, ``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs:
+    logits or mixtures.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -47,7 +51,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ProbabilityMixture:
-    """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input enters as it is.
+    """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input
+    enters as it is.
 
     Weights must not be negative, and should add up to 1.
     """
@@ -64,7 +69,9 @@ class ProbabilityMixture:
 
 @dataclass(frozen=True)
 class External:
-    """A row of probabilities [B, C] from outside: a memory, a stored teacher. A constant: it gets no gradient."""
+    """A row of probabilities [B, C] from outside: a memory, a stored teacher. A constant: it gets
+    no gradient.
+    """
 
     name: str
     kind: ClassVar[str] = "external"
@@ -76,7 +83,8 @@ class External:
 
 @dataclass(frozen=True)
 class MinLogit:
-    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no gradient.
+    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no
+    gradient.
 
     For soft targets y, ``input_k[label]`` is ``<y, input_k>``.
     """
@@ -91,7 +99,9 @@ class MinLogit:
 
 @dataclass(frozen=True)
 class LowestCrossEntropy:
-    """For each sample the input with the lowest cross-entropy, the first if equal (KDCL-Naive). A constant."""
+    """For each sample the input with the lowest cross-entropy, the first if equal (KDCL-Naive). A
+    constant.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -106,7 +116,9 @@ Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """``weight * CE(node, target)`` at temperature 1. ``scheduled`` terms are multiplied by ``kd_weight`` as well."""
+    """``weight * CE(node, target)`` at temperature 1. ``scheduled`` terms are multiplied by
+    ``kd_weight`` as well.
+    """
 
     node: str
     weight: float = 1.0
@@ -124,12 +136,14 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class KL:
-    """``weight * T^2 * KL(p_T(teacher) || p_T(student))``, multiplied by ``kd_weight`` if ``scheduled``.
+    """``weight * T^2 * KL(p_T(teacher) || p_T(student))``, multiplied by ``kd_weight`` if
+    ``scheduled``.
 
-    Teacher rows that are probabilities enter as they are. ``t2_scaling=False`` drops the T^2. ``detach`` stops the
-    gradient into the teacher. ``eps`` is added to the teacher's probabilities without renormalising, inside and
-    outside the logarithm; ``eps_mode="first_order"`` replaces that by its first-order expansion in eps, which needs no
-    logarithm per element. ``direction="student_first"`` computes ``KL(student || teacher)``.
+    Teacher rows that are probabilities enter as they are. ``t2_scaling=False`` drops the T^2.
+    ``detach`` stops the gradient into the teacher. ``eps`` is added to the teacher's probabilities
+    without renormalising, inside and outside the logarithm; ``eps_mode="first_order"`` replaces
+    that by its first-order expansion in eps, which needs no logarithm per element.
+    ``direction="student_first"`` computes ``KL(student || teacher)``.
     """
 
     teacher: str
@@ -149,7 +163,9 @@ class KL:
 
     @property
     def coefficient(self) -> float:
-        """The factor of the plain KL divergence, T^2 and weight multiplied out, before ``kd_weight``."""
+        """The factor of the plain KL divergence, T^2 and weight multiplied out, before
+        ``kd_weight``.
+        """
         return self.weight * (self.temperature**2 if self.t2_scaling else 1.0)
 
 

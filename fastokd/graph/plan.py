@@ -1,8 +1,9 @@
-"""Lowering: a graph becomes a flat, hashable plan of integers and floats, which every executor reads.
+"""Lowering: a graph becomes a flat, hashable plan of integers and floats, which every executor
+reads.
 
-Node ids: the logits rows come first (0 .. num_logits-1), then the external rows, then the derived nodes in
-topological order. Term weights are not part of a plan: they are run-time data, so that changing one recompiles
-nothing.
+Node ids: the logits rows come first (0 .. num_logits-1), then the external rows, then the derived
+nodes in topological order. Term weights are not part of a plan: they are run-time data, so that
+changing one recompiles nothing.
 """
 
 from functools import lru_cache
@@ -26,13 +27,20 @@ CROSS_ENTROPY, KL_TERM = 0, 1
 EPS_NONE, EPS_FIRST_ORDER, EPS_EXACT = 0, 1, 2
 TEACHER_FIRST, STUDENT_FIRST = 0, 1
 
-_KINDS = {Mixture: MIXTURE, ProbabilityMixture: PROBABILITY_MIXTURE, MinLogit: MINIMUM, LowestCrossEntropy: SELECTION}
+_KINDS = {
+    Mixture: MIXTURE,
+    ProbabilityMixture: PROBABILITY_MIXTURE,
+    MinLogit: MINIMUM,
+    LowestCrossEntropy: SELECTION,
+}
 
 
 class PlanNode(NamedTuple):
-    """A derived node. ``source`` is the index of the run-time weight tensor, or -1 if ``constants`` hold the weights.
+    """A derived node. ``source`` is the index of the run-time weight tensor, or -1 if ``constants``
+    hold the weights.
 
-    ``temperature`` is that of a probability mixture (1.0 for the other kinds)."""
+    ``temperature`` is that of a probability mixture (1.0 for the other kinds).
+    """
 
     kind: int
     inputs: tuple[int, ...]
@@ -94,17 +102,24 @@ class Plan(NamedTuple):
     def encode(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The plan as two flat arrays: what the registered operator and the C ABI take.
 
-        Integers: version, num_logits, num_externals, S, the S weight widths, N derived nodes, each as
-        (kind, source, K, K inputs), T terms, each as (kind, student, teacher, detach, direction, eps_mode).
-        Floats: label_smoothing; per node (temperature, then K constants if source is -1); per term
-        (temperature, scale, eps).
+        Integers: version, num_logits, num_externals, S, the S weight widths, N derived nodes, each
+        as (kind, source, K, K inputs), T terms, each as (kind, student, teacher, detach, direction,
+        eps_mode). Floats: label_smoothing; per node (temperature, then K constants if source is
+        -1); per term (temperature, scale, eps).
         """
         return _encode(self)
 
 
 @lru_cache(maxsize=512)
 def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    ints = [PLAN_VERSION, plan.num_logits, plan.num_externals, len(plan.weight_widths), *plan.weight_widths, len(plan.nodes)]
+    ints = [
+        PLAN_VERSION,
+        plan.num_logits,
+        plan.num_externals,
+        len(plan.weight_widths),
+        *plan.weight_widths,
+        len(plan.nodes),
+    ]
     floats = [plan.label_smoothing]
     for node in plan.nodes:
         ints += [node.kind, node.source, len(node.inputs), *node.inputs]
@@ -124,7 +139,10 @@ def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
         ValueError: the arrays were made by another version of this encoding, or are cut short.
     """
     if not ints or ints[0] != PLAN_VERSION:
-        raise ValueError(f"plan version {ints[0] if ints else None} is not {PLAN_VERSION}: lower the graph again with this fastokd")
+        raise ValueError(
+            f"plan version {ints[0] if ints else None} is not {PLAN_VERSION}: lower the graph again"
+            " with this fastokd"
+        )
     int_at, float_at = iter(ints[1:]), iter(floats)
     try:
         num_logits, num_externals = next(int_at), next(int_at)
@@ -142,9 +160,15 @@ def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
         for _ in range(next(int_at)):
             kind, student, teacher, detach, direction, eps_mode = [next(int_at) for _ in range(6)]
             temperature, scale, eps = [next(float_at) for _ in range(3)]
-            terms.append(PlanTerm(kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps))
+            terms.append(
+                PlanTerm(
+                    kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps
+                )
+            )
     except (StopIteration, RuntimeError) as error:
-        raise ValueError("the encoded plan is cut short: pass both arrays of Plan.encode() whole") from error
+        raise ValueError(
+            "the encoded plan is cut short: pass both arrays of Plan.encode() whole"
+        ) from error
     if next(int_at, None) is not None or next(float_at, None) is not None:
         raise ValueError("the encoded plan is too long: pass both arrays of one Plan.encode()")
     return Plan(num_logits, num_externals, widths, tuple(nodes), tuple(terms), label_smoothing)
@@ -164,23 +188,45 @@ def lower(graph: Graph) -> Plan:
     for node in derived:
         weights = getattr(node, "weights", ())
         named = isinstance(weights, str)
-        nodes.append(PlanNode(
-            kind=_KINDS[type(node)],
-            inputs=tuple(ids[name] for name in node.inputs),
-            source=sources.index(weights) if named else -1,
-            constants=() if named else tuple(float(value) for value in weights),
-            temperature=float(getattr(node, "temperature", 1.0)),
-        ))
+        nodes.append(
+            PlanNode(
+                kind=_KINDS[type(node)],
+                inputs=tuple(ids[name] for name in node.inputs),
+                source=sources.index(weights) if named else -1,
+                constants=() if named else tuple(float(value) for value in weights),
+                temperature=float(getattr(node, "temperature", 1.0)),
+            )
+        )
     terms = []
     for term in graph.terms:
         if isinstance(term, KL):
             temperature = float(term.temperature)
-            eps_mode = EPS_NONE if not term.eps else EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
-            terms.append(PlanTerm(
-                KL_TERM, ids[term.student], ids[term.teacher], temperature, temperature**2 if term.t2_scaling else 1.0,
-                int(term.detach), STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST, eps_mode, float(term.eps)))
+            eps_mode = (
+                EPS_NONE
+                if not term.eps
+                else EPS_EXACT
+                if term.eps_mode == "exact"
+                else EPS_FIRST_ORDER
+            )
+            terms.append(
+                PlanTerm(
+                    KL_TERM,
+                    ids[term.student],
+                    ids[term.teacher],
+                    temperature,
+                    temperature**2 if term.t2_scaling else 1.0,
+                    int(term.detach),
+                    STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
+                    eps_mode,
+                    float(term.eps),
+                )
+            )
         else:
-            terms.append(PlanTerm(CROSS_ENTROPY, ids[term.node], -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0))
+            terms.append(
+                PlanTerm(
+                    CROSS_ENTROPY, ids[term.node], -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0
+                )
+            )
     return Plan(
         num_logits=len(graph.logits),
         num_externals=len(graph.externals),

@@ -1,4 +1,6 @@
-"""A graph as a picture: boxes in columns from what is given to what is mixed of it, arrows for who mixes and who teaches."""
+"""A graph as a picture: boxes in columns from what is given to what is mixed of it, arrows for who
+mixes and who teaches.
+"""
 
 import re
 from html import escape
@@ -8,7 +10,9 @@ from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import KL, CrossEntropy, Node
 
 _CHARACTER, _LINE, _PAD = 6.7, 16, 7
-"""Width of a character of the monospaced font and height of a line, in pixels of the picture; and the space around text."""
+"""Width of a character of the monospaced font and height of a line, in pixels of the picture; and
+the space around text.
+"""
 _ACROSS, _DOWN = 80, 22
 """Between columns, and between the boxes of one."""
 _COLORS = ("#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#0b6e99", "#937264")
@@ -20,8 +24,15 @@ class _Box:
 
     def __init__(self, graph: Graph, node: Node) -> None:
         parts = definition(node, graph.externals).split(" + ") if node.inputs else []
-        self.lines = [node.name, *(f"{'+ ' if index else ''}{part}" for index, part in enumerate(parts))]
-        self.lines += [f"CE {coefficient(term)}" for term in graph.terms if isinstance(term, CrossEntropy) and term.node == node.name]
+        self.lines = [
+            node.name,
+            *(f"{'+ ' if index else ''}{part}" for index, part in enumerate(parts)),
+        ]
+        self.lines += [
+            f"CE {coefficient(term)}"
+            for term in graph.terms
+            if isinstance(term, CrossEntropy) and term.node == node.name
+        ]
         self.width = _CHARACTER * max(map(len, self.lines)) + 2 * _PAD
         self.height = _LINE * len(self.lines) + _PAD
         self.x = self.y = 0.0  # of the upper left corner
@@ -33,35 +44,75 @@ class _Box:
 
 
 def draw_svg(graph: Graph) -> str:
-    """The graph as an SVG picture: thin lines mix, thick coloured ones teach; a legend has their coefficients.
+    """The graph as an SVG picture: thin lines mix, thick coloured ones teach; a legend has their
+    coefficients.
 
-    Lines and text have the colour of the text around the picture, so that it can stand in a light and in a dark page.
+    Lines and text have the colour of the text around the picture, so that it can stand in a light
+    and in a dark page.
     """
     boxes = {node.name: _Box(graph, node) for node in graph.ordered}
     _place(graph, boxes)
     edges = [term for term in graph.terms if isinstance(term, KL)]
     kinds = list(dict.fromkeys(_kind(term) for term in edges))
     colors = {kind: _COLORS[index % len(_COLORS)] for index, kind in enumerate(kinds)}
-    left = 30 + 22 * max((abs(_rows(boxes, term)) for term in edges if boxes[term.teacher].column == boxes[term.student].column), default=0)
+    left = 30 + 22 * max(
+        (
+            abs(_rows(boxes, term))
+            for term in edges
+            if boxes[term.teacher].column == boxes[term.student].column
+        ),
+        default=0,
+    )
     mark = re.sub(r"\W", "_", graph.name)  # pictures in one page have marks of their own
-    width = left + max(max(box.x + box.width for box in boxes.values()), 30 + _CHARACTER * max(map(len, kinds), default=0)) + 10
+    width = (
+        left
+        + max(
+            max(box.x + box.width for box in boxes.values()),
+            30 + _CHARACTER * max(map(len, kinds), default=0),
+        )
+        + 10
+    )
     bottom = max(box.y + box.height for box in boxes.values()) + 20
     height = bottom + _LINE * len(kinds) + 10
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-left:.0f} -10 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img" '
-             f'font-family="monospace" font-size="11" fill="none" stroke="currentColor"><title>{escape(graph.name)}</title>', _marker(f"{mark}-mix", "currentColor")]
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-left:.0f} -10 {width:.0f}'
+            f' {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img"'
+            ' font-family="monospace" font-size="11" fill="none"'
+            f' stroke="currentColor"><title>{escape(graph.name)}</title>'
+        ),
+        _marker(f"{mark}-mix", "currentColor"),
+    ]
     parts += [_marker(f"{mark}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
     for node in graph.ordered:
         for name in node.inputs:
             start, end = boxes[name], boxes[node.name]
-            parts.append(_curve(start.x + start.width, start.middle - 5, end.x, end.middle - 5, f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"'))
+            parts.append(
+                _curve(
+                    start.x + start.width,
+                    start.middle - 5,
+                    end.x,
+                    end.middle - 5,
+                    f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"',
+                )
+            )
     for term in edges:
         kind = _kind(term)
-        style = f'stroke="{colors[kind]}" stroke-width="2" marker-end="url(#{mark}-{kinds.index(kind)})"'
+        style = (
+            f'stroke="{colors[kind]}" stroke-width="2"'
+            f' marker-end="url(#{mark}-{kinds.index(kind)})"'
+        )
         parts.append(_teaching(boxes, term, style))
     for name, box in boxes.items():
         rounded = _LINE / 2 if graph.by_name[name].inputs else 2
-        parts.append(f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" height="{box.height:.0f}" rx="{rounded:.0f}"/>')
-        parts += [_text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index) for index, line in enumerate(box.lines)]
+        parts.append(
+            f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}"'
+            f' height="{box.height:.0f}" rx="{rounded:.0f}"/>'
+        )
+        parts += [
+            _text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index)
+            for index, line in enumerate(box.lines)
+        ]
     for index, kind in enumerate(kinds):
         y = bottom + _LINE * index
         parts.append(f'<path d="M0 {y:.0f}h20" stroke="{colors[kind]}" stroke-width="2"/>')
@@ -76,19 +127,29 @@ def _kind(term: KL) -> str:
 
 def _rows(boxes: dict[str, _Box], term: KL) -> int:
     """How many boxes a student is above its teacher, in one column."""
-    column = sorted((box for box in boxes.values() if box.column == boxes[term.student].column), key=lambda box: box.y)
+    column = sorted(
+        (box for box in boxes.values() if box.column == boxes[term.student].column),
+        key=lambda box: box.y,
+    )
     return column.index(boxes[term.teacher]) - column.index(boxes[term.student])
 
 
 def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
-    """Rows that are given stand in the first column, others right of all that they are made of, a column at the height of its inputs' middle."""
+    """Rows that are given stand in the first column, others right of all that they are made of, a
+    column at the height of its inputs' middle.
+    """
     for node in graph.ordered:
         boxes[node.name].column = 1 + max((boxes[name].column for name in node.inputs), default=-1)
     x = 0.0
     for column in range(1 + max(box.column for box in boxes.values())):
         nodes = [node for node in graph.ordered if boxes[node.name].column == column]
-        here, inputs = [boxes[node.name] for node in nodes], [boxes[name].middle for node in nodes for name in node.inputs]
-        y = (sum(inputs) / len(inputs) if inputs else 0.0) - (sum(box.height + _DOWN for box in here) - _DOWN) / 2
+        here, inputs = (
+            [boxes[node.name] for node in nodes],
+            [boxes[name].middle for node in nodes for name in node.inputs],
+        )
+        y = (sum(inputs) / len(inputs) if inputs else 0.0) - (
+            sum(box.height + _DOWN for box in here) - _DOWN
+        ) / 2
         for box in here:
             box.x, box.y = x, y
             y += box.height + _DOWN
@@ -99,26 +160,45 @@ def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
 
 
 def _teaching(boxes: dict[str, _Box], term: KL, style: str) -> str:
-    """From a teacher to its student: beside their column where they share one, else between the columns."""
+    """From a teacher to its student: beside their column where they share one, else between the
+    columns.
+    """
     teacher, student = boxes[term.teacher], boxes[term.student]
     if teacher.column == student.column:
         away = -22 * abs(_rows(boxes, term)) - (8 if teacher.y > student.y else 0)
-        return f'<path d="M{teacher.x:.0f} {teacher.middle:.0f}C{teacher.x + away:.0f} {teacher.middle:.0f} {student.x + away:.0f} {student.middle + 4:.0f} {student.x - 7:.0f} {student.middle + 4:.0f}" {style}/>'
+        return (
+            f'<path d="M{teacher.x:.0f} {teacher.middle:.0f}C{teacher.x + away:.0f}'
+            f" {teacher.middle:.0f} {student.x + away:.0f} {student.middle + 4:.0f}"
+            f' {student.x - 7:.0f} {student.middle + 4:.0f}" {style}/>'
+        )
     if teacher.column > student.column:
-        return _curve(teacher.x, teacher.middle + 5, student.x + student.width + 7, student.middle + 5, style)
-    return _curve(teacher.x + teacher.width, teacher.middle + 5, student.x - 7, student.middle + 5, style)
+        return _curve(
+            teacher.x, teacher.middle + 5, student.x + student.width + 7, student.middle + 5, style
+        )
+    return _curve(
+        teacher.x + teacher.width, teacher.middle + 5, student.x - 7, student.middle + 5, style
+    )
 
 
 def _curve(x: float, y: float, to_x: float, to_y: float, style: str) -> str:
     half = (to_x - x) / 2
-    return f'<path d="M{x:.0f} {y:.0f}C{x + half:.0f} {y:.0f} {to_x - half:.0f} {to_y:.0f} {to_x:.0f} {to_y:.0f}" {style}/>'
+    return (
+        f'<path d="M{x:.0f} {y:.0f}C{x + half:.0f} {y:.0f} {to_x - half:.0f} {to_y:.0f} {to_x:.0f}'
+        f' {to_y:.0f}" {style}/>'
+    )
 
 
 def _text(x: float, y: float, text: str, bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="currentColor" stroke="none"{weight}>{escape(text)}</text>'
+    return (
+        f'<text x="{x:.0f}" y="{y:.0f}" fill="currentColor"'
+        f' stroke="none"{weight}>{escape(text)}</text>'
+    )
 
 
 def _marker(name: str, color: str) -> str:
-    return (f'<marker id="{name}" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="4.5" markerHeight="4.5" orient="auto">'
-            f'<path d="M0 0L8 4L0 8z" fill="{color}" stroke="none"/></marker>')
+    return (
+        f'<marker id="{name}" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="4.5"'
+        f' markerHeight="4.5" orient="auto"><path d="M0 0L8 4L0 8z" fill="{color}"'
+        ' stroke="none"/></marker>'
+    )

@@ -7,12 +7,18 @@ from fastokd.methods.layers import ChannelAttention, SpatialAttention
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels weighed by a sigmoid of their means, through c / 16 hidden units (Hu et al., CVPR 2018)."""
+    """Channels weighed by a sigmoid of their means, through c / 16 hidden units (Hu et al., CVPR
+    2018).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(channels // 16, 1)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden, channels, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] to [B, c, H, W]."""
@@ -34,7 +40,8 @@ class CBAM(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Every position adds what it sees of all others: the embedded Gaussian block (Wang et al., CVPR 2018, eq. 6).
+    """Every position adds what it sees of all others: the embedded Gaussian block (Wang et al.,
+    CVPR 2018, eq. 6).
 
     The batch norm at its end starts at 0, so that the block starts as the identity.
     """
@@ -57,7 +64,12 @@ class NonLocal(nn.Module):
         return x + self.bn(self.out(seen))
 
 
-ATTENTIONS = {"none": lambda channels: nn.Identity(), "se": SqueezeExcitation, "cbam": CBAM, "nonlocal": NonLocal}
+ATTENTIONS = {
+    "none": lambda channels: nn.Identity(),
+    "se": SqueezeExcitation,
+    "cbam": CBAM,
+    "nonlocal": NonLocal,
+}
 """By name, what builds the attention for c channels."""
 
 

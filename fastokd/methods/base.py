@@ -25,19 +25,30 @@ class GraphLoss(nn.Module):
     Args:
         graph: the distillation graph.
         reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
-        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot run raises.
-        labels: what error messages call a logits row or a weight source, for modules that take them under other names.
+        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot
+            run raises.
+        labels: what error messages call a logits row or a weight source, for modules that take them
+            under other names.
     """
 
-    def __init__(self, graph: Graph, reduction: Reduction = "mean", impl: Impl = "auto",
-                 labels: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
         check_impl(impl)
         labels = labels or {}
-        self._row_labels = [labels.get(name, f"logits[{index}]") for index, name in enumerate(graph.logits)]
-        self._weight_labels = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
+        self._row_labels = [
+            labels.get(name, f"logits[{index}]") for index, name in enumerate(graph.logits)
+        ]
+        self._weight_labels = {
+            name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources
+        }
         self.graph = graph
         self.plan = lower(graph)
         self.reduction = reduction
@@ -47,39 +58,58 @@ class GraphLoss(nn.Module):
     def _place_term_weights(self, device: torch.device) -> None:
         fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]
         scheduled = [term.weight if term.scheduled else 0.0 for term in self.graph.terms]
-        # A first call under inference_mode must not leave tensors that no later backward pass may use.
+        # A first call under inference_mode must not leave tensors that no later backward pass may
+        # use.
         with torch.inference_mode(False):
             for name, values in (("fixed_weights", fixed), ("scheduled_weights", scheduled)):
-                self.register_buffer(name, torch.tensor(values, dtype=torch.float64, device=device), persistent=False)
+                self.register_buffer(
+                    name, torch.tensor(values, dtype=torch.float64, device=device), persistent=False
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GraphLoss":
-        """Follow a move to another device, but not ``half()`` and the like: weights of terms are never rounded."""
+        """Follow a move to another device, but not ``half()`` and the like: weights of terms are
+        never rounded.
+        """
         super()._apply(fn, recurse)
         if self.fixed_weights.dtype != torch.float64:
             self._place_term_weights(self.fixed_weights.device)
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms, reduction={self.reduction}, impl={self.impl}"
+        return (
+            f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms,"
+            f" reduction={self.reduction}, impl={self.impl}"
+        )
 
-    def forward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
-                externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0,
-                return_terms: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        logits: Sequence[Tensor] | Tensor,
+        target: Tensor,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        externals: Mapping[str, Tensor] | None = None,
+        kd_weight: float | Tensor = 1.0,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch.
 
         Args:
             logits: the graph's M logits rows in their order: M tensors [B, C], or one [M, B, C].
             target: int64 [B], or floating [B, C] class probabilities. Treated as a constant.
-            weights: for each of ``graph.weight_sources`` a tensor [B, K], or [K] for the same weights in every row.
+            weights: for each of ``graph.weight_sources`` a tensor [B, K], or [K] for the same
+                weights in every row.
             externals: for each of ``graph.externals`` probabilities [B, C].
-            kd_weight: factor of the scheduled terms: a float, or a 0-d tensor on the logits' device.
-            return_terms: also return the mean of each term over the rows, before its weight, by the term's name.
+            kd_weight: factor of the scheduled terms: a float, or a 0-d tensor on the logits'
+                device.
+            return_terms: also return the mean of each term over the rows, before its weight, by the
+                term's name.
 
         Returns:
             The reduced loss in float32 (float64 for float64 logits). An empty batch gives 0.
 
         Raises:
-            TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the message names it.
+            TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the
+                message names it.
         """
         arguments = self._arguments(logits, target, weights, externals, kd_weight)
         rows, terms = evaluate(self.plan, *arguments, self.impl)
@@ -88,27 +118,45 @@ class GraphLoss(nn.Module):
             loss = loss / max(target.shape[0], 1)
         return (loss, self._term_means(terms)) if return_terms else loss
 
-    def forward_backward(self, logits: Sequence[Tensor] | Tensor, target: Tensor, *, weights: Mapping[str, Tensor] | None = None,
-                         externals: Mapping[str, Tensor] | None = None, kd_weight: float | Tensor = 1.0,
-                         extra: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its backward pass at once: what a training step does, with the logits read only once.
+    def forward_backward(
+        self,
+        logits: Sequence[Tensor] | Tensor,
+        target: Tensor,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        externals: Mapping[str, Tensor] | None = None,
+        kd_weight: float | Tensor = 1.0,
+        extra: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its backward pass at once: what a training step does, with the
+        logits read only once.
 
-        Does what ``forward`` and ``loss.backward()`` do, for the mean over the batch; arguments as in ``forward``.
-        ``extra``, a 0-d tensor, is added to the loss: what a method has beside its graph goes through the same backward pass.
-        ``scale``, a 0-d tensor on the logits' device, multiplies every gradient, and not the loss that is returned.
+        Does what ``forward`` and ``loss.backward()`` do, for the mean over the batch; arguments as
+        in ``forward``. ``extra``, a 0-d tensor, is added to the loss: what a method has beside its
+        graph goes through the same backward pass. ``scale``, a 0-d tensor on the logits' device,
+        multiplies every gradient, and not the loss that is returned.
 
         Returns:
-            The loss and each term's mean, detached. The gradients are where ``backward()`` leaves them.
+            The loss and each term's mean, detached. The gradients are where ``backward()`` leaves
+            them.
 
         Raises:
             ValueError: ``reduction`` is not "mean"; else as ``forward``.
         """
         if self.reduction != "mean":
-            raise ValueError(f"forward_backward computes the mean over the batch, and this loss has reduction='{self.reduction}'")
-        logits_in, weights_in, *others = self._arguments(logits, target, weights, externals, kd_weight)
+            raise ValueError(
+                "forward_backward computes the mean over the batch, and this loss has"
+                f" reduction='{self.reduction}'"
+            )
+        logits_in, weights_in, *others = self._arguments(
+            logits, target, weights, externals, kd_weight
+        )
         inputs = [*logits_in, *weights_in]
         rows, terms, grads = loss_and_grad(self.plan, logits_in, weights_in, *others, self.impl)
-        wanted = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if grad is not None]
+        wanted = [
+            (tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if grad is not None
+        ]
         loss = rows.sum() / max(target.shape[0], 1)
         if extra is not None:
             loss = loss + extra.detach()
@@ -116,13 +164,27 @@ class GraphLoss(nn.Module):
                 wanted.append((extra, torch.ones_like(extra)))
         if wanted:
             tensors, gradients = zip(*wanted, strict=True)
-            torch.autograd.backward(tensors, gradients if scale is None else [(gradient * scale).to(gradient.dtype) for gradient in gradients])
+            torch.autograd.backward(
+                tensors,
+                (
+                    gradients
+                    if scale is None
+                    else [(gradient * scale).to(gradient.dtype) for gradient in gradients]
+                ),
+            )
         return loss, self._term_means(terms)
 
-    def _arguments(self, logits: Sequence[Tensor] | Tensor, target: Tensor, weights: Mapping[str, Tensor] | None,
-                   externals: Mapping[str, Tensor] | None,
-                   kd_weight: float | Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What the operator takes after the plan: everything checked, and the term weights [T] on the logits' device."""
+    def _arguments(
+        self,
+        logits: Sequence[Tensor] | Tensor,
+        target: Tensor,
+        weights: Mapping[str, Tensor] | None,
+        externals: Mapping[str, Tensor] | None,
+        kd_weight: float | Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What the operator takes after the plan: everything checked, and the term weights [T] on
+        the logits' device.
+        """
         rows_in = as_rows(logits, self.plan.num_logits, "logits")
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
@@ -131,26 +193,46 @@ class GraphLoss(nn.Module):
         _check_kd_weight(kd_weight, first.device)
         if self.fixed_weights.device != first.device and not torch.compiler.is_compiling():
             self._place_term_weights(first.device)
-        # The move is for a module whose first call is traced, where it cannot change itself; else it is a no-op.
-        fixed, scheduled = self.fixed_weights.to(first.device), self.scheduled_weights.to(first.device)
-        return rows_in, weight_list, external_list, target, (fixed + scheduled * kd_weight).to(compute_dtype(first))
+        # The move is for a module whose first call is traced, where it cannot change itself; else
+        # it is a no-op.
+        fixed, scheduled = (
+            self.fixed_weights.to(first.device),
+            self.scheduled_weights.to(first.device),
+        )
+        return (
+            rows_in,
+            weight_list,
+            external_list,
+            target,
+            (fixed + scheduled * kd_weight).to(compute_dtype(first)),
+        )
 
     def _term_means(self, terms: Tensor) -> dict[str, Tensor]:
         """The mean of each term over the rows, from [T, B]."""
         means = terms.detach().sum(1) / max(terms.shape[1], 1)
-        return {term.name: mean for term, mean in zip(self.graph.terms, means.unbind(), strict=True)}
+        return {
+            term.name: mean for term, mean in zip(self.graph.terms, means.unbind(), strict=True)
+        }
 
     @torch.no_grad()
-    def mixtures(self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def mixtures(
+        self, logits: Sequence[Tensor] | Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The logits [B, C] of every mixture by name, for measuring their accuracy."""
         rows_in = as_rows(logits, self.plan.num_logits, "logits")
         first = _check_rows(rows_in, self._row_labels)
         weight_list = self._runtime_weights(weights, first)
         no_target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
-        # Mixtures depend on neither the target nor the external rows; those rows only hold their places.
-        rows = node_rows(self.plan, rows_in, weight_list, [first] * self.plan.num_externals, no_target)
-        order = [*self.graph.logits, *self.graph.externals,
-                 *(node.name for node in self.graph.ordered if node.inputs)]
+        # Mixtures depend on neither the target nor the external rows; those rows only hold their
+        # places.
+        rows = node_rows(
+            self.plan, rows_in, weight_list, [first] * self.plan.num_externals, no_target
+        )
+        order = [
+            *self.graph.logits,
+            *self.graph.externals,
+            *(node.name for node in self.graph.ordered if node.inputs),
+        ]
         return {name: rows[order.index(name)] for name in self.graph.mixtures}
 
     def _runtime_weights(self, given: Mapping[str, Tensor] | None, first: Tensor) -> list[Tensor]:
@@ -161,20 +243,28 @@ class GraphLoss(nn.Module):
 
 
 def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
-    """A sequence of ``count`` tensors, or one tensor [count, B, ...] taken apart; errors call it ``name``."""
+    """A sequence of ``count`` tensors, or one tensor [count, B, ...] taken apart; errors call it
+    ``name``.
+    """
     if isinstance(value, Tensor):
         if value.dim() != 3:
-            raise ValueError(f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three dimensions, the first is {count}")
+            raise ValueError(
+                f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three"
+                f" dimensions, the first is {count}"
+            )
         value = list(value.unbind(0))
     if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}"
+        )
     if len(value) != count:
         raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
     return list(value)
 
 
 def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
-    """``as_rows``, checked to be what the graph takes: for losses that compute with the rows before the graph does.
+    """``as_rows``, checked to be what the graph takes: for losses that compute with the rows before
+    the graph does.
 
     Raises:
         TypeError, ValueError: as ``GraphLoss.forward`` does.
@@ -185,8 +275,12 @@ def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> lis
 
 
 def mean_prediction(rows: Sequence[Tensor]) -> Tensor:
-    """The ensemble of M rows of logits [B, C] by the mean of their predictions, as log-probabilities [B, C]."""
-    return torch.stack([row.to(compute_dtype(row)).log_softmax(1) for row in rows]).logsumexp(0) - math.log(len(rows))
+    """The ensemble of M rows of logits [B, C] by the mean of their predictions, as
+    log-probabilities [B, C].
+    """
+    return torch.stack([row.to(compute_dtype(row)).log_softmax(1) for row in rows]).logsumexp(
+        0
+    ) - math.log(len(rows))
 
 
 def _check_rows(rows: list[Tensor], labels: Sequence[str]) -> Tensor:
@@ -200,13 +294,18 @@ def _check_rows(rows: list[Tensor], labels: Sequence[str]) -> Tensor:
     if first.shape[1] < 1:
         raise ValueError(f"{first_label} has the shape {tuple(first.shape)}: there are no classes")
     if first.dtype not in _FLOATS:
-        raise TypeError(f"{first_label} is {first.dtype}; logits must be float16, bfloat16, float32 or float64")
+        raise TypeError(
+            f"{first_label} is {first.dtype}; logits must be float16, bfloat16, float32 or float64"
+        )
     for label, row in zip(labels, rows, strict=True):
         for what in ("shape", "dtype", "device"):
             mine, theirs = getattr(row, what), getattr(first, what)
             if mine != theirs:
                 error = TypeError if what == "dtype" else ValueError
-                raise error(f"{label} has the {what} {_plain(mine)}, {first_label} has {_plain(theirs)}; they must be equal")
+                raise error(
+                    f"{label} has the {what} {_plain(mine)}, {first_label} has {_plain(theirs)};"
+                    " they must be equal"
+                )
     return first
 
 
@@ -214,15 +313,25 @@ def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def _runtime_weight(name: str, width: int, given: Mapping[str, Tensor] | None, first: Tensor, label: str) -> Tensor:
+def _runtime_weight(
+    name: str, width: int, given: Mapping[str, Tensor] | None, first: Tensor, label: str
+) -> Tensor:
     if given is None or name not in given:
-        raise ValueError(f"{label} is missing: this graph mixes with it; pass a tensor [B, {width}]")
+        raise ValueError(
+            f"{label} is missing: this graph mixes with it; pass a tensor [B, {width}]"
+        )
     value = given[name]
     batch = first.shape[0]
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
-        raise TypeError(f"{label} must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise TypeError(
+            f"{label} must be a floating tensor, got"
+            f" {getattr(value, 'dtype', type(value).__name__)}"
+        )
     if value.shape not in ((width,), (batch, width)):
-        raise ValueError(f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or [{width}]")
+        raise ValueError(
+            f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or"
+            f" [{width}]"
+        )
     if value.device != first.device:
         raise ValueError(f"{label} is on {value.device}, the logits are on {first.device}")
     return value if value.dim() == 2 else value.expand(batch, width)
@@ -233,16 +342,25 @@ def _external(name: str, given: Mapping[str, Tensor] | None, first: Tensor) -> T
         raise ValueError(f"externals['{name}'] is missing: pass probabilities {list(first.shape)}")
     value = given[name]
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
-        raise TypeError(f"externals['{name}'] must be a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise TypeError(
+            f"externals['{name}'] must be a floating tensor, got"
+            f" {getattr(value, 'dtype', type(value).__name__)}"
+        )
     if value.shape != first.shape or value.device != first.device:
-        raise ValueError(f"externals['{name}'] is {tuple(value.shape)} on {value.device}; the logits are {tuple(first.shape)} on {first.device}")
+        raise ValueError(
+            f"externals['{name}'] is {tuple(value.shape)} on {value.device}; the logits are"
+            f" {tuple(first.shape)} on {first.device}"
+        )
     return value
 
 
 def _check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
     if isinstance(kd_weight, Tensor):
         if kd_weight.dim() != 0 or kd_weight.device != device:
-            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {device}, got shape {tuple(kd_weight.shape)} on {kd_weight.device}")
+            raise ValueError(
+                f"kd_weight must be a float or a 0-d tensor on {device}, got shape"
+                f" {tuple(kd_weight.shape)} on {kd_weight.device}"
+            )
         return
     if torch.compiler.is_compiling():
         return  # A number that changes is a symbol there, and has no value to look at.
@@ -253,7 +371,8 @@ def _check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
 
 
 def check_target(target: Tensor | None, first: Tensor) -> None:
-    """Check that a batch's target fits its rows of logits: for losses that use it before the graph does.
+    """Check that a batch's target fits its rows of logits: for losses that use it before the graph
+    does.
 
     Raises:
         TypeError, ValueError: as ``GraphLoss.forward`` does.
@@ -265,15 +384,24 @@ def check_target(target: Tensor | None, first: Tensor) -> None:
         raise ValueError(f"target is on {target.device}, the logits are on {first.device}")
     if target.dtype in _FLOATS:
         if target.shape != first.shape:
-            raise ValueError(f"a floating target holds class probabilities and must have the shape [{batch}, {num_classes}], got {tuple(target.shape)}")
+            raise ValueError(
+                f"a floating target holds class probabilities and must have the shape [{batch},"
+                f" {num_classes}], got {tuple(target.shape)}"
+            )
         if target.requires_grad:
-            raise ValueError("target requires a gradient, but targets are constants here; pass target.detach()")
+            raise ValueError(
+                "target requires a gradient, but targets are constants here; pass target.detach()"
+            )
         return
     if target.dtype != torch.int64:
-        raise TypeError(f"target is {target.dtype}; class labels must be int64 (use target.long()), probabilities floating")
+        raise TypeError(
+            f"target is {target.dtype}; class labels must be int64 (use target.long()),"
+            " probabilities floating"
+        )
     if target.shape != (batch,):
         raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
-    # On a GPU looking at the labels would wait for the device; there a label out of range makes the loss NaN.
+    # On a GPU looking at the labels would wait for the device; there a label out of range makes the
+    # loss NaN.
     if torch.compiler.is_compiling() or not batch:
         return
     if target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
@@ -285,11 +413,18 @@ def _check_label_range(target: Tensor, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         worst = low if low < 0 else high
         at = int((target == worst).nonzero()[0])
-        raise ValueError(f"target[{at}] is {worst}, but the logits have {num_classes} classes (labels 0 to {num_classes - 1})")
+        raise ValueError(
+            f"target[{at}] is {worst}, but the logits have {num_classes} classes (labels 0 to"
+            f" {num_classes - 1})"
+        )
 
 
-def branch_names(where: str, count: int, minimum: int, what: str = "num_branches") -> tuple[str, ...]:
-    """``branch1`` .. ``branchM``; raises a ValueError in the name of the graph function ``where`` if M is too small."""
+def branch_names(
+    where: str, count: int, minimum: int, what: str = "num_branches"
+) -> tuple[str, ...]:
+    """``branch1`` .. ``branchM``; raises a ValueError in the name of the graph function ``where``
+    if M is too small.
+    """
     if not isinstance(count, int) or count < minimum:
         raise ValueError(f"{where}: {what}={count!r}; it must be an integer of at least {minimum}")
     return tuple(f"branch{m}" for m in range(1, count + 1))
@@ -298,8 +433,8 @@ def branch_names(where: str, count: int, minimum: int, what: str = "num_branches
 def check_options(**options: Any) -> None:
     """Check a loss's options, which mean the same under the same name in every method.
 
-    ``lambda_...`` are weights, at least 0; ``temperature`` is positive; ``teacher_eps`` and ``label_smoothing`` are in
-    [0, 1); ``detach_teacher`` is a switch.
+    ``lambda_...`` are weights, at least 0; ``temperature`` is positive; ``teacher_eps`` and
+    ``label_smoothing`` are in [0, 1); ``detach_teacher`` is a switch.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of range; the message names it.

@@ -20,9 +20,18 @@ class BaselineLoss(MethodLoss):
         impl: "auto", "reference", "triton" or "cpu".
     """
 
-    def __init__(self, num_branches: int = 1, label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        num_branches: int = 1,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
         if num_branches != 1:
-            raise ValueError(f"num_branches={num_branches}; the baseline trains the student alone, use num_branches=1")
+            raise ValueError(
+                f"num_branches={num_branches}; the baseline trains the student alone, use"
+                " num_branches=1"
+            )
         check_options(label_smoothing=label_smoothing)
         super().__init__(baseline_graph(label_smoothing), num_branches, reduction, impl)
 

@@ -1,4 +1,6 @@
-"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on one trunk, whose gradient is rescaled."""
+"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on one trunk, whose gradient
+is rescaled.
+"""
 
 from typing import Any, ClassVar
 
@@ -10,14 +12,23 @@ from fastokd.methods.base import Impl, Reduction, branch_names, check_options
 from fastokd.methods.method import Companion, Layout, Method, MethodLoss, Presets
 
 
-def cl_ilr_graph(num_branches: int = 4, temperature: float = 3.0, lambda_ce: float = 1.0, lambda_kd: float = 1.0,
-                 detach_teacher: bool = False, teacher_eps: float = 0.0, label_smoothing: float = 0.0) -> Graph:
-    """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``, ``others_m`` the mean of the other heads.
+def cl_ilr_graph(
+    num_branches: int = 4,
+    temperature: float = 3.0,
+    lambda_ce: float = 1.0,
+    lambda_kd: float = 1.0,
+    detach_teacher: bool = False,
+    teacher_eps: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Graph:
+    """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``,
+    ``others_m`` the mean of the other heads.
 
-    The form of the OKDDip repository: teachers not detached, ramped up over 80 epochs, ``teacher_eps=1e-7`` there
-    (here 0). The original takes the teacher as a constant (``detach_teacher=True``) and a convex combination of hard and
-    soft targets (``lambda_ce = 1 - lambda_kd``). The division of the trunk's gradient by M (the ILR of the name) is not
-    part of the loss, see ``GradientRescaling``.
+    The form of the OKDDip repository: teachers not detached, ramped up over 80 epochs,
+    ``teacher_eps=1e-7`` there (here 0). The original takes the teacher as a constant
+    (``detach_teacher=True``) and a convex combination of hard and soft targets (``lambda_ce = 1 -
+    lambda_kd``). The division of the trunk's gradient by M (the ILR of the name) is not part of the
+    loss, see ``GradientRescaling``.
     """
     branches = branch_names("cl_ilr_graph", num_branches, 2)
     share = (1.0 / (num_branches - 1),) * (num_branches - 1)
@@ -27,8 +38,10 @@ def cl_ilr_graph(num_branches: int = 4, temperature: float = 3.0, lambda_ce: flo
     ]
     terms = (
         *(CrossEntropy(name, lambda_ce) for name in branches),
-        *(KL(node.name, student, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps)
-          for node, student in zip(others, branches, strict=True)),
+        *(
+            KL(node.name, student, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps)
+            for node, student in zip(others, branches, strict=True)
+        ),
     )
     return Graph("cl_ilr", (*map(Logits, branches), *others), terms, label_smoothing)
 
@@ -58,12 +71,35 @@ class CLILRLoss(MethodLoss):
         "code": {"teacher_eps": 1e-7},
     }
 
-    def __init__(self, num_branches: int = 4, temperature: float = 3.0, lambda_ce: float = 1.0, lambda_kd: float = 1.0,
-                 detach_teacher: bool = False, teacher_eps: float = 0.0, label_smoothing: float = 0.0,
-                 reduction: Reduction = "mean", impl: Impl = "auto") -> None:
-        check_options(temperature=temperature, lambda_ce=lambda_ce, lambda_kd=lambda_kd, detach_teacher=detach_teacher,
-                      teacher_eps=teacher_eps, label_smoothing=label_smoothing)
-        graph = cl_ilr_graph(num_branches, temperature, lambda_ce, lambda_kd, detach_teacher, teacher_eps, label_smoothing)
+    def __init__(
+        self,
+        num_branches: int = 4,
+        temperature: float = 3.0,
+        lambda_ce: float = 1.0,
+        lambda_kd: float = 1.0,
+        detach_teacher: bool = False,
+        teacher_eps: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        check_options(
+            temperature=temperature,
+            lambda_ce=lambda_ce,
+            lambda_kd=lambda_kd,
+            detach_teacher=detach_teacher,
+            teacher_eps=teacher_eps,
+            label_smoothing=label_smoothing,
+        )
+        graph = cl_ilr_graph(
+            num_branches,
+            temperature,
+            lambda_ce,
+            lambda_kd,
+            detach_teacher,
+            teacher_eps,
+            label_smoothing,
+        )
         super().__init__(graph, num_branches, reduction, impl)
 
 
@@ -82,7 +118,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class GradientRescaling(Companion):
-    """Divides the gradient that enters the shared trunk by M: M heads pull at it as strongly as one.
+    """Divides the gradient that enters the shared trunk by M: M heads pull at it as strongly as
+    one.
 
     Args:
         num_branches: M.
@@ -103,7 +140,10 @@ def _build_rescaling(layout: Layout) -> GradientRescaling:
 
 METHOD = Method(
     name="cl_ilr",
-    summary="Collaborative Learning: heads taught by the mean of the others, the trunk's gradient divided among them",
+    summary=(
+        "Collaborative Learning: heads taught by the mean of the others, the trunk's gradient"
+        " divided among them"
+    ),
     loss_class=CLILRLoss,
     branch_range=(2, 8),
     default_branches=4,

@@ -7,18 +7,25 @@ from fastokd.methods.base import Impl, Reduction, branch_names, check_choice, ch
 from fastokd.methods.method import Method, MethodLoss, Presets
 
 
-def dml_graph(num_branches: int = 2, temperature: float = 1.0, lambda_kd: float = 1.0,
-              teacher: Literal["pairwise", "mean"] = "pairwise", detach_teacher: bool = True, teacher_eps: float = 0.0,
-              label_smoothing: float = 0.0) -> Graph:
+def dml_graph(
+    num_branches: int = 2,
+    temperature: float = 1.0,
+    lambda_kd: float = 1.0,
+    teacher: Literal["pairwise", "mean"] = "pairwise",
+    detach_teacher: bool = True,
+    teacher_eps: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Graph:
     """M networks that teach each other.
 
-    ``pairwise``: ``L = sum_k [ CE(z^k) + kd_weight * lambda_kd / (M-1) * sum_{l != k} T^2 KL(z^l || z^k) ]``.
-    ``mean``: one KL per network, from the mean of the other networks' logits (``others{k}``), the default of the
-    OKDDip repository's DML.
+    ``pairwise``: ``L = sum_k [ CE(z^k) + kd_weight * lambda_kd / (M-1) * sum_{l != k} T^2 KL(z^l ||
+    z^k) ]``. ``mean``: one KL per network, from the mean of the other networks' logits
+    (``others{k}``), the default of the OKDDip repository's DML.
 
-    The original updates the networks in turn, each with constant peers at T=1; here all learn in one step from peers
-    that are constants (``detach_teacher=True``). The OKDDip repository uses T=3, ``detach_teacher=False`` and
-    ``teacher_eps=1e-7``. Neither ramps up: leave ``kd_weight`` at 1.
+    The original updates the networks in turn, each with constant peers at T=1; here all learn in
+    one step from peers that are constants (``detach_teacher=True``). The OKDDip repository uses
+    T=3, ``detach_teacher=False`` and ``teacher_eps=1e-7``. Neither ramps up: leave ``kd_weight`` at
+    1.
     """
     check_choice("teacher", teacher, ("pairwise", "mean"))
     branches = branch_names("dml_graph", num_branches, 2)
@@ -31,7 +38,10 @@ def dml_graph(num_branches: int = 2, temperature: float = 1.0, lambda_kd: float 
             nodes.append(Mixture(f"others{k}", others, (share,) * len(others)))
         sources = others if teacher == "pairwise" else (f"others{k}",)
         weight = lambda_kd / len(sources)
-        terms += [KL(name, student, weight, temperature, detach=detach_teacher, eps=teacher_eps) for name in sources]
+        terms += [
+            KL(name, student, weight, temperature, detach=detach_teacher, eps=teacher_eps)
+            for name in sources
+        ]
     return Graph("dml", tuple(nodes), tuple(terms), label_smoothing)
 
 
@@ -42,7 +52,8 @@ class DMLLoss(MethodLoss):
         num_branches: M, at least 2.
         temperature: T of the KL terms.
         lambda_kd: weight of each network's distillation from its peers.
-        teacher: "pairwise", one KL from every peer, or "mean", one KL from the mean of the peers' logits.
+        teacher: "pairwise", one KL from every peer, or "mean", one KL from the mean of the peers'
+            logits.
         detach_teacher: peers are constants in the KL terms.
         teacher_eps: added to the teacher's probabilities, not renormalised.
         label_smoothing: in [0, 1), for every cross-entropy.
@@ -57,15 +68,42 @@ class DMLLoss(MethodLoss):
         # The original: T = 1, a KL from every peer, peers are constants.
         "paper": {},
         # The OKDDip repository.
-        "code": {"temperature": 3.0, "teacher": "mean", "detach_teacher": False, "teacher_eps": 1e-7},
+        "code": {
+            "temperature": 3.0,
+            "teacher": "mean",
+            "detach_teacher": False,
+            "teacher_eps": 1e-7,
+        },
     }
 
-    def __init__(self, num_branches: int = 2, temperature: float = 1.0, lambda_kd: float = 1.0,
-                 teacher: Literal["pairwise", "mean"] = "pairwise", detach_teacher: bool = True, teacher_eps: float = 0.0,
-                 label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
-        check_options(temperature=temperature, lambda_kd=lambda_kd, detach_teacher=detach_teacher, teacher_eps=teacher_eps,
-                      label_smoothing=label_smoothing)
-        graph = dml_graph(num_branches, temperature, lambda_kd, teacher, detach_teacher, teacher_eps, label_smoothing)
+    def __init__(
+        self,
+        num_branches: int = 2,
+        temperature: float = 1.0,
+        lambda_kd: float = 1.0,
+        teacher: Literal["pairwise", "mean"] = "pairwise",
+        detach_teacher: bool = True,
+        teacher_eps: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        check_options(
+            temperature=temperature,
+            lambda_kd=lambda_kd,
+            detach_teacher=detach_teacher,
+            teacher_eps=teacher_eps,
+            label_smoothing=label_smoothing,
+        )
+        graph = dml_graph(
+            num_branches,
+            temperature,
+            lambda_kd,
+            teacher,
+            detach_teacher,
+            teacher_eps,
+            label_smoothing,
+        )
         super().__init__(graph, num_branches, reduction, impl)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 class ChannelAttention(nn.Module):
-    """A weight in (0, 1) for every channel (CBAM, Woo et al., ECCV 2018, eq. 2): one small network on the channels'
-    means and maxima, added, and a sigmoid.
+    """A weight in (0, 1) for every channel (CBAM, Woo et al., ECCV 2018, eq. 2): one small network
+    on the channels' means and maxima, added, and a sigmoid.
 
     Args:
         channels: of the maps.
@@ -34,7 +34,9 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """A weight in (0, 1) for every position (CBAM eq. 3): a 7x7 convolution of the mean and the maximum over the channels."""
+    """A weight in (0, 1) for every position (CBAM eq. 3): a 7x7 convolution of the mean and the
+    maximum over the channels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,14 +44,16 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, c, H, W] to weights [B, 1, H, W]."""
-        return torch.sigmoid(self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)))
+        return torch.sigmoid(
+            self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))
+        )
 
 
 class FusionHead(nn.Module):
     """A classifier on the feature maps of several networks (FFSD and AFID, published code).
 
-    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution, each with batch norm and ReLU, give the
-    fused map; pooling and a linear layer its logits.
+    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution, each with batch norm
+    and ReLU, give the fused map; pooling and a linear layer its logits.
 
     Args:
         in_channels: of the concatenated maps.
@@ -69,10 +73,16 @@ class FusionHead(nn.Module):
 
 
 def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
-    """A depth-wise 3x3 and a 1x1 convolution, each with batch norm and ReLU: [B, in_channels, H, W] to [B, channels, H, W]."""
+    """A depth-wise 3x3 and a 1x1 convolution, each with batch norm and ReLU: [B, in_channels, H, W]
+    to [B, channels, H, W].
+    """
     return nn.Sequential(
-        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False), nn.BatchNorm2d(in_channels), nn.ReLU(),
-        nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
+        nn.BatchNorm2d(in_channels),
+        nn.ReLU(),
+        nn.Conv2d(in_channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
     )
 
 
@@ -83,7 +93,11 @@ def check_rates(**options: object) -> None:
         ValueError: one is not, of whatever type it is; the message names it.
     """
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, numbers.Real)
+            or not (math.isfinite(value) and value >= 0)
+        ):
             raise ValueError(f"{name}={value!r}; it must be a number of at least 0")
 
 
@@ -102,16 +116,21 @@ def children(peer: nn.Module) -> list[nn.Module]:
     """What a peer runs up to its feature maps, in order.
 
     Raises:
-        ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step by step.
+        ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step
+            by step.
     """
     parts = (getattr(peer, "trunk", None), getattr(getattr(peer, "branch", None), "body", None))
     if not all(isinstance(part, nn.Sequential) for part in parts):
-        raise ValueError("it needs the maps between the stages, and this network does not run as a sequence of modules")
+        raise ValueError(
+            "it needs the maps between the stages, and this network does not run as a sequence of"
+            " modules"
+        )
     return [child for part in parts for child in part]
 
 
 def stages(peer: nn.Module) -> list[Stage]:
-    """The stages of a peer, one for each spatial size that its maps go through. Only shapes are propagated.
+    """The stages of a peer, one for each spatial size that its maps go through. Only shapes are
+    propagated.
 
     Raises:
         ValueError: see ``children``.
@@ -129,7 +148,9 @@ def stages(peer: nn.Module) -> list[Stage]:
 
 
 def run_stages(peer: nn.Module, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-    """The maps after each of ``ends`` (indices into ``children``, ascending), from images [B, 3, H, W]."""
+    """The maps after each of ``ends`` (indices into ``children``, ascending), from images [B, 3, H,
+    W].
+    """
     maps = []
     for index, child in enumerate(children(peer), start=1):
         x = child(x)

@@ -9,22 +9,41 @@ from torch import Tensor, nn
 
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
 from fastokd.methods.base import Impl, Reduction, as_rows, branch_names, check_options
-from fastokd.methods.method import BranchPass, Companion, GraphInputs, Layout, Method, MethodLoss, Presets
+from fastokd.methods.method import (
+    BranchPass,
+    Companion,
+    GraphInputs,
+    Layout,
+    Method,
+    MethodLoss,
+    Presets,
+)
 
 
-def one_graph(num_branches: int = 3, temperature: float = 3.0, lambda_kd: float = 1.0, detach_teacher: bool = True,
-              teacher_eps: float = 0.0, label_smoothing: float = 0.0) -> Graph:
-    """``L = sum_m CE(z^m) + CE(e) + kd_weight * lambda_kd * sum_m T^2 KL(e || z^m)`` with ``e = sum_m gate_m z^m``.
+def one_graph(
+    num_branches: int = 3,
+    temperature: float = 3.0,
+    lambda_kd: float = 1.0,
+    detach_teacher: bool = True,
+    teacher_eps: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Graph:
+    """``L = sum_m CE(z^m) + CE(e) + kd_weight * lambda_kd * sum_m T^2 KL(e || z^m)`` with ``e =
+    sum_m gate_m z^m``.
 
-    The run-time weights are ``gate`` [B, M]. Source: AHBF eq. 6-7, which write the mixture over probabilities; the
-    published code mixes logits, as here. Differences of the published codes: both add ``teacher_eps=1e-7`` (here 0);
-    the official one detaches the teacher, as here, the OKDDip repository's does not (``detach_teacher=False``).
-    Both ramp the KL up over 80 epochs (``kd_weight``).
+    The run-time weights are ``gate`` [B, M]. Source: AHBF eq. 6-7, which write the mixture over
+    probabilities; the published code mixes logits, as here. Differences of the published codes:
+    both add ``teacher_eps=1e-7`` (here 0); the official one detaches the teacher, as here, the
+    OKDDip repository's does not (``detach_teacher=False``). Both ramp the KL up over 80 epochs
+    (``kd_weight``).
     """
     branches = branch_names("one_graph", num_branches, 2)
     nodes = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
     terms = [CrossEntropy(name) for name in (*branches, "ensemble")]
-    terms += [KL("ensemble", name, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps) for name in branches]
+    terms += [
+        KL("ensemble", name, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps)
+        for name in branches
+    ]
     return Graph("one", nodes, tuple(terms), label_smoothing)
 
 
@@ -35,7 +54,8 @@ class ONELoss(MethodLoss):
         num_branches: M, at least 2.
         temperature: T of the KL terms.
         lambda_kd: weight of ensemble -> branch.
-        detach_teacher: the ensemble is a constant in the KL terms, so that the gate learns from its cross-entropy alone.
+        detach_teacher: the ensemble is a constant in the KL terms, so that the gate learns from its
+            cross-entropy alone.
         teacher_eps: added to the teacher's probabilities, not renormalised.
         label_smoothing: in [0, 1), for every cross-entropy.
         reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
@@ -52,21 +72,48 @@ class ONELoss(MethodLoss):
         "code": {"teacher_eps": 1e-7},
     }
 
-    def __init__(self, num_branches: int = 3, temperature: float = 3.0, lambda_kd: float = 1.0, detach_teacher: bool = True,
-                 teacher_eps: float = 0.0, label_smoothing: float = 0.0, reduction: Reduction = "mean", impl: Impl = "auto") -> None:
-        check_options(temperature=temperature, lambda_kd=lambda_kd, detach_teacher=detach_teacher, teacher_eps=teacher_eps,
-                      label_smoothing=label_smoothing)
-        graph = one_graph(num_branches, temperature, lambda_kd, detach_teacher, teacher_eps, label_smoothing)
+    def __init__(
+        self,
+        num_branches: int = 3,
+        temperature: float = 3.0,
+        lambda_kd: float = 1.0,
+        detach_teacher: bool = True,
+        teacher_eps: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        check_options(
+            temperature=temperature,
+            lambda_kd=lambda_kd,
+            detach_teacher=detach_teacher,
+            teacher_eps=teacher_eps,
+            label_smoothing=label_smoothing,
+        )
+        graph = one_graph(
+            num_branches, temperature, lambda_kd, detach_teacher, teacher_eps, label_smoothing
+        )
         super().__init__(graph, num_branches, reduction, impl, {"gate": "scores[0]"})
 
-    def graph_inputs(self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None = None, *,
-                     scores: Sequence[Tensor] | Tensor) -> GraphInputs:
-        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the ensemble."""
-        return GraphInputs(as_rows(branch_logits, self.num_branches, "branch_logits"), {"gate": as_rows(scores, 1, "scores")[0]})
+    def graph_inputs(
+        self,
+        branch_logits: Sequence[Tensor] | Tensor,
+        target: Tensor | None = None,
+        *,
+        scores: Sequence[Tensor] | Tensor,
+    ) -> GraphInputs:
+        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the
+        ensemble.
+        """
+        return GraphInputs(
+            as_rows(branch_logits, self.num_branches, "branch_logits"),
+            {"gate": as_rows(scores, 1, "scores")[0]},
+        )
 
 
 class ONEGate(Companion):
-    """The gate on the shared trunk: pooling, a linear layer to M values with batch norm, ReLU and softmax (official code).
+    """The gate on the shared trunk: pooling, a linear layer to M values with batch norm, ReLU and
+    softmax (official code).
 
     Args:
         channels: of the trunk's output.

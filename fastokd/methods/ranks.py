@@ -1,4 +1,6 @@
-"""What a loss needs of the other processes that train the same networks. Without torch.distributed, all is here."""
+"""What a loss needs of the other processes that train the same networks. Without torch.distributed,
+all is here.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ _alone = False
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, this process computes as if there were no others: what may fail in one of them must not make the others wait."""
+    """Within it, this process computes as if there were no others: what may fail in one of them
+    must not make the others wait.
+    """
     global _alone
     before, _alone = _alone, True
     try:
@@ -29,7 +33,9 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows [B, ...] of all W processes in the order of their ranks, [W * B, ...]. B must be equal everywhere."""
+    """The rows [B, ...] of all W processes in the order of their ranks, [W * B, ...]. B must be
+    equal everywhere.
+    """
     size = rank_and_size()[1]
     if size == 1:
         return rows

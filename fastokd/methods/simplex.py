@@ -1,4 +1,6 @@
-"""The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved for a whole batch."""
+"""The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved
+for a whole batch.
+"""
 
 from collections.abc import Sequence
 
@@ -15,15 +17,17 @@ _RIDGE = 1e-10
 
 @torch.no_grad()
 def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Weights ``a`` [B, M] on the simplex that minimise ``CE(sum_k a_k z_k, y)`` for each sample (KDCL-Linear).
+    """Weights ``a`` [B, M] on the simplex that minimise ``CE(sum_k a_k z_k, y)`` for each sample
+    (KDCL-Linear).
 
-    Newton's method on the simplex: each step minimises the quadratic model of the cross-entropy exactly, as the best of
-    the minima of all 2^M - 1 faces, and goes the best of the lengths 1, 1/2, ... towards it, so that an optimum on
-    an edge or vertex is met exactly. Where logits are large the cross-entropy is almost piecewise linear, with nothing
-    for Newton to see; so it starts at a temperature that brings them into a range of 8, and halves that down to 1.
+    Newton's method on the simplex: each step minimises the quadratic model of the cross-entropy
+    exactly, as the best of the minima of all 2^M - 1 faces, and goes the best of the lengths 1,
+    1/2, ... towards it, so that an optimum on an edge or vertex is met exactly. Where logits are
+    large the cross-entropy is almost piecewise linear, with nothing for Newton to see; so it starts
+    at a temperature that brings them into a range of 8, and halves that down to 1.
 
-    The number of steps is fixed and nothing waits for the device. The cross-entropy reached is above the minimum by at most
-    1e-9 of the logits' range, for ranges up to 1000. In float64.
+    The number of steps is fixed and nothing waits for the device. The cross-entropy reached is
+    above the minimum by at most 1e-9 of the logits' range, for ranges up to 1000. In float64.
 
     Args:
         rows: 2 to ``MAX_ROWS`` rows of logits [B, C].
@@ -38,7 +42,11 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
         expected = z.gather(2, target.clamp(0, num_classes - 1).view(-1, 1, 1).expand(-1, count, 1))
     z = z - expected
     # Made on the device: a tensor of Python numbers would be copied there, and wait for it.
-    faces = (torch.arange(1, 2**count, device=z.device).unsqueeze(1) >> torch.arange(count, device=z.device) & 1).to(z.dtype)
+    faces = (
+        torch.arange(1, 2**count, device=z.device).unsqueeze(1)
+        >> torch.arange(count, device=z.device)
+        & 1
+    ).to(z.dtype)
     lengths = 0.5 ** torch.arange(_STEP_LENGTHS, dtype=z.dtype, device=z.device)
     lengths = torch.cat((torch.zeros_like(lengths[:1]), lengths))
     a = torch.full(z.shape[:2], 1 / count, dtype=z.dtype, device=z.device)
@@ -52,14 +60,18 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
         goal = _quadratic_minimum(a, gradient, (p * centred) @ centred.mT, faces)
         along = torch.einsum("bm,bmc->bc", goal - a, cooled)
         values = (mixed.unsqueeze(1) + lengths.view(-1, 1) * along.unsqueeze(1)).logsumexp(2)
-        # The longest of the best: near the minimum they differ by rounding alone, and Newton's own step is the better.
-        good = values <= values.amin(1, keepdim=True) + 1e-14 * (1 + mixed.abs().amax(1, keepdim=True))
+        # The longest of the best: near the minimum they differ by rounding alone, and Newton's own
+        # step is the better.
+        good = values <= values.amin(1, keepdim=True) + 1e-14 * (
+            1 + mixed.abs().amax(1, keepdim=True)
+        )
         a = a + torch.where(good, lengths, 0).amax(1, keepdim=True) * (goal - a)
     return a
 
 
 def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tensor) -> Tensor:
-    """The point x [B, M] of the simplex where ``gradient (x - a) + (x - a) hessian (x - a) / 2`` is lowest.
+    """The point x [B, M] of the simplex where ``gradient (x - a) + (x - a) hessian (x - a) / 2`` is
+    lowest.
 
     On the face of the rows F it solves ``H_FF x_F + nu = (H a - g)_F`` with ``sum x_F = 1``.
     """
@@ -70,10 +82,14 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
     h = hessian / scale.view(-1, 1, 1) + _RIDGE * torch.eye(count, dtype=a.dtype, device=a.device)
     right = (h @ a.unsqueeze(2)).squeeze(2) - gradient / scale.unsqueeze(1)
     system = torch.zeros(len(a), len(faces), count + 1, count + 1, dtype=a.dtype, device=a.device)
-    system[..., :count, :count] = h.unsqueeze(1) * (faces.unsqueeze(2) * faces.unsqueeze(1)) + torch.diag_embed(1 - faces)
+    system[..., :count, :count] = h.unsqueeze(1) * (
+        faces.unsqueeze(2) * faces.unsqueeze(1)
+    ) + torch.diag_embed(1 - faces)
     system[..., :count, count] = faces
     system[..., count, :count] = faces
-    sides = torch.cat((right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2)
+    sides = torch.cat(
+        (right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2
+    )
     x = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
     # A minimum outside of its face becomes a point of the simplex that is worse than the best.
     x = x.clamp_min(0)

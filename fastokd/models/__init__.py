@@ -1,4 +1,6 @@
-"""The networks, one file per family. A family's file is imported when one of its networks is asked for."""
+"""The networks, one file per family. A family's file is imported when one of its networks is asked
+for.
+"""
 
 import functools
 import importlib
@@ -12,19 +14,48 @@ from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Companion, Layout, OptionValue, Topology
 from fastokd.models.branch_out import branch_out
-from fastokd.models.branched import Backbone, Branch, BranchedModel, BranchOutput, Peer, PlainNetwork, trunk_channels
+from fastokd.models.branched import (
+    Backbone,
+    Branch,
+    BranchedModel,
+    BranchOutput,
+    Peer,
+    PlainNetwork,
+    trunk_channels,
+)
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.models.tracing import list_split_points
 
 _modules = {
-    **dict.fromkeys(("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn20_8"),
-                    "fastokd.models.resnet_cifar"),
-    **dict.fromkeys(("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"), "fastokd.models.resnet"),
+    **dict.fromkeys(
+        (
+            "resnet8",
+            "resnet14",
+            "resnet20",
+            "resnet32",
+            "resnet44",
+            "resnet56",
+            "resnet110",
+            "wrn20_8",
+        ),
+        "fastokd.models.resnet_cifar",
+    ),
+    **dict.fromkeys(
+        ("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"),
+        "fastokd.models.resnet",
+    ),
     **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
     **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
     "densenet40_12": "fastokd.models.densenet",
-    **dict.fromkeys(("mobilenetv2_x0_5", "mobilenetv2_x1_0", "mobilenetv2_x0_5_imagenet", "mobilenetv2_x1_0_imagenet"),
-                    "fastokd.models.mobilenet_v2"),
+    **dict.fromkeys(
+        (
+            "mobilenetv2_x0_5",
+            "mobilenetv2_x1_0",
+            "mobilenetv2_x0_5_imagenet",
+            "mobilenetv2_x1_0_imagenet",
+        ),
+        "fastokd.models.mobilenet_v2",
+    ),
     "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
     "xception": "fastokd.models.xception",
 }
@@ -40,30 +71,44 @@ def list_models() -> list[str]:
     return sorted(_modules)
 
 
-def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_branches: int | None = None, aux_blocks: int = 4, *,
-                 at: str | None = None, topology: Topology | None = None, options: Mapping[str, OptionValue] | None = None,
-                 teacher: nn.Module | None = None, compression: bool = False) -> BranchedModel:
+def create_model(
+    name: str,
+    method: str = "ahbf",
+    num_classes: int = 10,
+    num_branches: int | None = None,
+    aux_blocks: int = 4,
+    *,
+    at: str | None = None,
+    topology: Topology | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    teacher: nn.Module | None = None,
+    compression: bool = False,
+) -> BranchedModel:
     """The network of that name, laid out as the method trains it.
 
     Args:
-        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of theirs, with fresh weights.
-            Peers may differ: "resnet20,resnet32" names them in their order.
+        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of
+            theirs, with fresh weights. Peers may differ: "resnet20,resnet32" names them in their
+            order.
         method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
         num_classes: C, at least 2.
         num_branches: M; None is the method's default, or the number of networks named.
-        aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the paper's a), at least 0.
-            Methods without a hierarchy have branches of equal depth and do not look at it.
-        at: for networks of torchvision and timm, the first module that branches own, see ``branch_out``. Peers and a student
-            alone need none.
-        topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's default.
+        aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the
+            paper's a), at least 0. Methods without a hierarchy have branches of equal depth and do
+            not look at it.
+        at: for networks of torchvision and timm, the first module that branches own, see
+            ``branch_out``. Peers and a student alone need none.
+        topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's
+            default.
         options: options of the method's own modules, see ``Method.model_options``.
         teacher: the frozen teacher of methods that have one: images to logits [B, C].
-        compression: the deepest branch, the last, is the plain network and the one that is kept; each before it has
-            ``aux_blocks`` blocks fewer than the next, and ``student(branch)`` takes any of them out (AHBF Table 5).
+        compression: the deepest branch, the last, is the plain network and the one that is kept;
+            each before it has ``aux_blocks`` blocks fewer than the next, and ``student(branch)``
+            takes any of them out (AHBF Table 5).
 
     Raises:
-        ConfigError: a name is unknown, a number out of range, or the method cannot train these networks; the message
-            says what would do.
+        ConfigError: a name is unknown, a number out of range, or the method cannot train these
+            networks; the message says what would do.
         MissingExtra: the network is timm's, and timm is not installed.
     """
     chosen, names = get_method(method), [part.strip() for part in name.split(",")]
@@ -71,13 +116,28 @@ def create_model(name: str, method: str = "ahbf", num_classes: int = 10, num_bra
     if num_branches is None:
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
-    backbones = [find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1) for part in names]
+    backbones = [
+        find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
+        for part in names
+    ]
     if compression:
         backbones = [_compressed(backbones[0], chosen, num_branches)]
-    return assemble(backbones, chosen, num_classes, num_branches, aux_blocks, topology, options, teacher, -1 if compression else chosen.kept)
+    return assemble(
+        backbones,
+        chosen,
+        num_classes,
+        num_branches,
+        aux_blocks,
+        topology,
+        options,
+        teacher,
+        -1 if compression else chosen.kept,
+    )
 
 
-def find_backbone(name: str, at: str | None = None, num_classes: int = 10, split: bool = False) -> Backbone:
+def find_backbone(
+    name: str, at: str | None = None, num_classes: int = 10, split: bool = False
+) -> Backbone:
     """How the network of that name is split; nothing is built yet.
 
     Args:
@@ -91,24 +151,40 @@ def find_backbone(name: str, at: str | None = None, num_classes: int = 10, split
         return library_backbone(name, num_classes, at, split)
     backbone = get_backbone(name)
     if at is not None:
-        raise ConfigError(f"at='{at}': {name} is branched where its paper branches it; at is for networks torchvision:NAME and timm:NAME")
+        raise ConfigError(
+            f"at='{at}': {name} is branched where its paper branches it; at is for networks"
+            " torchvision:NAME and timm:NAME"
+        )
     return backbone
 
 
-def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, num_branches: int, aux_blocks: int, topology: Topology,
-             options: Mapping[str, OptionValue] | None = None, teacher: nn.Module | None = None, kept: int | None = None) -> BranchedModel:
-    """The branched model of one backbone, or of one for each peer; arguments and errors as in ``create_model``.
+def assemble(
+    backbones: Sequence[Backbone],
+    method: Method,
+    num_classes: int,
+    num_branches: int,
+    aux_blocks: int,
+    topology: Topology,
+    options: Mapping[str, OptionValue] | None = None,
+    teacher: nn.Module | None = None,
+    kept: int | None = None,
+) -> BranchedModel:
+    """The branched model of one backbone, or of one for each peer; arguments and errors as in
+    ``create_model``.
 
     ``kept`` is the index of the student's branch, by default the method's.
     """
     names = [backbone.name for backbone in backbones]
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
-        raise ConfigError(f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4 on CIFAR)")
+        raise ConfigError(
+            f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4"
+            " on CIFAR)"
+        )
     if len(names) == 1:
         names, backbones = names * num_branches, [*backbones] * num_branches
     kept = range(num_branches)[method.kept if kept is None else kept]
-    # The student's branch is built first, right after its trunk as in the plain network, so one seed gives the student
-    # the same initial weights with and without its teachers.
+    # The student's branch is built first, right after its trunk as in the plain network, so one
+    # seed gives the student the same initial weights with and without its teachers.
     built: dict[int, nn.Module] = {}
     trunk = None if topology == "peers" else backbones[0].build_trunk()
     for index in sorted(range(num_branches), key=lambda index: index != kept):
@@ -116,26 +192,45 @@ def assemble(backbones: Sequence[Backbone], method: Method, num_classes: int, nu
         if trunk is None:
             built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
         else:
-            built[index] = backbone.build_branch(num_classes, index + 1 if method.hierarchical else 1, aux_blocks)
+            built[index] = backbone.build_branch(
+                num_classes, index + 1 if method.hierarchical else 1, aux_blocks
+            )
     branches = [built[index] for index in range(num_branches)]
     try:
-        return BranchedModel(names, num_classes, trunk, branches, [backbone.join for backbone in backbones], kept,
-                             companion_builder(method, options), teacher, method.name)
+        return BranchedModel(
+            names,
+            num_classes,
+            trunk,
+            branches,
+            [backbone.join for backbone in backbones],
+            kept,
+            companion_builder(method, options),
+            teacher,
+            method.name,
+        )
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"method '{method.name}' with model '{','.join(dict.fromkeys(names))}': {error}") from error
+        raise ConfigError(
+            f"method '{method.name}' with model '{','.join(dict.fromkeys(names))}': {error}"
+        ) from error
 
 
-def companion_builder(method: Method, options: Mapping[str, OptionValue] | None) -> Callable[[Layout], Companion] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it has none.
+def companion_builder(
+    method: Method, options: Mapping[str, OptionValue] | None
+) -> Callable[[Layout], Companion] | None:
+    """What builds the method's own modules with these options, on top of their defaults; None if it
+    has none.
 
     Raises:
         ConfigError: there is no such option or choice.
     """
     for name, value in (options or {}).items():
         if name not in method.model_options:
-            raise ConfigError(f"unknown option '{name}' of method '{method.name}'{did_you_mean(name, method.model_options)}")
+            raise ConfigError(
+                f"unknown option '{name}' of method"
+                f" '{method.name}'{did_you_mean(name, method.model_options)}"
+            )
         if name in method.choices and value not in method.choices[name]:
             raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
     if method.build_companion is None:
@@ -143,7 +238,9 @@ def companion_builder(method: Method, options: Mapping[str, OptionValue] | None)
     return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
 
 
-def check_layout(method: Method, names: Sequence[str], topology: str | None, num_branches: int) -> Topology:
+def check_layout(
+    method: Method, names: Sequence[str], topology: str | None, num_branches: int
+) -> Topology:
     """The topology that a method has for these networks, its default for None.
 
     Raises:
@@ -151,15 +248,26 @@ def check_layout(method: Method, names: Sequence[str], topology: str | None, num
     """
     chosen = method.topologies[0] if topology is None else topology
     if chosen not in method.topologies:
-        raise ConfigError(f"topology='{topology}': method '{method.name}' takes {' or '.join(method.topologies)}")
+        raise ConfigError(
+            f"topology='{topology}': method '{method.name}' takes {' or '.join(method.topologies)}"
+        )
     low, high = method.branch_range
     if not isinstance(num_branches, int) or not low <= num_branches <= high:
         allowed = f"{low} to {high}" if low < high else f"{low} only"
-        raise ConfigError(f"{num_branches!r} branches: method '{method.name}' takes {allowed} (its default is {method.default_branches})")
+        raise ConfigError(
+            f"{num_branches!r} branches: method '{method.name}' takes {allowed} (its default is"
+            f" {method.default_branches})"
+        )
     if len(names) > 1 and chosen != "peers":
-        raise ConfigError(f"model={','.join(names)!r}: several networks can only be peers, and method '{method.name}' branches one network; name one")
+        raise ConfigError(
+            f"model={','.join(names)!r}: several networks can only be peers, and method"
+            f" '{method.name}' branches one network; name one"
+        )
     if len(names) not in (1, num_branches):
-        raise ConfigError(f"model={','.join(names)!r} names {len(names)} networks for {num_branches} branches; name one, or as many as there are branches")
+        raise ConfigError(
+            f"model={','.join(names)!r} names {len(names)} networks for {num_branches} branches;"
+            " name one, or as many as there are branches"
+        )
     return chosen
 
 
@@ -173,13 +281,19 @@ def allowed_methods(name: str) -> list[str]:
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
         channels = trunk_channels(trunk)
-        found = [method for method in list_methods() if _can_train(get_method(method), trunk, branch, channels)]
+        found = [
+            method
+            for method in list_methods()
+            if _can_train(get_method(method), trunk, branch, channels)
+        ]
     return found
 
 
 def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
     """Whether a method can build its own modules for branches or peers like this one."""
-    if method.build_companion is None or method.needs_teacher:  # what a teacher must be does not depend on the network
+    if (
+        method.build_companion is None or method.needs_teacher
+    ):  # what a teacher must be does not depend on the network
         return True
     peers = method.topologies[0] == "peers"
     branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
@@ -191,14 +305,18 @@ def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) 
     return True
 
 
-def create_student(name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any) -> nn.Module:
+def create_student(
+    name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any
+) -> nn.Module:
     """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
 
-    A student's state dict loads into it: ``create_student(model.name, C).load_state_dict(model.student().state_dict())``.
-    "NETWORKS@METHOD" is what a method hands over that needs more than one branch.
+    A student's state dict loads into it: ``create_student(model.name,
+    C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is what a method hands
+    over that needs more than one branch.
 
     Args:
-        layout: keywords of ``create_model``; given any, the network is a branch of that model instead.
+        layout: keywords of ``create_model``; given any, the network is a branch of that model
+            instead.
         branch: the index of that branch; None is what the method keeps.
 
     Raises:
@@ -218,17 +336,24 @@ def create_student(name: str, num_classes: int = 10, *, branch: int | None = Non
 
 
 def model_name(name: str) -> str:
-    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2" is wrn16_2).
+    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2"
+    is wrn16_2).
 
     Raises:
         ConfigError: there is none; the message suggests the closest name.
     """
+
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))
 
-    found = [name] if name in _modules else [known for known in _modules if plain(known) == plain(name)]
+    found = (
+        [name] if name in _modules else [known for known in _modules if plain(known) == plain(name)]
+    )
     if len(found) != 1:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _modules)}; networks of torchvision and timm are torchvision:NAME and timm:NAME")
+        raise ConfigError(
+            f"unknown model '{name}'{did_you_mean(name, _modules)}; networks of torchvision and"
+            " timm are torchvision:NAME and timm:NAME"
+        )
     return found[0]
 
 
@@ -244,19 +369,42 @@ def get_backbone(name: str) -> Backbone:
 
 def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
     if not method.hierarchical:
-        raise ConfigError(f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'")
+        raise ConfigError(
+            f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'"
+        )
     if backbone.compressed is None:
-        raise ConfigError(f"compression: model '{backbone.name}' does not say which of its blocks can be taken away; use another")
+        raise ConfigError(
+            f"compression: model '{backbone.name}' does not say which of its blocks can be taken"
+            " away; use another"
+        )
     return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise ConfigError(f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2")
+        raise ConfigError(
+            f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2"
+        )
 
 
 __all__ = [
-    "Backbone", "Branch", "BranchOutput", "BranchedModel", "Peer", "PlainNetwork",
-    "allowed_methods", "assemble", "branch_out", "check_layout", "companion_builder", "create_model", "create_student", "find_backbone", "get_backbone",
-    "list_models", "list_split_points", "model_name", "register_model",
+    "Backbone",
+    "Branch",
+    "BranchOutput",
+    "BranchedModel",
+    "Peer",
+    "PlainNetwork",
+    "allowed_methods",
+    "assemble",
+    "branch_out",
+    "check_layout",
+    "companion_builder",
+    "create_model",
+    "create_student",
+    "find_backbone",
+    "get_backbone",
+    "list_models",
+    "list_split_points",
+    "model_name",
+    "register_model",
 ]

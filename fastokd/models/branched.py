@@ -1,4 +1,6 @@
-"""The branched network: one trunk, M branches that share it, the method's own modules, and the student it yields."""
+"""The branched network: one trunk, M branches that share it, the method's own modules, and the
+student it yields.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +55,16 @@ class Branch(nn.Module):
 class PlainNetwork(nn.Sequential):
     """A network as it is deployed: named children run in order, images to logits [B, C].
 
-    There is no other forward, so trunk and branch compute what the plain network computes by construction. Subclasses
-    add a name and no constructor, which keeps slicing (``net[:-1]``) working.
+    There is no other forward, so trunk and branch compute what the plain network computes by
+    construction. Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``)
+    working.
     """
 
     @classmethod
     def join(cls, trunk: nn.Sequential, branch: Branch) -> "PlainNetwork":
-        """The network that is this trunk followed by this branch; the modules are used, not copied."""
+        """The network that is this trunk followed by this branch; the modules are used, not
+        copied.
+        """
         network = cls()
         for part in (trunk, branch.body, branch.head):
             for name, module in part.named_children():
@@ -69,14 +74,17 @@ class PlainNetwork(nn.Sequential):
 
 @dataclass(frozen=True)
 class Backbone:
-    """How one network is split. A family's module holds them in the constant ``BACKBONES``, by name.
+    """How one network is split. A family's module holds them in the constant ``BACKBONES``, by
+    name.
 
-    ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...: level 1 is the plain
-    network's own, each further level has ``aux_blocks`` auxiliary blocks more. ``join`` makes the plain network of a
-    trunk and a branch. ``image_size`` is the height and width of the images that the network is made for.
+    ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
+    level 1 is the plain network's own, each further level has ``aux_blocks`` auxiliary blocks more.
+    ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
+    of the images that the network is made for.
 
-    ``compressed(num_branches)``, where there is one, is the same network split for compression (AHBF Table 5): level M of
-    M is the plain network's own branch, and each level below has ``aux_blocks`` blocks fewer.
+    ``compressed(num_branches)``, where there is one, is the same network split for compression
+    (AHBF Table 5): level M of M is the plain network's own branch, and each level below has
+    ``aux_blocks`` blocks fewer.
     """
 
     name: str
@@ -101,13 +109,16 @@ class Peer(nn.Module):
         return self.branch(self.trunk(x))
 
 
-def one_by_one(branches: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def one_by_one(
+    branches: Sequence[nn.Module], inputs: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
     """Each branch's feature maps and logits from its input."""
     return [branch(own) for branch, own in zip(branches, inputs, strict=True)]
 
 
 class BranchedModel(nn.Module):
-    """A network whose last stage exists M times on one shared trunk, or M whole networks side by side (peers).
+    """A network whose last stage exists M times on one shared trunk, or M whole networks side by
+    side (peers).
 
     Built by ``fastokd.models.create_model``.
 
@@ -123,10 +134,18 @@ class BranchedModel(nn.Module):
         method: the method's name.
     """
 
-    def __init__(self, names: Sequence[str], num_classes: int, trunk: nn.Module | None, branches: Sequence[nn.Module],
-                 joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]], kept: int = 0,
-                 build_companion: Callable[[Layout], Companion] | None = None, teacher: nn.Module | None = None,
-                 method: str = "baseline") -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_classes: int,
+        trunk: nn.Module | None,
+        branches: Sequence[nn.Module],
+        joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]],
+        kept: int = 0,
+        build_companion: Callable[[Layout], Companion] | None = None,
+        teacher: nn.Module | None = None,
+        method: str = "baseline",
+    ) -> None:
         super().__init__()
         self.names = tuple(names)
         self.num_classes = num_classes
@@ -134,12 +153,18 @@ class BranchedModel(nn.Module):
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
         channels = tuple(branch.channels for branch in branches)
-        self.companion = build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher)) if build_companion else None
+        self.companion = (
+            build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher))
+            if build_companion
+            else None
+        )
         self.method = method
         self._joins = tuple(joins)
         self._merged: MergedFirstConvs | None = None
         self.run_branches = one_by_one
-        """Runs branches that do not depend on each other; whoever trains may put another way of running them here."""
+        """Runs branches that do not depend on each other; whoever trains may put another way of
+        running them here.
+        """
 
     @property
     def num_branches(self) -> int:
@@ -149,7 +174,11 @@ class BranchedModel(nn.Module):
     @property
     def name(self) -> str:
         """The name of the student's network, as ``create_student`` takes it."""
-        return f"{','.join(self.names)}@{self.method}" if self.hands_over_more else self.names[self.kept]
+        return (
+            f"{','.join(self.names)}@{self.method}"
+            if self.hands_over_more
+            else self.names[self.kept]
+        )
 
     @property
     def hands_over_more(self) -> bool:
@@ -160,7 +189,8 @@ class BranchedModel(nn.Module):
         """Every branch's logits, features and what the method's modules add.
 
         Args:
-            x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H, W].
+            x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H,
+                W].
         """
         if self.trunk is not None:
             shared = self.trunk(x)
@@ -173,21 +203,28 @@ class BranchedModel(nn.Module):
         if self.companion is None:
             return BranchOutput(ran.logits, ran.features)
         images = shared if self.trunk is None else x
-        extras = self.companion(BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on))
+        extras = self.companion(
+            BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on)
+        )
         return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
 
     def _run(self, inputs: Sequence[Tensor]) -> RunResult:
         if self.runs_in_its_own_way:
             return self.companion.run(inputs, self.branches)
-        results = self._merged(inputs[0]) if self._merged is not None else self.run_branches(self.branches, inputs)
+        results = (
+            self._merged(inputs[0])
+            if self._merged is not None
+            else self.run_branches(self.branches, inputs)
+        )
         features, logits = zip(*results, strict=True)
         return RunResult(features, logits)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules, each on its own, when they are first called.
+        """Compile trunk, branches and the method's modules, each on its own, when they are first
+        called.
 
-        So what is compiled is small and alike for all branches, and they may still run side by side. Names of weights and
-        the student stay what they were.
+        So what is compiled is small and alike for all branches, and they may still run side by
+        side. Names of weights and the student stay what they were.
         """
         parts = [self.trunk, self.companion]
         parts += self.branches if self._merged is None else self._merged.parts
@@ -202,7 +239,8 @@ class BranchedModel(nn.Module):
 
     @property
     def merged_first_conv(self) -> bool:
-        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same values up to rounding.
+        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same
+        values up to rounding.
 
         Setting it raises a ConfigError where they cannot be merged, and says why.
         """
@@ -211,19 +249,25 @@ class BranchedModel(nn.Module):
     @merged_first_conv.setter
     def merged_first_conv(self, merged: bool) -> None:
         if merged and self.trunk is None:
-            raise ConfigError("merged_first_conv: peers have no trunk, so their convolutions have no input in common")
+            raise ConfigError(
+                "merged_first_conv: peers have no trunk, so their convolutions have no input in"
+                " common"
+            )
         if merged and self.runs_in_its_own_way:
-            raise ConfigError(f"merged_first_conv: method '{self.method}' runs the branches in its own way")
+            raise ConfigError(
+                f"merged_first_conv: method '{self.method}' runs the branches in its own way"
+            )
         self._merged = MergedFirstConvs(self.branches) if merged else None
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
 
-        A deep copy with the same weights, device, dtype and train/eval mode; its state dict is the plain network's.
+        A deep copy with the same weights, device, dtype and train/eval mode; its state dict is the
+        plain network's.
 
         Args:
-            branch: index of the branch; None is what the method keeps, which may be more than a branch where branches
-                cannot do without each other (AFID).
+            branch: index of the branch; None is what the method keeps, which may be more than a
+                branch where branches cannot do without each other (AFID).
 
         Raises:
             ConfigError: there is no such branch.
@@ -231,16 +275,24 @@ class BranchedModel(nn.Module):
         return copy.deepcopy(self.live_student(branch))
 
     def live_student(self, branch: int | None = None) -> nn.Module:
-        """As ``student``, but made of the model's own modules: its weights change as the model is trained."""
+        """As ``student``, but made of the model's own modules: its weights change as the model is
+        trained.
+        """
         if branch is None and self.hands_over_more:
             student = self.companion.student(self.branches, self.kept)
         else:
             index = self.kept if branch is None else branch
             if index not in range(self.num_branches):
-                raise ConfigError(f"branch {index}: this model has the branches 0 to {self.num_branches - 1}")
+                raise ConfigError(
+                    f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
+                )
             own = self.branches[index]
-            student = self._joins[index](*((own.trunk, own.branch) if self.trunk is None else (self.trunk, own)))
-        student.training = self.training  # not .train(), which would also unfreeze layers that are held in eval mode
+            student = self._joins[index](
+                *((own.trunk, own.branch) if self.trunk is None else (self.trunk, own))
+            )
+        student.training = (
+            self.training
+        )  # not .train(), which would also unfreeze layers that are held in eval mode
         return student
 
 
@@ -251,4 +303,9 @@ def trunk_channels(trunk: nn.Module | None) -> int:
     if isinstance(channels := getattr(trunk, "channels", None), int):
         return channels
     with torch.no_grad():
-        return copy.deepcopy(trunk).to("meta").eval()(torch.empty(1, 3, 64, 64, device="meta")).shape[1]
+        return (
+            copy.deepcopy(trunk)
+            .to("meta")
+            .eval()(torch.empty(1, 3, 64, 64, device="meta"))
+            .shape[1]
+        )

@@ -1,6 +1,7 @@
 """DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block.
 
-The distillation papers' "DenseNet-40-12" is the BC form: bottlenecks, and transitions that halve the channels.
+The distillation papers' "DenseNet-40-12" is the BC form: bottlenecks, and transitions that halve
+the channels.
 """
 
 from collections import OrderedDict
@@ -15,11 +16,15 @@ from fastokd.models.staged import Parts, Stage, StagedNetwork
 
 
 class DenseNet(PlainNetwork):
-    """conv1, dense1, dense2, dense3, norm, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+    """conv1, dense1, dense2, dense3, norm, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to
+    logits [B, C].
+    """
 
 
 class DenseLayer(nn.Module):
-    """1x1 and 3x3 convolutions, batch norm and ReLU before each: appends ``growth`` channels to its input."""
+    """1x1 and 3x3 convolutions, batch norm and ReLU before each: appends ``growth`` channels to its
+    input.
+    """
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -35,12 +40,17 @@ class DenseLayer(nn.Module):
 
 
 def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) -> Stage:
-    """Dense layers, and the transition that halves channels, height and width unless it is the last stage."""
+    """Dense layers, and the transition that halves channels, height and width unless it is the last
+    stage.
+    """
+
     def out_channels(in_channels: int, count: int) -> int:
         return (in_channels + count * growth) // (2 if transition else 1)
 
     def build(in_channels: int, count: int) -> nn.Sequential:
-        layers: list[nn.Module] = [DenseLayer(in_channels + i * growth, growth) for i in range(count)]
+        layers: list[nn.Module] = [
+            DenseLayer(in_channels + i * growth, growth) for i in range(count)
+        ]
         if transition:
             channels = in_channels + count * growth
             halve = conv(channels, out_channels(in_channels, count), 1, fan="fan_in")
@@ -64,8 +74,12 @@ def head(channels: int, num_classes: int) -> nn.Sequential:
 
 def backbone(name: str, num_blocks: int, growth: int) -> Backbone:
     """Three stages of ``num_blocks`` dense layers."""
-    stages = tuple(dense_stage(f"dense{i}", num_blocks, growth, transition=i < 3) for i in (1, 2, 3))
-    return StagedNetwork(name, DenseNet, stem, 24, stages, head, split=2, compressed_split=1, tail=tail).backbone()
+    stages = tuple(
+        dense_stage(f"dense{i}", num_blocks, growth, transition=i < 3) for i in (1, 2, 3)
+    )
+    return StagedNetwork(
+        name, DenseNet, stem, 24, stages, head, split=2, compressed_split=1, tail=tail
+    ).backbone()
 
 
 # Two convolutions a layer, 6 layers a stage, two transitions, stem and classifier: depth 40.

@@ -9,23 +9,45 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, *,
-         fan: Literal["fan_in", "fan_out"] = "fan_out") -> nn.Conv2d:
-    """A padded convolution without bias, Kaiming-normal: std sqrt(2 / (kernel^2 out_channels)) by fan-out."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    fan: Literal["fan_in", "fan_out"] = "fan_out",
+) -> nn.Conv2d:
+    """A padded convolution without bias, Kaiming-normal: std sqrt(2 / (kernel^2 out_channels)) by
+    fan-out.
+    """
+    layer = nn.Conv2d(
+        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+    )
     nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
     return layer
 
 
-def conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, *,
-              activation: type[nn.Module] | None = nn.ReLU) -> list[nn.Module]:
-    """A convolution, its batch norm and the activation, if any: the layers, for a sequence of the caller's."""
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    activation: type[nn.Module] | None = nn.ReLU,
+) -> list[nn.Module]:
+    """A convolution, its batch norm and the activation, if any: the layers, for a sequence of the
+    caller's.
+    """
     layers = [conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)]
     return layers if activation is None else [*layers, activation()]
 
 
 def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
-    """A linear layer with the bias 0 and weights from N(0, std^2), or with the library's weights."""
+    """A linear layer with the bias 0 and weights from N(0, std^2), or with the library's
+    weights.
+    """
     layer = nn.Linear(in_features, out_features)
     if std is not None:
         nn.init.normal_(layer.weight, std=std)
@@ -35,7 +57,9 @@ def linear(in_features: int, out_features: int, std: float | None = None) -> nn.
 
 def pooled(**layers: nn.Module) -> nn.Sequential:
     """A head: global average pooling, then the given layers on [B, channels]."""
-    return nn.Sequential(OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), **layers))
+    return nn.Sequential(
+        OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), **layers)
+    )
 
 
 def classifier(channels: int, num_classes: int) -> nn.Sequential:
@@ -45,10 +69,17 @@ def classifier(channels: int, num_classes: int) -> nn.Sequential:
 
 @contextlib.contextmanager
 def uncounted_batches(module: nn.Module) -> Iterator[None]:
-    """Within it, batch norms with a momentum do not count batches: one small kernel each per step, for a number that only
-    norms without a momentum (a cumulative average) read. The counters stay in the state dict, with the value they had."""
-    counters = [(norm._buffers, norm.num_batches_tracked) for norm in module.modules()
-                if isinstance(norm, _BatchNorm) and norm.momentum is not None and norm.num_batches_tracked is not None]
+    """Within it, batch norms with a momentum do not count batches: one small kernel each per step,
+    for a number that only norms without a momentum (a cumulative average) read. The counters stay
+    in the state dict, with the value they had.
+    """
+    counters = [
+        (norm._buffers, norm.num_batches_tracked)
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        and norm.momentum is not None
+        and norm.num_batches_tracked is not None
+    ]
     try:
         for buffers, _ in counters:
             buffers["num_batches_tracked"] = None

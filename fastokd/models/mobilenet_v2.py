@@ -1,7 +1,9 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) for 32x32 images and for ImageNet, branched after the row of 64 channels.
+"""MobileNetV2 (Sandler et al., CVPR 2018) for 32x32 images and for ImageNet, branched after the row
+of 64 channels.
 
-State dicts of the ImageNet form are torchvision's. Each branch has its own rows of 96, 160 and 320 channels; a level's auxiliary blocks are in
-one of them. (In AHBF's published code every branch runs the first branch's rows of 96 and 160 again, and its own are dead.)
+State dicts of the ImageNet form are torchvision's. Each branch has its own rows of 96, 160 and 320
+channels; a level's auxiliary blocks are in one of them. (In AHBF's published code every branch runs
+the first branch's rows of 96 and 160 again, and its own are dead.)
 """
 
 from collections import OrderedDict
@@ -13,7 +15,15 @@ from fastokd.models.layers import conv_norm, linear, pooled
 from fastokd.models.staged import Parts, Stage, StagedNetwork
 
 # Channels, blocks, stride on ImageNet and stride on 32x32 images of each row.
-ROWS = ((16, 1, 1, 1), (24, 2, 2, 1), (32, 3, 2, 2), (64, 4, 2, 2), (96, 3, 1, 1), (160, 3, 2, 2), (320, 1, 1, 1))
+ROWS = (
+    (16, 1, 1, 1),
+    (24, 2, 2, 1),
+    (32, 3, 2, 2),
+    (64, 4, 2, 2),
+    (96, 3, 1, 1),
+    (160, 3, 2, 2),
+    (320, 1, 1, 1),
+)
 FEATURES = 1280
 
 
@@ -22,24 +32,44 @@ class MobileNetV2(PlainNetwork):
 
     @classmethod
     def join(cls, trunk: nn.Sequential, branch: Branch) -> "MobileNetV2":
-        """As ``PlainNetwork.join``; stem, the blocks of all rows and the last convolution are one numbered sequence."""
+        """As ``PlainNetwork.join``; stem, the blocks of all rows and the last convolution are one
+        numbered sequence.
+        """
         parts = (*trunk.named_children(), *branch.body.named_children())
-        features = nn.Sequential(*(block for name, part in parts for block in (part if name.startswith("row") else (part,))))
+        features = nn.Sequential(
+            *(
+                block
+                for name, part in parts
+                for block in (part if name.startswith("row") else (part,))
+            )
+        )
         features.training = trunk.training
         return cls(OrderedDict(features=features, **dict(branch.head.named_children())))
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 convolution that widens, a depthwise 3x3 and a 1x1 that narrows, around a shortcut where the shapes agree.
+    """A 1x1 convolution that widens, a depthwise 3x3 and a 1x1 that narrows, around a shortcut
+    where the shapes agree.
 
-    [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]. Without an ``expansion`` there is no first
-    convolution.
+    [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]. Without an ``expansion``
+    there is no first convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int | None, activation: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int | None,
+        activation: type[nn.Module],
+    ) -> None:
         super().__init__()
         inner = (expansion or 1) * in_channels
-        widen = [nn.Sequential(*conv_norm(in_channels, inner, 1, activation=activation))] if expansion else []
+        widen = (
+            [nn.Sequential(*conv_norm(in_channels, inner, 1, activation=activation))]
+            if expansion
+            else []
+        )
         self.conv = nn.Sequential(
             *widen,
             nn.Sequential(*conv_norm(inner, inner, 3, stride, groups=inner, activation=activation)),
@@ -51,16 +81,34 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.has_shortcut else self.conv(x)
 
 
-def row(name: str, width: int, num_blocks: int, stride: int, expansion: int | None, activation: type[nn.Module]) -> Stage:
+def row(
+    name: str,
+    width: int,
+    num_blocks: int,
+    stride: int,
+    expansion: int | None,
+    activation: type[nn.Module],
+) -> Stage:
     """Blocks of ``width`` channels; the first has the stride."""
+
     def build(in_channels: int, count: int) -> nn.Sequential:
         first = InvertedResidual(in_channels, width, stride, expansion, activation)
-        return nn.Sequential(first, *(InvertedResidual(width, width, 1, expansion, activation) for _ in range(count - 1)))
+        return nn.Sequential(
+            first,
+            *(InvertedResidual(width, width, 1, expansion, activation) for _ in range(count - 1)),
+        )
 
     return Stage(name, num_blocks, build, lambda *_: width)
 
 
-def backbone(name: str, width: float, divisor: int, activation: type[nn.Module], dropout: float, image_size: int) -> Backbone:
+def backbone(
+    name: str,
+    width: float,
+    divisor: int,
+    activation: type[nn.Module],
+    dropout: float,
+    image_size: int,
+) -> Backbone:
     """The network with all channels but the last 1,280 times ``width``.
 
     Args:
@@ -71,32 +119,63 @@ def backbone(name: str, width: float, divisor: int, activation: type[nn.Module],
         dropout: probability of zeroing a feature before the classifier.
         image_size: 32 for the form with the strides for CIFAR, else the ImageNet form.
     """
+
     def scaled(channels: int) -> int:
         exact = channels * width
         rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * exact else rounded
 
     def stem() -> Parts:
-        return OrderedDict(stem=nn.Sequential(*conv_norm(3, scaled(32), 3, 2, activation=activation)))
+        return OrderedDict(
+            stem=nn.Sequential(*conv_norm(3, scaled(32), 3, 2, activation=activation))
+        )
 
     def tail(channels: int) -> Parts:
-        return OrderedDict(last=nn.Sequential(*conv_norm(channels, FEATURES, 1, activation=activation)))
+        return OrderedDict(
+            last=nn.Sequential(*conv_norm(channels, FEATURES, 1, activation=activation))
+        )
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
-        return pooled(classifier=nn.Sequential(nn.Dropout(dropout), linear(channels, num_classes, std=0.01)))
+        return pooled(
+            classifier=nn.Sequential(nn.Dropout(dropout), linear(channels, num_classes, std=0.01))
+        )
 
     # Nothing to widen in the first row, but the CIFAR codes have the convolution there too.
     cifar = image_size == 32
-    rows = tuple(row(f"row{channels}", scaled(channels), count, cifar_stride if cifar else stride,
-                     6 if channels > ROWS[0][0] else 1 if cifar else None, activation)
-                 for channels, count, stride, cifar_stride in ROWS)
-    return StagedNetwork(name, MobileNetV2, stem, scaled(32), rows, head, split=4, compressed_split=4, tail=tail, tail_channels=FEATURES,
-                         image_size=image_size).backbone()
+    rows = tuple(
+        row(
+            f"row{channels}",
+            scaled(channels),
+            count,
+            cifar_stride if cifar else stride,
+            6 if channels > ROWS[0][0] else 1 if cifar else None,
+            activation,
+        )
+        for channels, count, stride, cifar_stride in ROWS
+    )
+    return StagedNetwork(
+        name,
+        MobileNetV2,
+        stem,
+        scaled(32),
+        rows,
+        head,
+        split=4,
+        compressed_split=4,
+        tail=tail,
+        tail_channels=FEATURES,
+        image_size=image_size,
+    ).backbone()
 
 
 BACKBONES = {
     # Without dropout: torchvision's 0.2 is a part of its ImageNet recipe.
-    **{name: backbone(name, width, 1, nn.ReLU, 0.0, 32) for name, width in (("mobilenetv2_x0_5", 0.5), ("mobilenetv2_x1_0", 1.0))},
-    **{name: backbone(name, width, 8, nn.ReLU6, 0.2, 224)
-       for name, width in (("mobilenetv2_x0_5_imagenet", 0.5), ("mobilenetv2_x1_0_imagenet", 1.0))},
+    **{
+        name: backbone(name, width, 1, nn.ReLU, 0.0, 32)
+        for name, width in (("mobilenetv2_x0_5", 0.5), ("mobilenetv2_x1_0", 1.0))
+    },
+    **{
+        name: backbone(name, width, 8, nn.ReLU6, 0.2, 224)
+        for name, width in (("mobilenetv2_x0_5_imagenet", 0.5), ("mobilenetv2_x1_0_imagenet", 1.0))
+    },
 }

@@ -8,14 +8,18 @@ from fastokd.models.staged import Stage
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The shortcut: a 1x1 convolution with batch norm where stride or width changes, else none (the identity)."""
+    """The shortcut: a 1x1 convolution with batch norm where stride or width changes, else none (the
+    identity).
+    """
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(*conv_norm(in_channels, out_channels, 1, stride, activation=None))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, width, H / stride, W / stride]."""
+    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, width, H / stride, W /
+    stride].
+    """
 
     expansion = 1
 
@@ -34,15 +38,18 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut: [B, in_channels, H, W] to [B, 4 width, H / stride, W / stride].
+    """1x1, 3x3 and 1x1 convolutions around a shortcut: [B, in_channels, H, W] to [B, 4 width, H /
+    stride, W / stride].
 
-    The stride is on the 3x3 convolution, which has ``widen * width`` channels in ``groups`` groups: ``widen`` makes a
-    wide ResNet of it, and with groups a ResNeXt.
+    The stride is on the 3x3 convolution, which has ``widen * width`` channels in ``groups`` groups:
+    ``widen`` makes a wide ResNet of it, and with groups a ResNeXt.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int = 1, widen: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int = 1, widen: int = 1, groups: int = 1
+    ) -> None:
         super().__init__()
         inner, out_channels = widen * width, self.expansion * width
         self.conv1 = conv(in_channels, inner, 1)
@@ -61,10 +68,11 @@ class Bottleneck(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, batch norm and ReLU before each: [B, in_channels, H, W] to [B, width, H / stride, W / stride].
+    """Two 3x3 convolutions, batch norm and ReLU before each: [B, in_channels, H, W] to [B, width, H
+    / stride, W / stride].
 
-    Where the width changes, the shortcut is a 1x1 convolution of the first ReLU's output (Zagoruyko & Komodakis, BMVC
-    2016, after He et al., ECCV 2016).
+    Where the width changes, the shortcut is a 1x1 convolution of the first ReLU's output (Zagoruyko
+    & Komodakis, BMVC 2016, after He et al., ECCV 2016).
     """
 
     expansion = 1
@@ -75,7 +83,9 @@ class PreActivationBlock(nn.Module):
         self.conv1 = conv(in_channels, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3)
-        self.shortcut = None if stride == 1 and in_channels == width else conv(in_channels, width, 1, stride)
+        self.shortcut = (
+            None if stride == 1 and in_channels == width else conv(in_channels, width, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
@@ -87,12 +97,16 @@ class PreActivationBlock(nn.Module):
 Block = type[BasicBlock] | type[Bottleneck] | type[PreActivationBlock]
 
 
-def residual_stage(name: str, block: Block, width: int, num_blocks: int, stride: int, **options: int) -> Stage:
+def residual_stage(
+    name: str, block: Block, width: int, num_blocks: int, stride: int, **options: int
+) -> Stage:
     """Blocks of one width; the first has the stride. ``options`` are the block's."""
     out_channels = width * block.expansion
 
     def build(in_channels: int, count: int) -> nn.Sequential:
         first = block(in_channels, width, stride, **options)
-        return nn.Sequential(first, *(block(out_channels, width, **options) for _ in range(count - 1)))
+        return nn.Sequential(
+            first, *(block(out_channels, width, **options) for _ in range(count - 1))
+        )
 
     return Stage(name, num_blocks, build, lambda *_: out_channels)

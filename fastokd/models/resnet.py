@@ -1,4 +1,5 @@
-"""ResNets of four stages (He et al., CVPR 2016): the ImageNet form, and ResNeXt (Xie et al., CVPR 2017) for 32x32 images.
+"""ResNets of four stages (He et al., CVPR 2016): the ImageNet form, and ResNeXt (Xie et al., CVPR
+2017) for 32x32 images.
 
 State dicts are torchvision's.
 """
@@ -15,31 +16,60 @@ from fastokd.models.staged import Parts, StagedNetwork
 
 
 class ResNet(PlainNetwork):
-    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images [B, 3, H, W] to logits [B, C]."""
+    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images [B, 3, H, W] to
+    logits [B, C].
+    """
 
 
 def imagenet_stem() -> Parts:
     """A quarter of height and width."""
-    return OrderedDict(conv1=conv(3, 64, 7, 2), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(), maxpool=nn.MaxPool2d(3, 2, 1))
+    return OrderedDict(
+        conv1=conv(3, 64, 7, 2),
+        bn1=nn.BatchNorm2d(64),
+        relu=nn.ReLU(),
+        maxpool=nn.MaxPool2d(3, 2, 1),
+    )
 
 
 def cifar_stem() -> Parts:
     return OrderedDict(conv1=conv(3, 64, 3), bn1=nn.BatchNorm2d(64), relu=nn.ReLU())
 
 
-def backbone(name: str, block: Block, num_blocks: Sequence[int], stem: Callable[[], Parts], image_size: int, split: int,
-             **options: int) -> Backbone:
-    stages = tuple(residual_stage(f"layer{i}", block, width, count, 1 if i == 1 else 2, **options)
-                   for i, (width, count) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1))
-    return StagedNetwork(name, ResNet, stem, 64, stages, classifier, split, compressed_split=2, image_size=image_size).backbone()
+def backbone(
+    name: str,
+    block: Block,
+    num_blocks: Sequence[int],
+    stem: Callable[[], Parts],
+    image_size: int,
+    split: int,
+    **options: int,
+) -> Backbone:
+    stages = tuple(
+        residual_stage(f"layer{i}", block, width, count, 1 if i == 1 else 2, **options)
+        for i, (width, count) in enumerate(
+            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
+        )
+    )
+    return StagedNetwork(
+        name, ResNet, stem, 64, stages, classifier, split, compressed_split=2, image_size=image_size
+    ).backbone()
 
 
-# On ImageNet stages 3 and 4 branch and deepen in turn, as in AHBF's published code (its paper says the last stage).
-# ResNeXt-50 for CIFAR (FFM+CD, ACCV 2020, gives no details) has the usual changes: a 3x3 stem of stride 1, no
-# max-pool. It branches at the last stage, as the other networks for CIFAR.
+# On ImageNet stages 3 and 4 branch and deepen in turn, as in AHBF's published code (its paper says
+# the last stage). ResNeXt-50 for CIFAR (FFM+CD, ACCV 2020, gives no details) has the usual changes:
+# a 3x3 stem of stride 1, no max-pool. It branches at the last stage, as the other networks for
+# CIFAR.
 BACKBONES = {
-    "resnet18_imagenet": backbone("resnet18_imagenet", BasicBlock, (2, 2, 2, 2), imagenet_stem, 224, split=2),
-    "resnet34_imagenet": backbone("resnet34_imagenet", BasicBlock, (3, 4, 6, 3), imagenet_stem, 224, split=2),
-    "resnet50_imagenet": backbone("resnet50_imagenet", Bottleneck, (3, 4, 6, 3), imagenet_stem, 224, split=2),
-    "resnext50_32x4d": backbone("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), cifar_stem, 32, split=3, widen=2, groups=32),
+    "resnet18_imagenet": backbone(
+        "resnet18_imagenet", BasicBlock, (2, 2, 2, 2), imagenet_stem, 224, split=2
+    ),
+    "resnet34_imagenet": backbone(
+        "resnet34_imagenet", BasicBlock, (3, 4, 6, 3), imagenet_stem, 224, split=2
+    ),
+    "resnet50_imagenet": backbone(
+        "resnet50_imagenet", Bottleneck, (3, 4, 6, 3), imagenet_stem, 224, split=2
+    ),
+    "resnext50_32x4d": backbone(
+        "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), cifar_stem, 32, split=3, widen=2, groups=32
+    ),
 }

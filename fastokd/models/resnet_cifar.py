@@ -1,4 +1,6 @@
-"""ResNets for 32x32 images (He et al., CVPR 2016, section 4.2), branched at the last stage (AHBF, AAAI 2023)."""
+"""ResNets for 32x32 images (He et al., CVPR 2016, section 4.2), branched at the last stage (AHBF,
+AAAI 2023).
+"""
 
 from collections import OrderedDict
 
@@ -11,7 +13,9 @@ from fastokd.models.staged import Parts, StagedNetwork
 
 
 class CifarResNet(PlainNetwork):
-    """conv1, bn1, relu, layer1, layer2, layer3, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+    """conv1, bn1, relu, layer1, layer2, layer3, avgpool, flatten, fc: images [B, 3, 32, 32] to
+    logits [B, C].
+    """
 
 
 def stem() -> Parts:
@@ -19,20 +23,29 @@ def stem() -> Parts:
 
 
 def backbone(name: str, block: Block, num_blocks: int, **options: int) -> Backbone:
-    """The network with three stages of ``num_blocks`` blocks: stem and stages 1 and 2 are the trunk, stage 3 branches.
+    """The network with three stages of ``num_blocks`` blocks: stem and stages 1 and 2 are the
+    trunk, stage 3 branches.
 
     In compression mode stages 2 and 3 branch.
     """
-    stages = tuple(residual_stage(f"layer{i}", block, width, num_blocks, stride, **options)
-                   for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1))
-    return StagedNetwork(name, CifarResNet, stem, 16, stages, classifier, split=2, compressed_split=1).backbone()
+    stages = tuple(
+        residual_stage(f"layer{i}", block, width, num_blocks, stride, **options)
+        for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1)
+    )
+    return StagedNetwork(
+        name, CifarResNet, stem, 16, stages, classifier, split=2, compressed_split=1
+    ).backbone()
 
 
-# Two convolutions a block, three stages, stem and classifier: depth 6n + 2. The papers' ResNet-110 is made of
-# bottlenecks: three convolutions a block, depth 9n + 2. So is OKDDip's WRN-20-8, whose inner convolutions are 8 times as
-# wide; it is not the pre-activation network of the wide ResNets' paper.
+# Two convolutions a block, three stages, stem and classifier: depth 6n + 2. The papers' ResNet-110
+# is made of bottlenecks: three convolutions a block, depth 9n + 2. So is OKDDip's WRN-20-8, whose
+# inner convolutions are 8 times as wide; it is not the pre-activation network of the wide ResNets'
+# paper.
 BACKBONES = {
-    **{f"resnet{6 * n + 2}": backbone(f"resnet{6 * n + 2}", BasicBlock, n) for n in (1, 2, 3, 5, 7, 9)},
+    **{
+        f"resnet{6 * n + 2}": backbone(f"resnet{6 * n + 2}", BasicBlock, n)
+        for n in (1, 2, 3, 5, 7, 9)
+    },
     "resnet110": backbone("resnet110", Bottleneck, 12),
     "wrn20_8": backbone("wrn20_8", Bottleneck, 2, widen=8),
 }

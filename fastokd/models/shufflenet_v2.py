@@ -1,7 +1,7 @@
 """ShuffleNetV2 (Ma et al., ECCV 2018) for 32x32 images, branched at the last stage.
 
-FFM+CD (ACCV 2020), which trains it on CIFAR, gives no details; this is the usual form: a 3x3 stem of stride 1 and no
-max-pool, all else as for ImageNet. State dicts are torchvision's.
+FFM+CD (ACCV 2020), which trains it on CIFAR, gives no details; this is the usual form: a 3x3 stem
+of stride 1 and no max-pool, all else as for ImageNet. State dicts are torchvision's.
 """
 
 from collections import OrderedDict
@@ -17,19 +17,28 @@ STEM, FEATURES = 24, 1024
 
 
 class ShuffleNetV2(PlainNetwork):
-    """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+    """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits
+    [B, C].
+    """
 
 
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1, ...), and split in half.
+    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1,
+    ...), and split in half.
 
-    The halves are made at once, each in memory of its own and in the memory format of ``b``: no concatenation before, and
-    no copy of a slice by the convolution after.
+    The halves are made at once, each in memory of its own and in the memory format of ``b``: no
+    concatenation before, and no copy of a slice by the convolution after.
     """
-    at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1  # where the channels lie in memory
+    at = (
+        3 if b.is_contiguous(memory_format=torch.channels_last) else 1
+    )  # where the channels lie in memory
 
     def interleave(a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1).flatten(at, at + 1).movedim(at, 1)
+        return (
+            torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1)
+            .flatten(at, at + 1)
+            .movedim(at, 1)
+        )
 
     half = a.shape[1] // 2
     return interleave(a[:, :half], b[:, :half]), interleave(a[:, half:], b[:, half:])
@@ -37,11 +46,16 @@ def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
     """A depthwise 3x3 convolution and a 1x1."""
-    return [*conv_norm(in_channels, in_channels, 3, stride, groups=in_channels, activation=None), *conv_norm(in_channels, width, 1)]
+    return [
+        *conv_norm(in_channels, in_channels, 3, stride, groups=in_channels, activation=None),
+        *conv_norm(in_channels, width, 1),
+    ]
 
 
 class DownUnit(nn.Module):
-    """Halves height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of what leaves the unit."""
+    """Halves height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of
+    what leaves the unit.
+    """
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -53,7 +67,9 @@ class DownUnit(nn.Module):
 
 
 class Unit(nn.Module):
-    """One half of the channels passes, the other is convolved, and both are shuffled: two halves to two halves."""
+    """One half of the channels passes, the other is convolved, and both are shuffled: two halves to
+    two halves.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -72,7 +88,11 @@ class Concatenate(nn.Module):
 
 def shuffle_stage(name: str, channels: int, num_blocks: int) -> Stage:
     def build(in_channels: int, count: int) -> nn.Sequential:
-        return nn.Sequential(DownUnit(in_channels, channels // 2), *(Unit(channels // 2) for _ in range(count - 1)), Concatenate())
+        return nn.Sequential(
+            DownUnit(in_channels, channels // 2),
+            *(Unit(channels // 2) for _ in range(count - 1)),
+            Concatenate(),
+        )
 
     return Stage(name, num_blocks, build, lambda *_: channels)
 
@@ -86,9 +106,23 @@ def tail(channels: int) -> Parts:
 
 
 def backbone(name: str) -> Backbone:
-    stages = (shuffle_stage("stage2", 116, 4), shuffle_stage("stage3", 232, 8), shuffle_stage("stage4", 464, 4))
-    return StagedNetwork(name, ShuffleNetV2, stem, STEM, stages, classifier, split=2, compressed_split=1, tail=tail,
-                         tail_channels=FEATURES).backbone()
+    stages = (
+        shuffle_stage("stage2", 116, 4),
+        shuffle_stage("stage3", 232, 8),
+        shuffle_stage("stage4", 464, 4),
+    )
+    return StagedNetwork(
+        name,
+        ShuffleNetV2,
+        stem,
+        STEM,
+        stages,
+        classifier,
+        split=2,
+        compressed_split=1,
+        tail=tail,
+        tail_channels=FEATURES,
+    ).backbone()
 
 
 BACKBONES = {"shufflenetv2_x1_0": backbone("shufflenetv2_x1_0")}

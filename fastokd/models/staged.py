@@ -1,4 +1,6 @@
-"""A network as a row of stages, and the two ways in which it is branched: deeper teachers, or smaller students."""
+"""A network as a row of stages, and the two ways in which it is branched: deeper teachers, or
+smaller students.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,8 +18,9 @@ Parts = OrderedDict[str, nn.Module]
 def level_blocks(num_blocks: Sequence[int], level: int, aux_blocks: int) -> tuple[int, ...]:
     """Blocks in each branched stage of a branch of hierarchy level 1, 2, ...
 
-    The first level has the plain network's. Every further one has ``aux_blocks`` more than the one before, in one stage:
-    the first, then the second, and so on in turn (AHBF section 3.2; for several stages its published code).
+    The first level has the plain network's. Every further one has ``aux_blocks`` more than the one
+    before, in one stage: the first, then the second, and so on in turn (AHBF section 3.2; for
+    several stages its published code).
     """
     blocks = list(num_blocks)
     for step in range(level - 1):
@@ -26,12 +29,14 @@ def level_blocks(num_blocks: Sequence[int], level: int, aux_blocks: int) -> tupl
 
 
 def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) -> tuple[int, ...]:
-    """Blocks in each branched stage of the branch that is ``steps`` below the deepest, in compression mode.
+    """Blocks in each branched stage of the branch that is ``steps`` below the deepest, in
+    compression mode.
 
-    The deepest has the plain network's. Every further one has ``aux_blocks`` fewer than the one before, in one stage: the
-    last, then the one before it, and so on in turn; a stage of a single block keeps it. For four branches that is what
-    AHBF's published code builds ("reduced" in its Table 5); for another number of branches of a ResNet the code instead
-    takes both stages' blocks at once in the smallest branch, and has two equal branches among five.
+    The deepest has the plain network's. Every further one has ``aux_blocks`` fewer than the one
+    before, in one stage: the last, then the one before it, and so on in turn; a stage of a single
+    block keeps it. For four branches that is what AHBF's published code builds ("reduced" in its
+    Table 5); for another number of branches of a ResNet the code instead takes both stages' blocks
+    at once in the smallest branch, and has two equal branches among five.
 
     Raises:
         ConfigError: there are too few blocks.
@@ -42,14 +47,19 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
         blocks[giving[step % len(giving)]] -= aux_blocks
     if min(blocks) < 1 or (steps and aux_blocks and not giving):
         shown = " and ".join(map(str, num_blocks))
-        raise ConfigError(f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have {shown} blocks, too few to take "
-                          f"{steps} x {aux_blocks} in turn and leave one in each; use fewer branches or smaller aux_blocks")
+        raise ConfigError(
+            f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have"
+            f" {shown} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
+            " each; use fewer branches or smaller aux_blocks"
+        )
     return tuple(blocks)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. ``build`` and ``out_channels`` take the channels that come in and the number of blocks."""
+    """Blocks of one width. ``build`` and ``out_channels`` take the channels that come in and the
+    number of blocks.
+    """
 
     name: str
     num_blocks: int
@@ -69,8 +79,8 @@ class StagedNetwork:
         head: feature channels and C to the layers from feature maps to logits.
         split: index of the first stage that every branch has to itself.
         compressed_split: the same in compression mode, at most ``split``.
-        tail: the last stage's channels to the layers between it and the features, with ``tail_channels`` channels at their
-            end; None leaves the channels as they are.
+        tail: the last stage's channels to the layers between it and the features, with
+            ``tail_channels`` channels at their end; None leaves the channels as they are.
         image_size: height and width of the images that the network is made for.
     """
 
@@ -91,10 +101,19 @@ class StagedNetwork:
         return self._backbone(self.split, level_blocks, self._compressed)
 
     def _compressed(self, num_branches: int) -> Backbone:
-        return self._backbone(self.compressed_split, lambda blocks, level, aux_blocks: compressed_blocks(blocks, num_branches - level, aux_blocks))
+        return self._backbone(
+            self.compressed_split,
+            lambda blocks, level, aux_blocks: compressed_blocks(
+                blocks, num_branches - level, aux_blocks
+            ),
+        )
 
-    def _backbone(self, split: int, count_blocks: Callable[[Sequence[int], int, int], Sequence[int]],
-                  compressed: Callable[[int], Backbone] | None = None) -> Backbone:
+    def _backbone(
+        self,
+        split: int,
+        count_blocks: Callable[[Sequence[int], int, int], Sequence[int]],
+        compressed: Callable[[int], Backbone] | None = None,
+    ) -> Backbone:
         shared, own = self.stages[:split], self.stages[split:]
         trunk_channels = self.stem_channels
         for stage in shared:
@@ -107,12 +126,19 @@ class StagedNetwork:
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
             parts: Parts = OrderedDict()
-            channels = _append(parts, trunk_channels, own, count_blocks([stage.num_blocks for stage in own], level, aux_blocks))
+            channels = _append(
+                parts,
+                trunk_channels,
+                own,
+                count_blocks([stage.num_blocks for stage in own], level, aux_blocks),
+            )
             parts.update(self.tail(channels))
             channels = self.tail_channels or channels
             return Branch(nn.Sequential(parts), self.head(channels, num_classes), channels)
 
-        return Backbone(self.name, build_trunk, build_branch, self.network.join, self.image_size, compressed)
+        return Backbone(
+            self.name, build_trunk, build_branch, self.network.join, self.image_size, compressed
+        )
 
 
 def _append(parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]) -> int:

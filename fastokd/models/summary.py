@@ -14,15 +14,18 @@ from fastokd.models.branched import BranchedModel
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of parameters, shared ones once; buffers such as running statistics are not parameters."""
+    """The number of parameters, shared ones once; buffers such as running statistics are not
+    parameters.
+    """
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def forward_flops(module: nn.Module, input_size: Sequence[int]) -> int:
-    """Floating-point operations of one forward pass in eval mode: 2 per multiply-add of convolutions and matrix products.
+    """Floating-point operations of one forward pass in eval mode: 2 per multiply-add of
+    convolutions and matrix products.
 
-    Batch norm, activations, pooling and additions are not counted. Only shapes are propagated, on a copy: nothing is
-    computed, and the module is left alone.
+    Batch norm, activations, pooling and additions are not counted. Only shapes are propagated, on a
+    copy: nothing is computed, and the module is left alone.
 
     Args:
         module: takes one tensor.
@@ -48,38 +51,58 @@ def _unchanged(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs: parameters, and FLOPs of a forward pass of one image (see ``forward_flops``)."""
+    """What a network costs: parameters, and FLOPs of a forward pass of one image (see
+    ``forward_flops``).
+    """
 
     parameters: int
     flops: int
 
 
 def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
-    """The costs of a branched model: of the ``student``, of all in ``training``, and of ``branch1`` .. as plain networks.
+    """The costs of a branched model: of the ``student``, of all in ``training``, and of ``branch1``
+    .. as plain networks.
 
     Args:
         model: on any device; on the meta device it is quick.
         image_size: height and width of an image.
     """
     size = (3, image_size, image_size)
-    counts = {name: sum(kinds.values()) for name, kinds in _count(model, size).get_flop_counts().items()}
+    counts = {
+        name: sum(kinds.values()) for name, kinds in _count(model, size).get_flop_counts().items()
+    }
     kind = type(model).__name__
-    trunk = Cost(0, 0) if model.trunk is None else Cost(count_parameters(model.trunk), counts.get(f"{kind}.trunk", 0))
+    trunk = (
+        Cost(0, 0)
+        if model.trunk is None
+        else Cost(count_parameters(model.trunk), counts.get(f"{kind}.trunk", 0))
+    )
     costs = {}
     for index, branch in enumerate(model.branches):
         name = f"{kind}.branches.{index}"
         # Branches that exchange features are run layer by layer, and counted alone.
-        own = counts[name] if name in counts else forward_flops(model.student(index), size) - trunk.flops
-        costs[f"branch{index + 1}"] = Cost(trunk.parameters + count_parameters(branch), trunk.flops + own)
+        own = (
+            counts[name]
+            if name in counts
+            else forward_flops(model.student(index), size) - trunk.flops
+        )
+        costs[f"branch{index + 1}"] = Cost(
+            trunk.parameters + count_parameters(branch), trunk.flops + own
+        )
     student = costs[f"branch{model.kept + 1}"]
     if model.hands_over_more:
         whole = model.student()
         student = Cost(count_parameters(whole), forward_flops(whole, size))
-    return {"student": student, "training": Cost(count_parameters(model), counts["Global"]), **costs}
+    return {
+        "student": student,
+        "training": Cost(count_parameters(model), counts["Global"]),
+        **costs,
+    }
 
 
 def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -> None:
-    """Check that a network can take images of a height and width. Only shapes are propagated, as in ``forward_flops``.
+    """Check that a network can take images of a height and width. Only shapes are propagated, as in
+    ``forward_flops``.
 
     ``made_for`` is the height and width that it is made for, for the message.
 
@@ -90,5 +113,8 @@ def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -
     try:
         forward_flops(model, (3, height, width))
     except Exception as error:  # whatever a network's own operators raise
-        raise ConfigError(f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); it is made for {made_for} x {made_for}: "
-                          f"pass --image-size {made_for}, or another --model") from error
+        raise ConfigError(
+            f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); it"
+            f" is made for {made_for} x {made_for}: pass --image-size {made_for}, or another"
+            " --model"
+        ) from error

@@ -1,7 +1,9 @@
-"""Where a network can be cut in two: its forward followed with ``torch.fx``, as far down as the cut and no further.
+"""Where a network can be cut in two: its forward followed with ``torch.fx``, as far down as the cut
+and no further.
 
-Only the modules around the cut are traced (the network itself and the containers on the way to the cut); everything else
-stays a call of the module, which keeps its own control flow, its training flag and its hooks.
+Only the modules around the cut are traced (the network itself and the containers on the way to the
+cut); everything else stays a call of the module, which keeps its own control flow, its training
+flag and its hooks.
 """
 
 import copy
@@ -20,7 +22,9 @@ _LAYERS = (nn.Linear, nn.Conv2d)
 
 
 class _Whole(nn.Module):
-    """A network called with images alone, whatever further arguments its forward has defaults for."""
+    """A network called with images alone, whatever further arguments its forward has defaults
+    for.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -31,7 +35,9 @@ class _Whole(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Follows the forward of the modules named in ``opened``; calls of all others are recorded as calls."""
+    """Follows the forward of the modules named in ``opened``; calls of all others are recorded as
+    calls.
+    """
 
     def __init__(self, opened: Collection[str]) -> None:
         super().__init__()
@@ -42,8 +48,11 @@ class _Tracer(fx.Tracer):
 
 
 def _not_followed(network: nn.Module, error: Exception) -> ConfigError:
-    return ConfigError(f"the forward of {type(network).__name__} cannot be followed by torch.fx ({first_line(error)}); "
-                       "a network can be branched if its forward is a fixed sequence of calls")
+    return ConfigError(
+        f"the forward of {type(network).__name__} cannot be followed by torch.fx"
+        f" ({first_line(error)}); a network can be branched if its forward is a fixed sequence of"
+        " calls"
+    )
 
 
 def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
@@ -52,7 +61,8 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
     The network's training flags are changed: pass a copy.
 
     Raises:
-        ConfigError: it cannot be followed, or computes something else in training than in evaluation.
+        ConfigError: it cannot be followed, or computes something else in training than in
+            evaluation.
     """
     graphs = []
     for training in (True, False):
@@ -64,19 +74,31 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
             if node.op in ("call_module", "get_attr"):
                 node.target = node.target.removeprefix("network.")
             elif node.op == "call_function" and node.target in DROPOUTS:
-                # The flag as it was while tracing: `dropouts` makes a module of it, which has a flag of its own.
-                node.kwargs = {name: value for name, value in node.kwargs.items() if name != "training"}
+                # The flag as it was while tracing: `dropouts` makes a module of it, which has a
+                # flag of its own.
+                node.kwargs = {
+                    name: value for name, value in node.kwargs.items() if name != "training"
+                }
         graphs.append(graph)
     if str(graphs[0]) != str(graphs[1]):
-        raise ConfigError(f"the forward of {type(network).__name__} computes something else in training than in evaluation "
-                          "(auxiliary classifiers?), which cannot be branched; build it without them")
+        raise ConfigError(
+            f"the forward of {type(network).__name__} computes something else in training than in"
+            " evaluation (auxiliary classifiers?), which cannot be branched; build it without them"
+        )
     return graphs[0]
 
 
 def uses(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """What a part of a graph takes from outside, without the parameters that it reads itself."""
     inside = set(nodes)
-    return list(dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value not in inside and value.op != "get_attr"))
+    return list(
+        dict.fromkeys(
+            value
+            for node in nodes
+            for value in node.all_input_nodes
+            if value not in inside and value.op != "get_attr"
+        )
+    )
 
 
 def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
@@ -90,11 +112,15 @@ def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
 
 def is_cut(nodes: Sequence[fx.Node], index: int) -> bool:
     """Whether the nodes after ``nodes[index]`` take nothing but its value from before."""
-    return uses(nodes[index + 1:]) == [nodes[index]]
+    return uses(nodes[index + 1 :]) == [nodes[index]]
 
 
-def part(source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.Node) -> fx.GraphModule:
-    """A module that computes ``end`` from ``start``, made of the source's own modules under their own names."""
+def part(
+    source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.Node
+) -> fx.GraphModule:
+    """A module that computes ``end`` from ``start``, made of the source's own modules under their
+    own names.
+    """
     graph = fx.Graph()
     copies = {start: graph.placeholder("x")}
     held = nn.Module()
@@ -114,9 +140,13 @@ def part(source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.No
     return fx.GraphModule(held, graph, f"{type(source).__name__}Part")
 
 
-def _dropout(graph: fx.Graph, held: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+def _dropout(
+    graph: fx.Graph, held: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node]
+) -> fx.Node:
     """A call of a dropout function as a module."""
-    chosen = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+    chosen = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(
+        node.kwargs
+    )
     name = f"{node.name}_module"
     held.add_module(name, DROPOUTS[node.target](chosen.get("p", 0.5), chosen.get("inplace", False)))
     return graph.call_module(name, (copies[chosen["input"]],))
@@ -124,8 +154,14 @@ def _dropout(graph: fx.Graph, held: nn.Module, node: fx.Node, copies: dict[fx.No
 
 def named(nodes: Iterable[fx.Node]) -> list[str]:
     """The modules and tensors that a part of a graph uses, by name."""
-    return list(dict.fromkeys(
-        value.target for node in nodes for value in (*node.all_input_nodes, node) if value.op == "get_attr" or (value is node and node.op == "call_module")))
+    return list(
+        dict.fromkeys(
+            value.target
+            for node in nodes
+            for value in (*node.all_input_nodes, node)
+            if value.op == "get_attr" or (value is node and node.op == "call_module")
+        )
+    )
 
 
 def tensors(network: nn.Module, path: str) -> list[Tensor]:
@@ -144,7 +180,9 @@ def _get(root: nn.Module, path: str) -> nn.Module | Tensor:
 
 
 def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
-    """Set a module, parameter or buffer at its dotted path, in its place among the others; containers are made as needed."""
+    """Set a module, parameter or buffer at its dotted path, in its place among the others;
+    containers are made as needed.
+    """
     *containers, name = path.split(".")
     for container in containers:
         if container not in root._modules:
@@ -160,7 +198,9 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
 
 @dataclass
 class Call:
-    """What a module was called with: the shapes of its first argument and its output, ``None`` for what is no tensor."""
+    """What a module was called with: the shapes of its first argument and its output, ``None`` for
+    what is no tensor.
+    """
 
     name: str
     shape_in: torch.Size | None
@@ -170,7 +210,9 @@ class Call:
 
 @dataclass
 class Shapes:
-    """The shapes of a forward pass of one image: of every node, and of every module in the order in which they finished."""
+    """The shapes of a forward pass of one image: of every node, and of every module in the order in
+    which they finished.
+    """
 
     nodes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     modules: dict[str, Call] = field(default_factory=dict)
@@ -189,7 +231,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         for node, tensor, version in self.versions:
-            # An in-place operation gives back the tensor that it wrote to; a node after it sees that node's value.
+            # An in-place operation gives back the tensor that it wrote to; a node after it sees
+            # that node's value.
             if tensor._version != version and n.op != "output":
                 self.shapes.written.add(node)
         if isinstance(value, Tensor) and n.op != "output":
@@ -214,19 +257,32 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
     def write_down(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             before = shapes.modules.pop(name, None)
-            shape_in, shape_out = (value.shape if isinstance(value, Tensor) else None for value in (inputs[0] if inputs else None, output))
-            shapes.modules[name] = Call(name, shape_in, shape_out, 1 if before is None else before.calls + 1)
+            shape_in, shape_out = (
+                value.shape if isinstance(value, Tensor) else None
+                for value in (inputs[0] if inputs else None, output)
+            )
+            shapes.modules[name] = Call(
+                name, shape_in, shape_out, 1 if before is None else before.calls + 1
+            )
+
         return hook
 
-    handles = [module.register_forward_hook(write_down(name)) for name, module in network.named_modules()]
+    handles = [
+        module.register_forward_hook(write_down(name)) for name, module in network.named_modules()
+    ]
     try:
         with torch.no_grad():
             _Recorder(network.eval(), graph, shapes).run(torch.empty(1, *input_size, device="meta"))
     except Exception as error:  # whatever the network's own operators raise
-        if _takes(network, input_size):  # so it is not the size: for example, a module writes to a list that it is given
+        if _takes(
+            network, input_size
+        ):  # so it is not the size: for example, a module writes to a list that it is given
             raise _not_followed(network, error) from error
         size = " x ".join(map(str, input_size))
-        raise ConfigError(f"{type(network).__name__} cannot take an image of {size} ({first_line(error)}); pass input_size=(channels, height, width)") from error
+        raise ConfigError(
+            f"{type(network).__name__} cannot take an image of {size} ({first_line(error)}); pass"
+            " input_size=(channels, height, width)"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -249,25 +305,48 @@ def meta_copy(network: nn.Module) -> nn.Module:
 
 
 def default_input_size(network: nn.Module) -> tuple[int, int, int]:
-    """The images a network was made for (channels, height, width), where it says so; else 3 x 224 x 224."""
+    """The images a network was made for (channels, height, width), where it says so; else 3 x 224 x
+    224.
+    """
     channels, *size = getattr(network, "pretrained_cfg", {}).get("input_size", (None, 224, 224))
-    made_for = getattr(network, "image_size", None) or getattr(getattr(network, "patch_embed", None), "img_size", None) or size
+    made_for = (
+        getattr(network, "image_size", None)
+        or getattr(getattr(network, "patch_embed", None), "img_size", None)
+        or size
+    )
     height, width = (made_for, made_for) if isinstance(made_for, int) else made_for
     if channels is None:
-        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        first = next(
+            (module for module in network.modules() if isinstance(module, nn.Conv2d)), None
+        )
         channels = 3 if first is None else first.in_channels
     return channels, height, width
 
 
 def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -> int | None:
-    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, which the rest is a function of."""
+    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, which
+    the rest is a function of.
+    """
     for index in reversed(range(len(nodes) - 1)):
         node = nodes[index]
         shape = shapes.nodes.get(node)
-        if shape is None or len(shape) not in (3, 4) or node in shapes.written or not is_cut(nodes, index):
+        if (
+            shape is None
+            or len(shape) not in (3, 4)
+            or node in shapes.written
+            or not is_cut(nodes, index)
+        ):
             continue
-        maps = shape[1:3] if is_nhwc(network) and len(shape) == 4 else shape[2:] if len(shape) == 4 else shape[1:2]
-        pooled = node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.AdaptiveAvgPool2d)
+        maps = (
+            shape[1:3]
+            if is_nhwc(network) and len(shape) == 4
+            else shape[2:]
+            if len(shape) == 4
+            else shape[1:2]
+        )
+        pooled = node.op == "call_module" and isinstance(
+            network.get_submodule(node.target), nn.AdaptiveAvgPool2d
+        )
         if maps.numel() > 1 and not pooled:
             return index
     return None
@@ -279,7 +358,9 @@ def is_nhwc(network: nn.Module) -> bool:
 
 
 class TokensToMaps(nn.Module):
-    """Tokens [B, prefix + H * W, D] to feature maps [B, D, H, W], without the prefix (class and register tokens)."""
+    """Tokens [B, prefix + H * W, D] to feature maps [B, D, H, W], without the prefix (class and
+    register tokens).
+    """
 
     def __init__(self, prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -287,7 +368,7 @@ class TokensToMaps(nn.Module):
         self.grid = grid
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.prefix:].transpose(1, 2).unflatten(2, self.grid)
+        return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
 
 
 class ChannelsFirst(nn.Module):
@@ -308,21 +389,26 @@ def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
     count = shape[1]
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if grid is None:
-        squares = (side for side in range(int(count ** 0.5), 0, -1) if count - side * side <= 8)
+        squares = (side for side in range(int(count**0.5), 0, -1) if count - side * side <= 8)
         side = next(squares, 0)
         grid = (side, side)
     prefix = count - grid[0] * grid[1]
     if prefix < 0 or grid[0] < 1 or prefix > 8:
-        raise ConfigError(f"{type(network).__name__} ends in {count} tokens, which are not a grid of patches and a few tokens before it")
+        raise ConfigError(
+            f"{type(network).__name__} ends in {count} tokens, which are not a grid of patches and"
+            " a few tokens before it"
+        )
     return TokensToMaps(prefix, tuple(grid)), shape[2]
 
 
 def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None) -> list[str]:
-    """Where ``branch_out`` can split a classifier: its stages and blocks by dotted name, in the order of execution.
+    """Where ``branch_out`` can split a classifier: its stages and blocks by dotted name, in the
+    order of execution.
 
     Args:
         module: a classifier, on any device; it is not changed.
-        input_size: channels, height and width of an image; None is what the network says, else (3, 224, 224).
+        input_size: channels, height and width of an image; None is what the network says, else (3,
+            224, 224).
 
     Raises:
         ConfigError: its forward cannot be followed, or it cannot take such an image.
@@ -334,16 +420,23 @@ def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None
     end = feature_node(network, nodes, shapes)
     if end is None:
         return []
-    # A stage and its first block begin at the same place; the stage names it. Before the first layer there is no trunk.
+    # A stage and its first block begin at the same place; the stage names it. Before the first
+    # layer there is no trunk.
     points: dict[int, str] = {}
-    for name, before in _points(network, nodes[:end + 1], ""):
+    for name, before in _points(network, nodes[: end + 1], ""):
         points.setdefault(before, name)
     points.pop(0, None)
     return list(points.values())
 
 
-def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: int = 0,
-            earlier: frozenset[int] = frozenset(), later: frozenset[int] = frozenset()) -> Iterable[tuple[str, int]]:
+def _points(
+    module: nn.Module,
+    nodes: Sequence[fx.Node],
+    prefix: str,
+    before: int = 0,
+    earlier: frozenset[int] = frozenset(),
+    later: frozenset[int] = frozenset(),
+) -> Iterable[tuple[str, int]]:
     """Split points with the number of parameters before each; descends into containers of blocks.
 
     ``earlier`` and ``later`` are the tensors used before and after the container.
@@ -354,9 +447,17 @@ def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: in
             continue
         child = module.get_submodule(node.target)
         tail = tail_from(graph, node)
-        trunk = [each for each in graph.nodes if each not in tail and each.op not in ("placeholder", "get_attr")]
+        trunk = [
+            each
+            for each in graph.nodes
+            if each not in tail and each.op not in ("placeholder", "get_attr")
+        ]
         used, needed = earlier | _tensor_ids(module, trunk), later | _tensor_ids(module, tail)
-        if any(parameter.dim() > 1 for parameter in child.parameters()) and len(uses(tail)) == 1 and not used & needed:
+        if (
+            any(parameter.dim() > 1 for parameter in child.parameters())
+            and len(uses(tail)) == 1
+            and not used & needed
+        ):
             yield prefix + node.target, before
             if _holds_blocks(child):
                 try:
@@ -364,8 +465,17 @@ def _points(module: nn.Module, nodes: Sequence[fx.Node], prefix: str, before: in
                 except ConfigError:
                     inner = None
                 if inner is not None:
-                    calls = [each for each in inner.nodes if each.op not in ("placeholder", "get_attr")]
-                    yield from _points(child, calls, f"{prefix}{node.target}.", before, used, later | _tensor_ids(module, tail[1:]))
+                    calls = [
+                        each for each in inner.nodes if each.op not in ("placeholder", "get_attr")
+                    ]
+                    yield from _points(
+                        child,
+                        calls,
+                        f"{prefix}{node.target}.",
+                        before,
+                        used,
+                        later | _tensor_ids(module, tail[1:]),
+                    )
         before += sum(parameter.numel() for parameter in child.parameters())
 
 
@@ -373,12 +483,24 @@ def _holds_blocks(module: nn.Module) -> bool:
     """Whether a module is a container of blocks or layers, and not a block itself."""
     if type(module) is nn.Sequential:
         return True
-    groups = [module, *(child for child in module.children() if isinstance(child, (nn.Sequential, nn.ModuleList)))]
+    groups = [
+        module,
+        *(
+            child
+            for child in module.children()
+            if isinstance(child, (nn.Sequential, nn.ModuleList))
+        ),
+    ]
     return any(repeats(child, group.children()) for group in groups for child in group.children())
 
 
 def repeats(block: nn.Module, siblings: Iterable[nn.Module]) -> bool:
-    """Whether a module is one of several blocks of one class that stand side by side: each with two layers or more."""
-    if isinstance(block, nn.Sequential) or sum(isinstance(layer, _LAYERS) for layer in block.modules()) < 2:
+    """Whether a module is one of several blocks of one class that stand side by side: each with two
+    layers or more.
+    """
+    if (
+        isinstance(block, nn.Sequential)
+        or sum(isinstance(layer, _LAYERS) for layer in block.modules()) < 2
+    ):
         return False
     return sum(type(sibling) is type(block) for sibling in siblings) > 1

@@ -1,8 +1,10 @@
-"""VGG for 32x32 images (Simonyan & Zisserman, ICLR 2015) with batch norm, branched at the last stage.
+"""VGG for 32x32 images (Simonyan & Zisserman, ICLR 2015) with batch norm, branched at the last
+stage.
 
-Dropout: the papers' codes have 0.5 in the classifiers of every multi-branch network and none in the plain baseline, so
-that their comparison of the two changes more than the method. Here ``vgg13`` and ``vgg16`` have 0.5, the rate of VGG's own
-paper, in every branch of every method and in the baseline alike. ``backbone(..., dropout=0.0)`` makes a network without.
+Dropout: the papers' codes have 0.5 in the classifiers of every multi-branch network and none in the
+plain baseline, so that their comparison of the two changes more than the method. Here ``vgg13`` and
+``vgg16`` have 0.5, the rate of VGG's own paper, in every branch of every method and in the baseline
+alike. ``backbone(..., dropout=0.0)`` makes a network without.
 """
 
 from collections import OrderedDict
@@ -20,7 +22,10 @@ class VGG(PlainNetwork):
 
 
 def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
-    """3x3 convolutions with bias, each with batch norm and ReLU, then a max-pool that halves height and width."""
+    """3x3 convolutions with bias, each with batch norm and ReLU, then a max-pool that halves height
+    and width.
+    """
+
     def build(in_channels: int, count: int) -> nn.Sequential:
         layers: list[nn.Module] = []
         for _ in range(count):
@@ -42,17 +47,31 @@ def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Back
         num_blocks: five numbers.
         dropout: probability of zeroing an activation between the classifier's linear layers.
     """
-    def head(channels: int, num_classes: int) -> nn.Sequential:
-        # Images of 32x32 leave a single pixel; the average of it is itself, and larger images fit too.
-        return pooled(classifier=nn.Sequential(
-            linear(channels, 512, std=0.01), nn.ReLU(), nn.Dropout(dropout),
-            linear(512, 512, std=0.01), nn.ReLU(), nn.Dropout(dropout),
-            linear(512, num_classes, std=0.01),
-        ))
 
-    stages = tuple(vgg_stage(f"stage{i}", width, count)
-                   for i, (width, count) in enumerate(zip((64, 128, 256, 512, 512), num_blocks, strict=True), start=1))
-    return StagedNetwork(name, VGG, OrderedDict, 3, stages, head, split=4, compressed_split=3).backbone()
+    def head(channels: int, num_classes: int) -> nn.Sequential:
+        # Images of 32x32 leave a single pixel; the average of it is itself, and larger images fit
+        # too.
+        return pooled(
+            classifier=nn.Sequential(
+                linear(channels, 512, std=0.01),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                linear(512, 512, std=0.01),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                linear(512, num_classes, std=0.01),
+            )
+        )
+
+    stages = tuple(
+        vgg_stage(f"stage{i}", width, count)
+        for i, (width, count) in enumerate(
+            zip((64, 128, 256, 512, 512), num_blocks, strict=True), start=1
+        )
+    )
+    return StagedNetwork(
+        name, VGG, OrderedDict, 3, stages, head, split=4, compressed_split=3
+    ).backbone()
 
 
 BACKBONES = {

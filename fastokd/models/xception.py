@@ -1,8 +1,8 @@
 """Xception (Chollet, CVPR 2017) for 32x32 images, branched before its last two blocks.
 
-FFM+CD (ACCV 2020), which trains it on CIFAR, gives no details but that the last two blocks are separated; this is the
-usual form: a stem without strides, all else as for ImageNet. A branch has the last of the eight middle blocks, of which
-auxiliary blocks are more, and the exit flow.
+FFM+CD (ACCV 2020), which trains it on CIFAR, gives no details but that the last two blocks are
+separated; this is the usual form: a stem without strides, all else as for ImageNet. A branch has
+the last of the eight middle blocks, of which auxiliary blocks are more, and the exit flow.
 """
 
 import itertools
@@ -18,12 +18,17 @@ MIDDLE, FEATURES = 728, 2048
 
 
 class Xception(PlainNetwork):
-    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc: images [B, 3, 32, 32] to logits [B, C]."""
+    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc: images [B,
+    3, 32, 32] to logits [B, C].
+    """
 
 
 def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
     """A depthwise 3x3 convolution, a 1x1 and batch norm."""
-    return [conv(in_channels, in_channels, 3, groups=in_channels), *conv_norm(in_channels, out_channels, 1, activation=None)]
+    return [
+        conv(in_channels, in_channels, 3, groups=in_channels),
+        *conv_norm(in_channels, out_channels, 1, activation=None),
+    ]
 
 
 class Block(nn.Module):
@@ -34,9 +39,16 @@ class Block(nn.Module):
 
     def __init__(self, *widths: int, down: bool = False, first_relu: bool = True) -> None:
         super().__init__()
-        self.shortcut = nn.Sequential(*conv_norm(widths[0], widths[-1], 1, 2, activation=None)) if down else None
-        layers = [layer for i, pair in enumerate(itertools.pairwise(widths))
-                  for layer in ([nn.ReLU()] if first_relu or i else []) + separable(*pair)]
+        self.shortcut = (
+            nn.Sequential(*conv_norm(widths[0], widths[-1], 1, 2, activation=None))
+            if down
+            else None
+        )
+        layers = [
+            layer
+            for i, pair in enumerate(itertools.pairwise(widths))
+            for layer in ([nn.ReLU()] if first_relu or i else []) + separable(*pair)
+        ]
         self.body = nn.Sequential(*layers, *([nn.MaxPool2d(3, 2, 1)] if down else []))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,15 +73,31 @@ def stem() -> Parts:
 
 
 def tail(channels: int) -> Parts:
-    return OrderedDict(exit=nn.Sequential(
-        Block(channels, channels, 1024, down=True), *separable(1024, 1536), nn.ReLU(), *separable(1536, FEATURES), nn.ReLU(),
-    ))
+    return OrderedDict(
+        exit=nn.Sequential(
+            Block(channels, channels, 1024, down=True),
+            *separable(1024, 1536),
+            nn.ReLU(),
+            *separable(1536, FEATURES),
+            nn.ReLU(),
+        )
+    )
 
 
 def backbone(name: str) -> Backbone:
     stages = (middle_stage("middle", 7), middle_stage("middle_last", 1))
-    return StagedNetwork(name, Xception, stem, MIDDLE, stages, classifier, split=1, compressed_split=0, tail=tail,
-                         tail_channels=FEATURES).backbone()
+    return StagedNetwork(
+        name,
+        Xception,
+        stem,
+        MIDDLE,
+        stages,
+        classifier,
+        split=1,
+        compressed_split=0,
+        tail=tail,
+        tail_channels=FEATURES,
+    ).backbone()
 
 
 BACKBONES = {"xception": backbone("xception")}

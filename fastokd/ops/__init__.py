@@ -3,4 +3,12 @@
 from fastokd.ops.executors import Executor, check_impl, executor_states, register_executor, resolve
 from fastokd.ops.operator import evaluate, loss_and_grad
 
-__all__ = ["Executor", "check_impl", "evaluate", "executor_states", "loss_and_grad", "register_executor", "resolve"]
+__all__ = [
+    "Executor",
+    "check_impl",
+    "evaluate",
+    "executor_states",
+    "loss_and_grad",
+    "register_executor",
+    "resolve",
+]

@@ -22,7 +22,9 @@ from fastokd.ops.reference import compute_dtype
 ABI_VERSION = 1
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
 
-_NATIVE = Path(os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
+_NATIVE = Path(
+    os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
+)
 """Where the library lies. The variable is for builds of one's own, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
@@ -31,11 +33,14 @@ _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
 class LibraryUnusable(Exception):
-    """The library is absent, or not one that this fastokd can call; the message says why and what to do."""
+    """The library is absent, or not one that this fastokd can call; the message says why and what
+    to do.
+    """
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log; empty if nothing was built.
+    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log;
+    empty if nothing was built.
 
     Raises:
         LibraryUnusable: the file is damaged.
@@ -45,7 +50,9 @@ def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise LibraryUnusable(f"{folder / 'build_info.json'} cannot be read ({error}); install fastokd again") from error
+        raise LibraryUnusable(
+            f"{folder / 'build_info.json'} cannot be read ({error}); install fastokd again"
+        ) from error
 
 
 def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
@@ -58,16 +65,26 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
     if path is None:
         info = build_info(folder)
         if not info:
-            raise LibraryUnusable("the native library is not built here; run `pip install -e .` (it needs cmake and a C++17 compiler)")
-        raise LibraryUnusable(f"the native library was not built ({info.get('status')}): {info.get('reason')}")
+            raise LibraryUnusable(
+                "the native library is not built here; run `pip install -e .` (it needs cmake and a"
+                " C++17 compiler)"
+            )
+        raise LibraryUnusable(
+            f"the native library was not built ({info.get('status')}): {info.get('reason')}"
+        )
     try:
         library = ctypes.CDLL(str(path))
         library.fastokd_abi_version.restype = ctypes.c_int32
         version = library.fastokd_abi_version()
     except (OSError, AttributeError) as error:
-        raise LibraryUnusable(f"{path} cannot be loaded ({error}); install fastokd again") from error
+        raise LibraryUnusable(
+            f"{path} cannot be loaded ({error}); install fastokd again"
+        ) from error
     if version != ABI_VERSION:
-        raise LibraryUnusable(f"{path} has ABI version {version}, this fastokd needs {ABI_VERSION}; install fastokd again")
+        raise LibraryUnusable(
+            f"{path} has ABI version {version}, this fastokd needs {ABI_VERSION}; install fastokd"
+            " again"
+        )
     pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name, result, arguments in (
         ("fastokd_status_message", ctypes.c_char_p, [count]),
@@ -94,7 +111,10 @@ def _library() -> ctypes.CDLL | str:
         return str(error)
     isa = os.environ.get(_ISA_VARIABLE)
     if isa and isa not in available_isas(library):
-        return f"{_ISA_VARIABLE}={isa} is not one of this build and machine ({', '.join(available_isas(library))})"
+        return (
+            f"{_ISA_VARIABLE}={isa} is not one of this build and machine"
+            f" ({', '.join(available_isas(library))})"
+        )
     return library
 
 
@@ -107,19 +127,34 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 class CompiledPlan:
-    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by default the best.
+    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by
+    default the best.
 
     Raises:
         ValueError: the library refuses the plan.
     """
 
-    def __init__(self, library: ctypes.CDLL, ints: Sequence[int], floats: Sequence[float], isa: str | None = None) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        ints: Sequence[int],
+        floats: Sequence[float],
+        isa: str | None = None,
+    ) -> None:
         handle = ctypes.c_void_p()
         status = library.fastokd_plan_create(
-            (ctypes.c_int64 * len(ints))(*ints), len(ints), (ctypes.c_double * len(floats))(*floats), len(floats),
-            isa.encode() if isa else None, ctypes.byref(handle))
+            (ctypes.c_int64 * len(ints))(*ints),
+            len(ints),
+            (ctypes.c_double * len(floats))(*floats),
+            len(floats),
+            isa.encode() if isa else None,
+            ctypes.byref(handle),
+        )
         if status:
-            raise ValueError(f"the native library refuses the plan: {library.fastokd_status_message(status).decode()}")
+            raise ValueError(
+                "the native library refuses the plan:"
+                f" {library.fastokd_status_message(status).decode()}"
+            )
         self.library = library
         self.handle = handle
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
@@ -128,7 +163,11 @@ class CompiledPlan:
     def check(self, status: int) -> None:
         if status:
             message = self.library.fastokd_status_message(status).decode()
-            raise MemoryError(message) if status == _NO_MEMORY else ValueError(f"the native library refuses the call: {message}")
+            raise (
+                MemoryError(message)
+                if status == _NO_MEMORY
+                else ValueError(f"the native library refuses the call: {message}")
+            )
 
 
 @lru_cache(maxsize=512)
@@ -147,12 +186,19 @@ def _describe(tensors: Sequence[Tensor], last: Tensor) -> ctypes.Array[ctypes.c_
     words: list[int] = []
     for tensor in tensors:
         words += (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
-    words += (last.data_ptr(), last.stride(0), last.stride(1) if last.dim() == 2 else 0, _DTYPES[last.dtype])
+    words += (
+        last.data_ptr(),
+        last.stride(0),
+        last.stride(1) if last.dim() == 2 else 0,
+        _DTYPES[last.dtype],
+    )
     return (ctypes.c_int64 * len(words))(*words)
 
 
 class CPUExecutor:
-    """Float16, bfloat16, float32 and float64 logits on the CPU; arithmetic in float32, for float64 in float64."""
+    """Float16, bfloat16, float32 and float64 logits on the CPU; arithmetic in float32, for float64
+    in float64.
+    """
 
     name = "cpu"
 
@@ -165,62 +211,130 @@ class CPUExecutor:
     def num_stats(self, plan: Plan) -> int:
         return _compiled(plan).num_stats
 
-    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         compiled = _compiled(plan)
         rows, terms, stats = outputs = _outputs(compiled, plan, logits[0])
         term_weights = term_weights.to(rows.dtype).contiguous()
-        compiled.check(compiled.library.fastokd_forward(
-            compiled.handle, *logits[0].shape, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
-            rows.data_ptr(), terms.data_ptr(), stats.data_ptr(), torch.get_num_threads()))
+        compiled.check(
+            compiled.library.fastokd_forward(
+                compiled.handle,
+                *logits[0].shape,
+                _describe((*logits, *weights, *externals), target),
+                term_weights.data_ptr(),
+                rows.data_ptr(),
+                terms.data_ptr(),
+                stats.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
         return outputs
 
-    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
-                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
-                 needs: Sequence[bool]) -> list[Tensor | None]:
+    def backward(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        stats: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
         compiled, dtype = _compiled(plan), compute_dtype(logits[0])
-        term_weights, grad_rows, stats = term_weights.to(dtype).contiguous(), grad_rows.to(dtype), stats.contiguous()
+        term_weights, grad_rows, stats = (
+            term_weights.to(dtype).contiguous(),
+            grad_rows.to(dtype),
+            stats.contiguous(),
+        )
         grads, places = _gradients(logits, weights, needs)
-        compiled.check(compiled.library.fastokd_backward(
-            compiled.handle, *logits[0].shape, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
-            stats.data_ptr(), _describe((), grad_rows), places, torch.get_num_threads()))
+        compiled.check(
+            compiled.library.fastokd_backward(
+                compiled.handle,
+                *logits[0].shape,
+                _describe((*logits, *weights, *externals), target),
+                term_weights.data_ptr(),
+                stats.data_ptr(),
+                _describe((), grad_rows),
+                places,
+                torch.get_num_threads(),
+            )
+        )
         return grads
 
-    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, with the logits read from memory only once."""
+    def loss_and_grad(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, with the logits read
+        from memory only once.
+        """
         compiled = _compiled(plan)
         rows, terms, stats = _outputs(compiled, plan, logits[0])
         term_weights = term_weights.to(rows.dtype).contiguous()
         batch, classes = logits[0].shape
         upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
         grads, places = _gradients(logits, weights, needs)
-        compiled.check(compiled.library.fastokd_forward_backward(
-            compiled.handle, batch, classes, _describe((*logits, *weights, *externals), target), term_weights.data_ptr(),
-            rows.data_ptr(), terms.data_ptr(), stats.data_ptr(), _describe((), upstream), places, torch.get_num_threads()))
+        compiled.check(
+            compiled.library.fastokd_forward_backward(
+                compiled.handle,
+                batch,
+                classes,
+                _describe((*logits, *weights, *externals), target),
+                term_weights.data_ptr(),
+                rows.data_ptr(),
+                terms.data_ptr(),
+                stats.data_ptr(),
+                _describe((), upstream),
+                places,
+                torch.get_num_threads(),
+            )
+        )
         return rows, terms, grads
 
 
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for rows [B], terms [T, B] and statistics [num_stats, B]."""
     batch, dtype = first.shape[0], compute_dtype(first)
-    return (torch.empty(batch, dtype=dtype), torch.empty((plan.num_terms, batch), dtype=dtype),
-            torch.empty((compiled.num_stats, batch), dtype=dtype))
+    return (
+        torch.empty(batch, dtype=dtype),
+        torch.empty((plan.num_terms, batch), dtype=dtype),
+        torch.empty((compiled.num_stats, batch), dtype=dtype),
+    )
 
 
-def _gradients(logits: Sequence[Tensor], weights: Sequence[Tensor],
-               needs: Sequence[bool]) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
+def _gradients(
+    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
     """Room for the gradients that are needed, and the addresses of all.
 
-    Those of the logits lie in one block: a C library hands several large blocks back to the system when they are freed,
-    and the next step would pay for their pages again, a third of its time.
+    Those of the logits lie in one block: a C library hands several large blocks back to the system
+    when they are freed, and the next step would pay for their pages again, a third of its time.
     """
     first = logits[0]
-    rows = iter(torch.empty((sum(needs[:len(logits)]), *first.shape), dtype=first.dtype).unbind())
-    grads = [next(rows) if need else None for need in needs[:len(logits)]]
-    grads += [torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
-              for tensor, need in zip(weights, needs[len(logits):], strict=True)]
-    return grads, (ctypes.c_void_p * len(grads))(*[None if grad is None else grad.data_ptr() for grad in grads])
+    rows = iter(torch.empty((sum(needs[: len(logits)]), *first.shape), dtype=first.dtype).unbind())
+    grads = [next(rows) if need else None for need in needs[: len(logits)]]
+    grads += [
+        torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
+        for tensor, need in zip(weights, needs[len(logits) :], strict=True)
+    ]
+    return grads, (ctypes.c_void_p * len(grads))(
+        *[None if grad is None else grad.data_ptr() for grad in grads]
+    )
 
 
 EXECUTOR = CPUExecutor()

@@ -1,7 +1,8 @@
 """The executors and the choice among them.
 
-An executor is a module with a constant ``EXECUTOR``. Its module is imported when it is first considered, so that a
-machine without a GPU never imports Triton, and a missing native library costs nothing.
+An executor is a module with a constant ``EXECUTOR``. Its module is imported when it is first
+considered, so that a machine without a GPU never imports Triton, and a missing native library costs
+nothing.
 """
 
 import importlib
@@ -19,7 +20,9 @@ from fastokd.graph.plan import Plan
 
 @dataclass(frozen=True)
 class Case:
-    """What an executor must know to say whether it can run: the device type and the logits' dtype."""
+    """What an executor must know to say whether it can run: the device type and the logits'
+    dtype.
+    """
 
     device: str
     dtype: torch.dtype
@@ -28,31 +31,64 @@ class Case:
 class Executor(Protocol):
     """What an executor offers. B rows, C classes, M logits rows, T terms.
 
-    ``logits`` are M tensors [B, C] with any strides, ``weights`` are [B, K] (rows may have stride 0), ``externals``
-    are [B, C], ``target`` is int64 [B] or floating [B, C], ``term_weights`` is [T] in the compute dtype (float64 for
-    float64 logits, else float32). Inputs are never written to.
+    ``logits`` are M tensors [B, C] with any strides, ``weights`` are [B, K] (rows may have stride
+    0), ``externals`` are [B, C], ``target`` is int64 [B] or floating [B, C], ``term_weights`` is
+    [T] in the compute dtype (float64 for float64 logits, else float32). Inputs are never written
+    to.
     """
 
     name: str
 
     def refusal(self, plan: Plan | None, case: Case) -> str | None:
-        """Why it cannot run this plan (or, for None, anything at all) in this case; None if it can."""
+        """Why it cannot run this plan (or, for None, anything at all) in this case; None if it
+        can.
+        """
 
     def num_stats(self, plan: Plan) -> int:
         """How many values per row the forward pass keeps for the backward pass."""
 
-    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each row [B], the unweighted value of each term [T, B], and the statistics [num_stats, B]."""
+    def forward(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each row [B], the unweighted value of each term [T, B], and the statistics
+        [num_stats, B].
+        """
 
-    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
-                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
-                 needs: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of ``sum(grad_rows * rows)`` for the logits, then the weights; None where ``needs`` is False."""
+    def backward(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        stats: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of ``sum(grad_rows * rows)`` for the logits, then the weights; None where
+        ``needs`` is False.
+        """
 
-    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows, terms, and the gradients of the mean of the rows: ``forward`` and ``backward`` of a training step at once."""
+    def loss_and_grad(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows, terms, and the gradients of the mean of the rows: ``forward`` and ``backward`` of a
+        training step at once.
+        """
 
 
 _modules = {
@@ -65,14 +101,18 @@ _warned: set[str] = set()
 
 
 def register_executor(name: str, module: str, devices: Sequence[str] = ()) -> None:
-    """Add an executor: the module that holds its ``EXECUTOR``, and the device types on which ``auto`` tries it first."""
+    """Add an executor: the module that holds its ``EXECUTOR``, and the device types on which
+    ``auto`` tries it first.
+    """
     _modules[name] = module
     for device in devices:
         _preferred[device] = (name, *_preferred.get(device, ()))
 
 
 def check_impl(impl: str) -> None:
-    """Raises a ConfigError with a suggestion if there is no executor of that name (and it is not ``auto``)."""
+    """Raises a ConfigError with a suggestion if there is no executor of that name (and it is not
+    ``auto``).
+    """
     if impl != "auto" and impl not in _modules:
         raise ConfigError(f"unknown impl '{impl}'{did_you_mean(impl, [*_modules, 'auto'])}")
 
@@ -92,7 +132,8 @@ def load(name: str) -> Executor:
 
 
 def resolve(impl: str, plan: Plan | None, case: Case) -> str:
-    """The name of the executor that will run: the explicit choice, or for ``auto`` the fastest that can.
+    """The name of the executor that will run: the explicit choice, or for ``auto`` the fastest that
+    can.
 
     ``auto`` falls back to the reference with one warning per reason.
 
@@ -103,7 +144,9 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
     if impl != "auto":
         reason = load(impl).refusal(plan, case)
         if reason:
-            raise ExecutorUnavailable(f"impl='{impl}' cannot run here: {reason}. Use impl='auto' or impl='reference'.")
+            raise ExecutorUnavailable(
+                f"impl='{impl}' cannot run here: {reason}. Use impl='auto' or impl='reference'."
+            )
         return impl
     for name in _preferred.get(case.device, ()):
         try:
@@ -114,7 +157,11 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
             return name
         if reason not in _warned:
             _warned.add(reason)
-            warnings.warn(f"fastokd: the '{name}' executor is not used: {reason}. The reference runs instead.", stacklevel=2)
+            warnings.warn(
+                f"fastokd: the '{name}' executor is not used: {reason}. The reference runs"
+                " instead.",
+                stacklevel=2,
+            )
     return "reference"
 
 

@@ -1,7 +1,9 @@
-"""The registered operator ``fastokd::graph_forward`` / ``graph_backward`` and the call behind every loss.
+"""The registered operator ``fastokd::graph_forward`` / ``graph_backward`` and the call behind every
+loss.
 
 The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
-``torch.autograd.Function`` around it, which costs a third less per call than registering the formula with the operator.
+``torch.autograd.Function`` around it, which costs a third less per call than registering the
+formula with the operator.
 """
 
 import inspect
@@ -17,23 +19,43 @@ from fastokd.ops.reference import compute_dtype, term_values
 
 _library = torch.library.Library("fastokd", "DEF")
 _library.define(
-    "graph_forward(Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, Tensor term_weights, "
-    "int[] plan_ints, float[] plan_floats, str executor) -> (Tensor rows, Tensor terms, Tensor stats)",
-    tags=(torch.Tag.needs_fixed_stride_order,))
+    "graph_forward(Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, Tensor"
+    " term_weights, int[] plan_ints, float[] plan_floats, str executor) -> (Tensor rows, Tensor"
+    " terms, Tensor stats)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 _library.define(
-    "graph_backward(Tensor grad_rows, Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, "
-    "Tensor term_weights, Tensor stats, int[] plan_ints, float[] plan_floats, str executor, bool[] needs) -> Tensor[]",
-    tags=(torch.Tag.needs_fixed_stride_order,))
+    "graph_backward(Tensor grad_rows, Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor"
+    " target, Tensor term_weights, Tensor stats, int[] plan_ints, float[] plan_floats, str"
+    " executor, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 
 
-def _forward(logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor, term_weights: Tensor,
-             plan_ints: list[int], plan_floats: list[float], executor: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    logits: list[Tensor],
+    weights: list[Tensor],
+    externals: list[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    plan_ints: list[int],
+    plan_floats: list[float],
+    executor: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
     return load(executor).forward(plan, logits, weights, externals, target, term_weights)
 
 
-def _forward_fake(logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor, term_weights: Tensor,
-                  plan_ints: list[int], plan_floats: list[float], executor: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(
+    logits: list[Tensor],
+    weights: list[Tensor],
+    externals: list[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    plan_ints: list[int],
+    plan_floats: list[float],
+    executor: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
     batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
     shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
@@ -41,20 +63,47 @@ def _forward_fake(logits: list[Tensor], weights: list[Tensor], externals: list[T
     return rows, terms, stats
 
 
-def _backward(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
-              term_weights: Tensor, stats: Tensor, plan_ints: list[int], plan_floats: list[float], executor: str,
-              needs: list[bool]) -> list[Tensor]:
+def _backward(
+    grad_rows: Tensor,
+    logits: list[Tensor],
+    weights: list[Tensor],
+    externals: list[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    stats: Tensor,
+    plan_ints: list[int],
+    plan_floats: list[float],
+    executor: str,
+    needs: list[bool],
+) -> list[Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    grads = load(executor).backward(plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs)
-    # An operator's list result cannot hold None: what nobody needs is an empty tensor. Layouts are as the fake promises.
+    grads = load(executor).backward(
+        plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs
+    )
+    # An operator's list result cannot hold None: what nobody needs is an empty tensor. Layouts are
+    # as the fake promises.
     return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
-def _backward_fake(grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], externals: list[Tensor], target: Tensor,
-                   term_weights: Tensor, stats: Tensor, plan_ints: list[int], plan_floats: list[float], executor: str,
-                   needs: list[bool]) -> list[Tensor]:
+def _backward_fake(
+    grad_rows: Tensor,
+    logits: list[Tensor],
+    weights: list[Tensor],
+    externals: list[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    stats: Tensor,
+    plan_ints: list[int],
+    plan_floats: list[float],
+    executor: str,
+    needs: list[bool],
+) -> list[Tensor]:
     return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else logits[0].new_empty(0)
+        (
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            if need
+            else logits[0].new_empty(0)
+        )
         for tensor, need in zip((*logits, *weights), needs, strict=True)
     ]
 
@@ -67,13 +116,16 @@ torch.library.register_fake("fastokd::graph_backward", _backward_fake, lib=_libr
 
 
 def _constant_when_traced(function: Any) -> Any:
-    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes as long as torch itself."""
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes as long
+    as torch itself.
+    """
     function._dynamo_marked_constant = True
     return function
 
 
-# While torch.compile traces, these run as plain Python and their results are constants of the compiled program. They take
-# and return what tracing can carry: strings, numbers, tuples, dtypes (not a Case, which it would pass half-made).
+# While torch.compile traces, these run as plain Python and their results are constants of the
+# compiled program. They take and return what tracing can carry: strings, numbers, tuples, dtypes
+# (not a Case, which it would pass half-made).
 @_constant_when_traced
 def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return plan.encode()
@@ -85,13 +137,19 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
 
 
 class _GraphFunction(torch.autograd.Function):
-    """Autograd around the operator. Tensors come last: M logits, S weights, then the external rows."""
+    """Autograd around the operator. Tensors come last: M logits, S weights, then the external
+    rows.
+    """
 
     @staticmethod
-    def forward(plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, externals = _split(plan, tensors)
         ints, floats = _encoded(plan)
-        return torch.ops.fastokd.graph_forward(logits, weights, externals, target, term_weights, ints, floats, executor)
+        return torch.ops.fastokd.graph_forward(
+            logits, weights, externals, target, term_weights, ints, floats, executor
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -110,14 +168,32 @@ class _GraphFunction(torch.autograd.Function):
         logits, weights, externals = _split(ctx.plan, tensors)
         ints, floats = _encoded(ctx.plan)
         count = len(logits) + len(weights)
-        needs = list(ctx.needs_input_grad[4:4 + count])
+        needs = list(ctx.needs_input_grad[4 : 4 + count])
         with torch.no_grad():
             grads = torch.ops.fastokd.graph_backward(
-                grad_rows, logits, weights, externals, target, term_weights, stats, ints, floats, ctx.executor, needs)
+                grad_rows,
+                logits,
+                weights,
+                externals,
+                target,
+                term_weights,
+                stats,
+                ints,
+                floats,
+                ctx.executor,
+                needs,
+            )
             grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
-            kept = [None if grad is None else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors) for grad in kept]
+            kept = [
+                (
+                    None
+                    if grad is None
+                    else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
+                )
+                for grad in kept
+            ]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
 
     @staticmethod
@@ -125,7 +201,8 @@ class _GraphFunction(torch.autograd.Function):
         raise NotImplementedError(_refusal(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call. Kept here it is not made anew each time, 10 of 130 microseconds.
+# torch binds the arguments to the signature in every call. Kept here it is not made anew each time,
+# 10 of 130 microseconds.
 _GraphFunction.forward.__signature__ = inspect.signature(_GraphFunction.forward)
 
 
@@ -146,21 +223,35 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _refusal(executor: str, what: str) -> str:
-    return f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain PyTorch"
+    return (
+        f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain"
+        " PyTorch"
+    )
 
 
-def _split(plan: Plan, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _split(
+    plan: Plan, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     first, second = plan.num_logits, plan.num_logits + len(plan.weight_widths)
     return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
 
 
-def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
-             term_weights: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Execute a plan: the loss of each row [B] and the unweighted value of each term [T, B] (detached).
+def evaluate(
+    plan: Plan,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Execute a plan: the loss of each row [B] and the unweighted value of each term [T, B]
+    (detached).
 
     Args:
         plan: a lowered graph with M logits rows, S weight tensors, X external rows and T terms.
-        logits: M tensors [B, C], one dtype (float16, bfloat16, float32, float64) and device, any strides.
+        logits: M tensors [B, C], one dtype (float16, bfloat16, float32, float64) and device, any
+            strides.
         weights: S tensors [B, K] with each source's K columns, any floating dtype.
         externals: X tensors [B, C] of probabilities.
         target: int64 [B], or floating [B, C] class probabilities; no gradient flows into it.
@@ -173,20 +264,31 @@ def evaluate(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], ex
     first = logits[0]
     executor = _executor_for(impl, plan, first.device.type, first.dtype)
     if executor == "reference":
-        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile work through it.
+        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile
+        # work through it.
         terms = term_values(plan, logits, weights, externals, target)
         return (term_weights.unsqueeze(1) * terms).sum(0), terms.detach()
-    rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *logits, *weights, *externals)
+    rows, terms, _ = _GraphFunction.apply(
+        plan, executor, target, term_weights, *logits, *weights, *externals
+    )
     return rows, terms
 
 
 @torch.no_grad()
-def loss_and_grad(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
-                  term_weights: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Rows [B], terms [T, B], and the gradients of the mean of the rows, in one pass over the logits.
+def loss_and_grad(
+    plan: Plan,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    target: Tensor,
+    term_weights: Tensor,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Rows [B], terms [T, B], and the gradients of the mean of the rows, in one pass over the
+    logits.
 
-    Arguments as in ``evaluate``. The gradients, for the logits and then the weights, are None for what does not require
-    one. Nothing is recorded for autograd.
+    Arguments as in ``evaluate``. The gradients, for the logits and then the weights, are None for
+    what does not require one. Nothing is recorded for autograd.
     """
     first = logits[0]
     executor = load(resolve(impl, plan, Case(first.device.type, first.dtype)))

@@ -1,7 +1,8 @@
-"""The reference executor: plain PyTorch, any floating dtype, autograd for the backward. The definition of the truth.
+"""The reference executor: plain PyTorch, any floating dtype, autograd for the backward. The
+definition of the truth.
 
-Everything is computed in log-space from log-softmax, so that both sides of every KL edge have finite gradients
-wherever the logits are finite.
+Everything is computed in log-space from log-softmax, so that both sides of every KL edge have
+finite gradients wherever the logits are finite.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ from fastokd.graph.plan import (
 )
 
 PROBABILITY_FLOOR = 1e-30
-"""Entries of an external row below this are read as this inside logarithms, in every dtype and executor."""
+"""Entries of an external row below this are read as this inside logarithms, in every dtype and
+executor.
+"""
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -44,7 +47,9 @@ def _label_logit(row: Tensor, target: Tensor) -> Tensor:
 
 
 def _cross_entropy(row: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """``-sum_c y_c log p_1(row)_c`` [B] with ``y = (1 - a) * target + a / C`` for the label smoothing a."""
+    """``-sum_c y_c log p_1(row)_c`` [B] with ``y = (1 - a) * target + a / C`` for the label
+    smoothing a.
+    """
     log_p = F.log_softmax(row, 1)
     loss = -_label_logit(log_p, target)
     if label_smoothing:
@@ -59,7 +64,9 @@ def _node_weights(node: PlanNode, weights: Sequence[Tensor], like: Tensor) -> li
     return list(weights[node.source].to(like.dtype).unsqueeze(2).unbind(1))
 
 
-def _derived(plan: Plan, node: PlanNode, rows: list[Tensor], weights: Sequence[Tensor], target: Tensor) -> Tensor:
+def _derived(
+    plan: Plan, node: PlanNode, rows: list[Tensor], weights: Sequence[Tensor], target: Tensor
+) -> Tensor:
     """The row [B, C] of a derived node; for a probability mixture its logarithm."""
     inputs = [rows[k] for k in node.inputs]
     if node.kind == MIXTURE:
@@ -71,9 +78,14 @@ def _derived(plan: Plan, node: PlanNode, rows: list[Tensor], weights: Sequence[T
         factors = _node_weights(node, weights, inputs[0])
         logs = []
         for factor, k, row in zip(factors, node.inputs, inputs, strict=True):
-            log_p = row.clamp_min(PROBABILITY_FLOOR).log() if plan.is_external(k) else F.log_softmax(row / node.temperature, 1)
+            log_p = (
+                row.clamp_min(PROBABILITY_FLOOR).log()
+                if plan.is_external(k)
+                else F.log_softmax(row / node.temperature, 1)
+            )
             logs.append((factor, log_p))
-        # log sum_k w_k p_k relative to the largest log p_k, so that it stays finite where every p_k underflows.
+        # log sum_k w_k p_k relative to the largest log p_k, so that it stays finite where every p_k
+        # underflows.
         peak = torch.stack([log_p.detach() for _, log_p in logs]).amax(0)
         total = torch.zeros_like(peak)
         for factor, log_p in logs:
@@ -89,8 +101,13 @@ def _derived(plan: Plan, node: PlanNode, rows: list[Tensor], weights: Sequence[T
         return stacked[chosen, torch.arange(chosen.shape[0], device=chosen.device)]
 
 
-def node_rows(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-              target: Tensor) -> list[Tensor]:
+def node_rows(
+    plan: Plan,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    target: Tensor,
+) -> list[Tensor]:
     """The row [B, C] of every node in the compute dtype, in the order of the plan's ids.
 
     Probability mixtures are given as logarithms, external rows as they are.
@@ -124,14 +141,24 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
     return term.scale * value
 
 
-def term_values(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                target: Tensor) -> Tensor:
-    """The unweighted value of every term for every row, [T, B], differentiable in logits and weights."""
+def term_values(
+    plan: Plan,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    target: Tensor,
+) -> Tensor:
+    """The unweighted value of every term for every row, [T, B], differentiable in logits and
+    weights.
+    """
     with torch.autocast(logits[0].device.type, enabled=False):
         rows = node_rows(plan, logits, weights, externals, target)
         values = [
-            _cross_entropy(rows[term.student], target, plan.label_smoothing) if term.kind == CROSS_ENTROPY
-            else _kl(plan, term, rows)
+            (
+                _cross_entropy(rows[term.student], target, plan.label_smoothing)
+                if term.kind == CROSS_ENTROPY
+                else _kl(plan, term, rows)
+            )
             for term in plan.terms
         ]
         return torch.stack(values)
@@ -139,7 +166,9 @@ def term_values(plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor],
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd on, also inside an operator that was called below autograd (as dispatch modes and ``opcheck`` call it)."""
+    """Autograd on, also inside an operator that was called below autograd (as dispatch modes and
+    ``opcheck`` call it).
+    """
     keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
     excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
     for key in keys:
@@ -153,7 +182,9 @@ def _recording() -> Iterator[None]:
 
 
 class ReferenceExecutor:
-    """Runs anywhere. Called through the registered operator it recomputes the forward pass in the backward pass."""
+    """Runs anywhere. Called through the registered operator it recomputes the forward pass in the
+    backward pass.
+    """
 
     name = "reference"
 
@@ -163,36 +194,89 @@ class ReferenceExecutor:
     def num_stats(self, plan: Plan) -> int:
         return 0
 
-    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             terms = term_values(plan, logits, weights, externals, target)
             rows = (term_weights.unsqueeze(1) * terms).sum(0)
         return rows, terms, terms.new_empty((0, terms.shape[1]))
 
-    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
-                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
-                 needs: Sequence[bool]) -> list[Tensor | None]:
-        return self._differentiate(plan, grad_rows, logits, weights, externals, target, term_weights, needs)[2]
+    def backward(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        stats: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        return self._differentiate(
+            plan, grad_rows, logits, weights, externals, target, term_weights, needs
+        )[2]
 
-    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def loss_and_grad(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         batch = target.shape[0]
         grad_rows = term_weights.new_full((batch,), 1 / max(batch, 1))
-        return self._differentiate(plan, grad_rows, logits, weights, externals, target, term_weights, needs)
+        return self._differentiate(
+            plan, grad_rows, logits, weights, externals, target, term_weights, needs
+        )
 
-    def _differentiate(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
-                       externals: Sequence[Tensor], target: Tensor, term_weights: Tensor,
-                       needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, through a graph of its own."""
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((*logits, *weights), needs, strict=True)]
+    def _differentiate(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, through a graph of its
+        own.
+        """
+        leaves = [
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip((*logits, *weights), needs, strict=True)
+        ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with _recording():
-            terms = term_values(plan, leaves[:len(logits)], leaves[len(logits):], externals, target)
+            terms = term_values(
+                plan, leaves[: len(logits)], leaves[len(logits) :], externals, target
+            )
             rows = (term_weights.unsqueeze(1) * terms).sum(0)
-            found = torch.autograd.grad(rows, wanted, grad_rows, allow_unused=True, materialize_grads=True) if wanted else ()
+            found = (
+                torch.autograd.grad(
+                    rows, wanted, grad_rows, allow_unused=True, materialize_grads=True
+                )
+                if wanted
+                else ()
+            )
         grads = iter(found)
-        return rows.detach(), terms.detach(), [next(grads) if leaf.requires_grad else None for leaf in leaves]
+        return (
+            rows.detach(),
+            terms.detach(),
+            [next(grads) if leaf.requires_grad else None for leaf in leaves],
+        )
 
 
 EXECUTOR = ReferenceExecutor()

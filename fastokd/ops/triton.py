@@ -1,7 +1,7 @@
 """The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs.
 
-With ``TRITON_INTERPRET=1`` set before Triton is first imported it runs on CPU tensors through Triton's interpreter,
-slowly, for tests.
+With ``TRITON_INTERPRET=1`` set before Triton is first imported it runs on CPU tensors through
+Triton's interpreter, slowly, for tests.
 """
 
 import os
@@ -15,24 +15,36 @@ from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, make_tile, register_limit
+from fastokd.kernels.triton.tile import (
+    VECTOR_BYTES,
+    Tile,
+    choose_splits,
+    choose_tile,
+    make_tile,
+    register_limit,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_INPUTS = 16
 """Rows of logits and external rows."""
 MAX_SUMS = 72
-"""Running sums per thread; compiled kernels hold 66 (eight branches, 21 edges) without spilling, and not 80."""
+"""Running sums per thread; compiled kernels hold 66 (eight branches, 21 edges) without spilling,
+and not 80.
+"""
 MANY_INPUTS = 8
 MAX_SUMS_OF_MANY = 60
-"""The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59 (eight branches and seven
-teachers of their own, 14 edges) do not spill."""
+"""The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59
+(eight branches and seven teachers of their own, 14 edges) do not spill.
+"""
 _Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction, whatever the graph; a few where rows are few and long. See ``fastokd.kernels.triton``."""
+    """One kernel per direction, whatever the graph; a few where rows are few and long. See
+    ``fastokd.kernels.triton``.
+    """
 
     name = "triton"
 
@@ -52,21 +64,31 @@ class TritonExecutor:
         count = len(spec.passes[1].slots) + len(spec.passes[1].softs) + len(spec.passes[1].moments)
         most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
         if max(count, spec.num_normal) > most:
-            return (f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers hold {most} "
-                    f"beside {inputs} rows of inputs")
+            return (
+                f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers"
+                f" hold {most} beside {inputs} rows of inputs"
+            )
         return None
 
     def num_stats(self, plan: Plan) -> int:
         return specialise(plan).num_stats
 
-    def forward(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                target: Tensor, term_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         spec = specialise(plan)
         first = logits[0]
         batch = first.shape[0]
         rows = term_weights.new_empty(batch)
         terms = term_weights.new_empty((spec.num_terms, batch))
-        # A [num_stats, B] tensor by contract; the kernels write it row after row, and only they read it.
+        # A [num_stats, B] tensor by contract; the kernels write it row after row, and only they
+        # read it.
         stats = term_weights.new_empty((spec.num_stats, batch))
         if batch:
             tile = _tile(spec, logits, weights, externals, target)
@@ -77,9 +99,18 @@ class TritonExecutor:
                 _launch("forward", spec, tile, first, *inputs, term_weights, rows, terms, stats)
         return rows, terms, stats
 
-    def backward(self, plan: Plan, grad_rows: Tensor, logits: Sequence[Tensor], weights: Sequence[Tensor],
-                 externals: Sequence[Tensor], target: Tensor, term_weights: Tensor, stats: Tensor,
-                 needs: Sequence[bool]) -> list[Tensor | None]:
+    def backward(
+        self,
+        plan: Plan,
+        grad_rows: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        stats: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
         spec = specialise(plan)
         first = logits[0]
         grads = _gradients(logits, weights, needs)
@@ -90,14 +121,34 @@ class TritonExecutor:
             if tile.splits > 1:
                 _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
             else:
-                _launch("backward", spec, tile, first, *destinations, grad_rows, *inputs, term_weights, stats)
+                _launch(
+                    "backward",
+                    spec,
+                    tile,
+                    first,
+                    *destinations,
+                    grad_rows,
+                    *inputs,
+                    term_weights,
+                    stats,
+                )
         return grads
 
-    def loss_and_grad(self, plan: Plan, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor],
-                      target: Tensor, term_weights: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a training step needs.
+    def loss_and_grad(
+        self,
+        plan: Plan,
+        logits: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        target: Tensor,
+        term_weights: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a
+        training step needs.
 
-        Split rows take the kernels of both passes: no program sees a whole row, so none could go on to its gradient.
+        Split rows take the kernels of both passes: no program sees a whole row, so none could go on
+        to its gradient.
         """
         spec = specialise(plan)
         first = logits[0]
@@ -114,40 +165,72 @@ class TritonExecutor:
                 _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
                 if any(needs):
                     grad_rows = term_weights.new_full((1,), 1 / batch)
-                    _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
+                    _backward_split(
+                        spec, tile, *destinations, grad_rows, inputs, term_weights, stats
+                    )
             else:
-                _launch("fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms)
+                _launch(
+                    "fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms
+                )
         return rows, terms, grads
 
 
-def _gradients(logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
     return [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
         for tensor, need in zip((*logits, *weights), needs, strict=True)
     ]
 
 
-def _destinations(grads: Sequence[Tensor | None], logits: Sequence[Tensor],
-                  weights: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Where the kernel writes; what nobody needs is never written, and any pointer of the right dtype stands for it."""
-    tensors = [tensor if grad is None else grad for grad, tensor in zip(grads, (*logits, *weights), strict=True)]
-    return tuple(tensors[:len(logits)]), tuple(tensors[len(logits):])
+def _destinations(
+    grads: Sequence[Tensor | None], logits: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Where the kernel writes; what nobody needs is never written, and any pointer of the right
+    dtype stands for it.
+    """
+    tensors = [
+        tensor if grad is None else grad
+        for grad, tensor in zip(grads, (*logits, *weights), strict=True)
+    ]
+    return tuple(tensors[: len(logits)]), tuple(tensors[len(logits) :])
 
 
-def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], externals: Sequence[Tensor], target: Tensor,
-          needs: Sequence[bool] = (), grad_stride: int = 0, fused: bool = False) -> Tile:
+def _tile(
+    spec: Spec,
+    logits: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    target: Tensor,
+    needs: Sequence[bool] = (),
+    grad_stride: int = 0,
+    fused: bool = False,
+) -> Tile:
     first = logits[0]
     batch, num_classes = first.shape
     size = first.element_size()
     aligned = all(
-        row.stride(1) == 1 and row.stride(0) * size % VECTOR_BYTES == 0 and row.data_ptr() % VECTOR_BYTES == 0
-        for row in logits)
+        row.stride(1) == 1
+        and row.stride(0) * size % VECTOR_BYTES == 0
+        and row.data_ptr() % VECTOR_BYTES == 0
+        for row in logits
+    )
     splits = choose_splits(batch, num_classes)
-    # Split rows have no kernel of their own for both at once, and are to give the same bits either way.
-    rows, lanes, pieces, vector, num_warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused and splits == 1)
+    # Split rows have no kernel of their own for both at once, and are to give the same bits either
+    # way.
+    rows, lanes, pieces, vector, num_warps = choose_tile(
+        batch, num_classes, size, len(spec.learning), aligned, fused and splits == 1
+    )
     double = first.dtype == torch.float64
     return make_tile(
-        num_classes, rows, lanes, pieces, vector, num_warps, splits,
+        num_classes,
+        rows,
+        lanes,
+        pieces,
+        vector,
+        num_warps,
+        splits,
         tuple(row.stride() for row in logits),
         tuple(weight.stride() for weight in weights),
         tuple(row.stride() for row in externals),
@@ -155,18 +238,34 @@ def _tile(spec: Spec, logits: Sequence[Tensor], weights: Sequence[Tensor], exter
         grad_stride,
         tuple(int(need) for need in needs),
         int(double),
-        int(not INTERPRETED and not double))
+        int(not INTERPRETED and not double),
+    )
 
 
 def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
     batch = first.shape[0]
     with torch.cuda.device_of(first):
         KERNELS[which][(-(-batch // tile.rows),)](
-            *args, batch, 0, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True, maxnreg=register_limit(which, len(spec.learning)))
+            *args,
+            batch,
+            0,
+            spec,
+            tile,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+            maxnreg=register_limit(which, len(spec.learning)),
+        )
 
 
-def _forward_split(spec: Spec, tile: Tile, inputs: _Inputs, term_weights: Tensor, rows: Tensor, terms: Tensor,
-                   stats: Tensor) -> None:
+def _forward_split(
+    spec: Spec,
+    tile: Tile,
+    inputs: _Inputs,
+    term_weights: Tensor,
+    rows: Tensor,
+    terms: Tensor,
+    stats: Tensor,
+) -> None:
     """A launch per pass over the columns, then the merge."""
     first = inputs[0][0]
     batch = first.shape[0]
@@ -175,24 +274,74 @@ def _forward_split(spec: Spec, tile: Tile, inputs: _Inputs, term_weights: Tensor
         for stage in range(3):
             if stage == 1 or (spec.looks_ahead(tile.soft_target) if stage == 0 else spec.normal):
                 split.partial_kernel[(batch * tile.splits,)](
-                    *inputs, partials, batch, 0, stage, spec, tile, num_warps=tile.num_warps, enable_fp_fusion=True)
+                    *inputs,
+                    partials,
+                    batch,
+                    0,
+                    stage,
+                    spec,
+                    tile,
+                    num_warps=tile.num_warps,
+                    enable_fp_fusion=True,
+                )
         split.merge_kernel[(batch,)](
-            *inputs, term_weights, partials, rows, terms, stats, batch, 0, spec, tile, num_warps=1, enable_fp_fusion=True)
+            *inputs,
+            term_weights,
+            partials,
+            rows,
+            terms,
+            stats,
+            batch,
+            0,
+            spec,
+            tile,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
 
 
-def _backward_split(spec: Spec, tile: Tile, grad_logits: tuple[Tensor, ...], grad_weights: tuple[Tensor, ...], grad_rows: Tensor,
-                    inputs: _Inputs, term_weights: Tensor, stats: Tensor) -> None:
+def _backward_split(
+    spec: Spec,
+    tile: Tile,
+    grad_logits: tuple[Tensor, ...],
+    grad_weights: tuple[Tensor, ...],
+    grad_rows: Tensor,
+    inputs: _Inputs,
+    term_weights: Tensor,
+    stats: Tensor,
+) -> None:
     first = inputs[0][0]
     batch = first.shape[0]
     products = term_weights.new_empty((batch, spec.num_weights * tile.needs_weights, tile.splits))
     with torch.cuda.device_of(first):
         split.columns_kernel[(batch * tile.splits,)](
-            grad_logits, grad_rows, *inputs, term_weights, stats, products, batch, 0, spec, tile, num_warps=tile.num_warps,
-            enable_fp_fusion=True)
+            grad_logits,
+            grad_rows,
+            *inputs,
+            term_weights,
+            stats,
+            products,
+            batch,
+            0,
+            spec,
+            tile,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
         if tile.needs_weights:
             split.weights_kernel[(batch,)](
-                grad_weights, grad_rows, inputs[1], term_weights, stats, products, batch, spec, tile, num_warps=1,
-                enable_fp_fusion=True)
+                grad_weights,
+                grad_rows,
+                inputs[1],
+                term_weights,
+                stats,
+                products,
+                batch,
+                spec,
+                tile,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
 
 
 EXECUTOR = TritonExecutor()

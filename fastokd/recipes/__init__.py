@@ -1,4 +1,5 @@
-"""Published training configurations, one for every row of the papers' tables, each value with its source.
+"""Published training configurations, one for every row of the papers' tables, each value with its
+source.
 
 A recipe leaves ``data`` empty: where the images lie is the user's to say.
 """
@@ -12,18 +13,37 @@ from typing import NamedTuple
 from fastokd.errors import ConfigError
 from fastokd.recipes.recipe import DATASETS, Published, Recipe, by_name
 
-__all__ = ["DATASETS", "Group", "Published", "Recipe", "get_recipe", "list_recipes", "recipe_groups", "register_recipes"]
+__all__ = [
+    "DATASETS",
+    "Group",
+    "Published",
+    "Recipe",
+    "get_recipe",
+    "list_recipes",
+    "recipe_groups",
+    "register_recipes",
+]
 
-_modules = ["fastokd.recipes.cifar", "fastokd.recipes.ahbf_studies", "fastokd.recipes.imagenet", "fastokd.recipes.tsb", "fastokd.recipes.official"]
+_modules = [
+    "fastokd.recipes.cifar",
+    "fastokd.recipes.ahbf_studies",
+    "fastokd.recipes.imagenet",
+    "fastokd.recipes.tsb",
+    "fastokd.recipes.official",
+]
 
 
 def register_recipes(module: str) -> None:
-    """Add recipes: the module that has them as ``RECIPES``, by name. The first line of its docstring is their heading."""
+    """Add recipes: the module that has them as ``RECIPES``, by name. The first line of its
+    docstring is their heading.
+    """
     _modules.append(module)
 
 
 class Group(NamedTuple):
-    """The recipes of one module, and the module's docstring: its first line as their heading, and the rest."""
+    """The recipes of one module, and the module's docstring: its first line as their heading, and
+    the rest.
+    """
 
     heading: str
     about: str
@@ -52,7 +72,11 @@ def get_recipe(name: str) -> Recipe:
     """
     recipes = list_recipes()
     if name not in recipes:
-        close = difflib.get_close_matches(name, recipes, n=1)  # and not all the others, which are hundreds
+        close = difflib.get_close_matches(
+            name, recipes, n=1
+        )  # and not all the others, which are hundreds
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(f"unknown recipe '{name}'; {hint}'fastokd recipes' lists all {len(recipes)}")
+        raise ConfigError(
+            f"unknown recipe '{name}'; {hint}'fastokd recipes' lists all {len(recipes)}"
+        )
     return recipes[name]

@@ -1,10 +1,12 @@
 """AHBF's ablations and compressed networks on CIFAR-100 (Tables 4 and 5, Figure 3).
 
-All vary the recipe of ResNet-32 on CIFAR-100 (section 4.1) in one thing, and the two of Table 5 train networks of which the largest
-is the plain one. Of Figure 3 only the values that the text states are known; what it plots besides (M from 2 to 6, a from 0 to 5)
-are recipes without a number. The ablations of its components are rows of Table 4, ``lambda-2-0`` with the teacher assistants' term
-alone, ``lambda-0-3`` with the branches' alone and ``lambda-0-0`` with neither, and ``a-0`` with equal branches. The study of ramp-ups
-between E = 80 and 300 is this one with another ``--ramp-epochs``.
+All vary the recipe of ResNet-32 on CIFAR-100 (section 4.1) in one thing, and the two of Table 5
+train networks of which the largest is the plain one. Of Figure 3 only the values that the text
+states are known; what it plots besides (M from 2 to 6, a from 0 to 5) are recipes without a number.
+The ablations of its components are rows of Table 4, ``lambda-2-0`` with the teacher assistants'
+term alone, ``lambda-0-3`` with the branches' alone and ``lambda-0-0`` with neither, and ``a-0``
+with equal branches. The study of ramp-ups between E = 80 and 300 is this one with another
+``--ramp-epochs``.
 """
 
 from collections.abc import Iterator
@@ -20,17 +22,30 @@ _TABLE_4 = (
     (26.76, 25.48, 25.66, 25.39, 25.54),
     (26.78, 25.45, 25.19, 25.45, 25.98),
 )
-# Figure 3 (d), by (lambda_1, lambda_2): neither term, the best with the TAs' term alone, the best with the branches' alone.
+# Figure 3 (d), by (lambda_1, lambda_2): neither term, the best with the TAs' term alone, the best
+# with the branches' alone.
 _FIGURE_3D = {(0, 0): 28.98, (2, 0): 26.32, (0, 3): 26.59}
 # The ablation of components: whether lambda_1 and lambda_2 are above 0.
-_COMPONENTS = {(False, False): ": no distillation from teacher assistants", (True, False): ": the teacher assistants' term alone", (False, True): ": the branches' term alone"}
-# Table 5: the network, a, and the errors of branches 1 to 4; the 4th is the plain network and is kept.
-_TABLE_5 = (("resnet32", 2, (31.48, 28.18, 27.36, 26.57)), ("mobilenetv2_x0_5", 1, (41.4, 40.12, 39.12, 38.24)))
+_COMPONENTS = {
+    (False, False): ": no distillation from teacher assistants",
+    (True, False): ": the teacher assistants' term alone",
+    (False, True): ": the branches' term alone",
+}
+# Table 5: the network, a, and the errors of branches 1 to 4; the 4th is the plain network and is
+# kept.
+_TABLE_5 = (
+    ("resnet32", 2, (31.48, 28.18, 27.36, 26.57)),
+    ("mobilenetv2_x0_5", 1, (41.4, 40.12, 39.12, 38.24)),
+)
 
 
-def _study(variant: str, meaning: str, changes: dict[str, Sourced], *published: Published) -> Recipe:
+def _study(
+    variant: str, meaning: str, changes: dict[str, Sourced], *published: Published
+) -> Recipe:
     settings = given("AHBF Table 4 and Figure 3", model="resnet32") | AHBF | OPTIMIZER | changes
-    return Recipe(dataset="cifar100", settings=settings, variant=variant, meaning=meaning, published=published)
+    return Recipe(
+        dataset="cifar100", settings=settings, variant=variant, meaning=meaning, published=published
+    )
 
 
 def _recipes() -> Iterator[Recipe]:
@@ -38,24 +53,57 @@ def _recipes() -> Iterator[Recipe]:
         for lambda_2, error in enumerate(row):
             if (lambda_1, lambda_2) == (4, 2):
                 continue  # that is the recipe itself
-            changes = given("AHBF Table 4", method_options={"lambda_ta": float(lambda_1), "lambda_branch": float(lambda_2)})
-            figure = [Published("AHBF Figure 3", _FIGURE_3D[lambda_1, lambda_2])] if (lambda_1, lambda_2) in _FIGURE_3D else []
+            changes = given(
+                "AHBF Table 4",
+                method_options={"lambda_ta": float(lambda_1), "lambda_branch": float(lambda_2)},
+            )
+            figure = (
+                [Published("AHBF Figure 3", _FIGURE_3D[lambda_1, lambda_2])]
+                if (lambda_1, lambda_2) in _FIGURE_3D
+                else []
+            )
             only = _COMPONENTS.get((bool(lambda_1), bool(lambda_2)), "")
-            yield _study(f"lambda-{lambda_1}-{lambda_2}", f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}{only}", changes, Published("AHBF Table 4", error), *figure)
+            yield _study(
+                f"lambda-{lambda_1}-{lambda_2}",
+                f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}{only}",
+                changes,
+                Published("AHBF Table 4", error),
+                *figure,
+            )
     for aux_blocks in (0, 1, 2, 3, 5):
         numbers = [Published("AHBF Figure 3", 26.47)] if aux_blocks == 0 else []
         equal = ": equal branches" if aux_blocks == 0 else ""
-        yield _study(f"a-{aux_blocks}", f"a = {aux_blocks}{equal}", given("AHBF Figure 3", aux_blocks=aux_blocks), *numbers)
+        yield _study(
+            f"a-{aux_blocks}",
+            f"a = {aux_blocks}{equal}",
+            given("AHBF Figure 3", aux_blocks=aux_blocks),
+            *numbers,
+        )
     for branches in (2, 3, 5, 6):
         yield _study(f"m-{branches}", f"M = {branches}", given("AHBF Figure 3", branches=branches))
-    yield _study("e-80", "E = 80", given("AHBF Figure 3", ramp_epochs=80), Published("AHBF Figure 3", 26.21))
+    yield _study(
+        "e-80", "E = 80", given("AHBF Figure 3", ramp_epochs=80), Published("AHBF Figure 3", 26.21)
+    )
     for model, aux_blocks, errors in _TABLE_5:
         rows = ("branch1", "branch2", "branch3", "student")
         yield Recipe(
-            dataset="cifar100", variant="compression", meaning="the plain network with three smaller ones",
-            settings=AHBF | OPTIMIZER | given("AHBF Table 5", model=model, aux_blocks=aux_blocks, compression=True),
-            published=tuple(Published("AHBF Table 5", error, row=row) for row, error in zip(rows, errors, strict=True)),
-            notes=("The table's FLOPs and parameters fit neither the published code's networks nor any other reading; the networks here are the code's.",))
+            dataset="cifar100",
+            variant="compression",
+            meaning="the plain network with three smaller ones",
+            settings=AHBF
+            | OPTIMIZER
+            | given("AHBF Table 5", model=model, aux_blocks=aux_blocks, compression=True),
+            published=tuple(
+                Published("AHBF Table 5", error, row=row)
+                for row, error in zip(rows, errors, strict=True)
+            ),
+            notes=(
+                (
+                    "The table's FLOPs and parameters fit neither the published code's networks nor"
+                    " any other reading; the networks here are the code's."
+                ),
+            ),
+        )
 
 
 RECIPES = by_name(_recipes())

@@ -1,10 +1,12 @@
 """CIFAR-10, CIFAR-100 and CINIC-10 in the settings that AHBF, OKDDip and FFM + CD share.
 
-The three papers train alike, so a row of one stands beside the rows of the others for the same recipe: AHBF (Gong et al., AAAI
-2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM + CD (Li et al., ACCV 2020). The methods
-that AHBF and FFM + CD compare with are in the form of the OKDDip repository, which has them all; neither paper says which code
-it ran. AHBF itself has the paper's loss; its published code has another (``--preset code``), and which of them gave the numbers is
-not known. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
+The three papers train alike, so a row of one stands beside the rows of the others for the same
+recipe: AHBF (Gong et al., AAAI 2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of
+its slides) and FFM + CD (Li et al., ACCV 2020). The methods that AHBF and FFM + CD compare with are
+in the form of the OKDDip repository, which has them all; neither paper says which code it ran. AHBF
+itself has the paper's loss; its published code has another (``--preset code``), and which of them
+gave the numbers is not known. The seeds of the three runs are not given: train with seeds 0, 1 and
+2.
 """
 
 from collections.abc import Iterator
@@ -14,39 +16,97 @@ from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, 
 _AHBF = "AHBF section 4.1"
 _OKDDIP = "OKDDip repository"
 
-OPTIMIZER = given("AHBF section 4.1, OKDDip repository, FFM + CD section 4", epochs=300, batch_size=128, lr=0.1, lr_decay_at=(150 / 300, 225 / 300),
-                  lr_gamma=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, pad=4, flip=True)
+OPTIMIZER = given(
+    "AHBF section 4.1, OKDDip repository, FFM + CD section 4",
+    epochs=300,
+    batch_size=128,
+    lr=0.1,
+    lr_decay_at=(150 / 300, 225 / 300),
+    lr_gamma=0.1,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    pad=4,
+    flip=True,
+)
 # Teachers are not detached in either preset: the paper is silent, its code does not.
-AHBF = (given("AHBF eq. 8-14: T = 3, lambda_1 = 4, lambda_2 = 2", method="ahbf", preset="paper") | given(_AHBF, branches=4, aux_blocks=4)
-        | given("AHBF eq. 13: over all epochs", ramp_epochs=None))
+AHBF = (
+    given("AHBF eq. 8-14: T = 3, lambda_1 = 4, lambda_2 = 2", method="ahbf", preset="paper")
+    | given(_AHBF, branches=4, aux_blocks=4)
+    | given("AHBF eq. 13: over all epochs", ramp_epochs=None)
+)
 
-# None is the method's default: as large a part of the epochs as in its source, also with other --epochs.
+# None is the method's default: as large a part of the epochs as in its source, also with other
+# --epochs.
 _RAMP = given("OKDDip repository: over 80 of 300 epochs", ramp_epochs=None)
-_FFM_RAMP = given("OKDDip repository, whose settings FFM + CD takes: over 80 of 300 epochs", ramp_epochs=None)
-_OKDDIP_LOSS = given("OKDDip repository: T = 3, weights 1", method="okddip", preset="code", branches=4) | _RAMP
-_FFM_LOSS = given("FFM + CD section 4: T = 3, alpha = 1, beta = 2, gamma = 5e-8", method="ffm", branches=4) | _FFM_RAMP
+_FFM_RAMP = given(
+    "OKDDip repository, whose settings FFM + CD takes: over 80 of 300 epochs", ramp_epochs=None
+)
+_OKDDIP_LOSS = (
+    given("OKDDip repository: T = 3, weights 1", method="okddip", preset="code", branches=4) | _RAMP
+)
+_FFM_LOSS = (
+    given("FFM + CD section 4: T = 3, alpha = 1, beta = 2, gamma = 5e-8", method="ffm", branches=4)
+    | _FFM_RAMP
+)
 
 _METHODS: dict[str, Settings] = {
     "baseline": given("the network alone", method="baseline", branches=1),
     "independent": given(_OKDDIP, method="independent", branches=4),
     "kd": given("OKDDip repository: T = 3, weight 1", method="kd", preset="code", ramp_epochs=0),
-    "dml": given("OKDDip repository: T = 3, the mean of the others teaches, not detached", method="dml", preset="code", branches=4, ramp_epochs=0),
-    "cl-ilr": given("OKDDip repository: T = 3, weight 1, not detached", method="cl_ilr", preset="code", branches=4) | _RAMP,
-    "one": given("OKDDip repository: T = 3, weight 1, not detached", method="one", preset="code", branches=4,
-                 method_options={"detach_teacher": False}) | _RAMP,
+    "dml": given(
+        "OKDDip repository: T = 3, the mean of the others teaches, not detached",
+        method="dml",
+        preset="code",
+        branches=4,
+        ramp_epochs=0,
+    ),
+    "cl-ilr": (
+        given(
+            "OKDDip repository: T = 3, weight 1, not detached",
+            method="cl_ilr",
+            preset="code",
+            branches=4,
+        )
+        | _RAMP
+    ),
+    "one": (
+        given(
+            "OKDDip repository: T = 3, weight 1, not detached",
+            method="one",
+            preset="code",
+            branches=4,
+            method_options={"detach_teacher": False},
+        )
+        | _RAMP
+    ),
     "okddip": _OKDDIP_LOSS,
     "okddip-peers": _OKDDIP_LOSS | given("OKDDip, network-based", topology="peers"),
     "ffm": _FFM_LOSS,
     "ffm-no-cd": _FFM_LOSS | given("FFM + CD, ablation", method_options={"lambda_cd": 0.0}),
-    "afid": (given("AFID's code: T = 3, weight 1, two sub-networks", method="afid", preset="code", branches=2)
-             | given("AFID's code: over 80 of 301 epochs", ramp_epochs=None)),
-    "ffsd": (given("FFSD's code: T = 2", method="ffsd", preset="code") | given(_AHBF, branches=4)
-             | given("FFSD's code: over 5 of 299 epochs", ramp_epochs=None)),
+    "afid": (
+        given(
+            "AFID's code: T = 3, weight 1, two sub-networks",
+            method="afid",
+            preset="code",
+            branches=2,
+        )
+        | given("AFID's code: over 80 of 301 epochs", ramp_epochs=None)
+    ),
+    "ffsd": (
+        given("FFSD's code: T = 2", method="ffsd", preset="code")
+        | given(_AHBF, branches=4)
+        | given("FFSD's code: over 5 of 299 epochs", ramp_epochs=None)
+    ),
     "ahbf": AHBF,
 }
 # What a name's ending adds to the method's own, in words.
-_VARIANTS = {"okddip-peers": ("peers", "four whole networks"), "ffm-no-cd": ("no-cd", "without classifier diversity")}
-# OKDDip reports these by the mean over branches or networks, and FFM + CD follows; AHBF reports branch 1 (section 4.1).
+_VARIANTS = {
+    "okddip-peers": ("peers", "four whole networks"),
+    "ffm-no-cd": ("no-cd", "without classifier diversity"),
+}
+# OKDDip reports these by the mean over branches or networks, and FFM + CD follows; AHBF reports
+# branch 1 (section 4.1).
 _MEANS = {"independent", "dml", "cl-ilr", "one"}
 
 _AHBF_METHODS = ("baseline", "cl-ilr", "one", "okddip", "afid", "ffsd", "ahbf")
@@ -115,7 +175,11 @@ def _read() -> Iterator[tuple[tuple[str, str, str], Published]]:
     for source, dataset, methods, text in _TABLES:
         for model, numbers in read_table(text).items():
             for method, error, std in zip(methods, numbers[::2], numbers[1::2], strict=True):
-                row = "branch_mean" if method in _MEANS and not source.startswith("AHBF") else "student"
+                row = (
+                    "branch_mean"
+                    if method in _MEANS and not source.startswith("AHBF")
+                    else "student"
+                )
                 yield (dataset, model, method), Published(source, error, std, 3, row)
     # Table 4's best cell, its words in Figure 3, and what Table 5 repeats of Table 2.
     yield ("cifar100", "resnet32", "ahbf"), Published("AHBF Table 4", 25.19)
@@ -128,21 +192,47 @@ def _read() -> Iterator[tuple[tuple[str, str, str], Published]]:
 
 def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
     if method == "kd":
-        yield "Name the trained teacher: --method-options teacher=RUN. No table here has it in these settings."
-    if method == "one" and dataset == "cifar100" and model in read_table(_OKDDIP_CIFAR100) and model in read_table(_AHBF_TABLE_2):
+        yield (
+            "Name the trained teacher: --method-options teacher=RUN. No table here has it in these"
+            " settings."
+        )
+    if (
+        method == "one"
+        and dataset == "cifar100"
+        and model in read_table(_OKDDIP_CIFAR100)
+        and model in read_table(_AHBF_TABLE_2)
+    ):
         yield "AHBF Table 2 has for ONE, digit for digit, what OKDDip has for CL-ILR."
     if method == "afid":
-        yield "AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in AHBF's settings."
+        yield (
+            "AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in"
+            " AHBF's settings."
+        )
     if method == "ffsd":
-        yield "AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with the loss of FFSD's code."
+        yield (
+            "AHBF calls it FFSD-C and does not say what that is: three students and a leader, which"
+            " is kept, with the loss of FFSD's code."
+        )
     if (model, method) == ("resnet32", "baseline"):
-        yield "AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the student's 5, 5 and 5."
+        yield (
+            "AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the"
+            " student's 5, 5 and 5."
+        )
     if (model, method) == ("mobilenetv2_x0_5", "ahbf"):
-        yield "In AHBF's published code the branches share blocks that the paper has separate, so that only the last is deeper; here all are."
+        yield (
+            "In AHBF's published code the branches share blocks that the paper has separate, so"
+            " that only the last is deeper; here all are."
+        )
     if model == "vgg16":
-        yield "Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network alone and its peers have none."
+        yield (
+            "Dropout is 0.5 in every network here, as in the published multi-branch ones; the"
+            " published network alone and its peers have none."
+        )
     if model == "densenet40_12" and method in ("independent", "cl-ilr", "one", "okddip"):
-        yield "In the OKDDip repository all branches share one third dense block, which is probably what its numbers are of; here each has its own."
+        yield (
+            "In the OKDDip repository all branches share one third dense block, which is probably"
+            " what its numbers are of; here each has its own."
+        )
 
 
 def _recipes() -> Iterator[Recipe]:
@@ -151,8 +241,16 @@ def _recipes() -> Iterator[Recipe]:
         found.setdefault(key, []).append(number)
     for (dataset, model, method), published in sorted(found.items()):
         variant, meaning = _VARIANTS.get(method, ("", ""))
-        yield Recipe(dataset=dataset, settings=given("the table's row" if published else _OKDDIP, model=model) | _METHODS[method] | OPTIMIZER, variant=variant, meaning=meaning,
-                     published=tuple(published), notes=tuple(_notes(dataset, model, method)))
+        yield Recipe(
+            dataset=dataset,
+            settings=given("the table's row" if published else _OKDDIP, model=model)
+            | _METHODS[method]
+            | OPTIMIZER,
+            variant=variant,
+            meaning=meaning,
+            published=tuple(published),
+            notes=tuple(_notes(dataset, model, method)),
+        )
 
 
 RECIPES = by_name(_recipes())

@@ -1,4 +1,6 @@
-"""What a recipe is: a configuration whose every value has a source, and the numbers that papers report for it."""
+"""What a recipe is: a configuration whose every value has a source, and the numbers that papers
+report for it.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,15 +25,17 @@ def given(source: str, **values: Any) -> dict[str, Sourced]:
 
 
 class Published(NamedTuple):
-    """A number that a paper reports. None of the papers says whether it is the last epoch's or the best's.
+    """A number that a paper reports. None of the papers says whether it is the last epoch's or the
+    best's.
 
     Attributes:
         source: paper and table, e.g. "AHBF Table 2".
         error: top-1 error on the test split in %, the mean over the runs.
         std: its standard deviation in %; None if not given.
         runs: number of runs; None if not given.
-        row: what was measured: "student" (the network that is kept), another branch such as "branch2", "ensemble", or
-            "branch_mean", the mean of the errors of all branches or networks.
+        row: what was measured: "student" (the network that is kept), another branch such as
+            "branch2", "ensemble", or "branch_mean", the mean of the errors of all branches or
+            networks.
     """
 
     source: str
@@ -68,8 +72,10 @@ class Recipe:
 
     Attributes:
         dataset: a key of ``DATASETS``.
-        settings: the fields of the configuration that have a source; the others keep their defaults.
-        variant: what sets it apart from other recipes of its dataset, network and method, as the end of its name.
+        settings: the fields of the configuration that have a source; the others keep their
+            defaults.
+        variant: what sets it apart from other recipes of its dataset, network and method, as the
+            end of its name.
         meaning: ``variant`` in words.
         published: what papers report for it.
         notes: what the sources leave open and what was chosen, one sentence or two each.
@@ -91,31 +97,54 @@ class Recipe:
     def name(self) -> str:
         """Dataset, network, method and variant."""
         model = self.config.model.replace("_imagenet", "").replace("_", "-").replace(",", "-")
-        return "-".join(filter(None, (self.dataset, model, self.config.method.replace("_", "-"), self.variant)))
+        return "-".join(
+            filter(None, (self.dataset, model, self.config.method.replace("_", "-"), self.variant))
+        )
 
     @property
     def title(self) -> str:
         """What it is, in one line."""
-        return f"{self.config.method} with {self.config.model} on {DATASETS[self.dataset].title}" + (f", {self.meaning}" if self.meaning else "")
+        return (
+            f"{self.config.method} with {self.config.model} on {DATASETS[self.dataset].title}"
+            + (f", {self.meaning}" if self.meaning else "")
+        )
 
     def reported(self) -> str:
-        """What papers report, in one line: errors in % by their sources, with the row where it is not the student."""
+        """What papers report, in one line: errors in % by their sources, with the row where it is
+        not the student.
+        """
         sources = dict.fromkeys(number.source for number in self.published)
-        return "; ".join(f"{source}: " + ", ".join(
-            number.number() + ("" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})") for number in self.published if number.source == source)
-            for source in sources)
+        return "; ".join(
+            f"{source}: "
+            + ", ".join(
+                number.number()
+                + ("" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})")
+                for number in self.published
+                if number.source == source
+            )
+            for source in sources
+        )
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every field written out, with its source as a comment; ``read_config`` takes it."""
+        """The configuration as YAML, every field written out, with its source as a comment;
+        ``read_config`` takes it.
+        """
         lines = [f"# {self.title}"]
         for number in self.published:
             runs = f", mean of {number.runs} runs" if number.runs else ""
-            lines.append(f"# {number.source}: {number.number()} % error, {_ROWS.get(number.row, number.row)}{runs}")
+            lines.append(
+                f"# {number.source}: {number.number()} % error,"
+                f" {_ROWS.get(number.row, number.row)}{runs}"
+            )
         lines += [f"# {note}" for note in self.notes]
         lines.append("# Fields without a source are fastokd's defaults.")
         for line in self.config.to_yaml().splitlines():
             name, colon, _ = line.partition(":")
-            lines.append(f"{line}  # {self.settings[name].source}" if colon and name in self.settings else line)
+            lines.append(
+                f"{line}  # {self.settings[name].source}"
+                if colon and name in self.settings
+                else line
+            )
         return "\n".join(lines) + "\n"
 
 
@@ -134,4 +163,7 @@ def by_name(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
 
 def read_table(text: str) -> dict[str, list[float]]:
     """Rows of a network's name and numbers."""
-    return {words[0]: [float(word) for word in words[1:]] for words in map(str.split, text.strip().splitlines())}
+    return {
+        words[0]: [float(word) for word in words[1:]]
+        for words in map(str.split, text.strip().splitlines())
+    }

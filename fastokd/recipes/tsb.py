@@ -1,9 +1,12 @@
-"""TSB's tables, in its settings: TSB, the methods it compares with, and KDCL, whose slides give no settings.
+"""TSB's tables, in its settings: TSB, the methods it compares with, and KDCL, whose slides give no
+settings.
 
-CIFAR: SGD with momentum 0.9, learning rate 0.05 (0.01 for MobileNetV2) multiplied by 0.1 after epochs 150, 180 and 210 of 240, batches
-of 64, weight decay 5e-4. ImageNet, which TSB says are KDCL's: 0.1 multiplied by 0.1 after 60, 120 and 180 of 200 epochs, for
-MobileNetV2 after 90, 180 and 270 of 300, batches of 256, weight decay 1e-4. Nesterov momentum is not mentioned. The papers give
-accuracies, of how many runs they do not say. A name that ends in ``-tsb`` says that these are not the method's own settings.
+CIFAR: SGD with momentum 0.9, learning rate 0.05 (0.01 for MobileNetV2) multiplied by 0.1 after
+epochs 150, 180 and 210 of 240, batches of 64, weight decay 5e-4. ImageNet, which TSB says are
+KDCL's: 0.1 multiplied by 0.1 after 60, 120 and 180 of 200 epochs, for MobileNetV2 after 90, 180 and
+270 of 300, batches of 256, weight decay 1e-4. Nesterov momentum is not mentioned. The papers give
+accuracies, of how many runs they do not say. A name that ends in ``-tsb`` says that these are not
+the method's own settings.
 """
 
 import dataclasses
@@ -11,30 +14,67 @@ from collections.abc import Iterator
 
 from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, read_table
 
-_CIFAR = given("TSB, settings for CIFAR", epochs=240, batch_size=64, lr=0.05, lr_decay_at=(150 / 240, 180 / 240, 210 / 240), lr_gamma=0.1, momentum=0.9,
-               nesterov=False, weight_decay=5e-4, pad=4, flip=True)
-_IMAGENET = given("TSB, settings for ImageNet", epochs=200, batch_size=256, lr=0.1, lr_decay_at=(60 / 200, 120 / 200, 180 / 200), lr_gamma=0.1, momentum=0.9,
-                  nesterov=False, weight_decay=1e-4)
+_CIFAR = given(
+    "TSB, settings for CIFAR",
+    epochs=240,
+    batch_size=64,
+    lr=0.05,
+    lr_decay_at=(150 / 240, 180 / 240, 210 / 240),
+    lr_gamma=0.1,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=5e-4,
+    pad=4,
+    flip=True,
+)
+_IMAGENET = given(
+    "TSB, settings for ImageNet",
+    epochs=200,
+    batch_size=256,
+    lr=0.1,
+    lr_decay_at=(60 / 200, 120 / 200, 180 / 200),
+    lr_gamma=0.1,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=1e-4,
+)
 _MOBILENET = given("TSB, settings for MobileNetV2", lr=0.01)
-_IMAGENET_MOBILENET = given("TSB, settings for MobileNetV2", epochs=300, lr_decay_at=(90 / 300, 180 / 300, 270 / 300))
+_IMAGENET_MOBILENET = given(
+    "TSB, settings for MobileNetV2", epochs=300, lr_decay_at=(90 / 300, 180 / 300, 270 / 300)
+)
 
 _TSB = given("TSB, settings: tau = 4, beta = 0.8, both weights 0.5", method="tsb", branches=2)
 # On CIFAR None is the method's default, 20 of 240 epochs; there as large a part of others.
-_WAIT = {"cifar10": given("TSB: no KL in the first 20 of 240 epochs", ramp_epochs=None), "imagenet": given("TSB: no KL in the first 20 epochs", ramp_epochs=20)}
+_WAIT = {
+    "cifar10": given("TSB: no KL in the first 20 of 240 epochs", ramp_epochs=None),
+    "imagenet": given("TSB: no KL in the first 20 epochs", ramp_epochs=20),
+}
 _WAIT["cifar100"] = _WAIT["cifar10"]
-_KDCL = (given("two networks", method="kdcl", branches=2, ramp_epochs=0)
-         | given("ours, T and the weight are in no source: 3 and 1; views of their own as TSB describes KDCL", method_options={"variant": "minlogit"}))
+_KDCL = given("two networks", method="kdcl", branches=2, ramp_epochs=0) | given(
+    "ours, T and the weight are in no source: 3 and 1; views of their own as TSB describes KDCL",
+    method_options={"variant": "minlogit"},
+)
 _METHODS: dict[str, Settings] = {
     "baseline": given("the network alone", method="baseline", branches=1),
-    "dml": given("DML's own form: T = 1, the peers are constants", method="dml", preset="paper", branches=2, ramp_epochs=0),
+    "dml": given(
+        "DML's own form: T = 1, the peers are constants",
+        method="dml",
+        preset="paper",
+        branches=2,
+        ramp_epochs=0,
+    ),
     "kdcl": _KDCL,
-    "one": given("ONE's code: T = 3, weight 1", method="one", preset="code") | given("two networks in the table", branches=2),
+    "one": (
+        given("ONE's code: T = 3, weight 1", method="one", preset="code")
+        | given("two networks in the table", branches=2)
+    ),
     "tsb": _TSB,
 }
 _SLIDES = "KDCL slides"
 _VARIANTS = ("naive", "linear", "minlogit", "general")
 
-# Accuracies in %. For the network alone one number; for the others those of network 1, of network 2 and of both together.
+# Accuracies in %. For the network alone one number; for the others those of network 1, of network 2
+# and of both together.
 _SAME = ("baseline", "dml", "kdcl", "one", "tsb")
 _SAME_CIFAR10 = """
 resnet20          91.89  92.06 92.02 92.63  92.78 92.64 93.18  92.54 92.72 93.21  93.30 93.32 94.01
@@ -71,8 +111,12 @@ wrn16_4,wrn28_2            76.94 75.33 77.96  78.64 76.76 79.98  79.23 77.93 80.
 mobilenetv2_x0_5,wrn16_4   63.84 72.87 71.37  67.33 77.50 75.92  68.12 78.77 77.55
 vgg13,wrn16_2              71.90 71.30 74.24  76.42 74.11 74.61  77.66 74.82 78.75
 """
-# TSB with one of its two teachers, over time and then over networks: the mean of both networks, and both together.
-_COMPONENTS = (("ta-only", "the temporal accumulator alone", {"lambda_si": 0.0}), ("si-only", "the spatial integrator alone", {"lambda_ta": 0.0}))
+# TSB with one of its two teachers, over time and then over networks: the mean of both networks, and
+# both together.
+_COMPONENTS = (
+    ("ta-only", "the temporal accumulator alone", {"lambda_si": 0.0}),
+    ("si-only", "the spatial integrator alone", {"lambda_ta": 0.0}),
+)
 _COMPONENTS_CIFAR10 = """
 resnet32           93.58 94.22  93.57 94.23
 wrn16_4            95.62 96.10  95.50 95.98
@@ -89,7 +133,8 @@ _TSB_IMAGENET = """
 resnet18_imagenet          69.8  70.3  70.6  70.7  71.3
 mobilenetv2_x1_0_imagenet  71.9  72.2  72.4  72.5  72.9
 """
-# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with views of their own (ICL): networks 1 and 2.
+# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with views of their own (ICL): networks 1
+# and 2.
 _KDCL_CIFAR100 = """
 naive     73.7 74.8  73.8 74.9
 linear    73.4 74.6  73.6 74.9
@@ -98,35 +143,82 @@ general   74.0 75.2  74.3 75.5
 """
 # KDCL on ImageNet. The epochs of MobileNetV2 and of shortened runs are marked in the slides.
 _KDCL_IMAGENET = (
-    ("resnet50_imagenet,resnet18_imagenet", 200, {"naive": (77.5, 72.9), "linear": (77.8, 73.1), "minlogit": (77.8, 73.1), "general": (77.1, 72.0)}),
-    ("resnet50_imagenet,resnet18_imagenet", 100, {"linear": (76.8, 72.0), "minlogit": (77.0, 72.1)}),
-    ("mobilenetv2_x1_0_imagenet,mobilenetv2_x0_5_imagenet", 300, {"linear": (73.1, 66.2), "minlogit": (73.1, 66.3)}),
-    ("resnet18_imagenet,mobilenetv2_x0_5_imagenet", 200, {"linear": (71.8, 65.6), "minlogit": (71.9, 65.6)}),
-    ("resnet18_imagenet,mobilenetv2_x1_0_imagenet", 200, {"linear": (72.1, 72.8), "minlogit": (72.2, 72.8)}),
-    ("resnet50_imagenet,mobilenetv2_x0_5_imagenet", 200, {"linear": (77.5, 67.1), "minlogit": (77.7, 66.8)}),
+    (
+        "resnet50_imagenet,resnet18_imagenet",
+        200,
+        {
+            "naive": (77.5, 72.9),
+            "linear": (77.8, 73.1),
+            "minlogit": (77.8, 73.1),
+            "general": (77.1, 72.0),
+        },
+    ),
+    (
+        "resnet50_imagenet,resnet18_imagenet",
+        100,
+        {"linear": (76.8, 72.0), "minlogit": (77.0, 72.1)},
+    ),
+    (
+        "mobilenetv2_x1_0_imagenet,mobilenetv2_x0_5_imagenet",
+        300,
+        {"linear": (73.1, 66.2), "minlogit": (73.1, 66.3)},
+    ),
+    (
+        "resnet18_imagenet,mobilenetv2_x0_5_imagenet",
+        200,
+        {"linear": (71.8, 65.6), "minlogit": (71.9, 65.6)},
+    ),
+    (
+        "resnet18_imagenet,mobilenetv2_x1_0_imagenet",
+        200,
+        {"linear": (72.1, 72.8), "minlogit": (72.2, 72.8)},
+    ),
+    (
+        "resnet50_imagenet,mobilenetv2_x0_5_imagenet",
+        200,
+        {"linear": (77.5, 67.1), "minlogit": (77.7, 66.8)},
+    ),
 )
 
 
 def _networks(source: str, accuracies: list[float] | tuple[float, ...]) -> tuple[Published, ...]:
     """The errors of networks 1 and 2, and of both together where that is given."""
-    return tuple(Published(source, round(100 - value, 2), row=row) for row, value in zip(("student", "branch2", "ensemble"), accuracies, strict=False))
+    return tuple(
+        Published(source, round(100 - value, 2), row=row)
+        for row, value in zip(("student", "branch2", "ensemble"), accuracies, strict=False)
+    )
 
 
 def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
     if method == "tsb":
-        yield "The teacher comes first in the KL terms here, and is a constant; the paper prints the student first (student_first=true)."
+        yield (
+            "The teacher comes first in the KL terms here, and is a constant; the paper prints the"
+            " student first (student_first=true)."
+        )
     if method == "kdcl":
-        yield "Which variant, T and weight TSB used is not said: MinLogit, T = 3 and weight 1 are ours."
+        yield (
+            "Which variant, T and weight TSB used is not said: MinLogit, T = 3 and weight 1 are"
+            " ours."
+        )
     if method in ("dml", "one"):
         yield "TSB does not say how it ran this; T and weights are the method's own."
     if "mobilenetv2_x0_5" in model:
-        yield "The width of MobileNetV2 is not given; 0.5 is ours, the one that others train in these settings."
+        yield (
+            "The width of MobileNetV2 is not given; 0.5 is ours, the one that others train in these"
+            " settings."
+        )
         if "," in model:
-            yield "Both networks have the learning rate of MobileNetV2 here; the paper does not say what such pairs have."
+            yield (
+                "Both networks have the learning rate of MobileNetV2 here; the paper does not say"
+                " what such pairs have."
+            )
     if "vgg13" in model:
         yield "Dropout, 0.5 here, is not mentioned."
     if (dataset, model, method) == ("cifar10", "vgg13", "baseline"):
-        yield "The paper's table of different networks has 93.58 % accuracy for it instead of 90.58 %."
+        yield (
+            "The paper's table of different networks has 93.58 % accuracy for it instead of"
+            " 90.58 %."
+        )
     if (dataset, model, method) == ("cifar100", "wrn16_2", "tsb"):
         yield "The paper's Table 4 has 75.29, 75.59 and 77.23 % instead."
     if "mobilenetv2_x1_0" in model:
@@ -134,47 +226,105 @@ def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
 
 
 def _recipe(dataset: str, model: str, method: str, published: tuple[Published, ...]) -> Recipe:
-    optimizer = (_IMAGENET if dataset == "imagenet" else _CIFAR) | ({} if "mobilenet" not in model else _IMAGENET_MOBILENET if dataset == "imagenet" else _MOBILENET)
+    optimizer = (_IMAGENET if dataset == "imagenet" else _CIFAR) | (
+        {}
+        if "mobilenet" not in model
+        else _IMAGENET_MOBILENET
+        if dataset == "imagenet"
+        else _MOBILENET
+    )
     own = method in ("tsb", "kdcl")
-    settings = given("the table's row", model=model) | _METHODS[method] | optimizer | (_WAIT[dataset] if method == "tsb" else {})
-    return Recipe(dataset=dataset, settings=settings, variant="" if own else "tsb",
-                  meaning="" if own else "in TSB's settings", published=published, notes=tuple(_notes(dataset, model, method)))
+    settings = (
+        given("the table's row", model=model)
+        | _METHODS[method]
+        | optimizer
+        | (_WAIT[dataset] if method == "tsb" else {})
+    )
+    return Recipe(
+        dataset=dataset,
+        settings=settings,
+        variant="" if own else "tsb",
+        meaning="" if own else "in TSB's settings",
+        published=published,
+        notes=tuple(_notes(dataset, model, method)),
+    )
 
 
-def _kdcl(dataset: str, model: str, variant: str, icl: bool, epochs: int, published: tuple[Published, ...]) -> Recipe:
+def _kdcl(
+    dataset: str, model: str, variant: str, icl: bool, epochs: int, published: tuple[Published, ...]
+) -> Recipe:
     options = {"variant": variant, "icl": icl} | ({"held_out": 0.1} if variant == "general" else {})
-    notes = ("The slides do not give T and the weight (here 3 and 1)" + (", nor how many images are held out (here a tenth)." if variant == "general" else "."),
-             "The optimizer's settings are TSB's; it says of those for ImageNet that they are KDCL's.")
-    settings = given(_SLIDES, model=model, method="kdcl", branches=2, ramp_epochs=0, method_options=options) | (_CIFAR if dataset == "cifar100" else _IMAGENET)
+    notes = (
+        "The slides do not give T and the weight (here 3 and 1)"
+        + (", nor how many images are held out (here a tenth)." if variant == "general" else "."),
+        "The optimizer's settings are TSB's; it says of those for ImageNet that they are KDCL's.",
+    )
+    settings = given(
+        _SLIDES, model=model, method="kdcl", branches=2, ramp_epochs=0, method_options=options
+    ) | (_CIFAR if dataset == "cifar100" else _IMAGENET)
     shortened = epochs == 100
     if dataset == "imagenet":
         settings |= given(_SLIDES, epochs=epochs)
-    return Recipe(dataset=dataset, settings=settings, published=published, notes=notes,
-                  variant="-".join([variant, *(["no-icl"] if dataset == "cifar100" and not icl else []), *(["100-epochs"] if shortened else [])]),
-                  meaning=f"{variant}, {'a view for each network' if icl else 'one view for both'}" + (", 100 epochs" if shortened else ""))
+    return Recipe(
+        dataset=dataset,
+        settings=settings,
+        published=published,
+        notes=notes,
+        variant="-".join(
+            [
+                variant,
+                *(["no-icl"] if dataset == "cifar100" and not icl else []),
+                *(["100-epochs"] if shortened else []),
+            ]
+        ),
+        meaning=f"{variant}, {'a view for each network' if icl else 'one view for both'}"
+        + (", 100 epochs" if shortened else ""),
+    )
 
 
 def _recipes() -> Iterator[Recipe]:
     for dataset, text in (("cifar10", _SAME_CIFAR10), ("cifar100", _SAME_CIFAR100)):
         for model, values in read_table(text).items():
             for place, method in enumerate(_SAME):
-                mine = values[:1] if place == 0 else values[3 * place - 2:3 * place + 1]
+                mine = values[:1] if place == 0 else values[3 * place - 2 : 3 * place + 1]
                 yield _recipe(dataset, model, method, _networks("TSB Table 1", mine))
     for dataset, text in (("cifar10", _PAIRS_CIFAR10), ("cifar100", _PAIRS_CIFAR100)):
         for model, values in read_table(text).items():
             for place, method in enumerate(_PAIRS):
-                yield _recipe(dataset, model, method, _networks("TSB, different networks", values[3 * place:3 * place + 3]))
+                yield _recipe(
+                    dataset,
+                    model,
+                    method,
+                    _networks("TSB, different networks", values[3 * place : 3 * place + 3]),
+                )
     for dataset, text in (("cifar10", _COMPONENTS_CIFAR10), ("cifar100", _COMPONENTS_CIFAR100)):
         for model, values in read_table(text).items():
             for place, (variant, meaning, options) in enumerate(_COMPONENTS):
-                mine = zip(("branch_mean", "ensemble"), values[2 * place:2 * place + 2], strict=True)
-                whole = _recipe(dataset, model, "tsb", tuple(Published("TSB, components", round(100 - value, 2), row=row) for row, value in mine))
+                mine = zip(
+                    ("branch_mean", "ensemble"), values[2 * place : 2 * place + 2], strict=True
+                )
+                whole = _recipe(
+                    dataset,
+                    model,
+                    "tsb",
+                    tuple(
+                        Published("TSB, components", round(100 - value, 2), row=row)
+                        for row, value in mine
+                    ),
+                )
                 settings = {**whole.settings, **given("TSB, components", method_options=options)}
-                yield dataclasses.replace(whole, settings=settings, variant=variant, meaning=meaning)
+                yield dataclasses.replace(
+                    whole, settings=settings, variant=variant, meaning=meaning
+                )
     for model, values in read_table(_TSB_IMAGENET).items():
         for method, value in zip(_IMAGENET_METHODS, values, strict=True):
             row = "student" if method == "baseline" else "branch_mean"
-            yield _recipe("imagenet", model, method, (Published("TSB, ImageNet", round(100 - value, 2), row=row),))
+            yield _recipe(
+                "imagenet",
+                model,
+                method,
+                (Published("TSB, ImageNet", round(100 - value, 2), row=row),),
+            )
     for variant, values in read_table(_KDCL_CIFAR100).items():
         for icl, mine in ((False, values[:2]), (True, values[2:])):
             yield _kdcl("cifar100", "resnet32,wrn16_2", variant, icl, 240, _networks(_SLIDES, mine))

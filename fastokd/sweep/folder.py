@@ -1,4 +1,6 @@
-"""The folder of a sweep or of a reproduced table: what it is of is written there once, and something else in it is refused."""
+"""The folder of a sweep or of a reproduced table: what it is of is written there once, and
+something else in it is refused.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +19,14 @@ RUNS = "runs"
 Record = Mapping[str, Any]
 
 
-def check_folder(out: Path, kind: str, record: Record, differences: Callable[[Record, Record], Iterable[str]], jobs: Sequence[Job], datasets: Datasets) -> None:
+def check_folder(
+    out: Path,
+    kind: str,
+    record: Record,
+    differences: Callable[[Record, Record], Iterable[str]],
+    jobs: Sequence[Job],
+    datasets: Datasets,
+) -> None:
     """Check that a folder, if it is there, is of this, and its runs too.
 
     Args:
@@ -38,7 +47,10 @@ def check_folder(out: Path, kind: str, record: Record, differences: Callable[[Re
         if not path.is_file():
             others = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
             if others:
-                raise ConfigError(f"{out} is not empty ({', '.join(others[:3])}) and no folder of 'fastokd {kind}'; choose another --out")
+                raise ConfigError(
+                    f"{out} is not empty ({', '.join(others[:3])}) and no folder of 'fastokd"
+                    f" {kind}'; choose another --out"
+                )
             return
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -48,18 +60,29 @@ def check_folder(out: Path, kind: str, record: Record, differences: Callable[[Re
         different = list(differences(there, record))
         images = dict(there.get("data", {}))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is damaged; choose another --out, or delete that file if its runs are those of this command") from None
+        raise ConfigError(
+            f"{path} is damaged; choose another --out, or delete that file if its runs are those of"
+            " this command"
+        ) from None
     if different:
-        raise ConfigError(f"{out} is of another '{kind}' (there, here: {'; '.join(different)}); give that again to go on with it, or choose another --out")
+        raise ConfigError(
+            f"{out} is of another '{kind}' (there, here: {'; '.join(different)}); give that again"
+            " to go on with it, or choose another --out"
+        )
     configs = [job.config for job in jobs if job.config.data]
     for images_of, fingerprint in datasets.fingerprints(configs).items():
         if images.get(images_of, fingerprint) != fingerprint:
-            raise ConfigError(f"{out} is of other images than {configs[0].data} has now: give the data that its runs are trained on, or choose another --out")
+            raise ConfigError(
+                f"{out} is of other images than {configs[0].data} has now: give the data that its"
+                " runs are trained on, or choose another --out"
+            )
     for job in jobs:
         job.check(datasets)
 
 
-def _claim_folder(out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets) -> None:
+def _claim_folder(
+    out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets
+) -> None:
     """Make the folder, and write down what it is of, and of which images.
 
     Raises:
@@ -75,9 +98,18 @@ def _claim_folder(out: Path, kind: str, record: Record, jobs: Sequence[Job], dat
     write_json(path, {**record, "data": {**read_json_object(path).get("data", {}), **images}})
 
 
-def run_in_folder(queue: Queue, out: Path, kind: str, record: Record, jobs: Sequence[Job], datasets: Datasets, check: Callable[[], None],
-                  write: Callable[[Mapping[str, str]], object]) -> Outcome:
-    """Run a queue in a folder that is checked before, and claimed when nothing stands against the first run.
+def run_in_folder(
+    queue: Queue,
+    out: Path,
+    kind: str,
+    record: Record,
+    jobs: Sequence[Job],
+    datasets: Datasets,
+    check: Callable[[], None],
+    write: Callable[[Mapping[str, str]], object],
+) -> Outcome:
+    """Run a queue in a folder that is checked before, and claimed when nothing stands against the
+    first run.
 
     Args:
         queue: of ``jobs``, in ``out``.
@@ -86,7 +118,8 @@ def run_in_folder(queue: Queue, out: Path, kind: str, record: Record, jobs: Sequ
         write: see ``Queue.run``.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError: see ``check_folder`` and ``Queue.run``.
+        ConfigError, DataError, CheckpointError, StorageError: see ``check_folder`` and
+            ``Queue.run``.
     """
     check()
 

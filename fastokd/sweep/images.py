@@ -25,7 +25,9 @@ class Datasets:
         Raises:
             ConfigError, DataError: see ``open_data``.
         """
-        key = repr([config.data, config.image_size, config.val_split, config.loader, config.bad_images])
+        key = repr(
+            [config.data, config.image_size, config.val_split, config.loader, config.bad_images]
+        )
         if key not in self._opened:
             counter = Counter("reading images")
             try:
@@ -35,19 +37,38 @@ class Datasets:
         return self._opened[key]
 
     def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
-        """The fingerprints of the datasets of configurations, by what they are of beside the data itself: decoded images of a size, or files."""
+        """The fingerprints of the datasets of configurations, by what they are of beside the data
+        itself: decoded images of a size, or files.
+        """
         found = {}
         for config in configs:
             dataset = self.of(config)
-            found[f"images of size {config.image_size}" if isinstance(dataset, Dataset) else "files"] = dataset.fingerprint
+            found[
+                f"images of size {config.image_size}" if isinstance(dataset, Dataset) else "files"
+            ] = dataset.fingerprint
         return found
 
     def are_others(self, config: TrainConfig, fingerprint: str) -> bool:
-        """Whether the images of a configuration are others than those that a run of it has recorded this fingerprint of."""
+        """Whether the images of a configuration are others than those that a run of it has recorded
+        this fingerprint of.
+        """
         dataset = self.of(config)
         if dataset.fingerprint == fingerprint:
             return False
-        if config.loader != "auto" or not made_of_files(config.data) or max(dataset.image_size) > SMALL:
+        if (
+            config.loader != "auto"
+            or not made_of_files(config.data)
+            or max(dataset.image_size) > SMALL
+        ):
             return True
-        # The memory that was free then decided whether small images were decoded, and the fingerprint is of what was opened.
-        return self.of(replace(config, loader="resident" if isinstance(dataset, FileDataset) else next(file_loaders()))).fingerprint != fingerprint
+        # The memory that was free then decided whether small images were decoded, and the
+        # fingerprint is of what was opened.
+        return (
+            self.of(
+                replace(
+                    config,
+                    loader="resident" if isinstance(dataset, FileDataset) else next(file_loaders()),
+                )
+            ).fingerprint
+            != fingerprint
+        )

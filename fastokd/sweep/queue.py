@@ -1,4 +1,6 @@
-"""Runs that wait for a device: each is a ``fastokd train`` of its own, several at once on a device where they fit."""
+"""Runs that wait for a device: each is a ``fastokd train`` of its own, several at once on a device
+where they fit.
+"""
 
 import os
 import re
@@ -30,7 +32,9 @@ from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIG
 from fastokd.train.teacher import open_teacher
 
 PROCESS_BYTES = {"cpu": 768 * 2**20, "cuda": 2**30}
-"""What a run takes beside its estimate: the interpreter and its libraries (about 700 MiB on Linux); a CUDA context and its libraries."""
+"""What a run takes beside its estimate: the interpreter and its libraries (about 700 MiB on Linux);
+a CUDA context and its libraries.
+"""
 _POLL_SECONDS = 0.2
 _NOTE_SECONDS = 60.0
 """How often it is said how far the runs are."""
@@ -64,10 +68,15 @@ class Job:
             return "finished"
         run = RunFolder(self.path)
         done = len(run.read_metrics())
-        return f"{done} of {self.config.epochs} epochs" if done or checkpoint_files(run.checkpoints) else "not run"
+        return (
+            f"{done} of {self.config.epochs} epochs"
+            if done or checkpoint_files(run.checkpoints)
+            else "not run"
+        )
 
     def check(self, datasets: Datasets) -> None:
-        """Check that a run in its folder is this one, but for where and how fast it ran, and on the same images.
+        """Check that a run in its folder is this one, but for where and how fast it ran, and on the
+        same images.
 
         Args:
             datasets: opens the data, if there is a run.
@@ -77,15 +86,30 @@ class Job:
             ConfigError, DataError: the data cannot be trained on.
         """
         run = RunFolder(self.path)
-        if not run.config_path.is_file() or not (checkpoint_files(run.checkpoints) or self.is_finished()):
+        if not run.config_path.is_file() or not (
+            checkpoint_files(run.checkpoints) or self.is_finished()
+        ):
             return
         there = run.load_config()
-        if changed := differences(replace(there, **{name: getattr(self.config, name) for name in SAME_RUN}), self.config):
-            raise ConfigError(f"{self.path} holds a run of another configuration (there, here: {'; '.join(changed)}): choose another --out")
+        if changed := differences(
+            replace(there, **{name: getattr(self.config, name) for name in SAME_RUN}), self.config
+        ):
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration (there, here:"
+                f" {'; '.join(changed)}): choose another --out"
+            )
         seen = run.read_environment().get("data")
-        if self.config.data and isinstance(seen, dict) and seen.get("fingerprint") and datasets.are_others(self.config, seen["fingerprint"]):
-            raise ConfigError(f"{self.path} holds a run on other images (of {seen.get('name', 'unknown data')}) than {self.config.data} has now: give the data that it was trained on, "
-                              "or choose another --out")
+        if (
+            self.config.data
+            and isinstance(seen, dict)
+            and seen.get("fingerprint")
+            and datasets.are_others(self.config, seen["fingerprint"])
+        ):
+            raise ConfigError(
+                f"{self.path} holds a run on other images (of {seen.get('name', 'unknown data')})"
+                f" than {self.config.data} has now: give the data that it was trained on, or choose"
+                " another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,8 @@ class _Running:
 
 
 def parse_devices(text: str) -> list[torch.device]:
-    """The devices of a list such as "cuda:0,cuda:1"; "auto" for all GPUs, or the CPU where there is none.
+    """The devices of a list such as "cuda:0,cuda:1"; "auto" for all GPUs, or the CPU where there is
+    none.
 
     Raises:
         ConfigError: one is not there, or is named twice.
@@ -142,7 +167,10 @@ def parse_devices(text: str) -> list[torch.device]:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
         if device in devices:
-            raise ConfigError(f"--devices {text}: {device} is there twice; several runs at once on a device are --per-device N")
+            raise ConfigError(
+                f"--devices {text}: {device} is there twice; several runs at once on a device are"
+                " --per-device N"
+            )
         devices.append(device)
     return devices
 
@@ -164,16 +192,25 @@ class Queue:
     """Runs, and the devices that they are to run on.
 
     Args:
-        jobs: the runs, in the order in which they begin. Finished ones are passed over, begun ones go on.
+        jobs: the runs, in the order in which they begin. Finished ones are passed over, begun ones
+            go on.
         folder: gets ``configs/`` and ``logs/``, a file for each run.
         devices: where they run.
-        per_device: how many run at once on a device; None for as many as their estimated memory and the cores allow.
+        per_device: how many run at once on a device; None for as many as their estimated memory and
+            the cores allow.
         say: takes the lines about what happens.
         datasets: opens the data.
     """
 
-    def __init__(self, jobs: Sequence[Job], folder: Path, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None],
-                 datasets: Datasets) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        folder: Path,
+        devices: Sequence[torch.device],
+        per_device: int | None,
+        say: Callable[[str], None],
+        datasets: Datasets,
+    ) -> None:
         self._jobs, self._folder, self._per_device, self._say = tuple(jobs), folder, per_device, say
         self._waiting = [job for job in jobs if not job.is_finished()]
         self._finished = len(jobs) - len(self._waiting)
@@ -191,17 +228,25 @@ class Queue:
         self._limit = per_device or max(1, cores // len(devices))
         self._threads = max(1, cores // max(1, min(len(self._waiting), self._limit * len(devices))))
 
-    def run(self, claim: Callable[[], object] = lambda: None, write: Callable[[Mapping[str, str]], object] = lambda failed: None) -> Outcome:
-        """Run them all. A run that fails is said, and the others go on; a signal lets the runs save and ends the queue.
+    def run(
+        self,
+        claim: Callable[[], object] = lambda: None,
+        write: Callable[[Mapping[str, str]], object] = lambda failed: None,
+    ) -> Outcome:
+        """Run them all. A run that fails is said, and the others go on; a signal lets the runs save
+        and ends the queue.
 
         Args:
-            claim: called when nothing stands against the first run, and the folder is this queue's alone.
-            write: called with the runs that failed so far, by name, each with its error: whenever a run has ended, and at the end, whatever that is.
+            claim: called when nothing stands against the first run, and the folder is this queue's
+                alone.
+            write: called with the runs that failed so far, by name, each with its error: whenever a
+                run has ended, and at the end, whatever that is.
 
         Raises:
             ConfigError: another queue runs in the folder.
             ConfigError, DataError: the data cannot be trained on, found before the first run.
-            ConfigError, CheckpointError: where memory is estimated, a teacher is missing or does not fit, found before the first run.
+            ConfigError, CheckpointError: where memory is estimated, a teacher is missing or does
+                not fit, found before the first run.
             StorageError: the disk refused.
         """
         if not self._waiting:
@@ -223,7 +268,9 @@ class Queue:
             held.unlock()
 
     def _hold(self) -> RunFolder:
-        """The folder, held by this queue and its runs: another queue would find the runs locked, and call that a failure."""
+        """The folder, held by this queue and its runs: another queue would find the runs locked,
+        and call that a failure.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -232,7 +279,10 @@ class Queue:
         try:
             self._descriptor = held.lock()
         except ConfigError:
-            raise ConfigError(f"runs in {self._folder} are still going on, of another call or of one that was killed; wait for them, or choose another --out") from None
+            raise ConfigError(
+                f"runs in {self._folder} are still going on, of another call or of one that was"
+                " killed; wait for them, or choose another --out"
+            ) from None
         return held
 
     def _run(self, write: Callable[[Mapping[str, str]], object]) -> Outcome:
@@ -244,7 +294,10 @@ class Queue:
                         write(self._failed)
                     if self._signal and not asked:
                         asked = True
-                        self._say(f"{self._signal}: {len(self._running())} runs save and stop; another signal stops them at once")
+                        self._say(
+                            f"{self._signal}: {len(self._running())} runs save and stop; another"
+                            " signal stops them at once"
+                        )
                         self._send(signal.SIGTERM)
                     if self._at_once:
                         self._send(signal.SIGKILL)  # what was saved before is intact
@@ -273,7 +326,9 @@ class Queue:
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:
-        """Signals that ask to stop are noted, and followed by ``run``; Ctrl-C too, because the runs are in sessions of their own."""
+        """Signals that ask to stop are noted, and followed by ``run``; Ctrl-C too, because the runs
+        are in sessions of their own.
+        """
         begun = 0.0
 
         def note(number: int, _: object) -> None:
@@ -292,10 +347,17 @@ class Queue:
             return False
         job = self._waiting[0]
         for place in sorted(self._places, key=lambda place: len(place.running)):
-            needs, names = self._needs(job, place), {job.name, *(other.job.name for other in place.running)}
+            needs, names = (
+                self._needs(job, place),
+                {job.name, *(other.job.name for other in place.running)},
+            )
             if place.running and (len(place.running) >= self._limit or names & self._alone):
                 continue
-            if place.running and place.free is not None and sum(other.needs for other in place.running) + needs > FILL * place.free:
+            if (
+                place.running
+                and place.free is not None
+                and sum(other.needs for other in place.running) + needs > FILL * place.free
+            ):
                 continue
             self._waiting.pop(0)
             self._start(job, place, needs)
@@ -304,29 +366,53 @@ class Queue:
 
     def _needs(self, job: Job, place: _Device) -> float:
         """The bytes that a run takes on a device; 0 where the number of runs is given, or one."""
-        return self._memory.needs(job.config, place.device) if self._limit > 1 and place.free is not None else 0.0
+        return (
+            self._memory.needs(job.config, place.device)
+            if self._limit > 1 and place.free is not None
+            else 0.0
+        )
 
     def _start(self, job: Job, place: _Device, needs: float) -> None:
-        config, log = self._folder / "configs" / f"{job.name}.yaml", self._folder / "logs" / f"{job.name}.txt"
-        write_atomically(config, lambda file: file.write(job.config.to_yaml().encode()), durable=False)
+        config, log = (
+            self._folder / "configs" / f"{job.name}.yaml",
+            self._folder / "logs" / f"{job.name}.txt",
+        )
+        write_atomically(
+            config, lambda file: file.write(job.config.to_yaml().encode()), durable=False
+        )
         # A scheduler may signal the runs too, beside what is passed on to them.
-        own = {"OMP_NUM_THREADS": str(self._threads), "TORCHINDUCTOR_COMPILE_THREADS": str(self._threads), PATIENCE_VARIABLE: str(LAUNCHER_PATIENCE)}
+        own = {
+            "OMP_NUM_THREADS": str(self._threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(self._threads),
+            PATIENCE_VARIABLE: str(LAUNCHER_PATIENCE),
+        }
         began = job.state()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as output:
                 start = output.tell()
-                # The run holds the folder too: it trains on where this process is killed.
-                # A session of its own: Ctrl-C at a terminal would reach it beside the signal that is passed on, and stop it at once.
-                process = subprocess.Popen(_command(config, job.path, place.device), env={**own, **os.environ}, stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(self._descriptor,))
+                # The run holds the folder too: it trains on where this process is killed. A session
+                # of its own: Ctrl-C at a terminal would reach it beside the signal that is passed
+                # on, and stop it at once.
+                process = subprocess.Popen(
+                    _command(config, job.path, place.device),
+                    env={**own, **os.environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=(self._descriptor,),
+                )
         except OSError as error:
             raise storage_error(log, error) from error
         running = _Running(job, place, needs, log, start, process, company=bool(place.running))
         for other in place.running:
             other.company = True
         place.running.append(running)
-        self._say(f"{job.name}: {'starts' if began == 'not run' else 'goes on, ' + began}, on {place.device}")
+        self._say(
+            f"{job.name}: {'starts' if began == 'not run' else 'goes on, ' + began}, on"
+            f" {place.device}"
+        )
 
     def _reap(self) -> bool:
         """Whether a run has ended."""
@@ -338,19 +424,32 @@ class Queue:
         return len(self._running()) < before
 
     def _ended(self, running: _Running) -> None:
-        job, code, seconds = running.job, running.process.returncode, time.monotonic() - running.begun
+        job, code, seconds = (
+            running.job,
+            running.process.returncode,
+            time.monotonic() - running.begun,
+        )
         if code == EXIT_OK:
             self._finished += 1
             self._seconds.append(seconds)
-            self._say(f"{job.name}: finished in {duration(seconds)}; {self._finished} of {len(self._jobs)} runs{self._left()}")
+            self._say(
+                f"{job.name}: finished in {duration(seconds)}; {self._finished} of"
+                f" {len(self._jobs)} runs{self._left()}"
+            )
             return
         if self._signal and (code == EXIT_PREEMPTED or code < 0):
             self._waiting.insert(0, job)
-            self._say(f"{job.name}: {'saved' if code == EXIT_PREEMPTED else 'stopped'}, {job.state()}")
+            self._say(
+                f"{job.name}: {'saved' if code == EXIT_PREEMPTED else 'stopped'}, {job.state()}"
+            )
             return
         reason = _complaint(running) if code >= 0 else f"killed by {signal.Signals(-code).name}"
         # The kernel kills the process that takes most of the main memory.
-        if running.company and ("out of memory" in reason or code == -signal.SIGKILL) and job.name not in self._alone:
+        if (
+            running.company
+            and ("out of memory" in reason or code == -signal.SIGKILL)
+            and job.name not in self._alone
+        ):
             self._alone.add(job.name)
             self._waiting.insert(0, job)
             self._say(f"{job.name}: {reason}; it is tried again alone on its device")
@@ -363,12 +462,20 @@ class Queue:
         rest = len(self._waiting) + len(self._running())
         if not rest:
             return ""
-        at_once = len(self._running()) + bool(self._waiting)  # one will take the place of the one that ended
+        at_once = len(self._running()) + bool(
+            self._waiting
+        )  # one will take the place of the one that ended
         return f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
 
     def _note(self) -> None:
-        running = [f"{each.job.name} {len(RunFolder(each.job.path).read_metrics())} of {each.job.config.epochs} epochs" for each in self._running()]
-        self._say(f"{self._finished} of {len(self._jobs)} runs finished; running: {', '.join(running)}")
+        running = [
+            f"{each.job.name} {len(RunFolder(each.job.path).read_metrics())} of"
+            f" {each.job.config.epochs} epochs"
+            for each in self._running()
+        ]
+        self._say(
+            f"{self._finished} of {len(self._jobs)} runs finished; running: {', '.join(running)}"
+        )
 
 
 class _Memory:
@@ -384,17 +491,42 @@ class _Memory:
         if key not in self._needs:
             dataset = self._datasets.of(config)
             teacher = open_teacher(config, dataset, torch.device("cpu"))
-            # On a CPU the estimate leaves out the images, which that process has already; here each process has its own.
-            images = sum(split.images.nbytes for split in dataset.splits) if isinstance(dataset, Dataset) and device.type == "cpu" else 0
+            # On a CPU the estimate leaves out the images, which that process has already; here each
+            # process has its own.
+            images = (
+                sum(split.images.nbytes for split in dataset.splits)
+                if isinstance(dataset, Dataset) and device.type == "cpu"
+                else 0
+            )
             try:
-                self._needs[key] = estimate_memory(config, dataset, device, teacher.network if teacher else None).total + images + PROCESS_BYTES[device.type]
+                self._needs[key] = (
+                    estimate_memory(
+                        config, dataset, device, teacher.network if teacher else None
+                    ).total
+                    + images
+                    + PROCESS_BYTES[device.type]
+                )
             except ConfigError:
                 self._needs[key] = float("inf")
         return self._needs[key]
 
 
 def _command(config: Path, path: Path, device: torch.device) -> list[str]:
-    return [sys.executable, "-m", "fastokd", "train", "--config", str(config), "--out", str(path), "--resume", "auto", "--device", str(device), "--quiet"]
+    return [
+        sys.executable,
+        "-m",
+        "fastokd",
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(path),
+        "--resume",
+        "auto",
+        "--device",
+        str(device),
+        "--quiet",
+    ]
 
 
 def _complaint(running: _Running) -> str:
@@ -402,8 +534,16 @@ def _complaint(running: _Running) -> str:
     try:
         with open(running.log, "rb") as file:
             file.seek(running.log_start)
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip()
+                for line in file.read().decode(errors="replace").splitlines()
+                if line.strip()
+            ]
     except OSError:
         lines = []
-    said = [line.removeprefix("fastokd: ") for line in lines if line.startswith("fastokd: ")] or lines or [f"exit code {running.process.returncode}"]
+    said = (
+        [line.removeprefix("fastokd: ") for line in lines if line.startswith("fastokd: ")]
+        or lines
+        or [f"exit code {running.process.returncode}"]
+    )
     return said[-1][:300]

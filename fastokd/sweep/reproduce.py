@@ -1,4 +1,6 @@
-"""``fastokd reproduce``: the recipes of a published table, and what their runs measured beside what the paper reports."""
+"""``fastokd reproduce``: the recipes of a published table, and what their runs measured beside what
+the paper reports.
+"""
 
 import fnmatch
 import json
@@ -44,23 +46,34 @@ class PaperTable(NamedTuple):
     recipes: Mapping[str, Recipe]
 
     def numbers(self, recipe: Recipe) -> list[Published]:
-        """Its numbers for a recipe: one for each row that it reports, such as the student and the ensemble."""
+        """Its numbers for a recipe: one for each row that it reports, such as the student and the
+        ensemble.
+        """
         return [number for number in recipe.published if number.source == self.source]
 
     @property
     def runs(self) -> int:
         """How many runs its numbers are the mean of; 1 where it does not say."""
-        return max(number.runs or 1 for recipe in self.recipes.values() for number in self.numbers(recipe))
+        return max(
+            number.runs or 1 for recipe in self.recipes.values() for number in self.numbers(recipe)
+        )
 
 
 def paper_tables() -> dict[str, PaperTable]:
-    """All tables by name: the source's, with the dataset where it has several, e.g. "ahbf-table1" and "okddip-slides-cifar10"."""
+    """All tables by name: the source's, with the dataset where it has several, e.g. "ahbf-table1"
+    and "okddip-slides-cifar10".
+    """
     found: dict[tuple[str, str], dict[str, Recipe]] = {}
     for name, recipe in list_recipes().items():
         for number in recipe.published:
             found.setdefault((number.source, recipe.dataset), {})[name] = recipe
     sources = [source for source, _ in found]
-    return {_name(source, dataset if sources.count(source) > 1 else ""): PaperTable(source, dataset, recipes) for (source, dataset), recipes in found.items()}
+    return {
+        _name(source, dataset if sources.count(source) > 1 else ""): PaperTable(
+            source, dataset, recipes
+        )
+        for (source, dataset), recipes in found.items()
+    }
 
 
 def _name(source: str, dataset: str) -> str:
@@ -82,9 +95,25 @@ def get_table(name: str) -> PaperTable:
 
 def table_of_tables() -> Table:
     """What there is."""
-    rows = [(name, found.source, DATASETS[found.dataset].title, str(len(found.recipes)), str(found.runs)) for name, found in paper_tables().items()]
-    return Table("Published tables", ("table", "of", "data", "recipes", "runs"), tuple(rows), (
-        "See one with: fastokd reproduce TABLE --dry-run", "Run it with: fastokd reproduce TABLE --data FOLDER"))
+    rows = [
+        (
+            name,
+            found.source,
+            DATASETS[found.dataset].title,
+            str(len(found.recipes)),
+            str(found.runs),
+        )
+        for name, found in paper_tables().items()
+    ]
+    return Table(
+        "Published tables",
+        ("table", "of", "data", "recipes", "runs"),
+        tuple(rows),
+        (
+            "See one with: fastokd reproduce TABLE --dry-run",
+            "Run it with: fastokd reproduce TABLE --data FOLDER",
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +126,8 @@ class Reproduction:
         rows: the recipes to run now, by name; the others of the table are shown as they are.
         seeds: runs of each of these rows, with seeds from 0.
         configs: of all recipes of the table, by name, with seed 0.
-        jobs: for each recipe of the table its runs: those to run now, and those that are there from before.
+        jobs: for each recipe of the table its runs: those to run now, and those that are there from
+            before.
         epochs: the number that all are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
         out: the folder.
@@ -117,29 +147,62 @@ class Reproduction:
 
     @property
     def queue(self) -> list[Job]:
-        """The runs in the order in which they begin: all rows with the first seed, then with the next."""
-        return [job for seed in range(self.seeds) for name in self.rows for job in self.jobs[name] if job.config.seed == seed]
+        """The runs in the order in which they begin: all rows with the first seed, then with the
+        next.
+        """
+        return [
+            job
+            for seed in range(self.seeds)
+            for name in self.rows
+            for job in self.jobs[name]
+            if job.config.seed == seed
+        ]
 
     @property
     def record(self) -> Record:
         """What the folder is of; rows and seeds may come in several calls."""
-        return {"format": "fastokd reproduce 1", "table": self.name, "epochs": self.epochs, "set": json.loads(json.dumps(self.changes))}
+        return {
+            "format": "fastokd reproduce 1",
+            "table": self.name,
+            "epochs": self.epochs,
+            "set": json.loads(json.dumps(self.changes)),
+        }
 
     def check(self) -> None:
-        """Check that the folder, if it is there, is of this table in these settings, and every run in it too; and of the same images.
+        """Check that the folder, if it is there, is of this table in these settings, and every run
+        in it too; and of the same images.
 
         Raises:
             ConfigError: it is not; the message has the difference.
             DataError: the data cannot be trained on.
         """
-        check_folder(self.out, "reproduce", self.record, _record_differences, [job for jobs in self.jobs.values() for job in jobs], self.datasets)
+        check_folder(
+            self.out,
+            "reproduce",
+            self.record,
+            _record_differences,
+            [job for jobs in self.jobs.values() for job in jobs],
+            self.datasets,
+        )
 
 
 def _record_differences(there: Record, here: Record) -> list[str]:
-    return [f"{name}: {there[name]!r}, {value!r}" for name, value in here.items() if there[name] != value]
+    return [
+        f"{name}: {there[name]!r}, {value!r}"
+        for name, value in here.items()
+        if there[name] != value
+    ]
 
 
-def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | None, epochs: int | None, values: Values, out: Path | None) -> Reproduction:
+def plan_reproduction(
+    name: str,
+    data: str,
+    rows: Sequence[str],
+    seeds: int | None,
+    epochs: int | None,
+    values: Values,
+    out: Path | None,
+) -> Reproduction:
     """The runs of a table.
 
     Args:
@@ -152,7 +215,8 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         out: the folder; None for ``reproduce/NAME``.
 
     Raises:
-        ConfigError: no such table or rows, several values of a field, or a configuration that makes no sense.
+        ConfigError: no such table or rows, several values of a field, or a configuration that makes
+            no sense.
     """
     table = get_table(name)
     seeds = table.runs if seeds is None else seeds
@@ -162,39 +226,68 @@ def plan_reproduction(name: str, data: str, rows: Sequence[str], seeds: int | No
         raise ConfigError(f"epochs={epochs}: it must be at least 1")
     for setting, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(f"--set {setting} has {len(choices)} values; a table is reproduced with one: give one, or compare several with 'fastokd sweep'")
+            raise ConfigError(
+                f"--set {setting} has {len(choices)} values; a table is reproduced with one: give"
+                " one, or compare several with 'fastokd sweep'"
+            )
         if setting == "epochs":
-            raise ConfigError("--set epochs is --epochs here, which scales what is counted in epochs with them")
+            raise ConfigError(
+                "--set epochs is --epochs here, which scales what is counted in epochs with them"
+            )
     changes = {setting: choices[0] for setting, choices in values.items()}
-    chosen = [recipe for recipe in table.recipes if not rows or any(fnmatch.fnmatchcase(recipe, pattern) for pattern in rows)]
+    chosen = [
+        recipe
+        for recipe in table.recipes
+        if not rows or any(fnmatch.fnmatchcase(recipe, pattern) for pattern in rows)
+    ]
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
-        raise ConfigError(f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all")
+        raise ConfigError(
+            f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are"
+            f" {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all"
+        )
     configs = {}
     for recipe, found in table.recipes.items():
         config = found.config if epochs is None else scaled(found.config, epochs)
         configs[recipe] = replace(override(config, fields_of(changes)), data=data)
         check_config(configs[recipe])
     out = out or Path("reproduce") / name
-    jobs = {recipe: tuple(Job(out / RUNS / f"{recipe}-seed{seed}", replace(config, seed=seed)) for seed in sorted({*_seeds_there(out, recipe), *range(seeds if recipe in chosen else 0)}))
-            for recipe, config in configs.items()}
+    jobs = {
+        recipe: tuple(
+            Job(out / RUNS / f"{recipe}-seed{seed}", replace(config, seed=seed))
+            for seed in sorted(
+                {*_seeds_there(out, recipe), *range(seeds if recipe in chosen else 0)}
+            )
+        )
+        for recipe, config in configs.items()
+    }
     return Reproduction(name, table, tuple(chosen), seeds, configs, jobs, epochs, changes, out)
 
 
 def _seeds_there(out: Path, recipe: str) -> set[int]:
     """The seeds of a recipe's runs in a folder."""
-    names = (re.fullmatch(rf"{re.escape(recipe)}-seed(\d+)", path.name) for path in (out / RUNS).glob(f"{recipe}-seed*"))
+    names = (
+        re.fullmatch(rf"{re.escape(recipe)}-seed(\d+)", path.name)
+        for path in (out / RUNS).glob(f"{recipe}-seed*")
+    )
     return {int(found[1]) for found in names if found}
 
 
 def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The configuration with another number of epochs, and what else is counted in epochs in proportion."""
+    """The configuration with another number of epochs, and what else is counted in epochs in
+    proportion.
+    """
     factor = epochs / config.epochs
     ramp = None if config.ramp_epochs is None else round(config.ramp_epochs * factor)
     warmup = None if config.warmup_epochs is None else config.warmup_epochs * factor
     return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
 
 
-def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_device: int | None, say: Callable[[str], None]) -> Outcome:
+def run_reproduction(
+    plan: Reproduction,
+    devices: Sequence[torch.device],
+    per_device: int | None,
+    say: Callable[[str], None],
+) -> Outcome:
     """Train what is not trained yet, and write ``reproduce.md`` and ``results.json``.
 
     Args:
@@ -202,12 +295,22 @@ def run_reproduction(plan: Reproduction, devices: Sequence[torch.device], per_de
         devices, per_device, say: see ``Queue``.
 
     Raises:
-        ConfigError: the folder is of something else, holds another run, or another queue runs in it.
+        ConfigError: the folder is of something else, holds another run, or another queue runs in
+            it.
         DataError: the data cannot be trained on.
         StorageError: the disk refused.
     """
     queue = Queue(plan.queue, plan.out, devices, per_device, say, plan.datasets)
-    return run_in_folder(queue, plan.out, "reproduce", plan.record, plan.queue, plan.datasets, plan.check, lambda failed: ReproductionResults.of(plan, failed).write())
+    return run_in_folder(
+        queue,
+        plan.out,
+        "reproduce",
+        plan.record,
+        plan.queue,
+        plan.datasets,
+        plan.check,
+        lambda failed: ReproductionResults.of(plan, failed).write(),
+    )
 
 
 @dataclass(frozen=True)
@@ -217,7 +320,8 @@ class ReproductionResults:
     Attributes:
         plan: the table.
         measured: of every recipe, by name.
-        notes: what differs from the paper in the runs that are finished and in those planned, and what their recipes say.
+        notes: what differs from the paper in the runs that are finished and in those planned, and
+            what their recipes say.
     """
 
     plan: Reproduction
@@ -242,11 +346,27 @@ class ReproductionResults:
             measured = self.measured[name]
             for number in self.plan.table.numbers(recipe):
                 errors = measured.errors(number.row)
-                rows.append((name if number.row == "student" else f"{name}, {number.row.replace('_', ' ')}", f"{number.number()}{f' ({number.runs})' if number.runs else ''}",
-                             f"{spread(errors)} ({len(errors)})" if errors else "-", difference(errors, number), spread(measured.errors(number.row, best=True)), measured.progress()))
+                rows.append(
+                    (
+                        (
+                            name
+                            if number.row == "student"
+                            else f"{name}, {number.row.replace('_', ' ')}"
+                        ),
+                        f"{number.number()}{f' ({number.runs})' if number.runs else ''}",
+                        f"{spread(errors)} ({len(errors)})" if errors else "-",
+                        difference(errors, number),
+                        spread(measured.errors(number.row, best=True)),
+                        measured.progress(),
+                    )
+                )
         return Table(
-            f"{self.plan.table.source}, {DATASETS[self.plan.table.dataset].title}: errors in %, mean +- sample standard deviation (number of runs)",
-            ("recipe", "published", "here, last epoch", "difference", "here, best epoch", "runs"), tuple(rows), self.notes)
+            f"{self.plan.table.source}, {DATASETS[self.plan.table.dataset].title}: errors in %,"
+            " mean +- sample standard deviation (number of runs)",
+            ("recipe", "published", "here, last epoch", "difference", "here, best epoch", "runs"),
+            tuple(rows),
+            self.notes,
+        )
 
     def as_text(self) -> str:
         """For a terminal."""
@@ -255,37 +375,86 @@ class ReproductionResults:
     def as_markdown(self) -> str:
         """A table, and the notes as a list."""
         table = self.table()
-        return "\n".join([replace(table, notes=()).as_markdown(), *(f"- {plain_markdown(note)}" for note in table.notes)]) + "\n"
+        return (
+            "\n".join(
+                [
+                    replace(table, notes=()).as_markdown(),
+                    *(f"- {plain_markdown(note)}" for note in table.notes),
+                ]
+            )
+            + "\n"
+        )
 
     def write(self) -> None:
         """Write ``reproduce.md`` and ``results.json``."""
         plan = self.plan
         write_text(plan.out / "reproduce.md", self.as_markdown())
-        write_json(plan.out / "results.json", {
-            "table": plan.name, "source": plan.table.source, "dataset": plan.table.dataset, "epochs": plan.epochs, "set": plan.changes, "notes": self.notes,
-            "rows": [{"recipe": name, "row": number.row, "published": number._asdict(), **self.measured[name].as_json(number.row)}
-                     for name, recipe in plan.table.recipes.items() for number in plan.table.numbers(recipe)]})
+        write_json(
+            plan.out / "results.json",
+            {
+                "table": plan.name,
+                "source": plan.table.source,
+                "dataset": plan.table.dataset,
+                "epochs": plan.epochs,
+                "set": plan.changes,
+                "notes": self.notes,
+                "rows": [
+                    {
+                        "recipe": name,
+                        "row": number.row,
+                        "published": number._asdict(),
+                        **self.measured[name].as_json(number.row),
+                    }
+                    for name, recipe in plan.table.recipes.items()
+                    for number in plan.table.numbers(recipe)
+                ],
+            },
+        )
 
 
 def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
     runs = [run for each in measured.values() for run in each.runs]
     numbers = sum(len(plan.table.numbers(recipe)) for recipe in plan.table.recipes.values())
-    done = sum(len(plan.table.numbers(plan.table.recipes[name])) for name, each in measured.items() if each.runs)
-    notes = [f"{done} of {numbers} numbers have a finished run here; the others say nothing about the paper.",
-             "Difference: of the last epoch from what is published, in percentage points; above 0 is worse here. The paper does not say whether its numbers are of the last "
-             "epoch or of the best, and the best is chosen on the images that it is measured on."]
+    done = sum(
+        len(plan.table.numbers(plan.table.recipes[name]))
+        for name, each in measured.items()
+        if each.runs
+    )
+    notes = [
+        (
+            f"{done} of {numbers} numbers have a finished run here; the others say nothing about"
+            " the paper."
+        ),
+        (
+            "Difference: of the last epoch from what is published, in percentage points; above 0 is"
+            " worse here. The paper does not say whether its numbers are of the last epoch or of"
+            " the best, and the best is chosen on the images that it is measured on."
+        ),
+    ]
     rows = [name for name in plan.table.recipes if name in plan.rows or measured[name].runs]
     different: dict[str, list[str]] = {}
     for name in rows:
         recipe, each = plan.table.recipes[name], measured[name]
         published = max(number.runs or 1 for number in plan.table.numbers(recipe))
         fewer = [f"{len(each.runs)} of {published} runs"] if 0 < len(each.runs) < published else []
-        for item in [*setup_differences(recipe.config, plan.configs[name]), *data_differences(recipe, each.runs), *fewer]:
+        for item in [
+            *setup_differences(recipe.config, plan.configs[name]),
+            *data_differences(recipe, each.runs),
+            *fewer,
+        ]:
             different.setdefault(item, []).append(name)
-    notes += [f"Not as published{_which(names, rows)}: {item}." for item, names in different.items()]
+    notes += [
+        f"Not as published{_which(names, rows)}: {item}." for item, names in different.items()
+    ]
     if not different:
-        notes.append("Nothing is known to differ from what is published" + ("." if runs else " in what is planned; nothing has been run."))
-    notes.append("What the paper leaves open is as each recipe says ('fastokd recipes NAME'); none says its precision, which is bf16 on a GPU here unless --set precision=fp32.")
+        notes.append(
+            "Nothing is known to differ from what is published"
+            + ("." if runs else " in what is planned; nothing has been run.")
+        )
+    notes.append(
+        "What the paper leaves open is as each recipe says ('fastokd recipes NAME'); none says its"
+        " precision, which is bf16 on a GPU here unless --set precision=fp32."
+    )
     said: dict[str, list[str]] = {}
     for name in rows:
         for note in plan.table.recipes[name].notes:

@@ -1,4 +1,6 @@
-"""The whole step as one CUDA graph: recorded once, then replayed without the host launching anything."""
+"""The whole step as one CUDA graph: recorded once, then replayed without the host launching
+anything.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +8,10 @@ from typing import Any
 import torch
 
 WARM_UP_STEPS = 11
-"""Steps run before the capture, on the stream that captures: cuDNN chooses its algorithms, optimizers make their state, and
-DistributedDataParallel, which needs most of them, has rebuilt its buckets (PyTorch's notes on CUDA graphs)."""
+"""Steps run before the capture, on the stream that captures: cuDNN chooses its algorithms,
+optimizers make their state, and DistributedDataParallel, which needs most of them, has rebuilt its
+buckets (PyTorch's notes on CUDA graphs).
+"""
 
 
 class CaptureFailed(RuntimeError):
@@ -15,8 +19,9 @@ class CaptureFailed(RuntimeError):
 
 
 class CapturedStep:
-    """A step that reads and writes tensors that never move. The first calls run it, which are real steps; then it is captured,
-    and every further call replays it. Capturing runs nothing, so no step is counted twice.
+    """A step that reads and writes tensors that never move. The first calls run it, which are real
+    steps; then it is captured, and every further call replays it. Capturing runs nothing, so no
+    step is counted twice.
 
     Args:
         body: the step, without arguments and results.
@@ -54,10 +59,14 @@ class CapturedStep:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Threads of the loader may call CUDA meanwhile, which the default mode would take for a mistake of ours.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"):
+            # Threads of the loader may call CUDA meanwhile, which the default mode would take for a
+            # mistake of ours.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 self._body()
-        except Exception as error:  # compilers' errors, of kernels that the warm-up did not need, have no class in common
+        # Compilers' errors, of kernels that the warm-up did not need, have no class in common
+        except Exception as error:
             torch.cuda.synchronize(self._device)
             raise CaptureFailed(str(error)) from error
         self.pool = graph.pool()

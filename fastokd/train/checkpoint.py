@@ -1,4 +1,6 @@
-"""Checkpoints: tensors and plain values only, written in the background, atomically and read back, loaded without running any code from the file."""
+"""Checkpoints: tensors and plain values only, written in the background, atomically and read back,
+loaded without running any code from the file.
+"""
 
 import contextlib
 import copy
@@ -18,20 +20,48 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import CheckpointError, first_line
-from fastokd.storage import check_space, remove_temporaries, retried, temporary_path, write_atomically
+from fastokd.storage import (
+    check_space,
+    remove_temporaries,
+    retried,
+    temporary_path,
+    write_atomically,
+)
 
 FORMAT = 3
 ENTRIES: dict[str, type | tuple[type, ...]] = {
-    "model": dict, "optimizer": dict, "criterion": dict, "epoch": int, "last": dict, "best": dict, "best_epoch": int, "seconds": (int, float),
-    "classes": list, "data": dict, "config": str,
+    "model": dict,
+    "optimizer": dict,
+    "criterion": dict,
+    "epoch": int,
+    "last": dict,
+    "best": dict,
+    "best_epoch": int,
+    "seconds": (int, float),
+    "classes": list,
+    "data": dict,
+    "config": str,
 }
-"""What every checkpoint holds: weights, the optimizers' state, what the method's loss remembers, finished epochs, accuracies of the last and the best
-epoch and which that was, seconds of training, class names, what was read of the data, and the configuration as YAML."""
+"""What every checkpoint holds: weights, the optimizers' state, what the method's loss remembers,
+finished epochs, accuracies of the last and the best epoch and which that was, seconds of training,
+class names, what was read of the data, and the configuration as YAML.
+"""
 
-ADDED: dict[str, Any] = {"step": 0, "loader": {}, "sums": {}, "ema": {}, "scaler": {}, "ranks": [], "config_hash": ""}
-"""What format 3 added, with what is read for it from older files: optimizer steps in all, the loader's place (its ``state_dict``), what an epoch that is
-not finished has taken ("seconds"), the moving average of the student, the loss scale, one dictionary for each process ("rng": states of its generators by
-device; of an epoch that is not finished "sums": what it measured, and "statistics": its own running statistics), and the hash of the configuration."""
+ADDED: dict[str, Any] = {
+    "step": 0,
+    "loader": {},
+    "sums": {},
+    "ema": {},
+    "scaler": {},
+    "ranks": [],
+    "config_hash": "",
+}
+"""What format 3 added, with what is read for it from older files: optimizer steps in all, the
+loader's place (its ``state_dict``), what an epoch that is not finished has taken ("seconds"), the
+moving average of the student, the loss scale, one dictionary for each process ("rng": states of its
+generators by device; of an epoch that is not finished "sums": what it measured, and "statistics":
+its own running statistics), and the hash of the configuration.
+"""
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -40,17 +70,23 @@ class DamagedCheckpoint(CheckpointError):
     """A file that is no whole checkpoint, or that cannot be read; the one before it may be."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any], before_rename: Callable[[], object] | None = None) -> None:
-    """Write a checkpoint and read it back; the one before stays until this one is on the disk and whole.
+def save_checkpoint(
+    path: Path, state: Mapping[str, Any], before_rename: Callable[[], object] | None = None
+) -> None:
+    """Write a checkpoint and read it back; the one before stays until this one is on the disk and
+    whole.
 
     Args:
         path: the file.
         state: what is in it, see ``ENTRIES`` and ``ADDED``.
-        before_rename: called when it is on the disk and whole, before it takes the place of the one before.
+        before_rename: called when it is on the disk and whole, before it takes the place of the one
+            before.
 
     Raises:
-        StorageError: the disk refused, or gave back something else; the old checkpoint is untouched.
+        StorageError: the disk refused, or gave back something else; the old checkpoint is
+            untouched.
     """
+
     def check(temporary: Path) -> None:
         _forget_cached(temporary)
         try:
@@ -60,7 +96,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], before_rename: Callabl
         if before_rename is not None:
             before_rename()
 
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), before_rename=check)
+    write_atomically(
+        path, lambda file: torch.save({"format": FORMAT, **state}, file), before_rename=check
+    )
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -70,18 +108,26 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         CheckpointError: missing, damaged, not a checkpoint of fastokd, or of a newer format.
     """
     if not os.path.lexists(path):
-        raise CheckpointError(f"there is no checkpoint at {path}: the run has not finished its first epoch, or this is not a run folder")
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: the run has not finished its first epoch, or this"
+            " is not a run folder"
+        )
     state = _read(path, device)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise DamagedCheckpoint(f"{path} is not a checkpoint of fastokd")
     if state["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a newer fastokd")
+        raise CheckpointError(
+            f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a"
+            " newer fastokd"
+        )
     if state["format"] == 1:
         # Methods of that time remembered nothing and had one optimizer.
         state["criterion"], state["optimizer"] = {}, {"sgd": state.get("optimizer")}
     state = {**copy.deepcopy(ADDED), **state}
     if wrong := _wrong_entry(state):
-        raise DamagedCheckpoint(f"{path} is damaged: its entry '{wrong}' is missing or of the wrong kind")
+        raise DamagedCheckpoint(
+            f"{path} is damaged: its entry '{wrong}' is missing or of the wrong kind"
+        )
     return state
 
 
@@ -95,8 +141,9 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
         What it holds, which file it is, and for each newer one what is wrong with it.
 
     Raises:
-        CheckpointError: there is none, none is whole, or the newest is of a newer format (an older one is not taken for it:
-            going on from there would throw away what the newer fastokd has trained).
+        CheckpointError: there is none, none is whole, or the newest is of a newer format (an older
+            one is not taken for it: going on from there would throw away what the newer fastokd has
+            trained).
     """
     complaints: list[str] = []
     for path in checkpoint_files(folder):
@@ -107,13 +154,21 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     if not complaints:
         load_checkpoint(folder / "last.pt")  # says that there is none
     best = folder / "best.pt"
-    hint = f"; to go on from the best epoch instead, copy {best} to {folder / 'last.pt'}" if best.is_file() else ""
+    hint = (
+        f"; to go on from the best epoch instead, copy {best} to {folder / 'last.pt'}"
+        if best.is_file()
+        else ""
+    )
     raise CheckpointError("no checkpoint of the run is whole: " + "; ".join(complaints) + hint)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first; without the best, which is one of them or older."""
-    numbers = {path: match for path in folder.glob("last*.pt") if (match := re.fullmatch(r"last(?:-([1-9]\d*))?\.pt", path.name))}
+    numbers = {
+        path: match
+        for path in folder.glob("last*.pt")
+        if (match := re.fullmatch(r"last(?:-([1-9]\d*))?\.pt", path.name))
+    }
     return sorted(numbers, key=lambda path: int(numbers[path][1] or 0))
 
 
@@ -121,17 +176,21 @@ def check_resumable(state: Mapping[str, Any], where: str) -> None:
     """Refuse to go on from a checkpoint that does not hold enough for it.
 
     Raises:
-        CheckpointError: it is of a format before 3, whose optimizers are not kept by parameter and whose generators are not kept.
+        CheckpointError: it is of a format before 3, whose optimizers are not kept by parameter and
+            whose generators are not kept.
     """
     if state["format"] < 3:
-        raise CheckpointError(f"{where} has format {state['format']}, of an earlier fastokd: it can be evaluated and exported, but not resumed; "
-                              "start a new run, or resume it with that version")
+        raise CheckpointError(
+            f"{where} has format {state['format']}, of an earlier fastokd: it can be evaluated and"
+            " exported, but not resumed; start a new run, or resume it with that version"
+        )
 
 
 class _Write:
     """One write, done by the thread that takes it first.
 
-    A thread is not joined, because Thread.join that Ctrl-C interrupts takes the thread for ended (CPython before 3.13).
+    A thread is not joined, because Thread.join that Ctrl-C interrupts takes the thread for ended
+    (CPython before 3.13).
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -154,10 +213,11 @@ class _Write:
 
 
 class CheckpointStore:
-    """The checkpoints of a run: ``last.pt``, those before it (``last-1.pt``, ...), and ``best.pt``, written in the background.
+    """The checkpoints of a run: ``last.pt``, those before it (``last-1.pt``, ...), and ``best.pt``,
+    written in the background.
 
-    At every moment the newest of them that was reported as saved, or a newer one, is whole on the disk. The process that owns
-    the run folder's lock has one store; others have none.
+    At every moment the newest of them that was reported as saved, or a newer one, is whole on the
+    disk. The process that owns the run folder's lock has one store; others have none.
 
     Args:
         folder: where the checkpoints are.
@@ -181,21 +241,40 @@ class CheckpointStore:
             size: bytes of a checkpoint, see ``state_bytes``.
 
         Raises:
-            StorageError: fewer bytes are free than all that are kept need, and the next one while it is written.
+            StorageError: fewer bytes are free than all that are kept need, and the next one while
+                it is written.
         """
         count = self.keep + 2
-        there = sum(path.stat().st_size for path in (*checkpoint_files(self.last.parent), self.best) if path.is_file())
-        check_space(self.last.parent, count * size - there, f"{count} checkpoints ({self.keep} of the newest, the best, and one while it is written)")
+        there = sum(
+            path.stat().st_size
+            for path in (*checkpoint_files(self.last.parent), self.best)
+            if path.is_file()
+        )
+        check_space(
+            self.last.parent,
+            count * size - there,
+            f"{count} checkpoints ({self.keep} of the newest, the best, and one while it is"
+            " written)",
+        )
 
-    def save(self, state: Mapping[str, Any], *, is_best: bool = False, before: Callable[[], object] | None = None) -> None:
-        """Copy a state, return, and write it meanwhile: ``best.pt``, then what ``before`` writes, then ``last.pt``.
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        is_best: bool = False,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        """Copy a state, return, and write it meanwhile: ``best.pt``, then what ``before`` writes,
+        then ``last.pt``.
 
-        ``last.pt`` comes last, because it makes the rest count. A write that is still going on is waited for first.
+        ``last.pt`` comes last, because it makes the rest count. A write that is still going on is
+        waited for first.
 
         Args:
             state: all of ``ENTRIES`` and ``ADDED``. Tensors may change once this returns.
             is_best: write it as ``best.pt`` too.
-            before: writes the other records; runs on another thread, so it must not read what the training goes on to change.
+            before: writes the other records; runs on another thread, so it must not read what the
+                training goes on to change.
 
         Raises:
             StorageError: an earlier write failed; this state was not taken.
@@ -209,10 +288,12 @@ class CheckpointStore:
         threading.Thread(target=self._current.run, name="checkpoint").start()
 
     def restore_best(self, epoch: int) -> bool:
-        """Make ``best.pt`` that of the best epoch again, where a run was cut short between ``best.pt`` and ``last.pt``.
+        """Make ``best.pt`` that of the best epoch again, where a run was cut short between
+        ``best.pt`` and ``last.pt``.
 
         Args:
-            epoch: the best of the checkpoint from which the run goes on, counted from 0; -1 for none yet.
+            epoch: the best of the checkpoint from which the run goes on, counted from 0; -1 for
+                none yet.
 
         Returns:
             Whether ``best.pt`` is of that epoch now; if not, none of those that are kept is.
@@ -227,7 +308,10 @@ class CheckpointStore:
                 state = load_checkpoint(path)
                 if state["epoch"] == epoch + 1 and not state["loader"]:
                     if path != self.best:
-                        save_checkpoint(self.best, {name: value for name, value in state.items() if name != "format"})
+                        save_checkpoint(
+                            self.best,
+                            {name: value for name, value in state.items() if name != "format"},
+                        )
                     return True
         return False
 
@@ -249,7 +333,9 @@ class CheckpointStore:
         """As ``wait``, at the end of a run."""
         self.wait()
 
-    def _write(self, state: dict[str, Any], is_best: bool, before: Callable[[], object] | None) -> None:
+    def _write(
+        self, state: dict[str, Any], is_best: bool, before: Callable[[], object] | None
+    ) -> None:
         if not self._last_is_whole and self.last.exists():
             with contextlib.suppress(CheckpointError):
                 load_checkpoint(self.last, "meta")
@@ -266,10 +352,11 @@ class CheckpointStore:
                     path.unlink()
 
     def _shift(self) -> None:
-        """Make ``last.pt`` the first of the older ones, under both names until the new one takes its place.
+        """Make ``last.pt`` the first of the older ones, under both names until the new one takes
+        its place.
 
-        However often this is cut short and done again, none is lost but the oldest: only those before the first gap move up. A
-        damaged ``last.pt`` is not kept in the place of a whole one.
+        However often this is cut short and done again, none is lost but the oldest: only those
+        before the first gap move up. A damaged ``last.pt`` is not kept in the place of a whole one.
         """
         if not self._older or not self._last_is_whole or not self.last.exists():
             return
@@ -282,9 +369,13 @@ class CheckpointStore:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            link = self.last  # without hard links it has the older name alone for a moment, and is found under it
+            link = (
+                self.last
+            )  # without hard links it has the older name alone for a moment, and is found under it
         try:
-            gap = next((i for i, path in enumerate(self._older) if not path.exists()), len(self._older) - 1)
+            gap = next(
+                (i for i, path in enumerate(self._older) if not path.exists()), len(self._older) - 1
+            )
             for i in range(gap, 0, -1):
                 os.replace(self._older[i - 1], self._older[i])
             os.replace(link, first)
@@ -298,7 +389,8 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 def snapshot(value: Any, where: str = "the checkpoint") -> Any:
-    """A copy of tensors and plain values in dictionaries, lists and tuples; tensors are copied to host memory.
+    """A copy of tensors and plain values in dictionaries, lists and tuples; tensors are copied to
+    host memory.
 
     Raises:
         TypeError: something else is in it, which could not be loaded again without running code.
@@ -315,12 +407,17 @@ def snapshot(value: Any, where: str = "the checkpoint") -> Any:
     if type(value) in (list, tuple):
         return type(value)(snapshot(item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(value) not in _PLAIN:
-        raise TypeError(f"{where} is of type {type(value).__name__}; a checkpoint holds tensors and plain values only")
+        raise TypeError(
+            f"{where} is of type {type(value).__name__}; a checkpoint holds tensors and plain"
+            " values only"
+        )
     return value
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:
-    """About the size of a state's checkpoint in bytes: that of its tensors, and a little for each."""
+    """About the size of a state's checkpoint in bytes: that of its tensors, and a little for
+    each.
+    """
     return 2**16 + sum(tensor.numel() * tensor.element_size() + 512 for tensor in _tensors(state))
 
 
@@ -335,11 +432,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _wrong_entry(state: Mapping[str, Any]) -> str | None:
     """The first entry that is missing or of the wrong kind."""
     kinds = {**ENTRIES, **{name: type(value) for name, value in ADDED.items()}}
-    return next((name for name, kind in kinds.items() if not isinstance(state.get(name), kind)), None)
+    return next(
+        (name for name, kind in kinds.items() if not isinstance(state.get(name), kind)), None
+    )
 
 
 def _read(path: Path, device: torch.device | str) -> Any:
-    """What is in a file of ``torch.save``, every byte of it compared with the checksums in the file, which torch.load does not do."""
+    """What is in a file of ``torch.save``, every byte of it compared with the checksums in the
+    file, which torch.load does not do.
+    """
+
     def read() -> Any:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -349,14 +451,32 @@ def _read(path: Path, device: torch.device | str) -> Any:
     try:
         return retried(read)
     except OSError as error:
-        raise DamagedCheckpoint(f"cannot read {path}: {error.strerror or first_line(error)}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
-            zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the run again") from error
+        raise DamagedCheckpoint(
+            f"cannot read {path}: {error.strerror or first_line(error)}"
+        ) from error
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+    ) as error:
+        raise DamagedCheckpoint(
+            f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the"
+            " run again"
+        ) from error
 
 
 def _forget_cached(path: Path) -> None:
-    """Have what is read next come from the disk and not from the system's memory, where the system has that."""
+    """Have what is read next come from the disk and not from the system's memory, where the system
+    has that.
+    """
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,8 @@
-"""Several processes that train one model: how they meet, what each does of a batch, and what they tell each other.
+"""Several processes that train one model: how they meet, what each does of a batch, and what they
+tell each other.
 
-torchrun, or ``launch.py``, starts the processes and describes them in the environment. NCCL carries what is on GPUs and gloo
-what is on the host, in one process group.
+torchrun, or ``launch.py``, starts the processes and describes them in the environment. NCCL carries
+what is on GPUs and gloo what is on the host, in one process group.
 """
 
 import contextlib
@@ -52,7 +53,8 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
-    """Join the processes that the environment describes, if it describes any, and leave them in the end.
+    """Join the processes that the environment describes, if it describes any, and leave them in the
+    end.
 
     What all of them raise, one of them says: the others' errors are marked as ``repeated``.
 
@@ -63,7 +65,8 @@ def process_group(device_name: str) -> Iterator[Ranks]:
         This process among the others.
 
     Raises:
-        ConfigError: the environment makes no sense, the port is taken, or there are fewer GPUs than processes here.
+        ConfigError: the environment makes no sense, the port is taken, or there are fewer GPUs than
+            processes here.
         PeerLost: another process ended, or did not come.
     """
     if not launched():
@@ -76,7 +79,12 @@ def process_group(device_name: str) -> Iterator[Ranks]:
         with _peers_may_be_lost(ranks):
             if (device := choose_device(device_name, ranks)).type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=ranks.rank, world_size=ranks.size)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.size,
+            )
             joined = True
             yield ranks
     except BaseException as error:
@@ -93,18 +101,29 @@ def _described_ranks() -> Ranks:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         text = os.environ.get(name, "")
         if not text.isdecimal():
-            raise ConfigError(f"{name}={text!r} in the environment; torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: start with torchrun or --gpus N, or unset them")
+            raise ConfigError(
+                f"{name}={text!r} in the environment; torchrun sets RANK, WORLD_SIZE, LOCAL_RANK,"
+                " MASTER_ADDR and MASTER_PORT: start with torchrun or --gpus N, or unset them"
+            )
         found[name] = int(text)
     ranks = Ranks(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"])
     if ranks.rank >= ranks.size:
-        raise ConfigError(f"RANK={ranks.rank} with WORLD_SIZE={ranks.size} in the environment; ranks are 0 to WORLD_SIZE - 1")
+        raise ConfigError(
+            f"RANK={ranks.rank} with WORLD_SIZE={ranks.size} in the environment; ranks are 0 to"
+            " WORLD_SIZE - 1"
+        )
     if not os.environ.get("MASTER_ADDR"):
-        raise ConfigError("MASTER_ADDR is not in the environment; it is the address of rank 0: start with torchrun or --gpus N")
+        raise ConfigError(
+            "MASTER_ADDR is not in the environment; it is the address of rank 0: start with"
+            " torchrun or --gpus N"
+        )
     return ranks
 
 
 def _meet(ranks: Ranks) -> dist.Store:
-    """The store in which all processes find each other, served by the launcher's agent or by rank 0."""
+    """The store in which all processes find each other, served by the launcher's agent or by rank
+    0.
+    """
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     wait = timedelta(minutes=MEET_MINUTES)
     try:
@@ -112,14 +131,24 @@ def _meet(ranks: Ranks) -> dist.Store:
         return _of_this_start(store, ranks)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
-            raise ConfigError(f"the port of {where} is taken; choose another with torchrun's --master-port or --rdzv-endpoint, or let --gpus N find one") from None
-        raise PeerLost(f"rank {ranks.rank} cannot reach rank 0 at {where} ({first_line(error)}); are address and port right, and does rank 0 run?") from None
+            raise ConfigError(
+                f"the port of {where} is taken; choose another with torchrun's --master-port or"
+                " --rdzv-endpoint, or let --gpus N find one"
+            ) from None
+        raise PeerLost(
+            f"rank {ranks.rank} cannot reach rank 0 at {where} ({first_line(error)}); are address"
+            " and port right, and does rank 0 run?"
+        ) from None
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise PeerLost(f"rank {ranks.rank} of {ranks.size} found no others at {where} within {MEET_MINUTES} minutes ({first_line(error)}); have all been started?") from None
+        raise PeerLost(
+            f"rank {ranks.rank} of {ranks.size} found no others at {where} within {MEET_MINUTES}"
+            f" minutes ({first_line(error)}); have all been started?"
+        ) from None
 
 
 def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
-    """The device of that name. "auto" is the first GPU if there is one; of several processes each has that of its local rank.
+    """The device of that name. "auto" is the first GPU if there is one; of several processes each
+    has that of its local rank.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
@@ -141,22 +170,32 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     if device.type == "cpu":
         return device
     if (device.index or 0) >= count:
-        raise ConfigError(f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see 'fastokd doctor'")
+        raise ConfigError(
+            f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see"
+            " 'fastokd doctor'"
+        )
     if ranks.size == 1:
         return torch.device("cuda", device.index or 0)
     if device.index is not None:
-        raise ConfigError(f"device '{name}' with {ranks.size} processes: each takes the GPU of its local rank; use --device auto, cuda or cpu")
+        raise ConfigError(
+            f"device '{name}' with {ranks.size} processes: each takes the GPU of its local rank;"
+            " use --device auto, cuda or cpu"
+        )
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", ranks.local_rank + 1))) > count:
-        raise ConfigError(f"{here} processes on this machine, and torch sees {count} GPUs; start {count} with --gpus {count} or --nproc-per-node {count}, or use --device cpu")
+        raise ConfigError(
+            f"{here} processes on this machine, and torch sees {count} GPUs; start {count} with"
+            f" --gpus {count} or --nproc-per-node {count}, or use --device cpu"
+        )
     return torch.device("cuda", ranks.local_rank)
 
 
 def _of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
     """A part of the store that no earlier start of the run has written to.
 
-    torchrun keeps one store over its restarts, in which workers find the addresses of those that died, and fail to reach them
-    (PyTorch 2.15 with gloo: about every second restart). Nothing in the environment tells the starts apart on all machines, so
-    rank 0 names this one, and every other rank takes a name only when rank 0 has answered it in person.
+    torchrun keeps one store over its restarts, in which workers find the addresses of those that
+    died, and fail to reach them (PyTorch 2.15 with gloo: about every second restart). Nothing in
+    the environment tells the starts apart on all machines, so rank 0 names this one, and every
+    other rank takes a name only when rank 0 has answered it in person.
     """
     own = uuid.uuid4().hex
     if ranks.rank == 0:
@@ -168,7 +207,10 @@ def _of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
     while time.monotonic() < deadline:
         name = store.get("start").decode()
         store.set(f"{name}/{ranks.rank}", own)
-        if store.check([answer := f"{name}/{ranks.rank}/answer"]) and store.get(answer).decode() == own:
+        if (
+            store.check([answer := f"{name}/{ranks.rank}/answer"])
+            and store.get(answer).decode() == own
+        ):
             return dist.PrefixStore(name, store)
         time.sleep(0.05)
     raise RuntimeError("rank 0 does not answer")
@@ -183,13 +225,27 @@ def _peers_may_be_lost(ranks: Ranks) -> Iterator[None]:
         raise
     except RuntimeError as error:
         text = str(error)
-        if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
+        if not isinstance(error, dist.DistError) and not any(
+            word in text
+            for word in (
+                "gloo",
+                "Gloo",
+                "NCCL",
+                "Connection closed by peer",
+                "Connection reset by peer",
+            )
+        ):
             raise
-        raise PeerLost(f"another of the {ranks.size} processes ended, and training together cannot go on; what it said, if anything, is above, and the last checkpoint is intact") from error
+        raise PeerLost(
+            f"another of the {ranks.size} processes ended, and training together cannot go on; what"
+            " it said, if anything, is above, and the last checkpoint is intact"
+        ) from error
 
 
 def _is_first_to_say(store: dist.Store, error: BaseException) -> bool:
-    """Whether no other process has said this yet, and for the loss of another process, whether none has said anything."""
+    """Whether no other process has said this yet, and for the loss of another process, whether none
+    has said anything.
+    """
     key = "lost" if isinstance(error, PeerLost) else hashlib.sha256(str(error).encode()).hexdigest()
     try:
         first = store.add(f"said/{key}", 1) == 1
@@ -201,7 +257,9 @@ def _is_first_to_say(store: dist.Store, error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class BatchShare:
-    """How the images of one step are divided: batch_size = processes x accumulate x device_batch."""
+    """How the images of one step are divided: batch_size = processes x accumulate x
+    device_batch.
+    """
 
     batch_size: int
     processes: int
@@ -213,47 +271,74 @@ class BatchShare:
         if self.processes == 1 and self.accumulate == 1:
             return f"batch {self.batch_size}"
         processes = f"{self.processes} process{'es' if self.processes > 1 else ''}"
-        return f"batch {self.batch_size} = {processes} x " + (f"{self.accumulate} x " if self.accumulate > 1 else "") + str(self.device_batch)
+        return (
+            f"batch {self.batch_size} = {processes} x "
+            + (f"{self.accumulate} x " if self.accumulate > 1 else "")
+            + str(self.device_batch)
+        )
 
 
 def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
     """What this process does of every batch.
 
     Raises:
-        ConfigError: the batch cannot be divided by the processes, or a process's share by ``device_batch``.
+        ConfigError: the batch cannot be divided by the processes, or a process's share by
+            ``device_batch``.
     """
     share, rest = divmod(config.batch_size, ranks.size)
     if rest:
         below, above = share * ranks.size, (share + 1) * ranks.size
-        raise ConfigError(f"batch_size={config.batch_size} over {ranks.size} processes leaves {rest}; it is the global batch: use {f'{below} or ' if below else ''}{above}")
+        raise ConfigError(
+            f"batch_size={config.batch_size} over {ranks.size} processes leaves {rest}; it is the"
+            f" global batch: use {f'{below} or ' if below else ''}{above}"
+        )
     device_batch = config.device_batch or share
     if device_batch > share or share % device_batch:
         fit = [size for size in range(1, share + 1) if share % size == 0]
-        raise ConfigError(f"device_batch={device_batch}: each of {ranks.size} processes has {share} images of a batch of {config.batch_size}; use one of {', '.join(map(str, fit))}")
+        raise ConfigError(
+            f"device_batch={device_batch}: each of {ranks.size} processes has {share} images of a"
+            f" batch of {config.batch_size}; use one of {', '.join(map(str, fit))}"
+        )
     if device_batch < 2 and not (config.sync_bn and ranks.size > 1):
-        raise ConfigError(f"batch_size={config.batch_size} over {ranks.size} processes is one image at once, and batch norm needs two: use {2 * ranks.size} or more, or --sync-bn True")
+        raise ConfigError(
+            f"batch_size={config.batch_size} over {ranks.size} processes is one image at once, and"
+            f" batch norm needs two: use {2 * ranks.size} or more, or --sync-bn True"
+        )
     return BatchShare(config.batch_size, ranks.size, share // device_batch, device_batch)
 
 
-def parallel(model: nn.Module, device: torch.device, *, accumulate: int = 1, bucket_views: bool = True) -> DistributedDataParallel:
+def parallel(
+    model: nn.Module, device: torch.device, *, accumulate: int = 1, bucket_views: bool = True
+) -> DistributedDataParallel:
     """The model with gradients that are means over all processes after a backward pass.
 
-    Every process keeps its own running statistics; ``mean_buffers`` brings them together. Only the last of ``accumulate``
-    backward passes exchanges gradients, the others run in ``no_sync()``.
+    Every process keeps its own running statistics; ``mean_buffers`` brings them together. Only the
+    last of ``accumulate`` backward passes exchanges gradients, the others run in ``no_sync()``.
 
     Args:
         accumulate: backward passes of one step.
-        bucket_views: let the gradients be views of what is sent; not where they are views of something else already.
+        bucket_views: let the gradients be views of what is sent; not where they are views of
+            something else already.
     """
-    # Buffers are equal at the start, because all processes make the model from one seed. torch renamed the switch.
-    own = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    # Buffers are equal at the start, because all processes make the model from one seed. torch
+    # renamed the switch.
+    own = (
+        "forward_sync_buffers"
+        if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        else "broadcast_buffers"
+    )
     on_gpu = device.type == "cuda"
     # On a stream of its own, as PyTorch's notes on CUDA graphs want it for what is captured later.
     with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
         wrapped = DistributedDataParallel(
-            model, device_ids=[device.index] if on_gpu else None, gradient_as_bucket_view=bucket_views,
-            # A static graph whose first backward pass is in no_sync() ends in an internal assertion (PyTorch issue 143580).
-            static_graph=accumulate == 1, **{own: False})
+            model,
+            device_ids=[device.index] if on_gpu else None,
+            gradient_as_bucket_view=bucket_views,
+            # A static graph whose first backward pass is in no_sync() ends in an internal assertion
+            # (PyTorch issue 143580).
+            static_graph=accumulate == 1,
+            **{own: False},
+        )
     if on_gpu:
         torch.cuda.synchronize(device)
     return wrapped
@@ -261,29 +346,40 @@ def parallel(model: nn.Module, device: torch.device, *, accumulate: int = 1, buc
 
 @torch.no_grad()
 def mean_buffers(*modules: nn.Module | None) -> None:
-    """Replace floating buffers, such as running statistics, by their means over the processes. Equal ones stay bit for bit.
+    """Replace floating buffers, such as running statistics, by their means over the processes.
+    Equal ones stay bit for bit.
 
-    A variance becomes the mean of the processes' variances: their means differ by little, because the images are shuffled.
+    A variance becomes the mean of the processes' variances: their means differ by little, because
+    the images are shuffled.
     """
     size = rank_and_size()[1]
-    buffers = [buffer for module in modules if module is not None for buffer in module.buffers() if buffer.is_floating_point()]
+    buffers = [
+        buffer
+        for module in modules
+        if module is not None
+        for buffer in module.buffers()
+        if buffer.is_floating_point()
+    ]
     if size == 1 or not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     first = flat.clone()
     dist.broadcast(first, 0)
-    flat -= first  # what rank 0 has plus a mean of differences: exact where there are none, and the same on all
+    # What rank 0 has plus a mean of differences: exact where there are none, and the same on all
+    flat -= first
     dist.all_reduce(flat)
     first += flat.div_(size)
-    for buffer, mean in zip(buffers, first.split([buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, mean in zip(
+        buffers, first.split([buffer.numel() for buffer in buffers]), strict=True
+    ):
         buffer.copy_(mean.view_as(buffer))
 
 
 class Agreement:
     """A number that any process may raise, and that all see at the same step.
 
-    It travels through host memory while the device works: what is raised at one call is seen by all at the next. A process
-    alone sees it at once. All processes must call equally often.
+    It travels through host memory while the device works: what is raised at one call is seen by all
+    at the next. A process alone sees it at once. All processes must call equally often.
     """
 
     def __init__(self) -> None:
@@ -293,7 +389,9 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def exchange(self, raised: int) -> int:
-        """Say what this process raises, 0 for nothing; returns the largest that any raised at the call before."""
+        """Say what this process raises, 0 for nothing; returns the largest that any raised at the
+        call before.
+        """
         if self._group is None:
             return raised
         seen = self.settle()
@@ -302,7 +400,9 @@ class Agreement:
         return seen
 
     def settle(self) -> int:
-        """The largest that any process raised at the last call; waits for all to have made it. 0 if there was none since."""
+        """The largest that any process raised at the last call; waits for all to have made it. 0 if
+        there was none since.
+        """
         if self._work is None:
             return 0
         self._work.wait()
@@ -311,15 +411,23 @@ class Agreement:
 
 
 def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int], int]:
-    """Sum right answers by name, and the number of images, over all processes; those without an image have no names."""
-    found = gather_states({"right": {name: int(value) for name, value in right.items()}, "count": count})
+    """Sum right answers by name, and the number of images, over all processes; those without an
+    image have no names.
+    """
+    found = gather_states(
+        {"right": {name: int(value) for name, value in right.items()}, "count": count}
+    )
     names = max((state["right"] for state in found), key=len)
-    return {name: sum(state["right"].get(name, 0) for state in found) for name in names}, sum(state["count"] for state in found)
+    return {name: sum(state["right"].get(name, 0) for state in found) for name in names}, sum(
+        state["count"] for state in found
+    )
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Let one process of each machine go through the block before the others: what it leaves in a cache, they find."""
+    """Let one process of each machine go through the block before the others: what it leaves in a
+    cache, they find.
+    """
     others = Ranks.current().local_rank > 0
     if others:
         gather_states(None)
@@ -329,7 +437,8 @@ def local_main_first() -> Iterator[None]:
 
 
 def gather_states(value: Any) -> list[Any]:
-    """Every process's value, tensors and plain values in dicts and lists, in the order of the ranks and on all of them.
+    """Every process's value, tensors and plain values in dicts and lists, in the order of the ranks
+    and on all of them.
 
     Tensors arrive on the CPU.
     """
@@ -347,7 +456,9 @@ def gather_states(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, as ``gather_states`` takes them, on all. What the others pass is ignored."""
+    """The main process's value, as ``gather_states`` takes them, on all. What the others pass is
+    ignored.
+    """
     if rank_and_size()[1] == 1:
         return value
     data = _encode(value) if rank_and_size()[0] == 0 else torch.empty(0, dtype=torch.uint8)

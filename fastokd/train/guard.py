@@ -25,7 +25,9 @@ class NonFinite:
 
     def describe(self) -> str:
         """One line that names step, terms and branches."""
-        return f"step {self.step + 1}: {self._what()}" + (f" ({self.count} such steps)" if self.count > 1 else "")
+        return f"step {self.step + 1}: {self._what()}" + (
+            f" ({self.count} such steps)" if self.count > 1 else ""
+        )
 
     def _what(self) -> str:
         if self.terms:
@@ -41,13 +43,14 @@ def _part(parameter: str) -> str:
 
 
 class FiniteGuard:
-    """Remembers, on the device, how many steps were not finite, and what was not in the first of them.
+    """Remembers, on the device, how many steps were not finite, and what was not in the first of
+    them.
 
     Args:
         device: of the step.
         parts: the parameters in each part of the gradient, in the order of the norms.
-        sticky: after the first such step the guard goes on saying that updates must be left out, so that the weights stay as
-            they were before it until the host has seen it.
+        sticky: after the first such step the guard goes on saying that updates must be left out, so
+            that the weights stay as they were before it until the host has seen it.
     """
 
     def __init__(self, device: torch.device, parts: Sequence[Sequence[str]], sticky: bool) -> None:
@@ -61,7 +64,11 @@ class FiniteGuard:
 
     def withheld(self) -> Tensor:
         """1.0 where updates are to be left out because of an earlier step, as a 0-d tensor."""
-        return (self._count > 0).float() if self._sticky else torch.zeros_like(self._count, dtype=torch.float32)
+        return (
+            (self._count > 0).float()
+            if self._sticky
+            else torch.zeros_like(self._count, dtype=torch.float32)
+        )
 
     def note(self, bad: Tensor, step: Tensor, terms: dict[str, Tensor], norms: Tensor) -> None:
         """After a step.
@@ -74,7 +81,10 @@ class FiniteGuard:
         """
         values = torch.stack([value.detach().to(torch.float32) for value in terms.values()])
         if self._bad_terms is None:
-            self._terms, self._bad_terms = tuple(terms), torch.zeros(len(terms), dtype=torch.bool, device=values.device)
+            self._terms, self._bad_terms = (
+                tuple(terms),
+                torch.zeros(len(terms), dtype=torch.bool, device=values.device),
+            )
         first = bad & (self._count == 0)
         self._bad_terms.copy_(torch.where(first, ~values.isfinite(), self._bad_terms))
         self._bad_parts.copy_(torch.where(first, ~norms.isfinite(), self._bad_parts))
@@ -86,9 +96,16 @@ class FiniteGuard:
         if not (count := int(self._count)):
             return None
         assert self._bad_terms is not None
-        terms, parts = ([name for name, bad in zip(names, flags.tolist(), strict=True) if bad]
-                        for names, flags in ((self._terms, self._bad_terms), (self._parts, self._bad_parts)))
-        return NonFinite(count, int(self._step), tuple(terms), tuple(dict.fromkeys(name for part in parts for name in part)))
+        terms, parts = (
+            [name for name, bad in zip(names, flags.tolist(), strict=True) if bad]
+            for names, flags in ((self._terms, self._bad_terms), (self._parts, self._bad_parts))
+        )
+        return NonFinite(
+            count,
+            int(self._step),
+            tuple(terms),
+            tuple(dict.fromkeys(name for part in parts for name in part)),
+        )
 
     def clear(self) -> None:
         """Forget what was seen."""

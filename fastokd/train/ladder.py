@@ -1,4 +1,6 @@
-"""What each lever of the step is worth on a machine: the step as published research code does it, then one lever more a row."""
+"""What each lever of the step is worth on a machine: the step as published research code does it,
+then one lever more a row.
+"""
 
 import dataclasses
 import gc
@@ -35,9 +37,13 @@ from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
 
 WINDOWS = 5
-"""Times that a row is measured; before each, the first row is measured again, so that a machine that slows down changes no ratio."""
+"""Times that a row is measured; before each, the first row is measured again, so that a machine
+that slows down changes no ratio.
+"""
 _BATCHES, _BYTES = (8, 64), 2**28
-"""The fewest and the most batches of the images that the ladder trains on, and their size where that lies between."""
+"""The fewest and the most batches of the images that the ladder trains on, and their size where
+that lies between.
+"""
 _SMALL = 64
 """The largest side of images that are augmented as CIFAR is, by shifting them."""
 _PROFILED_STEPS = 5
@@ -75,21 +81,37 @@ def levers(device: torch.device) -> list[Lever]:
     return [
         Lever("fused loss, metrics kept on the device, fused SGD", {"impl": "auto"}),
         Lever("channels-last", {"channels_last": True}),
-        Lever("bf16", {"precision": "bf16"}, carried=gpu),  # many CPUs compute in it more slowly, so that no run takes it there unasked
+        Lever(
+            "bf16", {"precision": "bf16"}, carried=gpu
+        ),  # many CPUs compute in it more slowly, so that no run takes it there unasked
         Lever("torch.compile of each part", {"compile": True}),
         Lever("parameters in one tensor", {"flat": True}),
         Lever("branches on CUDA streams", {"streams": True}, needs_gpu=True),
         Lever("the step as one CUDA graph", {"cuda_graph": True}, needs_gpu=True),
         Lever("augmentation inside the graph", {}, needs_gpu=True, gathers=True),
-        Lever("merged first convolutions" + (" instead of streams" if gpu else ""), {"merge_first_conv": True, "streams": False}, carried=not gpu),
+        Lever(
+            "merged first convolutions" + (" instead of streams" if gpu else ""),
+            {"merge_first_conv": True, "streams": False},
+            carried=not gpu,
+        ),
     ]
 
 
 def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration of the first row: every lever off. On a GPU convolutions run on TF32 units, which is PyTorch's default."""
+    """The configuration of the first row: every lever off. On a GPU convolutions run on TF32 units,
+    which is PyTorch's default.
+    """
     return dataclasses.replace(
-        config, precision="tf32" if device.type == "cuda" else "fp32", channels_last=False, impl="reference", compile=False, cuda_graph=False, streams=False,
-        flat=False, merge_first_conv=False)
+        config,
+        precision="tf32" if device.type == "cuda" else "fp32",
+        channels_last=False,
+        impl="reference",
+        compile=False,
+        cuda_graph=False,
+        streams=False,
+        flat=False,
+        merge_first_conv=False,
+    )
 
 
 class Stepping(Protocol):
@@ -106,15 +128,19 @@ class Stepping(Protocol):
     def loss(self) -> float:
         """The mean loss of the steps since this was last asked."""
 
-    def loss_backward(self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]) -> None:
+    def loss_backward(
+        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
+    ) -> None:
         """The loss and its gradients, as a step computes them from the network's logits."""
 
 
 class ResearchStep:
-    """The step as the published code of these methods does it: a plain loss, autograd through each of its operations, PyTorch's
-    own SGD, and the loss and every branch's and mixture's accuracy read by ``.item()`` in every step.
+    """The step as the published code of these methods does it: a plain loss, autograd through each
+    of its operations, PyTorch's own SGD, and the loss and every branch's and mixture's accuracy
+    read by ``.item()`` in every step.
 
-    Its batches are made on the device like those of all rows: how research code reads its images is not measured.
+    Its batches are made on the device like those of all rows: how research code reads its images is
+    not measured.
     """
 
     captured, warm_up = False, 3
@@ -122,19 +148,32 @@ class ResearchStep:
     def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
         self.method = get_method(config.method)
         self.model = build_model(config, len(dataset.classes), device)
-        self.criterion = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
+        self.criterion = self.method.loss_class(
+            num_branches=config.num_branches(), **config.loss_options()
+        ).to(device)
         self.criterion.prepare(len(dataset.train), len(dataset.classes), device)
-        self._optimizer = torch.optim.SGD([parameter for parameter in self.model.parameters() if parameter.requires_grad], config.lr,
-                                          momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+        self._optimizer = torch.optim.SGD(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
         self._batches = _endless(loader_for(config, dataset, dataset.train, True, device))
         self._losses: list[float] = []
         self._accuracies: dict[str, float] = {}
 
     def advance(self, steps: int) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # PyTorch's defaults
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = (
+            False,
+            True,
+        )  # PyTorch's defaults
         for batch in itertools.islice(self._batches, steps):
             result = self.model(batch.images)
-            inputs = {**self.method.loss_inputs(result), **({"index": batch.index} if self.method.needs_index else {})}
+            inputs = {
+                **self.method.loss_inputs(result),
+                **({"index": batch.index} if self.method.needs_index else {}),
+            }
             loss = self.criterion(result.logits, batch.target, **inputs)
             self._optimizer.zero_grad()
             loss.backward()
@@ -148,7 +187,9 @@ class ResearchStep:
         self._losses.clear()
         return mean
 
-    def loss_backward(self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]) -> None:
+    def loss_backward(
+        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
+    ) -> None:
         self.criterion(logits, target, **inputs).backward()
 
 
@@ -168,7 +209,9 @@ class EngineStep:
         gathers: whether a captured step makes its batches itself.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device, gathers: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, device: torch.device, gathers: bool
+    ) -> None:
         self.model = build_model(config, len(dataset.classes), device)
         self.step = TrainStep(config, self.model, device)
         self.criterion = self.step.criterion
@@ -196,7 +239,9 @@ class EngineStep:
         self.step.sums.clear()
         return mean
 
-    def loss_backward(self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]) -> None:
+    def loss_backward(
+        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
+    ) -> None:
         self.criterion.forward_backward(logits, target, kd_weight=self.step.kd_weight, **inputs)
 
 
@@ -222,14 +267,16 @@ class Row:
 
     Attributes:
         name: what the row has that the rows before it have not.
-        kind: "first", "lever" (the rows after it have it too), "alternative" (they do not), or "student" (it alone).
+        kind: "first", "lever" (the rows after it have it too), "alternative" (they do not), or
+            "student" (it alone).
         reason: why it was not measured; empty if it was.
         images_per_second: median, slowest and fastest window.
         milliseconds: of a step, in the median window.
-        times_first: how often faster it is than the first row: each window against one of the first row right before it; the
-            median of these, the lowest and the highest.
+        times_first: how often faster it is than the first row: each window against one of the first
+            row right before it; the median of these, the lowest and the highest.
         peak_bytes: the most GPU memory that was allocated for it; None on a CPU.
-        loss_share: the fraction of a step's time that the loss and its gradients take, measured alone on the same logits.
+        loss_share: the fraction of a step's time that the loss and its gradients take, measured
+            alone on the same logits.
         start_seconds: of the first steps, with compilation and capture.
         first_loss: the loss of the first step; all rows begin with the same weights and images.
     """
@@ -250,10 +297,12 @@ class Ladder:
     """Measures the rows of one network and method.
 
     Args:
-        config: model, method, its layout, and the batch size; what the levers are about is set by the rows.
+        config: model, method, its layout, and the batch size; what the levers are about is set by
+            the rows.
         dataset: decoded images, see ``ladder_images``.
         device: where the rows run.
-        seconds: how long each row is measured, in all its windows; the first row beside it takes as long again.
+        seconds: how long each row is measured, in all its windows; the first row beside it takes as
+            long again.
         steps: steps of each window instead.
         clock: seconds that pass.
 
@@ -261,10 +310,21 @@ class Ladder:
         ConfigError: the configuration cannot be trained, or its method needs a trained teacher.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device, *, seconds: float = 10.0, steps: int | None = None,
-                 clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        seconds: float = 10.0,
+        steps: int | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         if get_method(config.method).needs_teacher:
-            raise ConfigError(f"method '{config.method}' needs a trained teacher, which the ladder has none of; choose another --method")
+            raise ConfigError(
+                f"method '{config.method}' needs a trained teacher, which the ladder has none of;"
+                " choose another --method"
+            )
         if steps is not None and steps < 1:
             raise ConfigError(f"steps={steps}: each window has at least 1")
         if not seconds > 0:
@@ -277,7 +337,11 @@ class Ladder:
         self._first: Stepping | None = None
         self._best: tuple[TrainConfig, bool] | None = None
 
-    def rows(self, stop: Callable[[], bool] = lambda: False, known: Mapping[str, Row] = MappingProxyType({})) -> Iterator[Row]:
+    def rows(
+        self,
+        stop: Callable[[], bool] = lambda: False,
+        known: Mapping[str, Row] = MappingProxyType({}),
+    ) -> Iterator[Row]:
         """Measure row after row.
 
         Args:
@@ -288,16 +352,25 @@ class Ladder:
             ConfigError: the first row cannot run.
         """
         be_deterministic(False)
-        config, gathers, gpu = first_row(self.config, self.device), False, self.device.type == "cuda"
+        config, gathers, gpu = (
+            first_row(self.config, self.device),
+            False,
+            self.device.type == "cuda",
+        )
         number = "TF32" if gpu else "fp32"
         name = f"research style: eager, {number}, NCHW, .item()"
         row = known.get(name) or self._measured(name, "first", self._research_step)
         if row.reason:
-            raise ConfigError(f"the first row of the ladder cannot run: {row.reason}; use a smaller --batch-size")
+            raise ConfigError(
+                f"the first row of the ladder cannot run: {row.reason}; use a smaller --batch-size"
+            )
         yield row
         for lever in levers(self.device):
             kind = "lever" if lever.carried else "alternative"
-            candidate, inside = dataclasses.replace(config, **lever.changes), gathers or lever.gathers
+            candidate, inside = (
+                dataclasses.replace(config, **lever.changes),
+                gathers or lever.gathers,
+            )
             if lever.name not in known and stop():
                 yield Row(lever.name, kind, SPENT)
             elif lever.needs_gpu and not gpu:
@@ -306,23 +379,42 @@ class Ladder:
                 yield Row(lever.name, kind, NEVER[1])
             else:
                 row = known.get(lever.name) or self._measured(
-                    lever.name, kind, lambda config=candidate, inside=inside: EngineStep(config, self.dataset, self.device, inside))
+                    lever.name,
+                    kind,
+                    lambda config=candidate, inside=inside: EngineStep(
+                        config, self.dataset, self.device, inside
+                    ),
+                )
                 if lever.carried and not row.reason:
                     config, gathers = candidate, inside
                 yield row
         self._best = config, gathers
         if config.num_branches() == 1:
             return
-        alone = dataclasses.replace(config, method="baseline", preset="paper", branches=1, topology=None, aux_blocks=0, compression=False, method_options={},
-                                    model=config.model_names()[get_method(config.method).kept if len(config.model_names()) > 1 else 0],
-                                    streams=False, merge_first_conv=False)
+        alone = dataclasses.replace(
+            config,
+            method="baseline",
+            preset="paper",
+            branches=1,
+            topology=None,
+            aux_blocks=0,
+            compression=False,
+            method_options={},
+            model=config.model_names()[
+                get_method(config.method).kept if len(config.model_names()) > 1 else 0
+            ],
+            streams=False,
+            merge_first_conv=False,
+        )
         title = "the student alone, with every lever"
         if title in known:
             yield known[title]
         elif stop():
             yield Row(title, "student", SPENT)
         else:
-            yield self._measured(title, "student", lambda: EngineStep(alone, self.dataset, self.device, gathers))
+            yield self._measured(
+                title, "student", lambda: EngineStep(alone, self.dataset, self.device, gathers)
+            )
 
     def _research_step(self) -> Stepping:
         return ResearchStep(first_row(self.config, self.device), self.dataset, self.device)
@@ -332,14 +424,17 @@ class Ladder:
         try:
             return self._measure(name, kind, make)
         except Exception as error:  # compilers' errors have no class in common
-            return Row(name, kind, "out of memory" if is_out_of_memory(error) else first_line(error))
+            return Row(
+                name, kind, "out of memory" if is_out_of_memory(error) else first_line(error)
+            )
         finally:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _measure(self, name: str, kind: str, make: Callable[[], Stepping]) -> Row:
-        torch.compiler.reset()  # each row compiles networks of its own; what is left of others' counts against a limit
+        # Each row compiles networks of its own; what is left of others' counts against a limit
+        torch.compiler.reset()
         gpu = self.device.type == "cuda"
         if kind != "first" and self._first is None:  # its own row is known from before
             self._first = self._research_step()
@@ -355,7 +450,8 @@ class Ladder:
         first_loss = running.loss()
         running.advance(running.warm_up - 1)
         start_seconds = self._now() - started
-        # Now, because what a captured step holds is not counted any more when it is replayed, and other rows' is.
+        # Now, because what a captured step holds is not counted any more when it is replayed, and
+        # other rows' is.
         peak = torch.cuda.max_memory_allocated(self.device) - before if gpu else None
         if kind == "first":
             self._first = running
@@ -369,8 +465,18 @@ class Ladder:
         step_seconds = self.config.batch_size / statistics.median(mine)
         loss_seconds = self._loss_seconds(running)
         ratios = [own / other for own, other in zip(mine, others or mine, strict=True)]
-        return Row(name, kind, "", spread(mine), 1000 * step_seconds, spread(ratios), peak,
-                   None if loss_seconds is None else loss_seconds / step_seconds, start_seconds, first_loss)
+        return Row(
+            name,
+            kind,
+            "",
+            spread(mine),
+            1000 * step_seconds,
+            spread(ratios),
+            peak,
+            None if loss_seconds is None else loss_seconds / step_seconds,
+            start_seconds,
+            first_loss,
+        )
 
     def _window_steps(self, running: Stepping) -> int:
         if self._steps is not None:
@@ -391,7 +497,8 @@ class Ladder:
         return self._clock()
 
     def _loss_seconds(self, running: Stepping) -> float | None:
-        """The time of the loss alone: from a batch's logits to their gradients, and to those of what else the loss takes.
+        """The time of the loss alone: from a batch's logits to their gradients, and to those of
+        what else the loss takes.
 
         Captured like the step where the step is; on a GPU by its own events.
         """
@@ -399,10 +506,18 @@ class Ladder:
         step = running.step if isinstance(running, EngineStep) else None
         config = first_row(self.config, self.device) if step is None else step.config
         batch = next(iter(loader_for(config, self.dataset, self.dataset.train, True, self.device)))
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(choose_precision(config, self.device) if step else "fp32", self.device):
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            autocast(choose_precision(config, self.device) if step else "fp32", self.device),
+        ):
             result = running.model(batch.images)
         logits, inputs = tree_map(_leaf, (list(result.logits), method.loss_inputs(result)))
-        leaves = [value for value in tree_leaves((logits, inputs)) if isinstance(value, Tensor) and value.requires_grad]
+        leaves = [
+            value
+            for value in tree_leaves((logits, inputs))
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
         if method.needs_index:
             inputs["index"] = batch.index
 
@@ -412,9 +527,17 @@ class Ladder:
             running.loss_backward(logits, batch.target, inputs)
 
         try:
-            return statistics.median(sample_seconds(call, self.device, running.captured, *((25, 20) if self._steps is None else (3, 1))))
+            return statistics.median(
+                sample_seconds(
+                    call,
+                    self.device,
+                    running.captured,
+                    *((25, 20) if self._steps is None else (3, 1)),
+                )
+            )
         except RuntimeError:
-            return None  # it cannot be captured by itself, and launched by itself it would take longer than in the step
+            # It cannot be captured by itself, and launched by itself takes longer than in the step.
+            return None
 
     def profile(self, folder: Path) -> tuple[Path, str]:
         """Trace some steps of the last row that the others build on, after ``rows`` has ended.
@@ -430,7 +553,9 @@ class Ladder:
         running = EngineStep(self._best[0], self.dataset, self.device, self._best[1])
         running.model.train()
         running.advance(running.warm_up)
-        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+            self.device.type == "cuda"
+        )
         self._now()
         with torch.profiler.profile(activities=kinds) as found:
             running.advance(_PROFILED_STEPS)
@@ -439,10 +564,18 @@ class Ladder:
         text = json.dumps(chrome_trace(found))
         write_atomically(path, lambda file: file.write(text.encode()))
         sort = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        return path, found.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=60)
+        return path, found.key_averages().table(
+            sort_by=sort, row_limit=15, max_name_column_width=60
+        )
 
 
-_KEPT = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
+_KEPT = (
+    "schemaVersion",
+    "deviceProperties",
+    "displayTimeUnit",
+    "baseTimeNanoseconds",
+    "traceEvents",
+)
 
 
 def chrome_trace(found: torch.profiler.profile) -> dict[str, Any]:
@@ -465,42 +598,94 @@ def all_levers(rows: Sequence[Row]) -> Row:
 
 
 def report(ladder: Ladder, rows: Sequence[Row]) -> dict[str, Any]:
-    """What ``step-ladder.json`` holds: the setting, the rows, and the machine with versions, commit and command."""
+    """What ``step-ladder.json`` holds: the setting, the rows, and the machine with versions, commit
+    and command.
+    """
     config = ladder.config
     best = all_levers(rows)
     alone = next((row for row in rows if row.kind == "student"), None)
     height, width = ladder.dataset.image_size
     return {
-        "model": config.model, "method": config.method, "branches": config.num_branches(), "aux_blocks": config.aux_blocks, "batch_size": config.batch_size,
-        "image_size": [height, width], "num_classes": len(ladder.dataset.classes), "data": ladder.dataset.name, "windows": WINDOWS,
+        "model": config.model,
+        "method": config.method,
+        "branches": config.num_branches(),
+        "aux_blocks": config.aux_blocks,
+        "batch_size": config.batch_size,
+        "image_size": [height, width],
+        "num_classes": len(ladder.dataset.classes),
+        "data": ladder.dataset.name,
+        "windows": WINDOWS,
         "rows": [dataclasses.asdict(row) for row in rows],
         "all_levers": best.name,
-        "teaching_costs": alone.times_first[0] / best.times_first[0] if alone and alone.times_first and best.times_first else None,
-        "processor": processor(), "environment": ladder.environment,
+        "teaching_costs": (
+            alone.times_first[0] / best.times_first[0]
+            if alone and alone.times_first and best.times_first
+            else None
+        ),
+        "processor": processor(),
+        "environment": ladder.environment,
     }
 
 
 def ladder_images(config: TrainConfig, num_classes: int = 10) -> Dataset:
-    """The images that a ladder trains on where no data is given: random ones, of the configuration's ``image_size`` or 32."""
+    """The images that a ladder trains on where no data is given: random ones, of the
+    configuration's ``image_size`` or 32.
+    """
     side = config.image_size or 32
     count = config.batch_size * _num_batches(config.batch_size * 3 * side**2)
     generator = torch.Generator().manual_seed(config.seed)
-    split = Split("train", torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator), torch.arange(count) % num_classes)
-    return Dataset(name="random images", classes=tuple(map(str, range(num_classes))), train=split, test=split, mean=(0.5, 0.5, 0.5), std=(0.29, 0.29, 0.29),
-                   augment=Augment(pad=4 if side <= _SMALL else 0, flip=True), fingerprint="")
+    split = Split(
+        "train",
+        torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator),
+        torch.arange(count) % num_classes,
+    )
+    return Dataset(
+        name="random images",
+        classes=tuple(map(str, range(num_classes))),
+        train=split,
+        test=split,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.29, 0.29, 0.29),
+        augment=Augment(pad=4 if side <= _SMALL else 0, flip=True),
+        fingerprint="",
+    )
 
 
 def decoded_images(config: TrainConfig, dataset: AnyDataset) -> Dataset:
-    """A dataset as the ladder takes it; of one whose images are decoded while training some are decoded and cropped, once."""
+    """A dataset as the ladder takes it; of one whose images are decoded while training some are
+    decoded and cropped, once.
+    """
     if isinstance(dataset, Dataset):
         return dataset
     height, width = dataset.image_size
     cropped = dataclasses.replace(dataset.augment, pad=0, flip=False)
-    pixels = make_loader(dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), "train", config.batch_size, train=True, augment=cropped)
-    images, targets = zip(*((batch.images.mul(255).round().byte().clone(), batch.target.clone()) for batch in itertools.islice(pixels, _num_batches(config.batch_size * 3 * height * width))), strict=True)
+    pixels = make_loader(
+        dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        "train",
+        config.batch_size,
+        train=True,
+        augment=cropped,
+    )
+    images, targets = zip(
+        *(
+            (batch.images.mul(255).round().byte().clone(), batch.target.clone())
+            for batch in itertools.islice(
+                pixels, _num_batches(config.batch_size * 3 * height * width)
+            )
+        ),
+        strict=True,
+    )
     split = Split("train", torch.cat(images), torch.cat(targets))
-    return Dataset(name=dataset.name, classes=dataset.classes, train=split, test=split, mean=dataset.mean, std=dataset.std,
-                   augment=dataclasses.replace(dataset.augment, crop_scale=None), fingerprint="")
+    return Dataset(
+        name=dataset.name,
+        classes=dataset.classes,
+        train=split,
+        test=split,
+        mean=dataset.mean,
+        std=dataset.std,
+        augment=dataclasses.replace(dataset.augment, crop_scale=None),
+        fingerprint="",
+    )
 
 
 def _num_batches(batch_bytes: int) -> int:
@@ -508,10 +693,13 @@ def _num_batches(batch_bytes: int) -> int:
     return max(fewest, min(most, _BYTES // batch_bytes))
 
 
-def sample_seconds(call: Callable[[], Any], device: torch.device, graph: bool, repeats: int = 25, inner: int = 20) -> list[float]:
+def sample_seconds(
+    call: Callable[[], Any], device: torch.device, graph: bool, repeats: int = 25, inner: int = 20
+) -> list[float]:
     """The times of a call, measured ``repeats`` times.
 
-    On a GPU each is the mean of ``inner`` calls, by events; with ``graph`` they are captured, so that no launch is timed.
+    On a GPU each is the mean of ``inner`` calls, by events; with ``graph`` they are captured, so
+    that no launch is timed.
     """
     if device.type != "cuda":
         call()
@@ -525,8 +713,11 @@ def sample_seconds(call: Callable[[], Any], device: torch.device, graph: bool, r
         return _sample_by_events(call, graph, repeats, inner)
 
 
-def _sample_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner: int) -> list[float]:
+def _sample_by_events(
+    call: Callable[[], Any], graph: bool, repeats: int, inner: int
+) -> list[float]:
     """``sample_seconds`` on the current GPU."""
+
     def some() -> None:
         for _ in range(inner):
             call()
@@ -556,11 +747,18 @@ def _sample_by_events(call: Callable[[], Any], graph: bool, repeats: int, inner:
 
 
 def _leaf(value: Any) -> Any:
-    return value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return (
+        value.detach().clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+    )
 
 
 def processor() -> str:
     """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -1,7 +1,9 @@
-"""Where the records of the epochs go beside ``metrics.jsonl``: ``metrics.csv``, TensorBoard, Weights & Biases.
+"""Where the records of the epochs go beside ``metrics.jsonl``: ``metrics.csv``, TensorBoard,
+Weights & Biases.
 
-A record is what ``metrics.jsonl`` has a line of. That file is the truth and everything here is made from it: after a resume a
-sink gets the records that it lacks, and what it has of epochs that will be trained again is void.
+A record is what ``metrics.jsonl`` has a line of. That file is the truth and everything here is made
+from it: after a resume a sink gets the records that it lacks, and what it has of epochs that will
+be trained again is void.
 """
 
 import csv
@@ -35,7 +37,9 @@ def flatten(record: Record) -> dict[str, Any]:
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """The records as CSV: a line each, and a column for every name that any of them has; cells that one lacks are empty."""
+    """The records as CSV: a line each, and a column for every name that any of them has; cells that
+    one lacks are empty.
+    """
     rows = [flatten(record) for record in records]
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
@@ -46,7 +50,9 @@ def csv_text(records: Sequence[Record]) -> str:
 
 
 class MetricSink(Protocol):
-    """A place that takes the record of each epoch. Whatever goes wrong there, neither method raises."""
+    """A place that takes the record of each epoch. Whatever goes wrong there, neither method
+    raises.
+    """
 
     def write(self, record: Record) -> None:
         """Take the record of the next epoch."""
@@ -65,7 +71,13 @@ def check_sinks(names: Sequence[str]) -> None:
         _SINKS[name].require()
 
 
-def open_sinks(names: Sequence[str], run_path: Path, config: Mapping[str, Any], records: Sequence[Record], say: Callable[[str], object]) -> list[MetricSink]:
+def open_sinks(
+    names: Sequence[str],
+    run_path: Path,
+    config: Mapping[str, Any],
+    records: Sequence[Record],
+    say: Callable[[str], object],
+) -> list[MetricSink]:
     """The sinks of a run, for its first process alone.
 
     Args:
@@ -73,19 +85,27 @@ def open_sinks(names: Sequence[str], run_path: Path, config: Mapping[str, Any], 
         run_path: the run folder, below which both keep their files.
         config: the run's configuration as plain values.
         records: of the epochs so far, when a run is resumed.
-        say: is told once when a sink fails; the run goes on without it, and ``metrics.jsonl`` has every record all the same.
+        say: is told once when a sink fails; the run goes on without it, and ``metrics.jsonl`` has
+            every record all the same.
 
     Raises:
         MissingExtra: a package is not installed.
     """
     check_sinks(names)
-    return [_Guarded(name, lambda name=name: _SINKS[name](run_path, config, records), say) for name in names]
+    return [
+        _Guarded(name, lambda name=name: _SINKS[name](run_path, config, records), say)
+        for name in names
+    ]
 
 
 class _Guarded:
-    """A sink that is dropped at its first failure: a full disk or a lost network is no reason to lose a run."""
+    """A sink that is dropped at its first failure: a full disk or a lost network is no reason to
+    lose a run.
+    """
 
-    def __init__(self, name: str, make: Callable[[], MetricSink], say: Callable[[str], object]) -> None:
+    def __init__(
+        self, name: str, make: Callable[[], MetricSink], say: Callable[[str], object]
+    ) -> None:
         self._name, self._say = name, say
         self._sink: MetricSink | None = None
         self._try(lambda: setattr(self, "_sink", make()))
@@ -104,8 +124,10 @@ class _Guarded:
             action()
         except Exception as error:  # a library's own errors, of any kind
             self._sink = None
-            self._say(f"{self._name}: {first_line(error)}; the run goes on without it, and metrics.jsonl has every epoch"
-                      f"{_SINKS[self._name].hint}")
+            self._say(
+                f"{self._name}: {first_line(error)}; the run goes on without it, and metrics.jsonl"
+                f" has every epoch{_SINKS[self._name].hint}"
+            )
 
 
 class _TensorBoard:
@@ -113,13 +135,18 @@ class _TensorBoard:
 
     hint = ""
 
-    def __init__(self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
-        # A new file that voids all steps of the files before it, and all records again: what is shown is metrics.jsonl, whatever
-        # a killed run had written beyond its checkpoint or not yet written. The first session says so too: TensorBoard's
-        # Python reader takes the first purge that it sees for the run's start and ignores it.
+    def __init__(
+        self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
+    ) -> None:
+        # A new file that voids all steps of the files before it, and all records again: what is
+        # shown is metrics.jsonl, whatever a killed run had written beyond its checkpoint or not yet
+        # written. The first session says so too: TensorBoard's Python reader takes the first purge
+        # that it sees for the run's start and ignores it.
         self._writer = self.require()(str(run_path / "tensorboard"), purge_step=0)
         lines = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
-        self._writer.add_text("config", "".join(f"    {line}\n" for line in lines), 0)  # Markdown's indented code
+        self._writer.add_text(
+            "config", "".join(f"    {line}\n" for line in lines), 0
+        )  # Markdown's indented code
         for record in records:
             self._add(record)
         self._writer.flush()
@@ -128,8 +155,13 @@ class _TensorBoard:
     def require() -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except (ImportError, AttributeError):  # AttributeError: a folder with the package's name stands in its place
-            raise MissingExtra("--log-to tensorboard needs TensorBoard: pip install 'fastokd[tensorboard]'") from None
+        except (
+            ImportError,
+            AttributeError,
+        ):  # AttributeError: a folder with the package's name stands in its place
+            raise MissingExtra(
+                "--log-to tensorboard needs TensorBoard: pip install 'fastokd[tensorboard]'"
+            ) from None
         return SummaryWriter
 
     def write(self, record: Record) -> None:
@@ -148,24 +180,34 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """One W&B run for all sessions of a run; steps are epochs from 0.
 
-    The usual variables hold: WANDB_MODE=offline, WANDB_PROJECT (default fastokd), WANDB_NAME (default the run folder's), ...
-    Offline every session leaves a folder with all epochs so far, so that syncing the newest gives the whole run.
+    The usual variables hold: WANDB_MODE=offline, WANDB_PROJECT (default fastokd), WANDB_NAME
+    (default the run folder's), ... Offline every session leaves a folder with all epochs so far, so
+    that syncing the newest gives the whole run.
     """
 
     hint = " ('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"
 
-    def __init__(self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
+    def __init__(
+        self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
+    ) -> None:
         wandb = self.require()
         kept = run_path / "wandb" / "fastokd-run.txt"
-        # Neither the terminal's table nor the user's code is anything to upload; quiet still says where the run can be seen.
+        # Neither the terminal's table nor the user's code is anything to upload; quiet still says
+        # where the run can be seen.
         settings: dict[str, Any] = {"console": "off", "save_code": False, "quiet": True}
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):
-            settings["finish_timeout"] = 20.0  # without a network the end of a run would wait for ever; 'wandb sync' sends the rest
+            # Without a network the end of a run would wait forever; 'wandb sync' sends the rest.
+            settings["finish_timeout"] = 20.0
         run_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "fastokd", name=os.environ.get("WANDB_NAME") or run_path.name, dir=str(run_path),
-            config=dict(config), id=run_id, resume="allow" if run_id else None,
-            settings=wandb.Settings(**settings))
+            project=os.environ.get("WANDB_PROJECT") or "fastokd",
+            name=os.environ.get("WANDB_NAME") or run_path.name,
+            dir=str(run_path),
+            config=dict(config),
+            id=run_id,
+            resume="allow" if run_id else None,
+            settings=wandb.Settings(**settings),
+        )
         write_atomically(kept, lambda file: file.write(self._run.id.encode()))
         for record in records:
             self.write(record)
@@ -176,14 +218,22 @@ class _WeightsAndBiases:
             import wandb
         except ImportError:
             wandb = None
-        if not hasattr(wandb, "init"):  # a folder named wandb, as W&B itself makes, is importable as an empty package
-            raise MissingExtra("--log-to wandb needs Weights & Biases: pip install 'fastokd[wandb]'") from None
+        if not hasattr(
+            wandb, "init"
+        ):  # a folder named wandb, as W&B itself makes, is importable as an empty package
+            raise MissingExtra(
+                "--log-to wandb needs Weights & Biases: pip install 'fastokd[wandb]'"
+            ) from None
         return wandb
 
     def write(self, record: Record) -> None:
         # W&B keeps what it has of a step and takes no earlier ones.
         if record["epoch"] >= self._run.step:
-            self._run.log({name: value for name, value in flatten(record).items() if name != "epoch"}, step=record["epoch"], commit=True)
+            self._run.log(
+                {name: value for name, value in flatten(record).items() if name != "epoch"},
+                step=record["epoch"],
+                commit=True,
+            )
 
     def close(self) -> None:
         self._run.finish()

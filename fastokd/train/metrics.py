@@ -10,14 +10,20 @@ from fastokd.methods.ranks import sum_over_ranks
 
 
 class MetricSums:
-    """Named sums over samples and the number of samples, in one tensor on the device that never moves."""
+    """Named sums over samples and the number of samples, in one tensor on the device that never
+    moves.
+    """
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # the last is the number of samples
 
-    def add(self, values: Mapping[str, Tensor], count: int, leave_out: Tensor | None = None) -> None:
-        """Add sums over ``count`` samples; every call has the same names. Where the 0-d bool ``leave_out`` is true, nothing is added."""
+    def add(
+        self, values: Mapping[str, Tensor], count: int, leave_out: Tensor | None = None
+    ) -> None:
+        """Add sums over ``count`` samples; every call has the same names. Where the 0-d bool
+        ``leave_out`` is true, nothing is added.
+        """
         row = torch.stack([value.detach().to(torch.float64) for value in values.values()])
         row = torch.cat([row, row.new_full((1,), count)])
         if self._sums is None:
@@ -38,7 +44,11 @@ class MetricSums:
         if self._sums is None:
             return {}
         *sums, count = (sum_over_ranks(self._sums.clone()) if of_all else self._sums).tolist()
-        return {name: value / count for name, value in zip(self._names, sums, strict=True)} if count else {}
+        return (
+            {name: value / count for name, value in zip(self._names, sums, strict=True)}
+            if count
+            else {}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""
@@ -59,7 +69,8 @@ class MetricSums:
 
 @torch.no_grad()
 def correct_counts(rows: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-    """For each named row of logits [B, C] how many of the B samples it classifies rightly, as 0-d tensors.
+    """For each named row of logits [B, C] how many of the B samples it classifies rightly, as 0-d
+    tensors.
 
     Of a mixed image the class with the larger share is right.
     """

@@ -20,7 +20,9 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
         ConfigError: TF32 on a device that has none.
     """
     # Units for both came with the same generation of GPUs; before it bfloat16 is emulated.
-    has_units = device.type == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0))
+    has_units = device.type == "cuda" and not (
+        torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    )
     if config.precision == "auto":
         return "bf16" if has_units else "fp32"
     if config.precision == "tf32" and not has_units:
@@ -36,21 +38,28 @@ def image_dtype(precision: str) -> torch.dtype:
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context of a forward pass.
 
-    Casts of weights are not kept for later in it: each is used once per pass, and a captured graph must make its own.
+    Casts of weights are not kept for later in it: each is used once per pass, and a captured graph
+    must make its own.
     """
     dtype = _AUTOCAST.get(precision)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+    return torch.autocast(
+        device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+    )
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions and matrix products on GPUs may run on TF32 units, for this process."""
+    """Whether float32 convolutions and matrix products on GPUs may run on TF32 units, for this
+    process.
+    """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 convolutions and matrix products on GPUs are in float32 within it; then what was allowed before is so again."""
+    """Float32 convolutions and matrix products on GPUs are in float32 within it; then what was
+    allowed before is so again.
+    """
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     allow_tf32(False)
     try:
@@ -60,9 +69,11 @@ def without_tf32() -> Iterator[None]:
 
 
 class LossScale:
-    """The dynamic loss scale of fp16 training (Micikevicius et al. 2018, section 3.2), on the device, without a host sync.
+    """The dynamic loss scale of fp16 training (Micikevicius et al. 2018, section 3.2), on the
+    device, without a host sync.
 
-    It is halved after a step whose gradients overflowed, and doubled after ``GROWTH_STEPS`` in a row that did not.
+    It is halved after a step whose gradients overflowed, and doubled after ``GROWTH_STEPS`` in a
+    row that did not.
     """
 
     START, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
@@ -90,7 +101,9 @@ class LossScale:
 
 
 def in_float32(value: Any) -> Any:
-    """A loss's inputs with every float16 tensor in them in float32, so that scaled gradients do not overflow in the loss."""
+    """A loss's inputs with every float16 tensor in them in float32, so that scaled gradients do not
+    overflow in the loss.
+    """
     if isinstance(value, Tensor):
         return value.float() if value.dtype == torch.float16 else value
     if isinstance(value, Mapping):

@@ -1,5 +1,7 @@
-"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``metrics.csv``, ``log.txt``, ``summary.json``,
-``checkpoints/``, ``student.safetensors`` with ``student.json``, and what TensorBoard and W&B are given."""
+"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``metrics.csv``,
+``log.txt``, ``summary.json``, ``checkpoints/``, ``student.safetensors`` with ``student.json``, and
+what TensorBoard and W&B are given.
+"""
 
 import contextlib
 import fcntl
@@ -21,7 +23,14 @@ import torch
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.methods.ranks import rank_and_size
-from fastokd.storage import append_line, remove_temporaries, storage_error, temporaries_of, write_atomically, write_json
+from fastokd.storage import (
+    append_line,
+    remove_temporaries,
+    storage_error,
+    temporaries_of,
+    write_atomically,
+    write_json,
+)
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.train.logs import csv_text
@@ -47,21 +56,38 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """Make the folder and check that it can be written to. What a run without a checkpoint left there is replaced.
+        """Make the folder and check that it can be written to. What a run without a checkpoint left
+        there is replaced.
 
         Raises:
-            ConfigError: a run with a checkpoint or something else is there, or another process is training there.
+            ConfigError: a run with a checkpoint or something else is there, or another process is
+                training there.
             StorageError: the folder cannot be made or written to.
         """
         run = cls(path)
         if checkpoint_files(run.checkpoints):
-            raise ConfigError(f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or choose another --out")
+            raise ConfigError(
+                f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or"
+                " choose another --out"
+            )
         try:
             entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-            # Only what a run leaves that died before its first checkpoint may be replaced; it always has checkpoints/.
-            foreign = entries - {file.name for record in run._records() for file in (record, *temporaries_of(record))} - {"checkpoints"}
+            # Only what a run leaves that died before its first checkpoint may be replaced; it
+            # always has checkpoints/.
+            foreign = (
+                entries
+                - {
+                    file.name
+                    for record in run._records()
+                    for file in (record, *temporaries_of(record))
+                }
+                - {"checkpoints"}
+            )
             if foreign or (entries and "checkpoints" not in entries):
-                raise ConfigError(f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose another --out")
+                raise ConfigError(
+                    f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose"
+                    " another --out"
+                )
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.write_bytes(b"")
@@ -81,7 +107,11 @@ class RunFolder:
         """
         run = cls(path)
         if not run.config_path.is_file():
-            what = "does not exist" if not path.exists() else "is not a run folder (it has no config.yaml)"
+            what = (
+                "does not exist"
+                if not path.exists()
+                else "is not a run folder (it has no config.yaml)"
+            )
             raise CheckpointError(f"{path} {what}; give a folder that 'fastokd train' has made")
         return run
 
@@ -89,23 +119,30 @@ class RunFolder:
         """Claim the folder for this process, until ``unlock`` or its end.
 
         Returns:
-            The descriptor that holds it. Processes that inherit it hold the folder too, also after this one's end.
+            The descriptor that holds it. Processes that inherit it hold the folder too, also after
+            this one's end.
 
         Raises:
             ConfigError: another process is training there.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         self.unlock = weakref.finalize(self, os.close, descriptor)
-        os.register_at_fork(after_in_child=self.unlock)  # a loader's worker that outlives this process must not hold the folder
+        os.register_at_fork(
+            after_in_child=self.unlock
+        )  # a loader's worker that outlives this process must not hold the folder
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.unlock()
-            raise ConfigError(f"another process is training in {self.path}; wait for it, or choose another --out") from None
+            raise ConfigError(
+                f"another process is training in {self.path}; wait for it, or choose another --out"
+            ) from None
         return descriptor
 
     def discard_without_checkpoint(self) -> None:
-        """Remove what a run left that ended before its first checkpoint; it would only be in the way of the next."""
+        """Remove what a run left that ended before its first checkpoint; it would only be in the
+        way of the next.
+        """
         if checkpoint_files(self.checkpoints):
             return
         self._remove_records()
@@ -115,8 +152,19 @@ class RunFolder:
 
     def _records(self) -> tuple[Path, ...]:
         """Everything a run writes but the last checkpoints."""
-        return (self.config_path, self.metrics_path, self.csv_path, self.log_path, self.environment_path, self.summary_path, self.best, self.student,
-                self.student.with_suffix(".json"), self.path / "tensorboard", self.path / "wandb")
+        return (
+            self.config_path,
+            self.metrics_path,
+            self.csv_path,
+            self.log_path,
+            self.environment_path,
+            self.summary_path,
+            self.best,
+            self.student,
+            self.student.with_suffix(".json"),
+            self.path / "tensorboard",
+            self.path / "wandb",
+        )
 
     def _remove_records(self) -> None:
         for path in self._records():
@@ -143,16 +191,23 @@ class RunFolder:
         return read_json_object(self.environment_path)
 
     def add_session(self, device: torch.device) -> None:
-        """Add to ``environment.json`` what the run is resumed with. What is written there of its start stays."""
+        """Add to ``environment.json`` what the run is resumed with. What is written there of its
+        start stays.
+        """
         try:
             found = json.loads(self.environment_path.read_text(encoding="utf-8"))
             sessions = [*found.get("sessions", []), _session(environment(device))]
         except (OSError, ValueError, AttributeError, TypeError):
-            found, sessions = {}, [_session(environment(device))]  # lost or damaged: nothing is made up about the start
+            found, sessions = (
+                {},
+                [_session(environment(device))],
+            )  # lost or damaged: nothing is made up about the start
         write_json(self.environment_path, {**found, "sessions": sessions})
 
     def versions(self) -> dict[str, Any]:
-        """The versions and the commit that the run was started with; empty where they were not written or are damaged."""
+        """The versions and the commit that the run was started with; empty where they were not
+        written or are damaged.
+        """
         try:
             found = json.loads(self.environment_path.read_text(encoding="utf-8"))
             return {name: found[name] for name in ("fastokd", "commit", "torch")}
@@ -164,7 +219,9 @@ class RunFolder:
         self._write_csv(self.read_metrics())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The record of each epoch, up to the first line that is none: a crash may have cut one short."""
+        """The record of each epoch, up to the first line that is none: a crash may have cut one
+        short.
+        """
         if not self.metrics_path.is_file():
             return []
         records = []
@@ -173,7 +230,11 @@ class RunFolder:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if not isinstance(record, dict) or not isinstance(record.get("epoch"), int) or not isinstance(record.get("eval"), dict):
+            if (
+                not isinstance(record, dict)
+                or not isinstance(record.get("epoch"), int)
+                or not isinstance(record.get("eval"), dict)
+            ):
                 break
             if not all(isinstance(value, int | float) for value in record["eval"].values()):
                 break
@@ -188,8 +249,11 @@ class RunFolder:
         self._write_csv(kept)
 
     def _write_csv(self, records: Sequence[dict[str, Any]]) -> None:
-        # Always the whole file from the records, so the two never disagree; it can be made again, so nobody waits for the disk.
-        write_atomically(self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False)
+        # Always the whole file from the records, so the two never disagree; it can be made again,
+        # so nobody waits for the disk.
+        write_atomically(
+            self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False
+        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -211,7 +275,9 @@ def default_run_path(name: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit and command: what is needed to run the same thing again. Nothing in it names the machine."""
+    """Versions, device, commit and command: what is needed to run the same thing again. Nothing in
+    it names the machine.
+    """
     on_gpu = device.type == "cuda"
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -231,7 +297,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-_PACKAGES = {"torchvision": ("torchvision",), "triton": ("triton",), "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120")}
+_PACKAGES = {
+    "torchvision": ("torchvision",),
+    "triton": ("triton",),
+    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+}
 """What else a result depends on, and the distributions that bring it."""
 
 _OF_A_SESSION = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
@@ -251,7 +321,9 @@ def _version(*packages: str) -> str | None:
 
 
 def _command() -> str:
-    """The command line of this process; where the interpreter and the console script are installed says nothing."""
+    """The command line of this process; where the interpreter and the console script are installed
+    says nothing.
+    """
     python, *rest = sys.orig_argv
     if rest and Path(rest[0]).name == "fastokd":
         return shlex.join(["fastokd", *rest[1:]])
@@ -265,8 +337,22 @@ def _commit() -> str | None:
         return None  # installed from a wheel: a repository around it would be somebody else's
     try:
         # Untracked files (data, runs) do not change what the commit means.
-        found = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-                               capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(
+            [
+                "git",
+                "-C",
+                str(folder),
+                "describe",
+                "--always",
+                "--abbrev=12",
+                "--dirty=+",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,4 +1,6 @@
-"""How steps are run: one after the other, or as replays of a captured CUDA graph with the batch made inside it."""
+"""How steps are run: one after the other, or as replays of a captured CUDA graph with the batch
+made inside it.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,9 +17,10 @@ from fastokd.train.step import TrainStep
 class StepRunner:
     """Runs a step over a loader's batches.
 
-    Where the step is captured, a loader that makes its batches by tensor operations alone (``gather``) makes them inside the
-    graph; other loaders' batches are copied into tensors that the graph reads. There is a graph for each shape of batch. Where
-    nobody asked for a graph and the step cannot be captured, ``say`` is told, and steps are run as without.
+    Where the step is captured, a loader that makes its batches by tensor operations alone
+    (``gather``) makes them inside the graph; other loaders' batches are copied into tensors that
+    the graph reads. There is a graph for each shape of batch. Where nobody asked for a graph and
+    the step cannot be captured, ``say`` is told, and steps are run as without.
     """
 
     def __init__(self, step: TrainStep, say: Callable[[str], object] = lambda text: None) -> None:
@@ -30,11 +33,14 @@ class StepRunner:
         self._static: dict[Hashable, Batch] = {}
         self._place = torch.zeros((), dtype=torch.int64, device=step.device)
 
-    def epoch(self, loader: Loader, begin: int = 0, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter) -> Iterator[int]:
-        """Train on the batches of a loader's epoch that come after the first ``begin``, which the loader has been told of.
+    def epoch(
+        self, loader: Loader, begin: int = 0, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter
+    ) -> Iterator[int]:
+        """Train on the batches of a loader's epoch that come after the first ``begin``, which the
+        loader has been told of.
 
-        Yields how many batches of the epoch are done, after each. ``watch`` gives the batches again, and may take the time
-        that each takes to come.
+        Yields how many batches of the epoch are done, after each. ``watch`` gives the batches
+        again, and may take the time that each takes to come.
         """
         if self.captures and hasattr(loader, "gather"):
             yield from self._gathered(loader, begin, watch)
@@ -55,7 +61,9 @@ class StepRunner:
             held.copy_(value, non_blocking=True)
         self._replay(key, lambda: self.step(static))
 
-    def _gathered(self, loader: Any, begin: int, watch: Callable[[Iterable[Any]], Iterator[Any]]) -> Iterator[int]:
+    def _gathered(
+        self, loader: Any, begin: int, watch: Callable[[Iterable[Any]], Iterator[Any]]
+    ) -> Iterator[int]:
         def body() -> None:
             self.step(loader.gather(self._place))
             self._place.add_(1)
@@ -71,15 +79,23 @@ class StepRunner:
             body()
             return
         if key not in self._captured:
-            pool = next((each.pool for each in self._captured.values() if each.pool is not None), None)
+            pool = next(
+                (each.pool for each in self._captured.values() if each.pool is not None), None
+            )
             self._captured[key] = CapturedStep(body, self.step.device, pool)
         try:
             self._captured[key]()
         except CaptureFailed as error:
             if self.step.config.cuda_graph:
-                raise ConfigError(f"cuda_graph=True: the step cannot be captured ({first_line(error)}); leave it out") from error
+                raise ConfigError(
+                    f"cuda_graph=True: the step cannot be captured ({first_line(error)}); leave"
+                    " it out"
+                ) from error
             self.reason_against_capture, self.captures = first_line(error), False
-            self._say(f"the step cannot be captured ({self.reason_against_capture}), and is run without a CUDA graph")
+            self._say(
+                f"the step cannot be captured ({self.reason_against_capture}), and is run without a"
+                " CUDA graph"
+            )
             self.step.levers = dataclasses.replace(self.step.levers, cuda_graph=False)
             self._captured.clear()
             body()

@@ -18,9 +18,10 @@ ONECYCLE_START = 1 / 25
 def learning_rate(config: TrainConfig, epoch: float) -> float:
     """The learning rate when ``epoch`` epochs are done, which need not be a whole number.
 
-    It rises linearly over the warm-up: from 0, and for "onecycle" from ``ONECYCLE_START`` (Smith and Topin 2019). After that
-    "step" follows the whole run, and "cosine" (Loshchilov and Hutter 2017, eq. 5, without restarts) and "onecycle" go
-    along half a cosine from the end of the warm-up to the end of the run.
+    It rises linearly over the warm-up: from 0, and for "onecycle" from ``ONECYCLE_START`` (Smith
+    and Topin 2019). After that "step" follows the whole run, and "cosine" (Loshchilov and Hutter
+    2017, eq. 5, without restarts) and "onecycle" go along half a cosine from the end of the warm-up
+    to the end of the run.
     """
     peak = scaled_rate(config)
     rise = warmup(config)
@@ -45,7 +46,9 @@ def scaled_rate(config: TrainConfig) -> float:
 
 def _step(config: TrainConfig, epoch: float, rise: float) -> float:
     # Whole epochs, as the papers count; rounded, because 0.28 * 200 is a little more than 56.
-    return config.lr_gamma ** sum(math.floor(epoch) >= round(fraction * config.epochs, 6) for fraction in config.lr_decay_at)
+    return config.lr_gamma ** sum(
+        math.floor(epoch) >= round(fraction * config.epochs, 6) for fraction in config.lr_decay_at
+    )
 
 
 def _cosine(config: TrainConfig, epoch: float, rise: float) -> float:
@@ -53,4 +56,8 @@ def _cosine(config: TrainConfig, epoch: float, rise: float) -> float:
     return config.lr_final + (1 - config.lr_final) * (1 + math.cos(math.pi * done)) / 2
 
 
-_SHAPES: dict[str, Callable[[TrainConfig, float, float], float]] = {"step": _step, "cosine": _cosine, "onecycle": _cosine}
+_SHAPES: dict[str, Callable[[TrainConfig, float, float], float]] = {
+    "step": _step,
+    "cosine": _cosine,
+    "onecycle": _cosine,
+}

@@ -34,19 +34,25 @@ class Evaluation(NamedTuple):
     """What one pass over a split measures."""
 
     accuracies: dict[str, float]
-    """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for methods whose published number that is."""
+    """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for
+    methods whose published number that is.
+    """
     mixing: dict[str, dict[str, float]]
     """For each mixture with weights given at run time the mean weight of each of its inputs."""
 
 
 class BranchEvaluator:
-    """A branched model with the loss of its method: what is needed to say how good every branch and mixture is."""
+    """A branched model with the loss of its method: what is needed to say how good every branch and
+    mixture is.
+    """
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
         self.method = get_method(config.method)
         self.model = model
         self.device = device
-        self.criterion = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options()).to(device)
+        self.criterion = self.method.loss_class(
+            num_branches=config.num_branches(), **config.loss_options()
+        ).to(device)
         self.kept = self.criterion.graph.logits[model.kept]
         self.average: StudentAverage | None = None
         self.precision = choose_precision(config, device)
@@ -54,15 +60,21 @@ class BranchEvaluator:
 
     @property
     def reported(self) -> str:
-        """The name of the accuracy that is the student's: its branch's, or its average's where there is one."""
+        """The name of the accuracy that is the student's: its branch's, or its average's where
+        there is one.
+        """
         return self.kept if self.average is None else AVERAGE
 
     def student(self) -> nn.Module:
-        """A copy of the student as it is handed over: the kept branch, or the average of its weights where there is one."""
+        """A copy of the student as it is handed over: the kept branch, or the average of its
+        weights where there is one.
+        """
         return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
     def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by name."""
+        """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by
+        name.
+        """
         return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
@@ -80,12 +92,16 @@ class BranchEvaluator:
 
     @torch.no_grad()
     def _result(self, images: Tensor) -> BranchOutput:
-        # Compiled for training alone: evaluation has other shapes, and compiling takes longer than it saves.
+        # Compiled for training alone: evaluation has other shapes, and compiling takes longer than
+        # it saves.
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             return self.model(images)
 
-    def measured(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
-        """For each batch what ``results`` gives, with the logits [B, C] of everything that is measured, by name, in between.
+    def measured(
+        self, batches: Iterable[Batch]
+    ) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
+        """For each batch what ``results`` gives, with the logits [B, C] of everything that is
+        measured, by name, in between.
 
         That is what ``named_rows`` has, and the averaged student where there is one.
         """
@@ -99,29 +115,39 @@ class BranchEvaluator:
 
     def mixing_weights(self, result: BranchOutput, target: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the gates of the method say, see ``MethodLoss.mixing_weights``."""
-        return self.criterion.mixing_weights(result.logits, target, **self.method.loss_inputs(result))
+        return self.criterion.mixing_weights(
+            result.logits, target, **self.method.loss_inputs(result)
+        )
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The accuracies of ``measure``."""
         return self.measure(batches).accuracies
 
     def measure(self, batches: Iterable[Batch]) -> Evaluation:
-        """How good every branch and mixture is, over all samples of all processes, each counted once."""
+        """How good every branch and mixture is, over all samples of all processes, each counted
+        once.
+        """
         right: dict[str, Tensor] = {}
         count = 0
-        mixed = [(node.name, name) for node in self.criterion.graph.mixed_at_run_time for name in node.inputs]
+        mixed = [
+            (node.name, name)
+            for node in self.criterion.graph.mixed_at_run_time
+            for name in node.inputs
+        ]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
         for result, rows, target in self.measured(batches):
             found = correct_counts(rows, target)
             right = {name: right.get(name, 0) + value for name, value in found.items()}
             if mixed:
                 given = self.mixing_weights(result, target)
-                weights += torch.stack([given[mixture][name] for mixture, name in mixed]).sum(1, dtype=torch.float64)
+                weights += torch.stack([given[mixture][name] for mixture, name in mixed]).sum(
+                    1, dtype=torch.float64
+                )
             count += target.shape[0]
         counts, count = sum_counts(right, count)
         accuracies = {name: value / count for name, value in counts.items()}
         if self.method.reports_mean:
-            branches = self.criterion.graph.logits[:self.criterion.num_branches]
+            branches = self.criterion.graph.logits[: self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
         mixing: dict[str, dict[str, float]] = {}
         for (mixture, name), total in zip(mixed, sum_over_ranks(weights).tolist(), strict=True):
@@ -130,10 +156,12 @@ class BranchEvaluator:
 
 
 class TrainStep(BranchEvaluator):
-    """The step of one run: owns criterion and optimizers, changes the model in place. Of several processes each has one.
+    """The step of one run: owns criterion and optimizers, changes the model in place. Of several
+    processes each has one.
 
-    Everything a step reads besides its batch lies on the device and never moves: the learning rate, ``kd_weight``, the step's
-    number, the sums of what is measured. So a step waits for nothing, and can be captured (``runner.py``).
+    Everything a step reads besides its batch lies on the device and never moves: the learning rate,
+    ``kd_weight``, the step's number, the sums of what is measured. So a step waits for nothing, and
+    can be captured (``runner.py``).
 
     Args:
         config: the run's.
@@ -145,23 +173,39 @@ class TrainStep(BranchEvaluator):
         ConfigError: levers that cannot be had here, or do not go together.
     """
 
-    def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device, stored: StoredRows | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: BranchedModel,
+        device: torch.device,
+        stored: StoredRows | None = None,
+    ) -> None:
         super().__init__(config, model, device)
         self.config = config
         self.stored = stored
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
-        self.levers = choose_levers(config, model, device, ranks.size, host_rows=stored is not None and stored.table.device != device)
+        self.levers = choose_levers(
+            config,
+            model,
+            device,
+            ranks.size,
+            host_rows=stored is not None and stored.table.device != device,
+        )
         if self.levers.compile:
             model.compile_parts()
         if self.levers.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
         self.optimizers = Optimizers(config, model, device, flat=self.levers.flat)
-        self._parallel = parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
+        self._parallel = (
+            parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
+        )
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
-        self.guard = FiniteGuard(device, self.optimizers.parts, sticky=config.on_nonfinite != "skip")
+        self.guard = FiniteGuard(
+            device, self.optimizers.parts, sticky=config.on_nonfinite != "skip"
+        )
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
         self._schedule: tuple[float, float] | None = None  # what the device was told last
@@ -172,13 +216,16 @@ class TrainStep(BranchEvaluator):
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """The learning rate and the factor of the scheduled terms from the next step on."""
         if (lr, kd_weight) == self._schedule:
-            return  # most steps have that of the step before, and each write is a kernel beside a captured step
+            # Most steps have that of the step before, and each write is an additional kernel.
+            return
         self._schedule = (lr, kd_weight)
         self.optimizers.set_lr(lr)
         self.kd_weight.fill_(kd_weight)
 
     def __call__(self, batch: Batch) -> None:
-        """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and the right answers per row."""
+        """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and
+        the right answers per row.
+        """
         self.optimizers.zero_grad()
         if self._statistics is not None:
             self._statistics.keep()
@@ -189,7 +236,11 @@ class TrainStep(BranchEvaluator):
                 self._forward_backward(part, results)
         self._forward_backward(last, results)
         lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
-        divisor = self.share.accumulate if self.scale is None else self.scale.value * self.share.accumulate
+        divisor = (
+            self.share.accumulate
+            if self.scale is None
+            else self.scale.value * self.share.accumulate
+        )
         norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
         if self._statistics is not None:
@@ -215,12 +266,23 @@ class TrainStep(BranchEvaluator):
         count = self.share.accumulate
         if count == 1:
             return [batch]
-        images = batch.images.chunk(count, batch.images.dim() - 4)  # views of an image come before the batch
-        return [Batch(*pieces) for pieces in zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)]
+        images = batch.images.chunk(
+            count, batch.images.dim() - 4
+        )  # views of an image come before the batch
+        return [
+            Batch(*pieces)
+            for pieces in zip(
+                images, batch.target.chunk(count), batch.index.chunk(count), strict=True
+            )
+        ]
 
     def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
-        """Add the gradients of a part of the batch to those there are, and to ``results`` what is measured."""
-        synchronized = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
+        """Add the gradients of a part of the batch to those there are, and to ``results`` what is
+        measured.
+        """
+        synchronized = (
+            synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
+        )
         with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
             result = (self._parallel or self.model)(batch.images)
         logits, inputs = result.logits, self.method.loss_inputs(result)
@@ -231,9 +293,19 @@ class TrainStep(BranchEvaluator):
         if self.stored is not None:
             inputs["teacher"] = self.stored(batch.index)
         loss, terms = self.criterion.forward_backward(
-            logits, batch.target, kd_weight=self.kd_weight, scale=None if self.scale is None else self.scale.value, **inputs)
+            logits,
+            batch.target,
+            kd_weight=self.kd_weight,
+            scale=None if self.scale is None else self.scale.value,
+            **inputs,
+        )
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
-        sums.update({f"accuracy/{name}": right for name, right in correct_counts(self.named_rows(result), batch.target).items()})
+        sums.update(
+            {
+                f"accuracy/{name}": right
+                for name, right in correct_counts(self.named_rows(result), batch.target).items()
+            }
+        )
         for name, value in sums.items():
             results[name] = results[name] + value if name in results else value

@@ -1,4 +1,6 @@
-"""Branches side by side: each on a CUDA stream of its own between the split and what joins them again."""
+"""Branches side by side: each on a CUDA stream of its own between the split and what joins them
+again.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 class BranchStreams:
     """Runs branches that do not depend on each other at the same time.
 
-    The backward pass follows by itself: autograd runs each operation on the stream of its forward. Inside a captured CUDA
-    graph the streams become parallel paths. The last branch, the deepest of a hierarchy, stays on the caller's stream.
+    The backward pass follows by itself: autograd runs each operation on the stream of its forward.
+    Inside a captured CUDA graph the streams become parallel paths. The last branch, the deepest of
+    a hierarchy, stays on the caller's stream.
 
     Args:
         device: a CUDA device.
@@ -22,7 +25,9 @@ class BranchStreams:
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(count - 1)]
 
-    def __call__(self, branches: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def __call__(
+        self, branches: Sequence[nn.Module], inputs: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
         """What ``one_by_one`` gives, see ``fastokd.models.branched``."""
         here = torch.cuda.current_stream(self._device)
         results: list[Any] = [None] * len(branches)

@@ -1,8 +1,9 @@
 """Batch norm over the images of all processes.
 
-It is a property of the step, not of the network: the modules stay what they are, so that every network can have it, whatever
-class its norms are of, and a student has plain batch norms without anything being turned back. ``torch.nn.SyncBatchNorm``
-would need other modules, runs on GPUs alone, and waits for the device in every layer.
+It is a property of the step, not of the network: the modules stay what they are, so that every
+network can have it, whatever class its norms are of, and a student has plain batch norms without
+anything being turned back. ``torch.nn.SyncBatchNorm`` would need other modules, runs on GPUs alone,
+and waits for the device in every layer.
 """
 
 import contextlib
@@ -19,29 +20,46 @@ from fastokd.methods.ranks import gather_rows, rank_and_size, sum_over_ranks
 
 
 def synchronized_batch_norm() -> contextlib.AbstractContextManager[Any]:
-    """Within it, ``F.batch_norm`` in training takes mean and variance over the batches of all processes, which must be of
-    one size, and the running statistics follow these. All processes must run the same layers in the same order.
+    """Within it, ``F.batch_norm`` in training takes mean and variance over the batches of all
+    processes, which must be of one size, and the running statistics follow these. All processes
+    must run the same layers in the same order.
 
-    Gradients are those of the sum of the processes' losses, as ``DistributedDataParallel`` averages them.
+    Gradients are those of the sum of the processes' losses, as ``DistributedDataParallel`` averages
+    them.
     """
     return _Synchronized() if rank_and_size()[1] > 1 else contextlib.nullcontext()
 
 
 class _Synchronized(TorchFunctionMode):
-    def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
 
-def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-                bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """``F.batch_norm``, whose parameters these are."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     channels, size = input.shape[1], rank_and_size()[1]
     count = input.numel() // channels * size
     with torch.no_grad():
-        own = torch.stack(torch.var_mean(_at_least_float32(input), [0, *range(2, input.dim())], correction=0))
+        own = torch.stack(
+            torch.var_mean(_at_least_float32(input), [0, *range(2, input.dim())], correction=0)
+        )
         variances, means = gather_rows(own[None]).unbind(1)
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
@@ -58,10 +76,21 @@ def _at_least_float32(value: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """``weight * (input - mean) / sqrt(var + eps) + bias`` with mean and variance those of ``count`` values over all processes."""
+    """``weight * (input - mean) / sqrt(var + eps) + bias`` with mean and variance those of
+    ``count`` values over all processes.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, count: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        count: int,
+    ) -> Tensor:
         ctx.save_for_backward(input, weight, mean, var)
         ctx.eps, ctx.count = eps, count
         return F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
@@ -69,9 +98,11 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var = ctx.saved_tensors
-        # As if mean and variance were constants; the gradients of weight and bias are the sums that the rest needs.
+        # As if mean and variance were constants; the gradients of weight and bias are the sums that
+        # the rest needs.
         direct, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, input, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+            grad, input, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
         sums = torch.stack((to_bias, to_weight)).to(mean.dtype)
         by_mean, by_var = sum_over_ranks(sums).div_(ctx.count).unbind(0)
         inverse = (var + ctx.eps).rsqrt()
@@ -79,5 +110,10 @@ class _Normalise(torch.autograd.Function):
         slope = scale * inverse * by_var
         offset = slope * mean - scale * by_mean
         shape = (1, -1, *[1] * (input.dim() - 2))
-        to_input = torch.addcmul(_at_least_float32(direct) + offset.view(shape), _at_least_float32(input), slope.view(shape), value=-1)
+        to_input = torch.addcmul(
+            _at_least_float32(direct) + offset.view(shape),
+            _at_least_float32(input),
+            slope.view(shape),
+            value=-1,
+        )
         return to_input.to(input.dtype), to_weight, to_bias, None, None, None, None

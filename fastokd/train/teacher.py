@@ -1,10 +1,13 @@
-"""The frozen teacher of a run: what its option ``teacher`` names, as a network or as stored rows."""
+"""The frozen teacher of a run: what its option ``teacher`` names, as a network or as stored
+rows.
+"""
 
 import dataclasses
 import difflib
 import hashlib
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from fastokd.train.config import TrainConfig, load_config
 
 LIBRARIES = ("torchvision", "timm")
 RESIDENT_BYTES = 2**30
-"""Stored rows up to this size are kept on the device; larger ones stay on the disk, and a batch's rows are fetched from there."""
+"""Stored rows up to this size are kept on the device; larger ones stay on the disk, and a batch's
+rows are fetched from there.
+"""
 LOOKED_AT = 1024
 """So many stored rows are checked, and stand for all of them in the fingerprint."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,7 +45,9 @@ class StoredRows:
         self.table = table.to(device) if table.nbytes <= RESIDENT_BYTES else table
 
     def __call__(self, index: Tensor) -> Tensor:
-        """The rows [B, C] in float32 of the images at these positions, int64 [B], on their device."""
+        """The rows [B, C] in float32 of the images at these positions, int64 [B], on their
+        device.
+        """
         return self.table[index.to(self.table.device)].to(index.device, torch.float32)
 
 
@@ -69,7 +76,9 @@ class Renormalized(nn.Module):
     def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
         super().__init__()
         self.network = network
-        (mean, std), (own_mean, own_std) = (tuple(torch.tensor(values).view(3, 1, 1) for values in pair) for pair in (given, wanted))
+        (mean, std), (own_mean, own_std) = (
+            tuple(torch.tensor(values).view(3, 1, 1) for values in pair) for pair in (given, wanted)
+        )
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 
@@ -79,13 +88,21 @@ class Renormalized(nn.Module):
 
 
 def with_absolute_teacher(config: TrainConfig) -> TrainConfig:
-    """The configuration with the teacher's path made absolute, so that the run can be resumed from any folder."""
+    """The configuration with the teacher's path made absolute, so that the run can be resumed from
+    any folder.
+    """
     spec = config.method_options.get("teacher")
     if not get_method(config.method).needs_teacher or not isinstance(spec, str) or not spec:
         return config
     library, name, path = _parse(spec)
     place = str(path.absolute())
-    return dataclasses.replace(config, method_options={**config.method_options, "teacher": f"{library}:{name}:{place}" if library else place})
+    return dataclasses.replace(
+        config,
+        method_options={
+            **config.method_options,
+            "teacher": f"{library}:{name}:{place}" if library else place,
+        },
+    )
 
 
 def check_teacher(config: TrainConfig) -> None:
@@ -104,17 +121,29 @@ def check_teacher(config: TrainConfig) -> None:
     if path.is_dir():
         find_export(path, (".safetensors",))
     if not library and not path.is_dir() and path.suffix not in (".pt", ".npy", ".safetensors"):
-        raise ConfigError(f"teacher={spec}: {path.name} is none of a run folder, a checkpoint (.pt), an exported student (.safetensors) and stored rows "
-                          "(.npy, .safetensors); weights of a library's network are named torchvision:NAME:FILE or timm:NAME:FILE")
+        raise ConfigError(
+            f"teacher={spec}: {path.name} is none of a run folder, a checkpoint (.pt), an exported"
+            " student (.safetensors) and stored rows (.npy, .safetensors); weights of a library's"
+            " network are named torchvision:NAME:FILE or timm:NAME:FILE"
+        )
     stored = not library and _holds_rows(path)
     for name in ("mixup", "cutmix"):
         if stored and (alpha := getattr(config, name)):
-            raise ConfigError(f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of mixed ones; use 0, or the teacher's weights")
+            raise ConfigError(
+                f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of"
+                " mixed ones; use 0, or the teacher's weights"
+            )
     if not stored and config.loss_options().get("teacher_rows", "logits") != "logits":
-        raise ConfigError(f"teacher_rows={config.loss_options()['teacher_rows']!r}: teacher={spec} is a network and gives logits; only stored rows can be probabilities")
+        raise ConfigError(
+            f"teacher_rows={config.loss_options()['teacher_rows']!r}: teacher={spec} is a network"
+            " and gives logits; only stored rows can be probabilities"
+        )
     if not library and config.model_options()["teacher_normalization"] != "data":
-        raise ConfigError(f"teacher_normalization={config.model_options()['teacher_normalization']!r} is for networks of torchvision and timm; "
-                          f"teacher={spec} " + ("needs no images" if stored else "says itself how its images were normalised"))
+        raise ConfigError(
+            f"teacher_normalization={config.model_options()['teacher_normalization']!r} is for"
+            f" networks of torchvision and timm; teacher={spec} "
+            + ("needs no images" if stored else "says itself how its images were normalised")
+        )
 
 
 def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) -> Teacher | None:
@@ -129,21 +158,37 @@ def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) ->
     spec = config.model_options()["teacher"]
     library, name, path = _parse(spec)
     if not library and _holds_rows(path):
-        return _open_rows(path, config.loss_options().get("teacher_rows", "logits"), dataset, device)
+        return _open_rows(
+            path, config.loss_options().get("teacher_rows", "logits"), dataset, device
+        )
     given = (dataset.mean, dataset.std)
     if library:
         network = _library_network(library, name, path, len(dataset.classes))
-        wanted = IMAGENET if config.model_options()["teacher_normalization"] == "imagenet" else given
+        wanted = (
+            IMAGENET if config.model_options()["teacher_normalization"] == "imagenet" else given
+        )
     else:
-        network, classes, size, wanted = _checkpoint_network(path) if path.suffix == ".pt" else _exported_network(path)
+        network, classes, size, wanted = (
+            _checkpoint_network(path) if path.suffix == ".pt" else _exported_network(path)
+        )
         if classes != list(dataset.classes):
-            raise CheckpointError(f"the teacher {path} knows the classes {first_few(classes)}, the data has {first_few(dataset.classes)}; use a teacher of the same classes in the same order")
+            raise CheckpointError(
+                f"the teacher {path} knows the classes {first_few(classes)}, the data has"
+                f" {first_few(dataset.classes)}; use a teacher of the same classes in the same"
+                " order"
+            )
         if list(size) != list(dataset.image_size):
-            raise CheckpointError(f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are {dataset.image_size[0]} x {dataset.image_size[1]}; "
-                                  f"use another teacher" + (f", or --image-size {size[0]}" if size[0] == size[1] else ""))
+            raise CheckpointError(
+                f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
+                f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
+                + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
+            )
     digest = hashlib.sha256()
     for key, value in network.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            key.encode()
+            + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
@@ -157,7 +202,9 @@ def _parse(spec: str) -> tuple[str, str, Path]:
         return "", "", Path(spec)
     name, _, place = rest.partition(":")
     if not name or not place:
-        raise ConfigError(f"teacher={spec}: give the network and the file of its weights, {head}:NAME:FILE")
+        raise ConfigError(
+            f"teacher={spec}: give the network and the file of its weights, {head}:NAME:FILE"
+        )
     return head, name, Path(place)
 
 
@@ -171,40 +218,62 @@ def _holds_rows(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return "fastokd" not in (file.metadata() or {}) and len(file.keys()) == 1
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({first_line(error)})") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({first_line(error)})"
+        ) from error
 
 
 def _open_rows(path: Path, kind: str, dataset: Dataset, device: torch.device) -> Teacher:
     if path.suffix == ".npy":
         try:
-            # Copy on write: still read from the disk as rows are asked for, and torch takes no read-only arrays.
+            # Copy on write: still read from the disk as rows are asked for, and torch takes no
+            # read-only arrays.
             table = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged or holds no numbers ({first_line(error)})") from error
+            raise CheckpointError(
+                f"{path} is damaged or holds no numbers ({first_line(error)})"
+            ) from error
     else:
         from safetensors.torch import load_file
 
         (table,) = load_file(path).values()
     wanted = (len(dataset.train), len(dataset.classes))
     if tuple(table.shape) != wanted or not table.is_floating_point():
-        raise CheckpointError(f"{path} holds {table.dtype} {list(table.shape)}; rows for {wanted[0]} training images and {wanted[1]} classes are floating {list(wanted)}")
-    looked_at = table[torch.linspace(0, wanted[0] - 1, min(LOOKED_AT, wanted[0])).long()].contiguous()
+        raise CheckpointError(
+            f"{path} holds {table.dtype} {list(table.shape)}; rows for {wanted[0]} training images"
+            f" and {wanted[1]} classes are floating {list(wanted)}"
+        )
+    looked_at = table[
+        torch.linspace(0, wanted[0] - 1, min(LOOKED_AT, wanted[0])).long()
+    ].contiguous()
     sample = looked_at.double()
     if not sample.isfinite().all():
         raise CheckpointError(f"{path} holds numbers that are not finite")
     sums_to_one = bool((sample >= 0).all()) and bool(((sample.sum(1) - 1).abs() < 1e-2).all())
     if sums_to_one != (kind == "probabilities"):
         other = "logits" if kind == "probabilities" else "probabilities"
-        raise CheckpointError(f"{path} holds {'probabilities' if sums_to_one else 'rows that are no probabilities'}, and teacher_rows={kind}; pass teacher_rows={other}, or another file")
-    digest = hashlib.sha256(repr((wanted, str(table.dtype))).encode() + looked_at.view(torch.uint8).numpy().tobytes())
-    return Teacher(f"{path}, {kind} of {wanted[0]} images", digest.hexdigest(), rows=StoredRows(table, device))
+        raise CheckpointError(
+            f"{path} holds {'probabilities' if sums_to_one else 'rows that are no probabilities'},"
+            f" and teacher_rows={kind}; pass teacher_rows={other}, or another file"
+        )
+    digest = hashlib.sha256(
+        repr((wanted, str(table.dtype))).encode() + looked_at.view(torch.uint8).numpy().tobytes()
+    )
+    return Teacher(
+        f"{path}, {kind} of {wanted[0]} images", digest.hexdigest(), rows=StoredRows(table, device)
+    )
 
 
 def _exported_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
     """The network, its classes, image height and width, and normalisation."""
     network, record = load_student(path)
     preprocessing = record["preprocessing"]
-    return network, list(record["classes"]), preprocessing["image_size"], (preprocessing["mean"], preprocessing["std"])
+    return (
+        network,
+        list(record["classes"]),
+        preprocessing["image_size"],
+        (preprocessing["mean"], preprocessing["std"]),
+    )
 
 
 def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
@@ -214,7 +283,12 @@ def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tu
     with torch.random.fork_rng(devices=[]):
         model = build_model(config, len(state["classes"]), torch.device("cpu"))
     load_weights(model, state["model"], str(path))
-    return model.student().eval(), list(state["classes"]), data["image_size"], (data["mean"], data["std"])
+    return (
+        model.student().eval(),
+        list(state["classes"]),
+        data["image_size"],
+        (data["mean"], data["std"]),
+    )
 
 
 def _library_network(library: str, name: str, path: Path, num_classes: int) -> nn.Module:
@@ -223,39 +297,69 @@ def _library_network(library: str, name: str, path: Path, num_classes: int) -> n
         import torchvision
 
         names = torchvision.models.list_models(module=torchvision.models)
-        build = lambda: torchvision.models.get_model(name, weights=None, num_classes=num_classes)  # noqa: E731
+        build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
     else:
         try:
             import timm
         except ImportError as error:
-            raise MissingExtra("a teacher of timm needs timm: pip install 'fastokd[timm]'") from error
+            raise MissingExtra(
+                "a teacher of timm needs timm: pip install 'fastokd[timm]'"
+            ) from error
 
         names = timm.list_models()
-        build = lambda: timm.create_model(name, pretrained=False, num_classes=num_classes)  # noqa: E731
+        build = partial(timm.create_model, name, pretrained=False, num_classes=num_classes)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
-        raise ConfigError(f"unknown network '{name}' of {library}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        raise ConfigError(
+            f"unknown network '{name}' of {library}"
+            + (f"; did you mean {' or '.join(close)}?" if close else "")
+        )
     network = build()
     weights = _read_weights(path)
     try:
         load_weights(network, weights, str(path))
     except CheckpointError as error:
-        raise CheckpointError(f"{error} ({library}'s {name} with the data's {num_classes} classes)") from error
+        raise CheckpointError(
+            f"{error} ({library}'s {name} with the data's {num_classes} classes)"
+        ) from error
     return network
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from ``torch.save``, there also as the entry "state_dict" or "model"."""
+    """A state dict from safetensors, or from ``torch.save``, there also as the entry "state_dict"
+    or "model".
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or holds no weights ({first_line(error)})") from error
+        found = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        ValueError,
+        SafetensorError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds no weights ({first_line(error)})"
+        ) from error
     for entry in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(entry), dict):
             found = found[entry]
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} holds no weights: a dictionary of tensors is wanted, as model.state_dict() gives")
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(value, Tensor) for value in found.values())
+    ):
+        raise CheckpointError(
+            f"{path} holds no weights: a dictionary of tensors is wanted, as model.state_dict()"
+            " gives"
+        )
     return found

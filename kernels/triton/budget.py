@@ -1,7 +1,8 @@
-"""What the compiled kernels cost, read from their machine code: registers, spills, vector loads, instructions per column.
+"""What the compiled kernels cost, read from their machine code: registers, spills, vector loads,
+instructions per column.
 
-Needs neither a GPU nor torch, so that a change that makes a kernel spill fails on any machine. As a program it prints a
-table: ``python -m fastokd.kernels.triton.budget``.
+Needs neither a GPU nor torch, so that a change that makes a kernel spill fails on any machine. As a
+program it prints a table: ``python -m fastokd.kernels.triton.budget``.
 """
 
 import argparse
@@ -24,20 +25,36 @@ from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
 from fastokd.kernels.triton.spec import Spec, specialise
-from fastokd.kernels.triton.tile import VECTOR_BYTES, Tile, choose_splits, choose_tile, register_limit
+from fastokd.kernels.triton.tile import (
+    VECTOR_BYTES,
+    Tile,
+    choose_splits,
+    choose_tile,
+    register_limit,
+)
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-SPLIT_KERNELS = {"ahead": split.partial_kernel, "partial": split.partial_kernel, "normal": split.partial_kernel,
-                 "merge": split.merge_kernel, "columns": split.columns_kernel, "weights": split.weights_kernel}
-"""Those that run instead where rows are split: a pass ahead, the main pass, that with normalised probabilities, and so on."""
+SPLIT_KERNELS = {
+    "ahead": split.partial_kernel,
+    "partial": split.partial_kernel,
+    "normal": split.partial_kernel,
+    "merge": split.merge_kernel,
+    "columns": split.columns_kernel,
+    "weights": split.weights_kernel,
+}
+"""Those that run instead where rows are split: a pass ahead, the main pass, that with normalised
+probabilities, and so on.
+"""
 STAGES = {"ahead": 0, "partial": 1, "normal": 2}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled kernel costs. Counts per column are those of its first loop over whole chunks (behind that of a
-    forward kernel comes the one with running maxima, for the rows that need them), or of the whole kernel if a row is a
-    single chunk; a column is one class in all M rows."""
+    """What one compiled kernel costs. Counts per column are those of its first loop over whole
+    chunks (behind that of a forward kernel comes the one with running maxima, for the rows that
+    need them), or of the whole kernel if a row is a single chunk; a column is one class in all M
+    rows.
+    """
 
     registers: int
     stack: int
@@ -66,33 +83,67 @@ def cascade(num_branches: int, lambda_self: float = 0.0) -> Plan:
     return lower(Graph("cascade", tuple(nodes), tuple(terms)))
 
 
-def launch_tile(plan: Plan, batch: int, num_classes: int, dtype: str, stride: int = 0, soft_target: bool = False, fused: bool = False) -> Tile:
-    """The tile that the executor would choose for rows of this stride (0: contiguous), all gradients wanted."""
+def launch_tile(
+    plan: Plan,
+    batch: int,
+    num_classes: int,
+    dtype: str,
+    stride: int = 0,
+    soft_target: bool = False,
+    fused: bool = False,
+) -> Tile:
+    """The tile that the executor would choose for rows of this stride (0: contiguous), all
+    gradients wanted.
+    """
     spec, size = specialise(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
-    rows, lanes, pieces, vector, warps = choose_tile(batch, num_classes, size, len(spec.learning), aligned, fused and choose_splits(batch, num_classes) == 1)
+    rows, lanes, pieces, vector, warps = choose_tile(
+        batch,
+        num_classes,
+        size,
+        len(spec.learning),
+        aligned,
+        fused and choose_splits(batch, num_classes) == 1,
+    )
     return Tile(
-        num_classes, rows, lanes, pieces, vector, warps, choose_splits(batch, num_classes),
+        num_classes,
+        rows,
+        lanes,
+        pieces,
+        vector,
+        warps,
+        choose_splits(batch, num_classes),
         logit_strides=((stride, 1),) * plan.num_logits,
         weight_strides=tuple((width, 1) for width in plan.weight_widths),
         external_strides=((num_classes, 1),) * plan.num_externals,
         target_strides=(num_classes, 1) if soft_target else (1,),
         grad_stride=1,
         needs=(1,) * (plan.num_logits + len(plan.weight_widths)),
-        double=int(dtype == "fp64"), hardware=int(dtype != "fp64"))
+        double=int(dtype == "fp64"),
+        hardware=int(dtype != "fp64"),
+    )
 
 
 def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: int = 90) -> Any:
-    """Compile one of ``KERNELS``, or ``SPLIT_KERNELS`` for a tile of split rows, for a compute capability (80, 90, 100).
-    Needs no GPU."""
+    """Compile one of ``KERNELS``, or ``SPLIT_KERNELS`` for a tile of split rows, for a compute
+    capability (80, 90, 100). Needs no GPU.
+    """
     spec: Spec = specialise(plan)
     compute = "*fp64" if tile.double else "*fp32"
     logits, weights = (f"*{dtype}",) * plan.num_logits, (compute,) * len(plan.weight_widths)
     types = {
-        "logits": logits, "grad_logits": logits, "weights": weights, "grad_weights": weights,
-        "externals": (compute,) * plan.num_externals, "target": "*i64" if len(tile.target_strides) == 1 else compute,
-        "batch": "i32", "shift": "i32", "STAGE": "constexpr", "SPEC": "constexpr", "TILE": "constexpr",
+        "logits": logits,
+        "grad_logits": logits,
+        "weights": weights,
+        "grad_weights": weights,
+        "externals": (compute,) * plan.num_externals,
+        "target": "*i64" if len(tile.target_strides) == 1 else compute,
+        "batch": "i32",
+        "shift": "i32",
+        "STAGE": "constexpr",
+        "SPEC": "constexpr",
+        "TILE": "constexpr",
     }
     kernel = (SPLIT_KERNELS if tile.splits > 1 else KERNELS)[which]
     signature = {name: types.get(name, compute) for name in kernel.arg_names}
@@ -103,11 +154,21 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
         elif value.startswith("*"):
             attributes[position,] = [["tt.divisibility", 16]]
     values = {"STAGE": STAGES.get(which), "SPEC": spec, "TILE": tile}
-    constants = {(position,): values[name] for position, name in enumerate(kernel.arg_names) if name in values}
+    constants = {
+        (position,): values[name]
+        for position, name in enumerate(kernel.arg_names)
+        if name in values
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options={"num_warps": 1 if which in ("merge", "weights") else tile.num_warps, "enable_fp_fusion": True,
-                                   "maxnreg": register_limit(which, len(spec.learning))})
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": 1 if which in ("merge", "weights") else tile.num_warps,
+            "enable_fp_fusion": True,
+            "maxnreg": register_limit(which, len(spec.learning)),
+        },
+    )
 
 
 def measure(compiled: Any, tile: Tile) -> Cost:
@@ -121,14 +182,16 @@ def measure(compiled: Any, tile: Tile) -> Cost:
     ptx = compiled.asm["ptx"]
     code, loops = _instructions(listing)
     body = loops[0] if tile.whole > 1 and loops else (0, len(code))
-    inside = code[body[0]:body[1]]
+    inside = code[body[0] : body[1]]
     columns = tile.pieces if tile.whole else tile.rest_pieces
     return Cost(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         vector_loads=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx)),
-        vector_stores=len(re.findall(r"st\.global[\w.:]*\.v4\.b32|st\.global[\w.:]*\.v2\.b64", ptx)),
+        vector_stores=len(
+            re.findall(r"st\.global[\w.:]*\.v4\.b32|st\.global[\w.:]*\.v2\.b64", ptx)
+        ),
         barriers=sum(op.startswith("BAR.SYNC") for op in code),
         shuffles=sum(op.startswith("SHFL") for op in code),
         instructions=len(code),
@@ -139,11 +202,15 @@ def measure(compiled: Any, tile: Tile) -> Cost:
 
 
 def _run(*command: str | Path) -> str:
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def _instructions(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The operations of a disassembly in order (without padding), and its loops as (first, end) positions."""
+    """The operations of a disassembly in order (without padding), and its loops as (first, end)
+    positions.
+    """
     code: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
@@ -158,7 +225,11 @@ def _instructions(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
             branches.append((len(code), target[1]))
         code.append(found[1])
     # Code ends with a branch to itself, which is no loop.
-    loops = [(labels[name], position + 1) for position, name in branches if labels.get(name, position) < position]
+    loops = [
+        (labels[name], position + 1)
+        for position, name in branches
+        if labels.get(name, position) < position
+    ]
     return code, loops
 
 
@@ -170,12 +241,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(SIZES))
     parser.add_argument("--capabilities", type=int, nargs="+", default=[90])
-    parser.add_argument("--kernels", nargs="+", default=[*KERNELS, "partial", "merge", "columns", "weights"],
-                        choices=[*KERNELS, *SPLIT_KERNELS], help="of these, those that a batch and number of classes takes")
-    parser.add_argument("--lambda-self", type=float, default=0.0, help="above 0: the cascade with 3 (M - 1) edges")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=[*KERNELS, "partial", "merge", "columns", "weights"],
+        choices=[*KERNELS, *SPLIT_KERNELS],
+        help="of these, those that a batch and number of classes takes",
+    )
+    parser.add_argument(
+        "--lambda-self", type=float, default=0.0, help="above 0: the cascade with 3 (M - 1) edges"
+    )
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}")
-    print("kernel    sm   M  dtype  B     C      tile            regs  spill  ld16  st16  bar  shfl  instr  instr/col  ex2/col")
+    print(
+        "kernel    sm   M  dtype  B     C      tile            regs  spill  ld16  st16  bar  shfl "
+        " instr  instr/col  ex2/col"
+    )
     spilled = 0
     for capability in args.capabilities:
         for branches in args.branches:
@@ -184,14 +265,29 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for batch in args.batches:
                     for num_classes in args.classes:
                         splits = launch_tile(plan, batch, num_classes, dtype).splits
-                        for which in [name for name in args.kernels if name in (SPLIT_KERNELS if splits > 1 else KERNELS)]:
-                            tile = launch_tile(plan, batch, num_classes, dtype, fused=which == "fused")
-                            cost = measure(compile_kernel(which, plan, tile, dtype, capability), tile)
+                        for which in [
+                            name
+                            for name in args.kernels
+                            if name in (SPLIT_KERNELS if splits > 1 else KERNELS)
+                        ]:
+                            tile = launch_tile(
+                                plan, batch, num_classes, dtype, fused=which == "fused"
+                            )
+                            cost = measure(
+                                compile_kernel(which, plan, tile, dtype, capability), tile
+                            )
                             spilled += cost.stack + cost.spills
-                            layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{'v' if tile.vector else ''}{f'/{tile.splits}' if tile.splits > 1 else ''}"
-                            print(f"{which:8}  {capability:3}  {branches}  {dtype:5}  {batch:4}  {num_classes:6}  {layout:14}  {cost.registers:4}"
-                                  f"  {cost.spills:5}  {cost.vector_loads:4}  {cost.vector_stores:4}  {cost.barriers:3}  {cost.shuffles:4}"
-                                  f"  {cost.instructions:5}  {cost.per_column:9.1f}  {cost.exponentials_per_column:7.2f}", flush=True)
+                            vector = "v" if tile.vector else ""
+                            splits = f"/{tile.splits}" if tile.splits > 1 else ""
+                            layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{vector}{splits}"
+                            print(
+                                f"{which:8}  {capability:3}  {branches}  {dtype:5}  {batch:4} "
+                                f" {num_classes:6}  {layout:14}  {cost.registers:4} "
+                                f" {cost.spills:5}  {cost.vector_loads:4}  {cost.vector_stores:4} "
+                                f" {cost.barriers:3}  {cost.shuffles:4}  {cost.instructions:5} "
+                                f" {cost.per_column:9.1f}  {cost.exponentials_per_column:7.2f}",
+                                flush=True,
+                            )
     return int(spilled > 0)
 
 

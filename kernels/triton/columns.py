@@ -1,9 +1,9 @@
 """Device functions shared by the kernels: loading columns, evaluating nodes, sums over the lanes.
 
-A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L * P columns, one
-*piece* [R, L] per column, so that every running quantity costs one register per thread and nothing is exchanged
-between threads before the end of the row. Quantities of a whole row are [R, 1], or
-scalars if R is 1. Everything is in base 2.
+A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L *
+P columns, one *piece* [R, L] per column, so that every running quantity costs one register per
+thread and nothing is exchanged between threads before the end of the row. Quantities of a whole row
+are [R, 1], or scalars if R is 1. Everything is in base 2.
 """
 
 import triton
@@ -20,7 +20,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(1e-30)
 """The smallest probability inside a logarithm: the reference executor's ``PROBABILITY_FLOOR``."""
 PAD = tl.constexpr(-float(2**100))
-"""What stands for a missing column in a maximum. A power of two, so that scaling it rounds nothing."""
+"""What stands for a missing column in a maximum. A power of two, so that scaling it rounds
+nothing.
+"""
 NOTHING = tl.constexpr(-0.0)
 """The start of a sum that the compiler can drop: x + -0.0 is x for every x, x + 0.0 is not."""
 
@@ -38,14 +40,18 @@ def computed(x, TILE: tl.constexpr):
 def log2(x, TILE: tl.constexpr):
     """The hardware's logarithm where there is one: Triton's own takes some twenty instructions."""
     if TILE.hardware:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.log2(x)
 
 
 @triton.jit
 def row_constant(VALUE: tl.constexpr, TILE: tl.constexpr):
-    """A quantity of a row. Where a program has one row it is a scalar, which costs the compiler far less than a tensor."""
+    """A quantity of a row. Where a program has one row it is a scalar, which costs the compiler far
+    less than a tensor.
+    """
     if TILE.rows == 1:
         return tl.full((), VALUE, tl.float64 if TILE.double else tl.float32)
     else:
@@ -66,14 +72,16 @@ def lane_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr)
     """A tuple of COUNT quantities of a lane."""
     out = ()
     for _i in tl.static_range(COUNT):
-        out = out + (tl.full((TILE.rows, TILE.lanes), VALUE, tl.float64 if TILE.double else tl.float32),)
+        out = out + (
+            tl.full((TILE.rows, TILE.lanes), VALUE, tl.float64 if TILE.double else tl.float32),
+        )
     return out
 
 
 @triton.jit
 def added(values, INDEX: tl.constexpr, x):
     """The tuple with x added to one entry."""
-    return values[:INDEX] + (values[INDEX] + x,) + values[INDEX + 1:]
+    return values[:INDEX] + (values[INDEX] + x,) + values[INDEX + 1 :]
 
 
 @triton.jit
@@ -92,8 +100,8 @@ def join_halves(pieces, P: tl.constexpr):
     if P == 1:
         return tl.reshape(pieces[0], (pieces[0].shape[0], pieces[0].shape[1], 1))
     else:
-        low = join_halves(pieces[:P // 2], P // 2)
-        high = join_halves(pieces[P // 2:], P // 2)
+        low = join_halves(pieces[: P // 2], P // 2)
+        high = join_halves(pieces[P // 2 :], P // 2)
         return tl.reshape(tl.join(low, high), (low.shape[0], low.shape[1], P))
 
 
@@ -108,7 +116,9 @@ def reordered(pieces, TILE: tl.constexpr):
 
 @triton.jit
 def tile_columns(TILE: tl.constexpr):
-    """The columns of a chunk as it is loaded: [1, L, P] where a lane's columns are neighbours, else [1, P, L]."""
+    """The columns of a chunk as it is loaded: [1, L, P] where a lane's columns are neighbours, else
+    [1, P, L].
+    """
     lanes = tl.arange(0, TILE.lanes)
     pieces = tl.arange(0, TILE.pieces)
     if TILE.vector:
@@ -129,12 +139,17 @@ def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """``load_chunk`` for neighbouring columns in bfloat16, as float32: pairs of columns in words of 32 bits.
+    """``load_chunk`` for neighbouring columns in bfloat16, as float32: pairs of columns in words of
+    32 bits.
 
-    A bfloat16 is the upper half of a float32. Told apart by the compiler, the upper column of each pair is shifted down and
-    then up again; here it takes one instruction as the lower does, 2 in all of 61 per column at M = 4.
+    A bfloat16 is the upper half of a float32. Told apart by the compiler, the upper column of each
+    pair is shifted down and then up again; here it takes one instruction as the lower does, 2 in
+    all of 61 per column at M = 4.
     """
-    words = tl.arange(0, TILE.lanes)[None, :, None] * (TILE.pieces // 2) + tl.arange(0, TILE.pieces // 2)[None, None, :]
+    words = (
+        tl.arange(0, TILE.lanes)[None, :, None] * (TILE.pieces // 2)
+        + tl.arange(0, TILE.pieces // 2)[None, None, :]
+    )
     start = start.to(tl.pointer_type(tl.uint32), bitcast=True)
     if LIMIT:
         tile = tl.load(start + words, mask=words < LIMIT // 2, other=0)
@@ -146,17 +161,19 @@ def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
     for p in tl.static_range(len(pairs)):
         low = low + ((pairs[p] << 16).to(tl.float32, bitcast=True),)
         high = high + ((pairs[p] & 0xFFFF0000).to(tl.float32, bitcast=True),)
-    # The order of the words, even before odd again and again, is that of the columns after one more split.
+    # The order of the words, even before odd again and again, is that of the columns after one more
+    # split.
     return reordered(low + high, TILE)
 
 
 @triton.jit
 def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """The pieces of a chunk at ``start`` (of a row), in the dtype in which they are stored, or float32 instead of bfloat16;
-    0 beyond LIMIT columns (0: the chunk is whole).
+    """The pieces of a chunk at ``start`` (of a row), in the dtype in which they are stored, or
+    float32 instead of bfloat16; 0 beyond LIMIT columns (0: the chunk is whole).
 
-    All pieces come in one load and are told apart in registers: a thread holds all columns of its lane. The time to
-    compile grows with the number of loads."""
+    All pieces come in one load and are told apart in registers: a thread holds all columns of its
+    lane. The time to compile grows with the number of loads.
+    """
     if TILE.vector and STRIDE == 1 and start.dtype.element_ty == tl.bfloat16 and LIMIT % 2 == 0:
         return load_pairs(start, LIMIT, TILE)
     else:
@@ -174,7 +191,9 @@ def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """Writes pieces at ``start`` (of a row) to neighbouring columns, below LIMIT and in rows inside the batch."""
+    """Writes pieces at ``start`` (of a row) to neighbouring columns, below LIMIT and in rows inside
+    the batch.
+    """
     columns = tile_columns(TILE)
     for _p in tl.static_range(len(pieces), tl.constexpr(TILE.pieces)):
         pieces = pieces + (pieces[0],)
@@ -182,7 +201,11 @@ def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
     if not TILE.vector:
         tile = tl.permute(tile, (0, 2, 1))
     if TILE.rows > 1:
-        tl.store(start[:, :, None] + columns, tile, mask=inside[:, :, None] & (columns < LIMIT if LIMIT else columns >= 0))
+        tl.store(
+            start[:, :, None] + columns,
+            tile,
+            mask=inside[:, :, None] & (columns < LIMIT if LIMIT else columns >= 0),
+        )
     elif LIMIT:
         tl.store(start + columns, tile, mask=columns < LIMIT)
     else:
@@ -211,35 +234,49 @@ def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def derived_rows(rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr):
-    """Rows of all nodes from those of the logits and external rows: at one piece, or any linear function of rows.
+    """Rows of all nodes from those of the logits and external rows: at one piece, or any linear
+    function of rows.
 
-    ``labels`` are every node's label logits (read by minima), ``choices`` the chosen inputs of the selections.
-    Nodes that are not part of this pass get a row that nobody reads.
+    ``labels`` are every node's label logits (read by minima), ``choices`` the chosen inputs of the
+    selections. Nodes that are not part of this pass get a row that nobody reads.
     """
     for j in tl.static_range(len(SPEC.passes[WHICH].nodes)):
         row = rows[0]
         if SPEC.passes[WHICH].nodes[j][0] == MIXTURE:
             for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
                 if SPEC.passes[WHICH].nodes[j][2] >= 0:
-                    part = weights[SPEC.passes[WHICH].nodes[j][2] + k] * rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                    part = (
+                        weights[SPEC.passes[WHICH].nodes[j][2] + k]
+                        * rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                    )
                 else:
-                    part = rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
+                    part = (
+                        rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
+                    )
                 row = part if k == 0 else row + part
         elif SPEC.passes[WHICH].nodes[j][0] == MINIMUM:
             for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                shifted = rows[SPEC.passes[WHICH].nodes[j][1][k]] - labels[SPEC.passes[WHICH].nodes[j][1][k]]
+                shifted = (
+                    rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                    - labels[SPEC.passes[WHICH].nodes[j][1][k]]
+                )
                 row = shifted if k == 0 else tl.minimum(row, shifted)
         elif SPEC.passes[WHICH].nodes[j][0] == SELECTION:
             for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
                 candidate = rows[SPEC.passes[WHICH].nodes[j][1][k]]
-                row = candidate if k == 0 else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
+                row = (
+                    candidate
+                    if k == 0
+                    else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
+                )
         rows = rows + (row,)
     return rows
 
 
 @triton.jit
 def linear_rows(values, weights, SPEC: tl.constexpr):
-    """A linear function of rows (a label logit, a sum over the classes) for all nodes from its values for the logits.
+    """A linear function of rows (a label logit, a sum over the classes) for all nodes from its
+    values for the logits.
 
     External rows and nodes that are not linear get a value that nobody reads.
     """
@@ -259,7 +296,9 @@ def timed(x, FACTOR: tl.constexpr):
 
 @triton.jit
 def powered(base, scaled, POWER: tl.constexpr, RATIO: tl.constexpr):
-    """``exp2(scaled * RATIO)`` given ``base = exp2(scaled)``, without another exponential if RATIO is 1, 2, 3 or 4."""
+    """``exp2(scaled * RATIO)`` given ``base = exp2(scaled)``, without another exponential if RATIO
+    is 1, 2, 3 or 4.
+    """
     if POWER == 1:
         return base
     elif POWER == 2:
@@ -288,13 +327,23 @@ def _add_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def _raise_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    return (tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2), tl.maximum(a3, b3), tl.maximum(a4, b4),
-            tl.maximum(a5, b5), tl.maximum(a6, b6), tl.maximum(a7, b7))
+    return (
+        tl.maximum(a0, b0),
+        tl.maximum(a1, b1),
+        tl.maximum(a2, b2),
+        tl.maximum(a3, b3),
+        tl.maximum(a4, b4),
+        tl.maximum(a5, b5),
+        tl.maximum(a6, b6),
+        tl.maximum(a7, b7),
+    )
 
 
 @triton.jit
 def together(values, MAXIMUM: tl.constexpr):
-    """Sums or maxima of a tuple of [1, L], eight at a time: several warps wait for each other once instead of eight times."""
+    """Sums or maxima of a tuple of [1, L], eight at a time: several warps wait for each other once
+    instead of eight times.
+    """
     out = ()
     for first in tl.static_range(0, len(values), 8):
         flat = ()
@@ -307,7 +356,7 @@ def together(values, MAXIMUM: tl.constexpr):
             out = out + tl.reduce(flat, 0, _raise_all)
         else:
             out = out + tl.reduce(flat, 0, _add_all)
-    return out[:len(values)]
+    return out[: len(values)]
 
 
 @triton.jit

@@ -6,8 +6,9 @@ from functools import cached_property
 
 
 class Constant:
-    """Base of frozen dataclasses that are constants of a kernel: compared, hashed and named by the digest of their fields,
-    which is made once, so that a launch does not hash hundreds of numbers."""
+    """Base of frozen dataclasses that are constants of a kernel: compared, hashed and named by the
+    digest of their fields, which is made once, so that a launch does not hash hundreds of numbers.
+    """
 
     @cached_property
     def digest(self) -> str:

@@ -1,40 +1,66 @@
-"""From logits to the loss of a row: one pass over its columns, two where terms need normalised probabilities."""
+"""From logits to the loss of a row: one pass over its columns, two where terms need normalised
+probabilities.
+"""
 
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import LN2, NOTHING, computed, linear_rows, log2, row_constant, row_constants
+from fastokd.kernels.triton.columns import (
+    LN2,
+    NOTHING,
+    computed,
+    linear_rows,
+    log2,
+    row_constant,
+    row_constants,
+)
 from fastokd.kernels.triton.normal import normal_sweep
 from fastokd.kernels.triton.sweep import sweep
 
 
 @triton.jit
-def log_sum(maxima, sums, SOFT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr):
+def log_sum(
+    maxima, sums, SOFT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr
+):
     """log2 of the sum of exponentials of a soft."""
-    return maxima[SPEC.passes[WHICH].softs[SOFT][0]] * SPEC.passes[WHICH].softs[SOFT][2] + log2(sums[SOFT], TILE)
+    return maxima[SPEC.passes[WHICH].softs[SOFT][0]] * SPEC.passes[WHICH].softs[SOFT][2] + log2(
+        sums[SOFT], TILE
+    )
 
 
 @triton.jit
 def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The label's logit of each logits row [R, 1] and the mass of the target: 1, or NaN for a label out of range."""
+    """The label's logit of each logits row [R, 1] and the mass of the target: 1, or NaN for a label
+    out of range.
+    """
     label = tl.load(target + rows * TILE.target_strides[0])
     valid = (label >= 0) & (label < TILE.num_classes)
     one = row_constant(1.0, TILE)
     mass = tl.where(valid, one, float("nan"))
     out = ()
     for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
-        at = logits[m] + rows * TILE.logit_strides[m][0] + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
+        at = (
+            logits[m]
+            + rows * TILE.logit_strides[m][0]
+            + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
+        )
         out = out + (computed(tl.load(at), TILE) * mass,)
     return out, mass
 
 
 @triton.jit
 def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """For each selection the position of its input with the lowest cross-entropy, the first if equal, as a float."""
+    """For each selection the position of its input with the lowest cross-entropy, the first if
+    equal, as a float.
+    """
     losses = labels
     for s in tl.static_range(len(SPEC.passes[0].slots)):
         value = entropy(maxima, sums, labels, mass, s, SPEC.passes[0].slots[s][0], SPEC, 0, TILE)
-        losses = losses[:SPEC.passes[0].slots[s][0]] + (value,) + losses[SPEC.passes[0].slots[s][0] + 1:]
+        losses = (
+            losses[: SPEC.passes[0].slots[s][0]]
+            + (value,)
+            + losses[SPEC.passes[0].slots[s][0] + 1 :]
+        )
     out = ()
     for c in tl.static_range(len(SPEC.choices)):
         best = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][0]]
@@ -48,8 +74,17 @@ def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def entropy(maxima, sums, labels, mass, SOFT: tl.constexpr, NODE: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr,
-            TILE: tl.constexpr):
+def entropy(
+    maxima,
+    sums,
+    labels,
+    mass,
+    SOFT: tl.constexpr,
+    NODE: tl.constexpr,
+    SPEC: tl.constexpr,
+    WHICH: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """The cross-entropy of a node at temperature 1, without label smoothing."""
     slot: tl.constexpr = SPEC.passes[WHICH].softs[SOFT][0]
     # The difference first: both are large where the logits are, and it is not.
@@ -60,13 +95,17 @@ def entropy(maxima, sums, labels, mass, SOFT: tl.constexpr, NODE: tl.constexpr, 
 @triton.jit
 def placed(terms, INDEX: tl.constexpr, value):
     """The tuple with one entry replaced."""
-    return terms[:INDEX] + (value,) + terms[INDEX + 1:]
+    return terms[:INDEX] + (value,) + terms[INDEX + 1 :]
 
 
 @triton.jit
-def before_main(logits, externals, target, rows, weights, partials, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """What is known before the main pass: the label logits of the logits rows and of all nodes, the mass of the target,
-    choices. Label logits are unknown yet where the target is soft and no pass ahead was needed."""
+def before_main(
+    logits, externals, target, rows, weights, partials, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """What is known before the main pass: the label logits of the logits rows and of all nodes, the
+    mass of the target, choices. Label logits are unknown yet where the target is soft and no pass
+    ahead was needed.
+    """
     labels = ()
     node_labels = ()
     choices = ()
@@ -76,10 +115,22 @@ def before_main(logits, externals, target, rows, weights, partials, SPEC: tl.con
         node_labels = linear_rows(labels, weights, SPEC)
     if SPEC.looks_ahead(TILE.soft_target):
         maxima0, sums0, _none, dots0 = sweep(
-            logits, externals, target, rows, weights, (), (), partials, SPEC, 0, TILE.soft_target,
-            SPEC.num_logits + 1 if TILE.soft_target else 0, TILE)
+            logits,
+            externals,
+            target,
+            rows,
+            weights,
+            (),
+            (),
+            partials,
+            SPEC,
+            0,
+            TILE.soft_target,
+            SPEC.num_logits + 1 if TILE.soft_target else 0,
+            TILE,
+        )
         if TILE.soft_target:
-            labels = dots0[:SPEC.num_logits]
+            labels = dots0[: SPEC.num_logits]
             mass = dots0[SPEC.num_logits]
             node_labels = linear_rows(labels, weights, SPEC)
         if len(SPEC.choices):
@@ -88,31 +139,69 @@ def before_main(logits, externals, target, rows, weights, partials, SPEC: tl.con
 
 
 @triton.jit
-def forward_row(logits, weights, externals, target, term_weights, rows, partials, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of ``SPEC.layout``.
+def forward_row(
+    logits,
+    weights,
+    externals,
+    target,
+    term_weights,
+    rows,
+    partials,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of
+    ``SPEC.layout``.
 
     ``weights`` are the loaded weights, ``partials`` is read where rows are split (``split``).
     """
-    dots: tl.constexpr = TILE.soft_target and SPEC.use_labels and not SPEC.looks_ahead(TILE.soft_target)
+    dots: tl.constexpr = (
+        TILE.soft_target and SPEC.use_labels and not SPEC.looks_ahead(TILE.soft_target)
+    )
     skip: tl.constexpr = SPEC.num_logits + 1 if dots else 0
 
-    labels, node_labels, mass, choices = before_main(logits, externals, target, rows, weights, partials, SPEC, TILE)
+    labels, node_labels, mass, choices = before_main(
+        logits, externals, target, rows, weights, partials, SPEC, TILE
+    )
     maxima, sums, means, plain = sweep(
-        logits, externals, target, rows, weights, node_labels, choices, partials, SPEC, 1, dots, skip + SPEC.num_plain, TILE)
+        logits,
+        externals,
+        target,
+        rows,
+        weights,
+        node_labels,
+        choices,
+        partials,
+        SPEC,
+        1,
+        dots,
+        skip + SPEC.num_plain,
+        TILE,
+    )
     if dots:
-        labels = plain[:SPEC.num_logits]
+        labels = plain[: SPEC.num_logits]
         mass = plain[SPEC.num_logits]
         node_labels = linear_rows(labels, weights, SPEC)
     plain = plain[skip:]
     node_sums = ()
     if SPEC.use_sums:
-        node_sums = linear_rows(plain[:SPEC.num_logits], weights, SPEC)
+        node_sums = linear_rows(plain[: SPEC.num_logits], weights, SPEC)
         for n in tl.static_range(len(SPEC.passes[1].summed)):
             node_sums = placed(node_sums, SPEC.passes[1].summed[n], plain[SPEC.num_logits + n])
 
     terms = row_constants(SPEC.num_terms, 0.0, TILE)
     for c in tl.static_range(len(SPEC.entropies)):
-        value = entropy(maxima, sums, node_labels, mass, SPEC.entropies[c][1], SPEC.entropies[c][2], SPEC, 1, TILE)
+        value = entropy(
+            maxima,
+            sums,
+            node_labels,
+            mass,
+            SPEC.entropies[c][1],
+            SPEC.entropies[c][2],
+            SPEC,
+            1,
+            TILE,
+        )
         if SPEC.label_smoothing > 0:
             spread = log_sum(maxima, sums, SPEC.entropies[c][1], SPEC, 1, TILE) * LN2
             spread -= node_sums[SPEC.entropies[c][2]] * (1.0 / TILE.num_classes)
@@ -121,25 +210,47 @@ def forward_row(logits, weights, externals, target, term_weights, rows, partials
     for e in tl.static_range(len(SPEC.edges)):
         value = (means[e] + log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)) * LN2
         if SPEC.edges[e][9] > 0:
-            level = (log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE) - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)) * LN2
-            gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (1.0 / SPEC.edges[e][2])
+            level = (
+                log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE)
+                - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)
+            ) * LN2
+            gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (
+                1.0 / SPEC.edges[e][2]
+            )
             value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e][9]
         terms = placed(terms, SPEC.edges[e][0], value * SPEC.edges[e][1])
     outer_masses = ()
     outer_crosses = ()
     if len(SPEC.passes[1].crosses):
-        outer_masses = plain[SPEC.first_outer:SPEC.first_outer + SPEC.num_externals]
-        outer_crosses = plain[SPEC.first_outer + SPEC.num_externals:]
+        outer_masses = plain[SPEC.first_outer : SPEC.first_outer + SPEC.num_externals]
+        outer_crosses = plain[SPEC.first_outer + SPEC.num_externals :]
     for o in tl.static_range(len(SPEC.outer)):
         if SPEC.outer[o][6]:
             value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
         else:
-            heavy = outer_masses[SPEC.outer[o][5] - SPEC.num_logits] + SPEC.outer[o][7] * TILE.num_classes
-            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE)
+            heavy = (
+                outer_masses[SPEC.outer[o][5] - SPEC.num_logits]
+                + SPEC.outer[o][7] * TILE.num_classes
+            )
+            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(
+                maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE
+            )
         terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
     normal = ()
     if len(SPEC.normal):
-        normal = normal_sweep(logits, externals, rows, weights, node_labels, choices, maxima, sums, partials, SPEC, TILE)
+        normal = normal_sweep(
+            logits,
+            externals,
+            rows,
+            weights,
+            node_labels,
+            choices,
+            maxima,
+            sums,
+            partials,
+            SPEC,
+            TILE,
+        )
         for e in tl.static_range(len(SPEC.normal)):
             terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
 
@@ -149,5 +260,5 @@ def forward_row(logits, weights, externals, target, term_weights, rows, partials
     stats = maxima + sums + means
     if SPEC.use_labels:
         stats = stats + labels
-    stats = stats + plain[:SPEC.first_outer] + (mass,) + choices + outer_masses + normal
+    stats = stats + plain[: SPEC.first_outer] + (mass,) + choices + outer_masses + normal
     return loss, terms, stats

@@ -1,4 +1,5 @@
-"""Terms that need normalised probabilities: probability mixtures as teachers, and an exact eps on a teacher row.
+"""Terms that need normalised probabilities: probability mixtures as teachers, and an exact eps on a
+teacher row.
 
 They take a second pass over the columns, once the sums of exponentials are known.
 """
@@ -6,7 +7,16 @@ They take a second pass over the columns, once the sums of exponentials are know
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums, timed
+from fastokd.kernels.triton.columns import (
+    FLOOR,
+    LN2,
+    PAD,
+    lane_constants,
+    log2,
+    masked,
+    row_sums,
+    timed,
+)
 from fastokd.kernels.triton.sweep import chunk_rows, load_parts, part_of_row, scaled_rows
 
 
@@ -17,8 +27,12 @@ def log_probability(scaled, logs, SOFT: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def blend_row(rows, scaled, weights, logs, BLEND: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """A probability mixture at one piece: its probability, log2 of it, and d log / d weight of each input."""
+def blend_row(
+    rows, scaled, weights, logs, BLEND: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """A probability mixture at one piece: its probability, log2 of it, and d log / d weight of each
+    input.
+    """
     parts = ()
     peak = PAD
     total = 0.0
@@ -65,7 +79,9 @@ def log_sums(sums, TILE: tl.constexpr):
 
 @triton.jit
 def teacher_row(scaled, blends, logs, EDGE: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The teacher of a normal edge at one piece: its probability, the same with eps, and log2 of the latter."""
+    """The teacher of a normal edge at one piece: its probability, the same with eps, and log2 of
+    the latter.
+    """
     if SPEC.normal[EDGE][10] >= 0:
         probability = blends[SPEC.normal[EDGE][10]][0]
         logarithm = blends[SPEC.normal[EDGE][10]][1]
@@ -80,9 +96,25 @@ def teacher_row(scaled, blends, logs, EDGE: tl.constexpr, SPEC: tl.constexpr, TI
 
 
 @triton.jit
-def normal_chunk(totals, logits, externals, rows, base, weights, labels, choices, maxima, logs, LIMIT: tl.constexpr,
-                 COUNT: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    pieces = chunk_rows(logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, 1, TILE)
+def normal_chunk(
+    totals,
+    logits,
+    externals,
+    rows,
+    base,
+    weights,
+    labels,
+    choices,
+    maxima,
+    logs,
+    LIMIT: tl.constexpr,
+    COUNT: tl.constexpr,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    pieces = chunk_rows(
+        logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, 1, TILE
+    )
     for p in tl.static_range(COUNT):
         scaled = scaled_rows(pieces[p], maxima, SPEC, 1, TILE)
         blends = blend_rows(pieces[p], scaled, weights, logs, SPEC, TILE)
@@ -112,38 +144,125 @@ def normal_chunk(totals, logits, externals, rows, base, weights, labels, choices
 
 
 @triton.jit
-def lane_normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC: tl.constexpr, TILE: tl.constexpr):
+def lane_normal_sweep(
+    logits,
+    externals,
+    rows,
+    weights,
+    labels,
+    choices,
+    maxima,
+    sums,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Each lane's share of the sums of ``normal_sweep`` over this program's columns."""
     logs = log_sums(sums, TILE)
     totals = lane_constants(SPEC.num_normal, 0.0, TILE)
     if TILE.splits > 1:
         first, end, tail = part_of_row(TILE)
         for chunk in range(first, end):
-            totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima, logs,
-                                  0, TILE.pieces, SPEC, TILE)
+            totals = normal_chunk(
+                totals,
+                logits,
+                externals,
+                rows,
+                chunk * TILE.block,
+                weights,
+                labels,
+                choices,
+                maxima,
+                logs,
+                0,
+                TILE.pieces,
+                SPEC,
+                TILE,
+            )
         if TILE.rest:
             for chunk in range(tail, TILE.whole + 1):
-                totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima,
-                                      logs, TILE.rest, TILE.rest_pieces, SPEC, TILE)
+                totals = normal_chunk(
+                    totals,
+                    logits,
+                    externals,
+                    rows,
+                    chunk * TILE.block,
+                    weights,
+                    labels,
+                    choices,
+                    maxima,
+                    logs,
+                    TILE.rest,
+                    TILE.rest_pieces,
+                    SPEC,
+                    TILE,
+                )
     else:
         if TILE.whole:
             for chunk in range(TILE.whole):
-                totals = normal_chunk(totals, logits, externals, rows, chunk * TILE.block, weights, labels, choices, maxima,
-                                      logs, 0, TILE.pieces, SPEC, TILE)
+                totals = normal_chunk(
+                    totals,
+                    logits,
+                    externals,
+                    rows,
+                    chunk * TILE.block,
+                    weights,
+                    labels,
+                    choices,
+                    maxima,
+                    logs,
+                    0,
+                    TILE.pieces,
+                    SPEC,
+                    TILE,
+                )
         if TILE.rest:
-            totals = normal_chunk(totals, logits, externals, rows, TILE.whole * TILE.block, weights, labels, choices, maxima,
-                                  logs, TILE.rest, TILE.rest_pieces, SPEC, TILE)
+            totals = normal_chunk(
+                totals,
+                logits,
+                externals,
+                rows,
+                TILE.whole * TILE.block,
+                weights,
+                labels,
+                choices,
+                maxima,
+                logs,
+                TILE.rest,
+                TILE.rest_pieces,
+                SPEC,
+                TILE,
+            )
     return totals
 
 
 @triton.jit
-def normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, partials, SPEC: tl.constexpr,
-                 TILE: tl.constexpr):
-    """For each normal edge its value and the mean of its teacher's side; masses of the blends; for each normal edge from
-    a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1]."""
+def normal_sweep(
+    logits,
+    externals,
+    rows,
+    weights,
+    labels,
+    choices,
+    maxima,
+    sums,
+    partials,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """For each normal edge its value and the mean of its teacher's side; masses of the blends; for
+    each normal edge from a blend, per input, ``sum_c dKL/dlog h_c dlog h_c/dw``. All [R, 1].
+    """
     if TILE.splits > 1:
-        totals = load_parts(partials, rows, SPEC.first_partial(2, TILE.soft_target), SPEC.num_normal,
-                            SPEC.first_partial(3, TILE.soft_target), TILE)
+        totals = load_parts(
+            partials,
+            rows,
+            SPEC.first_partial(2, TILE.soft_target),
+            SPEC.num_normal,
+            SPEC.first_partial(3, TILE.soft_target),
+            TILE,
+        )
     else:
-        totals = lane_normal_sweep(logits, externals, rows, weights, labels, choices, maxima, sums, SPEC, TILE)
+        totals = lane_normal_sweep(
+            logits, externals, rows, weights, labels, choices, maxima, sums, SPEC, TILE
+        )
     return row_sums(totals, TILE)

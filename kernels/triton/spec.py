@@ -1,9 +1,10 @@
-"""What the kernels must compute for a plan, as nested tuples of numbers that are constants while they compile.
+"""What the kernels must compute for a plan, as nested tuples of numbers that are constants while
+they compile.
 
-Nothing here needs Triton or torch. Names: a *soft* is a pair (node, temperature) whose exponentials are summed; its node's
-*base* temperature is the largest the node is softened with, and softs at a whole fraction of it (up to 1/4) are powers
-of the base exponential, ``exp(z) = exp(z / T)^T``, so that a node costs one exponential per column however many
-temperatures it has.
+Nothing here needs Triton or torch. Names: a *soft* is a pair (node, temperature) whose exponentials
+are summed; its node's *base* temperature is the largest the node is softened with, and softs at a
+whole fraction of it (up to 1/4) are powers of the base exponential, ``exp(z) = exp(z / T)^T``, so
+that a node costs one exponential per column however many temperatures it has.
 """
 
 import math
@@ -33,12 +34,13 @@ SKIPPED = -1
 class Pass(NamedTuple):
     """One pass over the columns that gathers maxima and sums of exponentials.
 
-    ``nodes``: derived nodes as (kind, inputs, first weight or -1, constants). ``slots``: softened nodes as
-    (node, log2(e) / base temperature). ``softs``: (slot, power of the base exponential or 0, ratio base temperature /
-    temperature). ``moments``: sums weighted with a soft's exponential, as (soft, slot, ratio, other slot or -1, its ratio,
-    external row or -1): of the log-probability of a row minus that of another row, both without the logarithms of
-    their sums. ``crosses``: plain sums ``(x + eps) (log2(x + eps) - v_student * factor)`` as (external row, student,
-    factor, eps). ``summed``: nodes besides the logits rows whose sums over the classes are needed.
+    ``nodes``: derived nodes as (kind, inputs, first weight or -1, constants). ``slots``: softened
+    nodes as (node, log2(e) / base temperature). ``softs``: (slot, power of the base exponential or
+    0, ratio base temperature / temperature). ``moments``: sums weighted with a soft's exponential,
+    as (soft, slot, ratio, other slot or -1, its ratio, external row or -1): of the log-probability
+    of a row minus that of another row, both without the logarithms of their sums. ``crosses``:
+    plain sums ``(x + eps) (log2(x + eps) - v_student * factor)`` as (external row, student, factor,
+    eps). ``summed``: nodes besides the logits rows whose sums over the classes are needed.
     """
 
     nodes: tuple
@@ -53,14 +55,16 @@ class Pass(NamedTuple):
 class Spec(Constant):
     """All a kernel knows about a plan while it compiles. One object per plan.
 
-    ``passes`` are the pass before the main one (the cross-entropies among which selections choose; without slots if
-    there is none) and the main one. ``entropies``: (term, soft, node). The edges all begin with (term, scale,
-    temperature): ``edges`` go on with (soft and node whose probabilities weigh the difference, soft and node of the
-    other side, gradients of either side, first-order eps); ``outer``, from external rows, with (student soft and node,
-    external row, student first, eps, moment or cross); ``normal``, which need normalised probabilities, with (student soft and node,
-    teacher node, teacher soft or -1, student first, eps, teacher gradient, blend or -1). ``blends`` are the probability
-    mixtures as (node, inputs, their softs or -1, first weight or -1, constants, temperature). ``pulls`` tells for each
-    soft whether a gradient flows through it. ``layout``: see ``_layout``.
+    ``passes`` are the pass before the main one (the cross-entropies among which selections choose;
+    without slots if there is none) and the main one. ``entropies``: (term, soft, node). The edges
+    all begin with (term, scale, temperature): ``edges`` go on with (soft and node whose
+    probabilities weigh the difference, soft and node of the other side, gradients of either side,
+    first-order eps); ``outer``, from external rows, with (student soft and node, external row,
+    student first, eps, moment or cross); ``normal``, which need normalised probabilities, with
+    (student soft and node, teacher node, teacher soft or -1, student first, eps, teacher gradient,
+    blend or -1). ``blends`` are the probability mixtures as (node, inputs, their softs or -1, first
+    weight or -1, constants, temperature). ``pulls`` tells for each soft whether a gradient flows
+    through it. ``layout``: see ``_layout``.
     """
 
     num_logits: int
@@ -92,12 +96,16 @@ class Spec(Constant):
 
     @property
     def first_outer(self) -> int:
-        """Where the masses of external rows begin among the plain sums of the main pass (without a target's)."""
+        """Where the masses of external rows begin among the plain sums of the main pass (without a
+        target's).
+        """
         return self.num_logits * self.use_sums + len(self.passes[1].summed)
 
     @property
     def num_plain(self) -> int:
-        """Plain sums of the main pass: of rows, then masses of external rows and crosses if there are any."""
+        """Plain sums of the main pass: of rows, then masses of external rows and crosses if there
+        are any.
+        """
         crosses = len(self.passes[1].crosses)
         return self.first_outer + (self.num_externals + crosses if crosses else 0)
 
@@ -118,7 +126,7 @@ class Spec(Constant):
 
     def first_weight(self, source: int) -> int:
         """The position of a source's first column among all weights."""
-        return sum(self.widths[:int(source)])
+        return sum(self.widths[: int(source)])
 
     @property
     def has_entropy(self) -> bool:
@@ -126,9 +134,15 @@ class Spec(Constant):
 
     @cached_property
     def mixtures(self) -> tuple:
-        """The mixtures as (node, inputs, first weight or -1, constants), users before their inputs."""
+        """The mixtures as (node, inputs, first weight or -1, constants), users before their
+        inputs.
+        """
         first = len(self.learning) - len(self.passes[0].nodes)
-        found = [(first + j, *node[1:]) for j, node in enumerate(self.passes[0].nodes) if node[0] == MIXTURE]
+        found = [
+            (first + j, *node[1:])
+            for j, node in enumerate(self.passes[0].nodes)
+            if node[0] == MIXTURE
+        ]
         return tuple(reversed(found))
 
     def looks_ahead(self, soft_target: bool) -> bool:
@@ -136,15 +150,23 @@ class Spec(Constant):
         return bool(self.choices) or (bool(soft_target) and self.has_minimum)
 
     def first_partial(self, stage: int, soft_target: bool) -> int:
-        """Where the sums of a pass begin among those that a program keeps for its part of a row: of the pass ahead (0), the
-        main pass (1: maxima, weighted sums, plain sums), that with normalised probabilities (2); 3: their number."""
+        """Where the sums of a pass begin among those that a program keeps for its part of a row: of
+        the pass ahead (0), the main pass (1: maxima, weighted sums, plain sums), that with
+        normalised probabilities (2); 3: their number.
+        """
         ahead, main = self.passes
         early = self.looks_ahead(soft_target)
         dots = (self.num_logits + 1) * bool(soft_target)
-        sizes = ((len(ahead.slots) + len(ahead.softs) + dots) * early,
-                 len(main.slots) + len(main.softs) + len(main.moments) + dots * self.use_labels * (not early) + self.num_plain,
-                 self.num_normal)
-        return sum(sizes[:int(stage)])
+        sizes = (
+            (len(ahead.slots) + len(ahead.softs) + dots) * early,
+            len(main.slots)
+            + len(main.softs)
+            + len(main.moments)
+            + dots * self.use_labels * (not early)
+            + self.num_plain,
+            self.num_normal,
+        )
+        return sum(sizes[: int(stage)])
 
     @property
     def has_minimum(self) -> bool:
@@ -170,13 +192,19 @@ def _softened(plan: Plan) -> dict[int, set[float]]:
     return found
 
 
-def _slots_and_softs(found: dict[int, set[float]]) -> tuple[tuple, tuple, dict[tuple[int, float], int]]:
+def _slots_and_softs(
+    found: dict[int, set[float]],
+) -> tuple[tuple, tuple, dict[tuple[int, float], int]]:
     slots, softs, index = [], [], {}
     for node in sorted(found):
         base = max(found[node])
         for temperature in sorted(found[node], reverse=True):
             ratio = base / temperature
-            power = round(ratio) if abs(ratio - round(ratio)) < 1e-12 and ratio <= MAX_POWER + 0.5 else 0
+            power = (
+                round(ratio)
+                if abs(ratio - round(ratio)) < 1e-12 and ratio <= MAX_POWER + 0.5
+                else 0
+            )
             index[node, temperature] = len(softs)
             softs.append((len(slots), power, ratio))
         slots.append((node, LOG2E / base))
@@ -185,7 +213,11 @@ def _slots_and_softs(found: dict[int, set[float]]) -> tuple[tuple, tuple, dict[t
 
 def _base(softs: tuple, soft: int) -> int:
     slot, power, _ = softs[soft]
-    return next(other for other, row in enumerate(softs) if row[:2] == (slot, 1)) if power > 1 else soft
+    return (
+        next(other for other, row in enumerate(softs) if row[:2] == (slot, 1))
+        if power > 1
+        else soft
+    )
 
 
 @lru_cache(maxsize=512)
@@ -207,9 +239,21 @@ def specialise(plan: Plan) -> Spec:
         exact = term.eps if term.eps_mode == EPS_EXACT else 0.0
         pulls.add(student)
         if plan.is_external(term.teacher):
-            outer.append((*common, student, term.student, term.teacher, reverse, exact, len(outer_moments) if reverse else len(crosses)))
+            outer.append(
+                (
+                    *common,
+                    student,
+                    term.student,
+                    term.teacher,
+                    reverse,
+                    exact,
+                    len(outer_moments) if reverse else len(crosses),
+                )
+            )
             if reverse:
-                outer_moments.append((student, softs[student][0], softs[student][2], -1, 1.0, term.teacher))
+                outer_moments.append(
+                    (student, softs[student][0], softs[student][2], -1, 1.0, term.teacher)
+                )
             else:
                 crosses.append((term.teacher, term.student, factor, exact))
             continue
@@ -219,35 +263,68 @@ def specialise(plan: Plan) -> Spec:
             if teacher < 0 and term.teacher not in blends:
                 blends.append(term.teacher)
             blend = blends.index(term.teacher) if teacher < 0 else -1
-            normal.append((*common, student, term.student, term.teacher, teacher, reverse, exact, gradient, blend))
+            normal.append(
+                (
+                    *common,
+                    student,
+                    term.student,
+                    term.teacher,
+                    teacher,
+                    reverse,
+                    exact,
+                    gradient,
+                    blend,
+                )
+            )
             if teacher < 0 and gradient:
                 row = plan.nodes[term.teacher - plan.first_derived]
-                pulls.update(index[k, row.temperature] for k in row.inputs if not plan.is_external(k))
+                pulls.update(
+                    index[k, row.temperature] for k in row.inputs if not plan.is_external(k)
+                )
             continue
         # The row whose probabilities weigh the difference comes first.
         sides = ((teacher, term.teacher, gradient), (student, term.student, 1))
         (soft, node, pull), (other_soft, other, other_pull) = reversed(sides) if reverse else sides
         first_order = term.eps if term.eps_mode == EPS_FIRST_ORDER else 0.0
         edges.append((*common, soft, node, other_soft, other, pull, other_pull, first_order))
-        moments.append((soft, softs[soft][0], softs[soft][2], softs[other_soft][0], softs[other_soft][2], -1))
+        moments.append(
+            (soft, softs[soft][0], softs[soft][2], softs[other_soft][0], softs[other_soft][2], -1)
+        )
         if gradient:
             pulls.add(teacher)
         if first_order and plan.kind(term.teacher) in (MINIMUM, SELECTION):
             summed.add(term.teacher)
 
-    # Rows of probability mixtures need normalised probabilities: they belong to neither of these passes.
-    main = Pass(_without(nodes, PROBABILITY_MIXTURE), slots, softs, tuple(moments + outer_moments), tuple(crosses),
-                tuple(sorted(summed)))
+    # Rows of probability mixtures need normalised probabilities: they belong to neither of these
+    # passes.
+    main = Pass(
+        _without(nodes, PROBABILITY_MIXTURE),
+        slots,
+        softs,
+        tuple(moments + outer_moments),
+        tuple(crosses),
+        tuple(sorted(summed)),
+    )
     candidates = {k: {1.0} for node in plan.nodes if node.kind == SELECTION for k in node.inputs}
-    first = Pass(_without(nodes, PROBABILITY_MIXTURE, MINIMUM, SELECTION), *_slots_and_softs(candidates)[:2], (), (), ())
+    first = Pass(
+        _without(nodes, PROBABILITY_MIXTURE, MINIMUM, SELECTION),
+        *_slots_and_softs(candidates)[:2],
+        (),
+        (),
+        (),
+    )
     spec = Spec(
         num_logits=plan.num_logits,
         num_externals=plan.num_externals,
         num_terms=plan.num_terms,
         label_smoothing=plan.label_smoothing,
         widths=plan.weight_widths,
-        learning=tuple(int(plan.is_learning(k)) for k in range(plan.first_derived + len(plan.nodes))),
-        use_labels=int(bool(entropies) or any(node.kind == MINIMUM for node in plan.nodes) or bool(candidates)),
+        learning=tuple(
+            int(plan.is_learning(k)) for k in range(plan.first_derived + len(plan.nodes))
+        ),
+        use_labels=int(
+            bool(entropies) or any(node.kind == MINIMUM for node in plan.nodes) or bool(candidates)
+        ),
         use_sums=int(plan.label_smoothing > 0 or any(edge[-1] for edge in edges)),
         passes=(first, main),
         entropies=tuple(entropies),
@@ -256,19 +333,31 @@ def specialise(plan: Plan) -> Spec:
         normal=tuple(normal),
         blends=tuple(_blend(plan, nodes, node, index) for node in blends),
         choices=tuple(j for j, node in enumerate(plan.nodes) if node.kind == SELECTION),
-        pulls=tuple(int(soft in pulls or any(_base(softs, other) == soft for other in pulls)) for soft in range(len(softs))),
+        pulls=tuple(
+            int(soft in pulls or any(_base(softs, other) == soft for other in pulls))
+            for soft in range(len(softs))
+        ),
     )
     return replace(spec, layout=_layout(spec))
 
 
 def _derived(plan: Plan) -> tuple[tuple, ...]:
-    """The derived nodes as (kind, inputs, first weight, constants); for a selection its number instead of the weight."""
+    """The derived nodes as (kind, inputs, first weight, constants); for a selection its number
+    instead of the weight.
+    """
     offsets = [sum(plan.weight_widths[:s]) for s in range(len(plan.weight_widths))]
     selections = [j for j, node in enumerate(plan.nodes) if node.kind == SELECTION]
     nodes = []
     for j, node in enumerate(plan.nodes):
         first = offsets[node.source] if node.source >= 0 else -1
-        nodes.append((node.kind, node.inputs, selections.index(j) if j in selections else first, node.constants))
+        nodes.append(
+            (
+                node.kind,
+                node.inputs,
+                selections.index(j) if j in selections else first,
+                node.constants,
+            )
+        )
     return tuple(nodes)
 
 
@@ -286,14 +375,26 @@ def _blend(plan: Plan, nodes: tuple, blend: int, index: dict[tuple[int, float], 
 def _layout(spec: Spec) -> tuple[int, ...]:
     """Where each group of a row's statistics begins, and their number.
 
-    The groups: scaled maxima by slot; sums by soft; moments, divided by their sums; label logits by logits row; sums
-    over the classes by logits row, then of the rows in ``summed``; the mass of the target (NaN for a label out of
-    range); choices; masses of external rows; for each normal edge its value and the mean of its teacher side;
-    masses of blends; and for each normal edge with a gradient into its blend one product per input.
+    The groups: scaled maxima by slot; sums by soft; moments, divided by their sums; label logits by
+    logits row; sums over the classes by logits row, then of the rows in ``summed``; the mass of the
+    target (NaN for a label out of range); choices; masses of external rows; for each normal edge
+    its value and the mean of its teacher side; masses of blends; and for each normal edge with a
+    gradient into its blend one product per input.
     """
     main = spec.passes[1]
     products = sum(len(spec.blends[edge[-1]][1]) for edge in spec.normal if edge[-1] >= 0)
-    sizes = (len(main.slots), len(main.softs), len(main.moments), spec.num_logits * spec.use_labels,
-             spec.num_logits * spec.use_sums, len(main.summed), 1, len(spec.choices),
-             spec.num_externals * bool(main.crosses), 2 * len(spec.normal), len(spec.blends), products)
+    sizes = (
+        len(main.slots),
+        len(main.softs),
+        len(main.moments),
+        spec.num_logits * spec.use_labels,
+        spec.num_logits * spec.use_sums,
+        len(main.summed),
+        1,
+        len(spec.choices),
+        spec.num_externals * bool(main.crosses),
+        2 * len(spec.normal),
+        len(spec.blends),
+        products,
+    )
     return tuple(sum(sizes[:k]) for k in range(len(sizes) + 1))

@@ -1,4 +1,6 @@
-"""How a batch is laid over programs and threads: the tile, and the rules by which it is chosen. No Triton, no torch."""
+"""How a batch is laid over programs and threads: the tile, and the rules by which it is chosen. No
+Triton, no torch.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,21 +11,27 @@ from fastokd.kernels.triton.constant import Constant
 VECTOR_BYTES = 16
 """What one thread loads at once where rows are aligned for it."""
 PROGRAMS = 256
-"""So many programs fill a GPU of the size of an H100 or H200: two on each of 132 multiprocessors, nearly."""
+"""So many programs fill a GPU of the size of an H100 or H200: two on each of 132 multiprocessors,
+nearly.
+"""
 SPLIT_COLUMNS = 8192
-"""Columns below which a program is not worth its start, its sums over threads, and its share of the merge."""
+"""Columns below which a program is not worth its start, its sums over threads, and its share of the
+merge.
+"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tile(Constant):
     """Constants of a launch that do not come from the graph.
 
-    A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes ``pieces`` columns of every
-    chunk: neighbours that are loaded as one vector if ``vector``, else ``lanes`` columns apart. Where ``splits`` is
-    above 1 (then ``rows`` is 1), so many programs share a row, each with a run of its chunks. Strides are in elements:
-    (row, column) for each logits row, weight source and external row; ``target_strides`` has one entry for labels.
-    ``needs`` tells for each logits row and weight source whether its gradient is wanted. ``double``: float64
-    arithmetic. ``hardware``: 0 in the interpreter, which has neither the GPU's own logarithm nor its fused multiply-add.
+    A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes
+    ``pieces`` columns of every chunk: neighbours that are loaded as one vector if ``vector``, else
+    ``lanes`` columns apart. Where ``splits`` is above 1 (then ``rows`` is 1), so many programs
+    share a row, each with a run of its chunks. Strides are in elements: (row, column) for each
+    logits row, weight source and external row; ``target_strides`` has one entry for labels.
+    ``needs`` tells for each logits row and weight source whether its gradient is wanted.
+    ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter, which has neither the GPU's
+    own logarithm nor its fused multiply-add.
     """
 
     num_classes: int
@@ -74,46 +82,55 @@ class Tile(Constant):
     @property
     def needs_weights(self) -> bool:
         """Whether the gradient of any weight is wanted."""
-        return any(self.needs[len(self.logit_strides):])
+        return any(self.needs[len(self.logit_strides) :])
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The column of each piece after a chunk was split into halves (even, odd) again and again. Its own inverse."""
+        """The column of each piece after a chunk was split into halves (even, odd) again and again.
+        Its own inverse.
+        """
         order: tuple[int, ...] = (0,)
         while len(order) < self.pieces:
             order = tuple(2 * k for k in order) + tuple(2 * k + 1 for k in order)
         return order
 
     def masks(self, limit: int, piece: int) -> bool:
-        """Whether a piece of a chunk with so many columns (0: all) has columns that the row lacks."""
+        """Whether a piece of a chunk with so many columns (0: all) has columns that the row
+        lacks.
+        """
         limit, piece = int(limit), int(piece)
         return bool(limit) and (bool(self.vector) or (piece + 1) * self.lanes > limit)
 
 
 @lru_cache(maxsize=4096)
 def make_tile(*fields: Any) -> Tile:
-    """The tile with these fields, one object for equal fields: making its digest anew would slow every launch."""
+    """The tile with these fields, one object for equal fields: making its digest anew would slow
+    every launch.
+    """
     return Tile(*fields)
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool, fused: bool = False) -> tuple[int, int, int, int, int]:
+def choose_tile(
+    batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool, fused: bool = False
+) -> tuple[int, int, int, int, int]:
     """Rows, lanes, pieces, vector and warps for a regime of batch and class count.
 
-    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are neighbours. ``fused``: for the kernel of
-    loss and gradient at once.
+    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are
+    neighbours. ``fused``: for the kernel of loss and gradient at once.
 
-    Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp per row holds the
-    whole row. More: chunks, loaded as vectors where rows are aligned. One warp per row needs no barrier at all and
-    wastes least where there are rows enough to fill the GPU; with few rows, four or eight warps share one so that its
-    latency shrinks.
+    Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp
+    per row holds the whole row. More: chunks, loaded as vectors where rows are aligned. One warp
+    per row needs no barrier at all and wastes least where there are rows enough to fill the GPU;
+    with few rows, four or eight warps share one so that its latency shrinks.
 
-    Graphs of many nodes keep so many values per row and column that a thread has registers for four columns of one row
-    only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still being 256 neighbouring bytes. Compiled for
-    eight branches, 16 bytes would save the forward 3 % of its instructions and double the time to compile it; the
-    backward would spill. Up to 32 classes several rows share a warp and each node has values of its own for
-    all of them: there the fused kernel spills at eight columns a thread from four branches on, and at four from eight; with
-    eight it spills at four columns of float32 in longer rows too.
+    Graphs of many nodes keep so many values per row and column that a thread has registers for four
+    columns of one row only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still
+    being 256 neighbouring bytes. Compiled for eight branches, 16 bytes would save the forward 3 %
+    of its instructions and double the time to compile it; the backward would spill. Up to 32
+    classes several rows share a warp and each node has values of its own for all of them: there the
+    fused kernel spills at eight columns a thread from four branches on, and at four from eight;
+    with eight it spills at four columns of float32 in longer rows too.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -136,18 +153,22 @@ def choose_tile(batch: int, num_classes: int, itemsize: int, num_nodes: int, ali
 
 
 def register_limit(which: str, num_nodes: int) -> int | None:
-    """Registers a thread that a kernel may take; None where the compiler finds a good number itself.
+    """Registers a thread that a kernel may take; None where the compiler finds a good number
+    itself.
 
-    For the forward of eight branches it aims at 168 or 128 on sm_100, and spills rather than take a few more.
+    For the forward of eight branches it aims at 168 or 128 on sm_100, and spills rather than take a
+    few more.
     """
     return 176 if which == "forward" and num_nodes > 12 else None
 
 
 def choose_splits(batch: int, num_classes: int) -> int:
-    """Over how many programs the columns of each row are split: a power of two, 1 for all but few and long rows.
+    """Over how many programs the columns of each row are split: a power of two, 1 for all but few
+    and long rows.
 
-    Doubled while the programs do not fill the GPU (``PROGRAMS``) and each half keeps ``SPLIT_COLUMNS`` columns. What it
-    costs is the sums of each part, written and read again, and one more launch per pass over the columns.
+    Doubled while the programs do not fill the GPU (``PROGRAMS``) and each half keeps
+    ``SPLIT_COLUMNS`` columns. What it costs is the sums of each part, written and read again, and
+    one more launch per pass over the columns.
     """
     splits = 1
     while batch and batch * splits < PROGRAMS and num_classes >= 2 * splits * SPLIT_COLUMNS:

@@ -1,1 +1,3 @@
-"""Independent float64 formulas in NumPy: no torch, no fastokd, nothing shared with what they judge."""
+"""Independent float64 formulas in NumPy: no torch, no fastokd, nothing shared with what they
+judge.
+"""

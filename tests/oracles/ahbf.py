@@ -1,10 +1,10 @@
 """AHBF (eq. 8-14 and the published code): its value and every gradient, derived by hand.
 
 Per row, with p = p_T(teacher), q = p_T(student), l = log(p + eps) - log q:
-    student side of D_T^eps:  T ((1 + C eps) q - p - eps)
-    teacher side:             T p (l - sum_c p_c l_c)
-    cross-entropy:            p_1(z) - y          (for sum_c y_c = s: s p_1(z) - y)
-    mixture u = s1 a + s2 b:  dL/da += s1 g, dL/db += s2 g, dL/ds1 = <g, a>, dL/ds2 = <g, b>   with g = dL/du
+    student side of D_T^eps:  T ((1 + C eps) q - p - eps) teacher side:             T p (l - sum_c
+    p_c l_c) cross-entropy:            p_1(z) - y          (for sum_c y_c = s: s p_1(z) - y) mixture
+    u = s1 a + s2 b:  dL/da += s1 g, dL/db += s2 g, dL/ds1 = <g, a>, dL/ds2 = <g, b>   with g =
+    dL/du
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from oracles.rows import Array, cross_entropy, distill, log_softmax, softmax, ta
 
 @dataclass
 class Result:
-    """Per row: the loss [B]; by name the value of each term [B]; the gradients of ``sum_b loss_b``."""
+    """Per row: the loss [B]; by name the value of each term [B]; the gradients of ``sum_b
+    loss_b``.
+    """
 
     loss: Array
     terms: dict[str, Array]
@@ -25,14 +27,32 @@ class Result:
     scores: list[Array]
 
 
-def ahbf(branches: list[Array], target: Array, scores: list[Array] | None = None, tas: list[Array] | None = None, *,
-         temperature: float = 3.0, lambda_ta: float = 4.0, lambda_branch: float = 2.0, lambda_self: float = 0.0,
-         detach: bool = False, eps: float = 0.0, smoothing: float = 0.0, kd_weight: float = 1.0) -> Result:
-    """M branches [B, C] with M-1 scores [B, 2] (branch, previous TA), or with M-1 TAs mixed already."""
+def ahbf(
+    branches: list[Array],
+    target: Array,
+    scores: list[Array] | None = None,
+    tas: list[Array] | None = None,
+    *,
+    temperature: float = 3.0,
+    lambda_ta: float = 4.0,
+    lambda_branch: float = 2.0,
+    lambda_self: float = 0.0,
+    detach: bool = False,
+    eps: float = 0.0,
+    smoothing: float = 0.0,
+    kd_weight: float = 1.0,
+) -> Result:
+    """M branches [B, C] with M-1 scores [B, 2] (branch, previous TA), or with M-1 TAs mixed
+    already.
+    """
     num_branches, num_classes = len(branches), branches[0].shape[1]
     ta = [branches[0]]
     for m in range(1, num_branches):
-        ta.append(scores[m - 1][:, :1] * branches[m] + scores[m - 1][:, 1:] * ta[m - 1] if tas is None else tas[m - 1])
+        ta.append(
+            scores[m - 1][:, :1] * branches[m] + scores[m - 1][:, 1:] * ta[m - 1]
+            if tas is None
+            else tas[m - 1]
+        )
     grad_z = [np.zeros_like(z) for z in branches]
     # ta[0] is branch 1: one array, so that what reaches TA 1 reaches the branch.
     grad_ta = [grad_z[0]] + [np.zeros_like(z) for z in branches[1:]]
@@ -47,7 +67,14 @@ def ahbf(branches: list[Array], target: Array, scores: list[Array] | None = None
         loss = loss + terms[f"ce/{name}"]
         grad += soft.sum(1, keepdims=True) * softmax(z) - soft
 
-    def edge(name: str, teacher: Array, student: Array, weight: float, grad_teacher: Array, grad_student: Array) -> None:
+    def edge(
+        name: str,
+        teacher: Array,
+        student: Array,
+        weight: float,
+        grad_teacher: Array,
+        grad_student: Array,
+    ) -> None:
         nonlocal loss
         if weight == 0:
             return

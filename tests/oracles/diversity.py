@@ -1,4 +1,6 @@
-"""What an analysis measures, in NumPy float64 with scikit-learn and SciPy, or counted image by image."""
+"""What an analysis measures, in NumPy float64 with scikit-learn and SciPy, or counted image by
+image.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ Array = NDArray[np.generic]
 
 
 def interrater_agreement(right: Array) -> float:
-    """Fleiss' kappa of K raters who put every image into one of two categories, right or wrong: what eq. 9 of FFM + CD comes to."""
+    """Fleiss' kappa of K raters who put every image into one of two categories, right or wrong:
+    what eq. 9 of FFM + CD comes to.
+    """
     num = right.shape[0]
     counts = np.stack([right.sum(0), (~right).sum(0)], 1).astype(np.float64)
     agreeing = ((counts * (counts - 1)).sum(1) / (num * (num - 1))).mean()
@@ -35,7 +39,9 @@ def same_error(one: Array, other: Array, labels: Array) -> float:
 
 def q_statistic(one: Array, other: Array) -> float:
     """From the odds ratio."""
-    (neither, second), (first, both) = metrics.confusion_matrix(one, other, labels=[False, True]).astype(float)
+    (neither, second), (first, both) = metrics.confusion_matrix(
+        one, other, labels=[False, True]
+    ).astype(float)
     if first * second == 0:
         return math.nan if both * neither == 0 else 1.0
     odds = both * neither / (first * second)
@@ -51,16 +57,29 @@ def confusion(predictions: Array, labels: Array, num_classes: int) -> Array:
     return metrics.confusion_matrix(labels, predictions, labels=range(num_classes))
 
 
-def calibration(confidences: Array, right: Array, bins: int) -> tuple[Sequence[int], Sequence[float], Sequence[float], float]:
-    """Images, accuracy and mean confidence of each bin (low, high], and the expected calibration error."""
+def calibration(
+    confidences: Array, right: Array, bins: int
+) -> tuple[Sequence[int], Sequence[float], Sequence[float], float]:
+    """Images, accuracy and mean confidence of each bin (low, high], and the expected calibration
+    error.
+    """
     members: list[list[int]] = [[] for _ in range(bins)]
     for image, confidence in enumerate(confidences):
         members[max(math.ceil(confidence * bins) - 1, 0)].append(image)
     accuracy = [float(np.mean(right[chosen])) if chosen else math.nan for chosen in members]
     confidence = [float(np.mean(confidences[chosen])) if chosen else math.nan for chosen in members]
-    error = sum(len(chosen) * abs(a - c) for chosen, a, c in zip(members, accuracy, confidence, strict=True) if chosen) / len(right)
+    error = sum(
+        len(chosen) * abs(a - c)
+        for chosen, a, c in zip(members, accuracy, confidence, strict=True)
+        if chosen
+    ) / len(right)
     return [len(chosen) for chosen in members], accuracy, confidence, error
 
 
 def class_means(values: Array, labels: Array, num_classes: int) -> Array:
-    return np.array([values[labels == place].mean() if (labels == place).any() else math.nan for place in range(num_classes)])
+    return np.array(
+        [
+            values[labels == place].mean() if (labels == place).any() else math.nan
+            for place in range(num_classes)
+        ]
+    )

@@ -1,7 +1,8 @@
 """FFSD's terms on feature maps, in NumPy and loops over samples, from the formulas alone.
 
-Every function takes ``live`` maps, through which gradients flow, and ``fixed`` ones, which are the same values detached, so
-that finite differences of ``live`` are the gradients that the loss should have.
+Every function takes ``live`` maps, through which gradients flow, and ``fixed`` ones, which are the
+same values detached, so that finite differences of ``live`` are the gradients that the loss should
+have.
 """
 
 import numpy as np
@@ -30,7 +31,9 @@ def shifted(attention: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     v = row / n
     k = max(len(v) // 3, 1)
     threshold = sorted(v)[k - 1]
-    moved = np.array([value if value < threshold else n / 2 if value == threshold else n - value for value in v])
+    moved = np.array(
+        [value if value < threshold else n / 2 if value == threshold else n - value for value in v]
+    )
     return v, moved, n
 
 
@@ -46,7 +49,10 @@ def diversity(live: dict, fixed: dict) -> float:
     total = 0.0
     for i in range(1, len(live["students"])):
         own, before = _attention(live["students"][i][-1]), _attention(fixed["students"][i - 1][-1])
-        gaps = [(_unit(mine.ravel()) - shifted(theirs)[1]) ** 2 for mine, theirs in zip(own, before, strict=True)]
+        gaps = [
+            (_unit(mine.ravel()) - shifted(theirs)[1]) ** 2
+            for mine, theirs in zip(own, before, strict=True)
+        ]
         total += np.mean(gaps)
         for stage, decoded in enumerate(fixed["decoded_shifted"][i - 1]):
             total += distance(_attention(live["students"][i][stage]), _attention(decoded))
@@ -64,7 +70,9 @@ def fusion(live: dict, fixed: dict) -> float:
 
 def decoder(live: dict, fixed: dict) -> float:
     total = 0.0
-    for own, decoded in zip([*fixed["students"][1:], fixed["leader"]], live["decoded"], strict=True):
+    for own, decoded in zip(
+        [*fixed["students"][1:], fixed["leader"]], live["decoded"], strict=True
+    ):
         for true, made in zip(own[:-1], decoded, strict=True):
             total += distance(made, true) + distance(_attention(made), _attention(true))
     return total

@@ -1,7 +1,9 @@
-"""What the methods' own modules compute, in NumPy: gates on feature maps, attention between peers. Training mode throughout.
+"""What the methods' own modules compute, in NumPy: gates on feature maps, attention between peers.
+Training mode throughout.
 
-Maps are [B, c, H, W], pooled features [B, c]; ``p`` holds a module's parameters by the names of its state dict. Every
-function is analytic but for ReLU and maxima, which follow the real part, so that ``gradients`` can take complex steps.
+Maps are [B, c, H, W], pooled features [B, c]; ``p`` holds a module's parameters by the names of its
+state dict. Every function is analytic but for ReLU and maxima, which follow the real part, so that
+``gradients`` can take complex steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,9 @@ Params = Mapping[str, Array]
 EPS = 1e-5  # of batch norm
 
 
-def gradients(f: Callable[[dict[str, Array]], Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+def gradients(
+    f: Callable[[dict[str, Array]], Array], inputs: Mapping[str, Array]
+) -> dict[str, Array]:
     """The gradient of the scalar ``f`` for every entry of every input, by one complex step each."""
     step, found = 1e-60, {}
     for name, value in inputs.items():
@@ -29,7 +33,11 @@ def gradients(f: Callable[[dict[str, Array]], Array], inputs: Mapping[str, Array
 
 def part(p: Params, prefix: str) -> Params:
     """The parameters of a submodule."""
-    return {name.removeprefix(prefix + "."): value for name, value in p.items() if name.startswith(prefix + ".")}
+    return {
+        name.removeprefix(prefix + "."): value
+        for name, value in p.items()
+        if name.startswith(prefix + ".")
+    }
 
 
 def relu(x: Array) -> Array:
@@ -62,7 +70,9 @@ def batch_norm(x: Array, p: Params) -> Array:
     shape = (1, -1, *(1,) * (x.ndim - 2))
     mean = x.mean(axes, keepdims=True)
     spread = ((x - mean) ** 2).mean(axes, keepdims=True)
-    return (x - mean) / np.sqrt(spread + EPS) * p["weight"].reshape(shape) + p["bias"].reshape(shape)
+    return (x - mean) / np.sqrt(spread + EPS) * p["weight"].reshape(shape) + p["bias"].reshape(
+        shape
+    )
 
 
 def one_gate(shared: Array, p: Params) -> Array:
@@ -94,7 +104,11 @@ def seen_where(x: Array, p: Params) -> tuple[Array, Array]:
     height, width = x.shape[2:]
     padded = np.pad(seen, ((0, 0), (0, 0), (3, 3), (3, 3)))
     kernel = p["spatial.conv.weight"]
-    total = sum(np.einsum("bihw,i->bhw", padded[:, :, i:i + height, j:j + width], kernel[0, :, i, j]) for i in range(7) for j in range(7))
+    total = sum(
+        np.einsum("bihw,i->bhw", padded[:, :, i : i + height, j : j + width], kernel[0, :, i, j])
+        for i in range(7)
+        for j in range(7)
+    )
     return x, sigmoid(total)[:, None]
 
 
@@ -104,10 +118,17 @@ def cbam(x: Array, p: Params) -> Array:
 
 
 def non_local(x: Array, p: Params) -> Array:
-    query, key, value = (conv1x1(x, part(p, name)).reshape(*x.shape[:1], -1, x.shape[2] * x.shape[3]) for name in ("query", "key", "value"))
-    shares = [softmax(query[b].T @ key[b]) for b in range(len(x))]  # row: a position, columns: all positions
+    query, key, value = (
+        conv1x1(x, part(p, name)).reshape(*x.shape[:1], -1, x.shape[2] * x.shape[3])
+        for name in ("query", "key", "value")
+    )
+    shares = [
+        softmax(query[b].T @ key[b]) for b in range(len(x))
+    ]  # row: a position, columns: all positions
     seen = np.stack([value[b] @ shares[b].T for b in range(len(x))])
-    return x + batch_norm(conv1x1(seen.reshape(*seen.shape[:2], *x.shape[2:]), part(p, "out")), part(p, "bn"))
+    return x + batch_norm(
+        conv1x1(seen.reshape(*seen.shape[:2], *x.shape[2:]), part(p, "out")), part(p, "bn")
+    )
 
 
 ATTENTION = {"none": lambda x, p: x, "se": squeeze_excitation, "cbam": cbam, "nonlocal": non_local}
@@ -118,7 +139,11 @@ def ahbf_gates(features: Sequence[Array], p: Params, attention: str = "none") ->
     fused, scores = features[0], []
     for number, own in enumerate(features[1:]):
         gate = part(p, f"gates.{number}")
-        fused = batch_norm(conv1x1(np.concatenate([own, fused], 1), part(gate, "conv")), part(gate, "bn"))
+        fused = batch_norm(
+            conv1x1(np.concatenate([own, fused], 1), part(gate, "conv")), part(gate, "bn")
+        )
         fused = ATTENTION[attention](fused, part(gate, "attention"))
-        scores.append(softmax(relu(batch_norm(linear(pool(fused), part(gate, "fc")), part(gate, "score_bn")))))
+        scores.append(
+            softmax(relu(batch_norm(linear(pool(fused), part(gate, "fc")), part(gate, "score_bn"))))
+        )
     return scores

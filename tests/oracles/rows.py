@@ -1,7 +1,8 @@
-"""Rows of logits and probabilities, [B, C] in float64 or complex128; every value is per sample, [B].
+"""Rows of logits and probabilities, [B, C] in float64 or complex128; every value is per sample,
+[B].
 
-The functions are analytic, so that a gradient can be taken by a complex step; ``stop`` (the real part) is then
-exactly a stop-gradient.
+The functions are analytic, so that a gradient can be taken by a complex step; ``stop`` (the real
+part) is then exactly a stop-gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,18 +48,22 @@ def kl(p: Array, log_p: Array, log_q: Array, eps: float = 0.0) -> Array:
     return (p * (log_p - log_q)).sum(axis=1)
 
 
-def distill(teacher: Array, student: Array, temperature: float, eps: float = 0.0, detach: bool = False) -> Array:
+def distill(
+    teacher: Array, student: Array, temperature: float, eps: float = 0.0, detach: bool = False
+) -> Array:
     """``D_T(teacher -> student)`` of two rows of logits, with T^2."""
     teacher = stop(teacher) if detach else teacher
     log_p = log_softmax(teacher, temperature)
     return temperature**2 * kl(np.exp(log_p), log_p, log_softmax(student, temperature), eps)
 
 
-def complex_step(f: Callable[..., Array], inputs: Sequence[Array], upstream: Array | None = None) -> list[Array]:
+def complex_step(
+    f: Callable[..., Array], inputs: Sequence[Array], upstream: Array | None = None
+) -> list[Array]:
     """The gradient of ``sum_b upstream_b f(*inputs)_b`` with respect to each real input [B, K].
 
-    Row b of f may depend on row b of the inputs only; then one evaluation per column gives every row's derivative.
-    The step is far below rounding, so the result is as exact as the formula.
+    Row b of f may depend on row b of the inputs only; then one evaluation per column gives every
+    row's derivative. The step is far below rounding, so the result is as exact as the formula.
     """
     step = 1e-60
     gradients = []
