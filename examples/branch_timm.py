@@ -1,12 +1,16 @@
-"""Branch a trained network of timm and tune it with ONE: one method's loss for another's, the rest
-is the same.
+r"""Branch a timm network and fine-tune it with ONE.
 
-    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 --at blocks.4
-    --image-size 224 --weights weights.safetensors python examples/branch_timm.py
-    # from random weights, on the digits that come with fastokd
+From trained weights, on your own images::
 
-Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a file of timm's for
-that network. Images are then normalised as it was trained with; ``--image-size`` should be its too.
+    python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 \
+        --at blocks.4 --image-size 224 --weights weights.safetensors
+
+From random weights, on the digits that come with fastokd::
+
+    python examples/branch_timm.py
+
+Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a timm weight file of
+that network. Images are normalized as the network was trained; set ``--image-size`` to its size.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Branch a network of torchvision, train it with AHBF, and get the plain torchvision network back.
+"""Branch a torchvision network, train it with AHBF, and export the plain torchvision network.
+
+On your own images, then on the digits that come with fastokd::
 
     python examples/branch_torchvision.py --data path/to/images --model resnet18 --at layer3
-    --epochs 10 python examples/branch_torchvision.py                          # the digits that
-    come with fastokd
+    python examples/branch_torchvision.py
 
-The file that is written loads into ``torchvision.models.MODEL(num_classes=C)`` with
-``strict=True``, without fastokd.
+The file it writes loads into ``torchvision.models.MODEL(num_classes=C)`` with ``strict=True``; no
+fastokd is needed there.
 """
 
 import argparse

@@ -1,11 +1,14 @@
-"""ImageNet decoded by NVIDIA DALI while a branched ResNet-18 trains, in a loop of your own.
+r"""Train a branched ResNet-18 on ImageNet images decoded by NVIDIA DALI, in your own loop.
 
-    python examples/imagenet_dali.py --data path/to/imagenet python examples/imagenet_dali.py --data
-    path/to/images --model resnet8 --image-size 32 --batch-size 8 --steps 3   # also without a GPU
+The second command also runs without a GPU::
 
-Needs ``pip install 'fastokd[dali]'``. The folder holds ``train/SYNSET/`` and ``val/``, with its
-label file or in class folders. ``fastokd train --loader dali`` is the whole trainer; this shows the
-loader.
+    python examples/imagenet_dali.py --data path/to/imagenet
+    python examples/imagenet_dali.py --data path/to/images --model resnet8 --image-size 32 \
+        --batch-size 8 --steps 3
+
+Needs ``pip install 'fastokd[dali]'``. The folder holds ``train/SYNSET/`` and ``val/``, the latter
+with its label file or in class folders. ``fastokd train --loader dali`` is the complete trainer;
+this example shows the loader.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Several GPUs without a framework: torchrun, DistributedDataParallel, one loader for each process,
-one file at the end.
+r"""Train on several GPUs without a framework: torchrun, DistributedDataParallel, one loader per rank.
 
-    torchrun --standalone --nproc-per-node=8 examples/multi_gpu.py --data path/to/images --model
-    resnet20 --batch-size 1024 torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py
-    # without GPUs: two processes over gloo, on the digits
+On eight GPUs, then without a GPU (two processes over gloo, on the digits)::
 
-``fastokd train --gpus N`` does all of this and more (stopping, resuming, exact running statistics);
-this is for loops of your own.
+    torchrun --standalone --nproc-per-node=8 examples/multi_gpu.py --data path/to/images \
+        --model resnet20 --batch-size 1024
+    torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py
+
+``fastokd train --gpus N`` also handles stopping, resuming and exact running statistics; this
+example is for custom training loops.
 """
 
 import argparse

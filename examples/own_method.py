@@ -1,8 +1,7 @@
-"""A method of your own, trained by the whole trainer: every branch learns from the mean of all
-branches' logits.
+"""A custom method in the complete trainer: every branch learns from the mean of all logits.
 
-python examples/own_method.py train --data path/to/images --method consensus --model resnet20
---epochs 10 python examples/own_method.py show consensus
+python examples/own_method.py train --data path/to/images --method consensus --epochs 10
+python examples/own_method.py show consensus
 """
 
 from fastokd.cli import main
