@@ -16,8 +16,14 @@ import pytest
 import torch
 
 from bench.suite import DEVICE, SMOKE, measure, synchronize
+from fastokd.experiments.step_benchmark import (
+    EngineStep,
+    ResearchStep,
+    first_row,
+    ladder_images,
+    levers,
+)
 from fastokd.train.config import TrainConfig
-from fastokd.train.ladder import EngineStep, ResearchStep, first_row, ladder_images, levers
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 

@@ -12,8 +12,8 @@ from typing import Any
 from bench.gpu.kernels import TEMPERATURE
 from bench.gpu.tests import COUNTED
 from bench.pages import short
-from fastokd.analysis.tables import markdown_table
-from fastokd.recipes import get_recipe
+from fastokd.experiments.analysis.tables import markdown_table
+from fastokd.experiments.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS_SHOWN = 12

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.methods import RESULTS
 from bench.pages import page_with
-from fastokd.analysis.tables import markdown_table
+from fastokd.experiments.analysis.tables import markdown_table
 from fastokd.graph import draw_mermaid
 from fastokd.methods import Method, get_method, list_methods
 

@@ -1,11 +1,11 @@
-"""The pictures of ``docs/performance.md``; that of the ladder is ``fastokd.analysis.ladder``'s."""
+"""The figures of ``docs/performance.md`` other than that of the step benchmark."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.analysis.curves import require_matplotlib
-from fastokd.analysis.svg import save_svg
+from fastokd.experiments.analysis.curves import require_matplotlib
+from fastokd.experiments.analysis.svg import save_svg
 
 _BASELINES = {"eager": ("eager PyTorch", "tab:gray"), "compiled": ("torch.compile", "tab:blue")}
 

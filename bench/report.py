@@ -16,9 +16,9 @@ from typing import Any
 from bench import gpu_tables, machine_code, roofline
 from bench.pages import page_with, short, update
 from bench.plots import draw_speedups
-from fastokd.analysis.ladder import draw_ladder
-from fastokd.analysis.svg import shows
-from fastokd.analysis.tables import markdown_table
+from fastokd.experiments.analysis.ladder import draw_ladder
+from fastokd.experiments.analysis.svg import shows
+from fastokd.experiments.analysis.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"

@@ -1,4 +1,4 @@
-r"""Train on several GPUs without a framework: torchrun, DistributedDataParallel, one loader per rank.
+r"""Train on several GPUs without a framework: torchrun, DistributedDataParallel, a loader per rank.
 
 On eight GPUs, then without a GPU (two processes over gloo, on the digits)::
 

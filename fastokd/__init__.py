@@ -2,7 +2,7 @@
 
 Nothing happens at import: no device query, no seed, no scan of the disk. The public rooms are
 ``fastokd.losses`` (drop-in losses), ``fastokd.models`` (branched networks), ``fastokd.graph`` (the
-distillation graph), ``fastokd.recipes`` and the command line (``python -m fastokd``).
+distillation graph), ``fastokd.experiments.recipes`` and the command line (``python -m fastokd``).
 """
 
 from pathlib import Path

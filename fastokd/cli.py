@@ -114,7 +114,7 @@ def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branche
         epochs: epochs of every run.
         branches: branches of the AHBF runs, 3 to 8.
     """
-    from fastokd.demo import run_demo
+    from fastokd.experiments.demo import run_demo
 
     run_demo(out, seeds, epochs, branches)
 
@@ -364,7 +364,7 @@ def analyze(
             for no t-SNE.
         device: auto, cpu, cuda or cuda:N.
     """
-    from fastokd.analysis.study import analyze_run
+    from fastokd.experiments.analysis.study import analyze_run
 
     with (
         _progress_bar("reading images") as decoding,
@@ -532,8 +532,8 @@ def compare(
         format: auto is what --out ends in, .md, .csv or .html, else terminal.
         latency: measure the students' latencies on this machine.
     """
-    from fastokd.analysis.compare import compare as compare_groups
-    from fastokd.analysis.runs import read_runs
+    from fastokd.experiments.analysis.compare import compare as compare_groups
+    from fastokd.experiments.analysis.runs import read_runs
 
     found = compare_groups(read_runs(runs), latency)
     ending = out.suffix.lower() if out else ""
@@ -563,8 +563,8 @@ def plot(runs: Runs = (), out: Path = Path("plots")) -> None:
         runs: run folders. Those that differ in the seed alone are one line with a band.
         out: the folder for the pictures.
     """
-    from fastokd.analysis.curves import PICTURES, draw_curves
-    from fastokd.analysis.runs import read_runs, remarks_of, title
+    from fastokd.experiments.analysis.curves import PICTURES, draw_curves
+    from fastokd.experiments.analysis.runs import read_runs, remarks_of, title
 
     groups = read_runs(runs)
     files = draw_curves(
@@ -594,10 +594,10 @@ def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = Tru
         out: the page.
         latency: measure the students' latencies on this machine.
     """
-    from fastokd.analysis.compare import compare as compare_groups
-    from fastokd.analysis.curves import require_matplotlib
-    from fastokd.analysis.report import report_page
-    from fastokd.analysis.runs import read_runs
+    from fastokd.experiments.analysis.compare import compare as compare_groups
+    from fastokd.experiments.analysis.curves import require_matplotlib
+    from fastokd.experiments.analysis.report import report_page
+    from fastokd.experiments.analysis.runs import read_runs
 
     groups = read_runs(runs)
     require_matplotlib()  # before anything is measured
@@ -644,9 +644,9 @@ def sweep(
             cores allow.
         dry_run: print the runs, and what is measured so far; train nothing.
     """
-    from fastokd.recipes import get_recipe
-    from fastokd.sweep.grid import parse_values
-    from fastokd.sweep.sweep import Results, plan_sweep, run_sweep
+    from fastokd.experiments.recipes import get_recipe
+    from fastokd.experiments.sweep.grid import parse_values
+    from fastokd.experiments.sweep.sweep import Results, plan_sweep, run_sweep
 
     base = _settings(recipe, config, _absolute_data(data))
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
@@ -693,8 +693,8 @@ def reproduce(
             cores allow.
         dry_run: print the runs, and what is measured so far; train nothing.
     """
-    from fastokd.sweep.grid import parse_values
-    from fastokd.sweep.reproduce import (
+    from fastokd.experiments.sweep.grid import parse_values
+    from fastokd.experiments.sweep.reproduce import (
         ReproductionResults,
         plan_reproduction,
         run_reproduction,
@@ -735,7 +735,7 @@ def _run_queue(
     results: Callable[[Mapping[str, str]], str],
 ) -> int:
     """Run what is planned, or only say what that is, and print what is measured."""
-    from fastokd.sweep.queue import parse_devices, parse_per_device
+    from fastokd.experiments.sweep.queue import parse_devices, parse_per_device
 
     say = functools.partial(_console().print, markup=False)
     if dry_run:
@@ -974,10 +974,16 @@ def step(
             chrome://tracing, and print its top operations.
     """
     from fastokd.data import absolute_spec
+    from fastokd.experiments.step_benchmark import (
+        Ladder,
+        Row,
+        decoded_images,
+        ladder_images,
+        report,
+    )
     from fastokd.train.config import TrainConfig, check_config
     from fastokd.train.data import open_data, with_augmentation
     from fastokd.train.distributed import choose_device
-    from fastokd.train.ladder import Ladder, Row, decoded_images, ladder_images, report
 
     synthetic = data == "synthetic"
     if not synthetic and num_classes is not None:
@@ -1089,8 +1095,8 @@ def _print_ladder(found: Mapping[str, Any]) -> None:
 
 
 def _write_ladder(found: dict[str, Any], out: Path) -> None:
-    from fastokd.analysis.ladder import draw_ladder
     from fastokd.errors import MissingExtra
+    from fastokd.experiments.analysis.ladder import draw_ladder
     from fastokd.storage import write_json
 
     path = out / "step-ladder.json"
@@ -1114,7 +1120,7 @@ def compare_(before: Pos[Path], after: Pos[Path], fail_above: Number = None) -> 
         fail_above: end with exit code 7 if a row takes more than so many times as long, e.g. 1.1,
             outside the spread of both.
     """
-    from fastokd.analysis.bench_files import compare_files
+    from fastokd.experiments.analysis.bench_files import compare_files
 
     if fail_above is not None and not fail_above >= 1:
         raise ConfigError(
@@ -1249,7 +1255,7 @@ def recipes(name: Pos[Text] = None) -> None:
         name: the recipe to print, with the source of every value; or a part of some names, for
             example cifar100-resnet32.
     """
-    from fastokd.recipes import get_recipe, list_recipes, recipe_groups
+    from fastokd.experiments.recipes import get_recipe, list_recipes, recipe_groups
 
     part = name or ""
     if part in list_recipes() or not any(part in key for key in list_recipes()):
@@ -1450,7 +1456,7 @@ def _field_names() -> set[str]:
 
 def _settings(recipe: str | None, config: Path | None, given: dict[str, Any]) -> Any:
     """The configuration: a recipe or a file or the defaults, with what was given on top."""
-    from fastokd.recipes import get_recipe
+    from fastokd.experiments.recipes import get_recipe
     from fastokd.train.config import TrainConfig, override, read_config
 
     if recipe and config:

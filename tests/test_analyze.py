@@ -19,10 +19,10 @@ from oracles import diversity as oracle
 from oracles.rows import softmax
 from PIL import Image
 
-from fastokd.analysis import diversity
-from fastokd.analysis.pictures import NAMES, draw_study
-from fastokd.analysis.study import MEASURES, analyze_run, measures
 from fastokd.cli import main
+from fastokd.experiments.analysis import diversity
+from fastokd.experiments.analysis.pictures import NAMES, draw_study
+from fastokd.experiments.analysis.study import MEASURES, analyze_run, measures
 from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import load_run
@@ -384,7 +384,8 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 def unsaved(monkeypatch):
     """Pictures are drawn and not encoded, which takes longer."""
     monkeypatch.setattr(
-        "fastokd.analysis.pictures.encoded", lambda plt, figure, _: plt.close(figure) or {}
+        "fastokd.experiments.analysis.pictures.encoded",
+        lambda plt, figure, _: plt.close(figure) or {},
     )
 
 

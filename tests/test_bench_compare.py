@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastokd.analysis.bench_files import compare_files
 from fastokd.cli import main
+from fastokd.experiments.analysis.bench_files import compare_files
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 

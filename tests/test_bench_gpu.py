@@ -25,9 +25,9 @@ from bench.gpu.results import Results, identity
 from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
+from fastokd.experiments.step_benchmark import SPENT
 from fastokd.methods import get_method, list_methods
 from fastokd.models import create_model, find_backbone
-from fastokd.train.ladder import SPENT
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from bench.report import (
     start_table,
     step_table,
 )
-from fastokd.analysis.bench_files import compare_files
+from fastokd.experiments.analysis.bench_files import compare_files
 from fastokd.methods import list_methods
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")

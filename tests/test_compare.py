@@ -19,9 +19,9 @@ import torch
 from sample_runs import change_config, change_json, change_records, copied, records
 from scipy import stats
 
-from fastokd.analysis.compare import compare
-from fastokd.analysis.runs import read_run, read_runs
 from fastokd.cli import main
+from fastokd.experiments.analysis.compare import compare
+from fastokd.experiments.analysis.runs import read_run, read_runs
 from fastokd.models import create_model
 from fastokd.models.summary import model_costs
 

@@ -27,8 +27,8 @@ from PIL import Image
 
 from fastokd import cli
 from fastokd.data.dali import missing_dali
+from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
-from fastokd.recipes import list_recipes
 from fastokd.train.config import check_config
 from fastokd.version import __version__
 

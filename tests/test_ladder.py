@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import fastokd.train.ladder
+import fastokd.experiments.step_benchmark
 from fastokd.data import list_files
 from fastokd.errors import ConfigError, MissingExtra
-from fastokd.train.config import TrainConfig
-from fastokd.train.ladder import (
+from fastokd.experiments.step_benchmark import (
     EngineStep,
     Ladder,
     ResearchStep,
@@ -26,6 +25,7 @@ from fastokd.train.ladder import (
     levers,
     report,
 )
+from fastokd.train.config import TrainConfig
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(model="resnet8", branches=2, aux_blocks=0, batch_size=8, lr=0.01)
@@ -91,7 +91,7 @@ def made(monkeypatch):
             configs.append(config)
             super().__init__(config, dataset, device, gathers)
 
-    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", Noted)
+    monkeypatch.setattr(fastokd.experiments.step_benchmark, "EngineStep", Noted)
     return configs
 
 
@@ -217,10 +217,12 @@ class FakeMachine:
 def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
     machine = FakeMachine()
     monkeypatch.setattr(
-        fastokd.train.ladder, "ResearchStep", lambda config, dataset, device: machine.step(0.5)
+        fastokd.experiments.step_benchmark,
+        "ResearchStep",
+        lambda config, dataset, device: machine.step(0.5),
     )
     monkeypatch.setattr(
-        fastokd.train.ladder,
+        fastokd.experiments.step_benchmark,
         "EngineStep",
         lambda config, dataset, device, gathers: machine.step(
             0.5 if config.method == "baseline" else 0.125 if config.flat else 0.25
@@ -246,7 +248,7 @@ def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
 
 
 def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_compiled):
-    class Failing(fastokd.train.ladder.EngineStep):
+    class Failing(fastokd.experiments.step_benchmark.EngineStep):
         def __init__(self, config, *rest):
             if config.compile:
                 raise TypeError("no compiler here\nand more lines")
@@ -254,7 +256,7 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(config, *rest)
 
-    monkeypatch.setattr(fastokd.train.ladder, "EngineStep", Failing)
+    monkeypatch.setattr(fastokd.experiments.step_benchmark, "EngineStep", Failing)
     rows = {row.name: row for row in Ladder(CONFIG, images, CPU, steps=1).rows()}
     assert (rows["torch.compile of each part"].reason, rows["channels-last"].reason) == (
         "no compiler here",
@@ -275,7 +277,7 @@ def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
     def refuse(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fastokd.train.ladder, "ResearchStep", refuse)
+    monkeypatch.setattr(fastokd.experiments.step_benchmark, "ResearchStep", refuse)
     with pytest.raises(
         ConfigError,
         match="first row of the ladder cannot run: out of memory; use a smaller --batch-size",
@@ -333,7 +335,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
     def missing():
         raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
 
-    monkeypatch.setattr("fastokd.analysis.ladder.require_matplotlib", missing)
+    monkeypatch.setattr("fastokd.experiments.analysis.ladder.require_matplotlib", missing)
     assert (
         main(
             [

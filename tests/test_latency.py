@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastokd.analysis.latency import measure_latency
+from fastokd.experiments.analysis.latency import measure_latency
 
 
 class Probe(nn.Module):

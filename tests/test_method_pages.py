@@ -8,8 +8,8 @@ from bench import method_pages
 from bench.method_pages import END, FOLDER, START, generated, main, page
 from bench.pages import page_with
 from fastokd.cli import main as fastokd
+from fastokd.experiments.recipes import list_recipes
 from fastokd.methods import get_method, list_methods
-from fastokd.recipes import list_recipes
 
 
 def test_pages_are_current(capsys):

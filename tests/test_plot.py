@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from sample_runs import EPOCHS, change_config, change_json, change_records, copied, records
 
-from fastokd.analysis.curves import training_pictures
 from fastokd.cli import main
+from fastokd.experiments.analysis.curves import training_pictures
 
 pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
 import matplotlib

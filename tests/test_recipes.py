@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from bench import recipe_page
-from fastokd import cli, recipes
+from fastokd import cli
 from fastokd.errors import ConfigError
+from fastokd.experiments import recipes
+from fastokd.experiments.recipes import DATASETS, Recipe, get_recipe, list_recipes, recipe_groups
+from fastokd.experiments.recipes.recipe import by_name, given
 from fastokd.models import BranchedModel, create_model, find_backbone
 from fastokd.models.summary import count_parameters
-from fastokd.recipes import DATASETS, Recipe, get_recipe, list_recipes, recipe_groups
-from fastokd.recipes.recipe import by_name, given
 from fastokd.train.build import model_layout
 from fastokd.train.config import TrainConfig, check_config, read_config
 

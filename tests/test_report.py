@@ -28,7 +28,7 @@ from bench.report import (
     speedups,
     start_table,
 )
-from fastokd.analysis.svg import shows
+from fastokd.experiments.analysis.svg import shows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from sample_runs import change_config, change_json, copied, records
 
-from fastokd.analysis.report import analysis_section
-from fastokd.analysis.runs import read_run
 from fastokd.cli import main
+from fastokd.experiments.analysis.report import analysis_section
+from fastokd.experiments.analysis.runs import read_run
 
 pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
 

@@ -11,14 +11,14 @@ import pytest
 from cifar_files import write_cifar
 
 from fastokd import cli
-from fastokd.analysis.runs import Run
 from fastokd.errors import ConfigError
+from fastokd.experiments.analysis.runs import Run
+from fastokd.experiments.recipes import get_recipe, list_recipes
+from fastokd.experiments.sweep import queue
+from fastokd.experiments.sweep.grid import parse_values
+from fastokd.experiments.sweep.reproduce import get_table, paper_tables, plan_reproduction, scaled
+from fastokd.experiments.sweep.results import data_differences
 from fastokd.methods import get_method
-from fastokd.recipes import get_recipe, list_recipes
-from fastokd.sweep import queue
-from fastokd.sweep.grid import parse_values
-from fastokd.sweep.reproduce import get_table, paper_tables, plan_reproduction, scaled
-from fastokd.sweep.results import data_differences
 from fastokd.train.config import TrainConfig
 
 FAKE = [sys.executable, str(Path(__file__).resolve().parent / "fake_training.py")]

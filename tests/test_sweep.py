@@ -23,13 +23,13 @@ from PIL import Image
 
 from fastokd import cli
 from fastokd.errors import ConfigError, FastOKDError, StorageError
-from fastokd.recipes import get_recipe
-from fastokd.sweep import queue
-from fastokd.sweep.grid import grid_points, parse_values
-from fastokd.sweep.images import Datasets
-from fastokd.sweep.queue import Job, Queue, parse_devices, parse_per_device
-from fastokd.sweep.results import Measured
-from fastokd.sweep.sweep import Results, matched_recipes, plan_sweep, published_numbers
+from fastokd.experiments.recipes import get_recipe
+from fastokd.experiments.sweep import queue
+from fastokd.experiments.sweep.grid import grid_points, parse_values
+from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.sweep.queue import Job, Queue, parse_devices, parse_per_device
+from fastokd.experiments.sweep.results import Measured
+from fastokd.experiments.sweep.sweep import Results, matched_recipes, plan_sweep, published_numbers
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import open_data
 
@@ -841,7 +841,7 @@ def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
     ]
     order(tmp_path, {"aux_blocks-0-seed0": "wait"})
     with_fakes = (
-        "import sys; from fastokd import cli; from fastokd.sweep import queue; real ="
+        "import sys; from fastokd import cli; from fastokd.experiments.sweep import queue; real ="
         f" queue._command; queue._command = lambda *given: [*{FAKE}, *real(*given)[4:]];"
         " cli.main(sys.argv[1:])"
     )

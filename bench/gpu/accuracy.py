@@ -20,7 +20,7 @@ from bench.gpu.part import Context, OutOfMinutes, Part, Refused, Row
 from bench.gpu.results import ROOT, Results
 from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import Preempted
-from fastokd.recipes import get_recipe
+from fastokd.experiments.recipes import get_recipe
 from fastokd.train.config import TrainConfig
 from fastokd.train.loop import RunIsFinished, begin_run, load_run
 from fastokd.train.progress import Reporter

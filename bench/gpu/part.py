@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.results import Results
 from fastokd.errors import ConfigError
-from fastokd.train.ladder import sample_seconds, spread
+from fastokd.experiments.step_benchmark import sample_seconds, spread
 
 
 class OutOfMinutes(Exception):

@@ -15,8 +15,8 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
+from fastokd.experiments.step_benchmark import EngineStep, chrome_trace, ladder_images
 from fastokd.storage import write_atomically
-from fastokd.train.ladder import EngineStep, chrome_trace, ladder_images
 from fastokd.train.randomness import be_deterministic
 
 STEPS = 5

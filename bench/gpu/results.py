@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fastokd.errors import first_line
+from fastokd.experiments.step_benchmark import processor
 from fastokd.storage import storage_error, write_json
-from fastokd.train.ladder import processor
 from fastokd.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]

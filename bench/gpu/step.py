@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, OutOfMinutes, Part, Row
 from bench.gpu.results import Results
+from fastokd.experiments.step_benchmark import NEVER, SPENT, Ladder, ladder_images, report
+from fastokd.experiments.step_benchmark import Row as LadderRow
 from fastokd.train.config import TrainConfig
-from fastokd.train.ladder import NEVER, SPENT, Ladder, ladder_images, report
-from fastokd.train.ladder import Row as LadderRow
 
 
 class Step(NamedTuple):

@@ -1,7 +1,6 @@
 """The one loader contract, the loaders that keep it, and the choice among them."""
 
 import hashlib
-import importlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,8 @@ from torch import Tensor
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, Split
 from fastokd.data.files import FileDataset, FileSplit
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.errors import ConfigError, DataError
+from fastokd.registry import Registry
 
 
 class Batch(NamedTuple):
@@ -248,23 +248,28 @@ class LoaderKind:
         return self.missing(device) or next(filter(None, map(self.unsuitable, splits)), None)
 
 
-_modules = {
-    "resident": "fastokd.data.resident",
-    "dali": "fastokd.data.dali",
-    "torchvision": "fastokd.data.torchvision_loader",
-}
+_loaders: Registry[LoaderKind] = Registry(
+    "loader",
+    "LOADER",
+    {
+        "resident": "fastokd.data.resident",
+        "dali": "fastokd.data.dali",
+        "torchvision": "fastokd.data.torchvision_loader",
+    },
+    reserved=["auto"],
+)
 
 
 def register_loader(name: str, module: str) -> None:
     """Add a loader: the module has a constant ``LOADER``, a ``LoaderKind``, and is imported when it
     is needed.
     """
-    _modules[name] = module
+    _loaders.register(name, module)
 
 
 def list_loaders() -> list[str]:
     """The names of all loaders."""
-    return sorted(_modules)
+    return sorted(_loaders)
 
 
 def get_loader_kind(name: str) -> LoaderKind:
@@ -273,9 +278,7 @@ def get_loader_kind(name: str) -> LoaderKind:
     Raises:
         ConfigError: there is none; the message suggests the closest name.
     """
-    if name not in _modules:
-        raise ConfigError(f"unknown loader '{name}'{did_you_mean(name, [*_modules, 'auto'])}")
-    return importlib.import_module(_modules[name]).LOADER
+    return _loaders.get(name)
 
 
 def make_loader(
@@ -340,7 +343,7 @@ def file_loaders() -> Iterator[str]:
     """The names of the loaders that decode files while training, best first; each is imported when
     it is its turn.
     """
-    return (name for name in _modules if not get_loader_kind(name).decoded)
+    return (name for name in _loaders if not get_loader_kind(name).decoded)
 
 
 def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str:

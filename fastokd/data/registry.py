@@ -1,7 +1,6 @@
 """The dataset kinds, one file each, and how a user's words choose among them."""
 
 import dataclasses
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from fastokd.data.dataset import Dataset, DataSource, Split, prepare
 from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
 from fastokd.data.images import Progress, check_image_size, show
 from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,22 @@ class DatasetKind:
 
 
 _FALLBACK = "folder"
-_targets = {
-    "digits": "fastokd.data.digits:DIGITS",
-    "cifar10": "fastokd.data.cifar:CIFAR10",
-    "cifar100": "fastokd.data.cifar:CIFAR100",
-    "cinic10": "fastokd.data.cinic10:CINIC10",
-    "svhn": "fastokd.data.svhn:SVHN",
-    "csv": "fastokd.data.csv_list:CSV",
-    "webdataset": "fastokd.data.webdataset:WEBDATASET",
-    "tfrecord": "fastokd.data.tfrecord:TFRECORD",
-    "recordio": "fastokd.data.recordio:RECORDIO",
-    "folder": "fastokd.data.folder:FOLDER",
-}
+_datasets: Registry[DatasetKind] = Registry(
+    "dataset",
+    "DATASET",
+    {
+        "digits": "fastokd.data.digits:DIGITS",
+        "cifar10": "fastokd.data.cifar:CIFAR10",
+        "cifar100": "fastokd.data.cifar:CIFAR100",
+        "cinic10": "fastokd.data.cinic10:CINIC10",
+        "svhn": "fastokd.data.svhn:SVHN",
+        "csv": "fastokd.data.csv_list:CSV",
+        "webdataset": "fastokd.data.webdataset:WEBDATASET",
+        "tfrecord": "fastokd.data.tfrecord:TFRECORD",
+        "recordio": "fastokd.data.recordio:RECORDIO",
+        "folder": "fastokd.data.folder:FOLDER",
+    },
+)
 
 
 def register_dataset(name: str, target: str) -> None:
@@ -71,12 +75,12 @@ def register_dataset(name: str, target: str) -> None:
     """
     if ":" not in target:
         raise ConfigError(f"dataset '{name}': '{target}' must read 'package.module:CONSTANT'")
-    _targets[name] = target
+    _datasets.register(name, target)
 
 
 def list_datasets() -> list[str]:
     """The names of all dataset kinds."""
-    return sorted(_targets)
+    return sorted(_datasets)
 
 
 def get_dataset_kind(name: str) -> DatasetKind:
@@ -85,10 +89,7 @@ def get_dataset_kind(name: str) -> DatasetKind:
     Raises:
         ConfigError: there is none; the message suggests the closest name.
     """
-    if name not in _targets:
-        raise ConfigError(f"unknown dataset '{show(name)}'{did_you_mean(name, _targets)}")
-    module, constant = _targets[name].split(":")
-    return getattr(importlib.import_module(module), constant)
+    return _datasets.get(name)
 
 
 def list_source(spec: str | Path) -> DataSource[FileSplit]:
@@ -251,7 +252,7 @@ def made_of_files(spec: str | Path) -> bool:
 def absolute_spec(spec: str) -> str:
     """The same dataset whatever the working folder: the folder in ``spec`` made absolute."""
     name, _, rest = spec.partition(":")
-    if name in _targets:
+    if name in _datasets:
         return f"{name}:{Path(rest).expanduser().absolute()}" if rest else spec
     path = Path(spec).expanduser()
     return str(path.absolute()) if path.exists() else spec
@@ -265,7 +266,7 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
         DataError: no such folder, or one that is more than one kind.
     """
     name, colon, rest = str(spec).partition(":")
-    if isinstance(spec, str) and name in _targets:
+    if isinstance(spec, str) and name in _datasets:
         return get_dataset_kind(name), Path(rest).expanduser() if rest else None
     path = Path(spec).expanduser()
     if os.path.exists(path):  # unlike pathlib's tests, False where permission is missing
@@ -287,5 +288,5 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
         get_dataset_kind(name)
     raise DataError(
         f"{show(path.absolute())}: no folder that can be read, and no dataset of that"
-        f" name{did_you_mean(str(spec), _targets)}"
+        f" name{did_you_mean(str(spec), _datasets)}"
     )

@@ -2,7 +2,6 @@
 format is.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastokd.errors import CheckpointError, ConfigError, did_you_mean, first_line
+from fastokd.errors import CheckpointError, first_line
+from fastokd.registry import Registry
 
 
 class Runtime(NamedTuple):
@@ -77,19 +77,23 @@ class ExportFormat:
         return "student.json" if self.name == "safetensors" else f"student.{self.name}.json"
 
 
-_targets = {
-    "safetensors": "fastokd.export.state_dict:SAFETENSORS",
-    "torchvision": "fastokd.export.state_dict:TORCHVISION",
-    "timm": "fastokd.export.state_dict:TIMM",
-    "onnx": "fastokd.export.onnx:ONNX",
-    "torch-export": "fastokd.export.torch_export:TORCH_EXPORT",
-    "torchscript": "fastokd.export.torchscript:TORCHSCRIPT",
-}
+_formats: Registry[ExportFormat] = Registry(
+    "export format",
+    "FORMAT",
+    {
+        "safetensors": "fastokd.export.state_dict:SAFETENSORS",
+        "torchvision": "fastokd.export.state_dict:TORCHVISION",
+        "timm": "fastokd.export.state_dict:TIMM",
+        "onnx": "fastokd.export.onnx:ONNX",
+        "torch-export": "fastokd.export.torch_export:TORCH_EXPORT",
+        "torchscript": "fastokd.export.torchscript:TORCHSCRIPT",
+    },
+)
 
 
 def list_formats() -> list[str]:
     """The names of all formats."""
-    return list(_targets)
+    return list(_formats)
 
 
 def get_format(name: str) -> ExportFormat:
@@ -98,7 +102,4 @@ def get_format(name: str) -> ExportFormat:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _targets:
-        raise ConfigError(f"unknown export format '{name}'{did_you_mean(name, _targets)}")
-    module, constant = _targets[name].split(":")
-    return getattr(importlib.import_module(module), constant)
+    return _formats.get(name)

@@ -19,8 +19,8 @@ from fastokd.methods.base import (
     mean_prediction,
 )
 from fastokd.methods.method import GraphInputs, Method, MethodLoss, Presets
-from fastokd.methods.ranks import sum_over_ranks
 from fastokd.methods.simplex import MAX_ROWS, lowest_cross_entropy_weights
+from fastokd.ranks import sum_over_ranks
 
 Variant = Literal["naive", "linear", "minlogit", "general"]
 VARIANTS = ("naive", "linear", "minlogit", "general")

@@ -22,7 +22,7 @@ from fastokd.methods.base import (
     mean_prediction,
 )
 from fastokd.methods.method import GraphInputs, Method, MethodLoss, Presets
-from fastokd.methods.ranks import gather_rows, rank_and_size
+from fastokd.ranks import gather_rows, rank_and_size
 
 Where = Literal["auto", "device", "host"]
 

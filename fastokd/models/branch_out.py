@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
+from fastokd.models.assembly import assemble, check_layout
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.residual import conv
 from fastokd.models.tracing import (
@@ -93,8 +94,6 @@ def branch_out(
         ConfigError: the module cannot be split there, or is no classifier, or a number is out of
             range.
     """
-    from fastokd.models import assemble, check_layout
-
     if init not in get_args(Init):
         raise ConfigError(f"unknown init '{init}'{did_you_mean(init, get_args(Init))}")
     if not isinstance(deepen, int) or deepen < 0:

@@ -5,7 +5,6 @@ considered, so that a machine without a GPU never imports Triton, and a missing 
 nothing.
 """
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastokd.errors import ConfigError, ExecutorUnavailable, did_you_mean
+from fastokd.errors import ExecutorUnavailable
 from fastokd.graph.plan import Plan
+from fastokd.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,16 @@ class Executor(Protocol):
         """
 
 
-_modules = {
-    "reference": "fastokd.ops.reference",
-    "cpu": "fastokd.ops.cpu",
-    "triton": "fastokd.ops.triton",
-}
+_executors: Registry[Executor] = Registry(
+    "impl",
+    "EXECUTOR",
+    {
+        "reference": "fastokd.ops.reference",
+        "cpu": "fastokd.ops.cpu",
+        "triton": "fastokd.ops.triton",
+    },
+    reserved=["auto"],
+)
 _preferred = {"cuda": ("triton",), "cpu": ("cpu",)}
 _warned: set[str] = set()
 
@@ -104,7 +109,7 @@ def register_executor(name: str, module: str, devices: Sequence[str] = ()) -> No
     """Add an executor: the module that holds its ``EXECUTOR``, and the device types on which
     ``auto`` tries it first.
     """
-    _modules[name] = module
+    _executors.register(name, module)
     for device in devices:
         _preferred[device] = (name, *_preferred.get(device, ()))
 
@@ -113,8 +118,8 @@ def check_impl(impl: str) -> None:
     """Raises a ConfigError with a suggestion if there is no executor of that name (and it is not
     ``auto``).
     """
-    if impl != "auto" and impl not in _modules:
-        raise ConfigError(f"unknown impl '{impl}'{did_you_mean(impl, [*_modules, 'auto'])}")
+    if impl != "auto":
+        _executors.check(impl)
 
 
 def load(name: str) -> Executor:
@@ -126,7 +131,7 @@ def load(name: str) -> Executor:
     """
     check_impl(name)
     try:
-        return importlib.import_module(_modules[name]).EXECUTOR
+        return _executors.get(name)
     except ImportError as error:
         raise ExecutorUnavailable(f"impl='{name}' cannot be loaded: {error}") from error
 
@@ -168,7 +173,7 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
 def executor_states() -> dict[str, str | None]:
     """For each executor None if it can run on this machine, else the reason why not."""
     states: dict[str, str | None] = {}
-    for name in _modules:
+    for name in _executors:
         device = next((key for key, names in _preferred.items() if name in names), "cpu")
         try:
             states[name] = load(name).refusal(None, Case(device, torch.float32))

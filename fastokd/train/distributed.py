@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastokd.errors import ConfigError, FastOKDError, PeerLost, first_line
-from fastokd.methods.ranks import rank_and_size
+from fastokd.ranks import rank_and_size
 from fastokd.train.config import TrainConfig
 from fastokd.train.launch import launched
 

@@ -18,8 +18,8 @@ from fastokd.data import Batch, Dataset
 from fastokd.data.images import available_memory
 from fastokd.errors import ConfigError, OutOfMemory, first_line
 from fastokd.methods import get_method
-from fastokd.methods.ranks import alone
 from fastokd.models import BranchedModel, create_model
+from fastokd.ranks import alone
 from fastokd.train.build import build_model, model_layout
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.methods.ranks import sum_over_ranks
+from fastokd.ranks import sum_over_ranks
 
 
 class MetricSums:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastokd.errors import CheckpointError, ConfigError
-from fastokd.methods.ranks import rank_and_size
+from fastokd.ranks import rank_and_size
 from fastokd.storage import (
     append_line,
     remove_temporaries,

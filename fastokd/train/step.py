@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastokd.data import Batch
 from fastokd.methods import get_method
-from fastokd.methods.ranks import sum_over_ranks
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
+from fastokd.ranks import sum_over_ranks
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage

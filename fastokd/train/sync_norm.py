@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from fastokd.methods.ranks import gather_rows, rank_and_size, sum_over_ranks
+from fastokd.ranks import gather_rows, rank_and_size, sum_over_ranks
 
 
 def synchronized_batch_norm() -> contextlib.AbstractContextManager[Any]:

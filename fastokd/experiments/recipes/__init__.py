@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastokd.errors import ConfigError
-from fastokd.recipes.recipe import DATASETS, Published, Recipe, by_name
+from fastokd.experiments.recipes.recipe import DATASETS, Published, Recipe, by_name
 
 __all__ = [
     "DATASETS",
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 _modules = [
-    "fastokd.recipes.cifar",
-    "fastokd.recipes.ahbf_studies",
-    "fastokd.recipes.imagenet",
-    "fastokd.recipes.tsb",
-    "fastokd.recipes.official",
+    "fastokd.experiments.recipes.cifar",
+    "fastokd.experiments.recipes.ahbf_studies",
+    "fastokd.experiments.recipes.imagenet",
+    "fastokd.experiments.recipes.tsb",
+    "fastokd.experiments.recipes.official",
 ]
 
 

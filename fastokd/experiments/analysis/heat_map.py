@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastokd.analysis.curves import Picture, encoded, require_matplotlib
+from fastokd.experiments.analysis.curves import Picture, encoded, require_matplotlib
 
 
 class Panel(NamedTuple):

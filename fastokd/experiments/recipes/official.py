@@ -6,7 +6,7 @@ A name that ends in ``-official`` says so.
 
 from collections.abc import Iterator
 
-from fastokd.recipes.recipe import Published, Recipe, by_name, given
+from fastokd.experiments.recipes.recipe import Published, Recipe, by_name, given
 
 _ONE = (
     given(

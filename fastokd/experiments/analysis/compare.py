@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
-from fastokd.analysis.latency import BATCH_SIZES, Latency, devices, machine, measure_latency
-from fastokd.analysis.page import page, remarks_section
-from fastokd.analysis.runs import Group, Record, Run, remarks_of
-from fastokd.analysis.tables import Table, plain_markdown
 from fastokd.errors import CheckpointError
+from fastokd.experiments.analysis.latency import (
+    BATCH_SIZES,
+    Latency,
+    devices,
+    machine,
+    measure_latency,
+)
+from fastokd.experiments.analysis.page import page, remarks_section
+from fastokd.experiments.analysis.runs import Group, Record, Run, remarks_of
+from fastokd.experiments.analysis.tables import Table, plain_markdown
 from fastokd.export import load_student
 from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops

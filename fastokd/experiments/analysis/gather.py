@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastokd.analysis.diversity import pairwise_distances
 from fastokd.data import Batch
 from fastokd.errors import CheckpointError
+from fastokd.experiments.analysis.diversity import pairwise_distances
 from fastokd.train.step import BranchEvaluator
 
 

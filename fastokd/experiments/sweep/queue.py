@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from fastokd.analysis.runs import SAME_RUN
 from fastokd.data import Dataset
 from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
+from fastokd.experiments.analysis.runs import SAME_RUN
+from fastokd.experiments.sweep.images import Datasets
 from fastokd.storage import storage_error, write_atomically
-from fastokd.sweep.images import Datasets
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, differences
 from fastokd.train.distributed import choose_device

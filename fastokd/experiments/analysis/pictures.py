@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.analysis.curves import Picture, encoded, require_matplotlib
-from fastokd.analysis.diversity import ECE_BINS
-from fastokd.analysis.gather import Gathered
 from fastokd.errors import MissingExtra
+from fastokd.experiments.analysis.curves import Picture, encoded, require_matplotlib
+from fastokd.experiments.analysis.diversity import ECE_BINS
+from fastokd.experiments.analysis.gather import Gathered
 from fastokd.storage import storage_error
 
 NAMES = ("tsne", "distances", "agreement", "reliability", "confusion", "mixing", "mixing-by-epoch")
@@ -33,7 +33,7 @@ def draw_study(
     """Draw everything that a run's analysis has numbers for.
 
     Args:
-        record: as ``fastokd.analysis.study`` makes it.
+        record: as ``fastokd.experiments.analysis.study`` makes it.
         found: what it was computed from; the t-SNE needs its features.
         folder: where the files go. Files there with names of pictures that are not drawn are
             removed.

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from fastokd.analysis.runs import value_in_words
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.experiments.analysis.runs import value_in_words
 from fastokd.train.config import (
     TrainConfig,
     check_config,

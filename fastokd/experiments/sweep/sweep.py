@@ -16,19 +16,17 @@ from typing import TypeVar
 import torch
 import yaml
 
-from fastokd.analysis.compare import spread
-from fastokd.analysis.heat_map import Panel, draw_heat_map
-from fastokd.analysis.runs import SAME_RUN, value_in_words
-from fastokd.analysis.tables import Table
 from fastokd.errors import ConfigError, MissingExtra, first_few
-from fastokd.methods import get_method
-from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
-from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, Record, check_folder, run_in_folder
-from fastokd.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.sweep.images import Datasets
-from fastokd.sweep.queue import Job, Outcome, Queue
-from fastokd.sweep.results import (
+from fastokd.experiments.analysis.compare import spread
+from fastokd.experiments.analysis.heat_map import Panel, draw_heat_map
+from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
+from fastokd.experiments.analysis.tables import Table
+from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
+from fastokd.experiments.sweep.folder import RUNS, Record, check_folder, run_in_folder
+from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
+from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.sweep.queue import Job, Outcome, Queue
+from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
     data_differences,
@@ -36,6 +34,8 @@ from fastokd.sweep.results import (
     measure,
     setup_differences,
 )
+from fastokd.methods import get_method
+from fastokd.storage import write_json, write_text
 from fastokd.train.config import TrainConfig, override
 
 T = TypeVar("T")

@@ -11,7 +11,14 @@ gave the numbers is not known. The seeds of the three runs are not given: train 
 
 from collections.abc import Iterator
 
-from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, read_table
+from fastokd.experiments.recipes.recipe import (
+    Published,
+    Recipe,
+    Settings,
+    by_name,
+    given,
+    read_table,
+)
 
 _AHBF = "AHBF section 4.1"
 _OKDDIP = "OKDDip repository"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastokd.analysis import diversity
-from fastokd.analysis.gather import Gathered, gather
-from fastokd.analysis.pictures import draw_study
 from fastokd.data.images import Progress
 from fastokd.errors import ConfigError
+from fastokd.experiments.analysis import diversity
+from fastokd.experiments.analysis.gather import Gathered, gather
+from fastokd.experiments.analysis.pictures import draw_study
 from fastokd.storage import write_json
 from fastokd.train.loop import LoadedRun, load_run
 from fastokd.train.run_folder import RunFolder

@@ -12,7 +12,14 @@ the method's own settings.
 import dataclasses
 from collections.abc import Iterator
 
-from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, read_table
+from fastokd.experiments.recipes.recipe import (
+    Published,
+    Recipe,
+    Settings,
+    by_name,
+    given,
+    read_table,
+)
 
 _CIFAR = given(
     "TSB, settings for CIFAR",

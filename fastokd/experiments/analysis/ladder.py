@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.analysis.curves import require_matplotlib
-from fastokd.analysis.svg import save_svg
+from fastokd.experiments.analysis.curves import require_matplotlib
+from fastokd.experiments.analysis.svg import save_svg
 
 _COLORS = {
     "first": "tab:gray",
@@ -26,7 +26,7 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
     windows, as an SVG file.
 
     Args:
-        found: as ``fastokd.train.ladder.report`` gives it.
+        found: as ``fastokd.experiments.step_benchmark.report`` gives it.
         path: the file.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastokd.analysis.runs import SAME_RUN, Run, check_comparable, read_run
 from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import CheckpointError, ConfigError, DataError, first_few
-from fastokd.recipes import DATASETS, Published, Recipe
-from fastokd.sweep.queue import Job
+from fastokd.experiments.analysis.runs import SAME_RUN, Run, check_comparable, read_run
+from fastokd.experiments.recipes import DATASETS, Published, Recipe
+from fastokd.experiments.sweep.queue import Job
 from fastokd.train.config import TrainConfig, differences
 
 

@@ -11,8 +11,8 @@ with equal branches. The study of ramp-ups between E = 80 and 300 is this one wi
 
 from collections.abc import Iterator
 
-from fastokd.recipes.cifar import AHBF, OPTIMIZER
-from fastokd.recipes.recipe import Published, Recipe, Sourced, by_name, given
+from fastokd.experiments.recipes.cifar import AHBF, OPTIMIZER
+from fastokd.experiments.recipes.recipe import Published, Recipe, Sourced, by_name, given
 
 # Error in % for lambda_2 = 0 to 4, a row for each lambda_1.
 _TABLE_4 = (

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastokd.analysis.compare import spread
-from fastokd.analysis.tables import Table, plain_markdown
 from fastokd.errors import ConfigError, did_you_mean, first_few
-from fastokd.recipes import DATASETS, Published, Recipe, list_recipes
-from fastokd.storage import write_json, write_text
-from fastokd.sweep.folder import RUNS, Record, check_folder, run_in_folder
-from fastokd.sweep.grid import Values, fields_of
-from fastokd.sweep.images import Datasets
-from fastokd.sweep.queue import Job, Outcome, Queue
-from fastokd.sweep.results import (
+from fastokd.experiments.analysis.compare import spread
+from fastokd.experiments.analysis.tables import Table, plain_markdown
+from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
+from fastokd.experiments.sweep.folder import RUNS, Record, check_folder, run_in_folder
+from fastokd.experiments.sweep.grid import Values, fields_of
+from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.sweep.queue import Job, Outcome, Queue
+from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
     data_differences,
@@ -29,6 +28,7 @@ from fastokd.sweep.results import (
     measure,
     setup_differences,
 )
+from fastokd.storage import write_json, write_text
 from fastokd.train.config import TrainConfig, check_config, override
 
 

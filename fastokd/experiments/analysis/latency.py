@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastokd.train.ladder import processor
+from fastokd.experiments.step_benchmark import processor
 from fastokd.train.precision import without_tf32
 
 BATCH_SIZES = (1, 128)

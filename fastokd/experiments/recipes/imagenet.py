@@ -8,7 +8,14 @@ measured in the same settings.
 
 from collections.abc import Iterator
 
-from fastokd.recipes.recipe import Published, Recipe, Settings, by_name, given, read_table
+from fastokd.experiments.recipes.recipe import (
+    Published,
+    Recipe,
+    Settings,
+    by_name,
+    given,
+    read_table,
+)
 
 _AHBF = "AHBF section 4.1"
 _OPTIMIZER = given(

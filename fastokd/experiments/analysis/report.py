@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastokd.analysis.compare import Comparison
-from fastokd.analysis.curves import overview_pictures, training_pictures
-from fastokd.analysis.page import bullets, image, page, remarks_section, section
-from fastokd.analysis.runs import Group, Run, config_differences, title
-from fastokd.analysis.tables import Table
 from fastokd.errors import first_line
+from fastokd.experiments.analysis.compare import Comparison
+from fastokd.experiments.analysis.curves import overview_pictures, training_pictures
+from fastokd.experiments.analysis.page import bullets, image, page, remarks_section, section
+from fastokd.experiments.analysis.runs import Group, Run, config_differences, title
+from fastokd.experiments.analysis.tables import Table
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:

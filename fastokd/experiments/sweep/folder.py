@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastokd.errors import ConfigError
+from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.sweep.queue import Job, Outcome, Queue
 from fastokd.storage import storage_error, write_json
-from fastokd.sweep.images import Datasets
-from fastokd.sweep.queue import Job, Outcome, Queue
 from fastokd.train.run_folder import read_json_object
 
 RUNS = "runs"

@@ -1,0 +1,1 @@
+"""Recipes, sweeps, reproduced tables, analysis, the step benchmark and the demo."""

@@ -1,0 +1,126 @@
+"""Assembly of branched models from backbones, for the networks of the registry and for
+``branch_out`` alike.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from fastokd.errors import ConfigError, did_you_mean
+from fastokd.methods import Method
+from fastokd.methods.method import Companion, Layout, OptionValue, Topology
+from fastokd.models.branched import Backbone, BranchedModel, Peer
+
+
+def assemble(
+    backbones: Sequence[Backbone],
+    method: Method,
+    num_classes: int,
+    num_branches: int,
+    aux_blocks: int,
+    topology: Topology,
+    options: Mapping[str, OptionValue] | None = None,
+    teacher: nn.Module | None = None,
+    kept: int | None = None,
+) -> BranchedModel:
+    """The branched model of one backbone, or of one for each peer; arguments and errors as in
+    ``create_model``.
+
+    ``kept`` is the index of the student's branch, by default the method's.
+    """
+    names = [backbone.name for backbone in backbones]
+    if not isinstance(aux_blocks, int) or aux_blocks < 0:
+        raise ConfigError(
+            f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4"
+            " on CIFAR)"
+        )
+    if len(names) == 1:
+        names, backbones = names * num_branches, [*backbones] * num_branches
+    kept = range(num_branches)[method.kept if kept is None else kept]
+    # The student's branch is built first, right after its trunk as in the plain network, so one
+    # seed gives the student the same initial weights with and without its teachers.
+    built: dict[int, nn.Module] = {}
+    trunk = None if topology == "peers" else backbones[0].build_trunk()
+    for index in sorted(range(num_branches), key=lambda index: index != kept):
+        backbone = backbones[index]
+        if trunk is None:
+            built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
+        else:
+            built[index] = backbone.build_branch(
+                num_classes, index + 1 if method.hierarchical else 1, aux_blocks
+            )
+    branches = [built[index] for index in range(num_branches)]
+    try:
+        return BranchedModel(
+            names,
+            num_classes,
+            trunk,
+            branches,
+            [backbone.join for backbone in backbones],
+            kept,
+            companion_builder(method, options),
+            teacher,
+            method.name,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"method '{method.name}' with model '{','.join(dict.fromkeys(names))}': {error}"
+        ) from error
+
+
+def companion_builder(
+    method: Method, options: Mapping[str, OptionValue] | None
+) -> Callable[[Layout], Companion] | None:
+    """What builds the method's own modules with these options, on top of their defaults; None if it
+    has none.
+
+    Raises:
+        ConfigError: there is no such option or choice.
+    """
+    for name, value in (options or {}).items():
+        if name not in method.model_options:
+            raise ConfigError(
+                f"unknown option '{name}' of method"
+                f" '{method.name}'{did_you_mean(name, method.model_options)}"
+            )
+        if name in method.choices and value not in method.choices[name]:
+            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
+    if method.build_companion is None:
+        return None
+    return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
+
+
+def check_layout(
+    method: Method, names: Sequence[str], topology: str | None, num_branches: int
+) -> Topology:
+    """The topology that a method has for these networks, its default for None.
+
+    Raises:
+        ConfigError: the method cannot lay them out so; the message says what would do.
+    """
+    chosen = method.topologies[0] if topology is None else topology
+    if chosen not in method.topologies:
+        raise ConfigError(
+            f"topology='{topology}': method '{method.name}' takes {' or '.join(method.topologies)}"
+        )
+    low, high = method.branch_range
+    if not isinstance(num_branches, int) or not low <= num_branches <= high:
+        allowed = f"{low} to {high}" if low < high else f"{low} only"
+        raise ConfigError(
+            f"{num_branches!r} branches: method '{method.name}' takes {allowed} (its default is"
+            f" {method.default_branches})"
+        )
+    if len(names) > 1 and chosen != "peers":
+        raise ConfigError(
+            f"model={','.join(names)!r}: several networks can only be peers, and method"
+            f" '{method.name}' branches one network; name one"
+        )
+    if len(names) not in (1, num_branches):
+        raise ConfigError(
+            f"model={','.join(names)!r} names {len(names)} networks for {num_branches} branches;"
+            " name one, or as many as there are branches"
+        )
+    return chosen

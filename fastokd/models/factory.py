@@ -1,0 +1,272 @@
+"""Branched networks and students by name: our own, torchvision's and timm's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastokd.errors import ConfigError, did_you_mean
+from fastokd.methods import Method, get_method, list_methods
+from fastokd.methods.method import Layout, OptionValue, Topology
+from fastokd.models.assembly import assemble, check_layout
+from fastokd.models.branched import (
+    Backbone,
+    Branch,
+    BranchedModel,
+    Peer,
+    trunk_channels,
+)
+from fastokd.models.libraries import is_library_name, library_backbone, library_network
+from fastokd.registry import Registry
+
+_models: Registry[Mapping[str, Backbone]] = Registry(
+    "model",
+    "BACKBONES",
+    {
+        **dict.fromkeys(
+            (
+                "resnet8",
+                "resnet14",
+                "resnet20",
+                "resnet32",
+                "resnet44",
+                "resnet56",
+                "resnet110",
+                "wrn20_8",
+            ),
+            "fastokd.models.resnet_cifar",
+        ),
+        **dict.fromkeys(
+            ("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"),
+            "fastokd.models.resnet",
+        ),
+        **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
+        **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
+        "densenet40_12": "fastokd.models.densenet",
+        **dict.fromkeys(
+            (
+                "mobilenetv2_x0_5",
+                "mobilenetv2_x1_0",
+                "mobilenetv2_x0_5_imagenet",
+                "mobilenetv2_x1_0_imagenet",
+            ),
+            "fastokd.models.mobilenet_v2",
+        ),
+        "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
+        "xception": "fastokd.models.xception",
+    },
+)
+
+
+def register_model(name: str, module: str) -> None:
+    """Add a network: the module whose constant ``BACKBONES`` holds it under that name."""
+    _models.register(name, module)
+
+
+def list_models() -> list[str]:
+    """The names of all networks."""
+    return sorted(_models)
+
+
+def create_model(
+    name: str,
+    method: str = "ahbf",
+    num_classes: int = 10,
+    num_branches: int | None = None,
+    aux_blocks: int = 4,
+    *,
+    at: str | None = None,
+    topology: Topology | None = None,
+    options: Mapping[str, OptionValue] | None = None,
+    teacher: nn.Module | None = None,
+    compression: bool = False,
+) -> BranchedModel:
+    """The network of that name, laid out as the method trains it.
+
+    Args:
+        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of
+            theirs, with fresh weights. Peers may differ: "resnet20,resnet32" names them in their
+            order.
+        method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
+        num_classes: C, at least 2.
+        num_branches: M; None is the method's default, or the number of networks named.
+        aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the
+            paper's a), at least 0. Methods without a hierarchy have branches of equal depth and do
+            not look at it.
+        at: for networks of torchvision and timm, the first module that branches own, see
+            ``branch_out``. Peers and a student alone need none.
+        topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's
+            default.
+        options: options of the method's own modules, see ``Method.model_options``.
+        teacher: the frozen teacher of methods that have one: images to logits [B, C].
+        compression: the deepest branch, the last, is the plain network and the one that is kept;
+            each before it has ``aux_blocks`` blocks fewer than the next, and ``student(branch)``
+            takes any of them out (AHBF Table 5).
+
+    Raises:
+        ConfigError: a name is unknown, a number out of range, or the method cannot train these
+            networks; the message says what would do.
+        MissingExtra: the network is timm's, and timm is not installed.
+    """
+    chosen, names = get_method(method), [part.strip() for part in name.split(",")]
+    _check_num_classes(num_classes)
+    if num_branches is None:
+        num_branches = chosen.default_branches if len(names) == 1 else len(names)
+    topology = check_layout(chosen, names, topology, num_branches)
+    backbones = [
+        find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
+        for part in names
+    ]
+    if compression:
+        backbones = [_compressed(backbones[0], chosen, num_branches)]
+    return assemble(
+        backbones,
+        chosen,
+        num_classes,
+        num_branches,
+        aux_blocks,
+        topology,
+        options,
+        teacher,
+        -1 if compression else chosen.kept,
+    )
+
+
+def find_backbone(
+    name: str, at: str | None = None, num_classes: int = 10, split: bool = False
+) -> Backbone:
+    """How the network of that name is split; nothing is built yet.
+
+    Args:
+        name, at, num_classes: as in ``create_model``, for one network.
+        split: whether several branches will share its trunk.
+
+    Raises:
+        ConfigError, MissingExtra: as ``create_model``.
+    """
+    if is_library_name(name):
+        return library_backbone(name, num_classes, at, split)
+    backbone = get_backbone(name)
+    if at is not None:
+        raise ConfigError(
+            f"at='{at}': {name} is branched where its paper branches it; at is for networks"
+            " torchvision:NAME and timm:NAME"
+        )
+    return backbone
+
+
+def allowed_methods(name: str) -> list[str]:
+    """The names of the methods that can train the network of that name, with itself or as peers.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    with torch.device("meta"):
+        backbone = find_backbone(name)
+        trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
+        channels = trunk_channels(trunk)
+        found = [
+            method
+            for method in list_methods()
+            if _can_train(get_method(method), trunk, branch, channels)
+        ]
+    return found
+
+
+def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
+    """Whether a method can build its own modules for branches or peers like this one."""
+    if (
+        method.build_companion is None or method.needs_teacher
+    ):  # what a teacher must be does not depend on the network
+        return True
+    peers = method.topologies[0] == "peers"
+    branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
+    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
+    try:
+        method.build_companion(layout, **method.model_options)
+    except ValueError:
+        return False
+    return True
+
+
+def create_student(
+    name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any
+) -> nn.Module:
+    """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
+
+    A student's state dict loads into it: ``create_student(model.name,
+    C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is what a method hands
+    over that needs more than one branch.
+
+    Args:
+        layout: keywords of ``create_model``; given any, the network is a branch of that model
+            instead.
+        branch: the index of that branch; None is what the method keeps.
+
+    Raises:
+        ConfigError: the name is unknown or ``num_classes`` below 2.
+        MissingExtra: the network is timm's, and timm is not installed.
+    """
+    if layout or branch is not None:
+        return create_model(name, num_classes=num_classes, **layout).student(branch)
+    networks, mark, method = name.partition("@")
+    if mark:
+        return create_model(networks, method, num_classes).student()
+    _check_num_classes(num_classes)
+    if is_library_name(name):
+        return library_network(name, num_classes)
+    backbone = get_backbone(name)
+    return backbone.join(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
+
+
+def model_name(name: str) -> str:
+    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2"
+    is wrn16_2).
+
+    Raises:
+        ConfigError: there is none; the message suggests the closest name.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(filter(str.isalnum, text.lower()))
+
+    found = (
+        [name] if name in _models else [known for known in _models if plain(known) == plain(name)]
+    )
+    if len(found) != 1:
+        raise ConfigError(
+            f"unknown model '{name}'{did_you_mean(name, _models)}; networks of torchvision and"
+            " timm are torchvision:NAME and timm:NAME"
+        )
+    return found[0]
+
+
+def get_backbone(name: str) -> Backbone:
+    """How one of our own networks is split.
+
+    Raises:
+        ConfigError: there is none of that name; the message suggests the closest.
+    """
+    name = model_name(name)
+    return _models.get(name)[name]
+
+
+def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
+    if not method.hierarchical:
+        raise ConfigError(
+            f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'"
+        )
+    if backbone.compressed is None:
+        raise ConfigError(
+            f"compression: model '{backbone.name}' does not say which of its blocks can be taken"
+            " away; use another"
+        )
+    return backbone.compressed(num_branches)
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ConfigError(
+            f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2"
+        )

@@ -1,0 +1,66 @@
+"""The registry behind every extension point: a name, and the place its object is imported from."""
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from fastokd.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Objects by name. A module is imported when its object is first requested.
+
+    Args:
+        kind: the noun for messages, e.g. "method".
+        constant: the name of a module's constant that holds the object, for targets without one.
+        targets: "package.module" or "package.module:CONSTANT" for each built-in name.
+        reserved: further names that the user may type in the same place, e.g. "auto"; they appear
+            in suggestions.
+    """
+
+    def __init__(
+        self, kind: str, constant: str, targets: Mapping[str, str], reserved: Iterable[str] = ()
+    ) -> None:
+        self.kind = kind
+        self._constant = constant
+        self._targets = dict(targets)
+        self._reserved = tuple(reserved)
+
+    def register(self, name: str, target: str) -> None:
+        """Add an object, or replace the one of that name.
+
+        Args:
+            name: what users write.
+            target: "package.module:CONSTANT", or "package.module" for the usual constant.
+        """
+        self._targets[name] = target
+
+    def get(self, name: str) -> T:
+        """The object of that name.
+
+        Raises:
+            ConfigError: the name is unknown; the message suggests the closest one.
+        """
+        self.check(name)
+        module, _, constant = self._targets[name].partition(":")
+        value: T = getattr(importlib.import_module(module), constant or self._constant)
+        return value
+
+    def check(self, name: str) -> None:
+        """Raise the ``ConfigError`` of ``get`` for an unknown name, without importing anything."""
+        if name not in self._targets:
+            raise ConfigError(
+                f"unknown {self.kind} '{name}'"
+                f"{did_you_mean(name, [*self._targets, *self._reserved])}"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
