@@ -219,11 +219,9 @@ def test_making_room_takes_what_killed_runs_left_and_nothing_else_that_is_hidden
     assert not old.exists()
     assert not cut_off.exists(), "an entry cut off before its record was written"
     assert new.exists(), "somebody may be writing it"
-    assert sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy")) == [
-        6,
-        7,
-        8,
-    ], "a temporary file is no entry"
+    assert sorted(np.load(file).shape[1] for file in kept.glob("*.images.npy")) == [6, 7, 8], (
+        "a temporary file is no entry"
+    )
     assert len(list(kept.glob("*.status"))) == 3
     for file in kept.glob("*.json"):
         file.unlink()

@@ -354,13 +354,9 @@ class TestCsv:
             "".join(f"{file}{mark}{i % 12}\n" for i, file in enumerate(files))
         )
         opened = open_dataset(lists / f"all{suffix}", val_split=0.5)
-        assert opened.classes == (
-            "0",
-            "1",
-            "10",
-            "11",
-            *(str(i) for i in range(2, 10)),
-        ), "as the folders of a tree are ordered"
+        assert opened.classes == ("0", "1", "10", "11", *(str(i) for i in range(2, 10))), (
+            "as the folders of a tree are ordered"
+        )
         assert (len(opened.train), len(opened.test)) == (12, 12)
 
     @pytest.mark.parametrize(

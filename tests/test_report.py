@@ -113,13 +113,7 @@ def result(tmp_path, monkeypatch):
 def seconds(median, **others):
     return {
         "stats": (
-            {
-                "median": median,
-                "min": median / 2,
-                "max": median * 2,
-                "q1": median,
-                "q3": median,
-            }
+            {"median": median, "min": median / 2, "max": median * 2, "q1": median, "q3": median}
             | others
         )
     }

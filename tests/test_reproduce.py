@@ -101,12 +101,9 @@ def test_what_is_published_is_measured():
                 num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"}
             )
             for number in table.numbers(recipe):
-                assert number.row in (
-                    "student",
-                    "branch_mean",
-                    "ensemble",
-                    *loss.graph.logits,
-                ), recipe.name
+                assert number.row in ("student", "branch_mean", "ensemble", *loss.graph.logits), (
+                    recipe.name
+                )
 
 
 def test_tables_are_listed(capsys):

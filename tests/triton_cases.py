@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastokd.graph import (
-    Graph,
-    lower,
-)
+from fastokd.graph import Graph, lower
 from fastokd.graph.plan import Plan
 from fastokd.ops.reference import EXECUTOR as REFERENCE
 from fastokd.ops.triton import EXECUTOR as TRITON

@@ -10,13 +10,7 @@ from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Layout, OptionValue, Topology
 from fastokd.models.assembly import assemble, check_layout
-from fastokd.models.branched import (
-    Backbone,
-    Branch,
-    BranchedModel,
-    Peer,
-    trunk_channels,
-)
+from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.registry import Registry
 
