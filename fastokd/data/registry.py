@@ -62,8 +62,6 @@ _datasets: Registry[DatasetKind] = Registry(
         "svhn": "fastokd.data.svhn:SVHN",
         "csv": "fastokd.data.csv_list:CSV",
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
-        "tfrecord": "fastokd.data.tfrecord:TFRECORD",
-        "recordio": "fastokd.data.recordio:RECORDIO",
         "folder": "fastokd.data.folder:FOLDER",
     },
 )
