@@ -21,7 +21,7 @@ from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit, Members, check_finished
 from fastokd.data.folder import SPLIT_OF
 from fastokd.data.images import EXTENSIONS, first_of, show
-from fastokd.data.registry import DatasetKind
+from fastokd.data.kinds import DatasetKind
 from fastokd.errors import DataError
 
 CLASSES_FILE = "classes.txt"
