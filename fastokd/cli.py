@@ -438,9 +438,7 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
 @command
 def export(
     run: Pos[Path],
-    to: Literal[
-        "safetensors", "torchvision", "timm", "onnx", "torch-export", "torchscript"
-    ] = "safetensors",
+    to: Literal["safetensors", "torchvision", "timm", "onnx", "torch-export"] = "safetensors",
     out: File = None,
     which: Literal["last", "best"] = "last",
     branch: Text = None,
@@ -454,8 +452,7 @@ def export(
         run: the run folder.
         to: the format. safetensors: weights, for load_student. torchvision, timm: weights that load
             into that library's own network, where it has one. onnx: for onnxruntime and others.
-            torch-export: a .pt2 program for PyTorch. torchscript: for programs that still load it;
-            PyTorch calls it deprecated.
+            torch-export: a .pt2 program for PyTorch.
         out: the folder to write to (default RUN/export).
         which: the student of the last or of the best epoch.
         branch: another branch than the student, by number or name: 2 or branch2.
@@ -880,31 +877,20 @@ def check(
 
 
 @functools.partial(command, group=data_app)
-def convert(
-    data: Pos[str],
-    out: Path,
-    shorter_side: Whole = None,
-    webdataset: bool = False,
-    per_shard: int = 5000,
-    workers: Whole = None,
-) -> None:
-    """Write a dataset anew: scaled down, or as WebDataset shards, or both. Called again after an
-    interruption, it goes on.
+def convert(data: Pos[str], out: Path, shorter_side: int, workers: Whole = None) -> None:
+    """Write a dataset again, scaled down, as a tree of class folders. After an interruption, the
+    same command continues.
 
     Args:
         data: the dataset, as 'fastokd train --data' takes it.
         out: a new folder.
-        shorter_side: scale images down to this shorter side in pixels (default: keep their sizes).
-        webdataset: write tar archives instead of a tree of class folders.
-        per_shard: images in each archive.
+        shorter_side: scale images down to this shorter side in pixels.
         workers: processes (default: one per CPU core).
     """
-    from fastokd.data.convert import Conversion, convert_dataset
+    from fastokd.data.convert import convert_dataset
 
     with _progress_bar("converting") as progress:
-        outcome = convert_dataset(
-            data, out, Conversion(shorter_side, webdataset, per_shard), workers, progress
-        )
+        outcome = convert_dataset(data, out, shorter_side, workers, progress)
     _console().print(
         f"wrote {outcome.written} images to {outcome.out}"
         + (f"; {outcome.kept} were there already" if outcome.kept else "")

@@ -461,9 +461,7 @@ class TestRegistry:
             "csv",
             "digits",
             "folder",
-            "recordio",
             "svhn",
-            "tfrecord",
             "webdataset",
         ]
         with pytest.raises(ConfigError, match="did you mean 'cifar10'"):

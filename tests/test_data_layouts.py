@@ -453,7 +453,7 @@ class TestWebDataset:
             (("train/0.tar", "train/test-0.tar"), "train/test-0.tar: its name says test and train"),
             (
                 ("imagenet-train-0.tar", "imagenet-trainval-0.tar", "valley-0.tar"),
-                "do not say their split: imagenet-trainval-0.tar, valley-0.tar",
+                "whose split is unknown: imagenet-trainval-0.tar, valley-0.tar",
             ),
         ],
     )
@@ -507,7 +507,9 @@ class TestWebDataset:
         write_shard(shard, [(str(k), k % 2) for k in range(4)])
         whole = shard.read_bytes()
         put(shard, whole[: len(whole) // 2])
-        refused(tmp_path, "train-0.tar: not an uncompressed tar archive, or cut off", val_split=0.5)
+        refused(
+            tmp_path, "train-0.tar: not an uncompressed tar archive, or truncated", val_split=0.5
+        )
         put(shard, b"")
         refused(tmp_path, "train-0.tar: not an uncompressed tar", val_split=0.5)
         with tarfile.open(shard, "w:gz") as archive:
@@ -528,7 +530,7 @@ class TestWebDataset:
         refused(tmp_path, "train-0.tar: cannot be read: Permission denied", list_files)
         monkeypatch.undo()
         write_shard(tmp_path / "more-0.tar", [("a", 0)])
-        refused(tmp_path, "do not say their split: more-0.tar")
+        refused(tmp_path, "whose split is unknown: more-0.tar")
         (tmp_path / "more-0.tar").unlink()
         shard.rename(tmp_path / "val-0.tar")
         refused(tmp_path, "no training shards")

@@ -53,13 +53,12 @@ TRAIN = [
     "--device",
     "cpu",
 ]
-FORMATS = ["safetensors", "onnx", "torch-export", "torchscript"]
+FORMATS = ["safetensors", "onnx", "torch-export"]
 TWINS = ["torchvision", "timm"]
 FILES = {
     "safetensors": "student.safetensors",
     "onnx": "student.onnx",
     "torch-export": "student.pt2",
-    "torchscript": "student.torchscript.pt",
     "torchvision": "student.torchvision.safetensors",
     "timm": "student.timm.safetensors",
 }
@@ -198,7 +197,7 @@ def test_the_library_it_is_for_gets_the_students_logits(request, images, name):
             torch.testing.assert_close(
                 found, expected[part], rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item())
             )
-        elif name in ("torch-export", "torchscript"):
+        elif name == "torch-export":
             torch.testing.assert_close(found, expected[part], rtol=0, atol=1e-5)
         else:
             # The same kernels on the same batches: every bit.
@@ -557,9 +556,9 @@ def test_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", refuse)
     mistake(
-        call(capsys, "export", run, "--to", "torchscript", "--out", tmp_path),
+        call(capsys, "export", run, "--to", "torch-export", "--out", tmp_path),
         5,
-        r"cannot write .*student\.torchscript\.pt: No space left on device",
+        r"cannot write .*student\.pt2: No space left on device",
     )
     assert not list(tmp_path.iterdir())
 
@@ -721,23 +720,20 @@ def _with_twin(monkeypatch, name, function, *arguments):
 
 
 class FrozenBatch(nn.Module):
-    """What a trace makes a constant of: the number of images."""
+    """A network whose export is specialized to one batch size."""
 
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(192, 10)
 
     def forward(self, x):
-        return self.fc(x.reshape(int(x.shape[0]), 192))
+        return self.fc(x.reshape(2, 192))
 
 
 def test_a_frozen_batch_size_is_not_written(run, tmp_path, loader):
     _, record = load_student(run)
-    with (
-        pytest.warns(torch.jit.TracerWarning),
-        pytest.raises(CheckpointError, match=r"torchscript cannot be run on images \[1, 3, 8, 8\]"),
-    ):
-        export_student(FrozenBatch(), record, "torchscript", tmp_path, loader)
+    with pytest.raises(CheckpointError, match="resnet8 cannot be written as torch-export"):
+        export_student(FrozenBatch(), record, "torch-export", tmp_path, loader)
     assert not list(tmp_path.iterdir())
 
 
@@ -792,7 +788,7 @@ def test_wrappers_leave_no_trace(run, tmp_path, loader):
     inside.layer1 = torch.compile(inside.layer1)
     wrapped = AveragedModel(torch.compile(nn.DataParallel(inside))).eval()
     assert not names & set(wrapped.state_dict())
-    for name in ("safetensors", "torchscript"):
+    for name in ("safetensors", "torch-export"):
         export_student(wrapped, record, name, tmp_path / name, loader)
     assert set(load_file(tmp_path / "safetensors" / "student.safetensors")) == names
     assert "_orig_mod" in "".join(wrapped.state_dict())  # the original is left as it was
@@ -833,9 +829,8 @@ def test_cut_short(run, tmp_path, capsys, name, keep):
     )
 
 
-@pytest.mark.parametrize("name", ["torch-export", "torchscript"])
-def test_a_changed_byte(run, tmp_path, capsys, name):
-    path, blob = tmp_path / FILES[name], bytearray(file_of(run, name).read_bytes())
+def test_a_changed_byte(run, tmp_path, capsys):
+    path, blob = tmp_path / "student.pt2", bytearray(file_of(run, "torch-export").read_bytes())
     blob[len(blob) // 3] ^= 1
     path.write_bytes(blob)
     mistake(
@@ -882,11 +877,11 @@ def test_a_checkpoint_is_no_export(run, capsys):
 
 
 def test_a_file_under_another_name(run, tmp_path, capsys):
-    shutil.copy(file_of(run, "torchscript"), tmp_path / "student.pt2")
+    (tmp_path / "student.torchscript.pt").write_bytes(b"")
     mistake(
-        call(capsys, "eval", tmp_path, "--data", "digits"),
+        call(capsys, "eval", tmp_path / "student.torchscript.pt", "--data", "digits"),
         4,
-        r"student\.pt2 says that it is of the format 'torchscript', which a pt2 file cannot be",
+        r"TorchScript exports are no longer supported; export the run again with --to torch-export",
     )
     shutil.copy(file_of(run, "onnx"), tmp_path / "student.safetensors")
     mistake(
@@ -900,8 +895,8 @@ def test_a_folder_of_several_asks_which(run, tmp_path, capsys):
     mistake(
         call(capsys, "eval", run / "export", "--data", "digits"),
         4,
-        r"export holds 4 exports \(student\.onnx, student\.pt2, student\.safetensors,"
-        r" student\.torchscript\.pt\); name the file that is meant",
+        r"export holds 3 exports \(student\.onnx, student\.pt2, student\.safetensors\); name the"
+        r" file that is meant",
     )
     load_student(run / "export")  # of these one alone holds weights
     shutil.copy(file_of(run, "safetensors"), tmp_path / "a.safetensors")
@@ -1072,13 +1067,13 @@ def test_a_program_with_a_pickle_in_it_is_refused(run, tmp_path, capsys, where):
 
 
 def test_a_name_that_is_in_an_archive_twice(run, tmp_path, capsys):
-    shutil.copy(file_of(run, "torchscript"), tmp_path / "student.torchscript.pt")
+    shutil.copy(file_of(run, "torch-export"), tmp_path / "student.pt2")
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
-        zipfile.ZipFile(tmp_path / "student.torchscript.pt", "a") as archive,
+        zipfile.ZipFile(tmp_path / "student.pt2", "a") as archive,
     ):
         archive.writestr(
-            next(name for name in archive.namelist() if name.endswith("data.pkl")), b""
+            next(name for name in archive.namelist() if name.endswith("model.json")), b""
         )
     mistake(call(capsys, "eval", tmp_path, "--data", "digits"), 4, r"a name is in it twice")
 

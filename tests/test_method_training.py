@@ -366,6 +366,20 @@ def test_every_way_to_a_network(tmp_path, digits, teacher_run):
     torch.testing.assert_close(found.network.eval()(x), stock(wanted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("aux_logits", [False, True])
+def test_teacher_has_no_auxiliary_classifiers(tmp_path, digits, name, aux_logits):
+    """Weights saved with auxiliary classifiers load too; theirs are dropped."""
+    build = getattr(torchvision.models, name)
+    saved = build(num_classes=10, aux_logits=aux_logits, init_weights=False)
+    torch.save(saved.state_dict(), tmp_path / "weights.pth")
+    network = opened(f"torchvision:{name}:{tmp_path / 'weights.pth'}", digits).network
+    assert set(network.state_dict()) == {
+        key for key in saved.state_dict() if not key.lower().startswith("aux")
+    }
+    assert network.train()(images(2, 96)).shape == (2, 10)  # one output while training too
+
+
 def test_timm(tmp_path, digits):
     timm = pytest.importorskip("timm")
     network = timm.create_model("resnet10t", num_classes=10).eval()
@@ -535,7 +549,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
         (
             "torchvision:resnet1o1:{tmp}/weights.pth",
             ConfigError,
-            "unknown network 'resnet1o1' of torchvision; did you mean resnet101",
+            "torchvision has no classifier 'resnet1o1'; did you mean 'resnet101'",
         ),
         (
             "torchvision:resnet18:{tmp}/weights.pth",

@@ -188,7 +188,7 @@ def check_dataset(
             " does not"
         )
     found: dict[str, list[str]] = defaultdict(list)
-    if path is not None and os.path.isdir(path) and kind.walked:
+    if path is not None and os.path.isdir(path) and kind.list_split:
         root, images = path, _walk_tree(path, found)
     else:
         source = kind.files(path)

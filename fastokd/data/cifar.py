@@ -20,7 +20,7 @@ import torch
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource, Split
 from fastokd.data.images import resize_all, show
-from fastokd.data.registry import DatasetKind, ReadOptions
+from fastokd.data.kinds import DatasetKind, ReadOptions
 from fastokd.errors import DataError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
-from fastokd.data.folder import list_tree
-from fastokd.data.registry import DatasetKind
+from fastokd.data.folder import list_split, list_tree
+from fastokd.data.kinds import DatasetKind
 from fastokd.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -44,4 +44,4 @@ def list_cinic10(path: Path | None) -> DataSource[FileSplit]:
     return replace(tree, name="cinic10", mean=MEAN, std=STD, augment=Augment(pad=4, flip=True))
 
 
-CINIC10 = DatasetKind(files=list_cinic10, detect=_detect, walked=True)
+CINIC10 = DatasetKind(files=list_cinic10, detect=_detect, list_split=list_split)

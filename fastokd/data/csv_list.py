@@ -15,7 +15,7 @@ from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit
 from fastokd.data.folder import SPLIT_OF, SPLITS
 from fastokd.data.images import show
-from fastokd.data.registry import DatasetKind
+from fastokd.data.kinds import DatasetKind
 from fastokd.errors import DataError
 
 SUFFIXES = (".csv", ".tsv")

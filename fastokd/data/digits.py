@@ -13,7 +13,7 @@ import torch
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource, Split
 from fastokd.data.images import resize_all
-from fastokd.data.registry import DatasetKind, ReadOptions
+from fastokd.data.kinds import DatasetKind, ReadOptions
 from fastokd.errors import ConfigError
 
 FILE = Path(__file__).with_name("digits.npz")

@@ -15,8 +15,8 @@ import torch
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit, check_finished
 from fastokd.data.images import EXTENSIONS, first_of, show
+from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
-from fastokd.data.registry import DatasetKind
 from fastokd.errors import ConfigError, DataError
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
@@ -335,4 +335,4 @@ def walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
             yield entry.path
 
 
-FOLDER = DatasetKind(files=list_tree, walked=True)
+FOLDER = DatasetKind(files=list_tree, list_split=list_split)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,44 +10,9 @@ from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split, prepare
 from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
 from fastokd.data.images import Progress, check_image_size, show
+from fastokd.data.kinds import DatasetKind, ReadOptions
 from fastokd.errors import ConfigError, DataError, did_you_mean
 from fastokd.registry import Registry
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How to read a dataset.
-
-    Args:
-        image_size: side of the square all images are fitted to (shorter side scaled, centre cut);
-            None: as they are.
-        workers: decoding threads; None for one per usable CPU core.
-        progress: called with (files done, files in all) while files are decoded.
-    """
-
-    image_size: int | None = None
-    workers: int | None = None
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class DatasetKind:
-    """A kind of dataset: decoded while it is read, or a list of image files; one of ``read`` and
-    ``files``.
-
-    Args:
-        read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
-        detect: whether a path holds this kind; None for kinds that are only opened by name.
-        files: lists the image files of one without decoding any; raises ``DataError``.
-        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when
-            it is not sound.
-    """
-
-    read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
-    detect: Callable[[Path], bool] | None = None
-    files: Callable[[Path | None], DataSource[FileSplit]] | None = None
-    walked: bool = False
-
 
 _FALLBACK = "folder"
 _datasets: Registry[DatasetKind] = Registry(
@@ -62,8 +26,6 @@ _datasets: Registry[DatasetKind] = Registry(
         "svhn": "fastokd.data.svhn:SVHN",
         "csv": "fastokd.data.csv_list:CSV",
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
-        "tfrecord": "fastokd.data.tfrecord:TFRECORD",
-        "recordio": "fastokd.data.recordio:RECORDIO",
         "folder": "fastokd.data.folder:FOLDER",
     },
 )
@@ -217,7 +179,7 @@ def open_evaluation(
     """
     check_image_size(image_size)
     kind, path = resolve(spec)
-    if path is None or not kind.walked:
+    if path is None or kind.list_split is None:
         dataset = (
             open_dataset(spec, image_size, progress=progress)
             if decoded
@@ -228,9 +190,7 @@ def open_evaluation(
             dataset.classes,
             dataset.evaluation if split is None else dataset.split(split),
         )
-    from fastokd.data.folder import list_split
-
-    found = list_split(path, split)
+    found = kind.list_split(path, split)
     images: Split | FileSplit = found.train
     if decoded:
         alone = dataclasses.replace(found, train=dataclasses.replace(found.train, name="train"))

@@ -149,6 +149,11 @@ def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
         path = found[0] if found else path
     if not path.is_file():
         raise CheckpointError(f"there is no student at {path}; make one with 'fastokd export RUN'")
+    if path.name.endswith(".torchscript.pt"):
+        raise CheckpointError(
+            f"{path}: TorchScript exports are no longer supported; export the run again with --to"
+            " torch-export or onnx"
+        )
     if not path.name.endswith(known):
         raise CheckpointError(
             f"{path} is no export by its name: they end in {', '.join(known)}; a run is given as"

@@ -86,7 +86,6 @@ _formats: Registry[ExportFormat] = Registry(
         "timm": "fastokd.export.state_dict:TIMM",
         "onnx": "fastokd.export.onnx:ONNX",
         "torch-export": "fastokd.export.torch_export:TORCH_EXPORT",
-        "torchscript": "fastokd.export.torchscript:TORCHSCRIPT",
     },
 )
 

@@ -119,7 +119,7 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
     raise ConfigError(
         f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name};"
         f" it has them of {', '.join(_TWINS[library])} and every {library}:NAME. Use --to"
-        " safetensors, onnx, torch-export or torchscript"
+        " safetensors, onnx or torch-export"
     )
 
 

@@ -15,7 +15,7 @@ from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
 from fastokd.models.assembly import assemble, check_layout
 from fastokd.models.branched import Backbone, Branch, BranchedModel
-from fastokd.models.residual import conv
+from fastokd.models.layers import conv
 from fastokd.models.tracing import (
     Shapes,
     default_input_size,

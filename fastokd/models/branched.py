@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
 from fastokd.methods.method import BranchPass, Companion, Layout, RunResult
-from fastokd.models.merge import MergedFirstConvs
 
 
 class BranchOutput(NamedTuple):
@@ -160,7 +159,6 @@ class BranchedModel(nn.Module):
         )
         self.method = method
         self._joins = tuple(joins)
-        self._merged: MergedFirstConvs | None = None
         self.run_branches = one_by_one
         """Runs branches that do not depend on each other; whoever trains may put another way of
         running them here.
@@ -211,12 +209,7 @@ class BranchedModel(nn.Module):
     def _run(self, inputs: Sequence[Tensor]) -> RunResult:
         if self.runs_in_its_own_way:
             return self.companion.run(inputs, self.branches)
-        results = (
-            self._merged(inputs[0])
-            if self._merged is not None
-            else self.run_branches(self.branches, inputs)
-        )
-        features, logits = zip(*results, strict=True)
+        features, logits = zip(*self.run_branches(self.branches, inputs), strict=True)
         return RunResult(features, logits)
 
     def compile_parts(self) -> None:
@@ -226,9 +219,7 @@ class BranchedModel(nn.Module):
         So what is compiled is small and alike for all branches, and they may still run side by
         side. Names of weights and the student stay what they were.
         """
-        parts = [self.trunk, self.companion]
-        parts += self.branches if self._merged is None else self._merged.parts
-        for part in parts:
+        for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
                 part.compile()
 
@@ -236,28 +227,6 @@ class BranchedModel(nn.Module):
     def runs_in_its_own_way(self) -> bool:
         """Whether the method runs the branches itself, because they exchange features."""
         return self.companion is not None and type(self.companion).run is not Companion.run
-
-    @property
-    def merged_first_conv(self) -> bool:
-        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same
-        values up to rounding.
-
-        Setting it raises a ConfigError where they cannot be merged, and says why.
-        """
-        return self._merged is not None
-
-    @merged_first_conv.setter
-    def merged_first_conv(self, merged: bool) -> None:
-        if merged and self.trunk is None:
-            raise ConfigError(
-                "merged_first_conv: peers have no trunk, so their convolutions have no input in"
-                " common"
-            )
-        if merged and self.runs_in_its_own_way:
-            raise ConfigError(
-                f"merged_first_conv: method '{self.method}' runs the branches in its own way"
-            )
-        self._merged = MergedFirstConvs(self.branches) if merged else None
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].

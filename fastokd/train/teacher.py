@@ -3,11 +3,9 @@ rows.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import pickle
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.data import Dataset
-from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_few, first_line
+from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD
+from fastokd.errors import CheckpointError, ConfigError, first_few, first_line
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
+from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
 
-LIBRARIES = ("torchvision", "timm")
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; larger ones stay on the disk, and a batch's
 rows are fetched from there.
 """
 LOOKED_AT = 1024
 """So many stored rows are checked, and stand for all of them in the fingerprint."""
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class StoredRows:
@@ -164,9 +162,8 @@ def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) ->
     given = (dataset.mean, dataset.std)
     if library:
         network = _library_network(library, name, path, len(dataset.classes))
-        wanted = (
-            IMAGENET if config.model_options()["teacher_normalization"] == "imagenet" else given
-        )
+        imagenet = config.model_options()["teacher_normalization"] == "imagenet"
+        wanted = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else given
     else:
         network, classes, size, wanted = (
             _checkpoint_network(path) if path.suffix == ".pt" else _exported_network(path)
@@ -293,29 +290,8 @@ def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tu
 
 def _library_network(library: str, name: str, path: Path, num_classes: int) -> nn.Module:
     """A network of torchvision or timm with the weights in a file."""
-    if library == "torchvision":
-        import torchvision
-
-        names = torchvision.models.list_models(module=torchvision.models)
-        build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
-    else:
-        try:
-            import timm
-        except ImportError as error:
-            raise MissingExtra(
-                "a teacher of timm needs timm: pip install 'fastokd[timm]'"
-            ) from error
-
-        names = timm.list_models()
-        build = partial(timm.create_model, name, pretrained=False, num_classes=num_classes)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        raise ConfigError(
-            f"unknown network '{name}' of {library}"
-            + (f"; did you mean {' or '.join(close)}?" if close else "")
-        )
-    network = build()
-    weights = _read_weights(path)
+    network = library_network(f"{library}:{name}", num_classes)
+    weights = without_auxiliary(f"{library}:{name}", _read_weights(path))
     try:
         load_weights(network, weights, str(path))
     except CheckpointError as error:
