@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from cifar_files import write_cifar
-from launching import start
+from launching import default_signals, start
 from PIL import Image
 
 from fastokd import cli
@@ -59,6 +59,7 @@ def events(root: Path) -> list[dict]:
 
 
 def wait_for_events(root: Path, count: int) -> None:
+    """Wait until the runs have written so many events, at most a minute."""
     deadline = time.monotonic() + 60
     while (
         not (root / "events.txt").is_file() or len(events(root)) < count
@@ -694,6 +695,13 @@ def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, caps
     assert not (tmp_path / "new").exists()
 
 
+@pytest.fixture
+def listening():
+    """Default signal dispositions: these tests may run in the background, with SIGINT ignored."""
+    with default_signals():
+        yield
+
+
 @pytest.mark.parametrize(
     ("number", "orders"),
     [
@@ -701,7 +709,7 @@ def test_a_refused_larger_grid_leaves_nothing_in_the_folder(fake, tmp_path, caps
         (signal.SIGINT, {"aux_blocks-0-seed0": "wait", "aux_blocks-1-seed0": "stubborn"}),
     ],
 )
-def test_a_signal_lets_the_runs_save(fake, tmp_path, capsys, number, orders):
+def test_a_signal_lets_the_runs_save(fake, listening, tmp_path, capsys, number, orders):
     out = tmp_path / "out"
     order(tmp_path, orders)
 
@@ -788,7 +796,7 @@ def test_results_are_written_after_every_run_and_after_an_error(fake, tmp_path, 
     assert len(written) == 3
 
 
-def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, tmp_path):
+def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, listening, tmp_path):
     order(tmp_path, {"run0": "stubborn"})
 
     def say(text: str) -> None:
@@ -809,8 +817,8 @@ def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_an_ignored_signal_is_left_alone(fake, tmp_path, capsys, number):
-    """As after nohup, or in the background of a script."""
+def test_an_ignored_signal_is_left_alone(fake, listening, tmp_path, capsys, number):
+    """As after nohup, or in the background of a script. SIGTERM stops such a sweep."""
     out = tmp_path / "out"
     before = signal.signal(number, signal.SIG_IGN)
     stopper = threading.Thread(
@@ -848,7 +856,7 @@ def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
     killed = start(["-c", with_fakes, "sweep", "--out", out, "--data", "digits", *grid])
     wait_for_events(tmp_path, 1)
     killed.kill()
-    killed.wait()
+    killed.communicate(timeout=60)
     left = events(tmp_path)[0]["pid"]
     try:
         assert sweep(out, *grid) == 2
@@ -868,6 +876,24 @@ def test_the_runs_of_a_killed_sweep_are_waited_for(fake, tmp_path, capsys):
         time.sleep(0.05)
     assert code == 0
     assert "aux_blocks-0-seed0: goes on, 1 of 2 epochs" in capsys.readouterr().out
+
+
+def test_sigterm_stops_a_sweep_that_ignores_ctrl_c(fake, listening, tmp_path, capsys):
+    out = tmp_path / "out"
+    order(tmp_path, {"resnet8-ahbf-seed0": "wait"})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def stop() -> None:
+        wait_for_events(tmp_path, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert sweep(out, *TINY, "--set", "epochs=2", "--devices", "cpu") == 75
+    stopper.join()
+    assert "SIGTERM: 1 runs save and stop" in capsys.readouterr().out
 
 
 # ---- with real runs
@@ -896,8 +922,10 @@ def test_a_sweep_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
     ]
     stopped = start(["-m", "fastokd", "sweep", "--out", out, *command])
     metrics = out / "runs" / "lr-0.05-seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
     while not metrics.is_file():
         assert stopped.poll() is None, stopped.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
     said, errors = stopped.communicate(timeout=120)
