@@ -56,7 +56,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/bench_gate.py -q --benchmark-json=$(MEASURED)/gate-cpu.json
 	$(BIN)/python -m pytest bench/bench_step.py -q --benchmark-json=$(MEASURED)/quickstep-cpu.json
 	$(BIN)/python -m pytest bench/bench_start.py -q --benchmark-json=$(MEASURED)/start-cpu.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=$(MEASURED)/data-cpu.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py -q --benchmark-json=$(MEASURED)/data-cpu.json
 	$(BIN)/fastokd bench step --seconds 60 --out build/step
 	cp build/step/step-ladder.json $(MEASURED)/step-cpu.json
 	$(BIN)/python -m bench.machine_code --out $(MEASURED)/machine-code.json

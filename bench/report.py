@@ -19,6 +19,7 @@ from bench.plots import draw_speedups
 from fastokd.experiments.analysis.ladder import draw_ladder
 from fastokd.experiments.analysis.svg import shows
 from fastokd.experiments.analysis.tables import markdown_table
+from fastokd.experiments.step_benchmark import current_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -483,43 +484,6 @@ def data_tables(path: Path) -> list[str]:
     ]
 
 
-def merge_table(path: Path) -> list[str]:
-    """The branches' first convolutions one by one and merged, on one machine."""
-    found = read(path)
-    groups: dict[str, dict[bool, Benchmark]] = {}
-    for benchmark in by_test(found)["test_first_convs"]:
-        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["merged"]] = benchmark
-
-    def cell(benchmark: Benchmark) -> str:
-        median, low, high = (
-            short(1000 * benchmark["stats"][name]) for name in ("median", "min", "max")
-        )
-        return f"{median} ({low}-{high})"
-
-    return [
-        made_by(path, found),
-        (
-            "Forward and backward of the whole branched network: median milliseconds (fastest to"
-            " slowest)."
-        ),
-        "",
-        *markdown_table(
-            [
-                ("network and batch", "one by one", "merged", "one by one / merged"),
-                *(
-                    (
-                        group,
-                        cell(pair[False]),
-                        cell(pair[True]),
-                        f"{pair[False]['stats']['median'] / pair[True]['stats']['median']:.2f}",
-                    )
-                    for group, pair in groups.items()
-                ),
-            ]
-        ),
-    ]
-
-
 def ladder_tables(path: Path) -> list[str]:
     """The step's ladders of one machine, each with its picture."""
     return [
@@ -534,7 +498,7 @@ def ladder_pictures(path: Path) -> dict[Path, dict[str, Any]]:
     where the picture of each is.
     """
     found = read(path)
-    ladders = [ladder for ladder in found.get("ladders", [found]) if "rows" in ladder]
+    ladders = [current_rows(found) for found in found.get("ladders", [found]) if "rows" in found]
     return {
         PICTURE_FOLDER
         / (f"{path.stem}.svg" if len(ladders) == 1 else f"{path.stem}-{number}.svg"): ladder
@@ -698,7 +662,6 @@ def blocks() -> dict[str, list[str]]:
         "gates": _if_measured(gate_table, "gate-cpu.json"),
         "start": _if_measured(start_table, "start-cpu.json"),
         "data": _if_measured(data_tables, "data-cpu.json"),
-        "merged convolutions": _if_measured(merge_table, "data-cpu.json"),
         "gpu": (
             [
                 *_of_part(gpu_tables.environment_lines, "environment"),

@@ -24,7 +24,6 @@ from fastokd.errors import (
     EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_OK,
-    EXIT_SLOWER,
     EXIT_USAGE,
     ConfigError,
     DataError,
@@ -47,9 +46,9 @@ Exit codes: 0 done; 3 problems were found; others as of fastokd."""
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 
-BENCH_DESCRIPTION = """Measure what fastokd does on this machine, and compare what was measured.
+BENCH_DESCRIPTION = """Measure a training step on this machine.
 
-Exit codes as of fastokd, and 7: a row is slower than 'compare --fail-above' allows."""
+Exit codes as of fastokd."""
 
 bench_app = tyro.extras.SubcommandApp()
 
@@ -913,8 +912,8 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @command
 def bench() -> None:
-    """Measure a training step on this machine, one lever at a time, and compare two result files:
-    see 'fastokd bench --help'.
+    """Measure a training step on this machine, one optimization at a time: see 'fastokd bench
+    --help'.
     """
 
 
@@ -1092,36 +1091,6 @@ def _write_ladder(found: dict[str, Any], out: Path) -> None:
     except MissingExtra as error:
         picture = f"; no picture: {error}"
     _console().print(f"wrote {path}{picture}", markup=False)
-
-
-@functools.partial(command, group=bench_app)
-def compare_(before: Pos[Path], after: Pos[Path], fail_above: Number = None) -> int:
-    """Put two result files side by side: for each row both medians and spreads, their ratio, and
-    whether the spreads lie apart.
-
-    Args:
-        before: a result file of pytest-benchmark (make bench), of 'fastokd bench step', or of the
-            step or kernels part of bench.gpu.
-        after: another one, made by the same command.
-        fail_above: end with exit code 7 if a row takes more than so many times as long, e.g. 1.1,
-            outside the spread of both.
-    """
-    from fastokd.experiments.analysis.bench_files import compare_files
-
-    if fail_above is not None and not fail_above >= 1:
-        raise ConfigError(
-            f"--fail-above {fail_above:g}: it must be at least 1, which is as long as before"
-        )
-    found = compare_files(before, after)
-    print("\n".join(found.lines()))
-    slower = found.slower_than(fail_above) if fail_above is not None else []
-    for row in slower:
-        print(
-            f"fastokd: {row.name} takes {row.ratio:.2f} times as long, more than --fail-above"
-            f" {fail_above:g}",
-            file=sys.stderr,
-        )
-    return EXIT_SLOWER if slower else EXIT_OK
 
 
 @command
@@ -1707,7 +1676,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench_app,
             "fastokd bench",
             BENCH_DESCRIPTION,
-            ("step", "compare"),
+            ("step",),
         )
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         print(

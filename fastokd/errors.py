@@ -15,8 +15,6 @@ EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_IO = 5
 EXIT_PEER = 6
-EXIT_SLOWER = 7
-"""A benchmark's row takes longer than it was allowed to."""
 EXIT_PREEMPTED = 75
 """What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which
 schedulers know.

@@ -19,6 +19,7 @@ from fastokd.experiments.step_benchmark import (
     Ladder,
     ResearchStep,
     Row,
+    current_rows,
     decoded_images,
     first_row,
     ladder_images,
@@ -39,7 +40,6 @@ ON_A_CPU = [
     "branches on CUDA streams",
     "the step as one CUDA graph",
     "augmentation inside the graph",
-    "merged first convolutions",
     "the student alone, with every lever",
 ]
 BENCH = [
@@ -115,7 +115,6 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
         "alternative",
         "lever",
         "lever",
-        "lever",
         "student",
     ]
     assert [
@@ -127,8 +126,7 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
         {"precision": "bf16"},
         {"precision": "fp32", "compile": True},  # bf16 is not kept on a CPU
         {"flat": True},
-        {"merge_first_conv": True},
-        {"method": "baseline", "branches": 1, "merge_first_conv": False},
+        {"method": "baseline", "branches": 1},
     ]
     first, *others = [row for row in rows if row.first_loss is not None and row.kind != "student"]
     for row in others:
@@ -144,15 +142,13 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
             assert 0 < row.loss_share < 1
             assert row.peak_bytes is None
     found = report(ladder, rows)
-    assert found["all_levers"] == "merged first convolutions"
+    assert found["all_levers"] == "parameters in one tensor"
     assert found["environment"]["torch"] == torch.__version__
 
 
-def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
+def test_all_optimizations_are_kept_on_a_gpu():
     rows = levers(torch.device("cuda"))
-    assert [row.name for row in rows if not row.carried] == [
-        "merged first convolutions instead of streams"
-    ]
+    assert all(row.carried for row in rows)
     assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
     everything = CONFIG
     for row in rows:
@@ -163,8 +159,7 @@ def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
         everything.flat,
         everything.streams,
         everything.cuda_graph,
-        everything.merge_first_conv,
-    ) == ("bf16", True, True, True, True, False)
+    ) == ("bf16", True, True, True, True)
     assert (
         first_row(CONFIG, torch.device("cuda")).precision == "tf32"
     )  # what PyTorch does with float32 convolutions there
@@ -262,15 +257,19 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
         "no compiler here",
         "out of memory",
     )
-    assert rows["merged first convolutions"].images_per_second
+    assert rows["parameters in one tensor"].images_per_second
     assert not any(config.compile or config.channels_last for config in made)
 
 
-def test_merging_that_cannot_be_is_said_in_its_own_words(made, not_compiled):
-    config = dataclasses.replace(CONFIG, method="kdcl", topology="peers")
-    rows = {row.name: row for row in Ladder(config, ladder_images(config), CPU, steps=1).rows()}
-    assert "peers have no trunk" in rows["merged first convolutions"].reason
-    assert rows["the student alone, with every lever"].images_per_second
+def test_removed_rows_of_earlier_results_are_omitted():
+    def row(name, kind, ratio):
+        return {"name": name, "kind": kind, "reason": "", "times_first": [ratio, ratio, ratio]}
+
+    rows = [row("first", "first", 1.0), row("flat", "lever", 2.0)]
+    old = [*rows, row("merged first convolutions", "lever", 1.5), row("alone", "student", 3.0)]
+    found = current_rows({"rows": old, "all_levers": "merged first convolutions"})
+    assert [row["name"] for row in found["rows"]] == ["first", "flat", "alone"]
+    assert (found["all_levers"], found["teaching_costs"]) == ("flat", 1.5)
 
 
 def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):

@@ -50,6 +50,8 @@ _PROFILED_STEPS = 5
 SPENT = "the time was spent"
 """The reason of a row that was not measured because it was to be stopped before it."""
 
+_REMOVED = "merged first convolutions"
+"""A row of earlier versions."""
 NEVER = ("needs a GPU", "there is no captured step to put it into")
 """The reasons of rows that there cannot be here."""
 
@@ -89,11 +91,6 @@ def levers(device: torch.device) -> list[Lever]:
         Lever("branches on CUDA streams", {"streams": True}, needs_gpu=True),
         Lever("the step as one CUDA graph", {"cuda_graph": True}, needs_gpu=True),
         Lever("augmentation inside the graph", {}, needs_gpu=True, gathers=True),
-        Lever(
-            "merged first convolutions" + (" instead of streams" if gpu else ""),
-            {"merge_first_conv": True, "streams": False},
-            carried=not gpu,
-        ),
     ]
 
 
@@ -110,7 +107,6 @@ def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
         cuda_graph=False,
         streams=False,
         flat=False,
-        merge_first_conv=False,
     )
 
 
@@ -404,7 +400,6 @@ class Ladder:
                 get_method(config.method).kept if len(config.model_names()) > 1 else 0
             ],
             streams=False,
-            merge_first_conv=False,
         )
         title = "the student alone, with every lever"
         if title in known:
@@ -625,6 +620,17 @@ def report(ladder: Ladder, rows: Sequence[Row]) -> dict[str, Any]:
         "processor": processor(),
         "environment": ladder.environment,
     }
+
+
+def current_rows(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``report`` gives for an earlier result, without rows that no longer exist."""
+    rows = [row for row in found["rows"] if not row["name"].startswith(_REMOVED)]
+    if len(rows) == len(found["rows"]):
+        return dict(found)
+    best = [row for row in rows if row["kind"] in ("first", "lever") and not row["reason"]][-1]
+    alone = next((row for row in rows if row["kind"] == "student"), None)
+    costs = alone and alone["times_first"] and alone["times_first"][0] / best["times_first"][0]
+    return {**found, "rows": rows, "all_levers": best["name"], "teaching_costs": costs}
 
 
 def ladder_images(config: TrainConfig, num_classes: int = 10) -> Dataset:

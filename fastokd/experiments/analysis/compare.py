@@ -21,7 +21,7 @@ from fastokd.experiments.analysis.latency import (
 )
 from fastokd.experiments.analysis.page import page, remarks_section
 from fastokd.experiments.analysis.runs import Group, Record, Run, remarks_of
-from fastokd.experiments.analysis.tables import Table, plain_markdown
+from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.export import load_student
 from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops
@@ -326,14 +326,6 @@ def _times_alone(group: Group, comparable: Sequence[Group]) -> float | None:
 
 # --- the tables
 # --------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and sample standard deviation in words; a single value has no deviation."""
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):{sign}.2f}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"
 
 
 def _error_table(found: Comparison) -> Table:

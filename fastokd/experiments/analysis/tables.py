@@ -1,6 +1,7 @@
 """One table, for a terminal, Markdown and HTML."""
 
 import io
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -90,3 +91,11 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
 def plain_markdown(text: str) -> str:
     """Text without what Markdown reads as markup; names of runs may hold anything."""
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>#|" else letter for letter in text)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and sample standard deviation as text; a single value has no deviation."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"

@@ -1,4 +1,4 @@
-"""The datasets of the runs of a queue, each opened once."""
+"""The datasets of a plan's runs, each opened once."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from fastokd.train.progress import Counter
 
 
 class Datasets:
-    """Opens datasets as runs do, but each of them once."""
+    """Opens datasets as runs do, each of them once."""
 
     def __init__(self) -> None:
         self._opened: dict[str, AnyDataset] = {}
@@ -37,38 +37,28 @@ class Datasets:
         return self._opened[key]
 
     def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
-        """The fingerprints of the datasets of configurations, by what they are of beside the data
-        itself: decoded images of a size, or files.
-        """
-        found = {}
-        for config in configs:
-            dataset = self.of(config)
-            found[
+        """The fingerprints of the datasets, by form: files, or decoded images of a size."""
+        datasets = [(config, self.of(config)) for config in configs]
+        return {
+            (
                 f"images of size {config.image_size}" if isinstance(dataset, Dataset) else "files"
-            ] = dataset.fingerprint
-        return found
+            ): dataset.fingerprint
+            for config, dataset in datasets
+        }
 
-    def are_others(self, config: TrainConfig, fingerprint: str) -> bool:
-        """Whether the images of a configuration are others than those that a run of it has recorded
-        this fingerprint of.
-        """
+    def differ(self, config: TrainConfig, fingerprint: str) -> bool:
+        """Whether a configuration's images differ from those of a recorded fingerprint."""
         dataset = self.of(config)
         if dataset.fingerprint == fingerprint:
             return False
-        if (
-            config.loader != "auto"
-            or not made_of_files(config.data)
-            or max(dataset.image_size) > SMALL
-        ):
-            return True
-        # The memory that was free then decided whether small images were decoded, and the
-        # fingerprint is of what was opened.
-        return (
-            self.of(
-                replace(
-                    config,
-                    loader="resident" if isinstance(dataset, FileDataset) else next(file_loaders()),
-                )
-            ).fingerprint
-            != fingerprint
+        undecided = (
+            config.loader == "auto"
+            and made_of_files(config.data)
+            and max(dataset.image_size) <= SMALL
         )
+        if not undecided:
+            return True
+        # The memory that was free decides whether small images are decoded, and the fingerprint
+        # depends on that.
+        loader = "resident" if isinstance(dataset, FileDataset) else next(file_loaders())
+        return self.of(replace(config, loader=loader)).fingerprint != fingerprint

@@ -1,0 +1,240 @@
+"""What a sweep and a reproduced table have in common: runs in one folder, and their results."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from fastokd.errors import EXIT_OK, ConfigError
+from fastokd.experiments.analysis.runs import SAME_RUN
+from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.sweep.queue import Job, Outcome, Queue
+from fastokd.storage import storage_error, write_json
+from fastokd.train.config import TrainConfig, differences
+from fastokd.train.run_folder import RunFolder, read_json_object
+from fastokd.train.teacher import open_teacher
+
+RUNS = "runs"
+"""The folder of the run folders."""
+
+Record = Mapping[str, Any]
+
+
+class Results(Protocol):
+    """The results of a plan's runs so far."""
+
+    def as_text(self) -> str:
+        """Tables for a terminal."""
+
+    def write(self) -> None:
+        """Write tables and numbers into the plan's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ABC):
+    """Runs in one folder.
+
+    Attributes:
+        out: the folder.
+        datasets: opens the data of the runs.
+    """
+
+    kind: ClassVar[str]
+    """The command; ``KIND.json`` in the folder has the plan's record."""
+
+    out: Path
+    datasets: Datasets = field(default_factory=Datasets)
+
+    @property
+    @abstractmethod
+    def runs(self) -> Sequence[Sequence[Job]]:
+        """Every run of the results, by row."""
+
+    @property
+    @abstractmethod
+    def queue(self) -> list[Job]:
+        """The runs to train now, in the order in which they start."""
+
+    @property
+    @abstractmethod
+    def record(self) -> Record:
+        """A description of the plan, as JSON has it."""
+
+    @abstractmethod
+    def differences(self, existing: Record) -> list[str]:
+        """Differences from the folder's record that prevent reusing the folder."""
+
+    @abstractmethod
+    def results(self, failed: Mapping[str, str]) -> Results:
+        """Read the results.
+
+        Args:
+            failed: errors of the runs that failed in this process, by name.
+        """
+
+    def check(self) -> None:
+        """Check that the folder, if it exists, belongs to this plan and to the same images.
+
+        Raises:
+            ConfigError: it does not, or contains other files or runs.
+            ConfigError, DataError: the data cannot be trained on.
+            StorageError: the folder cannot be read.
+        """
+        record = self._read_record()
+        if record is None:
+            return
+        try:
+            different = self.differences(record)
+            images = dict(record.get("data", {}))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise self._damaged() from None
+        if different:
+            raise ConfigError(
+                f"{self.out} belongs to a different '{self.kind}' (existing vs requested:"
+                f" {'; '.join(different)}); repeat that command to resume it, or choose another"
+                " --out"
+            )
+        jobs = [job for row in self.runs for job in row]
+        configs = [job.config for job in jobs if job.config.data]
+        for name, fingerprint in self.datasets.fingerprints(configs).items():
+            if images.get(name, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"{self.out} belongs to other images than {configs[0].data} has now: pass the"
+                    " data that its runs are trained on, or choose another --out"
+                )
+        for job in jobs:
+            _check_run(job, self.datasets)
+
+    def run(
+        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
+    ) -> Outcome:
+        """Train the runs that are not finished, and write the results after each of them.
+
+        Args:
+            devices: where they run.
+            per_device: how many run at once on each device.
+            say: prints a line about progress.
+
+        Raises:
+            ConfigError: see ``check``, or runs in the folder are still active.
+            ConfigError, DataError, CheckpointError: data or a teacher cannot be used, found before
+                the first run.
+            StorageError: the disk refused.
+        """
+        self.check()
+        waiting = [job for job in self.queue if not job.is_finished()]
+        if not waiting:
+            self.results({}).write()
+            return Outcome({}, EXIT_OK)
+        _check_inputs([job.config for job in waiting], self.datasets)
+        with self._locked(waiting):
+            self.check()  # another process may have written here since
+            path = self.out / f"{self.kind}.json"
+            images = self.datasets.fingerprints(job.config for job in self.queue)
+            data = {**read_json_object(path).get("data", {}), **images}
+            write_json(path, {**self.record, "data": data})
+            queue = Queue(self.queue, self.out, devices, per_device, say)
+            return queue.run(lambda failed: self.results(failed).write())
+
+    def _read_record(self) -> Any:
+        """The folder's record; None for a new folder."""
+        path = self.out / f"{self.kind}.json"
+        try:
+            if not path.is_file():
+                others = sorted(entry.name for entry in self.out.iterdir())
+                if others:
+                    raise ConfigError(
+                        f"{self.out} is not empty ({', '.join(others[:3])}) and was not written by"
+                        f" 'fastokd {self.kind}'; choose another --out"
+                    )
+                return None
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error(self.out, error) from error
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise self._damaged() from None
+
+    def _damaged(self) -> ConfigError:
+        return ConfigError(
+            f"{self.out / self.kind}.json is damaged; choose another --out, or delete that file if"
+            " its runs belong to this command"
+        )
+
+    @contextmanager
+    def _locked(self, waiting: Iterable[Job]) -> Iterator[None]:
+        """Lock the folder for this process, and check that no run in it is active: runs of a
+        process that was killed continue without it.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self.out, error) from error
+        folder = RunFolder(self.out)
+        try:
+            folder.lock()
+            for job in waiting:
+                if job.path.is_dir():
+                    run = RunFolder(job.path)
+                    run.lock()
+                    run.unlock()
+        except ConfigError:
+            folder.unlock()
+            raise ConfigError(
+                f"{self.out} is locked: runs started by another '{self.kind}' process are still"
+                " active; wait for them, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            folder.unlock()
+
+
+def _check_inputs(configs: Sequence[TrainConfig], datasets: Datasets) -> None:
+    """Open the data and the teachers of all runs, so that mistakes are found before the first."""
+    checked = set()
+    for config in configs:
+        dataset = datasets.of(config)
+        teacher = config.method_options.get("teacher")
+        if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
+            open_teacher(config, dataset, torch.device("cpu"))
+            checked.add(key)
+
+
+def _check_run(job: Job, datasets: Datasets) -> None:
+    """Check that an existing run has the configuration and the images of a job.
+
+    Raises:
+        ConfigError: it has not, or its configuration is damaged.
+        ConfigError, DataError: the data cannot be trained on.
+    """
+    if not job.is_started():
+        return
+    run = RunFolder(job.path)
+    existing = run.load_config()
+    same = replace(existing, **{name: getattr(job.config, name) for name in SAME_RUN})
+    if changed := differences(same, job.config):
+        raise ConfigError(
+            f"{job.path} contains a run with a different configuration (existing vs requested:"
+            f" {'; '.join(changed)}); choose another --out"
+        )
+    recorded = run.read_environment().get("data")
+    if (
+        job.config.data
+        and isinstance(recorded, dict)
+        and recorded.get("fingerprint")
+        and datasets.differ(job.config, recorded["fingerprint"])
+    ):
+        raise ConfigError(
+            f"{job.path} contains a run on other images (of {recorded.get('name', 'unknown data')})"
+            f" than {job.config.data} has now: pass the data that it was trained on, or choose"
+            " another --out"
+        )
