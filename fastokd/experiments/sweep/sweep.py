@@ -36,21 +36,12 @@ from fastokd.experiments.sweep.results import (
 )
 from fastokd.methods import get_method
 from fastokd.storage import write_json, write_text
-from fastokd.train.config import TrainConfig, override
+from fastokd.train.config import TrainConfig, fields_with_role, override
+from fastokd.train.fields import Role
 
 T = TypeVar("T")
 
-_WHAT_IS_TRAINED = (
-    "model",
-    "at",
-    "method",
-    "preset",
-    "branches",
-    "topology",
-    "aux_blocks",
-    "compression",
-    "method_options",
-)
+_WHAT_IS_TRAINED = fields_with_role(Role.TRAINED)
 """Fields that make a paper's number another one's where they are not the recipe's."""
 
 
