@@ -260,8 +260,7 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message)
 def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
     tsb = dataclasses.replace(CONFIG, method="tsb", branches=None)
     with pytest.raises(
-        ConfigError,
-        match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image",
+        ConfigError, match=r"mixup=0\.4 and method 'tsb': it stores predictions of each image"
     ):
         check_config(tsb)
     check_config(dataclasses.replace(tsb, mixup=0.0, cutmix=0.0))

@@ -574,7 +574,7 @@ class TestConfig:
             ({"batch_size": 1}, r"batch_size=1"),
             ({"lr": float("nan")}, r"lr=nan"),
             ({"lr": -1.0}, r"lr=-1.0"),
-            ({"lr_decay_at": (150.0,)}, r"lr_decay_at=\(150.0,\): it must be fractions"),
+            ({"lr_decay_at": (150.0,)}, r"lr_decay_at=\(150.0,\): each value must be in \(0, 1\)"),
             ({"momentum": 0.0}, r"nesterov=True: it must be false when momentum is 0"),
             ({"weight_decay": -1.0}, r"weight_decay"),
             ({"val_split": 1.0}, r"val_split=1.0"),

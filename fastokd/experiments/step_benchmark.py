@@ -27,8 +27,9 @@ from fastokd.models import BranchedModel
 from fastokd.storage import write_atomically
 from fastokd.train.build import build_model
 from fastokd.train.capture import WARM_UP_STEPS
-from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.config import TrainConfig, check_config, fields_with_role, override
 from fastokd.train.data import AnyDataset, loader_for
+from fastokd.train.fields import Role
 from fastokd.train.memory import is_out_of_memory
 from fastokd.train.precision import allow_tf32, autocast, choose_precision
 from fastokd.train.randomness import be_deterministic
@@ -101,12 +102,8 @@ def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
     return dataclasses.replace(
         config,
         precision="tf32" if device.type == "cuda" else "fp32",
-        channels_last=False,
         impl="reference",
-        compile=False,
-        cuda_graph=False,
-        streams=False,
-        flat=False,
+        **dict.fromkeys(fields_with_role(Role.SWITCH), False),
     )
 
 
@@ -387,19 +384,18 @@ class Ladder:
         self._best = config, gathers
         if config.num_branches() == 1:
             return
-        alone = dataclasses.replace(
+        names = config.model_names()
+        kept = names[get_method(config.method).kept if len(names) > 1 else 0]
+        alone = override(
             config,
-            method="baseline",
-            preset="paper",
-            branches=1,
-            topology=None,
-            aux_blocks=0,
-            compression=False,
-            method_options={},
-            model=config.model_names()[
-                get_method(config.method).kept if len(config.model_names()) > 1 else 0
-            ],
-            streams=False,
+            {
+                "method": "baseline",
+                "branches": 1,
+                "aux_blocks": 0,
+                "compression": False,
+                "model": kept,
+                "streams": False,
+            },
         )
         title = "the student alone, with every lever"
         if title in known:

@@ -38,7 +38,13 @@ from fastokd.train.checkpoint import (
     load_newest,
     state_bytes,
 )
-from fastokd.train.config import TrainConfig, check_config, differences, load_config
+from fastokd.train.config import (
+    TrainConfig,
+    check_config,
+    differences,
+    fields_with_role,
+    load_config,
+)
 from fastokd.train.data import (
     AnyDataset,
     data_record,
@@ -58,6 +64,7 @@ from fastokd.train.distributed import (
     share_of_batch,
 )
 from fastokd.train.ema import StudentAverage
+from fastokd.train.fields import Role
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
@@ -769,19 +776,7 @@ MAX_ROLLBACKS = 3
 _CHECK, _SAVE, _STOP = 1, 2, 3
 """What may be due after a step: look for what is not finite; that, and save; that, and stop."""
 
-MAY_CHANGE = (
-    "data",
-    "device",
-    "epochs",
-    "impl",
-    "compile",
-    "cuda_graph",
-    "streams",
-    "flat",
-    "keep_checkpoints",
-    "save_minutes",
-    "log_to",
-)
+MAY_CHANGE = fields_with_role(Role.RESUME)
 """Where a run goes on, how far and how fast may change when it is resumed; what it computes may
 not.
 """

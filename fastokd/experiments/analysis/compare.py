@@ -26,6 +26,8 @@ from fastokd.export import load_student
 from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops
 from fastokd.train.build import model_layout
+from fastokd.train.config import fields_with_role
+from fastokd.train.fields import Role
 
 Latencies = Mapping[tuple[str, int], Latency | None]
 """For each kind of device and batch size; None where the batch does not fit."""
@@ -277,28 +279,9 @@ def _speed(group: Group) -> float | None:
     return statistics.median(found) if found else None
 
 
-_SPEED_FIELDS = (
-    "batch_size",
-    "device_batch",
-    "image_size",
-    "resize_schedule",
-    "mixup",
-    "cutmix",
-    "loader",
-    "loader_options",
-    "optimizer",
-    "ema",
-    "precision",
-    "channels_last",
-    "impl",
-    "compile",
-    "cuda_graph",
-    "flat",
-    "sync_bn",
-    "deterministic",
-)
-"""What images per second depend on beside the method, of a configuration. Not ``streams`` and
-``merge_first_conv``, which run several branches at once: a student alone has one.
+_SPEED_FIELDS = fields_with_role(Role.SPEED)
+"""Fields that the throughput of a student alone depends on. Options that run several branches at
+once, such as ``streams``, are not among them.
 """
 _MACHINE_FACTS = ("device", "platform", "cpus", "threads", "world_size")
 

@@ -12,12 +12,12 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.config import TrainConfig, reference_loss
-from fastokd.train.loop import MAY_CHANGE
+from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
+from fastokd.train.fields import Role
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.step import AVERAGE
 
-SAME_RUN = frozenset({"seed", *MAY_CHANGE}) - {"epochs"}
+SAME_RUN = frozenset(fields_with_role(Role.REPEAT))
 """The fields of a configuration in which the runs of a group may differ: the seed, and where and
 how fast they ran.
 """

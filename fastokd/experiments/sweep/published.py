@@ -12,19 +12,10 @@ from fastokd.experiments.recipes import Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of
 from fastokd.experiments.sweep.results import group_by_item, setup_differences
 from fastokd.methods import get_method
-from fastokd.train.config import TrainConfig, override
+from fastokd.train.config import TrainConfig, fields_with_role, override
+from fastokd.train.fields import Role
 
-_WHAT_IS_TRAINED = (
-    "model",
-    "at",
-    "method",
-    "preset",
-    "branches",
-    "topology",
-    "aux_blocks",
-    "compression",
-    "method_options",
-)
+_WHAT_IS_TRAINED = fields_with_role(Role.TRAINED)
 """Fields that make a paper's number another one's where they are not the recipe's."""
 
 
