@@ -13,8 +13,8 @@ from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
 from fastokd.train.config import TrainConfig, reference_loss
-from fastokd.train.loop import MAY_CHANGE
 from fastokd.train.run_folder import RunFolder, read_json_object
+from fastokd.train.runs import MAY_CHANGE
 from fastokd.train.step import AVERAGE
 
 SAME_RUN = frozenset({"seed", *MAY_CHANGE}) - {"epochs"}
