@@ -23,9 +23,9 @@ from fastokd.methods import get_method, list_methods
 from fastokd.models.summary import count_parameters
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder, environment
+from fastokd.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods-digits.json"
 STUDENT, TEACHER = "resnet8", "resnet20"

@@ -4,6 +4,8 @@ import importlib
 import pkgutil
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def alias(old: str, new: str) -> None:
@@ -20,3 +22,31 @@ def alias(old: str, new: str) -> None:
     sys.modules[old] = package
     for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
         sys.modules[f"{old}.{module.name}"] = importlib.import_module(f"{new}.{module.name}")
+
+
+def moved_names(old: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` for names that moved elsewhere or were renamed.
+
+    Args:
+        old: the module that held the names.
+        names: for each new module its names; "old=new" for a renamed one.
+    """
+    targets = {
+        name.partition("=")[0]: (module, name.rpartition("=")[2])
+        for module, group in names.items()
+        for name in group
+    }
+
+    def get(name: str) -> Any:
+        if name not in targets:
+            raise AttributeError(f"module '{old}' has no attribute '{name}'")
+        module, current = targets[name]
+        warnings.warn(
+            f"{old}.{name} is now {module}.{current}; the old name will be removed in the next"
+            " release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(module), current)
+
+    return get

@@ -328,7 +328,7 @@ def eval_(
     if not (path / "config.yaml").is_file():
         _evaluate_export(path, data, split, device)
         return
-    from fastokd.train.loop import load_run
+    from fastokd.train.runs import load_run
 
     run = load_run(path, which, data, device, split)
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
@@ -459,8 +459,8 @@ def export(
         device: auto, cpu, cuda or cuda:N.
     """
     from fastokd.export import export_student, get_format, measure_accuracy, student_record
-    from fastokd.train.loop import load_run, provenance
     from fastokd.train.run_folder import RunFolder
+    from fastokd.train.runs import load_run, provenance
 
     folder, form = RunFolder.open(run), get_format(to)
     settings = folder.load_config()
@@ -1334,9 +1334,10 @@ def _train(
     """
     from fastokd.data import absolute_spec
     from fastokd.train.distributed import process_group
-    from fastokd.train.loop import RunIsFinished, begin_run, resume_run
     from fastokd.train.progress import Reporter
     from fastokd.train.run_folder import RunFolder
+    from fastokd.train.session import begin_run, resume_run
+    from fastokd.train.trainer import RunIsFinished
 
     if "data" in given:
         given["data"] = absolute_spec(
@@ -1391,7 +1392,7 @@ def _train(
         except RunIsFinished as error:
             if resume != "auto":
                 raise
-            reporter.say(str(error))
+            reporter.print(str(error))
             return EXIT_OK
         try:
             summary = trainer.run()

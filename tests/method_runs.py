@@ -16,10 +16,10 @@ from fastokd.models import create_student
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import TrainStep
+from fastokd.train.trainer import Trainer
 
 NETWORKS = ("resnet8", "vgg13", "mobilenetv2_x0_5")
 
@@ -92,8 +92,7 @@ def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer
     straight = make(config, folder / "straight", dataset)
     summary = straight.run()
     first = make(config, folder / "resumed", dataset)
-    first._run_epoch()
-    first.store.close()
+    first.run(until=1)
     first.run_folder.unlock()
     second = make(config, folder / "resumed", dataset, resume=True)
     assert second.run().last == summary.last

@@ -25,7 +25,7 @@ from fastokd.experiments.analysis.pictures import NAMES, draw_study
 from fastokd.experiments.analysis.study import MEASURES, analyze_run, measures
 from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 from fastokd.train.step import BranchEvaluator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def train(folder, **settings):
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
     """Runs are analysed on the images that ``train`` evaluated them on."""
-    monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: few_digits())
+    monkeypatch.setattr("fastokd.train.runs.open_data", lambda *_: few_digits())
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ def test_nothing_happens_at_import():
         import fastokd.losses, fastokd.models, fastokd.data, fastokd.export
         assert random.getstate() == before[0]
         # Rich, which these use, draws from random when imported
-        import fastokd.cli, fastokd.experiments.recipes, fastokd.train.loop
+        import fastokd.cli, fastokd.experiments.recipes, fastokd.train.session
         assert torch.equal(torch.random.get_rng_state(), before[1])
         assert not torch.cuda.is_initialized()
         print("quiet")

@@ -16,9 +16,11 @@ from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
 from fastokd.train.data import explain_loader, loader_name, open_data
-from fastokd.train.loop import Trainer, load_run, resume_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import resume_run
+from fastokd.train.trainer import Trainer
 
 LOADER = loader.LoaderKind(
     lambda *_, **__: pytest.fail("it cannot run"),
@@ -85,8 +87,7 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     straight = run(config, tmp_path / "straight")
     straight.run()
     begun = run(config, tmp_path / "begun")
-    begun._run_epoch()
-    begun.store.wait()
+    begun.run(until=1)
     begun.run_folder.unlock()
     resumed = resume_run(tmp_path / "begun", Reporter(quiet=True))
     resumed.run()

@@ -16,8 +16,8 @@ from launching import finish, free_port, start, start_ranks
 
 from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.loop import load_run
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
 
 NAMES = {
     2: (
@@ -151,7 +151,7 @@ def test_what_a_loss_remembers_is_of_all_images(folder):
 )
 def test_what_is_measured_is_that_of_one_process_over_all_images(folder, name, images, monkeypatch):
     """99 images over two processes, and 2 over three, of which one has none."""
-    monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
+    monkeypatch.setattr("fastokd.train.runs.open_data", lambda *_: rank_runs.dataset(*images))
     run = load_run(folder / name)
     measured = run.evaluator.measure(run.loader)
     assert measured.accuracies == ended(folder, name)["last"] == run.state["last"]
@@ -230,8 +230,7 @@ def test_what_is_not_finite_in_one_process_is_named_by_all(folder):
     first, second = (ended(folder, "stop", rank)["message"] for rank in (0, 1))
     assert first == second
     assert first.startswith(
-        "epoch 1, step 3: not finite: loss, ce/branch2, ce/ta2, kl/ta2->branch1,"
-        " kl/branch2->branch1"
+        "epoch 1, step 3: non-finite loss, ce/branch2, ce/ta2, kl/ta2->branch1, kl/branch2->branch1"
     )
 
 

@@ -263,7 +263,7 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
         check_config(settings)
         raise Understood
 
-    monkeypatch.setattr("fastokd.train.loop.begin_run", begin)
+    monkeypatch.setattr("fastokd.train.session.begin_run", begin)
     commands = block.fastokd_commands()
     for words in commands:
         if words[0] == "train":

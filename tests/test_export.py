@@ -36,7 +36,7 @@ from fastokd.export import (
     write_student,
 )
 from fastokd.models import create_model, create_student
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 
 DOCS = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
 TRAIN = [

@@ -21,12 +21,15 @@ from fastokd.data import Batch
 from fastokd.data.loader import get_loader_kind
 from fastokd.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted, StorageError
 from fastokd.export import load_student, measure_accuracy
-from fastokd.train import loop
+from fastokd.train import cadence
+from fastokd.train import trainer as trainer_module
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import NonFiniteLoss, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import resume_run
+from fastokd.train.trainer import NonFiniteLoss, Trainer
 
 CONFIG = TrainConfig(
     data="digits",
@@ -240,37 +243,35 @@ def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
     with pytest.raises(
         ConfigError,
         match=(
-            r"\(was, is: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo that, pass"
+            r"\(old, new: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo the change, pass"
             r" --allow-config-change, or start a new run"
         ),
     ):
         make(other, tmp_path / "run", digits, resume=True)
     state = load_checkpoint(first.run_folder.last)
-    trainer = loop.Trainer(other, first.run_folder, Reporter(quiet=True), digits)
+    trainer = Trainer(other, first.run_folder, Reporter(quiet=True), digits)
     trainer.resume(state, allow_config_change=True)
     assert trainer.done == 3  # seen after the step that follows the signal's
     trainer.run()
     assert (tmp_path / "run" / "log.txt").read_text().count(
-        "going on with another configuration than before (was, is: lr: 0.01, 0.02; ema: 0.9, 0.5)"
+        "resuming with a changed configuration (old -> new: lr: 0.01, 0.02; ema: 0.9, 0.5)"
     ) == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=3)
     first = make(config, tmp_path / "run", digits)
-    first._run_epoch()
-    first._run_epoch()
-    first.store.close()
+    first.run(until=2)
     first.run_folder.unlock()
     first.run_folder.last.write_bytes(first.run_folder.last.read_bytes()[:-500])
-    second = loop.resume_run(tmp_path / "run", first.reporter)
+    second = resume_run(tmp_path / "run", first.reporter)
     assert second.epoch == 1
     assert "last.pt is damaged" in (tmp_path / "run" / "log.txt").read_text()
     for path in (tmp_path / "run" / "checkpoints").glob("last*.pt"):
         path.write_bytes(b"")
     second.run_folder.unlock()
-    with pytest.raises(CheckpointError, match="no checkpoint of the run is whole"):
-        loop.resume_run(tmp_path / "run", first.reporter)
+    with pytest.raises(CheckpointError, match="all checkpoints of the run are damaged"):
+        resume_run(tmp_path / "run", first.reporter)
 
 
 def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, digits, monkeypatch):
@@ -297,7 +298,7 @@ class TestAveragedStudent:
         with pytest.raises(Preempted):
             first.run()
         other = dataclasses.replace(config, ema=0.5, method_options={"lambda_self": 1.0})
-        second = loop.Trainer(other, RunFolder.open(tmp_path / "run"), Reporter(quiet=True), digits)
+        second = Trainer(other, RunFolder.open(tmp_path / "run"), Reporter(quiet=True), digits)
         second.resume(load_checkpoint(first.run_folder.last), allow_config_change=True)
         assert second.best == {}
         summary = second.run()
@@ -363,8 +364,8 @@ class TestNotFinite:
         with pytest.raises(
             NonFiniteLoss,
             match=(
-                r"epoch 1, step 3: not finite: loss, ce/branch1, .*; no epoch was saved, so there"
-                r" is no checkpoint. To mend it lower --lr"
+                r"epoch 1, step 3: non-finite loss, ce/branch1, .*; no epoch was saved, so there"
+                r" is no checkpoint. Try a lower --lr"
             ),
         ):
             trainer.run()
@@ -372,7 +373,7 @@ class TestNotFinite:
     def test_skip(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="skip")
         summary = trainer.run()
-        assert "left out in epoch 1, step 3: not finite: loss, ce/branch1" in self.said(
+        assert "skipped in epoch 1: step 3: non-finite loss, ce/branch1" in self.said(
             tmp_path / "run"
         )
         assert all(
@@ -383,17 +384,20 @@ class TestNotFinite:
         assert summary.epochs == 1
 
     def test_rollback_goes_on_with_what_comes_next(self, tmp_path, digits, monkeypatch):
-        monkeypatch.setattr(loop, "CHECK_SECONDS", -1.0)  # look after every step
+        monkeypatch.setattr(cadence, "CHECK_SECONDS", -1.0)  # look after every step
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="rollback")
         trainer.run()
-        assert "rolled back in epoch 1, step 3: not finite" in self.said(tmp_path / "run")
-        assert "the weights are those of step 0 again" in self.said(tmp_path / "run")
+        assert (
+            "rolled back in epoch 1 to the weights of step 0: step 3: non-finite loss"
+            in self.said(tmp_path / "run")
+        )
         clean = make(dataclasses.replace(CONFIG, epochs=1, ema=0.0), tmp_path / "clean", digits)
         state = clean.model.state_dict()
         fourth = [batch for number, batch in enumerate(clean.train_loader) if number == 3]
         clean.model.load_state_dict(state)
         clean.model.train()
-        clean.step.set_schedule(clean._lr(3), clean.config.kd_weight_at(0))
+        steps = len(clean.train_loader)
+        clean.step.set_schedule(clean.config.lr_at(3 / steps), clean.config.kd_weight_at(0))
         clean.step(fourth[0])
         assert all(
             torch.equal(value, trainer.model.state_dict()[name])
@@ -403,15 +407,15 @@ class TestNotFinite:
     @pytest.mark.parametrize(
         ("policy", "message"),
         [
-            ("skip", "more than 2 steps were to be left out"),
+            ("skip", "more than 2 steps were skipped"),
             ("rollback", "2 rollbacks in this epoch did not help"),
         ],
     )
     def test_it_ends_somewhere(self, tmp_path, digits, monkeypatch, policy, message):
         for name in ("MAX_SKIPPED", "MAX_ROLLBACKS"):
-            monkeypatch.setattr(loop, name, 2)
+            monkeypatch.setattr(trainer_module, name, 2)
         if policy == "rollback":
-            monkeypatch.setattr(loop, "CHECK_SECONDS", -1.0)
+            monkeypatch.setattr(cadence, "CHECK_SECONDS", -1.0)
         trainer = self.trainer(tmp_path / "run", digits, {0, 1, 2, 3}, on_nonfinite=policy)
         with pytest.raises(NonFiniteLoss, match=message):
             trainer.run()

@@ -19,7 +19,7 @@ from fastokd.losses import KDCLLoss
 from fastokd.methods.kdcl import VARIANTS, error_correlation_weights
 from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 
 Z = [
     torch.tensor([row], dtype=torch.float64)
@@ -340,8 +340,7 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     weights = []
     while trainer.epoch < 2:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=trainer.epoch + 1)
         weights.append(trainer.step.criterion.teacher_weights.clone())
     trainer.run_folder.unlock()
     assert not torch.equal(*weights)

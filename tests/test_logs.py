@@ -21,9 +21,9 @@ from fastokd.train import run_folder
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
 from fastokd.train.logs import check_sinks, open_sinks
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.trainer import Trainer
 
 
 def record(epoch, value=0.5, **extra):
@@ -181,8 +181,7 @@ class TestTensorBoard:
         digits, folder = open_dataset("digits"), tmp_path / "run"
         first = Trainer(config, RunFolder.create(folder), Reporter(quiet=True), digits)
         first.start()
-        first._run_epoch()
-        first.store.wait()  # and killed
+        first.run(until=1)  # and killed
         run = RunFolder.open(folder)
         second = Trainer(config, run, Reporter(quiet=True), digits)
         second.resume(load_checkpoint(run.last))

@@ -24,11 +24,12 @@ from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, check_method
-from fastokd.train.loop import Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
 from fastokd.train.step import TrainStep
 from fastokd.train.teacher import open_teacher
+from fastokd.train.trainer import Trainer
 
 # --- networks
 # --------------------------------------------------------------------------------------------------
@@ -317,8 +318,7 @@ def test_without_its_teacher_a_run_is_evaluated_but_not_resumed(tmp_path, digits
     (here / "student.safetensors").write_bytes((teacher_run / "student.safetensors").read_bytes())
     config = settings("kd", here)
     trainer = make(config, tmp_path / "run", digits)
-    trainer._run_epoch()
-    trainer.store.wait()
+    trainer.run(until=1)
     other, record = create_student("resnet8", 10), load_student(teacher_run)[1]
     (here / "student.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"there is no student at {re.escape(str(here))}"):

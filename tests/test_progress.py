@@ -12,9 +12,9 @@ from rich.console import Console
 from fastokd.data import open_dataset
 from fastokd.train import progress as progress_module
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import Interrupted, Trainer
-from fastokd.train.progress import EpochProgress, Pace, Reporter, duration
+from fastokd.train.progress import EpochProgress, Reporter, Throughput, duration
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.trainer import Interrupted, Trainer
 
 
 class Clock:
@@ -47,7 +47,7 @@ def look(pace, done):
 class TestPace:
     def test_speed_waiting_and_what_is_left(self):
         clock = Clock()
-        pace = Pace(epochs=3, batch_size=8, clock=clock)
+        pace = Throughput(epochs=3, batch_size=8, clock=clock)
         pace.start_epoch(0, steps=20)
         for index in pace.waiting(batches(clock, 20, 0.1)):
             clock.now += 0.3
@@ -76,7 +76,7 @@ class TestPace:
 
     def test_a_slow_first_step_is_forgotten(self):
         clock = Clock()
-        pace = Pace(epochs=1, batch_size=10, clock=clock)
+        pace = Throughput(epochs=1, batch_size=10, clock=clock)
         pace.start_epoch(0, steps=10_000)
         clock.now += 300
         assert look(pace, 1).seconds_left_epoch == pytest.approx(300 * 9_999)
@@ -88,7 +88,7 @@ class TestPace:
 
     def test_an_epoch_that_a_checkpoint_has_begun(self):
         clock = Clock()
-        pace = Pace(epochs=2, batch_size=4, clock=clock)
+        pace = Throughput(epochs=2, batch_size=4, clock=clock)
         pace.start_epoch(0, steps=10, done=6)
         for index in pace.waiting(batches(clock, 4, 0.0)):
             clock.now += 1
@@ -264,7 +264,7 @@ def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
         reporter.start_epoch(epoch, 2, 100)
         for step in range(1, 101):
             clock.now += 0.5
-            reporter.step(step, numbers(3) if reporter.wants_note() else None)
+            reporter.step(step, numbers(3) if reporter.should_report() else None)
         reporter.end_epoch(record(epoch), 60.0)
     reporter.close()
     shown = reporter.console.file.getvalue()
@@ -296,7 +296,7 @@ def test_elsewhere_plain_lines(clock, file):
     reporter.start_epoch(0, 1, 100)
     for step in range(1, 101):
         clock.now += 1
-        reporter.step(step, numbers(3) if reporter.wants_note() else None)
+        reporter.step(step, numbers(3) if reporter.should_report() else None)
     reporter.end_epoch(record(0, waiting_share=0.125), 0.0)
     shown = console.file.getvalue()
     assert "\x1b" not in shown
@@ -324,13 +324,13 @@ def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, scre
     reporter = Reporter(**options)
     if log:
         reporter.attach_log(tmp_path / "log.txt")
-    reporter.say("result")
+    reporter.print("result")
     reporter.info("detail")
     reporter.start_run("branch1")
     reporter.start_epoch(0, 1, 5)
     clock.now += 31
     silent = "silent" in options
-    assert reporter.wants_note() == (options == {} or (log and not silent))
+    assert reporter.should_report() == (options == {} or (log and not silent))
     reporter.end_epoch(record(0))
     reporter.close()
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == screen
@@ -354,7 +354,7 @@ def test_the_log_is_appended_to_with_the_time(tmp_path):
     assert [text for _, text in lines] == [
         "session 0",
         "second line of it \\udcff",
-        "--- the run goes on ---",
+        "--- resumed ---",
         "session 1",
         "second line of it \\udcff",
     ]
@@ -364,8 +364,8 @@ def test_the_log_is_appended_to_with_the_time(tmp_path):
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     reporter = Reporter()
     reporter.attach_log(tmp_path)  # a folder
-    reporter.say("one")
-    reporter.say("two")
+    reporter.print("one")
+    reporter.print("two")
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(
         [
             "one",

@@ -352,10 +352,7 @@ class TestNotFinite:
         assert "branch2" in found.describe()
         assert "trunk" not in found.describe()
         if not flat:
-            assert (
-                found.describe()
-                == "step 1: every term of the loss is finite, and the gradient is not, in branch2"
-            )
+            assert found.describe() == "step 1: non-finite gradient (the loss is finite) in branch2"
 
     def test_the_first_is_the_one_that_is_described(self):
         guard = FiniteGuard(CPU, [("a",), ("b",)], sticky=True)
@@ -373,7 +370,7 @@ class TestNotFinite:
             )
         found = guard.read()
         assert (found.count, found.step, found.terms, found.parameters) == (2, 1, ("loss",), ("b",))
-        assert found.describe() == "step 2: not finite: loss (2 such steps)"
+        assert found.describe() == "step 2: non-finite loss (2 such steps)"
 
 
 class TestLossScale:

@@ -97,9 +97,7 @@ def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
     left[0] = 99
     with pytest.raises(
         StorageError,
-        match=(
-            rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Look after that disk"
-        ),
+        match=(rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Check that disk"),
     ):
         write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
     with pytest.raises(StorageError, match=r"lines: .* \(tried 4 times\)"):

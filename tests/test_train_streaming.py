@@ -322,12 +322,7 @@ def test_a_bad_picture_stops_or_is_replaced_and_reported(tree, tmp_path, capsys)
         == 0
     )
     said = capsys.readouterr().out
-    assert (
-        said.count(
-            "pictures that cannot be decoded and were replaced, so far 1: train/maple/3.jpg ("
-        )
-        == 1
-    )
+    assert said.count("corrupt images that were replaced, so far 1: train/maple/3.jpg (") == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)

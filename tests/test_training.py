@@ -16,11 +16,14 @@ from fastokd.errors import CheckpointError, ConfigError, StorageError
 from fastokd.export import check_same_logits, load_student, measure_accuracy, write_student
 from fastokd.losses import ramp_up
 from fastokd.models import create_student
-from fastokd.train.checkpoint import ENTRIES, load_checkpoint, save_checkpoint
+from fastokd.train import checkpoint, run_folder
+from fastokd.train import trainer as trainer_module
+from fastokd.train.checkpoint import ENTRIES, load_checkpoint, load_newest, save_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
-from fastokd.train.loop import Interrupted, NonFiniteLoss, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.trainer import Interrupted, NonFiniteLoss, Trainer
 
 CONFIG = TrainConfig(
     data="digits",
@@ -129,8 +132,7 @@ def test_resume_equals_a_straight_run(finished, tmp_path, digits):
     straight, summary = finished
     # The first epoch is that of the two-epoch run: same schedule, stopped after it as a kill would.
     first = make(CONFIG, tmp_path / "run", digits)
-    first._run_epoch()
-    first.store.wait()
+    first.run(until=1)
     second = make(CONFIG, tmp_path / "run", digits, resume=True)
     resumed = second.run()
     assert resumed.last == summary.last
@@ -146,12 +148,10 @@ def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(
     finished, tmp_path, digits, capsys
 ):
     first = make(CONFIG, tmp_path / "run", digits)
-    first._run_epoch()
-    first.store.wait()
+    first.run(until=1)
     kept = {path: path.read_bytes() for path in (first.run_folder.last, first.run_folder.best)}
     first.best = {"branch1": 0.0}  # the second epoch is the best
-    first._run_epoch()
-    first.store.wait()
+    first.run(until=2)
     first.run_folder.last.write_bytes(
         kept[first.run_folder.last]
     )  # as if killed right before last.pt took its place
@@ -171,8 +171,8 @@ def test_a_best_that_was_written_before_its_epoch_counted_is_put_right(
     third = make(CONFIG, tmp_path / "run", digits, resume=True)
     assert (third.best_epoch, third.best) == (-1, {})
     assert re.search(
-        r"best\.pt is not of the best epoch so far \(8\), and no other checkpoint is: the best of"
-        r" those to come is kept",
+        r"best\.pt does not match the best epoch \(8\) and no other checkpoint does; tracking a"
+        r" new best from here",
         capsys.readouterr().out,
     )
     assert third.run().best_epoch == 1
@@ -192,7 +192,7 @@ def test_resume_for_more_epochs(finished, tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=1)
     make(config, tmp_path / "run", digits).run()
     with pytest.raises(
-        ConfigError, match=r"has 1 finished epochs, and --epochs 1 is not more.*larger --epochs"
+        ConfigError, match=r"already finished 1 of 1 epochs; pass a larger --epochs to continue"
     ):
         make(config, tmp_path / "run", digits, resume=True)
     more = make(dataclasses.replace(config, epochs=2), tmp_path / "run", digits, resume=True)
@@ -214,8 +214,7 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path, digits):
 
 def test_metrics_cut_short_by_a_crash_are_mended(finished, tmp_path, digits):
     trainer = make(CONFIG, tmp_path / "run", digits)
-    trainer._run_epoch()
-    trainer.store.wait()
+    trainer.run(until=1)
     with open(trainer.run_folder.metrics_path, "a") as file:
         file.write('{"epoch": 1, "lr": 0.0')
     again = make(CONFIG, tmp_path / "run", digits, resume=True)
@@ -270,7 +269,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_terms(tmp_path, digits):
     trainer = make(dataclasses.replace(CONFIG, lr=1e30), tmp_path / "run", digits)
     with pytest.raises(
         NonFiniteLoss,
-        match=r"epoch 1, step \d+: not finite: loss, ce/branch1.*no epoch was saved.*lower --lr$",
+        match=r"epoch 1, step \d+: non-finite loss, ce/branch1.*no epoch was saved.*lower --lr$",
     ):
         trainer.run()
     assert not trainer.run_folder.last.exists()
@@ -338,7 +337,7 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):
             load_checkpoint(tmp_path / "last.pt")
         torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-        with pytest.raises(CheckpointError, match="is not a checkpoint of fastokd"):
+        with pytest.raises(CheckpointError, match="is not a fastokd checkpoint"):
             load_checkpoint(tmp_path / "other.pt")
         torch.save({"format": 99, "model": {}}, tmp_path / "newer.pt")
         with pytest.raises(CheckpointError, match="has format 99"):
@@ -359,7 +358,7 @@ class TestCheckpoints:
         ):
             save_checkpoint(tmp_path / "last.pt", wrong)
             with pytest.raises(
-                CheckpointError, match=f"its entry '{entry}' is missing or of the wrong kind"
+                CheckpointError, match=f"its entry '{entry}' is missing or of the wrong type"
             ):
                 load_checkpoint(tmp_path / "last.pt")
 
@@ -392,7 +391,7 @@ class TestCheckpoints:
         with pytest.raises(
             ConfigError,
             match=(
-                r"is not that of the checkpoint \(was, is: lr: 0\.05, 0\.5; seed: 0,"
+                r"differs from the checkpoint's \(old, new: lr: 0\.05, 0\.5; seed: 0,"
                 r" 7\).*--allow-config-change"
             ),
         ):
@@ -405,34 +404,28 @@ def test_a_write_that_fails_leaves_a_run_that_resumes_as_if_nothing_was(
 ):
     straight, summary = finished
     trainer = make(CONFIG, tmp_path / "run", digits)
-    trainer._run_epoch()
-    trainer.store.wait()
+    trainer.run(until=1)
 
     def refusing(write):
-        def written(path, *arguments):
+        def written(path, *arguments, **options):
             if path.name == failing:
                 raise StorageError(f"cannot write {path}: No space left on device")
-            return write(path, *arguments)
+            return write(path, *arguments, **options)
 
         return written
 
-    import fastokd.train.checkpoint as checkpoint
-    import fastokd.train.loop as loop
-    import fastokd.train.run_folder as run_folder
-
     for module, name in (
-        (checkpoint, "save_checkpoint"),
+        (checkpoint, "write_atomically"),
         (run_folder, "append_line"),
-        (loop, "write_student"),
+        (trainer_module, "write_student"),
     ):
         monkeypatch.setattr(module, name, refusing(getattr(module, name)))
     trainer.best = {
         "branch1": 0.0
     }  # the second epoch is to be the best, so that best.pt is written
-    trainer._run_epoch()
     with pytest.raises(StorageError):
-        trainer.store.wait()
-    assert "has 1 finished epochs" in trainer._what_is_saved()
+        trainer.run()
+    assert load_newest(trainer.run_folder.checkpoints)[0]["epoch"] == 1
     monkeypatch.undo()
     resumed = make(CONFIG, tmp_path / "run", digits, resume=True)
     assert resumed.run().last == summary.last

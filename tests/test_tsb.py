@@ -23,7 +23,7 @@ from fastokd.methods import tsb
 from fastokd.methods.tsb import TemporalAccumulator, warm_up
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
@@ -302,12 +302,10 @@ def test_a_resume_without_the_memory_would_differ(tmp_path):
     ends = []
     for forget in (False, True):
         trainer = make(config, tmp_path / str(forget), few)
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=1)
         if forget:
             trainer.step.criterion.prepare(128, 10, CPU)
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=2)
         trainer.run_folder.unlock()
         ends.append(trainer.model.student().state_dict())
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

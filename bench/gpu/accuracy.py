@@ -22,10 +22,12 @@ from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import Preempted
 from fastokd.experiments.recipes import get_recipe
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import RunIsFinished, begin_run, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import begin_run
 from fastokd.train.signals import StopSignals
+from fastokd.train.trainer import RunIsFinished
 
 EPOCHS = 60
 """Of the plan where none are given: an estimate of what lets five runs end within some ten minutes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import ConfigError, DataError
+from fastokd.storage import available_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,33 +46,6 @@ def default_workers() -> int:
     """One decoding thread per CPU core that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def available_memory() -> int | None:
-    """Bytes of main memory this process can still take, within its control group's limit; None
-    where unknown.
-    """
-    readings = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        readings += [
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-        ]
-    except OSError:
-        pass
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            total, used = (
-                (Path("/sys/fs/cgroup") / file).read_text().strip() for file in (limit, usage)
-            )
-        except OSError:
-            continue
-        if total != "max":
-            readings.append(int(total) - int(used))
-    return max(0, min(readings)) if readings else None
 
 
 def check_memory(count: int, height: int, width: int, where: object) -> None:

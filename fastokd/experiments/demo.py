@@ -23,9 +23,10 @@ from fastokd.models.summary import forward_flops
 from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.data import open_data
-from fastokd.train.loop import Summary, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.trainer import Summary, Trainer
 
 MODEL = "resnet8"
 METHODS = ("baseline", "ahbf")

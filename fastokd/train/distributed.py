@@ -7,7 +7,6 @@ what is on GPUs and gloo what is on the host, in one process group.
 
 import contextlib
 import hashlib
-import io
 import os
 import time
 import uuid
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,8 @@ from fastokd.errors import ConfigError, FastOKDError, PeerLost, first_line
 from fastokd.ranks import rank_and_size
 from fastokd.train.config import TrainConfig
 from fastokd.train.launch import launched
+
+T = TypeVar("T")
 
 MEET_MINUTES = 10
 """How long processes wait for the others to start."""
@@ -399,6 +400,15 @@ class Agreement:
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, self._group, async_op=True)
         return seen
 
+    def agree(self, raised: int) -> int:
+        """As ``exchange``, and complete the exchange if anything was raised: a number raised now
+        is handled with it, or raised again.
+        """
+        agreed = self.exchange(raised)
+        if agreed:
+            self.settle()
+        return agreed
+
     def settle(self) -> int:
         """The largest that any process raised at the last call; waits for all to have made it. 0 if
         there was none since.
@@ -436,44 +446,21 @@ def local_main_first() -> Iterator[None]:
         gather_states(None)
 
 
-def gather_states(value: Any) -> list[Any]:
-    """Every process's value, tensors and plain values in dicts and lists, in the order of the ranks
-    and on all of them.
-
-    Tensors arrive on the CPU.
-    """
+def gather_states(value: T) -> list[T]:
+    """The value of every process, in the order of the ranks; tensors in it must be on the CPU."""
     size = rank_and_size()[1]
     if size == 1:
-        return [_decode(_encode(value))]
-    data = _encode(value)
-    lengths = [torch.zeros((), dtype=torch.int64) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor(data.numel()))
-    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-    padded[: data.numel()] = data
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded)
-    return [_decode(part[: int(length)]) for part, length in zip(parts, lengths, strict=True)]
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def from_main(value: Any) -> Any:
-    """The main process's value, as ``gather_states`` takes them, on all. What the others pass is
-    ignored.
-    """
-    if rank_and_size()[1] == 1:
+def from_main(value: T) -> T:
+    """The main process's value, on all processes; what the others pass is ignored."""
+    rank, size = rank_and_size()
+    if size == 1:
         return value
-    data = _encode(value) if rank_and_size()[0] == 0 else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor(data.numel())
-    dist.broadcast(length, 0)
-    data = data if rank_and_size()[0] == 0 else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, 0)
-    return _decode(data)
-
-
-def _encode(value: Any) -> Tensor:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-
-
-def _decode(data: Tensor) -> Any:
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    values: list[Any] = [value if rank == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

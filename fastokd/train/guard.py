@@ -31,10 +31,10 @@ class NonFinite:
 
     def _what(self) -> str:
         if self.terms:
-            return f"not finite: {', '.join(self.terms)}"
+            return f"non-finite {', '.join(self.terms)}"
         # A gradient that overflows takes everything before it along; the parts say where to look.
         parts = dict.fromkeys(map(_part, self.parameters))
-        return f"every term of the loss is finite, and the gradient is not, in {', '.join(parts)}"
+        return f"non-finite gradient (the loss is finite) in {', '.join(parts)}"
 
 
 def _part(parameter: str) -> str:

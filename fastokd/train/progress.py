@@ -91,7 +91,7 @@ class EpochProgress:
     memory: int | None = None
 
 
-class Pace:
+class Throughput:
     """How fast a run goes, how much of the time it waits for data, and how long it will take: by
     the host's clock alone.
 
@@ -182,8 +182,8 @@ class Reporter:
 
     Args:
         label: what stands before every epoch, where there are several runs.
-        quiet: show nothing but what ``say`` says; the log has the rest.
-        lines: with False no line is printed but those of ``say``; a terminal still has the live
+        quiet: show nothing but what ``print`` prints; the log has the rest.
+        lines: with False no line is printed but those of ``print``; a terminal still has the live
             table.
         silent: nothing on the screen and nothing in a log: for all processes of a run but the
             first.
@@ -226,7 +226,7 @@ class Reporter:
         """
         return self._lines
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line that always appears."""
         self.console.print(text, markup=False)
         self.log(text)
@@ -243,7 +243,7 @@ class Reporter:
             return
         self._log = path
         if path.exists():
-            self.log("--- the run goes on ---")
+            self.log("--- resumed ---")
 
     def log(self, text: str) -> None:
         """A line for the log alone.
@@ -311,7 +311,7 @@ class Reporter:
                 )
                 self._display.start()
 
-    def wants_note(self) -> bool:
+    def should_report(self) -> bool:
         """Whether ``step`` would show numbers now: reading the loss waits for the device, so ask
         first.
         """
@@ -321,7 +321,7 @@ class Reporter:
         )
 
     def step(self, done: int, progress: EpochProgress | None = None) -> None:
-        """``done`` steps of the epoch are done; numbers where ``wants_note`` asked for them."""
+        """``done`` steps of the epoch are done; numbers where ``should_report`` asked for them."""
         if self._table is not None:
             self._table.done = done
         if progress is None:

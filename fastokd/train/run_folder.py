@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class RunFolder:
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
         self.student = path / "student.safetensors"
-        self.unlock: Callable[[], object] = lambda: None
+        self._descriptor = -1
+        self._lock: weakref.finalize[..., Any] | None = None
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
@@ -116,28 +117,34 @@ class RunFolder:
         return run
 
     def lock(self) -> int:
-        """Claim the folder for this process, until ``unlock`` or its end.
+        """Claim the folder for this process until ``unlock`` or its end; again has no effect.
 
         Returns:
-            The descriptor that holds it. Processes that inherit it hold the folder too, also after
-            this one's end.
+            The descriptor that holds the lock. Processes that inherit it hold the lock too, even
+            after this one has ended.
 
         Raises:
             ConfigError: another process is training there.
         """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self.unlock = weakref.finalize(self, os.close, descriptor)
-        os.register_at_fork(
-            after_in_child=self.unlock
-        )  # a loader's worker that outlives this process must not hold the folder
+        if self._lock is not None and self._lock.alive:
+            return self._descriptor
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, self._descriptor)
+        # A loader's worker that outlives this process must not hold the folder.
+        os.register_at_fork(after_in_child=self._lock)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.unlock()
             raise ConfigError(
                 f"another process is training in {self.path}; wait for it, or choose another --out"
             ) from None
-        return descriptor
+        return self._descriptor
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it."""
+        if self._lock is not None:
+            self._lock()
 
     def discard_without_checkpoint(self) -> None:
         """Remove what a run left that ended before its first checkpoint; it would only be in the

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.data import Batch
+from fastokd.errors import CheckpointError, first_line
+from fastokd.export import load_weights
 from fastokd.methods import get_method
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
@@ -260,6 +262,63 @@ class TrainStep(BranchEvaluator):
         """Bring the running statistics of all processes together, before they are read."""
         if not self.config.sync_bn:
             mean_buffers(self.model, None if self.average is None else self.average.module)
+
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """The running statistics, which differ between processes within an epoch; empty for one
+        process.
+        """
+        if self.share.processes == 1 or self.config.sync_bn:
+            return {}
+        parts: dict[str, nn.Module] = {"model": self.model}
+        if self.average is not None:
+            parts["average"] = self.average.module
+        buffers = {
+            id(buffer)
+            for module in parts.values()
+            for buffer in module.buffers()
+            if buffer.is_floating_point()
+        }
+        # Only those in the state dict: a frozen teacher has buffers too, which never change.
+        return {
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            for name, value in module.state_dict(keep_vars=True).items()
+            if id(value) in buffers
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of everything that a step changes, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "ema": {} if self.average is None else self.average.state_dict(),
+            "scaler": {} if self.scale is None else self.scale.state_dict(),
+            "step": int(self.number),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        """Load a ``state_dict`` in place, but not the step's number.
+
+        Args:
+            state: it may have further entries.
+            where: the checkpoint's path, for messages.
+
+        Raises:
+            CheckpointError: it is of another architecture or another optimizer.
+        """
+        load_weights(self.model, state["model"], where)
+        load_weights(self.criterion, state["criterion"], where)
+        try:
+            self.optimizers.load_state_dict(state["optimizer"])
+            if self.average is not None and state["ema"]:
+                self.average.load_state_dict(state["ema"], where)
+            if self.scale is not None and state["scaler"]:
+                self.scale.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{where} has an optimizer state that does not fit ({first_line(error)})"
+            ) from error
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """What goes through the network at once."""

@@ -17,8 +17,8 @@ from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.gather import Gathered, gather
 from fastokd.experiments.analysis.pictures import draw_study
 from fastokd.storage import write_json
-from fastokd.train.loop import LoadedRun, load_run
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import LoadedRun, load_run
 from fastokd.version import __version__
 
 FORMAT = "fastokd analysis 1"
