@@ -154,12 +154,7 @@ def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "method": "tsb",
-            "branches": 2,
-            "mixup": 0.0,
-            "optimizer": "lamb",
-        },  # what the loss remembers
+        {"method": "tsb", "branches": 2, "mixup": 0.0},  # what the loss remembers
         {
             "precision": "fp16",
             "impl": "reference",

@@ -132,7 +132,7 @@ def test_a_pass_holds_what_was_estimated(settings, images):
         {},
         {"nesterov": False, "momentum": 0.0},
         {"optimizer": "adamw", "flat": True},
-        {"optimizer": "lamb", "ema": 0.99},
+        {"optimizer": "adamw", "ema": 0.99},
         {"method": "ffm", "branches": 3, "flat": True},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "sgd",

@@ -15,11 +15,11 @@ from fastokd.errors import ConfigError
 from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.guard import FiniteGuard
-from fastokd.train.levers import choose_levers
 from fastokd.train.metrics import MetricSums
 from fastokd.train.precision import LossScale
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
+from fastokd.train.step_options import choose_step_options
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -86,28 +86,28 @@ SMOOTH = {"smooth": True, **OFF}
 
 @pytest.fixture(scope="module")
 def plain():
-    """Weights before and after twenty steps with all levers off."""
+    """Weights before and after twenty steps with all options off."""
     step = step_of(**SMOOTH)
     return weights(step), weights(train(step, batches(20), lr=0.002))
 
 
-class TestLevers:
-    """A lever changes how fast a step is, not what it does."""
+class TestStepOptions:
+    """An option changes the speed of a step, not its result."""
 
     # Measured: 1e-6 to 3e-6. A weight decay of 4e-4 instead of 5e-4 is off by 5e-3, a kd_weight of
     # 0.69 for 0.7 by 0.1.
     TOLERANCE = 1e-4
 
     @pytest.mark.parametrize(
-        "lever",
+        "option",
         [{"impl": "auto"}, {"channels_last": True}, {"flat": True}],
-        ids=lambda lever: next(iter(lever)),
+        ids=lambda option: next(iter(option)),
     )
-    def test_one_at_a_time(self, plain, lever):
+    def test_one_at_a_time(self, plain, option):
         start, end = plain
         assert (
             difference(
-                weights(train(step_of(**{**SMOOTH, **lever}), batches(20), lr=0.002)), end, start
+                weights(train(step_of(**{**SMOOTH, **option}), batches(20), lr=0.002)), end, start
             )
             < self.TOLERANCE
         )
@@ -117,7 +117,7 @@ class TestLevers:
         every = step_of(
             **{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True}
         )
-        assert every.levers.describe() == "fp32, channels-last, compiled, parameters in one tensor"
+        assert every.options.describe() == "fp32, channels-last, compiled, parameters in one tensor"
         assert difference(weights(train(every, batches(20), lr=0.002)), end, start) < self.TOLERANCE
         assert set(every.model.student().state_dict()) == set(
             step_of(**SMOOTH).model.student().state_dict()
@@ -140,8 +140,8 @@ class TestLevers:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"cuda_graph": True}, "cuda_graph=True: there are none on cpu; leave it out"),
-            ({"streams": True}, "streams=True: there are none on cpu"),
+            ({"cuda_graph": True}, "cuda_graph=True: not available on cpu; omit it"),
+            ({"streams": True}, "streams=True: not available on cpu"),
             ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
         ],
     )
@@ -159,8 +159,8 @@ class TestLevers:
     def test_on_a_gpu_what_goes_together_is_on(self, changes, reason):
         config = dataclasses.replace(CONFIG, **changes)
         model = build_model(config, 10, CPU)
-        levers = choose_levers(config, model, torch.device("cuda", 0))
-        assert levers == type(levers)(
+        options = choose_step_options(config, model, torch.device("cuda", 0))
+        assert options == type(options)(
             "bf16",
             channels_last=True,
             compile=True,
@@ -168,11 +168,11 @@ class TestLevers:
             streams=reason is None,
             flat=True,
         )
-        several = choose_levers(config, model, torch.device("cuda", 0), world_size=2)
-        assert several == dataclasses.replace(levers, cuda_graph=False, streams=False)
+        several = choose_step_options(config, model, torch.device("cuda", 0), world_size=2)
+        assert several == dataclasses.replace(options, cuda_graph=False, streams=False)
         if reason:
             with pytest.raises(ConfigError, match=f"streams=True: {reason}"):
-                choose_levers(
+                choose_step_options(
                     dataclasses.replace(config, streams=True), model, torch.device("cuda", 0)
                 )
 
@@ -260,7 +260,7 @@ class HostReads(TorchDispatchMode):
         {},
         {"impl": "reference"},
         {"flat": True, "clip_grad": 1.0, "ema": 0.9},
-        {"optimizer": "lamb", "on_nonfinite": "skip"},
+        {"optimizer": "adamw", "on_nonfinite": "skip"},
         {"optimizer": "adamw", "device_batch": 8},
         {"precision": "fp16", "impl": "reference"},
     ],

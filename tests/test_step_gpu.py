@@ -1,4 +1,4 @@
-"""The training step on a GPU: levers change nothing but speed, nothing waits for the device,
+"""The training step on a GPU: options change nothing but speed, nothing waits for the device,
 captured steps are the steps they were.
 """
 
@@ -111,9 +111,9 @@ LEVERS = [
 ]
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: next(iter(lever)))
-def test_one_at_a_time(plain: TrainStep, lever: dict[str, object]) -> None:
-    assert difference(train(step_of(**lever), batches()), plain) < TOLERANCE
+@pytest.mark.parametrize("option", LEVERS, ids=lambda option: next(iter(option)))
+def test_one_at_a_time(plain: TrainStep, option: dict[str, object]) -> None:
+    assert difference(train(step_of(**option), batches()), plain) < TOLERANCE
 
 
 def test_all_together(plain: TrainStep) -> None:
@@ -127,7 +127,7 @@ def test_the_defaults_train() -> None:
     settings = {name: getattr(TrainConfig(), name) for name in OFF}
     step = train(step_of(**settings), batches())
     assert (
-        step.levers.describe()
+        step.options.describe()
         == "bf16, channels-last, compiled, branches on streams of their own, parameters in one"
         " tensor, one CUDA graph"
     )
@@ -140,7 +140,7 @@ def test_the_defaults_train() -> None:
     [
         {},
         {"flat": True, "clip_grad": 1.0, "ema": 0.9, "streams": True},
-        {"optimizer": "lamb", "on_nonfinite": "skip"},
+        {"optimizer": "adamw", "on_nonfinite": "skip"},
         {"optimizer": "adamw", "device_batch": 16},
         {"precision": "fp16"},
         {"precision": "bf16", "impl": "triton"},
@@ -225,7 +225,7 @@ def test_what_cannot_be_captured_goes_on_without(plain: TrainStep) -> None:
         return step
 
     step = reads(step_of())
-    step.levers = dataclasses.replace(step.levers, cuda_graph=True)
+    step.options = dataclasses.replace(step.options, cuda_graph=True)
     runner = StepRunner(step)
     assert len(list(runner.epoch(batches()))) == STEPS  # type: ignore[arg-type]
     assert runner.reason_against_capture

@@ -115,7 +115,7 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
-        "levers": running.step.levers.describe(),
+        "levers": running.step.options.describe(),
         "precision": running.step.precision,
         "batch": step.batch,
         "step_ms": step_ms,

@@ -209,7 +209,7 @@ class EngineStep:
         self.step = TrainStep(config, self.model, device)
         self.criterion = self.step.criterion
         self.criterion.prepare(len(dataset.train), len(dataset.classes), device)
-        self.captured = self.step.levers.cuda_graph
+        self.captured = self.step.options.cuda_graph
         self.warm_up = WARM_UP_STEPS + 2 if self.captured else 3
         self._lr = config.lr
         self._runner = StepRunner(self.step)

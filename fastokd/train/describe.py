@@ -33,7 +33,7 @@ def describe_run(
         f" {len(data.evaluation)} {data.evaluation.name} images"
     )
     yield explain_loader(config, data, device, seen)
-    yield f"step: {step.levers.describe()}; {step.share.describe()}"
+    yield f"step: {step.options.describe()}; {step.share.describe()}"
     if with_memory:
         yield from describe_memory(config, data, device, teacher.network if teacher else None)
     if teacher:

@@ -24,9 +24,9 @@ from fastokd.train.build import build_model, model_layout
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset
 from fastokd.train.distributed import BatchShare, Ranks, gather_states, share_of_batch
-from fastokd.train.levers import Levers, choose_levers
 from fastokd.train.precision import autocast, choose_precision, image_dtype
 from fastokd.train.step import TrainStep
+from fastokd.train.step_options import StepOptions, choose_step_options
 from fastokd.train.teacher import Teacher
 
 FILL = 0.85
@@ -37,7 +37,7 @@ LARGEST_BATCH = 1024
 """What ``fit_batch_size`` does not exceed unless asked: larger batches need another recipe."""
 STEPS_PER_EPOCH = 20
 """The fewest steps that ``fit_batch_size`` leaves in an epoch."""
-_MOMENTS = {"sgd": 1, "adamw": 2, "lamb": 2, "adam": 2}
+_MOMENTS = {"sgd": 1, "adamw": 2, "adam": 2}
 """Tensors of a parameter's size that each optimizer remembers."""
 _IN_FLIGHT = 3
 """Batches that a loader which decodes while training has on the device: the one in use, and two
@@ -140,7 +140,7 @@ def estimate_memory(
             teacher=None if teacher is None else copy.deepcopy(teacher).to("meta"),
             **model_layout(config),
         )
-    levers = choose_levers(config, model, device)
+    options = choose_step_options(config, model, device)
     trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     height, width = dataset.image_size
     images = (
@@ -155,14 +155,14 @@ def estimate_memory(
     gradients_before = trained if share.accumulate > 1 or share.processes > 1 else 0
     return MemoryEstimate(
         weights=_bytes([*model.parameters(), *model.buffers()]),
-        optimizer=_optimizer_state(config, model) + (trained if levers.flat else 0),
+        optimizer=_optimizer_state(config, model) + (trained if options.flat else 0),
         average=_bytes(model.live_student().state_dict().values()) if config.ema else 0,
         images=_resident(dataset) if device.type == "cuda" else 0,
         batches=share.accumulate
         * torch.Size(images).numel()
-        * image_dtype(levers.precision).itemsize
-        * _batches_at_once(dataset, levers),
-        passes=_passes(model, images, levers.precision) + gradients_before,
+        * image_dtype(options.precision).itemsize
+        * _batches_at_once(dataset, options),
+        passes=_passes(model, images, options.precision) + gradients_before,
     )
 
 
@@ -181,10 +181,10 @@ def _optimizer_state(config: TrainConfig, model: BranchedModel) -> int:
     )
 
 
-def _batches_at_once(dataset: AnyDataset, levers: Levers) -> int:
+def _batches_at_once(dataset: AnyDataset, options: StepOptions) -> int:
     if isinstance(dataset, Dataset):
         return 1
-    return _IN_FLIGHT + levers.cuda_graph  # a captured step reads a copy that never moves
+    return _IN_FLIGHT + options.cuda_graph  # a captured step reads a copy that never moves
 
 
 def _resident(dataset: AnyDataset) -> int:

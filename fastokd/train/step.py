@@ -19,11 +19,11 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
-from fastokd.train.levers import choose_levers
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
 from fastokd.train.statistics import RunningStatistics
+from fastokd.train.step_options import choose_step_options
 from fastokd.train.streams import BranchStreams
 from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
@@ -172,7 +172,7 @@ class TrainStep(BranchEvaluator):
         stored: the frozen teacher's rows, of methods that have some.
 
     Raises:
-        ConfigError: levers that cannot be had here, or do not go together.
+        ConfigError: an option is not available here, or two exclude each other.
     """
 
     def __init__(
@@ -187,18 +187,18 @@ class TrainStep(BranchEvaluator):
         self.stored = stored
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
-        self.levers = choose_levers(
+        self.options = choose_step_options(
             config,
             model,
             device,
             ranks.size,
             host_rows=stored is not None and stored.table.device != device,
         )
-        if self.levers.compile:
+        if self.options.compile:
             model.compile_parts()
-        if self.levers.streams:
+        if self.options.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
-        self.optimizers = Optimizers(config, model, device, flat=self.levers.flat)
+        self.optimizers = Optimizers(config, model, device, flat=self.options.flat)
         self._parallel = (
             parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
         )
