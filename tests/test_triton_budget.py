@@ -22,7 +22,7 @@ from fastokd.kernels.triton.budget import (
     main,
     measure,
 )
-from fastokd.kernels.triton.spec import specialise
+from fastokd.kernels.triton.spec import specialize
 from fastokd.kernels.triton.tile import Tile, choose_splits
 from tests.triton_graphs import GRAPHS
 
@@ -176,10 +176,9 @@ def test_split_rows_cost_no_more(branches: int, classes: int, dtype: str) -> Non
 def split_graph(name: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
     tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
-    spec = specialise(plan)
-    stages = (
-        ["ahead"] * spec.looks_ahead(soft_target) + ["partial"] + ["normal"] * bool(spec.normal)
-    )
+    spec = specialize(plan)
+    stages = ["ahead"] * spec.needs_first_pass(soft_target) + ["partial"]
+    stages += ["normal"] * bool(spec.normalized_edges)
     for which in (*stages, "merge", "columns", *["weights"] * bool(spec.num_weights)):
         cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
         assert (cost.stack, cost.spills) == (0, 0), (which, cost)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialise
+from fastokd.kernels.triton.spec import Spec, specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -60,18 +60,18 @@ class TritonExecutor:
         inputs = plan.num_logits + plan.num_externals
         if inputs > MAX_INPUTS:
             return f"the graph has {inputs} rows of inputs; a kernel takes {MAX_INPUTS}"
-        spec = specialise(plan)
-        count = len(spec.passes[1].slots) + len(spec.passes[1].softs) + len(spec.passes[1].moments)
+        spec = specialize(plan)
+        count = max(spec.num_running_sums, spec.num_normalized)
         most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
-        if max(count, spec.num_normal) > most:
+        if count > most:
             return (
-                f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers"
-                f" hold {most} beside {inputs} rows of inputs"
+                f"the graph needs {count} running sums; a kernel's registers hold {most} beside"
+                f" {inputs} rows of inputs"
             )
         return None
 
     def num_stats(self, plan: Plan) -> int:
-        return specialise(plan).num_stats
+        return specialize(plan).num_stats
 
     def forward(
         self,
@@ -82,7 +82,7 @@ class TritonExecutor:
         target: Tensor,
         term_weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spec = specialise(plan)
+        spec = specialize(plan)
         first = logits[0]
         batch = first.shape[0]
         rows = term_weights.new_empty(batch)
@@ -111,7 +111,7 @@ class TritonExecutor:
         stats: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        spec = specialise(plan)
+        spec = specialize(plan)
         first = logits[0]
         grads = _gradients(logits, weights, needs)
         if first.shape[0] and any(needs):
@@ -150,7 +150,7 @@ class TritonExecutor:
         Split rows take the kernels of both passes: no program sees a whole row, so none could go on
         to its gradient.
         """
-        spec = specialise(plan)
+        spec = specialize(plan)
         first = logits[0]
         batch = first.shape[0]
         rows = term_weights.new_empty(batch)
@@ -220,7 +220,7 @@ def _tile(
     # Split rows have no kernel of their own for both at once, and are to give the same bits either
     # way.
     rows, lanes, pieces, vector, num_warps = choose_tile(
-        batch, num_classes, size, len(spec.learning), aligned, fused and splits == 1
+        batch, num_classes, size, spec.num_nodes, aligned, fused and splits == 1
     )
     double = first.dtype == torch.float64
     return make_tile(
@@ -253,7 +253,7 @@ def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> No
             tile,
             num_warps=tile.num_warps,
             enable_fp_fusion=True,
-            maxnreg=register_limit(which, len(spec.learning)),
+            maxnreg=register_limit(which, spec.num_nodes),
         )
 
 
@@ -269,10 +269,12 @@ def _forward_split(
     """A launch per pass over the columns, then the merge."""
     first = inputs[0][0]
     batch = first.shape[0]
-    partials = term_weights.new_empty((batch, spec.first_partial(3, tile.soft_target), tile.splits))
+    partials = term_weights.new_empty((batch, spec.num_partials(tile.soft_target), tile.splits))
     with torch.cuda.device_of(first):
         for stage in range(3):
-            if stage == 1 or (spec.looks_ahead(tile.soft_target) if stage == 0 else spec.normal):
+            if stage == 1 or (
+                spec.needs_first_pass(tile.soft_target) if stage == 0 else spec.normalized_edges
+            ):
                 split.partial_kernel[(batch * tile.splits,)](
                     *inputs,
                     partials,

@@ -44,105 +44,142 @@ def row_factors(gradient, weights, term_weights, stats, SPEC: tl.constexpr, TILE
     then the coefficients of the edges, outer edges and normal edges, and of d log / d weight for
     the inputs of each blend.
     """
-    sums = stats[SPEC.layout[1] : SPEC.layout[2]]
-    means = stats[SPEC.layout[2] : SPEC.layout[3]]
-    mass = stats[SPEC.layout[6]]
+    sums = stats[SPEC.layout.sums.start : SPEC.layout.sums.stop]
+    means = stats[SPEC.layout.means.start : SPEC.layout.means.stop]
+    mass = stats[SPEC.layout.mass.start]
     pulls = row_constants(len(sums), NOTHING, TILE)
-    onto_target = row_constants(len(SPEC.learning), NOTHING, TILE)
-    onto_one = row_constants(len(SPEC.learning), NOTHING, TILE)
-    for c in tl.static_range(len(SPEC.entropies)):
-        factor = gradient * tl.load(term_weights + SPEC.entropies[c][0])
+    onto_target = row_constants(SPEC.num_nodes, NOTHING, TILE)
+    onto_one = row_constants(SPEC.num_nodes, NOTHING, TILE)
+    for c in tl.static_range(len(SPEC.cross_entropies)):
+        factor = gradient * tl.load(term_weights + SPEC.cross_entropies[c].term)
         total = mass * (1.0 - SPEC.label_smoothing) + SPEC.label_smoothing
-        pulls = added(pulls, SPEC.entropies[c][1], factor * total / sums[SPEC.entropies[c][1]])
+        pulls = added(
+            pulls,
+            SPEC.cross_entropies[c].softmax,
+            factor * total / sums[SPEC.cross_entropies[c].softmax],
+        )
         onto_target = added(
-            onto_target, SPEC.entropies[c][2], factor * (SPEC.label_smoothing - 1.0)
+            onto_target, SPEC.cross_entropies[c].student, factor * (SPEC.label_smoothing - 1.0)
         )
         if SPEC.label_smoothing > 0:
             onto_one = added(
-                onto_one, SPEC.entropies[c][2], factor * (-SPEC.label_smoothing / TILE.num_classes)
+                onto_one,
+                SPEC.cross_entropies[c].student,
+                factor * (-SPEC.label_smoothing / TILE.num_classes),
             )
     edges = ()
     for e in tl.static_range(len(SPEC.edges)):
         factor = (
             gradient
-            * tl.load(term_weights + SPEC.edges[e][0])
-            * (SPEC.edges[e][1] / SPEC.edges[e][2])
+            * tl.load(term_weights + SPEC.edges[e].term)
+            * (SPEC.edges[e].scale / SPEC.edges[e].temperature)
         )
-        onto_other = factor / sums[SPEC.edges[e][3]]
+        onto_other = factor / sums[SPEC.edges[e].first_softmax]
         onto_gap = onto_other * LN2
-        if SPEC.edges[e][8]:
-            pulls = added(pulls, SPEC.edges[e][5], factor / sums[SPEC.edges[e][5]])
-        if SPEC.edges[e][7]:
-            pulls = added(pulls, SPEC.edges[e][3], -(onto_gap * means[e]))
-        if SPEC.edges[e][9] > 0:
-            onto_one = added(onto_one, SPEC.edges[e][6], factor * -SPEC.edges[e][9])
+        if SPEC.edges[e].second_learns:
+            pulls = added(
+                pulls, SPEC.edges[e].second_softmax, factor / sums[SPEC.edges[e].second_softmax]
+            )
+        if SPEC.edges[e].first_learns:
+            pulls = added(pulls, SPEC.edges[e].first_softmax, -(onto_gap * means[e]))
+        if SPEC.edges[e].eps > 0:
+            onto_one = added(onto_one, SPEC.edges[e].second, factor * -SPEC.edges[e].eps)
             pulls = added(
                 pulls,
-                SPEC.edges[e][5],
-                factor * (SPEC.edges[e][9] * TILE.num_classes) / sums[SPEC.edges[e][5]],
+                SPEC.edges[e].second_softmax,
+                factor
+                * (SPEC.edges[e].eps * TILE.num_classes)
+                / sums[SPEC.edges[e].second_softmax],
             )
-            if SPEC.edges[e][7]:
-                onto_one = added(onto_one, SPEC.edges[e][4], factor * SPEC.edges[e][9])
+            if SPEC.edges[e].first_learns:
+                onto_one = added(onto_one, SPEC.edges[e].first, factor * SPEC.edges[e].eps)
                 pulls = added(
-                    pulls, SPEC.edges[e][3], onto_other * (-SPEC.edges[e][9] * TILE.num_classes)
+                    pulls,
+                    SPEC.edges[e].first_softmax,
+                    onto_other * (-SPEC.edges[e].eps * TILE.num_classes),
                 )
         edges = edges + ((onto_other, onto_gap),)
     outer = ()
-    for o in tl.static_range(len(SPEC.outer)):
+    for o in tl.static_range(len(SPEC.external_edges)):
         factor = (
             gradient
-            * tl.load(term_weights + SPEC.outer[o][0])
-            * (SPEC.outer[o][1] / SPEC.outer[o][2])
+            * tl.load(term_weights + SPEC.external_edges[o].term)
+            * (SPEC.external_edges[o].scale / SPEC.external_edges[o].temperature)
         )
-        if SPEC.outer[o][6]:
-            factor = factor * LN2 / sums[SPEC.outer[o][3]]
-            pulls = added(pulls, SPEC.outer[o][3], -(factor * means[SPEC.outer[o][8]]))
+        if SPEC.external_edges[o].student_first:
+            factor = factor * LN2 / sums[SPEC.external_edges[o].student_softmax]
+            pulls = added(
+                pulls,
+                SPEC.external_edges[o].student_softmax,
+                -(factor * means[SPEC.external_edges[o].moment]),
+            )
         else:
             heavy = (
-                stats[SPEC.layout[8] + SPEC.outer[o][5] - SPEC.num_logits]
-                + SPEC.outer[o][7] * TILE.num_classes
+                stats[
+                    SPEC.layout.external_masses.start
+                    + SPEC.external_edges[o].teacher
+                    - SPEC.num_logits
+                ]
+                + SPEC.external_edges[o].eps * TILE.num_classes
             )
-            pulls = added(pulls, SPEC.outer[o][3], factor * heavy / sums[SPEC.outer[o][3]])
+            pulls = added(
+                pulls,
+                SPEC.external_edges[o].student_softmax,
+                factor * heavy / sums[SPEC.external_edges[o].student_softmax],
+            )
         outer = outer + (factor,)
     normal = ()
     onto_blends = ()
-    for b in tl.static_range(len(SPEC.blends)):
-        onto_blends = onto_blends + (row_constants(len(SPEC.blends[b][1]), NOTHING, TILE),)
-    for e in tl.static_range(len(SPEC.normal)):
+    for b in tl.static_range(len(SPEC.prob_mixtures)):
+        onto_blends = onto_blends + (
+            row_constants(len(SPEC.prob_mixtures[b].inputs), NOTHING, TILE),
+        )
+    for e in tl.static_range(len(SPEC.normalized_edges)):
         factor = (
             gradient
-            * tl.load(term_weights + SPEC.normal[e][0])
-            * (SPEC.normal[e][1] / SPEC.normal[e][2])
+            * tl.load(term_weights + SPEC.normalized_edges[e].term)
+            * (SPEC.normalized_edges[e].scale / SPEC.normalized_edges[e].temperature)
         )
-        if not SPEC.normal[e][7]:
-            if SPEC.normal[e][10] >= 0:
+        if not SPEC.normalized_edges[e].student_first:
+            if SPEC.normalized_edges[e].prob_mixture >= 0:
                 heavy = (
-                    stats[SPEC.layout[10] + SPEC.normal[e][10]]
-                    + SPEC.normal[e][8] * TILE.num_classes
+                    stats[SPEC.layout.prob_masses.start + SPEC.normalized_edges[e].prob_mixture]
+                    + SPEC.normalized_edges[e].eps * TILE.num_classes
                 )
             else:
-                heavy = row_constant(1.0, TILE) + SPEC.normal[e][8] * TILE.num_classes
-            pulls = added(pulls, SPEC.normal[e][3], factor * heavy / sums[SPEC.normal[e][3]])
-        if SPEC.normal[e][10] >= 0 and SPEC.normal[e][9]:
-            inputs = onto_blends[SPEC.normal[e][10]]
+                heavy = row_constant(1.0, TILE) + SPEC.normalized_edges[e].eps * TILE.num_classes
+            pulls = added(
+                pulls,
+                SPEC.normalized_edges[e].student_softmax,
+                factor * heavy / sums[SPEC.normalized_edges[e].student_softmax],
+            )
+        if SPEC.normalized_edges[e].prob_mixture >= 0 and SPEC.normalized_edges[e].teacher_learns:
+            inputs = onto_blends[SPEC.normalized_edges[e].prob_mixture]
             for k in tl.static_range(len(inputs)):
-                product = stats[SPEC.layout[11] + SPEC.products[e] + k]
-                inputs = added(inputs, k, factor * SPEC.normal[e][2] * product)
+                product = stats[
+                    SPEC.layout.products.start + SPEC.normalized_edges[e].first_product + k
+                ]
+                inputs = added(inputs, k, factor * SPEC.normalized_edges[e].temperature * product)
             onto_blends = (
-                onto_blends[: SPEC.normal[e][10]]
+                onto_blends[: SPEC.normalized_edges[e].prob_mixture]
                 + (inputs,)
-                + onto_blends[SPEC.normal[e][10] + 1 :]
+                + onto_blends[SPEC.normalized_edges[e].prob_mixture + 1 :]
             )
         normal = normal + (factor,)
-    for b in tl.static_range(len(SPEC.blends)):
-        for k in tl.static_range(len(SPEC.blends[b][1])):
-            if SPEC.blends[b][2][k] >= 0 and SPEC.pulls[SPEC.blends[b][2][k]]:
-                pull = onto_blends[b][k] / (sums[SPEC.blends[b][2][k]] * -SPEC.blends[b][5])
-                if SPEC.blends[b][3] >= 0:
-                    pull = pull * weights[SPEC.blends[b][3] + k]
+    for b in tl.static_range(len(SPEC.prob_mixtures)):
+        for k in tl.static_range(len(SPEC.prob_mixtures[b].inputs)):
+            if (
+                SPEC.prob_mixtures[b].softmaxes[k] >= 0
+                and SPEC.main.softmaxes[SPEC.prob_mixtures[b].softmaxes[k]].learns
+            ):
+                pull = onto_blends[b][k] / (
+                    sums[SPEC.prob_mixtures[b].softmaxes[k]] * -SPEC.prob_mixtures[b].temperature
+                )
+                if SPEC.prob_mixtures[b].first_weight >= 0:
+                    pull = pull * weights[SPEC.prob_mixtures[b].first_weight + k]
                 else:
-                    pull = pull * SPEC.blends[b][4][k]
-                pulls = added(pulls, SPEC.blends[b][2][k], pull)
+                    pull = pull * SPEC.prob_mixtures[b].constants[k]
+                pulls = added(pulls, SPEC.prob_mixtures[b].softmaxes[k], pull)
     return pulls, onto_target, onto_one, edges, outer, normal, onto_blends
 
 
@@ -152,12 +189,12 @@ def through_mixtures(values, weights, SPEC: tl.constexpr):
     inputs.
     """
     for j in tl.static_range(len(SPEC.mixtures)):
-        for k in tl.static_range(len(SPEC.mixtures[j][1])):
-            if SPEC.mixtures[j][2] >= 0:
-                part = weights[SPEC.mixtures[j][2] + k] * values[SPEC.mixtures[j][0]]
+        for k in tl.static_range(len(SPEC.mixtures[j].inputs)):
+            if SPEC.mixtures[j].first_weight >= 0:
+                part = weights[SPEC.mixtures[j].first_weight + k] * values[SPEC.mixtures[j].node]
             else:
-                part = values[SPEC.mixtures[j][0]] * SPEC.mixtures[j][3][k]
-            values = added(values, SPEC.mixtures[j][1][k], part)
+                part = values[SPEC.mixtures[j].node] * SPEC.mixtures[j].constants[k]
+            values = added(values, SPEC.mixtures[j].inputs[k], part)
     return values
 
 
@@ -181,64 +218,88 @@ def edge_gradients(
     """
     pulls, _target, _one, edges, outer, normal, _blends = factors
     for e in tl.static_range(len(SPEC.edges)):
-        if SPEC.edges[e][7]:
-            pulls = added(pulls, SPEC.edges[e][3], edges[e][1] * moment_value(scaled, e, SPEC, 1))
-        if SPEC.edges[e][8]:
-            grads = added(grads, SPEC.edges[e][6], -(edges[e][0] * powers[SPEC.edges[e][3]]))
-    for o in tl.static_range(len(SPEC.outer)):
-        outside = rows[SPEC.outer[o][5]]
-        if SPEC.outer[o][6]:
-            gap = moment_value(scaled, SPEC.outer[o][8], SPEC, 1) - log2(
+        if SPEC.edges[e].first_learns:
+            pulls = added(
+                pulls, SPEC.edges[e].first_softmax, edges[e][1] * moment_value(scaled, e, SPEC, 1)
+            )
+        if SPEC.edges[e].second_learns:
+            grads = added(
+                grads, SPEC.edges[e].second, -(edges[e][0] * powers[SPEC.edges[e].first_softmax])
+            )
+    for o in tl.static_range(len(SPEC.external_edges)):
+        outside = rows[SPEC.external_edges[o].teacher]
+        if SPEC.external_edges[o].student_first:
+            gap = moment_value(scaled, SPEC.external_edges[o].moment, SPEC, 1) - log2(
                 tl.maximum(outside, FLOOR), TILE
             )
-            pulls = added(pulls, SPEC.outer[o][3], outer[o] * gap)
+            pulls = added(pulls, SPEC.external_edges[o].student_softmax, outer[o] * gap)
         else:
-            grads = added(grads, SPEC.outer[o][4], -(outer[o] * (outside + SPEC.outer[o][7])))
-    # a e + b e^3 = e (a + b e^2): what a power pulls is added to what its base pulls.
-    for f in tl.static_range(len(SPEC.pulls)):
-        if SPEC.pulls[f] and SPEC.passes[1].softs[f][1] > 1:
-            lower = powered(powers[SPEC.bases[f]], 0.0, SPEC.passes[1].softs[f][1] - 1, 0.0)
-            pulls = added(pulls, SPEC.bases[f], pulls[f] * lower)
-    for f in tl.static_range(len(SPEC.pulls)):
-        if SPEC.pulls[f] and SPEC.bases[f] == f:
             grads = added(
-                grads, SPEC.passes[1].slots[SPEC.passes[1].softs[f][0]][0], pulls[f] * powers[f]
+                grads,
+                SPEC.external_edges[o].student,
+                -(outer[o] * (outside + SPEC.external_edges[o].eps)),
             )
-    if len(SPEC.normal):
+    # a e + b e^3 = e (a + b e^2): what a power pulls is added to what its base pulls.
+    for f in tl.static_range(len(SPEC.main.softmaxes)):
+        if SPEC.main.softmaxes[f].learns and SPEC.main.softmaxes[f].power > 1:
+            lower = powered(
+                powers[SPEC.main.softmaxes[f].base], 0.0, SPEC.main.softmaxes[f].power - 1, 0.0
+            )
+            pulls = added(pulls, SPEC.main.softmaxes[f].base, pulls[f] * lower)
+    for f in tl.static_range(len(SPEC.main.softmaxes)):
+        if SPEC.main.softmaxes[f].learns and SPEC.main.softmaxes[f].base == f:
+            grads = added(grads, SPEC.main.softmaxes[f].node, pulls[f] * powers[f])
+    if len(SPEC.normalized_edges):
         blends = blend_rows(rows, scaled, weights, logs, SPEC, TILE)
-        onto = lane_constants(len(SPEC.blends), NOTHING, TILE)
-        for e in tl.static_range(len(SPEC.normal)):
+        onto = lane_constants(len(SPEC.prob_mixtures), NOTHING, TILE)
+        for e in tl.static_range(len(SPEC.normalized_edges)):
             probability, weight, logarithm = teacher_row(scaled, blends, logs, e, SPEC, TILE)
-            student = log_probability(scaled, logs, SPEC.normal[e][3], SPEC)
+            student = log_probability(scaled, logs, SPEC.normalized_edges[e].student_softmax, SPEC)
             gap = (logarithm - student) * LN2
-            if SPEC.normal[e][7]:
+            if SPEC.normalized_edges[e].student_first:
                 share = normal[e] * tl.exp2(student)
                 grads = added(
-                    grads, SPEC.normal[e][4], -(share * (gap + stats[SPEC.layout[9] + 2 * e]))
+                    grads,
+                    SPEC.normalized_edges[e].student,
+                    -(share * (gap + stats[SPEC.layout.normalized.start + 2 * e])),
                 )
-                if SPEC.normal[e][9]:
-                    onto = added(onto, SPEC.normal[e][10], -(share * SPEC.normal[e][2]))
+                if SPEC.normalized_edges[e].teacher_learns:
+                    onto = added(
+                        onto,
+                        SPEC.normalized_edges[e].prob_mixture,
+                        -(share * SPEC.normalized_edges[e].temperature),
+                    )
             else:
-                grads = added(grads, SPEC.normal[e][4], -(normal[e] * weight))
-                if SPEC.normal[e][9]:
-                    if SPEC.normal[e][10] >= 0:
+                grads = added(grads, SPEC.normalized_edges[e].student, -(normal[e] * weight))
+                if SPEC.normalized_edges[e].teacher_learns:
+                    if SPEC.normalized_edges[e].prob_mixture >= 0:
                         onto = added(
                             onto,
-                            SPEC.normal[e][10],
-                            normal[e] * probability * (gap + 1.0) * SPEC.normal[e][2],
+                            SPEC.normalized_edges[e].prob_mixture,
+                            normal[e]
+                            * probability
+                            * (gap + 1.0)
+                            * SPEC.normalized_edges[e].temperature,
                         )
                     else:
-                        pull = normal[e] * probability * (gap - stats[SPEC.layout[9] + 2 * e + 1])
-                        grads = added(grads, SPEC.normal[e][5], pull)
-        for b in tl.static_range(len(SPEC.blends)):
-            for k in tl.static_range(len(SPEC.blends[b][1])):
-                if SPEC.blends[b][2][k] >= 0 and SPEC.pulls[SPEC.blends[b][2][k]]:
-                    slope = onto[b] * blends[b][2][k] * (1.0 / SPEC.blends[b][5])
-                    if SPEC.blends[b][3] >= 0:
-                        slope = slope * weights[SPEC.blends[b][3] + k]
+                        pull = (
+                            normal[e]
+                            * probability
+                            * (gap - stats[SPEC.layout.normalized.start + 2 * e + 1])
+                        )
+                        grads = added(grads, SPEC.normalized_edges[e].teacher, pull)
+        for b in tl.static_range(len(SPEC.prob_mixtures)):
+            for k in tl.static_range(len(SPEC.prob_mixtures[b].inputs)):
+                if (
+                    SPEC.prob_mixtures[b].softmaxes[k] >= 0
+                    and SPEC.main.softmaxes[SPEC.prob_mixtures[b].softmaxes[k]].learns
+                ):
+                    slope = onto[b] * blends[b][2][k] * (1.0 / SPEC.prob_mixtures[b].temperature)
+                    if SPEC.prob_mixtures[b].first_weight >= 0:
+                        slope = slope * weights[SPEC.prob_mixtures[b].first_weight + k]
                     else:
-                        slope = slope * SPEC.blends[b][4][k]
-                    grads = added(grads, SPEC.blends[b][1][k], slope)
+                        slope = slope * SPEC.prob_mixtures[b].constants[k]
+                    grads = added(grads, SPEC.prob_mixtures[b].inputs[k], slope)
     return grads
 
 
@@ -254,11 +315,13 @@ def weight_products(
 ):
     """The gradient of every run-time weight of the mixtures after one more piece."""
     for j in tl.static_range(len(SPEC.mixtures)):
-        if SPEC.mixtures[j][2] >= 0:
-            for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                product = grads[SPEC.mixtures[j][0]] * rows[SPEC.mixtures[j][1][k]]
+        if SPEC.mixtures[j].first_weight >= 0:
+            for k in tl.static_range(len(SPEC.mixtures[j].inputs)):
+                product = grads[SPEC.mixtures[j].node] * rows[SPEC.mixtures[j].inputs[k]]
                 dots = added(
-                    dots, SPEC.mixtures[j][2] + k, masked(product, 0.0, LIMIT, PIECE, TILE)
+                    dots,
+                    SPEC.mixtures[j].first_weight + k,
+                    masked(product, 0.0, LIMIT, PIECE, TILE),
                 )
     return dots
 
@@ -271,21 +334,23 @@ def weight_gradients(
     is linear in the target or constant over the columns, and what comes from probability mixtures.
     """
     node_sums = ()
-    if SPEC.use_sums:
-        node_sums = linear_rows(stats[SPEC.layout[4] : SPEC.layout[5]], weights, SPEC)
+    if SPEC.use_row_sums:
+        node_sums = linear_rows(
+            stats[SPEC.layout.row_sums.start : SPEC.layout.row_sums.stop], weights, SPEC
+        )
     for j in tl.static_range(len(SPEC.mixtures)):
-        if SPEC.mixtures[j][2] >= 0:
-            for k in tl.static_range(len(SPEC.mixtures[j][1])):
-                if SPEC.has_entropy:
-                    part = onto_target[SPEC.mixtures[j][0]] * labels[SPEC.mixtures[j][1][k]]
-                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
-                if SPEC.use_sums:
-                    part = onto_one[SPEC.mixtures[j][0]] * node_sums[SPEC.mixtures[j][1][k]]
-                    totals = added(totals, SPEC.mixtures[j][2] + k, part)
-    for b in tl.static_range(len(SPEC.blends)):
-        if SPEC.blends[b][3] >= 0:
-            for k in tl.static_range(len(SPEC.blends[b][1])):
-                totals = added(totals, SPEC.blends[b][3] + k, onto_blends[b][k])
+        if SPEC.mixtures[j].first_weight >= 0:
+            for k in tl.static_range(len(SPEC.mixtures[j].inputs)):
+                if len(SPEC.cross_entropies):
+                    part = onto_target[SPEC.mixtures[j].node] * labels[SPEC.mixtures[j].inputs[k]]
+                    totals = added(totals, SPEC.mixtures[j].first_weight + k, part)
+                if SPEC.use_row_sums:
+                    part = onto_one[SPEC.mixtures[j].node] * node_sums[SPEC.mixtures[j].inputs[k]]
+                    totals = added(totals, SPEC.mixtures[j].first_weight + k, part)
+    for b in tl.static_range(len(SPEC.prob_mixtures)):
+        if SPEC.prob_mixtures[b].first_weight >= 0:
+            for k in tl.static_range(len(SPEC.prob_mixtures[b].inputs)):
+                totals = added(totals, SPEC.prob_mixtures[b].first_weight + k, onto_blends[b][k])
     return totals
 
 
@@ -319,7 +384,7 @@ def backward_chunk(
         logits, externals, rows, base, weights, labels, choices, LIMIT, COUNT, SPEC, 1, TILE
     )
     targets = ()
-    if SPEC.has_entropy and len(TILE.target_strides) == 2:
+    if len(SPEC.cross_entropies) and len(TILE.target_strides) == 2:
         start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
         targets = load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
     # 32 bits are compared at half the cost of 64. That may take a label out of range for another,
@@ -329,7 +394,7 @@ def backward_chunk(
     for p in tl.static_range(COUNT):
         scaled = scaled_rows(pieces[p], maxima, SPEC, 1, TILE)
         powers = exponentials(scaled, p, 0, SPEC, 1, TILE)
-        grads = lane_constants(len(SPEC.learning), NOTHING, TILE)
+        grads = lane_constants(SPEC.num_nodes, NOTHING, TILE)
         grads = edge_gradients(
             grads, pieces[p], scaled, powers, weights, logs, factors, stats, SPEC, TILE
         )
@@ -338,9 +403,9 @@ def backward_chunk(
         branches = ()
         for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
             grad = grads[m]
-            if SPEC.use_sums:
+            if SPEC.use_row_sums:
                 grad += onto_one[m]
-            if SPEC.has_entropy:
+            if len(SPEC.cross_entropies):
                 if len(TILE.target_strides) == 2:
                     grad += onto_target[m] * computed(targets[p], TILE)
                 else:
@@ -365,8 +430,10 @@ def before_columns(weights, gradient, term_weights, stats, SPEC: tl.constexpr, T
     onto_target = through_mixtures(factors[1], weights, SPEC)
     onto_one = through_mixtures(factors[2], weights, SPEC)
     labels = ()
-    if SPEC.use_labels:
-        labels = linear_rows(stats[SPEC.layout[3] : SPEC.layout[4]], weights, SPEC)
+    if SPEC.use_label_logits:
+        labels = linear_rows(
+            stats[SPEC.layout.label_logits.start : SPEC.layout.label_logits.stop], weights, SPEC
+        )
     return factors, onto_target, onto_one, labels
 
 
@@ -390,11 +457,11 @@ def backward_columns(
     """Writes the gradients of the logits in this program's columns; returns each lane's products
     for the weights.
     """
-    maxima = stats[: SPEC.layout[1]]
-    choices = stats[SPEC.layout[7] : SPEC.layout[8]]
+    maxima = stats[: SPEC.layout.maxima.stop]
+    choices = stats[SPEC.layout.chosen.start : SPEC.layout.chosen.stop]
     logs = ()
-    if len(SPEC.normal):
-        logs = log_sums(stats[SPEC.layout[1] : SPEC.layout[2]], TILE)
+    if len(SPEC.normalized_edges):
+        logs = log_sums(stats[SPEC.layout.sums.start : SPEC.layout.sums.stop], TILE)
     label = rows
     if len(TILE.target_strides) == 1:
         label = tl.load(target + rows * TILE.target_strides[0])

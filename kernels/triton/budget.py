@@ -24,7 +24,7 @@ from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialise
+from fastokd.kernels.triton.spec import Spec, specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -95,14 +95,14 @@ def launch_tile(
     """The tile that the executor would choose for rows of this stride (0: contiguous), all
     gradients wanted.
     """
-    spec, size = specialise(plan), SIZES[dtype]
+    spec, size = specialize(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
     rows, lanes, pieces, vector, warps = choose_tile(
         batch,
         num_classes,
         size,
-        len(spec.learning),
+        spec.num_nodes,
         aligned,
         fused and choose_splits(batch, num_classes) == 1,
     )
@@ -129,7 +129,7 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
     """Compile one of ``KERNELS``, or ``SPLIT_KERNELS`` for a tile of split rows, for a compute
     capability (80, 90, 100). Needs no GPU.
     """
-    spec: Spec = specialise(plan)
+    spec: Spec = specialize(plan)
     compute = "*fp64" if tile.double else "*fp32"
     logits, weights = (f"*{dtype}",) * plan.num_logits, (compute,) * len(plan.weight_widths)
     types = {
@@ -166,7 +166,7 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
         options={
             "num_warps": 1 if which in ("merge", "weights") else tile.num_warps,
             "enable_fp_fusion": True,
-            "maxnreg": register_limit(which, len(spec.learning)),
+            "maxnreg": register_limit(which, spec.num_nodes),
         },
     )
 

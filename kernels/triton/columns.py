@@ -242,32 +242,35 @@ def derived_rows(rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.c
     """
     for j in tl.static_range(len(SPEC.passes[WHICH].nodes)):
         row = rows[0]
-        if SPEC.passes[WHICH].nodes[j][0] == MIXTURE:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                if SPEC.passes[WHICH].nodes[j][2] >= 0:
+        if SPEC.passes[WHICH].nodes[j].kind == MIXTURE:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j].inputs)):
+                if SPEC.passes[WHICH].nodes[j].first_weight >= 0:
                     part = (
-                        weights[SPEC.passes[WHICH].nodes[j][2] + k]
-                        * rows[SPEC.passes[WHICH].nodes[j][1][k]]
+                        weights[SPEC.passes[WHICH].nodes[j].first_weight + k]
+                        * rows[SPEC.passes[WHICH].nodes[j].inputs[k]]
                     )
                 else:
                     part = (
-                        rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
+                        rows[SPEC.passes[WHICH].nodes[j].inputs[k]]
+                        * SPEC.passes[WHICH].nodes[j].constants[k]
                     )
                 row = part if k == 0 else row + part
-        elif SPEC.passes[WHICH].nodes[j][0] == MINIMUM:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
+        elif SPEC.passes[WHICH].nodes[j].kind == MINIMUM:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j].inputs)):
                 shifted = (
-                    rows[SPEC.passes[WHICH].nodes[j][1][k]]
-                    - labels[SPEC.passes[WHICH].nodes[j][1][k]]
+                    rows[SPEC.passes[WHICH].nodes[j].inputs[k]]
+                    - labels[SPEC.passes[WHICH].nodes[j].inputs[k]]
                 )
                 row = shifted if k == 0 else tl.minimum(row, shifted)
-        elif SPEC.passes[WHICH].nodes[j][0] == SELECTION:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                candidate = rows[SPEC.passes[WHICH].nodes[j][1][k]]
+        elif SPEC.passes[WHICH].nodes[j].kind == SELECTION:
+            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j].inputs)):
+                candidate = rows[SPEC.passes[WHICH].nodes[j].inputs[k]]
                 row = (
                     candidate
                     if k == 0
-                    else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
+                    else tl.where(
+                        choices[SPEC.passes[WHICH].nodes[j].selection] == k, candidate, row
+                    )
                 )
         rows = rows + (row,)
     return rows

@@ -23,9 +23,9 @@ def log_sum(
     maxima, sums, SOFT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr
 ):
     """log2 of the sum of exponentials of a soft."""
-    return maxima[SPEC.passes[WHICH].softs[SOFT][0]] * SPEC.passes[WHICH].softs[SOFT][2] + log2(
-        sums[SOFT], TILE
-    )
+    return maxima[SPEC.passes[WHICH].softmaxes[SOFT].scaled_node] * SPEC.passes[WHICH].softmaxes[
+        SOFT
+    ].ratio + log2(sums[SOFT], TILE)
 
 
 @triton.jit
@@ -54,19 +54,21 @@ def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.const
     equal, as a float.
     """
     losses = labels
-    for s in tl.static_range(len(SPEC.passes[0].slots)):
-        value = entropy(maxima, sums, labels, mass, s, SPEC.passes[0].slots[s][0], SPEC, 0, TILE)
+    for s in tl.static_range(len(SPEC.first.scaled_nodes)):
+        value = entropy(
+            maxima, sums, labels, mass, s, SPEC.first.scaled_nodes[s].node, SPEC, 0, TILE
+        )
         losses = (
-            losses[: SPEC.passes[0].slots[s][0]]
+            losses[: SPEC.first.scaled_nodes[s].node]
             + (value,)
-            + losses[SPEC.passes[0].slots[s][0] + 1 :]
+            + losses[SPEC.first.scaled_nodes[s].node + 1 :]
         )
     out = ()
-    for c in tl.static_range(len(SPEC.choices)):
-        best = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][0]]
+    for c in tl.static_range(len(SPEC.selections)):
+        best = losses[SPEC.main.nodes[SPEC.selections[c]].inputs[0]]
         position = row_constant(0.0, TILE)
-        for k in tl.static_range(1, len(SPEC.passes[1].nodes[SPEC.choices[c]][1])):
-            value = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][k]]
+        for k in tl.static_range(1, len(SPEC.main.nodes[SPEC.selections[c]].inputs)):
+            value = losses[SPEC.main.nodes[SPEC.selections[c]].inputs[k]]
             position = tl.where(value < best, k, position)
             best = tl.where(value < best, value, best)
         out = out + (position,)
@@ -86,10 +88,10 @@ def entropy(
     TILE: tl.constexpr,
 ):
     """The cross-entropy of a node at temperature 1, without label smoothing."""
-    slot: tl.constexpr = SPEC.passes[WHICH].softs[SOFT][0]
+    slot: tl.constexpr = SPEC.passes[WHICH].softmaxes[SOFT].scaled_node
     # The difference first: both are large where the logits are, and it is not.
-    gap = maxima[slot] * mass - labels[NODE] * SPEC.passes[WHICH].slots[slot][1]
-    return (gap * SPEC.passes[WHICH].softs[SOFT][2] + log2(sums[SOFT], TILE) * mass) * LN2
+    gap = maxima[slot] * mass - labels[NODE] * SPEC.passes[WHICH].scaled_nodes[slot].scale
+    return (gap * SPEC.passes[WHICH].softmaxes[SOFT].ratio + log2(sums[SOFT], TILE) * mass) * LN2
 
 
 @triton.jit
@@ -110,10 +112,10 @@ def before_main(
     node_labels = ()
     choices = ()
     mass = row_constant(1.0, TILE)
-    if SPEC.use_labels and not TILE.soft_target:
+    if SPEC.use_label_logits and not TILE.soft_target:
         labels, mass = label_logits(logits, target, rows, SPEC, TILE)
         node_labels = linear_rows(labels, weights, SPEC)
-    if SPEC.looks_ahead(TILE.soft_target):
+    if SPEC.needs_first_pass(TILE.soft_target):
         maxima0, sums0, _none, dots0 = sweep(
             logits,
             externals,
@@ -133,7 +135,7 @@ def before_main(
             labels = dots0[: SPEC.num_logits]
             mass = dots0[SPEC.num_logits]
             node_labels = linear_rows(labels, weights, SPEC)
-        if len(SPEC.choices):
+        if len(SPEC.selections):
             choices = chosen_inputs(maxima0, sums0, node_labels, mass, SPEC, TILE)
     return labels, node_labels, mass, choices
 
@@ -156,7 +158,7 @@ def forward_row(
     ``weights`` are the loaded weights, ``partials`` is read where rows are split (``split``).
     """
     dots: tl.constexpr = (
-        TILE.soft_target and SPEC.use_labels and not SPEC.looks_ahead(TILE.soft_target)
+        TILE.soft_target and SPEC.use_label_logits and not SPEC.needs_first_pass(TILE.soft_target)
     )
     skip: tl.constexpr = SPEC.num_logits + 1 if dots else 0
 
@@ -184,60 +186,67 @@ def forward_row(
         node_labels = linear_rows(labels, weights, SPEC)
     plain = plain[skip:]
     node_sums = ()
-    if SPEC.use_sums:
+    if SPEC.use_row_sums:
         node_sums = linear_rows(plain[: SPEC.num_logits], weights, SPEC)
-        for n in tl.static_range(len(SPEC.passes[1].summed)):
-            node_sums = placed(node_sums, SPEC.passes[1].summed[n], plain[SPEC.num_logits + n])
+        for n in tl.static_range(len(SPEC.main.summed_nodes)):
+            node_sums = placed(node_sums, SPEC.main.summed_nodes[n], plain[SPEC.num_logits + n])
 
     terms = row_constants(SPEC.num_terms, 0.0, TILE)
-    for c in tl.static_range(len(SPEC.entropies)):
+    for c in tl.static_range(len(SPEC.cross_entropies)):
         value = entropy(
             maxima,
             sums,
             node_labels,
             mass,
-            SPEC.entropies[c][1],
-            SPEC.entropies[c][2],
+            SPEC.cross_entropies[c].softmax,
+            SPEC.cross_entropies[c].student,
             SPEC,
             1,
             TILE,
         )
         if SPEC.label_smoothing > 0:
-            spread = log_sum(maxima, sums, SPEC.entropies[c][1], SPEC, 1, TILE) * LN2
-            spread -= node_sums[SPEC.entropies[c][2]] * (1.0 / TILE.num_classes)
+            spread = log_sum(maxima, sums, SPEC.cross_entropies[c].softmax, SPEC, 1, TILE) * LN2
+            spread -= node_sums[SPEC.cross_entropies[c].student] * (1.0 / TILE.num_classes)
             value = value * (1.0 - SPEC.label_smoothing) + spread * SPEC.label_smoothing
-        terms = placed(terms, SPEC.entropies[c][0], value)
+        terms = placed(terms, SPEC.cross_entropies[c].term, value)
     for e in tl.static_range(len(SPEC.edges)):
-        value = (means[e] + log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)) * LN2
-        if SPEC.edges[e][9] > 0:
+        value = (
+            means[e]
+            + log2(sums[SPEC.edges[e].second_softmax] / sums[SPEC.edges[e].first_softmax], TILE)
+        ) * LN2
+        if SPEC.edges[e].eps > 0:
             level = (
-                log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE)
-                - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)
+                log_sum(maxima, sums, SPEC.edges[e].second_softmax, SPEC, 1, TILE)
+                - log_sum(maxima, sums, SPEC.edges[e].first_softmax, SPEC, 1, TILE)
             ) * LN2
-            gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (
-                1.0 / SPEC.edges[e][2]
+            gap = (node_sums[SPEC.edges[e].first] - node_sums[SPEC.edges[e].second]) * (
+                1.0 / SPEC.edges[e].temperature
             )
-            value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e][9]
-        terms = placed(terms, SPEC.edges[e][0], value * SPEC.edges[e][1])
+            value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e].eps
+        terms = placed(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
     outer_masses = ()
     outer_crosses = ()
-    if len(SPEC.passes[1].crosses):
-        outer_masses = plain[SPEC.first_outer : SPEC.first_outer + SPEC.num_externals]
-        outer_crosses = plain[SPEC.first_outer + SPEC.num_externals :]
-    for o in tl.static_range(len(SPEC.outer)):
-        if SPEC.outer[o][6]:
-            value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
+    if len(SPEC.main.external_products):
+        outer_masses = plain[SPEC.first_external_sum : SPEC.first_external_sum + SPEC.num_externals]
+        outer_crosses = plain[SPEC.first_external_sum + SPEC.num_externals :]
+    for o in tl.static_range(len(SPEC.external_edges)):
+        if SPEC.external_edges[o].student_first:
+            value = means[SPEC.external_edges[o].moment] - log2(
+                sums[SPEC.external_edges[o].student_softmax], TILE
+            )
         else:
             heavy = (
-                outer_masses[SPEC.outer[o][5] - SPEC.num_logits]
-                + SPEC.outer[o][7] * TILE.num_classes
+                outer_masses[SPEC.external_edges[o].teacher - SPEC.num_logits]
+                + SPEC.external_edges[o].eps * TILE.num_classes
             )
-            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(
-                maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE
+            value = outer_crosses[SPEC.external_edges[o].product] + heavy * log_sum(
+                maxima, sums, SPEC.external_edges[o].student_softmax, SPEC, 1, TILE
             )
-        terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
+        terms = placed(
+            terms, SPEC.external_edges[o].term, value * (LN2 * SPEC.external_edges[o].scale)
+        )
     normal = ()
-    if len(SPEC.normal):
+    if len(SPEC.normalized_edges):
         normal = normal_sweep(
             logits,
             externals,
@@ -251,14 +260,16 @@ def forward_row(
             SPEC,
             TILE,
         )
-        for e in tl.static_range(len(SPEC.normal)):
-            terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
+        for e in tl.static_range(len(SPEC.normalized_edges)):
+            terms = placed(
+                terms, SPEC.normalized_edges[e].term, normal[2 * e] * SPEC.normalized_edges[e].scale
+            )
 
     loss = row_constant(NOTHING, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         loss += terms[t] * tl.load(term_weights + t)
     stats = maxima + sums + means
-    if SPEC.use_labels:
+    if SPEC.use_label_logits:
         stats = stats + labels
-    stats = stats + plain[: SPEC.first_outer] + (mass,) + choices + outer_masses + normal
+    stats = stats + plain[: SPEC.first_external_sum] + (mass,) + choices + outer_masses + normal
     return loss, terms, stats

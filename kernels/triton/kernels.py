@@ -48,10 +48,10 @@ def store_values(
 
 
 # No kernel is compiled again because a batch is smaller than the last.
-UNSPECIALISED = ["batch", "shift"]
+UNSPECIALIZED = ["batch", "shift"]
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     logits,
     weights,
@@ -78,7 +78,7 @@ def forward_kernel(
         store_rows(out_stats + rows * SPEC.num_stats + j, stats[j], inside, TILE)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
     grad_logits,
     grad_weights,
@@ -122,7 +122,7 @@ def backward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fused_kernel(
     grad_logits,
     grad_weights,

@@ -23,7 +23,10 @@ from fastokd.kernels.triton.sweep import chunk_rows, load_parts, part_of_row, sc
 @triton.jit
 def log_probability(scaled, logs, SOFT: tl.constexpr, SPEC: tl.constexpr):
     """log2 of a soft's probabilities at one piece; ``logs`` are log2 of the sums."""
-    return timed(scaled[SPEC.passes[1].softs[SOFT][0]], SPEC.passes[1].softs[SOFT][2]) - logs[SOFT]
+    return (
+        timed(scaled[SPEC.main.softmaxes[SOFT].scaled_node], SPEC.main.softmaxes[SOFT].ratio)
+        - logs[SOFT]
+    )
 
 
 @triton.jit
@@ -36,26 +39,26 @@ def blend_row(
     parts = ()
     peak = PAD
     total = 0.0
-    for k in tl.static_range(len(SPEC.blends[BLEND][1])):
-        if SPEC.blends[BLEND][2][k] < 0:
-            part = log2(tl.maximum(rows[SPEC.blends[BLEND][1][k]], FLOOR), TILE)
+    for k in tl.static_range(len(SPEC.prob_mixtures[BLEND].inputs)):
+        if SPEC.prob_mixtures[BLEND].softmaxes[k] < 0:
+            part = log2(tl.maximum(rows[SPEC.prob_mixtures[BLEND].inputs[k]], FLOOR), TILE)
         else:
-            part = log_probability(scaled, logs, SPEC.blends[BLEND][2][k], SPEC)
+            part = log_probability(scaled, logs, SPEC.prob_mixtures[BLEND].softmaxes[k], SPEC)
         parts = parts + (part,)
         peak = tl.maximum(part, peak)
     ratios = ()
-    for k in tl.static_range(len(SPEC.blends[BLEND][1])):
+    for k in tl.static_range(len(SPEC.prob_mixtures[BLEND].inputs)):
         ratio = tl.exp2(parts[k] - peak)
         ratios = ratios + (ratio,)
-        if SPEC.blends[BLEND][3] >= 0:
-            share = ratio * weights[SPEC.blends[BLEND][3] + k]
+        if SPEC.prob_mixtures[BLEND].first_weight >= 0:
+            share = ratio * weights[SPEC.prob_mixtures[BLEND].first_weight + k]
         else:
-            share = ratio * SPEC.blends[BLEND][4][k]
+            share = ratio * SPEC.prob_mixtures[BLEND].constants[k]
         total = share + total
     kept = tl.maximum(total, FLOOR)
     scale = tl.where(total >= FLOOR, 1.0 / kept, 0.0)
     slopes = ()
-    for k in tl.static_range(len(SPEC.blends[BLEND][1])):
+    for k in tl.static_range(len(SPEC.prob_mixtures[BLEND].inputs)):
         slopes = slopes + (ratios[k] * scale,)
     return tl.exp2(peak) * kept, peak + log2(kept, TILE), slopes
 
@@ -64,7 +67,7 @@ def blend_row(
 def blend_rows(rows, scaled, weights, logs, SPEC: tl.constexpr, TILE: tl.constexpr):
     """Every probability mixture at one piece: a tuple of (probability, log2, slopes)."""
     out = ()
-    for b in tl.static_range(len(SPEC.blends)):
+    for b in tl.static_range(len(SPEC.prob_mixtures)):
         out = out + (blend_row(rows, scaled, weights, logs, b, SPEC, TILE),)
     return out
 
@@ -82,14 +85,14 @@ def teacher_row(scaled, blends, logs, EDGE: tl.constexpr, SPEC: tl.constexpr, TI
     """The teacher of a normal edge at one piece: its probability, the same with eps, and log2 of
     the latter.
     """
-    if SPEC.normal[EDGE][10] >= 0:
-        probability = blends[SPEC.normal[EDGE][10]][0]
-        logarithm = blends[SPEC.normal[EDGE][10]][1]
+    if SPEC.normalized_edges[EDGE].prob_mixture >= 0:
+        probability = blends[SPEC.normalized_edges[EDGE].prob_mixture][0]
+        logarithm = blends[SPEC.normalized_edges[EDGE].prob_mixture][1]
     else:
-        logarithm = log_probability(scaled, logs, SPEC.normal[EDGE][6], SPEC)
+        logarithm = log_probability(scaled, logs, SPEC.normalized_edges[EDGE].teacher_softmax, SPEC)
         probability = tl.exp2(logarithm)
-    if SPEC.normal[EDGE][8] > 0:
-        weight = probability + SPEC.normal[EDGE][8]
+    if SPEC.normalized_edges[EDGE].eps > 0:
+        weight = probability + SPEC.normalized_edges[EDGE].eps
         return probability, weight, log2(weight, TILE)
     else:
         return probability, probability, logarithm
@@ -120,20 +123,24 @@ def normal_chunk(
         blends = blend_rows(pieces[p], scaled, weights, logs, SPEC, TILE)
         out = ()
         products = ()
-        for e in tl.static_range(len(SPEC.normal)):
+        for e in tl.static_range(len(SPEC.normalized_edges)):
             probability, weight, logarithm = teacher_row(scaled, blends, logs, e, SPEC, TILE)
-            student = log_probability(scaled, logs, SPEC.normal[e][3], SPEC)
+            student = log_probability(scaled, logs, SPEC.normalized_edges[e].student_softmax, SPEC)
             gap = (logarithm - student) * LN2
-            if SPEC.normal[e][7]:
+            if SPEC.normalized_edges[e].student_first:
                 pull = -tl.exp2(student)
                 out = out + (pull * gap, pull)
             else:
                 out = out + (weight * gap, probability * gap)
                 pull = probability * (gap + 1.0)
-            if SPEC.normal[e][10] >= 0:
-                for k in tl.static_range(len(SPEC.blends[SPEC.normal[e][10]][1])):
-                    products = products + (pull * blends[SPEC.normal[e][10]][2][k],)
-        for b in tl.static_range(len(SPEC.blends)):
+            if SPEC.normalized_edges[e].prob_mixture >= 0:
+                for k in tl.static_range(
+                    len(SPEC.prob_mixtures[SPEC.normalized_edges[e].prob_mixture].inputs)
+                ):
+                    products = products + (
+                        pull * blends[SPEC.normalized_edges[e].prob_mixture][2][k],
+                    )
+        for b in tl.static_range(len(SPEC.prob_mixtures)):
             out = out + (blends[b][0],)
         out = out + products
         sums = ()
@@ -158,7 +165,7 @@ def lane_normal_sweep(
 ):
     """Each lane's share of the sums of ``normal_sweep`` over this program's columns."""
     logs = log_sums(sums, TILE)
-    totals = lane_constants(SPEC.num_normal, 0.0, TILE)
+    totals = lane_constants(SPEC.num_normalized, 0.0, TILE)
     if TILE.splits > 1:
         first, end, tail = part_of_row(TILE)
         for chunk in range(first, end):
@@ -257,8 +264,8 @@ def normal_sweep(
             partials,
             rows,
             SPEC.first_partial(2, TILE.soft_target),
-            SPEC.num_normal,
-            SPEC.first_partial(3, TILE.soft_target),
+            SPEC.num_normalized,
+            SPEC.num_partials(TILE.soft_target),
             TILE,
         )
     else:

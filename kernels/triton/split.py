@@ -18,12 +18,12 @@ import triton.language as tl
 from fastokd.kernels.triton.backward import backward_columns, before_columns, store_weight_gradients
 from fastokd.kernels.triton.columns import computed, load_weights, row_sums
 from fastokd.kernels.triton.forward import before_main, forward_row
-from fastokd.kernels.triton.kernels import UNSPECIALISED, program_rows, store_values, unaligned
+from fastokd.kernels.triton.kernels import UNSPECIALIZED, program_rows, store_values, unaligned
 from fastokd.kernels.triton.normal import lane_normal_sweep
 from fastokd.kernels.triton.sweep import load_parts, own_sweep, store_part, sweep
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_kernel(
     logits,
     weights,
@@ -43,8 +43,8 @@ def partial_kernel(
     logits = unaligned(logits, shift, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
     soft: tl.constexpr = TILE.soft_target
-    ahead: tl.constexpr = SPEC.looks_ahead(soft)
-    dots: tl.constexpr = soft and SPEC.use_labels and not ahead
+    ahead: tl.constexpr = SPEC.needs_first_pass(soft)
+    dots: tl.constexpr = soft and SPEC.use_label_logits and not ahead
     plain_sums: tl.constexpr = SPEC.num_plain + (SPEC.num_logits + 1 if dots else 0)
     if STAGE == 0:
         maxima, weighted, plain = own_sweep(
@@ -105,11 +105,11 @@ def partial_kernel(
                 TILE,
             )
     store_part(
-        partials, found, rows, SPEC.first_partial(STAGE, soft), SPEC.first_partial(3, soft), TILE
+        partials, found, rows, SPEC.first_partial(STAGE, soft), SPEC.num_partials(soft), TILE
     )
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     logits,
     weights,
@@ -146,7 +146,7 @@ def load_stats(stats, rows, SPEC: tl.constexpr):
     return kept
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def columns_kernel(
     grad_logits,
     grad_rows,

@@ -70,13 +70,14 @@ def raised_maxima(
 ):
     """The lanes' scaled maximum of each softened node, after the pieces of one more chunk."""
     out = ()
-    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
-        peak = masked(pieces[0][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, 0, TILE)
+    for s in tl.static_range(len(SPEC.passes[WHICH].scaled_nodes)):
+        peak = masked(pieces[0][SPEC.passes[WHICH].scaled_nodes[s].node], PAD, LIMIT, 0, TILE)
         for p in tl.static_range(1, len(pieces)):
             peak = tl.maximum(
-                peak, masked(pieces[p][SPEC.passes[WHICH].slots[s][0]], PAD, LIMIT, p, TILE)
+                peak,
+                masked(pieces[p][SPEC.passes[WHICH].scaled_nodes[s].node], PAD, LIMIT, p, TILE),
             )
-        out = out + (tl.maximum(maxima[s], peak * SPEC.passes[WHICH].slots[s][1]),)
+        out = out + (tl.maximum(maxima[s], peak * SPEC.passes[WHICH].scaled_nodes[s].scale),)
     return out
 
 
@@ -84,26 +85,32 @@ def raised_maxima(
 def rescaled(values, old, new, SPEC: tl.constexpr, WHICH: tl.constexpr):
     """The sums of all softs, then all moments, moved from old to new scaled maxima."""
     factors = ()
-    for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
-        gap = old[SPEC.passes[WHICH].softs[f][0]] - new[SPEC.passes[WHICH].softs[f][0]]
+    for f in tl.static_range(len(SPEC.passes[WHICH].softmaxes)):
+        gap = (
+            old[SPEC.passes[WHICH].softmaxes[f].scaled_node]
+            - new[SPEC.passes[WHICH].softmaxes[f].scaled_node]
+        )
         factors = factors + (
             powered(
-                tl.exp2(gap), gap, SPEC.passes[WHICH].softs[f][1], SPEC.passes[WHICH].softs[f][2]
+                tl.exp2(gap),
+                gap,
+                SPEC.passes[WHICH].softmaxes[f].power,
+                SPEC.passes[WHICH].softmaxes[f].ratio,
             ),
         )
     out = ()
-    for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
+    for f in tl.static_range(len(SPEC.passes[WHICH].softmaxes)):
         out = out + (values[f] * factors[f],)
     gaps = ()
-    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
+    for s in tl.static_range(len(SPEC.passes[WHICH].scaled_nodes)):
         gaps = gaps + (old[s] - new[s],)
     for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
         shift = moment_value(gaps, d, SPEC, WHICH)
         moved = (
-            values[len(SPEC.passes[WHICH].softs) + d]
-            + values[SPEC.passes[WHICH].moments[d][0]] * shift
+            values[len(SPEC.passes[WHICH].softmaxes) + d]
+            + values[SPEC.passes[WHICH].moments[d].softmax] * shift
         )
-        out = out + (moved * factors[SPEC.passes[WHICH].moments[d][0]],)
+        out = out + (moved * factors[SPEC.passes[WHICH].moments[d].softmax],)
     return out
 
 
@@ -113,11 +120,13 @@ def moment_value(scaled, MOMENT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.con
     the other row, but for the logarithms of their sums. An external row's part is not in it.
     """
     value = timed(
-        scaled[SPEC.passes[WHICH].moments[MOMENT][1]], SPEC.passes[WHICH].moments[MOMENT][2]
+        scaled[SPEC.passes[WHICH].moments[MOMENT].first],
+        SPEC.passes[WHICH].moments[MOMENT].first_ratio,
     )
-    if SPEC.passes[WHICH].moments[MOMENT][5] < 0:
+    if SPEC.passes[WHICH].moments[MOMENT].external < 0:
         value -= timed(
-            scaled[SPEC.passes[WHICH].moments[MOMENT][3]], SPEC.passes[WHICH].moments[MOMENT][4]
+            scaled[SPEC.passes[WHICH].moments[MOMENT].second],
+            SPEC.passes[WHICH].moments[MOMENT].second_ratio,
         )
     return value
 
@@ -130,12 +139,14 @@ def scaled_rows(rows, maxima, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.
     rounded here once in a fused multiply-add, costs no accuracy anywhere else.
     """
     out = ()
-    for s in tl.static_range(len(SPEC.passes[WHICH].slots)):
-        row = rows[SPEC.passes[WHICH].slots[s][0]]
+    for s in tl.static_range(len(SPEC.passes[WHICH].scaled_nodes)):
+        row = rows[SPEC.passes[WHICH].scaled_nodes[s].node]
         if TILE.hardware:
-            out = out + (row * SPEC.passes[WHICH].slots[s][1] - maxima[s],)
+            out = out + (row * SPEC.passes[WHICH].scaled_nodes[s].scale - maxima[s],)
         else:
-            exact = row.to(tl.float64) * SPEC.passes[WHICH].slots[s][1] - maxima[s].to(tl.float64)
+            exact = row.to(tl.float64) * SPEC.passes[WHICH].scaled_nodes[s].scale - maxima[s].to(
+                tl.float64
+            )
             out = out + (exact.to(row.dtype),)
     return out
 
@@ -154,11 +165,14 @@ def exponentials(
     for s in tl.static_range(len(scaled)):
         bases = bases + (masked(scaled[s], PAD, LIMIT, PIECE, TILE),)
     out = ()
-    for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
-        base = bases[SPEC.passes[WHICH].softs[f][0]]
+    for f in tl.static_range(len(SPEC.passes[WHICH].softmaxes)):
+        base = bases[SPEC.passes[WHICH].softmaxes[f].scaled_node]
         out = out + (
             powered(
-                tl.exp2(base), base, SPEC.passes[WHICH].softs[f][1], SPEC.passes[WHICH].softs[f][2]
+                tl.exp2(base),
+                base,
+                SPEC.passes[WHICH].softmaxes[f].power,
+                SPEC.passes[WHICH].softmaxes[f].ratio,
             ),
         )
     return out
@@ -188,15 +202,17 @@ def added_pieces(
         scaled = scaled_rows(pieces[p], maxima, SPEC, WHICH, TILE)
         powers = exponentials(scaled, p, LIMIT, SPEC, WHICH, TILE)
         sums = ()
-        for f in tl.static_range(len(SPEC.passes[WHICH].softs)):
+        for f in tl.static_range(len(SPEC.passes[WHICH].softmaxes)):
             sums = sums + (weighted[f] + powers[f],)
         for d in tl.static_range(len(SPEC.passes[WHICH].moments)):
             value = moment_value(scaled, d, SPEC, WHICH)
-            if SPEC.passes[WHICH].moments[d][5] >= 0:
-                value -= log2(tl.maximum(pieces[p][SPEC.passes[WHICH].moments[d][5]], FLOOR), TILE)
+            if SPEC.passes[WHICH].moments[d].external >= 0:
+                value -= log2(
+                    tl.maximum(pieces[p][SPEC.passes[WHICH].moments[d].external], FLOOR), TILE
+                )
             sums = sums + (
-                weighted[len(SPEC.passes[WHICH].softs) + d]
-                + powers[SPEC.passes[WHICH].moments[d][0]] * value,
+                weighted[len(SPEC.passes[WHICH].softmaxes) + d]
+                + powers[SPEC.passes[WHICH].moments[d].softmax] * value,
             )
         weighted = sums
         plain = plain_sums(plain, pieces[p], targets, p, LIMIT, SPEC, WHICH, DOTS, TILE)
@@ -254,25 +270,29 @@ def plain_sums(
             out = out + (y * pieces[m],)
         out = out + (y,)
     if WHICH == 1:
-        if SPEC.use_sums:
+        if SPEC.use_row_sums:
             for m in tl.static_range(tl.constexpr(SPEC.num_logits)):
                 out = out + (pieces[m],)
-        for n in tl.static_range(len(SPEC.passes[1].summed)):
-            out = out + (pieces[SPEC.passes[1].summed[n]],)
-        if len(SPEC.passes[1].crosses):
+        for n in tl.static_range(len(SPEC.main.summed_nodes)):
+            out = out + (pieces[SPEC.main.summed_nodes[n]],)
+        if len(SPEC.main.external_products):
             for x in tl.static_range(tl.constexpr(SPEC.num_externals)):
                 out = out + (pieces[SPEC.num_logits + x],)
-        for c in tl.static_range(len(SPEC.passes[1].crosses)):
-            probability = pieces[SPEC.passes[1].crosses[c][0]]
-            if SPEC.passes[1].crosses[c][3] > 0:
-                weight = probability + SPEC.passes[1].crosses[c][3]
+        for c in tl.static_range(len(SPEC.main.external_products)):
+            probability = pieces[SPEC.main.external_products[c].external]
+            if SPEC.main.external_products[c].eps > 0:
+                weight = probability + SPEC.main.external_products[c].eps
                 logarithm = log2(weight, TILE)
             else:
                 weight = probability
                 logarithm = log2(tl.maximum(probability, FLOOR), TILE)
             out = out + (
                 weight
-                * (logarithm - pieces[SPEC.passes[1].crosses[c][1]] * SPEC.passes[1].crosses[c][2]),
+                * (
+                    logarithm
+                    - pieces[SPEC.main.external_products[c].student]
+                    * SPEC.main.external_products[c].factor
+                ),
             )
     sums = ()
     for i in tl.static_range(len(out)):
@@ -333,7 +353,7 @@ def guessed_maxima(
         WHICH,
         TILE,
     )
-    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    maxima = lane_constants(len(SPEC.passes[WHICH].scaled_nodes), PAD, TILE)
     return row_maxima(raised_maxima(maxima, pieces, 0, SPEC, WHICH, TILE), TILE)
 
 
@@ -353,7 +373,7 @@ def exact_maxima(
     """The scaled maximum of each slot [R, 1] over this program's columns, in a pass of their
     own.
     """
-    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    maxima = lane_constants(len(SPEC.passes[WHICH].scaled_nodes), PAD, TILE)
     first, end, tail = chunks_of_pass(one, TILE)
     for chunk in range(first, end):
         pieces = chunk_rows(
@@ -412,7 +432,7 @@ def lane_sums(
     sums by soft and moments, plain sums, all [R, L].
     """
     weighted = lane_constants(
-        len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE
+        len(SPEC.passes[WHICH].softmaxes) + len(SPEC.passes[WHICH].moments), 0.0, TILE
     )
     plain = lane_constants(PLAIN, 0.0, TILE)
     first, end, tail = chunks_of_pass(one, TILE)
@@ -483,9 +503,9 @@ def own_sweep(
     and where a logit lies so far above it that a sum exceeds ``MOST``, the maxima are looked for
     and the pass is made again.
     """
-    maxima = lane_constants(len(SPEC.passes[WHICH].slots), PAD, TILE)
+    maxima = lane_constants(len(SPEC.passes[WHICH].scaled_nodes), PAD, TILE)
     weighted = lane_constants(
-        len(SPEC.passes[WHICH].softs) + len(SPEC.passes[WHICH].moments), 0.0, TILE
+        len(SPEC.passes[WHICH].softmaxes) + len(SPEC.passes[WHICH].moments), 0.0, TILE
     )
     plain = lane_constants(PLAIN, 0.0, TILE)
     if TILE.single:
@@ -507,7 +527,7 @@ def own_sweep(
         weighted, plain = added_pieces(
             maxima, weighted, plain, pieces, target, rows, 0, TILE.rest, SPEC, WHICH, DOTS, TILE
         )
-    elif len(SPEC.passes[WHICH].slots):
+    elif len(SPEC.passes[WHICH].scaled_nodes):
         maxima = guessed_maxima(
             logits, externals, rows, weights, labels, choices, SPEC, WHICH, TILE
         )
@@ -531,7 +551,7 @@ def own_sweep(
                 TILE,
             )
             above = (weighted[0] >= MOST).to(tl.int32)
-            for f in tl.static_range(1, len(SPEC.passes[WHICH].softs)):
+            for f in tl.static_range(1, len(SPEC.passes[WHICH].softmaxes)):
                 above |= (weighted[f] >= MOST).to(tl.int32)
             # The maximum of integers takes a warp one instruction, by which the compiler knows that
             # no thread goes alone. Once more at most: logits near 1e9, of which a unit of rounding
@@ -617,8 +637,8 @@ def sweep(
     """One pass over all columns: scaled maxima by slot, sums by soft, moments, and PLAIN plain
     sums, all [R, 1]. For a split row the pass has been made, and its parts are in ``partials``.
     """
-    slots: tl.constexpr = len(SPEC.passes[WHICH].slots)
-    softs: tl.constexpr = len(SPEC.passes[WHICH].softs)
+    slots: tl.constexpr = len(SPEC.passes[WHICH].scaled_nodes)
+    softs: tl.constexpr = len(SPEC.passes[WHICH].softmaxes)
     moments: tl.constexpr = len(SPEC.passes[WHICH].moments)
     if TILE.splits > 1:
         parts = load_parts(
@@ -626,7 +646,7 @@ def sweep(
             rows,
             SPEC.first_partial(WHICH, TILE.soft_target),
             slots + softs + moments + PLAIN,
-            SPEC.first_partial(3, TILE.soft_target),
+            SPEC.num_partials(TILE.soft_target),
             TILE,
         )
         maxima, weighted = merged(
@@ -650,5 +670,5 @@ def sweep(
         )
     means = ()
     for d in tl.static_range(moments):
-        means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d][0]],)
+        means = means + (weighted[softs + d] / weighted[SPEC.passes[WHICH].moments[d].softmax],)
     return maxima, weighted[:softs], means, plain
