@@ -39,7 +39,6 @@ ON_A_CPU = [
     "branches on CUDA streams",
     "the step as one CUDA graph",
     "augmentation inside the graph",
-    "merged first convolutions",
     "the student alone, with every lever",
 ]
 BENCH = [
@@ -115,7 +114,6 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
         "alternative",
         "lever",
         "lever",
-        "lever",
         "student",
     ]
     assert [
@@ -127,8 +125,7 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
         {"precision": "bf16"},
         {"precision": "fp32", "compile": True},  # bf16 is not kept on a CPU
         {"flat": True},
-        {"merge_first_conv": True},
-        {"method": "baseline", "branches": 1, "merge_first_conv": False},
+        {"method": "baseline", "branches": 1},
     ]
     first, *others = [row for row in rows if row.first_loss is not None and row.kind != "student"]
     for row in others:
@@ -144,15 +141,13 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
             assert 0 < row.loss_share < 1
             assert row.peak_bytes is None
     found = report(ladder, rows)
-    assert found["all_levers"] == "merged first convolutions"
+    assert found["all_levers"] == "parameters in one tensor"
     assert found["environment"]["torch"] == torch.__version__
 
 
-def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
+def test_gpu_rows_keep_bf16():
     rows = levers(torch.device("cuda"))
-    assert [row.name for row in rows if not row.carried] == [
-        "merged first convolutions instead of streams"
-    ]
+    assert all(row.carried for row in rows)
     assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
     everything = CONFIG
     for row in rows:
@@ -163,8 +158,7 @@ def test_on_a_gpu_bf16_is_kept_and_merging_is_an_alternative_to_streams():
         everything.flat,
         everything.streams,
         everything.cuda_graph,
-        everything.merge_first_conv,
-    ) == ("bf16", True, True, True, True, False)
+    ) == ("bf16", True, True, True, True)
     assert (
         first_row(CONFIG, torch.device("cuda")).precision == "tf32"
     )  # what PyTorch does with float32 convolutions there
@@ -235,8 +229,8 @@ def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
         rows[name] for name in (ON_A_CPU[0], ON_A_CPU[1], "parameters in one tensor", ON_A_CPU[-1])
     )
     assert first.times_first == (1.0, 1.0, 1.0)
-    # By the last row the machine has become slower by a tenth, which the ratio must not show.
-    assert machine.slower > 1.1
+    # By the last row the machine has become slower by 9 %, which the ratio must not show.
+    assert machine.slower > 1.09
     for row, ratio in ((fused, 2), (flat, 4), (alone, 1)):
         assert row.times_first[0] == pytest.approx(ratio, rel=0.005)
     assert fused.images_per_second[0] == pytest.approx(8 / 0.25, rel=0.05)
@@ -262,15 +256,8 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
         "no compiler here",
         "out of memory",
     )
-    assert rows["merged first convolutions"].images_per_second
+    assert rows["parameters in one tensor"].images_per_second
     assert not any(config.compile or config.channels_last for config in made)
-
-
-def test_merging_that_cannot_be_is_said_in_its_own_words(made, not_compiled):
-    config = dataclasses.replace(CONFIG, method="kdcl", topology="peers")
-    rows = {row.name: row for row in Ladder(config, ladder_images(config), CPU, steps=1).rows()}
-    assert "peers have no trunk" in rows["merged first convolutions"].reason
-    assert rows["the student alone, with every lever"].images_per_second
 
 
 def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):

@@ -11,8 +11,6 @@ from torch import nn
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.models import branch_out, create_model
-from fastokd.train.build import build_model
-from fastokd.train.config import TrainConfig
 
 
 def loss_of(model, x):
@@ -197,19 +195,3 @@ def test_other_geometry_is_not_merged():
     model.branches[1].body.tail[0] = nn.Conv2d(4, 8, 5, stride=2, padding=2)
     with pytest.raises(ConfigError, match="differ in kernel, stride, padding"):
         model.merged_first_conv = True
-
-
-def test_a_run_merges_them_if_told_to():
-    settings = {"model": "resnet8", "branches": 2, "aux_blocks": 0}
-    models = [
-        build_model(TrainConfig(**settings, merge_first_conv=merged), 5, torch.device("cpu"))
-        for merged in (False, True)
-    ]
-    assert [model.merged_first_conv for model in models] == [False, True]
-    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="merged_first_conv: peers have no trunk"):
-        build_model(
-            TrainConfig(model="resnet8", method="dml", branches=2, merge_first_conv=True),
-            5,
-            torch.device("cpu"),
-        )

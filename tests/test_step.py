@@ -80,13 +80,7 @@ def difference(one, other, start):
     return float((one - other).norm() / (other - start).norm())
 
 
-OFF = {
-    "impl": "reference",
-    "channels_last": False,
-    "flat": False,
-    "compile": False,
-    "merge_first_conv": False,
-}
+OFF = {"impl": "reference", "channels_last": False, "flat": False, "compile": False}
 SMOOTH = {"smooth": True, **OFF}
 
 
@@ -106,7 +100,7 @@ class TestLevers:
 
     @pytest.mark.parametrize(
         "lever",
-        [{"impl": "auto"}, {"channels_last": True}, {"flat": True}, {"merge_first_conv": True}],
+        [{"impl": "auto"}, {"channels_last": True}, {"flat": True}],
         ids=lambda lever: next(iter(lever)),
     )
     def test_one_at_a_time(self, plain, lever):
@@ -121,14 +115,7 @@ class TestLevers:
     def test_all_together(self, plain):
         start, end = plain
         every = step_of(
-            **{
-                **SMOOTH,
-                "impl": "auto",
-                "channels_last": True,
-                "flat": True,
-                "compile": True,
-                "merge_first_conv": True,
-            }
+            **{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True}
         )
         assert every.levers.describe() == "fp32, channels-last, compiled, parameters in one tensor"
         assert difference(weights(train(every, batches(20), lr=0.002)), end, start) < self.TOLERANCE
@@ -166,10 +153,6 @@ class TestLevers:
         ("changes", "reason"),
         [
             ({}, None),
-            (
-                {"merge_first_conv": True},
-                "merge_first_conv runs the branches' first convolutions as one",
-            ),
             ({"method": "baseline", "branches": 1, "aux_blocks": 0}, "there is one branch"),
         ],
     )

@@ -108,7 +108,6 @@ LEVERS = [
     {"compile": True},
     {"streams": True},
     {"cuda_graph": True},
-    {"merge_first_conv": True},
 ]
 
 

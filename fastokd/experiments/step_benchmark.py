@@ -90,11 +90,6 @@ def levers(device: torch.device) -> list[Lever]:
         Lever("branches on CUDA streams", {"streams": True}, needs_gpu=True),
         Lever("the step as one CUDA graph", {"cuda_graph": True}, needs_gpu=True),
         Lever("augmentation inside the graph", {}, needs_gpu=True, gathers=True),
-        Lever(
-            "merged first convolutions" + (" instead of streams" if gpu else ""),
-            {"merge_first_conv": True, "streams": False},
-            carried=not gpu,
-        ),
     ]
 
 
@@ -398,7 +393,6 @@ class Ladder:
                 "compression": False,
                 "model": kept,
                 "streams": False,
-                "merge_first_conv": False,
             },
         )
         title = "the student alone, with every lever"

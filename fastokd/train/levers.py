@@ -100,8 +100,6 @@ def _not_capturable(config: TrainConfig, host_rows: bool) -> str | None:
 def _not_side_by_side(config: TrainConfig, model: BranchedModel) -> str | None:
     if model.num_branches == 1:
         return "there is one branch"
-    if config.merge_first_conv:
-        return "merge_first_conv runs the branches' first convolutions as one"
     if model.runs_in_its_own_way:
         return f"method '{config.method}' runs the branches in its own way"
     return None

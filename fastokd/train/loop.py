@@ -43,6 +43,7 @@ from fastokd.train.config import (
     check_config,
     differences,
     fields_with_role,
+    identity_fields,
     load_config,
 )
 from fastokd.train.data import (
@@ -786,12 +787,7 @@ def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
     """A hash of what a run computes: the fields that may not change when it is resumed, and the
     fingerprint of its data.
     """
-    fixed = [
-        (item.name, getattr(config, item.name))
-        for item in dataclasses.fields(config)
-        if item.name not in MAY_CHANGE
-    ]
-    return hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()
+    return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
 
 
 def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
