@@ -131,7 +131,6 @@ def train(
     topology: Text = None,
     aux_blocks: Whole = None,
     compression: Switch = None,
-    merge_first_conv: Switch = None,
     method_options: Options = (),
     epochs: Whole = None,
     batch_size: Annotated[
@@ -212,8 +211,6 @@ def train(
         aux_blocks: auxiliary blocks that each hierarchy level adds (default 4).
         compression: make the student the deepest branch, and each other smaller by aux_blocks
             blocks (default False).
-        merge_first_conv: run the branches' first convolutions as one, with the same values up to
-            rounding (default False).
         method_options: the method's options as NAME=VALUE, for example temperature=4 lambda_ta=2.
         epochs: passes over the training images (default 300).
         batch_size: images per step, over all processes (default 128). auto: as many as fit into the
@@ -221,7 +218,7 @@ def train(
             learning rate stays what it is, see --lr-scaling.
         device_batch: images that a process takes at once; gradients are added up until its share of
             the batch is done (default: the whole share).
-        optimizer: sgd (default), adamw or lamb.
+        optimizer: sgd (default) or adamw.
         lr: learning rate (default 0.1).
         lr_scaling: how it follows the batch size: none (default), linear or sqrt in batch_size /
             lr_batch_size.

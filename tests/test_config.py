@@ -1,6 +1,7 @@
 """The metadata of the configuration and what is derived from it."""
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 
@@ -9,7 +10,14 @@ import pytest
 from fastokd.data.augment import PADDINGS
 from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError
-from fastokd.train.config import TrainConfig, check_config, fields_with_role, override
+from fastokd.train.config import (
+    TrainConfig,
+    check_config,
+    fields_with_role,
+    identity_fields,
+    load_config,
+    override,
+)
 from fastokd.train.fields import GROUPS, Info, Role, infos
 
 RESUME = {
@@ -24,9 +32,7 @@ ROLES = {
         *("loader", "loader_options", "optimizer", "ema", "precision", "channels_last", "impl"),
         *("compile", "cuda_graph", "flat", "sync_bn", "deterministic"),
     },
-    Role.SWITCH: {
-        *("channels_last", "compile", "cuda_graph", "streams", "flat", "merge_first_conv")
-    },
+    Role.SWITCH: {*("channels_last", "compile", "cuda_graph", "streams", "flat")},
     Role.TRAINED: {
         *("model", "at", "method", "preset", "branches", "topology", "aux_blocks"),
         *("compression", "method_options"),
@@ -89,6 +95,25 @@ def test_override_with_another_method_resets_its_fields() -> None:
     merged = override(base, {"method_options": {"lambda_ta": 1.0}})
     assert merged.method_options == {"temperature": 2.0, "lambda_ta": 1.0}
     assert dataclasses.replace(merged, method_options=base.method_options) == base
+
+
+def test_retired_field_is_ignored_or_warns(recwarn) -> None:
+    assert load_config("merge_first_conv: false\nlr: 0.2", "old.yaml") == TrainConfig(lr=0.2)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"old\.yaml: merge_first_conv=True: merged first conv"):
+        assert load_config("merge_first_conv: true", "old.yaml") == TrainConfig()
+
+
+def test_retired_optimizer_is_named() -> None:
+    config = load_config("optimizer: lamb", "old.yaml")
+    with pytest.raises(ConfigError, match="optimizer=lamb: LAMB was removed; use adamw"):
+        check_config(config)
+
+
+def test_identity_is_that_of_earlier_versions() -> None:
+    """The hash of version 0.1.0, in whose exports it is stored."""
+    pairs = repr((identity_fields(TrainConfig()), None))
+    assert hashlib.sha256(pairs.encode()).hexdigest()[:12] == "1cc9ad5b0f03"
 
 
 def test_configuration_does_not_import_torch() -> None:

@@ -5,6 +5,7 @@ files and checkpoints. Importing it does not import torch, so that ``--help`` is
 import dataclasses
 import inspect
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,6 @@ class TrainConfig:
         "Make the deepest branch the student; each branch before it has --aux-blocks fewer blocks",
         role=TRAINED,
     )
-    merge_first_conv: bool = MODEL(
-        False, "Run the branches' first convolutions as one", role=SWITCH
-    )
     method_options: Mapping[str, OptionValue] = METHOD(
         {},
         "Options of the method that override the preset, e.g. temperature=4 lambda_ta=2",
@@ -93,7 +91,13 @@ class TrainConfig:
         unset="the process's share of the batch",
         role=SPEED,
     )
-    optimizer: str = OPTIMIZATION("sgd", "Optimizer", choices=("sgd", "adamw", "lamb"), role=SPEED)
+    optimizer: str = OPTIMIZATION(
+        "sgd",
+        "Optimizer",
+        choices=("sgd", "adamw"),
+        retired={"lamb": "LAMB was removed; use adamw"},
+        role=SPEED,
+    )
     lr: float = OPTIMIZATION(0.1, "Learning rate after the warm-up", gt=0)
     lr_scaling: str = OPTIMIZATION(
         "none",
@@ -309,6 +313,42 @@ class TrainConfig:
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
+@dataclass(frozen=True)
+class Retired:
+    """A field of earlier versions. It is ignored in old files, with a warning if it was used.
+
+    Attributes:
+        off: the value that did nothing.
+        before: the field that followed it.
+        reason: what became of it.
+    """
+
+    off: Any
+    before: str
+    reason: str
+
+
+RETIRED = {
+    "merge_first_conv": Retired(
+        False, "method_options", "merged first convolutions were removed; training does without"
+    )
+}
+
+
+def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
+    """Names and values of the fields that may not change when a run is resumed. Retired fields are
+    included, so that hashes are the same in all versions.
+    """
+    retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
+    pairs = []
+    for name, info in infos(config).items():
+        if name in retired:
+            pairs.append(retired[name])
+        if not info.role & Role.RESUME:
+            pairs.append((name, getattr(config, name)))
+    return pairs
+
+
 def _method(config: TrainConfig) -> "Method":
     from fastokd.methods import get_method
 
@@ -460,6 +500,10 @@ def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
         raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
     converted: dict[str, Any] = {}
     for name, value in values.items():
+        if name in RETIRED:
+            if value != RETIRED[name].off:
+                warnings.warn(f"{where}: {name}={value}: {RETIRED[name].reason}", stacklevel=2)
+            continue
         if name not in hints:
             raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
         try:

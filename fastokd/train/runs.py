@@ -14,7 +14,13 @@ from fastokd.errors import CheckpointError, ConfigError, first_few
 from fastokd.export import load_weights
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, load_newest
-from fastokd.train.config import TrainConfig, check_config, differences, fields_with_role
+from fastokd.train.config import (
+    TrainConfig,
+    check_config,
+    differences,
+    fields_with_role,
+    identity_fields,
+)
 from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentation
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.ema import StudentAverage
@@ -33,12 +39,7 @@ def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
     """A hash of what a run computes: the fields outside ``MAY_CHANGE`` and its data's
     fingerprint.
     """
-    fixed = [
-        (item.name, getattr(config, item.name))
-        for item in dataclasses.fields(config)
-        if item.name not in MAY_CHANGE
-    ]
-    return hashlib.sha256(repr((fixed, fingerprint)).encode()).hexdigest()
+    return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
 
 
 def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
