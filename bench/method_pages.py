@@ -58,13 +58,11 @@ def _kept(method: Method) -> str:
 
 
 def _ramp(method: Method, preset: str) -> str:
-    epochs = method.ramp_epochs(EPOCHS, preset)
+    epochs = method.schedule.ramp_epochs(EPOCHS, preset)
     if not epochs:
         return "none"
-    return (
-        f"{'over' if method.schedule(epochs - 1, epochs) else '0 in the first'} {epochs} of"
-        f" {EPOCHS} epochs"
-    )
+    during = "over" if method.schedule.kd_weight(epochs - 1, epochs) else "0 in the first"
+    return f"{during} {epochs} of {EPOCHS} epochs"
 
 
 def layout(method: Method) -> list[str]:

@@ -1,4 +1,4 @@
-"""Old import paths of packages that moved; each works for one more release, with a warning."""
+"""Former names and import paths; each works for one more release, with a warning."""
 
 import importlib
 import pkgutil
@@ -6,6 +6,15 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that a name is used by its former spelling."""
+    warnings.warn(
+        f"{old} is now {new}; the old name will be removed in the next release",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def alias(old: str, new: str) -> None:
@@ -41,12 +50,7 @@ def moved_names(old: str, names: Mapping[str, Sequence[str]]) -> Callable[[str],
         if name not in targets:
             raise AttributeError(f"module '{old}' has no attribute '{name}'")
         module, current = targets[name]
-        warnings.warn(
-            f"{old}.{name} is now {module}.{current}; the old name will be removed in the next"
-            " release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{old}.{name}", f"{module}.{current}")
         return getattr(importlib.import_module(module), current)
 
     return get

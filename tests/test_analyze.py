@@ -189,7 +189,7 @@ def everything(folder):
     evaluator = run.evaluator
     with torch.no_grad():
         result = evaluator.model(torch.cat(images))
-    rows = {name: row.double().numpy() for name, row in evaluator.named_rows(result).items()}
+    rows = {name: row.double().numpy() for name, row in evaluator.named_logits(result).items()}
     return rows, result, torch.cat(target).numpy()
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastokd.errors import ConfigError, ExecutorUnavailable
 from fastokd.losses import AHBFLoss, BaselineLoss, GraphLoss
+from fastokd.losses.method_loss import branch_names
 from fastokd.methods import get_method
-from fastokd.methods.base import branch_names
 from fastokd.methods.dml import dml_graph
 from fastokd.methods.ffsd import ffsd_graph
 from fastokd.methods.kd import kd_graph
@@ -392,7 +392,7 @@ def test_mixtures_check_their_arguments_too() -> None:
 class _Picky:
     """An executor that refuses everything."""
 
-    def refusal(self, plan: object, case: object) -> str:
+    def unsupported_reason(self, plan: object, case: object) -> str:
         return "it needs the moon to be full"
 
 

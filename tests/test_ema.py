@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import write_student
-from fastokd.methods.method import BranchPass, Companion
+from fastokd.methods.modules import BranchPass, MethodModules
 from fastokd.models import BranchedModel, create_model, create_student
 from fastokd.train.ema import StudentAverage
 from fastokd.train.optimizers import Optimizers
@@ -135,7 +135,7 @@ def test_a_state_continues() -> None:
 
 
 def test_a_student_that_is_a_copy_is_refused() -> None:
-    class Copies(Companion):
+    class Copies(MethodModules):
         def forward(self, seen: BranchPass) -> dict[str, Any]:
             return {}
 

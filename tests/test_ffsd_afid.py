@@ -17,7 +17,7 @@ from fastokd.losses import AFIDLoss, FFSDLoss, FFSDMaps
 from fastokd.methods import get_method
 from fastokd.methods.afid import AFIDModules, Exchange
 from fastokd.methods.ffsd import FFSDModules, shifted_map
-from fastokd.methods.method import BranchPass, Layout
+from fastokd.methods.modules import BranchPass, BranchSpec
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train.config import TrainConfig
@@ -220,14 +220,14 @@ def test_ffsd_s_modules_and_every_gradient():
         )
         for _ in range(4)
     ]
-    companion = FFSDModules(Layout((3,) * 4, 3, 5, peers))
+    companion = FFSDModules(BranchSpec((3,) * 4, 3, 5, peers))
     for module in (companion, *peers):
         draw_parameters(module)
     generator = torch.Generator().manual_seed(2)
     images = [torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in peers]
     ran = companion.run(images, peers)
     for peer, x, maps, features, logits in zip(
-        peers, images, ran.passed_on, ran.features, ran.logits, strict=True
+        peers, images, ran.context, ran.features, ran.logits, strict=True
     ):
         for layer, own, width, size in zip(
             (*peer.trunk, *peer.branch.body), maps, channels, sizes, strict=True
@@ -237,9 +237,9 @@ def test_ffsd_s_modules_and_every_gradient():
             assert own.shape[1:] == (width, *size)
         assert torch.equal(features, x)
         assert torch.equal(logits, peer.branch.head(x))
-    leaves = {f"map{m}": maps[-1].detach().requires_grad_() for m, maps in enumerate(ran.passed_on)}
+    leaves = {f"map{m}": maps[-1].detach().requires_grad_() for m, maps in enumerate(ran.context)}
     passed_on = [
-        [*maps[:-1], leaf] for maps, leaf in zip(ran.passed_on, leaves.values(), strict=True)
+        [*maps[:-1], leaf] for maps, leaf in zip(ran.context, leaves.values(), strict=True)
     ]
     seen = companion(
         BranchPass(images[0], images[0], tuple(leaves.values()), ran.logits, peers, passed_on)
@@ -409,7 +409,7 @@ def test_afid_s_networks_and_every_gradient():
                 TinyPeer(nn.Conv2d(3, 4, 1), [nn.Sequential(nn.Conv2d(4, 3, 1))], 3)
                 for _ in range(2)
             )
-            self.companion = AFIDModules(Layout((3, 3), 3, 5, self.peers))
+            self.companion = AFIDModules(BranchSpec((3, 3), 3, 5, self.peers))
 
     network = Network()
     draw_parameters(network)

@@ -237,11 +237,11 @@ def test_ensemble_is_the_mean_of_predictions():
     """Two rows whose mean logits and whose mean predictions name different classes."""
     rows = [torch.tensor([[0.0, 8.0, -40.0]]), torch.tensor([[1.0, -20.0, 0.0]])]
     assert sum(rows).argmax() == 0
-    found = KDCLLoss(2).named_rows(rows)
+    found = KDCLLoss(2).named_logits(rows)
     assert list(found) == ["branch1", "branch2", "ensemble"]
     assert found["ensemble"].argmax() == 1
     assert found["ensemble"].exp().sum().item() == pytest.approx(1)
-    assert list(KDCLLoss(2, "general").named_rows(rows)) == [
+    assert list(KDCLLoss(2, "general").named_logits(rows)) == [
         "branch1",
         "branch2",
         "ensemble",

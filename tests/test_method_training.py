@@ -18,7 +18,7 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import check_same_logits, load_student, measure_accuracy, write_student
 from fastokd.methods import get_method
 from fastokd.methods.kd import FrozenTeacher
-from fastokd.methods.method import BranchPass
+from fastokd.methods.modules import BranchPass
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers

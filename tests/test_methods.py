@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastokd import models
 from fastokd.errors import ConfigError
 from fastokd.graph import KL, CrossEntropy, Graph, Logits
+from fastokd.losses import GraphLoss, MethodLoss
+from fastokd.losses.graph_loss import ExtraTerm, GraphInputs
 from fastokd.methods import get_method
-from fastokd.methods.method import Companion, ExtraTerm, GraphInputs, MethodLoss
-from fastokd.models import create_model, create_student
+from fastokd.methods.modules import MethodModules
+from fastokd.models import create_model, create_student, factory
 from fastokd.models.summary import count_parameters
 
 PAIR = Graph(
@@ -69,7 +70,7 @@ def test_terms_outside_the_graph_go_through_the_same_backward_pass(impl):
     rows = [torch.randn(3, 5, requires_grad=True) for _ in range(2)]
     target, pull = torch.tensor([0, 1, 2]), torch.tensor([1.0, -2.0], requires_grad=True)
     loss, terms = criterion(rows, target, pull=pull, kd_weight=0.25, return_terms=True)
-    graph_loss = criterion.graph_loss(rows, target, kd_weight=0.25)
+    graph_loss = GraphLoss(criterion.graph)(rows, target, kd_weight=0.25)
     torch.testing.assert_close(loss, graph_loss + 0.5 * -1.0 + 2.0 * 0.25 * 5.0)
     assert (terms["pull"].item(), terms["late"].item()) == (-1.0, 5.0)
     loss.backward()
@@ -124,7 +125,7 @@ def test_terms_outside_the_graph_are_means():
 
 
 def test_peers_are_whole_networks_in_their_order(monkeypatch):
-    monkeypatch.setattr(models, "get_method", lambda name: peers(kept=-1))
+    monkeypatch.setattr(factory, "get_method", lambda name: peers(kept=-1))
     model = create_model("resnet8,resnet14", "baseline", 5).eval()
     assert (model.names, model.name, model.num_branches, model.trunk) == (
         ("resnet8", "resnet14"),
@@ -166,13 +167,13 @@ def test_peers_are_whole_networks_in_their_order(monkeypatch):
     ],
 )
 def test_layouts_that_cannot_be(monkeypatch, name, given, message):
-    monkeypatch.setattr(models, "get_method", lambda method: peers())
+    monkeypatch.setattr(factory, "get_method", lambda method: peers())
     with pytest.raises(ConfigError, match=message):
         create_model(name, "baseline", 5, **given)
 
 
 def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
-    class Watch(Companion):
+    class Watch(MethodModules):
         def __init__(self, layout) -> None:
             super().__init__()
             assert (layout.channels, layout.trunk_channels, layout.num_classes) == ((64, 64), 32, 5)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastokd.methods.base as base
 from fastokd.data import Batch, make_loader, open_dataset
 from fastokd.errors import ConfigError
+from fastokd.losses import checks
 from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.guard import FiniteGuard
@@ -268,7 +268,7 @@ class HostReads(TorchDispatchMode):
 )
 def test_the_loop_reads_nothing_on_the_host(monkeypatch, changes):
     # On a CPU labels are looked at in every step, because that is free there.
-    monkeypatch.setattr(base, "_check_label_range", lambda target, classes: None)
+    monkeypatch.setattr(checks, "_check_label_range", lambda target, classes: None)
     dataset = open_dataset("digits")
     step = step_of(**changes)
     loader = make_loader(

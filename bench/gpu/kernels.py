@@ -21,7 +21,7 @@ from fastokd.errors import first_line
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, lower
 from fastokd.graph.plan import Plan
 from fastokd.methods import get_method, list_methods
-from fastokd.ops import evaluate, loss_and_grad
+from fastokd.ops import evaluate, forward_backward
 from fastokd.train.config import TrainConfig
 
 SINGLE_SIZES = ((4096, 1000), (4096, 32_000), (1024, 100_000))
@@ -144,7 +144,7 @@ def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
     """
 
     def at_once() -> Any:
-        rows, _, gradients = loss_and_grad(plan, *inputs.arguments(), fused)
+        rows, _, gradients = forward_backward(plan, *inputs.arguments(), fused)
         return rows.mean(), gradients
 
     def forward() -> Tensor:
@@ -154,7 +154,10 @@ def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
     return {
         "one kernel graph/both": (at_once, True),
         "kernel alone graph/forward": (forward, True),
-        "kernel alone graph/both": (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True),
+        "kernel alone graph/both": (
+            lambda: forward_backward(plan, *inputs.arguments(), fused),
+            True,
+        ),
     }
 
 

@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastokd.data import Augment, Batch, Dataset, Loader, Split, make_loader
 from fastokd.errors import ConfigError, first_line
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods import get_method
-from fastokd.methods.method import MethodLoss
+from fastokd.methods.method import MethodBatch
+from fastokd.methods.modules import BranchOutput
 from fastokd.models import BranchedModel
 from fastokd.storage import write_atomically
 from fastokd.train.build import build_model
@@ -121,10 +123,8 @@ class Stepping(Protocol):
     def loss(self) -> float:
         """The mean loss of the steps since this was last asked."""
 
-    def loss_backward(
-        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
-    ) -> None:
-        """The loss and its gradients, as a step computes them from the network's logits."""
+    def loss_backward(self, output: BranchOutput, batch: MethodBatch) -> None:
+        """The loss and its gradients, as a step computes them from the network's output."""
 
 
 class ResearchStep:
@@ -163,16 +163,12 @@ class ResearchStep:
         )  # PyTorch's defaults
         for batch in itertools.islice(self._batches, steps):
             result = self.model(batch.images)
-            inputs = {
-                **self.method.loss_inputs(result),
-                **({"index": batch.index} if self.method.needs_index else {}),
-            }
-            loss = self.criterion(result.logits, batch.target, **inputs)
+            loss = self.method.loss(self.criterion, result, MethodBatch(batch.target, batch.index))
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
             self._losses.append(loss.item())
-            rows = self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
+            rows = self.method.named_logits(self.criterion, result)
             self._accuracies = {name: _top1(row, batch.target).item() for name, row in rows.items()}
 
     def loss(self) -> float:
@@ -180,10 +176,8 @@ class ResearchStep:
         self._losses.clear()
         return mean
 
-    def loss_backward(
-        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
-    ) -> None:
-        self.criterion(logits, target, **inputs).backward()
+    def loss_backward(self, output: BranchOutput, batch: MethodBatch) -> None:
+        self.method.loss(self.criterion, output, batch).backward()
 
 
 def _top1(row: Tensor, target: Tensor) -> Tensor:
@@ -232,10 +226,10 @@ class EngineStep:
         self.step.sums.clear()
         return mean
 
-    def loss_backward(
-        self, logits: Sequence[Tensor], target: Tensor, inputs: Mapping[str, Any]
-    ) -> None:
-        self.criterion.forward_backward(logits, target, kd_weight=self.step.kd_weight, **inputs)
+    def loss_backward(self, output: BranchOutput, batch: MethodBatch) -> None:
+        self.step.method.forward_backward(
+            self.criterion, output, batch, kd_weight=self.step.kd_weight
+        )
 
 
 class _Made:
@@ -493,7 +487,6 @@ class Ladder:
 
         Captured like the step where the step is; on a GPU by its own events.
         """
-        method = get_method(running.model.method)
         step = running.step if isinstance(running, EngineStep) else None
         config = first_row(self.config, self.device) if step is None else step.config
         batch = next(iter(loader_for(config, self.dataset, self.dataset.train, True, self.device)))
@@ -503,19 +496,18 @@ class Ladder:
             autocast(choose_precision(config, self.device) if step else "fp32", self.device),
         ):
             result = running.model(batch.images)
-        logits, inputs = tree_map(_leaf, (list(result.logits), method.loss_inputs(result)))
+        output = tree_map(_leaf, result._replace(features=()))
         leaves = [
             value
-            for value in tree_leaves((logits, inputs))
+            for value in tree_leaves(output)
             if isinstance(value, Tensor) and value.requires_grad
         ]
-        if method.needs_index:
-            inputs["index"] = batch.index
+        seen = MethodBatch(batch.target, batch.index)
 
         def call() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            running.loss_backward(logits, batch.target, inputs)
+            running.loss_backward(output, seen)
 
         try:
             return statistics.median(

@@ -25,8 +25,9 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
     parts = []
     for column, name in enumerate(node.inputs):
         factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
-        softened = isinstance(node, ProbabilityMixture) and name not in externals
-        row = f"softmax({name}/{_number(node.temperature)})" if softened else name
+        row = name
+        if isinstance(node, ProbabilityMixture) and name not in externals:
+            row = f"softmax({name}/{_number(node.temperature)})"
         parts.append(f"{factor}*{row}")
     return " + ".join(parts)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from fastokd._moved import warn_renamed
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.nodes import (
     CrossEntropy,
@@ -71,18 +72,24 @@ class Graph:
         use.
         """
         sources: dict[str, int] = {}
-        for node in self.mixed_at_run_time:
-            sources.setdefault(node.weights, len(node.inputs))
+        for node in self.dynamic_mixtures:
+            sources.setdefault(str(node.weights), len(node.inputs))
         return sources
 
     @cached_property
-    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
-        """The mixtures whose weights are given at run time, such as by a gate."""
+    def dynamic_mixtures(self) -> tuple[Mixture | ProbabilityMixture, ...]:
+        """The mixtures whose weights are given at run time, for example by a gate."""
         return tuple(
             node
             for node in self.nodes
             if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str)
         )
+
+    @property
+    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
+        """The former name of ``dynamic_mixtures``."""
+        warn_renamed("Graph.mixed_at_run_time", "dynamic_mixtures")
+        return self.dynamic_mixtures
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:

@@ -187,13 +187,13 @@ def lower(graph: Graph) -> Plan:
     nodes = []
     for node in derived:
         weights = getattr(node, "weights", ())
-        named = isinstance(weights, str)
+        source = sources.index(weights) if isinstance(weights, str) else -1
         nodes.append(
             PlanNode(
                 kind=_KINDS[type(node)],
                 inputs=tuple(ids[name] for name in node.inputs),
-                source=sources.index(weights) if named else -1,
-                constants=() if named else tuple(float(value) for value in weights),
+                source=source,
+                constants=() if source >= 0 else tuple(float(value) for value in weights),
                 temperature=float(getattr(node, "temperature", 1.0)),
             )
         )

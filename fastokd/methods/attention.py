@@ -40,8 +40,8 @@ class CBAM(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Every position adds what it sees of all others: the embedded Gaussian block (Wang et al.,
-    CVPR 2018, eq. 6).
+    """Adds to every position a weighted sum over all positions: the embedded Gaussian block (Wang
+    et al., CVPR 2018, eq. 6).
 
     The batch norm at its end starts at 0, so that the block starts as the identity.
     """

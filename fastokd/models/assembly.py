@@ -9,7 +9,8 @@ from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method
-from fastokd.methods.method import Companion, Layout, OptionValue, Topology
+from fastokd.methods.method import OptionValue, Topology
+from fastokd.methods.modules import BranchSpec, MethodModules
 from fastokd.models.branched import Backbone, BranchedModel, Peer
 
 
@@ -73,7 +74,7 @@ def assemble(
 
 def companion_builder(
     method: Method, options: Mapping[str, OptionValue] | None
-) -> Callable[[Layout], Companion] | None:
+) -> Callable[[BranchSpec], MethodModules] | None:
     """What builds the method's own modules with these options, on top of their defaults; None if it
     has none.
 
@@ -86,11 +87,15 @@ def companion_builder(
                 f"unknown option '{name}' of method"
                 f" '{method.name}'{did_you_mean(name, method.model_options)}"
             )
-        if name in method.choices and value not in method.choices[name]:
-            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
+        try:
+            method.model_options[name].check(name, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"method '{method.name}': {error}") from error
     if method.build_companion is None:
         return None
-    return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
+    return functools.partial(
+        method.build_companion, **{**method.default_model_options(), **(options or {})}
+    )
 
 
 def check_layout(

@@ -3,28 +3,14 @@ student it yields.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.methods.method import BranchPass, Companion, Layout, RunResult
-
-
-class BranchOutput(NamedTuple):
-    """What a branched model computes for a batch of B images."""
-
-    logits: tuple[Tensor, ...]
-    """M tensors [B, C]; AHBF's student is the first."""
-    features: tuple[Tensor, ...]
-    """M feature maps [B, c_m, H, W] before pooling."""
-    scores: tuple[Tensor, ...] = ()
-    """What the gates say, for AHBF M-1 tensors [B, 2]; empty for methods without gates."""
-    extras: Mapping[str, Any] = {}
-    """What else the method's modules compute, by the keywords of the method's loss."""
+from fastokd.methods.modules import BranchOutput, BranchPass, BranchSpec, MethodModules
 
 
 class Branch(nn.Module):
@@ -128,7 +114,7 @@ class BranchedModel(nn.Module):
         branches: M modules that map the trunk's output (peers: images) to feature maps and logits.
         joins: for each branch, what makes the plain network of a trunk and a branch.
         kept: index of the branch that ``student`` keeps; -1 is the last.
-        build_companion: builds the method's own modules, see ``fastokd.methods.method.Layout``.
+        build_companion: builds the method's own modules from a ``BranchSpec``.
         teacher: the frozen teacher of methods that have one.
         method: the method's name.
     """
@@ -141,7 +127,7 @@ class BranchedModel(nn.Module):
         branches: Sequence[nn.Module],
         joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]],
         kept: int = 0,
-        build_companion: Callable[[Layout], Companion] | None = None,
+        build_companion: Callable[[BranchSpec], MethodModules] | None = None,
         teacher: nn.Module | None = None,
         method: str = "baseline",
     ) -> None:
@@ -153,7 +139,9 @@ class BranchedModel(nn.Module):
         self.branches = nn.ModuleList(branches)
         channels = tuple(branch.channels for branch in branches)
         self.companion = (
-            build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher))
+            build_companion(
+                BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
+            )
             if build_companion
             else None
         )
@@ -174,14 +162,16 @@ class BranchedModel(nn.Module):
         """The name of the student's network, as ``create_student`` takes it."""
         return (
             f"{','.join(self.names)}@{self.method}"
-            if self.hands_over_more
+            if self.has_custom_student
             else self.names[self.kept]
         )
 
     @property
-    def hands_over_more(self) -> bool:
-        """Whether the method hands over a network of its own making."""
-        return self.companion is not None and type(self.companion).student is not Companion.student
+    def has_custom_student(self) -> bool:
+        """Whether the method exports its own network instead of a plain branch."""
+        return (
+            self.companion is not None and type(self.companion).student is not MethodModules.student
+        )
 
     def forward(self, x: Tensor) -> BranchOutput:
         """Every branch's logits, features and what the method's modules add.
@@ -197,20 +187,20 @@ class BranchedModel(nn.Module):
             inputs = (shared,) * self.num_branches
         else:
             shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
-        ran = self._run(inputs)
+        if self.overrides_forward:
+            output = self.companion.run(inputs, self.branches)
+        else:
+            features, logits = zip(*self.run_branches(self.branches, inputs), strict=True)
+            output = BranchOutput(logits, features)
         if self.companion is None:
-            return BranchOutput(ran.logits, ran.features)
+            return output
         images = shared if self.trunk is None else x
         extras = self.companion(
-            BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on)
+            BranchPass(
+                images, shared, output.features, output.logits, self.branches, output.context
+            )
         )
-        return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
-
-    def _run(self, inputs: Sequence[Tensor]) -> RunResult:
-        if self.runs_in_its_own_way:
-            return self.companion.run(inputs, self.branches)
-        features, logits = zip(*self.run_branches(self.branches, inputs), strict=True)
-        return RunResult(features, logits)
+        return BranchOutput(output.logits, output.features, extras)
 
     def compile_parts(self) -> None:
         """Compile trunk, branches and the method's modules, each on its own, when they are first
@@ -224,9 +214,9 @@ class BranchedModel(nn.Module):
                 part.compile()
 
     @property
-    def runs_in_its_own_way(self) -> bool:
+    def overrides_forward(self) -> bool:
         """Whether the method runs the branches itself, because they exchange features."""
-        return self.companion is not None and type(self.companion).run is not Companion.run
+        return self.companion is not None and type(self.companion).run is not MethodModules.run
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
@@ -247,7 +237,7 @@ class BranchedModel(nn.Module):
         """As ``student``, but made of the model's own modules: its weights change as the model is
         trained.
         """
-        if branch is None and self.hands_over_more:
+        if branch is None and self.has_custom_student:
             student = self.companion.student(self.branches, self.kept)
         else:
             index = self.kept if branch is None else branch

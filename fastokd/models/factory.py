@@ -8,7 +8,8 @@ from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method, get_method, list_methods
-from fastokd.methods.method import Layout, OptionValue, Topology
+from fastokd.methods.method import OptionValue, Topology
+from fastokd.methods.modules import BranchSpec
 from fastokd.models.assembly import assemble, check_layout
 from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
@@ -176,9 +177,9 @@ def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) 
         return True
     peers = method.topologies[0] == "peers"
     branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
-    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
+    spec = BranchSpec((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
     try:
-        method.build_companion(layout, **method.model_options)
+        method.build_companion(spec, **method.default_model_options())
     except ValueError:
         return False
     return True

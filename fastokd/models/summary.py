@@ -90,7 +90,7 @@ def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
             trunk.parameters + count_parameters(branch), trunk.flops + own
         )
     student = costs[f"branch{model.kept + 1}"]
-    if model.hands_over_more:
+    if model.has_custom_student:
         whole = model.student()
         student = Cost(count_parameters(whole), forward_flops(whole, size))
     return {

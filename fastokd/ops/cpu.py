@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan
 from fastokd.ops.executors import Case
-from fastokd.ops.reference import compute_dtype
+from fastokd.ops.inputs import Inputs, compute_dtype
 
 ABI_VERSION = 1
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
@@ -202,7 +202,7 @@ class CPUExecutor:
 
     name = "cpu"
 
-    def refusal(self, plan: Plan | None, case: Case) -> str | None:
+    def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cpu":
             return f"it runs on the CPU, the logits are on '{case.device}'"
         library = _library()
@@ -211,23 +211,15 @@ class CPUExecutor:
     def num_stats(self, plan: Plan) -> int:
         return _compiled(plan).num_stats
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        compiled = _compiled(plan)
-        rows, terms, stats = outputs = _outputs(compiled, plan, logits[0])
-        term_weights = term_weights.to(rows.dtype).contiguous()
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        compiled, first = _compiled(plan), inputs.logits[0]
+        rows, terms, stats = outputs = _outputs(compiled, plan, first)
+        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
         compiled.check(
             compiled.library.fastokd_forward(
                 compiled.handle,
-                *logits[0].shape,
-                _describe((*logits, *weights, *externals), target),
+                *first.shape,
+                _describe_inputs(inputs),
                 term_weights.data_ptr(),
                 rows.data_ptr(),
                 terms.data_ptr(),
@@ -238,29 +230,18 @@ class CPUExecutor:
         return outputs
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        compiled, dtype = _compiled(plan), compute_dtype(logits[0])
-        term_weights, grad_rows, stats = (
-            term_weights.to(dtype).contiguous(),
-            grad_rows.to(dtype),
-            stats.contiguous(),
-        )
-        grads, places = _gradients(logits, weights, needs)
+        compiled, first = _compiled(plan), inputs.logits[0]
+        dtype = compute_dtype(first)
+        term_weights = inputs.term_weights.to(dtype).contiguous()
+        grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
+        grads, places = _gradients(inputs, needs)
         compiled.check(
             compiled.library.fastokd_backward(
                 compiled.handle,
-                *logits[0].shape,
-                _describe((*logits, *weights, *externals), target),
+                *first.shape,
+                _describe_inputs(inputs),
                 term_weights.data_ptr(),
                 stats.data_ptr(),
                 _describe((), grad_rows),
@@ -270,31 +251,21 @@ class CPUExecutor:
         )
         return grads
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, with the logits read
-        from memory only once.
-        """
-        compiled = _compiled(plan)
-        rows, terms, stats = _outputs(compiled, plan, logits[0])
-        term_weights = term_weights.to(rows.dtype).contiguous()
-        batch, classes = logits[0].shape
+        compiled, first = _compiled(plan), inputs.logits[0]
+        rows, terms, stats = _outputs(compiled, plan, first)
+        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
+        batch, classes = first.shape
         upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
-        grads, places = _gradients(logits, weights, needs)
+        grads, places = _gradients(inputs, needs)
         compiled.check(
             compiled.library.fastokd_forward_backward(
                 compiled.handle,
                 batch,
                 classes,
-                _describe((*logits, *weights, *externals), target),
+                _describe_inputs(inputs),
                 term_weights.data_ptr(),
                 rows.data_ptr(),
                 terms.data_ptr(),
@@ -305,6 +276,10 @@ class CPUExecutor:
             )
         )
         return rows, terms, grads
+
+
+def _describe_inputs(inputs: Inputs) -> ctypes.Array[ctypes.c_int64]:
+    return _describe((*inputs.logits, *inputs.weights, *inputs.externals), inputs.target)
 
 
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,13 +293,14 @@ def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor,
 
 
 def _gradients(
-    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+    inputs: Inputs, needs: Sequence[bool]
 ) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
-    """Room for the gradients that are needed, and the addresses of all.
+    """Empty tensors for the gradients that are needed, and the addresses of all.
 
-    Those of the logits lie in one block: a C library hands several large blocks back to the system
-    when they are freed, and the next step would pay for their pages again, a third of its time.
+    The logits' gradients share one block: the C library returns several large blocks to the system
+    when they are freed, and allocating their pages again costs a third of the next step.
     """
+    logits, weights = inputs.logits, inputs.weights
     first = logits[0]
     rows = iter(torch.empty((sum(needs[: len(logits)]), *first.shape), dtype=first.dtype).unbind())
     grads = [next(rows) if need else None for need in needs[: len(logits)]]

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan, decode_plan
 from fastokd.ops.executors import Case, load, resolve
-from fastokd.ops.reference import compute_dtype, term_values
+from fastokd.ops.inputs import Inputs, compute_dtype
+from fastokd.ops.reference import term_values, weighted_rows
 
-_library = torch.library.Library("fastokd", "DEF")
+# Any, because torch does not annotate the methods of Library.
+_library: Any = torch.library.Library("fastokd", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "graph_forward(Tensor[] logits, Tensor[] weights, Tensor[] externals, Tensor target, Tensor"
     " term_weights, int[] plan_ints, float[] plan_floats, str executor) -> (Tensor rows, Tensor"
@@ -43,7 +45,7 @@ def _forward(
     executor: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    return load(executor).forward(plan, logits, weights, externals, target, term_weights)
+    return load(executor).forward(plan, Inputs(logits, weights, externals, target, term_weights))
 
 
 def _forward_fake(
@@ -77,11 +79,10 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    grads = load(executor).backward(
-        plan, grad_rows, logits, weights, externals, target, term_weights, stats, needs
-    )
-    # An operator's list result cannot hold None: what nobody needs is an empty tensor. Layouts are
-    # as the fake promises.
+    inputs = Inputs(logits, weights, externals, target, term_weights)
+    grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
+    # An operator's list result cannot hold None, so a gradient that is not needed is an empty
+    # tensor. Layouts are those of the fake.
     return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
@@ -147,12 +148,15 @@ class _GraphFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, externals = _split(plan, tensors)
         ints, floats = _encoded(plan)
-        return torch.ops.fastokd.graph_forward(
+        rows, terms, stats = torch.ops.fastokd.graph_forward(
             logits, weights, externals, target, term_weights, ints, floats, executor
         )
+        return rows, terms, stats
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         plan, executor, target, term_weights, *tensors = inputs
         _, terms, stats = output
         ctx.plan, ctx.executor = plan, executor
@@ -197,13 +201,13 @@ class _GraphFunction(torch.autograd.Function):
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> None:
-        raise NotImplementedError(_refusal(arguments[1], "be mapped with torch.vmap"))
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> None:
+        raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
 # torch binds the arguments to the signature in every call. Kept here it is not made anew each time,
 # 10 of 130 microseconds.
-_GraphFunction.forward.__signature__ = inspect.signature(_GraphFunction.forward)
+setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -214,15 +218,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.executor = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(_refusal(ctx.executor, "be differentiated twice"))
+        raise NotImplementedError(_unsupported(ctx.executor, "be differentiated twice"))
 
 
-def _refusal(executor: str, what: str) -> str:
+def _unsupported(executor: str, what: str) -> str:
     return (
         f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain"
         " PyTorch"
@@ -245,18 +249,10 @@ def evaluate(
     term_weights: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Execute a plan: the loss of each row [B] and the unweighted value of each term [T, B]
-    (detached).
+    """Execute a plan on the tensors of ``Inputs``; no gradient flows into target and externals.
 
-    Args:
-        plan: a lowered graph with M logits rows, S weight tensors, X external rows and T terms.
-        logits: M tensors [B, C], one dtype (float16, bfloat16, float32, float64) and device, any
-            strides.
-        weights: S tensors [B, K] with each source's K columns, any floating dtype.
-        externals: X tensors [B, C] of probabilities.
-        target: int64 [B], or floating [B, C] class probabilities; no gradient flows into it.
-        term_weights: [T], in the compute dtype (float64 for float64 logits, else float32).
-        impl: "auto", "reference", "triton" or "cpu".
+    Returns:
+        The loss of each row [B], and the unweighted value of each term [T, B], detached.
 
     Raises:
         ConfigError, ExecutorUnavailable: see ``resolve``.
@@ -266,8 +262,8 @@ def evaluate(
     if executor == "reference":
         # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile
         # work through it.
-        terms = term_values(plan, logits, weights, externals, target)
-        return (term_weights.unsqueeze(1) * terms).sum(0), terms.detach()
+        terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
+        return weighted_rows(term_weights, terms), terms.detach()
     rows, terms, _ = _GraphFunction.apply(
         plan, executor, target, term_weights, *logits, *weights, *externals
     )
@@ -275,7 +271,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def loss_and_grad(
+def forward_backward(
     plan: Plan,
     logits: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -284,13 +280,17 @@ def loss_and_grad(
     term_weights: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Rows [B], terms [T, B], and the gradients of the mean of the rows, in one pass over the
-    logits.
+    """Execute a plan and differentiate the mean of its rows, in one pass over the logits.
 
-    Arguments as in ``evaluate``. The gradients, for the logits and then the weights, are None for
-    what does not require one. Nothing is recorded for autograd.
+    Returns:
+        Rows [B], terms [T, B], and the gradients for the logits, then the weights; None for tensors
+        that do not require one. Nothing is recorded for autograd.
+
+    Raises:
+        ConfigError, ExecutorUnavailable: see ``resolve``.
     """
     first = logits[0]
     executor = load(resolve(impl, plan, Case(first.device.type, first.dtype)))
     needs = [tensor.requires_grad for tensor in (*logits, *weights)]
-    return executor.loss_and_grad(plan, logits, weights, externals, target, term_weights, needs)
+    inputs = Inputs(logits, weights, externals, target, term_weights)
+    return executor.forward_backward(plan, inputs, needs)

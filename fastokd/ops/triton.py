@@ -23,6 +23,8 @@ from fastokd.kernels.triton.tile import (
     make_tile,
     register_limit,
 )
+from fastokd.ops.executors import Case
+from fastokd.ops.inputs import Inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_INPUTS = 16
@@ -36,8 +38,9 @@ MAX_SUMS_OF_MANY = 60
 """The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59
 (eight branches and seven teachers of their own, 14 edges) do not spill.
 """
-_Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
+_Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
+_device_of: Any = torch.cuda.device_of  # torch does not annotate it
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,7 +51,7 @@ class TritonExecutor:
 
     name = "triton"
 
-    def refusal(self, plan: Plan | None, case: Any) -> str | None:
+    def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
             return f"it runs on CUDA devices, and the logits are on '{case.device}'"
         if case.device == "cuda" and not torch.cuda.is_available():
@@ -71,19 +74,11 @@ class TritonExecutor:
         return None
 
     def num_stats(self, plan: Plan) -> int:
-        return specialize(plan).num_stats
+        return int(specialize(plan).num_stats)
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         spec = specialize(plan)
-        first = logits[0]
+        term_weights, first = inputs.term_weights, inputs.logits[0]
         batch = first.shape[0]
         rows = term_weights.new_empty(batch)
         terms = term_weights.new_empty((spec.num_terms, batch))
@@ -91,35 +86,28 @@ class TritonExecutor:
         # read it.
         stats = term_weights.new_empty((spec.num_stats, batch))
         if batch:
-            tile = _tile(spec, logits, weights, externals, target)
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
+            tile = _tile(spec, inputs)
+            arguments = _arguments(inputs)
             if tile.splits > 1:
-                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
+                _forward_split(spec, tile, arguments, term_weights, rows, terms, stats)
             else:
-                _launch("forward", spec, tile, first, *inputs, term_weights, rows, terms, stats)
+                _launch("forward", spec, tile, first, *arguments, term_weights, rows, terms, stats)
         return rows, terms, stats
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         spec = specialize(plan)
-        first = logits[0]
-        grads = _gradients(logits, weights, needs)
+        term_weights, first = inputs.term_weights, inputs.logits[0]
+        grads = _gradients(inputs, needs)
         if first.shape[0] and any(needs):
-            tile = _tile(spec, logits, weights, externals, target, needs, grad_rows.stride(0))
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
-            destinations = _destinations(grads, logits, weights)
+            tile = _tile(spec, inputs, needs, grad_rows.stride(0))
+            arguments = _arguments(inputs)
+            destinations = _destinations(grads, inputs)
             if tile.splits > 1:
-                _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
+                _backward_split(
+                    spec, tile, *destinations, grad_rows, arguments, term_weights, stats
+                )
             else:
                 _launch(
                     "backward",
@@ -128,85 +116,79 @@ class TritonExecutor:
                     first,
                     *destinations,
                     grad_rows,
-                    *inputs,
+                    *arguments,
                     term_weights,
                     stats,
                 )
         return grads
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a
-        training step needs.
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel.
 
-        Split rows take the kernels of both passes: no program sees a whole row, so none could go on
-        to its gradient.
+        Split rows run the kernels of both passes, because no program sees a whole row.
         """
         spec = specialize(plan)
-        first = logits[0]
+        term_weights, first = inputs.term_weights, inputs.logits[0]
         batch = first.shape[0]
         rows = term_weights.new_empty(batch)
         terms = term_weights.new_empty((spec.num_terms, batch))
-        grads = _gradients(logits, weights, needs)
+        grads = _gradients(inputs, needs)
         if batch:
-            tile = _tile(spec, logits, weights, externals, target, needs, fused=True)
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
-            destinations = _destinations(grads, logits, weights)
+            tile = _tile(spec, inputs, needs, fused=True)
+            arguments = _arguments(inputs)
+            destinations = _destinations(grads, inputs)
             if tile.splits > 1:
                 stats = term_weights.new_empty((spec.num_stats, batch))
-                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
+                _forward_split(spec, tile, arguments, term_weights, rows, terms, stats)
                 if any(needs):
                     grad_rows = term_weights.new_full((1,), 1 / batch)
                     _backward_split(
-                        spec, tile, *destinations, grad_rows, inputs, term_weights, stats
+                        spec, tile, *destinations, grad_rows, arguments, term_weights, stats
                     )
             else:
                 _launch(
-                    "fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms
+                    "fused", spec, tile, first, *destinations, *arguments, term_weights, rows, terms
                 )
         return rows, terms, grads
 
 
-def _gradients(
-    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
+def _arguments(inputs: Inputs) -> _Arguments:
+    return tuple(inputs.logits), tuple(inputs.weights), tuple(inputs.externals), inputs.target
+
+
+def _gradients(inputs: Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
     return [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
-        for tensor, need in zip((*logits, *weights), needs, strict=True)
+        for tensor, need in zip((*inputs.logits, *inputs.weights), needs, strict=True)
     ]
 
 
 def _destinations(
-    grads: Sequence[Tensor | None], logits: Sequence[Tensor], weights: Sequence[Tensor]
+    grads: Sequence[Tensor | None], inputs: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Where the kernel writes; what nobody needs is never written, and any pointer of the right
-    dtype stands for it.
+    """The tensors that the kernel writes gradients to.
+
+    Gradients that are not needed are never written; the input itself provides a pointer of the
+    right dtype.
     """
     tensors = [
         tensor if grad is None else grad
-        for grad, tensor in zip(grads, (*logits, *weights), strict=True)
+        for grad, tensor in zip(grads, (*inputs.logits, *inputs.weights), strict=True)
     ]
-    return tuple(tensors[: len(logits)]), tuple(tensors[len(logits) :])
+    count = len(inputs.logits)
+    return tuple(tensors[:count]), tuple(tensors[count:])
 
 
 def _tile(
     spec: Spec,
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    externals: Sequence[Tensor],
-    target: Tensor,
+    inputs: Inputs,
     needs: Sequence[bool] = (),
     grad_stride: int = 0,
     fused: bool = False,
 ) -> Tile:
+    logits = inputs.logits
     first = logits[0]
     batch, num_classes = first.shape
     size = first.element_size()
@@ -232,9 +214,9 @@ def _tile(
         num_warps,
         splits,
         tuple(row.stride() for row in logits),
-        tuple(weight.stride() for weight in weights),
-        tuple(row.stride() for row in externals),
-        target.stride(),
+        tuple(weight.stride() for weight in inputs.weights),
+        tuple(row.stride() for row in inputs.externals),
+        inputs.target.stride(),
         grad_stride,
         tuple(int(need) for need in needs),
         int(double),
@@ -244,7 +226,7 @@ def _tile(
 
 def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
     batch = first.shape[0]
-    with torch.cuda.device_of(first):
+    with _device_of(first):
         KERNELS[which][(-(-batch // tile.rows),)](
             *args,
             batch,
@@ -260,7 +242,7 @@ def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> No
 def _forward_split(
     spec: Spec,
     tile: Tile,
-    inputs: _Inputs,
+    inputs: _Arguments,
     term_weights: Tensor,
     rows: Tensor,
     terms: Tensor,
@@ -270,7 +252,7 @@ def _forward_split(
     first = inputs[0][0]
     batch = first.shape[0]
     partials = term_weights.new_empty((batch, spec.num_partials(tile.soft_target), tile.splits))
-    with torch.cuda.device_of(first):
+    with _device_of(first):
         for stage in range(3):
             if stage == 1 or (
                 spec.needs_first_pass(tile.soft_target) if stage == 0 else spec.normalized_edges
@@ -308,14 +290,14 @@ def _backward_split(
     grad_logits: tuple[Tensor, ...],
     grad_weights: tuple[Tensor, ...],
     grad_rows: Tensor,
-    inputs: _Inputs,
+    inputs: _Arguments,
     term_weights: Tensor,
     stats: Tensor,
 ) -> None:
     first = inputs[0][0]
     batch = first.shape[0]
     products = term_weights.new_empty((batch, spec.num_weights * tile.needs_weights, tile.splits))
-    with torch.cuda.device_of(first):
+    with _device_of(first):
         split.columns_kernel[(batch * tile.splits,)](
             grad_logits,
             grad_rows,

@@ -263,11 +263,11 @@ class TrainConfig:
         """The length of the ramp-up in epochs."""
         if self.ramp_epochs is not None:
             return self.ramp_epochs
-        return _method(self).ramp_epochs(self.epochs, self.preset)
+        return _method(self).schedule.ramp_epochs(self.epochs, self.preset)
 
     def kd_weight_at(self, epoch: int) -> float:
         """The factor of the scheduled terms in a 0-based epoch."""
-        return _method(self).schedule(epoch, self.ramp_length())
+        return _method(self).schedule.kd_weight(epoch, self.ramp_length())
 
     def model_names(self) -> list[str]:
         """The networks in ``model``: one, or one for each peer."""
@@ -292,13 +292,13 @@ class TrainConfig:
 
     def model_options(self) -> dict[str, OptionValue]:
         """The options of the method's own modules."""
-        defaults = _method(self).model_options
+        defaults = _method(self).default_model_options()
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def views(self) -> int:
         """The number of augmented views of each training image: one, or one for each peer."""
-        separate = _method(self).views({**self.model_options(), **self.loss_options()})
-        return self.num_branches() if separate else 1
+        views = _method(self).views
+        return self.num_branches() if views and self.model_options()[views] else 1
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every field."""

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from fastokd.data import Batch, Dataset
 from fastokd.data.images import available_memory
 from fastokd.errors import ConfigError, OutOfMemory, first_line
-from fastokd.methods import get_method
 from fastokd.models import BranchedModel, create_model
 from fastokd.ranks import alone
 from fastokd.train.build import build_model, model_layout
@@ -204,7 +203,6 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
     and the images.
     """
     cpu = torch.device("cpu")  # autocast knows no meta device
-    method = get_method(model.method)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device=cpu)
         batch = torch.empty(images, dtype=torch.float32)
@@ -214,7 +212,7 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
                     result = model(batch)
                 ends = [
                     value
-                    for value in tree_leaves((result.logits, method.loss_inputs(result)))
+                    for value in tree_leaves((result.logits, result.extras))
                     if isinstance(value, Tensor) and value.requires_grad
                 ]
                 torch.autograd.backward(ends, [torch.ones_like(value) for value in ends])

@@ -12,6 +12,7 @@ from fastokd.data import Batch
 from fastokd.errors import CheckpointError, first_line
 from fastokd.export import load_weights
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
@@ -73,11 +74,11 @@ class BranchEvaluator:
         """
         return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
-    def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
+    def named_logits(self, result: BranchOutput) -> dict[str, Tensor]:
         """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by
         name.
         """
-        return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
+        return self.method.named_logits(self.criterion, result)
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
         """What the model in evaluation mode computes for each batch, and the targets."""
@@ -105,21 +106,19 @@ class BranchEvaluator:
         """For each batch what ``results`` gives, with the logits [B, C] of everything that is
         measured, by name, in between.
 
-        That is what ``named_rows`` has, and the averaged student where there is one.
+        That is what ``named_logits`` returns, and the averaged student where there is one.
         """
         for batch in self._evaluating(batches):
             result = self._result(batch.images)
-            rows = self.named_rows(result)
+            rows = self.named_logits(result)
             if self.average is not None:
                 with torch.no_grad(), autocast(self.precision, self.device):
                     rows[AVERAGE] = self.average.module(batch.images)
             yield result, rows, batch.target
 
     def mixing_weights(self, result: BranchOutput, target: Tensor) -> dict[str, dict[str, Tensor]]:
-        """What the gates of the method say, see ``MethodLoss.mixing_weights``."""
-        return self.criterion.mixing_weights(
-            result.logits, target, **self.method.loss_inputs(result)
-        )
+        """The weights of the method's gates, see ``GraphLoss.mixing_weights``."""
+        return self.method.mixing_weights(self.criterion, result, target)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The accuracies of ``measure``."""
@@ -133,7 +132,7 @@ class BranchEvaluator:
         count = 0
         mixed = [
             (node.name, name)
-            for node in self.criterion.graph.mixed_at_run_time
+            for node in self.criterion.graph.dynamic_mixtures
             for name in node.inputs
         ]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
@@ -344,26 +343,24 @@ class TrainStep(BranchEvaluator):
         )
         with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
             result = (self._parallel or self.model)(batch.images)
-        logits, inputs = result.logits, self.method.loss_inputs(result)
+        output, scale = result, None
         if self.scale is not None:
-            logits, inputs = in_float32(logits), in_float32(inputs)
-        if self.method.needs_index:
-            inputs["index"] = batch.index
-        if self.stored is not None:
-            inputs["teacher"] = self.stored(batch.index)
-        loss, terms = self.criterion.forward_backward(
-            logits,
-            batch.target,
+            output = BranchOutput(in_float32(result.logits), (), in_float32(result.extras))
+            scale = self.scale.value
+        teacher = None if self.stored is None else self.stored(batch.index)
+        loss, terms = self.method.forward_backward(
+            self.criterion,
+            output,
+            MethodBatch(batch.target, batch.index, teacher),
             kd_weight=self.kd_weight,
-            scale=None if self.scale is None else self.scale.value,
-            **inputs,
+            scale=scale,
         )
         count = batch.target.shape[0]
         sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
         sums.update(
             {
                 f"accuracy/{name}": right
-                for name, right in correct_counts(self.named_rows(result), batch.target).items()
+                for name, right in correct_counts(self.named_logits(result), batch.target).items()
             }
         )
         for name, value in sums.items():

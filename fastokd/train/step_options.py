@@ -95,6 +95,6 @@ def _graph_unavailable(config: TrainConfig, host_rows: bool) -> str | None:
 def _streams_unavailable(config: TrainConfig, model: BranchedModel) -> str | None:
     if model.num_branches == 1:
         return "there is one branch"
-    if model.runs_in_its_own_way:
+    if model.overrides_forward:
         return f"method '{config.method}' runs the branches itself"
     return None

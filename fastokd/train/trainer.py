@@ -175,7 +175,7 @@ class Trainer:
 
     def _open_loaders(self) -> None:
         images, held_out = self.dataset.train, None
-        if fraction := self.step.criterion.held_out:
+        if fraction := self.step.criterion.held_out_fraction:
             images, held_out = carve(images, self.dataset.classes, fraction, self.config.seed)
         self.num_held_out = 0 if held_out is None else len(held_out)
         self.held_out_loader = None if held_out is None else self._loader(held_out)
@@ -343,7 +343,7 @@ class Trainer:
             step.sums.clear()
             self._rollbacks = 0
             if self.held_out_loader is not None:
-                step.criterion.see_held_out(
+                step.criterion.fit_held_out(
                     (result.logits, target) for result, target in step.results(self.held_out_loader)
                 )
         self.model.train()
