@@ -15,13 +15,30 @@ EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_IO = 5
 EXIT_PEER = 6
-EXIT_SLOWER = 7
-"""A benchmark's row takes longer than it was allowed to."""
 EXIT_PREEMPTED = 75
-"""What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which
-schedulers know.
-"""
+"""EX_TEMPFAIL of sysexits.h, which schedulers know."""
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+"""As of programs that SIGPIPE ends."""
+
+EXIT_CODES = {
+    EXIT_OK: "done",
+    EXIT_BUG: "a bug in fastokd, with a traceback",
+    EXIT_USAGE: "wrong usage or configuration, a non-finite loss, or too little memory",
+    EXIT_DATA: "a problem of the data",
+    EXIT_CHECKPOINT: "a problem of a checkpoint or exported student",
+    EXIT_IO: "a file cannot be written: disk full, read-only, no permission",
+    EXIT_PEER: "another process of the run ended",
+    EXIT_PREEMPTED: "stopped by SIGTERM or SIGUSR1 after saving a checkpoint; resume the run",
+    EXIT_INTERRUPTED: "interrupted with Ctrl-C",
+    EXIT_PIPE: "the reader of the output ended, e.g. head",
+}
+"""The exit codes of the command line."""
+
+
+def exit_code_table() -> str:
+    """The exit codes in one paragraph."""
+    return "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 
 
 class FastOKDError(Exception):
