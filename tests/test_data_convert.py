@@ -265,9 +265,6 @@ def test_the_command(tree, tmp_path, capsys):
                 str(out),
                 "--shorter-side",
                 "12",
-                "--webdataset",
-                "--per-shard",
-                "5",
                 "--workers",
                 "2",
             ]
@@ -276,23 +273,7 @@ def test_the_command(tree, tmp_path, capsys):
     )
     assert f"wrote 16 images to {out}; train with --data {out}" in capsys.readouterr().out
     assert json.loads((out / "fastokd-convert.json").read_text())["finished"]
-    assert (
-        cli.main(
-            [
-                "data",
-                "convert",
-                str(tree),
-                "--out",
-                str(out),
-                "--shorter-side",
-                "12",
-                "--webdataset",
-                "--per-shard",
-                "5",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12"]) == 0
     assert "wrote 0 images" in capsys.readouterr().out
     split = list_files(out).train
     assert Image.open(io.BytesIO(split.read(0))).size == (16, 12)

@@ -218,7 +218,7 @@ def test_models_refuses_images_of_no_size(run, name, size):
 
 
 def test_the_list_has_every_network(run, monkeypatch):
-    monkeypatch.setattr("fastokd.models.list_models", lambda: ["resnet14", "resnet8"])
+    monkeypatch.setattr("fastokd.cli.models.list_models", lambda: ["resnet14", "resnet8"])
     code, out, err = run("models", "--method", "one")
     assert code == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("resnet")}

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-from fastokd.cli.options import File, Whole, print_table, progress_bar, say
+from fastokd.cli.options import File, Int, Whole, print_table, progress_bar, say
 from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
 from fastokd.data.convert import Conversion, convert_dataset
 from fastokd.data.images import first_of
@@ -81,7 +81,7 @@ def _print_report(report: Any) -> None:
 
 
 def convert(
-    data: tyro.conf.Positional[str], out: Path, shorter_side: int, workers: Whole = None
+    data: tyro.conf.Positional[str], out: Path, shorter_side: Int, workers: Whole = None
 ) -> None:
     """Write a dataset again, scaled down, as a tree of class folders. After an interruption, the
     same command continues.

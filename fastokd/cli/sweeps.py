@@ -141,13 +141,11 @@ def _run_queue(
     if outcome.failed:
         failed = ", ".join(outcome.failed)
         print(
-            f"fastokd: {len(outcome.failed)} of {len(plan.queue)} runs failed: {failed}; repeat the"
-            " command to try again",
+            f"fastokd: {len(outcome.failed)} of {len(plan.queue)} runs failed: {failed}; the same"
+            " command tries them again",
             file=sys.stderr,
         )
     if outcome.signal:
-        print(
-            f"fastokd: stopped by {outcome.signal}; repeat the command to resume", file=sys.stderr
-        )
+        print(f"fastokd: stopped by {outcome.signal}; the same command resumes", file=sys.stderr)
     code: int = outcome.exit_code
     return code
