@@ -125,8 +125,8 @@ def _hardware() -> list[Finding]:
             Finding(
                 "cuda",
                 "problem",
-                f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU: check that"
-                f" the driver supports CUDA {torch.version.cuda}",
+                f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU: check"
+                f" that the driver supports CUDA {torch.version.cuda}",
             )
         )
     else:

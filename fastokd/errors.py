@@ -84,13 +84,13 @@ class StorageError(FastOKDError, OSError):
 
 
 class PeerLost(FastOKDError, RuntimeError):
-    """Another process of the run ended or cannot be reached; distributed training cannot continue."""
+    """Another process of the run ended or cannot be reached, so training cannot continue."""
 
     exit_code = EXIT_PEER
 
 
 class OutOfMemory(FastOKDError, RuntimeError):
-    """A step does not fit into the device's memory; the message names the options that reduce it."""
+    """A step does not fit into the device's memory; the message names options that reduce it."""
 
 
 class Preempted(FastOKDError):

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_stdout_closed() -> bool:
-    """Whether the reader of standard output is gone, as after ``| head``; then silence it."""
+    """Check if the reader of standard output is gone, as after ``| head``, and silence it then."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # reports errors only
     if not poll.poll(0):

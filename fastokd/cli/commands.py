@@ -26,9 +26,7 @@ class Command:
     generated: bool = False
 
     def load(self, arguments: Sequence[str]) -> Any:
-        """What tyro parses: a type, or the function with its call deferred until all arguments are
-        checked.
-        """
+        """A type for tyro, or the function with its call deferred until the end of parsing."""
         module, _, name = self.target.partition(":")
         function = getattr(importlib.import_module(f"fastokd.cli.{module}"), name)
         if self.generated:
@@ -115,7 +113,7 @@ def options_of(target: Any) -> Iterator[tuple[str, Any, bool]]:
 
 
 def option_names(command: Command, arguments: Sequence[str] = ()) -> list[str]:
-    """The options of a command as they are written, positional arguments included."""
+    """The options of a command, e.g. "--batch-size", with its positional arguments."""
     return [f"--{name.replace('_', '-')}" for name, *_ in options_of(command.load(arguments))]
 
 
