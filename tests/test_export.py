@@ -597,17 +597,17 @@ def test_eval_needs_no_training_images(run, tree, tmp_path, capsys, layout):
 def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
     path = file_of(run, "safetensors")
     (tmp_path / "train").mkdir()
-    mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"there is train/ alone")
+    mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"only train/ exists")
     mistake(
         call(capsys, "eval", path, "--data", tree, "--split", "test"),
         2,
-        r"has no split 'test' \(there is none\)",
+        r"has no split 'test' \(it has none\)",
     )
     shutil.copytree(tree, tmp_path / "test")
     mistake(
         call(capsys, "eval", path, "--data", tmp_path, "--split", "val"),
         2,
-        r"has no split 'val' \(there is train, test\)",
+        r"has no split 'val' \(it has train, test\)",
     )
     shutil.rmtree(tmp_path / "test" / "9")
     mistake(

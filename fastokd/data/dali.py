@@ -20,11 +20,19 @@ import torch
 from numpy.typing import NDArray
 
 from fastokd.data.files import FileSplit
-from fastokd.data.images import decode, default_workers, first_of, reason_of, show
+from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
 from fastokd.data.stream import Decoded, Request, StreamLoader, read_options, scaled, stand_in
-from fastokd.errors import ConfigError, DataError, MissingExtra, did_you_mean, first_line
+from fastokd.errors import (
+    ConfigError,
+    DataError,
+    MissingExtra,
+    did_you_mean,
+    escape,
+    first_line,
+    summarize,
+)
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import DataNode, Pipeline
@@ -106,7 +114,7 @@ def unsuitable_for_dali(split: FileSplit) -> str | None:
     if not strange:
         return None
     return (
-        f"split '{split.name}' of {show(split.root)}: DALI cannot decode {first_of(strange)};"
+        f"split '{split.name}' of {escape(split.root)}: DALI cannot decode {summarize(strange)};"
         " convert them, or use --loader torchvision"
     )
 
@@ -288,7 +296,7 @@ class DaliLoader(StreamLoader):
                 break
         if not found:
             raise DataError(
-                f"DALI failed on split '{self.split.name}' of {show(self.split.root)}:"
+                f"DALI failed on split '{self.split.name}' of {escape(self.split.root)}:"
                 f" {dali_reason(error)}"
             ) from error
         self._note_bad(found)

@@ -21,9 +21,8 @@ from torch import Tensor
 from fastokd.data import random_crop
 from fastokd.data.augment import Augment, Mixing, crop, mirror, mix, normalize
 from fastokd.data.files import BAD_IMAGES, MAX_REPLACED, FileSplit
-from fastokd.data.images import first_of, show
 from fastokd.data.loader import Batch, LoaderBase, epoch_seed, to_device
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 Options = TypeVar("Options")
 
@@ -419,19 +418,19 @@ class StreamLoader(LoaderBase, ABC):
         Raises:
             DataError: they are not to be replaced, or there are too many of them.
         """
-        names = [f"{show(self.split.files[i])} ({reason})" for i, reason in found.items()]
-        where = f"split '{self.split.name}' of {show(self.split.root)}"
+        names = [f"{escape(self.split.files[i])} ({reason})" for i, reason in found.items()]
+        where = f"split '{self.split.name}' of {escape(self.split.root)}"
         if not self.train or self.bad_images == "fail":
             choice = ", or train with --bad-images replace" if self.train else ""
             raise DataError(
-                f"{where}: cannot decode {first_of(names)}; replace or delete what 'fastokd data"
+                f"{where}: cannot decode {summarize(names)}; replace or delete what 'fastokd data"
                 f" check' finds{choice}"
             )
         self.replaced.update(found)
         limit = math.ceil(MAX_REPLACED * len(self.split))
         if len(self.replaced) > limit:
             raise DataError(
-                f"{where}: {len(self.replaced)} bad pictures, the last {first_of(names[-1:])}; no"
+                f"{where}: {len(self.replaced)} bad pictures, the last {summarize(names[-1:])}; no"
                 f" more than {limit} are replaced: mend what 'fastokd data check' finds"
             )
 
@@ -448,8 +447,8 @@ def stand_in(split: FileSplit, index: int, bad: Container[int]) -> int:
         if other not in bad:
             return other
     raise DataError(
-        f"split '{split.name}' of {show(split.root)}: none of the {len(same)} images of the class"
-        f" of {show(split.files[index])} can be decoded; mend what 'fastokd data check' finds"
+        f"split '{split.name}' of {escape(split.root)}: none of the {len(same)} images of the class"
+        f" of {escape(split.files[index])} can be decoded; mend what 'fastokd data check' finds"
     )
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from fastokd.data import Batch, Loader
-from fastokd.data.dataset import carve
-from fastokd.data.images import Progress, first_of
+from fastokd.data.dataset import split_off
+from fastokd.data.images import Progress
 from fastokd.errors import (
     CheckpointError,
     ConfigError,
     FastOKDError,
     Preempted,
     StorageError,
-    first_few,
     first_line,
+    summarize,
 )
 from fastokd.export import load_weights, student_record, write_student
 from fastokd.models import find_backbone
@@ -154,7 +154,7 @@ class Trainer:
         self.runner = StepRunner(self.step, reporter.say)
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out:
-            images, held_out = carve(images, self.dataset.classes, fraction, config.seed)
+            images, held_out = split_off(images, self.dataset.classes, fraction, config.seed)
         self._seen = seen
         self.num_held_out = 0 if held_out is None else len(held_out)
         self.held_out_loader = (
@@ -635,7 +635,7 @@ class Trainer:
             self._replaced = len(found)
             self.reporter.say(
                 f"pictures that cannot be decoded and were replaced, so far {len(found)}:"
-                f" {first_of(names)}"
+                f" {summarize(names)}"
             )
 
     def _check_finite(self) -> None:
@@ -1012,6 +1012,6 @@ def load_run(
 def _check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(
-            f"{where} was trained on the classes {first_few(state['classes'])}, the data has"
-            f" {first_few(dataset.classes)}"
+            f"{where} was trained on the classes {summarize(state['classes'], 4)}, the data has"
+            f" {summarize(dataset.classes, 4)}"
         )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastokd.errors import ConfigError, did_you_mean, first_few
+from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.compare import spread
 from fastokd.experiments.analysis.tables import Table, plain_markdown
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
@@ -243,7 +243,7 @@ def plan_reproduction(
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(
             f"--rows {unknown[0]}: no recipe of {name} is named so; its recipes are"
-            f" {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' shows all"
+            f" {summarize(list(table.recipes), 4)}; 'fastokd reproduce {name} --dry-run' lists all"
         )
     configs = {}
     for recipe, found in table.recipes.items():
@@ -464,4 +464,4 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
 
 
 def _which(names: Sequence[str], rows: Sequence[str]) -> str:
-    return "" if len(names) == len(rows) else f" ({first_few(names)})"
+    return "" if len(names) == len(rows) else f" ({summarize(names, 4)})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastokd.data.registry import get_dataset_kind, resolve
-from fastokd.errors import CheckpointError, ConfigError, DataError, first_few
+from fastokd.errors import CheckpointError, ConfigError, DataError, summarize
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, check_comparable, read_run
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep.queue import Job
@@ -168,7 +168,7 @@ def comparison_remarks(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for remark in run.remarks:
             said.setdefault(remark, []).append(run.path.name)
-    remarks = [f"{first_few(names)}: {remark}" for remark, names in said.items()]
+    remarks = [f"{summarize(names, 4)}: {remark}" for remark, names in said.items()]
     try:
         check_comparable(runs)
     except ConfigError as error:

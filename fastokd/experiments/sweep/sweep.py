@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import yaml
 
-from fastokd.errors import ConfigError, MissingExtra, first_few
+from fastokd.errors import ConfigError, MissingExtra, summarize
 from fastokd.experiments.analysis.compare import spread
 from fastokd.experiments.analysis.heat_map import Panel, draw_heat_map
 from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
@@ -306,7 +306,7 @@ def _not_as_published(sweep: Sweep, published: Sequence[Published | None]) -> li
         for item in setup_differences(_resolved(recipe.config), _resolved(point.config)):
             different.setdefault(item, []).append(describe(point.values) or point.name)
     return [
-        item if len(names) == len(points) else f"{item} at {first_few(names)}"
+        item if len(names) == len(points) else f"{item} at {summarize(names, 4)}"
         for item, names in different.items()
     ]
 
