@@ -445,7 +445,7 @@ KIND = DatasetKind(read, detect=lambda path: (path / "toy.txt").exists())
 class TestRegistry:
     def test_a_new_kind_is_one_file_and_one_line(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr("fastokd.data.registry._datasets._targets", {})
+        monkeypatch.setattr("fastokd.data.registry._datasets.targets", {})
         (tmp_path / "toy_kind_of_test_data.py").write_text(TOY)
         register_dataset("toy", "toy_kind_of_test_data:KIND")
         assert list_datasets() == ["toy"]

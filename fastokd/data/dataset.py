@@ -310,17 +310,17 @@ def prepare(
             )
     source = normalized_by(source, mean, std)
     train, test, val = source.hold_out(val_split, seed)
-    normalization = source.mean, source.std
-    if normalization[0] is None or normalization[1] is None:
-        normalization = channel_statistics(train.images, train.sums)
+    mean, std = source.mean, source.std
+    if mean is None or std is None:
+        mean, std = channel_statistics(train.images, train.sums)
     return Dataset(
         name=source.name,
         classes=source.classes,
         train=train,
         test=test,
         val=val,
-        mean=normalization[0],
-        std=normalization[1],
+        mean=tuple(mean),
+        std=tuple(std),
         augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True),
         fingerprint=source.fingerprint or fingerprint(source),
         root=source.root,

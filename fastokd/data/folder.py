@@ -251,11 +251,11 @@ def _walk_split(
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)
         content = f"{images} images and no class folders" if images else "empty"
-        error = DataError(
+        problem = DataError(
             f"{escape(root / folder)}: {content}; put the images of each class into a folder named"
             " after it"
         )
-        listing.note("no labels", f"{folder} ({content})", error)
+        listing.note("no labels", f"{folder} ({content})", problem)
     for name in listing.classes:
         try:
             # A link up to these folders would label the other classes' images with this class.

@@ -83,12 +83,8 @@ def _plain(student: nn.Module, device: torch.device | str) -> nn.Module:
     """A copy without wrappers as a file holds it: in evaluation mode, its weights contiguous, whose
     convolutions may round otherwise than those of channels-last weights.
     """
-    return (
-        unwrap(student)
-        .to(device, memory_format=torch.contiguous_format)
-        .eval()
-        .requires_grad_(False)
-    )
+    student = unwrap(student).to(device).to(memory_format=torch.contiguous_format)
+    return student.eval().requires_grad_(False)
 
 
 def open_export(path: str | Path, device: torch.device | str = "cpu") -> Export:

@@ -49,6 +49,7 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
         dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
+    assert program is not None, "the exporter returns a program without a file"
     model = program.model_proto
     graph = model.graph
     # The exporter's notes on every node are as long as the graph, and hold the paths of this

@@ -89,7 +89,13 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
 
 
 def _sound_accuracy(part: dict[str, Any]) -> bool:
-    kinds = {"top1": (int, float), "data": str, "split": str, "num_images": int, "epoch": int}
+    kinds: dict[str, Any] = {
+        "top1": (int, float),
+        "data": str,
+        "split": str,
+        "num_images": int,
+        "epoch": int,
+    }
     return all(isinstance(part.get(name), kind) for name, kind in kinds.items())
 
 
@@ -133,7 +139,7 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         for name, sound in _SOUND.items()
         if not isinstance(record.get(name), dict) or not sound(record[name])
     ]
-    classes = record.get("classes")
+    classes: Any = record.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append("classes")
     if wrong:
