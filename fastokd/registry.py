@@ -25,7 +25,7 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind = kind
         self._constant = constant
-        self._targets = dict(targets)
+        self.targets = dict(targets)
         self._reserved = tuple(reserved)
 
     def register(self, name: str, target: str) -> None:
@@ -35,7 +35,7 @@ class Registry(Generic[T]):
             name: what users write.
             target: "package.module:CONSTANT", or "package.module" for the usual constant.
         """
-        self._targets[name] = target
+        self.targets[name] = target
 
     def get(self, name: str) -> T:
         """The object of that name.
@@ -44,23 +44,23 @@ class Registry(Generic[T]):
             ConfigError: the name is unknown; the message suggests the closest one.
         """
         self.check(name)
-        module, _, constant = self._targets[name].partition(":")
+        module, _, constant = self.targets[name].partition(":")
         value: T = getattr(importlib.import_module(module), constant or self._constant)
         return value
 
     def check(self, name: str) -> None:
         """Raise the ``ConfigError`` of ``get`` for an unknown name, without importing anything."""
-        if name not in self._targets:
+        if name not in self.targets:
             raise ConfigError(
                 f"unknown {self.kind} '{name}'"
-                f"{did_you_mean(name, [*self._targets, *self._reserved])}"
+                f"{did_you_mean(name, [*self.targets, *self._reserved])}"
             )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self.targets
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._targets)
+        return iter(self.targets)
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return len(self.targets)

@@ -397,8 +397,8 @@ class _Picky:
 
 
 def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_modules", "_preferred"):
-        monkeypatch.setattr(executors, name, dict(getattr(executors, name)))
+    monkeypatch.setattr(executors._executors, "targets", dict(executors._executors.targets))
+    monkeypatch.setattr(executors, "_preferred", dict(executors._preferred))
     monkeypatch.setattr(executors, "_warned", set())
     # Tried first on the CPU; other executors registered for it are out of this test.
     monkeypatch.setitem(executors._preferred, "cpu", ())
@@ -419,7 +419,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_explicit_executor_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_modules", dict(executors._modules))
+    monkeypatch.setattr(executors._executors, "targets", dict(executors._executors.targets))
     register_executor("absent", "fastokd_executor_that_is_not_installed")
     with pytest.raises(
         ExecutorUnavailable,

@@ -609,7 +609,8 @@ def test_make_loader_says_what_does_not_go_together(tmp_path):
 
 def test_a_new_loader_is_one_module_and_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("fastokd.data.loader._modules", {"resident": "fastokd.data.resident"})
+    resident = {"resident": "fastokd.data.resident"}
+    monkeypatch.setattr("fastokd.data.loader._loaders.targets", resident)
     (tmp_path / "toy_loader_module.py").write_text(
         "from fastokd.data import LoaderKind, ResidentLoader\nLOADER = LoaderKind(ResidentLoader,"
         " decoded=True, missing=lambda device: 'pip install toy' if device.type == 'meta' else"

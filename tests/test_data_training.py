@@ -179,10 +179,10 @@ class TestChoice:
         ]
 
     def test_better_loaders_that_cannot_run_are_named_with_the_reason(self, tmp_path, monkeypatch):
-        there = loader._modules
+        there = loader._loaders.targets
         monkeypatch.setattr(
-            loader,
-            "_modules",
+            loader._loaders,
+            "targets",
             {
                 "resident": there["resident"],
                 "toy": __name__,

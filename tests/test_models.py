@@ -13,11 +13,17 @@ import torchvision.models.resnet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastokd import models
 from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
-from fastokd.models import create_model, create_student, list_models, register_model, residual
+from fastokd.models import (
+    create_model,
+    create_student,
+    factory,
+    list_models,
+    register_model,
+    residual,
+)
 from fastokd.models.resnet_cifar import CifarResNet
 from fastokd.models.summary import count_parameters, forward_flops
 from fastokd.train.config import TrainConfig
@@ -172,7 +178,7 @@ def test_a_method_chooses_depth_gates_and_the_kept_branch(monkeypatch):
     leader = dataclasses.replace(
         get_method("ahbf"), hierarchical=False, build_companion=None, kept=-1
     )
-    monkeypatch.setattr(models, "get_method", lambda name: leader)
+    monkeypatch.setattr(factory, "get_method", lambda name: leader)
     model = warm(create_model("resnet8", num_branches=3)).eval()
     assert [len(branch.body.layer3) for branch in model.branches] == [1, 1, 1]
     assert model(images()).scores == ()
@@ -196,7 +202,7 @@ def test_branches_compute_what_their_plain_networks_compute():
         for branch, logits, features in zip(
             model.branches, result.logits, result.features, strict=True
         ):
-            assert torch.equal(models.PlainNetwork.join(model.trunk, branch)(x), logits)
+            assert torch.equal(PlainNetwork.join(model.trunk, branch)(x), logits)
             assert torch.equal(branch.head(features), logits)
 
 
@@ -380,7 +386,7 @@ BACKBONES = {"toy": Backbone("toy", trunk, branch, PlainNetwork.join)}
 def test_a_new_network_is_one_file_and_one_line(tmp_path, monkeypatch):
     (tmp_path / "toy_backbone_module.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(models, "_modules", dict(models._modules))
+    monkeypatch.setattr(factory._models, "targets", dict(factory._models.targets))
     register_model("toy", "toy_backbone_module")
     model = create_model("toy", num_classes=3, num_branches=3, aux_blocks=1).eval()
     result = model(images(2))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import MobileNetV2 as TorchvisionMobileNetV2
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastokd import models
 from fastokd.errors import ConfigError
 from fastokd.methods.ahbf import AHBFGate
 from fastokd.models import (
@@ -26,6 +25,7 @@ from fastokd.models import (
     BranchedModel,
     create_model,
     create_student,
+    factory,
     get_backbone,
     list_models,
 )
@@ -672,9 +672,12 @@ def test_mistakes_are_named_with_their_fix(
 ) -> None:
     stock = get_backbone("resnet8")
     mine = Backbone("mine", stock.build_trunk, stock.build_branch, stock.join)
-    monkeypatch.setattr(models, "_modules", {**models._modules, "mine": "mine"})
-    real = models.get_backbone
-    monkeypatch.setattr(models, "get_backbone", lambda name: mine if name == "mine" else real(name))
+    targets = {**factory._models.targets, "mine": "mine"}
+    monkeypatch.setattr(factory._models, "targets", targets)
+    real = factory.get_backbone
+    monkeypatch.setattr(
+        factory, "get_backbone", lambda name: mine if name == "mine" else real(name)
+    )
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
         build()
 
