@@ -17,6 +17,7 @@ from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
 from fastokd.models import (
+    PlainNetwork,
     create_model,
     create_student,
     factory,
