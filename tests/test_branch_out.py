@@ -474,7 +474,7 @@ class Tied(Small):
         ),
         (
             lambda: create_model("resnet20", at="layer3"),
-            "at='layer3': resnet20 is branched where its paper branches it",
+            "at='layer3': resnet20 is branched as in its paper",
         ),
         (
             lambda: create_model("torchvision:densenet121", at="features.denseblock4.denselayer3"),

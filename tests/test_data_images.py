@@ -10,8 +10,16 @@ import torch
 from PIL import Image, ImageOps
 
 from fastokd.data import images as data_images
-from fastokd.data.images import decode, decode_all, escape, fit, resize_all
-from fastokd.errors import DataError
+from fastokd.data.images import corrupt_files_error, decode, fit, resize_all, try_decode_all
+from fastokd.errors import DataError, escape
+
+
+def decode_all(root, files, *args, **options) -> torch.Tensor:
+    """The decoded images; raises the error for corrupt files."""
+    decoded, corrupt = try_decode_all(root, files, *args, **options)
+    if corrupt:
+        raise corrupt_files_error(root, files, corrupt)
+    return decoded
 
 
 @pytest.fixture

@@ -210,14 +210,15 @@ def decode_files(
     """Decode every image of a listed dataset, or load the decoded images from the cache.
 
     Args:
-        image_size, workers, progress: as for ``decode_all``.
+        image_size, workers, progress: as for ``try_decode_all``.
         bad_images: the policy for training images that cannot be decoded: "fail", or "replace" each
             by another image of its class, with a warning, up to 1 %. Evaluation images are never
             replaced.
 
     Raises:
         ConfigError: an unknown ``bad_images``.
-        DataError: as ``decode_all``; too many corrupt images, or a class without a valid one.
+        DataError: as ``try_decode_all``; files that cannot be decoded (the first ten are named) and
+            must not be replaced, or a class without a valid image.
     """
     if bad_images not in BAD_IMAGES:
         raise ConfigError(

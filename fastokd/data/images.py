@@ -141,37 +141,6 @@ def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def decode_all(
-    root: Path,
-    files: Sequence[str],
-    image_size: int | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    read: Callable[[int], bytes] | None = None,
-) -> Tensor:
-    """Decode files in a thread pool into one tensor.
-
-    Args:
-        root: the folder that ``files`` are relative to.
-        image_size: side of the square that every image is fitted to; None keeps the size that all
-            of them must share.
-        workers: decoding threads; one per usable core by default.
-        progress: called in this thread with (files done, files in all).
-        read: returns the bytes of the i-th file; by default the file of that name is read.
-
-    Returns:
-        uint8 [N, 3, H, W], channels last in memory.
-
-    Raises:
-        DataError: files that cannot be decoded (the first ten are named, all are counted), sizes
-            that differ without an ``image_size``, or more images than fit in memory.
-    """
-    images, corrupt = try_decode_all(root, files, image_size, workers, progress, read)
-    if corrupt:
-        raise corrupt_files_error(root, files, corrupt)
-    return images
-
-
 def corrupt_files_error(
     root: Path,
     files: Sequence[str],
@@ -200,11 +169,22 @@ def try_decode_all(
     progress: Progress | None = None,
     read: Callable[[int], bytes] | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """``decode_all`` that skips files which cannot be decoded.
+    """Decode files in a thread pool into one tensor, skipping files that cannot be decoded.
+
+    Args:
+        root: the folder that ``files`` are relative to.
+        image_size: side of the square that every image is fitted to; None keeps the size that all
+            of them must share.
+        workers: decoding threads; one per usable core by default.
+        progress: called in this thread with (files done, files in all).
+        read: returns the bytes of the i-th file; by default the file of that name is read.
 
     Returns:
-        The images, with undefined pixels for corrupt files, and the reason for each corrupt file by
-        its index.
+        The images uint8 [N, 3, H, W], channels last in memory, with undefined pixels for corrupt
+        files, and the reason for each corrupt file by its index.
+
+    Raises:
+        DataError: sizes that differ without an ``image_size``, or more images than fit in memory.
     """
 
     def source(i: int) -> str | BytesIO:
