@@ -462,7 +462,7 @@ class Tied(Small):
         ),
         (
             lambda: create_model("torchvision:resnet18"),
-            r"torchvision:resnet18 needs at \(--at\): .* split points: layer1, ",
+            r"torchvision:resnet18 needs at \(--at\), .* split points: layer1, ",
         ),
         (
             lambda: create_model("torchvision:resnet81"),

@@ -116,7 +116,7 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
         ),
         (
             ("--model", "torchvision:resnet18"),
-            r"needs at \(--at\): .* split points: layer1, layer1\.1, ",
+            r"needs at \(--at\), .* split points: layer1, layer1\.1, ",
         ),
         (
             ("--model", "torchvision:resnet18", "--at", "layer9"),
@@ -124,7 +124,7 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
         ),
         (
             ("--model", "resnet20", "--at", "layer3"),
-            "resnet20 is branched where its paper branches it",
+            "resnet20 is branched as in its paper",
         ),
         (("--model", "hub:resnet18"), "unknown library 'hub'"),
         (
