@@ -15,7 +15,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import (
     Agreement,
     Ranks,
-    _of_this_start,
+    _store_of_this_start,
     choose_device,
     from_main,
     gather_states,
@@ -212,7 +212,7 @@ def test_alone_without_a_launcher(environment):
             {"RANK": "2"},
             "RANK=2 with WORLD_SIZE=2 in the environment; ranks are 0 to WORLD_SIZE - 1",
         ),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not in the environment; it is the address of rank 0"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR, the address of rank 0, is not in the environment"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(environment, given, message):
@@ -258,7 +258,7 @@ def test_a_start_finds_nothing_of_the_one_before():
         found = {}
 
         def meet(rank, found=found):
-            found[rank] = _of_this_start(store, Ranks(rank, 2, rank))
+            found[rank] = _store_of_this_start(store, Ranks(rank, 2, rank))
 
         threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 0)]
         for thread in threads:

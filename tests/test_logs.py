@@ -214,7 +214,7 @@ class TestFailures:
         sink.close()
         assert len(said) == 1
         assert said[0].startswith("tensorboard: ")
-        assert "the run goes on without it, and metrics.jsonl has every epoch" in said[0]
+        assert "continuing without it, metrics.jsonl has every epoch" in said[0]
 
     def test_one_that_fails_later(self, tmp_path, monkeypatch):
         said = []
@@ -232,7 +232,7 @@ class TestFailures:
         broken.close()
         other.close()
         assert said == [
-            "tensorboard: [Errno 28] No space left on device; the run goes on without it, and"
+            "tensorboard: [Errno 28] No space left on device; continuing without it,"
             " metrics.jsonl has every epoch"
         ]
         assert [step for step, _ in scalars(tmp_path / "two" / "tensorboard")[0]["lr"]] == [1, 2, 3]
@@ -416,7 +416,7 @@ def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_pat
         (4, 0.4),
     ]  # 0 and 1 are there, 5 fails, and nothing is tried again
     assert len(said) == 1
-    assert said[0].startswith("wandb: the network is gone; the run goes on without it")
+    assert said[0].startswith("wandb: the network is gone; continuing without it")
 
 
 def test_wandb_without_a_login_does_not_stop_the_run(tmp_path, online):
@@ -426,8 +426,8 @@ def test_wandb_without_a_login_does_not_stop_the_run(tmp_path, online):
     sink.write(record(0))
     sink.close()
     assert said == [
-        "wandb: api_key not configured (no-tty); the run goes on without it, and metrics.jsonl has"
-        " every epoch ('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"
+        "wandb: api_key not configured (no-tty); continuing without it, metrics.jsonl has"
+        " every epoch ('wandb login' or WANDB_MODE=offline, then --resume, restores it)"
     ]
 
 

@@ -12,17 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 import fastokd.train.memory
 from fastokd.data import Augment, Batch, Dataset, Split
 from fastokd.errors import ConfigError
+from fastokd.storage import format_bytes
 from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.train.distributed import Ranks
-from fastokd.train.memory import (
-    FILL,
-    batch_sizes,
-    describe_memory,
-    estimate_memory,
-    fit_batch_size,
-    size,
-)
+from fastokd.train.memory import FILL, batch_sizes, describe_memory, estimate_memory, fit_batch_size
 from fastokd.train.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -211,7 +205,7 @@ def test_lines_for_the_start_of_a_run(images, monkeypatch):
     assert re.fullmatch(
         r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not"
         r" fit; --batch-size auto finds one that fits, "
-        r"--device-batch 8 adds up the gradients of smaller parts of the same batch",
+        r"--device-batch 8 accumulates gradients over smaller parts",
         warning,
     )
     has_free(monkeypatch, 2**37)
@@ -232,8 +226,7 @@ def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, m
     monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
     (line,) = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(
-        r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a"
-        r" number",
+        r"memory: the memory of a step cannot be estimated \(.+\); pass a number as --batch-size",
         line,
     )
     has_free(monkeypatch, 2**40)
@@ -250,12 +243,6 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     )  # left in the environment by something else
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 6))
     assert fastokd.train.memory.free_memory(CPU) == 4_000
-
-
-def test_sizes_for_people():
-    assert [
-        size(value) for value in (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
-    ] == ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
 
 
 def test_sizes_to_choose_from():
@@ -283,7 +270,7 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         found, reason = fit_batch_size(SMALL, large, device)
         assert found == count
         following = batch_sizes(1024)[batch_sizes(1024).index(count) + 1]
-        assert f"{following} on a process take about {size(takes[following])}, and" in reason
+        assert f"{following} per process take about {format_bytes(takes[following])}, and" in reason
     has_free(monkeypatch, int(takes[8] / FILL) - 10)
     with pytest.raises(
         ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"
@@ -296,8 +283,8 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
     assert fit_batch_size(SMALL, large, CPU) == (
         1024,
         (
-            "batch 1024, chosen by memory: more than 1024 must be asked for, as auto:N; lr stays as"
-            " it is (--lr-scaling linear or sqrt makes it follow)"
+            "batch 1024, chosen by memory: larger than 1024 only on request, as auto:N; lr is"
+            " unchanged (--lr-scaling linear or sqrt scales it)"
         ),
     )
     assert fit_batch_size(SMALL, large, CPU, largest=2500)[0] == 2048
@@ -306,7 +293,7 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
     )
     assert (chosen, reason) == (
         96,
-        "batch 96, chosen by memory: an epoch keeps 20 steps; lr follows by --lr-scaling sqrt",
+        "batch 96, chosen by memory: an epoch keeps 20 steps; lr is scaled by --lr-scaling sqrt",
     )
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     chosen, reason = fit_batch_size(SMALL, made_up(2000, 4), CPU)
@@ -325,7 +312,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
     )
     found, reason = fit_batch_size(SMALL, large, GPU)
     assert (found, tried) == (512, [1024, 768, 512])
-    assert "chosen by memory and tried with one step: 768 on a process" in reason
+    assert "chosen by memory and tried with one step: 768 per process" in reason
 
 
 def test_trying_a_step(images, monkeypatch):
@@ -377,8 +364,8 @@ def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsy
         == 0
     )
     out = capsys.readouterr().out
-    assert "batch 24, chosen by memory: 32 on a process take about" in out
-    assert "; lr follows by --lr-scaling linear" in out
+    assert "batch 24, chosen by memory: 32 per process take about" in out
+    assert "; lr is scaled by --lr-scaling linear" in out
     assert re.search(r"^memory: about .* free$", out, re.MULTILINE)
     assert "batch 24, chosen by memory" in (tmp_path / "run" / "log.txt").read_text()
     assert read_config(tmp_path / "run" / "config.yaml").batch_size == 24
@@ -443,7 +430,7 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
     assert (
         line
         == "fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that"
-        " fits, --device-batch 32 adds up the gradients of smaller parts of the same batch"
+        " fits, --device-batch 32 accumulates gradients over smaller parts"
     )
 
 

@@ -11,7 +11,13 @@ import pytest
 
 from fastokd import storage
 from fastokd.errors import StorageError
-from fastokd.storage import append_line, remove_temporaries, write_atomically, write_json
+from fastokd.storage import (
+    append_line,
+    format_bytes,
+    remove_temporaries,
+    write_atomically,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,3 +166,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_temporaries(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
     remove_temporaries(tmp_path / "missing" / "file")
+
+
+def test_format_bytes_uses_binary_units():
+    values = (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
+    texts = ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
+    assert [format_bytes(value) for value in values] == texts

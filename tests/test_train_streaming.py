@@ -149,12 +149,12 @@ def test_auto_explains_itself(tree, monkeypatch):
     small = TrainConfig(data=str(tree), image_size=24)
     assert (
         explain_loader(small, open_data(small, cpu), cpu)
-        == "loader resident: the images are small and fit, so they lie on cpu"
+        == "loader resident: the images are small and fit, so they are kept on cpu"
     )
     digits = TrainConfig(data="digits")
     assert (
         explain_loader(digits, open_data(digits, cpu), cpu)
-        == "loader resident: the dataset comes decoded, so they lie on cpu"
+        == "loader resident: the dataset comes decoded, so they are kept on cpu"
     )
     monkeypatch.setattr("fastokd.train.data.available_memory", lambda: 1000)
     assert loader_name(small, open_data(small, cpu), cpu) == "torchvision"

@@ -10,9 +10,7 @@ from fastokd.train.config import TrainConfig
 
 
 def model_layout(config: TrainConfig) -> dict[str, Any]:
-    """How a configuration lays its networks out: the keywords of ``create_model`` besides names,
-    classes and teacher.
-    """
+    """The keywords of ``create_model`` except names, classes and teacher."""
     return {
         "method": config.method,
         "num_branches": config.num_branches(),
@@ -27,22 +25,17 @@ def model_layout(config: TrainConfig) -> dict[str, Any]:
 def build_model(
     config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None
 ) -> BranchedModel:
-    """The branched model of a configuration, initialised from its seed, on the device in its memory
+    """The branched model of a configuration, initialized from its seed, on the device in its memory
     format.
 
     Only training needs the frozen ``teacher`` of methods that have one.
 
     Raises:
-        ConfigError: as ``create_model``, or the branches' first convolutions cannot be merged as
-            configured.
+        ConfigError: as ``create_model``.
     """
     torch.manual_seed(config.seed)
     model = create_model(
         config.model, num_classes=num_classes, teacher=teacher, **model_layout(config)
     )
-    if config.merge_first_conv:
-        model.merged_first_conv = True
-    return model.to(
-        device,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=memory_format)

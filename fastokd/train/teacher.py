@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastokd.data import Dataset
 from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_few, first_line
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.data import AnyDataset
 
 LIBRARIES = ("torchvision", "timm")
 RESIDENT_BYTES = 2**30
@@ -73,6 +73,9 @@ class Renormalized(nn.Module):
         wanted: those by which the network's training images were.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
         super().__init__()
         self.network = network
@@ -114,7 +117,7 @@ def check_teacher(config: TrainConfig) -> None:
     """
     if not get_method(config.method).needs_teacher:
         return
-    spec = config.model_options()["teacher"]
+    spec = str(config.model_options()["teacher"])
     library, _, path = _parse(spec)
     if not path.exists():
         raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
@@ -146,7 +149,7 @@ def check_teacher(config: TrainConfig) -> None:
         )
 
 
-def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) -> Teacher | None:
+def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> Teacher | None:
     """The teacher that a run's configuration names; None for methods without one.
 
     Raises:
@@ -155,7 +158,7 @@ def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) ->
     """
     if not get_method(config.method).needs_teacher:
         return None
-    spec = config.model_options()["teacher"]
+    spec = str(config.model_options()["teacher"])
     library, name, path = _parse(spec)
     if not library and _holds_rows(path):
         return _open_rows(
@@ -223,7 +226,7 @@ def _holds_rows(path: Path) -> bool:
         ) from error
 
 
-def _open_rows(path: Path, kind: str, dataset: Dataset, device: torch.device) -> Teacher:
+def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device) -> Teacher:
     if path.suffix == ".npy":
         try:
             # Copy on write: still read from the disk as rows are asked for, and torch takes no

@@ -174,7 +174,8 @@ class Trainer:
         return model
 
     def _open_loaders(self) -> None:
-        images, held_out = self.dataset.train, None
+        images: Any = self.dataset.train
+        held_out: Any = None
         if fraction := self.step.criterion.held_out:
             images, held_out = carve(images, self.dataset.classes, fraction, self.config.seed)
         self.num_held_out = 0 if held_out is None else len(held_out)
@@ -546,7 +547,7 @@ class Trainer:
         for each in gather_states(dict(getattr(self.train_loader, "replaced", {}))):
             replaced |= each
         if len(replaced) > self._replaced:
-            files = self.dataset.train.files
+            files = self.dataset.train.files or ()
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
             self.reporter.print(
                 f"corrupt images that were replaced, so far {len(replaced)}:"
