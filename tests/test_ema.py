@@ -155,8 +155,8 @@ def test_a_student_that_is_a_copy_is_refused() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"ema=0.9 and method 'mine': what it hands over is not made of the model's own modules;"
-            r" use ema=0"
+            r"ema=0.9: the student of method 'mine' is not made of the model's own modules; use"
+            r" ema=0"
         ),
     ):
         StudentAverage(model, 0.9)

@@ -436,7 +436,7 @@ def test_stored_rows_do_not_go_with_mixed_images(tmp_path, suffix, mixing):
     config = settings("kd", path)
     teachers.check_teacher(config)
     with pytest.raises(
-        ConfigError, match=f"{mixing}=0.4 and stored rows of a teacher: they are of whole images"
+        ConfigError, match=f"{mixing}=0.4 with stored rows of a teacher, which are of unmixed"
     ):
         teachers.check_teacher(dataclasses.replace(config, **{mixing: 0.4}))
 
@@ -464,7 +464,7 @@ def test_a_network_sees_mixed_images(teacher_run):
             ROWS,
             {"teacher_rows": "probabilities"},
             (
-                "holds rows that are no probabilities, and teacher_rows=probabilities; pass"
+                "holds rows that are not probabilities, and teacher_rows=probabilities; pass"
                 " teacher_rows=logits"
             ),
         ),
@@ -473,7 +473,7 @@ def test_a_network_sees_mixed_images(teacher_run):
             {},
             "holds probabilities, and teacher_rows=logits; pass teacher_rows=probabilities",
         ),
-        (torch.full((192, 10), float("nan")), {}, "numbers that are not finite"),
+        (torch.full((192, 10), float("nan")), {}, "non-finite numbers"),
     ],
 )
 def test_stored_rows_that_do_not_fit(tmp_path, digits, content, options, message):
@@ -484,7 +484,7 @@ def test_stored_rows_that_do_not_fit(tmp_path, digits, content, options, message
 
 def test_a_pickle_is_not_read(tmp_path, digits):
     np.save(tmp_path / "rows.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CheckpointError, match="is damaged or holds no numbers"):
+    with pytest.raises(CheckpointError, match="is damaged or not numeric"):
         opened(tmp_path / "rows.npy", digits)
 
 
@@ -493,7 +493,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
     with pytest.raises(
         CheckpointError,
         match=(
-            r"knows the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
+            r"has the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
             r" use a teacher of the same classes"
         ),
     ):
@@ -526,7 +526,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
             CheckpointError,
             "there is no student at .*empty; make one with 'fastokd export RUN'",
         ),
-        ("{tmp}/notes.txt", ConfigError, r"notes\.txt is none of a run folder, a checkpoint"),
+        ("{tmp}/notes.txt", ConfigError, r"notes\.txt is not a run folder, a checkpoint"),
         (
             "torchvision:resnet18",
             ConfigError,
@@ -548,15 +548,15 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
         (
             "torchvision:resnet18:{tmp}/notes.txt",
             CheckpointError,
-            r"notes\.txt is damaged or holds no weights",
+            r"notes\.txt is damaged or has no weights",
         ),
         (
             "{tmp}/weights.pth",
             ConfigError,
-            r"weights of a library's network are named torchvision:NAME:FILE",
+            r"for weights of a library's network use torchvision:NAME:FILE",
         ),
         ("{tmp}/damaged.safetensors", CheckpointError, "is damaged or not a safetensors file"),
-        ("{tmp}/damaged.npy", CheckpointError, "is damaged or holds no numbers"),
+        ("{tmp}/damaged.npy", CheckpointError, "is damaged or not numeric"),
     ],
 )
 def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
@@ -571,7 +571,8 @@ def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
 
 def test_options_that_a_teacher_cannot_have(tmp_path, digits, teacher_run):
     with pytest.raises(
-        ConfigError, match=r"teacher_rows='probabilities': teacher=.* is a network and gives logits"
+        ConfigError,
+        match=r"teacher_rows='probabilities': teacher=.* is a network and returns logits",
     ):
         opened(teacher_run, digits, teacher_rows="probabilities")
     with pytest.raises(

@@ -1,5 +1,6 @@
 """The dataset and the loaders of a configuration."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -25,8 +26,9 @@ from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.storage import available_memory
 from fastokd.train.config import TrainConfig
-from fastokd.train.distributed import Ranks
+from fastokd.train.distributed import Ranks, local_main_first
 from fastokd.train.precision import choose_precision, image_dtype
+from fastokd.train.progress import Reporter
 
 AnyDataset = Dataset | FileDataset
 
@@ -84,6 +86,17 @@ def open_data(
     if decoded:
         return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
     return list_files(spec, **options)
+
+
+def open_run_data(
+    config: TrainConfig,
+    device: torch.device,
+    reporter: Reporter,
+    seen: Mapping[str, Any] | None = None,
+) -> AnyDataset:
+    """The dataset of a run, with its augmentation; see ``open_data`` for ``seen``."""
+    with contextlib.closing(reporter), local_main_first():
+        return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:

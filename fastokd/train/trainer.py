@@ -1,6 +1,5 @@
 """Training one run: epochs, evaluation, checkpoints and stops."""
 
-import contextlib
 import dataclasses
 import signal
 import time
@@ -34,18 +33,11 @@ from fastokd.train.data import (
     data_record,
     loader_for,
     loader_name,
-    open_data,
+    open_run_data,
     with_augmentation,
 )
 from fastokd.train.describe import describe_extension, describe_run
-from fastokd.train.distributed import (
-    Ranks,
-    choose_device,
-    from_main,
-    gather_states,
-    local_main_first,
-    share_of_batch,
-)
+from fastokd.train.distributed import Ranks, choose_device, from_main, gather_states, share_of_batch
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import is_out_of_memory, out_of_memory
@@ -584,7 +576,7 @@ class Trainer:
         )
 
     def _introduce(self) -> None:
-        """Print what is trained on what, and how."""
+        """Print the lines about the run."""
         info, config = self.reporter.info, self.config
         info(
             f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
@@ -602,14 +594,3 @@ class Trainer:
             )
         if self._memory_note:
             info(self._memory_note)
-
-
-def open_run_data(
-    config: TrainConfig,
-    device: torch.device,
-    reporter: Reporter,
-    seen: Mapping[str, Any] | None = None,
-) -> AnyDataset:
-    """The dataset of a run, with its augmentation; see ``open_data`` for ``seen``."""
-    with contextlib.closing(reporter), local_main_first():
-        return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
