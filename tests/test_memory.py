@@ -109,7 +109,7 @@ def held_at_most(step, batch):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_a_pass_holds_what_was_estimated(settings, images):
+def test_estimate_of_a_pass_matches_allocator(settings, images):
     config = dataclasses.replace(TrainConfig(batch_size=16), **settings)
     step = TrainStep(config, build_model(config, 10, CPU), CPU)
     pixels = torch.randn(config.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -131,7 +131,7 @@ def test_a_pass_holds_what_was_estimated(settings, images):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "sgd",
 )
-def test_what_lies_there_between_steps_is_counted_exactly(settings, images):
+def test_estimate_of_state_is_exact(settings, images):
     config = dataclasses.replace(SMALL, **settings)
     model = build_model(config, 10, CPU)
     step = TrainStep(config, model, CPU)
@@ -160,7 +160,7 @@ def test_what_lies_there_between_steps_is_counted_exactly(settings, images):
     )
 
 
-def test_estimating_allocates_nothing_and_draws_nothing(images):
+def test_estimate_allocates_nothing(images):
     before = torch.get_rng_state()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         estimate = estimate_memory(dataclasses.replace(SMALL, batch_size=100_000), images, CPU)
@@ -176,7 +176,7 @@ def test_estimating_allocates_nothing_and_draws_nothing(images):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_on_a_gpu_the_images_lie_there_too_and_gradients_in_one_tensor(images):
+def test_estimate_for_gpu_includes_images_and_gradients(images):
     here, there = estimate_memory(SMALL, images, CPU), estimate_memory(SMALL, images, GPU)
     assert (here.images, there.images) == (0, 2 * 1000 * 3 * 32 * 32)
     assert there.passes < 0.6 * here.passes  # bf16
@@ -185,7 +185,7 @@ def test_on_a_gpu_the_images_lie_there_too_and_gradients_in_one_tensor(images):
     )
 
 
-def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
+def test_estimate_for_processes_includes_buckets(images, monkeypatch):
     alone = estimate_memory(SMALL, images, CPU)
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     shared = estimate_memory(dataclasses.replace(SMALL, batch_size=32), images, CPU)
@@ -194,7 +194,7 @@ def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
     )
 
 
-def test_lines_for_the_start_of_a_run(images, monkeypatch):
+def test_describe_memory_reports_and_warns(images, monkeypatch):
     has_free(monkeypatch, 3 * 2**20)
     estimate, warning = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(
@@ -213,7 +213,7 @@ def test_lines_for_the_start_of_a_run(images, monkeypatch):
     assert line.endswith("; 128 GiB free")
 
 
-def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, monkeypatch):
+def test_value_dependent_network_has_no_estimate(images, monkeypatch):
     real = fastokd.train.memory.create_model
 
     def looking(*arguments, **options):
@@ -245,7 +245,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert fastokd.train.memory.free_memory(CPU) == 4_000
 
 
-def test_sizes_to_choose_from():
+def test_batch_sizes():
     assert batch_sizes(1024) == [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert batch_sizes(100) == [8, 12, 16, 24, 32, 48, 64, 96]
     assert batch_sizes(3) == [8]
@@ -258,7 +258,7 @@ def large():
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
-def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
+def test_fit_batch_size_returns_the_largest(device, large, monkeypatch):
     monkeypatch.setattr(fastokd.train.memory, "_one_step_fits", lambda *arguments: True)
     takes = {
         count: estimate_memory(dataclasses.replace(SMALL, batch_size=count), large, device).total
@@ -278,7 +278,7 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         fit_batch_size(SMALL, large, device)
 
 
-def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
+def test_fit_batch_size_respects_limits(large, monkeypatch):
     has_free(monkeypatch, 2**50)
     assert fit_batch_size(SMALL, large, CPU) == (
         1024,
@@ -302,7 +302,7 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
         fit_batch_size(dataclasses.replace(SMALL, device_batch=8), large, CPU)
 
 
-def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
+def test_fit_batch_size_shrinks_when_a_step_fails(large, monkeypatch):
     tried = []
     has_free(monkeypatch, 2**50)
     monkeypatch.setattr(
@@ -315,7 +315,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
     assert "chosen by memory and tried with one step: 768 per process" in reason
 
 
-def test_trying_a_step(images, monkeypatch):
+def test_one_step_fits(images, monkeypatch):
     tries = fastokd.train.memory._one_step_fits
     assert tries(SMALL, images, CPU, None)
     assert tries(
@@ -340,7 +340,7 @@ def test_trying_a_step(images, monkeypatch):
         tries(SMALL, images, CPU, None)
 
 
-def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsys):
+def test_batch_size_auto_is_written_to_the_config(tmp_path, monkeypatch, capsys):
     has_free(
         monkeypatch,
         int(
@@ -402,7 +402,7 @@ def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsy
         (["--batch-size", "auto", "--resume", "run"], "leave out --batch-size auto"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*TRAIN, *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -420,7 +420,7 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_reports_a_fix(error, tmp_path, monkeypatch, capsys):
     def step(self, batch):
         raise error
 
@@ -435,7 +435,7 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
 
 
 @pytest.mark.gpu
-def test_a_gpu_holds_what_was_estimated():
+def test_estimate_matches_gpu_allocator():
     config = TrainConfig(
         model="resnet20",
         branches=3,
@@ -460,7 +460,7 @@ def test_a_gpu_holds_what_was_estimated():
 
 
 @pytest.mark.gpu
-def test_a_gpu_with_less_memory_than_it_says_gets_a_batch_that_runs():
+def test_fit_batch_size_on_limited_gpu_runs():
     config = TrainConfig(model="resnet32", branches=4)
     images = made_up(50_000, 32)
     torch.cuda.empty_cache()
