@@ -40,7 +40,7 @@ PASSING = [errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT]
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What was there after each process that was killed while it saved."""
+    """The files found after each process that was killed while it saved."""
     command = [sys.executable, checkpoint_saver.__file__, str(tmp_path_factory.mktemp("killed"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -320,7 +320,7 @@ class TestDamaged:
             complaints[0],
         )
         assert "\n" not in complaints[0]
-        # Going on from there, the damaged one does not push a whole one out.
+        # Resumed from there, the damaged one does not push a whole one out.
         store = CheckpointStore(tmp_path, KEEP)
         store.save(make_state(4))
         assert numbers_in(tmp_path) == [4, 2, 1]

@@ -30,7 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """What each of several processes found, see ``rank_checks.py``."""
+    """The results of each of several processes, see ``rank_checks.py``."""
     folder = tmp_path_factory.mktemp("ranks")
     for process in start_ranks(request.param, ["tests/rank_checks.py", folder]):
         code, _, errors = finish(process)

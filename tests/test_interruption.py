@@ -1,5 +1,5 @@
-"""A run that is stopped anywhere and picked up again ends as one that was not, to the last bit; and
-what is not finite, in a run.
+"""A run that is stopped anywhere and resumed ends bit-identical to an uninterrupted one; policies
+for non-finite steps in a run.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Sixty-four training and eight test pictures of two classes."""
+    """Sixty-four training and eight test images of two classes."""
     root, generator = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 4)):
         for name in ("a", "b"):
@@ -210,7 +210,7 @@ def test_run_with_every_loader_resumes_exactly(tmp_path, tree, loader):
 
 
 def test_resume_with_other_step_options(tmp_path, digits, straight):
-    """A run on one machine goes on on another: what is flat there is not here."""
+    """A run is resumed on another machine, where parameters are not flat."""
     first = make(CONFIG, tmp_path / "run", digits)
     stop_at(first, step=5)
     with pytest.raises(Preempted) as stopped:
@@ -286,7 +286,7 @@ def test_full_disk_is_reported_before_the_first_step(tmp_path, digits, monkeypat
 
 class TestAveragedStudent:
     def test_ema_may_start_on_resume(self, tmp_path, digits):
-        """What was the best epoch before was another student's."""
+        """The best epoch before belongs to another student."""
         config = dataclasses.replace(CONFIG, ema=0.0, epochs=3)
         first = make(config, tmp_path / "run", digits)
         stop_at(first, step=9)
@@ -324,9 +324,7 @@ class TestAveragedStudent:
 
 
 class Poisoned:
-    """A loader one of whose batches, each time the epoch is gone through, holds a picture of
-    infinities.
-    """
+    """A loader one of whose batches, in every epoch, holds an image of infinities."""
 
     def __init__(self, loader, which):
         self.loader, self.which = loader, which

@@ -162,36 +162,6 @@ def test_too_small_images_are_refused(run, images):
     ), err
 
 
-def test_first_convolutions_are_merged_or_said_why_not(run, images, tmp_path):
-    base = (
-        "train",
-        "--data",
-        images,
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--branches",
-        "2",
-        "--merge-first-conv",
-        "True",
-        "--quiet",
-    )
-    code, _, err = run(*base, "--model", "resnet8", "--aux-blocks", "0", "--out", "merged")
-    assert code == 0, err
-    assert "merge_first_conv: true" in (tmp_path / "merged" / "config.yaml").read_text()
-    assert run("eval", "merged")[0] == 0
-    code, _, err = run(*base, "--model", "resnet8", "--method", "dml", "--out", "peers")
-    assert (code, err) == (
-        2,
-        (
-            "fastokd: merged_first_conv: peers have no trunk, so their convolutions have no input"
-            " in common\n"
-        ),
-    )
-    assert not (tmp_path / "peers").exists()
-
-
 def test_models_lists_costs(run):
     code, out, err = run("models", "resnet32", "--num-classes", "100")
     assert code == 0, err

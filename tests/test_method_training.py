@@ -492,7 +492,7 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
         CheckpointError,
         match=(
             r"has the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
-            r" use a teacher of the same classes"
+            r" use a teacher with the same classes"
         ),
     ):
         opened(teacher_run, renamed)
@@ -576,8 +576,8 @@ def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
     with pytest.raises(
         ConfigError,
         match=(
-            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* says"
-            r" itself"
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* records"
+            r" its own normalization"
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="imagenet")

@@ -129,7 +129,7 @@ def test_defaults_train() -> None:
     step = train(step_of(**settings), batches())
     assert (
         step.options.describe()
-        == "bf16, channels-last, compiled, branches on streams of their own, parameters in one"
+        == "bf16, channels-last, compiled, branches on separate streams, parameters in one"
         " tensor, one CUDA graph"
     )
     assert step.guard.read() is None

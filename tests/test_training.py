@@ -161,7 +161,7 @@ def test_resume_restores_best_of_unfinished_epoch(finished, tmp_path, digits, ca
     assert (second.best_epoch, second.best) == (0, second.last)
     assert "best" not in capsys.readouterr().out
 
-    # No checkpoint of the best epoch is left: then the best is looked for anew, and that is said.
+    # Without a checkpoint of the best epoch a new best is tracked, with a message.
     first.run_folder.best.unlink()
     state = {**load_checkpoint(first.run_folder.last), "best_epoch": 7}
     del state["format"]

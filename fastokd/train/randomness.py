@@ -27,7 +27,8 @@ def be_deterministic(wanted: bool) -> None:
     if wanted:  # read when cuBLAS is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    # Filling new tensors helps to find bugs, and costs a write of each.
+    # Filling new tensors helps to find bugs, and costs a write of each. The attribute is a property
+    # that torch's annotations lack.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.deterministic = wanted
     torch.backends.cudnn.benchmark = not wanted
