@@ -10,7 +10,9 @@ from fastokd.train.config import TrainConfig
 
 
 def model_layout(config: TrainConfig) -> dict[str, Any]:
-    """The keywords of ``create_model`` except names, classes and teacher."""
+    """How a configuration lays its networks out: the keywords of ``create_model`` besides names,
+    classes and teacher.
+    """
     return {
         "method": config.method,
         "num_branches": config.num_branches(),
@@ -25,7 +27,7 @@ def model_layout(config: TrainConfig) -> dict[str, Any]:
 def build_model(
     config: TrainConfig, num_classes: int, device: torch.device, teacher: nn.Module | None = None
 ) -> BranchedModel:
-    """The branched model of a configuration, initialized from its seed, on the device in its memory
+    """The branched model of a configuration, initialised from its seed, on the device in its memory
     format.
 
     Only training needs the frozen ``teacher`` of methods that have one.
@@ -37,5 +39,7 @@ def build_model(
     model = create_model(
         config.model, num_classes=num_classes, teacher=teacher, **model_layout(config)
     )
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return model.to(device).to(memory_format=memory_format)
+    return model.to(
+        device,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+    )
