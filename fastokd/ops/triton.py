@@ -14,7 +14,8 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialize
+from fastokd.kernels.triton.spec import Spec
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -157,7 +158,7 @@ class TritonExecutor:
         terms = term_weights.new_empty((spec.num_terms, batch))
         grads = _gradients(logits, weights, needs)
         if batch:
-            tile = _tile(spec, logits, weights, externals, target, needs, fused=True)
+            tile = _tile(spec, logits, weights, externals, target, needs, forward_backward=True)
             inputs = tuple(logits), tuple(weights), tuple(externals), target
             destinations = _destinations(grads, logits, weights)
             if tile.splits > 1:
@@ -169,9 +170,8 @@ class TritonExecutor:
                         spec, tile, *destinations, grad_rows, inputs, term_weights, stats
                     )
             else:
-                _launch(
-                    "fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms
-                )
+                outputs = term_weights, rows, terms
+                _launch("forward_backward", spec, tile, first, *destinations, *inputs, *outputs)
         return rows, terms, grads
 
 
@@ -205,7 +205,7 @@ def _tile(
     target: Tensor,
     needs: Sequence[bool] = (),
     grad_stride: int = 0,
-    fused: bool = False,
+    forward_backward: bool = False,
 ) -> Tile:
     first = logits[0]
     batch, num_classes = first.shape
@@ -220,7 +220,7 @@ def _tile(
     # Split rows have no kernel of their own for both at once, and are to give the same bits either
     # way.
     rows, lanes, pieces, vector, num_warps = choose_tile(
-        batch, num_classes, size, spec.num_nodes, aligned, fused and splits == 1
+        batch, num_classes, size, spec.num_nodes, aligned, forward_backward and splits == 1
     )
     double = first.dtype == torch.float64
     return make_tile(
