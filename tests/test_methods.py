@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastokd import models
 from fastokd.errors import ConfigError
 from fastokd.graph import KL, CrossEntropy, Graph, Logits
 from fastokd.methods import get_method
 from fastokd.methods.method import Companion, ExtraTerm, GraphInputs, MethodLoss
-from fastokd.models import create_model, create_student
+from fastokd.models import create_model, create_student, factory
 from fastokd.models.summary import count_parameters
 
 PAIR = Graph(
@@ -124,7 +123,7 @@ def test_terms_outside_the_graph_are_means():
 
 
 def test_peers_are_whole_networks_in_their_order(monkeypatch):
-    monkeypatch.setattr(models, "get_method", lambda name: peers(kept=-1))
+    monkeypatch.setattr(factory, "get_method", lambda name: peers(kept=-1))
     model = create_model("resnet8,resnet14", "baseline", 5).eval()
     assert (model.names, model.name, model.num_branches, model.trunk) == (
         ("resnet8", "resnet14"),
@@ -166,7 +165,7 @@ def test_peers_are_whole_networks_in_their_order(monkeypatch):
     ],
 )
 def test_layouts_that_cannot_be(monkeypatch, name, given, message):
-    monkeypatch.setattr(models, "get_method", lambda method: peers())
+    monkeypatch.setattr(factory, "get_method", lambda method: peers())
     with pytest.raises(ConfigError, match=message):
         create_model(name, "baseline", 5, **given)
 
@@ -192,11 +191,11 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
     monkeypatch.setattr(
-        models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",))
+        factory, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",))
     )
     plain = create_model("resnet8", "baseline", 5).eval()
     monkeypatch.setattr(
-        models,
+        factory,
         "get_method",
         lambda method: dataclasses.replace(
             peers(), topologies=("branches",), build_companion=Watch
@@ -218,7 +217,7 @@ def test_a_network_that_a_method_cannot_train_is_refused_with_the_reason(monkeyp
         raise ValueError("its features have no height and width")
 
     monkeypatch.setattr(
-        models,
+        factory,
         "get_method",
         lambda method: dataclasses.replace(get_method("ahbf"), build_companion=refuse),
     )
