@@ -817,7 +817,7 @@ def check(
         workers: processes that decode (default: one per CPU core).
     """
     from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
-    from fastokd.data.images import first_of
+    from fastokd.errors import summarize
 
     if write_list is not None and write_list.suffix.lower() != ".csv":
         raise ConfigError(
@@ -858,7 +858,7 @@ def check(
                     table.add_row(what, str(len(names)), meaning[what])
                 Console(highlight=False).print(table)
                 for what, names in found.items():
-                    console.print(f"  {what}: {first_of(names, 3)}", markup=False)
+                    console.print(f"  {what}: {summarize(names, 3)}", markup=False)
         if write_list is not None:
             console.print(
                 f"wrote {write_list}: {len(report.clean)} images without problems; train with"
@@ -1538,9 +1538,8 @@ def _branch_architecture(trained: Any, index: int, network: Any) -> tuple[str, d
 
 def _evaluate_export(path: Path, data: str | None, split: str | None, device: str) -> None:
     from fastokd.data import Augment, open_evaluation
-    from fastokd.data.images import first_of, show
     from fastokd.data.loader import best_file_loader, get_loader_kind
-    from fastokd.errors import CheckpointError, DataError
+    from fastokd.errors import CheckpointError, DataError, escape, summarize
     from fastokd.export import measure_accuracy, open_export
     from fastokd.train.distributed import choose_device
 
@@ -1550,7 +1549,7 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     stored, preprocessing, classes = record["accuracy"], record["preprocessing"], record["classes"]
     if data is None:
         raise ConfigError(
-            f"an exported student needs --data; {file} was measured on {show(stored['data'])}"
+            f"an exported student needs --data; {file} was measured on {escape(stored['data'])}"
         )
     height, width = preprocessing["image_size"]
     mean, std, side = preprocessing["mean"], preprocessing["std"], min(height, width)
@@ -1560,8 +1559,8 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     found = open_evaluation(data, split, height if height == width else None, decoded=not cropped)
     if list(found.classes) != classes:
         raise CheckpointError(
-            f"the student knows {len(classes)} classes ({first_of(classes, 3)}), the data has"
-            f" {len(found.classes)} ({first_of(found.classes, 3)})"
+            f"the student knows {len(classes)} classes ({summarize(classes, 3)}), the data has"
+            f" {len(found.classes)} ({summarize(found.classes, 3)})"
         )
     settings: dict[str, Any] = {
         "mean": mean,
@@ -1585,13 +1584,13 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
     )
     console = _console()
     console.print(
-        f"{file}: {show(record['architecture']['name'])} alone ({record['export']['to']}) on"
+        f"{file}: {escape(record['architecture']['name'])} alone ({record['export']['to']}) on"
         f" {found.name}, {len(found.images)} {found.images.name} images",
         markup=False,
     )
     console.print(
         f"accuracy {100 * accuracy:.2f} % (stored with the export: {100 * stored['top1']:.2f} % on"
-        f" {show(stored['data'])}, {stored['num_images']} {show(stored['split'])} images)",
+        f" {escape(stored['data'])}, {stored['num_images']} {escape(stored['split'])} images)",
         markup=False,
     )
 

@@ -90,10 +90,15 @@ def first_line(error: BaseException, limit: int = 160) -> str:
     return lines[0][:limit] if lines and lines[0] else type(error).__name__
 
 
-def first_few(names: Sequence[str]) -> str:
-    """The first four of many names, and how many there are."""
-    shown = ", ".join(names[:4])
-    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+def escape(text: object) -> str:
+    """Text for a one-line message: line breaks and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def summarize(items: Sequence[object], limit: int = 10) -> str:
+    """The first ``limit`` items, escaped, and the number of further ones: ``a, b and 4 more``."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(escape(item) for item in items[:limit]) + more
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

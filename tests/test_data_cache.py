@@ -311,7 +311,7 @@ class TestBadImages:
             (tree / "train" / "cat" / name).write_bytes(b"")
         with pytest.raises(
             DataError,
-            match="takes at most 1; leave them out with 'fastokd data check --write-list'",
+            match="takes at most 1; list the others with 'fastokd data check --write-list'",
         ):
             open_dataset(tree, bad_images="replace")
         picture(tree / "train" / "cat" / "1.png")

@@ -235,7 +235,7 @@ class TestOtherLayouts:
                 archive.addfile(info, io.BytesIO(content))
         report = check.check_dataset(tmp_path)
         assert report.problems == {"empty file": ["train-0.tar/1.jpg"]}
-        with pytest.raises(DataError, match="archives are none"):
+        with pytest.raises(DataError, match="images in archives cannot be listed"):
             report.write_clean(tmp_path / "list.csv")
 
     def test_nothing_to_look_at(self, tmp_path):

@@ -138,9 +138,7 @@ class TestSplitWords:
         for split in ("train", "val", "valid"):
             for name in ("cat", "dog"):
                 put(tmp_path / split / name / "0.png")
-        refused(
-            tmp_path, "both val/ and valid/ are there; put the images of a split into one folder"
-        )
+        refused(tmp_path, "both val/ and valid/ exist; put the images of a split into one folder")
 
 
 class TestFlatValidation:
@@ -202,7 +200,7 @@ class TestFlatValidation:
                 open_evaluation(tmp_path, "val", decoded=False).images.targets,
                 list_files(tmp_path).test.targets,
             )
-            with pytest.raises(DataError, match="test: images and no label file"):
+            with pytest.raises(DataError, match="test: images without a label file"):
                 open_evaluation(tmp_path, "test", decoded=False)
             file.unlink()
         put(
@@ -265,7 +263,7 @@ class TestFlatValidation:
         )
         kit.mkdir(parents=True)
         truth = put(kit / "ILSVRC2012_validation_ground_truth.txt", b"2\n3\n1\n1\n3\n2\n")
-        refused(tmp_path, "meta.mat of the development kit; put it beside")
+        refused(tmp_path, "meta.mat of the development kit; put it in the same folder")
         io_.savemat(kit / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
         self.check(tmp_path)
         truth.write_text("2\n3\n1\n1\n3\n7\n")
@@ -374,7 +372,7 @@ class TestCsv:
             ),
             (
                 "a.png,cat\na.png,dog\n",
-                "line 2 lists a.png as 'dog' in train, a line before as 'cat' in train",
+                "line 2 lists a.png as 'dog' in train, an earlier line as 'cat' in train",
             ),
             ("a.png,cat,val\n", "no training images"),
             ("a.png,cat,train\nb.png,dog,test\n", "no training images of dog"),

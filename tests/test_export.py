@@ -379,7 +379,7 @@ def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
         mistake(
             call(capsys, "export", run, "--out", folder),
             2,
-            rf"{name} is there and is no export of fastokd",
+            rf"{name} exists and is not an export of fastokd",
         )
         assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "mine")]
     # An earlier export of the same run is replaced.
@@ -597,17 +597,17 @@ def test_eval_needs_no_training_images(run, tree, tmp_path, capsys, layout):
 def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
     path = file_of(run, "safetensors")
     (tmp_path / "train").mkdir()
-    mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"there is train/ alone")
+    mistake(call(capsys, "eval", path, "--data", tmp_path), 3, r"only train/ exists")
     mistake(
         call(capsys, "eval", path, "--data", tree, "--split", "test"),
         2,
-        r"has no split 'test' \(there is none\)",
+        r"has no split 'test' \(it has none\)",
     )
     shutil.copytree(tree, tmp_path / "test")
     mistake(
         call(capsys, "eval", path, "--data", tmp_path, "--split", "val"),
         2,
-        r"has no split 'val' \(there is train, test\)",
+        r"has no split 'val' \(it has train, test\)",
     )
     shutil.rmtree(tmp_path / "test" / "9")
     mistake(
@@ -872,7 +872,7 @@ def test_a_checkpoint_is_no_export(run, capsys):
     mistake(
         call(capsys, "eval", run / "checkpoints" / "last.pt", "--data", "digits"),
         4,
-        r"last\.pt is no export by its name: they end in .*\.onnx.*a run is given as its folder",
+        r"last\.pt is not an export by its name, which ends in .*onnx.*for a run, pass its folder",
     )
 
 
@@ -909,7 +909,7 @@ def test_a_folder_of_several_asks_which(run, tmp_path, capsys):
         load_student(tmp_path / "nothing")
     with pytest.raises(
         CheckpointError,
-        match=r"student\.onnx is a program and no network's weights: run it with open_export",
+        match=r"student\.onnx is a program without a network's weights: run it with open_export",
     ):
         load_student(file_of(run, "onnx"))
 
@@ -990,7 +990,7 @@ def with_tensors(run, path, change):
         ),
         (
             lambda tensors, record: record["export"].update(to="zip"),
-            r"of the format 'zip', which a safetensors file cannot be",
+            r"declares the format 'zip', which a safetensors file cannot have",
         ),
         (
             lambda tensors, record: record.update(format=99),

@@ -116,16 +116,13 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
         ),
         (
             ("--model", "torchvision:resnet18"),
-            r"needs at \(--at\): .* split points: layer1, layer1\.1, ",
+            r"needs at \(--at\), .* split points: layer1, layer1\.1, ",
         ),
         (
             ("--model", "torchvision:resnet18", "--at", "layer9"),
             r"at='layer9': ResNet has no module of that name; did you mean 'layer\d'\?",
         ),
-        (
-            ("--model", "resnet20", "--at", "layer3"),
-            "resnet20 is branched where its paper branches it",
-        ),
+        (("--model", "resnet20", "--at", "layer3"), "resnet20 is branched as in its paper"),
         (("--model", "hub:resnet18"), "unknown library 'hub'"),
         (
             ("--model", "resnte18"),

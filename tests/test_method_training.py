@@ -507,7 +507,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
     with pytest.raises(
         CheckpointError,
         match=(
-            r"knows the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
+            r"knows the classes 0, 1, 2, 3 and 6 more, the data has 1, 2, 3, 4 and 6 more;"
             r" use a teacher of the same classes"
         ),
     ):

@@ -1,11 +1,10 @@
-"""Decoded images kept on the disk, so that the second start of a run need not decode them.
+"""Decoded images on disk, so that the second start of a run need not decode them.
 
-An entry is found by content: a hash of everything the decoded images follow from, down to the bytes
-of every file. So that the files need not be read to find it, a second, smaller record maps what the
-file system says of them (name, size, inode, times of modification and of status change) to that
-hash. Writing to a file always moves its status change time, which no program can set back, so a
-changed file is never served stale; what was changed a moment before it was hashed gets no such
-record, because two changes may bear one time.
+An entry is found by content: a hash of everything that determines the decoded images, including the
+bytes of every file. To find it without reading the files, a status record maps their names, sizes,
+inodes and times to that hash. Writing to a file always updates its status change time, which no
+program can set back, so a changed file is never served stale. Files changed a moment before they
+were hashed get no status record, because two changes may have the same time.
 """
 
 import contextlib
@@ -14,9 +13,11 @@ import json
 import os
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from fastokd.errors import ConfigError, StorageError
 from fastokd.storage import write_atomically, write_json
 
 VERSION = 1
-"""Raise it when decoding gives other pixels than before."""
+"""Increase it when decoding gives other pixels than before."""
 
 DEFAULT_GIB = 20.0
 WORTH_SECONDS = 1.0
-"""What decodes faster is not kept."""
+"""Datasets that decode faster are not cached."""
 
 _RACY_SECONDS = 2.0
 _ABANDONED_SECONDS = 86400.0
@@ -42,7 +43,7 @@ _OFF = ("off", "0", "")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of a dataset.
+    """The cached images of a dataset.
 
     Args:
         images: uint8 [N, 3, H, W], channels last in memory, of all splits.
@@ -56,24 +57,22 @@ class Entry:
 
 
 def cache_folder() -> Path | None:
-    """Where decoded images are kept: ``FASTOKD_CACHE``, by default ``~/.cache/fastokd``; None if
-    that says ``off``.
+    """The folder for decoded images: ``FASTOKD_CACHE``, by default ``~/.cache/fastokd``; None if it
+    is ``off``.
     """
     named = os.environ.get("FASTOKD_CACHE")
     if named is not None and named.lower() in _OFF:
         return None
     try:
-        return (
-            Path(named).expanduser()
-            if named
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
-        )
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastokd"
     except RuntimeError:  # no home folder
         return None
 
 
 def cache_limit() -> int:
-    """How many bytes may be kept: ``FASTOKD_CACHE_GIB``, 20 by default.
+    """The size limit of the cache in bytes: ``FASTOKD_CACHE_GIB``, 20 by default.
 
     Raises:
         ConfigError: not a number of at least 0.
@@ -85,19 +84,19 @@ def cache_limit() -> int:
         limit = -1.0
     if not 0 <= limit < float("inf"):
         raise ConfigError(
-            f"FASTOKD_CACHE_GIB='{text}': it is how many GiB of decoded images may be kept, a"
-            " number of at least 0"
+            f"FASTOKD_CACHE_GIB='{text}': it is the limit of the cache in GiB, a number of at least"
+            " 0"
         )
     return int(limit * 2**30)
 
 
 class Cache:
-    """The cache of one dataset as it is to be decoded.
+    """The cache of one dataset with one way of decoding it.
 
     Args:
-        recipe: what besides the files' bytes the decoded images follow from: plain values.
+        recipe: everything else that determines the decoded images: plain values.
         paths: the files that are read.
-        read: gives the bytes of the i-th image.
+        read: returns the bytes of the i-th image.
         count: the number of images.
     """
 
@@ -106,33 +105,31 @@ class Cache:
     ) -> None:
         from PIL import __version__ as pillow_version
 
-        self._folder = cache_folder()
+        root = cache_folder()
+        self._folder = None if root is None else root / "decoded"
         self._limit = cache_limit()
-        self._recipe = json.dumps({"version": VERSION, "pillow": pillow_version, **recipe}).encode(
-            "utf-8", "surrogatepass"
-        )
+        recipe = {"version": VERSION, "pillow": pillow_version, **recipe}
+        self._recipe = json.dumps(recipe).encode("utf-8", "surrogatepass")
         self._paths, self._read, self._count = paths, read, count
-        self._status: str | None = None
+        self._status = ""
         self._content: str | None = None
         self._digests: list[bytes] = []
         self._settled = False
         self._changed = False
 
     def find(self) -> Entry | None:
-        """What was kept of these very files, if anything was. Reads the files only if their status
-        is new.
-        """
+        """The entry of these files, if any. Reads the files only if their status is new."""
         if self._folder is None:
             return None
         try:
             self._status, newest = self._stat()
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                entry = self._load(json.loads(self._status_file.read_text())["content"])
-                if entry is not None:
+                content = json.loads(self._file(self._status, "status").read_text())["content"]
+                if entry := self._load(content):
                     return entry
             self._settled = time.time() - newest > _RACY_SECONDS
             self._content = self._hash()
-        except OSError:  # an unreadable file, reported by whoever decodes it
+        except OSError:  # an unreadable file is reported when it is decoded
             self._folder = None
             return None
         entry = self._load(self._content)
@@ -141,41 +138,31 @@ class Cache:
         return entry
 
     def checked_read(self, i: int) -> bytes:
-        """The bytes of the i-th image; if they are no longer those that were hashed, nothing will
-        be kept.
-        """
+        """The bytes of the i-th image; if they differ from the hashed ones, nothing is cached."""
         content = self._read(i)
         if self._digests and hashlib.blake2b(content, digest_size=16).digest() != self._digests[i]:
             self._changed = True
         return content
 
     def keep(self, entry: Entry, seconds: float) -> None:
-        """Keep what took ``seconds`` to decode, if that is worth it and there is room. A refusal of
+        """Cache images that took ``seconds`` to decode, if they fit and are worth it. An error of
         the disk is a warning.
         """
         needed = entry.images.nbytes + entry.sums.nbytes
-        if (
-            self._folder is None
-            or self._content is None
-            or self._changed
-            or seconds < WORTH_SECONDS
-            or needed > self._limit
-        ):
+        content = self._content
+        if self._folder is None or content is None or self._changed:
             return
+        if seconds < WORTH_SECONDS or needed > self._limit:
+            return
+        images = entry.images.permute(0, 2, 3, 1).numpy()
         try:
-            self._make_room(needed)
-            images = entry.images.permute(0, 2, 3, 1).numpy()
-            write_atomically(
-                self._file("images.npy"), lambda file: np.save(file, images, allow_pickle=False)
-            )
-            write_atomically(
-                self._file("sums.npy"),
-                lambda file: np.save(file, entry.sums.numpy(), allow_pickle=False),
-            )
-            # Last: an entry without it is none.
-            write_json(
-                self._file("json"), {"shape": list(images.shape), "fingerprint": entry.fingerprint}
-            )
+            self._evict(needed)
+            for name, array in (("images", images), ("sums", entry.sums.numpy())):
+                save = partial(np.save, arr=array, allow_pickle=False)
+                write_atomically(self._file(content, f"{name}.npy"), save)
+            # Last: an entry without its record is ignored.
+            record = {"shape": list(images.shape), "fingerprint": entry.fingerprint}
+            write_json(self._file(content, "json"), record)
         except (StorageError, OSError) as error:
             warnings.warn(
                 f"decoded images are not kept for the next start: {error}; FASTOKD_CACHE names"
@@ -185,19 +172,12 @@ class Cache:
             return
         self._remember()
 
-    def _file(self, suffix: str, content: str | None = None) -> Path:
+    def _file(self, key: str, suffix: str) -> Path:
         assert self._folder is not None
-        return self._folder / "decoded" / f"{content or self._content}.{suffix}"
-
-    @property
-    def _status_file(self) -> Path:
-        assert self._folder is not None
-        return self._folder / "decoded" / f"{self._status}.status"
+        return self._folder / f"{key}.{suffix}"
 
     def _stat(self) -> tuple[str, float]:
-        """A hash of what the file system says of the files, and the newest time of a status
-        change.
-        """
+        """A hash of the files' status, and the latest status change time."""
         digest = hashlib.sha256(self._recipe)
         newest = 0.0
         for path in self._paths:
@@ -221,73 +201,52 @@ class Cache:
         return whole.hexdigest()
 
     def _load(self, content: str) -> Entry | None:
+        record_file = self._file(content, "json")
         try:
-            record = json.loads(self._file("json", content).read_text())
-            # Copy on write: nothing that is done to the tensor reaches the file.
-            images = np.load(self._file("images.npy", content), mmap_mode="c", allow_pickle=False)
-            sums = np.load(self._file("sums.npy", content), allow_pickle=False)
-            if (
-                list(images.shape) != record["shape"]
-                or images.dtype != np.uint8
-                or len(sums) != len(images)
-                or len(images) != self._count
-            ):
+            record = json.loads(record_file.read_text())
+            # Copy on write: writing to the tensor leaves the file unchanged.
+            images = np.load(self._file(content, "images.npy"), mmap_mode="c", allow_pickle=False)
+            sums = np.load(self._file(content, "sums.npy"), allow_pickle=False)
+            complete = images.dtype == np.uint8 and list(images.shape) == record["shape"]
+            if not complete or not len(sums) == len(images) == self._count:
                 return None
             with contextlib.suppress(OSError):
-                os.utime(self._file("json", content))  # used last just now
-            return Entry(
-                torch.from_numpy(images).permute(0, 3, 1, 2),
-                torch.from_numpy(sums),
-                record["fingerprint"],
-            )
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # not there, cut off, or not ours: decode again
+                os.utime(record_file)  # its time is that of the last use
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            return Entry(pixels, torch.from_numpy(sums), record["fingerprint"])
+        except (OSError, EOFError, ValueError, KeyError, TypeError):  # missing or damaged
             return None
 
     def _remember(self) -> None:
         if self._settled:
             with contextlib.suppress(StorageError):
-                write_json(self._status_file, {"content": self._content})
+                write_json(self._file(self._status, "status"), {"content": self._content})
 
-    def _make_room(self, needed: int) -> None:
-        """Remove entries, those used longest ago first, until ``needed`` more bytes are within the
-        limit.
-
-        Temporary files that a killed run left behind and records of entries that are gone go in any
-        case.
+    def _evict(self, needed: int) -> None:
+        """Remove the least recently used entries until ``needed`` more bytes fit. Also remove
+        temporary files of killed runs and status records of removed entries.
         """
-        folder = self._file("json").parent
-        folder.mkdir(parents=True, exist_ok=True)
-        entries: dict[str, list[tuple[Path, os.stat_result]]] = {}
-        for file in folder.iterdir():
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sizes: dict[str, int] = defaultdict(int)
+        used: dict[str, float] = defaultdict(float)  # 0 for incomplete entries
+        for file in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 if file.name.startswith("."):
                     if time.time() - status.st_mtime > _ABANDONED_SECONDS:
                         file.unlink()
                 elif file.suffix != ".status":
-                    entries.setdefault(file.name.partition(".")[0], []).append((file, status))
-        kept = sum(status.st_size for files in entries.values() for _, status in files)
-        # The record, ``.json``, was touched when the entry was used last; what was cut off before
-        # it was written has none.
-        used = {
-            content: max((file.suffix == ".json", status.st_mtime) for file, status in files)[1]
-            for content, files in entries.items()
-        }
-        for content in sorted(entries, key=lambda content: used[content]):
-            if kept + needed <= self._limit:
+                    key = file.name.partition(".")[0]
+                    sizes[key] += status.st_size
+                    used[key] += status.st_mtime if file.suffix == ".json" else 0.0
+        for key in sorted(sizes, key=lambda key: used[key]):
+            if sum(sizes.values()) + needed <= self._limit:
                 break
-            for file, status in sorted(
-                entries.pop(content), key=lambda pair: pair[0].suffix != ".json"
-            ):
-                file.unlink(missing_ok=True)
-                kept -= status.st_size
-        for file in folder.glob("*.status"):
+            for suffix in ("json", "images.npy", "sums.npy"):
+                self._file(key, suffix).unlink(missing_ok=True)
+            del sizes[key]
+        for file in self._folder.glob("*.status"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if json.loads(file.read_text())["content"] not in entries:
+                if json.loads(file.read_text())["content"] not in sizes:
                     file.unlink()

@@ -1,5 +1,5 @@
-"""CINIC-10 (Darlow et al. 2018): ``train/``, ``valid/`` and ``test/`` of 90,000 pictures each, 32 x
-32.
+"""CINIC-10 (Darlow et al. 2018): ``train/``, ``valid/`` and ``test/`` with 90,000 images of 32 x 32
+each.
 """
 
 import os
@@ -16,11 +16,11 @@ from fastokd.errors import DataError
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.47889522, 0.47227842, 0.43047404)
 STD = (0.24205776, 0.23828046, 0.25874835)
-"""The normalisation that CINIC-10's authors give."""
+"""The normalization of CINIC-10's authors."""
 
 
 def _detect(path: Path) -> bool:
-    # A folder named valid/ is what tells it from CIFAR-10 as files.
+    # The folder named valid/ distinguishes it from CIFAR-10 as files.
     return all(os.path.isdir(path / "valid" / name) for name in CLASSES)
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastokd.data.check import Image, images_of, read_image, run_in_processes
 from fastokd.data.files import CONVERSION_FILE
-from fastokd.data.images import Progress, decode, first_of, reason_of, show
+from fastokd.data.images import Progress, decode, reason_of
 from fastokd.data.registry import resolve
-from fastokd.errors import ConfigError, DataError, StorageError
+from fastokd.errors import ConfigError, DataError, StorageError, escape, summarize
 from fastokd.storage import write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def convert_dataset(
         raise ConfigError(f"shorter_side={shorter_side}: it is a number of pixels, 1 or more")
     kind, path = resolve(spec)
     if kind.files is None:
-        raise DataError(f"{show(spec)} is not made of image files; there is nothing to convert")
+        raise DataError(f"{escape(spec)} is not made of image files; there is nothing to convert")
     source = kind.files(path)
     images = images_of(source)
     record = {
@@ -94,11 +94,11 @@ def convert_dataset(
     if corrupt:
         fingerprint = _fingerprint(images, corrupt)
         write_json(out / CONVERSION_FILE, {**record, "bad": [*corrupt], "source": fingerprint})
-        listed = first_of([f"{images[i].name} ({reason})" for i, reason in corrupt.items()])
+        listed = summarize([f"{images[i].name} ({reason})" for i, reason in corrupt.items()])
         raise DataError(
-            f"{show(source.root or spec)}: {len(corrupt)} of {len(images)} images cannot be"
-            f" decoded: {listed}; the others are written to {show(out)}. Fix them and run the same"
-            " command again, or convert the list that 'fastokd data check --write-list' writes"
+            f"{escape(source.root or spec)}: {len(corrupt)} of {len(images)} images cannot be"
+            f" decoded: {listed}; the others are written to {escape(out)}. Fix them and run the"
+            " same command again, or convert the list that 'fastokd data check --write-list' writes"
         )
     write_json(out / CONVERSION_FILE, {**record, "finished": True})
     written = sum(is_new for is_new, _ in results)
@@ -135,14 +135,14 @@ def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
         try:
             taken = os.path.exists(out) and (not os.path.isdir(out) or bool(os.listdir(out)))
         except OSError as error:
-            raise StorageError(f"cannot use {show(out)}: {error.strerror}") from error
+            raise StorageError(f"cannot use {escape(out)}: {error.strerror}") from error
         if taken:
-            raise ConfigError(f"{show(out)} is not empty; pass a new folder") from None
+            raise ConfigError(f"{escape(out)} is not empty; pass a new folder") from None
         write_json(file, record)
         return
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{show(file)} cannot be read ({show(error)}); pass a new folder"
+            f"{escape(file)} cannot be read ({escape(error)}); pass a new folder"
         ) from None
     differences = [
         f"{key} {before.get(key)!r} before, {value!r} now"
@@ -151,12 +151,12 @@ def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
     ]
     if differences:
         raise ConfigError(
-            f"{show(out)} holds another conversion ({'; '.join(differences)}); pass a new folder"
+            f"{escape(out)} holds another conversion ({'; '.join(differences)}); pass a new folder"
         )
     corrupt = before.get("bad", [])
     if before.get("source") != _fingerprint(images, corrupt):
         raise ConfigError(
-            f"{show(out)} was converted from other files, or source images changed since; pass a"
+            f"{escape(out)} was converted from other files, or source images changed since; pass a"
             " new folder"
         )
     if corrupt:  # fixed now: from here on they must not change either
@@ -168,7 +168,7 @@ def _jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
     for image in images:
         if os.path.basename(image.label) != image.label or image.label.startswith("."):
             raise DataError(
-                f"the class {show(image.label)} cannot be the name of a folder; rename it"
+                f"the class {escape(image.label)} cannot be the name of a folder; rename it"
             )
         stem, extension = os.path.splitext(os.path.basename(image.name))
         if extension.lower() not in _FORMATS:

@@ -20,9 +20,9 @@ import torch
 from fastokd.data.dataset import DataSource
 from fastokd.data.files import FileSplit, Members, check_finished
 from fastokd.data.folder import SPLIT_OF
-from fastokd.data.images import EXTENSIONS, first_of, show
+from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
-from fastokd.errors import DataError
+from fastokd.errors import DataError, escape, summarize
 
 CLASSES_FILE = "classes.txt"
 
@@ -83,17 +83,19 @@ def read_shard(file: Path) -> list[Sample]:
                 key, extension = os.path.join(folder, stem), extension.lower()
                 if parts.setdefault(key, {}).setdefault(extension, member) is not member:
                     raise DataError(
-                        f"{show(file)}: sample {show(key)} has a second .{show(extension)} file;"
-                        " give every sample its own name"
+                        f"{escape(file)}: sample {escape(key)} has a second .{escape(extension)}"
+                        " file; give every sample its own name"
                     )
             return [_sample(file, archive, key, members) for key, members in parts.items()]
     except tarfile.TarError as error:
         raise DataError(
-            f"{show(file)}: not an uncompressed tar archive, or truncated ({show(error)}); write or"
-            " copy it again"
+            f"{escape(file)}: not an uncompressed tar archive, or truncated ({escape(error)});"
+            " write or copy it again"
         ) from error
     except OSError as error:
-        raise DataError(f"{show(file)}: cannot be read: {error.strerror or show(error)}") from error
+        raise DataError(
+            f"{escape(file)}: cannot be read: {error.strerror or escape(error)}"
+        ) from error
 
 
 def _sample(
@@ -103,7 +105,7 @@ def _sample(
     label = members.get("cls")
     if image is None or label is None:
         missing = "image" if image is None else ".cls file with its label"
-        raise DataError(f"{show(file)}: sample {show(key)} has no {missing}; each needs both")
+        raise DataError(f"{escape(file)}: sample {escape(key)} has no {missing}; each needs both")
     content = archive.extractfile(label)
     assert content is not None, "a regular file"
     text = content.read().decode("utf-8", "surrogateescape").strip()
@@ -146,24 +148,26 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
         shards = _find_shards(path)
     except OSError as error:
         raise DataError(
-            f"{show(path)}: cannot be read: {error.strerror}; check its permissions"
+            f"{escape(path)}: cannot be read: {error.strerror}; check its permissions"
         ) from error
     if not shards:
-        raise DataError(f"{show(path)}: no .tar files there; pass the folder that holds the shards")
+        raise DataError(
+            f"{escape(path)}: no .tar files there; pass the folder that holds the shards"
+        )
     by_split: dict[str, list[str]] = {}
     for shard in shards:
         by_split.setdefault(_split_of(path, shard), []).append(shard)
     unnamed = by_split.get("")
     if unnamed and len(by_split) > 1:
         raise DataError(
-            f"{show(path)}: shards whose split is unknown: {first_of(unnamed)}; name them train-,"
-            " val- or test-NUMBER.tar"
+            f"{escape(path)}: shards whose split is unknown: {summarize(unnamed)}; name them"
+            " train-, val- or test-NUMBER.tar"
         )
     if unnamed:
         return {"train": shards}
     if "train" not in by_split:
         raise DataError(
-            f"{show(path)}: no training shards (found {first_of(shards)}); name them"
+            f"{escape(path)}: no training shards (found {summarize(shards)}); name them"
             " train-NUMBER.tar"
         )
     return by_split
@@ -174,7 +178,7 @@ def _split_of(root: Path, shard: str) -> str:
     words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
     if len(words) > 1:
         raise DataError(
-            f"{show(root / shard)}: its name says {' and '.join(words)}; keep the word of one split"
+            f"{escape(root / shard)}: its name says {' and '.join(words)}; keep one of these words"
         )
     return words[0] if words else ""
 
@@ -208,7 +212,7 @@ def _classes(
         unknown = sorted(labels.difference(names or labels))
         if unknown:
             raise DataError(
-                f"{show(root / CLASSES_FILE)}: labels that it does not list: {first_of(unknown)}"
+                f"{escape(root / CLASSES_FILE)}: labels that it does not list: {summarize(unknown)}"
             )
         names = names or tuple(sorted(labels))
         return names, {name: i for i, name in enumerate(names)}
@@ -221,9 +225,9 @@ def _classes(
             if not 0 <= number[sample.label] < count:
                 of = f"{count} images" if names is None else f"the {count} names in {CLASSES_FILE}"
                 raise DataError(
-                    f"{show(root / shard)}: sample {show(sample.name)} has the class number"
-                    f" {show(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number the"
-                    " classes from 0, and omit images without a class"
+                    f"{escape(root / shard)}: sample {escape(sample.name)} has the class number"
+                    f" {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number"
+                    " the classes from 0, and omit images without a class"
                 )
     return names or tuple(str(i) for i in range(max(number.values(), default=-1) + 1)), number
 
@@ -236,7 +240,7 @@ def _listed_names(file: Path) -> tuple[str, ...] | None:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"{show(file)}: cannot be read: {reason}") from None
+        raise DataError(f"{escape(file)}: cannot be read: {reason}") from None
     return tuple(line.strip() for line in lines if line.strip()) or None
 
 

@@ -1,6 +1,4 @@
-"""The record that goes with every exported student: one format, in the file's own metadata and in
-the JSON beside it.
-"""
+"""The record of every exported student, in the file's metadata and in a separate JSON file."""
 
 import json
 import math
@@ -13,7 +11,7 @@ from fastokd.version import __version__
 
 FORMAT = 1
 KEY = "fastokd"
-"""The name under which a file's metadata holds the record, as JSON."""
+"""The name of the record's JSON in a file's metadata."""
 
 
 def student_record(
@@ -25,16 +23,15 @@ def student_record(
     provenance: dict[str, Any],
     layout: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where
-    it comes from.
+    """The record of a student: architecture, classes, preprocessing, accuracy and provenance.
 
     Args:
-        model: the network's name, as ``create_student`` takes it.
-        dataset: what it was trained and evaluated on.
+        model: the network's name, as for ``create_student``.
+        dataset: the data of training and evaluation.
         accuracy: of the student, in [0, 1], on ``dataset.evaluation``.
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed, commit.
-        layout: ``branch`` and ``layout`` of ``create_student`` for a branch that is not the plain
+        layout: ``branch`` and ``layout`` of ``create_student``, for a branch other than the plain
             network.
     """
     return {
@@ -78,7 +75,7 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
     if not _numbers(part.get("image_size"), 2, (int,)):
         return False
     side = min(part["image_size"])
-    scaled = part.get("shorter_side", side)  # records from before random resized crops have none
+    scaled = part.get("shorter_side", side)  # missing in records of early versions
     return (
         side > 0
         and type(scaled) is int
@@ -89,7 +86,13 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
 
 
 def _sound_accuracy(part: dict[str, Any]) -> bool:
-    kinds = {"top1": (int, float), "data": str, "split": str, "num_images": int, "epoch": int}
+    kinds: dict[str, Any] = {
+        "top1": (int, float),
+        "data": str,
+        "split": str,
+        "num_images": int,
+        "epoch": int,
+    }
     return all(isinstance(part.get(name), kind) for name, kind in kinds.items())
 
 
@@ -100,17 +103,14 @@ _SOUND: Mapping[str, Callable[[dict[str, Any]], bool]] = {
     "provenance": lambda part: True,
     "export": lambda part: isinstance(part.get("to"), str),
 }
-"""The mappings that a record holds, and whether one has what is read of it."""
+"""The mappings in a record, and a check of the entries that are used."""
 
 
 def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
-    """A record from the JSON that a file's metadata holds; ``None`` where it holds none.
-
-    Args:
-        where: the file, for messages.
+    """Parse a record from the JSON in a file's metadata; ``where`` names the file in messages.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a newer fastokd.
+        CheckpointError: no record, a damaged one, or one of a newer fastokd.
     """
     if text is None:
         raise CheckpointError(
@@ -133,7 +133,7 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         for name, sound in _SOUND.items()
         if not isinstance(record.get(name), dict) or not sound(record[name])
     ]
-    classes = record.get("classes")
+    classes: Any = record.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append("classes")
     if wrong:

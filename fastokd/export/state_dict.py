@@ -1,6 +1,4 @@
-"""Students as safetensors: for fastokd's own network, or for torchvision's or timm's network of the
-same weights.
-"""
+"""The safetensors formats: for the network of fastokd, torchvision or timm."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +20,7 @@ from fastokd.storage import write_atomically, write_json
 
 
 def encode(student: nn.Module, record: dict[str, Any]) -> bytes:
-    """The weights under the network's own names, with the record in the metadata."""
+    """The weights under the network's names, with the record in the metadata."""
     from safetensors.torch import save
 
     tensors = {
@@ -41,7 +39,7 @@ def find_record(blob: bytes) -> str | None:
 
 
 def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> None:
-    """Write ``path`` (safetensors) and the record beside it (``.json``), each atomically.
+    """Write ``path`` (safetensors) and the record (same name, ``.json``), each atomically.
 
     Raises:
         StorageError: the disk refused.
@@ -52,17 +50,14 @@ def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> Non
 
 
 def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
-    """fastokd's own network of a record with the weights of a file, in evaluation mode.
+    """fastokd's network of a record with the weights of a file, in evaluation mode.
 
     Raises:
         CheckpointError: unknown architecture, or weights of another one.
     """
-    return _filled(
-        lambda: create_student(**record["architecture"]),
-        blob,
-        where,
-        f"the architecture {record['architecture']}",
-    )
+    architecture = record["architecture"]
+    build = partial(create_student, **architecture)
+    return _filled(build, blob, where, f"the architecture {architecture}")
 
 
 def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
@@ -72,14 +67,11 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
         network = build()
     except MissingExtra:
         raise
-    except Exception as error:  # a damaged record makes builders raise almost anything
+    except Exception as error:  # a damaged record makes builders raise almost any exception
         raise CheckpointError(f"{where} does not fit {what}: {first_line(error)}") from error
     load_weights(network, load(blob), where)
     return network.eval()
 
-
-# --- the same network elsewhere
-# ---------------------------------------------------------------------------------------
 
 _TWINS: dict[str, dict[str, str]] = {
     "torchvision": {
@@ -94,21 +86,19 @@ _TWINS: dict[str, dict[str, str]] = {
         "resnet50_imagenet": "resnet50",
     },
 }
-"""For each library: the networks here whose weights have its names, and what it calls them. A
-``library:name`` network is the library's own and needs no entry.
+"""For each library, its names for the networks of this package with the same weights. A
+``library:name`` network needs no entry.
 """
 
 _KEYWORDS = {"googlenet": "(aux_logits=False)", "inception_v3": "(aux_logits=False)"}
-"""What torchvision's constructors need, besides the number of classes, for the network that is
-trained here.
-"""
+"""Arguments that torchvision's constructors need in addition to the number of classes."""
 
 
 def _twin(library: str, architecture: Mapping[str, Any]) -> str:
-    """What the library calls a record's network.
+    """The library's name for a record's network.
 
     Raises:
-        ConfigError: the library has no such network; the message lists what has one.
+        ConfigError: the library has no such network; the message lists those it has.
     """
     name, plain = architecture["name"], "branch" not in architecture
     if plain:
@@ -143,7 +133,7 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
         import timm
     except ImportError:
         raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
-    if not timm.is_model(name):  # such as a name that it would fetch from elsewhere
+    if not timm.is_model(name):  # for example a name that it would download
         raise ConfigError(
             f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use"
             " --to safetensors"
@@ -171,39 +161,28 @@ def _open_twin(
     where: str,
     device: torch.device,
 ) -> Runtime:
-    network = _filled(
-        lambda: build(record["architecture"]), blob, where, f"{record['export'].get('constructor')}"
-    )
+    constructor = f"{record['export'].get('constructor')}"
+    network = _filled(partial(build, record["architecture"]), blob, where, constructor)
     return torch_runtime(network.to(device), device, where)
 
 
-SAFETENSORS = ExportFormat(
-    "safetensors",
-    "student.safetensors",
-    ".safetensors",
-    0.0,
-    lambda architecture: {},
-    encode,
-    find_record,
-    _open_student,
-)
-TORCHVISION = ExportFormat(
+def _format(
+    name: str,
+    filename: str,
+    describe: Callable[[Mapping[str, Any]], dict[str, Any]],
+    open_file: Callable[[bytes, dict[str, Any], str, torch.device], Runtime],
+) -> ExportFormat:
+    suffix = ".safetensors"
+    return ExportFormat(
+        name, filename + suffix, suffix, 0.0, describe, encode, find_record, open_file
+    )
+
+
+SAFETENSORS = _format("safetensors", "student", lambda architecture: {}, _open_student)
+TORCHVISION = _format(
     "torchvision",
-    "student.torchvision.safetensors",
-    ".safetensors",
-    0.0,
+    "student.torchvision",
     _describe_torchvision,
-    encode,
-    find_record,
     partial(_open_twin, _build_torchvision),
 )
-TIMM = ExportFormat(
-    "timm",
-    "student.timm.safetensors",
-    ".safetensors",
-    0.0,
-    _describe_timm,
-    encode,
-    find_record,
-    partial(_open_twin, _build_timm),
-)
+TIMM = _format("timm", "student.timm", _describe_timm, partial(_open_twin, _build_timm))

@@ -1,8 +1,7 @@
-"""The student as a ``torch.export`` program (``.pt2``): PyTorch's own way to deploy, no Python
-source needed.
+"""The ``torch.export`` format (``.pt2``): a program for PyTorch that needs no Python source.
 
-Such a file is a program. PyTorch's loader evaluates expressions of it and unpickles what says it is
-a pickle; the latter is refused here, but a file from a stranger should still not be opened.
+PyTorch's loader evaluates expressions of such a file and unpickles the parts declared as pickles.
+Pickles are refused here, but do not open files from untrusted sources.
 """
 
 import io
@@ -28,15 +27,15 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
         student, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # the paths of this machine
+        node.meta.pop("stack_trace", None)  # contains local paths
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={RECORD_FILE: json.dumps(record)})
     return buffer.getvalue()
 
 
-def _refusal(entries: Mapping[str, bytes]) -> str | None:
-    """Why PyTorch must not load an archive of these files: it would unpickle something, or load a
-    library; None if it would not.
+def _unsafe_reason(entries: Mapping[str, bytes]) -> str | None:
+    """The reason why PyTorch must not load an archive of these files, because it would unpickle
+    data or load a library; None if it can.
     """
     for name in entries:
         known = name in (
@@ -58,7 +57,7 @@ def _refusal(entries: Mapping[str, bytes]) -> str | None:
         for name, entry in json.loads(entries[config])["config"].items():
             if entry["use_pickle"] or not entry["path_name"].startswith(("weight_", "tensor_")):
                 return f"{name} is a pickle"
-    # What weights_only refuses, PyTorch's loader would unpickle all the same.
+    # PyTorch's loader would unpickle data that weights_only refuses.
     torch.load(io.BytesIO(entries["data/sample_inputs/model.pt"]), weights_only=True)
     return None
 
@@ -68,7 +67,7 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
 
     try:
         entries = read_entries(blob)
-        if reason := _refusal(entries):
+        if reason := _unsafe_reason(entries):
             raise CheckpointError(
                 f"{where} is refused: {reason}, which no student needs; export it again"
             )
@@ -77,7 +76,7 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
         ).module()
     except CheckpointError:
         raise
-    except Exception as error:  # damaged bytes make the loader raise almost anything
+    except Exception as error:  # damaged bytes make the loader raise almost any exception
         raise CheckpointError(
             f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export"
             " it again"

@@ -1,4 +1,4 @@
-"""Names of weights: what wrappers put in front of them, and whether they are a network's."""
+"""Names of weights: prefixes of wrappers, and comparison with a network's names."""
 
 import copy
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ _COUNTERS = {"n_averaged", "initted", "step"}
 
 
 def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the wrapped network's own names.
+    """Weights under the names of the wrapped network.
 
-    Removes what ``torch.compile``, FSDP and activation checkpointing put before a module's name
-    anywhere, and what data parallelism and averaging (``DistributedDataParallel``,
-    ``AveragedModel``, EMA wrappers) put before all of them, with the counters that averaging adds.
+    Removes the prefixes that ``torch.compile``, FSDP and activation checkpointing add to a module's
+    name anywhere, those that data parallelism and averaging (``DistributedDataParallel``,
+    ``AveragedModel``, EMA wrappers) add to all names, and the counters of averaging.
     """
     stripped = {
         ".".join(part for part in name.split(".") if part not in _ANYWHERE): value
@@ -48,8 +48,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None for a module that is no wrapper."""
-    if "_orig_mod" in module._modules:  # what torch.compile returns has no public class
+    """The module inside a wrapper; None for other modules."""
+    if "_orig_mod" in module._modules:  # the result of torch.compile has no public class
         return module._modules["_orig_mod"]
     return (
         module.module
@@ -59,7 +59,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
-    """Load weights strictly, whatever they were wrapped in.
+    """Load weights strictly, without the prefixes of wrappers.
 
     Raises:
         CheckpointError: they belong to another architecture; the message names the first

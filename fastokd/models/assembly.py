@@ -1,6 +1,4 @@
-"""Assembly of branched models from backbones, for the networks of the registry and for
-``branch_out`` alike.
-"""
+"""Assembly of branched models from backbones, for registered networks and for ``branch_out``."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +9,7 @@ from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import Method
 from fastokd.methods.method import OptionValue, Topology
 from fastokd.methods.modules import BranchSpec, MethodModules
-from fastokd.models.branched import Backbone, BranchedModel, Peer
+from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer
 
 
 def assemble(
@@ -41,16 +39,15 @@ def assemble(
     kept = range(num_branches)[method.kept if kept is None else kept]
     # The student's branch is built first, right after its trunk as in the plain network, so one
     # seed gives the student the same initial weights with and without its teachers.
-    built: dict[int, nn.Module] = {}
+    built: dict[int, Branch | Peer] = {}
     trunk = None if topology == "peers" else backbones[0].build_trunk()
     for index in sorted(range(num_branches), key=lambda index: index != kept):
         backbone = backbones[index]
         if trunk is None:
             built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
         else:
-            built[index] = backbone.build_branch(
-                num_classes, index + 1 if method.hierarchical else 1, aux_blocks
-            )
+            level = index + 1 if method.hierarchical else 1
+            built[index] = backbone.build_branch(num_classes, level, aux_blocks)
     branches = [built[index] for index in range(num_branches)]
     try:
         return BranchedModel(
@@ -101,10 +98,10 @@ def companion_builder(
 def check_layout(
     method: Method, names: Sequence[str], topology: str | None, num_branches: int
 ) -> Topology:
-    """The topology that a method has for these networks, its default for None.
+    """The topology of a method for these networks; None for the method's default.
 
     Raises:
-        ConfigError: the method cannot lay them out so; the message says what would do.
+        ConfigError: the method does not support it; the message has what it supports.
     """
     chosen = method.topologies[0] if topology is None else topology
     if chosen not in method.topologies:

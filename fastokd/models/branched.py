@@ -5,6 +5,7 @@ student it yields.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,15 @@ from fastokd.methods.modules import BranchOutput, BranchPass, BranchSpec, Method
 
 
 class Branch(nn.Module):
-    """The part of a network that a branch has to itself.
+    """The part of a network that each branch owns.
 
     Args:
         body: trunk maps to feature maps [B, channels, H, W].
         head: feature maps to logits [B, C].
-        channels: channels of the feature maps; the gates are sized by it.
+        channels: channels of the feature maps, which determine the size of gates.
     """
 
-    def __init__(self, body: nn.Sequential, head: nn.Sequential, channels: int) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module, channels: int) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -33,23 +34,20 @@ class Branch(nn.Module):
         return self.finish(self.body(x))
 
     def finish(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What the body computes to what ``forward`` gives."""
+        """The result of ``forward`` from the output of the body."""
         return features, self.head(features)
 
 
 class PlainNetwork(nn.Sequential):
-    """A network as it is deployed: named children run in order, images to logits [B, C].
+    """A network for deployment: named children run in order, images to logits [B, C].
 
-    There is no other forward, so trunk and branch compute what the plain network computes by
-    construction. Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``)
-    working.
+    It has no other forward, so trunk and branch together equal the plain network by construction.
+    Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``) working.
     """
 
     @classmethod
-    def join(cls, trunk: nn.Sequential, branch: Branch) -> "PlainNetwork":
-        """The network that is this trunk followed by this branch; the modules are used, not
-        copied.
-        """
+    def join(cls, trunk: nn.Module, branch: Branch) -> "PlainNetwork":
+        """The network of this trunk followed by this branch; the modules are not copied."""
         network = cls()
         for part in (trunk, branch.body, branch.head):
             for name, module in part.named_children():
@@ -59,31 +57,31 @@ class PlainNetwork(nn.Sequential):
 
 @dataclass(frozen=True)
 class Backbone:
-    """How one network is split. A family's module holds them in the constant ``BACKBONES``, by
+    """A network that can be split. A family's module has them in the constant ``BACKBONES``, by
     name.
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
-    level 1 is the plain network's own, each further level has ``aux_blocks`` auxiliary blocks more.
+    level 1 is the plain network's, each further level has ``aux_blocks`` more auxiliary blocks.
     ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
-    of the images that the network is made for.
+    of the images that the network is designed for.
 
-    ``compressed(num_branches)``, where there is one, is the same network split for compression
-    (AHBF Table 5): level M of M is the plain network's own branch, and each level below has
-    ``aux_blocks`` blocks fewer.
+    ``compressed(num_branches)``, if supported, is the network split for compression (AHBF Table 5):
+    level M of M is the plain network's branch, and each lower level has ``aux_blocks`` fewer
+    blocks.
     """
 
     name: str
-    build_trunk: Callable[[], nn.Sequential]
+    build_trunk: Callable[[], nn.Module]
     build_branch: Callable[[int, int, int], Branch]
-    join: Callable[[nn.Sequential, Branch], nn.Module]
+    join: Callable[[nn.Module, Branch], nn.Module]
     image_size: int = 32
     compressed: Callable[[int], "Backbone"] | None = None
 
 
 class Peer(nn.Module):
-    """A whole network that stands beside others: its own trunk and its own branch."""
+    """A whole network trained together with others: its own trunk and its own branch."""
 
-    def __init__(self, trunk: nn.Sequential, branch: Branch) -> None:
+    def __init__(self, trunk: nn.Module, branch: Branch) -> None:
         super().__init__()
         self.trunk = trunk
         self.branch = branch
@@ -98,7 +96,7 @@ def one_by_one(
     branches: Sequence[nn.Module], inputs: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Each branch's feature maps and logits from its input."""
-    return [branch(own) for branch, own in zip(branches, inputs, strict=True)]
+    return [branch(x) for branch, x in zip(branches, inputs, strict=True)]
 
 
 class BranchedModel(nn.Module):
@@ -124,8 +122,8 @@ class BranchedModel(nn.Module):
         names: Sequence[str],
         num_classes: int,
         trunk: nn.Module | None,
-        branches: Sequence[nn.Module],
-        joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]],
+        branches: Sequence[Branch | Peer],
+        joins: Sequence[Callable[[nn.Module, Branch], nn.Module]],
         kept: int = 0,
         build_companion: Callable[[BranchSpec], MethodModules] | None = None,
         teacher: nn.Module | None = None,
@@ -238,33 +236,29 @@ class BranchedModel(nn.Module):
         trained.
         """
         if branch is None and self.has_custom_student:
-            student = self.companion.student(self.branches, self.kept)
+            student: nn.Module = self.companion.student(self.branches, self.kept)
         else:
             index = self.kept if branch is None else branch
             if index not in range(self.num_branches):
                 raise ConfigError(
                     f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
                 )
-            own = self.branches[index]
-            student = self._joins[index](
-                *((own.trunk, own.branch) if self.trunk is None else (self.trunk, own))
-            )
-        student.training = (
-            self.training
-        )  # not .train(), which would also unfreeze layers that are held in eval mode
+            own: Any = self.branches[index]
+            trunk, own = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
+            student = self._joins[index](trunk, own)
+        # Not .train(), which would also unfreeze layers that are held in eval mode
+        student.training = self.training
         return student
 
 
 def trunk_channels(trunk: nn.Module | None) -> int:
-    """Channels of what a trunk puts out, 3 without one. Only shapes are propagated."""
+    """Output channels of a trunk, 3 without one. Only shapes are propagated."""
     if trunk is None:
         return 3
     if isinstance(channels := getattr(trunk, "channels", None), int):
         return channels
     with torch.no_grad():
-        return (
-            copy.deepcopy(trunk)
-            .to("meta")
-            .eval()(torch.empty(1, 3, 64, 64, device="meta"))
-            .shape[1]
+        maps: Tensor = (
+            copy.deepcopy(trunk).to("meta").eval()(torch.empty(1, 3, 64, 64, device="meta"))
         )
+        return maps.shape[1]

@@ -26,19 +26,15 @@ def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1,
     ...), and split in half.
 
-    The halves are made at once, each in memory of its own and in the memory format of ``b``: no
-    concatenation before, and no copy of a slice by the convolution after.
+    Each half is made in its own memory, in the memory format of ``b``. This saves a concatenation,
+    and a copy in the convolution that follows.
     """
-    at = (
-        3 if b.is_contiguous(memory_format=torch.channels_last) else 1
-    )  # where the channels lie in memory
+    # The dimension of the channels in memory
+    at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1
 
     def interleave(a: Tensor, b: Tensor) -> Tensor:
-        return (
-            torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1)
-            .flatten(at, at + 1)
-            .movedim(at, 1)
-        )
+        pairs = torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1)
+        return pairs.flatten(at, at + 1).movedim(at, 1)
 
     half = a.shape[1] // 2
     return interleave(a[:, :half], b[:, :half]), interleave(a[:, half:], b[:, half:])
@@ -53,8 +49,8 @@ def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 class DownUnit(nn.Module):
-    """Halves height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of
-    what leaves the unit.
+    """Halve height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of the
+    output.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
@@ -67,9 +63,7 @@ class DownUnit(nn.Module):
 
 
 class Unit(nn.Module):
-    """One half of the channels passes, the other is convolved, and both are shuffled: two halves to
-    two halves.
-    """
+    """Convolve one half of the channels and shuffle both: two halves to two halves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

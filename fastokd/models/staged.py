@@ -1,6 +1,4 @@
-"""A network as a row of stages, and the two ways in which it is branched: deeper teachers, or
-smaller students.
-"""
+"""Networks as sequences of stages, branched in two ways: deeper teachers, or smaller students."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,15 +10,15 @@ from fastokd.errors import ConfigError
 from fastokd.models.branched import Backbone, Branch, PlainNetwork
 
 Parts = OrderedDict[str, nn.Module]
-"""Layers that run one after the other, by their names in the plain network."""
+"""Layers in sequence, by their names in the plain network."""
 
 
 def level_blocks(num_blocks: Sequence[int], level: int, aux_blocks: int) -> tuple[int, ...]:
     """Blocks in each branched stage of a branch of hierarchy level 1, 2, ...
 
-    The first level has the plain network's. Every further one has ``aux_blocks`` more than the one
-    before, in one stage: the first, then the second, and so on in turn (AHBF section 3.2; for
-    several stages its published code).
+    The first level has the plain network's. Each further one has ``aux_blocks`` more than the
+    previous, in one stage: the first, then the second, and so on (AHBF section 3.2; for several
+    stages its published code).
     """
     blocks = list(num_blocks)
     for step in range(level - 1):
@@ -32,24 +30,24 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
     """Blocks in each branched stage of the branch that is ``steps`` below the deepest, in
     compression mode.
 
-    The deepest has the plain network's. Every further one has ``aux_blocks`` fewer than the one
-    before, in one stage: the last, then the one before it, and so on in turn; a stage of a single
-    block keeps it. For four branches that is what AHBF's published code builds ("reduced" in its
-    Table 5); for another number of branches of a ResNet the code instead takes both stages' blocks
-    at once in the smallest branch, and has two equal branches among five.
+    The deepest has the plain network's. Each further one has ``aux_blocks`` fewer than the
+    previous, in one stage: the last, then the one before, and so on; a stage of one block keeps it.
+    For four branches, this matches AHBF's published code ("reduced" in its Table 5). For other
+    numbers of branches of a ResNet, that code reduces both stages in the smallest branch, and has
+    two equal branches among five.
 
     Raises:
-        ConfigError: there are too few blocks.
+        ConfigError: too few blocks.
     """
     blocks = list(num_blocks)
-    giving = [stage for stage, count in enumerate(num_blocks) if count > 1][::-1]
-    for step in range(steps if giving else 0):
-        blocks[giving[step % len(giving)]] -= aux_blocks
-    if min(blocks) < 1 or (steps and aux_blocks and not giving):
-        shown = " and ".join(map(str, num_blocks))
+    shrinking = [stage for stage, count in enumerate(num_blocks) if count > 1][::-1]
+    for step in range(steps if shrinking else 0):
+        blocks[shrinking[step % len(shrinking)]] -= aux_blocks
+    if min(blocks) < 1 or (steps and aux_blocks and not shrinking):
+        counts = " and ".join(map(str, num_blocks))
         raise ConfigError(
             f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have"
-            f" {shown} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
+            f" {counts} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
             " each; use fewer branches or smaller aux_blocks"
         )
     return tuple(blocks)
@@ -57,8 +55,8 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. ``build`` and ``out_channels`` take the channels that come in and the
-    number of blocks.
+    """Blocks of one width. ``build`` and ``out_channels`` take the input channels and the number of
+    blocks.
     """
 
     name: str
@@ -74,14 +72,14 @@ class StagedNetwork:
     Args:
         name: in the registry.
         network: the plain network's class, whose ``join`` names its children.
-        stem: builds what comes before the stages, with ``stem_channels`` channels at its end.
+        stem: builds the layers before the stages, which return ``stem_channels`` channels.
         stages: in order.
-        head: feature channels and C to the layers from feature maps to logits.
-        split: index of the first stage that every branch has to itself.
+        head: builds the layers from feature maps to logits, from feature channels and C.
+        split: index of the first stage that each branch owns.
         compressed_split: the same in compression mode, at most ``split``.
-        tail: the last stage's channels to the layers between it and the features, with
-            ``tail_channels`` channels at their end; None leaves the channels as they are.
-        image_size: height and width of the images that the network is made for.
+        tail: builds the layers between the last stage and the features, from the stage's channels;
+            they return ``tail_channels`` channels (None: as many).
+        image_size: height and width of the images that the network is designed for.
     """
 
     name: str
@@ -97,7 +95,7 @@ class StagedNetwork:
     image_size: int = 32
 
     def backbone(self) -> Backbone:
-        """The network branched at ``split``, each hierarchy level deeper than the one before."""
+        """The network branched at ``split``, each hierarchy level deeper than the previous."""
         return self._backbone(self.split, level_blocks, self._compressed)
 
     def _compressed(self, num_branches: int) -> Backbone:
@@ -126,12 +124,8 @@ class StagedNetwork:
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
             parts: Parts = OrderedDict()
-            channels = _append(
-                parts,
-                trunk_channels,
-                own,
-                count_blocks([stage.num_blocks for stage in own], level, aux_blocks),
-            )
+            blocks = count_blocks([stage.num_blocks for stage in own], level, aux_blocks)
+            channels = _append(parts, trunk_channels, own, blocks)
             parts.update(self.tail(channels))
             channels = self.tail_channels or channels
             return Branch(nn.Sequential(parts), self.head(channels, num_classes), channels)
@@ -142,7 +136,7 @@ class StagedNetwork:
 
 
 def _append(parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]) -> int:
-    """Build the stages at the end of ``parts``; returns the channels that come out."""
+    """Add the stages to the end of ``parts``; returns their output channels."""
     for stage, count in zip(stages, num_blocks, strict=True):
         parts[stage.name] = stage.build(channels, count)
         channels = stage.out_channels(channels, count)

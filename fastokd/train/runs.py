@@ -10,7 +10,7 @@ from typing import Any
 
 from fastokd.data import Loader
 from fastokd.data.images import Progress
-from fastokd.errors import CheckpointError, ConfigError, first_few
+from fastokd.errors import CheckpointError, ConfigError, summarize
 from fastokd.export import load_weights
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint, load_newest
@@ -69,8 +69,8 @@ def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> 
     """
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(
-            f"{where} was trained on the classes {first_few(state['classes'])}, the data has"
-            f" {first_few(dataset.classes)}"
+            f"{where} was trained on the classes {summarize(state['classes'], 4)}, the data has"
+            f" {summarize(dataset.classes, 4)}"
         )
 
 

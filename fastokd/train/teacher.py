@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastokd.data import Dataset
 from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD
-from fastokd.errors import CheckpointError, ConfigError, first_few, first_line
+from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
 from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
@@ -170,8 +170,8 @@ def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) ->
         )
         if classes != list(dataset.classes):
             raise CheckpointError(
-                f"the teacher {path} knows the classes {first_few(classes)}, the data has"
-                f" {first_few(dataset.classes)}; use a teacher of the same classes in the same"
+                f"the teacher {path} knows the classes {summarize(classes, 4)}, the data has"
+                f" {summarize(dataset.classes, 4)}; use a teacher of the same classes in the same"
                 " order"
             )
         if list(size) != list(dataset.image_size):

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from fastokd.data import Batch, Loader
-from fastokd.data.dataset import carve
-from fastokd.data.images import first_of
-from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line
+from fastokd.data.dataset import split_off
+from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
 from fastokd.models import BranchedModel, find_backbone
 from fastokd.models.summary import check_images
@@ -176,7 +175,7 @@ class Trainer:
     def _open_loaders(self) -> None:
         images, held_out = self.dataset.train, None
         if fraction := self.step.criterion.held_out_fraction:
-            images, held_out = carve(images, self.dataset.classes, fraction, self.config.seed)
+            images, held_out = split_off(images, self.dataset.classes, fraction, self.config.seed)
         self.num_held_out = 0 if held_out is None else len(held_out)
         self.held_out_loader = None if held_out is None else self._loader(held_out)
         self._memory_note = self.step.criterion.prepare(
@@ -550,7 +549,7 @@ class Trainer:
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
             self.reporter.print(
                 f"corrupt images that were replaced, so far {len(replaced)}:"
-                f" {first_of(names[self._replaced :])}"
+                f" {summarize(names[self._replaced :])}"
             )
             self._replaced = len(replaced)
 

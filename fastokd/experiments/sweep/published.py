@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastokd.errors import first_few
+from fastokd.errors import summarize
 from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
 from fastokd.experiments.recipes import Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of
@@ -77,7 +77,7 @@ def point_differences(points: Sequence[Point], recipes: Sequence[Recipe | None])
         for name, point, recipe in compared
     )
     return [
-        item if len(names) == len(compared) else f"{item} at {first_few(names)}"
+        item if len(names) == len(compared) else f"{item} at {summarize(names, 4)}"
         for item, names in different.items()
     ]
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fastokd.errors import ConfigError, did_you_mean, first_few
+from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Values, fields_of
@@ -210,7 +210,7 @@ def plan_reproduction(
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(
             f"--rows {unknown[0]}: no recipe of {name} matches; its recipes are"
-            f" {first_few(list(table.recipes))}, and 'fastokd reproduce {name} --dry-run' lists all"
+            f" {summarize(list(table.recipes), 4)}; 'fastokd reproduce {name} --dry-run' lists all"
         )
     changes = {setting: choices[0] for setting, choices in values.items()}
     out = out or Path("reproduce") / name
@@ -402,4 +402,4 @@ def _differences(plan: Reproduction, name: str, measured: Measured) -> list[str]
 
 
 def _which(names: Sequence[str], rows: Sequence[str]) -> str:
-    return "" if len(names) == len(rows) else f" ({first_few(names)})"
+    return "" if len(names) == len(rows) else f" ({summarize(names, 4)})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastokd.data.registry import get_dataset_kind, resolve
-from fastokd.errors import CheckpointError, ConfigError, DataError, first_few
+from fastokd.errors import CheckpointError, ConfigError, DataError, summarize
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, check_comparable, read_run
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep.queue import Job
@@ -162,7 +162,7 @@ def _is_of_kind(data: str, kind: str) -> bool:
 def comparison_remarks(runs: Sequence[Run]) -> list[str]:
     """The remarks of runs, and whether they were evaluated on the same images."""
     by_remark = group_by_item((run.path.name, run.remarks) for run in runs)
-    remarks = [f"{first_few(names)}: {remark}" for remark, names in by_remark.items()]
+    remarks = [f"{summarize(names, 4)}: {remark}" for remark, names in by_remark.items()]
     try:
         check_comparable(runs)
     except ConfigError as error:
