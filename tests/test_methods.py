@@ -193,11 +193,11 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
     monkeypatch.setattr(
-        models, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",))
+        factory, "get_method", lambda method: dataclasses.replace(peers(), topologies=("branches",))
     )
     plain = create_model("resnet8", "baseline", 5).eval()
     monkeypatch.setattr(
-        models,
+        factory,
         "get_method",
         lambda method: dataclasses.replace(
             peers(), topologies=("branches",), build_companion=Watch
@@ -219,7 +219,7 @@ def test_a_network_that_a_method_cannot_train_is_refused_with_the_reason(monkeyp
         raise ValueError("its features have no height and width")
 
     monkeypatch.setattr(
-        models,
+        factory,
         "get_method",
         lambda method: dataclasses.replace(get_method("ahbf"), build_companion=refuse),
     )
