@@ -251,5 +251,5 @@ def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
 def test_every_example_says_what_it_shows_and_is_run_here(path):
     text = path.read_text(encoding="utf-8")
     assert f"python examples/{path.name}" in text or f"examples/{path.name} --" in text
-    assert re.search(rf'(?:run\(|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8"))
+    assert re.search(rf'(?:run\(\s*|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8"))
     assert f"`{path.name}`" in (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8")
