@@ -1,4 +1,4 @@
-"""Checkpoints with numbers, what is known of the files of a store, and processes that are killed
+"""Checkpoints with numbers, the expected files of a store, and processes that are killed
 while they save.
 
 As a program (python checkpoint_saver.py FOLDER), the processes of ``test_checkpoints.py``: forked
@@ -172,7 +172,7 @@ def _reports(process: int, read: int) -> tuple[list[str], bool]:
 
 
 def _found(folder: Path, reported: int) -> dict[str, Any]:
-    """What is there after a process has gone that had reported a number as saved."""
+    """The files left by a process that had reported a number as saved."""
     left = temporaries(folder)
     state, path, complaints = load_newest(folder)
     best = folder / "best.pt"

@@ -40,7 +40,7 @@ PASSING = [errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT]
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What was there after each process that was killed while it saved."""
+    """The files found after each process that was killed while it saved."""
     command = [sys.executable, checkpoint_saver.__file__, str(tmp_path_factory.mktemp("killed"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -51,7 +51,7 @@ def killed(tmp_path_factory):
 
 
 class TestKilled:
-    def test_at_50_random_moments(self, killed):
+    def test_killed_save_at_random_moments_keeps_checkpoints(self, killed):
         assert len(killed["random"]) == 50
         for found in killed["random"]:
             assert found["newest"] >= found["reported"], found
@@ -97,7 +97,7 @@ class TestKilled:
             [],
         )
 
-    def test_past_a_limit_of_the_size_of_files(self, killed):
+    def test_save_past_file_size_limit_fails_cleanly(self, killed):
         found = killed["limit"]
         assert len(found["said"]) == 1
         assert re.fullmatch(
@@ -157,7 +157,7 @@ def places(calls):
 
 
 class TestRefused:
-    def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(self, calls):
+    def test_save_flushes_file_then_renames_then_folder(self, calls):
         for name in ("best.pt", "last.pt"):
             renamed = calls.index(("replace", name))
             temporary = [
@@ -172,7 +172,9 @@ class TestRefused:
         assert calls.index(("replace", "best.pt")) < calls.index(("replace", "last.pt"))
 
     @pytest.mark.parametrize("number", [*FINAL, errno.EIO], ids=errno.errorcode.get)
-    def test_from_any_call_on(self, tmp_path, monkeypatch, calls, pauses, number):
+    def test_save_failing_at_any_call_keeps_checkpoints(
+        self, tmp_path, monkeypatch, calls, pauses, number
+    ):
         store = save_up_to(tmp_path / "start", 5)
         for place, _ in places(calls):
             folder = tmp_path / str(place)
@@ -202,7 +204,7 @@ class TestRefused:
         assert bool(pauses) == (number == errno.EIO)
 
     @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-    def test_once_or_a_few_times_is_tried_again(self, tmp_path, monkeypatch, calls, pauses, number):
+    def test_save_retries_transient_errors(self, tmp_path, monkeypatch, calls, pauses, number):
         store = save_up_to(tmp_path, 3)
         last = 3
         for times, wanted in ((1, [0.1]), (3, [0.1, 0.5, 2.0])):
@@ -249,7 +251,7 @@ class TestSave:
         store.save(make_state(4))
         assert numbers_in(tmp_path) == [4, 1]
 
-    def test_what_cannot_be_loaded_again_is_not_taken(self, tmp_path):
+    def test_save_refuses_values_that_cannot_be_loaded(self, tmp_path):
         store = CheckpointStore(tmp_path, KEEP)
         for entry, value, said in (
             ("last", {"branch1": np.float64(0.5)}, r"\['last'\]\['branch1'\] is of type float64"),
@@ -266,7 +268,7 @@ class TestSave:
                 store.save({name: value for name, value in make_state(1).items() if name != entry})
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_snapshot_keeps_kinds_strides_and_versions(self):
+    def test_snapshot_keeps_types_strides_and_versions(self):
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(
             memory_format=torch.channels_last
         )
@@ -284,7 +286,7 @@ class TestSave:
         assert part["pair"] == (1, [None, True])
 
     @pytest.mark.gpu
-    def test_of_a_gpu(self, tmp_path):
+    def test_save_of_gpu_tensors(self, tmp_path):
         store = CheckpointStore(tmp_path, KEEP)
         for number in (1, 2):
             state = make_state(number, 1_000_000)
@@ -307,7 +309,7 @@ class TestDamaged:
     }
 
     @pytest.mark.parametrize("damage", DAMAGE)
-    def test_the_one_before_is_taken_and_it_is_said(self, tmp_path, damage):
+    def test_damaged_last_falls_back_to_previous(self, tmp_path, damage):
         save_up_to(tmp_path, 3)
         self.DAMAGE[damage](tmp_path / "last.pt")
         state, path, complaints = load_newest(tmp_path)
@@ -318,12 +320,12 @@ class TestDamaged:
             complaints[0],
         )
         assert "\n" not in complaints[0]
-        # Going on from there, the damaged one does not push a whole one out.
+        # Resumed from there, the damaged one does not push a whole one out.
         store = CheckpointStore(tmp_path, KEEP)
         store.save(make_state(4))
         assert numbers_in(tmp_path) == [4, 2, 1]
 
-    def test_two_in_a_row_and_all(self, tmp_path):
+    def test_load_newest_skips_all_damaged_checkpoints(self, tmp_path):
         save_up_to(tmp_path, 3)
         for name in ("last.pt", "last-1.pt"):
             (tmp_path / name).write_bytes(b"")
@@ -342,11 +344,11 @@ class TestDamaged:
         (tmp_path / "best.pt").replace(tmp_path / "last.pt")
         assert number_of(load_newest(tmp_path)[0]) == 3
 
-    def test_none_at_all(self, tmp_path):
+    def test_load_newest_without_checkpoint_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*last\.pt"):
             load_newest(tmp_path / "nowhere")
 
-    def test_a_newer_format_is_not_passed_over(self, tmp_path):
+    def test_newer_format_is_refused(self, tmp_path):
         save_up_to(tmp_path, 2)
         torch.save({**make_state(3), "format": FORMAT + 1}, tmp_path / "last.pt")
         with pytest.raises(
@@ -354,7 +356,7 @@ class TestDamaged:
         ):
             load_newest(tmp_path)
 
-    def test_any_byte(self, tmp_path):
+    def test_any_changed_byte_is_detected(self, tmp_path):
         """A file with any byte changed is refused, or what is read from it is what was written."""
         path = tmp_path / "last.pt"
         save_checkpoint(path, make_state(1, 100))
@@ -373,7 +375,7 @@ class TestDamaged:
             places
         )  # much of so small a file is padding, and names written twice
 
-    def test_a_read_that_fails_once_is_done_again(self, tmp_path, monkeypatch, pauses):
+    def test_load_retries_transient_errors(self, tmp_path, monkeypatch, pauses):
         save_up_to(tmp_path, 1)
         load, left = torch.load, [2]
 
@@ -402,20 +404,20 @@ def flip(path: Path, place: int, bits: int = 0x10) -> None:
 
 class TestKept:
     @pytest.mark.parametrize("keep", [1, 2, 4])
-    def test_the_newest(self, tmp_path, keep):
+    def test_store_keeps_the_newest(self, tmp_path, keep):
         save_up_to(tmp_path, 6, keep)
         assert numbers_in(tmp_path) == [6, 5, 4, 3][:keep]
         assert number_of(load_checkpoint(tmp_path / "best.pt")) == 6
         assert len(list(tmp_path.iterdir())) == keep + 1
 
-    def test_fewer_or_more_than_before(self, tmp_path):
+    def test_store_with_changed_keep(self, tmp_path):
         save_up_to(tmp_path, 5, keep=4)
         for keep, expected in ((2, [6, 5]), (3, [7, 6, 5]), (1, [8])):
             store = CheckpointStore(tmp_path, keep)
             store.save(make_state(expected[0]))
             assert numbers_in(tmp_path) == expected
 
-    def test_none_of_them_share_a_file(self, tmp_path):
+    def test_checkpoints_are_separate_files(self, tmp_path):
         """One of them that is written over in place, by whatever it is, takes no other with it."""
         save_up_to(tmp_path, 6)
         assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == KEEP + 1
@@ -430,7 +432,7 @@ class TestOlderFormats:
         return {**state, "format": number}
 
     @pytest.mark.parametrize("number", [1, 2])
-    def test_are_read_with_defaults_and_not_resumed(self, tmp_path, number):
+    def test_older_format_is_read_but_not_resumed(self, tmp_path, number):
         torch.save(self.state(number), tmp_path / "last.pt")
         for _ in range(2):  # what is done to one does not show in the next
             state = load_checkpoint(tmp_path / "last.pt")
@@ -448,13 +450,13 @@ class TestOlderFormats:
         ):
             check_resumable(state, str(tmp_path / "last.pt"))
 
-    def test_this_one_is_resumed(self, tmp_path):
+    def test_current_format_is_resumed(self, tmp_path):
         save_up_to(tmp_path, 1)
         check_resumable(load_checkpoint(tmp_path / "last.pt"), "last.pt")
 
 
 class TestSpace:
-    def test_the_size_of_a_state_is_that_of_its_file(self, tmp_path):
+    def test_state_bytes_matches_file_size(self, tmp_path):
         for size in (5_000, 500_000):
             save_checkpoint(tmp_path / "last.pt", make_state(1, size))
             assert (
@@ -463,7 +465,7 @@ class TestSpace:
                 < 2**17
             )
 
-    def test_a_disk_that_is_too_small_is_refused_before_the_run(self, tmp_path, monkeypatch):
+    def test_check_space_refuses_full_disk(self, tmp_path, monkeypatch):
         store = CheckpointStore(tmp_path / "checkpoints", 3)
         store.check_space(2**20)
         with pytest.raises(
@@ -491,7 +493,7 @@ class TestSpace:
                 with pytest.raises(StorageError, match=r"need 5\.0 MiB, and .* has 5\.0 MiB free"):
                     store.check_space(2**20)
 
-    def test_what_is_there_already_needs_no_room(self, tmp_path, monkeypatch):
+    def test_check_space_counts_existing_checkpoints(self, tmp_path, monkeypatch):
         save_up_to(tmp_path, 3)
         size = state_bytes(make_state(1))
         there = sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -503,7 +505,7 @@ class TestSpace:
 
 
 class TestRunFolder:
-    def test_a_run_whose_newest_checkpoint_is_gone_is_a_run(self, tmp_path):
+    def test_run_without_last_checkpoint_is_kept(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.unlock()
         save_up_to(run.checkpoints, 2)
@@ -513,7 +515,7 @@ class TestRunFolder:
         run.discard_without_checkpoint()
         assert numbers_in(run.checkpoints) == [1]
 
-    def test_what_a_killed_process_left_is_replaced(self, tmp_path):
+    def test_files_of_killed_run_are_replaced(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.unlock()
         left = [
@@ -534,13 +536,13 @@ class TestRunFolder:
         again.discard_without_checkpoint()
         assert not (tmp_path / "run").exists()
 
-    def test_somebody_elses_hidden_file_is_not(self, tmp_path):
+    def test_foreign_hidden_file_is_not_replaced(self, tmp_path):
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         (tmp_path / "run" / ".git").mkdir()
         with pytest.raises(ConfigError, match=r"is not empty \(\.git\)"):
             RunFolder.create(tmp_path / "run")
 
-    def test_a_process_that_was_forked_does_not_hold_the_lock(self, tmp_path):
+    def test_forked_process_does_not_hold_the_lock(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         (read, write), (begun, begin) = os.pipe(), os.pipe()
         worker = (

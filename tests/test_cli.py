@@ -735,9 +735,7 @@ def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(ru
 
 
 def test_wrong_numbers_of_processes(run, monkeypatch):
-    mistake(
-        run(*TRAIN, "--gpus", "0"), 2, "gpus=0; it is how many processes train together, at least 1"
-    )
+    mistake(run(*TRAIN, "--gpus", "0"), 2, "gpus=0: the number of processes must be at least 1")
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "2"),
@@ -748,6 +746,5 @@ def test_wrong_numbers_of_processes(run, monkeypatch):
     mistake(
         run(*TRAIN, "--gpus", "3"),
         2,
-        "--gpus 3 under a launcher that started 2 processes here; leave it out, or give it without"
-        " the launcher",
+        "--gpus 3 conflicts with a launcher that started 2 local processes; drop --gpus",
     )

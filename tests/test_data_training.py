@@ -121,7 +121,8 @@ def test_the_loader_says_why(tmp_path, capsys):
     )
     assert code == 0
     assert (
-        "loader resident: the dataset comes decoded, so they lie on cpu" in capsys.readouterr().out
+        "loader resident: the dataset comes decoded, so they are kept on cpu"
+        in capsys.readouterr().out
     )
     assert load_config(
         (tmp_path / "run" / "config.yaml").read_text(), "config"
@@ -152,7 +153,7 @@ class TestChoice:
     def test_small_images_that_fit_are_resident(self, tmp_path):
         name, dataset, line = self.choose(make_tree(tmp_path))
         assert (name, dataset.image_size) == ("resident", (8, 8))
-        assert line == "loader resident: the images are small and fit, so they lie on cpu"
+        assert line == "loader resident: the images are small and fit, so they are kept on cpu"
 
     @pytest.mark.parametrize(("size", "free"), [((8, 8), 3000), ((200, 300), 2**40)])
     def test_others_are_read_while_training(self, tmp_path, monkeypatch, size, free):

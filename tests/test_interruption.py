@@ -1,5 +1,5 @@
-"""A run that is stopped anywhere and picked up again ends as one that was not, to the last bit; and
-what is not finite, in a run.
+"""A run that is stopped anywhere and resumed ends bit-identical to an uninterrupted one; policies
+for non-finite steps in a run.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Sixty-four training and eight test pictures of two classes."""
+    """Sixty-four training and eight test images of two classes."""
     root, generator = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 4)):
         for name in ("a", "b"):
@@ -147,7 +147,7 @@ def straight(tmp_path_factory, digits):
 @pytest.mark.parametrize(
     "stop", [{"step": 1}, {"step": 4}, {"step": 6}, {"evaluating": True}], ids=str
 )
-def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
+def test_run_stopped_within_epoch_resumes_exactly(tmp_path, digits, straight, stop):
     assert_equal(outcome(interrupted(CONFIG, tmp_path / "run", digits, **stop)), straight)
 
 
@@ -164,7 +164,7 @@ def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
     ],
     ids=lambda changes: changes.get("method") or changes.get("precision"),
 )
-def test_what_else_a_run_remembers(tmp_path, digits, changes):
+def test_other_state_of_a_run_resumes_exactly(tmp_path, digits, changes):
     config = dataclasses.replace(CONFIG, **changes)
     whole = make(config, tmp_path / "straight", digits)
     whole.run()
@@ -172,7 +172,7 @@ def test_what_else_a_run_remembers(tmp_path, digits, changes):
 
 
 @pytest.mark.parametrize("loader", ["resident", "torchvision"])
-def test_what_layers_draw(tmp_path, tree, loader):
+def test_random_layers_resume_exactly(tmp_path, tree, loader):
     """VGG has dropout, so it needs the generator's state, and no loader may draw from it."""
     config = dataclasses.replace(
         CONFIG,
@@ -192,7 +192,7 @@ def test_what_layers_draw(tmp_path, tree, loader):
 
 
 @pytest.mark.parametrize("loader", ["resident", "torchvision", "dali"])
-def test_every_loader(tmp_path, tree, loader):
+def test_run_with_every_loader_resumes_exactly(tmp_path, tree, loader):
     if reason := get_loader_kind(loader).missing(torch.device("cpu")):
         pytest.skip(reason)
     config = dataclasses.replace(
@@ -209,8 +209,8 @@ def test_every_loader(tmp_path, tree, loader):
     assert_equal(outcome(interrupted(config, tmp_path / "run", None, step=2)), outcome(whole))
 
 
-def test_other_levers_may_go_on(tmp_path, digits, straight):
-    """A run on one machine goes on on another: what is flat there is not here."""
+def test_resume_with_other_step_options(tmp_path, digits, straight):
+    """A run is resumed on another machine, where parameters are not flat."""
     first = make(CONFIG, tmp_path / "run", digits)
     stop_at(first, step=5)
     with pytest.raises(Preempted) as stopped:
@@ -229,7 +229,7 @@ def test_other_levers_may_go_on(tmp_path, digits, straight):
     assert not (tmp_path / "run" / "checkpoints" / "last-1.pt").exists()
 
 
-def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
+def test_resume_with_changed_config_needs_the_flag(tmp_path, digits):
     first = make(CONFIG, tmp_path / "run", digits)
     stop_at(first, step=2)
     with pytest.raises(Preempted):
@@ -253,7 +253,7 @@ def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
     ) == 1
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
+def test_resume_skips_damaged_checkpoint(tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=3)
     first = make(config, tmp_path / "run", digits)
     first.run(until=2)
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
         resume_run(tmp_path / "run", first.reporter)
 
 
-def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, digits, monkeypatch):
+def test_full_disk_is_reported_before_the_first_step(tmp_path, digits, monkeypatch):
     trainer = make(CONFIG, tmp_path / "run", digits)
     monkeypatch.setattr(
         storage.shutil,
@@ -285,8 +285,8 @@ def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, dig
 
 
 class TestAveragedStudent:
-    def test_may_begin_in_the_middle_of_a_run(self, tmp_path, digits):
-        """What was the best epoch before was another student's."""
+    def test_ema_may_start_on_resume(self, tmp_path, digits):
+        """The best epoch before belongs to another student."""
         config = dataclasses.replace(CONFIG, ema=0.0, epochs=3)
         first = make(config, tmp_path / "run", digits)
         stop_at(first, step=9)
@@ -300,7 +300,7 @@ class TestAveragedStudent:
         assert summary.best_epoch == 2
         assert "ema" in summary.best
 
-    def test_is_what_is_measured_and_handed_over(self, tmp_path, digits):
+    def test_ema_is_evaluated_and_exported(self, tmp_path, digits):
         trainer = make(dataclasses.replace(CONFIG, epochs=1), tmp_path / "run", digits)
         summary = trainer.run()
         assert trainer.kept == "ema"
@@ -324,9 +324,7 @@ class TestAveragedStudent:
 
 
 class Poisoned:
-    """A loader one of whose batches, each time the epoch is gone through, holds a picture of
-    infinities.
-    """
+    """A loader one of whose batches, in every epoch, holds an image of infinities."""
 
     def __init__(self, loader, which):
         self.loader, self.which = loader, which
@@ -354,7 +352,7 @@ class TestNotFinite:
     def said(self, folder):
         return (folder / "log.txt").read_text()
 
-    def test_stop(self, tmp_path, digits):
+    def test_nonfinite_stop_ends_the_run(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2})
         with pytest.raises(
             NonFiniteLoss,
@@ -365,7 +363,7 @@ class TestNotFinite:
         ):
             trainer.run()
 
-    def test_skip(self, tmp_path, digits):
+    def test_nonfinite_skip_continues(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="skip")
         summary = trainer.run()
         assert "skipped in epoch 1: step 3: non-finite loss, ce/branch1" in self.said(
@@ -378,7 +376,7 @@ class TestNotFinite:
         assert math.isfinite(trainer.run_folder.read_metrics()[0]["train"]["loss"])
         assert summary.epochs == 1
 
-    def test_rollback_goes_on_with_what_comes_next(self, tmp_path, digits, monkeypatch):
+    def test_nonfinite_rollback_uses_following_batches(self, tmp_path, digits, monkeypatch):
         monkeypatch.setattr(cadence, "CHECK_SECONDS", -1.0)  # look after every step
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="rollback")
         trainer.run()
@@ -406,7 +404,7 @@ class TestNotFinite:
             ("rollback", "2 rollbacks in this epoch did not help"),
         ],
     )
-    def test_it_ends_somewhere(self, tmp_path, digits, monkeypatch, policy, message):
+    def test_nonfinite_policies_have_a_limit(self, tmp_path, digits, monkeypatch, policy, message):
         for name in ("MAX_SKIPPED", "MAX_ROLLBACKS"):
             monkeypatch.setattr(trainer_module, name, 2)
         if policy == "rollback":

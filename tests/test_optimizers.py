@@ -125,7 +125,7 @@ class Oracle:
     ],
     ids=str,
 )
-def test_five_steps_are_those_of_the_papers(changes: dict[str, Any], flat: bool) -> None:
+def test_five_steps_equal_the_published_updates(changes: dict[str, Any], flat: bool) -> None:
     config = config_of(**changes)
     model, optimizers = build(config, flat)
     oracles = {}
@@ -166,7 +166,7 @@ def test_five_steps_are_those_of_the_papers(changes: dict[str, Any], flat: bool)
 
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("limit", [2.0, 1e6])
-def test_clipping_is_pytorchs(limit: float, flat: bool) -> None:
+def test_clipping_equals_pytorch(limit: float, flat: bool) -> None:
     model, optimizers = build(
         config_of(
             momentum=0.0,
@@ -190,7 +190,7 @@ def test_clipping_is_pytorchs(limit: float, flat: bool) -> None:
         torch.testing.assert_close(old.detach() - old.grad, new.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_divisor_divides() -> None:
+def test_divisor_divides_gradients() -> None:
     for divisor in (4.0, 4, torch.tensor(4.0), torch.tensor(4.0, dtype=torch.float64)):
         ends = []
         for given, factor in ((divisor, 4.0), (1.0, 1.0)):
@@ -204,9 +204,7 @@ def test_a_divisor_divides() -> None:
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["rest", "adam", "told"])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
-    where: str, optimizer: str, flat: bool
-) -> None:
+def test_nonfinite_step_changes_nothing(where: str, optimizer: str, flat: bool) -> None:
     config = config_of(optimizer, clip_grad=1.0)
     ends = []
     for broken in (True, False):
@@ -235,7 +233,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_flat_computes_the_same(network: str, optimizer: str) -> None:
+def test_flat_update_equals_list(network: str, optimizer: str) -> None:
     config = config_of(optimizer, model=network, method="baseline", branches=1, weight_decay=0.1)
     models = []
     for flat in (False, True):
@@ -258,7 +256,7 @@ def test_flat_computes_the_same(network: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_flat_trains_a_network_the_same(channels_last: bool) -> None:
+def test_flat_training_equals_list(channels_last: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     images, target = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
     ends = []
@@ -280,7 +278,7 @@ def test_flat_trains_a_network_the_same(channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_state_continues_under_other_levers(optimizer: str) -> None:
+def test_state_loads_with_other_step_options(optimizer: str) -> None:
     layouts = [(flat, channels_last) for flat in (False, True) for channels_last in (False, True)]
     straight = build(config_of(optimizer), False)
     train(*straight, range(4))
@@ -308,7 +306,7 @@ def test_a_state_continues_under_other_levers(optimizer: str) -> None:
         assert_same(snapshot(other, optimizers), snapshot(*straight), rtol=1e-5, atol=1e-6)
 
 
-def test_a_state_of_another_run_is_refused() -> None:
+def test_state_of_another_run_is_refused() -> None:
     _, optimizers = build(config_of("adamw"), True)
     state = optimizers.state_dict()
     name = "branches.0.trunk.conv1.weight"
@@ -345,7 +343,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         )
 
 
-def test_a_flat_model_is_copied_loaded_and_exported_like_any_other(tmp_path: Any) -> None:
+def test_flat_model_is_copied_loaded_and_exported(tmp_path: Any) -> None:
     model, optimizers = build(config_of("sgd"), True)
     names, parameters = list(model.state_dict()), list(model.parameters())
     train(model, optimizers, range(1))
@@ -380,7 +378,7 @@ def test_a_flat_model_is_copied_loaded_and_exported_like_any_other(tmp_path: Any
             )
 
 
-def test_what_the_loss_does_not_reach_has_the_gradient_zero() -> None:
+def test_unused_parameter_has_zero_gradient() -> None:
     ends = []
     for flat in (False, True):
         model, optimizers = build(
@@ -401,7 +399,7 @@ def test_what_the_loss_does_not_reach_has_the_gradient_zero() -> None:
     assert_same(*ends, rtol=1e-6, atol=1e-7)
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_untrainable_parameters_are_refused() -> None:
     config = config_of(method="baseline", branches=1)
     model = build_model(config, 10, CPU)
     model.trunk.conv1.double()
@@ -435,7 +433,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         optimizers.step()
 
 
-def test_frozen_parameters_stay() -> None:
+def test_frozen_parameters_do_not_change() -> None:
     model = build_model(CONFIG, 10, CPU)
     model.branches[0].trunk.conv1.weight.requires_grad_(False)
     for parameter in model.companion.decoders.parameters():
@@ -466,7 +464,7 @@ class _Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_reads_nothing_on_the_host(optimizer: str, flat: bool) -> None:
+def test_step_has_no_host_reads(optimizer: str, flat: bool) -> None:
     model, optimizers = build(config_of(optimizer, clip_grad=1.0), flat)
     address = optimizers.lr.data_ptr()
     give(model, 0)
@@ -484,7 +482,7 @@ def test_a_step_reads_nothing_on_the_host(optimizer: str, flat: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("flat", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_captured_step_has_the_bits_of_one_outside(optimizer: str, flat: bool) -> None:
+def test_captured_step_equals_eager_bits(optimizer: str, flat: bool) -> None:
     device = torch.device("cuda")
     config = config_of(optimizer, clip_grad=1.0)
     ends, inputs = [], [(0.05, 4.0, 0.0), (0.1, 2.0, 0.0), (0.1, 2.0, 1.0), (0.2, 1.0, 0.0)]
@@ -526,7 +524,7 @@ def test_a_captured_step_has_the_bits_of_one_outside(optimizer: str, flat: bool)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_flat_has_the_same_bits_on_a_gpu(optimizer: str) -> None:
+def test_flat_is_bit_identical_on_gpu(optimizer: str) -> None:
     ends = []
     for flat in (False, True):
         model, optimizers = build(config_of(optimizer), flat, torch.device("cuda"))

@@ -45,7 +45,7 @@ def look(pace, done):
 
 
 class TestPace:
-    def test_speed_waiting_and_what_is_left(self):
+    def test_throughput_waiting_share_and_time_left(self):
         clock = Clock()
         pace = Throughput(epochs=3, batch_size=8, clock=clock)
         pace.start_epoch(0, steps=20)
@@ -74,7 +74,7 @@ class TestPace:
         clock.now += 1
         assert pace.end_epoch() == pytest.approx(20 * 0.5 + 1)
 
-    def test_a_slow_first_step_is_forgotten(self):
+    def test_slow_first_step_is_forgotten(self):
         clock = Clock()
         pace = Throughput(epochs=1, batch_size=10, clock=clock)
         pace.start_epoch(0, steps=10_000)
@@ -86,7 +86,7 @@ class TestPace:
         assert seen.images_per_second == pytest.approx(50)
         assert seen.seconds_left_epoch == pytest.approx((10_000 - 301) / 5)
 
-    def test_an_epoch_that_a_checkpoint_has_begun(self):
+    def test_throughput_of_a_resumed_epoch(self):
         clock = Clock()
         pace = Throughput(epochs=2, batch_size=4, clock=clock)
         pace.start_epoch(0, steps=10, done=6)
@@ -231,7 +231,7 @@ def test_table_before_first_numbers_and_while_evaluating(live):
     new.close()
 
 
-def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
+def test_terminal_shows_table_and_epoch_lines(clock, tmp_path):
     reporter = live_reporter()
     reporter.attach_log(tmp_path / "log.txt")
     reporter.start_run("branch1")
@@ -257,7 +257,7 @@ def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["pipe", "pipe with FORCE_COLOR", "dumb terminal"])
-def test_elsewhere_plain_lines(clock, file):
+def test_pipe_shows_plain_lines(clock, file):
     console = Console(
         file=Terminal() if "dumb" in file else io.StringIO(),
         force_terminal=file != "pipe",
@@ -295,7 +295,7 @@ def test_elsewhere_plain_lines(clock, file):
     ],
 )
 @pytest.mark.parametrize("log", [True, False])
-def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, screen, log):
+def test_options_select_screen_and_log(clock, tmp_path, capsys, options, screen, log):
     reporter = Reporter(**options)
     if log:
         reporter.attach_log(tmp_path / "log.txt")
@@ -319,7 +319,7 @@ def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, scre
         ]
 
 
-def test_the_log_is_appended_to_with_the_time(tmp_path):
+def test_log_is_appended_with_the_time(tmp_path):
     path = tmp_path / "log.txt"
     for session in range(2):
         reporter = Reporter(console=Console(file=io.StringIO()))
@@ -336,7 +336,7 @@ def test_the_log_is_appended_to_with_the_time(tmp_path):
     assert all(datetime.fromisoformat(time).tzinfo is not None for time, _ in lines)
 
 
-def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+def test_unwritable_log_is_reported_once(tmp_path, capsys):
     reporter = Reporter()
     reporter.attach_log(tmp_path)  # a folder
     reporter.print("one")
@@ -346,7 +346,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     )
 
 
-def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch):
+def test_interrupted_run_restores_the_terminal(tmp_path, monkeypatch):
     config = TrainConfig(
         data="digits",
         model="resnet8",
@@ -381,12 +381,12 @@ def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch
     assert logged[-1].startswith("interrupted in epoch 2; ")
 
 
-def test_durations():
+def test_duration_format():
     assert [
         duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90_061, float("inf"), float("nan"))
     ] == ["0:00", "1:00", "59:59", "1:00:00", "1d 01:01:01", "?", "?"]
 
 
-def test_progress_cannot_change_under_the_table():
+def test_epoch_progress_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         numbers(1).lr = 0.0

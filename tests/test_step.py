@@ -103,7 +103,7 @@ class TestStepOptions:
         [{"impl": "auto"}, {"channels_last": True}, {"flat": True}],
         ids=lambda option: next(iter(option)),
     )
-    def test_one_at_a_time(self, plain, option):
+    def test_each_option_keeps_the_result(self, plain, option):
         start, end = plain
         assert (
             difference(
@@ -112,7 +112,7 @@ class TestStepOptions:
             < self.TOLERANCE
         )
 
-    def test_all_together(self, plain):
+    def test_all_options_keep_the_result(self, plain):
         start, end = plain
         every = step_of(
             **{**SMOOTH, "impl": "auto", "channels_last": True, "flat": True, "compile": True}
@@ -124,7 +124,7 @@ class TestStepOptions:
         )
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_fewer_bits_are_near(self, precision):
+    def test_low_precision_is_close(self, precision):
         """One step of gradient descent: of a gradient through all layers and batch norms 8 bits
         lose 12 %, 11 bits 5 %.
         """
@@ -145,7 +145,7 @@ class TestStepOptions:
             ({"precision": "tf32"}, "precision=tf32: cpu has no TF32 units; use fp32 or bf16"),
         ],
     )
-    def test_what_a_cpu_has_not_is_refused(self, changes, message):
+    def test_unavailable_option_is_refused_on_cpu(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             step_of(**changes)
 
@@ -156,7 +156,7 @@ class TestStepOptions:
             ({"method": "baseline", "branches": 1, "aux_blocks": 0}, "there is one branch"),
         ],
     )
-    def test_on_a_gpu_what_goes_together_is_on(self, changes, reason):
+    def test_compatible_options_are_on_for_a_gpu(self, changes, reason):
         config = dataclasses.replace(CONFIG, **changes)
         model = build_model(config, 10, CPU)
         options = choose_step_options(config, model, torch.device("cuda", 0))
@@ -201,12 +201,12 @@ class TestStepOptions:
             ),
         ],
     )
-    def test_settings_that_make_no_sense(self, changes, message):
+    def test_invalid_settings_are_refused(self, changes, message):
         with pytest.raises(ConfigError, match=message):
             check_config(dataclasses.replace(CONFIG, **changes))
 
 
-def test_gradients_of_parts_are_those_of_the_batch_in_parts():
+def test_accumulated_gradients_equal_parts_by_hand():
     """Two passes of eight images and one update, against the same by hand: batch norm sees eight
     images at a time.
     """
@@ -266,7 +266,7 @@ class HostReads(TorchDispatchMode):
     ],
     ids=str,
 )
-def test_the_loop_reads_nothing_on_the_host(monkeypatch, changes):
+def test_loop_has_no_host_reads(monkeypatch, changes):
     # On a CPU labels are looked at in every step, because that is free there.
     monkeypatch.setattr(checks, "_check_label_range", lambda target, classes: None)
     dataset = open_dataset("digits")
@@ -287,7 +287,7 @@ def test_the_loop_reads_nothing_on_the_host(monkeypatch, changes):
     assert reads.names, "the counter counts"
 
 
-def test_an_epoch_is_taken_up_in_its_middle():
+def test_runner_starts_within_an_epoch():
     dataset = open_dataset("digits")
     whole, parts = step_of(), step_of()
 
@@ -313,7 +313,7 @@ class TestNotFinite:
         return good, bad
 
     @pytest.mark.parametrize("flat", [False, True])
-    def test_skip_is_as_if_the_batch_had_not_been(self, given, flat):
+    def test_skipped_step_changes_nothing(self, given, flat):
         good, bad = given
         step = train(step_of(on_nonfinite="skip", ema=0.9, flat=flat), [good[0], bad, *good[1:]])
         clean = train(step_of(on_nonfinite="skip", flat=flat), good)
@@ -329,7 +329,7 @@ class TestNotFinite:
         )
 
     @pytest.mark.parametrize("policy", ["stop", "rollback"])
-    def test_until_the_host_looks_the_weights_stay_as_they_were(self, given, policy):
+    def test_weights_stay_until_the_host_checks(self, given, policy):
         good, bad = given
         step = train(step_of(on_nonfinite=policy), good[:2])
         before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
@@ -343,7 +343,7 @@ class TestNotFinite:
         assert step.guard.read() is None
 
     @pytest.mark.parametrize("flat", [False, True])
-    def test_a_gradient_names_its_branch(self, given, flat):
+    def test_nonfinite_gradient_names_its_branch(self, given, flat):
         step = step_of(flat=flat)
         step.model.branches[1].head.fc.weight.register_hook(lambda grad: grad * math.inf)
         train(step, given[0][:1])
@@ -354,7 +354,7 @@ class TestNotFinite:
         if not flat:
             assert found.describe() == "step 1: non-finite gradient (the loss is finite) in branch2"
 
-    def test_the_first_is_the_one_that_is_described(self):
+    def test_first_nonfinite_step_is_described(self):
         guard = FiniteGuard(CPU, [("a",), ("b",)], sticky=True)
         for number, value in enumerate([1.0, math.nan, math.inf]):
             assert float(guard.withheld()) == (number > 1)
@@ -374,7 +374,7 @@ class TestNotFinite:
 
 
 class TestLossScale:
-    def test_it_is_halved_and_doubled(self, monkeypatch):
+    def test_loss_scale_is_halved_and_doubled(self, monkeypatch):
         monkeypatch.setattr(LossScale, "GROWTH_STEPS", 3)
         scale = LossScale(CPU)
         seen = []
@@ -389,7 +389,7 @@ class TestLossScale:
             each.update(torch.tensor(False))
         assert float(other.value) == float(scale.value) == 2 * LossScale.START
 
-    def test_an_overflow_is_the_scales_business_and_a_lost_loss_is_not(self):
+    def test_overflow_changes_scale_but_lost_loss_does_not(self):
         step = step_of(impl="reference", precision="fp16")
         before = weights(step)
         step.scale.value.fill_(2.0**40)
@@ -410,7 +410,7 @@ class TestLossScale:
         assert "loss" in step.guard.read().terms
 
 
-def test_sums_leave_out_what_they_are_told_to():
+def test_metric_sums_skip_steps():
     sums = MetricSums()
     assert sums.means() == {}
     sums.add({"loss": torch.tensor(8.0)}, 4)

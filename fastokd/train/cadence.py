@@ -1,4 +1,4 @@
-"""When a run checks its losses, writes a checkpoint and stops."""
+"""The schedule of a run's checks, checkpoints and stops."""
 
 import math
 import time

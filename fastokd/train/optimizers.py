@@ -222,6 +222,7 @@ def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Ten
     tensors = [tensor for group in groups for tensor in group["params"]]
     common: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer: Optimizer
+    moments: tuple[str, ...]
     if name == "sgd":
         optimizer = SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
         moments = ("momentum_buffer",) if config.momentum else ()

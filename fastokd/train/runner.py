@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,15 +46,16 @@ class StepRunner:
             The number of batches done, after each.
         """
         if self.captures and hasattr(loader, "gather"):
+            gathering: Any = loader
             self._position.fill_(begin)
             for done in watch(range(begin + 1, len(loader) + 1)):
-                self._run(("gather", loader.side), lambda: self._gather_and_step(loader))
-                loader.mark_done(done)
+                self._run(("gather", gathering.side), partial(self._gather_and_step, gathering))
+                gathering.mark_done(done)
                 yield done
             return
         for done, batch in enumerate(watch(loader), start=begin + 1):
             static = self._static_copy(batch) if self.captures else batch
-            self._run(batch.images.shape, lambda static=static: self.step(static))
+            self._run(batch.images.shape, partial(self.step, static))
             yield done
 
     def _gather_and_step(self, loader: Any) -> None:

@@ -122,7 +122,7 @@ def check_same_run(
 
 def newest_checkpoint(run: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
     """``load_newest`` of the main process, sent to all processes; the path as text."""
-    found = None
+    found: Any = None
     if Ranks.current().is_main:
         state, path, complaints = load_newest(run.checkpoints)
         found = state, str(path), complaints
@@ -165,9 +165,9 @@ def load_run(
         CheckpointError: no run folder, no such checkpoint, damaged, or other classes.
     """
     run = RunFolder.open(path)
-    config = dataclasses.replace(
-        run.load_config(), device=device, **({"data": data} if data else {})
-    )
+    config = dataclasses.replace(run.load_config(), device=device)
+    if data:
+        config = dataclasses.replace(config, data=data)
     check_config(config)
     where = choose_device(device)
     if config.precision == "tf32" and where.type != "cuda":

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.data import AnyDataset
+from fastokd.train.data import AnyDataset, open_run_data
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.memory import fit_batch_size
 from fastokd.train.progress import Reporter
@@ -15,7 +15,7 @@ from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runs import newest_checkpoint
 from fastokd.train.signals import StopSignals
 from fastokd.train.teacher import check_teacher, open_teacher
-from fastokd.train.trainer import Trainer, open_run_data
+from fastokd.train.trainer import Trainer
 
 
 def begin_run(

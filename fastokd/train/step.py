@@ -30,24 +30,22 @@ from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
-"""The name of the averaged student among the rows that are measured."""
+"""The name of the averaged student among the evaluated rows."""
 
 
 class Evaluation(NamedTuple):
-    """What one pass over a split measures."""
+    """The metrics of one pass over a split."""
 
     accuracies: dict[str, float]
     """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for
     methods whose published number that is.
     """
     mixing: dict[str, dict[str, float]]
-    """For each mixture with weights given at run time the mean weight of each of its inputs."""
+    """The mean weight of each input of a mixture whose weights are computed at run time."""
 
 
 class BranchEvaluator:
-    """A branched model with the loss of its method: what is needed to say how good every branch and
-    mixture is.
-    """
+    """A branched model with the loss of its method, for evaluating every branch and mixture."""
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
         self.method = get_method(config.method)
@@ -63,15 +61,11 @@ class BranchEvaluator:
 
     @property
     def reported(self) -> str:
-        """The name of the accuracy that is the student's: its branch's, or its average's where
-        there is one.
-        """
+        """The name of the student's accuracy: that of its branch, or of its moving average."""
         return self.kept if self.average is None else AVERAGE
 
     def student(self) -> nn.Module:
-        """A copy of the student as it is handed over: the kept branch, or the average of its
-        weights where there is one.
-        """
+        """A copy of the student to export: the kept branch, or the average of its weights."""
         return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
     def named_logits(self, result: BranchOutput) -> dict[str, Tensor]:
@@ -81,11 +75,11 @@ class BranchEvaluator:
         return self.method.named_logits(self.criterion, result)
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
-        """What the model in evaluation mode computes for each batch, and the targets."""
+        """The output of the model in evaluation mode for each batch, and the targets."""
         return ((self._result(batch.images), batch.target) for batch in self._evaluating(batches))
 
     def _evaluating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the model in evaluation mode until they end."""
+        """The batches; the model is in evaluation mode until they end."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -95,8 +89,7 @@ class BranchEvaluator:
 
     @torch.no_grad()
     def _result(self, images: Tensor) -> BranchOutput:
-        # Compiled for training alone: evaluation has other shapes, and compiling takes longer than
-        # it saves.
+        # Evaluation has other shapes, and compiling for them takes longer than it saves.
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             return self.model(images)
 
@@ -125,9 +118,7 @@ class BranchEvaluator:
         return self.measure(batches).accuracies
 
     def measure(self, batches: Iterable[Batch]) -> Evaluation:
-        """How good every branch and mixture is, over all samples of all processes, each counted
-        once.
-        """
+        """Evaluate every branch and mixture on all samples of all processes, each counted once."""
         right: dict[str, Tensor] = {}
         count = 0
         mixed = [
@@ -157,18 +148,17 @@ class BranchEvaluator:
 
 
 class TrainStep(BranchEvaluator):
-    """The step of one run: owns criterion and optimizers, changes the model in place. Of several
-    processes each has one.
+    """The training step of a process: owns criterion and optimizers, changes the model in place.
 
-    Everything a step reads besides its batch lies on the device and never moves: the learning rate,
-    ``kd_weight``, the step's number, the sums of what is measured. So a step waits for nothing, and
-    can be captured (``runner.py``).
+    Everything a step reads except its batch is on the device and never moves: the learning rate,
+    ``kd_weight``, the step's number, the metric sums. So a step waits for nothing and can be
+    captured (``runner.py``).
 
     Args:
-        config: the run's.
+        config: of the run.
         model: on the device, in its memory format.
-        device: where the steps are computed.
-        stored: the frozen teacher's rows, of methods that have some.
+        device: of the steps.
+        stored: the rows of a frozen teacher, of methods that have one.
 
     Raises:
         ConfigError: an option is not available here, or two exclude each other.
@@ -209,24 +199,21 @@ class TrainStep(BranchEvaluator):
         )
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
-        self._schedule: tuple[float, float] | None = None  # what the device was told last
+        self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         may_skip = config.on_nonfinite == "skip" or self.scale is not None
         self._statistics = RunningStatistics(model) if may_skip else None
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
-        """The learning rate and the factor of the scheduled terms from the next step on."""
+        """Set the learning rate and the factor of the scheduled terms for the next steps."""
         if (lr, kd_weight) == self._schedule:
-            # Most steps have that of the step before, and each write is an additional kernel.
-            return
+            return  # each write is a kernel, and most steps change nothing
         self._schedule = (lr, kd_weight)
         self.optimizers.set_lr(lr)
         self.kd_weight.fill_(kd_weight)
 
     def __call__(self, batch: Batch) -> None:
-        """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and
-        the right answers per row.
-        """
+        """Train on a batch, and add its loss, terms and correct answers to ``sums``."""
         self.optimizers.zero_grad()
         if self._statistics is not None:
             self._statistics.keep()
@@ -250,7 +237,7 @@ class TrainStep(BranchEvaluator):
             self.average.update()
         if self.scale is not None:
             self.scale.update(overflowed)
-            # Gradients that overflow are the scale's business, until it can fall no further.
+            # The scale handles gradients that overflow, until it cannot fall further.
             overflowed = overflowed & (self.scale.value <= 1.0)
         terms = {name: value for name, value in results.items() if not name.startswith("accuracy/")}
         self.guard.note(lost | overflowed, self.number, terms, self.optimizers.norms)
@@ -258,7 +245,7 @@ class TrainStep(BranchEvaluator):
         self.number.add_(1)
 
     def mean_statistics(self) -> None:
-        """Bring the running statistics of all processes together, before they are read."""
+        """Average the running statistics of all processes, before they are read."""
         if not self.config.sync_bn:
             mean_buffers(self.model, None if self.average is None else self.average.module)
 
@@ -320,24 +307,16 @@ class TrainStep(BranchEvaluator):
             ) from error
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What goes through the network at once."""
+        """The parts of a batch that go through the network at once."""
         count = self.share.accumulate
         if count == 1:
             return [batch]
-        images = batch.images.chunk(
-            count, batch.images.dim() - 4
-        )  # views of an image come before the batch
-        return [
-            Batch(*pieces)
-            for pieces in zip(
-                images, batch.target.chunk(count), batch.index.chunk(count), strict=True
-            )
-        ]
+        images = batch.images.chunk(count, batch.images.dim() - 4)  # [views, B, 3, H, W]
+        pieces = zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)
+        return [Batch(*piece) for piece in pieces]
 
     def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
-        """Add the gradients of a part of the batch to those there are, and to ``results`` what is
-        measured.
-        """
+        """Accumulate the gradients of a part of the batch, and its metrics in ``results``."""
         synchronized = (
             synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
         )

@@ -1,6 +1,5 @@
 """Training one run: epochs, evaluation, checkpoints and stops."""
 
-import contextlib
 import dataclasses
 import signal
 import time
@@ -33,18 +32,11 @@ from fastokd.train.data import (
     data_record,
     loader_for,
     loader_name,
-    open_data,
+    open_run_data,
     with_augmentation,
 )
 from fastokd.train.describe import describe_extension, describe_run
-from fastokd.train.distributed import (
-    Ranks,
-    choose_device,
-    from_main,
-    gather_states,
-    local_main_first,
-    share_of_batch,
-)
+from fastokd.train.distributed import Ranks, choose_device, from_main, gather_states, share_of_batch
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
 from fastokd.train.memory import is_out_of_memory, out_of_memory
@@ -173,7 +165,8 @@ class Trainer:
         return model
 
     def _open_loaders(self) -> None:
-        images, held_out = self.dataset.train, None
+        images: Any = self.dataset.train
+        held_out: Any = None
         if fraction := self.step.criterion.held_out_fraction:
             images, held_out = split_off(images, self.dataset.classes, fraction, self.config.seed)
         self.num_held_out = 0 if held_out is None else len(held_out)
@@ -545,7 +538,7 @@ class Trainer:
         for each in gather_states(dict(getattr(self.train_loader, "replaced", {}))):
             replaced |= each
         if len(replaced) > self._replaced:
-            files = self.dataset.train.files
+            files = self.dataset.train.files or ()
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
             self.reporter.print(
                 f"corrupt images that were replaced, so far {len(replaced)}:"
@@ -582,7 +575,7 @@ class Trainer:
         )
 
     def _introduce(self) -> None:
-        """Print what is trained on what, and how."""
+        """Print the lines about the run."""
         info, config = self.reporter.info, self.config
         info(
             f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
@@ -600,14 +593,3 @@ class Trainer:
             )
         if self._memory_note:
             info(self._memory_note)
-
-
-def open_run_data(
-    config: TrainConfig,
-    device: torch.device,
-    reporter: Reporter,
-    seen: Mapping[str, Any] | None = None,
-) -> AnyDataset:
-    """The dataset of a run, with its augmentation; see ``open_data`` for ``seen``."""
-    with contextlib.closing(reporter), local_main_first():
-        return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
