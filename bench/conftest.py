@@ -23,7 +23,7 @@ def _settings() -> str:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Without the host's name; with processor, device, versions, commit and command."""
-    from fastokd.experiments.step_benchmark import processor
+    from fastokd.experiments.timing import processor
     from fastokd.ops.executors import executor_states
     from fastokd.train.run_folder import environment
 

@@ -931,15 +931,15 @@ def step(
     out: Path = Path("bench-out"),
     profile: bool = False,
 ) -> None:
-    """Train as research code does, then with one lever more a row: images per second, memory, and
-    the loss's share of the step.
+    """Train as research code does, then with one more optimization per row: images per second,
+    memory, and the loss's share of the step.
 
     Writes step-ladder.json and, where matplotlib is installed, step-ladder.svg. The rows train the
     same network on the same images.
 
     Args:
         model: the network, as 'fastokd train' takes it.
-        method: the method; of one that needs a trained teacher there is no ladder.
+        method: the method; it must not need a trained teacher.
         branches: number of branches (default: the method's).
         aux_blocks: auxiliary blocks that each hierarchy level adds.
         at: for networks of torchvision and timm, the first module that every branch has for itself.
@@ -957,11 +957,11 @@ def step(
     """
     from fastokd.data import absolute_spec
     from fastokd.experiments.step_benchmark import (
-        Ladder,
-        Row,
+        StepBenchmark,
+        StepRow,
         decoded_images,
-        ladder_images,
         report,
+        synthetic_images,
     )
     from fastokd.train.config import TrainConfig, check_config
     from fastokd.train.data import open_data, with_augmentation
@@ -990,13 +990,13 @@ def step(
     where = choose_device(device)
     check_config(config)
     if synthetic:
-        images = ladder_images(config, 10 if num_classes is None else num_classes)
+        images = synthetic_images(config, 10 if num_classes is None else num_classes)
     else:
         with _progress_bar("reading images") as progress:
             images = decoded_images(
                 config, with_augmentation(config, open_data(config, where, progress=progress))
             )
-    ladder = Ladder(config, images, where, seconds=seconds, steps=steps)
+    benchmark = StepBenchmark(config, images, where, seconds=seconds, steps=steps)
     console = _console()
     height, width = images.image_size
     console.print(
@@ -1004,8 +1004,8 @@ def step(
         f" x {width}, {images.num_classes} classes ({images.name}), on {where}",
         markup=False,
     )
-    rows: list[Row] = []
-    for row in ladder.rows():
+    rows: list[StepRow] = []
+    for row in benchmark.rows():
         rows.append(row)
         console.print(
             f"  {row.name}: "
@@ -1015,11 +1015,11 @@ def step(
             ),
             markup=False,
         )
-    found = report(ladder, rows)
+    found = report(benchmark, rows)
     _print_ladder(found)
     _write_ladder(found, out)
     if profile:
-        trace, table = ladder.profile(out)
+        trace, table = benchmark.profile(out)
         console.print(table, markup=False)
         console.print(f"wrote {trace}: open it in https://ui.perfetto.dev", markup=False)
 
@@ -1064,27 +1064,27 @@ def _print_ladder(found: Mapping[str, Any]) -> None:
     console.print("")
     console.print(table)
     print(
-        "\n+ one lever more than the + rows above; or: the same, but not kept below; =: the"
+        "\n+ one more optimization than the + rows above; or: an alternative; =: the"
         f" student without teaching. Images/s: median of {found['windows']} windows; x first: each"
         " window against one of the first row right before it;\nloss: its share of a step, timed"
         " alone; start: the first steps, with compilation"
     )
     if found["teaching_costs"]:
         print(
-            f"teaching costs: a step with all levers takes {found['teaching_costs']:.2f} times that"
-            " of the student alone"
+            "teaching costs: a step with all optimizations takes"
+            f" {found['teaching_costs']:.2f} times that of the student alone"
         )
 
 
 def _write_ladder(found: dict[str, Any], out: Path) -> None:
     from fastokd.errors import MissingExtra
-    from fastokd.experiments.analysis.ladder import draw_ladder
+    from fastokd.experiments.analysis.step_figure import draw_step_benchmark
     from fastokd.storage import write_json
 
     path = out / "step-ladder.json"
     write_json(path, found)
     try:
-        picture = f" and {draw_ladder(found, path.with_suffix('.svg'))}"
+        picture = f" and {draw_step_benchmark(found, path.with_suffix('.svg'))}"
     except MissingExtra as error:
         picture = f"; no picture: {error}"
     _console().print(f"wrote {path}{picture}", markup=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.pictures import compose
-from bench.report import (
+from bench.suite_tables import (
     data_tables,
     gate_table,
     loss_table,
@@ -78,7 +78,7 @@ def test_every_suite_runs_and_only_what_is_not_installed_is_skipped(results):
 
 def test_the_report_reads_what_the_suites_write(results, monkeypatch):
     path, said = results
-    monkeypatch.setattr("bench.report.ROOT", path.parent)
+    monkeypatch.setattr("bench.suite_tables.ROOT", path.parent)
     assert [line.split(" | ")[0] for line in method_table(path)[5:-1]] == [
         f"| {name}" for name in list_methods()
     ]

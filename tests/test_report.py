@@ -15,7 +15,7 @@ from bench.report import (
     blocks,
     current,
     data_tables,
-    ladder_tables,
+    step_benchmark_tables,
     loss_table,
     machine_code_table,
     main,
@@ -372,7 +372,7 @@ def test_merged_convolutions_that_lose_stay(result):
     assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
 
 
-def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
+def test_step_benchmarks_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     row = {
         "name": "first",
@@ -418,7 +418,7 @@ def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkey
     }
     for content, times in ((ladder, 1), ({"ladders": [ladder, ladder]}, 2)):
         (tmp_path / "x.json").write_text(json.dumps(content))
-        lines = ladder_tables(tmp_path / "x.json")
+        lines = step_benchmark_tables(tmp_path / "x.json")
         assert (
             lines.count(
                 "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `fastokd"

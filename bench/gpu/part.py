@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.results import Results
 from fastokd.errors import ConfigError
-from fastokd.experiments.step_benchmark import sample_seconds, spread
+from fastokd.experiments.timing import median_and_range, sample_seconds
 
 
 class OutOfMinutes(Exception):
@@ -65,11 +65,11 @@ class Context:
     def seconds(self, call: Callable[[], Any], graph: bool) -> tuple[float, float, float]:
         """The time of a call: the median, the shortest and the longest; see ``sample_seconds``."""
         if self.dry:
-            return spread(sample_seconds(call, self.device, graph, 3, 1))
+            return median_and_range(sample_seconds(call, self.device, graph, 3, 1))
         (about,) = sample_seconds(call, self.device, False, 1, 1)
         # Each sample takes some milliseconds, whatever the call takes: the launch of a graph is in
         # it too.
-        return spread(
+        return median_and_range(
             sample_seconds(call, self.device, graph, 25, max(1, min(200, int(0.005 / about))))
         )
 

@@ -15,7 +15,8 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
-from fastokd.experiments.step_benchmark import EngineStep, chrome_trace, ladder_images
+from fastokd.experiments.step_benchmark import EngineStep, synthetic_images
+from fastokd.experiments.timing import chrome_trace
 from fastokd.storage import write_atomically
 from fastokd.train.randomness import be_deterministic
 
@@ -89,7 +90,7 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     device, config = context.device, step.config()
     be_deterministic(False)  # as in a run: convolutions by the fastest algorithms
     with context.not_compiled():
-        images = ladder_images(config, step.num_classes)
+        images = synthetic_images(config, step.num_classes)
         running = EngineStep(config, images, device, gathers=True)
         running.model.train()
         running.advance(running.warm_up)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastokd.errors import first_line
-from fastokd.experiments.step_benchmark import processor
+from fastokd.experiments.timing import processor
 from fastokd.storage import storage_error, write_json
 from fastokd.train.run_folder import environment
 

@@ -1,4 +1,4 @@
-"""The ladder of a training step as a picture."""
+"""The step benchmark as a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +15,18 @@ _COLORS = {
 }
 _MEANING = {
     "first": "research style",
-    "lever": "one lever more",
+    "lever": "one more optimization",
     "alternative": "an alternative, not kept below",
     "student": "the student alone",
 }
 
 
-def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
-    """Bars of how often faster each row is than the first, with the lowest and highest of its
-    windows, as an SVG file.
+def draw_step_benchmark(found: Mapping[str, Any], path: Path) -> Path:
+    """Draw the speed-up of each row over the first, with the lowest and highest of its windows, as
+    an SVG file.
 
     Args:
-        found: as ``fastokd.experiments.step_benchmark.report`` gives it.
+        found: see ``fastokd.experiments.step_benchmark.report``.
         path: the file.
 
     Raises:
@@ -37,12 +37,12 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
     rows = [row for row in found["rows"] if not row["reason"]]
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.6), layout="constrained")
     shown = set()
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         median, low, high = row["times_first"]
         label = _MEANING[row["kind"]] if row["kind"] not in shown else None
         shown.add(row["kind"])
         axes.barh(
-            place,
+            position,
             median,
             xerr=[[median - low], [high - median]],
             color=_COLORS[row["kind"]],
@@ -52,14 +52,14 @@ def draw_ladder(found: Mapping[str, Any], path: Path) -> Path:
         )
         axes.annotate(
             f" {median:.2f} x, {row['images_per_second'][0]:,.0f} images/s",
-            (high, place),
+            (high, position),
             va="center",
             fontsize="small",
         )
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlim(right=1.4 * max(row["times_first"][2] for row in rows))
-    axes.set_xlabel("times as fast as the first row")
+    axes.set_xlabel("speed-up over the first row")
     figure.legend(loc="outside lower center", ncols=len(shown), fontsize="small")
     machine = (
         found["environment"]["device"]

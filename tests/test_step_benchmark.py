@@ -1,5 +1,5 @@
-"""The ladder: which rows there are, what each has that the one before has not, what is computed
-from the clock, and what is written.
+"""The step benchmark: its rows, the difference of each row from the one before, timing, and the
+files that are written.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from PIL import Image
 import fastokd.experiments.step_benchmark
 from fastokd.data import list_files
 from fastokd.errors import ConfigError, MissingExtra
+from fastokd.experiments.research_step import ResearchStep
 from fastokd.experiments.step_benchmark import (
     EngineStep,
-    Ladder,
-    ResearchStep,
-    Row,
+    StepBenchmark,
+    StepRow,
     current_rows,
     decoded_images,
     first_row,
-    ladder_images,
-    levers,
+    optimizations,
     report,
+    synthetic_images,
 )
 from fastokd.train.config import TrainConfig
 
@@ -40,7 +40,7 @@ ON_A_CPU = [
     "branches on CUDA streams",
     "the step as one CUDA graph",
     "augmentation inside the graph",
-    "the student alone, with every lever",
+    "the student alone, with all optimizations",
 ]
 BENCH = [
     "bench",
@@ -71,7 +71,7 @@ def main(arguments):
 
 @pytest.fixture(scope="module")
 def images():
-    return ladder_images(CONFIG)
+    return synthetic_images(CONFIG)
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def changed(one, other):
 
 
 def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_compiled):
-    ladder = Ladder(CONFIG, images, CPU, steps=1)
-    rows = list(ladder.rows())
+    benchmark = StepBenchmark(CONFIG, images, CPU, steps=1)
+    rows = list(benchmark.rows())
     assert [row.name for row in rows] == ON_A_CPU
     assert [row.name for row in rows if row.reason == "needs a GPU"] == ON_A_CPU[6:9]
     assert [row.kind for row in rows if not row.reason] == [
@@ -141,13 +141,13 @@ def test_rows_add_one_lever_each_and_train_the_same_network(images, made, not_co
             )
             assert 0 < row.loss_share < 1
             assert row.peak_bytes is None
-    found = report(ladder, rows)
+    found = report(benchmark, rows)
     assert found["all_levers"] == "parameters in one tensor"
     assert found["environment"]["torch"] == torch.__version__
 
 
 def test_all_optimizations_are_kept_on_a_gpu():
-    rows = levers(torch.device("cuda"))
+    rows = optimizations(torch.device("cuda"))
     assert all(row.carried for row in rows)
     assert [row.name for row in rows if row.gathers] == ["augmentation inside the graph"]
     everything = CONFIG
@@ -196,12 +196,12 @@ class FakeMachine:
         machine = self
 
         class Step:
-            captured, warm_up, model = False, 3, torch.nn.Identity()
+            captured, warm_up, model, config = False, 3, torch.nn.Identity(), CONFIG
 
             def advance(self, steps):
                 for _ in range(steps):
                     machine.now += seconds * machine.slower
-                machine.slower *= 1.001
+                machine.slower *= 1.0012
 
             def loss(self):
                 return 1.0
@@ -223,9 +223,9 @@ def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
             0.5 if config.method == "baseline" else 0.125 if config.flat else 0.25
         ),
     )
-    monkeypatch.setattr(Ladder, "_loss_seconds", lambda self, running: 0.01)
-    ladder = Ladder(CONFIG, images, CPU, seconds=10, clock=machine)
-    rows = {row.name: row for row in ladder.rows() if not row.reason}
+    monkeypatch.setattr("fastokd.experiments.step_timer.loss_seconds", lambda *given: 0.01)
+    benchmark = StepBenchmark(CONFIG, images, CPU, seconds=10, clock=machine)
+    rows = {row.name: row for row in benchmark.rows() if not row.reason}
     first, fused, flat, alone = (
         rows[name] for name in (ON_A_CPU[0], ON_A_CPU[1], "parameters in one tensor", ON_A_CPU[-1])
     )
@@ -237,7 +237,9 @@ def test_ratios_are_of_windows_side_by_side(images, monkeypatch):
     assert fused.images_per_second[0] == pytest.approx(8 / 0.25, rel=0.05)
     assert flat.images_per_second[0] < 0.97 * 8 / 0.125
     assert flat.loss_share == pytest.approx(0.01 / 0.125, rel=0.1)
-    assert report(ladder, list(rows.values()))["teaching_costs"] == pytest.approx(1 / 4, rel=0.01)
+    assert report(benchmark, list(rows.values()))["teaching_costs"] == pytest.approx(
+        1 / 4, rel=0.01
+    )
     # Ten seconds in five windows of half-second steps.
     assert 10 * 0.9 < sum(8 * 4 / row.images_per_second[0] for row in [first] * 5) < 10 * 1.1
 
@@ -252,7 +254,7 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
             super().__init__(config, *rest)
 
     monkeypatch.setattr(fastokd.experiments.step_benchmark, "EngineStep", Failing)
-    rows = {row.name: row for row in Ladder(CONFIG, images, CPU, steps=1).rows()}
+    rows = {row.name: row for row in StepBenchmark(CONFIG, images, CPU, steps=1).rows()}
     assert (rows["torch.compile of each part"].reason, rows["channels-last"].reason) == (
         "no compiler here",
         "out of memory",
@@ -278,14 +280,13 @@ def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):
 
     monkeypatch.setattr(fastokd.experiments.step_benchmark, "ResearchStep", refuse)
     with pytest.raises(
-        ConfigError,
-        match="first row of the ladder cannot run: out of memory; use a smaller --batch-size",
+        ConfigError, match=r"first row .* cannot run: out of memory; use a smaller --batch-size"
     ):
-        next(Ladder(CONFIG, images, CPU).rows())
+        next(StepBenchmark(CONFIG, images, CPU).rows())
 
 
 def test_rows_after_the_stop_are_not_measured(images):
-    rows = list(Ladder(CONFIG, images, CPU, steps=1).rows(stop=lambda: True))
+    rows = list(StepBenchmark(CONFIG, images, CPU, steps=1).rows(stop=lambda: True))
     assert rows[0].images_per_second
     assert {row.reason for row in rows[1:]} == {"the time was spent"}
 
@@ -319,10 +320,10 @@ def test_command_writes_table_picture_and_trace(tmp_path, capsys, not_compiled):
         [32, 32],
         10,
     )
-    assert set(found["rows"][0]) == {item.name for item in dataclasses.fields(Row)}
+    assert set(found["rows"][0]) == {item.name for item in dataclasses.fields(StepRow)}
     assert "+ branches on CUDA streams: needs a GPU" in out
     assert re.search(r"^or bf16 +\d", out, re.MULTILINE)
-    assert "teaching costs: a step with all levers takes" in out
+    assert "teaching costs: a step with all optimizations takes" in out
     assert (tmp_path / "step-ladder.svg").read_text().lstrip().startswith("<?xml")
     trace = (tmp_path / "step-trace.json").read_text()
     assert json.loads(trace)["traceEvents"]
@@ -334,7 +335,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
     def missing():
         raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'")
 
-    monkeypatch.setattr("fastokd.experiments.analysis.ladder.require_matplotlib", missing)
+    monkeypatch.setattr("fastokd.experiments.analysis.step_figure.require_matplotlib", missing)
     assert (
         main(
             [
@@ -364,8 +365,8 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         (["--model", "resnet9"], r"resnet9.*did you mean"),
         (["--method", "ahfb"], "did you mean 'ahbf'"),
         (["--method", "tskd"], "unknown method"),
-        (["--steps", "0"], "steps=0: each window has at least 1"),
-        (["--seconds", "0"], "seconds=0: it must be positive"),
+        (["--steps", "0"], "steps=0: must be at least 1"),
+        (["--seconds", "0"], "seconds=0: must be positive"),
         (["--data", "digits", "--num-classes", "5"], "--num-classes 5 is for synthetic images"),
         (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
         (["--device", "tpu"], "unknown device"),
@@ -380,13 +381,13 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
 
 
 def test_a_method_with_a_trained_teacher_has_no_ladder(images):
-    with pytest.raises(ConfigError, match="needs a trained teacher, which the ladder has none of"):
-        Ladder(dataclasses.replace(CONFIG, method="kd"), images, CPU)
+    with pytest.raises(ConfigError, match="needs a trained teacher, which the step benchmark"):
+        StepBenchmark(dataclasses.replace(CONFIG, method="kd"), images, CPU)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_row_runs_and_trains_the_same_network(images):
-    rows = list(Ladder(CONFIG, images, torch.device("cuda", 0), steps=3).rows())
+    rows = list(StepBenchmark(CONFIG, images, torch.device("cuda", 0), steps=3).rows())
     assert not [(row.name, row.reason) for row in rows if row.reason]
     first, *others = [row for row in rows if row.kind != "student"]
     for row in others:
