@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.methods
 	$(BIN)/python -m bench.method_pages
 	$(BIN)/python -m bench.recipe_page
+	$(BIN)/python -m bench.option_page
 	$(BIN)/python -m bench.report
 
 # The site, into site/. What is wrong with a page ends the build.

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the one line that mends it."""
+"""Environment report with a fix for each problem."""
 
 import importlib.metadata
 import importlib.util
@@ -30,7 +30,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. "absent" is optional and fine; "problem" wants mending."""
+    """One line of the report. "absent" is an optional part; "problem" needs a fix."""
 
     name: str
     state: State
@@ -38,9 +38,9 @@ class Finding:
 
 
 def examine(folder: Path = Path()) -> list[Finding]:
-    """Everything ``fastokd doctor`` reports; ``folder`` is where runs would be written."""
+    """The findings of ``fastokd doctor``; ``folder`` is where runs would be written."""
     software = _software()
-    # Without torch nothing of fastokd runs; what can be said all the same is said.
+    # Without torch, report the rest of the environment only.
     rest = (
         []
         if any(finding.name == "torch" and finding.state == "problem" for finding in software)
@@ -59,7 +59,7 @@ def _version(package: str) -> str | None:
 def _software() -> list[Finding]:
     from fastokd.version import __version__
 
-    found = [
+    findings = [
         Finding("fastokd", "ok", f"{__version__} in {Path(__file__).resolve().parent}"),
         Finding("python", "ok", platform.python_version()),
     ]
@@ -67,20 +67,20 @@ def _software() -> list[Finding]:
         import torch
     except ImportError as error:
         return [
-            *found,
+            *findings,
             Finding("torch", "problem", f"cannot be imported ({error}): pip install 'torch>=2.11'"),
         ]
-    found.append(
+    findings.append(
         Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     )
     try:
         import torchvision
 
-        found.append(Finding("torchvision", "ok", torchvision.__version__))
+        findings.append(Finding("torchvision", "ok", torchvision.__version__))
     except (ImportError, RuntimeError) as error:
         # A torchvision built for another torch fails like this: "operator torchvision::nms does not
         # exist".
-        found.append(
+        findings.append(
             Finding(
                 "torchvision",
                 "problem",
@@ -89,7 +89,7 @@ def _software() -> list[Finding]:
             )
         )
     triton = _version("triton")
-    found.append(
+    findings.append(
         Finding(
             "triton",
             "ok" if triton else "absent",
@@ -98,13 +98,13 @@ def _software() -> list[Finding]:
             " PyPI brings it",
         )
     )
-    return found
+    return findings
 
 
 def _hardware() -> list[Finding]:
     import torch
 
-    found = [
+    findings = [
         Finding(
             "cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
         )
@@ -112,7 +112,7 @@ def _hardware() -> list[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            found.append(
+            findings.append(
                 Finding(
                     f"cuda:{index}",
                     "ok",
@@ -121,17 +121,17 @@ def _hardware() -> list[Finding]:
                 )
             )
     elif shutil.which("nvidia-smi"):
-        found.append(
+        findings.append(
             Finding(
                 "cuda",
                 "problem",
-                f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: check that"
-                f" the driver supports CUDA {torch.version.cuda}",
+                f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU: check"
+                f" that the driver supports CUDA {torch.version.cuda}",
             )
         )
     else:
-        found.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
-    return found
+        findings.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
+    return findings
 
 
 def _executors() -> list[Finding]:
@@ -141,38 +141,40 @@ def _executors() -> list[Finding]:
     try:
         info = build_info() or {
             "status": "absent",
-            "reason": "never built here: pip install -e . builds it",
+            "reason": "not built: pip install -e . builds it",
         }
         text = (
             f"{info['status']}: {info['reason']}"
             if info["reason"]
             else f"built with {info['compiler']}, ABI {info['abi']}"
         )
-        found = [Finding("native library", "ok" if info["status"] == "built" else "absent", text)]
+        findings = [
+            Finding("native library", "ok" if info["status"] == "built" else "absent", text)
+        ]
     except LibraryUnusable as error:
-        found = [Finding("native library", "problem", str(error))]
-    found += [
+        findings = [Finding("native library", "problem", str(error))]
+    findings += [
         Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here")
         for name, why in executor_states().items()
     ]
-    return found
+    return findings
 
 
 def _extras() -> list[Finding]:
-    found = []
+    findings = []
     for extra, module in _EXTRAS.items():
         try:
-            there = importlib.util.find_spec(module) is not None
+            installed = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:
-            there = False
-        found.append(
+            installed = False
+        findings.append(
             Finding(
                 f"extra {extra}",
-                "ok" if there else "absent",
-                "installed" if there else f"pip install 'fastokd[{extra}]'",
+                "ok" if installed else "absent",
+                "installed" if installed else f"pip install 'fastokd[{extra}]'",
             )
         )
-    return found
+    return findings
 
 
 def _storage(folder: Path) -> list[Finding]:

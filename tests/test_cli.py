@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastokd.cli import main
+from fastokd.experiments.recipes import get_recipe
 from fastokd.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,18 +278,14 @@ class TestMistakes:
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
         mistake(run("train", "--lr", "fast"), 2, r"--lr: 'fast' is not a number")
-        mistake(
-            run("train", "--flip", "maybe"),
-            2,
-            r"invalid choice 'maybe' for argument '--flip' \(choices: False, True\);",
-        )
+        mistake(run("train", "--flip", "maybe"), 2, r"--flip: 'maybe' is not True or False")
         mistake(
             run("eval", "x", "--which", "lst"),
             2,
-            r"invalid choice 'lst' for argument '--which' \(choices: best, last\)",
+            r"--which: invalid choice 'lst' \(choices: last, best\)",
         )
-        mistake(run("train", "--epochs"), 2, r"Missing value for argument '--epochs'")
-        mistake(run("eval"), 2, r"Missing from fastokd eval: PATH")
+        mistake(run("train", "--epochs"), 2, "--epochs: its value is missing")
+        mistake(run("eval"), 2, "missing argument: PATH")
         mistake(
             run("train", "--data", "digits", "--method-options", "temperature=[1"),
             2,
@@ -615,6 +612,36 @@ def test_a_damaged_config_file(run, trained, tmp_path, content):
         ["train", "--resume", tmp_path / "run"],
     ):
         mistake(run(*command), 2, r"config\.yaml")
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["train", "--help"], ["doctor"]])
+def test_closed_output_ends_quietly(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastokd", *command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_shows_the_defaults_of_the_recipe(run):
+    text = " ".join(run("train", "--recipe", "cifar10-resnet32-ahbf", "--help")[1].split())
+    assert "(default: 0.0005)" in text
+    assert "(default: resnet32)" in text
+    recipe = get_recipe("cifar10-resnet32-ahbf").config
+    assert f"Passes over the training images (default: {recipe.epochs})" in text
+    assert run("train", "--recipe", "nonsense", "--help")[0] == 2
+
+
+def test_retired_options_are_named(run):
+    mistake(run("train", "--merge-first-conv", "True"), 2, r"were removed")
+    mistake(run("bench", "compare", "a", "b"), 2, r"pytest-benchmark compare")
 
 
 def test_standard_output_full():

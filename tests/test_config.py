@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from bench import option_page
 from fastokd.data.augment import PADDINGS
 from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError
@@ -114,6 +115,10 @@ def test_identity_is_that_of_earlier_versions() -> None:
     """The hash of version 0.1.0, in whose exports it is stored."""
     pairs = repr((identity_fields(TrainConfig()), None))
     assert hashlib.sha256(pairs.encode()).hexdigest()[:12] == "1cc9ad5b0f03"
+
+
+def test_documentation_tables_are_current() -> None:
+    assert option_page.main(["--check"]) == 0
 
 
 def test_configuration_does_not_import_torch() -> None:

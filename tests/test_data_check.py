@@ -295,4 +295,4 @@ def test_the_command_reports_and_writes_a_list_that_trains(tree, tmp_path, capsy
     assert cli.main(["data", "chekc", str(tree)]) == 2
     assert "unknown command 'chekc'; did you mean 'check'?" in capsys.readouterr().err
     assert cli.main(["data", "check", str(tree), "--jsn"]) == 2
-    assert "'fastokd data check --help' lists what there is" in capsys.readouterr().err
+    assert "'fastokd data check --help' lists the options" in capsys.readouterr().err

@@ -7,7 +7,6 @@ then its options and configurations must be sound.
 """
 
 import contextlib
-import inspect
 import io
 import os
 import re
@@ -26,6 +25,7 @@ from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd import cli
+from fastokd.cli.commands import all_commands, option_names, parser
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
@@ -274,8 +274,7 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
             with pytest.raises(Understood):
                 assert cli.main(words) == 0
         else:
-            group = {"bench": cli.bench_app, "data": cli.data_app}.get(words[0], cli.app)
-            group.cli(args=words[group is not cli.app :], config=(tyro.conf.OmitArgPrefixes,))
+            tyro.cli(parser(words), args=words)
     files = re.findall(
         r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE
     )
@@ -321,18 +320,7 @@ OTHERS_OPTIONS = {
 
 
 def test_options_and_names_in_the_text_exist():
-    functions = [
-        value
-        for name, value in vars(cli).items()
-        if inspect.isfunction(value)
-        and value.__module__ == cli.__name__
-        and not name.startswith("_")
-    ]
-    options = {
-        name.replace("_", "-")
-        for function in functions
-        for name in inspect.signature(function).parameters
-    }
+    options = {name[2:] for _, command in all_commands() for name in option_names(command)}
     known = (
         {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
     )

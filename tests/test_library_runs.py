@@ -215,7 +215,7 @@ def test_models_refuses_invalid_image_size(run, name, size):
 
 
 def test_models_lists_every_network(run, monkeypatch):
-    monkeypatch.setattr("fastokd.models.list_models", lambda: ["resnet14", "resnet8"])
+    monkeypatch.setattr("fastokd.cli.models.list_models", lambda: ["resnet14", "resnet8"])
     code, out, err = run("models", "--method", "one")
     assert code == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("resnet")}

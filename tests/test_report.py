@@ -15,7 +15,6 @@ from bench.report import (
     blocks,
     current,
     data_tables,
-    step_benchmark_tables,
     loss_table,
     machine_code_table,
     main,
@@ -27,6 +26,7 @@ from bench.report import (
     roofline_table,
     speedups,
     start_table,
+    step_benchmark_tables,
 )
 from fastokd.experiments.analysis.svg import shows
 

@@ -729,7 +729,7 @@ def test_a_signal_lets_the_runs_save(fake, listening, tmp_path, capsys, number, 
         in said.out
     )
     assert (
-        said.err == f"fastokd: stopped by {signal.Signals(number).name}; the same command goes on\n"
+        said.err == f"fastokd: stopped by {signal.Signals(number).name}; the same command resumes\n"
     )
     assert "aux_blocks-0-seed0: saved, 1 of 2 epochs\n" in said.out
     assert ("aux_blocks-1-seed0: stopped, not run\n" in said.out) == ("stubborn" in orders.values())

@@ -27,7 +27,7 @@ from fastokd.methods.modules import BranchOutput
 from fastokd.storage import write_atomically
 from fastokd.train.build import build_model
 from fastokd.train.capture import WARM_UP_STEPS
-from fastokd.train.config import TrainConfig, check_config, fields_with_role
+from fastokd.train.config import TrainConfig, check_config, fields_with_role, override
 from fastokd.train.data import loader_for
 from fastokd.train.fields import Role
 from fastokd.train.precision import allow_tf32

@@ -19,7 +19,7 @@ Choices = Sequence[str] | Callable[[], Sequence[str]]
 
 
 class Role(enum.Flag):
-    """What a field means where configurations are compared or changed."""
+    """Meanings of a field when configurations are compared or changed."""
 
     NONE = 0
     RESUME = enum.auto()

@@ -1,0 +1,125 @@
+"""The list of commands, and their parser. A command's module is imported when it is chosen."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        target: module and name of its function.
+        summary: for the list of commands.
+        generated: the target is called with the arguments, and returns the type to parse.
+    """
+
+    target: str
+    summary: str
+    generated: bool = False
+
+    def load(self, arguments: Sequence[str]) -> Any:
+        """A type for tyro, or the function with its call deferred until the end of parsing."""
+        module, _, name = self.target.partition(":")
+        function = getattr(importlib.import_module(f"fastokd.cli.{module}"), name)
+        if self.generated:
+            return function(arguments)
+
+        @functools.wraps(function)
+        def deferred(*args: Any, **options: Any) -> Callable[[], int | None]:
+            return functools.partial(function, *args, **options)
+
+        return deferred
+
+
+COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
+    "demo": Command("sweeps:demo", "Compare a student trained alone and with AHBF"),
+    "train": Command("train:parser", "Train a student with its branches, or alone", True),
+    "eval": Command("runs:evaluate", "Measure the accuracy of a run or an exported student"),
+    "analyze": Command("runs:analyze", "Measure how branches and teacher assistants differ"),
+    "export": Command("runs:export", "Write the plain student of a run"),
+    "compare": Command("reports:compare", "Compare the errors and costs of runs"),
+    "plot": Command("reports:plot", "Plot the curves of runs"),
+    "report": Command("reports:report", "Write an HTML page about runs"),
+    "sweep": Command("sweeps:sweep", "Train a grid of configurations with several seeds"),
+    "reproduce": Command("sweeps:reproduce", "Run the recipes of a published table"),
+    "show": Command("catalog:show", "Draw the distillation graph of a method"),
+    "models": Command("models:models", "List the networks and their costs"),
+    "methods": Command("catalog:methods", "List the methods"),
+    "recipes": Command("catalog:recipes", "List or print the published configurations"),
+    "data": {
+        "check": Command("data:check", "Check every image of a dataset"),
+        "convert": Command("data:convert", "Scale the images of a dataset down"),
+    },
+    "bench": {
+        "step": Command("bench:step", "Measure a training step, one optimization at a time"),
+        "compare": Command("bench:compare", "Removed; use pytest-benchmark compare"),
+    },
+    "doctor": Command("catalog:doctor", "Report the environment with a fix for each problem"),
+}
+GROUPS = {"data": "Check or convert a dataset", "bench": "Measure fastokd on this machine"}
+
+
+def parser(
+    arguments: Sequence[str], commands: Mapping[str, Command | Mapping[str, Command]] = COMMANDS
+) -> Any:
+    """The union of all commands for tyro, of which only the chosen one is loaded."""
+    chosen = arguments[0] if arguments else ""
+    branches = []
+    for name, command in commands.items():
+        if isinstance(command, Command):
+            loaded = command.load(arguments[1:]) if name == chosen else _not_loaded
+            summary = None if name == chosen else command.summary
+        else:
+            loaded = parser(arguments[1:] if name == chosen else (), command)
+            summary = GROUPS[name]
+        branch = tyro.conf.subcommand(
+            name, constructor_factory=functools.partial(_same, loaded), description=summary
+        )
+        branches.append(Annotated[Any, branch])
+    return Union[tuple(branches)]  # noqa: UP007 - the members are computed
+
+
+def all_commands() -> list[tuple[str, Command]]:
+    """Every command with its words on the command line."""
+    pairs: list[tuple[str, Command]] = []
+    for name, command in COMMANDS.items():
+        if isinstance(command, Command):
+            pairs.append((name, command))
+        else:
+            pairs += [(f"{name} {word}", each) for word, each in command.items()]
+    return pairs
+
+
+def options_of(target: Any) -> Iterator[tuple[str, Any, bool]]:
+    """Name, type and necessity of every option of a loaded command."""
+    if dataclasses.is_dataclass(target):
+        for field in dataclasses.fields(target):
+            nested = getattr(field.type, "__origin__", field.type)
+            if dataclasses.is_dataclass(nested):
+                yield from options_of(nested)
+            else:
+                yield field.name, field.type, False
+    else:
+        for name, parameter in inspect.signature(target).parameters.items():
+            yield name, parameter.annotation, parameter.default is parameter.empty
+
+
+def option_names(command: Command, arguments: Sequence[str] = ()) -> list[str]:
+    """The options of a command, e.g. "--batch-size", with its positional arguments."""
+    return [f"--{name.replace('_', '-')}" for name, *_ in options_of(command.load(arguments))]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _not_loaded() -> None:
+    """The parser of a command that was not chosen."""
