@@ -14,7 +14,8 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialize
+from fastokd.kernels.triton.spec import Spec
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -136,7 +137,7 @@ class TritonExecutor:
         terms = term_weights.new_empty((spec.num_terms, batch))
         grads = _gradients(inputs, needs)
         if batch:
-            tile = _tile(spec, inputs, needs, fused=True)
+            tile = _tile(spec, inputs, needs, forward_backward=True)
             arguments = _arguments(inputs)
             destinations = _destinations(grads, inputs)
             if tile.splits > 1:
@@ -148,9 +149,8 @@ class TritonExecutor:
                         spec, tile, *destinations, grad_rows, arguments, term_weights, stats
                     )
             else:
-                _launch(
-                    "fused", spec, tile, first, *destinations, *arguments, term_weights, rows, terms
-                )
+                outputs = term_weights, rows, terms
+                _launch("forward_backward", spec, tile, first, *destinations, *arguments, *outputs)
         return rows, terms, grads
 
 
@@ -186,7 +186,7 @@ def _tile(
     inputs: Inputs,
     needs: Sequence[bool] = (),
     grad_stride: int = 0,
-    fused: bool = False,
+    forward_backward: bool = False,
 ) -> Tile:
     logits = inputs.logits
     first = logits[0]
@@ -202,7 +202,7 @@ def _tile(
     # Split rows have no kernel of their own for both at once, and are to give the same bits either
     # way.
     rows, lanes, pieces, vector, num_warps = choose_tile(
-        batch, num_classes, size, spec.num_nodes, aligned, fused and splits == 1
+        batch, num_classes, size, spec.num_nodes, aligned, forward_backward and splits == 1
     )
     double = first.dtype == torch.float64
     return make_tile(
