@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastokd.errors import ConfigError, ExecutorUnavailable
 from fastokd.losses import AHBFLoss, BaselineLoss, GraphLoss
-from fastokd.losses.method_loss import branch_names
 from fastokd.methods import get_method
 from fastokd.methods.dml import dml_graph
 from fastokd.methods.ffsd import ffsd_graph
@@ -74,7 +73,7 @@ CONSTRUCTORS = {
         lambda: one_graph(temperature=0.0),
         ["kl/ensemble->branch1", "temperature=0.0"],
     ),
-    "branch count as text": (lambda: branch_names("x", "3", 2), ["num_branches='3'"]),
+    "branch count as text": (lambda: one_graph("3"), ["one_graph", "num_branches='3'"]),
 }
 
 

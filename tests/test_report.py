@@ -18,7 +18,6 @@ from bench.report import (
     loss_table,
     machine_code_table,
     main,
-    merge_table,
     method_table,
     pictures,
     readme_blocks,
@@ -353,23 +352,6 @@ def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
         "| 32 x 32 | the step itself: ResNet-20, AHBF | 10 | 5-20 | 1 |",
     ]
     assert "2 s decoded, 0.1 s from the cache" in lines[-2]
-
-
-def test_merged_convolutions_that_lose_stay(result):
-    lines = merge_table(
-        result(
-            [
-                {
-                    "name": "test_first_convs[x]",
-                    "group": "net 2x3",
-                    "extra_info": {"merged": merged},
-                    **seconds(value),
-                }
-                for merged, value in ((False, 0.1), (True, 0.2))
-            ]
-        )
-    )
-    assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
 
 
 def test_step_benchmarks_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
