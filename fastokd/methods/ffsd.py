@@ -17,7 +17,7 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.losses.options import Impl, Reduction, integer, loss_options
 from fastokd.methods.layers import FusionHead, depthwise_pointwise, run_head, run_stages, stages
 from fastokd.methods.method import Method, Schedule, ramp_up
 from fastokd.methods.modules import (
@@ -196,6 +196,7 @@ class FFSDLoss(MethodLoss):
 
 def ffsd_graph(num_students: int = 2, *rest: Any, **options: Any) -> Graph:
     """The graph of ``FFSDLoss`` for K students."""
+    integer(2, "K", low=2).check("num_students", num_students)
     return FFSDLoss(num_students + 1, *rest, **options).graph
 
 
