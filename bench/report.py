@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_tables, machine_code, roofline
-from bench.pages import page_with, short, update
+from bench.pages import columns, page_with, short, update
 from bench.plots import draw_speedups
 from bench.suite_tables import (
     NOT_MEASURED,
@@ -93,20 +93,10 @@ def machine_code_table(path: Path) -> list[str]:
         "",
         *markdown_table(
             [
-                (
-                    "for",
-                    "branches",
-                    "preset",
-                    "dtype",
-                    "B",
-                    "C",
-                    "kernel",
-                    "registers",
-                    "spills",
-                    "16-byte loads",
-                    "exponentials per class",
-                    "instructions",
-                    "per class in the loop",
+                columns(
+                    "for | branches | preset | dtype | B | C | kernel | registers | spills | "
+                    "16-byte loads | exponentials per class | instructions | "
+                    "per class in the loop"
                 ),
                 *rows,
             ]
@@ -225,15 +215,9 @@ def _step_benchmark_table(path: Path, found: dict[str, Any], figure: Path) -> li
         "",
         *markdown_table(
             [
-                (
-                    "row",
-                    "images/s",
-                    "slowest-fastest",
-                    "ms/step",
-                    "x first",
-                    "loss",
-                    "GPU memory",
-                    "start, s",
+                columns(
+                    "row | images/s | slowest-fastest | ms/step | x first | loss | GPU memory | "
+                    "start, s"
                 ),
                 *rows,
             ]

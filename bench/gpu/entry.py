@@ -45,6 +45,21 @@ the minutes there are.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; returns the exit code."""
+    try:
+        return run_parts(_parser().parse_args(arguments))
+    except FastOKDError as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        print(
+            f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call"
+            " continues",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
@@ -63,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--runs",
         type=Path,
         default=Path("runs/bench-gpu"),
-        help=(
-            "folder for run folders and drawn pictures, to go on within a run (default"
-            " runs/bench-gpu)"
-        ),
+        help="folder for run folders and drawn images, to resume a run (default runs/bench-gpu)",
     )
     parser.add_argument(
         "--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)"
@@ -100,19 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes"
     )
-    options = parser.parse_args(arguments)
-    try:
-        return run_parts(options)
-    except FastOKDError as error:
-        print(f"bench.gpu: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        print(
-            f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call"
-            " goes on",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
+    return parser
 
 
 def run_parts(options: argparse.Namespace) -> int:
@@ -195,10 +195,8 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         if results.has(row.name):
             continue
         if context.minutes_left() < row.minutes:
-            left[row.name] = (
-                f"needs at least {row.minutes:g} minutes, {max(0.0, context.minutes_left()):.1f}"
-                " were left"
-            )
+            minutes = max(0.0, context.minutes_left())
+            left[row.name] = f"needs at least {row.minutes:g} minutes, {minutes:.1f} were left"
             continue  # a smaller one may still fit
         _free(context.device)
         begun = time.monotonic()
@@ -211,38 +209,36 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         except (Refused, StorageError, Preempted):
             raise
         except Exception as error:  # a row that cannot run must not lose the others
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            failed = {
-                "error": f"{type(error).__name__}: {first_line(error)}",
-                "where": [
-                    f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
-                    for frame in frames
-                ],
-            }
-            entries = (
-                results.find(row.name) or {}
-            ) | failed  # what is there of the row is gone on with
+            # A later call continues from the row's finished entries.
+            entries = (results.find(row.name) or {}) | _failure(error)
         measured += 1
         results.put({"row": row.name, **entries})
         if "error" in entries:
             _check_answering(context.device, entries["error"])
-        print(
-            f"  {row.name} ({time.monotonic() - begun:.1f} s): "
-            + (
-                f"{entries['error']} ({'; '.join(entries['where'])})"
-                if "error" in entries
-                else part.line(entries)
-            ),
-            flush=True,
-        )
+        if "error" in entries:
+            outcome = f"{entries['error']} ({'; '.join(entries['where'])})"
+        else:
+            outcome = part.line(entries)
+        print(f"  {row.name} ({time.monotonic() - begun:.1f} s): {outcome}", flush=True)
     results.finish(left)
-    missing = (
-        f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
-    )
+    missing = ""
+    if left:
+        missing = f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})"
     print(
         f"{part.name}: {measured} rows in {time.monotonic() - started:.1f} s{missing}; {path}",
         flush=True,
     )
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The entries of a row that failed: the error and the innermost calls."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return {
+        "error": f"{type(error).__name__}: {first_line(error)}",
+        "where": [
+            f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames
+        ],
+    }
 
 
 def _free(device: torch.device) -> None:

@@ -206,12 +206,8 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
         "cross-entropy": lambda: F.cross_entropy(student, target),
         "KL": lambda: divergence(kl_div),
     }[name]
-    plan, fused, leaves, both = (
-        lower(SINGLES[name]),
-        _fused(context),
-        inputs.leaves(),
-        (False, True),
-    )
+    plan, fused = lower(SINGLES[name]), _fused(context)
+    leaves, both = inputs.leaves(), (False, True)
     cases = _in_modes(
         PASSES,
         leaves,
@@ -223,25 +219,13 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
     )
     cases |= _kernel_cases(plan, inputs, fused)
     reasons = {}
-    liger, quack = (
-        _import("liger_kernel", "liger_kernel.transformers"),
-        _import("quack", "quack.cross_entropy"),
-    )
+    liger = _import("liger_kernel", "liger_kernel.transformers")
+    quack = _import("quack", "quack.cross_entropy")
     if isinstance(liger, str):
         reasons["liger"] = liger
     elif name == "KL":
-        cases |= _in_modes(
-            PASSES,
-            leaves,
-            {
-                "liger": (
-                    partial(
-                        divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
-                    ),
-                    both,
-                )
-            },
-        )
+        kl_loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+        cases |= _in_modes(PASSES, leaves, {"liger": (partial(divergence, kl_loss), both)})
     else:
         # It leaves the gradient where the logits were, so it gets logits of its own, and is timed
         # on what its last call left there.

@@ -58,24 +58,11 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            "--tb=short",
-            "--continue-on-collection-errors",
-            "-p",
-            recorder.__name__,
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            f"faulthandler_timeout={_HANG_SECONDS}",
-            "-m",
-            "gpu",
-            *files,
-            *extra,
-        ]
+        options = (
+            "-v --tb=short --continue-on-collection-errors -m gpu -p no:cacheprovider"
+            f" -p {recorder.__name__} -o faulthandler_timeout={_HANG_SECONDS}"
+        )
+        command = [sys.executable, "-m", "pytest", *options.split(), *files, *extra]
         # A session of its own: what the tests start is killed with them. It is nobody's worker,
         # whoever calls this.
         surroundings = {
