@@ -292,7 +292,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     )
     assert (
         capsys.readouterr().err
-        == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+        == "bench.gpu: interrupted; the rows so far are kept, and a later call continues\n"
     )
 
 
