@@ -246,9 +246,9 @@ def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
     [
         ({"loader": "dalli"}, "unknown loader 'dalli'"),
         ({"bad_images": "skip"}, "unknown bad_images 'skip'"),
-        ({"mixup": -1.0}, "mixup=-1.0: it must be an alpha above 0, or 0 for none"),
+        ({"mixup": -1.0}, "mixup=-1.0: it must be at least 0"),
         ({"cutmix": float("nan")}, "cutmix=nan"),
-        ({"padding": "black"}, "padding='black': it must be zero or reflect"),
+        ({"padding": "black"}, r"unknown padding 'black' \(choices: reflect, zero\)"),
         ({"resize_schedule": {3: 8}}, "of epochs from 0 to 2"),
         ({"resize_schedule": {-1: 8}}, "of epochs from 0 to 2"),
         ({"resize_schedule": {0: 2}}, "sizes of at least 4 pixels"),
@@ -285,4 +285,4 @@ def test_schedules_are_read_and_written(capsys):
         with pytest.raises(ConfigError, match=r"resize_schedule=.* has the wrong type"):
             load_config(text, "here")
     assert cli.main(["train", "--data", "digits", "--resize-schedule", "0-8"]) == 2
-    assert "resize schedule '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err
+    assert "--resize-schedule: '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err
