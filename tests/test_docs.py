@@ -48,7 +48,7 @@ ELSEWHERE = {
 """Pages and languages of blocks that another file runs, because it looks closely at what they
 do.
 """
-PROGRAMS = ("fastokd", "make")
+PROGRAMS = ("fastokd", "make", "pip")
 """What a line of a block that is run may start with; that make's targets exist is looked at
 apart.
 """
@@ -141,18 +141,14 @@ def given_names(page: str) -> dict[str, object]:
     """What a page's snippets take for granted."""
     target = torch.tensor([0, 1, 2, 0])
     if page == "README.md":
-        network = create_model("resnet8", num_classes=3, num_branches=4, aux_blocks=0)
-
-        def model(images):
-            result = network(images)
-            return result.logits, result.scores
-
         images = torch.randn(4, 3, 32, 32)
+        output = create_model("resnet8", num_classes=3, num_branches=4, aux_blocks=0)(images)
         return {
-            "model": model,
-            "loader": [(images, target)],
             "images": images,
-            "range": lambda epochs: [epochs // 2],
+            "branch_logits": output.logits,
+            "scores": output.scores,
+            "target": target,
+            "kd_weight": 0.5,
         }
     rows = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
     return {
@@ -235,6 +231,7 @@ def run_snippet(block: Block, names: dict[str, object]) -> str:
 def check_names(page: str, names: dict[str, object]) -> None:
     """That the snippets of a page did what it says."""
     if page == "README.md":
+        torch.testing.assert_close(names["loss"], names["by_hand"])
         assert names["logits"].shape == (4, 3)
         assert names["record"]["classes"] == ["blue", "green", "red"]
     if page == "docs/bring-your-own.md":
