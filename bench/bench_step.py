@@ -38,7 +38,7 @@ CASES = ["ahbf, research style", "student alone", "ahbf", "ahbf, every lever"]
 
 
 def make_step(case: str) -> ResearchStep | EngineStep:
-    """What ``advance`` of a case runs."""
+    """The step of a case."""
     config, images = first_row(CONFIG, DEVICE), synthetic_images(CONFIG)
     if case == "ahbf, research style":
         return ResearchStep(config, images, DEVICE)

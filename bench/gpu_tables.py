@@ -55,7 +55,7 @@ def environment_lines(path: Path) -> list[str]:
 
 
 def tests_lines(path: Path) -> list[str]:
-    """How many GPU tests passed, and those that did not."""
+    """The counts of passed GPU tests, and the failures."""
     found, rows = _read(path)
     groups = [
         (
@@ -125,7 +125,7 @@ def kernel_tables(path: Path) -> list[str]:
 def _single_table(singles: Rows, bandwidth: float) -> list[str]:
     return [
         (
-            "Single losses, beside other libraries: the cross-entropy of a batch, and the KL"
+            "Single losses, compared with other libraries: the cross-entropy of a batch, and the KL"
             f" to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. PyTorch's"
             " functions compute in the dtype of the logits, where ours computes in float32."
             " Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its"
@@ -254,7 +254,7 @@ def _kernel_rows(
 
 
 def profile_tables(path: Path) -> list[str]:
-    """Where the time of a step with every lever goes, by kernel."""
+    """The time of a step with every optimization, by kernel."""
     found, rows = _read(path)
     lines = [_made_by(path, found), ""]
     for row in rows:
@@ -333,7 +333,7 @@ def data_tables(path: Path) -> list[str]:
 
 
 def accuracy_tables(path: Path) -> list[str]:
-    """The runs' errors beside the papers', with what differs from these said plainly; then the
+    """The runs' errors and the papers', with the differences of their settings; then the
     errors of all rows of logits.
     """
     found, rows = _read(path)
@@ -455,7 +455,7 @@ def _made_by(path: Path, found: dict[str, Any]) -> str:
 
 
 def _missing(found: dict[str, Any]) -> list[str]:
-    """What is still to be measured."""
+    """The missing rows."""
     if found["complete"]:
         return []
     left = list(found["left"])

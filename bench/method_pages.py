@@ -27,7 +27,7 @@ EPOCHS = 300  # of most of the published runs; ramps are stated for it
 
 
 def meanings(function: Callable[..., Any]) -> dict[str, str]:
-    """What a docstring says of each argument."""
+    """The description of each argument in a docstring."""
     _, _, arguments = (inspect.getdoc(function) or "").partition("Args:\n")
     found: dict[str, str] = {}
     names: list[str] = []
@@ -66,7 +66,7 @@ def _ramp(method: Method, preset: str) -> str:
 
 
 def layout(method: Method) -> list[str]:
-    """How the networks are laid out, and which is kept."""
+    """The layout of the networks, and the kept one."""
     presets = list(method.loss_class.presets)
     ramps = [_ramp(method, preset) for preset in presets]
     ramp = (
@@ -170,8 +170,8 @@ def spread(values: list[float] | None) -> str:
 
 
 def comparison(path: Path) -> list[str]:
-    """Every method on the embedded digits, from the result file of ``bench.methods``; nothing if
-    there is none.
+    """Every method on the embedded digits, from the result file of ``bench.methods``; empty without
+    one.
     """
     if not path.is_file():
         return []

@@ -25,7 +25,7 @@ def page_with(text: str, block: str) -> str:
 
 
 def update(page: Path, made: Callable[[str], str], module: str, arguments: list[str]) -> int:
-    """Make a page anew from its text, or with ``--check`` compare it; returns the exit code."""
+    """Regenerate a page from its text, or with ``--check`` compare it; returns the exit code."""
     text = page.read_text(encoding="utf-8")
     new = made(text)
     if arguments == ["--check"]:

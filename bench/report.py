@@ -44,9 +44,7 @@ END = "<!-- end -->"
 
 
 def machine_code_table(path: Path) -> list[str]:
-    """What the compiled kernels cost; one number for several generations of GPUs where they
-    agree.
-    """
+    """The costs of the compiled kernels; one number for GPU generations that agree."""
     found = read(path)
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in found["rows"]:
@@ -105,9 +103,7 @@ def machine_code_table(path: Path) -> list[str]:
 
 
 def roofline_table(path: Path) -> list[str]:
-    """What the model predicts for every chip, and what was measured of the same kernels, where it
-    was.
-    """
+    """The model's predictions for every chip, and the measured times of the same kernels."""
     found = read(path)
     chips = roofline.CHIPS.values()
     predicted = [
@@ -316,7 +312,7 @@ def current(text: str, parts: Mapping[str, list[str]], page: Path) -> str:
 
 
 def pictures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], Path], Path]]]:
-    """Every picture of the page: what it shows, and what draws it."""
+    """Every figure of the page: its data, and the function that draws it."""
     found: dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], Path], Path]]] = {}
     for path in sorted(RESULTS.glob("step-*.json")):
         found |= {

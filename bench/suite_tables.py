@@ -40,9 +40,7 @@ def _grouped(
 
 
 def _ratio(providers: Mapping[str, Benchmark], one: str, other: str) -> float | None:
-    """How many times as long the median of one takes as the other's; None where one of the two was
-    not measured.
-    """
+    """The median of one provider divided by another's; None if one was not measured."""
     if one not in providers or other not in providers:
         return None
     return providers[one]["stats"]["median"] / providers[other]["stats"]["median"]
@@ -88,7 +86,7 @@ def loss_table(path: Path) -> list[str]:
 
 
 def speedups(path: Path) -> dict[str, Any]:
-    """What the picture of the same shows."""
+    """The data of the figure."""
     found = read(path)
     rows = []
     for (batch, classes, mode), providers in _grouped(
@@ -257,7 +255,7 @@ def start_table(path: Path) -> list[str]:
         made_by(path, found),
         "Whole processes, in milliseconds.",
         "",
-        *markdown_table([("what", "median", "p25-p75", "beside", "x beside"), *rows]),
+        *markdown_table([("process", "median", "p25-p75", "baseline", "x baseline"), *rows]),
     ]
 
 

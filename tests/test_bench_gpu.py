@@ -381,7 +381,7 @@ def test_a_damaged_file_is_put_aside(tmp_path, text):
     path = tmp_path / "toy-x.json"
     path.write_text(text)
     results = Results(path, "toy", {}, CPU)
-    assert "begun anew" in results.note
+    assert "started again" in results.note
     assert not results.rows
     (aside,) = tmp_path.glob("earlier/*")
     assert aside.read_text() == text

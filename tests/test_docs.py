@@ -402,6 +402,6 @@ def test_the_site_is_built_and_needs_no_other_server(tmp_path):
         assert "flowchart LR" not in html, f"{name}: a drawing that is not SVG"
     assert pages["methods/ahbf.html"].count("<math") > 1
     assert "<title>ahbf</title>" in pages["methods/ahbf.html"]
-    assert "who may import whom" in pages["architecture.html"]
+    assert "packages, and their allowed imports" in pages["architecture.html"]
     assert "ArgumentParser" in pages["own-loop.html"]
     assert 'id="fastokd.losses.AHBFLoss"' in pages["reference.html"]

@@ -1,7 +1,7 @@
 """ResNet-32 alone and taught, on CIFAR-10: the papers' recipes, with their schedule scaled to the
 plan's epochs.
 
-The first call writes the plan (epochs, seeds, runs) into the result file, and later calls go on
+The first call writes the plan (epochs, seeds, runs) into the result file, and later calls continue
 with it: run after run, seed after seed, and within a run where it was stopped, if its folder is
 still there.
 """
@@ -102,7 +102,7 @@ def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainCo
 
 
 def _data(context: Context) -> str | None:
-    """What ``--data`` says; else CIFAR-10 (JPEG), unpacked once, where it lies beside the checkout;
+    """``--data``; by default CIFAR-10 (JPEG) next to the checkout, unpacked once;
     the dry run has small images.
     """
     if context.data is not None or context.dry:
@@ -153,7 +153,7 @@ def _plan(context: Context, results: Results) -> dict[str, Any]:
         if wanted is not None and wanted != plan[name]:
             raise Refused(
                 f"--{name} {wanted}: the plan in {results.path} has {plan[name]}; leave it out to"
-                " go on with that, or begin anew with --again"
+                " continue with that, or start again with --again"
             )
     return plan
 
@@ -190,7 +190,7 @@ def _train(
         if signals.heard:
             raise
         raise OutOfMinutes(
-            f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call goes on there"
+            f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call continues there"
             f" if {folder} is still there"
         ) from None
     return {
@@ -222,12 +222,12 @@ def _note_data(context: Context, results: Results, about: dict[str, Any]) -> Non
     elif before["fingerprint"] != now["fingerprint"]:
         raise Refused(
             f"the rows in {results.path} are of other images ('{before['name']}') than"
-            f" {_data(context)} has; give those, or begin anew with --again"
+            f" {_data(context)} has; pass those, or start again with --again"
         )
 
 
 def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:
-    """What a run's records say: the accuracies in [0, 1] of every row of logits after the last
+    """The results of a run: the accuracies in [0, 1] of every row of logits after the last
     epoch and after the student's best (numbered from 1), the minutes of training alone, and the
     images per second of the median epoch.
     """

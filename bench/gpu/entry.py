@@ -2,7 +2,7 @@
 N``.
 
 Parts run in the order of their worth, and each writes its JSON file row by row: a call that is
-ended loses the row it was at, and the next one goes on with the rows that are missing.
+ended loses the current row, and the next call continues with the missing rows.
 ``--dry-run`` goes through the same code on the CPU with tiny sizes.
 """
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="begin the parts anew; what there is goes to the folder 'earlier' beside it",
+        help="start the parts again; existing results are moved to the folder 'earlier'",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes"
@@ -139,7 +139,7 @@ def run_parts(options: argparse.Namespace) -> int:
         )
     if options.pictures is not None and not options.pictures.is_dir():
         raise ConfigError(
-            f"--pictures {options.pictures}: no such folder; leave it out, and some are drawn"
+            f"--pictures {options.pictures}: no such folder; omit it to generate images"
         )
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     label = (
@@ -160,7 +160,7 @@ def run_parts(options: argparse.Namespace) -> int:
         options.seeds,
     )
     os.chdir(ROOT)  # where the tests are
-    # What is wrong is said now, not when the minutes of other parts are spent.
+    # Errors are reported now, not after the minutes of other parts.
     for folder in (context.out, context.runs):
         _check_writable(folder)
     chosen = [PARTS[name] for name in options.parts or PARTS]
@@ -187,7 +187,7 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
     if results.note:
         print(f"{part.name}: {results.note}", flush=True)
     if results.complete:
-        print(f"{part.name}: {path} is complete; --again measures it anew", flush=True)
+        print(f"{part.name}: {path} is complete; --again measures it again", flush=True)
         return
     started, measured = time.monotonic(), 0
     left: dict[str, str] = {}
@@ -242,9 +242,7 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _free(device: torch.device) -> None:
-    """Let go of what the row before had, and of what was compiled for it: others' counts against
-    dynamo's limits.
-    """
+    """Release the previous row's memory and compiled code, which counts against dynamo's limits."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -252,7 +250,7 @@ def _free(device: torch.device) -> None:
 
 
 def _check_answering(device: torch.device, error: str) -> None:
-    """End the call where a row has left the GPU in a state in which every other would fail too.
+    """End the call if a row left the GPU in a state in which every other row would fail too.
 
     Raises:
         ConfigError: it has.

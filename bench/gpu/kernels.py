@@ -1,4 +1,4 @@
-"""The losses alone: the graphs of AHBF at seven sizes, single losses beside other libraries, every
+"""The losses alone: the graphs of AHBF at seven sizes, single losses of other libraries, every
 method's graph at one size.
 """
 
@@ -50,7 +50,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a graph is evaluated on: the arguments of ``evaluate`` after the plan, and what
+    """The inputs of a graph: the arguments of ``evaluate`` after the plan, and what
     gradients are taken for.
     """
 
@@ -67,7 +67,7 @@ class Inputs:
         return [value for value in (*self.logits, *self.weights) if value.requires_grad]
 
     def least_bytes(self) -> tuple[int, int]:
-        """What must be moved: for the forward pass every row read once, with gradients these
+        """The bytes to move: for the forward pass every row read once, with gradients these
         written once too.
         """
         read = sum(value.nbytes for value in (*self.logits, *self.externals))
@@ -139,8 +139,8 @@ def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequenc
 
 
 def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
-    """What a step runs: loss and gradients at once, and the mean, as the others have it. And the
-    kernels without anything beside them.
+    """The computation of a step (loss and gradients in one pass, and the mean) and the kernels
+    alone.
     """
 
     def at_once() -> Any:
@@ -227,12 +227,12 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
         kl_loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
         cases |= _in_modes(PASSES, leaves, {"liger": (partial(divergence, kl_loss), both)})
     else:
-        # It leaves the gradient where the logits were, so it gets logits of its own, and is timed
-        # on what its last call left there.
+        # It overwrites the logits with their gradient, so it gets separate logits and is timed on
+        # the result of its last call.
         loss, own = liger.LigerCrossEntropyLoss(), student.detach().clone().requires_grad_()
         cases |= _in_modes(PASSES, [own], {"liger": (lambda: loss(own, target), both)})
     if isinstance(quack, str) or name == "KL":
-        reasons["quack"] = quack if isinstance(quack, str) else "it has none"
+        reasons["quack"] = quack if isinstance(quack, str) else "no such loss"
     else:
         cases |= _in_modes(
             PASSES,

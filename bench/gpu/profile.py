@@ -1,4 +1,4 @@
-"""Where the time of a step with every lever goes: a trace for Perfetto, and a table of the
+"""The time of a step with every optimization: a trace for Perfetto, and a table of the
 kernels.
 """
 
@@ -33,7 +33,7 @@ _NAME = 160
 def kernel_summary(
     events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU
 ) -> dict[str, Any]:
-    """What a trace says of the device.
+    """Device times of a trace.
 
     Args:
         events: those of a Chrome trace, times in microseconds.

@@ -20,7 +20,7 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import ROOT, Results
 
 ALONE = ("test_triton_gpu.py", "test_step_gpu.py")
-"""Files that are a group of their own, and come first: the kernels, then the step; the others are
+"""Files that are separate groups and run first: the kernels, then the step; the others are
 one group.
 """
 LIMIT_SECONDS = 300.0
@@ -49,10 +49,8 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         extra: further arguments of pytest.
 
     Returns:
-        How many tests passed, failed and so on; the message of each that failed, and the end of
-        where; and where not everything
-        went well, what (``partial``), the tests that had begun and not ended, and the end of what
-        was printed.
+        The counts of outcomes and the message of each failure; after a failure also the reason
+        (``partial``), the unfinished tests, and the end of the output.
     """
     started, killed = time.monotonic(), False
     with tempfile.TemporaryDirectory() as folder:
@@ -63,8 +61,8 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
             f" -p {recorder.__name__} -o faulthandler_timeout={_HANG_SECONDS}"
         )
         command = [sys.executable, "-m", "pytest", *options.split(), *files, *extra]
-        # A session of its own: what the tests start is killed with them. It is nobody's worker,
-        # whoever calls this.
+        # A new session, so that processes started by tests are killed with them. Variables of
+        # pytest-xdist are removed: this is not one of its workers.
         surroundings = {
             name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
         }
@@ -116,7 +114,7 @@ def _kill(process: subprocess.Popen[str]) -> str:
 
 
 def _outcomes(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the recorder wrote."""
+    """The outcomes that the recorder wrote."""
     ended = {line["ended"] for line in lines if "ended" in line}
     found: dict[str, Any] = {
         kind: sum(line.get("outcome") == kind for line in lines) for kind in COUNTED
