@@ -122,6 +122,51 @@ def _components(edges: dict[str, set[str]]) -> list[list[str]]:
     return components
 
 
+MOST_LINES = {"file": 600, "function body": 60, "fastokd": 27_000, "library": 8_000}
+LIBRARY = ("graph", "ops", "losses", "methods", "models")
+MOST_PARAMETERS = 15
+
+
+def test_files_and_functions_are_short():
+    too_long = []
+    for path in [*_sources(), *sorted((ROOT / "bench").rglob("*.py"))]:
+        name, text = path.relative_to(ROOT), path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MOST_LINES["file"]:
+            too_long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                too_long += [f"{name}: {node.name}: {reason}" for reason in _excess(node, path)]
+    assert too_long == []
+
+
+def _excess(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> list[str]:
+    """The limits that a function exceeds."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+    arguments = node.args
+    count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+    return [
+        *([f"body of {lines} lines"] if lines > MOST_LINES["function body"] else []),
+        # Kernels take one parameter per tensor.
+        *(
+            [f"{count} parameters"]
+            if count > MOST_PARAMETERS and "kernels" not in path.parts
+            else []
+        ),
+    ]
+
+
+def test_package_and_library_stay_small():
+    lines = {
+        package: sum(path.read_text(encoding="utf-8").count("\n") for path in folder.rglob("*.py"))
+        for package in LIBRARY
+        if (folder := PACKAGE / package)
+    }
+    assert sum(lines.values()) <= MOST_LINES["library"], lines
+    total = sum(path.read_text(encoding="utf-8").count("\n") for path in PACKAGE.rglob("*.py"))
+    assert total <= MOST_LINES["fastokd"]
+
+
 @pytest.mark.parametrize("package", ["analysis", "demo", "recipes", "sweep"])
 def test_moved_package_works_with_a_warning(package):
     code = f"""
