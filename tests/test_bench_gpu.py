@@ -862,9 +862,10 @@ def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "cifar10-jpeg" / "train", "train")
     shutil.rmtree(tmp_path / "cifar10-jpeg")
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", (tmp_path / "none.tar.xz",))
     assert f"no --data, and no {tmp_path / 'none.tar.xz'}" in accuracy._refusal(context)
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "cifar10-jpeg.tar.xz")
+    archives = (tmp_path / "none.tar.xz", tmp_path / "cifar10-jpeg.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", archives)
     assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
     assert picture.read_bytes() == b"a picture"
     monkeypatch.setattr("tarfile.open", lambda *_: pytest.fail("unpacked again"))
@@ -873,6 +874,6 @@ def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
 
 
 def test_accuracy_without_data_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", (tmp_path / "none.tar.xz",))
     context = Context(CPU, "x", tmp_path, tmp_path, 0.0, False)
     assert "--data" in accuracy._refusal(context)
