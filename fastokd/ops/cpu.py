@@ -7,7 +7,7 @@ import ctypes
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ABI_VERSION = 1
 _NATIVE = Path(
     os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
 )
-"""Where the library lies. The variable is for builds of one's own, such as one with sanitizers."""
+"""The folder of the library. The variable selects another build, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _NO_MEMORY = 8
@@ -33,14 +33,12 @@ _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
 class LibraryUnusable(Exception):
-    """The library is absent, or not one that this fastokd can call; the message says why and what
-    to do.
-    """
+    """The library is absent or incompatible; the message has the reason and the fix."""
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log;
-    empty if nothing was built.
+    """The record of the build: status, reason, compiler, flags, ABI number, tail of the log; empty
+    if nothing was built.
 
     Raises:
         LibraryUnusable: the file is damaged.
@@ -104,7 +102,7 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none. Either is final for this process."""
+    """The library, or the reason why there is none; fixed for the process."""
     try:
         library = open_library()
     except LibraryUnusable as error:
@@ -119,7 +117,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def available_isas(library: ctypes.CDLL) -> list[str]:
-    """The instruction sets that this build has and this machine can run, best first."""
+    """The instruction sets that both the build and the machine support, best first."""
     names: list[str] = []
     while name := library.fastokd_isa(len(names)):
         names.append(name.decode())
@@ -127,8 +125,8 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 class CompiledPlan:
-    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by
-    default the best.
+    """A plan decoded by the library, for an instruction set of ``available_isas``, by default the
+    best.
 
     Raises:
         ValueError: the library refuses the plan.
@@ -160,7 +158,19 @@ class CompiledPlan:
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
         weakref.finalize(self, library.fastokd_plan_destroy, handle)
 
-    def check(self, status: int) -> None:
+    def run(self, function: str, inputs: Inputs, *arguments: Any) -> None:
+        """Call a function of the library on the tensors of ``inputs``.
+
+        Raises:
+            MemoryError, ValueError: the library failed; the message has its reason.
+        """
+        first = inputs.logits[0]
+        tensors = _describe((*inputs.logits, *inputs.weights, *inputs.externals), inputs.target)
+        term_weights = inputs.term_weights.to(compute_dtype(first)).contiguous()
+        call, threads = getattr(self.library, function), torch.get_num_threads()
+        status = call(
+            self.handle, *first.shape, tensors, term_weights.data_ptr(), *arguments, threads
+        )
         if status:
             message = self.library.fastokd_status_message(status).decode()
             raise (
@@ -212,78 +222,38 @@ class CPUExecutor:
         return _compiled(plan).num_stats
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        rows, terms, stats = outputs = _outputs(compiled, plan, first)
-        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
-        compiled.check(
-            compiled.library.fastokd_forward(
-                compiled.handle,
-                *first.shape,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
+        compiled = _compiled(plan)
+        outputs = _outputs(compiled, plan, inputs.logits[0])
+        compiled.run("fastokd_forward", inputs, *_addresses(outputs))
         return outputs
 
     def backward(
         self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        dtype = compute_dtype(first)
-        term_weights = inputs.term_weights.to(dtype).contiguous()
-        grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
-        grads, places = _gradients(inputs, needs)
-        compiled.check(
-            compiled.library.fastokd_backward(
-                compiled.handle,
-                *first.shape,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                stats.data_ptr(),
-                _describe((), grad_rows),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        grad_rows, stats = grad_rows.to(compute_dtype(inputs.logits[0])), stats.contiguous()
+        grads, addresses = _gradients(inputs, needs)
+        results = stats.data_ptr(), _describe((), grad_rows), addresses
+        _compiled(plan).run("fastokd_backward", inputs, *results)
         return grads
 
     def forward_backward(
         self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        rows, terms, stats = _outputs(compiled, plan, first)
-        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
-        batch, classes = first.shape
+        compiled, batch = _compiled(plan), inputs.logits[0].shape[0]
+        outputs = rows, terms, _ = _outputs(compiled, plan, inputs.logits[0])
         upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
-        grads, places = _gradients(inputs, needs)
-        compiled.check(
-            compiled.library.fastokd_forward_backward(
-                compiled.handle,
-                batch,
-                classes,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                _describe((), upstream),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        grads, addresses = _gradients(inputs, needs)
+        results = *_addresses(outputs), _describe((), upstream), addresses
+        compiled.run("fastokd_forward_backward", inputs, *results)
         return rows, terms, grads
 
 
-def _describe_inputs(inputs: Inputs) -> ctypes.Array[ctypes.c_int64]:
-    return _describe((*inputs.logits, *inputs.weights, *inputs.externals), inputs.target)
+def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for rows [B], terms [T, B] and statistics [num_stats, B]."""
+    """Empty tensors for rows [B], terms [T, B] and statistics [num_stats, B]."""
     batch, dtype = first.shape[0], compute_dtype(first)
     return (
         torch.empty(batch, dtype=dtype),

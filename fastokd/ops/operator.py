@@ -6,6 +6,7 @@ The operator is defined with ``torch.library`` primitives and stays opaque to tr
 formula with the operator.
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -34,77 +35,38 @@ _library.define(
 )
 
 
-def _forward(
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    return load(executor).forward(plan, Inputs(logits, weights, externals, target, term_weights))
+# The implementations take the arguments of the schemas above: those of ``Inputs`` in its order, the
+# encoded plan, and the name of the executor.
 
 
-def _forward_fake(
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, ints, floats, executor = arguments
+    plan = decode_plan(tuple(ints), tuple(floats))
+    return load(executor).forward(plan, Inputs(*tensors))
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, ints, floats, executor = arguments
+    plan, first = decode_plan(tuple(ints), tuple(floats)), tensors[0][0]
+    batch, dtype = first.shape[0], compute_dtype(first)
     shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
-    rows, terms, stats = (logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
-    return rows, terms, stats
+    return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _backward(
-    grad_rows: Tensor,
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    stats: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    inputs = Inputs(logits, weights, externals, target, term_weights)
+def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, stats, ints, floats, executor, needs = arguments
+    plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
     # An operator's list result cannot hold None, so a gradient that is not needed is an empty
     # tensor. Layouts are those of the fake.
-    return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+    empty = inputs.logits[0].new_empty
+    return [empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
-def _backward_fake(
-    grad_rows: Tensor,
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    stats: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def _backward_fake(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
+    logits, weights, needs = arguments[0], arguments[1], arguments[-1]
     return [
-        (
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            if need
-            else logits[0].new_empty(0)
-        )
+        tensor.new_empty(tensor.shape) if need else logits[0].new_empty(0)
         for tensor, need in zip((*logits, *weights), needs, strict=True)
     ]
 
@@ -174,30 +136,13 @@ class _GraphFunction(torch.autograd.Function):
         count = len(logits) + len(weights)
         needs = list(ctx.needs_input_grad[4 : 4 + count])
         with torch.no_grad():
-            grads = torch.ops.fastokd.graph_backward(
-                grad_rows,
-                logits,
-                weights,
-                externals,
-                target,
-                term_weights,
-                stats,
-                ints,
-                floats,
-                ctx.executor,
-                needs,
-            )
+            arguments = (logits, weights, externals, target, term_weights, stats, ints, floats)
+            grads = torch.ops.fastokd.graph_backward(grad_rows, *arguments, ctx.executor, needs)
             grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
-            kept = [
-                (
-                    None
-                    if grad is None
-                    else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
-                )
-                for grad in kept
-            ]
+            once = functools.partial(_NoSecondDerivative.apply, ctx.executor)
+            kept = [None if grad is None else once(grad, grad_rows, *tensors) for grad in kept]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
 
     @staticmethod
@@ -205,13 +150,12 @@ class _GraphFunction(torch.autograd.Function):
         raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call. Kept here it is not made anew each time,
-# 10 of 130 microseconds.
+# torch binds the arguments to the signature in every call; caching it saves 10 of 130 microseconds.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Hands a gradient through, and refuses to be differentiated by what it was computed from."""
+    """The identity on a gradient, which raises an error when it is differentiated again."""
 
     @staticmethod
     def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -249,7 +193,7 @@ def evaluate(
     term_weights: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Execute a plan on the tensors of ``Inputs``; no gradient flows into target and externals.
+    """Execute a plan on the tensors of ``Inputs``. Target and externals are constants.
 
     Returns:
         The loss of each row [B], and the unweighted value of each term [T, B], detached.
@@ -260,8 +204,7 @@ def evaluate(
     first = logits[0]
     executor = _executor_for(impl, plan, first.device.type, first.dtype)
     if executor == "reference":
-        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile
-        # work through it.
+        # Plain autograd: nothing is recomputed, and second derivatives and torch.compile work.
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
     rows, terms, _ = _GraphFunction.apply(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec
+from fastokd.kernels.triton.spec import FIRST_PASS, MAIN_PASS, NORMALIZED_PASS, Spec
 from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
@@ -46,7 +46,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction, whatever the graph; a few where rows are few and long. See
+    """One kernel per direction for every graph, or a few for few long rows; see
     ``fastokd.kernels.triton``.
     """
 
@@ -78,49 +78,30 @@ class TritonExecutor:
         return int(specialize(plan).num_stats)
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        spec = specialize(plan)
-        term_weights, first = inputs.term_weights, inputs.logits[0]
-        batch = first.shape[0]
-        rows = term_weights.new_empty(batch)
-        terms = term_weights.new_empty((spec.num_terms, batch))
-        # A [num_stats, B] tensor by contract; the kernels write it row after row, and only they
-        # read it.
-        stats = term_weights.new_empty((spec.num_stats, batch))
+        spec, batch = specialize(plan), inputs.logits[0].shape[0]
+        rows, terms = _outputs(spec, inputs)
+        # [num_stats, B] by contract; the kernels write it row after row, and only they read it.
+        stats = rows.new_empty((spec.num_stats, batch))
         if batch:
             tile = _tile(spec, inputs)
-            arguments = _arguments(inputs)
             if tile.splits > 1:
-                _forward_split(spec, tile, arguments, term_weights, rows, terms, stats)
+                _forward_split(spec, tile, inputs, rows, terms, stats)
             else:
-                _launch("forward", spec, tile, first, *arguments, term_weights, rows, terms, stats)
+                _launch("forward", spec, tile, inputs, outputs=(rows, terms, stats))
         return rows, terms, stats
 
     def backward(
         self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         spec = specialize(plan)
-        term_weights, first = inputs.term_weights, inputs.logits[0]
         grads = _gradients(inputs, needs)
-        if first.shape[0] and any(needs):
+        if inputs.logits[0].shape[0] and any(needs):
             tile = _tile(spec, inputs, needs, grad_rows.stride(0))
-            arguments = _arguments(inputs)
-            destinations = _destinations(grads, inputs)
             if tile.splits > 1:
-                _backward_split(
-                    spec, tile, *destinations, grad_rows, arguments, term_weights, stats
-                )
+                _backward_split(spec, tile, inputs, grads, grad_rows, stats)
             else:
-                _launch(
-                    "backward",
-                    spec,
-                    tile,
-                    first,
-                    *destinations,
-                    grad_rows,
-                    *arguments,
-                    term_weights,
-                    stats,
-                )
+                sources = *_destinations(grads, inputs), grad_rows
+                _launch("backward", spec, tile, inputs, sources, (stats,))
         return grads
 
     def forward_backward(
@@ -130,28 +111,28 @@ class TritonExecutor:
 
         Split rows run the kernels of both passes, because no program sees a whole row.
         """
-        spec = specialize(plan)
-        term_weights, first = inputs.term_weights, inputs.logits[0]
-        batch = first.shape[0]
-        rows = term_weights.new_empty(batch)
-        terms = term_weights.new_empty((spec.num_terms, batch))
+        spec, batch = specialize(plan), inputs.logits[0].shape[0]
         grads = _gradients(inputs, needs)
-        if batch:
-            tile = _tile(spec, inputs, needs, forward_backward=True)
-            arguments = _arguments(inputs)
+        rows, terms = _outputs(spec, inputs)
+        if not batch:
+            return rows, terms, grads
+        tile = _tile(spec, inputs, needs, forward_backward=True)
+        if tile.splits > 1:
+            stats = rows.new_empty((spec.num_stats, batch))
+            _forward_split(spec, tile, inputs, rows, terms, stats)
+            if any(needs):
+                grad_rows = rows.new_full((1,), 1 / batch)
+                _backward_split(spec, tile, inputs, grads, grad_rows, stats)
+        else:
             destinations = _destinations(grads, inputs)
-            if tile.splits > 1:
-                stats = term_weights.new_empty((spec.num_stats, batch))
-                _forward_split(spec, tile, arguments, term_weights, rows, terms, stats)
-                if any(needs):
-                    grad_rows = term_weights.new_full((1,), 1 / batch)
-                    _backward_split(
-                        spec, tile, *destinations, grad_rows, arguments, term_weights, stats
-                    )
-            else:
-                outputs = term_weights, rows, terms
-                _launch("forward_backward", spec, tile, first, *destinations, *arguments, *outputs)
+            _launch("forward_backward", spec, tile, inputs, destinations, (rows, terms))
         return rows, terms, grads
+
+
+def _outputs(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Empty tensors for rows [B] and terms [T, B]."""
+    batch, empty = inputs.logits[0].shape[0], inputs.term_weights.new_empty
+    return empty(batch), empty((spec.num_terms, batch))
 
 
 def _arguments(inputs: Inputs) -> _Arguments:
@@ -224,108 +205,67 @@ def _tile(
     )
 
 
-def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
-    batch = first.shape[0]
+def _run(
+    kernel: Any, grid: int, spec: Spec, tile: Tile, num_warps: int, *args: Any, **options: Any
+) -> None:
+    """Launch a kernel whose last arguments are the spec and the tile."""
+    kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
+
+
+def _launch(
+    which: str,
+    spec: Spec,
+    tile: Tile,
+    inputs: Inputs,
+    sources: tuple[Any, ...] = (),
+    outputs: tuple[Tensor, ...] = (),
+) -> None:
+    first = inputs.logits[0]
+    batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
+    arguments = *sources, *_arguments(inputs), inputs.term_weights, *outputs, batch, 0
+    grid, warps = -(-batch // tile.rows), tile.num_warps
     with _device_of(first):
-        KERNELS[which][(-(-batch // tile.rows),)](
-            *args,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            maxnreg=register_limit(which, spec.num_nodes),
-        )
+        _run(KERNELS[which], grid, spec, tile, warps, *arguments, maxnreg=limit)
 
 
 def _forward_split(
-    spec: Spec,
-    tile: Tile,
-    inputs: _Arguments,
-    term_weights: Tensor,
-    rows: Tensor,
-    terms: Tensor,
-    stats: Tensor,
+    spec: Spec, tile: Tile, inputs: Inputs, rows: Tensor, terms: Tensor, stats: Tensor
 ) -> None:
     """A launch per pass over the columns, then the merge."""
-    first = inputs[0][0]
-    batch = first.shape[0]
-    partials = term_weights.new_empty((batch, spec.num_partials(tile.soft_target), tile.splits))
-    with _device_of(first):
-        for stage in range(3):
-            if stage == 1 or (
-                spec.needs_first_pass(tile.soft_target) if stage == 0 else spec.normalized_edges
-            ):
-                split.partial_kernel[(batch * tile.splits,)](
-                    *inputs,
-                    partials,
-                    batch,
-                    0,
-                    stage,
-                    spec,
-                    tile,
-                    num_warps=tile.num_warps,
-                    enable_fp_fusion=True,
-                )
-        split.merge_kernel[(batch,)](
-            *inputs,
-            term_weights,
-            partials,
-            rows,
-            terms,
-            stats,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
+    batch, weights, soft = rows.shape[0], inputs.term_weights, tile.soft_target
+    partials = weights.new_empty((batch, spec.num_partials(soft), tile.splits))
+    passes = [
+        *([FIRST_PASS] if spec.needs_first_pass(soft) else []),
+        MAIN_PASS,
+        *([NORMALIZED_PASS] if spec.normalized_edges else []),
+    ]
+    arguments = _arguments(inputs)
+    with _device_of(rows):
+        for number in passes:
+            part = *arguments, partials, batch, 0, number
+            _run(split.partial_kernel, batch * tile.splits, spec, tile, tile.num_warps, *part)
+        merge = *arguments, weights, partials, rows, terms, stats, batch, 0
+        _run(split.merge_kernel, batch, spec, tile, 1, *merge)
 
 
 def _backward_split(
     spec: Spec,
     tile: Tile,
-    grad_logits: tuple[Tensor, ...],
-    grad_weights: tuple[Tensor, ...],
+    inputs: Inputs,
+    grads: Sequence[Tensor | None],
     grad_rows: Tensor,
-    inputs: _Arguments,
-    term_weights: Tensor,
     stats: Tensor,
 ) -> None:
-    first = inputs[0][0]
-    batch = first.shape[0]
-    products = term_weights.new_empty((batch, spec.num_weights * tile.needs_weights, tile.splits))
-    with _device_of(first):
-        split.columns_kernel[(batch * tile.splits,)](
-            grad_logits,
-            grad_rows,
-            *inputs,
-            term_weights,
-            stats,
-            products,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
+    batch, arguments = inputs.logits[0].shape[0], _arguments(inputs)
+    grad_logits, grad_weights = _destinations(grads, inputs)
+    shape = batch, spec.num_weights * tile.needs_weights, tile.splits
+    sources = inputs.term_weights, stats, stats.new_empty(shape)
+    with _device_of(stats):
+        columns = grad_logits, grad_rows, *arguments, *sources, batch, 0
+        _run(split.columns_kernel, batch * tile.splits, spec, tile, tile.num_warps, *columns)
         if tile.needs_weights:
-            split.weights_kernel[(batch,)](
-                grad_weights,
-                grad_rows,
-                inputs[1],
-                term_weights,
-                stats,
-                products,
-                batch,
-                spec,
-                tile,
-                num_warps=1,
-                enable_fp_fusion=True,
-            )
+            products = grad_weights, grad_rows, arguments[1], *sources, batch
+            _run(split.weights_kernel, batch, spec, tile, 1, *products)
 
 
 EXECUTOR = TritonExecutor()
