@@ -268,8 +268,7 @@ class GraphLoss(nn.Module):
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the
                 message names it.
         """
-        given = self._inputs(branch_logits, target, inputs)
-        plan, tensors = self._check(given, target, kd_weight)
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms = evaluate(plan, *tensors, self.impl)
         loss = rows if self.reduction == "none" else rows.sum()
         if self.reduction == "mean":
@@ -308,8 +307,7 @@ class GraphLoss(nn.Module):
                 "forward_backward computes the mean over the batch, and this loss has"
                 f" reduction='{self.reduction}'"
             )
-        given = self._inputs(branch_logits, target, inputs)
-        plan, tensors = self._check(given, target, kd_weight)
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms, grads = forward_backward(plan, *tensors, self.impl)
         roots = [
             (tensor, grad)
@@ -330,10 +328,17 @@ class GraphLoss(nn.Module):
             torch.autograd.backward(*zip(*roots, strict=True))
         return loss, self._term_means(terms, given.extras)
 
-    def _check(
-        self, given: GraphInputs, target: Tensor, kd_weight: float | Tensor
-    ) -> tuple[Plan, Inputs]:
-        """The plan and the operator's inputs, with every tensor checked."""
+    def _prepared(
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        kd_weight: float | Tensor,
+        inputs: Mapping[str, Any],
+    ) -> tuple[GraphInputs, Plan, Inputs]:
+        """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
+        if target is None:  # only ``named_logits`` does without
+            raise TypeError("target must be a tensor, got NoneType")
+        given = self._inputs(branch_logits, target, inputs)
         graph, plan, row_labels, _ = given.lowered or self.lowered
         first = check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
@@ -350,7 +355,7 @@ class GraphLoss(nn.Module):
         # Moved only where the first call is traced, because the module cannot change itself there.
         fixed, scheduled = fixed.to(first.device), scheduled.to(first.device)
         term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
-        return plan, Inputs(given.logits, weights, externals, target, term_weights)
+        return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
 
     def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
         graph, _, _, labels = given.lowered or self.lowered
