@@ -13,6 +13,7 @@ from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import (
     allowed_methods,
     branch_out,
@@ -77,9 +78,8 @@ def test_families(name, at, size):
     x = torch.randn(2, 3, size, size)
     result = model.train()(x)
     method = get_method("ahbf")
-    method.loss_class(num_branches=2)(
-        result.logits, torch.arange(2), **method.loss_inputs(result), kd_weight=0.5
-    ).backward()
+    criterion = method.loss_class(num_branches=2)
+    method.loss(criterion, result, MethodBatch(torch.arange(2)), kd_weight=0.5).backward()
     for title, parameter in model.named_parameters():
         assert parameter.grad is not None, title
         assert parameter.grad.isfinite().all(), title
