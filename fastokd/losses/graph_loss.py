@@ -69,6 +69,11 @@ class GraphInputs(NamedTuple):
     """The graph to run, for losses that have several with the same terms; None for the usual."""
 
 
+def overridable(hook: Callable[..., GraphInputs]) -> Callable[..., GraphInputs]:
+    """Let overrides of a hook name the keywords that their loss takes, for type checkers."""
+    return hook
+
+
 class GraphLoss(nn.Module):
     """The loss of any distillation graph, run by the fastest executor that supports it.
 
@@ -138,7 +143,7 @@ class GraphLoss(nn.Module):
         """Follow a move to another device, but keep the weights' dtype under ``half()`` and the
         like.
         """
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         fixed = self.get_buffer("fixed_weights")
         if fixed.dtype != torch.float64:
             self._place_term_weights(fixed.device)
@@ -163,10 +168,8 @@ class GraphLoss(nn.Module):
 
     # --- the hook, and state
 
-    # Any, because an override names the keywords that its loss takes.
-    graph_inputs: Callable[..., GraphInputs]
-
-    def graph_inputs(  # type: ignore[no-redef]
+    @overridable
+    def graph_inputs(
         self,
         logits: Rows,
         target: Tensor | None = None,
@@ -325,7 +328,7 @@ class GraphLoss(nn.Module):
         if scale is not None:
             roots = [(tensor, (grad * scale).to(grad.dtype)) for tensor, grad in roots]
         if roots:
-            torch.autograd.backward(*zip(*roots, strict=True))
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         return loss, self._term_means(terms, given.extras)
 
     def _prepared(

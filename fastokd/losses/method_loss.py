@@ -9,7 +9,7 @@ from torch import Tensor
 from fastokd.errors import did_you_mean
 from fastokd.graph import KL, Graph
 from fastokd.losses.checks import as_rows
-from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows
+from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows, overridable
 from fastokd.losses.options import COMMON, Impl, Option, Reduction, options_of
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -121,5 +121,6 @@ class MethodLoss(GraphLoss):
         """``branch1`` .. ``branchM``, for ``build_graph``."""
         return tuple(f"branch{m}" for m in range(1, self.num_branches + 1))
 
+    @overridable
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
         return GraphInputs(as_rows(branch_logits, self.num_branches, "branch_logits"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, ProbabilityMixture
+from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, Node, ProbabilityMixture, Term
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -264,7 +264,7 @@ class TSBLoss(MethodLoss):
         branches, share = self.branch_names(), 1.0 / self.num_branches
         memories = [f"memory{j}" for j in range(1, self.num_branches + 1)]
         mean = ProbabilityMixture("mean", branches, (share,) * len(branches), self.temperature)
-        terms = (
+        terms: tuple[Term, ...] = (
             *map(CrossEntropy, branches),
             *(
                 self.teach(memory, student, self.lambda_ta)
@@ -274,7 +274,7 @@ class TSBLoss(MethodLoss):
             ),
             *(self.teach("mean", student, self.lambda_si) for student in branches),
         )
-        nodes = (*map(Logits, branches), *map(External, memories), mean)
+        nodes: tuple[Node, ...] = (*map(Logits, branches), *map(External, memories), mean)
         return Graph("tsb", nodes, terms, self.label_smoothing)
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
