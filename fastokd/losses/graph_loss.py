@@ -91,6 +91,8 @@ class GraphLoss(nn.Module):
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
     """
 
+    fixed_weights: Tensor
+    scheduled_weights: Tensor
     ensemble_of: str = "logits"
     """Whether the ensemble of a graph without a node of that name averages the members' "logits" or
     their "predictions"."""
@@ -140,13 +142,10 @@ class GraphLoss(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move to another device, but keep the weights' dtype under ``half()`` and the
-        like.
-        """
+        """Follow a move to another device, but keep the weights in float64."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        fixed = self.get_buffer("fixed_weights")
-        if fixed.dtype != torch.float64:
-            self._place_term_weights(fixed.device)
+        if self.fixed_weights.dtype != torch.float64:
+            self._place_term_weights(self.fixed_weights.device)
         return self
 
     def extra_repr(self) -> str:
@@ -224,9 +223,7 @@ class GraphLoss(nn.Module):
     def _inputs(
         self, branch_logits: Rows, target: Tensor | None, inputs: Mapping[str, Any]
     ) -> GraphInputs:
-        """``graph_inputs``, after ``update_state`` in a training step; errors for missing or
-        unknown keywords name the loss.
-        """
+        """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
         try:
             if target is not None and self.training:
                 inputs = {**inputs, **self.update_state(branch_logits, target, **inputs)}
@@ -348,15 +345,11 @@ class GraphLoss(nn.Module):
         externals = [check_external(name, given.externals, first) for name in graph.externals]
         check_target(target, first)
         check_kd_weight(kd_weight, first.device)
-        fixed, scheduled = self.get_buffer("fixed_weights"), self.get_buffer("scheduled_weights")
-        if fixed.device != first.device and not torch.compiler.is_compiling():
-            self._place_term_weights(first.device)
-            fixed, scheduled = (
-                self.get_buffer("fixed_weights"),
-                self.get_buffer("scheduled_weights"),
-            )
-        # Moved only where the first call is traced, because the module cannot change itself there.
-        fixed, scheduled = fixed.to(first.device), scheduled.to(first.device)
+        device = first.device
+        if self.fixed_weights.device != device and not torch.compiler.is_compiling():
+            self._place_term_weights(device)
+        # ``to`` copies only where the first call is traced and the module cannot change itself.
+        fixed, scheduled = self.fixed_weights.to(device), self.scheduled_weights.to(device)
         term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
         return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
 
@@ -458,14 +451,11 @@ class GraphLoss(nn.Module):
             return {}
         given = self.graph_inputs(branch_logits, target, **inputs)
         batch = given.logits[0].shape[0]
+        columns = {
+            name: weights.expand(batch, -1).unbind(1) for name, weights in given.weights.items()
+        }
         return {
-            node.name: dict(
-                zip(
-                    node.inputs,
-                    given.weights[str(node.weights)].expand(batch, -1).unbind(1),
-                    strict=True,
-                )
-            )
+            node.name: dict(zip(node.inputs, columns[str(node.weights)], strict=True))
             for node in mixtures
         }
 

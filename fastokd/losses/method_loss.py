@@ -46,17 +46,11 @@ class MethodLoss(GraphLoss):
         labels: Mapping[str, str] | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
     ) -> None:
-        rows = {
-            name: f"branch_logits[{index}]"
-            for index, name in enumerate(graph.logits[:num_branches])
-        }
+        branches = graph.logits[:num_branches]
+        names = {name: f"branch_logits[{index}]" for index, name in enumerate(branches)}
+        names.update(labels or {})
         super().__init__(
-            graph,
-            reduction,
-            impl,
-            {**rows, **(labels or {})},
-            num_branches=num_branches,
-            extra_terms=extra_terms,
+            graph, reduction, impl, names, num_branches=num_branches, extra_terms=extra_terms
         )
 
     def __post_init__(self) -> None:

@@ -160,14 +160,25 @@ class CompiledPlan:
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
         weakref.finalize(self, library.fastokd_plan_destroy, handle)
 
-    def check(self, status: int) -> None:
+    def call(self, name: str, inputs: Inputs, *arrays: Any) -> None:
+        """Call ``fastokd_{name}`` for a batch; ``arrays`` are tensors or arrays of ctypes.
+
+        Raises:
+            MemoryError, ValueError: the library refuses the call.
+        """
+        tensors = (*inputs.logits, *inputs.weights, *inputs.externals)
+        status = getattr(self.library, f"fastokd_{name}")(
+            self.handle,
+            *inputs.logits[0].shape,
+            _describe(tensors, inputs.target),
+            *(each.data_ptr() if isinstance(each, Tensor) else each for each in arrays),
+            torch.get_num_threads(),
+        )
         if status:
             message = self.library.fastokd_status_message(status).decode()
-            raise (
-                MemoryError(message)
-                if status == _NO_MEMORY
-                else ValueError(f"the native library refuses the call: {message}")
-            )
+            if status == _NO_MEMORY:
+                raise MemoryError(message)
+            raise ValueError(f"the native library refuses the call: {message}")
 
 
 @lru_cache(maxsize=512)
@@ -212,78 +223,39 @@ class CPUExecutor:
         return _compiled(plan).num_stats
 
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        rows, terms, stats = outputs = _outputs(compiled, plan, first)
-        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
-        compiled.check(
-            compiled.library.fastokd_forward(
-                compiled.handle,
-                *first.shape,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
+        compiled = _compiled(plan)
+        outputs = _outputs(compiled, plan, inputs.logits[0])
+        term_weights = inputs.term_weights.to(outputs[0].dtype).contiguous()
+        compiled.call("forward", inputs, term_weights, *outputs)
         return outputs
 
     def backward(
         self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        dtype = compute_dtype(first)
+        dtype = compute_dtype(inputs.logits[0])
         term_weights = inputs.term_weights.to(dtype).contiguous()
         grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
-        grads, places = _gradients(inputs, needs)
-        compiled.check(
-            compiled.library.fastokd_backward(
-                compiled.handle,
-                *first.shape,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                stats.data_ptr(),
-                _describe((), grad_rows),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        grads, addresses = _gradients(inputs, needs)
+        upstream = _describe((), grad_rows)
+        _compiled(plan).call("backward", inputs, term_weights, stats, upstream, addresses)
         return grads
 
     def forward_backward(
         self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        compiled, first = _compiled(plan), inputs.logits[0]
-        rows, terms, stats = _outputs(compiled, plan, first)
+        compiled = _compiled(plan)
+        rows, terms, _ = outputs = _outputs(compiled, plan, inputs.logits[0])
         term_weights = inputs.term_weights.to(rows.dtype).contiguous()
-        batch, classes = first.shape
-        upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
-        grads, places = _gradients(inputs, needs)
-        compiled.check(
-            compiled.library.fastokd_forward_backward(
-                compiled.handle,
-                batch,
-                classes,
-                _describe_inputs(inputs),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                _describe((), upstream),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        batch = len(rows)
+        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
+        grads, addresses = _gradients(inputs, needs)
+        upstream = _describe((), grad_rows)
+        compiled.call("forward_backward", inputs, term_weights, *outputs, upstream, addresses)
         return rows, terms, grads
 
 
-def _describe_inputs(inputs: Inputs) -> ctypes.Array[ctypes.c_int64]:
-    return _describe((*inputs.logits, *inputs.weights, *inputs.externals), inputs.target)
-
-
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for rows [B], terms [T, B] and statistics [num_stats, B]."""
+    """Empty tensors for rows [B], terms [T, B] and statistics [num_stats, B]."""
     batch, dtype = first.shape[0], compute_dtype(first)
     return (
         torch.empty(batch, dtype=dtype),

@@ -1,5 +1,4 @@
-"""The registered operator ``fastokd::graph_forward`` / ``graph_backward`` and the call behind every
-loss.
+"""The registered operator ``fastokd::graph_forward`` / ``graph_backward``, which every loss calls.
 
 The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
 ``torch.autograd.Function`` around it, which costs a third less per call than registering the
@@ -34,78 +33,40 @@ _library.define(
 )
 
 
-def _forward(
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    return load(executor).forward(plan, Inputs(logits, weights, externals, target, term_weights))
+# torch passes the operator's arguments by position, in the order of its definition.
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, ints, floats, executor = arguments
+    plan = decode_plan(tuple(ints), tuple(floats))
+    return load(executor).forward(plan, Inputs(*tensors))
 
 
-def _forward_fake(
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logits, *_, ints, floats, executor = arguments
+    plan = decode_plan(tuple(ints), tuple(floats))
     batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
     shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
     rows, terms, stats = (logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
     return rows, terms, stats
 
 
-def _backward(
-    grad_rows: Tensor,
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    stats: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    plan = decode_plan(tuple(plan_ints), tuple(plan_floats))
-    inputs = Inputs(logits, weights, externals, target, term_weights)
+def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, stats, ints, floats, executor, needs = arguments
+    plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
     # An operator's list result cannot hold None, so a gradient that is not needed is an empty
     # tensor. Layouts are those of the fake.
-    return [logits[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+    first = inputs.logits[0]
+    return [first.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 def _backward_fake(
-    grad_rows: Tensor,
-    logits: list[Tensor],
-    weights: list[Tensor],
-    externals: list[Tensor],
-    target: Tensor,
-    term_weights: Tensor,
-    stats: Tensor,
-    plan_ints: list[int],
-    plan_floats: list[float],
-    executor: str,
-    needs: list[bool],
+    grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> list[Tensor]:
     return [
-        (
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            if need
-            else logits[0].new_empty(0)
-        )
-        for tensor, need in zip((*logits, *weights), needs, strict=True)
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if need
+        else logits[0].new_empty(0)
+        for tensor, need in zip((*logits, *weights), arguments[-1], strict=True)
     ]
 
 
@@ -138,9 +99,7 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
 
 
 class _GraphFunction(torch.autograd.Function):
-    """Autograd around the operator. Tensors come last: M logits, S weights, then the external
-    rows.
-    """
+    """Autograd around the operator. The last tensors are logits, weights and external rows."""
 
     @staticmethod
     def forward(
@@ -191,11 +150,9 @@ class _GraphFunction(torch.autograd.Function):
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
             kept = [
-                (
-                    None
-                    if grad is None
-                    else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
-                )
+                grad
+                if grad is None
+                else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
                 for grad in kept
             ]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
@@ -205,13 +162,13 @@ class _GraphFunction(torch.autograd.Function):
         raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call. Kept here it is not made anew each time,
+# torch binds the arguments to the signature in every call. Stored here, it is made once; that saves
 # 10 of 130 microseconds.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Hands a gradient through, and refuses to be differentiated by what it was computed from."""
+    """Pass a gradient through, but refuse to be differentiated."""
 
     @staticmethod
     def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
