@@ -176,8 +176,7 @@ class GraphLoss(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
         externals: Mapping[str, Tensor] | None = None,
     ) -> GraphInputs:
-        """The graph's inputs for a batch. Overrides must be pure: the same arguments give the same
-        inputs, and nothing is changed.
+        """The graph's inputs for a batch. Overrides must be pure functions of their arguments.
 
         Args:
             logits: the graph's M rows: M tensors [B, C], or one [M, B, C].
@@ -191,9 +190,7 @@ class GraphLoss(nn.Module):
         return GraphInputs(rows, weights or {}, externals or {})
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
-        """Update what the loss remembers with a training batch.
-
-        ``forward`` and ``forward_backward`` call it first in training mode.
+        """Update the loss's state with a training batch; called first in training mode.
 
         Args:
             arguments, inputs: those of ``graph_inputs``.
@@ -212,8 +209,7 @@ class GraphLoss(nn.Module):
         """Fit the loss to the logits and targets of held-out images; called before every epoch."""
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Allocate what the loss remembers of every training sample. Called once, before the first
-        step.
+        """Allocate the state per training sample. Called once, before the first step.
 
         Returns:
             A line that states the memory it takes; empty if none.
@@ -376,13 +372,11 @@ class GraphLoss(nn.Module):
             **{name: value.detach() for name, value in extras.items()},
         }
 
-    # --- what the loss compares, by name
+    # --- rows and weights by name
 
     @property
     def ensemble_members(self) -> tuple[str, ...]:
-        """The rows that the ensemble is made of: the inputs of the graph's mixture ``ensemble``,
-        for example a leader's peers, or else all branches.
-        """
+        """The ensemble's rows: the inputs of the graph's node ``ensemble``, or all branches."""
         node = self.graph.by_name.get("ensemble")
         return self.graph.logits[: self.num_branches] if node is None else node.inputs
 
@@ -438,10 +432,8 @@ class GraphLoss(nn.Module):
     def mixing_weights(
         self, branch_logits: Rows, target: Tensor | None, **inputs: Any
     ) -> dict[str, dict[str, Tensor]]:
-        """For each mixture with weights that are given at run time, the weight [B] of each input.
-
-        Both by name: ``{"ta2": {"branch2": ..., "branch1": ...}}``; empty for graphs without such a
-        mixture.
+        """For each mixture with run-time weights, the weight [B] of each input, by name:
+        ``{"ta2": {"branch2": ..., "branch1": ...}}``.
 
         Args:
             branch_logits, target, inputs: as in ``forward``.

@@ -82,11 +82,7 @@ class TemporalAccumulator(nn.Module):
             f" classes take {_size(needed)} of float32"
         )
         if needed > free:
-            fix = (
-                "memory=host, fewer networks or fewer images"
-                if place.type == "cuda"
-                else "fewer networks or fewer images"
-            )
+            fix = "memory=host, " * (place.type == "cuda") + "fewer networks or fewer images"
             raise ConfigError(
                 f"the temporal accumulator does not fit: {description}, and {_size(free)} are free"
                 f" on {place}; use {fix}"
@@ -147,9 +143,7 @@ class TemporalAccumulator(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         if self.memory is not None and self.memory.is_pinned() and self.device is not None:
-            torch.cuda.synchronize(
-                self.device
-            )  # the device may still write to what the host is about to read
+            torch.cuda.synchronize(self.device)  # the device may still write to the memory
         super()._save_to_state_dict(*arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -25,7 +25,7 @@ ABI_VERSION = 1
 _NATIVE = Path(
     os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
 )
-"""Where the library lies. The variable is for builds of one's own, such as one with sanitizers."""
+"""The folder of the library. The variable is for custom builds, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _NO_MEMORY = 8
@@ -33,14 +33,12 @@ _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
 class LibraryUnusable(Exception):
-    """The library is absent, or not one that this fastokd can call; the message says why and what
-    to do.
-    """
+    """The library is absent or unusable; the message states the reason and the fix."""
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log;
-    empty if nothing was built.
+    """The record of the build: status, reason, compiler, flags, ABI number, end of the log; empty
+    if nothing was built.
 
     Raises:
         LibraryUnusable: the file is damaged.
@@ -104,7 +102,7 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none. Either is final for this process."""
+    """The library, or the reason why it cannot be used; final for this process."""
     try:
         library = open_library()
     except LibraryUnusable as error:
