@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fastokd.data import Batch, Dataset, open_dataset
 from fastokd.export import check_same_logits, load_student
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import create_student
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
@@ -47,8 +48,7 @@ def losses_of_a_step(
     for _ in range(2):
         torch.manual_seed(2)
         result = model(images)
-        inputs = {**chosen.loss_inputs(result), **({"index": index} if chosen.needs_index else {})}
-        loss, _ = criterion.forward_backward(result.logits, target, **inputs)
+        loss, _ = chosen.forward_backward(criterion, result, MethodBatch(target, index))
         losses.append(float(loss))
         with torch.no_grad():
             for parameter in model.parameters():

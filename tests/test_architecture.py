@@ -264,16 +264,48 @@ def _python(code: str, cwd: Path = ROOT) -> str:
 TOYS = {
     "method": (
         """
+        from fastokd.graph import CrossEntropy, Graph, Logits
+        from fastokd.losses import options
+        from fastokd.losses.method_loss import MethodLoss
+        from fastokd.losses.options import Impl, Reduction, loss_options
         from fastokd.methods.method import Method
-        from fastokd.methods.baseline import BaselineLoss
-        METHOD = Method(name="toy", summary="a toy", loss_class=BaselineLoss,
-                        branch_range=(1, 1), default_branches=1)
+
+        @loss_options
+        class ToyLoss(MethodLoss):
+            num_branches: int = options.num_branches(2, 2, "M.")
+            lambda_kd: float = options.weight(1.0, "weight of the KL terms.")
+            reduction: Reduction = options.reduction()
+            impl: Impl = options.impl()
+
+            def build_graph(self):
+                first, *others = self.branch_names()
+                terms = [CrossEntropy(name) for name in (first, *others)]
+                terms += [self.teach(name, first, self.lambda_kd) for name in others]
+                return Graph("toy", [Logits(first), *map(Logits, others)], terms)
+
+        METHOD = Method(name="toy", summary="a toy", loss_class=ToyLoss,
+                        branch_range=(2, 8), default_branches=2)
         """,
         "fastokd.methods.register_method('toy', 'toy_method')",
-        (
-            "from fastokd.train.config import TrainConfig, check_config;"
-            " check_config(TrainConfig(method='toy')); print('fine')"
-        ),
+        """
+import torch
+from fastokd.data import Batch
+from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
+from fastokd.models import create_model
+from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.step import TrainStep
+config = TrainConfig(method="toy", model="resnet8", method_options={"lambda_kd": 0.5})
+check_config(config)
+method, target = get_method("toy"), torch.tensor([3, 1])
+model = create_model("resnet8", "toy", 10)
+batch = Batch(torch.randn(2, 3, 32, 32), target, torch.arange(2))
+loss = method.loss(method.loss_class(), model(batch.images), MethodBatch(target))
+before = [parameter.clone() for parameter in model.parameters()]
+TrainStep(config, model, torch.device("cpu"))(batch)
+moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters())]
+print("fine", bool(loss > 0), any(moved))
+""",
     ),
     "executor": (
         """
@@ -331,7 +363,7 @@ TOYS = {
     ),
 }
 EXPECTED = {
-    "method": "fine",
+    "method": "fine True True",
     "executor": "toy ran\nfine True",
     "model": "fine 1",
     "recipe": "fine resnet8",

@@ -205,7 +205,9 @@ def test_wrong_options_are_named(options, branches, message):
 
 
 def test_wrong_fusion_channels_are_named():
-    with pytest.raises(ConfigError, match=r"fusion_channels=1\.5; it must be a whole number"):
+    with pytest.raises(
+        ConfigError, match=r"fusion_channels=1\.5; it must be an integer of at least 0"
+    ):
         create_model("resnet8", "ffm", 10, 3, options={"fusion_channels": 1.5})
 
 

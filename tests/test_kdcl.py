@@ -255,7 +255,7 @@ def test_ensemble_is_the_mean_of_predictions():
         ({"variant": "minlogits"}, "variant='minlogits'; did you mean 'minlogit'"),
         ({"temperature": 0}, "temperature=0; it must be a positive number"),
         ({"lambda_kd": -1.0}, "lambda_kd=-1.0; it must be a number of at least 0"),
-        ({"held_out": 1.5}, "held_out=1.5; it must be a fraction"),
+        ({"held_out": 1.5}, r"held_out=1.5; it must be in \(0, 1\)"),
         ({"icl": 3}, "icl=3; it must be True or False"),
         ({"iccl": True}, "unknown option 'iccl' of method 'kdcl'; did you mean 'icl'"),
     ],

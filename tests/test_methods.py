@@ -184,12 +184,12 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
 
         def run(self, inputs, branches):
             ran = super().run(inputs, branches)
-            return ran._replace(logits=ran.logits[::-1], passed_on="seen")
+            return ran._replace(logits=ran.logits[::-1], context="seen")
 
         def forward(self, seen):
             assert seen.images.shape == (4, 3, 16, 16)
             assert len(seen.branches) == 2
-            assert seen.passed_on == "seen"
+            assert seen.context == "seen"
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
     monkeypatch.setattr(
@@ -208,7 +208,7 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
     result = model(images())
     for one, other in zip(result.logits, plain(images()).logits[::-1], strict=True):
         assert torch.equal(one, other)
-    assert result.extras.keys() == {"pull"}
+    assert result.extras.keys() == {"scores", "pull"}
     assert len(result.scores) == 1
     model.companion.scale.data.fill_(2.0)
     assert not torch.equal(model(images()).logits[1], result.logits[1])

@@ -199,34 +199,26 @@ def lower(graph: Graph) -> Plan:
         )
     terms = []
     for term in graph.terms:
-        if isinstance(term, KL):
-            temperature = float(term.temperature)
-            eps_mode = (
-                EPS_NONE
-                if not term.eps
-                else EPS_EXACT
-                if term.eps_mode == "exact"
-                else EPS_FIRST_ORDER
-            )
+        if not isinstance(term, KL):
+            student = ids[term.node]
             terms.append(
-                PlanTerm(
-                    KL_TERM,
-                    ids[term.student],
-                    ids[term.teacher],
-                    temperature,
-                    temperature**2 if term.t2_scaling else 1.0,
-                    int(term.detach),
-                    STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
-                    eps_mode,
-                    float(term.eps),
-                )
+                PlanTerm(CROSS_ENTROPY, student, -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0)
             )
-        else:
-            terms.append(
-                PlanTerm(
-                    CROSS_ENTROPY, ids[term.node], -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0
-                )
+            continue
+        eps_mode = EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
+        terms.append(
+            PlanTerm(
+                KL_TERM,
+                ids[term.student],
+                ids[term.teacher],
+                float(term.temperature),
+                float(term.temperature) ** 2 if term.t2_scaling else 1.0,
+                int(term.detach),
+                STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
+                eps_mode if term.eps else EPS_NONE,
+                float(term.eps),
             )
+        )
     return Plan(
         num_logits=len(graph.logits),
         num_externals=len(graph.externals),

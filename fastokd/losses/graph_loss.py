@@ -69,6 +69,11 @@ class GraphInputs(NamedTuple):
     """The graph to run, for losses that have several with the same terms; None for the usual."""
 
 
+def overridable(hook: Callable[..., GraphInputs]) -> Callable[..., GraphInputs]:
+    """Let overrides of a hook name the keywords that their loss takes, for type checkers."""
+    return hook
+
+
 class GraphLoss(nn.Module):
     """The loss of any distillation graph, run by the fastest executor that supports it.
 
@@ -86,6 +91,8 @@ class GraphLoss(nn.Module):
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
     """
 
+    fixed_weights: Tensor
+    scheduled_weights: Tensor
     ensemble_of: str = "logits"
     """Whether the ensemble of a graph without a node of that name averages the members' "logits" or
     their "predictions"."""
@@ -135,13 +142,10 @@ class GraphLoss(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move to another device, but keep the weights' dtype under ``half()`` and the
-        like.
-        """
-        super()._apply(fn, recurse)
-        fixed = self.get_buffer("fixed_weights")
-        if fixed.dtype != torch.float64:
-            self._place_term_weights(fixed.device)
+        """Follow a move to another device, but keep the weights in float64."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        if self.fixed_weights.dtype != torch.float64:
+            self._place_term_weights(self.fixed_weights.device)
         return self
 
     def extra_repr(self) -> str:
@@ -163,10 +167,8 @@ class GraphLoss(nn.Module):
 
     # --- the hook, and state
 
-    # Any, because an override names the keywords that its loss takes.
-    graph_inputs: Callable[..., GraphInputs]
-
-    def graph_inputs(  # type: ignore[no-redef]
+    @overridable
+    def graph_inputs(
         self,
         logits: Rows,
         target: Tensor | None = None,
@@ -174,8 +176,7 @@ class GraphLoss(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
         externals: Mapping[str, Tensor] | None = None,
     ) -> GraphInputs:
-        """The graph's inputs for a batch. Overrides must be pure: the same arguments give the same
-        inputs, and nothing is changed.
+        """The graph's inputs for a batch. Overrides must be pure functions of their arguments.
 
         Args:
             logits: the graph's M rows: M tensors [B, C], or one [M, B, C].
@@ -189,9 +190,7 @@ class GraphLoss(nn.Module):
         return GraphInputs(rows, weights or {}, externals or {})
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
-        """Update what the loss remembers with a training batch.
-
-        ``forward`` and ``forward_backward`` call it first in training mode.
+        """Update the loss's state with a training batch; called first in training mode.
 
         Args:
             arguments, inputs: those of ``graph_inputs``.
@@ -210,8 +209,7 @@ class GraphLoss(nn.Module):
         """Fit the loss to the logits and targets of held-out images; called before every epoch."""
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Allocate what the loss remembers of every training sample. Called once, before the first
-        step.
+        """Allocate the state per training sample. Called once, before the first step.
 
         Returns:
             A line that states the memory it takes; empty if none.
@@ -221,9 +219,7 @@ class GraphLoss(nn.Module):
     def _inputs(
         self, branch_logits: Rows, target: Tensor | None, inputs: Mapping[str, Any]
     ) -> GraphInputs:
-        """``graph_inputs``, after ``update_state`` in a training step; errors for missing or
-        unknown keywords name the loss.
-        """
+        """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
         try:
             if target is not None and self.training:
                 inputs = {**inputs, **self.update_state(branch_logits, target, **inputs)}
@@ -268,8 +264,7 @@ class GraphLoss(nn.Module):
             TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the
                 message names it.
         """
-        given = self._inputs(branch_logits, target, inputs)
-        plan, tensors = self._check(given, target, kd_weight)
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms = evaluate(plan, *tensors, self.impl)
         loss = rows if self.reduction == "none" else rows.sum()
         if self.reduction == "mean":
@@ -308,8 +303,7 @@ class GraphLoss(nn.Module):
                 "forward_backward computes the mean over the batch, and this loss has"
                 f" reduction='{self.reduction}'"
             )
-        given = self._inputs(branch_logits, target, inputs)
-        plan, tensors = self._check(given, target, kd_weight)
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms, grads = forward_backward(plan, *tensors, self.impl)
         roots = [
             (tensor, grad)
@@ -327,30 +321,33 @@ class GraphLoss(nn.Module):
         if scale is not None:
             roots = [(tensor, (grad * scale).to(grad.dtype)) for tensor, grad in roots]
         if roots:
-            torch.autograd.backward(*zip(*roots, strict=True))
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         return loss, self._term_means(terms, given.extras)
 
-    def _check(
-        self, given: GraphInputs, target: Tensor, kd_weight: float | Tensor
-    ) -> tuple[Plan, Inputs]:
-        """The plan and the operator's inputs, with every tensor checked."""
+    def _prepared(
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        kd_weight: float | Tensor,
+        inputs: Mapping[str, Any],
+    ) -> tuple[GraphInputs, Plan, Inputs]:
+        """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
+        if target is None:  # only ``named_logits`` does without
+            raise TypeError("target must be a tensor, got NoneType")
+        given = self._inputs(branch_logits, target, inputs)
         graph, plan, row_labels, _ = given.lowered or self.lowered
         first = check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
         externals = [check_external(name, given.externals, first) for name in graph.externals]
         check_target(target, first)
         check_kd_weight(kd_weight, first.device)
-        fixed, scheduled = self.get_buffer("fixed_weights"), self.get_buffer("scheduled_weights")
-        if fixed.device != first.device and not torch.compiler.is_compiling():
-            self._place_term_weights(first.device)
-            fixed, scheduled = (
-                self.get_buffer("fixed_weights"),
-                self.get_buffer("scheduled_weights"),
-            )
-        # Moved only where the first call is traced, because the module cannot change itself there.
-        fixed, scheduled = fixed.to(first.device), scheduled.to(first.device)
+        device = first.device
+        if self.fixed_weights.device != device and not torch.compiler.is_compiling():
+            self._place_term_weights(device)
+        # ``to`` copies only where the first call is traced and the module cannot change itself.
+        fixed, scheduled = self.fixed_weights.to(device), self.scheduled_weights.to(device)
         term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
-        return plan, Inputs(given.logits, weights, externals, target, term_weights)
+        return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
 
     def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
         graph, _, _, labels = given.lowered or self.lowered
@@ -375,13 +372,11 @@ class GraphLoss(nn.Module):
             **{name: value.detach() for name, value in extras.items()},
         }
 
-    # --- what the loss compares, by name
+    # --- rows and weights by name
 
     @property
     def ensemble_members(self) -> tuple[str, ...]:
-        """The rows that the ensemble is made of: the inputs of the graph's mixture ``ensemble``,
-        for example a leader's peers, or else all branches.
-        """
+        """The ensemble's rows: the inputs of the graph's node ``ensemble``, or all branches."""
         node = self.graph.by_name.get("ensemble")
         return self.graph.logits[: self.num_branches] if node is None else node.inputs
 
@@ -437,10 +432,8 @@ class GraphLoss(nn.Module):
     def mixing_weights(
         self, branch_logits: Rows, target: Tensor | None, **inputs: Any
     ) -> dict[str, dict[str, Tensor]]:
-        """For each mixture with weights that are given at run time, the weight [B] of each input.
-
-        Both by name: ``{"ta2": {"branch2": ..., "branch1": ...}}``; empty for graphs without such a
-        mixture.
+        """For each mixture with run-time weights, the weight [B] of each input, by name:
+        ``{"ta2": {"branch2": ..., "branch1": ...}}``.
 
         Args:
             branch_logits, target, inputs: as in ``forward``.
@@ -450,14 +443,11 @@ class GraphLoss(nn.Module):
             return {}
         given = self.graph_inputs(branch_logits, target, **inputs)
         batch = given.logits[0].shape[0]
+        columns = {
+            name: weights.expand(batch, -1).unbind(1) for name, weights in given.weights.items()
+        }
         return {
-            node.name: dict(
-                zip(
-                    node.inputs,
-                    given.weights[str(node.weights)].expand(batch, -1).unbind(1),
-                    strict=True,
-                )
-            )
+            node.name: dict(zip(node.inputs, columns[str(node.weights)], strict=True))
             for node in mixtures
         }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastokd.errors import did_you_mean
 from fastokd.graph import KL, Graph
 from fastokd.losses.checks import as_rows
-from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows
+from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows, overridable
 from fastokd.losses.options import COMMON, Impl, Option, Reduction, options_of
 
 Presets = Mapping[str, Mapping[str, Any]]
@@ -46,17 +46,11 @@ class MethodLoss(GraphLoss):
         labels: Mapping[str, str] | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
     ) -> None:
-        rows = {
-            name: f"branch_logits[{index}]"
-            for index, name in enumerate(graph.logits[:num_branches])
-        }
+        branches = graph.logits[:num_branches]
+        names = {name: f"branch_logits[{index}]" for index, name in enumerate(branches)}
+        names.update(labels or {})
         super().__init__(
-            graph,
-            reduction,
-            impl,
-            {**rows, **(labels or {})},
-            num_branches=num_branches,
-            extra_terms=extra_terms,
+            graph, reduction, impl, names, num_branches=num_branches, extra_terms=extra_terms
         )
 
     def __post_init__(self) -> None:
@@ -121,5 +115,6 @@ class MethodLoss(GraphLoss):
         """``branch1`` .. ``branchM``, for ``build_graph``."""
         return tuple(f"branch{m}" for m in range(1, self.num_branches + 1))
 
+    @overridable
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
         return GraphInputs(as_rows(branch_logits, self.num_branches, "branch_logits"))

@@ -75,9 +75,10 @@ class Option:
                 raise ValueError(f"{name}={value!r}; it must be {self.bounds}")
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}; it must be a number")
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        if not (math.isfinite(value) and above and below):
+        size = float(value)
+        above = self.low < size if self.open_low else self.low <= size
+        below = size < self.high if self.open_high else size <= self.high
+        if not (math.isfinite(size) and above and below):
             raise ValueError(f"{name}={value}; it must be {self.bounds}")
 
 
@@ -85,10 +86,16 @@ class Option:
 
 
 def number(
-    default: float, help: str, low: float = 0, high: float = math.inf, **bounds: bool
+    default: float,
+    help: str,
+    low: float = 0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> Any:
     """A number in [low, high]; ``open_low`` and ``open_high`` exclude a bound."""
-    return Option(default, help, "number", low, high, **bounds)
+    return Option(default, help, "number", low, high, open_low, open_high)
 
 
 def weight(default: float, help: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -57,13 +57,13 @@ class AFIDLoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         heads = ("branch1", "branch2", "fusion")
-        terms = (
+        terms: tuple[Term, ...] = (
             *map(CrossEntropy, heads),
             self.teach("fusion", "branch1", self.lambda_kd),
             self.teach("fusion", "branch2", self.lambda_kd),
             self.teach("ensemble", "fusion", self.lambda_kd),
         )
-        nodes = (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5)))
+        nodes: tuple[Node, ...] = (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5)))
         return Graph("afid", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:

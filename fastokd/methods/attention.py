@@ -36,7 +36,7 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] to [B, c, H, W]."""
         x = x * self.channel(x)
-        return x * self.spatial(x)
+        return torch.mul(x, self.spatial(x))
 
 
 class NonLocal(nn.Module):
@@ -61,7 +61,7 @@ class NonLocal(nn.Module):
         query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
         share = torch.softmax(query.transpose(1, 2) @ key, 2)  # [B, positions, positions]
         seen = (value @ share.transpose(1, 2)).unflatten(2, x.shape[2:])
-        return x + self.bn(self.out(seen))
+        return torch.add(x, self.bn(self.out(seen)))
 
 
 ATTENTIONS = {

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss, Presets
 from fastokd.losses.options import Impl, Reduction, loss_options
@@ -53,7 +53,7 @@ class CLILRLoss(MethodLoss):
             Mixture(f"others{m}", tuple(name for name in branches if name != student), share)
             for m, student in enumerate(branches, start=1)
         ]
-        terms = (
+        terms: tuple[Term, ...] = (
             *(CrossEntropy(name, self.lambda_ce) for name in branches),
             *(
                 self.teach(node.name, student, self.lambda_kd)

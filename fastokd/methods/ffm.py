@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
@@ -75,12 +75,12 @@ class FFMLoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         peers = self.branch_names()[:-1]
-        nodes = (
+        nodes: tuple[Node, ...] = (
             *map(Logits, (*peers, "leader")),
             Mixture("fusion", peers, "fusion_weights"),
             Mixture("ensemble", peers, (1.0 / len(peers),) * len(peers)),
         )
-        terms = (
+        terms: tuple[Term, ...] = (
             *(CrossEntropy(name) for name in (*peers, "leader")),
             *(self.teach("fusion", name, self.lambda_peer) for name in peers),
             self.teach("ensemble", "leader", self.lambda_leader),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
@@ -100,8 +100,9 @@ def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def shifted_map(features: Tensor) -> Tensor:
     """The map [B, c, H, W] of the student before, with its attention moved to where it was weak."""
     unit, target, length = shifted_attention(attention_map(features))
-    change = ((target - unit) * length / features.shape[1]).unflatten(1, features.shape[2:])
-    return features + change[:, None].to(features.dtype)
+    change = (target - unit) * length / features.shape[1]
+    batch, _, height, width = features.shape
+    return features + change.reshape(batch, 1, height, width).to(features.dtype)
 
 
 @loss_options
@@ -147,7 +148,7 @@ class FFSDLoss(MethodLoss):
         students = self.branch_names()[:-1]
         heads = (*students, "leader", "fusion")
         weight, share = self.lambda_kd, 1.0 / (len(students) - 1)
-        terms = (
+        terms: tuple[Term, ...] = (
             *map(CrossEntropy, heads),
             *(
                 self.teach(other, student, weight * share, scheduled=False)
@@ -249,7 +250,7 @@ class Decoder(nn.Module):
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         backwards = list(channels)[::-1]
-        self.steps = nn.ModuleList(
+        self.steps: Any = nn.ModuleList(
             nn.ModuleList(
                 (
                     nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +91,11 @@ class FrozenTeacher(MethodModules):
     def __init__(self, network: nn.Module | None) -> None:
         super().__init__()
         # A list registers nothing: not in state_dict(), parameters(), train() or student().
-        self._network = [] if network is None else [network.eval().requires_grad_(False)]
+        self._network: list[Any] = [] if network is None else [network.eval().requires_grad_(False)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device, dtype or memory format."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
         for network in self._network:
             network._apply(fn, recurse)
         return self

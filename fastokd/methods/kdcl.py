@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.graph import CrossEntropy, Graph, Logits, LowestCrossEntropy, MinLogit, Mixture, Node
+from fastokd.graph import (
+    CrossEntropy,
+    Graph,
+    Logits,
+    LowestCrossEntropy,
+    MinLogit,
+    Mixture,
+    Node,
+    Term,
+)
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -96,7 +105,7 @@ class KDCLLoss(MethodLoss):
             teacher = LowestCrossEntropy("teacher", branches)
         elif self.variant == "minlogit":
             teacher = MinLogit("teacher", branches)
-        terms = (
+        terms: tuple[Term, ...] = (
             *map(CrossEntropy, branches),
             *(self.teach("teacher", name, self.lambda_kd) for name in branches),
         )

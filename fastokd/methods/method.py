@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
-from fastokd._moved import moved_names, warn_renamed
+from fastokd._moved import moved_names
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.losses.options import Option, OptionValue
 from fastokd.methods.modules import BranchOutput, MethodModules
@@ -57,7 +57,8 @@ class Schedule:
         return max(round(epochs * ramp[0] / ramp[1]), self.min_epochs)
 
 
-class MethodBatch(NamedTuple):
+@dataclass(frozen=True)
+class MethodBatch:
     """The part of a batch that a loss sees."""
 
     target: Tensor
@@ -109,23 +110,6 @@ class Method:
     needs_teacher: bool = False
     views: str = ""
     schedule: Schedule = Schedule()
-    ramp_epochs: InitVar[Callable[[int, str], int] | None] = None
-
-    def __post_init__(self, ramp_epochs: Callable[[int, str], int] | None) -> None:
-        """Accept the form of earlier versions: ``schedule`` and ``ramp_epochs`` as functions, and
-        ``model_options`` as default values.
-        """
-        options = {
-            name: option if isinstance(option, Option) else Option(option, "")
-            for name, option in self.model_options.items()
-        }
-        object.__setattr__(self, "model_options", options)
-        if ramp_epochs is not None or not isinstance(self.schedule, Schedule):
-            warn_renamed(
-                "Method(schedule=function, ramp_epochs=...)", "Method(schedule=Schedule())", 4
-            )
-            kd_weight = ramp_up if isinstance(self.schedule, Schedule) else self.schedule
-            object.__setattr__(self, "schedule", Schedule(ramp_epochs or (0, 1), kd_weight))
 
     def default_model_options(self) -> dict[str, OptionValue]:
         """The default values of ``model_options``."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, ProbabilityMixture
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, ProbabilityMixture, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -69,7 +69,7 @@ class OKDDipLoss(MethodLoss):
 
         groups = [mixture(f"group{a}", f"attention{a}") for a in range(1, self.num_branches)]
         ensemble = mixture("ensemble", (1.0 / len(peers),) * len(peers))
-        terms = (
+        terms: tuple[Term, ...] = (
             *(CrossEntropy(name) for name in (*peers, "leader")),
             *(
                 self.teach(group.name, peer, self.lambda_peer)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -49,7 +49,7 @@ class ONELoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
-        nodes = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
+        nodes: tuple[Node, ...] = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
         terms: list[Term] = [CrossEntropy(name) for name in (*branches, "ensemble")]
         terms += [self.teach("ensemble", name, self.lambda_kd) for name in branches]
         return Graph("one", nodes, tuple(terms), self.label_smoothing)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, ProbabilityMixture
+from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, Node, ProbabilityMixture, Term
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
@@ -82,11 +82,7 @@ class TemporalAccumulator(nn.Module):
             f" classes take {_size(needed)} of float32"
         )
         if needed > free:
-            fix = (
-                "memory=host, fewer networks or fewer images"
-                if place.type == "cuda"
-                else "fewer networks or fewer images"
-            )
+            fix = "memory=host, " * (place.type == "cuda") + "fewer networks or fewer images"
             raise ConfigError(
                 f"the temporal accumulator does not fit: {description}, and {_size(free)} are free"
                 f" on {place}; use {fix}"
@@ -147,9 +143,7 @@ class TemporalAccumulator(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         if self.memory is not None and self.memory.is_pinned() and self.device is not None:
-            torch.cuda.synchronize(
-                self.device
-            )  # the device may still write to what the host is about to read
+            torch.cuda.synchronize(self.device)  # the device may still write to the memory
         super()._save_to_state_dict(*arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -264,7 +258,7 @@ class TSBLoss(MethodLoss):
         branches, share = self.branch_names(), 1.0 / self.num_branches
         memories = [f"memory{j}" for j in range(1, self.num_branches + 1)]
         mean = ProbabilityMixture("mean", branches, (share,) * len(branches), self.temperature)
-        terms = (
+        terms: tuple[Term, ...] = (
             *map(CrossEntropy, branches),
             *(
                 self.teach(memory, student, self.lambda_ta)
@@ -274,7 +268,7 @@ class TSBLoss(MethodLoss):
             ),
             *(self.teach("mean", student, self.lambda_si) for student in branches),
         )
-        nodes = (*map(Logits, branches), *map(External, memories), mean)
+        nodes: tuple[Node, ...] = (*map(Logits, branches), *map(External, memories), mean)
         return Graph("tsb", nodes, terms, self.label_smoothing)
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:

@@ -7,7 +7,7 @@ import ctypes
 import json
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ABI_VERSION = 1
 _NATIVE = Path(
     os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
 )
-"""The folder of the library. The variable selects another build, such as one with sanitizers."""
+"""The folder of the library. The variable is for custom builds, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _NO_MEMORY = 8
@@ -33,11 +33,11 @@ _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
 class LibraryUnusable(Exception):
-    """The library is absent or incompatible; the message has the reason and the fix."""
+    """The library is absent or unusable; the message states the reason and the fix."""
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """The record of the build: status, reason, compiler, flags, ABI number, tail of the log; empty
+    """The record of the build: status, reason, compiler, flags, ABI number, end of the log; empty
     if nothing was built.
 
     Raises:
@@ -102,7 +102,7 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none; fixed for the process."""
+    """The library, or the reason why it cannot be used; final for this process."""
     try:
         library = open_library()
     except LibraryUnusable as error:
@@ -117,7 +117,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def available_isas(library: ctypes.CDLL) -> list[str]:
-    """The instruction sets that both the build and the machine support, best first."""
+    """The instruction sets that this build has and this machine can run, best first."""
     names: list[str] = []
     while name := library.fastokd_isa(len(names)):
         names.append(name.decode())
@@ -125,8 +125,8 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 class CompiledPlan:
-    """A plan decoded by the library, for an instruction set of ``available_isas``, by default the
-    best.
+    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by
+    default the best.
 
     Raises:
         ValueError: the library refuses the plan.
@@ -158,26 +158,25 @@ class CompiledPlan:
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
         weakref.finalize(self, library.fastokd_plan_destroy, handle)
 
-    def run(self, function: str, inputs: Inputs, *arguments: Any) -> None:
-        """Call a function of the library on the tensors of ``inputs``.
+    def call(self, name: str, inputs: Inputs, *arrays: Any) -> None:
+        """Call ``fastokd_{name}`` for a batch; ``arrays`` are tensors or arrays of ctypes.
 
         Raises:
-            MemoryError, ValueError: the library failed; the message has its reason.
+            MemoryError, ValueError: the library refuses the call.
         """
-        first = inputs.logits[0]
-        tensors = _describe((*inputs.logits, *inputs.weights, *inputs.externals), inputs.target)
-        term_weights = inputs.term_weights.to(compute_dtype(first)).contiguous()
-        call, threads = getattr(self.library, function), torch.get_num_threads()
-        status = call(
-            self.handle, *first.shape, tensors, term_weights.data_ptr(), *arguments, threads
+        tensors = (*inputs.logits, *inputs.weights, *inputs.externals)
+        status = getattr(self.library, f"fastokd_{name}")(
+            self.handle,
+            *inputs.logits[0].shape,
+            _describe(tensors, inputs.target),
+            *(each.data_ptr() if isinstance(each, Tensor) else each for each in arrays),
+            torch.get_num_threads(),
         )
         if status:
             message = self.library.fastokd_status_message(status).decode()
-            raise (
-                MemoryError(message)
-                if status == _NO_MEMORY
-                else ValueError(f"the native library refuses the call: {message}")
-            )
+            if status == _NO_MEMORY:
+                raise MemoryError(message)
+            raise ValueError(f"the native library refuses the call: {message}")
 
 
 @lru_cache(maxsize=512)
@@ -224,32 +223,33 @@ class CPUExecutor:
     def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         compiled = _compiled(plan)
         outputs = _outputs(compiled, plan, inputs.logits[0])
-        compiled.run("fastokd_forward", inputs, *_addresses(outputs))
+        term_weights = inputs.term_weights.to(outputs[0].dtype).contiguous()
+        compiled.call("forward", inputs, term_weights, *outputs)
         return outputs
 
     def backward(
         self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        grad_rows, stats = grad_rows.to(compute_dtype(inputs.logits[0])), stats.contiguous()
+        dtype = compute_dtype(inputs.logits[0])
+        term_weights = inputs.term_weights.to(dtype).contiguous()
+        grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
         grads, addresses = _gradients(inputs, needs)
-        results = stats.data_ptr(), _describe((), grad_rows), addresses
-        _compiled(plan).run("fastokd_backward", inputs, *results)
+        upstream = _describe((), grad_rows)
+        _compiled(plan).call("backward", inputs, term_weights, stats, upstream, addresses)
         return grads
 
     def forward_backward(
         self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        compiled, batch = _compiled(plan), inputs.logits[0].shape[0]
-        outputs = rows, terms, _ = _outputs(compiled, plan, inputs.logits[0])
-        upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
+        compiled = _compiled(plan)
+        rows, terms, _ = outputs = _outputs(compiled, plan, inputs.logits[0])
+        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
+        batch = len(rows)
+        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
         grads, addresses = _gradients(inputs, needs)
-        results = *_addresses(outputs), _describe((), upstream), addresses
-        compiled.run("fastokd_forward_backward", inputs, *results)
+        upstream = _describe((), grad_rows)
+        compiled.call("forward_backward", inputs, term_weights, *outputs, upstream, addresses)
         return rows, terms, grads
-
-
-def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:

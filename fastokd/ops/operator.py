@@ -1,12 +1,10 @@
-"""The registered operator ``fastokd::graph_forward`` / ``graph_backward`` and the call behind every
-loss.
+"""The registered operator ``fastokd::graph_forward`` / ``graph_backward``, which every loss calls.
 
 The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
 ``torch.autograd.Function`` around it, which costs a third less per call than registering the
 formula with the operator.
 """
 
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -35,22 +33,20 @@ _library.define(
 )
 
 
-# The implementations take the arguments of the schemas above: those of ``Inputs`` in its order, the
-# encoded plan, and the name of the executor.
-
-
+# torch passes the operator's arguments by position, in the order of its definition.
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, ints, floats, executor = arguments
     plan = decode_plan(tuple(ints), tuple(floats))
     return load(executor).forward(plan, Inputs(*tensors))
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, ints, floats, executor = arguments
-    plan, first = decode_plan(tuple(ints), tuple(floats)), tensors[0][0]
-    batch, dtype = first.shape[0], compute_dtype(first)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logits, *_, ints, floats, executor = arguments
+    plan = decode_plan(tuple(ints), tuple(floats))
+    batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
     shapes = ((batch,), (plan.num_terms, batch), (load(executor).num_stats(plan), batch))
-    return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
+    rows, terms, stats = (logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return rows, terms, stats
 
 
 def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
@@ -59,15 +55,18 @@ def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
     # An operator's list result cannot hold None, so a gradient that is not needed is an empty
     # tensor. Layouts are those of the fake.
-    empty = inputs.logits[0].new_empty
-    return [empty(0) if grad is None else grad.contiguous() for grad in grads]
+    first = inputs.logits[0]
+    return [first.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
-def _backward_fake(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
-    logits, weights, needs = arguments[0], arguments[1], arguments[-1]
+def _backward_fake(
+    grad_rows: Tensor, logits: list[Tensor], weights: list[Tensor], *arguments: Any
+) -> list[Tensor]:
     return [
-        tensor.new_empty(tensor.shape) if need else logits[0].new_empty(0)
-        for tensor, need in zip((*logits, *weights), needs, strict=True)
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if need
+        else logits[0].new_empty(0)
+        for tensor, need in zip((*logits, *weights), arguments[-1], strict=True)
     ]
 
 
@@ -100,9 +99,7 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
 
 
 class _GraphFunction(torch.autograd.Function):
-    """Autograd around the operator. Tensors come last: M logits, S weights, then the external
-    rows.
-    """
+    """Autograd around the operator. The last tensors are logits, weights and external rows."""
 
     @staticmethod
     def forward(
@@ -136,13 +133,28 @@ class _GraphFunction(torch.autograd.Function):
         count = len(logits) + len(weights)
         needs = list(ctx.needs_input_grad[4 : 4 + count])
         with torch.no_grad():
-            arguments = (logits, weights, externals, target, term_weights, stats, ints, floats)
-            grads = torch.ops.fastokd.graph_backward(grad_rows, *arguments, ctx.executor, needs)
+            grads = torch.ops.fastokd.graph_backward(
+                grad_rows,
+                logits,
+                weights,
+                externals,
+                target,
+                term_weights,
+                stats,
+                ints,
+                floats,
+                ctx.executor,
+                needs,
+            )
             grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
         kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
-            once = functools.partial(_NoSecondDerivative.apply, ctx.executor)
-            kept = [None if grad is None else once(grad, grad_rows, *tensors) for grad in kept]
+            kept = [
+                grad
+                if grad is None
+                else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
+                for grad in kept
+            ]
         return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
 
     @staticmethod
@@ -150,12 +162,13 @@ class _GraphFunction(torch.autograd.Function):
         raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call; caching it saves 10 of 130 microseconds.
+# torch binds the arguments to the signature in every call. Stored here, it is made once; that saves
+# 10 of 130 microseconds.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on a gradient, which raises an error when it is differentiated again."""
+    """Pass a gradient through, but refuse to be differentiated."""
 
     @staticmethod
     def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -193,7 +206,7 @@ def evaluate(
     term_weights: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Execute a plan on the tensors of ``Inputs``. Target and externals are constants.
+    """Execute a plan on the tensors of ``Inputs``; no gradient flows into target and externals.
 
     Returns:
         The loss of each row [B], and the unweighted value of each term [T, B], detached.
@@ -204,7 +217,8 @@ def evaluate(
     first = logits[0]
     executor = _executor_for(impl, plan, first.device.type, first.dtype)
     if executor == "reference":
-        # Plain autograd: nothing is recomputed, and second derivatives and torch.compile work.
+        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile
+        # work through it.
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
     rows, terms, _ = _GraphFunction.apply(
