@@ -8,13 +8,38 @@ MkDocs, named in ``mkdocs.yml``.
 import html
 import posixpath
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latex2mathml.converter import convert
 
 from fastokd.graph import draw_svg
 from fastokd.methods import get_method, list_methods
+
+
+def on_config(config: Any) -> Any:
+    """Replace ``folder/*.md`` in the navigation by the folder's pages, named by their headings."""
+    config.nav = [_with_pages(item, Path(config.docs_dir)) for item in config.nav]
+    return config
+
+
+def _with_pages(item: Any, docs: Path) -> Any:
+    if not isinstance(item, dict):
+        return item
+    ((title, content),) = item.items()
+    if not isinstance(content, list):
+        return item
+    entries: list[Any] = []
+    for entry in content:
+        if not isinstance(entry, str) or not entry.endswith("/*.md"):
+            entries.append(entry)
+            continue
+        for path in sorted(docs.glob(entry)):
+            if path.name != "index.md":
+                heading = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+                name = heading.partition(":")[0]
+                entries.append({name: path.relative_to(docs).as_posix()})
+    return {title: entries}
 
 
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
