@@ -227,29 +227,27 @@ def decode_files(
     splits = source.splits
     positions = [(split, i) for split in splits for i in range(len(split))]
     names = [file for split in splits for file in split.files]
+    content = [
+        source.classes,
+        [
+            (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
+            for s in splits
+        ],
+    ]
+    paths = list(dict.fromkeys(split.path(i) for split, i in positions))
+    where = (source.train.root.absolute(), image_size, *(split.name for split in splits))
+    cache = Cache(where, content, paths)
+    entry = cache.find()
+    if entry is not None:
+        decoded = _split_images(source, entry.images, entry.sums)
+        return replace(decoded, fingerprint=entry.fingerprint)
 
     def read(position: int) -> bytes:
         split, i = positions[position]
         return split.read(i)
 
-    recipe = {
-        "image_size": image_size,
-        "classes": source.classes,
-        "splits": [
-            (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
-            for s in splits
-        ],
-    }
-    paths = list(dict.fromkeys(split.path(i) for split, i in positions))
-    cache = Cache(recipe, paths, read, len(positions))
-    entry = cache.find()
-    if entry is not None:
-        decoded = _split_images(source, entry.images, entry.sums)
-        return replace(decoded, fingerprint=entry.fingerprint)
     started = time.monotonic()
-    images, corrupt = try_decode_all(
-        source.train.root, names, image_size, workers, progress, cache.checked_read
-    )
+    images, corrupt = try_decode_all(source.train.root, names, image_size, workers, progress, read)
     if corrupt:
         _replace_corrupt(source, images, corrupt, names, bad_images)
     sums = image_sums(images)
