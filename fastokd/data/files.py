@@ -144,6 +144,46 @@ class FileDataset(SplitSet[FileSplit]):
         return digest.hexdigest()
 
 
+def from_splits(
+    name: str,
+    classes: Sequence[str],
+    splits: Mapping[str, FileSplit],
+    root: Path,
+    ignored_files: int = 0,
+) -> DataSource[FileSplit]:
+    """The dataset of these splits, by "train", "val" and "test". Without "test", runs are evaluated
+    on "val".
+    """
+    test, val = splits.get("test"), splits.get("val")
+    if test is None:
+        test, val = val, None
+    train = splits["train"]
+    return DataSource(
+        name, tuple(classes), train, test, val, root=root, ignored_files=ignored_files
+    )
+
+
+def cannot_read(path: Path | str, error: OSError) -> DataError:
+    """The error for a file or folder of a dataset that cannot be read."""
+    reason = error.strerror or escape(error)
+    return DataError(f"{escape(path)}: cannot be read: {reason}; check its permissions and links")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 text that are not empty, stripped.
+
+    Raises:
+        DataError: it cannot be read or decoded.
+    """
+    try:
+        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+        return [line for line in lines if line]
+    except OSError as error:
+        raise cannot_read(file, error) from error
+    except UnicodeDecodeError:
+        raise DataError(f"{escape(file)}: cannot be read: it is not UTF-8 text") from None
+
+
 def check_finished(root: Path) -> None:
     """Raise ``DataError`` for a folder in which ``fastokd data convert`` has not finished."""
     try:

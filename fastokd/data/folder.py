@@ -6,7 +6,7 @@ If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label fil
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, check_finished
+from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
@@ -143,9 +143,7 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
         ignored += len(listing.ignored)
         empty += [finding.entry for finding in listing.findings]
     _raise_empty(root, empty, " in every split")
-    # Without test/, runs are evaluated on val/.
-    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
-    return _source(root, classes, splits["train"], ignored, test, splits.get("val"))
+    return _source(root, classes, splits, ignored)
 
 
 def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
@@ -194,7 +192,7 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     listing = _walk_split(root, name, names[name])
     listing.raise_first(root)
     files = listing.file_split(name, root, listing.classes)
-    return _source(root, listing.classes, files, len(listing.ignored))
+    return _source(root, listing.classes, {"train": files}, len(listing.ignored))
 
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:
@@ -217,19 +215,14 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
         )
     listing.raise_first(root)
     files = listing.file_split("train", root, folders)
-    return _source(root, folders, files, len(listing.ignored))
+    return _source(root, folders, {"train": files}, len(listing.ignored))
 
 
 def _source(
-    root: Path,
-    classes: Sequence[str],
-    train: FileSplit,
-    ignored: int,
-    test: FileSplit | None = None,
-    val: FileSplit | None = None,
+    root: Path, classes: Sequence[str], splits: Mapping[str, FileSplit], ignored: int
 ) -> DataSource[FileSplit]:
     root = root.resolve()
-    return DataSource(root.name, tuple(classes), train, test, val, root=root, ignored_files=ignored)
+    return from_splits(root.name, classes, splits, root, ignored)
 
 
 def _walk_split(
@@ -362,7 +355,7 @@ def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
         with os.scandir(folder) as found:
             return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
 
 
 def identity(folder: Path | str) -> tuple[int, int]:
@@ -370,14 +363,8 @@ def identity(folder: Path | str) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
     return status.st_dev, status.st_ino
-
-
-def _unreadable(folder: Path | str, error: OSError) -> DataError:
-    return DataError(
-        f"{escape(folder)}: cannot be read: {error.strerror}; check its permissions and links"
-    )
 
 
 def is_folder(entry: "os.DirEntry[str]") -> bool:
