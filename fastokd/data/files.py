@@ -2,6 +2,7 @@
 image is decoded.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -306,18 +307,10 @@ def _split_images(source: DataSource[FileSplit], images: Tensor, sums: Tensor) -
         split.name: Split(split.name, part, split.targets, split.files, part_sums)
         for split, part, part_sums in parts
     }
-    return DataSource(
-        name=source.name,
-        classes=source.classes,
-        train=decoded[source.train.name],
-        test=None if source.test is None else decoded[source.test.name],
-        val=None if source.val is None else decoded[source.val.name],
-        mean=source.mean,
-        std=source.std,
-        augment=source.augment,
-        root=source.root,
-        ignored_files=source.ignored_files,
-    )
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    for name in ("train", "test", "val"):
+        fields[name] = fields[name] and decoded[fields[name].name]
+    return DataSource(**fields)
 
 
 def _replace_corrupt(
@@ -340,8 +333,7 @@ def _replace_corrupt(
             "replace or delete them, or pass --bad-images replace; 'fastokd data check' finds them"
             " all"
         )
-    elsewhere = {i: reason for i, reason in corrupt.items() if i >= len(targets)}
-    if elsewhere:
+    if elsewhere := {i: reason for i, reason in corrupt.items() if i >= len(targets)}:
         raise error(
             "evaluation images are never replaced; fix them, or list the others with 'fastokd data"
             " check --write-list'",

@@ -6,7 +6,7 @@ If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label fil
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +81,12 @@ class Listing:
         files = tuple(os.path.relpath(file, root) for file in self.files)
         return FileSplit(name, root, files, torch.tensor(targets, dtype=torch.int64))
 
+    def as_source(self, root: Path, name: str) -> DataSource[FileSplit]:
+        """The images as the only split, of this name, of a dataset."""
+        splits = {"train": self.file_split(name, root, self.classes)}
+        root = root.resolve()
+        return from_splits(root.name, self.classes, splits, root, len(self.ignored))
+
 
 def walk_tree(root: Path) -> Iterator[Listing]:
     """List each split of a tree, whatever is wrong with it.
@@ -143,7 +149,8 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
         ignored += len(listing.ignored)
         empty += [finding.entry for finding in listing.findings]
     _raise_empty(root, empty, " in every split")
-    return _source(root, classes, splits, ignored)
+    resolved = root.resolve()
+    return from_splits(resolved.name, classes, splits, resolved, ignored)
 
 
 def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
@@ -163,21 +170,21 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
             " folders"
         )
     names = split_folders(root)
-    if name is None:
+    if name is None and names:
         name = next((split for split in ("val", "test") if split in names), None)
-        if name is None and names:
+        if name is None:
             raise DataError(
                 f"{escape(root)}: only train/ exists; add val/ or test/, or pass --split train"
             )
-    elif name not in names:
-        raise ConfigError(
-            f"{escape(root)} has no split '{escape(name)}' (it has"
-            f" {summarize(list(names)) if names else 'none'})"
-        )
     if name is None:
         source = _one_folder(root)
         train = dataclasses.replace(source.train, name=source.name)
         return dataclasses.replace(source, train=train)
+    if name not in names:
+        raise ConfigError(
+            f"{escape(root)} has no split '{escape(name)}' (it has"
+            f" {summarize(list(names)) or 'none'})"
+        )
     if flat_images(root / names[name], []) is not None:
         # Its labels are numbers or synsets, which refer to the classes of the training split.
         source = list_tree(root)
@@ -191,8 +198,7 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     check_finished(root)
     listing = _walk_split(root, name, names[name])
     listing.raise_first(root)
-    files = listing.file_split(name, root, listing.classes)
-    return _source(root, listing.classes, {"train": files}, len(listing.ignored))
+    return listing.as_source(root, name)
 
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:
@@ -214,15 +220,7 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
             f" images as {LAYOUT}"
         )
     listing.raise_first(root)
-    files = listing.file_split("train", root, folders)
-    return _source(root, folders, {"train": files}, len(listing.ignored))
-
-
-def _source(
-    root: Path, classes: Sequence[str], splits: Mapping[str, FileSplit], ignored: int
-) -> DataSource[FileSplit]:
-    root = root.resolve()
-    return from_splits(root.name, classes, splits, root, ignored)
+    return listing.as_source(root, "train")
 
 
 def _walk_split(

@@ -107,15 +107,16 @@ def open_dataset(
         DataError: invalid data; the message is one line with the problem, the file and the fix.
     """
     check_image_size(image_size)
+    decoding = (image_size, workers, progress)
     if isinstance(spec, DataSource):
-        source = decode_files(spec, image_size, workers, progress, bad_images)
+        source = decode_files(spec, *decoding, bad_images)
     else:
         kind, path = resolve(spec)
         if kind.files is not None:
-            source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
+            source = decode_files(kind.files(path), *decoding, bad_images)
         else:
             assert kind.read is not None, "a kind has read or files"
-            source = kind.read(path, ReadOptions(image_size, workers, progress))
+            source = kind.read(path, ReadOptions(*decoding))
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
@@ -182,17 +183,16 @@ def open_evaluation(
         source = kind.list_split(path, split)
         images: Split | FileSplit = source.train
         if decoded:
-            train = dataclasses.replace(source.train, name="train")
-            whole = decode_files(
-                dataclasses.replace(source, train=train), image_size, None, progress
-            )
-            images = dataclasses.replace(whole.train, name=source.train.name)
+            renamed = dataclasses.replace(source.train, name="train")
+            source = dataclasses.replace(source, train=renamed)
+            whole = decode_files(source, image_size, None, progress)
+            images = dataclasses.replace(whole.train, name=images.name)
         return EvaluationSet(source.name, source.classes, images)
-    dataset: Dataset | FileDataset = (
-        open_dataset(spec, image_size, progress=progress)
-        if decoded
-        else list_files(spec, image_size=image_size)
-    )
+    dataset: Dataset | FileDataset
+    if decoded:
+        dataset = open_dataset(spec, image_size, progress=progress)
+    else:
+        dataset = list_files(spec, image_size=image_size)
     images = dataset.evaluation if split is None else dataset.split(split)
     return EvaluationSet(dataset.name, dataset.classes, images)
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Generator, Iterator, Mapping
+from collections.abc import Collection, Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -163,7 +163,6 @@ class StreamLoader(LoaderBase, ABC):
         self.replaced: dict[int, str] = {}
         self._targets = split.targets.to(self.device)
         self._running: Generator[Batch, None, None] | None = None
-        self._out: Tensor | None = None
         self._base_size = stream.size
         self._frame(stream.size)
 
@@ -187,68 +186,29 @@ class StreamLoader(LoaderBase, ABC):
         loader's size. The current size changes nothing.
 
         Raises:
-            ConfigError: a size out of range, an evaluation loader, or a ``write_into`` buffer of
-                another size.
+            ConfigError: a size out of range, or an evaluation loader.
         """
         if size is not None and size < 1:
             raise ConfigError(f"image size {size}; use 1 or more")
         if not self.train:
             raise ConfigError("only training images change their size; evaluation keeps its own")
         wanted = self._base_size if size is None else (size, size)
-        if wanted == self.framing.size:
-            return
-        if self._out is not None:
-            raise ConfigError(
-                f"image size {wanted[0]} x {wanted[1]}: the buffer of write_into is for"
-                f" {self.framing.size[0]} x {self.framing.size[1]}; call write_into(None) first,"
-                " then pass a buffer of the new size"
-            )
-        self._stop()
-        self._frame(wanted)
-
-    def write_into(self, out: Tensor | None) -> None:
-        """Write every training batch into this buffer, for a step that reads its input from a fixed
-        address; None ends that.
-
-        Args:
-            out: [batch_size, 3, H, W], or [views, batch_size, 3, H, W], in the loader's dtype and
-                memory format, on its device.
-
-        Raises:
-            ConfigError: a buffer of another shape, dtype, device or layout.
-        """
-        if out is None:
-            self._out = None
-            return
-        views = [self.views] if self.views > 1 else []
-        shape = [*views, self.batch_size, 3, *self.framing.size]
-        if (
-            list(out.shape) != shape
-            or out.dtype != self.dtype
-            or out.device.type != self.device.type
-            or not out.flatten(0, -4).is_contiguous(memory_format=self.memory_format)
-        ):
-            raise ConfigError(
-                f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
-                f" {self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
-            )
-        self._out = out.flatten(0, -4)
+        if wanted != self.framing.size:
+            self._stop()
+            self._frame(wanted)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self._stop()
         super().load_state_dict(state)
 
     def close(self) -> None:
-        """Stop reading ahead and release threads and processes; the loader can be iterated
-        again.
-        """
+        """Stop reading ahead and release threads and processes; a later iteration starts them."""
         self._stop()
 
     def _frame(self, size: tuple[int, int]) -> None:
         check_padding(self.augment, *size)
         self.framing = Framing(size, self.augment, self.train)
         self._scale, self._shift = self._normalization(*size)
-        self._out = None
 
     def _stop(self) -> None:
         if self._running is not None:
@@ -316,36 +276,26 @@ class StreamLoader(LoaderBase, ABC):
             images = flip(images, to_device(flipped, self.device))
         index = to_device(torch.from_numpy(indices), self.device)[: len(indices) // self.views]
         target = self._targets.index_select(0, index)
-        out = self._out if self.train else None
-        if out is None:
-            out = torch.empty(
-                (len(indices), 3, *images.shape[1:3]),
-                dtype=self.dtype,
-                device=self.device,
-                memory_format=self.memory_format,
-            )
-        if choice is None:
-            self._normalize(images, out)
-        else:
+        out = torch.empty(
+            (len(indices), 3, *images.shape[1:3]),
+            dtype=self.dtype,
+            device=self.device,
+            memory_format=self.memory_format,
+        )
+        pixels = out.permute(0, 2, 3, 1)
+        if choice is not None:
             clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
             choice = to_device(choice, self.device)
             mixed, target = mix(
                 clean, clean.flip(1), target, target.flip(0), choice, self._num_classes
             )
-            out.copy_(mixed.flatten(0, 1).permute(0, 3, 1, 2))
-        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
-
-    def _normalize(self, images: Tensor, out: Tensor) -> None:
-        """uint8 [B, H, W, 3] to normalized [B, 3, H, W]; on a GPU, one kernel reads the bytes and
-        writes the step's input.
-        """
-        target = out.permute(0, 2, 3, 1)
-        if self.memory_format == torch.channels_last:
-            # Factors repeated for every pixel: broadcasting over an inner dimension of three is
-            # slow.
-            torch.addcmul(self._shift, images.flatten(1), self._scale, out=target.flatten(1))
+            pixels.copy_(mixed.flatten(0, 1))
+        # On a GPU, one kernel reads the bytes and writes the step's input.
+        elif self.memory_format == torch.channels_last:
+            torch.addcmul(self._shift, images.flatten(1), self._scale, out=pixels.flatten(1))
         else:
-            torch.addcmul(self._shift[:3], images, self._scale[:3], out=target)
+            torch.addcmul(self._shift[:3], images, self._scale[:3], out=pixels)
+        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
 
     def _note_corrupt(self, corrupt: Mapping[int, str]) -> None:
         """Count corrupt images, or stop because of them.
@@ -357,7 +307,7 @@ class StreamLoader(LoaderBase, ABC):
             DataError: they must not be replaced, or there are too many.
         """
         names = [f"{escape(self.split.files[i])} ({reason})" for i, reason in corrupt.items()]
-        where = f"split '{self.split.name}' of {escape(self.split.root)}"
+        where = _where(self.split)
         if not self.train or self.bad_images == "fail":
             choice = ", or train with --bad-images replace" if self.train else ""
             raise DataError(
@@ -373,6 +323,10 @@ class StreamLoader(LoaderBase, ABC):
             )
 
 
+def _where(split: FileSplit) -> str:
+    return f"split '{split.name}' of {escape(split.root)}"
+
+
 def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
     """The next image of the same class that is not corrupt, continuing at the first after the last.
 
@@ -385,20 +339,27 @@ def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> 
         if other not in corrupt:
             return int(other)
     raise DataError(
-        f"split '{split.name}' of {escape(split.root)}: none of the {len(same_class)} images of the"
+        f"{_where(split)}: none of the {len(same_class)} images of the"
         f" class of {escape(split.files[index])} can be decoded; fix those that 'fastokd data"
         " check' finds"
     )
 
 
-def check_options(options: object, rules: Mapping[str, tuple[float, float, str]]) -> None:
-    """Raise ``ConfigError`` for an option outside its range: lower and upper bound, and the range
-    in words. None is allowed.
+def check_options(options: object, **rules: tuple[float, float] | Collection[str]) -> None:
+    """Raise ``ConfigError`` for an option outside its range (lower and upper bound, with
+    ``math.inf`` for none) or its choices. None is allowed.
     """
-    for name, (low, high, rule) in rules.items():
+    for name, rule in rules.items():
         value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name}={value}: it must be {rule}")
+        if isinstance(value, str):
+            choices = cast("Collection[str]", rule)
+            if value not in choices:
+                raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
+        elif value is not None:
+            low, high = cast("tuple[float, float]", rule)
+            if not low <= value <= high:
+                words = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+                raise ConfigError(f"{name}={value}: it must be {words}")
 
 
 def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None") -> Options:
