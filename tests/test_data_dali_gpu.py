@@ -59,6 +59,24 @@ def test_a_resumed_epoch_continues_with_the_same_pixels(split, augment):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
 
 
+def test_batches_are_written_into_a_captured_graphs_input(split):
+    loader = on_gpu(split, 8, True, dtype=torch.bfloat16)
+    want = [batch.images.double().mean().item() for batch in loader]
+    static = torch.zeros((8, 3, 64, 64), dtype=torch.bfloat16, device=GPU).to(
+        memory_format=torch.channels_last
+    )
+    result, graph = torch.zeros((), dtype=torch.float64, device=GPU), torch.cuda.CUDAGraph()
+    static.double().mean()  # what a capture may not do for the first time
+    with torch.cuda.graph(graph):
+        result.copy_(static.double().mean())
+    loader.write_into(static)
+    got = []
+    for _ in loader:
+        graph.replay()
+        got.append(result.item())
+    assert got == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("load", [0.0, 0.5, 1.0])
 def test_every_share_of_the_jpeg_engine_decodes(split, load):
     assert (

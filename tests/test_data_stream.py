@@ -242,6 +242,22 @@ def test_images_are_normalised_in_the_wanted_layout(split, make, dtype, memory_f
 
 
 @each_loader
+def test_training_batches_are_written_into_the_steps_buffer(split, make):
+    loader, out = (
+        make(split, 4, True),
+        torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),
+    )
+    want = list(loader)
+    loader.write_into(out)
+    for batch, other in zip(loader, want, strict=True):
+        assert batch.images.data_ptr() == out.data_ptr()
+        assert torch.equal(out, other.images)
+    for wrong in (out[:3], out.double(), out.contiguous(), torch.empty(4, 3)):
+        with pytest.raises(ConfigError, match=r"it must be torch.float32 \[4, 3, 32, 32\] on cpu"):
+            loader.write_into(wrong)
+
+
+@each_loader
 def test_the_size_of_training_images_changes_between_epochs(split, make):
     loader = make(split, 4, True)
     whole = list(loader)
@@ -254,6 +270,30 @@ def test_the_size_of_training_images_changes_between_epochs(split, make):
         loader.set_size(0)
     with pytest.raises(ConfigError, match="evaluation keeps its own"):
         make(split, 4, False).set_size(20)
+
+
+@each_loader
+def test_the_size_there_is_already_changes_nothing_and_another_one_asks_for_the_buffer(split, make):
+    loader, out = (
+        make(split, 4, True),
+        torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),
+    )
+    loader.write_into(out)
+    for size in (32, None):
+        loader.set_size(size)
+        assert next(iter(loader)).images.data_ptr() == out.data_ptr()
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"image size 20 x 20: the buffer of write_into is for 32 x 32; call write_into\(None\)"
+            r" first"
+        ),
+    ):
+        loader.set_size(20)
+    assert next(iter(loader)).images.data_ptr() == out.data_ptr()
+    loader.write_into(None)
+    loader.set_size(20)
+    assert next(iter(loader)).images.shape == (4, 3, 20, 20)
 
 
 def test_one_pipeline_of_dali_lasts_as_long_as_the_size(split, monkeypatch):

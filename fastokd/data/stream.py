@@ -186,16 +186,48 @@ class StreamLoader(LoaderBase, ABC):
         loader's size. The current size changes nothing.
 
         Raises:
-            ConfigError: a size out of range, or an evaluation loader.
+            ConfigError: a size out of range, an evaluation loader, or a ``write_into`` buffer of
+                another size.
         """
         if size is not None and size < 1:
             raise ConfigError(f"image size {size}; use 1 or more")
         if not self.train:
             raise ConfigError("only training images change their size; evaluation keeps its own")
         wanted = self._base_size if size is None else (size, size)
-        if wanted != self.framing.size:
-            self._stop()
-            self._frame(wanted)
+        if wanted == self.framing.size:
+            return
+        if self._out is not None:
+            raise ConfigError(
+                f"image size {wanted[0]} x {wanted[1]}: the buffer of write_into is for"
+                f" {self.framing.size[0]} x {self.framing.size[1]}; call write_into(None) first,"
+                " then pass a buffer of the new size"
+            )
+        self._stop()
+        self._frame(wanted)
+
+    def write_into(self, out: Tensor | None) -> None:
+        """Write every training batch into this buffer, for a step that reads its input from a fixed
+        address; None ends that.
+
+        Args:
+            out: [batch_size, 3, H, W], or [views, batch_size, 3, H, W], in the loader's dtype and
+                memory format, on its device.
+
+        Raises:
+            ConfigError: a buffer of another shape, dtype, device or layout.
+        """
+        shape = [self.views, self.batch_size, 3, *self.framing.size][self.views == 1 :]
+        if out is not None and (
+            list(out.shape) != shape
+            or out.dtype != self.dtype
+            or out.device.type != self.device.type
+            or not out.flatten(0, -4).is_contiguous(memory_format=self.memory_format)
+        ):
+            raise ConfigError(
+                f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
+                f" {self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
+            )
+        self._out = None if out is None else out.flatten(0, -4)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self._stop()
@@ -209,6 +241,7 @@ class StreamLoader(LoaderBase, ABC):
         check_padding(self.augment, *size)
         self.framing = Framing(size, self.augment, self.train)
         self._scale, self._shift = self._normalization(*size)
+        self._out: Tensor | None = None
 
     def _stop(self) -> None:
         if self._running is not None:
@@ -276,12 +309,14 @@ class StreamLoader(LoaderBase, ABC):
             images = flip(images, to_device(flipped, self.device))
         index = to_device(torch.from_numpy(indices), self.device)[: len(indices) // self.views]
         target = self._targets.index_select(0, index)
-        out = torch.empty(
-            (len(indices), 3, *images.shape[1:3]),
-            dtype=self.dtype,
-            device=self.device,
-            memory_format=self.memory_format,
-        )
+        out = self._out if self.train else None
+        if out is None:
+            out = torch.empty(
+                (len(indices), 3, *images.shape[1:3]),
+                dtype=self.dtype,
+                device=self.device,
+                memory_format=self.memory_format,
+            )
         pixels = out.permute(0, 2, 3, 1)
         if choice is not None:
             clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
