@@ -307,7 +307,7 @@ class DaliLoader(StreamLoader):
             try:
                 waiting.append(self._inputs(single))
                 if pipeline is None:
-                    pipeline = self._build(1, 1, waiting.popleft)
+                    pipeline = self._build(1, 1, lambda: waiting.popleft())
                 pipeline.run()
             except Exception as error:
                 pipeline = None
