@@ -214,9 +214,7 @@ def prepare_files(
     Args:
         image_size: side of the square that loaders return. Default: the images' size if a sample of
             them has one size of at most ``SMALL``, else 224.
-        val_split, seed: as for ``prepare``; the same images are held out.
-        mean, std: override the source's, both together; the default is ImageNet's.
-        augment: override the source's policy.
+        val_split, seed, mean, std, augment: as for ``list_files``.
 
     Raises:
         ConfigError: a fraction, mean, std or size out of range.

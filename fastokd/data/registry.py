@@ -56,10 +56,7 @@ def get_dataset_kind(name: str) -> DatasetKind:
 
 def list_source(spec: str | Path) -> DataSource[FileSplit]:
     """List the image files of a dataset once; ``list_files`` and ``open_dataset`` take the result
-    instead of a path.
-
-    Args:
-        spec: as for ``open_dataset``.
+    instead of a path. ``spec`` is as for ``open_dataset``.
 
     Raises:
         ConfigError: an unknown kind.
@@ -93,7 +90,7 @@ def open_dataset(
             all layouts. Or the result of ``list_source``.
         image_size: side of the square that all images are fitted to; None keeps the size that they
             must share.
-        val_split: fraction of every class's training images to hold out for validation.
+        val_split: fraction of every class's training images to hold out for validation, in [0, 1).
         seed: selects the held-out images.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
             customary one, or computed from the training split.
@@ -133,11 +130,11 @@ def list_files(
     """Open a dataset made of image files and check its structure, without decoding.
 
     Args:
-        spec, val_split, seed: as for ``open_dataset``, with the same labels and held-out images.
+        spec, val_split, seed, augment: as for ``open_dataset``, with the same labels and held-out
+            images.
         image_size: side of the square that loaders return; see ``prepare_files`` for the default.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
             customary one, or ImageNet's.
-        augment: training augmentation; the default is the dataset's customary one.
 
     Raises:
         ConfigError: a setting out of range, or an unknown kind.

@@ -131,19 +131,14 @@ class StreamLoader(LoaderBase, ABC):
     remaining images, identical pixel for pixel. A new iteration ends the previous one.
 
     Args:
-        split: the encoded images and their labels.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: the device of the batches.
-        seed: of the order and the augmentation.
+        split, batch_size, train, device, seed: see ``LoaderBase``.
         settings: the fields of ``StreamSettings``.
 
     Attributes:
         replaced: for each corrupt image that this process has met, by its index, the reason.
 
     Raises:
-        ConfigError: a setting out of range.
-        DataError: fewer training images than one batch on every rank.
+        ConfigError, DataError: as ``LoaderBase``.
     """
 
     def __init__(
@@ -216,7 +211,9 @@ class StreamLoader(LoaderBase, ABC):
         Raises:
             ConfigError: a buffer of another shape, dtype, device or layout.
         """
-        shape = [self.views, self.batch_size, 3, *self.framing.size][self.views == 1 :]
+        shape = [self.batch_size, 3, *self.framing.size]
+        if self.views > 1:
+            shape.insert(0, self.views)
         if out is not None and (
             list(out.shape) != shape
             or out.dtype != self.dtype
@@ -241,7 +238,7 @@ class StreamLoader(LoaderBase, ABC):
         check_padding(self.augment, *size)
         self.framing = Framing(size, self.augment, self.train)
         self._scale, self._shift = self._normalization(*size)
-        self._out: Tensor | None = None
+        self._out = None
 
     def _stop(self) -> None:
         if self._running is not None:
