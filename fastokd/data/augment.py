@@ -51,15 +51,16 @@ class Augment:
                 f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one"
                 " way; omit one of them"
             )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+        (low, high), ratios = self.crop_scale, self.crop_ratio
+        if not 0 < low <= high <= 1:
             raise ConfigError(
                 f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 <"
                 " low <= high <= 1"
             )
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+        if not 0 < ratios[0] <= ratios[1] < math.inf:
             raise ConfigError(
-                f"augment crop_ratio={self.crop_ratio}: it must be a range of width / height, 0 <"
-                " low <= high"
+                f"augment crop_ratio={ratios}: it must be a range of width / height, 0 < low <="
+                " high"
             )
 
     def evaluation_side(self, side: int) -> int:
@@ -94,20 +95,19 @@ def crop(images: Tensor, offsets: Tensor, pad: int, padding: str = "zero") -> Te
     count, height, width, channels = images.shape
     y = torch.arange(height, device=images.device) + offsets[:, :1] - pad
     x = torch.arange(width, device=images.device) + offsets[:, 1:] - pad
-    inside = _reflected if padding == "reflect" else _clamped
-    inner_y, inner_x = inside(y, height), inside(x, width)
+    is_reflected = padding == "reflect"
+    inner_y, inner_x = (
+        _reflected(positions, size) if is_reflected else positions.clamp(0, size - 1)
+        for positions, size in ((y, height), (x, width))
+    )
     # One gather of whole pixels from a list of all pixels, without padding anything.
     rows = (
         torch.arange(count, device=images.device)[:, None, None] * height + inner_y[:, :, None]
     ) * width + inner_x[:, None, :]
     picked = images.reshape(-1, channels).index_select(0, rows.flatten()).view(images.shape)
-    if padding == "reflect":
+    if is_reflected:
         return picked
     return picked * ((y == inner_y)[:, :, None] & (x == inner_x)[:, None, :])[..., None]
-
-
-def _clamped(positions: Tensor, size: int) -> Tensor:
-    return positions.clamp(0, size - 1)
 
 
 def _reflected(positions: Tensor, size: int) -> Tensor:
@@ -121,10 +121,8 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``images * scale + shift`` of uint8 [B, H, W, C] as float32.
-
-    ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel:
-    broadcasting over an inner dimension of three is four times slower on a CPU.
+    """``images * scale + shift`` of uint8 [B, H, W, C] as float32. The factors, float32 [H*W*C],
+    repeat for every pixel: broadcasting over three channels is four times slower on a CPU.
     """
     return (images.flatten(1) * scale + shift).view(images.shape)
 
@@ -166,11 +164,10 @@ class Mixing:
         cut = np.full(count, bool(self.cutmix))
         if self.mixup and self.cutmix:
             cut = random.random(count) < 0.5
-        weight = np.where(
-            cut,
-            random.beta(self.cutmix or 1, self.cutmix or 1, count),
-            random.beta(self.mixup or 1, self.mixup or 1, count),
+        cut_weight, mix_weight = (
+            random.beta(alpha or 1, alpha or 1, count) for alpha in (self.cutmix, self.mixup)
         )
+        weight = np.where(cut, cut_weight, mix_weight)
         half = np.where(cut, np.sqrt(1 - weight) / 2, 0.0)
         center_y, center_x = random.random((2, count))
         box = [center_y - half, center_y + half, center_x - half, center_x + half]

@@ -7,14 +7,15 @@ checking a folder tree continues after a problem, so that one call finds all of 
 import csv
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -56,10 +57,6 @@ REMARKS = {
     "not an image file": "not an image by its name; ignored",
 }
 """Kinds of remarks and their meaning."""
-
-_CORRUPT = frozenset(
-    {"empty file", "unreadable", "permission", "truncated", "not an image", "too large"}
-)
 
 
 class Image(NamedTuple):
@@ -116,17 +113,9 @@ class Report:
 
     def as_json(self) -> dict[str, object]:
         """Plain values for a file, with the length of the clean list instead of the list."""
-        return {
-            "root": str(self.root),
-            "images": self.images,
-            "classes": self.classes,
-            "problems": self.problems,
-            "remarks": self.remarks,
-            "formats": self.formats,
-            "modes": self.modes,
-            "sizes": None if self.sizes is None else [list(size) for size in self.sizes],
-            "clean_images": len(self.clean),
-        }
+        values = asdict(self)
+        clean = values.pop("clean")
+        return {**values, "root": str(self.root), "clean_images": len(clean)}
 
     def write_clean(self, file: Path) -> None:
         """Write the images without problems as a CSV list (path, label and split) for ``--data``.
@@ -141,14 +130,14 @@ class Report:
                 " archives cannot be listed)"
             )
         folder = file.absolute().parent
-        columns = 3 if any(split for _, _, split in self.clean) else 2
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label", "split"][:columns])
+        rows: list[tuple[object, str, str]] = [("path", "label", "split")]
         for name, label, split in self.clean:
             path = Path(os.path.abspath(self.root / name))
             path = path.relative_to(folder) if path.is_relative_to(folder) else path
-            writer.writerow([path, label, split][:columns])
+            rows.append((path, label, split))
+        columns = 3 if any(split for _, _, split in self.clean) else 2
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(row[:columns] for row in rows)
         content = text.getvalue().encode("utf-8", "surrogateescape")
         write_atomically(file, lambda out: out.write(content))
 
@@ -183,32 +172,32 @@ def check_dataset(
             " or <class>/"
         )
     looks = run_in_processes(look_at, images, workers, progress)
-    _compare_classes(images, found)
+    labels: dict[str, set[str]] = {image.split: set() for image in images}
+    for image in images:
+        labels[image.split] |= {image.label} - {""}
+    everywhere = set().union(*labels.values())
+    for split, names in labels.items():
+        missing = sorted(everywhere - names) if names else []
+        found["one-sided class"] += [f"{label} (not in {split})" for label in missing]
     for image, look in zip(images, looks, strict=True):
-        for what, detail in look.findings:
-            found[what].append(f"{image.name} ({detail})" if detail else image.name)
+        for kind_of_finding, detail in look.findings:
+            found[kind_of_finding].append(f"{image.name} ({detail})" if detail else image.name)
     dropped = _find_duplicates(images, looks, found)
     clean = [
         (image.name, image.label, image.split)
         for i, (image, look) in enumerate(zip(images, looks, strict=True))
-        if i not in dropped
-        and image.label
-        and image.size < 0
-        and not any(what in _CORRUPT for what, _ in look.findings)
+        if i not in dropped and image.label and image.size < 0 and look.format
     ]
     # A class without training images cannot be learned, so its evaluation images are dropped.
     learned = {label for _, label, split in clean if split in ("train", "")}
     valid = [look for look in looks if look.format]
-    sizes = sorted(((look.height, look.width) for look in valid), key=lambda s: s[0] * s[1])
-    labels: dict[str, set[str]] = defaultdict(set)
-    for image in images:
-        labels[image.split].add(image.label)
+    sizes = sorted(((look.height, look.width) for look in valid), key=math.prod)
     return Report(
         root,
         dict(Counter(image.split for image in images)),
-        {split: len(names - {""}) for split, names in labels.items()},
-        {what: found[what] for what in PROBLEMS if found.get(what)},
-        {what: found[what] for what in REMARKS if found.get(what)},
+        {split: len(names) for split, names in labels.items()},
+        {finding: found[finding] for finding in PROBLEMS if found.get(finding)},
+        {finding: found[finding] for finding in REMARKS if found.get(finding)},
         dict(Counter(look.format for look in valid).most_common()),
         dict(Counter(look.mode for look in valid).most_common()),
         (sizes[0], sizes[-1]) if sizes else None,
@@ -234,13 +223,13 @@ def images_of(source: DataSource[FileSplit]) -> list[Image]:
     """The images of a listed dataset."""
     images = []
     for split in source.splits:
-        members = split.members
+        count = len(split)
+        offsets, sizes = [0] * count, [-1] * count
+        if split.members is not None:
+            offsets, sizes = split.members.offset.tolist(), split.members.size.tolist()
         for i, target in enumerate(split.targets.tolist()):
-            position = (0, -1)
-            if members is not None:
-                position = (int(members.offset[i]), int(members.size[i]))
-            label = source.classes[target]
-            images.append(Image(split.name, label, split.files[i], split.path(i), *position))
+            where = (split.files[i], split.path(i), offsets[i], sizes[i])
+            images.append(Image(split.name, source.classes[target], *where))
     return images
 
 
@@ -326,8 +315,7 @@ def run_in_processes(
             collect(function(item))
         return results
     # Forked workers start fastest; they only decode, so they need none of their parent's threads.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
     try:
         for result in pool.map(function, items, chunksize=chunk):
             collect(result)
@@ -343,17 +331,6 @@ def run_in_processes(
 
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _compare_classes(images: Iterable[Image], found: dict[str, list[str]]) -> None:
-    labels: dict[str, set[str]] = defaultdict(set)
-    for image in images:
-        if image.label:
-            labels[image.split].add(image.label)
-    everywhere = set().union(*labels.values())
-    for split, names in labels.items():
-        missing = sorted(everywhere - names)
-        found["one-sided class"] += [f"{label} (not in {split})" for label in missing]
 
 
 def _find_duplicates(
@@ -373,10 +350,9 @@ def _find_duplicates(
     for copies in groups.values():
         if len(copies) == 1:
             continue
-        same_bytes = len({looks[i].content for i in copies}) == 1
-        named = " = ".join(images[i].name for i in copies) + (
-            "" if same_bytes else " (the same pixels in other bytes)"
-        )
+        named = " = ".join(images[i].name for i in copies)
+        if len({looks[i].content for i in copies}) > 1:
+            named += " (the same pixels in other bytes)"
         labels, splits = {images[i].label for i in copies} - {""}, {images[i].split for i in copies}
         training = {i for i in copies if images[i].split in ("train", "")}
         if len(labels) > 1:

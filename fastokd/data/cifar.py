@@ -41,26 +41,26 @@ class CifarFiles:
 
 
 _CIFAR10 = CifarFiles(
-    "cifar10",
-    "cifar-10-batches-py",
-    "cifar-10-python.tar.gz",
-    tuple(f"data_batch_{i}" for i in range(1, 6)),
-    ("test_batch",),
-    "batches.meta",
-    "labels",
-    "label_names",
+    name="cifar10",
+    folder="cifar-10-batches-py",
+    archive="cifar-10-python.tar.gz",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test=("test_batch",),
+    meta="batches.meta",
+    labels_key="labels",
+    classes_key="label_names",
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
 _CIFAR100 = CifarFiles(
-    "cifar100",
-    "cifar-100-python",
-    "cifar-100-python.tar.gz",
-    ("train",),
-    ("test",),
-    "meta",
-    "fine_labels",
-    "fine_label_names",
+    name="cifar100",
+    folder="cifar-100-python",
+    archive="cifar-100-python.tar.gz",
+    train=("train",),
+    test=("test",),
+    meta="meta",
+    labels_key="fine_labels",
+    classes_key="fine_label_names",
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
 )
@@ -70,10 +70,6 @@ def _find(files: CifarFiles, path: Path) -> Path | None:
     """The folder with the files: ``path`` itself, or the one below it."""
     folders = (path / files.folder, path)
     return next((p for p in folders if p.name == files.folder and os.path.isdir(p)), None)
-
-
-def _detect(files: CifarFiles, path: Path) -> bool:
-    return _find(files, path) is not None
 
 
 def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSource[Split]:
@@ -104,15 +100,9 @@ def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSou
         )
     train = _read_split("train", folder, files.train, files, options.image_size)
     test = _read_split("test", folder, files.test, files, options.image_size)
+    augment, root = Augment(pad=train.images.shape[-1] // 8, flip=True), folder.resolve()
     return DataSource(
-        files.name,
-        tuple(classes),
-        train,
-        test,
-        mean=files.mean,
-        std=files.std,
-        root=folder.resolve(),
-        augment=Augment(pad=train.images.shape[-1] // 8, flip=True),
+        files.name, tuple(classes), train, test, None, files.mean, files.std, augment, root
     )
 
 
@@ -142,35 +132,28 @@ def _read_split(
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Bytes in protocol-2 pickles of Python 3: ``_codecs.encode(text, "latin1")``. Other codecs are
-    refused.
-    """
+    """Bytes in protocol-2 pickles of Python 3; other codecs are refused."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding}")
     return text.encode("latin1")
 
 
-def _array_parts() -> dict[tuple[str, str], Callable[..., Any]]:
-    """The objects that a pickled array refers to. NumPy 1 and 2 keep ``_reconstruct`` in different
-    modules, so it is taken from an array.
-    """
-    rebuild: Any = np.empty(0).__reduce__()[0]
-    return {
-        ("numpy.core.multiarray", "_reconstruct"): rebuild,
-        ("numpy._core.multiarray", "_reconstruct"): rebuild,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
+# NumPy 1 and 2 keep ``_reconstruct`` in different modules, so it is taken from an array.
+_rebuild: Any = np.empty(0).__reduce__()[0]
+_ARRAY_PARTS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    parts = _array_parts()
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.parts:
+        if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR file does")
-        return self.parts[module, name]
+        return _ARRAY_PARTS[module, name]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -179,17 +162,15 @@ def _load(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is damaged, or holds more than numbers, text and containers.
     """
+    reason = ""
     try:
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except Exception as error:  # damaged bytes make the unpickler raise almost any exception
-        raise DataError(
-            f"{escape(path)}: not a CIFAR file ({escape(error) or type(error).__name__}); unpack"
-            " the archive again"
-        ) from error
+        content, reason = None, escape(error) or type(error).__name__
     if not isinstance(content, dict):
         raise DataError(
-            f"{escape(path)}: not a CIFAR file (a {type(content).__name__}); unpack the archive"
-            " again"
+            f"{escape(path)}: not a CIFAR file ({reason or f'a {type(content).__name__}'}); unpack"
+            " the archive again"
         )
     return {
         key.decode("latin1") if isinstance(key, bytes) else str(key): value
@@ -197,5 +178,5 @@ def _load(path: Path) -> dict[str, Any]:
     }
 
 
-CIFAR10 = DatasetKind(partial(_read, _CIFAR10), partial(_detect, _CIFAR10))
-CIFAR100 = DatasetKind(partial(_read, _CIFAR100), partial(_detect, _CIFAR100))
+CIFAR10 = DatasetKind(partial(_read, _CIFAR10), lambda path: _find(_CIFAR10, path) is not None)
+CIFAR100 = DatasetKind(partial(_read, _CIFAR100), lambda path: _find(_CIFAR100, path) is not None)

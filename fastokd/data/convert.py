@@ -5,14 +5,15 @@ same call continues. It refuses to continue if a source image changed. Loaders r
 until the conversion has finished.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fastokd.data.check import Image, images_of, read_image, run_in_processes
 from fastokd.data.files import CONVERSION_FILE
@@ -20,9 +21,6 @@ from fastokd.data.images import Progress, decode, reason_of
 from fastokd.data.registry import resolve
 from fastokd.errors import ConfigError, DataError, StorageError, escape, summarize
 from fastokd.storage import write_atomically, write_json
-
-if TYPE_CHECKING:
-    from PIL import Image as PIL
 
 QUALITY = 95
 """JPEG quality of written files; with 4:4:4 color, so that scaling them again loses little."""
@@ -88,7 +86,7 @@ def convert_dataset(
         "source": _fingerprint(images),
     }
     _claim(out, record, images)
-    write = partial(_write_image, shorter_side=shorter_side)
+    write = functools.partial(_write_image, shorter_side=shorter_side)
     results = run_in_processes(write, _jobs(out, images), workers, progress)
     corrupt = {i: reason for i, (_, reason) in enumerate(results) if reason is not None}
     if corrupt:
@@ -109,21 +107,21 @@ def _fingerprint(images: Sequence[Image], corrupt: Iterable[int] = ()) -> str:
     """A hash of the images' names and labels and of their files' sizes and times, except those of
     corrupt images, which may be fixed.
     """
-    status = {path: _status(path) for path in dict.fromkeys(image.path for image in images)}
+
+    @functools.cache
+    def status(path: str) -> tuple[int, int] | None:
+        try:
+            result = os.stat(path)
+        except OSError:  # reported when it is read
+            return None
+        return result.st_size, result.st_mtime_ns
+
     skipped = set(corrupt)
     listed = [
-        (image.split, image.label, image.name, None if i in skipped else status[image.path])
+        (image.split, image.label, image.name, None if i in skipped else status(image.path))
         for i, image in enumerate(images)
     ]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def _status(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:  # reported when it is read
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
@@ -184,8 +182,9 @@ def _jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
 
 def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
     """Write one image unless it is complete: whether it was written, and why it cannot be."""
-    if _is_complete(job.target, shorter_side):
-        return False, None
+    with contextlib.suppress(Exception):  # it is missing or incomplete
+        if min(decode(job.target).size) <= shorter_side:
+            return False, None
     try:
         content = _converted(job.image, _FORMATS[job.target.suffix.lower()], shorter_side)
     except Exception as error:  # a decoder may raise any exception for damaged bytes
@@ -195,24 +194,15 @@ def _write_image(job: _Job, shorter_side: int) -> tuple[bool, str | None]:
     return True, None
 
 
-def _is_complete(target: Path, shorter_side: int) -> bool:
-    if not os.path.isfile(target):
-        return False
-    try:
-        return min(decode(target).size) <= shorter_side
-    except Exception:
-        return False
-
-
 def _converted(image: Image, file_format: str, shorter_side: int) -> bytes:
     """The bytes to write: the image's own where possible."""
     from PIL import Image as PIL
 
     content = read_image(image)
     with PIL.open(io.BytesIO(content)) as original:
-        small = min(original.size) <= shorter_side
+        is_small = min(original.size) <= shorter_side
         unchanged = (
-            small
+            is_small
             and original.format == file_format
             and original.mode in ("RGB", "L")
             and original.getexif().get(0x0112, 1) == 1
@@ -220,20 +210,12 @@ def _converted(image: Image, file_format: str, shorter_side: int) -> bytes:
     decoded = decode(io.BytesIO(content))  # also before a copy, to find damage now
     if unchanged:
         return content
-    if not small:
-        decoded = _scaled(decoded, shorter_side)
+    if not is_small:
+        width, height = decoded.size
+        shorter = min(width, height)
+        size = (shorter_side * width // shorter, shorter_side * height // shorter)
+        decoded = decoded.resize(size, PIL.Resampling.BILINEAR)
     out = io.BytesIO()
-    if file_format == "JPEG":
-        decoded.save(out, "JPEG", quality=QUALITY, subsampling=0)
-    else:
-        decoded.save(out, "PNG")
+    options = {"quality": QUALITY, "subsampling": 0} if file_format == "JPEG" else {}
+    decoded.save(out, file_format, **options)
     return out.getvalue()
-
-
-def _scaled(image: "PIL.Image", shorter_side: int) -> "PIL.Image":
-    from PIL import Image as PIL
-
-    width, height = image.size
-    shorter = min(width, height)
-    size = (shorter_side * width // shorter, shorter_side * height // shorter)
-    return image.resize(size, PIL.Resampling.BILINEAR)

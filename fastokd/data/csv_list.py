@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit
+from fastokd.data.files import FileSplit, cannot_read, from_splits
 from fastokd.data.folder import SPLIT_OF, SPLITS
 from fastokd.data.kinds import DatasetKind
 from fastokd.errors import DataError, escape
@@ -57,14 +57,13 @@ def list_csv(path: Path | None) -> DataSource[FileSplit]:
         raise DataError(
             f"{escape(path)}: no training images in it; lines with the split train are needed"
         )
-    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
-    return DataSource(path.stem, classes, splits["train"], test, splits.get("val"), root=root)
+    return from_splits(path.stem, classes, splits, root)
 
 
 def _read_entries(path: Path) -> list[tuple[str, str, str]]:
     """File, label and split of every line."""
     rows = _read_rows(path)
-    columns, first = _find_columns(path, rows)
+    columns, first = _find_columns(path, rows[0][1])
     known: dict[str, tuple[str, str]] = {}
     entries = []
     for line, row in rows[first:]:
@@ -103,7 +102,7 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
             )
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
-        raise DataError(f"{escape(path)}: cannot be read: {error.strerror}") from error
+        raise cannot_read(path, error) from error
     except csv.Error as error:
         raise DataError(f"{escape(path)}: not a CSV file ({escape(error)})") from error
     if not rows:
@@ -111,15 +110,15 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _find_columns(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[dict[str, int], int]:
+def _find_columns(path: Path, first_row: list[str]) -> tuple[dict[str, int], int]:
     """The index of each column, and the number of header lines."""
-    head = [cell.strip().lower() for cell in rows[0][1]]
+    head = [cell.strip().lower() for cell in first_row]
     named = {
-        column: next((i for i, cell in enumerate(head) if cell in names), None)
+        column: next((i for i, cell in enumerate(head) if cell in names), -1)
         for column, names in COLUMNS.items()
     }
-    if named["path"] is not None and named["label"] is not None:
-        return {column: i for column, i in named.items() if i is not None}, 1
+    if min(named["path"], named["label"]) >= 0:
+        return {column: i for column, i in named.items() if i >= 0}, 1
     if len(head) not in (2, 3):
         raise DataError(
             f"{escape(path)}: {len(head)} columns without names; {_FORM}, or name the columns in"

@@ -33,15 +33,7 @@ from fastokd.data.stream import (
     replacement_index,
     scaled,
 )
-from fastokd.errors import (
-    ConfigError,
-    DataError,
-    MissingExtra,
-    did_you_mean,
-    escape,
-    first_line,
-    summarize,
-)
+from fastokd.errors import ConfigError, DataError, MissingExtra, escape, first_line, summarize
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -88,20 +80,17 @@ class DaliOptions:
     mmap: bool = True
 
     def __post_init__(self) -> None:
+        some = (1, math.inf)
         check_options(
             self,
-            {
-                "threads": (1, math.inf, "1 or more"),
-                "prefetch": (1, math.inf, "1 or more"),
-                "hw_decoder_load": (0, 1, "in [0, 1]"),
-                "width_hint": (0, math.inf, "0 or more"),
-                "height_hint": (0, math.inf, "0 or more"),
-            },
+            threads=some,
+            prefetch=some,
+            decoder=DECODERS,
+            resize=RESIZERS,
+            hw_decoder_load=(0, 1),
+            width_hint=(0, math.inf),
+            height_hint=(0, math.inf),
         )
-        for name, choices in (("decoder", DECODERS), ("resize", RESIZERS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
 
 
 def missing_dali(device: torch.device | None = None) -> str | None:
@@ -154,16 +143,11 @@ class DaliLoader(StreamLoader):
         if reason := unsuitable_for_dali(self.split):
             raise DataError(reason)
         on_gpu = self.device.type == "cuda"
+        runs = f"and the step runs on {self.device}"
         if self.options.decoder == "mixed" and not on_gpu:
-            raise ConfigError(
-                f"decoder='mixed' decodes on the GPU, and the step runs on {self.device}; use"
-                " decoder=cpu"
-            )
+            raise ConfigError(f"decoder='mixed' decodes on the GPU, {runs}; use decoder=cpu")
         if self.options.resize == "torch" and on_gpu:
-            raise ConfigError(
-                f"resize='torch' scales on the CPU, and the step runs on {self.device}; use"
-                " resize=dali"
-            )
+            raise ConfigError(f"resize='torch' scales on the CPU, {runs}; use resize=dali")
         self._mixed = on_gpu and self.options.decoder != "cpu"
         self._by_torch = not on_gpu and self.options.resize != "dali"
         self._threads = self.options.threads or default_threads(on_gpu)
@@ -213,7 +197,7 @@ class DaliLoader(StreamLoader):
         if self._pipeline is None:
             count = self.views * self.batch_size
             self._pipeline = self._build(count, self.options.prefetch, self._feed)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        stream = torch.cuda.current_stream(self.device) if self._device_id is not None else None
         (images,) = self._pipeline.run(stream)
         return images
 
@@ -319,37 +303,27 @@ class DaliLoader(StreamLoader):
         for row, i in enumerate(request.indices.tolist()):
             one = slice(row, row + 1)
             candidates = None if request.candidates is None else request.candidates[one]
+            single = Request(request.framing, request.indices[one], candidates)
             try:
-                waiting.append(
-                    self._inputs(Request(request.framing, request.indices[one], candidates))
-                )
+                waiting.append(self._inputs(single))
                 if pipeline is None:
                     pipeline = self._build(1, 1, lambda: waiting.popleft())
                 pipeline.run()
             except Exception as error:
                 pipeline = None
                 waiting.clear()
-                corrupt[i] = self._reason(i, error)
+                corrupt[i] = dali_reason(error)
+                try:
+                    decode(BytesIO(self.split.read(i)))
+                except Exception as known:  # Pillow has the better reason, if it fails too
+                    corrupt[i] = reason_of(known)
         return corrupt
-
-    def _reason(self, index: int, error: Exception) -> str:
-        """The reason why an image is corrupt: Pillow's if it fails too, else DALI's."""
-        try:
-            decode(BytesIO(self.split.read(index)))
-        except Exception as known:
-            return reason_of(known)
-        return dali_reason(error)
 
     def _build(self, batch_size: int, prefetch: int, source: Any) -> "Pipeline":
         from nvidia.dali.pipeline import Pipeline
 
-        pipeline = Pipeline(
-            batch_size,
-            self._threads,
-            self._device_id,
-            prefetch_queue_depth=prefetch,
-            exec_dynamic=True,
-        )
+        sizes = (batch_size, self._threads, self._device_id)
+        pipeline = Pipeline(*sizes, prefetch_queue_depth=prefetch, exec_dynamic=True)
         with pipeline:
             pipeline.set_outputs(self._define(source))
         pipeline.build()
@@ -420,19 +394,16 @@ def default_threads(with_gpu: bool) -> int:
     there are more than four, or minus one for scaling if no GPU does.
     """
     cores = default_workers()
-    if with_gpu:
-        return cores - 2 if cores > 4 else cores
-    return max(1, cores - 1)
+    if not with_gpu:
+        return max(1, cores - 1)
+    return cores - 2 if cores > 4 else cores
 
 
 def dali_reason(error: Exception) -> str:
     """The line of DALI's message that has the reason."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    if "encountered:" in lines:
-        reasons = [line for line in lines[lines.index("encountered:") + 1 :] if line]
-        if reasons:
-            return reasons[0][:160]
-    return first_line(error)
+    _, _, after = str(error).partition("encountered:\n")
+    reasons = [line.strip() for line in after.splitlines() if line.strip()]
+    return reasons[0][:160] if reasons else first_line(error)
 
 
 def _dali() -> tuple[Any, Any, Any]:

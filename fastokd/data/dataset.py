@@ -59,20 +59,19 @@ class Split:
     sums: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        images, targets, where = self.images, self.targets, f"split '{self.name}'"
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(
-                f"split '{self.name}': images are {self.images.dtype} {list(self.images.shape)};"
-                " they must be uint8 [N, 3, H, W]"
+                f"{where}: images are {images.dtype} {list(images.shape)}; they must be uint8 [N,"
+                " 3, H, W]"
             )
-        if self.targets.dtype != torch.int64 or self.targets.shape != self.images.shape[:1]:
+        if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
             raise DataError(
-                f"split '{self.name}': targets are {self.targets.dtype} {list(self.targets.shape)};"
-                f" they must be int64 [{len(self.images)}], one per image"
+                f"{where}: targets are {targets.dtype} {list(targets.shape)}; they must be int64"
+                f" [{len(images)}], one per image"
             )
-        if self.files is not None and len(self.files) != len(self.images):
-            raise DataError(
-                f"split '{self.name}': {len(self.files)} file names for {len(self.images)} images"
-            )
+        if self.files is not None and len(self.files) != len(images):
+            raise DataError(f"{where}: {len(self.files)} file names for {len(images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,10 +123,9 @@ class DataSource(Generic[S]):
 
     def __post_init__(self) -> None:
         where = escape(self.name)
-        if len(self.classes) < 2:
-            raise DataError(
-                f"{where}: {len(self.classes)} class(es); a classifier needs two or more"
-            )
+        count = len(self.classes)
+        if count < 2:
+            raise DataError(f"{where}: {count} class(es); a classifier needs two or more")
         for name in self.classes:
             try:
                 name.encode()
@@ -139,13 +137,12 @@ class DataSource(Generic[S]):
             if not len(split):
                 raise DataError(f"{where}: split '{split.name}' is empty; put images in it")
             low, high = int(split.targets.min()), int(split.targets.max())
-            if low < 0 or high >= len(self.classes):
+            if low < 0 or high >= count:
                 raise DataError(
                     f"{where}: split '{split.name}' has label {low if low < 0 else high}, outside"
-                    f" 0..{len(self.classes) - 1} of its {len(self.classes)} classes; correct the"
-                    " labels or the class list"
+                    f" 0..{count - 1} of its {count} classes; correct the labels or the class list"
                 )
-        counts = torch.bincount(self.train.targets, minlength=len(self.classes))
+        counts = torch.bincount(self.train.targets, minlength=count)
         unseen = [self.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         if unseen:
             raise DataError(
@@ -159,9 +156,7 @@ class DataSource(Generic[S]):
 
     def hold_out(self, val_split: float, seed: int) -> tuple[S, S, S | None]:
         """The splits (train, test, val) after holding out ``val_split`` of every class of the
-        training images.
-
-        Without a test split, the held-out images become the test split.
+        training images. Without a test split, the held-out images become the test split.
 
         Raises:
             ConfigError: a fraction out of range.
@@ -238,11 +233,9 @@ class SplitSet(Generic[S]):
         """
         found = {"train": self.train, "val": self.val, "test": self.test}.get(name)
         if found is None:
-            fix = (
-                "hold some training images out with --val-split"
-                if name == "val"
-                else "use train, val or test"
-            )
+            fix = "use train, val or test"
+            if name == "val":
+                fix = "hold some training images out with --val-split"
             raise ConfigError(f"{self.name} has no split '{name}'; {fix}")
         return found
 
@@ -286,14 +279,8 @@ def prepare(
     std: Sequence[float] | None = None,
     augment: Augment | None = None,
 ) -> Dataset:
-    """Split the validation images off the training split and decide the normalization.
-
-    Args:
-        val_split: fraction of every class's training images to hold out, 0 <= val_split < 1.
-        seed: selects the held-out images.
-        mean, std: override the source's, both together; one number per channel, as fractions of
-            255.
-        augment: override the source's policy.
+    """Split the validation images off the training split and decide the normalization; arguments as
+    for ``open_dataset``.
 
     Raises:
         ConfigError: a fraction, mean or std out of range.
@@ -302,11 +289,11 @@ def prepare(
     """
     size = source.train.images.shape[1:]
     for split in source.splits:
-        if split.images.shape[1:] != size:
+        other = split.images.shape[1:]
+        if other != size:
             raise DataError(
-                f"{escape(source.name)}: images of split '{split.name}' are"
-                f" {list(split.images.shape[1:])} and those of '{source.train.name}' {list(size)};"
-                " open the dataset with one image_size"
+                f"{escape(source.name)}: images of split '{split.name}' are {list(other)} and those"
+                f" of '{source.train.name}' {list(size)}; open the dataset with one image_size"
             )
     source = normalized_by(source, mean, std)
     train, test, val = source.hold_out(val_split, seed)
@@ -352,9 +339,7 @@ def normalized_by(
 
 def split_off(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple[S, S]:
     """Hold out ``fraction`` of every class, at least one image of each and never all; returns
-    (train, val).
-
-    Both keep the order of the images. The choice depends only on labels, fraction and seed.
+    (train, val), in the order of the images. The choice depends only on labels, fraction and seed.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(train), dtype=torch.bool)
@@ -372,9 +357,7 @@ def split_off(train: S, classes: Sequence[str], fraction: float, seed: int) -> t
 
 
 def image_sums(images: Tensor) -> Tensor:
-    """For every image and channel of uint8 [N, C, H, W], the sum of the pixels and of their
-    squares: int64 [N, 2, C].
-    """
+    """Sums of the pixels and of their squares, int64 [N, 2, C], of images uint8 [N, C, H, W]."""
     pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H * W, C]
     out = torch.empty(len(images), 2, images.shape[1], dtype=torch.int64)
     per_chunk = max(1, _CHUNK_PIXELS // max(1, pixels.shape[1]))
@@ -389,10 +372,8 @@ def channel_statistics(
     images: Tensor, sums: Tensor | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of uint8 [N, C, H, W], as
-    fractions of 255.
-
-    Exact up to one rounding: from sums of integers. A channel that never varies gets the deviation
-    1, so that it normalizes to zero. ``sums`` are ``image_sums`` of the images, if known.
+    fractions of 255, exact up to one rounding. A channel that never varies gets the deviation 1.
+    ``sums`` are ``image_sums`` of the images, if known.
     """
     totals, squares = (image_sums(images) if sums is None else sums).sum(0).tolist()
     count = images.shape[0] * images.shape[2] * images.shape[3]

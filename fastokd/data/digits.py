@@ -27,10 +27,8 @@ def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
             f"digits are part of the package and take no folder; write digits, not digits:{path}"
         )
     with np.load(FILE) as stored:
-        levels, targets = (
-            torch.from_numpy(stored["levels"]),
-            torch.from_numpy(stored["targets"]).long(),
-        )
+        levels, targets = (torch.from_numpy(stored[name]) for name in ("levels", "targets"))
+    targets = targets.long()
     # 0..16 to 0..255, rounded to the nearest integer.
     gray = ((levels.int() * 255 + 8) // 16).to(torch.uint8)
     images = gray.unsqueeze(-1).repeat(1, 1, 1, 3).permute(0, 3, 1, 2)
@@ -39,17 +37,10 @@ def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
     rank_in_class = (one_hot.cumsum(0) * one_hot).sum(1) - 1
     is_test = rank_in_class % TEST_EVERY == TEST_EVERY - 1
     whole = Split("train", images, targets)
-    train, test = (
-        whole.select((~is_test).nonzero().flatten()),
-        whole.select(is_test.nonzero().flatten(), "test"),
-    )
-    return DataSource(
-        "digits",
-        tuple(map(str, range(10))),
-        train,
-        test,
-        augment=Augment(pad=images.shape[-1] // 8, flip=False),
-    )
+    train = whole.select((~is_test).nonzero().flatten())
+    test = whole.select(is_test.nonzero().flatten(), "test")
+    augment = Augment(pad=images.shape[-1] // 8, flip=False)
+    return DataSource("digits", tuple(map(str, range(10))), train, test, augment=augment)
 
 
 DIGITS = DatasetKind(read)

@@ -2,6 +2,7 @@
 image is decoded.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -144,6 +145,46 @@ class FileDataset(SplitSet[FileSplit]):
         return digest.hexdigest()
 
 
+def from_splits(
+    name: str,
+    classes: Sequence[str],
+    splits: Mapping[str, FileSplit],
+    root: Path,
+    ignored_files: int = 0,
+) -> DataSource[FileSplit]:
+    """The dataset of these splits, by "train", "val" and "test". Without "test", runs are evaluated
+    on "val".
+    """
+    test, val = splits.get("test"), splits.get("val")
+    if test is None:
+        test, val = val, None
+    train = splits["train"]
+    return DataSource(
+        name, tuple(classes), train, test, val, root=root, ignored_files=ignored_files
+    )
+
+
+def cannot_read(path: Path | str, error: OSError) -> DataError:
+    """The error for a file or folder of a dataset that cannot be read."""
+    reason = error.strerror or escape(error)
+    return DataError(f"{escape(path)}: cannot be read: {reason}; check its permissions and links")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 text that are not empty, stripped.
+
+    Raises:
+        DataError: it cannot be read or decoded.
+    """
+    try:
+        lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+        return [line for line in lines if line]
+    except OSError as error:
+        raise cannot_read(file, error) from error
+    except UnicodeDecodeError:
+        raise DataError(f"{escape(file)}: cannot be read: it is not UTF-8 text") from None
+
+
 def check_finished(root: Path) -> None:
     """Raise ``DataError`` for a folder in which ``fastokd data convert`` has not finished."""
     try:
@@ -173,9 +214,7 @@ def prepare_files(
     Args:
         image_size: side of the square that loaders return. Default: the images' size if a sample of
             them has one size of at most ``SMALL``, else 224.
-        val_split, seed: as for ``prepare``; the same images are held out.
-        mean, std: override the source's, both together; the default is ImageNet's.
-        augment: override the source's policy.
+        val_split, seed, mean, std, augment: as for ``list_files``.
 
     Raises:
         ConfigError: a fraction, mean, std or size out of range.
@@ -227,29 +266,27 @@ def decode_files(
     splits = source.splits
     positions = [(split, i) for split in splits for i in range(len(split))]
     names = [file for split in splits for file in split.files]
+    content = [
+        source.classes,
+        [
+            (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
+            for s in splits
+        ],
+    ]
+    paths = list(dict.fromkeys(split.path(i) for split, i in positions))
+    where = (source.train.root.absolute(), image_size, *(split.name for split in splits))
+    cache = Cache(where, content, paths)
+    entry = cache.find()
+    if entry is not None:
+        decoded = _split_images(source, entry.images, entry.sums)
+        return replace(decoded, fingerprint=entry.fingerprint)
 
     def read(position: int) -> bytes:
         split, i = positions[position]
         return split.read(i)
 
-    recipe = {
-        "image_size": image_size,
-        "classes": source.classes,
-        "splits": [
-            (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
-            for s in splits
-        ],
-    }
-    paths = list(dict.fromkeys(split.path(i) for split, i in positions))
-    cache = Cache(recipe, paths, read, len(positions))
-    entry = cache.find()
-    if entry is not None:
-        decoded = _split_images(source, entry.images, entry.sums)
-        return replace(decoded, fingerprint=entry.fingerprint)
     started = time.monotonic()
-    images, corrupt = try_decode_all(
-        source.train.root, names, image_size, workers, progress, cache.checked_read
-    )
+    images, corrupt = try_decode_all(source.train.root, names, image_size, workers, progress, read)
     if corrupt:
         _replace_corrupt(source, images, corrupt, names, bad_images)
     sums = image_sums(images)
@@ -268,18 +305,10 @@ def _split_images(source: DataSource[FileSplit], images: Tensor, sums: Tensor) -
         split.name: Split(split.name, part, split.targets, split.files, part_sums)
         for split, part, part_sums in parts
     }
-    return DataSource(
-        name=source.name,
-        classes=source.classes,
-        train=decoded[source.train.name],
-        test=None if source.test is None else decoded[source.test.name],
-        val=None if source.val is None else decoded[source.val.name],
-        mean=source.mean,
-        std=source.std,
-        augment=source.augment,
-        root=source.root,
-        ignored_files=source.ignored_files,
-    )
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    for name in ("train", "test", "val"):
+        fields[name] = fields[name] and decoded[fields[name].name]
+    return DataSource(**fields)
 
 
 def _replace_corrupt(
@@ -302,8 +331,7 @@ def _replace_corrupt(
             "replace or delete them, or pass --bad-images replace; 'fastokd data check' finds them"
             " all"
         )
-    elsewhere = {i: reason for i, reason in corrupt.items() if i >= len(targets)}
-    if elsewhere:
+    if elsewhere := {i: reason for i, reason in corrupt.items() if i >= len(targets)}:
         raise error(
             "evaluation images are never replaced; fix them, or list the others with 'fastokd data"
             " check --write-list'",

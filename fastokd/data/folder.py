@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, check_finished
+from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
@@ -81,6 +81,12 @@ class Listing:
         files = tuple(os.path.relpath(file, root) for file in self.files)
         return FileSplit(name, root, files, torch.tensor(targets, dtype=torch.int64))
 
+    def as_source(self, root: Path, name: str) -> DataSource[FileSplit]:
+        """The images as the only split, of this name, of a dataset."""
+        splits = {"train": self.file_split(name, root, self.classes)}
+        root = root.resolve()
+        return from_splits(root.name, self.classes, splits, root, len(self.ignored))
+
 
 def walk_tree(root: Path) -> Iterator[Listing]:
     """List each split of a tree, whatever is wrong with it.
@@ -143,9 +149,8 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
         ignored += len(listing.ignored)
         empty += [finding.entry for finding in listing.findings]
     _raise_empty(root, empty, " in every split")
-    # Without test/, runs are evaluated on val/.
-    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
-    return _source(root, classes, splits["train"], ignored, test, splits.get("val"))
+    resolved = root.resolve()
+    return from_splits(resolved.name, classes, splits, resolved, ignored)
 
 
 def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
@@ -165,21 +170,21 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
             " folders"
         )
     names = split_folders(root)
-    if name is None:
+    if name is None and names:
         name = next((split for split in ("val", "test") if split in names), None)
-        if name is None and names:
+        if name is None:
             raise DataError(
                 f"{escape(root)}: only train/ exists; add val/ or test/, or pass --split train"
             )
-    elif name not in names:
-        raise ConfigError(
-            f"{escape(root)} has no split '{escape(name)}' (it has"
-            f" {summarize(list(names)) if names else 'none'})"
-        )
     if name is None:
         source = _one_folder(root)
         train = dataclasses.replace(source.train, name=source.name)
         return dataclasses.replace(source, train=train)
+    if name not in names:
+        raise ConfigError(
+            f"{escape(root)} has no split '{escape(name)}' (it has"
+            f" {summarize(list(names)) or 'none'})"
+        )
     if flat_images(root / names[name], []) is not None:
         # Its labels are numbers or synsets, which refer to the classes of the training split.
         source = list_tree(root)
@@ -193,8 +198,7 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     check_finished(root)
     listing = _walk_split(root, name, names[name])
     listing.raise_first(root)
-    files = listing.file_split(name, root, listing.classes)
-    return _source(root, listing.classes, files, len(listing.ignored))
+    return listing.as_source(root, name)
 
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:
@@ -216,20 +220,7 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
             f" images as {LAYOUT}"
         )
     listing.raise_first(root)
-    files = listing.file_split("train", root, folders)
-    return _source(root, folders, files, len(listing.ignored))
-
-
-def _source(
-    root: Path,
-    classes: Sequence[str],
-    train: FileSplit,
-    ignored: int,
-    test: FileSplit | None = None,
-    val: FileSplit | None = None,
-) -> DataSource[FileSplit]:
-    root = root.resolve()
-    return DataSource(root.name, tuple(classes), train, test, val, root=root, ignored_files=ignored)
+    return listing.as_source(root, "train")
 
 
 def _walk_split(
@@ -362,7 +353,7 @@ def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
         with os.scandir(folder) as found:
             return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
 
 
 def identity(folder: Path | str) -> tuple[int, int]:
@@ -370,14 +361,8 @@ def identity(folder: Path | str) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
     return status.st_dev, status.st_ino
-
-
-def _unreadable(folder: Path | str, error: OSError) -> DataError:
-    return DataError(
-        f"{escape(folder)}: cannot be read: {error.strerror}; check its permissions and links"
-    )
 
 
 def is_folder(entry: "os.DirEntry[str]") -> bool:

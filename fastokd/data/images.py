@@ -1,5 +1,6 @@
 """Decoding of image files and arrays into one uint8 tensor: color, orientation, size, memory."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,9 +85,7 @@ def decode(path: str | Path | BytesIO) -> "Image.Image":
 
 
 def fit(image: "Image.Image", size: int) -> "Image.Image":
-    """Scale the shorter side to ``size`` with an antialiased triangle filter, then crop the central
-    square.
-    """
+    """Scale the shorter side to ``size``, antialiased, then crop the central square."""
     from PIL import Image
 
     width, height = image.size
@@ -111,7 +110,7 @@ def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
     from PIL import Image
 
     check_memory(len(images), size, size, where)
-    out = _allocate(len(images), size, size)
+    out = torch.empty((len(images), size, size, 3), dtype=torch.uint8)
     pixels = out.numpy()
     for row, image in zip(pixels, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
         row[...] = np.asarray(fit(Image.fromarray(image), size))
@@ -124,12 +123,8 @@ def corrupt_files_error(
     corrupt: Mapping[int, str],
     fix: str = "replace or delete them",
 ) -> DataError:
-    """The error that names files which cannot be decoded.
-
-    Args:
-        files: all files.
-        corrupt: the reason for each corrupt file, by its index.
-        fix: advice at the end of the message.
+    """The error that names files that cannot be decoded: ``corrupt`` has the reason for each by its
+    index in ``files``, ``fix`` the advice at the end of the message.
     """
     named = summarize([f"{files[i]} ({reason})" for i, reason in corrupt.items()])
     return DataError(
@@ -167,11 +162,15 @@ def try_decode_all(
     def source(i: int) -> str | BytesIO:
         return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
 
-    height, width, model = (
-        (image_size, image_size, None) if image_size else _common_size(files, source)
-    )
+    height = width = image_size or 1
+    model = ""
+    for i in () if image_size else range(len(files)):
+        with contextlib.suppress(Exception):  # reported when all files are decoded
+            first = decode(source(i))
+            height, width, model = first.height, first.width, files[i]
+            break
     check_memory(len(files), height, width, root)
-    out = _allocate(len(files), height, width)
+    out = torch.empty((len(files), height, width, 3), dtype=torch.uint8)
     pixels = out.numpy()
 
     def decode_chunk(start: int) -> dict[int, str]:
@@ -205,23 +204,6 @@ def try_decode_all(
         # Without this, an error or Ctrl-C would wait for every file in the queue.
         pool.shutdown(cancel_futures=True)
     return out.permute(0, 3, 1, 2), corrupt
-
-
-def _allocate(count: int, height: int, width: int) -> Tensor:
-    return torch.empty((count, height, width, 3), dtype=torch.uint8)
-
-
-def _common_size(
-    files: Sequence[str], source: Callable[[int], str | BytesIO]
-) -> tuple[int, int, str | None]:
-    """Height, width and name of the first file that can be decoded."""
-    for i, file in enumerate(files):
-        try:
-            image = decode(source(i))
-        except Exception:  # reported when all files are decoded
-            continue
-        return image.height, image.width, file
-    return 1, 1, None
 
 
 def reason_of(error: Exception) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastokd.data.files import read_lines
 from fastokd.errors import DataError, MissingExtra, escape, summarize
 
 NAMES = (
@@ -49,17 +50,7 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     Raises:
         DataError: images without a label, unknown labels, or a file of another form.
     """
-    try:
-        rows = [
-            re.split(r"[\s,;]+", line.strip())
-            for line in file.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{escape(file)}: cannot be read:"
-            f" {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from None
+    rows = [re.split(r"[\s,;]+", line) for line in read_lines(file)]
     if rows and all(len(row) == 1 for row in rows):
         labels = _in_order(file, [row[0] for row in rows], images, classes)
     else:

@@ -98,10 +98,10 @@ class LoaderSettings:
             raise ConfigError(
                 f"dtype={self.dtype}; images are normalized, so it is a floating dtype"
             )
-        if self.memory_format not in (torch.channels_last, torch.contiguous_format):
+        formats = (torch.channels_last, torch.contiguous_format)
+        if self.memory_format not in formats:
             raise ConfigError(
-                f"memory_format={self.memory_format}; use torch.channels_last or"
-                " torch.contiguous_format"
+                f"memory_format={self.memory_format}; use {' or '.join(map(str, formats))}"
             )
 
 
@@ -192,12 +192,8 @@ class LoaderBase:
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last returned batch, as plain integers."""
-        return {
-            "epoch": self.epoch,
-            "position": self._position,
-            "seed": self.seed,
-            "size": self._count,
-        }
+        state = {"epoch": self.epoch, "position": self._position}
+        return {**state, "seed": self.seed, "size": self._count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue exactly at the position of the loader that returned ``state``.
@@ -265,14 +261,6 @@ def to_device(choices: Tensor, device: torch.device) -> Tensor:
     return choices.to(device, non_blocking=True)
 
 
-def _runs_anywhere(device: torch.device) -> None:
-    return None
-
-
-def _suits_all(split: FileSplit) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class LoaderKind:
     """A kind of loader.
@@ -291,8 +279,8 @@ class LoaderKind:
 
     make: Callable[..., Loader]
     decoded: bool
-    missing: Callable[[torch.device], str | None] = _runs_anywhere
-    unsuitable: Callable[[FileSplit], str | None] = _suits_all
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    unsuitable: Callable[[FileSplit], str | None] = lambda split: None
 
     def reason_against(self, device: torch.device, splits: Iterable[FileSplit]) -> str | None:
         """The reason why it cannot load these files on this device, with the fix, or None."""
@@ -361,16 +349,15 @@ def make_loader(
     """
     device = torch.device(device)
     decoded = isinstance(dataset, Dataset)
-    if loader is None:
-        loader = (
-            "resident" if isinstance(dataset, Dataset) else best_file_loader(device, dataset.splits)
-        )
+    if loader is None and not isinstance(dataset, Dataset):
+        loader = best_file_loader(device, dataset.splits)
+    loader = loader or "resident"
     kind = get_loader_kind(loader)
     if kind.decoded != decoded:
-        takes, fix = (
-            ("decoded images", "open_dataset") if kind.decoded else ("image files", "list_files")
-        )
-        raise ConfigError(f"loader '{loader}' takes {takes}; open {dataset.name} with {fix}")
+        images, function = ("image files", "list_files")
+        if kind.decoded:
+            images, function = ("decoded images", "open_dataset")
+        raise ConfigError(f"loader '{loader}' takes {images}; open {dataset.name} with {function}")
     if reason := kind.missing(device):
         raise ConfigError(f"loader '{loader}' cannot run here: {reason}")
     if not kind.decoded:

@@ -56,10 +56,7 @@ def get_dataset_kind(name: str) -> DatasetKind:
 
 def list_source(spec: str | Path) -> DataSource[FileSplit]:
     """List the image files of a dataset once; ``list_files`` and ``open_dataset`` take the result
-    instead of a path.
-
-    Args:
-        spec: as for ``open_dataset``.
+    instead of a path. ``spec`` is as for ``open_dataset``.
 
     Raises:
         ConfigError: an unknown kind.
@@ -93,7 +90,7 @@ def open_dataset(
             all layouts. Or the result of ``list_source``.
         image_size: side of the square that all images are fitted to; None keeps the size that they
             must share.
-        val_split: fraction of every class's training images to hold out for validation.
+        val_split: fraction of every class's training images to hold out for validation, in [0, 1).
         seed: selects the held-out images.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
             customary one, or computed from the training split.
@@ -107,15 +104,16 @@ def open_dataset(
         DataError: invalid data; the message is one line with the problem, the file and the fix.
     """
     check_image_size(image_size)
+    decoding = (image_size, workers, progress)
     if isinstance(spec, DataSource):
-        source = decode_files(spec, image_size, workers, progress, bad_images)
+        source = decode_files(spec, *decoding, bad_images)
     else:
         kind, path = resolve(spec)
         if kind.files is not None:
-            source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
+            source = decode_files(kind.files(path), *decoding, bad_images)
         else:
             assert kind.read is not None, "a kind has read or files"
-            source = kind.read(path, ReadOptions(image_size, workers, progress))
+            source = kind.read(path, ReadOptions(*decoding))
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
@@ -132,11 +130,11 @@ def list_files(
     """Open a dataset made of image files and check its structure, without decoding.
 
     Args:
-        spec, val_split, seed: as for ``open_dataset``, with the same labels and held-out images.
+        spec, val_split, seed, augment: as for ``open_dataset``, with the same labels and held-out
+            images.
         image_size: side of the square that loaders return; see ``prepare_files`` for the default.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
             customary one, or ImageNet's.
-        augment: training augmentation; the default is the dataset's customary one.
 
     Raises:
         ConfigError: a setting out of range, or an unknown kind.
@@ -182,17 +180,16 @@ def open_evaluation(
         source = kind.list_split(path, split)
         images: Split | FileSplit = source.train
         if decoded:
-            train = dataclasses.replace(source.train, name="train")
-            whole = decode_files(
-                dataclasses.replace(source, train=train), image_size, None, progress
-            )
-            images = dataclasses.replace(whole.train, name=source.train.name)
+            renamed = dataclasses.replace(source.train, name="train")
+            source = dataclasses.replace(source, train=renamed)
+            whole = decode_files(source, image_size, None, progress)
+            images = dataclasses.replace(whole.train, name=images.name)
         return EvaluationSet(source.name, source.classes, images)
-    dataset: Dataset | FileDataset = (
-        open_dataset(spec, image_size, progress=progress)
-        if decoded
-        else list_files(spec, image_size=image_size)
-    )
+    dataset: Dataset | FileDataset
+    if decoded:
+        dataset = open_dataset(spec, image_size, progress=progress)
+    else:
+        dataset = list_files(spec, image_size=image_size)
     images = dataset.evaluation if split is None else dataset.split(split)
     return EvaluationSet(dataset.name, dataset.classes, images)
 

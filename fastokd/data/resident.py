@@ -34,17 +34,11 @@ class ResidentLoader(LoaderBase):
     alone, so a captured CUDA graph may contain it, and replays it for other steps and epochs.
 
     Args:
-        split: the images and labels.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: where the split is kept and the batches are made.
-        seed: of the order and the augmentation.
+        split, batch_size, train, device, seed: see ``LoaderBase``; the split is kept on the device.
         settings: the fields of ``LoaderSettings``.
 
     Raises:
-        ConfigError: a setting out of range.
-        DataError: fewer training images than one batch on every rank, or a device too small for the
-            split.
+        ConfigError, DataError: as ``LoaderBase``, or for a device too small for the split.
     """
 
     def __init__(

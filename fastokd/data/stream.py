@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Generator, Iterator, Mapping
+from collections.abc import Collection, Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -131,19 +131,14 @@ class StreamLoader(LoaderBase, ABC):
     remaining images, identical pixel for pixel. A new iteration ends the previous one.
 
     Args:
-        split: the encoded images and their labels.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: the device of the batches.
-        seed: of the order and the augmentation.
+        split, batch_size, train, device, seed: see ``LoaderBase``.
         settings: the fields of ``StreamSettings``.
 
     Attributes:
         replaced: for each corrupt image that this process has met, by its index, the reason.
 
     Raises:
-        ConfigError: a setting out of range.
-        DataError: fewer training images than one batch on every rank.
+        ConfigError, DataError: as ``LoaderBase``.
     """
 
     def __init__(
@@ -163,7 +158,6 @@ class StreamLoader(LoaderBase, ABC):
         self.replaced: dict[int, str] = {}
         self._targets = split.targets.to(self.device)
         self._running: Generator[Batch, None, None] | None = None
-        self._out: Tensor | None = None
         self._base_size = stream.size
         self._frame(stream.size)
 
@@ -217,12 +211,10 @@ class StreamLoader(LoaderBase, ABC):
         Raises:
             ConfigError: a buffer of another shape, dtype, device or layout.
         """
-        if out is None:
-            self._out = None
-            return
-        views = [self.views] if self.views > 1 else []
-        shape = [*views, self.batch_size, 3, *self.framing.size]
-        if (
+        shape = [self.batch_size, 3, *self.framing.size]
+        if self.views > 1:
+            shape.insert(0, self.views)
+        if out is not None and (
             list(out.shape) != shape
             or out.dtype != self.dtype
             or out.device.type != self.device.type
@@ -232,16 +224,14 @@ class StreamLoader(LoaderBase, ABC):
                 f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
                 f" {self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
             )
-        self._out = out.flatten(0, -4)
+        self._out = None if out is None else out.flatten(0, -4)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self._stop()
         super().load_state_dict(state)
 
     def close(self) -> None:
-        """Stop reading ahead and release threads and processes; the loader can be iterated
-        again.
-        """
+        """Stop reading ahead and release threads and processes; a later iteration starts them."""
         self._stop()
 
     def _frame(self, size: tuple[int, int]) -> None:
@@ -324,28 +314,20 @@ class StreamLoader(LoaderBase, ABC):
                 device=self.device,
                 memory_format=self.memory_format,
             )
-        if choice is None:
-            self._normalize(images, out)
-        else:
+        pixels = out.permute(0, 2, 3, 1)
+        if choice is not None:
             clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
             choice = to_device(choice, self.device)
             mixed, target = mix(
                 clean, clean.flip(1), target, target.flip(0), choice, self._num_classes
             )
-            out.copy_(mixed.flatten(0, 1).permute(0, 3, 1, 2))
-        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
-
-    def _normalize(self, images: Tensor, out: Tensor) -> None:
-        """uint8 [B, H, W, 3] to normalized [B, 3, H, W]; on a GPU, one kernel reads the bytes and
-        writes the step's input.
-        """
-        target = out.permute(0, 2, 3, 1)
-        if self.memory_format == torch.channels_last:
-            # Factors repeated for every pixel: broadcasting over an inner dimension of three is
-            # slow.
-            torch.addcmul(self._shift, images.flatten(1), self._scale, out=target.flatten(1))
+            pixels.copy_(mixed.flatten(0, 1))
+        # On a GPU, one kernel reads the bytes and writes the step's input.
+        elif self.memory_format == torch.channels_last:
+            torch.addcmul(self._shift, images.flatten(1), self._scale, out=pixels.flatten(1))
         else:
-            torch.addcmul(self._shift[:3], images, self._scale[:3], out=target)
+            torch.addcmul(self._shift[:3], images, self._scale[:3], out=pixels)
+        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
 
     def _note_corrupt(self, corrupt: Mapping[int, str]) -> None:
         """Count corrupt images, or stop because of them.
@@ -357,7 +339,7 @@ class StreamLoader(LoaderBase, ABC):
             DataError: they must not be replaced, or there are too many.
         """
         names = [f"{escape(self.split.files[i])} ({reason})" for i, reason in corrupt.items()]
-        where = f"split '{self.split.name}' of {escape(self.split.root)}"
+        where = _where(self.split)
         if not self.train or self.bad_images == "fail":
             choice = ", or train with --bad-images replace" if self.train else ""
             raise DataError(
@@ -373,6 +355,10 @@ class StreamLoader(LoaderBase, ABC):
             )
 
 
+def _where(split: FileSplit) -> str:
+    return f"split '{split.name}' of {escape(split.root)}"
+
+
 def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
     """The next image of the same class that is not corrupt, continuing at the first after the last.
 
@@ -385,20 +371,27 @@ def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> 
         if other not in corrupt:
             return int(other)
     raise DataError(
-        f"split '{split.name}' of {escape(split.root)}: none of the {len(same_class)} images of the"
+        f"{_where(split)}: none of the {len(same_class)} images of the"
         f" class of {escape(split.files[index])} can be decoded; fix those that 'fastokd data"
         " check' finds"
     )
 
 
-def check_options(options: object, rules: Mapping[str, tuple[float, float, str]]) -> None:
-    """Raise ``ConfigError`` for an option outside its range: lower and upper bound, and the range
-    in words. None is allowed.
+def check_options(options: object, **rules: tuple[float, float] | Collection[str]) -> None:
+    """Raise ``ConfigError`` for an option outside its range (lower and upper bound, with
+    ``math.inf`` for none) or its choices. None is allowed.
     """
-    for name, (low, high, rule) in rules.items():
+    for name, rule in rules.items():
         value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name}={value}: it must be {rule}")
+        if isinstance(value, str):
+            choices = cast("Collection[str]", rule)
+            if value not in choices:
+                raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
+        elif value is not None:
+            low, high = cast("tuple[float, float]", rule)
+            if not low <= value <= high:
+                words = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+                raise ConfigError(f"{name}={value}: it must be {words}")
 
 
 def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None") -> Options:

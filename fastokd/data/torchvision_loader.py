@@ -26,7 +26,7 @@ from fastokd.data.stream import (
     replacement_index,
     scaled,
 )
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.errors import DataError
 
 JPEG = b"\xff\xd8\xff"
 
@@ -51,20 +51,11 @@ class TorchvisionOptions:
     timeout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_options(
-            self,
-            {
-                "workers": (0, math.inf, "0 or more"),
-                "prefetch": (1, math.inf, "1 or more"),
-                "timeout": (0, math.inf, "0 or more"),
-            },
-        )
         methods = multiprocessing.get_all_start_methods()
-        if self.start_method not in methods:
-            raise ConfigError(
-                f"unknown start_method '{self.start_method}'"
-                f"{did_you_mean(self.start_method, methods)}"
-            )
+        some, any_number = (1, math.inf), (0, math.inf)
+        check_options(
+            self, workers=any_number, prefetch=some, start_method=methods, timeout=any_number
+        )
 
 
 class TorchvisionLoader(StreamLoader):

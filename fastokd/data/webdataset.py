@@ -11,14 +11,21 @@ import itertools
 import os
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, Members, check_finished
+from fastokd.data.files import (
+    FileSplit,
+    Members,
+    cannot_read,
+    check_finished,
+    from_splits,
+    read_lines,
+)
 from fastokd.data.folder import SPLIT_OF
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
@@ -32,8 +39,9 @@ _DIGITS = 18  # longer class numbers may not fit into int64
 
 
 class Sample(NamedTuple):
-    """An image in a shard: its name there, its byte range, and its label as written."""
+    """An image: its shard, its name and byte range there, and its label as written."""
 
+    shard: str
     name: str
     offset: int
     size: int
@@ -54,24 +62,37 @@ def list_shards(path: Path | None) -> DataSource[FileSplit]:
     by_split = _shards_by_split(path)
     check_finished(path)
     samples = {
-        split: [(shard, read_shard(path / shard)) for shard in shards]
+        split: list(itertools.chain(*(read_shard(path, shard) for shard in shards)))
         for split, shards in by_split.items()
     }
-    classes, number = _classes(path, dict(itertools.chain.from_iterable(samples.values())))
-    splits = {split: _file_split(split, path, shards, number) for split, shards in samples.items()}
-    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
+    classes, number = _classes(path, list(itertools.chain(*samples.values())))
+    splits = {}
+    for split, shards in by_split.items():
+        shard_index = {shard: i for i, shard in enumerate(shards)}
+        columns = [
+            (shard_index[sample.shard], sample.offset, sample.size, number[sample.label])
+            for sample in samples[split]
+        ]
+        shard, offset, size, targets = (
+            torch.tensor(columns, dtype=torch.int64).view(-1, 4).unbind(1)
+        )
+        names = tuple(f"{sample.shard}/{sample.name}" for sample in samples[split])
+        members = Members(tuple(shards), shard, offset, size)
+        splits[split] = FileSplit(split, path, names, targets, members)
     root = path.resolve()
-    return DataSource(root.name, classes, splits["train"], test, splits.get("val"), root=root)
+    return from_splits(root.name, classes, splits, root)
 
 
-def read_shard(file: Path) -> list[Sample]:
+def read_shard(root: Path, shard: str) -> list[Sample]:
     """The samples of one shard, in its order.
 
     Raises:
         DataError: not an uncompressed tar archive, truncated, a sample without image or label, or
             two files of one name.
     """
+    file = root / shard
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    samples = []
     try:
         _check_end(file)
         with tarfile.open(file, "r:") as archive:
@@ -86,30 +107,24 @@ def read_shard(file: Path) -> list[Sample]:
                         f"{escape(file)}: sample {escape(key)} has a second .{escape(extension)}"
                         " file; give every sample its own name"
                     )
-            return [_sample(file, archive, key, members) for key, members in parts.items()]
+            for key, members in parts.items():
+                image = next((members[ext] for ext in members if f".{ext}" in EXTENSIONS), None)
+                label = archive.extractfile(members["cls"]) if "cls" in members else None
+                if image is None or label is None:
+                    missing = "image" if image is None else ".cls file with its label"
+                    raise DataError(
+                        f"{escape(file)}: sample {escape(key)} has no {missing}; each needs both"
+                    )
+                text = label.read().decode("utf-8", "surrogateescape").strip()
+                samples.append(Sample(shard, image.name, image.offset_data, image.size, text))
     except tarfile.TarError as error:
         raise DataError(
             f"{escape(file)}: not an uncompressed tar archive, or truncated ({escape(error)});"
             " write or copy it again"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"{escape(file)}: cannot be read: {error.strerror or escape(error)}"
-        ) from error
-
-
-def _sample(
-    file: Path, archive: tarfile.TarFile, key: str, members: Mapping[str, tarfile.TarInfo]
-) -> Sample:
-    image = next((members[ext] for ext in members if f".{ext}" in EXTENSIONS), None)
-    label = members.get("cls")
-    if image is None or label is None:
-        missing = "image" if image is None else ".cls file with its label"
-        raise DataError(f"{escape(file)}: sample {escape(key)} has no {missing}; each needs both")
-    content = archive.extractfile(label)
-    assert content is not None, "a regular file"
-    text = content.read().decode("utf-8", "surrogateescape").strip()
-    return Sample(image.name, image.offset_data, image.size, text)
+        raise cannot_read(file, error) from error
+    return samples
 
 
 def _check_end(file: Path) -> None:
@@ -137,7 +152,7 @@ def _find_shards(root: Path) -> list[str]:
 
 def _detect(path: Path) -> bool:
     try:
-        return os.path.isdir(path) and bool(_find_shards(path))
+        return bool(_find_shards(path))
     except OSError:  # reported when the folder is read
         return False
 
@@ -147,24 +162,27 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
     try:
         shards = _find_shards(path)
     except OSError as error:
-        raise DataError(
-            f"{escape(path)}: cannot be read: {error.strerror}; check its permissions"
-        ) from error
+        raise cannot_read(path, error) from error
     if not shards:
         raise DataError(
             f"{escape(path)}: no .tar files there; pass the folder that holds the shards"
         )
     by_split: dict[str, list[str]] = {}
     for shard in shards:
-        by_split.setdefault(_split_of(path, shard), []).append(shard)
-    unnamed = by_split.get("")
-    if unnamed and len(by_split) > 1:
+        words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
+        if len(words) > 1:
+            raise DataError(
+                f"{escape(path / shard)}: its name says {' and '.join(words)}; keep one of these"
+                " words"
+            )
+        by_split.setdefault(words[0] if words else "", []).append(shard)
+    if list(by_split) == [""]:
+        return {"train": shards}
+    if "" in by_split:
         raise DataError(
-            f"{escape(path)}: shards whose split is unknown: {summarize(unnamed)}; name them"
+            f"{escape(path)}: shards whose split is unknown: {summarize(by_split[''])}; name them"
             " train-, val- or test-NUMBER.tar"
         )
-    if unnamed:
-        return {"train": shards}
     if "train" not in by_split:
         raise DataError(
             f"{escape(path)}: no training shards (found {summarize(shards)}); name them"
@@ -173,75 +191,33 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
     return by_split
 
 
-def _split_of(root: Path, shard: str) -> str:
-    """The split named by a word in a shard's name or folder; "" if no word does."""
-    words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
-    if len(words) > 1:
-        raise DataError(
-            f"{escape(root / shard)}: its name says {' and '.join(words)}; keep one of these words"
-        )
-    return words[0] if words else ""
-
-
-def _file_split(
-    split: str, root: Path, shards: Sequence[tuple[str, list[Sample]]], number: Mapping[str, int]
-) -> FileSplit:
-    flat = [(i, shard, sample) for i, (shard, part) in enumerate(shards) for sample in part]
-    members = Members(
-        tuple(shard for shard, _ in shards),
-        torch.tensor([i for i, _, _ in flat], dtype=torch.int64),
-        torch.tensor([sample.offset for _, _, sample in flat], dtype=torch.int64),
-        torch.tensor([sample.size for _, _, sample in flat], dtype=torch.int64),
-    )
-    names = tuple(f"{shard}/{sample.name}" for _, shard, sample in flat)
-    targets = torch.tensor([number[sample.label] for _, _, sample in flat], dtype=torch.int64)
-    return FileSplit(split, root, names, targets, members)
-
-
-def _classes(
-    root: Path, shards: Mapping[str, Sequence[Sample]]
-) -> tuple[tuple[str, ...], dict[str, int]]:
+def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], dict[str, int]]:
     """The class names in the order of their numbers, and the number of every label.
 
     The names are those of ``classes.txt``, else the numbers if all labels are whole, else the
     sorted labels.
     """
-    names = _listed_names(root / CLASSES_FILE)
-    labels = {sample.label for part in shards.values() for sample in part}
+    file = root / CLASSES_FILE
+    names = tuple(read_lines(file)) if os.path.isfile(file) else ()
+    labels = {sample.label for sample in samples}
     if not all(_INTEGER.fullmatch(label) for label in labels):
-        unknown = sorted(labels.difference(names or labels))
-        if unknown:
-            raise DataError(
-                f"{escape(root / CLASSES_FILE)}: labels that it does not list: {summarize(unknown)}"
-            )
+        if unknown := sorted(labels.difference(names or labels)):
+            raise DataError(f"{escape(file)}: labels that it does not list: {summarize(unknown)}")
         names = names or tuple(sorted(labels))
         return names, {name: i for i, name in enumerate(names)}
     number = {label: int(label) if len(label) <= _DIGITS else -1 for label in labels}
     # Every class has a training image, so class numbers stay below the number of images. Checked
     # before names are made of the numbers.
-    count = sum(map(len, shards.values())) if names is None else len(names)
-    for shard, part in shards.items():
-        for sample in part:
-            if not 0 <= number[sample.label] < count:
-                of = f"{count} images" if names is None else f"the {count} names in {CLASSES_FILE}"
-                raise DataError(
-                    f"{escape(root / shard)}: sample {escape(sample.name)} has the class number"
-                    f" {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number"
-                    " the classes from 0, and omit images without a class"
-                )
+    count = len(names or samples)
+    for sample in samples:
+        if not 0 <= number[sample.label] < count:
+            of = f"the {count} names in {CLASSES_FILE}" if names else f"{count} images"
+            raise DataError(
+                f"{escape(root / sample.shard)}: sample {escape(sample.name)} has the class number"
+                f" {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number"
+                " the classes from 0, and omit images without a class"
+            )
     return names or tuple(str(i) for i in range(max(number.values(), default=-1) + 1)), number
-
-
-def _listed_names(file: Path) -> tuple[str, ...] | None:
-    """The lines of ``classes.txt``; None if it is missing or empty."""
-    if not os.path.isfile(file):
-        return None
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"{escape(file)}: cannot be read: {reason}") from None
-    return tuple(line.strip() for line in lines if line.strip()) or None
 
 
 WEBDATASET = DatasetKind(files=list_shards, detect=_detect)

@@ -69,11 +69,10 @@ def compare_logits(
                 f"the exported student's logits differ by up to {difference:g} from the trained"
                 f" branch's{more}: export failed verification"
             )
-        chosen = other.argmax(1)
         largest = max(largest, difference)
         count += len(images)
-        same += int((left.argmax(1) == chosen).sum())
-        right += int((chosen == target).sum())
+        same += int((left.argmax(1) == other.argmax(1)).sum())
+        right += int((other.argmax(1) == target).sum())
     return Comparison(count, largest, same, right / count)
 
 
@@ -87,12 +86,11 @@ def check_same_logits(first: Network, second: Network, batches: Iterable[Batch])
 
 
 def _in_odd_batches(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels, with the first batch split to detect a program that has a constant
-    batch size.
-    """
+    """The images and labels; the first batch is split, to detect a constant batch size."""
     for number, batch in enumerate(batches):
+        sizes = [1, 3, 7] if number == 0 else []
         start = 0
-        for size in (*((1, 3, 7) if number == 0 else ()), len(batch.images)):
+        for size in (*sizes, len(batch.images)):
             if start < len(batch.images):
                 yield batch.images[start : start + size], batch.target[start : start + size]
             start += size

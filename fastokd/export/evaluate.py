@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastokd.data import Augment, FileSplit, Split, open_evaluation
+from fastokd.data import Augment, FileSplit, open_evaluation
 from fastokd.data.loader import best_file_loader, get_loader_kind
 from fastokd.errors import CheckpointError, ConfigError, DataError, escape, summarize
 from fastokd.export.check import measure_accuracy
@@ -66,21 +66,16 @@ def evaluate_export(
         "num_classes": len(classes),
         "augment": Augment(crop_scale=(0.08, 1.0)) if cropped else Augment(),
     }
+    name = "resident"
     if isinstance(images, FileSplit):
-        kind = get_loader_kind(best_file_loader(runtime.device, [images]))
+        name = best_file_loader(runtime.device, [images])
         settings["size"] = (height, width)
-    else:
-        kind = get_loader_kind("resident")
-        _check_size(opened.name, images, (height, width))
-    loader = kind.make(images, 256, False, runtime.device, 0, **settings)
+    elif images.images.shape[2:] != (height, width):
+        size = " x ".join(map(str, images.images.shape[2:]))
+        raise DataError(
+            f"{opened.name}: the images are {size}, the student takes {height} x {width}; scale"
+            " them to that size"
+        )
+    loader = get_loader_kind(name).make(images, 256, False, runtime.device, 0, **settings)
     accuracy = measure_accuracy(runtime.run, loader)
     return ExportAccuracy(file, record, opened.name, images.name, len(images), accuracy)
-
-
-def _check_size(name: str, images: Split, expected: tuple[int, int]) -> None:
-    size = tuple(images.images.shape[2:])
-    if size != expected:
-        raise DataError(
-            f"{name}: the images are {size[0]} x {size[1]}, the student takes {expected[0]} x"
-            f" {expected[1]}; scale them to that size"
-        )

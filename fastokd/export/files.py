@@ -131,17 +131,14 @@ def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
     known = tuple(dict.fromkeys(get_format(name).suffix for name in list_formats()))
     wanted = tuple(suffixes) or known
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.iterdir()
-            if file.name.endswith(wanted) and file.is_file() and not file.name.startswith(".")
-        )
-        if len(files) > 1:
+        names = sorted(file.name for file in path.iterdir() if file.is_file())
+        names = [name for name in names if name.endswith(wanted) and not name.startswith(".")]
+        if len(names) > 1:
             raise CheckpointError(
-                f"{path} holds {len(files)} exports ({', '.join(file.name for file in files)});"
-                " name the file that is meant"
+                f"{path} holds {len(names)} exports ({', '.join(names)}); name the file that is"
+                " meant"
             )
-        path = files[0] if files else path
+        path = path.joinpath(*names)
     if not path.is_file():
         raise CheckpointError(f"there is no student at {path}; make one with 'fastokd export RUN'")
     if path.name.endswith(".torchscript.pt"):
@@ -216,10 +213,8 @@ def _check_replaceable(path: Path, record: dict[str, Any]) -> None:
         return
     try:
         blob = _read(existing)
-        if existing is path:
-            other = _identify(path, blob)[1]
-        else:
-            other = parse_record(blob, str(existing))
+        is_record = existing is record_file
+        other = parse_record(blob, str(existing)) if is_record else _identify(path, blob)[1]
     except CheckpointError:
         raise ConfigError(
             f"{existing} exists and is not an export of fastokd; move it, or choose another folder"

@@ -31,9 +31,9 @@ def student_record(
         accuracy: of the student, in [0, 1], on ``dataset.evaluation``.
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed, commit.
-        layout: ``branch`` and ``layout`` of ``create_student``, for a branch other than the plain
-            network.
+        layout: further keywords of ``create_student``, for a branch other than the plain network.
     """
+    evaluation = dataset.evaluation
     return {
         "format": FORMAT,
         # The keywords of ``create_student``.
@@ -50,8 +50,8 @@ def student_record(
         "accuracy": {
             "top1": accuracy,
             "data": dataset.name,
-            "split": dataset.evaluation.name,
-            "num_images": len(dataset.evaluation),
+            "split": evaluation.name,
+            "num_images": len(evaluation),
             "epoch": epoch,
         },
         "provenance": {"fastokd": __version__, **provenance},
@@ -65,10 +65,6 @@ def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
         and len(value) == count
         and all(type(item) in kinds and math.isfinite(item) for item in value)
     )
-
-
-def _sound_architecture(part: dict[str, Any]) -> bool:
-    return isinstance(part.get("name"), str) and type(part.get("num_classes")) is int
 
 
 def _sound_preprocessing(part: dict[str, Any]) -> bool:
@@ -85,23 +81,22 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
     )
 
 
-def _sound_accuracy(part: dict[str, Any]) -> bool:
-    kinds: dict[str, Any] = {
-        "top1": (int, float),
-        "data": str,
-        "split": str,
-        "num_images": int,
-        "epoch": int,
-    }
-    return all(isinstance(part.get(name), kind) for name, kind in kinds.items())
+def _fields(**kinds: type | tuple[type, ...]) -> Callable[[dict[str, Any]], bool]:
+    """A check that a mapping has these entries, of these types."""
+
+    def is_sound(part: dict[str, Any]) -> bool:
+        values = ((part.get(name), kind) for name, kind in kinds.items())
+        return all(isinstance(x, kind) and not isinstance(x, bool) for x, kind in values)
+
+    return is_sound
 
 
 _SOUND: Mapping[str, Callable[[dict[str, Any]], bool]] = {
-    "architecture": _sound_architecture,
+    "architecture": _fields(name=str, num_classes=int),
     "preprocessing": _sound_preprocessing,
-    "accuracy": _sound_accuracy,
-    "provenance": lambda part: True,
-    "export": lambda part: isinstance(part.get("to"), str),
+    "accuracy": _fields(top1=(int, float), data=str, split=str, num_images=int, epoch=int),
+    "provenance": _fields(),
+    "export": _fields(to=str),
 }
 """The mappings in a record, and a check of the entries that are used."""
 
@@ -130,8 +125,8 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         )
     wrong = [
         name
-        for name, sound in _SOUND.items()
-        if not isinstance(record.get(name), dict) or not sound(record[name])
+        for name, is_sound in _SOUND.items()
+        if not isinstance(record.get(name), dict) or not is_sound(record[name])
     ]
     classes: Any = record.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -140,9 +135,10 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again"
         )
-    if len(classes) != record["architecture"]["num_classes"]:
+    count = record["architecture"]["num_classes"]
+    if len(classes) != count:
         raise CheckpointError(
-            f"{where} is damaged: its record has {len(classes)} class names for a network of "
-            f"{record['architecture']['num_classes']} classes; export it again"
+            f"{where} is damaged: its record has {len(classes)} class names for a network of"
+            f" {count} classes; export it again"
         )
     return record

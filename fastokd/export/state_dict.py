@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,9 @@ def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
         CheckpointError: unknown architecture, or weights of another one.
     """
     architecture = record["architecture"]
-    build = partial(create_student, **architecture)
-    return _filled(build, blob, where, f"the architecture {architecture}")
+    return _filled(
+        lambda: create_student(**architecture), blob, where, f"the architecture {architecture}"
+    )
 
 
 def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
@@ -73,18 +73,10 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
     return network.eval()
 
 
+_RESNETS = {f"resnet{depth}_imagenet": f"resnet{depth}" for depth in (18, 34, 50)}
 _TWINS: dict[str, dict[str, str]] = {
-    "torchvision": {
-        "resnet18_imagenet": "resnet18",
-        "resnet34_imagenet": "resnet34",
-        "resnet50_imagenet": "resnet50",
-        "mobilenetv2_x1_0_imagenet": "mobilenet_v2",
-    },
-    "timm": {
-        "resnet18_imagenet": "resnet18",
-        "resnet34_imagenet": "resnet34",
-        "resnet50_imagenet": "resnet50",
-    },
+    "torchvision": {**_RESNETS, "mobilenetv2_x1_0_imagenet": "mobilenet_v2"},
+    "timm": _RESNETS,
 }
 """For each library, its names for the networks of this package with the same weights. A
 ``library:name`` network needs no entry.
@@ -121,12 +113,6 @@ def _describe_torchvision(architecture: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _build_torchvision(architecture: Mapping[str, Any]) -> nn.Module:
-    return library_network(
-        f"torchvision:{_twin('torchvision', architecture)}", architecture["num_classes"]
-    )
-
-
 def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     name = _twin("timm", architecture)
     try:
@@ -141,48 +127,39 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     return {"constructor": f"timm.create_model('{name}')", "timm": timm.__version__}
 
 
-def _build_timm(architecture: Mapping[str, Any]) -> nn.Module:
-    _describe_timm(architecture)
-    import timm
-
-    return timm.create_model(
-        _twin("timm", architecture), pretrained=False, num_classes=architecture["num_classes"]
-    )
-
-
 def _open_student(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
     return torch_runtime(build_student(blob, record, where).to(device), device, where)
 
 
-def _open_twin(
-    build: Callable[[Mapping[str, Any]], nn.Module],
-    blob: bytes,
-    record: dict[str, Any],
-    where: str,
-    device: torch.device,
-) -> Runtime:
-    constructor = f"{record['export'].get('constructor')}"
-    network = _filled(partial(build, record["architecture"]), blob, where, constructor)
-    return torch_runtime(network.to(device), device, where)
-
-
-def _format(
-    name: str,
-    filename: str,
-    describe: Callable[[Mapping[str, Any]], dict[str, Any]],
-    open_file: Callable[[bytes, dict[str, Any], str, torch.device], Runtime],
+def _library_format(
+    library: str, describe: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> ExportFormat:
-    suffix = ".safetensors"
+    def open_twin(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
+        architecture = record["architecture"]
+
+        def build() -> nn.Module:
+            describe(architecture)  # raises for what the installed library does not have
+            name = f"{library}:{_twin(library, architecture)}"
+            return library_network(name, architecture["num_classes"])
+
+        network = _filled(build, blob, where, f"{record['export'].get('constructor')}")
+        return torch_runtime(network.to(device), device, where)
+
+    filename = f"student.{library}.safetensors"
     return ExportFormat(
-        name, filename + suffix, suffix, 0.0, describe, encode, find_record, open_file
+        library, filename, ".safetensors", 0.0, describe, encode, find_record, open_twin
     )
 
 
-SAFETENSORS = _format("safetensors", "student", lambda architecture: {}, _open_student)
-TORCHVISION = _format(
-    "torchvision",
-    "student.torchvision",
-    _describe_torchvision,
-    partial(_open_twin, _build_torchvision),
+SAFETENSORS = ExportFormat(
+    "safetensors",
+    "student.safetensors",
+    ".safetensors",
+    0.0,
+    lambda architecture: {},
+    encode,
+    find_record,
+    _open_student,
 )
-TIMM = _format("timm", "student.timm", _describe_timm, partial(_open_twin, _build_timm))
+TORCHVISION = _library_format("torchvision", _describe_torchvision)
+TIMM = _library_format("timm", _describe_timm)

@@ -18,9 +18,8 @@ _COUNTERS = {"n_averaged", "initted", "step"}
 def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of the wrapped network.
 
-    Removes the prefixes that ``torch.compile``, FSDP and activation checkpointing add to a module's
-    name anywhere, those that data parallelism and averaging (``DistributedDataParallel``,
-    ``AveragedModel``, EMA wrappers) add to all names, and the counters of averaging.
+    Removes the prefixes of ``torch.compile``, FSDP and activation checkpointing anywhere, those of
+    data parallelism and averaging if all names have them, and the counters of averaging.
     """
     stripped = {
         ".".join(part for part in name.split(".") if part not in _ANYWHERE): value
@@ -49,13 +48,9 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def _inside(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper; None for other modules."""
-    if "_orig_mod" in module._modules:  # the result of torch.compile has no public class
-        return module._modules["_orig_mod"]
-    return (
-        module.module
-        if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel))
-        else None
-    )
+    if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
+        return module.module
+    return module._modules.get("_orig_mod")  # the result of torch.compile has no public class
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
@@ -73,13 +68,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> N
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")
-    if extra:
-        problems.append(f"{len(extra)} are not the model's, e.g. {extra[0]}")
-    if shapes:
-        problems.append(f"{len(shapes)} have another shape, e.g. {shapes[0]}")
+    kinds = (
+        ("weights are missing", missing),
+        ("are not the model's", extra),
+        ("have another shape", shapes),
+    )
+    problems = [f"{len(found)} {problem}, e.g. {found[0]}" for problem, found in kinds if found]
     if problems:
         raise CheckpointError(f"{where} is of another architecture: {'; '.join(problems)}")
     module.load_state_dict(weights)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.losses.options import OptionValue
 from fastokd.methods import Method
-from fastokd.methods.method import OptionValue, Topology
+from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec, MethodModules
 from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer
 
@@ -24,42 +25,34 @@ def assemble(
     kept: int | None = None,
 ) -> BranchedModel:
     """The branched model of one backbone, or of one for each peer; arguments and errors as in
-    ``create_model``.
-
-    ``kept`` is the index of the student's branch, by default the method's.
+    ``create_model``. ``kept`` is the index of the student's branch, by default the method's.
     """
-    names = [backbone.name for backbone in backbones]
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(
             f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4"
             " on CIFAR)"
         )
-    if len(names) == 1:
-        names, backbones = names * num_branches, [*backbones] * num_branches
+    if len(backbones) == 1:
+        backbones = [*backbones] * num_branches
+    names = [backbone.name for backbone in backbones]
     kept = range(num_branches)[method.kept if kept is None else kept]
     # The student's branch is built first, right after its trunk as in the plain network, so one
     # seed gives the student the same initial weights with and without its teachers.
-    built: dict[int, Branch | Peer] = {}
+    branches: dict[int, Branch | Peer] = {}
     trunk = None if topology == "peers" else backbones[0].build_trunk()
     for index in sorted(range(num_branches), key=lambda index: index != kept):
         backbone = backbones[index]
         if trunk is None:
-            built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
+            branches[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
         else:
             level = index + 1 if method.hierarchical else 1
-            built[index] = backbone.build_branch(num_classes, level, aux_blocks)
-    branches = [built[index] for index in range(num_branches)]
+            branches[index] = backbone.build_branch(num_classes, level, aux_blocks)
+    ordered = [branches[index] for index in range(num_branches)]
+    joins = [backbone.join for backbone in backbones]
+    builder = companion_builder(method, options)
     try:
         return BranchedModel(
-            names,
-            num_classes,
-            trunk,
-            branches,
-            [backbone.join for backbone in backbones],
-            kept,
-            companion_builder(method, options),
-            teacher,
-            method.name,
+            names, num_classes, trunk, ordered, joins, kept, builder, teacher, method.name
         )
     except ConfigError:
         raise
@@ -72,8 +65,8 @@ def assemble(
 def companion_builder(
     method: Method, options: Mapping[str, OptionValue] | None
 ) -> Callable[[BranchSpec], MethodModules] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it
-    has none.
+    """A function that builds the method's own modules with these options, on top of their defaults;
+    None if it has none.
 
     Raises:
         ConfigError: there is no such option or choice.

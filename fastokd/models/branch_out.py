@@ -173,43 +173,34 @@ class Split:
         """The number of classes, and the name of the last layer if it was replaced."""
         output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
         logits = shapes.nodes.get(output) if isinstance(output, fx.Node) else None
-        last = next(
-            (
-                call
-                for call in reversed(shapes.modules.values())
-                if isinstance(module.get_submodule(call.name), (nn.Linear, nn.Conv2d))
-            ),
-            None,
-        )
-        shape = None if last is None else last.shape_out
-        if (
-            last is None
-            or shape is None
-            or logits is None
-            or len(logits) != 2
-            or shape[1] != logits[1]
-        ):
+        layers = [
+            call
+            for call in shapes.modules.values()
+            if isinstance(module.get_submodule(call.name), (nn.Linear, nn.Conv2d))
+        ]
+        last, shape = (layers[-1].name, layers[-1].shape_out) if layers else ("missing", None)
+        if shape is None or logits is None or len(logits) != 2 or shape[1] != logits[1]:
             result = "several values" if logits is None else list(logits)
             raise ConfigError(
                 f"{self.kind} is no classifier: for one image it returns {result}, and its last"
-                f" layer is {last.name if last else 'missing'}; a classifier ends in a linear layer"
-                " (or 1x1 convolution) to logits [B, C]"
+                f" layer is {last}; a classifier ends in a linear layer (or 1x1 convolution) to"
+                " logits [B, C]"
             )
         if wanted is None or wanted == logits[1]:
             return logits[1], None
-        self._replace_classifier(module, last.name, wanted)
+        self._replace_classifier(module, last, wanted)
         again = record_shapes(meta_copy(module), graph, self.size).nodes[output]
         if again[1] != wanted:
             raise ConfigError(
-                f"num_classes={wanted}: replacing the last layer '{last.name}' gives logits"
+                f"num_classes={wanted}: replacing the last layer '{last}' gives logits"
                 f" {list(again)}; replace the classifier yourself, then branch out"
             )
         warnings.warn(
-            f"{self.kind} has {logits[1]} classes: its last layer '{last.name}' is replaced by a"
-            f" fresh one for {wanted}",
+            f"{self.kind} has {logits[1]} classes: its last layer '{last}' is replaced by a fresh"
+            f" one for {wanted}",
             stacklevel=4,
         )
-        return wanted, last.name
+        return wanted, last
 
     def _replace_classifier(self, module: nn.Module, name: str, wanted: int) -> None:
         """Put a fresh last layer with ``wanted`` outputs into the module."""
@@ -235,23 +226,25 @@ class Split:
 
     def _cut(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
         calls = [node for node in graph.nodes if node.op not in NOT_COMPUTED]
-        owned = (
-            node
-            for node in calls
-            if node.op == "call_module" and f"{target(node)}.".startswith(f"{self.at}.")
+        first = next(
+            (
+                node
+                for node in calls
+                if node.op == "call_module" and f"{target(node)}.".startswith(f"{self.at}.")
+            ),
+            None,
         )
-        first = next(owned, None)
         if first is None:
             raise self._error(network, "its forward does not call it")
         tail = [node for node in tail_from(graph, first) if node.op != "output"]
         entering = uses(tail)
         if len(entering) != 1:
-            names = ", ".join(_title(node) for node in entering)
             raise self._error(
                 network,
-                f"{len(entering)} tensors cross this point ({names}), as inside a residual or dense"
-                " block; a split needs exactly one",
+                f"{len(entering)} tensors cross this point ({', '.join(map(_title, entering))}), as"
+                " inside a residual or dense block; a split needs exactly one",
             )
+        self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
         weights = (w for name in named(self.trunk_nodes) for w in tensors(network, name))
@@ -260,17 +253,15 @@ class Split:
         end = feature_node(network, [self.cut, *tail], shapes)
         if not end:
             raise self._error(network, "it comes after the last feature maps")
-        self.body_nodes, self.head_nodes = tail[:end], tail[end:]
-        self.features = tail[end - 1]
-        self.logits = tail[-1]
         if self.cut in shapes.written:
             raise self._error(
                 network, "the first operation there overwrites its input, which branches share"
             )
+        self.body_nodes, self.head_nodes = tail[:end], tail[end:]
+        self.features, self.logits = tail[end - 1], tail[-1]
         shape = shapes.nodes[self.cut]
         self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
         self.view, self.channels = maps_view(network, shapes.nodes[self.features])
-        self.input = next(node for node in graph.nodes if node.op == "placeholder")
 
     def _check_sharing(self, network: nn.Module) -> None:
         """Refuse weights that several parts use: copying the parts would separate them."""
@@ -288,28 +279,18 @@ class Split:
         """
         calls = [node for node in self.body_nodes if node.op == "call_module"]
         targets = tuple(f"{target(node)}." for node in calls)
-        blocks = []
-        for call in shapes.modules.values():
+        # A block finishes after the blocks inside it.
+        for call in reversed(shapes.modules.values()):
             keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
             if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
-                parent = network.get_submodule(call.name.rpartition(".")[0])
-                if repeats(network.get_submodule(call.name), parent.children()):
-                    blocks.append(call.name)
-        inside = tuple(f"{name}." for name in blocks)
-        outermost = [name for name in blocks if not name.startswith(inside)]
-        if outermost:
-            return outermost[-1], outermost[-1]
+                siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
+                if repeats(network.get_submodule(call.name), siblings):
+                    return call.name, call.name
         shape = shapes.nodes[self.features]
         ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
         if not ends or not isinstance(self.view, nn.Identity):
             return "", None
         return ends[-1], None
-
-    def trunk(self, source: nn.Module) -> nn.Module:
-        """The trunk, made of the modules of a source: a network of the same structure."""
-        trunk: Any = part(source, self.trunk_nodes, self.input, self.cut)
-        trunk.channels = self.trunk_channels
-        return trunk
 
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
@@ -349,8 +330,11 @@ class Split:
         def build_trunk() -> nn.Module:
             nonlocal shell
             unfinished[:] = [next(sources)]
-            shell = self._shell(unfinished[0][0])
-            return self.trunk(unfinished[0][0])
+            source = unfinished[0][0]
+            shell = self._shell(source)
+            trunk: Any = part(source, self.trunk_nodes, self.input, self.cut)
+            trunk.channels = self.trunk_channels
+            return trunk
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
             source, new_block = unfinished.pop() if unfinished else next(sources)
@@ -473,9 +457,7 @@ def _redraw(module: nn.Module) -> nn.Module:
     normalization layers are reset.
     """
     for norm in module.modules():
-        if not isinstance(norm, _NORMS):
-            continue
-        if not all(_is_constant(parameter) for parameter in norm.parameters()):
+        if isinstance(norm, _NORMS) and not all(map(_is_constant, norm.parameters())):
             norm.reset_parameters()
         if isinstance(norm, _NormBase):
             norm.reset_running_stats()
@@ -494,11 +476,10 @@ def _add_noise(module: nn.Module) -> None:
 
 def _is_trained(module: nn.Module) -> bool:
     """True if parameters that are constant at initialization are not; see ``branch_out``."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _NORMS)]
+    norms = (norm for norm in module.modules() if isinstance(norm, _NORMS))
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
-    if not parameters:
-        parameters = [p for name, p in module.named_parameters() if name.endswith("bias")]
-    return not all(_is_constant(parameter) for parameter in parameters)
+    biases = (p for name, p in module.named_parameters() if name.endswith("bias"))
+    return not all(map(_is_constant, parameters or biases))
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -507,6 +488,5 @@ def _is_constant(tensor: Tensor) -> bool:
 
 def _title(node: fx.Node) -> str:
     """The name of a value in messages."""
-    if node.op in ("call_module", "placeholder"):
-        return f"'{node.target}'"
-    return node.name.removeprefix("network_")
+    is_named = node.op in ("call_module", "placeholder")
+    return f"'{node.target}'" if is_named else node.name.removeprefix("network_")

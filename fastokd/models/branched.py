@@ -57,8 +57,7 @@ class PlainNetwork(nn.Sequential):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that can be split. A family's module has them in the constant ``BACKBONES``, by
-    name.
+    """A network that can be split. A family's module has them, by name, in ``BACKBONES``.
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
     level 1 is the plain network's, each further level has ``aux_blocks`` more auxiliary blocks.
@@ -135,20 +134,15 @@ class BranchedModel(nn.Module):
         self.kept = range(len(branches))[kept]
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
-        channels = tuple(branch.channels for branch in branches)
-        self.companion = (
-            build_companion(
-                BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
-            )
-            if build_companion
-            else None
-        )
+        self.companion: MethodModules | None = None
+        if build_companion:
+            channels = tuple(branch.channels for branch in branches)
+            spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
+            self.companion = build_companion(spec)
         self.method = method
         self._joins = tuple(joins)
         self.run_branches = one_by_one
-        """Runs branches that do not depend on each other; whoever trains may put another way of
-        running them here.
-        """
+        """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
 
     @property
     def num_branches(self) -> int:
@@ -158,18 +152,15 @@ class BranchedModel(nn.Module):
     @property
     def name(self) -> str:
         """The name of the student's network, as ``create_student`` takes it."""
-        return (
-            f"{','.join(self.names)}@{self.method}"
-            if self.has_custom_student
-            else self.names[self.kept]
-        )
+        if self.has_custom_student:
+            return f"{','.join(self.names)}@{self.method}"
+        return self.names[self.kept]
 
     @property
     def has_custom_student(self) -> bool:
-        """Whether the method exports its own network instead of a plain branch."""
-        return (
-            self.companion is not None and type(self.companion).student is not MethodModules.student
-        )
+        """True if the method exports its own network instead of a plain branch."""
+        modules = self.companion
+        return modules is not None and type(modules).student is not MethodModules.student
 
     def forward(self, x: Tensor) -> BranchOutput:
         """Every branch's logits, features and what the method's modules add.
@@ -178,34 +169,28 @@ class BranchedModel(nn.Module):
             x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H,
                 W].
         """
-        if self.trunk is not None:
-            shared = self.trunk(x)
-            if self.companion is not None:
-                shared = self.companion.at_split(shared)
-            inputs = (shared,) * self.num_branches
-        else:
+        modules, branches = self.companion, tuple(self.branches)
+        if self.trunk is None:
             shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
-        if self.overrides_forward:
-            output = self.companion.run(inputs, self.branches)
+            images = shared
         else:
-            features, logits = zip(*self.run_branches(self.branches, inputs), strict=True)
-            output = BranchOutput(logits, features)
-        if self.companion is None:
-            return output
-        images = shared if self.trunk is None else x
-        extras = self.companion(
-            BranchPass(
-                images, shared, output.features, output.logits, self.branches, output.context
-            )
-        )
-        return BranchOutput(output.logits, output.features, extras)
+            images, shared = x, self.trunk(x)
+            if modules is not None:
+                shared = modules.at_split(shared)
+            inputs = (shared,) * self.num_branches
+        if modules is not None and self.overrides_forward:
+            logits, features, _, context = modules.run(inputs, branches)
+        else:
+            features, logits = zip(*self.run_branches(branches, inputs), strict=True)
+            context = None
+        if modules is None:
+            return BranchOutput(logits, features)
+        extras = modules(BranchPass(images, shared, features, logits, branches, context))
+        return BranchOutput(logits, features, extras)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules, each on its own, when they are first
-        called.
-
-        So what is compiled is small and alike for all branches, and they may still run side by
-        side. Names of weights and the student stay what they were.
+        """Compile trunk, branches and the method's modules separately, when they are first called,
+        so that branches may still run concurrently. Names of weights and the student do not change.
         """
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
@@ -213,7 +198,7 @@ class BranchedModel(nn.Module):
 
     @property
     def overrides_forward(self) -> bool:
-        """Whether the method runs the branches itself, because they exchange features."""
+        """True if the method runs the branches itself, because they exchange features."""
         return self.companion is not None and type(self.companion).run is not MethodModules.run
 
     def student(self, branch: int | None = None) -> nn.Module:
@@ -235,15 +220,16 @@ class BranchedModel(nn.Module):
         """As ``student``, but made of the model's own modules: its weights change as the model is
         trained.
         """
-        if branch is None and self.has_custom_student:
-            student: nn.Module = self.companion.student(self.branches, self.kept)
-        else:
-            index = self.kept if branch is None else branch
-            if index not in range(self.num_branches):
-                raise ConfigError(
-                    f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
-                )
-            own: Any = self.branches[index]
+        index = self.kept if branch is None else branch
+        if index not in range(self.num_branches):
+            raise ConfigError(
+                f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
+            )
+        own: Any = self.branches[index]
+        student = None
+        if branch is None and self.companion is not None:
+            student = self.companion.student(tuple(self.branches), self.kept)
+        if student is None:
             trunk, own = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
             student = self._joins[index](trunk, own)
         # Not .train(), which would also unfreeze layers that are held in eval mode
@@ -258,7 +244,6 @@ def trunk_channels(trunk: nn.Module | None) -> int:
     if isinstance(channels := getattr(trunk, "channels", None), int):
         return channels
     with torch.no_grad():
-        maps: Tensor = (
-            copy.deepcopy(trunk).to("meta").eval()(torch.empty(1, 3, 64, 64, device="meta"))
-        )
+        shapes = copy.deepcopy(trunk).to("meta").eval()
+        maps: Tensor = shapes(torch.empty(1, 3, 64, 64, device="meta"))
         return maps.shape[1]

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.losses.options import OptionValue
 from fastokd.methods import Method, get_method, list_methods
-from fastokd.methods.method import OptionValue, Topology
+from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec
 from fastokd.models.assembly import assemble, check_layout
-from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer, trunk_channels
+from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.registry import Registry
 
@@ -95,19 +96,21 @@ def create_model(
         find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
         for part in names
     ]
+    kept = chosen.kept
     if compression:
-        backbones = [_compressed(backbones[0], chosen, num_branches)]
-    return assemble(
-        backbones,
-        chosen,
-        num_classes,
-        num_branches,
-        aux_blocks,
-        topology,
-        options,
-        teacher,
-        -1 if compression else chosen.kept,
-    )
+        compressed, kept = backbones[0].compressed, -1
+        if not chosen.hierarchical:
+            raise ConfigError(
+                f"compression: method '{method}' has branches of equal depth; use method 'ahbf'"
+            )
+        if compressed is None:
+            raise ConfigError(
+                f"compression: model '{backbones[0].name}' does not say which of its blocks can be"
+                " removed; use another"
+            )
+        backbones = [compressed(num_branches)]
+    sizes = (num_classes, num_branches, aux_blocks)
+    return assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
 
 
 def find_backbone(
@@ -142,25 +145,24 @@ def allowed_methods(name: str) -> list[str]:
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
-        channels = trunk_channels(trunk)
-        return [
-            name for name in list_methods() if _can_train(get_method(name), trunk, branch, channels)
-        ]
 
+        def can_train(method: Method) -> bool:
+            # The requirements on a teacher do not depend on the network.
+            if method.build_companion is None or method.needs_teacher:
+                return True
+            peers, count = method.topologies[0] == "peers", method.default_branches
+            branches = [Peer(trunk, branch) if peers else branch] * count
+            channels = trunk_channels(None if peers else trunk)
+            try:
+                method.build_companion(
+                    BranchSpec((branch.channels,) * count, channels, 10, branches),
+                    **method.default_model_options(),
+                )
+            except ValueError:
+                return False
+            return True
 
-def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
-    """True if a method can build its modules for branches or peers like this one."""
-    # The requirements on a teacher do not depend on the network.
-    if method.build_companion is None or method.needs_teacher:
-        return True
-    peers = method.topologies[0] == "peers"
-    branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
-    spec = BranchSpec((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
-    try:
-        method.build_companion(spec, **method.default_model_options())
-    except ValueError:
-        return False
-    return True
+        return [method for method in list_methods() if can_train(get_method(method))]
 
 
 def create_student(
@@ -194,8 +196,8 @@ def create_student(
 
 
 def model_name(name: str) -> str:
-    """The registered spelling of a network's name; case and punctuation do not matter ("WRN-16-2"
-    is wrn16_2).
+    """The registered spelling of a network's name; case and punctuation are ignored: "WRN-16-2" is
+    wrn16_2.
 
     Raises:
         ConfigError: the name is unknown; the message suggests the closest one.
@@ -204,9 +206,9 @@ def model_name(name: str) -> str:
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))
 
-    matches = [known for known in _models if plain(known) == plain(name)]
     if name in _models:
         return name
+    matches = [known for known in _models if plain(known) == plain(name)]
     if len(matches) != 1:
         raise ConfigError(
             f"unknown model '{name}'{did_you_mean(name, _models)}; networks of torchvision and"
@@ -223,19 +225,6 @@ def get_backbone(name: str) -> Backbone:
     """
     name = model_name(name)
     return _models.get(name)[name]
-
-
-def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
-    if not method.hierarchical:
-        raise ConfigError(
-            f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'"
-        )
-    if backbone.compressed is None:
-        raise ConfigError(
-            f"compression: model '{backbone.name}' does not say which of its blocks can be"
-            " removed; use another"
-        )
-    return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:

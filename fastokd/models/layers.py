@@ -65,15 +65,13 @@ def classifier(channels: int, num_classes: int) -> nn.Sequential:
 @contextlib.contextmanager
 def uncounted_batches(module: nn.Module) -> Iterator[None]:
     """Context in which batch norms with a momentum do not count batches, which saves one small
-    kernel each per step: only norms without a momentum (a cumulative average) read the count. The
-    counters stay in the state dict, with their values.
+    kernel each per step: only norms without a momentum read the count. The counters stay in the
+    state dict, with their values.
     """
     counters = [
         (norm._buffers, norm.num_batches_tracked)
         for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
-        and norm.momentum is not None
-        and norm.num_batches_tracked is not None
+        if isinstance(norm, _BatchNorm) and None not in (norm.momentum, norm.num_batches_tracked)
     ]
     try:
         for buffers, _ in counters:

@@ -3,14 +3,16 @@ is downloaded.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
-from fastokd.models.branch_out import Source, Split, fresh_block
+from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone
 from fastokd.models.tracing import list_split_points
 
@@ -30,28 +32,27 @@ def is_library_name(name: str) -> bool:
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """Build a library's network with the library's initialization.
-
-    Args:
-        name: "torchvision:NAME" or "timm:NAME".
-        num_classes: C.
-
-    Returns:
-        A network from images [B, 3, H, W] to logits [B, C], without auxiliary classifiers.
+    """Build "torchvision:NAME" or "timm:NAME" with the library's initialization, without auxiliary
+    classifiers: images [B, 3, H, W] to logits [B, C].
 
     Raises:
         ConfigError: the name is unknown, or the library cannot build the network.
         MissingExtra: timm is not installed.
     """
-    build = _builder(name)
+    library, _, network = name.partition(":")
+    if library not in LIBRARIES:
+        raise ConfigError(
+            f"unknown library '{library}' in model '{name}'{did_you_mean(library, LIBRARIES)}"
+        )
+    build = _torchvision(network) if library == "torchvision" else _timm(network)
     try:
         try:
-            return build(num_classes)
+            return build(num_classes=num_classes)
         except RuntimeError:
             if torch.get_default_device().type != "meta":
                 raise
             with torch.device("cpu"):  # the constructor computes with tensor values
-                return build(num_classes)
+                return build(num_classes=num_classes)
     except Exception as error:  # constructors of libraries raise any exception
         raise ConfigError(
             f"{name} cannot be built for {num_classes} classes ({first_line(error)})"
@@ -89,7 +90,8 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
                 f" {', '.join(points) or 'none'}"
             )
         at = points[-1]
-    return Split(template, at).backbone(name, _new_networks(name, num_classes))
+    networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
+    return Split(template, at).backbone(name, networks)
 
 
 def library_split_points(name: str) -> list[str]:
@@ -99,29 +101,13 @@ def library_split_points(name: str) -> list[str]:
     return list_split_points(_template(name, 10))
 
 
-def _new_networks(name: str, num_classes: int) -> Iterator[Source]:
-    while True:
-        yield library_network(name, num_classes), fresh_block
-
-
 def _template(name: str, num_classes: int) -> nn.Module:
     """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return library_network(name, num_classes)
 
 
-def _builder(name: str) -> Callable[[int], nn.Module]:
-    library, _, network = name.partition(":")
-    if library == "torchvision":
-        return _torchvision(network)
-    if library == "timm":
-        return _timm(network)
-    raise ConfigError(
-        f"unknown library '{library}' in model '{name}'{did_you_mean(library, LIBRARIES)}"
-    )
-
-
-def _torchvision(network: str) -> Callable[[int], nn.Module]:
+def _torchvision(network: str) -> Callable[..., nn.Module]:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -130,12 +116,10 @@ def _torchvision(network: str) -> Callable[[int], nn.Module]:
             f"torchvision has no classifier '{network}'{did_you_mean(network, names)}"
         )
     extra = {"aux_logits": False, "init_weights": True} if network in _AUXILIARY else {}
-    return lambda num_classes: torchvision.models.get_model(
-        network, weights=None, num_classes=num_classes, **extra
-    )
+    return functools.partial(torchvision.models.get_model, network, weights=None, **extra)
 
 
-def _timm(network: str) -> Callable[[int], nn.Module]:
+def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
@@ -149,4 +133,4 @@ def _timm(network: str) -> Callable[[int], nn.Module]:
         raise ConfigError(
             f"timm has no network '{network}'{hint} timm.list_models() lists all {len(names)}"
         )
-    return lambda num_classes: timm.create_model(network, pretrained=False, num_classes=num_classes)
+    return functools.partial(timm.create_model, network, pretrained=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, Branch, PlainNetwork
 from fastokd.models.layers import conv_norm, linear, pooled
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 # Channels, blocks, stride on ImageNet and stride on 32x32 images of each row.
 ROWS = (
@@ -115,44 +115,35 @@ def backbone(
         rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * exact else rounded
 
-    def stem() -> Parts:
-        layers = conv_norm(3, scaled(32), 3, 2, activation=activation)
-        return OrderedDict(stem=nn.Sequential(*layers))
-
-    def tail(channels: int) -> Parts:
-        layers = conv_norm(channels, FEATURES, 1, activation=activation)
-        return OrderedDict(last=nn.Sequential(*layers))
+    def layers(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
+        return nn.Sequential(
+            *conv_norm(in_channels, out_channels, kernel, stride, activation=activation)
+        )
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
         last = linear(channels, num_classes, std=0.01)
         return pooled(classifier=nn.Sequential(nn.Dropout(dropout), last))
 
-    # The first row is not widened, but the CIFAR code has the convolution there too.
     cifar = image_size == 32
-    rows = tuple(
-        row(
-            f"row{channels}",
-            scaled(channels),
-            count,
-            cifar_stride if cifar else stride,
-            6 if channels > ROWS[0][0] else 1 if cifar else None,
-            activation,
-        )
-        for channels, count, stride, cifar_stride in ROWS
-    )
-    return StagedNetwork(
+    rows = []
+    for channels, count, stride, cifar_stride in ROWS:
+        # The first row is not widened, but the CIFAR code has the convolution there too.
+        expansion = 6 if channels > ROWS[0][0] else 1 if cifar else None
+        stride = cifar_stride if cifar else stride
+        rows.append(row(f"row{channels}", scaled(channels), count, stride, expansion, activation))
+    return staged_network(
         name,
         MobileNetV2,
-        stem,
-        scaled(32),
-        rows,
-        head,
+        stem=lambda: OrderedDict(stem=layers(3, scaled(32), 3, 2)),
+        stem_channels=scaled(32),
+        stages=rows,
+        tail=lambda channels: OrderedDict(last=layers(channels, FEATURES, 1)),
+        tail_channels=FEATURES,
+        head=head,
         split=4,
         compressed_split=4,
-        tail=tail,
-        tail_channels=FEATURES,
         image_size=image_size,
-    ).backbone()
+    )
 
 
 BACKBONES = {

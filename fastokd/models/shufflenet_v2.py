@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv_norm
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 STEM, FEATURES = 24, 1024
 
@@ -91,32 +91,22 @@ def shuffle_stage(name: str, channels: int, num_blocks: int) -> Stage:
     return Stage(name, num_blocks, build, lambda *_: channels)
 
 
-def stem() -> Parts:
-    return OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3)))
-
-
-def tail(channels: int) -> Parts:
-    return OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1)))
-
-
 def backbone(name: str) -> Backbone:
-    stages = (
-        shuffle_stage("stage2", 116, 4),
-        shuffle_stage("stage3", 232, 8),
-        shuffle_stage("stage4", 464, 4),
-    )
-    return StagedNetwork(
+    return staged_network(
         name,
         ShuffleNetV2,
-        stem,
-        STEM,
-        stages,
-        classifier,
-        split=2,
-        compressed_split=1,
-        tail=tail,
+        stem=lambda: OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3))),
+        stem_channels=STEM,
+        stages=[
+            shuffle_stage("stage2", 116, 4),
+            shuffle_stage("stage3", 232, 8),
+            shuffle_stage("stage4", 464, 4),
+        ],
+        tail=lambda channels: OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1))),
         tail_channels=FEATURES,
-    ).backbone()
+        head=classifier,
+        split=2,
+    )
 
 
 BACKBONES = {"shufflenetv2_x1_0": backbone("shufflenetv2_x1_0")}

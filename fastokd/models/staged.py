@@ -65,9 +65,21 @@ class Stage:
     out_channels: Callable[[int, int], int]
 
 
-@dataclass(frozen=True)
-class StagedNetwork:
-    """A stem, stages, a tail and a head, in the order of the plain network.
+def staged_network(
+    name: str,
+    network: type[PlainNetwork],
+    stem: Callable[[], Parts],
+    stem_channels: int,
+    stages: Sequence[Stage],
+    head: Callable[[int, int], nn.Sequential],
+    split: int,
+    compressed_split: int | None = None,
+    tail: Callable[[int], Parts] = lambda channels: OrderedDict(),
+    tail_channels: int | None = None,
+    image_size: int = 32,
+) -> Backbone:
+    """A network of a stem, stages, a tail and a head, branched at a stage, each hierarchy level
+    deeper than the previous.
 
     Args:
         name: in the registry.
@@ -76,68 +88,50 @@ class StagedNetwork:
         stages: in order.
         head: builds the layers from feature maps to logits, from feature channels and C.
         split: index of the first stage that each branch owns.
-        compressed_split: the same in compression mode, at most ``split``.
+        compressed_split: the same in compression mode; one less by default.
         tail: builds the layers between the last stage and the features, from the stage's channels;
             they return ``tail_channels`` channels (None: as many).
         image_size: height and width of the images that the network is designed for.
     """
 
-    name: str
-    network: type[PlainNetwork]
-    stem: Callable[[], Parts]
-    stem_channels: int
-    stages: tuple[Stage, ...]
-    head: Callable[[int, int], nn.Sequential]
-    split: int
-    compressed_split: int
-    tail: Callable[[int], Parts] = lambda channels: OrderedDict()
-    tail_channels: int | None = None
-    image_size: int = 32
+    def build_stages(
+        parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]
+    ) -> int:
+        """Add the stages to the end of ``parts``; returns their output channels."""
+        for stage, count in zip(stages, num_blocks, strict=True):
+            parts[stage.name] = stage.build(channels, count)
+            channels = stage.out_channels(channels, count)
+        return channels
 
-    def backbone(self) -> Backbone:
-        """The network branched at ``split``, each hierarchy level deeper than the previous."""
-        return self._backbone(self.split, level_blocks, self._compressed)
-
-    def _compressed(self, num_branches: int) -> Backbone:
-        return self._backbone(
-            self.compressed_split,
-            lambda blocks, level, aux_blocks: compressed_blocks(
-                blocks, num_branches - level, aux_blocks
-            ),
-        )
-
-    def _backbone(
-        self,
+    def branched(
         split: int,
         count_blocks: Callable[[Sequence[int], int, int], Sequence[int]],
         compressed: Callable[[int], Backbone] | None = None,
     ) -> Backbone:
-        shared, own = self.stages[:split], self.stages[split:]
-        trunk_channels = self.stem_channels
-        for stage in shared:
+        blocks = [stage.num_blocks for stage in stages]
+        trunk_channels = stem_channels
+        for stage in stages[:split]:
             trunk_channels = stage.out_channels(trunk_channels, stage.num_blocks)
 
         def build_trunk() -> nn.Sequential:
-            parts = self.stem()
-            _append(parts, self.stem_channels, shared, [stage.num_blocks for stage in shared])
+            parts = stem()
+            build_stages(parts, stem_channels, stages[:split], blocks[:split])
             return nn.Sequential(parts)
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
             parts: Parts = OrderedDict()
-            blocks = count_blocks([stage.num_blocks for stage in own], level, aux_blocks)
-            channels = _append(parts, trunk_channels, own, blocks)
-            parts.update(self.tail(channels))
-            channels = self.tail_channels or channels
-            return Branch(nn.Sequential(parts), self.head(channels, num_classes), channels)
+            own = count_blocks(blocks[split:], level, aux_blocks)
+            channels = build_stages(parts, trunk_channels, stages[split:], own)
+            parts.update(tail(channels))
+            channels = tail_channels or channels
+            return Branch(nn.Sequential(parts), head(channels, num_classes), channels)
 
-        return Backbone(
-            self.name, build_trunk, build_branch, self.network.join, self.image_size, compressed
+        return Backbone(name, build_trunk, build_branch, network.join, image_size, compressed)
+
+    def compress(num_branches: int) -> Backbone:
+        return branched(
+            split - 1 if compressed_split is None else compressed_split,
+            lambda blocks, level, aux: compressed_blocks(blocks, num_branches - level, aux),
         )
 
-
-def _append(parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]) -> int:
-    """Add the stages to the end of ``parts``; returns their output channels."""
-    for stage, count in zip(stages, num_blocks, strict=True):
-        parts[stage.name] = stage.build(channels, count)
-        channels = stage.out_channels(channels, count)
-    return channels
+    return branched(split, level_blocks, compress)

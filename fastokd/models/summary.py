@@ -20,10 +20,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def forward_flops(module: nn.Module, input_size: Sequence[int]) -> int:
     """Floating-point operations of one forward pass in eval mode: 2 per multiply-add of
-    convolutions and matrix products.
-
-    Batch norm, activations, pooling and additions are not counted. Only shapes are propagated, on a
-    copy.
+    convolutions and matrix products. Batch norm, activations, pooling and additions are not
+    counted. Only shapes are propagated, on a copy.
 
     Args:
         module: takes one tensor.
@@ -37,8 +35,7 @@ def _count(module: nn.Module, input_size: Sequence[int]) -> FlopCounterMode:
     for norm in shapes.modules():
         if isinstance(norm, _BatchNorm):
             setattr(norm, "forward", _unchanged)  # noqa: B010  # same shapes, and faster
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(torch.empty(1, *input_size, device="meta"))
     return counter
 
@@ -67,26 +64,21 @@ def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
     by_kind = _count(model, size).get_flop_counts()
     counts = {name: sum(kinds.values()) for name, kinds in by_kind.items()}
     kind = type(model).__name__
-    trunk = Cost(0, 0)
-    if model.trunk is not None:
-        trunk = Cost(count_parameters(model.trunk), counts.get(f"{kind}.trunk", 0))
+    shared = 0 if model.trunk is None else count_parameters(model.trunk)
     costs = {}
     for index, branch in enumerate(model.branches):
         name = f"{kind}.branches.{index}"
-        flops = trunk.flops + counts.get(name, 0)
-        if name not in counts:  # branches that exchange features are run layer by layer
+        if name in counts:
+            flops = counts.get(f"{kind}.trunk", 0) + counts[name]
+        else:  # branches that exchange features are run layer by layer
             flops = forward_flops(model.student(index), size)
-        parameters = trunk.parameters + count_parameters(branch)
-        costs[f"branch{index + 1}"] = Cost(parameters, flops)
+        costs[f"branch{index + 1}"] = Cost(shared + count_parameters(branch), flops)
     student = costs[f"branch{model.kept + 1}"]
     if model.has_custom_student:
         whole = model.student()
         student = Cost(count_parameters(whole), forward_flops(whole, size))
-    return {
-        "student": student,
-        "training": Cost(count_parameters(model), counts["Global"]),
-        **costs,
-    }
+    training = Cost(count_parameters(model), counts["Global"])
+    return {"student": student, "training": training, **costs}
 
 
 def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -> None:

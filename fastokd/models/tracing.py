@@ -6,8 +6,7 @@ of the module, which keeps its control flow, its training flag and its hooks.
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,7 @@ _LAYERS = (nn.Linear, nn.Conv2d)
 
 
 class _ImagesOnly(nn.Module):
-    """A network called with images alone, so that its forward may have further optional
-    arguments.
-    """
+    """A network called with images alone: its forward may have further optional arguments."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -87,8 +84,7 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
 
 def target(node: fx.Node) -> str:
     """The dotted name of the module or tensor that a node uses."""
-    assert isinstance(node.target, str), "a call of a module, or a tensor"
-    return node.target
+    return str(node.target)
 
 
 def uses(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -105,11 +101,6 @@ def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
         if any(value in found for value in node.all_input_nodes):
             found.add(node)
     return [node for node in graph.nodes if node in found]
-
-
-def is_cut(nodes: Sequence[fx.Node], index: int) -> bool:
-    """True if the nodes after ``nodes[index]`` depend on earlier ones only through its value."""
-    return uses(nodes[index + 1 :]) == [nodes[index]]
 
 
 def part(
@@ -141,24 +132,24 @@ def _dropout(
     graph: fx.Graph, holder: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     """Replace a call of a dropout function by a module."""
-    names = ("input", "p", "training", "inplace")
-    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    module = DROPOUTS[node.target](arguments.get("p", 0.5), arguments.get("inplace", False))
+    arguments = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+    arguments.update(node.kwargs)
+    value: Any = arguments.pop("input")
+    arguments.pop("training", None)
     name = f"{node.name}_module"
-    holder.add_module(name, module)
-    return graph.call_module(name, (copies[arguments["input"]],))
+    holder.add_module(name, DROPOUTS[node.target](**arguments))
+    return graph.call_module(name, (copies[value],))
 
 
 def named(nodes: Iterable[fx.Node]) -> list[str]:
     """The names of the modules and tensors that a part of a graph uses."""
-    return list(
-        dict.fromkeys(
-            target(value)
-            for node in nodes
-            for value in (*node.all_input_nodes, node)
-            if value.op == "get_attr" or (value is node and node.op == "call_module")
-        )
-    )
+    used = [
+        value
+        for node in nodes
+        for value in (*node.all_input_nodes, node)
+        if value.op == "get_attr" or (value is node and node.op == "call_module")
+    ]
+    return list(dict.fromkeys(map(target, used)))
 
 
 def tensors(network: nn.Module, path: str) -> list[Tensor]:
@@ -194,27 +185,26 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
         root._buffers[name] = value
 
 
-@dataclass
-class Call:
-    """A call of a module: the shapes of its first argument and its output, None for values that are
-    not tensors.
+class Call(NamedTuple):
+    """A call of a module: the shapes of its first argument and its output (None for values that are
+    not tensors), and the number of calls.
     """
 
     name: str
     shape_in: torch.Size | None
     shape_out: torch.Size | None
-    calls: int = 1
+    calls: int
 
 
-@dataclass
-class Shapes:
-    """The shapes of a forward pass of one image: of every node, and of every module in the order in
-    which they finished. ``written`` are nodes whose value another node overwrote.
-    """
+class Shapes(NamedTuple):
+    """The shapes of a forward pass of one image."""
 
-    nodes: dict[fx.Node, torch.Size] = field(default_factory=dict)
-    modules: dict[str, Call] = field(default_factory=dict)
-    written: set[fx.Node] = field(default_factory=set)
+    nodes: dict[fx.Node, torch.Size]
+    """Of every node whose value is a tensor."""
+    modules: dict[str, Call]
+    """Of every module, in the order in which they finished."""
+    written: set[fx.Node]
+    """The nodes whose value another node overwrote."""
 
 
 class _Recorder(fx.Interpreter):
@@ -227,11 +217,13 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for node, tensor, version in self.versions:
-            # An in-place operation returns the tensor that it overwrote.
-            if tensor._version != version and n.op != "output":
-                self.shapes.written.add(node)
-        if isinstance(value, Tensor) and n.op != "output":
+        if n.op == "output":
+            return value
+        # An in-place operation returns the tensor that it overwrote.
+        self.shapes.written.update(
+            node for node, tensor, version in self.versions if tensor._version != version
+        )
+        if isinstance(value, Tensor):
             self.shapes.nodes[n] = value.shape
             self.versions.append((n, value, value._version))
         return value
@@ -248,48 +240,40 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
     Raises:
         ConfigError: the network cannot take such an image, or cannot be run call by call.
     """
-    shapes = Shapes()
+    shapes = Shapes({}, {}, set())
+    image = torch.empty(1, *input_size, device="meta")
+    network.eval()
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            before = shapes.modules.pop(name, None)
-            shape_in, shape_out = (
-                value.shape if isinstance(value, Tensor) else None
-                for value in (inputs[0] if inputs else None, output)
-            )
-            calls = 1 if before is None else before.calls + 1
-            shapes.modules[name] = Call(name, shape_in, shape_out, calls)
-
-        return hook
+    def record(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        before = shapes.modules.pop(name, None)
+        shape_in, shape_out = (
+            value.shape if isinstance(value, Tensor) else None
+            for value in (inputs[0] if inputs else None, output)
+        )
+        calls = 1 if before is None else before.calls + 1
+        shapes.modules[name] = Call(name, shape_in, shape_out, calls)
 
     handles = [
-        module.register_forward_hook(record(name)) for name, module in network.named_modules()
+        module.register_forward_hook(lambda _, *values, name=name: record(name, *values))
+        for name, module in network.named_modules()
     ]
-    try:
-        with torch.no_grad():
-            _Recorder(network.eval(), graph, shapes).run(torch.empty(1, *input_size, device="meta"))
-    except Exception as error:  # operators of a network raise any exception
-        if _accepts(network, input_size):  # the size is not the reason
+    with torch.no_grad():
+        try:
+            network(image)
+        except Exception as error:  # operators of a network raise any exception
+            size = " x ".join(map(str, input_size))
+            raise ConfigError(
+                f"{type(network).__name__} cannot take an image of {size} ({first_line(error)});"
+                " pass input_size=(channels, height, width)"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        try:
+            _Recorder(network, graph, shapes).run(image)
+        except Exception as error:
             raise _untraceable(network, error) from error
-        size = " x ".join(map(str, input_size))
-        raise ConfigError(
-            f"{type(network).__name__} cannot take an image of {size} ({first_line(error)}); pass"
-            " input_size=(channels, height, width)"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes
-
-
-def _accepts(network: nn.Module, input_size: Sequence[int]) -> bool:
-    """True if a network on the meta device runs on an image of that size."""
-    try:
-        with torch.no_grad():
-            network(torch.empty(1, *input_size, device="meta"))
-    except Exception:
-        return False
-    return True
 
 
 def meta_copy(network: nn.Module) -> nn.Module:
@@ -308,8 +292,7 @@ def default_input_size(network: nn.Module) -> tuple[int, int, int]:
     height, width = (declared, declared) if isinstance(declared, int) else declared
     if channels is None:
         convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
-        first = next(convs, None)
-        channels = 3 if first is None else first.in_channels
+        channels = next((conv.in_channels for conv in convs), 3)
     return channels, height, width
 
 
@@ -319,15 +302,15 @@ def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -
     """
     for index in reversed(range(len(nodes) - 1)):
         node = nodes[index]
-        shape = shapes.nodes.get(node)
-        if shape is None or len(shape) not in (3, 4) or node in shapes.written:
+        shape = shapes.nodes.get(node, ())
+        if len(shape) not in (3, 4) or node in shapes.written:
             continue
         first = 1 if len(shape) == 3 or is_nhwc(network) else 2
-        spatial = shape[first : 2 if len(shape) == 3 else first + 2]
+        is_spatial = any(side > 1 for side in shape[first : first + len(shape) - 2])
         pooled = node.op == "call_module" and isinstance(
             network.get_submodule(target(node)), nn.AdaptiveAvgPool2d
         )
-        if any(side > 1 for side in spatial) and not pooled and is_cut(nodes, index):
+        if is_spatial and not pooled and uses(nodes[index + 1 :]) == [node]:
             return index
     return None
 
@@ -369,11 +352,10 @@ def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
     count = shape[1]
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if grid is None:
-        squares = (side for side in range(int(count**0.5), 0, -1) if count - side * side <= 8)
-        side = next(squares, 0)
+        side = int(count**0.5)
         grid = (side, side)
     prefix = count - grid[0] * grid[1]
-    if prefix < 0 or grid[0] < 1 or prefix > 8:
+    if not 0 <= prefix <= 8 or grid[0] < 1:
         raise ConfigError(
             f"{type(network).__name__} ends in {count} tokens, which are not a grid of patches and"
             " a few tokens before it"
@@ -382,8 +364,7 @@ def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
 
 
 def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None) -> list[str]:
-    """The stages and blocks at which ``branch_out`` can split a classifier, by dotted name, in
-    order of execution.
+    """The stages and blocks at which ``branch_out`` can split a classifier, in order of execution.
 
     Args:
         module: a classifier, on any device; it is not changed.

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import linear, pooled
-from fastokd.models.staged import Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 
 class VGG(PlainNetwork):
@@ -31,8 +31,7 @@ def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
         for _ in range(count):
             conv = nn.Conv2d(in_channels, width, 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            assert conv.bias is not None, "the default"
-            nn.init.zeros_(conv.bias)
+            nn.init.constant_(conv.get_parameter("bias"), 0)
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
             in_channels = width
         return nn.Sequential(*layers, nn.MaxPool2d(2))
@@ -50,28 +49,17 @@ def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Back
     """
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
-        # Images of 32x32 leave one pixel, so pooling changes nothing; larger images fit too.
-        return pooled(
-            classifier=nn.Sequential(
-                linear(channels, 512, std=0.01),
-                nn.ReLU(),
-                nn.Dropout(dropout),
-                linear(512, 512, std=0.01),
-                nn.ReLU(),
-                nn.Dropout(dropout),
-                linear(512, num_classes, std=0.01),
-            )
-        )
+        def hidden(in_features: int) -> list[nn.Module]:
+            return [linear(in_features, 512, std=0.01), nn.ReLU(), nn.Dropout(dropout)]
 
-    stages = tuple(
-        vgg_stage(f"stage{i}", width, count)
-        for i, (width, count) in enumerate(
-            zip((64, 128, 256, 512, 512), num_blocks, strict=True), start=1
-        )
-    )
-    return StagedNetwork(
-        name, VGG, OrderedDict, 3, stages, head, split=4, compressed_split=3
-    ).backbone()
+        layers = [*hidden(channels), *hidden(512), linear(512, num_classes, std=0.01)]
+        # Images of 32x32 leave one pixel, so pooling changes nothing; larger images fit too.
+        return pooled(classifier=nn.Sequential(*layers))
+
+    stages = [
+        vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in enumerate(num_blocks)
+    ]
+    return staged_network(name, VGG, OrderedDict, 3, stages, head, split=4)
 
 
 BACKBONES = {

@@ -1,5 +1,4 @@
-"""Write ``digits.npz`` again from scikit-learn's ``load_digits``: ``python -m
-fastokd.data.make_digits``.
+"""Write ``digits.npz`` again from scikit-learn's ``load_digits``: ``python -m bench.make_digits``.
 
 ``levels`` is uint8 [1797, 8, 8] with the source's grey levels 0..16, ``targets`` uint8 [1797].
 """
