@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastokd.methods.method import MethodLoss
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset, explain_loader
 from fastokd.train.memory import describe_memory
