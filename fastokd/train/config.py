@@ -312,16 +312,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Retired:
-    """A field of earlier versions. It is ignored in old files, with a warning if it was used.
-
-    Attributes:
-        off: the value that did nothing.
-        before: the field that followed it.
-        reason: what became of it.
-    """
+    """A field of earlier versions. It is ignored in old files, with a warning if it was used."""
 
     off: Any
+    """The value that did nothing."""
     before: str
+    """The field that followed it."""
     reason: str
 
 

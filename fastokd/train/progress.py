@@ -93,12 +93,8 @@ class EpochProgress:
 
 
 class Throughput:
-    """Images per second, the time spent waiting for data, and the time left, by the host's clock.
-
-    Args:
-        epochs: of the whole run.
-        batch_size: images per step, over all processes.
-        clock: seconds since any fixed moment.
+    """Images per second, the time spent waiting for data, and the time left, by the host's clock,
+    in a run of ``epochs`` epochs with ``batch_size`` images per step of all processes.
     """
 
     def __init__(
