@@ -59,17 +59,6 @@ class DamagedCheckpoint(CheckpointError):
     """A file that is not a complete checkpoint, or cannot be read; an older one may be fine."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint, see ``ENTRIES`` and ``ADDED``, atomically; the file before stays until
-    this one is on the disk.
-
-    Raises:
-        StorageError: the disk refused; the old checkpoint is untouched.
-        TypeError: the state holds something other than tensors and plain values.
-    """
-    _write(path, _serialize(state))
-
-
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint of this or an older format; its entry "format" says which.
 
@@ -194,7 +183,7 @@ class CheckpointStore:
         """
         if wrong := _wrong_entry(state):
             raise TypeError(f"the entry '{wrong}' of a checkpoint is missing or of the wrong type")
-        data = _serialize(state)
+        data = serialize(state)
         if is_best:
             _write(self.best, data)
         if before is not None:
@@ -251,7 +240,12 @@ def _write(
     write_atomically(path, lambda file: file.write(data), before_rename=before_rename)
 
 
-def _serialize(state: Mapping[str, Any]) -> memoryview:
+def serialize(state: Mapping[str, Any]) -> memoryview:
+    """The bytes of a checkpoint.
+
+    Raises:
+        TypeError: the state holds something other than tensors and plain values.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **snapshot(dict(state))}, buffer)
     return buffer.getbuffer()

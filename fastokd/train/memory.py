@@ -156,7 +156,7 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
         model = model.to_empty(device=cpu)
         batch = torch.empty(images, dtype=torch.float32)
         try:
-            with _LiveStorages() as live:
+            with LiveStorages() as live:
                 with autocast(precision, cpu):
                     result = model(batch)
                 ends = [
@@ -173,7 +173,7 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
     return live.peak
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Counts the bytes of storages that operations created and that are still alive; ``peak`` is
     their maximum.
     """

@@ -50,12 +50,14 @@ class Counter:
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
         self._task = self._progress.add_task(title)
         self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._console.is_terminal:
+        if not self._progress.disable:
             self._progress.start()
             self._progress.update(self._task, completed=done, total=total)
         elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
@@ -381,7 +383,11 @@ class _EpochTable:
         return grid
 
     def _accuracies(self, means: Mapping[str, float]) -> Table:
-        train = {name.removeprefix(_ACCURACY): means[name] for name in means if _ACCURACY in name}
+        train = {
+            name.removeprefix(_ACCURACY): value
+            for name, value in means.items()
+            if name.startswith(_ACCURACY)
+        }
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("accuracy %", no_wrap=True)
         best = f"best (epoch {self.best_epoch + 1})" if self.best else "best"
