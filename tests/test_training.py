@@ -18,7 +18,7 @@ from fastokd.losses import ramp_up
 from fastokd.models import create_student
 from fastokd.train import checkpoint, run_folder
 from fastokd.train import trainer as trainer_module
-from fastokd.train.checkpoint import ENTRIES, load_checkpoint, load_newest, save_checkpoint
+from fastokd.train.checkpoint import ENTRIES, load_checkpoint, load_newest, serialize
 from fastokd.train.config import TrainConfig, check_config, load_config
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
@@ -165,7 +165,7 @@ def test_resume_restores_best_of_unfinished_epoch(finished, tmp_path, digits, ca
     first.run_folder.best.unlink()
     state = {**load_checkpoint(first.run_folder.last), "best_epoch": 7}
     del state["format"]
-    save_checkpoint(first.run_folder.last, state)
+    first.run_folder.last.write_bytes(serialize(state))
     third = make(CONFIG, tmp_path / "run", digits, resume=True)
     assert (third.best_epoch, third.best) == (-1, {})
     assert re.search(
@@ -294,7 +294,7 @@ class TestCheckpoints:
         trainer, _ = finished
         other = make(dataclasses.replace(CONFIG, model="resnet14"), tmp_path / "run", digits)
         state = load_checkpoint(trainer.run_folder.last)
-        save_checkpoint(other.run_folder.last, {**state, "config": other.config.to_yaml()})
+        other.run_folder.last.write_bytes(serialize({**state, "config": other.config.to_yaml()}))
         with pytest.raises(
             CheckpointError, match=r"is of another architecture: \d+ weights are missing, e\.g\. "
         ):
@@ -354,7 +354,7 @@ class TestCheckpoints:
             {key: value for key, value in state.items() if key != entry},
             {**state, entry: None},
         ):
-            save_checkpoint(tmp_path / "last.pt", wrong)
+            (tmp_path / "last.pt").write_bytes(serialize(wrong))
             with pytest.raises(
                 CheckpointError, match=f"its entry '{entry}' is missing or of the wrong type"
             ):

@@ -39,7 +39,5 @@ def build_model(
     model = create_model(
         config.model, num_classes=num_classes, teacher=teacher, **model_layout(config)
     )
-    return model.to(
-        device,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=memory_format)

@@ -23,9 +23,7 @@ class Due(IntEnum):
 class Cadence:
     """Decides after each step what is due; all processes get the same answer.
 
-    Args:
-        save_minutes: minutes between checkpoints within an epoch; 0 for none.
-        signals: the signals that stop the run.
+    There are ``save_minutes`` between checkpoints within an epoch; 0 for none.
     """
 
     def __init__(self, save_minutes: float, signals: StopSignals) -> None:

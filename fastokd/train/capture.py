@@ -22,7 +22,6 @@ class CapturedStep:
 
     Args:
         body: the step, without arguments and results.
-        device: a CUDA device.
         pool: the memory pool of other captured steps; only one of them runs at a time.
     """
 

@@ -6,11 +6,8 @@ import contextlib
 import copy
 import io
 import os
-import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,20 +59,6 @@ class DamagedCheckpoint(CheckpointError):
     """A file that is not a complete checkpoint, or cannot be read; an older one may be fine."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically; the file before stays until this one is on the disk.
-
-    Args:
-        path: the file.
-        state: its content, see ``ENTRIES`` and ``ADDED``.
-
-    Raises:
-        StorageError: the disk refused; the old checkpoint is untouched.
-        TypeError: the state holds something other than tensors and plain values.
-    """
-    _write(path, _serialize(state))
-
-
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint of this or an older format; its entry "format" says which.
 
@@ -107,10 +90,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest complete checkpoint in a folder.
-
-    Args:
-        folder: the folder of ``last.pt``, ``last-1.pt`` and so on.
+    """The newest complete checkpoint in the folder of ``last.pt``, ``last-1.pt`` and so on.
 
     Returns:
         Its content, its path, and an error message for each newer checkpoint that is damaged.
@@ -135,20 +115,14 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a run except ``best.pt``, newest first."""
-    numbers = {
-        path: match
-        for path in folder.glob("last*.pt")
-        if (match := re.fullmatch(r"last(?:-([1-9]\d*))?\.pt", path.name))
-    }
-    return sorted(numbers, key=lambda path: int(numbers[path][1] or 0))
+    names = [path.name for path in folder.glob("last*.pt")]
+    matches = [match for name in names if (match := re.fullmatch(r"last(-[1-9]\d*)?\.pt", name))]
+    return [folder / match[0] for match in sorted(matches, key=lambda match: -int(match[1] or 0))]
 
 
 def check_resumable(state: Mapping[str, Any], where: str) -> None:
-    """Refuse to resume from a checkpoint that has too little state.
-
-    Raises:
-        CheckpointError: its format is older than 3: optimizer state is not stored by parameter, and
-            generators are not stored.
+    """Raise a CheckpointError for a checkpoint older than format 3, which lacks optimizer state by
+    parameter and the states of generators.
     """
     if state["format"] < 3:
         raise CheckpointError(
@@ -161,11 +135,8 @@ class CheckpointStore:
     """The checkpoints of a run: ``last.pt``, those before it (``last-1.pt``, ...), and ``best.pt``.
 
     At every moment the newest checkpoint that was saved, or a newer one, is complete on the disk.
-    The process that holds the run folder's lock has one store; others have none.
-
-    Args:
-        folder: the folder of the checkpoints.
-        keep: how many of the newest are kept, including ``last.pt``.
+    The process that holds the run folder's lock has one store; others have none. ``keep`` of the
+    newest are kept, including ``last.pt``.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -178,27 +149,16 @@ class CheckpointStore:
             remove_temporaries(path)
 
     def check_space(self, size: int) -> None:
-        """Refuse to start a run whose checkpoints will not fit.
-
-        Args:
-            size: bytes of a checkpoint, see ``state_bytes``.
+        """Refuse to start a run whose checkpoints of ``size`` bytes each will not fit.
 
         Raises:
             StorageError: too few bytes are free for all checkpoints that are kept and the next one
                 while it is written.
         """
-        count = self.keep + 2
-        existing = sum(
-            path.stat().st_size
-            for path in (*checkpoint_files(self.last.parent), self.best)
-            if path.is_file()
-        )
-        check_space(
-            self.last.parent,
-            count * size - existing,
-            f"{count} checkpoints ({self.keep} of the newest, the best, and one while it is"
-            " written)",
-        )
+        count, paths = self.keep + 2, (*checkpoint_files(self.last.parent), self.best)
+        existing = sum(path.stat().st_size for path in paths if path.is_file())
+        titles = f"({self.keep} of the newest, the best, and one while it is written)"
+        check_space(self.last.parent, count * size - existing, f"{count} checkpoints {titles}")
 
     def save(
         self,
@@ -214,7 +174,7 @@ class CheckpointStore:
 
         Args:
             state: all of ``ENTRIES`` and ``ADDED``.
-            is_best: write it as ``best.pt`` too.
+            is_best: write ``best.pt``.
             before: writes the other records of the epoch.
 
         Raises:
@@ -223,7 +183,7 @@ class CheckpointStore:
         """
         if wrong := _wrong_entry(state):
             raise TypeError(f"the entry '{wrong}' of a checkpoint is missing or of the wrong type")
-        data = _serialize(state)
+        data = serialize(state)
         if is_best:
             _write(self.best, data)
         if before is not None:
@@ -238,17 +198,11 @@ class CheckpointStore:
                     path.unlink()
 
     def restore_best(self, epoch: int) -> bool:
-        """Make ``best.pt`` the checkpoint of the best epoch again, if a run was killed between
-        writing ``best.pt`` and ``last.pt``.
-
-        Args:
-            epoch: the best epoch of the checkpoint that is resumed, from 0; -1 for none.
+        """Make ``best.pt`` the checkpoint of the best epoch (from 0, -1 for none) again, if a run
+        was killed between writing ``best.pt`` and ``last.pt``.
 
         Returns:
             Whether ``best.pt`` is of that epoch now; if not, no checkpoint is.
-
-        Raises:
-            StorageError: the disk refused.
         """
         if epoch < 0:
             return True
@@ -286,7 +240,12 @@ def _write(
     write_atomically(path, lambda file: file.write(data), before_rename=before_rename)
 
 
-def _serialize(state: Mapping[str, Any]) -> memoryview:
+def serialize(state: Mapping[str, Any]) -> memoryview:
+    """The bytes of a checkpoint.
+
+    Raises:
+        TypeError: the state holds something other than tensors and plain values.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **snapshot(dict(state))}, buffer)
     return buffer.getbuffer()
@@ -355,19 +314,7 @@ def _read(path: Path, device: torch.device | str) -> Any:
         raise DamagedCheckpoint(
             f"cannot read {path}: {error.strerror or first_line(error)}"
         ) from error
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-    ) as error:
+    except Exception as error:  # zipfile and torch.load raise many kinds for damaged bytes
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the"
             " run again"

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -18,7 +18,8 @@ from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, check_value, in
 from fastokd.train.schedules import Schedule, scaled_rate
 
 if TYPE_CHECKING:
-    from fastokd.methods.method import Method, MethodLoss
+    from fastokd.losses.method_loss import MethodLoss
+    from fastokd.methods.method import Method
 
 OptionValue = bool | int | float | str
 
@@ -303,11 +304,7 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """The configuration as YAML with every field."""
         plain = {
-            name: list(value)
-            if isinstance(value, tuple)
-            else dict(value)
-            if isinstance(value, Mapping)
-            else value
+            name: dict(value) if isinstance(value, Mapping) else value
             for name, value in vars(self).items()
         }
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -315,16 +312,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Retired:
-    """A field of earlier versions. It is ignored in old files, with a warning if it was used.
-
-    Attributes:
-        off: the value that did nothing.
-        before: the field that followed it.
-        reason: what became of it.
-    """
+    """A field of earlier versions. It is ignored in old files, with a warning if it was used."""
 
     off: Any
+    """The value that did nothing."""
     before: str
+    """The field that followed it."""
     reason: str
 
 
@@ -421,69 +414,61 @@ def check_config(config: TrainConfig) -> None:
     check_method(config)
     for name, info in infos(config).items():
         check_value(name, getattr(config, name), info)
-    for rule in (_check_teacher, _check_batch, _check_optimizer, _check_memory, _check_sizes):
-        rule(config)
+    for is_broken, message in _rules(config):
+        if is_broken:
+            raise ConfigError(message)
     check_impl(config.impl)
-    try:
-        config.data.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"data={config.data!r}: the name is not valid UTF-8; rename the folder"
-        ) from None
 
 
-def _check_teacher(config: TrainConfig) -> None:
-    if _method(config).needs_teacher and not config.model_options()["teacher"]:
-        raise ConfigError(
-            f"method '{config.method}' needs a trained teacher: pass --method-options teacher=RUN"
-            " (a run folder or an exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
-            " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy"
-        )
-
-
-def _check_batch(config: TrainConfig) -> None:
+def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """Rules over several fields: whether the configuration breaks them, and the message."""
+    method, name = _method(config), f"method '{config.method}'"
+    yield (
+        method.needs_teacher and not config.model_options()["teacher"],
+        f"{name} needs a trained teacher: pass --method-options teacher=RUN (a run folder or an"
+        " exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
+        " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
+    )
     part, least = config.device_batch, 1 if config.sync_bn else 2
-    if part is not None and (part < least or config.batch_size % part):
-        raise ConfigError(
-            f"device_batch={part}: it must be at least {least} and a divisor of"
-            f" batch_size={config.batch_size}"
+    yield (
+        part is not None and (part < least or config.batch_size % part),
+        f"device_batch={part}: it must be at least {least} and a divisor of"
+        f" batch_size={config.batch_size}",
+    )
+    yield (
+        config.warmup_epochs is not None and config.warmup_epochs >= config.epochs,
+        f"warmup_epochs={config.warmup_epochs}: it must be below epochs={config.epochs}",
+    )
+    yield (
+        config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
+        "nesterov=True: it must be false when momentum is 0",
+    )
+    yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
+    # A method with a memory of each image must see each image once and unmixed.
+    yield (
+        method.needs_index and config.on_nonfinite == "skip",
+        f"on_nonfinite=skip and {name}: it stores the predictions of the skipped step; use stop or"
+        " rollback",
+    )
+    for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        yield (
+            method.needs_index and alpha,
+            f"{field}={alpha:g} and {name}: it stores predictions of each image, and a mixed image"
+            " is two; use 0",
         )
-
-
-def _check_optimizer(config: TrainConfig) -> None:
-    if config.warmup_epochs is not None and config.warmup_epochs >= config.epochs:
-        raise ConfigError(
-            f"warmup_epochs={config.warmup_epochs}: it must be below epochs={config.epochs}"
-        )
-    if config.optimizer == "sgd" and config.nesterov and config.momentum == 0:
-        raise ConfigError("nesterov=True: it must be false when momentum is 0")
-    if len(config.betas) != 2:
-        raise ConfigError(f"betas={config.betas!r}: it must be two numbers")
-
-
-def _check_memory(config: TrainConfig) -> None:
-    """Check that a method with a memory of each image sees each image once and unmixed."""
-    if not _method(config).needs_index:
-        return
-    if config.on_nonfinite == "skip":
-        raise ConfigError(
-            f"on_nonfinite=skip and method '{config.method}': it stores the predictions of the"
-            " skipped step; use stop or rollback"
-        )
-    for name in ("mixup", "cutmix"):
-        if alpha := getattr(config, name):
-            raise ConfigError(
-                f"{name}={alpha:g} and method '{config.method}': it stores predictions of each"
-                " image, and a mixed image is two; use 0"
-            )
-
-
-def _check_sizes(config: TrainConfig) -> None:
-    wrong = f"resize_schedule={config.resize_schedule!r}: it must be"
-    if not all(0 <= epoch < config.epochs for epoch in config.resize_schedule):
-        raise ConfigError(f"{wrong} of epochs from 0 to {config.epochs - 1}")
-    if not all(size >= 4 for size in config.resize_schedule.values()):
-        raise ConfigError(f"{wrong} of sizes of at least 4 pixels")
+    sizes = f"resize_schedule={config.resize_schedule!r}: it must be"
+    yield (
+        not all(0 <= epoch < config.epochs for epoch in config.resize_schedule),
+        f"{sizes} of epochs from 0 to {config.epochs - 1}",
+    )
+    yield (
+        not all(size >= 4 for size in config.resize_schedule.values()),
+        f"{sizes} of sizes of at least 4 pixels",
+    )
+    yield (
+        any("\ud800" <= letter <= "\udfff" for letter in config.data),
+        f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
+    )
 
 
 # --- reading and changing configurations
@@ -528,23 +513,14 @@ def _convert(value: Any, hint: Any) -> Any:
         return None
     kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
     if kind is Mapping and isinstance(value, Mapping):
-        for pair in value.items():
-            for item, part in zip(pair, parts, strict=True):
-                _require(item, part)
-        return dict(value)
+        return {_convert(key, parts[0]): _convert(item, parts[1]) for key, item in value.items()}
     if kind is tuple and isinstance(value, list | tuple):
-        for item in value:
-            _require(item, int | float if parts[0] is float else parts[0])
-        return tuple(parts[0](item) for item in value)
+        return tuple(_convert(item, parts[0]) for item in value)
     if kind is float and not isinstance(value, bool):
         return float(value)
-    _require(value, kind)
-    return value
-
-
-def _require(value: Any, kind: Any) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kinds) or (kind is int and isinstance(value, bool)):
         raise TypeError
+    return value
 
 
 def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -43,8 +43,6 @@ def open_data(
     files.
 
     Args:
-        config: names the data and the loader.
-        device: of the run.
         seen: ``data_record`` of the dataset that the weights were trained on: images then get its
             size and normalization instead of this dataset's, and "auto" its loader.
         progress: called with (files done, files in all) while files are decoded.
@@ -105,11 +103,8 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     Raises:
         ConfigError: the padding is larger than the images.
     """
-    changes: dict[str, Any] = {
-        name: value
-        for name in ("pad", "flip", "padding")
-        if (value := getattr(config, name)) is not None
-    }
+    chosen = {"pad": config.pad, "flip": config.flip, "padding": config.padding}
+    changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
             raise ConfigError(
@@ -121,9 +116,7 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
 
 
 def data_record(dataset: AnyDataset, loader: str) -> dict[str, Any]:
-    """The record of a dataset in a checkpoint: its fingerprint, the preparation of its images, and
-    the loader's name.
-    """
+    """The record of a dataset, the preparation of its images and its loader in a checkpoint."""
     return {
         "fingerprint": dataset.fingerprint,
         "image_size": list(dataset.image_size),
@@ -167,14 +160,14 @@ def explain_loader(
         small = "the images are small and fit"
         reason = small if dataset.train.files else "the dataset comes decoded"
         return f"loader resident: {reason}, so they are kept on {device}"
-    lines = [
+    line = (
         f"loader {name}: the images are large or too many for memory, so they are decoded while"
         " training"
-    ]
+    )
     for other in itertools.takewhile(lambda other: other != name, file_loaders()):
         if reason_against := get_loader_kind(other).reason_against(device, dataset.splits):
-            lines.append(f"{other} cannot run ({reason_against})")
-    return "; ".join(lines)
+            line += f"; {other} cannot run ({reason_against})"
+    return line
 
 
 def loader_for(
@@ -185,19 +178,17 @@ def loader_for(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """The loader of this process's share of a split.
-
-    Training images have the dtype of the step's forward pass, evaluation images are float32, which
-    any deployed network takes.
+    """The loader of this process's share of a split. Training images have the dtype of the step's
+    forward pass, evaluation images are float32, which any deployed network takes.
 
     Raises:
         ConfigError: the loader cannot run here, or does not support an option such as a scheduled
             size.
     """
     ranks = Ranks.current()
-    settings: dict[str, Any] = (
-        {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
-    )
+    settings: dict[str, Any] = {}
+    if train:
+        settings = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix}
     if not isinstance(dataset, Dataset):
         settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:

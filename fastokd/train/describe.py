@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastokd.methods.method import MethodLoss
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset, explain_loader
 from fastokd.train.memory import describe_memory
@@ -22,11 +22,8 @@ def describe_run(
     seen: Mapping[str, Any] | None,
     with_memory: bool,
 ) -> Iterator[str]:
-    """Lines about data, loader, step, memory, teacher and loss.
-
-    Args:
-        seen: see ``loader_name``.
-        with_memory: estimate the memory too, which takes a second.
+    """Lines about data, loader (see ``loader_name``), step, teacher and loss; ``with_memory`` also
+    about memory, which takes a second.
     """
     yield (
         f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"

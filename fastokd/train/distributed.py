@@ -6,6 +6,7 @@ group has NCCL for tensors on GPUs and gloo for tensors on the host.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import time
 import uuid
@@ -53,15 +54,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
-    """Join the processes that the environment describes, if any, and leave them at the end.
+    """Join the processes that the environment describes, if any, and leave them at the end; yields
+    the ranks of this process.
 
     Of an error that all processes raise, one reports it: the others' are marked as ``repeated``.
-
-    Args:
-        device_name: as in the configuration.
-
-    Yields:
-        The ranks of this process.
 
     Raises:
         ConfigError: the environment is inconsistent, the port is taken, or there are fewer GPUs
@@ -73,25 +69,20 @@ def process_group(device_name: str) -> Iterator[Ranks]:
         return
     ranks = _ranks_of_environment()
     store = _meet(ranks)
-    joined = False
     try:
         with _peers_may_be_lost():
+            backend = "gloo"
             if (device := choose_device(device_name, ranks)).type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=ranks.rank,
-                world_size=ranks.size,
-            )
-            joined = True
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
             yield ranks
     except BaseException as error:
         if isinstance(error, FastOKDError | KeyboardInterrupt):
             vars(error)["repeated"] = not _reports_first(store, error)
         raise
     finally:
-        if joined:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -144,11 +135,10 @@ def _meet(ranks: Ranks) -> dist.Store:
 
 
 def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
-    """The device of a name. "auto" is the first GPU if there is one; with several processes each
-    has the GPU of its local rank.
+    """The device named "auto", "cpu", "cuda" or "cuda:N". "auto" is the first GPU if there is one;
+    of several processes each has the GPU of its local rank.
 
     Args:
-        name: "auto", "cpu", "cuda" or "cuda:N".
         ranks: of this process; None for those of the process group.
 
     Raises:
@@ -162,10 +152,10 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if (device.index or 0) >= count:
         raise ConfigError(
             f"device '{name}' does not exist: torch sees {count} GPUs; use --device cpu or see"
@@ -277,7 +267,7 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
             f" global batch: use {f'{below} or ' if below else ''}{above}"
         )
     device_batch = config.device_batch or share
-    if device_batch > share or share % device_batch:
+    if share % device_batch:
         divisors = [str(size) for size in range(1, share + 1) if share % size == 0]
         raise ConfigError(
             f"device_batch={device_batch}: each of {ranks.size} processes has {share} images of a"
@@ -306,9 +296,8 @@ def parallel(
     """
     # All processes create the model from one seed, so buffers are equal at the start. Newer
     # versions of torch renamed the switch.
-    names = ("forward_sync_buffers", "broadcast_buffers")
-    parameters = signature(DistributedDataParallel).parameters
-    options: dict[str, Any] = {next(name for name in names if name in parameters): False}
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     on_gpu = device.type == "cuda"
     # On a side stream, as PyTorch's notes on CUDA graphs require for a later capture.
     with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
@@ -334,13 +323,8 @@ def mean_buffers(*modules: nn.Module | None) -> None:
     A variance becomes the mean of the variances: the means differ little, as images are shuffled.
     """
     size = rank_and_size()[1]
-    buffers = [
-        buffer
-        for module in modules
-        if module is not None
-        for buffer in module.buffers()
-        if buffer.is_floating_point()
-    ]
+    of_modules = (module.buffers() for module in modules if module is not None)
+    buffers = [each for each in itertools.chain(*of_modules) if each.is_floating_point()]
     if size == 1 or not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
@@ -412,18 +396,17 @@ def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int],
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
     """Run the block in one process of each machine first, so that the others find its caches."""
-    others = Ranks.current().local_rank > 0
-    if others:
+    is_first = Ranks.current().local_rank == 0
+    if not is_first:
         gather_states(None)
     yield
-    if not others:
+    if is_first:
         gather_states(None)
 
 
 def gather_states(value: T) -> list[T]:
     """The value of every process, in the order of the ranks; tensors in it must be on the CPU."""
-    size = rank_and_size()[1]
-    if size == 1:
+    if (size := rank_and_size()[1]) == 1:
         return [value]
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)

@@ -20,12 +20,7 @@ class StudentAverage:
     The second term makes it forget the random initial weights: with a decay of 0.9999 alone, half
     of it would still be those after 7000 steps. ``t`` is on the device, so updates can be captured.
 
-    Args:
-        model: the model in training; it must stay on its device.
-        decay: in (0, 1), the weight of the previous average in an update.
-
-    Attributes:
-        module: the averaged student, a plain network as ``model.student()``, in evaluation mode.
+    The model must stay on its device.
 
     Raises:
         ConfigError: the method exports a copy of its modules, which training does not change.
@@ -40,15 +35,11 @@ class StudentAverage:
                 " own modules; use ema=0"
             )
         self.module: nn.Module = copy.deepcopy(live).eval().requires_grad_(False)
+        """The averaged student, a plain network as ``model.student()``, in evaluation mode."""
         self._decay = decay
         self._updates = torch.zeros((), dtype=torch.int64, device=next(live.parameters()).device)
-        pairs = list(zip(_tensors(self.module), _tensors(live), strict=True))
-        self._averaged, self._live = _columns(
-            [pair for pair in pairs if pair[0].is_floating_point()]
-        )
-        self._copies, self._originals = _columns(
-            [pair for pair in pairs if not pair[0].is_floating_point()]
-        )
+        self._averaged, self._copies = _by_kind(self.module)
+        self._live, self._originals = _by_kind(live)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -85,5 +76,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def _by_kind(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point tensors of a module, and the others."""
+    tensors = _tensors(module)
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return floating, [tensor for tensor in tensors if not tensor.is_floating_point()]

@@ -39,13 +39,11 @@ def export_run(
     """Write the student of a run in a format, with a record, and verify it on the run's images.
 
     Args:
-        path: the run folder.
         to: the format, see ``list_formats``.
         out: the folder to write to; None for ``export`` in the run folder.
         which: "last" or "best" checkpoint.
         branch: another branch than the student, by number or name.
         data: another dataset for the verification.
-        device: as in the configuration.
 
     Raises:
         CheckpointError: the run cannot be loaded, or the export failed verification.
@@ -91,10 +89,8 @@ def _branch_index(text: str, num_branches: int) -> int:
 def _network_name(config: TrainConfig, index: int | None) -> str:
     """The registered name of a branch's network, of the student's for None, without building it."""
     names = config.model_names()
-    if len(names) > 1:
-        name = names[get_method(config.method).kept if index is None else index]
-    else:
-        name = names[0]
+    place = get_method(config.method).kept if index is None else index
+    name = names[place] if len(names) > 1 else names[0]
     return name if is_library_name(name) else model_name(name)
 
 

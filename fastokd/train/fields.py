@@ -103,9 +103,9 @@ class Group:
     def __call__(self, default: T, help: str, **facts: Any) -> T:
         """A field; ``facts`` are further attributes of ``Info``."""
         metadata = {"info": Info(help, self.name, **facts)}
-        if isinstance(default, Mapping):
-            return cast(T, dataclasses.field(default_factory=dict, metadata=metadata))
-        return cast(T, dataclasses.field(default=default, metadata=metadata))
+        value = {"default_factory": dict} if isinstance(default, Mapping) else {"default": default}
+        made: Any = dataclasses.field(**value, metadata=metadata)
+        return cast(T, made)
 
 
 def infos(config: Any) -> dict[str, Info]:

@@ -46,7 +46,6 @@ class FiniteGuard:
     """Counts non-finite steps on the device, with the terms and parameters of the first.
 
     Args:
-        device: of the step.
         parts: the parameters in each part of the gradient, in the order of the norms.
         sticky: after the first such step skip all updates, so that the weights stay as they were
             before it until the host reads the guard.

@@ -76,20 +76,21 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
                 return _wait(children, passed)
             finally:
                 for child in children:
-                    if child.poll() is None:
-                        child.kill()
+                    child.kill()  # nothing if it has exited
                     child.wait()
 
 
 @contextlib.contextmanager
-def handling(numbers: Collection[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+def handling(
+    numbers: Collection[int], handler: Callable[[int, Any], object], ignored_too: bool = False
+) -> Iterator[None]:
     """Install a handler for signals, except those that this process was started to ignore, as by
-    nohup.
+    nohup, unless ``ignored_too``.
     """
     before = {
         number: signal.signal(number, handler)
         for number in numbers
-        if signal.getsignal(number) is not signal.SIG_IGN
+        if ignored_too or signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield

@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -46,16 +46,6 @@ def csv_text(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-class MetricSink(Protocol):
-    """A receiver of the records; its methods never raise."""
-
-    def write(self, record: Record) -> None:
-        """Take the record of the next epoch."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
 def check_sinks(names: Sequence[str]) -> None:
     """Import the packages of these sinks before a run starts.
 
@@ -72,7 +62,7 @@ def open_sinks(
     config: Mapping[str, Any],
     records: Sequence[Record],
     report: Callable[[str], object],
-) -> list[MetricSink]:
+) -> list["MetricSink"]:
     """The sinks of a run, for its main process.
 
     Args:
@@ -86,12 +76,12 @@ def open_sinks(
         MissingExtra: a package is not installed.
     """
     check_sinks(names)
-    return [_Guarded(name, run_path, config, records, report) for name in names]
+    return [MetricSink(name, run_path, config, records, report) for name in names]
 
 
-class _Guarded:
-    """A sink that is dropped at its first failure: a full disk or a lost network must not end a
-    run.
+class MetricSink:
+    """A receiver of the records, which never raises: it is dropped at its first failure, because a
+    full disk or a lost network must not end a run.
     """
 
     def __init__(
@@ -108,11 +98,13 @@ class _Guarded:
             self._sink = _SINKS[name](run_path, config, records)
 
     def write(self, record: Record) -> None:
+        """Take the record of the next epoch."""
         if self._sink is not None:
             with self._dropped_on_error():
                 self._sink.write(record)
 
     def close(self) -> None:
+        """Flush."""
         if self._sink is not None:
             with self._dropped_on_error():
                 self._sink.close()
@@ -146,8 +138,7 @@ class _TensorBoard:
         markdown = "".join(f"    {line}\n" for line in lines)  # indented: code
         self._writer.add_text("config", markdown, 0)
         for record in records:
-            self._add(record)
-        self._writer.flush()
+            self.write(record)
 
     @staticmethod
     def require() -> Any:
@@ -161,13 +152,10 @@ class _TensorBoard:
         return SummaryWriter
 
     def write(self, record: Record) -> None:
-        self._add(record)
-        self._writer.flush()  # raises errors of the writer's thread
-
-    def _add(self, record: Record) -> None:
         for name, value in flatten(record).items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()  # raises errors of the writer's thread
 
     def close(self) -> None:
         self._writer.close()

@@ -27,7 +27,7 @@ from fastokd.train.data import AnyDataset
 from fastokd.train.distributed import BatchShare, Ranks, gather_states, share_of_batch
 from fastokd.train.precision import autocast, choose_precision, image_dtype
 from fastokd.train.step import TrainStep
-from fastokd.train.step_options import StepOptions, choose_step_options
+from fastokd.train.step_options import choose_step_options
 from fastokd.train.teacher import Teacher
 
 FILL = 0.85
@@ -38,10 +38,6 @@ LARGEST_BATCH = 1024
 """Default limit of ``fit_batch_size``: larger batches need another recipe."""
 STEPS_PER_EPOCH = 20
 """Fewest steps per epoch that ``fit_batch_size`` leaves."""
-_MOMENTS = {"sgd": 1, "adamw": 2, "adam": 2}
-"""State tensors of a parameter's size by optimizer."""
-_IN_FLIGHT = 3
-"""Batches on the device with a loader that decodes while training: the current and two more."""
 
 __getattr__ = moved_names(__name__, {"fastokd.storage": ("size=format_bytes",)})
 
@@ -100,12 +96,7 @@ def estimate_memory(
     Runs a forward and a backward pass on fake tensors and counts the storages that are alive. Not
     counted are workspaces of cuDNN and cuBLAS, fragmentation, tensors that a ``reference`` loss
     keeps, and a loss's state per image; tensors that a compiled network recomputes count as kept.
-
-    Args:
-        config: its ``batch_size`` is that of all processes.
-        dataset: with the run's image size and classes.
-        device: of the run.
-        teacher: the frozen teacher network of methods that have one.
+    ``teacher`` is the frozen teacher network of methods that have one.
 
     Raises:
         ConfigError: the network's control flow depends on values.
@@ -123,36 +114,27 @@ def estimate_memory(
     views = (config.views(),) if config.views() > 1 else ()
     images = (*views, share.device_batch, 3, *dataset.image_size)
     image_bytes = torch.Size(images).numel() * image_dtype(options.precision).itemsize
+    # A loader that decodes while training is two batches ahead, and a captured step reads a copy.
+    batches = 1 if isinstance(dataset, Dataset) else 3 + options.cuda_graph
     # Gradients of earlier parts, or the buckets of DistributedDataParallel, exist before a pass.
     gradients_before = trained if share.accumulate > 1 or share.processes > 1 else 0
     return MemoryEstimate(
         weights=_bytes([*model.parameters(), *model.buffers()]),
-        optimizer=_optimizer_state(config, model) + (trained if options.flat else 0),
+        optimizer=_moments(config, model, trained) + (trained if options.flat else 0),
         average=_bytes(model.live_student().state_dict().values()) if config.ema else 0,
         images=_resident(dataset) if device.type == "cuda" else 0,
-        batches=share.accumulate * image_bytes * _batches_at_once(dataset, options),
+        batches=share.accumulate * image_bytes * batches,
         passes=_passes(model, images, options.precision) + gradients_before,
     )
 
 
-def _optimizer_state(config: TrainConfig, model: BranchedModel) -> int:
+def _moments(config: TrainConfig, model: BranchedModel, trained: int) -> int:
+    """Bytes of the optimizer state: two tensors for each parameter of Adam, one of SGD."""
     groups = model.companion.parameter_groups() if model.companion is not None else []
-    adam = _bytes(
-        parameter
-        for group in groups
-        if group.optimizer == "adam"
-        for parameter in group.parameters
-        if parameter.requires_grad
-    )
-    rest = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad) - adam
-    stateless = config.optimizer == "sgd" and not config.momentum
-    return adam * _MOMENTS["adam"] + (0 if stateless else rest * _MOMENTS[config.optimizer])
-
-
-def _batches_at_once(dataset: AnyDataset, options: StepOptions) -> int:
-    if isinstance(dataset, Dataset):
-        return 1
-    return _IN_FLIGHT + options.cuda_graph  # a captured step reads a static copy
+    adam = [item for group in groups if group.optimizer == "adam" for item in group.parameters]
+    with_adam = _bytes(parameter for parameter in adam if parameter.requires_grad)
+    moments = (1 if config.momentum else 0) if config.optimizer == "sgd" else 2
+    return 2 * with_adam + moments * (trained - with_adam)
 
 
 def _resident(dataset: AnyDataset) -> int:
@@ -164,7 +146,7 @@ def _resident(dataset: AnyDataset) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each counted once."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> int:
@@ -192,40 +174,35 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that operations created and that are still alive.
-
-    Attributes:
-        now: bytes alive.
-        peak: the maximum of ``now``.
+    """Counts the bytes of storages that operations created and that are still alive; ``peak`` is
+    their maximum.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.peak = self._now = 0
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        inputs = {
-            value.untyped_storage()._cdata
-            for value in tree_leaves((args, kwargs))
-            if isinstance(value, Tensor)
-        }
-        for value in tree_leaves(result):
-            if not isinstance(value, Tensor):
-                continue
-            storage = value.untyped_storage()
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
             if (key := storage._cdata) not in inputs and key not in self._alive:
                 self._alive[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
                 weakref.finalize(storage, self._free, key)
         return result
 
     def _free(self, key: int) -> None:
-        self.now -= self._alive.pop(key)
+        self._now -= self._alive.pop(key)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return [tensor.untyped_storage() for tensor in tensors]
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -287,9 +264,6 @@ def fit_batch_size(
 
     Args:
         config: of the run; its ``batch_size`` is ignored.
-        dataset: opened as the run opens it.
-        device: of this process.
-        teacher: of methods that have one.
         largest: limit of the batch over all processes. Another limit leaves ``STEPS_PER_EPOCH``.
 
     Returns:
@@ -326,18 +300,16 @@ def fit_batch_size(
         if all(gather_states(_one_step_fits(of_size, dataset, device, teacher))):
             break
         count -= 1
+    available = format_bytes(free or 0)
     if not count:
         raise ConfigError(
-            f"batch_size auto: not even {sizes[0]} images fit into the {format_bytes(free or 0)}"
-            f" that are free on {device}; use a smaller --model, fewer --branches or a smaller"
-            " --image-size"
+            f"batch_size auto: not even {sizes[0]} images fit into the {available} that are free on"
+            f" {device}; use a smaller --model, fewer --branches or a smaller --image-size"
         )
     chosen = dataclasses.replace(config, batch_size=sizes[count - 1] * processes)
     if count < len(sizes):
-        reason = (
-            f"{sizes[count]} per process take about {format_bytes(needed(sizes[count]))}, and"
-            f" {format_bytes(free or 0)} are free"
-        )
+        takes = format_bytes(needed(sizes[count]))
+        reason = f"{sizes[count]} per process take about {takes}, and {available} are free"
     scaling = f"lr is scaled by --lr-scaling {config.lr_scaling}"
     if config.lr_scaling == "none":
         scaling = "lr is unchanged (--lr-scaling linear or sqrt scales it)"
@@ -364,8 +336,7 @@ def _one_step_fits(
         return False
     finally:
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing without a GPU
 
 
 def _try_step(
@@ -383,8 +354,7 @@ def _try_step(
         images = images.contiguous(memory_format=torch.channels_last)
     index = torch.arange(batch, device=device)
     step(Batch(images, index % len(dataset.classes), index % len(dataset.train)))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    step.number.item()  # waits for the device
     del reserved
 
 
@@ -406,8 +376,8 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> OutOfMemory:
 
 
 def _advice(share: BatchShare) -> str:
-    advice = "--batch-size auto finds one that fits"
-    for size in range(share.device_batch // 2, 1, -1):
-        if share.device_batch % size == 0:
-            return f"{advice}, --device-batch {size} accumulates gradients over smaller parts"
-    return advice
+    advice, images = "--batch-size auto finds one that fits", share.device_batch
+    part = next((size for size in range(images // 2, 1, -1) if images % size == 0), None)
+    if part is None:
+        return advice
+    return f"{advice}, --device-batch {part} accumulates gradients over smaller parts"

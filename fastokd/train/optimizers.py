@@ -28,9 +28,6 @@ class Optimizers:
     The model must stay on its device and in its memory format.
 
     Args:
-        config: the run's optimizer, betas, momentum, weight decay and ``clip_grad``.
-        model: its parameters must be float32.
-        device: of the model.
         flat: keep the parameters of a kind in one tensor of which the model's are views, and gather
             their gradients in another, so that an update is one operation. The results are
             bit-identical on a GPU. On a CPU the last few elements of a tensor, which do not fill a
@@ -148,18 +145,16 @@ class Optimizers:
                     f" {', '.join(current) or 'none'}"
                 )
             for key, value in current.items():
-                if loaded[key].shape != value.shape:
+                if (shape := loaded[key].shape) != value.shape:
                     raise ValueError(
-                        f"{key} of {name} is {list(loaded[key].shape)}, here it is"
-                        f" {list(value.shape)}"
+                        f"{key} of {name} is {list(shape)}, here it is {list(value.shape)}"
                     )
-            if "step" in current:
-                step = float(loaded["step"])
-                if steps.setdefault(id(current["step"]), step) != step:
-                    raise ValueError(
-                        f"parameters have different step counts ({name}: {step:g}); flat=True"
-                        " requires equal ones; use flat=False"
-                    )
+            step = float(loaded.get("step", 0))
+            if steps.setdefault(id(current.get("step")), step) != step:
+                raise ValueError(
+                    f"parameters have different step counts ({name}: {step:g}); flat=True"
+                    " requires equal ones; use flat=False"
+                )
         for name, (_, current) in own.items():
             for key, value in current.items():
                 value.copy_(state[name][key])
@@ -189,27 +184,22 @@ class _Settings(NamedTuple):
 
 def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, list[_Settings]]:
     """The groups of parameters by optimizer: the run's, and Adam if a method trains with it."""
-    names = {
-        parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    settings: dict[str, list[_Settings]] = {config.optimizer: [], "adam": []}
+    names = {each: name for name, each in model.named_parameters() if each.requires_grad}
+    run: list[_Settings] = []
+    adam: list[_Settings] = []
     for group in model.companion.parameter_groups() if model.companion is not None else []:
-        parameters = [
-            (names.pop(parameter), parameter)
-            for parameter in group.parameters
-            if parameter.requires_grad
-        ]
+        parameters = [(names.pop(each), each) for each in group.parameters if each.requires_grad]
+        if not parameters:
+            continue
         if group.optimizer == "adam":
-            settings["adam"].append(_Settings(parameters, {"lr": group.lr}))
+            adam.append(_Settings(parameters, {"lr": group.lr}))
         else:
             decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-            settings[config.optimizer].append(_Settings(parameters, decay))
-    rest = _Settings([(name, parameter) for parameter, name in names.items()], {})
-    settings[config.optimizer].insert(0, rest)
-    filled = {
-        name: [each for each in groups if each.parameters] for name, groups in settings.items()
-    }
-    return {name: groups for name, groups in filled.items() if groups}
+            run.append(_Settings(parameters, decay))
+    if names:
+        run.insert(0, _Settings([(name, each) for each, name in names.items()], {}))
+    settings = {config.optimizer: run, "adam": adam}
+    return {name: groups for name, groups in settings.items() if groups}
 
 
 def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Tensor) -> Optimizer:
@@ -219,28 +209,26 @@ def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Ten
     SGD's first step writes the momentum without reading it, so if that step is skipped, the next
     would read uninitialized memory.
     """
-    tensors = [tensor for group in groups for tensor in group["params"]]
     common: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer: Optimizer
-    moments: tuple[str, ...]
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if name == "sgd":
         optimizer = SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
         moments = ("momentum_buffer",) if config.momentum else ()
+    elif name == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        optimizer = AdamW(groups, betas=betas, capturable=lr.is_cuda, **common)
+    elif name == "adam":
+        optimizer = Adam(groups, fused=True, capturable=lr.is_cuda)
     else:
-        if name == "adamw":
-            betas = (config.betas[0], config.betas[1])
-            optimizer = AdamW(groups, betas=betas, capturable=lr.is_cuda, **common)
-        elif name == "adam":
-            optimizer = Adam(groups, fused=True, capturable=lr.is_cuda)
-        else:
-            raise ConfigError(f"unknown optimizer '{name}'; use sgd or adamw")
-        moments = ("exp_avg", "exp_avg_sq")
-    for tensor in tensors:
-        state = {key: torch.zeros_like(tensor, requires_grad=False) for key in moments}
+        raise ConfigError(f"unknown optimizer '{name}'; use sgd or adamw")
+    for tensor in (tensor for group in groups for tensor in group["params"]):
         if name != "sgd":
-            state = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device), **state}
-        if state:
-            optimizer.state[tensor] = state
+            optimizer.state[tensor]["step"] = torch.zeros(
+                (), dtype=torch.float32, device=tensor.device
+            )
+        for key in moments:
+            optimizer.state[tensor][key] = torch.zeros_like(tensor, requires_grad=False)
     return optimizer
 
 
@@ -301,11 +289,9 @@ class _Flat(_Group):
         starts = [start for _, _, start in self._views_of]
         self.parts = []
         for begin in range(0, len(flat), _ROW):
-            first, end = (
-                bisect.bisect_right(starts, begin),
-                bisect.bisect_left(starts, begin + _ROW),
-            )
-            self.parts.append(tuple(self.names[first - 1 : end]))
+            first = bisect.bisect_right(starts, begin) - 1
+            end = bisect.bisect_left(starts, begin + _ROW)
+            self.parts.append(tuple(self.names[first:end]))
         self._views = self._cut(flat)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             view.copy_(parameter.detach())
@@ -337,12 +323,14 @@ class _Flat(_Group):
 
 def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype != torch.float32:
             raise ConfigError(
                 f"parameter {name} is {parameter.dtype}; weights are trained in float32,"
                 " --precision is that of the forward pass"
             )
-        if parameter.requires_grad and parameter.device != device:
+        if parameter.device != device:
             raise ConfigError(
                 f"parameter {name} is on {parameter.device} and the run on {device}; move the model"
                 " before"
@@ -356,18 +344,13 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
 
 def tied_parameters(model: nn.Module) -> tuple[str, str] | None:
     """The names of two different parameters that share memory; None if there are none."""
-    extents = sorted(
-        (parameter.data_ptr(), parameter.data_ptr() + _extent(parameter), name)
-        for name, parameter in model.named_parameters()
-        if parameter.numel() and parameter.data_ptr()  # fake tensors have no address
-    )
-    for (_, end, first), (start, _, second) in itertools.pairwise(extents):
+    extents = []
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and (start := parameter.data_ptr()):  # fake tensors have no address
+            sizes = zip(parameter.shape, parameter.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+            extents.append((start, start + elements * parameter.element_size(), name))
+    for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):
         if start < end:
             return first, second
     return None
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in sizes))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +32,9 @@ PLAIN_INTERVAL = 30.0
 WINDOW = 30.0
 """Seconds over which throughput is measured, so that a slow first step is soon forgotten."""
 
+_ACCURACY = "accuracy/"
+"""The prefix of accuracies among the means of an epoch."""
+
 __getattr__ = moved_names(__name__, {__name__: ("Pace=Throughput",)})
 
 
@@ -41,22 +44,21 @@ class Counter:
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
         self._console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+        self._task = self._progress.add_task(title)
         self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._console.is_terminal:
-            if self._progress is None:
-                columns = (
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    TextColumn("{task.completed}/{task.total}"),
-                    TimeRemainingColumn(),
-                )
-                self._progress = Progress(*columns, console=self._console, transient=True)
-                self._progress.start()
-                self._task = self._progress.add_task(self._title, total=total)
+        if not self._progress.disable:
+            self._progress.start()
             self._progress.update(self._task, completed=done, total=total)
         elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
             self._printed = time.monotonic()
@@ -64,9 +66,7 @@ class Counter:
 
     def close(self) -> None:
         """Remove the bar."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._progress.stop()
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,8 @@ class EpochProgress:
 
 
 class Throughput:
-    """Images per second, the time spent waiting for data, and the time left, by the host's clock.
-
-    Args:
-        epochs: of the whole run.
-        batch_size: images per step, over all processes.
-        clock: seconds since any fixed moment.
+    """Images per second, the time spent waiting for data, and the time left, by the host's clock,
+    in a run of ``epochs`` epochs with ``batch_size`` images per step of all processes.
     """
 
     def __init__(
@@ -118,15 +114,11 @@ class Throughput:
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; measures the time until each is available."""
-        iterator = iter(batches)
-        while True:
-            self._finished = self._clock()  # of the step before
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        self._finished = self._clock()
+        for batch in batches:
             self._waited += self._clock() - self._finished
             yield batch
+            self._finished = self._clock()  # of the step
 
     def look(
         self,
@@ -181,7 +173,7 @@ class Reporter:
         quiet: show only what ``print`` prints; the log has the rest.
         lines: if False, print no lines but those of ``print``; a terminal still has the table.
         silent: nothing on the screen and no log, for all processes of a run but the first.
-        console: stdout by default.
+        console: None for stdout.
     """
 
     def __init__(
@@ -207,7 +199,6 @@ class Reporter:
         self._table = _EpochTable()
         self._decoded: Counter | None = None
         self._log: Path | None = None
-        self._log_failed = False
         self._noted = self._printed = time.monotonic()
 
     @property
@@ -235,11 +226,7 @@ class Reporter:
             self.log("--- resumed ---")
 
     def log(self, text: str) -> None:
-        """Log a line.
-
-        A log that cannot be written does not stop the run, because nothing is read from it; the
-        failure is reported once.
-        """
+        """Log a line. A log that cannot be written is reported once and does not stop the run."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -247,19 +234,15 @@ class Reporter:
             with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(f"{now} {line}\n" for line in text.splitlines()))
         except OSError as error:
-            if not self._log_failed:
-                self._log_failed = True
-                self.console.print(
-                    f"cannot write {self._log}: {error.strerror}; continuing without it",
-                    markup=False,
-                )
+            message = f"cannot write {self._log}: {error.strerror}; continuing without it"
+            self._log = None
+            self.console.print(message, markup=False)
 
     def decoding(self, done: int, total: int) -> None:
         """Show the progress of reading image files."""
         if not (self._lines or self._live):
             return
-        if self._decoded is None:
-            self._decoded = Counter("reading images", self.console)
+        self._decoded = self._decoded or Counter("reading images", self.console)
         self._decoded(done, total)
         if done >= total:
             self._end_decoding()
@@ -309,25 +292,18 @@ class Reporter:
         """Report that the steps of the epoch are done and its evaluation starts."""
         self._table.evaluating = True
 
-    def end_epoch(
-        self, record: Mapping[str, Any] | None = None, seconds_left: float | None = None
-    ) -> None:
-        """Report the epoch's record and the seconds left; without a record remove the table."""
-        if record is None:
-            self.close()
-            return
+    def end_epoch(self, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
+        """Report the epoch's record and the seconds left."""
         table = self._table
         table.remember(record)
         if table.progress is not None:
             table.progress = replace(
-                table.progress, means=record["train"], seconds_left_run=seconds_left or 0.0
+                table.progress, means=record["train"], seconds_left_run=seconds_left
             )
         accuracy = "  ".join(f"{name} {100 * value:.2f}" for name, value in record["eval"].items())
-        waiting = (
-            f"  waiting for data {100 * record['waiting_share']:.0f} %"
-            if "waiting_share" in record
-            else ""
-        )
+        waiting = ""
+        if "waiting_share" in record:
+            waiting = f"  waiting for data {100 * record['waiting_share']:.0f} %"
         left = f"  run {duration(seconds_left)} left" if seconds_left else ""
         self.info(
             f"{table.title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g} "
@@ -377,16 +353,14 @@ class _EpochTable:
 
     def render(self) -> RenderableType:
         """The table, most important lines first: a short terminal cuts off the rest."""
-        means = self.progress.means if self.progress else {}
-        losses = [
-            f"{name} {value:.4f}"
-            for name, value in means.items()
-            if not name.startswith("accuracy/")
-        ]
+        progress = self.progress
+        means = progress.means if progress else {}
+        losses = [f"{name} {means[name]:.4f}" for name in means if not name.startswith(_ACCURACY)]
         accuracies = self._accuracies(means)
         parts: list[RenderableType] = [self._bar()]
-        if self.progress:
-            parts.append(Text(_status(self.progress), no_wrap=True, overflow="ellipsis"))
+        if progress:
+            rates = (f"lr {progress.lr:.4g}", f"kd_weight {progress.kd_weight:.3g}")
+            parts.append(Text(_line(progress, *rates), no_wrap=True, overflow="ellipsis"))
         if accuracies.row_count:
             parts.append(accuracies)
         if losses:
@@ -409,11 +383,10 @@ class _EpochTable:
         return grid
 
     def _accuracies(self, means: Mapping[str, float]) -> Table:
-        prefix = "accuracy/"
         train = {
-            name.removeprefix(prefix): value
+            name.removeprefix(_ACCURACY): value
             for name, value in means.items()
-            if name.startswith(prefix)
+            if name.startswith(_ACCURACY)
         }
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("accuracy %", no_wrap=True)
@@ -421,24 +394,21 @@ class _EpochTable:
         for title in ("train", "eval", best):
             table.add_column(title, justify="right", no_wrap=True)
         for name in dict.fromkeys([*train, *self.last]):
-            is_student = name == self.student
-            table.add_row(
-                f"{name} (student)" if is_student else name,
-                *(
-                    f"{100 * values[name]:.2f}" if name in values else "-"
-                    for values in (train, self.last, self.best)
-                ),
-                style="bold" if is_student else "",
-            )
+            columns = (train, self.last, self.best)
+            cells = [f"{100 * each[name]:.2f}" if name in each else "-" for each in columns]
+            if name == self.student:
+                table.add_row(f"{name} (student)", *cells, style="bold")
+            else:
+                table.add_row(name, *cells)
         return table
 
 
-def _status(progress: EpochProgress) -> str:
+def _line(progress: EpochProgress, *further: str) -> str:
+    """Throughput, waiting, ``further`` numbers and memory as one line."""
     parts = [
         f"{progress.images_per_second:.0f} img/s",
         f"waiting for data {100 * progress.waiting_share:.0f} %",
-        f"lr {progress.lr:.4g}",
-        f"kd_weight {progress.kd_weight:.3g}",
+        *further,
     ]
     if progress.memory is not None:
         parts.append(f"GPU {format_bytes(progress.memory)}")
@@ -446,21 +416,14 @@ def _status(progress: EpochProgress) -> str:
 
 
 def _plain(progress: EpochProgress, student: str) -> str:
-    """The numbers as one line."""
-    parts = [f"loss {progress.means['loss']:.4f}"]
-    if (accuracy := progress.means.get(f"accuracy/{student}")) is not None:
-        parts.append(f"{student} {100 * accuracy:.1f} %")
-    parts += [
-        f"{progress.images_per_second:.0f} img/s",
-        f"waiting for data {100 * progress.waiting_share:.0f} %",
-    ]
-    if progress.memory is not None:
-        parts.append(f"GPU {format_bytes(progress.memory)}")
-    parts.append(
-        f"epoch {duration(progress.seconds_left_epoch)} left, run"
+    """The numbers of a plain line."""
+    loss, accuracy = progress.means["loss"], progress.means.get(f"{_ACCURACY}{student}")
+    right = "" if accuracy is None else f"  {student} {100 * accuracy:.1f} %"
+    return (
+        f"loss {loss:.4f}{right}  {_line(progress)}  epoch"
+        f" {duration(progress.seconds_left_epoch)} left, run"
         f" {duration(progress.seconds_left_run)} left"
     )
-    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ the files of TensorBoard and W&B.
 import contextlib
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -114,9 +115,8 @@ class RunFolder:
     def lock(self) -> int:
         """Claim the folder for this process until ``unlock`` or its end; again has no effect.
 
-        Returns:
-            The descriptor that holds the lock. Processes that inherit it hold the lock too, even
-            after this one has ended.
+        Returns the descriptor that holds the lock. Processes that inherit it hold the lock too,
+        even after this one has ended.
 
         Raises:
             ConfigError: another process is training there.
@@ -195,8 +195,7 @@ class RunFolder:
     def add_session(self, device: torch.device) -> None:
         """Add the environment in which the run is resumed; that of its start stays."""
         start = self.read_environment()
-        sessions = start.get("sessions", [])
-        if not isinstance(sessions, list):
+        if not isinstance(sessions := start.get("sessions", []), list):
             start, sessions = {}, []
         sessions = [*sessions, _session(environment(device))]
         write_json(self.environment_path, {**start, "sessions": sessions})
@@ -215,12 +214,12 @@ class RunFolder:
         """The records of the epochs, up to the first damaged line, which a crash may leave."""
         if not self.metrics_path.is_file():
             return []
-        records = []
+        records: list[dict[str, Any]] = []
         for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                break
+                record = None
             if not _is_record(record):
                 break
             records.append(record)
@@ -258,11 +257,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def default_run_path(name: str) -> Path:
     """``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that does not exist."""
-    path, number = Path("runs") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return path
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for each in names if not (path := Path("runs") / each).exists())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -277,7 +273,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": _command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(*packages) for name, packages in _PACKAGES.items()},
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -288,19 +286,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-_PACKAGES = {
-    "torchvision": ("torchvision",),
-    "triton": ("triton",),
-    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-}
-"""Other packages that a result depends on, and their distributions."""
-
-_SESSION = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
-"""The entries that may differ when a run is resumed."""
-
-
 def _session(now: dict[str, Any]) -> dict[str, Any]:
-    return {name: now[name] for name in _SESSION}
+    """The entries that may differ when a run is resumed."""
+    names = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
+    return {name: now[name] for name in names}
 
 
 def _version(*packages: str) -> str | None:

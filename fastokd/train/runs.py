@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,37 +36,26 @@ that determine its results may not.
 
 
 def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
-    """A hash of what a run computes: the fields outside ``MAY_CHANGE`` and its data's
-    fingerprint.
-    """
+    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint."""
     return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
 
 
 def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
     """The origin of a student, for its record: method settings and the versions that started the
-    run.
-
-    Its entry ``run`` is the same for all exports of a run, however often it was resumed.
+    run. Its entry ``run`` is the same for all exports of a run, however often it was resumed.
     """
     return {
         "run": run_identity(config, fingerprint)[:12],
         "method": config.method,
         "preset": config.preset,
         "branches": config.num_branches(),
-        "aux_blocks": config.aux_blocks,
-        "compression": config.compression,
-        "seed": config.seed,
-        "epochs": config.epochs,
+        **{name: getattr(config, name) for name in ("aux_blocks", "compression", "seed", "epochs")},
         **run.versions(),
     }
 
 
 def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
-    """Refuse a dataset whose classes differ from those of a checkpoint.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Raise a CheckpointError if a dataset has other classes than a checkpoint."""
     if list(state["classes"]) != list(dataset.classes):
         raise CheckpointError(
             f"{where} was trained on the classes {summarize(state['classes'], 4)}, the data has"
@@ -83,14 +72,8 @@ def check_same_run(
     teacher: Teacher | None,
     allow_config_change: bool,
 ) -> list[str]:
-    """Check that a checkpoint belongs to a run with this configuration, dataset and teacher.
-
-    Args:
-        where: the checkpoint's path, for messages.
-        state: its content.
-        before: its configuration.
-        config: the run's configuration now.
-        allow_config_change: accept fields that change the results.
+    """Check that the checkpoint ``where``, with content ``state`` and configuration ``before``,
+    belongs to a run with this configuration, dataset and teacher.
 
     Returns:
         The changed fields that are not in ``MAY_CHANGE``.
@@ -120,13 +103,17 @@ def check_same_run(
     return changed
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
-    """``load_newest`` of the main process, sent to all processes; the path as text."""
-    found: Any = None
-    if Ranks.current().is_main:
-        state, path, complaints = load_newest(run.checkpoints)
-        found = state, str(path), complaints
-    return from_main(found)
+def newest_checkpoint(
+    run: RunFolder, report: Callable[[str], object]
+) -> tuple[dict[str, Any], str]:
+    """The content and path of the newest complete checkpoint, read by the main process and sent to
+    all; ``report`` gets an error message for each newer one that is damaged.
+    """
+    loaded: Any = load_newest(run.checkpoints) if Ranks.current().is_main else None
+    state, path, complaints = from_main(loaded)
+    for complaint in complaints:
+        report(complaint)
+    return state, str(path)
 
 
 @dataclass(frozen=True)
@@ -153,11 +140,9 @@ def load_run(
     A damaged last checkpoint is skipped with a warning.
 
     Args:
-        path: the run folder.
         which: "last" or "best".
         data: a dataset other than the run's, with the same classes; its images are prepared like
             the run's.
-        device: as in the configuration.
         split: "train", "val" or "test"; by default the split the run is evaluated on.
         progress: called with (files done, files in all) while files are decoded.
 
@@ -165,9 +150,8 @@ def load_run(
         CheckpointError: no run folder, no such checkpoint, damaged, or other classes.
     """
     run = RunFolder.open(path)
-    config = dataclasses.replace(run.load_config(), device=device)
-    if data:
-        config = dataclasses.replace(config, data=data)
+    config = run.load_config()
+    config = dataclasses.replace(config, device=device, data=data or config.data)
     # Evaluation needs no optimizer, and an old run may have used one that was removed.
     check_config(dataclasses.replace(config, optimizer="adamw"))
     where = choose_device(device)

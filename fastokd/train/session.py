@@ -31,10 +31,7 @@ def begin_run(
     """A trainer for a new run.
 
     Args:
-        config: the run's configuration.
         out: the run folder; None for a new folder by ``name`` in ``runs/``.
-        name: of the run.
-        reporter: of this process.
         resume: if the folder holds a run already, resume it with this configuration.
         allow_config_change: see ``Trainer.resume``.
         signals: the process's signal handlers, if it has installed some; the run obeys them from
@@ -47,11 +44,9 @@ def begin_run(
         StorageError: the folder cannot be created or written.
     """
     check_config(config)
-    folder = Path(
-        from_main(str(out or (Path("runs") / name if resume else default_run_path(name))))
-    )
+    folder = from_main(out or (Path("runs") / name if resume else default_run_path(name)))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
-        changes = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+        changes = dict(vars(config))
         if largest_batch is not None:
             del changes["batch_size"]
         return resume_run(folder, reporter, allow_config_change, signals, **changes)
@@ -105,10 +100,8 @@ def resume_run(
     if Ranks.current().is_main:
         run.lock()
     config = dataclasses.replace(run.load_config(), **changes)
-    check_config(config)
-    state, _, complaints = newest_checkpoint(run)
-    for complaint in complaints:
-        reporter.print(complaint)
+    check_config(config)  # before a large checkpoint is read
+    state, _ = newest_checkpoint(run, reporter.print)
     trainer = Trainer(config, run, reporter, seen=state["data"], signals=signals)
     trainer.resume(state, allow_config_change)
     return trainer

@@ -1,14 +1,14 @@
 """Signals that stop a run, obeyed at a point from which it can be resumed."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
-from fastokd.train.launch import launched
+from fastokd.train.launch import handling, launched
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """The signals that schedulers send before they take a machine away."""
@@ -43,7 +43,7 @@ class StopSignals:
         self.heard = 0
         """The number of the first signal; 0 before."""
         self._at = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = contextlib.ExitStack()
 
     @property
     def received(self) -> int:
@@ -53,22 +53,14 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            handlers = handling(STOP_SIGNALS, self._handle, ignored_too=True)
+            self._handlers.enter_context(handlers)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if self._depth:
-            return
-        for number, handler in self._before.items():
-            # None is a handler that was not set from Python; it cannot be restored.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        if not self._depth:
+            self._handlers.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

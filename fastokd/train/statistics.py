@@ -5,13 +5,11 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """The floating-point buffers of a model, such as batch-norm statistics, which a skipped step
-    restores. Otherwise one batch whose activations overflow would make them NaN for good.
+    """The floating-point buffers of a model on its device, such as batch-norm statistics, which a
+    skipped step restores. Otherwise one batch whose activations overflow would make them NaN for
+    good.
 
     Takes a few small operations on the device and no host synchronization.
-
-    Args:
-        module: a model on its device; buffers that are registered later are ignored.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -76,33 +76,29 @@ class BranchEvaluator:
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
         """The output of the model in evaluation mode for each batch, and the targets."""
-        return ((self._result(batch.images), batch.target) for batch in self._evaluating(batches))
+        return ((result, batch.target) for batch, result in self._evaluated(batches))
 
-    def _evaluating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; the model is in evaluation mode until they end."""
+    def _evaluated(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, BranchOutput]]:
+        """Each batch and its output; the model is in evaluation mode until they end."""
         was_training = self.model.training
         self.model.eval()
         try:
-            yield from batches
+            for batch in batches:
+                # Evaluation has other shapes, and compiling for them takes longer than it saves.
+                eager = torch.compiler.set_stance("force_eager")
+                with torch.no_grad(), autocast(self.precision, self.device), eager:
+                    result = self.model(batch.images)
+                yield batch, result
         finally:
             self.model.train(was_training)
-
-    @torch.no_grad()
-    def _result(self, images: Tensor) -> BranchOutput:
-        # Evaluation has other shapes, and compiling for them takes longer than it saves.
-        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
-            return self.model(images)
 
     def measured(
         self, batches: Iterable[Batch]
     ) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
-        """For each batch what ``results`` gives, with the logits [B, C] of everything that is
-        measured, by name, in between.
-
-        That is what ``named_logits`` returns, and the averaged student where there is one.
+        """For each batch the output, the named logits [B, C] of everything that is measured (those
+        of ``named_logits`` and of the averaged student), and the targets.
         """
-        for batch in self._evaluating(batches):
-            result = self._result(batch.images)
+        for batch, result in self._evaluated(batches):
             rows = self.named_logits(result)
             if self.average is not None:
                 with torch.no_grad(), autocast(self.precision, self.device):
@@ -121,23 +117,19 @@ class BranchEvaluator:
         """Evaluate every branch and mixture on all samples of all processes, each counted once."""
         right: dict[str, Tensor] = {}
         count = 0
-        mixed = [
-            (node.name, name)
-            for node in self.criterion.graph.dynamic_mixtures
-            for name in node.inputs
-        ]
+        nodes = self.criterion.graph.dynamic_mixtures
+        mixed = [(node.name, name) for node in nodes for name in node.inputs]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
         for result, rows, target in self.measured(batches):
-            found = correct_counts(rows, target)
-            right = {name: right.get(name, 0) + value for name, value in found.items()}
+            counts = correct_counts(rows, target)
+            right = {name: right.get(name, 0) + value for name, value in counts.items()}
             if mixed:
-                given = self.mixing_weights(result, target)
-                weights += torch.stack([given[mixture][name] for mixture, name in mixed]).sum(
-                    1, dtype=torch.float64
-                )
+                gates = self.mixing_weights(result, target)
+                values = torch.stack([gates[mixture][name] for mixture, name in mixed])
+                weights += values.sum(1, dtype=torch.float64)
             count += target.shape[0]
-        counts, count = sum_counts(right, count)
-        accuracies = {name: value / count for name, value in counts.items()}
+        rights, count = sum_counts(right, count)
+        accuracies = {name: value / count for name, value in rights.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[: self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
@@ -154,11 +146,7 @@ class TrainStep(BranchEvaluator):
     ``kd_weight``, the step's number, the metric sums. So a step waits for nothing and can be
     captured (``runner.py``).
 
-    Args:
-        config: of the run.
-        model: on the device, in its memory format.
-        device: of the steps.
-        stored: the rows of a frozen teacher, of methods that have one.
+    The model must be on the device, in its memory format; ``stored`` are a frozen teacher's rows.
 
     Raises:
         ConfigError: an option is not available here, or two exclude each other.
@@ -176,13 +164,8 @@ class TrainStep(BranchEvaluator):
         self.stored = stored
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
-        self.options = choose_step_options(
-            config,
-            model,
-            device,
-            ranks.size,
-            host_rows=stored is not None and stored.table.device != device,
-        )
+        host_rows = stored is not None and stored.table.device != device
+        self.options = choose_step_options(config, model, device, ranks.size, host_rows)
         if self.options.compile:
             model.compile_parts()
         if self.options.streams:
@@ -194,15 +177,13 @@ class TrainStep(BranchEvaluator):
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
-        self.guard = FiniteGuard(
-            device, self.optimizers.parts, sticky=config.on_nonfinite != "skip"
-        )
+        skip = config.on_nonfinite == "skip"
+        self.guard = FiniteGuard(device, self.optimizers.parts, sticky=not skip)
+        self._statistics = RunningStatistics(model) if skip or self.scale is not None else None
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
         self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
-        may_skip = config.on_nonfinite == "skip" or self.scale is not None
-        self._statistics = RunningStatistics(model) if may_skip else None
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""
@@ -224,11 +205,9 @@ class TrainStep(BranchEvaluator):
                 self._forward_backward(part, results)
         self._forward_backward(last, results)
         lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
-        divisor = (
-            self.share.accumulate
-            if self.scale is None
-            else self.scale.value * self.share.accumulate
-        )
+        divisor: Tensor | int = self.share.accumulate
+        if self.scale is not None:
+            divisor = self.scale.value * divisor
         norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
         if self._statistics is not None:
@@ -258,18 +237,12 @@ class TrainStep(BranchEvaluator):
         parts: dict[str, nn.Module] = {"model": self.model}
         if self.average is not None:
             parts["average"] = self.average.module
-        buffers = {
-            id(buffer)
-            for module in parts.values()
-            for buffer in module.buffers()
-            if buffer.is_floating_point()
-        }
-        # Only those in the state dict: a frozen teacher has buffers too, which never change.
+        # Only buffers in the state dict: a frozen teacher has some too, which never change.
         return {
             f"{part}.{name}": value
             for part, module in parts.items()
             for name, value in module.state_dict(keep_vars=True).items()
-            if id(value) in buffers
+            if value.is_floating_point() and not isinstance(value, nn.Parameter)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,11 +257,7 @@ class TrainStep(BranchEvaluator):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
-        """Load a ``state_dict`` in place, but not the step's number.
-
-        Args:
-            state: it may have further entries.
-            where: the checkpoint's path, for messages.
+        """Load a ``state_dict`` in place, but not the step's number; it may have further entries.
 
         Raises:
             CheckpointError: it is of another architecture or another optimizer.
@@ -335,12 +304,8 @@ class TrainStep(BranchEvaluator):
             scale=scale,
         )
         count = batch.target.shape[0]
-        sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
-        sums.update(
-            {
-                f"accuracy/{name}": right
-                for name, right in correct_counts(self.named_logits(result), batch.target).items()
-            }
-        )
+        sums = {name: value * count for name, value in {"loss": loss, **terms}.items()}
+        for name, right in correct_counts(self.named_logits(result), batch.target).items():
+            sums[f"accuracy/{name}"] = right
         for name, value in sums.items():
             results[name] = results[name] + value if name in results else value

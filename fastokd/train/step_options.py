@@ -13,15 +13,8 @@ from fastokd.train.precision import choose_precision
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The optimizations of a step.
-
-    Attributes:
-        precision: "fp32", "tf32", "bf16" or "fp16".
-        channels_last: keep images and weights in channels-last memory format.
-        compile: compile trunk, branches and the method's modules, each separately.
-        cuda_graph: replay the whole step as one CUDA graph.
-        streams: run each branch on its own CUDA stream.
-        flat: keep all parameters of a kind in one tensor.
+    """The optimizations of a step, with the names of ``TrainConfig``; the precision is "fp32",
+    "tf32", "bf16" or "fp16".
     """
 
     precision: str

@@ -13,10 +13,6 @@ class BranchStreams:
     The backward pass follows: autograd runs each operation on the stream of its forward. In a
     captured CUDA graph the streams become parallel paths. The last branch, the deepest of a
     hierarchy, stays on the caller's stream.
-
-    Args:
-        device: a CUDA device.
-        count: M, the number of branches.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:

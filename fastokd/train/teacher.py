@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,8 @@ LOOKED_AT = 1024
 
 
 class StoredRows:
-    """A teacher's rows for every training image.
-
-    Args:
-        table: floating [N, C], in the order of the training split.
-        device: of the steps.
+    """A teacher's rows for every training image: floating [N, C], in the order of the training
+    split.
     """
 
     def __init__(self, table: Tensor, device: torch.device) -> None:
@@ -61,10 +57,8 @@ class Teacher:
 class Renormalized(nn.Module):
     """A network with its own normalization of images, applied to images normalized otherwise.
 
-    Args:
-        network: images [B, 3, H, W] to logits [B, C].
-        given: mean and standard deviation by channel of the images' normalization.
-        wanted: those of the network's training images.
+    ``given`` and ``wanted`` are mean and standard deviation by channel of the images'
+    normalization, and of the network's training images.
     """
 
     scale: Tensor
@@ -123,17 +117,21 @@ def check_teacher(config: TrainConfig) -> None:
                 f"{name}={alpha:g} with stored rows of a teacher, which are of unmixed images; use"
                 " 0, or the teacher's weights"
             )
-    if not stored and config.loss_options().get("teacher_rows", "logits") != "logits":
+    if not stored and _kind_of_rows(config) != "logits":
         raise ConfigError(
-            f"teacher_rows={config.loss_options()['teacher_rows']!r}: teacher={spec} is a network"
-            " and returns logits; only stored rows can be probabilities"
+            f"teacher_rows={_kind_of_rows(config)!r}: teacher={spec} is a network and returns"
+            " logits; only stored rows can be probabilities"
         )
-    if not library and config.model_options()["teacher_normalization"] != "data":
+    normalization = config.model_options()["teacher_normalization"]
+    if not library and normalization != "data":
         raise ConfigError(
-            f"teacher_normalization={config.model_options()['teacher_normalization']!r} is for"
-            f" networks of torchvision and timm; teacher={spec} "
-            + ("needs no images" if stored else "records its own normalization")
+            f"teacher_normalization={normalization!r} is for networks of torchvision and timm;"
+            f" teacher={spec} " + ("needs no images" if stored else "records its own normalization")
         )
+
+
+def _kind_of_rows(config: TrainConfig) -> str:
+    return str(config.loss_options().get("teacher_rows", "logits"))
 
 
 def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> Teacher | None:
@@ -148,36 +146,18 @@ def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device)
     spec = str(config.model_options()["teacher"])
     library, name, path = _parse(spec)
     if not library and _holds_rows(path):
-        return _open_rows(
-            path, config.loss_options().get("teacher_rows", "logits"), dataset, device
-        )
+        return _open_rows(path, _kind_of_rows(config), dataset, device)
     given = (dataset.mean, dataset.std)
     if library:
         network = _library_network(library, name, path, len(dataset.classes))
         imagenet = config.model_options()["teacher_normalization"] == "imagenet"
         wanted = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else given
     else:
-        network, classes, size, wanted = (
-            _checkpoint_network(path) if path.suffix == ".pt" else _exported_network(path)
-        )
-        if classes != list(dataset.classes):
-            raise CheckpointError(
-                f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"
-                f" {summarize(dataset.classes, 4)}; use a teacher with the same classes in the same"
-                " order"
-            )
-        if list(size) != list(dataset.image_size):
-            raise CheckpointError(
-                f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
-                f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
-                + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
-            )
+        network, wanted = _own_network(path, dataset)
     digest = hashlib.sha256()
     for key, value in network.state_dict().items():
-        digest.update(
-            key.encode()
-            + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(key.encode() + content.numpy().tobytes())
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
@@ -243,45 +223,45 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
             f"{path} holds {'probabilities' if sums_to_one else 'rows that are not probabilities'},"
             f" and teacher_rows={kind}; pass teacher_rows={other}, or another file"
         )
-    digest = hashlib.sha256(
-        repr((wanted, str(table.dtype))).encode() + checked.view(torch.uint8).numpy().tobytes()
-    )
-    return Teacher(
-        f"{path}, {kind} of {wanted[0]} images", digest.hexdigest(), rows=StoredRows(table, device)
-    )
+    header, content = repr((wanted, str(table.dtype))), checked.view(torch.uint8).numpy().tobytes()
+    fingerprint = hashlib.sha256(header.encode() + content).hexdigest()
+    rows = StoredRows(table, device)
+    return Teacher(f"{path}, {kind} of {wanted[0]} images", fingerprint, rows=rows)
 
 
-def _exported_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
-    """The network, its classes, image height and width, and normalization."""
-    network, record = load_student(path)
-    preprocessing = record["preprocessing"]
-    return (
-        network,
-        list(record["classes"]),
-        preprocessing["image_size"],
-        (preprocessing["mean"], preprocessing["std"]),
-    )
-
-
-def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
-    """As ``_exported_network``, of a run's checkpoint."""
-    state = load_checkpoint(path)
-    config, data = load_config(state["config"], f"the configuration in {path}"), state["data"]
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(config, len(state["classes"]), torch.device("cpu"))
-    load_weights(model, state["model"], str(path))
-    return (
-        model.student().eval(),
-        list(state["classes"]),
-        data["image_size"],
-        (data["mean"], data["std"]),
-    )
+def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
+    """The network of a run's checkpoint or of an exported student, and its normalization."""
+    if path.suffix == ".pt":
+        state = load_checkpoint(path)
+        classes, data = state["classes"], state["data"]
+        config = load_config(state["config"], f"the configuration in {path}")
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(config, len(classes), torch.device("cpu"))
+        load_weights(model, state["model"], str(path))
+        network = model.student().eval()
+    else:
+        network, record = load_student(path)
+        classes, data = record["classes"], record["preprocessing"]
+    if list(classes) != list(dataset.classes):
+        raise CheckpointError(
+            f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"
+            f" {summarize(dataset.classes, 4)}; use a teacher with the same classes in the same"
+            " order"
+        )
+    if list(size := data["image_size"]) != list(dataset.image_size):
+        raise CheckpointError(
+            f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
+            f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
+            + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
+        )
+    return network, (data["mean"], data["std"])
 
 
 def _library_network(library: str, name: str, path: Path, num_classes: int) -> nn.Module:
     """A network of torchvision or timm with the weights in a file."""
-    network = library_network(f"{library}:{name}", num_classes)
-    weights = without_auxiliary(f"{library}:{name}", _read_weights(path))
+    full_name = f"{library}:{name}"
+    network = library_network(full_name, num_classes)
+    weights = without_auxiliary(full_name, _read_weights(path))
     try:
         load_weights(network, weights, str(path))
     except CheckpointError as error:
@@ -295,26 +275,25 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from safetensors or ``torch.save``, there also in an entry "state_dict" or
     "model".
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    errors = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError)
     try:
         if path.suffix == ".safetensors":
             weights: Any = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (*errors, SafetensorError) as error:
+    except Exception as error:  # torch.load raises many kinds for damaged bytes
         raise CheckpointError(
             f"{path} is damaged or has no weights ({first_line(error)})"
         ) from error
     for entry in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(entry), dict):
             weights = weights[entry]
-    is_state_dict = isinstance(weights, dict) and all(
-        isinstance(value, Tensor) for value in weights.values()
-    )
-    if not is_state_dict or not weights:
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
         raise CheckpointError(
             f"{path} has no weights: it must hold a dictionary of tensors, like model.state_dict()"
         )

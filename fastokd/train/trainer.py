@@ -1,6 +1,7 @@
 """Training one run: epochs, evaluation, checkpoints and stops."""
 
 import dataclasses
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -92,9 +93,7 @@ class Trainer:
     process writes files and prints; what it decides by its clock or its disk is sent to the others.
 
     Args:
-        config: the run's configuration.
         run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
-        reporter: of this process.
         dataset: the run's dataset if it is open already.
         seen: ``data_record`` of the dataset that a resumed run was trained on.
         signals: the process's signal handlers, if it has installed some.
@@ -139,11 +138,9 @@ class Trainer:
         self.step = TrainStep(config, self.model, self.device, rows)
         self.runner = StepRunner(self.step, reporter.print)
         self._open_loaders()
-        self.store = (
-            CheckpointStore(run.checkpoints, config.keep_checkpoints)
-            if self.ranks.is_main
-            else None
-        )
+        self.store: CheckpointStore | None = None
+        if self.ranks.is_main:
+            self.store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
         self.signals = signals or StopSignals()
         self.cadence = Cadence(config.save_minutes, self.signals)
         self.throughput = Throughput(config.epochs, config.batch_size)
@@ -165,21 +162,19 @@ class Trainer:
         return model
 
     def _open_loaders(self) -> None:
-        images: Any = self.dataset.train
-        held_out: Any = None
-        if fraction := self.step.criterion.held_out_fraction:
-            images, held_out = split_off(images, self.dataset.classes, fraction, self.config.seed)
-        self.num_held_out = 0 if held_out is None else len(held_out)
-        self.held_out_loader = None if held_out is None else self._loader(held_out)
-        self._memory_note = self.step.criterion.prepare(
-            len(images), len(self.dataset.classes), self.device
-        )
-        self.train_loader = self._loader(images, train=True)
-        self.eval_loader = self._loader(self.dataset.evaluation)
-        self._eval_steps = max(gather_states(len(self.eval_loader)))
+        def loader(split: Any, train: bool = False) -> Loader:
+            return loader_for(self.config, self.dataset, split, train, self.device, self._seen)
 
-    def _loader(self, split: Any, train: bool = False) -> Loader:
-        return loader_for(self.config, self.dataset, split, train, self.device, self._seen)
+        images: Any = self.dataset.train
+        classes, criterion = self.dataset.classes, self.step.criterion
+        self.num_held_out, self.held_out_loader = 0, None
+        if fraction := criterion.held_out_fraction:
+            images, held_out = split_off(images, classes, fraction, self.config.seed)
+            self.num_held_out, self.held_out_loader = len(held_out), loader(held_out)
+        self._memory_note = criterion.prepare(len(images), len(classes), self.device)
+        self.train_loader = loader(images, train=True)
+        self.eval_loader = loader(self.dataset.evaluation)
+        self._eval_steps = max(gather_states(len(self.eval_loader)))
 
     def start(self) -> None:
         """Write the files that identify a new run."""
@@ -225,7 +220,7 @@ class Trainer:
 
     def _restore_best(self) -> None:
         """Make ``best.pt`` match the best epoch, or start tracking a new best."""
-        if self.best and self.kept not in self.best:  # it was the best of another student
+        if self.kept not in self.best:  # it was the best of another student
             self.best, self.best_epoch = {}, -1
         if not from_main(self.store is None or self.store.restore_best(self.best_epoch)):
             self.reporter.print(
@@ -283,7 +278,13 @@ class Trainer:
         self.reporter.start_run(self.kept, records)
         try:
             with self.signals:
-                self._open_sinks(records)
+                self.sinks = open_sinks(
+                    self.config.log_to if self.ranks.is_main else (),
+                    self.run_folder.path,
+                    dataclasses.asdict(self.config),
+                    records,
+                    self.reporter.print,
+                )
                 self._fit(self.config.epochs if until is None else min(until, self.config.epochs))
         except KeyboardInterrupt:
             message = f"interrupted in epoch {self.epoch + 1}; {self._resume_hint()}"
@@ -300,7 +301,7 @@ class Trainer:
                 sink.close()
             self.run_folder.unlock()
         if self.epoch < self.config.epochs:
-            return self._summary()
+            return self.summary()
         summary = self.finish()
         self.reporter.log(
             f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training,"
@@ -324,7 +325,9 @@ class Trainer:
             self.throughput.start_epoch(self.epoch, steps, self.done)
             if self.done < steps:
                 self._train_epoch()
-            self._finish_epoch(*self._evaluate())
+            self.reporter.evaluating()
+            self.step.mean_statistics()
+            self._finish_epoch(*self.step.measure(self._evaluation_batches()))
 
     def _train_epoch(self) -> None:
         step, kd_weight = self.step, self.config.kd_weight_at(self.epoch)
@@ -360,15 +363,9 @@ class Trainer:
         self._trained += time.monotonic() - counted
         self.throughput.device_is_done()
 
-    def _evaluate(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Accuracies and mixing weights on the evaluation split."""
-        self.reporter.evaluating()
-        self.step.mean_statistics()
-        return self.step.measure(self._unless_stopped(self.eval_loader))
-
-    def _unless_stopped(self, loader: Loader) -> Iterator[Batch]:
-        """The batches of this process, until a signal stops the run."""
-        batches = iter(loader)
+    def _evaluation_batches(self) -> Iterator[Batch]:
+        """The evaluation batches of this process, until a signal stops the run."""
+        batches = iter(self.eval_loader)
         for _ in range(self._eval_steps):
             if (batch := next(batches, None)) is not None:
                 yield batch
@@ -397,8 +394,7 @@ class Trainer:
         if is_best:
             self.best, self.best_epoch = dict(accuracies), self.epoch - 1
         self._save(record, is_best)
-        # After the checkpoint: some sinks cannot take a record back.
-        for sink in self.sinks:
+        for sink in self.sinks:  # after the checkpoint, as some cannot take a record back
             sink.write(record)
         self.reporter.end_epoch(record, self.throughput.end_epoch())
         self._report_replaced()
@@ -451,10 +447,8 @@ class Trainer:
     def _roll_back(self, bad: NonFinite) -> None:
         """Load the last checkpoint's weights and continue with the batches that come next."""
         self._rollbacks += 1
-        state, where, complaints = newest_checkpoint(self.run_folder)
+        state, where = newest_checkpoint(self.run_folder, self.reporter.print)
         self.step.load_state_dict(state, where)
-        for complaint in complaints:
-            self.reporter.print(complaint)
         self.reporter.print(
             f"rolled back in epoch {self.epoch + 1} to the weights of step {state['step']}:"
             f" {bad.describe()}"
@@ -534,9 +528,8 @@ class Trainer:
 
     def _report_replaced(self) -> None:
         """Report training images that were replaced because they are corrupt."""
-        replaced: dict[int, str] = {}
-        for each in gather_states(dict(getattr(self.train_loader, "replaced", {}))):
-            replaced |= each
+        each = gather_states(dict(getattr(self.train_loader, "replaced", {})))
+        replaced = dict(itertools.chain(*(reasons.items() for reasons in each)))
         if len(replaced) > self._replaced:
             files = self.dataset.train.files or ()
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
@@ -546,14 +539,8 @@ class Trainer:
             )
             self._replaced = len(replaced)
 
-    def finish(self) -> Summary:
-        """Write and return the summary of the epochs so far."""
-        summary = self._summary()
-        if self.ranks.is_main:
-            write_json(self.run_folder.summary_path, summary.__dict__)
-        return summary
-
-    def _summary(self) -> Summary:
+    def summary(self) -> Summary:
+        """The result of the epochs so far."""
         images = self.epoch * len(self.train_loader) * self.config.batch_size
         return Summary(
             self.epoch,
@@ -565,14 +552,12 @@ class Trainer:
             str(self.run_folder.student),
         )
 
-    def _open_sinks(self, records: list[dict[str, Any]]) -> None:
-        self.sinks = open_sinks(
-            self.config.log_to if self.ranks.is_main else (),
-            self.run_folder.path,
-            dataclasses.asdict(self.config),
-            records,
-            self.reporter.print,
-        )
+    def finish(self) -> Summary:
+        """Write and return the summary of the epochs so far."""
+        summary = self.summary()
+        if self.ranks.is_main:
+            write_json(self.run_folder.summary_path, summary.__dict__)
+        return summary
 
     def _introduce(self) -> None:
         """Print the lines about the run."""
