@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +14,12 @@ from typing import Any
 
 import torch
 
+from fastokd._moved import moved_names
 from fastokd.data import Batch, Dataset, Loader
 from fastokd.errors import ConfigError
 from fastokd.experiments.research_step import ResearchStep
 from fastokd.experiments.step_images import decoded_images, synthetic_images
-from fastokd.experiments.step_timer import WINDOWS, Clock, Stepping, StepRow, StepTimer
+from fastokd.experiments.step_timer import WINDOWS, Clock, StepRow, StepTimer
 from fastokd.experiments.timing import chrome_trace, processor
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
@@ -39,6 +39,7 @@ from fastokd.train.step import TrainStep
 __all__ = [
     "EngineStep",
     "Optimization",
+    "ResearchStep",
     "StepBenchmark",
     "StepRow",
     "current_rows",
@@ -107,14 +108,7 @@ def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 class EngineStep:
-    """The step of a run with this configuration.
-
-    Args:
-        config: the configuration.
-        dataset: decoded images.
-        device: where it runs.
-        gathers: whether a captured step gathers its batches itself.
-    """
+    """The step of a run; with ``gathers`` a captured step gathers its batches itself."""
 
     def __init__(
         self, config: TrainConfig, dataset: Dataset, device: torch.device, gathers: bool
@@ -155,7 +149,7 @@ class EngineStep:
 
 
 class _WithoutGather:
-    """A loader's batches; hides what lets a captured step gather them itself."""
+    """A loader's batches, without the attributes that let a captured step gather them."""
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self._loader = loader
@@ -170,10 +164,10 @@ class StepBenchmark:
     Args:
         config: model, method, branches and batch size; the rows set the optimizations.
         dataset: decoded images, see ``synthetic_images``.
-        device: where the rows run.
+        device: the device of the rows.
         seconds: time for all windows of a row; the windows of the first row take as long again.
         steps: steps of each window, instead of ``seconds``.
-        clock: seconds that pass.
+        clock: returns a time in seconds.
 
     Raises:
         ConfigError: the configuration cannot be trained, or its method needs a trained teacher.
@@ -202,14 +196,11 @@ class StepBenchmark:
         self.config, self.dataset, self.device = config, dataset, device
         self.environment = environment(device)
         """Recorded at the start: a checkout may change during the benchmark."""
-        self._timer = StepTimer(self._research_step, dataset, device, seconds, steps, clock)
+        baseline = first_row(config, device)
+        self._timer = StepTimer(
+            lambda: ResearchStep(baseline, dataset, device), dataset, device, seconds, steps, clock
+        )
         self._best: tuple[TrainConfig, bool] | None = None
-
-    def _research_step(self) -> Stepping:
-        return ResearchStep(first_row(self.config, self.device), self.dataset, self.device)
-
-    def _engine_step(self, config: TrainConfig, gathers: bool) -> Stepping:
-        return EngineStep(config, self.dataset, self.device, gathers)
 
     def rows(
         self,
@@ -229,7 +220,7 @@ class StepBenchmark:
         config, gathers = first_row(self.config, self.device), False
         number = "TF32" if self.device.type == "cuda" else "fp32"
         name = f"research style: eager, {number}, NCHW, .item()"
-        row = known.get(name) or self._timer.measure_baseline(name)
+        row = known.get(name) or self._timer.measure(name, "first")
         if row.reason:
             raise ConfigError(
                 f"the first row of the step benchmark cannot run: {row.reason}; use a smaller"
@@ -239,10 +230,8 @@ class StepBenchmark:
         for optimization in optimizations(self.device):
             name = optimization.name
             kind = "lever" if optimization.carried else "alternative"
-            candidate = (
-                dataclasses.replace(config, **optimization.changes),
-                gathers or optimization.gathers,
-            )
+            candidate = dataclasses.replace(config, **optimization.changes)
+            gathering = gathers or optimization.gathers
             if name not in known and stop():
                 row = StepRow(name, kind, SPENT)
             elif optimization.needs_gpu and self.device.type != "cuda":
@@ -250,21 +239,24 @@ class StepBenchmark:
             elif optimization.gathers and not config.cuda_graph:
                 row = StepRow(name, kind, NEVER[1])
             else:
-                row = known.get(name) or self._measure(name, kind, *candidate)
+                row = known.get(name) or self._measure(name, kind, candidate, gathering)
             if optimization.carried and not row.reason:
-                config, gathers = candidate
+                config, gathers = candidate, gathering
             yield row
         self._best = config, gathers
-        if config.num_branches() > 1:
-            skipped = StepRow(_ALONE, "student", SPENT) if stop() else None
-            yield (
-                known.get(_ALONE)
-                or skipped
-                or self._measure(_ALONE, "student", _student_alone(config), gathers)
-            )
+        if config.num_branches() == 1:
+            return
+        if _ALONE in known:
+            yield known[_ALONE]
+        elif stop():
+            yield StepRow(_ALONE, "student", SPENT)
+        else:
+            yield self._measure(_ALONE, "student", _student_alone(config), gathers)
 
     def _measure(self, name: str, kind: str, config: TrainConfig, gathers: bool) -> StepRow:
-        return self._timer.measure(name, kind, lambda: self._engine_step(config, gathers))
+        return self._timer.measure(
+            name, kind, lambda: EngineStep(config, self.dataset, self.device, gathers)
+        )
 
     def profile(self, folder: Path) -> tuple[Path, str]:
         """Trace some steps with all optimizations, after ``rows`` has ended.
@@ -278,7 +270,8 @@ class StepBenchmark:
         if self._best is None:
             raise RuntimeError("call rows() to its end before profile()")
         torch.compiler.reset()
-        running = self._engine_step(*self._best)
+        config, gathers = self._best
+        running = EngineStep(config, self.dataset, self.device, gathers)
         running.model.train()
         running.advance(running.warm_up)
         gpu = self.device.type == "cuda"
@@ -299,37 +292,29 @@ class StepBenchmark:
 
 def _student_alone(config: TrainConfig) -> TrainConfig:
     names = config.model_names()
-    return override(
-        config,
-        {
-            "method": "baseline",
-            "branches": 1,
-            "aux_blocks": 0,
-            "compression": False,
-            "model": names[get_method(config.method).kept if len(names) > 1 else 0],
-            "streams": False,
-        },
-    )
+    alone = {"method": "baseline", "branches": 1, "aux_blocks": 0, "compression": False}
+    model = names[get_method(config.method).kept if len(names) > 1 else 0]
+    return override(config, {**alone, "model": model, "streams": False})
 
 
 def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
     """The content of ``step-ladder.json``: the setting, the rows, and the machine with versions,
     commit and command.
     """
-    config = benchmark.config
-    height, width = benchmark.dataset.image_size
+    config, dataset = benchmark.config, benchmark.dataset
+    measured = [dataclasses.asdict(row) for row in rows]
     return {
         "model": config.model,
         "method": config.method,
         "branches": config.num_branches(),
         "aux_blocks": config.aux_blocks,
         "batch_size": config.batch_size,
-        "image_size": [height, width],
-        "num_classes": len(benchmark.dataset.classes),
-        "data": benchmark.dataset.name,
+        "image_size": list(dataset.image_size),
+        "num_classes": len(dataset.classes),
+        "data": dataset.name,
         "windows": WINDOWS,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        **_summary([dataclasses.asdict(row) for row in rows]),
+        "rows": measured,
+        **_summary(measured),
         "processor": processor(),
         "environment": benchmark.environment,
     }
@@ -352,22 +337,5 @@ def current_rows(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "rows": rows, **_summary(rows)}
 
 
-_FORMER_NAMES = {
-    "Ladder": "StepBenchmark",
-    "Lever": "Optimization",
-    "Row": "StepRow",
-    "ladder_images": "synthetic_images",
-    "levers": "optimizations",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FORMER_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"{__name__}.{name} is now {_FORMER_NAMES[name]}; the old name will be removed in the next"
-        " release",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return globals()[_FORMER_NAMES[name]]
+_FORMER = ("Ladder=StepBenchmark", "Lever=Optimization", "Row=StepRow", "levers=optimizations")
+__getattr__ = moved_names(__name__, {__name__: (*_FORMER, "ladder_images=synthetic_images")})

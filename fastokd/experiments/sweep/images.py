@@ -1,13 +1,10 @@
 """The datasets of a plan's runs, each opened once."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
-from fastokd.data import Dataset, FileDataset, made_of_files
-from fastokd.data.files import SMALL
-from fastokd.data.loader import file_loaders
+from fastokd.data import Dataset
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset, open_data
 from fastokd.train.progress import Counter
@@ -38,27 +35,10 @@ class Datasets:
 
     def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
         """The fingerprints of the datasets, by form: files, or decoded images of a size."""
-        datasets = [(config, self.of(config)) for config in configs]
-        return {
-            (
-                f"images of size {config.image_size}" if isinstance(dataset, Dataset) else "files"
-            ): dataset.fingerprint
-            for config, dataset in datasets
-        }
-
-    def differ(self, config: TrainConfig, fingerprint: str) -> bool:
-        """Whether a configuration's images differ from those of a recorded fingerprint."""
-        dataset = self.of(config)
-        if dataset.fingerprint == fingerprint:
-            return False
-        undecided = (
-            config.loader == "auto"
-            and made_of_files(config.data)
-            and max(dataset.image_size) <= SMALL
-        )
-        if not undecided:
-            return True
-        # The memory that was free decides whether small images are decoded, and the fingerprint
-        # depends on that.
-        loader = "resident" if isinstance(dataset, FileDataset) else next(file_loaders())
-        return self.of(replace(config, loader=loader)).fingerprint != fingerprint
+        fingerprints = {}
+        for config in configs:
+            dataset = self.of(config)
+            decoded = isinstance(dataset, Dataset)
+            form = f"images of size {config.image_size}" if decoded else "files"
+            fingerprints[form] = dataset.fingerprint
+        return fingerprints

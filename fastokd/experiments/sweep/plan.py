@@ -1,4 +1,4 @@
-"""What a sweep and a reproduced table have in common: runs in one folder, and their results."""
+"""Runs in one folder and their results: the common part of sweeps and reproduced tables."""
 
 import json
 from abc import ABC, abstractmethod
@@ -18,9 +18,6 @@ from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, differences
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.teacher import open_teacher
-
-RUNS = "runs"
-"""The folder of the run folders."""
 
 Record = Mapping[str, Any]
 
@@ -107,8 +104,14 @@ class Plan(ABC):
                     f"{self.out} belongs to other images than {configs[0].data} has now: pass the"
                     " data that its runs are trained on, or choose another --out"
                 )
-        for job in jobs:
-            _check_run(job, self.datasets)
+        for job in filter(Job.is_started, jobs):
+            existing = RunFolder(job.path).load_config()
+            same = replace(existing, **{name: getattr(job.config, name) for name in SAME_RUN})
+            if changed := differences(same, job.config):
+                raise ConfigError(
+                    f"{job.path} contains a run with a different configuration (existing vs"
+                    f" requested: {'; '.join(changed)}); choose another --out"
+                )
 
     def run(
         self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
@@ -116,8 +119,8 @@ class Plan(ABC):
         """Train the runs that are not finished, and write the results after each of them.
 
         Args:
-            devices: where they run.
-            per_device: how many run at once on each device.
+            devices: the devices of the runs.
+            per_device: the number of simultaneous runs on each.
             say: prints a line about progress.
 
         Raises:
@@ -145,22 +148,20 @@ class Plan(ABC):
         """The folder's record; None for a new folder."""
         path = self.out / f"{self.kind}.json"
         try:
-            if not path.is_file():
-                others = sorted(entry.name for entry in self.out.iterdir())
-                if others:
-                    raise ConfigError(
-                        f"{self.out} is not empty ({', '.join(others[:3])}) and was not written by"
-                        f" 'fastokd {self.kind}'; choose another --out"
-                    )
-                return None
-            return json.loads(path.read_text(encoding="utf-8"))
+            others = [] if path.is_file() else sorted(entry.name for entry in self.out.iterdir())
+            text = None if others else path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise storage_error(self.out, error) from error
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
+        if text is None:
+            raise ConfigError(
+                f"{self.out} is not empty ({', '.join(others[:3])}) and was not written by"
+                f" 'fastokd {self.kind}'; choose another --out"
+            )
+        try:
+            return json.loads(text)
+        except ValueError:
             raise self._damaged() from None
 
     def _damaged(self) -> ConfigError:
@@ -174,18 +175,17 @@ class Plan(ABC):
         """Lock the folder for this process, and check that no run in it is active: runs of a
         process that was killed continue without it.
         """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(self.out, error) from error
         folder = RunFolder(self.out)
         try:
+            self.out.mkdir(parents=True, exist_ok=True)
             folder.lock()
             for job in waiting:
                 if job.path.is_dir():
                     run = RunFolder(job.path)
                     run.lock()
                     run.unlock()
+        except OSError as error:
+            raise storage_error(self.out, error) from error
         except ConfigError:
             folder.unlock()
             raise ConfigError(
@@ -207,34 +207,3 @@ def _check_inputs(configs: Sequence[TrainConfig], datasets: Datasets) -> None:
         if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
             open_teacher(config, dataset, torch.device("cpu"))
             checked.add(key)
-
-
-def _check_run(job: Job, datasets: Datasets) -> None:
-    """Check that an existing run has the configuration and the images of a job.
-
-    Raises:
-        ConfigError: it has not, or its configuration is damaged.
-        ConfigError, DataError: the data cannot be trained on.
-    """
-    if not job.is_started():
-        return
-    run = RunFolder(job.path)
-    existing = run.load_config()
-    same = replace(existing, **{name: getattr(job.config, name) for name in SAME_RUN})
-    if changed := differences(same, job.config):
-        raise ConfigError(
-            f"{job.path} contains a run with a different configuration (existing vs requested:"
-            f" {'; '.join(changed)}); choose another --out"
-        )
-    recorded = run.read_environment().get("data")
-    if (
-        job.config.data
-        and isinstance(recorded, dict)
-        and recorded.get("fingerprint")
-        and datasets.differ(job.config, recorded["fingerprint"])
-    ):
-        raise ConfigError(
-            f"{job.path} contains a run on other images (of {recorded.get('name', 'unknown data')})"
-            f" than {job.config.data} has now: pass the data that it was trained on, or choose"
-            " another --out"
-        )

@@ -5,19 +5,17 @@ the published numbers.
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-
-import torch
 
 from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Values, fields_of
-from fastokd.experiments.sweep.plan import RUNS, Plan, Record
-from fastokd.experiments.sweep.queue import Job, Outcome
+from fastokd.experiments.sweep.plan import Plan, Record
+from fastokd.experiments.sweep.queue import Job
 from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
@@ -65,17 +63,13 @@ def paper_tables() -> dict[str, PaperTable]:
         for number in recipe.published:
             recipes.setdefault((number.source, recipe.dataset), {})[name] = recipe
     sources = [source for source, _ in recipes]
-    return {
-        _name(source, dataset if sources.count(source) > 1 else ""): PaperTable(
-            source, dataset, by_name
-        )
-        for (source, dataset), by_name in recipes.items()
-    }
-
-
-def _name(source: str, dataset: str) -> str:
-    words = re.findall(r"[a-z0-9]+", f"{source} {dataset}".lower().replace("'s", ""))
-    return re.sub(r"(table|figure)-(?=\d)", r"\1", "-".join(words))
+    tables = {}
+    for (source, dataset), by_name in recipes.items():
+        text = f"{source} {dataset}" if sources.count(source) > 1 else source
+        words = re.findall(r"[a-z0-9]+", text.lower().replace("'s", ""))
+        name = re.sub(r"(table|figure)-(?=\d)", r"\1", "-".join(words))
+        tables[name] = PaperTable(source, dataset, by_name)
+    return tables
 
 
 def get_table(name: str) -> PaperTable:
@@ -96,15 +90,11 @@ def table_of_tables() -> Table:
         (name, each.source, DATASETS[each.dataset].title, str(len(each.recipes)), str(each.runs))
         for name, each in paper_tables().items()
     )
-    return Table(
-        "Published tables",
-        ("table", "of", "data", "recipes", "runs"),
-        rows,
-        (
-            "See one with: fastokd reproduce TABLE --dry-run",
-            "Run it with: fastokd reproduce TABLE --data FOLDER",
-        ),
+    notes = (
+        "See one with: fastokd reproduce TABLE --dry-run",
+        "Run it with: fastokd reproduce TABLE --data FOLDER",
     )
+    return Table("Published tables", ("table", "of", "data", "recipes", "runs"), rows, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +174,7 @@ def plan_reproduction(
         name: of the table.
         data: the dataset.
         rows: patterns of recipes' names, such as "*-ahbf"; empty for all.
-        seeds: number of runs of each recipe, with seeds from 0; None for that of the table.
+        seeds: number of runs of each recipe; None for that of the table.
         epochs: scale all schedules to this number; None for the recipes' own.
         values: fields that are set for all recipes, one value each.
         out: the folder; None for ``reproduce/NAME``.
@@ -216,15 +206,16 @@ def plan_reproduction(
     out = out or Path("reproduce") / name
     chosen, configs, jobs = [], {}, {}
     for key, recipe in table.recipes.items():
+        config = recipe.config if epochs is None else scaled(recipe.config, epochs)
+        configs[key] = config = replace(override(config, fields_of(changes)), data=data)
+        check_config(config)
+        runs = _existing_seeds(out, key)
         if not rows or any(fnmatch.fnmatchcase(key, pattern) for pattern in rows):
             chosen.append(key)
-        config = recipe.config if epochs is None else scaled(recipe.config, epochs)
-        configs[key] = replace(override(config, fields_of(changes)), data=data)
-        check_config(configs[key])
-        planned = range(seeds if key in chosen else 0)
+            runs |= {*range(seeds)}
         jobs[key] = tuple(
-            Job(out / RUNS / f"{key}-seed{seed}", replace(configs[key], seed=seed))
-            for seed in sorted({*_existing_seeds(out, key), *planned})
+            Job(out / "runs" / f"{key}-seed{seed}", replace(config, seed=seed))
+            for seed in sorted(runs)
         )
     return Reproduction(
         out=out,
@@ -241,11 +232,8 @@ def plan_reproduction(
 
 def _existing_seeds(out: Path, recipe: str) -> set[int]:
     """The seeds of a recipe's runs in a folder."""
-    names = (
-        re.fullmatch(rf"{re.escape(recipe)}-seed(\d+)", path.name)
-        for path in (out / RUNS).glob(f"{recipe}-seed*")
-    )
-    return {int(name[1]) for name in names if name}
+    seeds = (path.name[len(recipe) + 5 :] for path in (out / "runs").glob(f"{recipe}-seed*"))
+    return {int(seed) for seed in seeds if re.fullmatch(r"\d+", seed)}
 
 
 def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
@@ -254,13 +242,6 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
     ramp = None if config.ramp_epochs is None else round(config.ramp_epochs * factor)
     warmup = None if config.warmup_epochs is None else config.warmup_epochs * factor
     return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
-
-
-def run_reproduction(
-    plan: Reproduction, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
-) -> Outcome:
-    """Train the runs that are not finished, and write the results after each; see ``Plan.run``."""
-    return plan.run(devices, per_device, say)
 
 
 @dataclass(frozen=True)
@@ -280,23 +261,15 @@ class ReproductionResults:
 
     @classmethod
     def of(cls, plan: Reproduction, failed: Mapping[str, str]) -> "ReproductionResults":
-        """Read the results.
-
-        Args:
-            plan: the table.
-            failed: errors of the runs that failed in this process, by name.
-        """
+        """Read the results, see ``Plan.results``."""
         measured = {name: measure(jobs, failed) for name, jobs in plan.jobs.items()}
         return cls(plan, measured, tuple(_notes(plan, measured)))
 
-    def _numbers(self) -> list[tuple[str, Measured, Published]]:
+    def _numbers(self) -> Iterator[tuple[str, Measured, Published]]:
         """Every number of the table, with its recipe and the recipe's runs."""
-        table = self.plan.table
-        return [
-            (name, self.measured[name], number)
-            for name, recipe in table.recipes.items()
-            for number in table.numbers(recipe)
-        ]
+        for name, recipe in self.plan.table.recipes.items():
+            for number in self.plan.table.numbers(recipe):
+                yield name, self.measured[name], number
 
     def table(self) -> Table:
         """A line for every number of the table, also for those without a run."""
@@ -304,19 +277,21 @@ class ReproductionResults:
         for name, measured, number in self._numbers():
             errors = measured.errors(number.row)
             label = "" if number.row == "student" else f", {number.row.replace('_', ' ')}"
+            runs = f" ({number.runs})" if number.runs else ""
             rows.append(
                 (
                     f"{name}{label}",
-                    f"{number.number()}{f' ({number.runs})' if number.runs else ''}",
+                    f"{number.number()}{runs}",
                     f"{spread(errors)} ({len(errors)})" if errors else "-",
                     difference(errors, number),
                     spread(measured.errors(number.row, best=True)),
                     measured.progress(),
                 )
             )
+        table = self.plan.table
         return Table(
-            f"{self.plan.table.source}, {DATASETS[self.plan.table.dataset].title}: errors in %,"
-            " mean +- sample standard deviation (number of runs)",
+            f"{table.source}, {DATASETS[table.dataset].title}: errors in %, mean +- sample standard"
+            " deviation (number of runs)",
             ("recipe", "published", "here, last epoch", "difference", "here, best epoch", "runs"),
             tuple(rows),
             self.notes,
@@ -328,8 +303,8 @@ class ReproductionResults:
 
     def as_markdown(self) -> str:
         """A table, and the notes as a list."""
-        notes = [f"- {plain_markdown(note)}" for note in self.notes]
-        return "\n".join([replace(self.table(), notes=()).as_markdown(), *notes]) + "\n"
+        notes = (f"- {plain_markdown(note)}" for note in self.notes)
+        return "\n".join([self.table()._replace(notes=()).as_markdown(), *notes, ""])
 
     def write(self) -> None:
         """Write ``reproduce.md`` and ``results.json``."""
@@ -344,18 +319,16 @@ class ReproductionResults:
             }
             for name, measured, number in self._numbers()
         ]
-        write_json(
-            plan.out / "results.json",
-            {
-                "table": plan.name,
-                "source": plan.table.source,
-                "dataset": plan.table.dataset,
-                "epochs": plan.epochs,
-                "set": plan.changes,
-                "notes": self.notes,
-                "rows": rows,
-            },
-        )
+        results = {
+            "table": plan.name,
+            "source": plan.table.source,
+            "dataset": plan.table.dataset,
+            "epochs": plan.epochs,
+            "set": plan.changes,
+            "notes": self.notes,
+            "rows": rows,
+        }
+        write_json(plan.out / "results.json", results)
 
 
 def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:

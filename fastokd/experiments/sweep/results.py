@@ -27,11 +27,8 @@ class Measured:
     states: Mapping[str, str]
 
     def errors(self, row: str = "student", best: bool = False) -> list[float]:
-        """Errors in %, one for each run in ``runs``.
-
-        Args:
-            row: see ``Published.row``.
-            best: of the student's best epoch instead of the last.
+        """Errors in % of a row (see ``Published.row``), one for each run in ``runs``, in the last
+        epoch or in the student's best.
         """
         return [_error(run, row, best) for run in self.runs]
 
@@ -50,7 +47,7 @@ class Measured:
         return "not run" if set(states) <= {"not run"} else "started"
 
     def as_json(self, row: str = "student") -> dict[str, Any]:
-        """Errors of a row in %, with their mean and sample standard deviation; None where there are
+        """Errors of a row in %, with their mean and sample standard deviation; None if there are
         too few runs.
         """
         values: dict[str, Any] = {"seeds": [run.config.seed for run in self.runs]}
@@ -62,30 +59,25 @@ class Measured:
 
 
 def measure(jobs: Iterable[Job], failed: Mapping[str, str]) -> Measured:
-    """Read the runs of one configuration.
-
-    Args:
-        jobs: the runs.
-        failed: errors of the runs that failed in this process, by name.
-    """
+    """Read the runs of one configuration; ``failed`` has the errors of failed runs by name."""
     runs, states = [], {}
     for job in jobs:
-        states[job.name] = f"failed: {failed[job.name]}" if job.name in failed else job.state()
-        if states[job.name] == "finished":
+        state = f"failed: {failed[job.name]}" if job.name in failed else job.state()
+        if state == "finished":
             try:
                 run = read_run(job.path)
+                if run.epochs < job.config.epochs:
+                    state = f"failed: {'; '.join(run.remarks)}"
+                else:
+                    runs.append(run)
             except (CheckpointError, ConfigError) as error:
-                states[job.name] = f"failed: {error}"
-                continue
-            if run.epochs < job.config.epochs:
-                states[job.name] = f"failed: {'; '.join(run.remarks)}"
-            else:
-                runs.append(run)
+                state = f"failed: {error}"
+        states[job.name] = state
     return Measured(tuple(runs), states)
 
 
 def _error(run: Run, row: str, best: bool) -> float:
-    accuracies = (run.best if best else run.last)["eval"]
+    accuracies: Mapping[str, float] = (run.best if best else run.last)["eval"]
     if row == "branch_mean":
         branches = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
         return statistics.mean(100 * (1 - accuracies[name]) for name in branches)
@@ -122,10 +114,11 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
 def _data_differences(recipe: Recipe, run: Run) -> list[str]:
     target, config = DATASETS[recipe.dataset], run.config
     items = []
-    if run.data.get("num_classes", target.num_classes) != target.num_classes:
+    classes = run.data.get("num_classes", target.num_classes)
+    if classes != target.num_classes:
         items.append(
-            f"the data ({run.data.get('name')}) has {run.data['num_classes']} classes,"
-            f" {target.title} has {target.num_classes}"
+            f"the data ({run.data.get('name')}) has {classes} classes, {target.title} has"
+            f" {target.num_classes}"
         )
     images = run.data.get("num_images") or {}
     train = images.get("train")

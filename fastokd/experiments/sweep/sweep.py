@@ -2,25 +2,24 @@
 table of their errors.
 """
 
-import csv
-import io
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import yaml
 
 from fastokd.errors import ConfigError, MissingExtra
-from fastokd.experiments.analysis.heat_map import Panel, draw_heat_map
+from fastokd.experiments.analysis.figures import Picture, draw_heat_map, encoded, require_matplotlib
 from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
-from fastokd.experiments.analysis.tables import Table, spread
+from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.experiments.sweep.plan import RUNS, Plan, Record
+from fastokd.experiments.sweep.plan import Plan, Record
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
 from fastokd.experiments.sweep.queue import Job, Outcome
 from fastokd.experiments.sweep.results import (
@@ -113,6 +112,17 @@ class Sweep(Plan):
     def results(self, failed: Mapping[str, str]) -> "Results":
         return Results.of(self, failed)
 
+    def run(
+        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
+    ) -> Outcome:
+        """As ``Plan.run``, and draw the results at the end."""
+        outcome = super().run(devices, per_device, say)
+        try:
+            self.results(outcome.failed).draw()
+        except MissingExtra as error:
+            say(f"no heat map: {error}")
+        return outcome
+
 
 def plan_sweep(
     base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None
@@ -131,7 +141,7 @@ def plan_sweep(
     out = out or Path("sweeps") / name
     jobs = tuple(
         tuple(
-            Job(out / RUNS / f"{point.name}-seed{seed}", replace(point.config, seed=seed))
+            Job(out / "runs" / f"{point.name}-seed{seed}", replace(point.config, seed=seed))
             for seed in range(seeds)
         )
         for point in points
@@ -139,18 +149,12 @@ def plan_sweep(
     return Sweep(out=out, base=base, recipe=recipe, values=values, points=tuple(points), jobs=jobs)
 
 
-def run_sweep(
-    sweep: Sweep, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
-) -> Outcome:
-    """Train the runs that are not finished, write the results after each, and draw them; see
-    ``Plan.run``.
-    """
-    outcome = sweep.run(devices, per_device, say)
-    try:
-        sweep.results(outcome.failed).draw()
-    except MissingExtra as error:
-        say(f"no heat map: {error}")
-    return outcome
+class _Grid(NamedTuple):
+    """Errors of all points by the values of two fields, with their texts."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    texts: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,8 @@ class Results:
     Attributes:
         sweep: the grid.
         measured: of each point.
-        published: what a paper reports of the student of each point, all from one table; None where
-            there is nothing, and if the runs are on data with other classes.
+        published: the published number of each point's student, all from one table, or None; None
+            for all if the runs are on data with other classes.
         notes: on how to read them, and the differences from the paper.
     """
 
@@ -172,27 +176,22 @@ class Results:
 
     @classmethod
     def of(cls, sweep: Sweep, failed: Mapping[str, str]) -> "Results":
-        """Read the results.
-
-        Args:
-            sweep: the grid.
-            failed: errors of the runs that failed in this process, by name.
-        """
+        """Read the results, see ``Plan.results``."""
         measured = tuple(measure(jobs, failed) for jobs in sweep.jobs)
         runs = [run for each in measured for run in each.runs]
         recipes = matched_recipes(sweep.recipe, sweep.values, sweep.points)
         published, notes = student_numbers(recipes), []
-        if sweep.recipe and any(published):
+        number = next(filter(None, published), None)
+        if sweep.recipe and number:
             classes = DATASETS[sweep.recipe.dataset].num_classes
             if any(run.data.get("num_classes", classes) != classes for run in runs):
                 published = [None] * len(published)
             else:
-                number = next(filter(None, published))
                 seeds = len(sweep.jobs[0])
                 fewer = seeds < (number.runs or 1)
                 compared = [
-                    recipe if number else None
-                    for recipe, number in zip(recipes, published, strict=True)
+                    recipe if each else None
+                    for recipe, each in zip(recipes, published, strict=True)
                 ]
                 different = [
                     *point_differences(sweep.points, compared),
@@ -214,17 +213,13 @@ class Results:
         if len(self.sweep.fields) != 2:
             return [self._point_table()]
         (row, row_labels), (column, column_labels) = self._labels()
-        grids = [
-            Table(
-                f"Errors of the student in %, {panel.title}",
-                (f"{row} \\ {column}", *column_labels),
-                tuple(
-                    (label, *texts) for label, texts in zip(row_labels, panel.texts, strict=True)
-                ),
-            )
-            for panel in self._panels()
-        ]
-        return [*grids, self._point_table()]
+        tables = []
+        for grid in self._grids():
+            lines = zip(row_labels, grid.texts, strict=True)
+            rows = tuple((label, *texts) for label, texts in lines)
+            head = (f"{row} \\ {column}", *column_labels)
+            tables.append(Table(f"Errors of the student in %, {grid.title}", head, rows))
+        return [*tables, self._point_table()]
 
     def _point_table(self) -> Table:
         paper = any(self.published)
@@ -261,10 +256,8 @@ class Results:
             for field in self.sweep.fields
         ]
 
-    def _panels(self) -> list[Panel]:
-        """For two fields: our errors by rows and columns, and the published ones if there are
-        any.
-        """
+    def _grids(self) -> list[_Grid]:
+        """For two fields: our errors, and the published ones if there are any."""
         values: list[float | None] = []
         texts = []
         for measured in self.measured:
@@ -277,19 +270,16 @@ class Results:
         runs = [run for measured in self.measured for run in measured.runs]
         data = runs[0].data.get("name", "") if runs else ""
         seeds = len(self.sweep.jobs[0])
-        title = ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]
-        panels = [Panel(", ".join(filter(None, title)), self._grid(values), self._grid(texts))]
+        title = ", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]))
+        grids = [_Grid(title, self._lines(values), self._lines(texts))]
         if numbers := list(filter(None, self.published)):
-            panels.append(
-                Panel(
-                    f"published, {numbers[0].source}",
-                    self._grid([number and number.error for number in self.published]),
-                    self._grid([number.number() if number else "-" for number in self.published]),
-                )
-            )
-        return panels
+            values = [number.error if number else None for number in self.published]
+            texts = [number.number() if number else "-" for number in self.published]
+            title = f"published, {numbers[0].source}"
+            grids.append(_Grid(title, self._lines(values), self._lines(texts)))
+        return grids
 
-    def _grid(self, points: Sequence[T]) -> list[Sequence[T]]:
+    def _lines(self, points: Sequence[T]) -> list[Sequence[T]]:
         """Values of the points, by the values of the first field."""
         width = len(self.sweep.values[self.sweep.fields[1]])
         return [points[start : start + width] for start in range(0, len(points), width)]
@@ -302,7 +292,7 @@ class Results:
         """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
         out, sweep = self.sweep.out, self.sweep
         write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
-        write_text(out / "sweep.csv", self._csv())
+        write_text(out / "sweep.csv", csv_text(self._csv_rows()))
         points = [
             {
                 "name": point.name,
@@ -312,45 +302,20 @@ class Results:
             }
             for point, measured, number in self._points()
         ]
-        write_json(
-            out / "results.json",
-            {
-                "recipe": sweep.recipe.name if sweep.recipe else None,
-                "values": sweep.values,
-                "notes": self.notes,
-                "points": points,
-            },
-        )
+        results = {
+            "recipe": sweep.recipe.name if sweep.recipe else None,
+            "values": sweep.values,
+            "notes": self.notes,
+            "points": points,
+        }
+        write_json(out / "results.json", results)
 
-    def draw(self) -> None:
-        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields.
-
-        Raises:
-            MissingExtra: matplotlib is not installed.
-        """
-        fields = self.sweep.fields
-        if len(fields) != 2:
-            return
-        ours, *papers = self._panels()
-        papers = [
-            panel._replace(title=f"{panel.title}, the paper's setup, see sweep.md")
-            for panel in papers
-        ]
-        shared = [
-            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
-        ]
-        rows, columns = self._labels()
-        title = ", ".join([*shared, "student"])
-        draw_heat_map([ours, *papers], rows, columns, title, self.sweep.out / "heat-map")
-
-    def _csv(self) -> str:
-        """A line for each point, numbers not rounded; spaces separate seeds."""
+    def _csv_rows(self) -> list[dict[str, Any]]:
+        """A row for each point, numbers not rounded; spaces separate seeds."""
         rows = []
         for point, measured, number in self._points():
-            row: dict[str, Any] = {
-                "point": point.name,
-                **{field: value_in_words(value) for field, value in point.values.items()},
-            }
+            row: dict[str, Any] = {"point": point.name}
+            row |= {field: value_in_words(value) for field, value in point.values.items()}
             for name, value in measured.as_json().items():
                 if name != "runs":
                     row[name] = " ".join(map(repr, value)) if isinstance(value, list) else value
@@ -358,9 +323,41 @@ class Results:
                 row |= {"published": number.error, "published_std": number.std}
                 row["published_source"] = number.source
             rows.append(row)
-        text = io.StringIO()
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return rows
+
+    def draw(self) -> None:
+        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
+        published ones side by side, each with a separate color scale.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        fields = self.sweep.fields
+        if len(fields) != 2:
+            return
+        plt = require_matplotlib()
+        grids = self._grids()
+        (row, row_labels), (column, column_labels) = self._labels()
+        width, height = max(3.5, 1.1 * len(column_labels) + 1.5), 0.6 * len(row_labels) + 1.6
+        size = (width * len(grids), max(2.6, height))
+        figure, axes_grid = plt.subplots(
+            1, len(grids), figsize=size, layout="constrained", squeeze=False
+        )
+        label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
+        for axes, grid in zip(axes_grid.flat, grids, strict=True):
+            image = draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
+            axes.set_xticks(range(len(column_labels)), column_labels)
+            axes.set_yticks(range(len(row_labels)), row_labels)
+            axes.set(xlabel=column, ylabel=row)
+            setup = "" if grid is grids[0] else ", the paper's setup, see sweep.md"
+            text = textwrap.fill(grid.title + setup, int(11 * width))
+            axes.set_title(text, fontsize="medium")
+            if any(value is not None for line in grid.values for value in line):
+                figure.colorbar(image, ax=axes, label=label)
+        shared = [
+            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
+        ]
+        title = ", ".join([*shared, "student"])
+        figure.suptitle(title, fontsize="medium", wrap=True)
+        files = encoded(plt, figure, ("png", "svg"))
+        Picture("heat-map", title, title, files).write(self.sweep.out)
