@@ -27,7 +27,7 @@ from fastokd.experiments.sweep.grid import grid_points, parse_values
 from fastokd.experiments.sweep.published import matched_recipes, student_numbers
 from fastokd.experiments.sweep.queue import Job, Queue, parse_devices, parse_per_device
 from fastokd.experiments.sweep.results import Measured
-from fastokd.experiments.sweep.sweep import Results, Sweep, plan_sweep
+from fastokd.experiments.sweep.sweep import Sweep, plan_sweep
 from fastokd.train.config import TrainConfig
 from fastokd.train.run_folder import RunFolder
 
@@ -280,7 +280,7 @@ def test_what_differs_is_said_of_the_recipe_that_a_point_is():
         recipe.name.removesuffix("-100-epochs"),
     ]
     assert (
-        Results.of(sweep, {})
+        sweep.results({})
         .notes[0]
         .endswith("Not as published: lr_final: 0.0, 0.1 (published, here).")
     )

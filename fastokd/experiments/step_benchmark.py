@@ -7,18 +7,16 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from fastokd._moved import moved_names
-from fastokd.data import Batch, Dataset, Loader
+from fastokd.data import Dataset, Loader
 from fastokd.errors import ConfigError
 from fastokd.experiments.research_step import ResearchStep
-from fastokd.experiments.step_images import decoded_images, synthetic_images
 from fastokd.experiments.step_timer import WINDOWS, Clock, StepRow, StepTimer
 from fastokd.experiments.timing import chrome_trace, processor
 from fastokd.methods import get_method
@@ -35,20 +33,6 @@ from fastokd.train.randomness import be_deterministic
 from fastokd.train.run_folder import environment
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
-
-__all__ = [
-    "EngineStep",
-    "Optimization",
-    "ResearchStep",
-    "StepBenchmark",
-    "StepRow",
-    "current_rows",
-    "decoded_images",
-    "first_row",
-    "optimizations",
-    "report",
-    "synthetic_images",
-]
 
 _PROFILED_STEPS = 5
 SPENT = "the time was spent"
@@ -99,12 +83,9 @@ def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The configuration of the first row: every optimization off. On a GPU convolutions use TF32,
     which is PyTorch's default.
     """
-    return dataclasses.replace(
-        config,
-        precision="tf32" if device.type == "cuda" else "fp32",
-        impl="reference",
-        **dict.fromkeys(fields_with_role(Role.SWITCH), False),
-    )
+    switches: dict[str, Any] = dict.fromkeys(fields_with_role(Role.SWITCH), False)
+    precision = "tf32" if device.type == "cuda" else "fp32"
+    return dataclasses.replace(config, precision=precision, impl="reference", **switches)
 
 
 class EngineStep:
@@ -123,12 +104,15 @@ class EngineStep:
         self.warm_up = WARM_UP_STEPS + 2 if self.captured else 3
         self._lr = config.lr
         self._runner = StepRunner(self.step)
-        loader = loader_for(config, dataset, dataset.train, True, device)
-        self._steps = self._endless(loader, loader if gathers else _WithoutGather(loader))
+        self._steps = self._endless(
+            loader_for(config, dataset, dataset.train, True, device), gathers
+        )
 
-    def _endless(self, loader: Loader, batches: Any) -> Iterator[int]:
+    def _endless(self, loader: Loader, gathers: bool) -> Iterator[int]:
         for epoch in itertools.count():
             loader.set_epoch(epoch)
+            # An iterator hides from the runner that the loader's batches can be gathered.
+            batches: Any = loader if gathers else iter(loader)
             yield from self._runner.epoch(batches)
 
     def advance(self, steps: int) -> None:
@@ -146,16 +130,6 @@ class EngineStep:
         self.step.method.forward_backward(
             self.criterion, output, batch, kd_weight=self.step.kd_weight
         )
-
-
-class _WithoutGather:
-    """A loader's batches, without the attributes that let a captured step gather them."""
-
-    def __init__(self, loader: Iterable[Batch]) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
 
 
 class StepBenchmark:
@@ -335,7 +309,3 @@ def current_rows(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = [row for row in found["rows"] if not row["name"].startswith(_REMOVED)]
     rows = [{**row, "name": _ALONE} if row["name"] == _ALONE_BEFORE else row for row in rows]
     return {**found, "rows": rows, **_summary(rows)}
-
-
-_FORMER = ("Ladder=StepBenchmark", "Lever=Optimization", "Row=StepRow", "levers=optimizations")
-__getattr__ = moved_names(__name__, {__name__: (*_FORMER, "ladder_images=synthetic_images")})

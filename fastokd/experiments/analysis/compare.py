@@ -16,7 +16,7 @@ from fastokd.experiments.analysis.latency import (
     measure_latency,
 )
 from fastokd.experiments.analysis.page import page, remarks_section
-from fastokd.experiments.analysis.runs import Group, Record, Run, remarks_of
+from fastokd.experiments.analysis.runs import Group, Run, remarks_of
 from fastokd.experiments.analysis.tables import Table, csv_text, plain_markdown, spread
 from fastokd.export import load_student
 from fastokd.models import create_model
@@ -30,13 +30,8 @@ Latencies = Mapping[tuple[str, int], Latency | None]
 
 
 class PairedTest(NamedTuple):
-    """Student's paired t-test of a group's errors against another's.
-
-    Attributes:
-        differences: this group's error minus the other's in percentage points, for each shared
-            seed.
-        p: the two-sided p-value, or None.
-        reason: why there is no p-value, or no difference.
+    """Student's paired t-test of a group's errors against another's: the differences in percentage
+    points for each shared seed, the two-sided p-value, or the reason why one of both is missing.
     """
 
     differences: tuple[float, ...]
@@ -45,12 +40,8 @@ class PairedTest(NamedTuple):
 
 
 class NetworkCosts(NamedTuple):
-    """Parameters and FLOPs of one image forward.
-
-    Attributes:
-        name: the student's network.
-        student: the student alone.
-        training: all trained networks, without a frozen teacher.
+    """Parameters and FLOPs of one image forward: of the student alone, and of all trained networks,
+    without a frozen teacher. ``name`` is the student's network.
     """
 
     name: str
@@ -66,10 +57,10 @@ class Row:
         group: its runs.
         reference: the group that its errors are tested against: the first group of the same network
             alone (``baseline``), or else the first group of the same network; None for that group.
-        test: of its last errors against those of the reference; None without one.
+        test: of its last errors against those of the reference.
         costs: of its networks; None if the runs have lost the record of their data.
-        images_per_second: of training, the median over the epochs of all its runs, or None.
-        times_alone: the training time of an image relative to the student alone, or None.
+        images_per_second: of training, the median over the epochs of all its runs.
+        times_alone: the training time of an image relative to the student alone.
         latencies: of its student; empty if not measured.
     """
 
@@ -81,25 +72,19 @@ class Row:
     times_alone: float | None
     latencies: Latencies
 
-    def last(self, row: str | None = None) -> list[float]:
-        """Errors in % in the last epoch for each counted run: the student's, or those of another
-        row if all have it.
-        """
-        return _errors([(run, run.last) for run in self.group.counted], row)
-
-    def best(self) -> list[float]:
-        """Errors in % of the student in its best epoch for each counted run."""
-        return _errors([(run, run.best) for run in self.group.counted])
+    def errors(self, row: str = "student", best: bool = False) -> list[float]:
+        """``Run.error`` of each counted run; empty if only some of them have that row."""
+        try:
+            return [run.error(row, best) for run in self.group.counted]
+        except KeyError:
+            return []
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compared groups of runs.
+    """Compared groups of runs, with remarks on irregular runs and failed measurements.
 
-    Attributes:
-        rows: one for each group.
-        remarks: irregularities of runs, and failed measurements.
-        measured_on: the machine of the latencies; empty if not measured.
+    ``measured_on`` is the machine of the latencies, or "".
     """
 
     rows: tuple[Row, ...]
@@ -132,11 +117,8 @@ class Comparison:
 
 
 def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
-    """Compare groups of runs, at least one, see ``read_runs``.
-
-    Args:
-        groups: the groups.
-        latency: measure the students' latencies on this machine.
+    """Compare groups of runs, at least one, see ``read_runs``; ``latency`` measures the latencies
+    of their students on this machine.
 
     Raises:
         ConfigError, MissingExtra: a network cannot be built here.
@@ -189,8 +171,7 @@ def paired_test(group: Group, other: Group) -> PairedTest:
             (), None, f"{group.progress} epochs are finished, of the reference {other.progress}"
         )
     first, second = (
-        {run.config.seed: _errors([(run, run.last)])[0] for run in each.counted}
-        for each in (group, other)
+        {run.config.seed: run.error() for run in each.counted} for each in (group, other)
     )
     seeds = [seed for seed in first if seed in second]
     differences = tuple(first[seed] - second[seed] for seed in seeds)
@@ -204,12 +185,6 @@ def paired_test(group: Group, other: Group) -> PairedTest:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
     result = ttest_rel([first[seed] for seed in seeds], [second[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
-
-
-def _errors(records: Sequence[tuple[Run, Record]], row: str | None = None) -> list[float]:
-    """Errors in %; none if only some of the records have that row."""
-    accuracies = [record["eval"].get(row or run.student) for run, record in records]
-    return [] if None in accuracies else [100 * (1 - value) for value in accuracies]
 
 
 def _costs(run: Run) -> NetworkCosts | None:
@@ -288,32 +263,30 @@ def _error_table(comparison: Comparison) -> Table:
                 reason = ("p" if test.differences else "difference", test.reason)
                 missing.setdefault(reason, []).append(group.label)
         finished = group.counted[0].epochs == group.config.epochs
-        epochs = str(group.config.epochs) if finished else group.progress
-        errors = (spread(row.last()), spread(row.best()), spread(row.last("ensemble")))
-        rows.append((group.label, str(len(group.counted)), epochs, *errors, difference, p))
-    return Table(
-        "Error in %, mean +- sample standard deviation over seeds",
-        (
-            *("runs", "seeds", "epochs", "student, last epoch", "student, best epoch"),
-            *("ensemble, last epoch", "difference, last epoch", "p"),
-        ),
-        tuple(rows),
-        (
-            *_left_out_note(comparison),
-            "The best epoch is chosen on the images it is measured on, and so it is optimistic"
-            " if these are the test images; the last is not chosen.",
-            "Difference: percentage points, less is better, seed by seed against the reference,"
-            " over the n seeds that both have. p: two-sided paired t-test of these differences.",
-            *(
-                f"The reference of {'; '.join(labels)} is {reference}."
-                for reference, labels in references.items()
-            ),
-            *(
-                f"No {value} for {'; '.join(labels)}: {reason}."
-                for (value, reason), labels in missing.items()
-            ),
-        ),
-    )
+        rows.append(
+            {
+                "runs": group.label,
+                "seeds": str(len(group.counted)),
+                "epochs": str(group.config.epochs) if finished else group.progress,
+                "student, last epoch": spread(row.errors()),
+                "student, best epoch": spread(row.errors(best=True)),
+                "ensemble, last epoch": spread(row.errors("ensemble")),
+                "difference, last epoch": difference,
+                "p": p,
+            }
+        )
+    notes = [
+        *_left_out_note(comparison),
+        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
+        " are the test images; the last is not chosen.",
+        "Difference: percentage points, less is better, seed by seed against the reference, over"
+        " the n seeds that both have. p: two-sided paired t-test of these differences.",
+    ]
+    for reference, labels in references.items():
+        notes.append(f"The reference of {'; '.join(labels)} is {reference}.")
+    for (value, cause), labels in missing.items():
+        notes.append(f"No {value} for {'; '.join(labels)}: {cause}.")
+    return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 
 
 def _left_out_note(comparison: Comparison) -> list[str]:
@@ -338,44 +311,48 @@ def _cost_table(comparison: Comparison) -> Table:
             flops = f"{costs.student.flops / 1e6:,.2f}"
             training = f"{costs.training.flops / costs.student.flops:.2f}"
         rows.append(
-            (
-                *(row.group.label, name, parameters, flops),
-                *(_milliseconds(row.latencies, kind) for kind in kinds),
-                training,
-                "-" if row.times_alone is None else f"{row.times_alone:.2f}",
-                "-" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
-            )
+            {
+                "runs": row.group.label,
+                "student": name,
+                "parameters": parameters,
+                "MFLOPs": flops,
+                **{
+                    f"{_DEVICES[device]}, batch {size}, ms": _milliseconds(row, device, size)
+                    for device, size in kinds
+                },
+                "training FLOPs / student": training,
+                "training time / alone": _number(row.times_alone, ".2f"),
+                "training, images/s": _number(row.images_per_second, ",.0f"),
+            }
         )
     latency = (
         f"Latency: median of {_repeats(comparison.rows)} forward passes of the student in"
         f" milliseconds, eager, float32, on {comparison.measured_on}."
     )
-    names = {"cpu": "CPU", "cuda": "GPU"}
-    return Table(
-        "What students and training cost",
-        (
-            *("runs", "student", "parameters", "MFLOPs"),
-            *(f"{names[device]}, batch {size}, ms" for device, size in kinds),
-            *("training FLOPs / student", "training time / alone", "training, images/s"),
-        ),
-        tuple(rows),
-        (
-            "FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that"
-            " is trained, a frozen teacher not among them.",
-            *([latency] if kinds else []),
-            "Training time: of an image, by the median images/s of the epochs, as a multiple of"
-            " the same student trained alone; only where such runs are among these, on the same"
-            " device with as many threads and processes, configured alike in what speed depends"
-            " on. What else the machine did meanwhile is in it.",
-        ),
+    notes = (
+        "FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is"
+        " trained, a frozen teacher not among them.",
+        *([latency] if kinds else []),
+        "Training time: of an image, by the median images/s of the epochs, as a multiple of the"
+        " same student trained alone; only where such runs are among these, on the same device with"
+        " as many threads and processes, configured alike in what speed depends on. What else the"
+        " machine did meanwhile is in it.",
     )
+    return Table.of("What students and training cost", rows, notes)
 
 
-def _milliseconds(latencies: Latencies, kind: tuple[str, int]) -> str:
-    if kind not in latencies:
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _milliseconds(row: Row, device: str, size: int) -> str:
+    if (device, size) not in row.latencies:
         return "-"
-    latency = latencies[kind]
+    latency = row.latencies[device, size]
     return "no memory" if latency is None else f"{1000 * latency.seconds:.3g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _repeats(rows: Sequence[Row]) -> str:
@@ -387,31 +364,26 @@ def _run_table(comparison: Comparison) -> Table:
     rows = []
     for row in comparison.rows:
         for run in row.group.runs:
-            last, best = (
-                f"{100 * (1 - record['eval'][run.student]):.2f}" for record in (run.last, run.best)
-            )
-            ensemble = _errors([(run, run.last)], "ensemble")
+            ensemble = run.last["eval"].get("ensemble")
+            error = None if ensemble is None else 100 * (1 - ensemble)
+            best = f"{run.error(best=True):.2f} (epoch {run.best['epoch'] + 1})"
             known = run.environment.get
             rows.append(
-                (
-                    *(str(run.path), row.group.label, str(run.config.seed)),
-                    f"{run.epochs} of {run.config.epochs}",
-                    last,
-                    f"{best} (epoch {run.best['epoch'] + 1})",
-                    f"{ensemble[0]:.2f}" if ensemble else "-",
-                    f"{run.seconds:,.1f}",
-                    *(str(known("device", "-")), str(known("torch", "-"))),
-                    str(known("commit") or known("fastokd", "-")),
-                )
+                {
+                    "run": str(run.path),
+                    "runs": row.group.label,
+                    "seed": str(run.config.seed),
+                    "epochs": f"{run.epochs} of {run.config.epochs}",
+                    "student, last epoch": f"{run.error():.2f}",
+                    "student, best epoch": best,
+                    "ensemble, last epoch": _number(error, ".2f"),
+                    "seconds of training": f"{run.seconds:,.1f}",
+                    "device": str(known("device", "-")),
+                    "torch": str(known("torch", "-")),
+                    "commit": str(known("commit") or known("fastokd", "-")),
+                }
             )
-    return Table(
-        "Single runs, errors in %",
-        (
-            *("run", "runs", "seed", "epochs", "student, last epoch", "student, best epoch"),
-            *("ensemble, last epoch", "seconds of training", "device", "torch", "commit"),
-        ),
-        tuple(rows),
-    )
+    return Table.of("Single runs, errors in %", rows)
 
 
 def _csv_row(row: Row) -> dict[str, Any]:
@@ -424,7 +396,11 @@ def _csv_row(row: Row) -> dict[str, Any]:
         "finished_epochs": runs[0].epochs,
         "left_out_seeds": " ".join(str(run.config.seed) for run in row.group.left_out),
     }
-    errors = {"last": row.last(), "best": row.best(), "ensemble_last": row.last("ensemble")}
+    errors = {
+        "last": row.errors(),
+        "best": row.errors(best=True),
+        "ensemble_last": row.errors("ensemble"),
+    }
     for name, values in errors.items():
         cells[f"{name}_error_mean"] = statistics.mean(values) if values else ""
         cells[f"{name}_error_std"] = statistics.stdev(values) if len(values) > 1 else ""

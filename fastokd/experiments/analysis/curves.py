@@ -28,7 +28,7 @@ class _Panel:
 
     def curves(self, runs: Sequence[Sequence[Record]]) -> list[Curve]:
         """A curve for each run that has recorded the value."""
-        curves = []
+        curves: list[Curve] = []
         for records in runs:
             curve = {}
             for record in records:
@@ -99,15 +99,10 @@ def draw_curves(
     formats: Sequence[str] = ("png",),
     pictures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[Picture]]] = PICTURES[:2],
 ) -> list[Path]:
-    """Write figures of runs into a folder, and return the files.
-
-    Args:
-        groups, title, formats: see ``row_pictures``.
-        folder: the folder.
-        pictures: the functions that draw.
+    """Write figures of runs into a folder, and return the files. Arguments and errors as
+    ``row_pictures``; ``pictures`` are the functions that draw.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
         StorageError: the disk refused.
     """
     drawn = (picture for draw in pictures for picture in draw(groups, title, formats))
@@ -145,7 +140,7 @@ def _picture(
     lines = -(-len(panels) // columns)
     width, height = (6.0, 4.0) if single else (4.0 * columns, 3.0 * lines)
     size = width, height + 0.2 * len(groups)
-    figure, grid = panel_grid(plt, len(panels), columns, size, share_scale)
+    figure, grid = panel_grid(plt, len(panels), columns, size, sharex=True, sharey=share_scale)
     last_values, handles = [], {}
     for index, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         ends = _draw_panel(axes, groups, panel)

@@ -5,7 +5,7 @@ K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels
 images, is NaN.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def pairwise_distances(rows: Tensor) -> Tensor:
 
 def mean_over_pairs(matrix: Tensor) -> float:
     """The mean of a symmetric [K, K] over pairs of different classifiers; NaN if K < 2."""
-    first, second = torch.triu_indices(*matrix.shape, offset=1)
+    first, second = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return float(matrix[first, second].mean())
 
 
@@ -100,7 +100,8 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     )
 
 
-class Calibration(NamedTuple):
+@dataclass(frozen=True)
+class Calibration:
     """The images of a classifier by its confidence, in bins (low, high] of equal width over [0, 1];
     each [bins].
     """
@@ -121,12 +122,8 @@ class Calibration(NamedTuple):
 
 
 def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Calibration:
-    """The accuracy at each confidence.
-
-    Args:
-        confidences: the largest softmax probability of each image, float64 [N].
-        right: bool [N].
-        bins: the number of bins.
+    """The accuracy at each confidence, from the largest softmax probability of each image, float64
+    [N], and ``right``, bool [N].
     """
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     place = torch.bucketize(confidences, inner)

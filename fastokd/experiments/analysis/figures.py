@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +29,8 @@ def require_matplotlib() -> Any:
 
 
 class Picture(NamedTuple):
-    """A drawn figure.
-
-    Attributes:
-        name: the name of its files, without the ending.
-        title: its subject.
-        description: a text for readers who cannot see it.
-        files: its content by format, "png" or "svg".
+    """A drawn figure: the name of its files without the ending, its title, a text for readers who
+    cannot see it, and its content by format, "png" or "svg".
     """
 
     name: str
@@ -50,20 +46,15 @@ class Picture(NamedTuple):
         """
         paths = [folder / f"{self.name}.{ending}" for ending in self.files]
         for path, content in zip(paths, self.files.values(), strict=True):
-            write_atomically(path, lambda file, content=content: file.write(content))
+            write_atomically(path, operator.methodcaller("write", content))
         return paths
 
 
 def encoded(
     plt: Any, figure: Any, formats: Sequence[str], identifier: str | None = None
 ) -> dict[str, bytes]:
-    """A figure in each of the formats, "png" or "svg". It is closed.
-
-    Args:
-        plt: ``matplotlib.pyplot``.
-        figure: the figure.
-        formats: "png", "svg".
-        identifier: a text in the metadata of the SVG file.
+    """A figure in each of the formats, "png" or "svg"; it is closed. ``identifier`` is a text in
+    the metadata of the SVG file.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is the slowest part, and serves all formats
@@ -95,30 +86,17 @@ def save_svg(plt: Any, figure: Any, path: Path, data: Any) -> Path:
 
 
 def shows(path: Path, data: Any) -> bool:
-    """Whether a file exists and was drawn from these data, by any version of matplotlib."""
+    """True if a file exists and was drawn from these data, by any version of matplotlib."""
     return path.is_file() and fingerprint(data) in path.read_text(encoding="utf-8")
 
 
 def panel_grid(
-    plt: Any, count: int, columns: int, size: tuple[float, float], sharey: bool
+    plt: Any, count: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Any, list[Any]]:
-    """A figure with ``count`` axes in lines of ``columns``, which share their x axis.
-
-    Args:
-        plt: ``matplotlib.pyplot``.
-        count, columns: the number of axes, and of those in a line.
-        size: of the figure, in inches.
-        sharey: whether they share their y axis too.
-    """
-    figure, grid = plt.subplots(
-        -(-count // columns),
-        columns,
-        figsize=size,
-        layout="constrained",
-        sharex=True,
-        sharey=sharey,
-        squeeze=False,
-    )
+    """A figure with ``count`` axes in lines of ``columns``; ``options`` are of ``plt.subplots``."""
+    lines = -(-count // columns)
+    options |= {"figsize": size, "layout": "constrained", "squeeze": False}
+    figure, grid = plt.subplots(lines, columns, **options)
     for axes in grid.flat[count:]:
         axes.remove()
     panels = list(grid.flat[:count])
@@ -134,14 +112,8 @@ def draw_heat_map(
     fontsize: str,
     **options: Any,
 ) -> Any:
-    """Draw a table of numbers as colors with a text in each cell; returns matplotlib's image.
-
-    Args:
-        axes: matplotlib's axes.
-        values: the numbers; None is drawn white.
-        texts: the texts.
-        fontsize: of the texts.
-        options: of ``axes.imshow``.
+    """Draw a table of numbers as colors with a text in each cell; returns matplotlib's image. None
+    is drawn white; ``options`` are those of ``axes.imshow``.
     """
     numbers = [[float("nan") if value is None else value for value in line] for line in values]
     image = axes.imshow(numbers, aspect="auto", **options)

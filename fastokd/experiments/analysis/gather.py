@@ -54,7 +54,7 @@ class Gathered:
 
     @property
     def student_errors(self) -> int:
-        """How many images the student gets wrong."""
+        """The number of images that the student gets wrong."""
         return int((~self.right[self.student]).sum())
 
 
@@ -85,7 +85,7 @@ def gather(
     mixing: dict[str, dict[str, list[Tensor]]] = {}
     kept: list[Tensor] = []  # of the errors that are shown: keys, labels, features of every branch
     rows: tuple[str, ...] = ()
-    sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
+    sums: tuple[Tensor, ...] = (torch.zeros((), dtype=torch.float64),) * 3
     done = 0
     for result, named, target in evaluator.measured(batches):
         rows = tuple(named)

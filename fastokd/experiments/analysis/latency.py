@@ -1,4 +1,4 @@
-"""How long a network takes for a batch on this machine."""
+"""The latency of a network on this machine."""
 
 import statistics
 import time
@@ -41,16 +41,13 @@ def measure_latency(
     network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device
 ) -> Latency | None:
     """Time eager forward passes in float32 (without TF32) and channels-last, each until the device
-    has finished.
+    has finished. None if the batch does not fit into the device's memory.
 
     Args:
         network: images [B, 3, H, W] to logits, in evaluation mode; it is moved to the device.
         image_size: H and W.
         batch_size: B.
         device: the device.
-
-    Returns:
-        None if the batch does not fit into the device's memory.
     """
 
     def run() -> float:
@@ -61,7 +58,7 @@ def measure_latency(
         return time.perf_counter() - started
 
     try:
-        network.to(device, memory_format=torch.channels_last)
+        network.to(device).to(memory_format=torch.channels_last)
         images = torch.randn(batch_size, 3, *image_size).to(
             device, memory_format=torch.channels_last
         )

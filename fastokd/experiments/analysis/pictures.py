@@ -51,13 +51,13 @@ Drawing = tuple[Any, str, str]
 def draw_study(
     record: Mapping[str, Any], found: Gathered, folder: Path
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Draw everything that a run's analysis has numbers for.
+    """Draw everything that a run's analysis has numbers for, and remove the files of other figures
+    of ``NAMES`` from the folder.
 
     Args:
         record: as ``fastokd.experiments.analysis.study`` makes it.
         found: the data it was computed from; the t-SNE needs its features.
-        folder: the folder of the files. Files there with names of figures that are not drawn are
-            removed.
+        folder: the folder of the files.
 
     Returns:
         Name, title and description of each figure, and a line with the reason for each figure that
@@ -128,9 +128,9 @@ def _tsne(study: _Study) -> Drawing:
     colors = {index: cmap(index if few else order) for order, index in enumerate(marked)}
     others = ~torch.isin(labels, torch.tensor(list(colors)))
     size = (7.5 if together else 4.5 * len(groups), 6)
-    figure, grid = plt.subplots(1, len(groups), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = panel_grid(plt, len(groups), len(groups), size)
     numbers = {name: index for index, name in enumerate(features, start=1)}
-    for axes, group, points in zip(grid.flat, groups, embedded, strict=True):
+    for axes, group, points in zip(panels, groups, embedded, strict=True):
         for name, branch in zip(group, points.chunk(len(group)), strict=True):
             style = {"marker": f"${numbers[name]}$", "s": 28, "linewidths": 0.3}
             axes.scatter(*branch[others].T, color="lightgray", **style)
@@ -176,29 +176,24 @@ def _embed(points: Tensor) -> Tensor:
 def _distances(study: _Study) -> Drawing:
     """Bars of the distance of every row from the student."""
     values, student = study.values, study.student
-    panels = {
+    keys = {
         f"logits, over the {study.errors} images that {student} gets wrong": "logit_distance",
         "softmax outputs, over all images": "softmax_distance",
     }
-    distances = {label: values[key][student] for label, key in panels.items()}
+    distances = {label: values[key][student] for label, key in keys.items()}
     distances = {label: each for label, each in distances.items() if None not in each.values()}
     others = [name for name in values["accuracy"] if name != student]
-    figure, grid = study.plt.subplots(
-        1,
-        len(distances),
-        figsize=(5 * len(distances), 0.35 * len(others) + 1.8),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    size = (5 * len(distances), 0.35 * len(others) + 1.8)
+    count = len(distances)
+    figure, panels = panel_grid(study.plt, count, count, size, sharey=True)
     words = []
-    for axes, (label, by_row) in zip(grid.flat, distances.items(), strict=True):
+    for axes, (label, by_row) in zip(panels, distances.items(), strict=True):
         bars = axes.barh(others, [by_row[name] for name in others], color="tab:blue")
         axes.bar_label(bars, fmt=" {:.3g}", fontsize="small")
         axes.margins(x=0.15)
         axes.set_xlabel(f"mean Euclidean distance of {label}", fontsize="small")
         words.append(f"{label}: " + ", ".join(f"{name} {by_row[name]:.3g}" for name in others))
-    grid[0, 0].invert_yaxis()
+    panels[0].invert_yaxis()
     description = f"Mean Euclidean distance between {student} and every other row: "
     return figure, f"distance to {student}", description + "; ".join(words) + "."
 
@@ -206,11 +201,9 @@ def _distances(study: _Study) -> Drawing:
 def _agreement(study: _Study) -> Drawing:
     """Heat maps of the fraction of equal predictions and of shared errors of two rows."""
     rows, side = study.rows, 0.55 * len(study.rows)
-    figure, grid = study.plt.subplots(
-        1, 2, figsize=(2 * (side + 2.4), side + 2.2), layout="constrained"
-    )
+    figure, panels = panel_grid(study.plt, 2, 2, (2 * (side + 2.4), side + 2.2))
     labels = {"agreement": "the same class", "error_overlap": "errors that both make"}
-    for axes, (key, label) in zip(grid, labels.items(), strict=True):
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         table = [[study.values[key][one][other] for other in rows] for one in rows]
         _percentages(figure, axes, table, rows, rows)
         axes.set_title(label, fontsize="small")
@@ -275,7 +268,7 @@ def _confusion(study: _Study) -> Drawing:
         for name in shown
     ]
     side = 0.42 * len(shown)
-    figure, axes = study.plt.subplots(figsize=(side + 2.4, side + 2), layout="constrained")
+    figure, (axes,) = panel_grid(study.plt, 1, 1, (side + 2.4, side + 2))
     _percentages(figure, axes, table, shown, shown)
     axes.set(xlabel=f"what {student} says", ylabel="class")
     description = (
@@ -303,9 +296,8 @@ def _mixing(study: _Study) -> Drawing:
         [overall[mixture][name], *(by_class[mixture][name][each] for each in shown)]
         for mixture, name in lines
     ]
-    figure, axes = study.plt.subplots(
-        figsize=(0.45 * len(shown) + 3.4, 0.4 * len(lines) + 2.2), layout="constrained"
-    )
+    size = (0.45 * len(shown) + 3.4, 0.4 * len(lines) + 2.2)
+    figure, (axes,) = panel_grid(study.plt, 1, 1, size)
     _percentages(figure, axes, table, labels, ["all images", *shown])
     axes.axvline(0.5, color="white", linewidth=3)
     means = ", ".join(f"{label} {line[0]:.2f}" for label, line in zip(labels, table, strict=True))
@@ -352,7 +344,7 @@ def _mixing_by_epoch(study: _Study) -> Drawing:
 def _small_panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
     columns = min(4, count)
     size = (2.8 * columns + 0.8, 2.7 * -(-count // columns) + 0.8)
-    return panel_grid(plt, count, columns, size, sharey=True)
+    return panel_grid(plt, count, columns, size, sharex=True, sharey=True)
 
 
 def _percentages(

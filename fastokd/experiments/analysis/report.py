@@ -15,11 +15,7 @@ from fastokd.experiments.analysis.tables import Table
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
-    """The page, which needs no other file and no network.
-
-    Args:
-        groups: see ``read_runs``.
-        comparison: of these groups, see ``compare``.
+    """The page, which needs no other file and no network; ``comparison`` is of these groups.
 
     Raises:
         MissingExtra: matplotlib is not installed.

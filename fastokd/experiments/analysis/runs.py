@@ -1,6 +1,8 @@
 """The records of run folders, grouped by runs that differ only in the seed."""
 
 import dataclasses
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +63,26 @@ class Run:
     def best(self) -> Record:
         """The record of the first epoch with the student's highest accuracy, of all epochs.
 
-        ``summary.json`` and ``best.pt`` are of a later one if a run was resumed without the
-        checkpoint of this; ``remarks`` then contains it.
+        ``summary.json`` and ``best.pt`` are of a later one if a run was resumed without its
+        checkpoint.
         """
         records = (record for record in self.records if self.student in record["eval"])
         return max(records, key=lambda record: record["eval"][self.student])
+
+    def error(self, row: str = "student", best: bool = False) -> float:
+        """The error in % in the last epoch, or in the student's best.
+
+        Args:
+            row: "student", "branch_mean" for the mean over the branches, or a row's name.
+
+        Raises:
+            KeyError: the row is not recorded; the student's always is.
+        """
+        accuracies = (self.best if best else self.last)["eval"]
+        names = [self.student if row == "student" else row]
+        if row == "branch_mean":
+            names = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
+        return statistics.mean(100 * (1 - accuracies[name]) for name in names)
 
     def shown(self, fact: str) -> str:
         """An entry of ``evaluated`` in words."""
@@ -80,11 +97,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed, by their seeds.
-
-    Attributes:
-        label: model, method, and the differences from other groups with the same two.
-        runs: at least one, of different seeds.
+    """Runs that differ only in the seed, at least one, by their seeds. The label has model, method,
+    and the differences from other groups with the same two.
     """
 
     label: str

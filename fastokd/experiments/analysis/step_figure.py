@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
+from fastokd.experiments.analysis.figures import panel_grid, require_matplotlib, save_svg
 
 _KINDS = {
     "first": ("research style", "tab:gray"),
@@ -16,11 +16,7 @@ _KINDS = {
 
 def draw_step_benchmark(found: Mapping[str, Any], path: Path) -> Path:
     """Draw the speed-up of each row over the first, with the lowest and highest of its windows, as
-    an SVG file.
-
-    Args:
-        found: see ``fastokd.experiments.step_benchmark.report``.
-        path: the file.
+    an SVG file. ``found`` is of ``fastokd.experiments.step_benchmark.report``.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -28,7 +24,7 @@ def draw_step_benchmark(found: Mapping[str, Any], path: Path) -> Path:
     """
     plt = require_matplotlib()
     rows = [row for row in found["rows"] if not row["reason"]]
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1.6), layout="constrained")
+    figure, (axes,) = panel_grid(plt, 1, 1, (9, 0.4 * len(rows) + 1.6))
     shown: dict[str, None] = {}
     for position, row in enumerate(rows):
         median, low, high = row["times_first"]

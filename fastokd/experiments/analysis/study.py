@@ -106,22 +106,16 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """An analysis: the record that is written, and the data of the t-SNE.
-
-    Attributes:
-        record: as docs/analyze.md describes it.
-        gathered: the data it was computed from, with the features that the t-SNE shows.
+    """An analysis: the record that is written (docs/analyze.md describes it), and the data it was
+    computed from, with the features of the t-SNE.
     """
 
     record: dict[str, Any]
     gathered: Gathered
 
     def write(self, folder: Path) -> list[str]:
-        """Write ``analysis.json``, and each figure as SVG and PNG; figures of an earlier analysis
-        that are not drawn now are removed.
-
-        Returns:
-            The names of the figures. The record's notes say which could not be drawn.
+        """Write ``analysis.json`` and the figures, see ``draw_study``; returns the names of the
+        figures.
 
         Raises:
             StorageError: the disk refused.

@@ -14,19 +14,22 @@ from rich.text import Text
 
 
 class Table(NamedTuple):
-    """A table of text.
-
-    Attributes:
-        title: its subject.
-        head: the columns' names; the first column names the rows.
-        rows: cells, as many as ``head`` has. Columns after the first are aligned as numbers.
-        notes: sentences on how to read it.
+    """A table of text: its title, the names of its columns, its rows, and notes on how to read it.
+    The first column names the rows; the others are aligned as numbers.
     """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, title: str, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()
+    ) -> "Table":
+        """A table of at least one row, each with the cells by their columns."""
+        cells = tuple(tuple(row.values()) for row in rows)
+        return cls(title, tuple(rows[0]), cells, tuple(notes))
 
     def as_text(self) -> str:
         """For a terminal. Nothing is cut off; only the columns' names are wrapped."""

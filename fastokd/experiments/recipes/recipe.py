@@ -1,7 +1,7 @@
 """Recipes: configurations whose every value has a source, with the published numbers."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ class Sourced(NamedTuple):
     source: str
 
 
-Settings = Mapping[str, Sourced]
+Settings = dict[str, Sourced]
 
 
-def given(source: str, **values: Any) -> dict[str, Sourced]:
+def given(source: str, **values: Any) -> Settings:
     """Fields of ``TrainConfig`` that one source gives: paper and section, table or equation."""
     return {name: Sourced(value, source) for name, value in values.items()}
 

@@ -34,12 +34,8 @@ _WITH_OPTIONS = ("method_options", "loader_options")
 
 
 class Point(NamedTuple):
-    """One combination of values.
-
-    Attributes:
-        name: made of its values and unique; the names of its runs begin with it.
-        values: of the fields that have several in the grid.
-        config: with seed 0.
+    """One combination of values: a unique name that begins the names of its runs, the values of
+    fields that have several in the grid, and the configuration with seed 0.
     """
 
     name: str

@@ -6,30 +6,58 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
+from fastokd.data import Dataset
 from fastokd.errors import EXIT_OK, ConfigError
 from fastokd.experiments.analysis.runs import SAME_RUN
-from fastokd.experiments.sweep.images import Datasets
+from fastokd.experiments.analysis.tables import Table
 from fastokd.experiments.sweep.queue import Job, Outcome, Queue
+from fastokd.experiments.sweep.results import Measured, measure
 from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, differences
+from fastokd.train.data import AnyDataset, open_data
+from fastokd.train.progress import Counter
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.teacher import open_teacher
 
 Record = Mapping[str, Any]
 
 
-class Results(Protocol):
-    """The results of a plan's runs so far."""
+class Datasets:
+    """Opens datasets as runs do, each of them once."""
 
-    def as_text(self) -> str:
-        """Tables for a terminal."""
+    def __init__(self) -> None:
+        self._opened: dict[str, AnyDataset] = {}
 
-    def write(self) -> None:
-        """Write tables and numbers into the plan's folder."""
+    def of(self, config: TrainConfig) -> AnyDataset:
+        """The dataset of a configuration.
+
+        Raises:
+            ConfigError, DataError: see ``open_data``.
+        """
+        key = repr(
+            [config.data, config.image_size, config.val_split, config.loader, config.bad_images]
+        )
+        if key not in self._opened:
+            counter = Counter("reading images")
+            try:
+                self._opened[key] = open_data(config, torch.device("cpu"), progress=counter)
+            finally:
+                counter.close()
+        return self._opened[key]
+
+    def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
+        """The fingerprints of the datasets, by form: files, or decoded images of a size."""
+        fingerprints = {}
+        for config in configs:
+            dataset = self.of(config)
+            decoded = isinstance(dataset, Dataset)
+            form = f"images of size {config.image_size}" if decoded else "files"
+            fingerprints[form] = dataset.fingerprint
+        return fingerprints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,41 +66,47 @@ class Plan(ABC):
 
     Attributes:
         out: the folder.
-        datasets: opens the data of the runs.
+        jobs: the runs of each row of the results, by the row's name.
+        rows: the rows to run now.
+        seeds: the number of runs of each of these, with seeds from 0.
+        datasets: opens their data.
     """
 
     kind: ClassVar[str]
     """The command; ``KIND.json`` in the folder has the plan's record."""
 
     out: Path
+    jobs: Mapping[str, tuple[Job, ...]]
+    rows: tuple[str, ...]
+    seeds: int
     datasets: Datasets = field(default_factory=Datasets)
 
     @property
-    @abstractmethod
-    def runs(self) -> Sequence[Sequence[Job]]:
-        """Every run of the results, by row."""
-
-    @property
-    @abstractmethod
     def queue(self) -> list[Job]:
-        """The runs to train now, in the order in which they start."""
+        """The runs to train now: all rows with the first seed, then with the next."""
+        jobs = [job for name in self.rows for job in self.jobs[name]]
+        return [job for seed in range(self.seeds) for job in jobs if job.config.seed == seed]
 
     @property
     @abstractmethod
     def record(self) -> Record:
         """A description of the plan, as JSON has it."""
 
-    @abstractmethod
     def differences(self, existing: Record) -> list[str]:
         """Differences from the folder's record that prevent reusing the folder."""
+        return [
+            f"{name}: {existing[name]!r}, {value!r}"
+            for name, value in self.record.items()
+            if existing[name] != value
+        ]
 
     @abstractmethod
-    def results(self, failed: Mapping[str, str]) -> Results:
-        """Read the results.
+    def results(self, failed: Mapping[str, str]) -> "Results":
+        """Read the results; ``failed`` has the errors of failed runs by name."""
 
-        Args:
-            failed: errors of the runs that failed in this process, by name.
-        """
+    def measured(self, failed: Mapping[str, str]) -> dict[str, Measured]:
+        """The finished runs of each row, by its name."""
+        return {name: measure(jobs, failed) for name, jobs in self.jobs.items()}
 
     def check(self) -> None:
         """Check that the folder, if it exists, belongs to this plan and to the same images.
@@ -96,7 +130,7 @@ class Plan(ABC):
                 f" {'; '.join(different)}); repeat that command to resume it, or choose another"
                 " --out"
             )
-        jobs = [job for row in self.runs for job in row]
+        jobs = [job for row in self.jobs.values() for job in row]
         configs = [job.config for job in jobs if job.config.data]
         for name, fingerprint in self.datasets.fingerprints(configs).items():
             if images.get(name, fingerprint) != fingerprint:
@@ -116,12 +150,8 @@ class Plan(ABC):
     def run(
         self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
     ) -> Outcome:
-        """Train the runs that are not finished, and write the results after each of them.
-
-        Args:
-            devices: the devices of the runs.
-            per_device: the number of simultaneous runs on each.
-            say: prints a line about progress.
+        """Train the runs that are not finished, ``per_device`` at once on each device, and write
+        the results after each of them. ``say`` prints a line about progress.
 
         Raises:
             ConfigError: see ``check``, or runs in the folder are still active.
@@ -207,3 +237,28 @@ def _check_inputs(configs: Sequence[TrainConfig], datasets: Datasets) -> None:
         if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
             open_teacher(config, dataset, torch.device("cpu"))
             checked.add(key)
+
+
+@dataclass(frozen=True)
+class Results(ABC):
+    """The results of a plan's runs so far, of each row by its name, with notes."""
+
+    measured: Mapping[str, Measured]
+    notes: tuple[str, ...]
+
+    @abstractmethod
+    def tables(self) -> list[Table]:
+        """The tables of the results."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write tables and numbers into the plan's folder."""
+
+    def as_text(self) -> str:
+        """The tables for a terminal."""
+        return "\n\n".join(table.as_text() for table in self.tables())
+
+
+def run_of(out: Path, name: str, config: TrainConfig, seed: int) -> Job:
+    """The run of a row with a seed."""
+    return Job(out / "runs" / f"{name}-seed{seed}", replace(config, seed=seed))

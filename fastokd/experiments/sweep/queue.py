@@ -65,12 +65,8 @@ class Job:
 
 
 class Outcome(NamedTuple):
-    """The end of a queue.
-
-    Attributes:
-        failed: errors of the runs that failed, one line each, by name.
-        exit_code: 0; that of the first run that failed; or 75 if a signal stopped the queue.
-        signal: the name of the signal that stopped it, or "".
+    """The end of a queue: the errors of failed runs by name, one line each; 0, or the exit code of
+    the first failed run, or 75 if a signal stopped the queue; and that signal's name or "".
     """
 
     failed: dict[str, str]

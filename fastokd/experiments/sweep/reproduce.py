@@ -14,15 +14,13 @@ from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Values, fields_of
-from fastokd.experiments.sweep.plan import Plan, Record
-from fastokd.experiments.sweep.queue import Job
+from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
 from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
     data_differences,
     difference,
     group_by_item,
-    measure,
     setup_differences,
 )
 from fastokd.storage import write_json, write_text
@@ -30,12 +28,8 @@ from fastokd.train.config import TrainConfig, check_config, override
 
 
 class PaperTable(NamedTuple):
-    """The numbers that a source reports for one dataset.
-
-    Attributes:
-        source: see ``Published.source``.
-        dataset: a key of ``DATASETS``.
-        recipes: the recipes that it has numbers for, by name.
+    """The numbers of a source (see ``Published.source``) for a dataset, a key of ``DATASETS``, and
+    the recipes that they are of, by name.
     """
 
     source: str
@@ -86,28 +80,31 @@ def get_table(name: str) -> PaperTable:
 
 def table_of_tables() -> Table:
     """The tables that can be reproduced."""
-    rows = tuple(
-        (name, each.source, DATASETS[each.dataset].title, str(len(each.recipes)), str(each.runs))
-        for name, each in paper_tables().items()
-    )
+    rows = [
+        {
+            "table": name,
+            "of": table.source,
+            "data": DATASETS[table.dataset].title,
+            "recipes": str(len(table.recipes)),
+            "runs": str(table.runs),
+        }
+        for name, table in paper_tables().items()
+    ]
     notes = (
         "See one with: fastokd reproduce TABLE --dry-run",
         "Run it with: fastokd reproduce TABLE --data FOLDER",
     )
-    return Table("Published tables", ("table", "of", "data", "recipes", "runs"), rows, notes)
+    return Table.of("Published tables", rows, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction(Plan):
-    """A published table and the runs of its recipes.
+    """A published table and the runs of its recipes. The results have all recipes of the table.
 
     Attributes:
         name: of the table.
         table: the table.
-        rows: the recipes to run now, by name. The results have all recipes of the table.
-        seeds: number of runs of each of these rows, with seeds from 0.
         configs: of all recipes of the table, by name, with seed 0.
-        jobs: the runs of each recipe of the table: those to run now and existing ones.
         epochs: the number that all schedules are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
     """
@@ -116,27 +113,9 @@ class Reproduction(Plan):
 
     name: str
     table: PaperTable
-    rows: tuple[str, ...]
-    seeds: int
     configs: Mapping[str, TrainConfig]
-    jobs: Mapping[str, tuple[Job, ...]]
     epochs: int | None
     changes: Mapping[str, Any]
-
-    @property
-    def runs(self) -> Sequence[Sequence[Job]]:
-        return list(self.jobs.values())
-
-    @property
-    def queue(self) -> list[Job]:
-        """All rows with the first seed, then with the next."""
-        return [
-            job
-            for seed in range(self.seeds)
-            for name in self.rows
-            for job in self.jobs[name]
-            if job.config.seed == seed
-        ]
 
     @property
     def record(self) -> Record:
@@ -148,15 +127,9 @@ class Reproduction(Plan):
             "set": json.loads(json.dumps(self.changes)),
         }
 
-    def differences(self, existing: Record) -> list[str]:
-        return [
-            f"{name}: {existing[name]!r}, {value!r}"
-            for name, value in self.record.items()
-            if existing[name] != value
-        ]
-
     def results(self, failed: Mapping[str, str]) -> "ReproductionResults":
-        return ReproductionResults.of(self, failed)
+        measured = self.measured(failed)
+        return ReproductionResults(measured, tuple(_notes(self, measured)), self)
 
 
 def plan_reproduction(
@@ -213,10 +186,7 @@ def plan_reproduction(
         if not rows or any(fnmatch.fnmatchcase(key, pattern) for pattern in rows):
             chosen.append(key)
             runs |= {*range(seeds)}
-        jobs[key] = tuple(
-            Job(out / "runs" / f"{key}-seed{seed}", replace(config, seed=seed))
-            for seed in sorted(runs)
-        )
+        jobs[key] = tuple(run_of(out, key, config, seed) for seed in sorted(runs))
     return Reproduction(
         out=out,
         name=name,
@@ -245,25 +215,12 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class ReproductionResults:
-    """The results of a table's runs so far.
-
-    Attributes:
-        plan: the table.
-        measured: of every recipe, by name.
-        notes: differences from the paper in finished and planned runs, and the notes of their
-            recipes.
+class ReproductionResults(Results):
+    """The results of a table's runs. The notes are the differences from the paper in finished and
+    planned runs, and the notes of their recipes.
     """
 
     plan: Reproduction
-    measured: Mapping[str, Measured]
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, plan: Reproduction, failed: Mapping[str, str]) -> "ReproductionResults":
-        """Read the results, see ``Plan.results``."""
-        measured = {name: measure(jobs, failed) for name, jobs in plan.jobs.items()}
-        return cls(plan, measured, tuple(_notes(plan, measured)))
 
     def _numbers(self) -> Iterator[tuple[str, Measured, Published]]:
         """Every number of the table, with its recipe and the recipe's runs."""
@@ -271,7 +228,7 @@ class ReproductionResults:
             for number in self.plan.table.numbers(recipe):
                 yield name, self.measured[name], number
 
-    def table(self) -> Table:
+    def tables(self) -> list[Table]:
         """A line for every number of the table, also for those without a run."""
         rows = []
         for name, measured, number in self._numbers():
@@ -279,37 +236,29 @@ class ReproductionResults:
             label = "" if number.row == "student" else f", {number.row.replace('_', ' ')}"
             runs = f" ({number.runs})" if number.runs else ""
             rows.append(
-                (
-                    f"{name}{label}",
-                    f"{number.number()}{runs}",
-                    f"{spread(errors)} ({len(errors)})" if errors else "-",
-                    difference(errors, number),
-                    spread(measured.errors(number.row, best=True)),
-                    measured.progress(),
-                )
+                {
+                    "recipe": f"{name}{label}",
+                    "published": f"{number.number()}{runs}",
+                    "here, last epoch": f"{spread(errors)} ({len(errors)})" if errors else "-",
+                    "difference": difference(errors, number),
+                    "here, best epoch": spread(measured.errors(number.row, best=True)),
+                    "runs": measured.progress(),
+                }
             )
         table = self.plan.table
-        return Table(
+        title = (
             f"{table.source}, {DATASETS[table.dataset].title}: errors in %, mean +- sample standard"
-            " deviation (number of runs)",
-            ("recipe", "published", "here, last epoch", "difference", "here, best epoch", "runs"),
-            tuple(rows),
-            self.notes,
+            " deviation (number of runs)"
         )
-
-    def as_text(self) -> str:
-        """For a terminal."""
-        return self.table().as_text()
-
-    def as_markdown(self) -> str:
-        """A table, and the notes as a list."""
-        notes = (f"- {plain_markdown(note)}" for note in self.notes)
-        return "\n".join([self.table()._replace(notes=()).as_markdown(), *notes, ""])
+        return [Table.of(title, rows, self.notes)]
 
     def write(self) -> None:
         """Write ``reproduce.md`` and ``results.json``."""
         plan = self.plan
-        write_text(plan.out / "reproduce.md", self.as_markdown())
+        (table,) = self.tables()
+        notes = (f"- {plain_markdown(note)}" for note in self.notes)
+        text = "\n".join([table._replace(notes=()).as_markdown(), *notes, ""])
+        write_text(plan.out / "reproduce.md", text)
         rows = [
             {
                 "recipe": name,

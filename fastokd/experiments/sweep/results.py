@@ -1,6 +1,5 @@
 """Errors of the runs of one configuration, and differences from the setup of a paper."""
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,21 +15,16 @@ from fastokd.train.config import TrainConfig, differences
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs of one configuration, one for each seed.
-
-    Attributes:
-        runs: those with all epochs, in the order of their seeds.
-        states: of every run by its name, also of those not started.
+    """The runs of one configuration, one for each seed: those with all epochs, in the order of
+    their seeds, and the states of all by name, also of those not started.
     """
 
     runs: tuple[Run, ...]
     states: Mapping[str, str]
 
     def errors(self, row: str = "student", best: bool = False) -> list[float]:
-        """Errors in % of a row (see ``Published.row``), one for each run in ``runs``, in the last
-        epoch or in the student's best.
-        """
-        return [_error(run, row, best) for run in self.runs]
+        """``Run.error`` of a row (see ``Published.row``) in the last or best epoch of each run."""
+        return [run.error(row, best) for run in self.runs]
 
     def progress(self) -> str:
         """Progress in words: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run",
@@ -74,14 +68,6 @@ def measure(jobs: Iterable[Job], failed: Mapping[str, str]) -> Measured:
                 state = f"failed: {error}"
         states[job.name] = state
     return Measured(tuple(runs), states)
-
-
-def _error(run: Run, row: str, best: bool) -> float:
-    accuracies: Mapping[str, float] = (run.best if best else run.last)["eval"]
-    if row == "branch_mean":
-        branches = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
-        return statistics.mean(100 * (1 - accuracies[name]) for name in branches)
-    return 100 * (1 - accuracies[run.student if row == "student" else row])
 
 
 def difference(errors: Sequence[float], published: Published | None) -> str:
