@@ -15,13 +15,9 @@ import pytest
 import torch
 
 from bench.suite import DEVICE, SMOKE, measure, synchronize
-from fastokd.experiments.step_benchmark import (
-    EngineStep,
-    ResearchStep,
-    first_row,
-    optimizations,
-    synthetic_images,
-)
+from fastokd.experiments.research_step import ResearchStep
+from fastokd.experiments.step_benchmark import EngineStep, first_row, optimizations
+from fastokd.experiments.step_images import synthetic_images
 from fastokd.train.config import TrainConfig
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")

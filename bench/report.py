@@ -29,8 +29,8 @@ from bench.suite_tables import (
     step_table,
     threads,
 )
+from fastokd.experiments.analysis.figures import shows
 from fastokd.experiments.analysis.step_figure import draw_step_benchmark
-from fastokd.experiments.analysis.svg import shows
 from fastokd.experiments.analysis.tables import markdown_table
 from fastokd.experiments.step_benchmark import current_rows
 

@@ -28,7 +28,7 @@ from bench.report import (
     start_table,
     step_benchmark_tables,
 )
-from fastokd.experiments.analysis.svg import shows
+from fastokd.experiments.analysis.figures import shows
 
 ROOT = Path(__file__).resolve().parent.parent
 

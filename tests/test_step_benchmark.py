@@ -18,14 +18,13 @@ from fastokd.experiments.research_step import ResearchStep
 from fastokd.experiments.step_benchmark import (
     EngineStep,
     StepBenchmark,
-    StepRow,
     current_rows,
-    decoded_images,
     first_row,
     optimizations,
     report,
-    synthetic_images,
 )
+from fastokd.experiments.step_images import decoded_images, synthetic_images
+from fastokd.experiments.step_timer import StepRow
 from fastokd.train.config import TrainConfig
 
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,17 @@ import torch
 import yaml
 from cifar_files import write_cifar
 from launching import default_signals, start
-from PIL import Image
 
 from fastokd import cli
 from fastokd.errors import ConfigError, StorageError
 from fastokd.experiments.recipes import Published, Recipe, get_recipe
 from fastokd.experiments.sweep import queue
 from fastokd.experiments.sweep.grid import grid_points, parse_values
-from fastokd.experiments.sweep.images import Datasets
 from fastokd.experiments.sweep.published import matched_recipes, student_numbers
 from fastokd.experiments.sweep.queue import Job, Queue, parse_devices, parse_per_device
 from fastokd.experiments.sweep.results import Measured
-from fastokd.experiments.sweep.sweep import Results, Sweep, plan_sweep
+from fastokd.experiments.sweep.sweep import Sweep, plan_sweep
 from fastokd.train.config import TrainConfig
-from fastokd.train.data import open_data
 from fastokd.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,7 +280,7 @@ def test_what_differs_is_said_of_the_recipe_that_a_point_is():
         recipe.name.removesuffix("-100-epochs"),
     ]
     assert (
-        Results.of(sweep, {})
+        sweep.results({})
         .notes[0]
         .endswith("Not as published: lr_final: 0.0, 0.1 (published, here).")
     )
@@ -1175,42 +1171,3 @@ def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
         assert "30.00" not in said.out
     assert cli.main([*grid, "--dry-run"]) == 0  # without data there is nothing to compare
     assert "30.00" in capsys.readouterr().out
-
-
-def test_a_finished_run_of_other_images_is_refused(fake, tmp_path, capsys):
-    out = tmp_path / "out"
-    grid = [*TINY, "--devices", "cpu", "--set", "epochs=1", "--set", "aux_blocks=0,1"]
-    assert sweep(out, *grid) == 0
-    environment = out / "runs" / "aux_blocks-1-seed0" / "environment.json"
-    found = json.loads(environment.read_text())
-    environment.write_text(
-        json.dumps({"data": {**found["data"], "name": "pets", "fingerprint": "0" * 64}})
-    )
-    capsys.readouterr()
-    assert sweep(out, *grid) == 2
-    assert (
-        "aux_blocks-1-seed0 contains a run on other images (of pets) than digits has now: pass the"
-        " data that it was trained on" in capsys.readouterr().err
-    )
-
-
-def test_what_memory_decided_is_no_other_data(tmp_path):
-    """A run that listed the files of small images, where now they are decoded, or the other way
-    round.
-    """
-    folder = tmp_path / "data"
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (folder / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8), (len(name + split) * 9, 0, 0)).save(
-                folder / split / name / f"{name}.png"
-            )
-    datasets, config = Datasets(), TrainConfig(data=str(folder))
-    listed, decoded = (
-        open_data(TrainConfig(data=str(folder), loader=loader), torch.device("cpu")).fingerprint
-        for loader in ("torchvision", "resident")
-    )
-    assert listed != decoded
-    assert not any(datasets.differ(config, each) for each in (listed, decoded))
-    assert datasets.differ(config, "0" * 64)
-    assert datasets.differ(replace(config, loader="resident"), listed)

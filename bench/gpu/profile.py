@@ -15,7 +15,8 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
-from fastokd.experiments.step_benchmark import EngineStep, synthetic_images
+from fastokd.experiments.step_benchmark import EngineStep
+from fastokd.experiments.step_images import synthetic_images
 from fastokd.experiments.timing import chrome_trace
 from fastokd.storage import write_atomically
 from fastokd.train.randomness import be_deterministic

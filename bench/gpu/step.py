@@ -8,14 +8,9 @@ from typing import Any, NamedTuple
 from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, OutOfMinutes, Part, Row
 from bench.gpu.results import Results
-from fastokd.experiments.step_benchmark import (
-    NEVER,
-    SPENT,
-    StepBenchmark,
-    StepRow,
-    report,
-    synthetic_images,
-)
+from fastokd.experiments.step_benchmark import NEVER, SPENT, StepBenchmark, report
+from fastokd.experiments.step_images import synthetic_images
+from fastokd.experiments.step_timer import StepRow
 from fastokd.train.config import TrainConfig
 
 

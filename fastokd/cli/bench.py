@@ -18,13 +18,9 @@ from fastokd.cli.options import (
 from fastokd.data import absolute_spec
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.experiments.analysis.step_figure import draw_step_benchmark
-from fastokd.experiments.step_benchmark import (
-    StepBenchmark,
-    StepRow,
-    decoded_images,
-    report,
-    synthetic_images,
-)
+from fastokd.experiments.step_benchmark import StepBenchmark, report
+from fastokd.experiments.step_images import decoded_images, synthetic_images
+from fastokd.experiments.step_timer import StepRow
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.data import open_data, with_augmentation

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from fastokd.cli.options import File, Runs, choice, say
 from fastokd.experiments.analysis.compare import compare as compare_groups
-from fastokd.experiments.analysis.curves import PICTURES, draw_curves, require_matplotlib
+from fastokd.experiments.analysis.curves import PICTURES, draw_curves
+from fastokd.experiments.analysis.figures import require_matplotlib
 from fastokd.experiments.analysis.report import report_page
 from fastokd.experiments.analysis.runs import read_runs, remarks_of, title
 from fastokd.storage import write_text

@@ -1,9 +1,8 @@
 """Commands that train many runs."""
 
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -14,14 +13,10 @@ from fastokd.errors import EXIT_OK
 from fastokd.experiments.demo import run_demo
 from fastokd.experiments.recipes import get_recipe
 from fastokd.experiments.sweep.grid import parse_values
+from fastokd.experiments.sweep.plan import Plan
 from fastokd.experiments.sweep.queue import parse_devices, parse_per_device
-from fastokd.experiments.sweep.reproduce import (
-    ReproductionResults,
-    plan_reproduction,
-    run_reproduction,
-    table_of_tables,
-)
-from fastokd.experiments.sweep.sweep import Results, plan_sweep, run_sweep
+from fastokd.experiments.sweep.reproduce import plan_reproduction, table_of_tables
+from fastokd.experiments.sweep.sweep import plan_sweep
 from fastokd.train.config import override
 
 
@@ -71,11 +66,7 @@ def sweep(
     changes = {} if data is None else {"data": absolute_spec(data)}
     base = override(start_from(recipe, config), changes)
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
-
-    def results(failed: Mapping[str, str]) -> str:
-        return Results.of(plan, failed).as_text()
-
-    return _run_queue(plan, dry_run, devices, per_device, run_sweep, results)
+    return _run(plan, dry_run, devices, per_device)
 
 
 def reproduce(
@@ -110,21 +101,10 @@ def reproduce(
         return EXIT_OK
     where = "" if data is None else absolute_spec(data)
     plan = plan_reproduction(table, where, rows, seeds, epochs, parse_values(set), out)
-
-    def results(failed: Mapping[str, str]) -> str:
-        return ReproductionResults.of(plan, failed).as_text()
-
-    return _run_queue(plan, dry_run, devices, per_device, run_reproduction, results)
+    return _run(plan, dry_run, devices, per_device)
 
 
-def _run_queue(
-    plan: Any,
-    dry_run: bool,
-    devices: str,
-    per_device: str,
-    run: Callable[..., Any],
-    results: Callable[[Mapping[str, str]], str],
-) -> int:
+def _run(plan: Plan, dry_run: bool, devices: str, per_device: str) -> int:
     """Run a plan, or only print it, and print the results."""
     if dry_run:
         plan.check()
@@ -133,10 +113,10 @@ def _run_queue(
             say(f"{name}: {state}")
         finished = sum(state == "finished" for _, state in states)
         say(f"{len(states)} runs in {plan.out}, {finished} finished\n")
-        print(results({}))
+        print(plan.results({}).as_text())
         return EXIT_OK
-    outcome = run(plan, parse_devices(devices), parse_per_device(per_device), say)
-    print(f"\n{results(outcome.failed)}\n")
+    outcome = plan.run(parse_devices(devices), parse_per_device(per_device), say)
+    print(f"\n{plan.results(outcome.failed).as_text()}\n")
     say(f"runs, tables and numbers: {plan.out}")
     if outcome.failed:
         failed = ", ".join(outcome.failed)
@@ -147,5 +127,4 @@ def _run_queue(
         )
     if outcome.signal:
         print(f"fastokd: stopped by {outcome.signal}; the same command resumes", file=sys.stderr)
-    code: int = outcome.exit_code
-    return code
+    return outcome.exit_code

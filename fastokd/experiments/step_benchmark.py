@@ -7,19 +7,17 @@ import dataclasses
 import itertools
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from fastokd.data import Batch, Dataset, Loader
+from fastokd.data import Dataset, Loader
 from fastokd.errors import ConfigError
 from fastokd.experiments.research_step import ResearchStep
-from fastokd.experiments.step_images import decoded_images, synthetic_images
-from fastokd.experiments.step_timer import WINDOWS, Clock, Stepping, StepRow, StepTimer
+from fastokd.experiments.step_timer import WINDOWS, Clock, StepRow, StepTimer
 from fastokd.experiments.timing import chrome_trace, processor
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
@@ -35,19 +33,6 @@ from fastokd.train.randomness import be_deterministic
 from fastokd.train.run_folder import environment
 from fastokd.train.runner import StepRunner
 from fastokd.train.step import TrainStep
-
-__all__ = [
-    "EngineStep",
-    "Optimization",
-    "StepBenchmark",
-    "StepRow",
-    "current_rows",
-    "decoded_images",
-    "first_row",
-    "optimizations",
-    "report",
-    "synthetic_images",
-]
 
 _PROFILED_STEPS = 5
 SPENT = "the time was spent"
@@ -98,23 +83,13 @@ def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The configuration of the first row: every optimization off. On a GPU convolutions use TF32,
     which is PyTorch's default.
     """
-    return dataclasses.replace(
-        config,
-        precision="tf32" if device.type == "cuda" else "fp32",
-        impl="reference",
-        **dict.fromkeys(fields_with_role(Role.SWITCH), False),
-    )
+    switches: dict[str, Any] = dict.fromkeys(fields_with_role(Role.SWITCH), False)
+    precision = "tf32" if device.type == "cuda" else "fp32"
+    return dataclasses.replace(config, precision=precision, impl="reference", **switches)
 
 
 class EngineStep:
-    """The step of a run with this configuration.
-
-    Args:
-        config: the configuration.
-        dataset: decoded images.
-        device: where it runs.
-        gathers: whether a captured step gathers its batches itself.
-    """
+    """The step of a run; with ``gathers`` a captured step gathers its batches itself."""
 
     def __init__(
         self, config: TrainConfig, dataset: Dataset, device: torch.device, gathers: bool
@@ -129,12 +104,15 @@ class EngineStep:
         self.warm_up = WARM_UP_STEPS + 2 if self.captured else 3
         self._lr = config.lr
         self._runner = StepRunner(self.step)
-        loader = loader_for(config, dataset, dataset.train, True, device)
-        self._steps = self._endless(loader, loader if gathers else _WithoutGather(loader))
+        self._steps = self._endless(
+            loader_for(config, dataset, dataset.train, True, device), gathers
+        )
 
-    def _endless(self, loader: Loader, batches: Any) -> Iterator[int]:
+    def _endless(self, loader: Loader, gathers: bool) -> Iterator[int]:
         for epoch in itertools.count():
             loader.set_epoch(epoch)
+            # An iterator hides from the runner that the loader's batches can be gathered.
+            batches: Any = loader if gathers else iter(loader)
             yield from self._runner.epoch(batches)
 
     def advance(self, steps: int) -> None:
@@ -154,26 +132,16 @@ class EngineStep:
         )
 
 
-class _WithoutGather:
-    """A loader's batches; hides what lets a captured step gather them itself."""
-
-    def __init__(self, loader: Iterable[Batch]) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
-
-
 class StepBenchmark:
     """The rows of one network and method.
 
     Args:
         config: model, method, branches and batch size; the rows set the optimizations.
         dataset: decoded images, see ``synthetic_images``.
-        device: where the rows run.
+        device: the device of the rows.
         seconds: time for all windows of a row; the windows of the first row take as long again.
         steps: steps of each window, instead of ``seconds``.
-        clock: seconds that pass.
+        clock: returns a time in seconds.
 
     Raises:
         ConfigError: the configuration cannot be trained, or its method needs a trained teacher.
@@ -202,14 +170,11 @@ class StepBenchmark:
         self.config, self.dataset, self.device = config, dataset, device
         self.environment = environment(device)
         """Recorded at the start: a checkout may change during the benchmark."""
-        self._timer = StepTimer(self._research_step, dataset, device, seconds, steps, clock)
+        baseline = first_row(config, device)
+        self._timer = StepTimer(
+            lambda: ResearchStep(baseline, dataset, device), dataset, device, seconds, steps, clock
+        )
         self._best: tuple[TrainConfig, bool] | None = None
-
-    def _research_step(self) -> Stepping:
-        return ResearchStep(first_row(self.config, self.device), self.dataset, self.device)
-
-    def _engine_step(self, config: TrainConfig, gathers: bool) -> Stepping:
-        return EngineStep(config, self.dataset, self.device, gathers)
 
     def rows(
         self,
@@ -229,7 +194,7 @@ class StepBenchmark:
         config, gathers = first_row(self.config, self.device), False
         number = "TF32" if self.device.type == "cuda" else "fp32"
         name = f"research style: eager, {number}, NCHW, .item()"
-        row = known.get(name) or self._timer.measure_baseline(name)
+        row = known.get(name) or self._timer.measure(name, "first")
         if row.reason:
             raise ConfigError(
                 f"the first row of the step benchmark cannot run: {row.reason}; use a smaller"
@@ -239,10 +204,8 @@ class StepBenchmark:
         for optimization in optimizations(self.device):
             name = optimization.name
             kind = "lever" if optimization.carried else "alternative"
-            candidate = (
-                dataclasses.replace(config, **optimization.changes),
-                gathers or optimization.gathers,
-            )
+            candidate = dataclasses.replace(config, **optimization.changes)
+            gathering = gathers or optimization.gathers
             if name not in known and stop():
                 row = StepRow(name, kind, SPENT)
             elif optimization.needs_gpu and self.device.type != "cuda":
@@ -250,21 +213,24 @@ class StepBenchmark:
             elif optimization.gathers and not config.cuda_graph:
                 row = StepRow(name, kind, NEVER[1])
             else:
-                row = known.get(name) or self._measure(name, kind, *candidate)
+                row = known.get(name) or self._measure(name, kind, candidate, gathering)
             if optimization.carried and not row.reason:
-                config, gathers = candidate
+                config, gathers = candidate, gathering
             yield row
         self._best = config, gathers
-        if config.num_branches() > 1:
-            skipped = StepRow(_ALONE, "student", SPENT) if stop() else None
-            yield (
-                known.get(_ALONE)
-                or skipped
-                or self._measure(_ALONE, "student", _student_alone(config), gathers)
-            )
+        if config.num_branches() == 1:
+            return
+        if _ALONE in known:
+            yield known[_ALONE]
+        elif stop():
+            yield StepRow(_ALONE, "student", SPENT)
+        else:
+            yield self._measure(_ALONE, "student", _student_alone(config), gathers)
 
     def _measure(self, name: str, kind: str, config: TrainConfig, gathers: bool) -> StepRow:
-        return self._timer.measure(name, kind, lambda: self._engine_step(config, gathers))
+        return self._timer.measure(
+            name, kind, lambda: EngineStep(config, self.dataset, self.device, gathers)
+        )
 
     def profile(self, folder: Path) -> tuple[Path, str]:
         """Trace some steps with all optimizations, after ``rows`` has ended.
@@ -278,7 +244,8 @@ class StepBenchmark:
         if self._best is None:
             raise RuntimeError("call rows() to its end before profile()")
         torch.compiler.reset()
-        running = self._engine_step(*self._best)
+        config, gathers = self._best
+        running = EngineStep(config, self.dataset, self.device, gathers)
         running.model.train()
         running.advance(running.warm_up)
         gpu = self.device.type == "cuda"
@@ -299,37 +266,29 @@ class StepBenchmark:
 
 def _student_alone(config: TrainConfig) -> TrainConfig:
     names = config.model_names()
-    return override(
-        config,
-        {
-            "method": "baseline",
-            "branches": 1,
-            "aux_blocks": 0,
-            "compression": False,
-            "model": names[get_method(config.method).kept if len(names) > 1 else 0],
-            "streams": False,
-        },
-    )
+    alone = {"method": "baseline", "branches": 1, "aux_blocks": 0, "compression": False}
+    model = names[get_method(config.method).kept if len(names) > 1 else 0]
+    return override(config, {**alone, "model": model, "streams": False})
 
 
 def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
     """The content of ``step-ladder.json``: the setting, the rows, and the machine with versions,
     commit and command.
     """
-    config = benchmark.config
-    height, width = benchmark.dataset.image_size
+    config, dataset = benchmark.config, benchmark.dataset
+    measured = [dataclasses.asdict(row) for row in rows]
     return {
         "model": config.model,
         "method": config.method,
         "branches": config.num_branches(),
         "aux_blocks": config.aux_blocks,
         "batch_size": config.batch_size,
-        "image_size": [height, width],
-        "num_classes": len(benchmark.dataset.classes),
-        "data": benchmark.dataset.name,
+        "image_size": list(dataset.image_size),
+        "num_classes": len(dataset.classes),
+        "data": dataset.name,
         "windows": WINDOWS,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        **_summary([dataclasses.asdict(row) for row in rows]),
+        "rows": measured,
+        **_summary(measured),
         "processor": processor(),
         "environment": benchmark.environment,
     }
@@ -350,24 +309,3 @@ def current_rows(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = [row for row in found["rows"] if not row["name"].startswith(_REMOVED)]
     rows = [{**row, "name": _ALONE} if row["name"] == _ALONE_BEFORE else row for row in rows]
     return {**found, "rows": rows, **_summary(rows)}
-
-
-_FORMER_NAMES = {
-    "Ladder": "StepBenchmark",
-    "Lever": "Optimization",
-    "Row": "StepRow",
-    "ladder_images": "synthetic_images",
-    "levers": "optimizations",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FORMER_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"{__name__}.{name} is now {_FORMER_NAMES[name]}; the old name will be removed in the next"
-        " release",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return globals()[_FORMER_NAMES[name]]

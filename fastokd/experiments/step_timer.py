@@ -58,14 +58,14 @@ class StepRow:
         name: the difference from the rows before it.
         kind: "first", "lever" (an optimization that the rows after it have too), "alternative" (one
             that they do not have), or "student" (the student alone).
-        reason: why it was not measured; empty if it was.
+        reason: the reason why it was not measured, or "".
         images_per_second: median, slowest and fastest window.
         milliseconds: of a step, in the median window.
         times_first: speed-up over the first row: the ratio of each window to the window of the
-            first row right before it; the median, the lowest and the highest.
-        peak_bytes: the most GPU memory that was allocated for it; None on a CPU.
-        loss_share: the fraction of a step's time that the loss and its gradients take, measured
-            alone on the same logits.
+            first row right before it; median, lowest and highest.
+        peak_bytes: peak of the GPU memory allocated for it; None on a CPU.
+        loss_share: the fraction of a step's time for the loss and its gradients, measured alone on
+            the same logits.
         start_seconds: of the first steps, with compilation and capture.
         first_loss: the loss of the first step; all rows start from the same weights and images.
     """
@@ -88,10 +88,10 @@ class StepTimer:
     Args:
         make_baseline: builds the baseline, once.
         dataset: decoded images.
-        device: where the steps run.
+        device: the device of the steps.
         seconds: time for all windows of a row.
         steps: steps of each window, instead of ``seconds``.
-        clock: seconds that pass.
+        clock: returns a time in seconds.
     """
 
     def __init__(
@@ -107,18 +107,14 @@ class StepTimer:
         self._seconds, self._steps, self._clock = seconds, steps, clock
         self._baseline: Stepping | None = None
 
-    def measure_baseline(self, name: str) -> StepRow:
-        """The row of the baseline, or the reason why it cannot run."""
-        return self._guarded(name, "first", self._measure_baseline)
-
-    def measure(self, name: str, kind: str, make: Callable[[], Stepping]) -> StepRow:
-        """A row, or the reason why it cannot run, which must not end the other rows."""
-        return self._guarded(name, kind, lambda: self._measure(make))
-
-    def _guarded(self, name: str, kind: str, measure: Callable[[], dict[str, Any]]) -> StepRow:
+    def measure(self, name: str, kind: str, make: Callable[[], Stepping] | None = None) -> StepRow:
+        """A row, of the baseline without ``make``; or the reason why it cannot run, which must not
+        end the other rows.
+        """
         torch.compiler.reset()  # networks compiled by other rows count against a limit
         try:
-            return StepRow(name, kind, **measure())
+            values = self._measure_baseline() if make is None else self._measure(make)
+            return StepRow(name, kind, **values)
         except Exception as error:  # compilers' errors have no class in common
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)
             return StepRow(name, kind, reason)
@@ -203,10 +199,8 @@ class StepTimer:
 def loss_seconds(
     running: Stepping, dataset: Dataset, device: torch.device, repeats: int, inner: int
 ) -> float | None:
-    """The time of the loss alone: from a batch's logits to the gradients of the logits and of the
-    loss's other inputs. None if it cannot be captured alone.
-
-    Captured if the step is; on a GPU timed by events.
+    """The time of the loss alone: from a batch's logits to the gradients of all inputs of the loss.
+    None if it cannot be captured alone. Captured if the step is; on a GPU timed by events.
     """
     config = running.config
     batch = next(iter(loader_for(config, dataset, dataset.train, True, device)))

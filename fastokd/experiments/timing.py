@@ -11,13 +11,9 @@ from typing import Any
 
 import torch
 
-_TRACE_ENTRIES = (
-    "schemaVersion",
-    "deviceProperties",
-    "displayTimeUnit",
-    "baseTimeNanoseconds",
-    "traceEvents",
-)
+_TRACE_ENTRIES = {
+    *("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
+}
 
 
 def median_and_range(values: Sequence[float]) -> tuple[float, float, float]:
@@ -84,7 +80,7 @@ def chrome_trace(profile: torch.profiler.profile) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         trace = json.loads(path.read_bytes())
-    return {name: trace[name] for name in _TRACE_ENTRIES if name in trace}
+    return {name: entry for name, entry in trace.items() if name in _TRACE_ENTRIES}
 
 
 def processor() -> str:

@@ -3,8 +3,8 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_type_hints
+from dataclasses import replace
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
@@ -27,20 +27,15 @@ _OWN_OPTIONS = {
     "device": "use --devices",
     "data": "use --data; runs on other data cannot be compared",
 }
-"""Fields that have their own options on the command line."""
+"""Fields that have separate options on the command line."""
 
 _WITH_OPTIONS = ("method_options", "loader_options")
 """Fields whose options are set one by one."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One combination of values.
-
-    Attributes:
-        name: made of its values and unique; the names of its runs begin with it.
-        values: of the fields that have several in the grid.
-        config: with seed 0.
+class Point(NamedTuple):
+    """One combination of values: a unique name that begins the names of its runs, the values of
+    fields that have several in the grid, and the configuration with seed 0.
     """
 
     name: str
@@ -80,9 +75,9 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
             )
         if not values:
             raise ConfigError(f"{where}: {field} has no value; write at least one after the =")
-        fields[field] = [_converted(field, value, where) for value in values]
-        for index, value in enumerate(fields[field]):
-            if value in fields[field][:index]:
+        fields[field] = choices = [_converted(field, value, where) for value in values]
+        for index, value in enumerate(choices):
+            if value in choices[:index]:
                 raise ConfigError(
                     f"{where}: the value {value_in_words(value)} is listed twice; remove one"
                 )
@@ -125,7 +120,6 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
             begins with the combination.
     """
     points: list[Point] = []
-    names: set[str] = set()
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
         point = {field: chosen[field] for field, choices in values.items() if len(choices) > 1}
@@ -140,12 +134,10 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
                     f"{describe(point)}: the same configuration as {describe(other.values)}; remove"
                     " one"
                 )
-        name = stem = _name(point) or f"{config.model}-{config.method}".replace(":", "-")
-        for number in itertools.count(2):
-            if name not in names:
-                break
-            name = f"{stem}-{number}"
-        names.add(name)
+        stem = _name(point) or f"{config.model}-{config.method}".replace(":", "-")
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        used = {other.name for other in points}
+        name = next(name for name in names if name not in used)
         points.append(Point(name, point, replace(config, seed=0)))
     return points
 

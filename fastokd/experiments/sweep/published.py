@@ -15,21 +15,21 @@ from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig, fields_with_role, override
 from fastokd.train.fields import Role
 
-_WHAT_IS_TRAINED = fields_with_role(Role.TRAINED)
-"""Fields that make a paper's number another one's where they are not the recipe's."""
+_TRAINED = fields_with_role(Role.TRAINED)
+"""Fields without which a paper's number is not a recipe's."""
 
 
 def matched_recipes(
     recipe: Recipe | None, values: Values, points: Sequence[Point]
 ) -> list[Recipe | None]:
-    """For each point the published recipe that it is, if there is one.
+    """The published recipe that each point is, or None.
 
     A point is a recipe if all fields are equal, except those set for all points alike, such as
     ``epochs=30``; these must not change the network or the loss. If recipes differ in such a field
     alone, a point can only be the recipe of the sweep.
     """
     shared = {field: choices[0] for field, choices in values.items() if len(choices) == 1}
-    if recipe is None or any(name.partition(".")[0] in _WHAT_IS_TRAINED for name in shared):
+    if recipe is None or any(name.partition(".")[0] in _TRAINED for name in shared):
         return [None] * len(points)
     known: dict[tuple[str, ...], list[Recipe]] = {}
     for other in list_recipes().values():
@@ -45,14 +45,10 @@ def matched_recipes(
 
 def student_numbers(recipes: Sequence[Recipe | None]) -> list[Published | None]:
     """The published errors of recipes' students, all from the table that has most of them."""
-    numbers: list[Mapping[str, Published]] = [
-        {
-            number.source: number
-            for number in (recipe.published if recipe else ())
-            if number.row == "student"
-        }
-        for recipe in recipes
-    ]
+    numbers: list[Mapping[str, Published]] = []
+    for recipe in recipes:
+        published = recipe.published if recipe else ()
+        numbers.append({each.source: each for each in published if each.row == "student"})
     counts = Counter(source for each in numbers for source in each)
     if not counts:
         return [None] * len(recipes)
@@ -61,12 +57,7 @@ def student_numbers(recipes: Sequence[Recipe | None]) -> list[Published | None]:
 
 
 def point_differences(points: Sequence[Point], recipes: Sequence[Recipe | None]) -> list[str]:
-    """Differences of points from their recipes, and the names of the points unless all differ.
-
-    Args:
-        points: the points of the grid.
-        recipes: for each point the recipe that it is compared with, or None.
-    """
+    """Differences of points from their recipes, with the names of the points unless all differ."""
     compared = [
         (describe(point.values) or point.name, point, recipe)
         for point, recipe in zip(points, recipes, strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,12 +32,7 @@ _REPORT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a queue.
-
-    Attributes:
-        path: its run folder.
-        config: its configuration; the queue chooses the device.
-    """
+    """A run of a queue: its run folder and its configuration. The queue chooses the device."""
 
     path: Path
     config: TrainConfig
@@ -68,14 +64,9 @@ class Job:
         return f"{done} of {self.config.epochs} epochs" if started else "not run"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a queue ended.
-
-    Attributes:
-        failed: errors of the runs that failed, one line each, by name.
-        exit_code: 0; that of the first run that failed; or 75 if a signal stopped the queue.
-        signal: the name of the signal that stopped it, or "".
+class Outcome(NamedTuple):
+    """The end of a queue: the errors of failed runs by name, one line each; 0, or the exit code of
+    the first failed run, or 75 if a signal stopped the queue; and that signal's name or "".
     """
 
     failed: dict[str, str]
@@ -119,7 +110,7 @@ def parse_devices(text: str) -> list[torch.device]:
 
 
 def parse_per_device(text: str) -> int:
-    """How many runs a device takes at once; "auto" is 1.
+    """The number of simultaneous runs on a device; "auto" is 1.
 
     Raises:
         ConfigError: it is not a number of runs.
@@ -137,8 +128,8 @@ class Queue:
     Args:
         jobs: the runs, in the order in which they start. Finished ones are skipped.
         folder: gets ``configs/`` and ``logs/``, a file for each run.
-        devices: where they run.
-        per_device: how many run at once on a device.
+        devices: the devices of the runs.
+        per_device: the number of simultaneous runs on each.
         say: prints a line about progress.
     """
 
@@ -189,7 +180,12 @@ class Queue:
     def _train(self, write: Callable[[Mapping[str, str]], object]) -> None:
         reported, stopping = time.monotonic(), False
         while self._running or (self._waiting and not self._signal):
-            if self._collect():
+            ended = [running for running in self._running if running.process.poll() is not None]
+            for running in ended:
+                self._running.remove(running)
+                self._free.append(running.device)
+                self._finish(running)
+            if ended:
                 write(self._failed)
             if self._signal and not stopping:
                 stopping = True
@@ -204,7 +200,8 @@ class Queue:
                 self._start(self._waiting.pop(0), self._free.pop(0))
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
-                self._report()
+                jobs = ", ".join(f"{each.job.name} {each.job.state()}" for each in self._running)
+                self._say(f"{self._finished} of {self._total} runs finished; running: {jobs}")
             time.sleep(_POLL_SECONDS)
 
     def _send(self, number: int) -> None:
@@ -255,28 +252,21 @@ class Queue:
         except OSError as error:
             raise storage_error(log, error) from error
         self._running.append(_Running(job, device, log, log_start, process))
-        self._say(
-            f"{job.name}: {'starts' if state == 'not run' else f'resumes after {state}'}, on"
-            f" {device}"
-        )
-
-    def _collect(self) -> bool:
-        """Take in the runs that have ended; whether there are any."""
-        ended = [running for running in self._running if running.process.poll() is not None]
-        for running in ended:
-            self._running.remove(running)
-            self._free.append(running.device)
-            self._finish(running)
-        return bool(ended)
+        verb = "starts" if state == "not run" else f"resumes after {state}"
+        self._say(f"{job.name}: {verb}, on {device}")
 
     def _finish(self, running: _Running) -> None:
         job, code = running.job, running.process.returncode
         seconds = time.monotonic() - running.started
         if code == EXIT_OK:
             self._seconds.append(seconds)
+            rest, left = len(self._waiting) + len(self._running), ""
+            if rest:
+                at_once = len(self._running) + bool(self._waiting)  # the ended one is replaced
+                left = f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
             self._say(
                 f"{job.name}: finished in {duration(seconds)}; {self._finished} of {self._total}"
-                f" runs{self._left()}"
+                f" runs{left}"
             )
         elif self._signal and (code == EXIT_PREEMPTED or code < 0):
             self._waiting.insert(0, job)
@@ -291,20 +281,6 @@ class Queue:
     @property
     def _finished(self) -> int:
         return self._total - len(self._waiting) - len(self._running) - len(self._failed)
-
-    def _left(self) -> str:
-        rest = len(self._waiting) + len(self._running)
-        if not rest:
-            return ""
-        at_once = len(self._running) + bool(self._waiting)  # the ended one is replaced
-        return f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
-
-    def _report(self) -> None:
-        running = [
-            f"{job.name} {len(RunFolder(job.path).read_metrics())} of {job.config.epochs} epochs"
-            for job in (each.job for each in self._running)
-        ]
-        self._say(f"{self._finished} of {self._total} runs finished; running: {', '.join(running)}")
 
 
 def _command(config: Path, path: Path, device: torch.device) -> list[str]:

@@ -5,26 +5,22 @@ the published numbers.
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-
-import torch
 
 from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep.grid import Values, fields_of
-from fastokd.experiments.sweep.plan import RUNS, Plan, Record
-from fastokd.experiments.sweep.queue import Job, Outcome
+from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
 from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
     data_differences,
     difference,
     group_by_item,
-    measure,
     setup_differences,
 )
 from fastokd.storage import write_json, write_text
@@ -32,12 +28,8 @@ from fastokd.train.config import TrainConfig, check_config, override
 
 
 class PaperTable(NamedTuple):
-    """The numbers that a source reports for one dataset.
-
-    Attributes:
-        source: see ``Published.source``.
-        dataset: a key of ``DATASETS``.
-        recipes: the recipes that it has numbers for, by name.
+    """The numbers of a source (see ``Published.source``) for a dataset, a key of ``DATASETS``, and
+    the recipes that they are of, by name.
     """
 
     source: str
@@ -65,17 +57,13 @@ def paper_tables() -> dict[str, PaperTable]:
         for number in recipe.published:
             recipes.setdefault((number.source, recipe.dataset), {})[name] = recipe
     sources = [source for source, _ in recipes]
-    return {
-        _name(source, dataset if sources.count(source) > 1 else ""): PaperTable(
-            source, dataset, by_name
-        )
-        for (source, dataset), by_name in recipes.items()
-    }
-
-
-def _name(source: str, dataset: str) -> str:
-    words = re.findall(r"[a-z0-9]+", f"{source} {dataset}".lower().replace("'s", ""))
-    return re.sub(r"(table|figure)-(?=\d)", r"\1", "-".join(words))
+    tables = {}
+    for (source, dataset), by_name in recipes.items():
+        text = f"{source} {dataset}" if sources.count(source) > 1 else source
+        words = re.findall(r"[a-z0-9]+", text.lower().replace("'s", ""))
+        name = re.sub(r"(table|figure)-(?=\d)", r"\1", "-".join(words))
+        tables[name] = PaperTable(source, dataset, by_name)
+    return tables
 
 
 def get_table(name: str) -> PaperTable:
@@ -92,32 +80,31 @@ def get_table(name: str) -> PaperTable:
 
 def table_of_tables() -> Table:
     """The tables that can be reproduced."""
-    rows = tuple(
-        (name, each.source, DATASETS[each.dataset].title, str(len(each.recipes)), str(each.runs))
-        for name, each in paper_tables().items()
+    rows = [
+        {
+            "table": name,
+            "of": table.source,
+            "data": DATASETS[table.dataset].title,
+            "recipes": str(len(table.recipes)),
+            "runs": str(table.runs),
+        }
+        for name, table in paper_tables().items()
+    ]
+    notes = (
+        "See one with: fastokd reproduce TABLE --dry-run",
+        "Run it with: fastokd reproduce TABLE --data FOLDER",
     )
-    return Table(
-        "Published tables",
-        ("table", "of", "data", "recipes", "runs"),
-        rows,
-        (
-            "See one with: fastokd reproduce TABLE --dry-run",
-            "Run it with: fastokd reproduce TABLE --data FOLDER",
-        ),
-    )
+    return Table.of("Published tables", rows, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction(Plan):
-    """A published table and the runs of its recipes.
+    """A published table and the runs of its recipes. The results have all recipes of the table.
 
     Attributes:
         name: of the table.
         table: the table.
-        rows: the recipes to run now, by name. The results have all recipes of the table.
-        seeds: number of runs of each of these rows, with seeds from 0.
         configs: of all recipes of the table, by name, with seed 0.
-        jobs: the runs of each recipe of the table: those to run now and existing ones.
         epochs: the number that all schedules are scaled to; None for each recipe's own.
         changes: fields that are set for all recipes.
     """
@@ -126,27 +113,9 @@ class Reproduction(Plan):
 
     name: str
     table: PaperTable
-    rows: tuple[str, ...]
-    seeds: int
     configs: Mapping[str, TrainConfig]
-    jobs: Mapping[str, tuple[Job, ...]]
     epochs: int | None
     changes: Mapping[str, Any]
-
-    @property
-    def runs(self) -> Sequence[Sequence[Job]]:
-        return list(self.jobs.values())
-
-    @property
-    def queue(self) -> list[Job]:
-        """All rows with the first seed, then with the next."""
-        return [
-            job
-            for seed in range(self.seeds)
-            for name in self.rows
-            for job in self.jobs[name]
-            if job.config.seed == seed
-        ]
 
     @property
     def record(self) -> Record:
@@ -158,15 +127,9 @@ class Reproduction(Plan):
             "set": json.loads(json.dumps(self.changes)),
         }
 
-    def differences(self, existing: Record) -> list[str]:
-        return [
-            f"{name}: {existing[name]!r}, {value!r}"
-            for name, value in self.record.items()
-            if existing[name] != value
-        ]
-
     def results(self, failed: Mapping[str, str]) -> "ReproductionResults":
-        return ReproductionResults.of(self, failed)
+        measured = self.measured(failed)
+        return ReproductionResults(measured, tuple(_notes(self, measured)), self)
 
 
 def plan_reproduction(
@@ -184,7 +147,7 @@ def plan_reproduction(
         name: of the table.
         data: the dataset.
         rows: patterns of recipes' names, such as "*-ahbf"; empty for all.
-        seeds: number of runs of each recipe, with seeds from 0; None for that of the table.
+        seeds: number of runs of each recipe; None for that of the table.
         epochs: scale all schedules to this number; None for the recipes' own.
         values: fields that are set for all recipes, one value each.
         out: the folder; None for ``reproduce/NAME``.
@@ -216,16 +179,14 @@ def plan_reproduction(
     out = out or Path("reproduce") / name
     chosen, configs, jobs = [], {}, {}
     for key, recipe in table.recipes.items():
+        config = recipe.config if epochs is None else scaled(recipe.config, epochs)
+        configs[key] = config = replace(override(config, fields_of(changes)), data=data)
+        check_config(config)
+        runs = _existing_seeds(out, key)
         if not rows or any(fnmatch.fnmatchcase(key, pattern) for pattern in rows):
             chosen.append(key)
-        config = recipe.config if epochs is None else scaled(recipe.config, epochs)
-        configs[key] = replace(override(config, fields_of(changes)), data=data)
-        check_config(configs[key])
-        planned = range(seeds if key in chosen else 0)
-        jobs[key] = tuple(
-            Job(out / RUNS / f"{key}-seed{seed}", replace(configs[key], seed=seed))
-            for seed in sorted({*_existing_seeds(out, key), *planned})
-        )
+            runs |= {*range(seeds)}
+        jobs[key] = tuple(run_of(out, key, config, seed) for seed in sorted(runs))
     return Reproduction(
         out=out,
         name=name,
@@ -241,11 +202,8 @@ def plan_reproduction(
 
 def _existing_seeds(out: Path, recipe: str) -> set[int]:
     """The seeds of a recipe's runs in a folder."""
-    names = (
-        re.fullmatch(rf"{re.escape(recipe)}-seed(\d+)", path.name)
-        for path in (out / RUNS).glob(f"{recipe}-seed*")
-    )
-    return {int(name[1]) for name in names if name}
+    seeds = (path.name[len(recipe) + 5 :] for path in (out / "runs").glob(f"{recipe}-seed*"))
+    return {int(seed) for seed in seeds if re.fullmatch(r"\d+", seed)}
 
 
 def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
@@ -256,85 +214,51 @@ def scaled(config: TrainConfig, epochs: int) -> TrainConfig:
     return replace(config, epochs=epochs, ramp_epochs=ramp, warmup_epochs=warmup)
 
 
-def run_reproduction(
-    plan: Reproduction, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
-) -> Outcome:
-    """Train the runs that are not finished, and write the results after each; see ``Plan.run``."""
-    return plan.run(devices, per_device, say)
-
-
 @dataclass(frozen=True)
-class ReproductionResults:
-    """The results of a table's runs so far.
-
-    Attributes:
-        plan: the table.
-        measured: of every recipe, by name.
-        notes: differences from the paper in finished and planned runs, and the notes of their
-            recipes.
+class ReproductionResults(Results):
+    """The results of a table's runs. The notes are the differences from the paper in finished and
+    planned runs, and the notes of their recipes.
     """
 
     plan: Reproduction
-    measured: Mapping[str, Measured]
-    notes: tuple[str, ...]
 
-    @classmethod
-    def of(cls, plan: Reproduction, failed: Mapping[str, str]) -> "ReproductionResults":
-        """Read the results.
-
-        Args:
-            plan: the table.
-            failed: errors of the runs that failed in this process, by name.
-        """
-        measured = {name: measure(jobs, failed) for name, jobs in plan.jobs.items()}
-        return cls(plan, measured, tuple(_notes(plan, measured)))
-
-    def _numbers(self) -> list[tuple[str, Measured, Published]]:
+    def _numbers(self) -> Iterator[tuple[str, Measured, Published]]:
         """Every number of the table, with its recipe and the recipe's runs."""
-        table = self.plan.table
-        return [
-            (name, self.measured[name], number)
-            for name, recipe in table.recipes.items()
-            for number in table.numbers(recipe)
-        ]
+        for name, recipe in self.plan.table.recipes.items():
+            for number in self.plan.table.numbers(recipe):
+                yield name, self.measured[name], number
 
-    def table(self) -> Table:
+    def tables(self) -> list[Table]:
         """A line for every number of the table, also for those without a run."""
         rows = []
         for name, measured, number in self._numbers():
             errors = measured.errors(number.row)
             label = "" if number.row == "student" else f", {number.row.replace('_', ' ')}"
+            runs = f" ({number.runs})" if number.runs else ""
             rows.append(
-                (
-                    f"{name}{label}",
-                    f"{number.number()}{f' ({number.runs})' if number.runs else ''}",
-                    f"{spread(errors)} ({len(errors)})" if errors else "-",
-                    difference(errors, number),
-                    spread(measured.errors(number.row, best=True)),
-                    measured.progress(),
-                )
+                {
+                    "recipe": f"{name}{label}",
+                    "published": f"{number.number()}{runs}",
+                    "here, last epoch": f"{spread(errors)} ({len(errors)})" if errors else "-",
+                    "difference": difference(errors, number),
+                    "here, best epoch": spread(measured.errors(number.row, best=True)),
+                    "runs": measured.progress(),
+                }
             )
-        return Table(
-            f"{self.plan.table.source}, {DATASETS[self.plan.table.dataset].title}: errors in %,"
-            " mean +- sample standard deviation (number of runs)",
-            ("recipe", "published", "here, last epoch", "difference", "here, best epoch", "runs"),
-            tuple(rows),
-            self.notes,
+        table = self.plan.table
+        title = (
+            f"{table.source}, {DATASETS[table.dataset].title}: errors in %, mean +- sample standard"
+            " deviation (number of runs)"
         )
-
-    def as_text(self) -> str:
-        """For a terminal."""
-        return self.table().as_text()
-
-    def as_markdown(self) -> str:
-        """A table, and the notes as a list."""
-        notes = [f"- {plain_markdown(note)}" for note in self.notes]
-        return "\n".join([replace(self.table(), notes=()).as_markdown(), *notes]) + "\n"
+        return [Table.of(title, rows, self.notes)]
 
     def write(self) -> None:
         """Write ``reproduce.md`` and ``results.json``."""
         plan = self.plan
-        write_text(plan.out / "reproduce.md", self.as_markdown())
+        (table,) = self.tables()
+        notes = (f"- {plain_markdown(note)}" for note in self.notes)
+        text = "\n".join([table._replace(notes=()).as_markdown(), *notes, ""])
+        write_text(plan.out / "reproduce.md", text)
         rows = [
             {
                 "recipe": name,
@@ -344,18 +268,16 @@ class ReproductionResults:
             }
             for name, measured, number in self._numbers()
         ]
-        write_json(
-            plan.out / "results.json",
-            {
-                "table": plan.name,
-                "source": plan.table.source,
-                "dataset": plan.table.dataset,
-                "epochs": plan.epochs,
-                "set": plan.changes,
-                "notes": self.notes,
-                "rows": rows,
-            },
-        )
+        results = {
+            "table": plan.name,
+            "source": plan.table.source,
+            "dataset": plan.table.dataset,
+            "epochs": plan.epochs,
+            "set": plan.changes,
+            "notes": self.notes,
+            "rows": rows,
+        }
+        write_json(plan.out / "results.json", results)
 
 
 def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:

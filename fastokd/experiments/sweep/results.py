@@ -1,6 +1,5 @@
 """Errors of the runs of one configuration, and differences from the setup of a paper."""
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,24 +15,16 @@ from fastokd.train.config import TrainConfig, differences
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs of one configuration, one for each seed.
-
-    Attributes:
-        runs: those with all epochs, in the order of their seeds.
-        states: of every run by its name, also of those not started.
+    """The runs of one configuration, one for each seed: those with all epochs, in the order of
+    their seeds, and the states of all by name, also of those not started.
     """
 
     runs: tuple[Run, ...]
     states: Mapping[str, str]
 
     def errors(self, row: str = "student", best: bool = False) -> list[float]:
-        """Errors in %, one for each run in ``runs``.
-
-        Args:
-            row: see ``Published.row``.
-            best: of the student's best epoch instead of the last.
-        """
-        return [_error(run, row, best) for run in self.runs]
+        """``Run.error`` of a row (see ``Published.row``) in the last or best epoch of each run."""
+        return [run.error(row, best) for run in self.runs]
 
     def progress(self) -> str:
         """Progress in words: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run",
@@ -50,7 +41,7 @@ class Measured:
         return "not run" if set(states) <= {"not run"} else "started"
 
     def as_json(self, row: str = "student") -> dict[str, Any]:
-        """Errors of a row in %, with their mean and sample standard deviation; None where there are
+        """Errors of a row in %, with their mean and sample standard deviation; None if there are
         too few runs.
         """
         values: dict[str, Any] = {"seeds": [run.config.seed for run in self.runs]}
@@ -62,34 +53,21 @@ class Measured:
 
 
 def measure(jobs: Iterable[Job], failed: Mapping[str, str]) -> Measured:
-    """Read the runs of one configuration.
-
-    Args:
-        jobs: the runs.
-        failed: errors of the runs that failed in this process, by name.
-    """
+    """Read the runs of one configuration; ``failed`` has the errors of failed runs by name."""
     runs, states = [], {}
     for job in jobs:
-        states[job.name] = f"failed: {failed[job.name]}" if job.name in failed else job.state()
-        if states[job.name] == "finished":
+        state = f"failed: {failed[job.name]}" if job.name in failed else job.state()
+        if state == "finished":
             try:
                 run = read_run(job.path)
+                if run.epochs < job.config.epochs:
+                    state = f"failed: {'; '.join(run.remarks)}"
+                else:
+                    runs.append(run)
             except (CheckpointError, ConfigError) as error:
-                states[job.name] = f"failed: {error}"
-                continue
-            if run.epochs < job.config.epochs:
-                states[job.name] = f"failed: {'; '.join(run.remarks)}"
-            else:
-                runs.append(run)
+                state = f"failed: {error}"
+        states[job.name] = state
     return Measured(tuple(runs), states)
-
-
-def _error(run: Run, row: str, best: bool) -> float:
-    accuracies = (run.best if best else run.last)["eval"]
-    if row == "branch_mean":
-        branches = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
-        return statistics.mean(100 * (1 - accuracies[name]) for name in branches)
-    return 100 * (1 - accuracies[run.student if row == "student" else row])
 
 
 def difference(errors: Sequence[float], published: Published | None) -> str:
@@ -122,10 +100,11 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
 def _data_differences(recipe: Recipe, run: Run) -> list[str]:
     target, config = DATASETS[recipe.dataset], run.config
     items = []
-    if run.data.get("num_classes", target.num_classes) != target.num_classes:
+    classes = run.data.get("num_classes", target.num_classes)
+    if classes != target.num_classes:
         items.append(
-            f"the data ({run.data.get('name')}) has {run.data['num_classes']} classes,"
-            f" {target.title} has {target.num_classes}"
+            f"the data ({run.data.get('name')}) has {classes} classes, {target.title} has"
+            f" {target.num_classes}"
         )
     images = run.data.get("num_images") or {}
     train = images.get("train")

@@ -2,33 +2,37 @@
 table of their errors.
 """
 
-import csv
-import io
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import yaml
 
 from fastokd.errors import ConfigError, MissingExtra
-from fastokd.experiments.analysis.heat_map import Panel, draw_heat_map
-from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
-from fastokd.experiments.analysis.tables import Table, spread
+from fastokd.experiments.analysis.figures import (
+    Picture,
+    draw_heat_map,
+    encoded,
+    panel_grid,
+    require_matplotlib,
+)
+from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
+from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.experiments.sweep.plan import RUNS, Plan, Record
+from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
-from fastokd.experiments.sweep.queue import Job, Outcome
+from fastokd.experiments.sweep.queue import Outcome
 from fastokd.experiments.sweep.results import (
     Measured,
     comparison_remarks,
     data_differences,
     difference,
-    measure,
 )
 from fastokd.storage import write_json, write_text
 from fastokd.train.config import TrainConfig, override
@@ -45,7 +49,6 @@ class Sweep(Plan):
         recipe: the recipe that ``base`` began as, or None.
         values: of every field that is set, see ``parse_values``.
         points: see ``grid_points``.
-        jobs: the runs of each point, one for each seed.
     """
 
     kind: ClassVar[str] = "sweep"
@@ -54,21 +57,11 @@ class Sweep(Plan):
     recipe: Recipe | None
     values: Values
     points: tuple[Point, ...]
-    jobs: tuple[tuple[Job, ...], ...]
 
     @property
     def fields(self) -> list[str]:
         """The fields with several values."""
         return [field for field, choices in self.values.items() if len(choices) > 1]
-
-    @property
-    def runs(self) -> Sequence[Sequence[Job]]:
-        return self.jobs
-
-    @property
-    def queue(self) -> list[Job]:
-        """All points with the first seed, then with the next."""
-        return [job for jobs in zip(*self.jobs, strict=True) for job in jobs]
 
     @property
     def record(self) -> Record:
@@ -77,7 +70,7 @@ class Sweep(Plan):
             "format": "fastokd sweep 1",
             "base": {name: value for name, value in base.items() if name not in SAME_RUN},
             "values": {field: self.values[field] for field in self.fields},
-            "seeds": len(self.jobs[0]),
+            "seeds": self.seeds,
         }
         return json.loads(json.dumps(record))
 
@@ -110,8 +103,23 @@ class Sweep(Plan):
             different.append(f"seeds: {existing['seeds']}, {record['seeds']}")
         return different
 
-    def results(self, failed: Mapping[str, str]) -> "Results":
-        return Results.of(self, failed)
+    def results(self, failed: Mapping[str, str]) -> "SweepResults":
+        measured = self.measured(failed)
+        runs = [run for each in measured.values() for run in each.runs]
+        published, notes = _published(self, runs)
+        notes += comparison_remarks(runs) if runs else []
+        return SweepResults(measured, tuple(notes), self, tuple(published))
+
+    def run(
+        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
+    ) -> Outcome:
+        """As ``Plan.run``, and draw the results at the end."""
+        outcome = super().run(devices, per_device, say)
+        try:
+            self.results(outcome.failed).draw()
+        except MissingExtra as error:
+            say(f"no heat map: {error}")
+        return outcome
 
 
 def plan_sweep(
@@ -129,83 +137,61 @@ def plan_sweep(
     base = override(base, fields_of(shared))
     name = recipe.name if recipe else f"{base.model.replace(':', '-')}-{base.method}"
     out = out or Path("sweeps") / name
-    jobs = tuple(
-        tuple(
-            Job(out / RUNS / f"{point.name}-seed{seed}", replace(point.config, seed=seed))
-            for seed in range(seeds)
-        )
-        for point in points
+    return Sweep(
+        out=out,
+        base=base,
+        recipe=recipe,
+        values=values,
+        points=tuple(points),
+        jobs={
+            point.name: tuple(run_of(out, point.name, point.config, seed) for seed in range(seeds))
+            for point in points
+        },
+        rows=tuple(point.name for point in points),
+        seeds=seeds,
     )
-    return Sweep(out=out, base=base, recipe=recipe, values=values, points=tuple(points), jobs=jobs)
 
 
-def run_sweep(
-    sweep: Sweep, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
-) -> Outcome:
-    """Train the runs that are not finished, write the results after each, and draw them; see
-    ``Plan.run``.
+def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | None], list[str]]:
+    """The published number of each point's student from one table, or None, and a note on it. All
+    are None if the runs are on data with other classes.
     """
-    outcome = sweep.run(devices, per_device, say)
-    try:
-        sweep.results(outcome.failed).draw()
-    except MissingExtra as error:
-        say(f"no heat map: {error}")
-    return outcome
+    recipes = matched_recipes(sweep.recipe, sweep.values, sweep.points)
+    published = student_numbers(recipes)
+    number = next(filter(None, published), None)
+    if sweep.recipe is None or number is None:
+        return published, []
+    classes = DATASETS[sweep.recipe.dataset].num_classes
+    if any(run.data.get("num_classes", classes) != classes for run in runs):
+        return [None] * len(published), []
+    pairs = zip(recipes, published, strict=True)
+    fewer = sweep.seeds < (number.runs or 1)
+    different = [
+        *point_differences(sweep.points, [recipe if each else None for recipe, each in pairs]),
+        *data_differences(sweep.recipe, runs),
+        *([f"{sweep.seeds} of {number.runs} runs"] if fewer else []),
+    ]
+    note = (
+        f"Published: {number.source}, which does not say whether of the last or the best epoch. Not"
+        f" as published: {'; '.join(different) or 'nothing that is known'}."
+    )
+    return published, [note]
+
+
+class _Grid(NamedTuple):
+    """Errors of all points by the values of two fields, with their texts."""
+
+    title: str
+    values: Sequence[Sequence[float | None]]
+    texts: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Results:
-    """The results of a sweep so far.
-
-    Attributes:
-        sweep: the grid.
-        measured: of each point.
-        published: what a paper reports of the student of each point, all from one table; None where
-            there is nothing, and if the runs are on data with other classes.
-        notes: on how to read them, and the differences from the paper.
-    """
+class SweepResults(Results):
+    """The results of a sweep, with the published number of each point's student or None."""
 
     sweep: Sweep
-    measured: tuple[Measured, ...]
     published: tuple[Published | None, ...]
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, sweep: Sweep, failed: Mapping[str, str]) -> "Results":
-        """Read the results.
-
-        Args:
-            sweep: the grid.
-            failed: errors of the runs that failed in this process, by name.
-        """
-        measured = tuple(measure(jobs, failed) for jobs in sweep.jobs)
-        runs = [run for each in measured for run in each.runs]
-        recipes = matched_recipes(sweep.recipe, sweep.values, sweep.points)
-        published, notes = student_numbers(recipes), []
-        if sweep.recipe and any(published):
-            classes = DATASETS[sweep.recipe.dataset].num_classes
-            if any(run.data.get("num_classes", classes) != classes for run in runs):
-                published = [None] * len(published)
-            else:
-                number = next(filter(None, published))
-                seeds = len(sweep.jobs[0])
-                fewer = seeds < (number.runs or 1)
-                compared = [
-                    recipe if number else None
-                    for recipe, number in zip(recipes, published, strict=True)
-                ]
-                different = [
-                    *point_differences(sweep.points, compared),
-                    *data_differences(sweep.recipe, runs),
-                    *([f"{seeds} of {number.runs} runs"] if fewer else []),
-                ]
-                notes.append(
-                    f"Published: {number.source}, which does not say whether of the last or the"
-                    " best epoch. Not as published:"
-                    f" {'; '.join(different) or 'nothing that is known'}."
-                )
-        notes += comparison_remarks(runs) if runs else []
-        return cls(sweep, measured, tuple(published), tuple(notes))
 
     def tables(self) -> list[Table]:
         """A line for each point; for two fields also a table with the values of the first as rows
@@ -214,45 +200,38 @@ class Results:
         if len(self.sweep.fields) != 2:
             return [self._point_table()]
         (row, row_labels), (column, column_labels) = self._labels()
-        grids = [
-            Table(
-                f"Errors of the student in %, {panel.title}",
-                (f"{row} \\ {column}", *column_labels),
-                tuple(
-                    (label, *texts) for label, texts in zip(row_labels, panel.texts, strict=True)
-                ),
-            )
-            for panel in self._panels()
-        ]
-        return [*grids, self._point_table()]
+        tables = []
+        for grid in self._grids():
+            lines = zip(row_labels, grid.texts, strict=True)
+            rows = tuple((label, *texts) for label, texts in lines)
+            head = (f"{row} \\ {column}", *column_labels)
+            tables.append(Table(f"Errors of the student in %, {grid.title}", head, rows))
+        return [*tables, self._point_table()]
 
     def _point_table(self) -> Table:
-        paper = any(self.published)
         rows = []
         for point, measured, number in self._points():
             errors = measured.errors()
-            row = (
-                describe(point.values) or point.name,
-                measured.progress(),
-                spread(errors),
-                spread(measured.errors(best=True)),
-            )
-            published = (number.number() if number else "-", difference(errors, number))
-            rows.append((*row, *(published if paper else ())))
-        columns = ("published", "difference, last epoch") if paper else ()
-        return Table(
-            "Errors of the student in %, mean +- sample standard deviation over seeds",
-            ("point", "runs", "last epoch", "best epoch", *columns),
-            tuple(rows),
-            (
-                "The best epoch is chosen on the images it is measured on, and so it is optimistic"
-                " if these are the test images; the last is not chosen.",
-                *self.notes,
-            ),
+            row = {
+                "point": describe(point.values) or point.name,
+                "runs": measured.progress(),
+                "last epoch": spread(errors),
+                "best epoch": spread(measured.errors(best=True)),
+            }
+            if any(self.published):
+                row["published"] = number.number() if number else "-"
+                row["difference, last epoch"] = difference(errors, number)
+            rows.append(row)
+        title = "Errors of the student in %, mean +- sample standard deviation over seeds"
+        note = (
+            "The best epoch is chosen on the images it is measured on, and so it is optimistic if"
+            " these are the test images; the last is not chosen."
         )
+        return Table.of(title, rows, [note, *self.notes])
 
     def _points(self) -> list[tuple[Point, Measured, Published | None]]:
-        return list(zip(self.sweep.points, self.measured, self.published, strict=True))
+        measured = self.measured.values()
+        return list(zip(self.sweep.points, measured, self.published, strict=True))
 
     def _labels(self) -> list[tuple[str, list[str]]]:
         """The fields with several values, and their values in words."""
@@ -261,48 +240,39 @@ class Results:
             for field in self.sweep.fields
         ]
 
-    def _panels(self) -> list[Panel]:
-        """For two fields: our errors by rows and columns, and the published ones if there are
-        any.
-        """
+    def _grids(self) -> list[_Grid]:
+        """For two fields: our errors, and the published ones if there are any."""
         values: list[float | None] = []
         texts = []
-        for measured in self.measured:
+        for measured in self.measured.values():
             errors = measured.errors()
             values.append(statistics.mean(errors) if errors else None)
             some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
             texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
         several = "epochs" in self.sweep.fields
         when = "last epoch" if several else f"last of {self.sweep.base.epochs} epochs"
-        runs = [run for measured in self.measured for run in measured.runs]
+        runs = [run for measured in self.measured.values() for run in measured.runs]
         data = runs[0].data.get("name", "") if runs else ""
-        seeds = len(self.sweep.jobs[0])
-        title = ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]
-        panels = [Panel(", ".join(filter(None, title)), self._grid(values), self._grid(texts))]
+        seeds = self.sweep.seeds
+        title = ", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]))
+        grids = [_Grid(title, self._lines(values), self._lines(texts))]
         if numbers := list(filter(None, self.published)):
-            panels.append(
-                Panel(
-                    f"published, {numbers[0].source}",
-                    self._grid([number and number.error for number in self.published]),
-                    self._grid([number.number() if number else "-" for number in self.published]),
-                )
-            )
-        return panels
+            values = [number.error if number else None for number in self.published]
+            texts = [number.number() if number else "-" for number in self.published]
+            title = f"published, {numbers[0].source}"
+            grids.append(_Grid(title, self._lines(values), self._lines(texts)))
+        return grids
 
-    def _grid(self, points: Sequence[T]) -> list[Sequence[T]]:
+    def _lines(self, points: Sequence[T]) -> list[Sequence[T]]:
         """Values of the points, by the values of the first field."""
         width = len(self.sweep.values[self.sweep.fields[1]])
         return [points[start : start + width] for start in range(0, len(points), width)]
-
-    def as_text(self) -> str:
-        """For a terminal."""
-        return "\n\n".join(table.as_text() for table in self.tables())
 
     def write(self) -> None:
         """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
         out, sweep = self.sweep.out, self.sweep
         write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
-        write_text(out / "sweep.csv", self._csv())
+        write_text(out / "sweep.csv", csv_text(self._csv_rows()))
         points = [
             {
                 "name": point.name,
@@ -312,45 +282,20 @@ class Results:
             }
             for point, measured, number in self._points()
         ]
-        write_json(
-            out / "results.json",
-            {
-                "recipe": sweep.recipe.name if sweep.recipe else None,
-                "values": sweep.values,
-                "notes": self.notes,
-                "points": points,
-            },
-        )
+        results = {
+            "recipe": sweep.recipe.name if sweep.recipe else None,
+            "values": sweep.values,
+            "notes": self.notes,
+            "points": points,
+        }
+        write_json(out / "results.json", results)
 
-    def draw(self) -> None:
-        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields.
-
-        Raises:
-            MissingExtra: matplotlib is not installed.
-        """
-        fields = self.sweep.fields
-        if len(fields) != 2:
-            return
-        ours, *papers = self._panels()
-        papers = [
-            panel._replace(title=f"{panel.title}, the paper's setup, see sweep.md")
-            for panel in papers
-        ]
-        shared = [
-            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
-        ]
-        rows, columns = self._labels()
-        title = ", ".join([*shared, "student"])
-        draw_heat_map([ours, *papers], rows, columns, title, self.sweep.out / "heat-map")
-
-    def _csv(self) -> str:
-        """A line for each point, numbers not rounded; spaces separate seeds."""
+    def _csv_rows(self) -> list[dict[str, Any]]:
+        """A row for each point, numbers not rounded; spaces separate seeds."""
         rows = []
         for point, measured, number in self._points():
-            row: dict[str, Any] = {
-                "point": point.name,
-                **{field: value_in_words(value) for field, value in point.values.items()},
-            }
+            row: dict[str, Any] = {"point": point.name}
+            row |= {field: value_in_words(value) for field, value in point.values.items()}
             for name, value in measured.as_json().items():
                 if name != "runs":
                     row[name] = " ".join(map(repr, value)) if isinstance(value, list) else value
@@ -358,9 +303,39 @@ class Results:
                 row |= {"published": number.error, "published_std": number.std}
                 row["published_source"] = number.source
             rows.append(row)
-        text = io.StringIO()
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return rows
+
+    def draw(self) -> None:
+        """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
+        published ones side by side, each with a separate color scale.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        fields = self.sweep.fields
+        if len(fields) != 2:
+            return
+        plt = require_matplotlib()
+        grids = self._grids()
+        (row, row_labels), (column, column_labels) = self._labels()
+        width, height = max(3.5, 1.1 * len(column_labels) + 1.5), 0.6 * len(row_labels) + 1.6
+        size = (width * len(grids), max(2.6, height))
+        figure, panels = panel_grid(plt, len(grids), len(grids), size)
+        label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
+        for axes, grid in zip(panels, grids, strict=True):
+            image = draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
+            axes.set_xticks(range(len(column_labels)), column_labels)
+            axes.set_yticks(range(len(row_labels)), row_labels)
+            axes.set(xlabel=column, ylabel=row)
+            setup = "" if grid is grids[0] else ", the paper's setup, see sweep.md"
+            text = textwrap.fill(grid.title + setup, int(11 * width))
+            axes.set_title(text, fontsize="medium")
+            if any(value is not None for line in grid.values for value in line):
+                figure.colorbar(image, ax=axes, label=label)
+        shared = [
+            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
+        ]
+        title = ", ".join([*shared, "student"])
+        figure.suptitle(title, fontsize="medium", wrap=True)
+        files = encoded(plt, figure, ("png", "svg"))
+        Picture("heat-map", title, title, files).write(self.sweep.out)
