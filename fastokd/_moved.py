@@ -25,7 +25,7 @@ def alias(old: str, new: str) -> None:
     warnings.warn(
         f"{old} has moved to {new}; the old path will be removed in the next release",
         DeprecationWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     package = importlib.import_module(new)
     sys.modules[old] = package
