@@ -285,4 +285,4 @@ def test_schedules_are_read_and_written(capsys):
         with pytest.raises(ConfigError, match=r"resize_schedule=.* has the wrong type"):
             load_config(text, "here")
     assert cli.main(["train", "--data", "digits", "--resize-schedule", "0-8"]) == 2
-    assert "resize schedule '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err
+    assert "--resize-schedule: '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err
