@@ -18,15 +18,8 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def alias(old: str, new: str) -> None:
-    """Make ``old`` and its submodules other names of ``new`` and its submodules.
-
-    The modules are the same objects, so classes imported by either path are identical.
-    """
-    warnings.warn(
-        f"{old} has moved to {new}; the old path will be removed in the next release",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    """Make ``old`` and its submodules other names of the modules of ``new``."""
+    warn_renamed(old, new, stacklevel=4)
     package = importlib.import_module(new)
     sys.modules[old] = package
     for module in pkgutil.iter_modules(getattr(package, "__path__", ())):

@@ -15,6 +15,7 @@ import tyro
 from fastokd.cli.commands import COMMANDS, option_names, options_of, parser
 from fastokd.cli.options import BadValue
 from fastokd.errors import (
+    EXIT_CODES,
     EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_OK,
@@ -22,7 +23,6 @@ from fastokd.errors import (
     ConfigError,
     FastOKDError,
     did_you_mean,
-    exit_code_table,
 )
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
@@ -30,7 +30,7 @@ from fastokd.version import __version__
 DESCRIPTION = f"""Online knowledge distillation: train a small classifier with deeper branches that
 teach it, and keep the small one.
 
-Exit codes: {exit_code_table()}"""
+Exit codes: {"; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
