@@ -13,7 +13,6 @@ from typing import Any
 import tyro
 
 from fastokd.cli.commands import COMMANDS, option_names, options_of, parser
-from fastokd.cli.options import BadValue
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -99,9 +98,6 @@ def _run(arguments: list[str]) -> int:
             return EXIT_OK
         problem = _incomplete(level.load(arguments[depth:]), arguments[depth:])
         raise ConfigError(f"{problem}; '{name} --help' lists the options") from None
-    except BadValue as error:
-        option = _option_of(str(error), arguments[depth:])
-        raise ConfigError(f"{option}{error}; '{name} --help' lists the options") from None
     if unknown:
         raise ConfigError(_unknown(unknown[0], option_names(level, arguments[depth:]), name))
     return call() or EXIT_OK
@@ -121,19 +117,6 @@ def _incomplete(target: Any, arguments: Sequence[str]) -> str:
         if required
     ]
     return f"missing argument: {', '.join(needed).replace('_', '-')}"
-
-
-def _option_of(message: str, arguments: Sequence[str]) -> str:
-    """The option before the value that a message quotes first."""
-    value = message.split("'")[1]
-    last = ""
-    for word in arguments:
-        name, mark, text = word.partition("=")
-        if word == value or (mark and text == value and word.startswith("--")):
-            return f"{name if mark and text == value else last}: ".lstrip(": ")
-        if word.startswith("--"):
-            last = name
-    return ""
 
 
 def _unknown(word: str, names: Sequence[str], name: str) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from fastokd.cli.options import with_options
+
 
 @dataclass(frozen=True)
 class Command:
@@ -36,7 +38,9 @@ class Command:
         def deferred(*args: Any, **options: Any) -> Callable[[], int | None]:
             return functools.partial(function, *args, **options)
 
-        return deferred
+        deferred.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        del deferred.__wrapped__  # tyro would read the options' types from it
+        return with_options(deferred)
 
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {

@@ -1,9 +1,9 @@
 """Commands that compare and plot runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-from fastokd.cli.options import File, Runs, choice, say
+from fastokd.cli.options import Runs, say
 from fastokd.experiments.analysis.compare import compare as compare_groups
 from fastokd.experiments.analysis.curves import PICTURES, draw_curves, require_matplotlib
 from fastokd.experiments.analysis.report import report_page
@@ -15,8 +15,8 @@ FORMATS = {".md": "markdown", ".csv": "csv", ".html": "html"}
 
 def compare(
     runs: Runs = (),
-    out: File = None,
-    format: Annotated[str, choice("auto", "terminal", "markdown", "csv", "html")] = "auto",
+    out: Path | None = None,
+    format: Literal["auto", "terminal", "markdown", "csv", "html"] = "auto",
     latency: bool = True,
 ) -> None:
     """Compare runs: errors over seeds, the costs of the students, and the costs of training

@@ -1,13 +1,13 @@
 """Commands that train many runs."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from fastokd.cli.options import File, Int, Settings, Text, Whole, say, spec
+from fastokd.cli.options import Settings, say
 from fastokd.cli.train import start_from
 from fastokd.data import absolute_spec
 from fastokd.errors import EXIT_OK
@@ -25,7 +25,7 @@ from fastokd.experiments.sweep.sweep import Results, plan_sweep, run_sweep
 from fastokd.train.config import override
 
 
-def demo(out: Path = Path("demo-out"), seeds: Int = 3, epochs: Int = 24, branches: Int = 3) -> None:
+def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branches: int = 3) -> None:
     """Train a small student alone and with AHBF on embedded digits, compare both, and export the
     student.
 
@@ -39,12 +39,12 @@ def demo(out: Path = Path("demo-out"), seeds: Int = 3, epochs: Int = 24, branche
 
 
 def sweep(
-    recipe: Text = None,
-    config: File = None,
-    data: Text = None,
+    recipe: str | None = None,
+    config: Path | None = None,
+    data: str | None = None,
     set: Settings = (),
-    seeds: Int = 1,
-    out: File = None,
+    seeds: int = 1,
+    out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
     dry_run: bool = False,
@@ -71,21 +71,17 @@ def sweep(
     changes = {} if data is None else {"data": absolute_spec(data)}
     base = override(start_from(recipe, config), changes)
     plan = plan_sweep(base, get_recipe(recipe) if recipe else None, parse_values(set), seeds, out)
-
-    def results(failed: Mapping[str, str]) -> str:
-        return Results.of(plan, failed).as_text()
-
-    return _run_queue(plan, dry_run, devices, per_device, run_sweep, results)
+    return _run_queue(plan, Results, dry_run, devices, per_device, run_sweep)
 
 
 def reproduce(
-    table: tyro.conf.Positional[Text] = None,
-    data: Text = None,
-    rows: Annotated[tuple[str, ...], spec(tuple, "[PATTERN ...]", "*")] = (),
-    seeds: Whole = None,
-    epochs: Whole = None,
+    table: tyro.conf.Positional[str | None] = None,
+    data: str | None = None,
+    rows: tuple[str, ...] = (),
+    seeds: int | None = None,
+    epochs: int | None = None,
     set: Settings = (),
-    out: File = None,
+    out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
     dry_run: bool = False,
@@ -110,20 +106,11 @@ def reproduce(
         return EXIT_OK
     where = "" if data is None else absolute_spec(data)
     plan = plan_reproduction(table, where, rows, seeds, epochs, parse_values(set), out)
-
-    def results(failed: Mapping[str, str]) -> str:
-        return ReproductionResults.of(plan, failed).as_text()
-
-    return _run_queue(plan, dry_run, devices, per_device, run_reproduction, results)
+    return _run_queue(plan, ReproductionResults, dry_run, devices, per_device, run_reproduction)
 
 
 def _run_queue(
-    plan: Any,
-    dry_run: bool,
-    devices: str,
-    per_device: str,
-    run: Callable[..., Any],
-    results: Callable[[Mapping[str, str]], str],
+    plan: Any, results: Any, dry_run: bool, devices: str, per_device: str, run: Callable[..., Any]
 ) -> int:
     """Run a plan, or only print it, and print the results."""
     if dry_run:
@@ -133,10 +120,10 @@ def _run_queue(
             say(f"{name}: {state}")
         finished = sum(state == "finished" for _, state in states)
         say(f"{len(states)} runs in {plan.out}, {finished} finished\n")
-        print(results({}))
+        print(results.of(plan, {}).as_text())
         return EXIT_OK
     outcome = run(plan, parse_devices(devices), parse_per_device(per_device), say)
-    print(f"\n{results(outcome.failed)}\n")
+    print(f"\n{results.of(plan, outcome.failed).as_text()}\n")
     say(f"runs, tables and numbers: {plan.out}")
     if outcome.failed:
         failed = ", ".join(outcome.failed)
@@ -147,5 +134,4 @@ def _run_queue(
         )
     if outcome.signal:
         print(f"fastokd: stopped by {outcome.signal}; the same command resumes", file=sys.stderr)
-    code: int = outcome.exit_code
-    return code
+    return int(outcome.exit_code)
