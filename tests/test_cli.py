@@ -274,6 +274,8 @@ class TestMistakes:
         mistake((code, out, err), 2, r"unknown option '--modle'; did you mean '--model'\?")
         mistake(run("train", "--zzz"), 2, r"unknown option '--zzz'")
         mistake(run("show", "ahbf", "more"), 2, r"unknown argument 'more'")
+        mistake(run("--zzz"), 2, r"unknown option '--zzz'")
+        mistake(run("data", "--zzz"), 2, r"unknown option '--zzz'")
 
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")

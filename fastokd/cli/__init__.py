@@ -7,12 +7,12 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
-from fastokd.cli.commands import COMMANDS, option_names, options_of, parser
+from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -21,7 +21,6 @@ from fastokd.errors import (
     EXIT_PIPE,
     ConfigError,
     FastOKDError,
-    did_you_mean,
 )
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
@@ -71,35 +70,29 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"fastokd {__version__}")
         return EXIT_OK
-    level: Any = COMMANDS
-    depth = 0
-    while isinstance(level, Mapping):
-        word = arguments[depth] if depth < len(arguments) else "--help"
-        if word.startswith("-"):
-            arguments = [*arguments, "--help"] if depth == len(arguments) else arguments
-            break
-        if word not in level:
-            raise ConfigError(f"unknown command '{word}'{did_you_mean(word, level)}")
-        level, depth = level[word], depth + 1
-    union = parser(arguments)
-    name = " ".join(["fastokd", *arguments[:depth]])
+    command, depth = find_command(arguments)
+    words, arguments = arguments[:depth], arguments[depth:]
+    name = " ".join(["fastokd", *words])
+    if isinstance(command, Command):
+        target, description = command.load(arguments), None
+    else:
+        target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise ConfigError(_unknown(arguments[0], [], name))
+        arguments = ["--help"]
     try:
         # Messages of the parser are replaced by one line below.
         with contextlib.redirect_stderr(io.StringIO()):
             call, unknown = tyro.cli(
-                union,
-                args=arguments,
-                prog="fastokd",
-                description=DESCRIPTION,
-                return_unknown_args=True,
+                target, args=arguments, prog=name, description=description, return_unknown_args=True
             )
     except SystemExit as stop:
         if not stop.code:
             return EXIT_OK
-        problem = _incomplete(level.load(arguments[depth:]), arguments[depth:])
+        problem = _incomplete(target, arguments)
         raise ConfigError(f"{problem}; '{name} --help' lists the options") from None
     if unknown:
-        raise ConfigError(_unknown(unknown[0], option_names(level, arguments[depth:]), name))
+        raise ConfigError(_unknown(unknown[0], option_names(target), name))
     return call() or EXIT_OK
 
 

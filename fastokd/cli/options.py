@@ -2,7 +2,8 @@
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,13 +32,12 @@ class BadValue(FastOKDError):
     """A value that an option does not take. Not a ``ValueError``: the parser would catch it."""
 
 
-def parse_bool(text: str) -> bool:
-    """True or False; raises ``KeyError`` for any other text."""
-    return {"true": True, "false": False}[text.lower()]
-
-
 KINDS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
-    bool: (parse_bool, "{True,False}", "True or False"),
+    bool: (
+        lambda text: {"true": True, "false": False}[text.lower()],
+        "{True,False}",
+        "True or False",
+    ),
     int: (int, "N", "a whole number"),
     float: (float, "X", "a number"),
     str: (str, "TEXT", ""),
@@ -161,11 +161,6 @@ def make_table(left: str, *right: str) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str) -> AbstractContextManager[Counter]:
     """Progress on stderr: a bar on a terminal, otherwise lines from time to time."""
-    counter = Counter(title)
-    try:
-        yield counter
-    finally:
-        counter.close()
+    return contextlib.closing(Counter(title))

@@ -29,14 +29,13 @@ def compare(
         latency: Measure the latencies of the students on this machine
     """
     table = compare_groups(read_runs(runs), latency)
-    if format == "auto":
-        format = FORMATS.get(out.suffix.lower() if out else "", "terminal")
+    by_name = FORMATS.get(out.suffix.lower() if out else "", "terminal")
     text = {
         "terminal": table.as_text,
         "markdown": table.as_markdown,
         "csv": table.as_csv,
         "html": table.as_html,
-    }[format]()
+    }[by_name if format == "auto" else format]()
     if out is None:
         print(text, end="")
     else:
