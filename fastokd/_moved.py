@@ -27,11 +27,8 @@ def alias(old: str, new: str) -> None:
 
 
 def moved_names(old: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` for names that moved elsewhere or were renamed.
-
-    Args:
-        old: the module that held the names.
-        names: for each new module its names; "old=new" for a renamed one.
+    """The ``__getattr__`` of the module ``old``, from the names that each new module has of it;
+    "old=new" for a renamed one.
     """
     targets = {
         name.partition("=")[0]: (module, name.rpartition("=")[2])

@@ -49,6 +49,3 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)

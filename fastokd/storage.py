@@ -146,9 +146,7 @@ def format_bytes(count: float) -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that this process can still take, within the limit of its control
-    group; None where unknown.
-    """
+    """Bytes of memory that this process can still take within its control group, if known."""
     readings = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -167,7 +165,7 @@ def available_memory() -> int | None:
 
 
 def temporaries_of(path: Path) -> list[Path]:
-    """The temporary files that ``write_atomically`` left for a file when its process was killed."""
+    """The temporary files that killed calls of ``write_atomically`` left for a file."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"))
 
 

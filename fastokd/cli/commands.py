@@ -35,11 +35,11 @@ class Command:
         if self.generated:
             return function(arguments)
 
-        @functools.wraps(function)
-        def deferred(*args: Any, **options: Any) -> Callable[[], int | None]:
+        def defer(*args: Any, **options: Any) -> Callable[[], int | None]:
             return functools.partial(function, *args, **options)
 
-        deferred.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        deferred: Any = functools.update_wrapper(defer, function)
+        deferred.__signature__ = inspect.signature(function)
         del deferred.__wrapped__  # tyro would read the options' types from it
         return with_options(deferred)
 
