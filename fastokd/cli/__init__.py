@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
+from fastokd.cli.options import BadValue
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -91,6 +92,8 @@ def _run(arguments: list[str]) -> int:
             return EXIT_OK
         problem = _incomplete(target, arguments)
         raise ConfigError(f"{problem}; '{name} --help' lists the options") from None
+    except BadValue as error:
+        raise ConfigError(f"{error}; '{name} --help' lists the options") from None
     if unknown:
         raise ConfigError(_unknown(unknown[0], option_names(target), name))
     return call() or EXIT_OK

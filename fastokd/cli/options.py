@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastokd.errors import FastOKDError
 from fastokd.train.config import OptionValue, TrainConfig, option_value
 from fastokd.train.fields import infos
 from fastokd.train.progress import Counter
@@ -28,7 +27,7 @@ Settings = tyro.conf.UseAppendAction[
 ]
 
 
-class BadValue(FastOKDError):
+class BadValue(Exception):
     """A value that an option does not take. Not a ``ValueError``: the parser would catch it."""
 
 
@@ -116,8 +115,11 @@ def with_options(target: T) -> T:
     Options that are not in the docstring are described like the configuration's field.
     """
     hints: Any = get_type_hints(target, include_extras=True)
+    one_of: Any = Literal
     for name, hint in hints.items():
         base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if marks and isinstance(marks[0], tuple):  # words that are known when the program runs
+            base, marks = one_of[marks[0]], marks[1:]
         if base is bool or name == "return" or hint is Settings:
             continue
         text = shown = None

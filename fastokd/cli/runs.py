@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
 from fastokd.errors import escape
 from fastokd.experiments.analysis.study import analyze_run
+from fastokd.export import list_formats
 from fastokd.export.evaluate import evaluate_export
 from fastokd.train.distributed import choose_device
 from fastokd.train.export_run import export_run
@@ -136,7 +137,7 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
 
 def export(
     run: tyro.conf.Positional[Path],
-    to: str = "safetensors",
+    to: Annotated[str, tuple(list_formats())] = "safetensors",
     out: Path | None = None,
     which: Which = "last",
     branch: str | None = None,
