@@ -18,15 +18,8 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def alias(old: str, new: str) -> None:
-    """Make ``old`` and its submodules other names of ``new`` and its submodules.
-
-    The modules are the same objects, so classes imported by either path are identical.
-    """
-    warnings.warn(
-        f"{old} has moved to {new}; the old path will be removed in the next release",
-        DeprecationWarning,
-        stacklevel=4,
-    )
+    """Make ``old`` and its submodules other names of the modules of ``new``."""
+    warn_renamed(old, new, stacklevel=4)
     package = importlib.import_module(new)
     sys.modules[old] = package
     for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
@@ -34,11 +27,8 @@ def alias(old: str, new: str) -> None:
 
 
 def moved_names(old: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` for names that moved elsewhere or were renamed.
-
-    Args:
-        old: the module that held the names.
-        names: for each new module its names; "old=new" for a renamed one.
+    """The ``__getattr__`` of the module ``old``, from the names that each new module has of it;
+    "old=new" for a renamed one.
     """
     targets = {
         name.partition("=")[0]: (module, name.rpartition("=")[2])

@@ -1,29 +1,25 @@
 """Errors of fastokd, and the exit codes of the command line.
 
-Library calls raise plain ``ValueError``/``TypeError`` subclasses so that callers need no import
-from here; the command line turns every ``FastOKDError`` into one line on stderr and the class's
-exit code.
+They are subclasses of Python's errors, so that callers need no import from here. The command line
+turns each into one line on stderr and the class's exit code.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
-EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_IO = 5
 EXIT_PEER = 6
-EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h, which schedulers know."""
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which schedulers know
 EXIT_INTERRUPTED = 130
-EXIT_PIPE = 141
-"""As of programs that SIGPIPE ends."""
+EXIT_PIPE = 141  # as of programs that SIGPIPE ends
 
 EXIT_CODES = {
     EXIT_OK: "done",
-    EXIT_BUG: "a bug in fastokd, with a traceback",
+    1: "a bug in fastokd, with a traceback",
     EXIT_USAGE: "wrong usage or configuration, a non-finite loss, or too little memory",
     EXIT_DATA: "a problem of the data",
     EXIT_CHECKPOINT: "a problem of a checkpoint or exported student",
@@ -33,12 +29,6 @@ EXIT_CODES = {
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
     EXIT_PIPE: "the reader of the output ended, e.g. head",
 }
-"""The exit codes of the command line."""
-
-
-def exit_code_table() -> str:
-    """The exit codes in one paragraph."""
-    return "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 
 
 class FastOKDError(Exception):
@@ -117,15 +107,13 @@ def summarize(items: Sequence[object], limit: int = 10) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A suffix for an error message: the choice that begins with the name, or a close match, and
-    all the choices.
+    """The end of an error message: a choice that begins with the name or is close, and all choices.
 
     >>> did_you_mean("ahfb", ["ahbf", "baseline"])
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
-    close = [
-        choice for choice in choices if choice.startswith(f"{name}_")
-    ] or difflib.get_close_matches(name, choices, n=1)
+    close = [choice for choice in choices if choice.startswith(f"{name}_")]
+    close = close or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})"

@@ -12,9 +12,7 @@ _alone = False
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Compute in this process as if there were no others, so that an error here does not make
-    them wait.
-    """
+    """Compute without the other processes, so that an error here does not make them wait."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -31,9 +29,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows [B, ...] of all W processes in the order of their ranks, [W * B, ...]; B must be the
-    same everywhere.
-    """
+    """The rows [B, ...] of all W processes by rank, [W * B, ...]; B must be the same everywhere."""
     size = rank_and_size()[1]
     if size == 1:
         return rows

@@ -16,11 +16,9 @@ from fastokd.errors import StorageError, first_line
 
 T = TypeVar("T")
 
+# Errors that may pass, e.g. when a file server restarts, and the seconds before each new attempt.
 TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})
-"""Errors that may pass: a file server restarts, or a disk missed one request."""
-
 PAUSES = (0.1, 0.5, 2.0)
-"""Seconds before each further attempt after such an error."""
 
 
 def write_atomically(
@@ -29,21 +27,16 @@ def write_atomically(
     durable: bool = True,
     before_rename: Callable[[], object] | None = None,
 ) -> None:
-    """Write a file through a temporary file in the same folder: write it, flush it to the disk,
-    and rename it over the old file.
-
-    After a transient error all of this is repeated a few times; ``write`` and ``before_rename``
-    must tolerate that.
+    """Write a temporary file in the same folder, flush it to the disk, and rename it over ``path``.
 
     Args:
         path: the file.
-        write: writes its content.
-        durable: wait for the disk; without it a crash of the machine may lose the file.
+        write: writes its content; called again after a transient error.
+        durable: wait for the disk; otherwise a crash of the machine may lose the file.
         before_rename: called when the temporary file is complete.
 
     Raises:
-        StorageError: the disk refused; the old file, if any, is untouched and the temporary one is
-            removed.
+        StorageError: the file cannot be written; an old file is untouched.
     """
 
     def attempt() -> None:
@@ -82,11 +75,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk.
-
-    Raises:
-        StorageError: the disk refused; nothing of the line was written.
-    """
+    """Append one line and flush it to the disk; a ``StorageError`` leaves nothing of the line."""
 
     def attempt() -> None:
         # Unbuffered: nothing is left in a buffer that closing the file would write after all.
@@ -108,10 +97,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def retried(action: Callable[[], T]) -> T:
-    """The result of an action, which is repeated after growing pauses when it fails with a
-    transient error.
-
-    The last error has a note with the number of attempts.
+    """The result of an action, repeated after growing pauses when it fails with a transient error;
+    the last error has a note with the number of attempts.
     """
     pauses = iter(PAUSES)
     while True:
@@ -138,16 +125,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse files that will not fit.
-
-    Args:
-        folder: where they are to be written.
-        needed: bytes.
-        what: the files, for the message.
-
-    Raises:
-        StorageError: the file system has fewer bytes free.
-    """
+    """Raise a ``StorageError`` if ``folder`` has less than ``needed`` bytes free for ``what``."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
@@ -161,18 +139,14 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 def format_bytes(count: float) -> str:
     """A number of bytes as text: "640 KiB", "13 MiB", "1.9 GiB"."""
-    unit, name = next(
-        (each for each in ((2**30, "GiB"), (2**20, "MiB")) if count >= each[0]), (2**10, "KiB")
-    )
-    value = count / unit
+    power, name = (3, "GiB") if count >= 2**30 else (2, "MiB") if count >= 2**20 else (1, "KiB")
+    value = count / 1024**power
     digits = 0 if value >= 100 or (value >= 10 and name != "GiB") else 1
     return f"{value:.{digits}f} {name}"
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that this process can still take, within the limit of its control
-    group; None where unknown.
-    """
+    """Bytes of memory that this process can still take within its control group, if known."""
     readings = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -191,7 +165,7 @@ def available_memory() -> int | None:
 
 
 def temporaries_of(path: Path) -> list[Path]:
-    """The temporary files that ``write_atomically`` left for a file when its process was killed."""
+    """The temporary files that killed calls of ``write_atomically`` left for a file."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"))
 
 

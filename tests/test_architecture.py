@@ -176,10 +176,28 @@ def test_moved_package_works_with_a_warning(package):
             import fastokd.{package}
         import fastokd.experiments.{package} as new
         assert fastokd.{package} is new
-        assert "has moved to fastokd.experiments.{package}" in str(caught[0].message)
+        assert "is now fastokd.experiments.{package}" in str(caught[0].message)
+        assert caught[0].filename == "<string>"  # of the import, or Python does not show it
         print("same")
     """
     assert _python(code) == "same"
+
+
+def test_walk_imports_every_module_once():
+    code = """
+        import importlib, pkgutil, warnings
+        import fastokd
+        warnings.simplefilter("ignore", DeprecationWarning)
+        names = [module.name for module in pkgutil.walk_packages(fastokd.__path__, "fastokd.")]
+        for name in names:
+            if not name.startswith("fastokd._native."):  # a library without Python's interface
+                importlib.import_module(name)
+        assert len(set(names)) == len(names) > 100
+        assert [name for name in names if name.count("fastokd") > 1 and "_native" not in name] == []
+        assert not {"fastokd.tests", "fastokd.setup"} & set(names)
+        print("done")
+    """
+    assert _python(code) == "done"
 
 
 def test_graph_package_does_not_import_torch():

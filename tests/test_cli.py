@@ -274,6 +274,8 @@ class TestMistakes:
         mistake((code, out, err), 2, r"unknown option '--modle'; did you mean '--model'\?")
         mistake(run("train", "--zzz"), 2, r"unknown option '--zzz'")
         mistake(run("show", "ahbf", "more"), 2, r"unknown argument 'more'")
+        mistake(run("--zzz"), 2, r"unknown option '--zzz'")
+        mistake(run("data", "--zzz"), 2, r"unknown option '--zzz'")
 
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
@@ -340,7 +342,7 @@ class TestMistakes:
         mistake(
             run("train", "--data", "digits", "--device", "cuda:99"),
             2,
-            r"device 'cuda:99' is not there",
+            r"device 'cuda:99' does not exist",
         )
         mistake(run("train", "--data", "digits", "--device", "tpu"), 2, r"device 'tpu'")
         mistake(run("train"), 2, r"no dataset: pass --data")
@@ -435,7 +437,7 @@ class TestMistakes:
             run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"),
             2,
             r"the configuration differs from the checkpoint's \(old, new: model: 'resnet8',"
-            r" 'resnet20'; lr: 0.05, 1.0\): undo that, pass --allow-config-change",
+            r" 'resnet20'; lr: 0.05, 1.0\): undo the change, pass --allow-config-change",
         )
         mistake(run("train", "--resume", trained), 2, r"already finished 1 of 1 epochs")
 
@@ -750,9 +752,8 @@ def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(ru
     for _ in range(2):
         code, out, err = run(*command, "--epochs", "2")
         assert (code, err) == (0, "")
-        assert (
-            out == "the run has 2 finished epochs, and --epochs 2 is not more; to train on, pass a"
-            " larger --epochs\n"
+        assert out == (
+            "the run already finished 2 of 2 epochs; pass a larger --epochs to continue\n"
         )
     mistake(
         run(*command, "--epochs", "3", "--lr", "1"),

@@ -25,7 +25,7 @@ from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd import cli
-from fastokd.cli.commands import all_commands, option_names, parser
+from fastokd.cli.commands import COMMANDS, Command, find_command, option_names
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
@@ -271,7 +271,8 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
             with pytest.raises(Understood):
                 assert cli.main(words) == 0
         else:
-            tyro.cli(parser(words), args=words)
+            command, depth = find_command(words)
+            tyro.cli(command.load(words[depth:]), args=words[depth:])
     files = re.findall(
         r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE
     )
@@ -317,7 +318,9 @@ OTHERS_OPTIONS = {
 
 
 def test_options_and_names_in_the_text_exist():
-    options = {name[2:] for _, command in all_commands() for name in option_names(command)}
+    groups = [{"": item} if isinstance(item, Command) else item for item in COMMANDS.values()]
+    commands = [command for group in groups for command in group.values()]
+    options = {name[2:] for command in commands for name in option_names(command.load([]))}
     known = (
         {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
     )

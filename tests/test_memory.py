@@ -395,11 +395,11 @@ def test_batch_size_auto_is_written_to_the_config(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--batch-size", "many"], "--batch-size many: it is a whole number, auto, or auto:N"),
+        (["--batch-size", "many"], "--batch-size many: it must be a whole number, auto, or auto:N"),
         (["--batch-size", "auto:4"], "--batch-size auto:4: .* at least 8"),
         (["--batch-size", "auto", "--device-batch", "8"], "batch_size auto and device_batch=8"),
         (["--batch-size", "1"], "batch_size=1: it must be at least 2"),
-        (["--batch-size", "auto", "--resume", "run"], "leave out --batch-size auto"),
+        (["--batch-size", "auto", "--resume", "run"], "omit --batch-size auto"),
     ],
 )
 def test_user_errors_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):

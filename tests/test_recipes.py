@@ -571,7 +571,7 @@ def test_an_unknown_recipe_is_told_the_closest_name():
 
 def test_every_field_can_be_overridden():
     names = {f"--{name.replace('_', '-')}" for name in DEFAULTS}
-    assert names <= set(option_names(COMMANDS["train"]))
+    assert names <= set(option_names(COMMANDS["train"].load([])))
 
 
 def test_an_overridden_option_leaves_the_recipe_its_others(

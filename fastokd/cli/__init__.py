@@ -7,22 +7,21 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
-from fastokd.cli.commands import COMMANDS, option_names, options_of, parser
+from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
 from fastokd.cli.options import BadValue
 from fastokd.errors import (
+    EXIT_CODES,
     EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_OK,
     EXIT_PIPE,
     ConfigError,
     FastOKDError,
-    did_you_mean,
-    exit_code_table,
 )
 from fastokd.train.config import RETIRED
 from fastokd.version import __version__
@@ -30,7 +29,7 @@ from fastokd.version import __version__
 DESCRIPTION = f"""Online knowledge distillation: train a small classifier with deeper branches that
 teach it, and keep the small one.
 
-Exit codes: {exit_code_table()}"""
+Exit codes: {"; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,38 +71,31 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"fastokd {__version__}")
         return EXIT_OK
-    level: Any = COMMANDS
-    depth = 0
-    while isinstance(level, Mapping):
-        word = arguments[depth] if depth < len(arguments) else "--help"
-        if word.startswith("-"):
-            arguments = [*arguments, "--help"] if depth == len(arguments) else arguments
-            break
-        if word not in level:
-            raise ConfigError(f"unknown command '{word}'{did_you_mean(word, level)}")
-        level, depth = level[word], depth + 1
-    union = parser(arguments)
-    name = " ".join(["fastokd", *arguments[:depth]])
+    command, depth = find_command(arguments)
+    words, arguments = arguments[:depth], arguments[depth:]
+    name = " ".join(["fastokd", *words])
+    if isinstance(command, Command):
+        target, description = command.load(arguments), None
+    else:
+        target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise ConfigError(_unknown(arguments[0], [], name))
+        arguments = ["--help"]
     try:
         # Messages of the parser are replaced by one line below.
         with contextlib.redirect_stderr(io.StringIO()):
             call, unknown = tyro.cli(
-                union,
-                args=arguments,
-                prog="fastokd",
-                description=DESCRIPTION,
-                return_unknown_args=True,
+                target, args=arguments, prog=name, description=description, return_unknown_args=True
             )
     except SystemExit as stop:
         if not stop.code:
             return EXIT_OK
-        problem = _incomplete(level.load(arguments[depth:]), arguments[depth:])
+        problem = _incomplete(target, arguments)
         raise ConfigError(f"{problem}; '{name} --help' lists the options") from None
     except BadValue as error:
-        option = _option_of(str(error), arguments[depth:])
-        raise ConfigError(f"{option}{error}; '{name} --help' lists the options") from None
+        raise ConfigError(f"{error}; '{name} --help' lists the options") from None
     if unknown:
-        raise ConfigError(_unknown(unknown[0], option_names(level, arguments[depth:]), name))
+        raise ConfigError(_unknown(unknown[0], option_names(target), name))
     return call() or EXIT_OK
 
 
@@ -121,19 +113,6 @@ def _incomplete(target: Any, arguments: Sequence[str]) -> str:
         if required
     ]
     return f"missing argument: {', '.join(needed).replace('_', '-')}"
-
-
-def _option_of(message: str, arguments: Sequence[str]) -> str:
-    """The option before the value that a message quotes first."""
-    value = message.split("'")[1]
-    last = ""
-    for word in arguments:
-        name, mark, text = word.partition("=")
-        if word == value or (mark and text == value and word.startswith("--")):
-            return f"{name if mark and text == value else last}: ".lstrip(": ")
-        if word.startswith("--"):
-            last = name
-    return ""
 
 
 def _unknown(word: str, names: Sequence[str], name: str) -> str:

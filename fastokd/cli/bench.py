@@ -4,17 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.cli.options import (
-    Float,
-    Int,
-    Runs,
-    Text,
-    Whole,
-    console,
-    make_table,
-    progress_bar,
-    say,
-)
+from fastokd.cli.options import Runs, console, make_table, progress_bar, say
 from fastokd.data import absolute_spec
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.experiments.analysis.step_figure import draw_step_benchmark
@@ -30,16 +20,16 @@ from fastokd.train.distributed import choose_device
 def step(
     model: str = "resnet32",
     method: str = "ahbf",
-    branches: Whole = None,
-    aux_blocks: Int = 4,
-    at: Text = None,
-    batch_size: Int = 128,
+    branches: int | None = None,
+    aux_blocks: int = 4,
+    at: str | None = None,
+    batch_size: int = 128,
     data: str = "synthetic",
-    image_size: Whole = None,
-    num_classes: Whole = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
     device: str = "auto",
-    seconds: Float = 10.0,
-    steps: Whole = None,
+    seconds: float = 10.0,
+    steps: int | None = None,
     out: Path = Path("bench-out"),
     profile: bool = False,
 ) -> None:
@@ -52,15 +42,10 @@ def step(
     Args:
         model: Network, as for 'fastokd train'
         method: Method; methods that need a trained teacher are not supported
-        branches: Number of branches (default: the method's)
-        aux_blocks: Auxiliary blocks that each hierarchy level adds
-        at: First module that each branch has separately in a torchvision or timm network
-        batch_size: Images per step
         data: synthetic (random images), or a dataset as for 'fastokd train --data', of which a part
             is decoded
         image_size: Height and width in pixels (default: 32, or the data's)
         num_classes: Classes of synthetic images (default: 10)
-        device: auto, cpu, cuda or cuda:N
         seconds: Duration of each row; the first row is measured as long next to each
         steps: Steps of each of the five windows of a row, instead of --seconds
         out: Folder for the files
@@ -104,8 +89,10 @@ def step(
     rows: list[StepRow] = []
     for row in benchmark.rows():
         rows.append(row)
-        speed = "" if row.reason else _speed(row)
-        say(f"  {row.name}: {row.reason or speed}")
+        text = row.reason or "not measured"
+        if not row.reason and row.images_per_second and row.times_first:
+            text = f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"
+        say(f"  {row.name}: {text}")
     record = report(benchmark, rows)
     _print_rows(record)
     _write(record, out)
@@ -113,12 +100,6 @@ def step(
         trace, table = benchmark.profile(out)
         say(table)
         say(f"wrote {trace}: open it in https://ui.perfetto.dev")
-
-
-def _speed(row: StepRow) -> str:
-    if row.images_per_second is None or row.times_first is None:
-        return "not measured"
-    return f"{row.images_per_second[0]:,.0f} images/s, {row.times_first[0]:.2f} x"
 
 
 def _print_rows(record: Mapping[str, Any]) -> None:

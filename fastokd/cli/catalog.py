@@ -2,31 +2,28 @@
 
 import dataclasses
 import json as json_format
-from typing import Annotated
+from typing import Literal
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 
-from fastokd.cli.options import Options, Text, Whole, choice, print_table
+from fastokd.cli.options import print_table
 from fastokd.doctor import examine
-from fastokd.train.config import TrainConfig, check_method
+from fastokd.train.config import OptionValue, TrainConfig, check_method
 
 
 def show(
     method: tyro.conf.Positional[str],
-    branches: Whole = None,
+    branches: int | None = None,
     preset: str = "paper",
-    format: Annotated[str, choice("text", "mermaid", "svg")] = "text",
-    method_options: Options = {},  # noqa: B006 - never changed
+    format: Literal["text", "mermaid", "svg"] = "text",
+    method_options: dict[str, OptionValue] = {},  # noqa: B006 - never changed
 ) -> None:
     """Draw the distillation graph of a method with its effective coefficients.
 
     Args:
         method: Method, e.g. ahbf
-        branches: Number of branches (default: the method's)
-        preset: Preset of the loss options: paper or code
         format: Text, a Mermaid flowchart, or an SVG drawing
-        method_options: Options of the loss as NAME=VALUE
     """
     from fastokd.graph import draw_mermaid, draw_svg
     from fastokd.methods import get_method
@@ -48,9 +45,8 @@ def methods() -> None:
     """List the methods and their numbers of branches."""
     from fastokd.methods import get_method, list_methods
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("method", "branches", "networks", "presets", "summary"):
-        table.add_column(column, no_wrap=column == "method")
+    first = Column("method", no_wrap=True)
+    table = Table(first, "branches", "networks", "presets", "summary", box=None, pad_edge=False)
     for name in list_methods():
         method = get_method(name)
         low, high = method.branch_range
@@ -61,7 +57,7 @@ def methods() -> None:
     print("train with one: fastokd train --method NAME; see its graph: fastokd show NAME")
 
 
-def recipes(name: tyro.conf.Positional[Text] = None) -> None:
+def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
     """List the published configurations with the errors that the papers report in %, or print one.
 
     Args:
@@ -77,9 +73,8 @@ def recipes(name: tyro.conf.Positional[Text] = None) -> None:
     for heading, _, group in recipe_groups():
         selected = {key: recipe for key, recipe in group.items() if part in key}
         if selected:
-            table = Table(box=None, pad_edge=False)
-            table.add_column("recipe", no_wrap=True)
-            table.add_column("error, %, published")
+            first = Column("recipe", no_wrap=True)
+            table = Table(first, "error, %, published", box=None, pad_edge=False)
             for key, recipe in selected.items():
                 table.add_row(key, recipe.reported())
             print(heading)

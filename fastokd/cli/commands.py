@@ -1,4 +1,4 @@
-"""The list of commands, and their parser. A command's module is imported when it is chosen."""
+"""The list of commands. A command's module is imported when it is chosen."""
 
 import dataclasses
 import functools
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
 import tyro
+
+from fastokd.cli.options import with_options
+from fastokd.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Command:
         if self.generated:
             return function(arguments)
 
-        @functools.wraps(function)
-        def deferred(*args: Any, **options: Any) -> Callable[[], int | None]:
+        def defer(*args: Any, **options: Any) -> Callable[[], int | None]:
             return functools.partial(function, *args, **options)
 
-        return deferred
+        deferred: Any = functools.update_wrapper(defer, function)
+        deferred.__signature__ = inspect.signature(function)
+        del deferred.__wrapped__  # tyro would read the options' types from it
+        return with_options(deferred)
 
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
@@ -67,35 +72,30 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
 GROUPS = {"data": "Check or convert a dataset", "bench": "Measure fastokd on this machine"}
 
 
-def parser(
-    arguments: Sequence[str], commands: Mapping[str, Command | Mapping[str, Command]] = COMMANDS
-) -> Any:
-    """The union of all commands for tyro, of which only the chosen one is loaded."""
-    chosen = arguments[0] if arguments else ""
+def find_command(arguments: Sequence[str]) -> tuple[Command | Mapping[str, Any], int]:
+    """The command that the first words name, or the group where they end, and their number.
+
+    Raises:
+        ConfigError: an unknown command; the message suggests the closest one.
+    """
+    level: Command | Mapping[str, Any] = COMMANDS
+    for depth, word in enumerate([*arguments, "--help"]):
+        if isinstance(level, Command) or word.startswith("-"):
+            return level, depth
+        if word not in level:
+            raise ConfigError(f"unknown command '{word}'{did_you_mean(word, level)}")
+        level = level[word]
+    return level, len(arguments)
+
+
+def overview(commands: Mapping[str, Any]) -> Any:
+    """A type whose ``--help`` lists commands."""
     branches = []
     for name, command in commands.items():
-        if isinstance(command, Command):
-            loaded = command.load(arguments[1:]) if name == chosen else _not_loaded
-            summary = None if name == chosen else command.summary
-        else:
-            loaded = parser(arguments[1:] if name == chosen else (), command)
-            summary = GROUPS[name]
-        branch = tyro.conf.subcommand(
-            name, constructor_factory=functools.partial(_same, loaded), description=summary
-        )
+        summary = command.summary if isinstance(command, Command) else GROUPS[name]
+        branch = tyro.conf.subcommand(name, constructor=_not_loaded, description=summary)
         branches.append(Annotated[Any, branch])
     return Union[tuple(branches)]  # noqa: UP007 - the members are computed
-
-
-def all_commands() -> list[tuple[str, Command]]:
-    """Every command with its words on the command line."""
-    pairs: list[tuple[str, Command]] = []
-    for name, command in COMMANDS.items():
-        if isinstance(command, Command):
-            pairs.append((name, command))
-        else:
-            pairs += [(f"{name} {word}", each) for word, each in command.items()]
-    return pairs
 
 
 def options_of(target: Any) -> Iterator[tuple[str, Any, bool]]:
@@ -112,13 +112,9 @@ def options_of(target: Any) -> Iterator[tuple[str, Any, bool]]:
             yield name, parameter.annotation, parameter.default is parameter.empty
 
 
-def option_names(command: Command, arguments: Sequence[str] = ()) -> list[str]:
-    """The options of a command, e.g. "--batch-size", with its positional arguments."""
-    return [f"--{name.replace('_', '-')}" for name, *_ in options_of(command.load(arguments))]
-
-
-def _same(value: Any) -> Any:
-    return value
+def option_names(target: Any) -> list[str]:
+    """The options of a loaded command, e.g. "--batch-size", with its positional arguments."""
+    return [f"--{name.replace('_', '-')}" for name, *_ in options_of(target)]
 
 
 def _not_loaded() -> None:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.table import Table
 
-from fastokd.cli.options import File, Int, Whole, print_table, progress_bar, say
+from fastokd.cli.options import make_table, print_table, progress_bar, say
 from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
 from fastokd.data.convert import convert_dataset
 from fastokd.errors import ConfigError, DataError, summarize
@@ -15,9 +14,9 @@ from fastokd.errors import ConfigError, DataError, summarize
 
 def check(
     data: tyro.conf.Positional[str],
-    write_list: File = None,
+    write_list: Path | None = None,
     json: bool = False,
-    workers: Whole = None,
+    workers: int | None = None,
 ) -> None:
     """Check every image, and report damaged and misnamed files, classes and duplicates. Exit code 3
     if there are problems.
@@ -68,9 +67,7 @@ def _print_report(report: Any) -> None:
         ("remark", report.remarks, REMARKS),
     ):
         if findings:
-            table = Table(box=None, pad_edge=False)
-            table.add_column(title)
-            table.add_column("number", justify="right")
+            table = make_table(title, "number")
             table.add_column("meaning")
             for name, files in findings.items():
                 table.add_row(name, str(len(files)), meaning[name])
@@ -80,7 +77,7 @@ def _print_report(report: Any) -> None:
 
 
 def convert(
-    data: tyro.conf.Positional[str], out: Path, shorter_side: Int, workers: Whole = None
+    data: tyro.conf.Positional[str], out: Path, shorter_side: int, workers: int | None = None
 ) -> None:
     """Write a dataset again, scaled down, as a tree of class folders. After an interruption, the
     same command continues.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import tyro
 
-from fastokd.cli.options import Int, Text, Whole, console, make_table
+from fastokd.cli.options import console, make_table
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
 from fastokd.models import (
@@ -21,15 +21,15 @@ from fastokd.models.summary import check_images, model_costs
 
 
 def models(
-    name: tyro.conf.Positional[Text] = None,
+    name: tyro.conf.Positional[str | None] = None,
     method: str = "ahbf",
-    branches: Whole = None,
-    aux_blocks: Int = 4,
-    at: Text = None,
-    topology: Text = None,
+    branches: int | None = None,
+    aux_blocks: int = 4,
+    at: str | None = None,
+    topology: str | None = None,
     compression: bool = False,
-    num_classes: Int = 10,
-    image_size: Whole = None,
+    num_classes: int = 10,
+    image_size: int | None = None,
 ) -> None:
     """List the networks with their costs, or print one in detail, branch by branch.
 
@@ -37,11 +37,8 @@ def models(
         name: Network to print in detail: a listed one, torchvision:NAME or timm:NAME; peers may
             differ: resnet20,resnet32
         method: Method whose training network is counted
-        branches: Number of branches (default: the method's)
-        aux_blocks: Auxiliary blocks that each hierarchy level adds
         at: First module that each branch has separately in a torchvision or timm network; without
             it the possible split points are listed
-        topology: branches (on a shared trunk) or peers (whole networks) (default: the method's)
         compression: Make the deepest branch the student; each branch before it has --aux-blocks
             fewer blocks
         num_classes: Number of classes

@@ -1,9 +1,9 @@
 """Commands that compare and plot runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-from fastokd.cli.options import File, Runs, choice, say
+from fastokd.cli.options import Runs, say
 from fastokd.experiments.analysis.compare import compare as compare_groups
 from fastokd.experiments.analysis.curves import PICTURES, draw_curves
 from fastokd.experiments.analysis.figures import require_matplotlib
@@ -16,8 +16,8 @@ FORMATS = {".md": "markdown", ".csv": "csv", ".html": "html"}
 
 def compare(
     runs: Runs = (),
-    out: File = None,
-    format: Annotated[str, choice("auto", "terminal", "markdown", "csv", "html")] = "auto",
+    out: Path | None = None,
+    format: Literal["auto", "terminal", "markdown", "csv", "html"] = "auto",
     latency: bool = True,
 ) -> None:
     """Compare runs: errors over seeds, the costs of the students, and the costs of training
@@ -30,14 +30,13 @@ def compare(
         latency: Measure the latencies of the students on this machine
     """
     table = compare_groups(read_runs(runs), latency)
-    if format == "auto":
-        format = FORMATS.get(out.suffix.lower() if out else "", "terminal")
+    by_name = FORMATS.get(out.suffix.lower() if out else "", "terminal")
     text = {
         "terminal": table.as_text,
         "markdown": table.as_markdown,
         "csv": table.as_csv,
         "html": table.as_html,
-    }[format]()
+    }[by_name if format == "auto" else format]()
     if out is None:
         print(text, end="")
     else:

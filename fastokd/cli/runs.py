@@ -6,17 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastokd.cli.options import (
-    File,
-    Int,
-    Text,
-    Which,
-    choice,
-    make_table,
-    print_table,
-    progress_bar,
-    say,
-)
+from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
 from fastokd.errors import escape
 from fastokd.experiments.analysis.study import analyze_run
 from fastokd.export import list_formats
@@ -25,14 +15,12 @@ from fastokd.train.distributed import choose_device
 from fastokd.train.export_run import export_run
 from fastokd.train.runs import load_run
 
-Format = Annotated[str, choice(*list_formats())]
-
 
 def evaluate(
     path: tyro.conf.Positional[Path],
-    data: Text = None,
+    data: str | None = None,
     which: Which = "last",
-    split: Text = None,
+    split: str | None = None,
     device: str = "auto",
 ) -> None:
     """Measure the accuracy of a run (every branch and teacher assistant) or of an exported student.
@@ -77,11 +65,11 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
 
 def analyze(
     run: tyro.conf.Positional[Path],
-    data: Text = None,
+    data: str | None = None,
     which: Which = "last",
-    split: Text = None,
-    out: File = None,
-    max_images: Int = 500,
+    split: str | None = None,
+    out: Path | None = None,
+    max_images: int = 500,
     device: str = "auto",
 ) -> None:
     """Measure how the branches and teacher assistants of a run differ, where they err, and what the
@@ -94,7 +82,6 @@ def analyze(
         split: train, val or test (default: the split that the run is evaluated on)
         out: Folder for analysis.json and the plots (default: RUN/analysis)
         max_images: Largest number of misclassified images in the t-SNE plot; 0: no plot
-        device: auto, cpu, cuda or cuda:N
     """
     with progress_bar("reading images") as decoding, progress_bar("analyzing images") as progress:
         analysis = analyze_run(run, which, data, split, max_images, device, decoding, progress)
@@ -150,11 +137,11 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
 
 def export(
     run: tyro.conf.Positional[Path],
-    to: Format = "safetensors",
-    out: File = None,
+    to: Annotated[str, tuple(list_formats())] = "safetensors",
+    out: Path | None = None,
     which: Which = "last",
-    branch: Text = None,
-    data: Text = None,
+    branch: str | None = None,
+    data: str | None = None,
     device: str = "auto",
 ) -> None:
     """Write the plain student of a run with its classes, preprocessing, accuracy and provenance,
@@ -168,7 +155,6 @@ def export(
         which: Checkpoint of the last or the best epoch
         branch: Another branch than the student, by number or name: 2 or branch2
         data: Real images for the verification (default: the dataset of the run)
-        device: auto, cpu, cuda or cuda:N
     """
     result = export_run(run, to, out, which, branch, data, device)
     compared = result.comparison

@@ -2,11 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from fastokd.cli.options import File, Int, Settings, Text, Whole, say, spec
+from fastokd.cli.options import Settings, say
 from fastokd.cli.train import start_from
 from fastokd.data import absolute_spec
 from fastokd.errors import EXIT_OK
@@ -20,7 +19,7 @@ from fastokd.experiments.sweep.sweep import plan_sweep
 from fastokd.train.config import override
 
 
-def demo(out: Path = Path("demo-out"), seeds: Int = 3, epochs: Int = 24, branches: Int = 3) -> None:
+def demo(out: Path = Path("demo-out"), seeds: int = 3, epochs: int = 24, branches: int = 3) -> None:
     """Train a small student alone and with AHBF on embedded digits, compare both, and export the
     student.
 
@@ -34,12 +33,12 @@ def demo(out: Path = Path("demo-out"), seeds: Int = 3, epochs: Int = 24, branche
 
 
 def sweep(
-    recipe: Text = None,
-    config: File = None,
-    data: Text = None,
+    recipe: str | None = None,
+    config: Path | None = None,
+    data: str | None = None,
     set: Settings = (),
-    seeds: Int = 1,
-    out: File = None,
+    seeds: int = 1,
+    out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
     dry_run: bool = False,
@@ -70,13 +69,13 @@ def sweep(
 
 
 def reproduce(
-    table: tyro.conf.Positional[Text] = None,
-    data: Text = None,
-    rows: Annotated[tuple[str, ...], spec(tuple, "[PATTERN ...]", "*")] = (),
-    seeds: Whole = None,
-    epochs: Whole = None,
+    table: tyro.conf.Positional[str | None] = None,
+    data: str | None = None,
+    rows: tuple[str, ...] = (),
+    seeds: int | None = None,
+    epochs: int | None = None,
     set: Settings = (),
-    out: File = None,
+    out: Path | None = None,
     devices: str = "auto",
     per_device: str = "auto",
     dry_run: bool = False,
