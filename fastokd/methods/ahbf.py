@@ -18,7 +18,7 @@ from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, LoweredGraph, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
 from fastokd.losses.options import Impl, Reduction, choice, loss_options
-from fastokd.methods.attention import ATTENTIONS, build_attention
+from fastokd.methods.attention import ATTENTIONS
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
@@ -163,7 +163,7 @@ class AHBFGate(nn.Module):
         self.fc = nn.Linear(channels, 2)
         self.score_bn = nn.BatchNorm1d(2)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        self.attention = build_attention(attention, channels)
+        self.attention = ATTENTIONS[attention](channels)
 
     def forward(self, features: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
         """Features of branch m [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m [B, c, H, W] and

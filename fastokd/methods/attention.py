@@ -70,9 +70,4 @@ ATTENTIONS = {
     "cbam": CBAM,
     "nonlocal": NonLocal,
 }
-"""By name, what builds the attention for c channels."""
-
-
-def build_attention(name: str, channels: int) -> nn.Module:
-    """The attention of that name for c channels."""
-    return ATTENTIONS[name](channels)
+"""Constructors of the attention for c channels, by name."""

@@ -108,14 +108,11 @@ class FFMLoss(MethodLoss):
         weights = {"fusion_weights": fusion_weights}
         if not self.extra_terms or target is None:
             return GraphInputs(rows, weights)
-        shapes = {tuple(weight.shape) for weight in classifiers}
-        if (
-            len(classifiers) != self.num_branches
-            or len(shapes) != 1
-            or len(classifiers[0].shape) != 2
-        ):
+        shapes = [list(weight.shape) for weight in classifiers]
+        matrices = len(shapes) == self.num_branches and len(shapes[0]) == 2
+        if not matrices or any(shape != shapes[0] for shape in shapes):
             raise ValueError(
-                f"classifiers has the shapes {[list(weight.shape) for weight in classifiers]};"
+                f"classifiers has the shapes {shapes};"
                 f" pass the {self.num_branches} branches' classifier weights, each [C, d], or"
                 " set lambda_cd=0"
             )
