@@ -200,6 +200,16 @@ def test_walk_imports_every_module_once():
     assert _python(code) == "done"
 
 
+def test_public_losses_can_be_imported():
+    code = """
+        import fastokd.losses as losses
+        from fastokd.methods import get_method, list_methods
+        public = {getattr(losses, name) for name in losses.__all__}
+        print({get_method(name).loss_class for name in list_methods()} - public)
+    """
+    assert _python(code) == "set()"
+
+
 def test_graph_package_does_not_import_torch():
     code = "import sys, fastokd.graph; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     assert _python(code) == "[]"

@@ -45,7 +45,25 @@ _MODULES = {
     "ramp_up": "fastokd.methods.method",
 }
 
-__all__ = list(_MODULES)
+__all__ = [
+    "AFIDLoss",
+    "AHBFLoss",
+    "BaselineLoss",
+    "CLILRLoss",
+    "DMLLoss",
+    "FFMLoss",
+    "FFSDLoss",
+    "FFSDMaps",
+    "GraphLoss",
+    "IndependentLoss",
+    "KDCLLoss",
+    "KDLoss",
+    "MethodLoss",
+    "OKDDipLoss",
+    "ONELoss",
+    "TSBLoss",
+    "ramp_up",
+]
 
 
 def __getattr__(name: str) -> Any:
