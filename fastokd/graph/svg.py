@@ -78,18 +78,7 @@ def draw_svg(graph: Graph) -> str:
         _marker(f"{mark}-mix", "currentColor"),
     ]
     parts += [_marker(f"{mark}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
-    for node in graph.ordered:
-        for name in node.inputs:
-            start, end = boxes[name], boxes[node.name]
-            parts.append(
-                _curve(
-                    start.x + start.width,
-                    start.middle - 5,
-                    end.x,
-                    end.middle - 5,
-                    f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"',
-                )
-            )
+    parts += _mixing(graph, boxes, f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"')
     for term in edges:
         kind = _kind(term)
         style = (
@@ -98,20 +87,35 @@ def draw_svg(graph: Graph) -> str:
         )
         parts.append(_teaching(boxes, term, style))
     for name, box in boxes.items():
-        rounded = _LINE / 2 if graph.by_name[name].inputs else 2
-        parts.append(
-            f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}"'
-            f' height="{box.height:.0f}" rx="{rounded:.0f}"/>'
-        )
-        parts += [
-            _text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index)
-            for index, line in enumerate(box.lines)
-        ]
+        parts += _rectangle(box, rounded=bool(graph.by_name[name].inputs))
     for index, kind in enumerate(kinds):
         y = bottom + _LINE * index
         parts.append(f'<path d="M0 {y:.0f}h20" stroke="{colors[kind]}" stroke-width="2"/>')
         parts.append(_text(28, y + 4, kind))
     return "".join([*parts, "</svg>"])
+
+
+def _rectangle(box: _Box, rounded: bool) -> list[str]:
+    """A box and its lines of text."""
+    radius = _LINE / 2 if rounded else 2
+    lines = [
+        _text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index)
+        for index, line in enumerate(box.lines)
+    ]
+    return [
+        f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}"'
+        f' height="{box.height:.0f}" rx="{radius:.0f}"/>',
+        *lines,
+    ]
+
+
+def _mixing(graph: Graph, boxes: dict[str, _Box], style: str) -> list[str]:
+    """The arrows from every node's inputs to the node."""
+    pairs = [(boxes[name], boxes[node.name]) for node in graph.ordered for name in node.inputs]
+    return [
+        _curve(start.x + start.width, start.middle - 5, end.x, end.middle - 5, style)
+        for start, end in pairs
+    ]
 
 
 def _kind(term: KL) -> str:
