@@ -124,7 +124,7 @@ class TestFormulas:
             torch.tensor([True, False, False]),
             bins=2,
         )
-        assert found.count.tolist() == [2, 1]
+        assert found.images.tolist() == [2, 1]
         assert found.error == pytest.approx(1 / 3)
         assert (
             diversity.calibration(

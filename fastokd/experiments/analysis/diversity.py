@@ -5,7 +5,7 @@ K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels
 images, is NaN.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,13 +100,13 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     )
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """The images of a classifier by its confidence, in bins (low, high] of equal width over [0, 1];
     each [bins].
     """
 
-    count: Tensor
+    images: Tensor
+    """Their number."""
     accuracy: Tensor
     """Of the bin's images; NaN in an empty bin."""
     confidence: Tensor
@@ -118,7 +118,7 @@ class Calibration:
         al., ICML 2017, eq. 3).
         """
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
-        return float((self.count * gaps).sum() / self.count.sum())
+        return float((self.images * gaps).sum() / self.images.sum())
 
 
 def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Calibration:

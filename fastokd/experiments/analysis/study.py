@@ -247,7 +247,7 @@ def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
             for name, line in zip(classes, confusion, strict=True)
         },
         "bin_count": {
-            name: dict(zip(edges, map(int, each.count), strict=True))
+            name: dict(zip(edges, map(int, each.images), strict=True))
             for name, each in zip(rows, bins, strict=True)
         },
         "bin_accuracy": _named(torch.stack([each.accuracy for each in bins]), rows, edges),
