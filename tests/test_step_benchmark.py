@@ -352,7 +352,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         == 0
     )
     out = capsys.readouterr().out
-    assert "no picture: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
+    assert "no plot: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
     assert [path.name for path in tmp_path.iterdir()] == ["step-ladder.json"]
     assert "student alone" not in out  # it is what the ladder is of
     assert json.loads((tmp_path / "step-ladder.json").read_text())["teaching_costs"] is None
@@ -366,7 +366,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         (["--method", "tskd"], "unknown method"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--seconds", "0"], "seconds=0: must be positive"),
-        (["--data", "digits", "--num-classes", "5"], "--num-classes 5 is for synthetic images"),
+        (["--data", "digits", "--num-classes", "5"], "--num-classes 5: it is for synthetic images"),
         (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
         (["--device", "tpu"], "unknown device"),
     ],
