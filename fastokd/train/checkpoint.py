@@ -314,6 +314,8 @@ def _read(path: Path, device: torch.device | str) -> Any:
         raise DamagedCheckpoint(
             f"cannot read {path}: {error.strerror or first_line(error)}"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile and torch.load raise many kinds for damaged bytes
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the"

@@ -20,7 +20,7 @@ from fastokd.train.trainer import Trainer
 
 def begin_run(
     config: TrainConfig,
-    out: Path | None,
+    out: str | Path | None,
     name: str,
     reporter: Reporter,
     resume: bool = False,
@@ -44,7 +44,7 @@ def begin_run(
         StorageError: the folder cannot be created or written.
     """
     check_config(config)
-    folder = from_main(out or (Path("runs") / name if resume else default_run_path(name)))
+    folder = from_main(Path(out) if out else (Path("runs") / name if resume else default_run_path(name)))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
         changes = dict(vars(config))
         if largest_batch is not None:
