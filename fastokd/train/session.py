@@ -44,7 +44,8 @@ def begin_run(
         StorageError: the folder cannot be created or written.
     """
     check_config(config)
-    folder = from_main(Path(out) if out else (Path("runs") / name if resume else default_run_path(name)))
+    default = Path("runs") / name if resume else default_run_path(name)
+    folder = from_main(default if out is None else Path(out))
     if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
         changes = dict(vars(config))
         if largest_batch is not None:
