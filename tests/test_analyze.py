@@ -615,7 +615,7 @@ class TestPage:
                 for keys, after in re.findall(r"^\| (`.*?) \| (.*?) ?\|", part, flags=re.MULTILINE)
                 for key in re.findall(r"`(.+?)`", keys)
             ]
-            for part in PAGE.split("## The numbers")[1].split("## The pictures")
+            for part in PAGE.split("## The numbers")[1].split("## The figures")
         )
         assert numbers == [(key, ", ".join(measure.axes)) for key, measure in MEASURES.items()]
         assert [name for name, _ in pictures] == list(NAMES)

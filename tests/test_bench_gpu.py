@@ -343,7 +343,7 @@ def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeyp
         ({"code": "1", "device": "x"}, False, False, True, ""),
         ({"code": "2", "device": "x"}, False, False, False, "it is of code 1, now 2"),
         ({"code": "1", "device": "y"}, False, False, False, "it is of device x, now y"),
-        ({"code": "2", "device": "x"}, True, False, True, "not of what runs now"),
+        ({"code": "2", "device": "x"}, True, False, True, "not of the current code"),
         ({"code": "1", "device": "x"}, True, True, False, "--again"),
     ],
 )

@@ -109,7 +109,7 @@ def _data(context: Context) -> str | None:
     """
     if context.data is not None or context.dry:
         return context.data or "digits"
-    folder = context.runs / ARCHIVES[0].name.partition(".")[0]
+    folder = context.runs / ARCHIVES[-1].name.partition(".")[0]
     found = next((path for path in ARCHIVES if path.is_file()), None)
     if found is not None and not folder.is_dir():
         with (
