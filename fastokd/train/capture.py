@@ -1,5 +1,6 @@
 """The whole step as one CUDA graph, captured once and then replayed with a single launch."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,15 +55,20 @@ class CapturedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
+        pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             # Loader threads may call CUDA meanwhile, which the default mode treats as an error.
             with torch.cuda.graph(
-                graph, pool=self.pool, stream=self._stream, capture_error_mode="thread_local"
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 self._body()
         # Compiler errors, of kernels that the warm-up did not need, have no common class.
         except Exception as error:
             torch.cuda.synchronize(self._device)
+            # PyTorch 2.11 does not end the allocations of a failed capture, so every later step
+            # would leak the tensors that its streams share.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
             raise CaptureFailed(str(error)) from error
-        self.pool = graph.pool()
+        self.pool = pool
         return graph

@@ -321,6 +321,13 @@ class _Flat(_Group):
         return torch.linalg.vector_norm(_gradient(self._flat).view(-1, _ROW), dim=1)
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index; "cuda" is the current GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -330,7 +337,7 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
                 f"parameter {name} is {parameter.dtype}; weights are trained in float32,"
                 " --precision is that of the forward pass"
             )
-        if parameter.device != device:
+        if parameter.device != with_index(device):
             raise ConfigError(
                 f"parameter {name} is on {parameter.device} and the run on {device}; move the model"
                 " before"

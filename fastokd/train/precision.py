@@ -19,13 +19,15 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
     Raises:
         ConfigError: TF32 on a device without it.
     """
-    # One generation of GPUs introduced both; before it bfloat16 is emulated.
-    has_units = device.type == "cuda" and not (
-        torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
-    )
+    capability = (8, 0)  # assumed for a GPU of another machine
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    # Compute capability 8.0 introduced bfloat16 and TF32 units, 7.0 tensor cores for float16.
     if config.precision == "auto":
-        return "bf16" if has_units else "fp32"
-    if config.precision == "tf32" and not has_units:
+        if device.type != "cuda" or capability < (7, 0):
+            return "fp32"
+        return "bf16" if capability >= (8, 0) else "fp16"
+    if config.precision == "tf32" and (device.type != "cuda" or capability < (8, 0)):
         raise ConfigError(f"precision=tf32: {device} has no TF32 units; use fp32 or bf16")
     return config.precision
 

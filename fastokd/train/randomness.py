@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 
-def random_state() -> dict[str, Tensor]:
-    """States of the generators that layers use: the CPU's, and the current GPU's if it was used."""
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that layers use: the CPU's, and on a GPU that of the run's device,
+    which need not be the current one.
+    """
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: Mapping[str, Tensor]) -> None:
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Restore a ``random_state``."""
     torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def be_deterministic(wanted: bool) -> None:

@@ -31,6 +31,8 @@ from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the evaluated rows."""
+_STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
+"""Of ``torch.autograd.graph``, since PyTorch 2.11."""
 
 
 class Evaluation(NamedTuple):
@@ -170,6 +172,9 @@ class TrainStep(BranchEvaluator):
             model.compile_parts()
         if self.options.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
+            # Modules that use a branch's weights outside of its stream (FFM) are synchronized.
+            if warn := getattr(torch.autograd.graph, _STREAM_WARNING, None):
+                warn(False)
         self.optimizers = Optimizers(config, model, device, flat=self.options.flat)
         self._parallel = (
             parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None

@@ -245,7 +245,7 @@ class Trainer:
         if exactly and len(state["ranks"]) == self.ranks.size:
             rank = state["ranks"][self.ranks.rank]
             self.step.sums.load_state_dict(rank["sums"], self.device)
-            set_random_state(rank["rng"])
+            set_random_state(rank["rng"], self.device)
             for name, buffer in self.step.rank_statistics().items():
                 if name in rank["statistics"]:
                     buffer.copy_(rank["statistics"][name])
@@ -480,7 +480,7 @@ class Trainer:
     def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
         step, within = self.step, record is None
-        rank: dict[str, Any] = {"rng": random_state()}
+        rank: dict[str, Any] = {"rng": random_state(self.device)}
         if within:
             rank |= {"sums": step.sums.state_dict(), "statistics": step.rank_statistics()}
         ranks = gather_states(snapshot(rank))
