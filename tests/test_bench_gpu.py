@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -17,11 +18,12 @@ import torch
 import bench.report
 from bench import gpu_tables
 from bench.gpu import accuracy, kernels, results
+from bench.gpu import tests as gpu_tests
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.profile import kernel_summary
-from bench.gpu.results import Results, identity
+from bench.gpu.results import ROOT, Results, identity
 from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
@@ -852,6 +854,25 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, caps
     captured = capsys.readouterr()
     assert "cannot write" in captured.err
     assert not captured.out
+
+
+def test_groups_of_gpu_tests_run_every_test_once(tmp_path):
+    """A file is split by the names of its tests, because a group's time is limited."""
+    for file in {file for file, _ in gpu_tests.ALONE.values()}:
+        expressions = [words for name, words in gpu_tests.ALONE.values() if name == file]
+        tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+        for test in tests:
+            chosen = [_is_selected(words, test) for words in expressions]
+            assert chosen.count(True) == 1, test
+    context = dataclasses.replace(context_of(tmp_path), dry=False)
+    names = [row.name for row in gpu_tests._rows(context, None)]
+    assert names == [*gpu_tests.ALONE, "others"]
+
+
+def _is_selected(words: str, test: str) -> bool:
+    """Whether pytest's ``-k`` selects a test, for expressions of ``not``, ``and`` and names."""
+    parts = [part.strip() for part in words.split(" and ")] if words else []
+    return all((part.removeprefix("not ") in test) != part.startswith("not ") for part in parts)
 
 
 def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
