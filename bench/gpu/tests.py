@@ -26,8 +26,8 @@ ALONE = {
     "kernels, others": ("test_triton_gpu.py", f"not {_PUBLISHED} and not {_RANDOM}"),
     "step": ("test_step_gpu.py", ""),
 }
-"""Groups that run first: a file, and the names of its tests for pytest's ``-k``. Compiling all of the
-kernels takes longer than a group may. The remaining files are one group.
+"""Groups that run first: a file, and the names of its tests for pytest's ``-k``. Compiling all
+kernels takes longer than a group may take. The remaining files are one group.
 """
 LIMIT_SECONDS = 300.0
 """Of one group. A test that hangs must not eat the minutes of the others."""
