@@ -27,6 +27,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -q
 	@if command -v cmake >/dev/null && command -v cc >/dev/null && command -v c++ >/dev/null; \
 	 then $(MAKE) sanitize; else echo "the native library's sanitizer run is skipped: it needs cmake, cc and c++"; fi
@@ -56,7 +57,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench/bench_gate.py -q --benchmark-json=$(MEASURED)/gate-cpu.json
 	$(BIN)/python -m pytest bench/bench_step.py -q --benchmark-json=$(MEASURED)/quickstep-cpu.json
 	$(BIN)/python -m pytest bench/bench_start.py -q --benchmark-json=$(MEASURED)/start-cpu.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py bench/bench_merge.py -q --benchmark-json=$(MEASURED)/data-cpu.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_data.py bench/bench_data_resident.py -q --benchmark-json=$(MEASURED)/data-cpu.json
 	$(BIN)/fastokd bench step --seconds 60 --out build/step
 	cp build/step/step-ladder.json $(MEASURED)/step-cpu.json
 	$(BIN)/python -m bench.machine_code --out $(MEASURED)/machine-code.json
@@ -64,6 +65,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.methods
 	$(BIN)/python -m bench.method_pages
 	$(BIN)/python -m bench.recipe_page
+	$(BIN)/python -m bench.option_page
 	$(BIN)/python -m bench.report
 
 # The site, into site/. What is wrong with a page ends the build.
@@ -74,6 +76,7 @@ docs: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info demo-out

@@ -1,11 +1,11 @@
-"""The loaders alone, in images per second, and how long a step waits for them.
+"""The throughput of the loaders, and the time a step waits for them.
 
     FASTOKD_BENCH_SMALL=tiny-imagenet-100 pytest bench/bench_data.py
     --benchmark-columns=min,median,rounds
 
-``FASTOKD_BENCH_SMALL`` is a tree of small pictures (``train/``, ``val/``; Tiny-ImageNet), without
-which those cases are skipped. Large pictures are composed of them, or drawn, into a temporary
-folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a tree that is kept. On a GPU the batches are made
+``FASTOKD_BENCH_SMALL`` is a folder of small images (``train/``, ``val/``; Tiny-ImageNet), without
+which those cases are skipped. Large images are composed of them, or drawn, into a temporary
+folder; ``FASTOKD_BENCH_LARGE_PICTURES`` names a permanent folder. On a GPU the batches are made
 there. Each round is one epoch over the same images in the same windows; ``extra_info`` holds images
 per second. Other variables: ``bench/suite.py``.
 """
@@ -105,14 +105,14 @@ def test_streaming(
         loader = streamed(name, options, large, 224, CROP)
     else:
         if SMALL is None:
-            pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
+            pytest.skip("set FASTOKD_BENCH_SMALL to a folder of small images")
         loader = streamed(name, options, Path(SMALL), 64, Augment(pad=8, flip=True))
     measure(benchmark, loader, {"loader": name, **options, "pictures": pictures})
 
 
 def test_resident(benchmark: Any) -> None:
     if SMALL is None:
-        pytest.skip("set FASTOKD_BENCH_SMALL to a tree of small pictures")
+        pytest.skip("set FASTOKD_BENCH_SMALL to a folder of small images")
     benchmark.group = "small-64"
     loader = make_loader(
         open_dataset(SMALL, image_size=64), "train", BATCH, device=DEVICE, loader="resident"
@@ -122,7 +122,7 @@ def test_resident(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
 def test_waiting(benchmark: Any, large: Path, name: str) -> None:
-    """The share of an epoch that the AHBF step waits, with the loader's default settings: pictures
+    """The share of an epoch that the AHBF step waits, with the loader's default settings: images
     of 224 pixels on a GPU, of 64 on a CPU.
     """
     on_gpu = DEVICE.type == "cuda"

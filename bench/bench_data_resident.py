@@ -8,7 +8,6 @@ Variables: ``bench/suite.py``. Each result's ``extra_info`` has ``images_per_sec
 step is what the others are to be compared with. The pixels are random: their values cost nothing.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +128,6 @@ def test_start(benchmark: Any, start: str, tmp_path: Path, monkeypatch: pytest.M
                     folder / f"{i}.jpg"
                 )
     monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(cache, "_RACY_SECONDS", 0.1)
-    time.sleep(0.2)
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache") if start == "second" else "off")
     open_dataset(tmp_path / "tree")  # fills the cache
     benchmark.pedantic(open_dataset, (tmp_path / "tree",), **rounds(3))

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench.suite import DEVICE, SMOKE, compiled, measure, synchronize
 from fastokd.methods import get_method
-from fastokd.methods.method import BranchPass, Layout
+from fastokd.methods.modules import BranchPass, BranchSpec
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
 
@@ -32,7 +32,7 @@ def test_gate(benchmark: Any, method: str, provider: str) -> None:
     branches = chosen.default_branches
     assert chosen.build_companion is not None
     gate = chosen.build_companion(
-        Layout((CHANNELS,) * branches, TRUNK_CHANNELS, CLASSES, [nn.Identity()] * branches)
+        BranchSpec((CHANNELS,) * branches, TRUNK_CHANNELS, CLASSES, [nn.Identity()] * branches)
     )
     gate = gate.to(DEVICE, memory_format=torch.channels_last)
     run = compiled(gate) if provider == "compiled" else gate

@@ -73,7 +73,7 @@ def random_weights(batch: int, width: int, backward: bool) -> torch.Tensor:
 def make_step(
     call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], backward: bool
 ) -> Callable[[], None]:
-    """What is timed: the loss and, with ``backward``, the gradients of the leaves."""
+    """The timed call: the loss and, with ``backward``, the gradients of the leaves."""
 
     def step() -> None:
         if backward:
@@ -129,8 +129,8 @@ def test_loss(benchmark: Any, size: tuple[int, int], mode: str, provider: str) -
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("method", list_methods())
 def test_method(benchmark: Any, method: str, provider: str) -> None:
-    """Forward and backward of a method's graph, paper preset; what a method has beside its graph is
-    not in it.
+    """Forward and backward of a method's graph, paper preset, without the
+    method's other computations.
     """
     batch, classes = METHOD_SIZE
     chosen = get_method(method)

@@ -1,9 +1,9 @@
-"""How long it takes to begin: imports, the command line's answers, and a first loss, each in a
-process of its own.
+"""Start-up times: imports, commands without training, and a first loss, each in a new
+process.
 
     pytest bench/bench_start.py --benchmark-columns=min,median,rounds
 
-Beside them stands what cannot be saved: the interpreter, torch, torch's own loss. Times are of
+The interpreter, torch and torch's own loss are measured for comparison. Times are of
 whole processes, on the CPU, with their files in the system's cache.
 """
 

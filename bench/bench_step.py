@@ -1,11 +1,10 @@
 """A training step of a small network: the student alone, AHBF as published research code has it,
-AHBF here, and that with every lever.
+AHBF here, and that with all optimizations.
 
     pytest bench/bench_step.py --benchmark-columns=min,median,rounds
 
-The quick companion of ``fastokd bench step``, which takes the levers one by one: this one is for
-comparing two commits. Levers that need a GPU are in it on a GPU alone. Variables:
-``bench/suite.py``.
+A short version of ``fastokd bench step``, for comparing two commits. Optimizations that need a GPU
+are included only on a GPU. Variables: ``bench/suite.py``.
 """
 
 import contextlib
@@ -16,13 +15,9 @@ import pytest
 import torch
 
 from bench.suite import DEVICE, SMOKE, measure, synchronize
-from fastokd.experiments.step_benchmark import (
-    EngineStep,
-    ResearchStep,
-    first_row,
-    ladder_images,
-    levers,
-)
+from fastokd.experiments.research_step import ResearchStep
+from fastokd.experiments.step_benchmark import EngineStep, first_row, optimizations
+from fastokd.experiments.step_images import synthetic_images
 from fastokd.train.config import TrainConfig
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fastokd[bench]'")
@@ -39,8 +34,8 @@ CASES = ["ahbf, research style", "student alone", "ahbf", "ahbf, every lever"]
 
 
 def make_step(case: str) -> ResearchStep | EngineStep:
-    """What ``advance`` of a case runs."""
-    config, images = first_row(CONFIG, DEVICE), ladder_images(CONFIG)
+    """The step of a case."""
+    config, images = first_row(CONFIG, DEVICE), synthetic_images(CONFIG)
     if case == "ahbf, research style":
         return ResearchStep(config, images, DEVICE)
     config = replace(config, impl="auto")
@@ -48,9 +43,9 @@ def make_step(case: str) -> ResearchStep | EngineStep:
         config = replace(config, method="baseline", branches=1, aux_blocks=0)
     gathers = False
     if case == "ahbf, every lever":
-        for lever in levers(DEVICE):
-            if lever.carried and (DEVICE.type == "cuda" or not lever.needs_gpu):
-                config, gathers = replace(config, **lever.changes), gathers or lever.gathers
+        for row in optimizations(DEVICE):
+            if row.carried and (DEVICE.type == "cuda" or not row.needs_gpu):
+                config, gathers = replace(config, **row.changes), gathers or row.gathers
     return EngineStep(config, images, DEVICE, gathers)
 
 

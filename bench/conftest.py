@@ -1,4 +1,4 @@
-"""What the results of a benchmark run say about the machine that ran it."""
+"""The machine and versions in the results of a benchmark run."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def _settings() -> str:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Without the host's name; with processor, device, versions, commit and command."""
-    from fastokd.experiments.step_benchmark import processor
+    from fastokd.experiments.timing import processor
     from fastokd.ops.executors import executor_states
     from fastokd.train.run_folder import environment
 
@@ -37,6 +37,6 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Without the time of every single round: medians and quartiles are what is kept."""
+    """Remove the time of every round; medians and quartiles stay."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.gpu.kernels import TEMPERATURE
 from bench.gpu.tests import COUNTED
-from bench.pages import short
+from bench.pages import columns, short
 from fastokd.experiments.analysis.tables import markdown_table
 from fastokd.experiments.recipes import get_recipe
 
@@ -55,7 +55,7 @@ def environment_lines(path: Path) -> list[str]:
 
 
 def tests_lines(path: Path) -> list[str]:
-    """How many GPU tests passed, and those that did not."""
+    """The counts of passed GPU tests, and the failures."""
     found, rows = _read(path)
     groups = [
         (
@@ -103,97 +103,66 @@ def kernel_tables(path: Path) -> list[str]:
         "",
         *markdown_table(
             [
-                (
-                    "loss",
-                    "B x C",
-                    "dtype",
-                    "pass",
-                    "eager",
-                    "eager, graph",
-                    "compile, graph",
-                    "fused",
-                    "fused, graph",
-                    "ours",
-                    "fastest-slowest",
-                    "eager, graph / ours",
-                    "compile / ours",
-                    "floor",
-                    "share",
+                columns(
+                    "loss | B x C | dtype | pass | eager | eager, graph | compile, graph | "
+                    "fused | fused, graph | ours | fastest-slowest | eager, graph / ours | "
+                    "compile / ours | floor | share"
                 ),
-                *(
-                    cells
-                    for row in graphs
-                    for cells in _kernel_rows(
-                        row,
-                        bandwidth,
-                        ("eager", "eager graph", "compiled graph", "fused", "fused graph"),
-                        ("eager graph", "compiled graph"),
-                    )
+                *_all_kernel_rows(
+                    graphs,
+                    bandwidth,
+                    ("eager", "eager graph", "compiled graph", "fused", "fused graph"),
+                    ("eager graph", "compiled graph"),
                 ),
             ]
         ),
     ]
     if singles:
-        lines += [
-            (
-                "Single losses, beside other libraries: the cross-entropy of a batch, and the KL"
-                f" to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. PyTorch's"
-                " functions compute in the dtype of the logits, where ours computes in float32."
-                " Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its"
-                " last call left there."
-            ),
-            "",
-            *markdown_table(
-                [
-                    (
-                        "loss",
-                        "B x C",
-                        "dtype",
-                        "pass",
-                        "torch, graph",
-                        "compile, graph",
-                        "Liger",
-                        "Liger, graph",
-                        "QuACK",
-                        "QuACK, graph",
-                        "ours",
-                        "fastest-slowest",
-                        "compile / ours",
-                        "Liger / ours",
-                        "QuACK / ours",
-                        "floor",
-                        "share",
+        lines += _single_table(singles, bandwidth)
+    return [*lines, *_reasons(rows), *_missing(found)]
+
+
+def _single_table(singles: Rows, bandwidth: float) -> list[str]:
+    return [
+        (
+            "Single losses, compared with other libraries: the cross-entropy of a batch, and the KL"
+            f" to a constant teacher at T = {TEMPERATURE:g} from both rows of logits. PyTorch's"
+            " functions compute in the dtype of the logits, where ours computes in float32."
+            " Liger-Kernel's cross-entropy overwrites the logits, and is timed on what its"
+            " last call left there."
+        ),
+        "",
+        *markdown_table(
+            [
+                columns(
+                    "loss | B x C | dtype | pass | torch, graph | compile, graph | Liger | "
+                    "Liger, graph | QuACK | QuACK, graph | ours | fastest-slowest | "
+                    "compile / ours | Liger / ours | QuACK / ours | floor | share"
+                ),
+                *_all_kernel_rows(
+                    singles,
+                    bandwidth,
+                    columns(
+                        "eager graph | compiled graph | liger | liger graph | quack | quack graph"
                     ),
-                    *(
-                        cells
-                        for row in singles
-                        for cells in _kernel_rows(
-                            row,
-                            bandwidth,
-                            (
-                                "eager graph",
-                                "compiled graph",
-                                "liger",
-                                "liger graph",
-                                "quack",
-                                "quack graph",
-                            ),
-                            ("compiled graph", "liger", "quack"),
-                        )
-                    ),
-                ]
-            ),
-        ]
+                    ("compiled graph", "liger", "quack"),
+                ),
+            ]
+        ),
+    ]
+
+
+def _reasons(rows: Rows) -> list[str]:
+    """A list of the cases that could not be measured, and of their rows."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for name, reason in row["reasons"].items():
             reasons[f"{name}: {reason}"].append(row["row"])
-    for reason, places in reasons.items():
-        lines.append(
-            f"- {reason} ({places[0]}"
-            + (f", and {len(places) - 1} more rows)" if len(places) > 1 else ")")
-        )
-    return [*lines, *[""] * bool(reasons), *_missing(found)]
+    lines = []
+    for reason, names in reasons.items():
+        more = f", and {len(names) - 1} more rows" if len(names) > 1 else ""
+        lines.append(f"- {reason} ({names[0]}{more})")
+    return [*lines, *[""] * bool(reasons)]
 
 
 def readme_lines(path: Path) -> list[str]:
@@ -209,12 +178,10 @@ def readme_lines(path: Path) -> list[str]:
     ]
     if not shown:
         return []
+    baselines = ("eager graph", "compiled graph")
     cells = [
         cells
-        for row in shown
-        for cells in _kernel_rows(
-            row, bandwidth, ("eager graph", "compiled graph"), ("eager graph", "compiled graph")
-        )
+        for cells in _all_kernel_rows(shown, bandwidth, baselines, baselines)
         if cells[3] == "with gradients"
     ]
     return [
@@ -222,24 +189,21 @@ def readme_lines(path: Path) -> list[str]:
         "",
         *markdown_table(
             [
-                (
-                    "loss",
-                    "B x C",
-                    "dtype",
-                    "pass",
-                    "eager, graph, us",
-                    "compile, graph, us",
-                    "ours, us",
-                    "fastest-slowest",
-                    "eager / ours",
-                    "compile / ours",
-                    "floor, us",
-                    "share",
+                columns(
+                    "loss | B x C | dtype | pass | eager, graph, us | compile, graph, us | "
+                    "ours, us | fastest-slowest | eager / ours | compile / ours | floor, us | "
+                    "share"
                 ),
                 *cells,
             ]
         ),
     ]
+
+
+def _all_kernel_rows(
+    rows: Rows, bandwidth: float, shown: Sequence[str], against: Sequence[str]
+) -> list[tuple[str, ...]]:
+    return [cells for row in rows for cells in _kernel_rows(row, bandwidth, shown, against)]
 
 
 def _kernel_rows(
@@ -290,7 +254,7 @@ def _kernel_rows(
 
 
 def profile_tables(path: Path) -> list[str]:
-    """Where the time of a step with every lever goes, by kernel."""
+    """The time of a step with every optimization, by kernel."""
     found, rows = _read(path)
     lines = [_made_by(path, found), ""]
     for row in rows:
@@ -369,7 +333,7 @@ def data_tables(path: Path) -> list[str]:
 
 
 def accuracy_tables(path: Path) -> list[str]:
-    """The runs' errors beside the papers', with what differs from these said plainly; then the
+    """The runs' errors and the papers', with the differences of their settings; then the
     errors of all rows of logits.
     """
     found, rows = _read(path)
@@ -413,14 +377,9 @@ def accuracy_tables(path: Path) -> list[str]:
         "",
         *markdown_table(
             [
-                (
-                    "recipe, preset",
-                    "seeds",
-                    "student's error, last epoch, %",
-                    "best epoch, %",
-                    "published error, %",
-                    "minutes of training a run",
-                    "images/s",
+                columns(
+                    "recipe, preset | seeds | student's error, last epoch, % | best epoch, % | "
+                    "published error, % | minutes of training a run | images/s"
                 ),
                 *lines,
             ]
@@ -496,7 +455,7 @@ def _made_by(path: Path, found: dict[str, Any]) -> str:
 
 
 def _missing(found: dict[str, Any]) -> list[str]:
-    """What is still to be measured."""
+    """The missing rows."""
     if found["complete"]:
         return []
     left = list(found["left"])

@@ -1,4 +1,4 @@
-"""How fast loaders are, and how long a step waits for them; shared by ``bench_data.py`` and
+"""Throughput of loaders, and the time a step waits for them; shared by ``bench_data.py`` and
 ``bench.gpu data``.
 """
 
@@ -12,9 +12,7 @@ from fastokd.train.capture import WARM_UP_STEPS
 from fastokd.train.runner import StepRunner
 
 LARGE_MODEL = "resnet18_imagenet"
-"""Whose step waits for pictures of 224 pixels; the CIFAR networks are slower there than what
-anybody trains.
-"""
+"""The network whose step waits for images of 224 pixels, at which CIFAR networks are too slow."""
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""What the compiled kernels cost, as a result file: ``python -m bench.machine_code``.
+"""Cost of the compiled kernels, as a result file: ``python -m bench.machine_code``.
 
-Compiles AHBF's kernels for three generations of GPUs and writes what their machine code says to
-``bench/results/machine-code.json``. Needs Triton and no GPU; measures no time.
-``tests/test_triton_budget.py`` holds the same numbers to budgets, with the same code
+Compiles AHBF's kernels for three generations of GPUs and writes the counts from their machine code
+to ``bench/results/machine-code.json``. It needs Triton but no GPU, and measures no time.
+``tests/test_triton_budget.py`` checks the same numbers against budgets, with the same code
 (``fastokd.kernels.triton.budget``).
 """
 
@@ -25,7 +25,7 @@ from fastokd.storage import write_json
 from fastokd.train.run_folder import environment
 
 PATH = Path(__file__).resolve().parent / "results" / "machine-code.json"
-KERNELS = ("forward", "backward", "fused")
+KERNELS = ("forward", "backward", "forward_backward")
 VARIANTS = (
     (4, "paper", "bf16", tuple(SIZES), (80, 90, 100)),
     (4, "paper", "fp32", tuple(SIZES), (90,)),
@@ -36,7 +36,7 @@ VARIANTS = (
 """Branches, preset, dtype, sizes (B, C), and compute capabilities."""
 
 
-@cache  # batches that share a tile share its kernels
+@cache  # batches that share a tile share its kernel
 def _cost(which: str, plan: Plan, tile: Any, dtype: str, capability: int) -> dict[str, Any]:
     from fastokd.kernels.triton.budget import compile_kernel, measure
 
@@ -52,13 +52,13 @@ def row(
     num_classes: int,
     capability: int,
 ) -> dict[str, Any]:
-    """One kernel for one generation of GPUs: what it is for, how its rows are laid out, and its
-    ``Cost``.
-    """
+    """Return one row of the file: a kernel's case, its tile, and its ``Cost``."""
     from fastokd.kernels.triton.budget import launch_tile
 
     plan = lower(ahbf_graph(branches, **PRESETS[preset]))
-    tile = launch_tile(plan, batch, num_classes, dtype, fused=which == "fused")
+    tile = launch_tile(
+        plan, batch, num_classes, dtype, forward_backward=which == "forward_backward"
+    )
     assert tile.splits == 1, "rows of these sizes are not split"
     return {
         "kernel": which,
@@ -78,7 +78,7 @@ def row(
 
 
 def all_rows() -> Iterator[dict[str, Any]]:
-    """Every row of the file, compiled one after the other."""
+    """Compile and yield every row of the file."""
     for branches, preset, dtype, sizes, capabilities in VARIANTS:
         for batch, num_classes in sizes:
             for which in KERNELS:
@@ -87,15 +87,13 @@ def all_rows() -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the file; returns the exit code."""
+    """Write the file and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.machine_code",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default=PATH, help="the file (default: that of the repository)"
-    )
+    parser.add_argument("--out", type=Path, default=PATH, help="output file (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         import triton  # noqa: F401

@@ -23,9 +23,9 @@ from fastokd.methods import get_method, list_methods
 from fastokd.models.summary import count_parameters
 from fastokd.storage import write_json
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder, environment
+from fastokd.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods-digits.json"
 STUDENT, TEACHER = "resnet8", "resnet20"
@@ -63,8 +63,8 @@ def run(config: TrainConfig, folder: Path, data: Dataset) -> Trainer:
 def measure(
     method: str, preset: str, seeds: int, epochs: int, data: Dataset, folder: Path
 ) -> dict[str, Any]:
-    """One row: the accuracy of every seed's student after the last epoch, and of what is measured
-    beside it.
+    """One row: the accuracy of every seed's student after the last epoch, and of the other
+    rows.
     """
     found: list[Trainer] = []
     for seed in range(seeds):
@@ -115,7 +115,7 @@ def earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing; returns the exit code."""
+    """Run the missing rows; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__)
     parser.add_argument("methods", nargs="*", help="methods to compare (default: all)")
     parser.add_argument("--seeds", type=int, default=3)

@@ -11,6 +11,11 @@ def short(value: float) -> str:
     return f"{float(text):,.0f}" if "e" in text else text
 
 
+def columns(names: str) -> tuple[str, ...]:
+    """The cells of a table's header, from their names with ``" | "`` between them."""
+    return tuple(names.split(" | "))
+
+
 def page_with(text: str, block: str) -> str:
     """The page with the part from the block's first line to its last replaced."""
     first, last = block.partition("\n")[0], block.rpartition("\n")[2]
@@ -20,7 +25,7 @@ def page_with(text: str, block: str) -> str:
 
 
 def update(page: Path, made: Callable[[str], str], module: str, arguments: list[str]) -> int:
-    """Make a page anew from its text, or with ``--check`` compare it; returns the exit code."""
+    """Regenerate a page from its text, or with ``--check`` compare it; returns the exit code."""
     text = page.read_text(encoding="utf-8")
     new = made(text)
     if arguments == ["--check"]:

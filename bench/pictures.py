@@ -1,10 +1,10 @@
-"""Pictures of ImageNet's kind to measure decoding with: 500 x 375 JPEG files of about 100 KB, in a
-tree of classes.
+"""Images like ImageNet's to benchmark decoding: 500 x 375 JPEG files of about 100 KB, in class
+folders.
 
     python -m bench.pictures OUT [--count N] [--source FOLDER]
 
-Composed out of small photographs where there is a folder of some, else drawn. The same arguments
-give the same pictures.
+They are composed of small photographs if a folder of them is given, otherwise generated. The same
+arguments give the same images.
 """
 
 import argparse
@@ -25,11 +25,11 @@ _CLASSES = 10
 
 
 def compose(out: Path, count: int, source: Path | None = None) -> Path:
-    """Write ``count`` training pictures and a tenth as many for evaluation to ``out``; returns it.
-    What is there stays.
+    """Write ``count`` training images and a tenth as many for evaluation to ``out``; returns it.
+    Existing files are kept.
 
     Args:
-        source: a folder with small JPEG files anywhere below it; None to draw the pictures.
+        source: a folder with small JPEG files anywhere below it; None to generate the images.
     """
     files = (
         []
@@ -39,33 +39,32 @@ def compose(out: Path, count: int, source: Path | None = None) -> Path:
     if source is not None and not files:
         raise SystemExit(f"{source}: no .jpg or .jpeg files below it")
 
-    def write(place: tuple[str, int]) -> None:
-        split, i = place
+    def write(item: tuple[str, int]) -> None:
+        split, i = item
         path = out / split / f"class-{i % _CLASSES}" / f"{i:06d}.jpg"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 path,
                 lambda file: file.write(
-                    _encode(_picture(np.random.default_rng([split == "val", i]), files))
+                    _encode(_image(np.random.default_rng([split == "val", i]), files))
                 ),
                 durable=False,
             )
 
-    places = [
+    items = [
         (split, i)
         for split, number in (("train", count), ("val", max(_CLASSES, count // 10)))
         for i in range(number)
     ]
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # Pillow encodes and scales without Python's lock
-        for _ in pool.map(write, places):
+    # Pillow encodes and scales without Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(write, items):
             pass
     return out
 
 
-def _picture(rng: np.random.Generator, files: list[Path]) -> Image.Image:
+def _image(rng: np.random.Generator, files: list[Path]) -> Image.Image:
     columns, rows = SIZE[0] // _TILE + 1, SIZE[1] // _TILE + 1
     canvas = Image.new("RGB", (columns * _TILE, rows * _TILE))
     for place in range(columns * rows):
@@ -81,11 +80,11 @@ def _picture(rng: np.random.Generator, files: list[Path]) -> Image.Image:
     return canvas.crop((0, 0, *SIZE))
 
 
-def _encode(picture: Image.Image) -> bytes:
-    """The picture at the highest quality that stays within ``BYTES``."""
+def _encode(image: Image.Image) -> bytes:
+    """The image at the highest quality that stays within ``BYTES``."""
     for quality in range(98, 50, -2):
         buffer = BytesIO()
-        picture.save(buffer, "JPEG", quality=quality)
+        image.save(buffer, "JPEG", quality=quality)
         if buffer.tell() <= BYTES:
             break
     return buffer.getvalue()
@@ -98,7 +97,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=2000, help="training pictures (default 2000)")
+    parser.add_argument("--count", type=int, default=2000, help="training images (default 2000)")
     parser.add_argument("--source", type=Path, help="folder of small JPEG files to compose them of")
     options = parser.parse_args()
     print(compose(options.out, options.count, options.source))

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.experiments.analysis.curves import require_matplotlib
-from fastokd.experiments.analysis.svg import save_svg
+from fastokd.experiments.analysis.figures import require_matplotlib, save_svg
 
 _BASELINES = {"eager": ("eager PyTorch", "tab:gray"), "compiled": ("torch.compile", "tab:blue")}
 

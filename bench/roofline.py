@@ -1,23 +1,22 @@
-"""A model of how long the fused kernels take: ``python -m bench.roofline --chip h200``.
+"""A roofline model of the kernels' times: ``python -m bench.roofline --chip h200``.
 
-From what the machine code says (``bench/results/machine-code.json``) and the bytes that must move,
-it predicts the time of each kernel on a chip, and which limit binds. It is a model, and no
-measurement:
+It predicts the time of each kernel on a chip, and the limit that binds, from the machine code
+(``bench/results/machine-code.json``) and the bytes that must move. The numbers are predictions, not
+measurements:
 
-- **memory**: each logit is read once, and each gradient written once, at ``MEMORY_SHARE`` of the
-  chip's bandwidth. Nothing is taken from the caches, which makes it pessimistic where the logits
-  fit into the second one.
-- **issue**: a warp runs every instruction of its kernel once, and the loop over whole chunks as
-  often as its row has chunks. (That counts the second pass for rows whose maxima were guessed too
-  low, which hardly ever runs.) Each of a multiprocessor's four schedulers starts one a cycle, of
-  which ``BUSY_SHARE`` are used. Where there are fewer warps than schedulers, the others idle. That
-  a warp waits for its own results is not in it, so a few warps take longer.
-- **exponentials**: the special-function units of a multiprocessor take 16 lanes a cycle; the same
-  share is used.
-- **launch**: what the smallest kernel takes in a CUDA graph (``LAUNCH``), which comes on top of the
-  largest of the others.
+- **memory**: each logit is read once and each gradient written once, at ``MEMORY_SHARE`` of the
+  chip's bandwidth. Caches are ignored, which is pessimistic if the logits fit into the L2 cache.
+- **issue**: a warp runs every instruction of its kernel once, and the loop over whole chunks once
+  per chunk. (This includes the second pass for rows whose maxima were estimated too low, which
+  rarely runs.) Each of a multiprocessor's four schedulers issues one instruction per cycle, in
+  ``BUSY_SHARE`` of the cycles. With fewer warps than schedulers, some schedulers idle. Waiting for
+  results is ignored, so a few warps take longer than predicted.
+- **exponentials**: the special-function units of a multiprocessor process 16 lanes per cycle, in
+  the same share of the cycles.
+- **launch**: the time of the smallest kernel in a CUDA graph (``LAUNCH``), added to the largest of
+  the others.
 
-The three constants are assumptions, of what kernels that stream memory usually reach.
+The three constants are assumptions about kernels that stream memory.
 """
 
 import argparse
@@ -34,8 +33,8 @@ from fastokd.errors import ConfigError, did_you_mean
 
 MEMORY_SHARE, BUSY_SHARE, LAUNCH = 0.9, 0.75, 2.2e-6
 _SCHEDULERS = 4
-"""Of a multiprocessor; each starts one instruction of a warp a cycle (CUDA C++ Programming Guide,
-compute capabilities).
+"""Schedulers of a multiprocessor; each issues one instruction of a warp per cycle (CUDA C++
+Programming Guide, compute capabilities).
 """
 _SPECIAL_LANES = 16
 """Results of special functions per cycle and multiprocessor (the same guide, table of arithmetic
@@ -45,15 +44,15 @@ _WARP = 32
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 _LONG_NAME = {"bf16": "bfloat16", "fp32": "float32"}
 BRANCHES, PRESET = 4, "paper"
-"""Of the kernels that are predicted. With the preset ``code`` a row is passed over once more, which
-the file does not tell apart.
+"""The predicted kernels. The preset ``code`` takes another pass over a row, which the counts in the
+file do not separate.
 """
-PASSES = ("forward", "backward", "fused")
+PASSES = ("forward", "backward", "forward_backward")
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU as its maker describes it.
+    """Data sheet of a GPU.
 
     Attributes:
         title: its name.
@@ -116,7 +115,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds that one kernel takes by each limit, and in all."""
+    """Seconds of one kernel by limit."""
 
     memory: float
     issue: float
@@ -124,12 +123,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """The start, and the slowest of the rest."""
+        """The launch plus the slowest of the other limits."""
         return LAUNCH + max(self.memory, self.issue, self.exponentials)
 
     @property
     def limit(self) -> str:
-        """Which of launch, memory, issue and exponentials takes longest."""
+        """The slowest of launch, memory, issue and exponentials."""
         times = {
             "launch": LAUNCH,
             "memory": self.memory,
@@ -140,13 +139,13 @@ class Prediction:
 
 
 def columns_of_a_thread(code: Mapping[str, Any]) -> int:
-    """How many columns of a row a thread takes, in whole chunks and the last."""
+    """Return the number of a row's columns per thread, in whole chunks and the last."""
     return code["whole"] * code["pieces"] + code["rest_pieces"]
 
 
 def exponentials_per_column(code: Mapping[str, Any]) -> float:
-    """Of the loop over whole chunks; without one of the whole kernel, which ``Cost`` divides by the
-    columns of one chunk.
+    """Return the exponentials per column in the loop over whole chunks, or in the whole kernel if
+    it has no loop; for that, ``Cost`` divides by the columns of one chunk.
     """
     if code["whole"] > 1:
         return code["exponentials_per_column"]
@@ -160,13 +159,13 @@ def exponentials_per_column(code: Mapping[str, Any]) -> float:
 def predict(
     chip: Chip, code: Mapping[str, Any], backward: Mapping[str, Any] | None = None
 ) -> Prediction:
-    """The time of one kernel.
+    """Predict the time of one kernel.
 
     Args:
-        chip: what it runs on.
+        chip: the GPU.
         code: the kernel's row of the machine-code file.
-        backward: for the fused kernel the row of the backward kernel, whose loop over chunks is its
-            second.
+        backward: for the forward_backward kernel the row of the backward kernel, whose loop over
+            chunks is its second.
     """
     loops = [code] if backward is None else [code, backward]
     warps = -(-code["batch"] // code["rows"]) * code["num_warps"]
@@ -195,8 +194,8 @@ def predict(
 def predictions(
     found: Mapping[str, Any], chip: Chip, dtype: str = "bf16"
 ) -> Iterator[tuple[tuple[int, int], str, Prediction]]:
-    """Size (B, C), pass and prediction of every kernel that the machine-code file has of four
-    branches for this chip.
+    """Yield size (B, C), pass and prediction of every kernel of four branches that the machine-code
+    file has for this chip.
     """
     rows = {
         (row["batch"], row["num_classes"], row["kernel"]): row
@@ -207,18 +206,15 @@ def predictions(
     for size in SIZES:
         for which in PASSES:
             if (code := rows.get((*size, which))) is not None:
-                yield (
-                    size,
-                    which,
-                    predict(chip, code, rows[*size, "backward"] if which == "fused" else None),
-                )
+                backward = rows[*size, "backward"] if which == "forward_backward" else None
+                yield (size, which, predict(chip, code, backward))
 
 
 def measured(
     folder: Path, chip: Chip, dtype: str = "bf16"
 ) -> dict[tuple[tuple[int, int], str], float]:
-    """Seconds by size and pass of the same kernels in a CUDA graph, as far as ``bench.gpu kernels``
-    has measured them on this chip.
+    """Return the measured seconds by size and pass of the same kernels in a CUDA graph, from result
+    files of ``bench.gpu kernels`` on this chip.
     """
     found = {}
     for path in sorted(folder.glob("kernels-*.json")):
@@ -231,7 +227,7 @@ def measured(
             ):
                 for which, case in (
                     ("forward", "kernel alone graph/forward"),
-                    ("fused", "kernel alone graph/both"),
+                    ("forward_backward", "kernel alone graph/both"),
                 ):
                     if row.get(case) is not None:
                         found[(row["batch"], row["num_classes"]), which] = row[case]
@@ -239,10 +235,10 @@ def measured(
 
 
 def get_chip(name: str) -> Chip:
-    """The chip of that name.
+    """Return the chip of that name.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: the name is unknown; the message suggests the closest one.
     """
     if name not in CHIPS:
         raise ConfigError(f"unknown chip '{name}'{did_you_mean(name, CHIPS)}")
@@ -250,13 +246,13 @@ def get_chip(name: str) -> Chip:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the predictions; returns the exit code."""
+    """Print the predictions and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.roofline",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--chip", default="h200", help=f"of {', '.join(CHIPS)} (default h200)")
+    parser.add_argument("--chip", default="h200", help=f"one of {', '.join(CHIPS)} (default: h200)")
     parser.add_argument("--dtype", default="bf16", choices=list(ITEMSIZE))
     options = parser.parse_args(arguments)
     try:
@@ -271,12 +267,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     times = measured(PATH.parent, chip, options.dtype)
     print(
-        f"{'B x C':>14}  {'kernel':8}  {'predicted':>9}  {'limit':12}  {'memory':>7}  {'issue':>7} "
-        f" {'exponentials':>12}  {'measured':>8}"
+        f"{'B x C':>14}  {'kernel':16}  {'predicted':>9}  {'limit':12}  {'memory':>7} "
+        f" {'issue':>7}  {'exponentials':>12}  {'measured':>8}"
     )
     for size, which, one in predictions(found, chip, options.dtype):
         print(
-            f"{f'{size[0]} x {size[1]}':>14}  {which:8}  {1e6 * one.seconds:9.1f}  {one.limit:12} "
+            f"{f'{size[0]} x {size[1]}':>14}  {which:16}  {1e6 * one.seconds:9.1f}  {one.limit:12} "
             f" {1e6 * one.memory:7.2f}  {1e6 * one.issue:7.2f}  {1e6 * one.exponentials:12.2f} "
             f" {f'{1e6 * times[size, which]:8.1f}' if (size, which) in times else '       -'}"
         )

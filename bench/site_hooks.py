@@ -1,5 +1,5 @@
-"""What the documentation site (``make docs``) draws itself while it is built, so that its pages
-need no other server.
+"""Drawings and formulas that the documentation site (``make docs``) renders at build time,
+so that its pages need no other server.
 
 On GitHub a page shows a Mermaid drawing and LaTeX; here they become SVG and MathML. Hooks of
 MkDocs, named in ``mkdocs.yml``.
@@ -8,7 +8,7 @@ MkDocs, named in ``mkdocs.yml``.
 import html
 import posixpath
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -17,8 +17,33 @@ from fastokd.graph import draw_svg
 from fastokd.methods import get_method, list_methods
 
 
+def on_config(config: Any) -> Any:
+    """Replace ``folder/*.md`` in the navigation by the folder's pages, named by their headings."""
+    config.nav = [_with_pages(item, Path(config.docs_dir)) for item in config.nav]
+    return config
+
+
+def _with_pages(item: Any, docs: Path) -> Any:
+    if not isinstance(item, dict):
+        return item
+    ((title, content),) = item.items()
+    if not isinstance(content, list):
+        return item
+    entries: list[Any] = []
+    for entry in content:
+        if not isinstance(entry, str) or not entry.endswith("/*.md"):
+            entries.append(entry)
+            continue
+        for path in sorted(docs.glob(entry)):
+            if path.name != "index.md":
+                heading = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+                name = heading.partition(":")[0]
+                entries.append({name: path.relative_to(docs).as_posix()})
+    return {title: entries}
+
+
 def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
-    """A method's graph instead of its Mermaid source, and the rooms as a drawing above their
+    """A method's graph instead of its Mermaid source, and the packages as a drawing above their
     order.
     """
     path = PurePosixPath(page.file.src_uri)
@@ -37,7 +62,7 @@ def on_page_markdown(markdown: str, page: Any, **others: Any) -> str:
     if path.name == "architecture.md":
         return re.sub(
             r"```text\n([^`\n]+ < [^`\n]+)\n```",
-            lambda found: f"{_figure(draw_rooms(found[1]))}\n\n{found[0]}",
+            lambda found: f"{_figure(draw_packages(found[1]))}\n\n{found[0]}",
             markdown,
             count=1,
         )
@@ -66,9 +91,9 @@ def on_page_content(content: str, page: Any, files: Any, **others: Any) -> str:
     return re.sub(r'(?<![\w/"=>])docs/([\w/-]+\.md)', linked, content)
 
 
-def draw_rooms(order: str) -> str:
-    """The rooms as an SVG picture, from their order: ``a, b < c < d``, where what is right may
-    import what is left.
+def draw_packages(order: str) -> str:
+    """The packages as an SVG drawing, from their order: ``a, b < c < d``, where a package may
+    import those to its left.
     """
     columns = [[name.strip() for name in part.split(",")] for part in order.split("<")]
     middle, parts, x = 20.0 * max(map(len, columns)), [], 0.0
@@ -87,13 +112,13 @@ def draw_rooms(order: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 0 {x - 20:.0f} {2 * middle:.0f}"'
         f' width="{x - 20:.0f}" height="{2 * middle:.0f}" role="img" font-family="monospace"'
-        ' font-size="12" fill="none" stroke="currentColor"><title>rooms, and who may import'
-        f" whom</title>{''.join(parts[:-1])}</svg>"
+        ' font-size="12" fill="none" stroke="currentColor"><title>packages, and their allowed'
+        f" imports</title>{''.join(parts[:-1])}</svg>"
     )
 
 
 def _title(files: Any, path: str) -> str | None:
-    """What the navigation calls a page."""
+    """The title of a page in the navigation."""
     file = files.get_file_from_path(path)
     return file.page.title if file is not None and file.page is not None else None
 

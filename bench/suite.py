@@ -1,9 +1,9 @@
-"""What the suites (``bench_*.py``) share: the device, the sizes, how often a call is timed, and the
-smoke run.
+"""Shared code of the suites (``bench_*.py``): the device, the sizes, the number of timed calls, and
+the smoke run.
 
 ``FASTOKD_BENCH_DEVICE=cuda`` measures on the GPU, in bfloat16 (on the CPU in float32).
-``FASTOKD_BENCH_SMOKE=1`` goes through the same code with tiny sizes, each case once and without
-generating code; its numbers mean nothing.
+``FASTOKD_BENCH_SMOKE=1`` runs the same code with tiny sizes, each case once and without
+compilation; its numbers are meaningless.
 """
 
 import os
@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rounds(count: int) -> dict[str, int]:
-    """How often ``benchmark.pedantic`` times a call, after one that it does not time."""
+    """Arguments of ``benchmark.pedantic``: timed rounds, and one warm-up round."""
     return {"rounds": 1, "warmup_rounds": 0} if SMOKE else {"rounds": count, "warmup_rounds": 1}
 
 
@@ -53,8 +53,8 @@ def measure(benchmark: Any, call: Callable[[], Any], **info: Any) -> float | Non
 
     Args:
         benchmark: the fixture of pytest-benchmark.
-        call: what is timed.
-        info: what the result says of the case beside its times.
+        call: the timed function.
+        info: further properties of the case for the result.
 
     Returns:
         The median in seconds; None under ``--benchmark-disable``.

@@ -79,7 +79,9 @@ def main() -> None:
         with torch.no_grad():
             for images, target, _ in evaluation:
                 result = model(images)
-                for name, row in criterion.named_rows(result.logits, scores=result.scores).items():
+                for name, row in criterion.named_logits(
+                    result.logits, scores=result.scores
+                ).items():
                     right[name] += int((row.argmax(1) == target).sum())
         print(
             f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy in %: "

@@ -1,11 +1,10 @@
-"""The student of a run as an ONNX file, run by onnxruntime on pictures: from a file name to a class
-name.
+"""Export the student of a run to ONNX and classify images with onnxruntime.
 
     fastokd train --data path/to/images --model resnet20 --epochs 10 --out runs/pets
-    python examples/export_onnx.py runs/pets picture.jpg another.jpg
+    python examples/export_onnx.py runs/pets image.jpg another.jpg
 
-Needs ``pip install 'fastokd[export]'``. What deploys the file needs onnxruntime, NumPy and Pillow,
-and no PyTorch: ``classify`` is all of it.
+Needs ``pip install 'fastokd[export]'``. ``classify`` is the deployed part: it needs onnxruntime,
+NumPy and Pillow, and no PyTorch.
 """
 
 import argparse
@@ -20,34 +19,29 @@ from PIL import Image
 
 
 def classify(
-    session: onnxruntime.InferenceSession, record: dict, pictures: list[Path]
+    session: onnxruntime.InferenceSession, record: dict, files: list[Path]
 ) -> list[tuple[str, float]]:
-    """The class of each picture and its probability; ``record`` is the JSON in the file's
+    """The class of each image and its probability; ``record`` is the JSON in the file's
     metadata.
     """
-    height, width = record["preprocessing"]["image_size"]
-    shorter = record["preprocessing"].get(
-        "shorter_side", min(height, width)
-    )  # records of early versions have none
+    settings = record["preprocessing"]
+    height, width = settings["image_size"]
+    # Records of early versions have no shorter_side.
+    shorter = settings.get("shorter_side", min(height, width))
     batch = []
-    for picture in pictures:
-        image = Image.open(picture).convert("RGB")
+    for file in files:
+        image = Image.open(file).convert("RGB")
         wide, high = (shorter * side // min(image.size) for side in image.size)
         left, top = round((wide - width) / 2), round((high - height) / 2)
         image = image.resize((wide, high), Image.Resampling.BILINEAR).crop(
             (left, top, left + width, top + height)
         )
         pixels = np.asarray(image, dtype=np.float32) / 255
-        batch.append(
-            ((pixels - record["preprocessing"]["mean"]) / record["preprocessing"]["std"]).transpose(
-                2, 0, 1
-            )
-        )
-    (logits,) = session.run(
-        ["logits"], {"images": np.stack(batch).astype(np.float32)}
-    )  # [B, 3, H, W] to [B, C]
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities = odds / odds.sum(1, keepdims=True)
+        batch.append(((pixels - settings["mean"]) / settings["std"]).transpose(2, 0, 1))
+    images = np.stack(batch).astype(np.float32)  # [B, 3, H, W]
+    (logits,) = session.run(["logits"], {"images": images})  # [B, C]
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(1, keepdims=True)
     return [(record["classes"][row.argmax()], float(row.max())) for row in probabilities]
 
 
@@ -56,20 +50,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run folder of 'fastokd train'")
-    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("images", type=Path, nargs="+", help="image files")
     args = parser.parse_args()
 
-    # Checked on the run's own images before it is written: the ONNX file gives the student's
-    # logits.
+    # The export is verified on the run's own images before it is written.
     subprocess.run(
         [sys.executable, "-m", "fastokd", "export", args.run, "--to", "onnx"], check=True
     )
     session = onnxruntime.InferenceSession(args.run / "export" / "student.onnx")
     record = json.loads(session.get_modelmeta().custom_metadata_map["fastokd"])
-    for picture, (name, probability) in zip(
-        args.pictures, classify(session, record, args.pictures), strict=True
+    for image, (name, probability) in zip(
+        args.images, classify(session, record, args.images), strict=True
     ):
-        print(f"{picture}: {name} ({100 * probability:.1f} %)")
+        print(f"{image}: {name} ({100 * probability:.1f} %)")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=90)
-    parser.add_argument("--steps", type=int, help="of each epoch; all if left out")
+    parser.add_argument("--steps", type=int, help="of each epoch; all by default")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,8 +6,8 @@ python examples/own_method.py show consensus
 
 from fastokd.cli import main
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods import register_method
-from fastokd.methods.method import Method, MethodLoss
+from fastokd.losses import MethodLoss
+from fastokd.methods import Method, register_method
 
 
 class ConsensusLoss(MethodLoss):

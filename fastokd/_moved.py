@@ -1,22 +1,46 @@
-"""Old import paths of packages that moved; each works for one more release, with a warning."""
+"""Former names and import paths; each works for one more release, with a warning."""
 
 import importlib
 import pkgutil
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that a name is used by its former spelling."""
+    warnings.warn(
+        f"{old} is now {new}; the old name will be removed in the next release",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def alias(old: str, new: str) -> None:
-    """Make ``old`` and its submodules other names of ``new`` and its submodules.
-
-    The modules are the same objects, so classes imported by either path are identical.
-    """
-    warnings.warn(
-        f"{old} has moved to {new}; the old path will be removed in the next release",
-        DeprecationWarning,
-        stacklevel=4,
-    )
+    """Make ``old`` and its submodules other names of the modules of ``new``."""
+    warn_renamed(old, new, stacklevel=4)
     package = importlib.import_module(new)
     sys.modules[old] = package
     for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
         sys.modules[f"{old}.{module.name}"] = importlib.import_module(f"{new}.{module.name}")
+
+
+def moved_names(old: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of the module ``old``, from the names that each new module has of it;
+    "old=new" for a renamed one.
+    """
+    targets = {
+        name.partition("=")[0]: (module, name.rpartition("=")[2])
+        for module, group in names.items()
+        for name in group
+    }
+
+    def get(name: str) -> Any:
+        if name not in targets:
+            raise AttributeError(f"module '{old}' has no attribute '{name}'")
+        module, current = targets[name]
+        warn_renamed(f"{old}.{name}", f"{module}.{current}")
+        return getattr(importlib.import_module(module), current)
+
+    return get

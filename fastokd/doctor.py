@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the one line that mends it."""
+"""Environment report with a fix for each problem."""
 
 import importlib.metadata
 import importlib.util
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastokd.errors import first_line
+from fastokd.version import __version__
 
 State = Literal["ok", "absent", "problem"]
 
@@ -30,7 +31,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. "absent" is optional and fine; "problem" wants mending."""
+    """One line of the report. "absent" is an optional part; "problem" needs a fix."""
 
     name: str
     state: State
@@ -38,163 +39,116 @@ class Finding:
 
 
 def examine(folder: Path = Path()) -> list[Finding]:
-    """Everything ``fastokd doctor`` reports; ``folder`` is where runs would be written."""
-    software = _software()
-    # Without torch nothing of fastokd runs; what can be said all the same is said.
-    rest = (
-        []
-        if any(finding.name == "torch" and finding.state == "problem" for finding in software)
-        else [*_hardware(), *_executors()]
-    )
-    return [*software, *rest, *_extras(), *_storage(folder)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _software() -> list[Finding]:
-    from fastokd.version import __version__
-
-    found = [
-        Finding("fastokd", "ok", f"{__version__} in {Path(__file__).resolve().parent}"),
+    """The findings of ``fastokd doctor``; ``folder`` is where runs would be written."""
+    package = Path(__file__).resolve().parent
+    findings = [
+        Finding("fastokd", "ok", f"{__version__} in {package}"),
         Finding("python", "ok", platform.python_version()),
     ]
     try:
         import torch
     except ImportError as error:
-        return [
-            *found,
-            Finding("torch", "problem", f"cannot be imported ({error}): pip install 'torch>=2.11'"),
-        ]
-    found.append(
-        Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
-    )
+        text = f"cannot be imported ({error}): pip install 'torch>=2.11'"
+        findings.append(Finding("torch", "problem", text))
+    else:
+        text = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+        findings.append(Finding("torch", "ok", text))
+        findings += [_torchvision(), _triton(), *_hardware(), *_executors()]
+    return [*findings, *map(_extra, _EXTRAS), _storage(folder)]
+
+
+def _torchvision() -> Finding:
     try:
         import torchvision
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        text = (
+            f"does not match torch ({first_line(error)}): pip install --force-reinstall torch"
+            " torchvision"
+        )
+        return Finding("torchvision", "problem", text)
+    return Finding("torchvision", "ok", torchvision.__version__)
 
-        found.append(Finding("torchvision", "ok", torchvision.__version__))
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails like this: "operator torchvision::nms does not
-        # exist".
-        found.append(
-            Finding(
-                "torchvision",
-                "problem",
-                f"does not match torch ({first_line(error)}): pip install --force-reinstall torch"
-                " torchvision",
-            )
+
+def _triton() -> Finding:
+    try:
+        return Finding("triton", "ok", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        text = (
+            "not installed: GPU losses run on the reference; on Linux 'pip install torch' from"
+            " PyPI brings it"
         )
-    triton = _version("triton")
-    found.append(
-        Finding(
-            "triton",
-            "ok" if triton else "absent",
-            triton
-            or "not installed: GPU losses run on the reference; on Linux 'pip install torch' from"
-            " PyPI brings it",
-        )
-    )
-    return found
+        return Finding("triton", "absent", text)
 
 
 def _hardware() -> list[Finding]:
     import torch
 
-    found = [
-        Finding(
-            "cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-        )
-    ]
+    text = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    findings = [Finding("cpu", "ok", text)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                Finding(
-                    f"cuda:{index}",
-                    "ok",
-                    f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB,"
-                    f" sm_{properties.major}{properties.minor}",
-                )
-            )
+            gpu = torch.cuda.get_device_properties(index)
+            text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+            findings.append(Finding(f"cuda:{index}", "ok", text))
     elif shutil.which("nvidia-smi"):
-        found.append(
-            Finding(
-                "cuda",
-                "problem",
-                f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: check that"
-                f" the driver supports CUDA {torch.version.cuda}",
-            )
+        text = (
+            f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU: check that"
+            f" the driver supports CUDA {torch.version.cuda}"
         )
+        findings.append(Finding("cuda", "problem", text))
     else:
-        found.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
-    return found
+        findings.append(Finding("cuda", "absent", "no NVIDIA GPU: training runs on the CPU"))
+    return findings
 
 
 def _executors() -> list[Finding]:
     from fastokd.ops import executor_states
+
+    return [
+        _native_library(),
+        *(
+            Finding(f"executor {name}", "absent" if reason else "ok", reason or "can run here")
+            for name, reason in executor_states().items()
+        ),
+    ]
+
+
+def _native_library() -> Finding:
     from fastokd.ops.cpu import LibraryUnusable, build_info
 
     try:
-        info = build_info() or {
-            "status": "absent",
-            "reason": "never built here: pip install -e . builds it",
-        }
-        text = (
-            f"{info['status']}: {info['reason']}"
-            if info["reason"]
-            else f"built with {info['compiler']}, ABI {info['abi']}"
-        )
-        found = [Finding("native library", "ok" if info["status"] == "built" else "absent", text)]
+        info = build_info()
     except LibraryUnusable as error:
-        found = [Finding("native library", "problem", str(error))]
-    found += [
-        Finding(f"executor {name}", "ok" if why is None else "absent", why or "can run here")
-        for name, why in executor_states().items()
-    ]
-    return found
+        return Finding("native library", "problem", str(error))
+    if not info:
+        return Finding("native library", "absent", "not built: pip install -e . builds it")
+    if info["reason"]:
+        text = f"{info['status']}: {info['reason']}"
+    else:
+        text = f"built with {info['compiler']}, ABI {info['abi']}"
+    return Finding("native library", "ok" if info["status"] == "built" else "absent", text)
 
 
-def _extras() -> list[Finding]:
-    found = []
-    for extra, module in _EXTRAS.items():
-        try:
-            there = importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:
-            there = False
-        found.append(
-            Finding(
-                f"extra {extra}",
-                "ok" if there else "absent",
-                "installed" if there else f"pip install 'fastokd[{extra}]'",
-            )
-        )
-    return found
+def _extra(name: str) -> Finding:
+    try:
+        installed = importlib.util.find_spec(_EXTRAS[name]) is not None
+    except ModuleNotFoundError:
+        installed = False
+    if installed:
+        return Finding(f"extra {name}", "ok", "installed")
+    return Finding(f"extra {name}", "absent", f"pip install 'fastokd[{name}]'")
 
 
-def _storage(folder: Path) -> list[Finding]:
+def _storage(folder: Path) -> Finding:
     folder = folder.resolve()
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastokd-") as file:
             file.write(b"0" * 4096)
     except OSError as error:
-        return [
-            Finding(
-                "writing",
-                "problem",
-                f"{folder}: {error.strerror}; runs go to ./runs, choose another folder with --out",
-            )
-        ]
+        text = f"{folder}: {error.strerror}; runs go to ./runs, choose another folder with --out"
+        return Finding("writing", "problem", text)
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
-        return [
-            Finding(
-                "writing",
-                "problem",
-                f"{folder} has {free:.2f} GiB free: checkpoints of a large model need more",
-            )
-        ]
-    return [Finding("writing", "ok", f"{folder}, {free:.0f} GiB free")]
+        text = f"{folder} has {free:.2f} GiB free: checkpoints of a large model need more"
+        return Finding("writing", "problem", text)
+    return Finding("writing", "ok", f"{folder}, {free:.0f} GiB free")

@@ -1,39 +1,46 @@
-"""What fastokd raises for a user's mistake, and the exit code the command line gives each.
+"""Errors of fastokd, and the exit codes of the command line.
 
-Library calls raise plain ``ValueError``/``TypeError`` subclasses so that callers need no import
-from here; the command line turns every ``FastOKDError`` into one line on stderr and the class's
-exit code.
+They are subclasses of Python's errors, so that callers need no import from here. The command line
+turns each into one line on stderr and the class's exit code.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
-EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_IO = 5
 EXIT_PEER = 6
-EXIT_SLOWER = 7
-"""A benchmark's row takes longer than it was allowed to."""
-EXIT_PREEMPTED = 75
-"""What was asked to stop has saved, and is to be started again: EX_TEMPFAIL of sysexits.h, which
-schedulers know.
-"""
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, which schedulers know
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # as of programs that SIGPIPE ends
+
+EXIT_CODES = {
+    EXIT_OK: "done",
+    1: "a bug in fastokd, with a traceback",
+    EXIT_USAGE: "wrong usage or configuration, a non-finite loss, or too little memory",
+    EXIT_DATA: "a problem of the data",
+    EXIT_CHECKPOINT: "a problem of a checkpoint or exported student",
+    EXIT_IO: "a file cannot be written: disk full, read-only, no permission",
+    EXIT_PEER: "another process of the run ended",
+    EXIT_PREEMPTED: "stopped by SIGTERM or SIGUSR1 after saving a checkpoint; resume the run",
+    EXIT_INTERRUPTED: "interrupted with Ctrl-C",
+    EXIT_PIPE: "the reader of the output ended, e.g. head",
+}
 
 
 class FastOKDError(Exception):
-    """A user's mistake or the machine's refusal: reported in one line, never with a traceback."""
+    """A user error or a refusal of the machine: reported in one line, without a traceback."""
 
     exit_code = EXIT_USAGE
     repeated = False
-    """Whether another process of the same run says it."""
+    """Whether another process of the same run reports it."""
 
 
 class GraphError(FastOKDError, ValueError):
-    """A distillation graph that makes no sense; the message names the node or term."""
+    """An invalid distillation graph; the message names the node or term."""
 
 
 class ConfigError(FastOKDError, ValueError):
@@ -61,53 +68,52 @@ class CheckpointError(FastOKDError, RuntimeError):
 
 
 class StorageError(FastOKDError, OSError):
-    """The disk refused: full, read-only, no permission."""
+    """A file cannot be read or written: disk full, read-only, no permission."""
 
     exit_code = EXIT_IO
 
 
 class PeerLost(FastOKDError, RuntimeError):
-    """Another process of the run ended or cannot be reached, and training together cannot go on."""
+    """Another process of the run ended or cannot be reached, so training cannot continue."""
 
     exit_code = EXIT_PEER
 
 
 class OutOfMemory(FastOKDError, RuntimeError):
-    """A step that does not fit into the device's memory; the message says which flags make it
-    smaller.
-    """
+    """A step does not fit into the device's memory; the message names options that reduce it."""
 
 
 class Preempted(FastOKDError):
-    """The run was asked to stop, and has saved where it stands; the message says how it goes on."""
+    """The run was preempted after saving a checkpoint; the message says how to resume it."""
 
     exit_code = EXIT_PREEMPTED
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's message, for messages that must stay one line; its type where it
-    says nothing.
-    """
+    """The first line of an error's message, or its type if the message is empty."""
     lines = str(error).splitlines()
     return lines[0][:limit] if lines and lines[0] else type(error).__name__
 
 
-def first_few(names: Sequence[str]) -> str:
-    """The first four of many names, and how many there are."""
-    shown = ", ".join(names[:4])
-    return f"{shown}, ... ({len(names)})" if len(names) > 4 else shown
+def escape(text: object) -> str:
+    """Text for a one-line message: line breaks and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def summarize(items: Sequence[object], limit: int = 10) -> str:
+    """The first ``limit`` items, escaped, and the number of further ones: ``a, b and 4 more``."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(escape(item) for item in items[:limit]) + more
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A suffix for an error message: the choice that begins with the name, or a close match, and
-    all the choices.
+    """The end of an error message: a choice that begins with the name or is close, and all choices.
 
     >>> did_you_mean("ahfb", ["ahbf", "baseline"])
     "; did you mean 'ahbf'? (choices: ahbf, baseline)"
     """
     choices = sorted(choices)
-    close = [
-        choice for choice in choices if choice.startswith(f"{name}_")
-    ] or difflib.get_close_matches(name, choices, n=1)
+    close = [choice for choice in choices if choice.startswith(f"{name}_")]
+    close = close or difflib.get_close_matches(name, choices, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (choices: {', '.join(choices)})"

@@ -1,6 +1,4 @@
-"""What a loss needs of the other processes that train the same networks. Without torch.distributed,
-all is here.
-"""
+"""Collectives used by losses. They do nothing when torch.distributed is not initialized."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,9 +12,7 @@ _alone = False
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, this process computes as if there were no others: what may fail in one of them
-    must not make the others wait.
-    """
+    """Compute without the other processes, so that an error here does not make them wait."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -26,16 +22,14 @@ def alone() -> Iterator[None]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process among those that train together, and how many there are."""
+    """The rank of this process and the number of processes."""
     if not _alone and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows [B, ...] of all W processes in the order of their ranks, [W * B, ...]. B must be
-    equal everywhere.
-    """
+    """The rows [B, ...] of all W processes by rank, [W * B, ...]; B must be the same everywhere."""
     size = rank_and_size()[1]
     if size == 1:
         return rows
@@ -45,7 +39,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of every process's tensor, in place."""
+    """The sum of a tensor over all processes, in place."""
     if rank_and_size()[1] > 1:
         dist.all_reduce(value)
     return value

@@ -16,8 +16,7 @@ class Registry(Generic[T]):
         kind: the noun for messages, e.g. "method".
         constant: the name of a module's constant that holds the object, for targets without one.
         targets: "package.module" or "package.module:CONSTANT" for each built-in name.
-        reserved: further names that the user may type in the same place, e.g. "auto"; they appear
-            in suggestions.
+        reserved: further names that users may write, e.g. "auto", for suggestions.
     """
 
     def __init__(
@@ -29,20 +28,11 @@ class Registry(Generic[T]):
         self._reserved = tuple(reserved)
 
     def register(self, name: str, target: str) -> None:
-        """Add an object, or replace the one of that name.
-
-        Args:
-            name: what users write.
-            target: "package.module:CONSTANT", or "package.module" for the usual constant.
-        """
+        """Add or replace the object of a name, at "package.module" or "package.module:CONSTANT"."""
         self.targets[name] = target
 
     def get(self, name: str) -> T:
-        """The object of that name.
-
-        Raises:
-            ConfigError: the name is unknown; the message suggests the closest one.
-        """
+        """The object of a name; a ``ConfigError`` suggests the closest one for an unknown name."""
         self.check(name)
         module, _, constant = self.targets[name].partition(":")
         value: T = getattr(importlib.import_module(module), constant or self._constant)
@@ -51,16 +41,11 @@ class Registry(Generic[T]):
     def check(self, name: str) -> None:
         """Raise the ``ConfigError`` of ``get`` for an unknown name, without importing anything."""
         if name not in self.targets:
-            raise ConfigError(
-                f"unknown {self.kind} '{name}'"
-                f"{did_you_mean(name, [*self.targets, *self._reserved])}"
-            )
+            hint = did_you_mean(name, [*self.targets, *self._reserved])
+            raise ConfigError(f"unknown {self.kind} '{name}'{hint}")
 
     def __contains__(self, name: object) -> bool:
         return name in self.targets
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)

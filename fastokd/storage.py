@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a lost machine never leaves half of one."""
+"""Writing files so that a crash, a full disk or a lost machine never leaves a partial file."""
 
 import contextlib
 import errno
@@ -16,38 +16,31 @@ from fastokd.errors import StorageError, first_line
 
 T = TypeVar("T")
 
+# Errors that may pass, e.g. when a file server restarts, and the seconds before each new attempt.
 TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})
-"""Errors that may pass: of a file server that restarts, or a disk that missed one request."""
-
 PAUSES = (0.1, 0.5, 2.0)
-"""Seconds before each further attempt after such an error."""
 
 
 def write_atomically(
     path: Path,
     write: Callable[[BinaryIO], object],
     durable: bool = True,
-    before_rename: Callable[[Path], object] | None = None,
+    before_rename: Callable[[], object] | None = None,
 ) -> None:
-    """Write a file through a temporary one beside it: written, flushed to the disk, then renamed
-    over the old one.
-
-    After an error that may pass all of this is done again, a few times; ``write`` and
-    ``before_rename`` must bear that.
+    """Write a temporary file in the same folder, flush it to the disk, and rename it over ``path``.
 
     Args:
         path: the file.
-        write: writes its content.
-        durable: wait for the disk; without it only a crash of the machine itself may lose the file.
-        before_rename: called with the temporary file when it is complete; an OSError refuses it.
+        write: writes its content; called again after a transient error.
+        durable: wait for the disk; otherwise a crash of the machine may lose the file.
+        before_rename: called when the temporary file is complete.
 
     Raises:
-        StorageError: the disk refused; the old file, if there was one, is untouched and the
-            temporary one is gone.
+        StorageError: the file cannot be written; an old file is untouched.
     """
 
     def attempt() -> None:
-        temporary = temporary_path(path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
@@ -56,7 +49,7 @@ def write_atomically(
                 if durable:
                     os.fsync(file.fileno())
             if before_rename is not None:
-                before_rename(temporary)
+                before_rename()
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -67,7 +60,7 @@ def write_atomically(
         retried(attempt)
         if durable:
             retried(lambda: _sync_folder(path.parent))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise storage_error(path, error) from error
 
 
@@ -82,19 +75,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk.
-
-    Raises:
-        StorageError: the disk refused; nothing of the line is there.
-    """
+    """Append one line and flush it to the disk; a ``StorageError`` leaves nothing of the line."""
 
     def attempt() -> None:
-        # Without a buffer: nothing is left in one that closing the file would write after all.
+        # Unbuffered: nothing is left in a buffer that closing the file would write after all.
         with open(path, "ab", buffering=0) as file:
-            end, left = file.tell(), memoryview(f"{line}\n".encode())
+            end, rest = file.tell(), memoryview(f"{line}\n".encode())
             try:
-                while left:
-                    left = left[file.write(left) :]
+                while rest:
+                    rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
@@ -108,17 +97,15 @@ def append_line(path: Path, line: str) -> None:
 
 
 def retried(action: Callable[[], T]) -> T:
-    """The result of an action, which is tried again, after growing pauses, when it fails with an
-    error that may pass.
-
-    The error that it fails with in the end has a note that says how often it was tried.
+    """The result of an action, repeated after growing pauses when it fails with a transient error;
+    the last error has a note with the number of attempts.
     """
     pauses = iter(PAUSES)
     while True:
         try:
             return action()
-        except (OSError, RuntimeError) as error:
-            if getattr(system_error(error), "errno", None) not in TRANSIENT:
+        except OSError as error:
+            if error.errno not in TRANSIENT:
                 raise
             pause = next(pauses, None)
             if pause is None:
@@ -127,76 +114,70 @@ def retried(action: Callable[[], T]) -> T:
         time.sleep(pause)
 
 
-def system_error(error: Exception) -> Exception:
-    """The system's error behind one: torch.save reports a failed write as a RuntimeError from its
-    archive writer.
-    """
-    return (
-        error
-        if isinstance(error, OSError) or not isinstance(error.__context__, OSError)
-        else error.__context__
-    )
-
-
-def storage_error(path: Path, error: Exception) -> StorageError:
+def storage_error(path: Path, error: OSError) -> StorageError:
     """The one-line error for a write that failed."""
-    cause = system_error(error)
-    reason = getattr(cause, "strerror", None) or first_line(cause)
     tried = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    fix = "Look after that disk" if tried else "Make room there"
+    fix = "Check that disk" if tried else "Free some space"
     return StorageError(
-        f"cannot write {path}: {reason}{tried}. {fix} or use another folder; what was written"
-        " before is intact"
+        f"cannot write {path}: {error.strerror or first_line(error)}{tried}. {fix} or use another"
+        " folder; files written before are intact"
     )
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse what will not fit.
-
-    Args:
-        folder: where it is to be written.
-        needed: bytes.
-        what: what they are for, for the message.
-
-    Raises:
-        StorageError: the file system has fewer bytes free.
-    """
+    """Raise a ``StorageError`` if ``folder`` has less than ``needed`` bytes free for ``what``."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    # Some network file systems do not say how large they are.
+    # Some network file systems report a size of 0.
     if usage.total and usage.free < needed:
         raise StorageError(
-            f"{what} need {_size(needed)}, and {folder} has {_size(usage.free)} free: make room"
-            " there, or use another folder"
+            f"{what} need {format_bytes(needed)}, and {folder} has {format_bytes(usage.free)} free:"
+            " free some space, or use another folder"
         )
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def format_bytes(count: float) -> str:
+    """A number of bytes as text: "640 KiB", "13 MiB", "1.9 GiB"."""
+    power, name = (3, "GiB") if count >= 2**30 else (2, "MiB") if count >= 2**20 else (1, "KiB")
+    value = count / 1024**power
+    digits = 0 if value >= 100 or (value >= 10 and name != "GiB") else 1
+    return f"{value:.{digits}f} {name}"
 
 
-def temporary_path(path: Path) -> Path:
-    """A new name beside a file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def available_memory() -> int | None:
+    """Bytes of memory that this process can still take within its control group, if known."""
+    readings = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        readings += [
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        ]
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError):
+            total, used = (Path("/sys/fs/cgroup", name).read_text() for name in (limit, usage))
+            if total.strip() != "max":
+                readings.append(int(total) - int(used))
+    return max(0, min(readings)) if readings else None
 
 
 def temporaries_of(path: Path) -> list[Path]:
-    """What has such a name."""
+    """The temporary files that killed calls of ``write_atomically`` left for a file."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"))
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed while they wrote a file left beside it. Nobody else
-    may be writing it now.
-    """
+    """Remove ``temporaries_of(path)``; no other process may be writing the file."""
     for leftover in temporaries_of(path):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; not every system can open a folder, or flush one."""
+    """Make a rename durable; not every system can open or flush a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

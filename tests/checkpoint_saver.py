@@ -1,4 +1,4 @@
-"""Checkpoints with numbers, what is known of the files of a store, and processes that are killed
+"""Checkpoints with numbers, the expected files of a store, and processes that are killed
 while they save.
 
 As a program (python checkpoint_saver.py FOLDER), the processes of ``test_checkpoints.py``: forked
@@ -89,7 +89,6 @@ def save_up_to(folder: Path, number: int, keep: int = KEEP) -> CheckpointStore:
     store = CheckpointStore(folder, keep)
     for i in range(1, number + 1):
         store.save(make_state(i), is_best=i % 3 == 0)
-        store.wait()
     return store
 
 
@@ -142,7 +141,6 @@ def tap(
     real_fsync = os.fsync
     put(os, "fsync", fsync)
     put(os, "replace", before("replace", os.replace, lambda old, new: str(new)))
-    put(os, "link", before("link", os.link, lambda old, new: str(new)))
     vars(storage).setdefault("open", builtins.open)
     put(storage, "open", tapped_open)
 
@@ -174,7 +172,7 @@ def _reports(process: int, read: int) -> tuple[list[str], bool]:
 
 
 def _found(folder: Path, reported: int) -> dict[str, Any]:
-    """What is there after a process has gone that had reported a number as saved."""
+    """The files left by a process that had reported a number as saved."""
     left = temporaries(folder)
     state, path, complaints = load_newest(folder)
     best = folder / "best.pt"
@@ -206,7 +204,6 @@ def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
             while True:
                 number += 1
                 store.save(make_state(number), is_best=number % 3 == 0)
-                store.wait()
                 os.write(report, f"{number}\n".encode())
 
         process, read = _forked(work)
@@ -219,11 +216,9 @@ def killed_at_random(folder: Path, times: int) -> list[dict[str, Any]]:
     return found
 
 
-def killed_at_each_call(folder: Path, links: bool) -> list[dict[str, Any]]:
+def killed_at_each_call(folder: Path) -> list[dict[str, Any]]:
     """One save, the best so far, by processes that are killed before its first call, its second,
     and so on; the last one lives.
-
-    Of the many writes of one file every 16th counts.
     """
     before, number = folder / "before", 2 * KEEP
     save_up_to(before, number - 1)
@@ -233,23 +228,18 @@ def killed_at_each_call(folder: Path, links: bool) -> list[dict[str, Any]]:
         shutil.copytree(before, here)
 
         def work(report: int, here: Path = here, last: int = len(found)) -> None:
-            count = writes = 0
+            count = 0
 
             def hook(call: str, file: str) -> None:
-                nonlocal count, writes
-                writes = writes + 1 if call == "write" else 0
-                if writes % 16 == 0:
-                    if count == last:
-                        os.write(report, f"{call} {file}\n".encode())
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    count += 1
-                if call == "link" and not links:
-                    raise PermissionError(1, "Operation not permitted")
+                nonlocal count
+                if count == last:
+                    os.write(report, f"{call} {file}\n".encode())
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
 
             tap(hook)
             store = CheckpointStore(here, KEEP)
             store.save(make_state(number), is_best=True)
-            store.wait()
 
         lines, killed = _reports(*_forked(work))
         assert killed or not lines, lines
@@ -271,61 +261,19 @@ def with_a_limit_of_size(folder: Path) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
         store = CheckpointStore(folder, KEEP)
         store.save(make_state(3))
-        store.wait()
         os.write(report, b"saved\n")
 
     lines, _ = _reports(*_forked(work))
     return {**_found(folder, 2), "said": lines}
 
 
-def interrupted(folder: Path) -> dict[str, Any]:
-    """Ctrl-C while a write is going on, at once and while it is waited for: the write goes on, and
-    closing waits for it.
-    """
-
-    def work(report: int) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        store = CheckpointStore(folder, KEEP)
-        for number, delay in ((1, 0.0), (2, 0.1), (3, 0.0), (4, 0.1)):
-            go, gone = os.pipe()
-
-            def before(go: int = go, delay: float = delay) -> None:
-                time.sleep(delay)
-                os.kill(os.getpid(), signal.SIGINT)
-                os.read(go, 1)
-
-            try:
-                store.save(make_state(number), before=before)
-                store.wait()
-            except KeyboardInterrupt:
-                os.write(report, b"interrupted, ")
-            os.write(gone, b"x")
-            store.close()
-            os.write(report, f"{load_newest(folder)[0]['epoch']} is there\n".encode())
-
-    return {"said": _reports(*_forked(work))[0]}
-
-
-def ends_at_once(folder: Path) -> None:
-    """The program ends while it saves."""
-    process = os.fork()
-    if process == 0:
-        CheckpointStore(folder, KEEP).save(make_state(1), before=lambda: time.sleep(0.2))
-        sys.exit(0)
-    os.waitpid(process, 0)
-
-
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found = {
         "random": killed_at_random(folder / "random", 50),
-        "links": killed_at_each_call(folder / "links", True),
-        "no links": killed_at_each_call(folder / "no links", False),
+        "calls": killed_at_each_call(folder / "calls"),
         "limit": with_a_limit_of_size(folder / "limit"),
-        "interrupted": interrupted(folder / "interrupted"),
     }
-    ends_at_once(folder / "end")
-    found["end"] = _found(folder / "end", 0)
     print(json.dumps(found))
 
 

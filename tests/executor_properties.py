@@ -49,8 +49,8 @@ def check(
     numbers.
     """
     inputs = make_inputs(graph, batch, num_classes, dtype, number, soft_target=soft, device=device)
-    refusal = load(executor).refusal(inputs.plan, Case(device, dtype))
-    assert refusal is None, f"{graph.name}: {refusal}"
+    reason = load(executor).unsupported_reason(inputs.plan, Case(device, dtype))
+    assert reason is None, f"{graph.name}: {reason}"
     exact = Inputs(
         graph,
         inputs.plan,

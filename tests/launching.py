@@ -1,14 +1,43 @@
 """Starts processes that train together, as a launcher does."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+}
+"""The handlers of a Python program that was started with default dispositions."""
+
+
+@contextlib.contextmanager
+def default_signals() -> Iterator[None]:
+    """Give this process default signal handlers.
+
+    ``nohup`` and the background of a script start processes with SIGHUP or SIGINT ignored. A test
+    that sends itself one of these signals needs the default.
+    """
+    before = {number: signal.signal(number, handler) for number, handler in _HANDLERS.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def reset_signals() -> None:
+    """Give a child process default dispositions, as ``preexec_fn`` of ``subprocess.Popen``."""
+    for number in _HANDLERS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def free_port() -> int:
@@ -18,8 +47,8 @@ def free_port() -> int:
 
 
 def start(arguments: Sequence[object], **given: str) -> "subprocess.Popen[str]":
-    """A Python process at the root of the repository, with one thread, that hears Ctrl-C even if
-    these tests run in the background.
+    """Start a Python process at the root of the repository, with one thread and default signal
+    dispositions even if these tests run in the background.
     """
     environment = {
         **os.environ,
@@ -34,7 +63,7 @@ def start(arguments: Sequence[object], **given: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=reset_signals,
     )
 
 

@@ -18,8 +18,9 @@ from oracles import methods as oracle
 from oracles.rows import Array
 from torch import Tensor, nn
 
+from fastokd.losses import MethodLoss
 from fastokd.methods import get_method
-from fastokd.methods.method import BranchPass, Companion, Layout, MethodLoss
+from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 BATCH, CLASSES, CHANNELS, SIZE, KD_WEIGHT = 4, 5, 4, 3, 0.6
 # Two float64 computations of some hundred terms of size up to 1e2.
@@ -163,14 +164,16 @@ def build_loss(case: Case, impl: str) -> MethodLoss:
     return loss_class.preset(preset, case.branches, impl=impl, **options)
 
 
-def build_companion(case: Case) -> Companion | None:
+def build_companion(case: Case) -> MethodModules | None:
     """The method's modules in float64 with every parameter drawn, so that no normalisation starts
     at 0 or 1.
     """
     method = get_method(case.method)
     if method.build_companion is None:
         return None
-    layout = Layout((CHANNELS,) * case.branches, CHANNELS, CLASSES, [nn.Identity()] * case.branches)
+    layout = BranchSpec(
+        (CHANNELS,) * case.branches, CHANNELS, CLASSES, [nn.Identity()] * case.branches
+    )
     companion = method.build_companion(layout, **case.model_options).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in companion.parameters():
@@ -180,7 +183,7 @@ def build_companion(case: Case) -> Companion | None:
     return companion
 
 
-def make_leaves(case: Case, companion: Companion | None) -> dict[str, Tensor]:
+def make_leaves(case: Case, companion: MethodModules | None) -> dict[str, Tensor]:
     """Everything that a gradient is taken for: rows of logits, the trunk's map, feature maps, the
     modules' parameters.
     """
@@ -222,7 +225,7 @@ def constants(case: Case) -> dict[str, Tensor]:
 
 
 def loss_inputs(
-    case: Case, companion: Companion | None, leaves: Mapping[str, Tensor]
+    case: Case, companion: MethodModules | None, leaves: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What the loss takes beside logits and target."""
     given = constants(case)

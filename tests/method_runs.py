@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from fastokd.data import Batch, Dataset, open_dataset
 from fastokd.export import check_same_logits, load_student
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import create_student
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.step import TrainStep
+from fastokd.train.trainer import Trainer
 
 NETWORKS = ("resnet8", "vgg13", "mobilenetv2_x0_5")
 
@@ -47,8 +48,7 @@ def losses_of_a_step(
     for _ in range(2):
         torch.manual_seed(2)
         result = model(images)
-        inputs = {**chosen.loss_inputs(result), **({"index": index} if chosen.needs_index else {})}
-        loss, _ = criterion.forward_backward(result.logits, target, **inputs)
+        loss, _ = chosen.forward_backward(criterion, result, MethodBatch(target, index))
         losses.append(float(loss))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -92,8 +92,7 @@ def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer
     straight = make(config, folder / "straight", dataset)
     summary = straight.run()
     first = make(config, folder / "resumed", dataset)
-    first._run_epoch()
-    first.store.close()
+    first.run(until=1)
     first.run_folder.unlock()
     second = make(config, folder / "resumed", dataset, resume=True)
     assert second.run().last == summary.last

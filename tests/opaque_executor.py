@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastokd.graph import Plan
-from fastokd.ops import register_executor
+from fastokd.ops import Inputs, register_executor
 from fastokd.ops.reference import ReferenceExecutor
 
 
@@ -19,20 +19,15 @@ class OpaqueExecutor(ReferenceExecutor):
     name = "opaque"
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        *others: object,
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """The reference's gradients in buffers made by ``empty_like``, as kernels do: transposed
         for transposed inputs.
         """
-        grads = super().backward(plan, grad_rows, logits, weights, *others)
+        grads = super().backward(plan, grad_rows, inputs, stats, needs)
         return [
             None if grad is None else torch.empty_like(tensor).copy_(grad)
-            for tensor, grad in zip((*logits, *weights), grads, strict=True)
+            for tensor, grad in zip((*inputs.logits, *inputs.weights), grads, strict=True)
         ]
 
 

@@ -18,9 +18,9 @@ from fastokd.data import Dataset
 from fastokd.errors import Preempted
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, process_group
-from fastokd.train.loop import NonFiniteLoss, Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.trainer import NonFiniteLoss, Trainer
 
 SMALL = TrainConfig(
     data="digits",

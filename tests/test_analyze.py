@@ -25,7 +25,7 @@ from fastokd.experiments.analysis.pictures import NAMES, draw_study
 from fastokd.experiments.analysis.study import MEASURES, analyze_run, measures
 from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 from fastokd.train.step import BranchEvaluator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ class TestFormulas:
             torch.tensor([True, False, False]),
             bins=2,
         )
-        assert found.count.tolist() == [2, 1]
+        assert found.images.tolist() == [2, 1]
         assert found.error == pytest.approx(1 / 3)
         assert (
             diversity.calibration(
@@ -162,7 +162,7 @@ def train(folder, **settings):
 @pytest.fixture(autouse=True)
 def small_digits(monkeypatch):
     """Runs are analysed on the images that ``train`` evaluated them on."""
-    monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: few_digits())
+    monkeypatch.setattr("fastokd.train.runs.open_data", lambda *_: few_digits())
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def everything(folder):
     evaluator = run.evaluator
     with torch.no_grad():
         result = evaluator.model(torch.cat(images))
-    rows = {name: row.double().numpy() for name, row in evaluator.named_rows(result).items()}
+    rows = {name: row.double().numpy() for name, row in evaluator.named_logits(result).items()}
     return rows, result, torch.cat(target).numpy()
 
 
@@ -615,7 +615,7 @@ class TestPage:
                 for keys, after in re.findall(r"^\| (`.*?) \| (.*?) ?\|", part, flags=re.MULTILINE)
                 for key in re.findall(r"`(.+?)`", keys)
             ]
-            for part in PAGE.split("## The numbers")[1].split("## The pictures")
+            for part in PAGE.split("## The numbers")[1].split("## The figures")
         )
         assert numbers == [(key, ", ".join(measure.axes)) for key, measure in MEASURES.items()]
         assert [name for name, _ in pictures] == list(NAMES)

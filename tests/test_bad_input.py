@@ -2,6 +2,7 @@
 value in it.
 """
 
+import dataclasses
 import sys
 import types
 import warnings
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import ConfigError, ExecutorUnavailable
+from fastokd.graph import KL, Graph
 from fastokd.losses import AHBFLoss, BaselineLoss, GraphLoss
 from fastokd.methods import get_method
-from fastokd.methods.base import branch_names
 from fastokd.methods.dml import dml_graph
 from fastokd.methods.ffsd import ffsd_graph
 from fastokd.methods.kd import kd_graph
@@ -29,8 +30,18 @@ NAN, INF = float("nan"), float("inf")
 # --- constructors
 # --------------------------------------------------------------------------------------------------
 
+
+def replace_terms(graph: Graph, **changes) -> Graph:
+    """The graph with changes to its KL terms."""
+    terms = (
+        dataclasses.replace(term, **changes) if isinstance(term, KL) else term
+        for term in graph.terms
+    )
+    return dataclasses.replace(graph, terms=tuple(terms))
+
+
 CONSTRUCTORS = {
-    "one branch": (lambda: AHBFLoss(1), ["num_branches=1", "2 or more"]),
+    "one branch": (lambda: AHBFLoss(1), ["num_branches=1", "at least 2"]),
     "no branches": (lambda: AHBFLoss(num_branches=0), ["num_branches=0"]),
     "half a branch": (lambda: AHBFLoss(num_branches=2.5), ["num_branches=2.5"]),
     "temperature 0": (lambda: AHBFLoss(temperature=0), ["temperature=0", "positive"]),
@@ -60,8 +71,8 @@ CONSTRUCTORS = {
     "preset override": (lambda: AHBFLoss.preset("paper", temperature=0.0), ["temperature=0.0"]),
     "baseline branches": (lambda: BaselineLoss(2), ["num_branches=2", "1"]),
     "baseline smoothing": (lambda: BaselineLoss(label_smoothing=-0.1), ["label_smoothing=-0.1"]),
-    "one": (lambda: one_graph(1), ["one_graph", "num_branches=1", "2"]),
-    "okddip": (lambda: okddip_graph(2), ["okddip_graph", "num_branches=2", "3"]),
+    "one": (lambda: one_graph(1), ["num_branches=1", "at least 2"]),
+    "okddip": (lambda: okddip_graph(2), ["num_branches=2", "at least 3"]),
     "okddip mix": (lambda: okddip_graph(mix="probs"), ["mix='probs'", "probabilities"]),
     "dml teacher": (lambda: dml_graph(teacher="median"), ["teacher='median'", "pairwise"]),
     "kd teacher": (lambda: kd_graph(teacher_rows="file"), ["teacher_rows='file'", "probabilities"]),
@@ -69,12 +80,12 @@ CONSTRUCTORS = {
         lambda: kdcl_graph("minilogit"),
         ["variant='minilogit'", "did you mean 'minlogit'"],
     ),
-    "ffsd": (lambda: ffsd_graph(1), ["ffsd_graph", "num_students=1"]),
+    "ffsd": (lambda: ffsd_graph(1), ["num_students=1", "at least 2"]),
     "graph temperature": (
-        lambda: one_graph(temperature=0.0),
+        lambda: replace_terms(one_graph(), temperature=0.0),
         ["kl/ensemble->branch1", "temperature=0.0"],
     ),
-    "branch count as text": (lambda: branch_names("x", "3", 2), ["num_branches='3'"]),
+    "branch count as text": (lambda: one_graph("3"), ["num_branches='3'"]),
 }
 
 
@@ -392,7 +403,7 @@ def test_mixtures_check_their_arguments_too() -> None:
 class _Picky:
     """An executor that refuses everything."""
 
-    def refusal(self, plan: object, case: object) -> str:
+    def unsupported_reason(self, plan: object, case: object) -> str:
         return "it needs the moon to be full"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -17,11 +18,12 @@ import torch
 import bench.report
 from bench import gpu_tables
 from bench.gpu import accuracy, kernels, results
+from bench.gpu import tests as gpu_tests
 from bench.gpu.entry import PARTS, main, run_part
 from bench.gpu.kernels import NUM_BRANCHES, SINGLES, make_inputs
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.profile import kernel_summary
-from bench.gpu.results import Results, identity
+from bench.gpu.results import ROOT, Results, identity
 from bench.gpu.tests import run_files
 from bench.loaders import LARGE_MODEL
 from fastokd.errors import Preempted
@@ -292,7 +294,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     )
     assert (
         capsys.readouterr().err
-        == "bench.gpu: interrupted; the rows so far are kept, and a later call goes on\n"
+        == "bench.gpu: interrupted; the rows so far are kept, and a later call continues\n"
     )
 
 
@@ -343,7 +345,7 @@ def test_rows_that_need_more_minutes_are_left_and_said(tmp_path, capsys, monkeyp
         ({"code": "1", "device": "x"}, False, False, True, ""),
         ({"code": "2", "device": "x"}, False, False, False, "it is of code 1, now 2"),
         ({"code": "1", "device": "y"}, False, False, False, "it is of device x, now y"),
-        ({"code": "2", "device": "x"}, True, False, True, "not of what runs now"),
+        ({"code": "2", "device": "x"}, True, False, True, "not of the current code"),
         ({"code": "1", "device": "x"}, True, True, False, "--again"),
     ],
 )
@@ -381,7 +383,7 @@ def test_a_damaged_file_is_put_aside(tmp_path, text):
     path = tmp_path / "toy-x.json"
     path.write_text(text)
     results = Results(path, "toy", {}, CPU)
-    assert "begun anew" in results.note
+    assert "started again" in results.note
     assert not results.rows
     (aside,) = tmp_path.glob("earlier/*")
     assert aside.read_text() == text
@@ -421,7 +423,7 @@ def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Context, "minutes_left", minutes_left)
         assert main(arguments) == 0
-    assert "of its 11 rows are there" in capsys.readouterr().out
+    assert "of its 10 rows are there" in capsys.readouterr().out
     (ladder,) = read(tmp_path / "out", "step")["ladders"]
     before = [row for row in ladder["rows"] if row["reason"] != SPENT]
     assert ladder["partial"]
@@ -467,7 +469,7 @@ def test_a_run_is_stopped_at_the_deadline_and_goes_on_in_the_next_call(
     (row,) = found["rows"]
     assert found["plan"]["epochs"] == row["epochs"] == 3
     (log,) = (tmp_path / "runs").glob("accuracy-*/*/log.txt")
-    assert "the run goes on" in log.read_text()
+    assert "--- resumed ---" in log.read_text()
     # The row is made again from the run's folder where it was lost.
     path = tmp_path / "out" / "accuracy-dry-run.json"
     path.write_text(json.dumps(found | {"rows": [], "complete": False}))
@@ -854,6 +856,25 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, caps
     assert not captured.out
 
 
+def test_groups_of_gpu_tests_run_every_test_once(tmp_path):
+    """A file is split by the names of its tests, because a group's time is limited."""
+    for file in {file for file, _ in gpu_tests.ALONE.values()}:
+        expressions = [words for name, words in gpu_tests.ALONE.values() if name == file]
+        tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+        for test in tests:
+            chosen = [_is_selected(words, test) for words in expressions]
+            assert chosen.count(True) == 1, test
+    context = dataclasses.replace(context_of(tmp_path), dry=False)
+    names = [row.name for row in gpu_tests._rows(context, None)]
+    assert names == [*gpu_tests.ALONE, "others"]
+
+
+def _is_selected(words: str, test: str) -> bool:
+    """Whether pytest's ``-k`` selects a test, for expressions of ``not``, ``and`` and names."""
+    parts = [part.strip() for part in words.split(" and ")] if words else []
+    return all((part.removeprefix("not ") in test) != part.startswith("not ") for part in parts)
+
+
 def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
     context = dataclasses.replace(context_of(tmp_path), dry=False, runs=tmp_path)
     picture = tmp_path / "cifar10-jpeg" / "train" / "cat" / "1.jpg"
@@ -862,9 +883,10 @@ def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "cifar10-jpeg" / "train", "train")
     shutil.rmtree(tmp_path / "cifar10-jpeg")
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", (tmp_path / "none.tar.xz",))
     assert f"no --data, and no {tmp_path / 'none.tar.xz'}" in accuracy._refusal(context)
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "cifar10-jpeg.tar.xz")
+    archives = (tmp_path / "none.tar.xz", tmp_path / "cifar10-jpeg.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", archives)
     assert accuracy._data(context) == str(tmp_path / "cifar10-jpeg")
     assert picture.read_bytes() == b"a picture"
     monkeypatch.setattr("tarfile.open", lambda *_: pytest.fail("unpacked again"))
@@ -873,6 +895,6 @@ def test_accuracy_takes_the_images_beside_the_checkout(tmp_path, monkeypatch):
 
 
 def test_accuracy_without_data_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "ARCHIVE", tmp_path / "none.tar.xz")
+    monkeypatch.setattr(accuracy, "ARCHIVES", (tmp_path / "none.tar.xz",))
     context = Context(CPU, "x", tmp_path, tmp_path, 0.0, False)
     assert "--data" in accuracy._refusal(context)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import (
     allowed_methods,
     branch_out,
@@ -77,9 +78,8 @@ def test_families(name, at, size):
     x = torch.randn(2, 3, size, size)
     result = model.train()(x)
     method = get_method("ahbf")
-    method.loss_class(num_branches=2)(
-        result.logits, torch.arange(2), **method.loss_inputs(result), kd_weight=0.5
-    ).backward()
+    batch = MethodBatch(torch.arange(2))
+    method.loss(method.loss_class(num_branches=2), result, batch, kd_weight=0.5).backward()
     for title, parameter in model.named_parameters():
         assert parameter.grad is not None, title
         assert parameter.grad.isfinite().all(), title
@@ -420,25 +420,22 @@ class Tied(Small):
         (
             lambda: branch_out(small(), at="stage2.1.conv2"),
             (
-                r"at='stage2.1.conv2': Small cannot be split there: 2 values go on from there"
+                r"at='stage2.1.conv2': Small cannot be split there: 2 tensors cross this point"
                 r" .*residual.*; split points: stage1, "
             ),
         ),
-        (
-            lambda: branch_out(small(), at="stem"),
-            r"at='stem': .* nothing with parameters comes before it",
-        ),
+        (lambda: branch_out(small(), at="stem"), r"at='stem': .* no parameters before this point"),
         (lambda: branch_out(small(), at="fc"), r"at='fc': .* it comes after the last feature maps"),
         (lambda: branch_out(small(), at="spare"), r"at='spare': .* its forward does not call it"),
         (
             lambda: branch_out(Tied(), at="stage1.1"),
-            "at='stage1.1': .*(used on both sides|go on from there)",
+            "at='stage1.1': .*(used on both sides|tensors cross this point)",
         ),
         (
             lambda: branch_out(NoClassifier(), at="b"),
-            r"NoClassifier is no classifier: for one image it gives \[1, 4, 220, 220\]",
+            r"NoClassifier is no classifier: for one image it returns \[1, 4, 220, 220\]",
         ),
-        (lambda: branch_out(Moody(), at="stage2"), "Moody computes something else in training"),
+        (lambda: branch_out(Moody(), at="stage2"), "Moody differs between training"),
         (
             lambda: branch_out(Undecided(), at="stage2"),
             "the forward of Undecided cannot be followed",
@@ -465,7 +462,7 @@ class Tied(Small):
         ),
         (
             lambda: create_model("torchvision:resnet18"),
-            r"torchvision:resnet18 needs at \(--at\): .* split points: layer1, ",
+            r"torchvision:resnet18 needs at \(--at\), .* split points: layer1, ",
         ),
         (
             lambda: create_model("torchvision:resnet81"),
@@ -477,7 +474,7 @@ class Tied(Small):
         ),
         (
             lambda: create_model("resnet20", at="layer3"),
-            "at='layer3': resnet20 is branched where its paper branches it",
+            "at='layer3': resnet20 is branched as in its paper",
         ),
         (
             lambda: create_model("torchvision:densenet121", at="features.denseblock4.denselayer3"),

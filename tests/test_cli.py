@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastokd.cli import main
+from fastokd.experiments.recipes import get_recipe
 from fastokd.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,22 +274,20 @@ class TestMistakes:
         mistake((code, out, err), 2, r"unknown option '--modle'; did you mean '--model'\?")
         mistake(run("train", "--zzz"), 2, r"unknown option '--zzz'")
         mistake(run("show", "ahbf", "more"), 2, r"unknown argument 'more'")
+        mistake(run("--zzz"), 2, r"unknown option '--zzz'")
+        mistake(run("data", "--zzz"), 2, r"unknown option '--zzz'")
 
     def test_values_of_the_wrong_kind(self, run):
         mistake(run("train", "--branches", "x"), 2, r"--branches: 'x' is not a whole number")
         mistake(run("train", "--lr", "fast"), 2, r"--lr: 'fast' is not a number")
-        mistake(
-            run("train", "--flip", "maybe"),
-            2,
-            r"invalid choice 'maybe' for argument '--flip' \(choices: False, True\);",
-        )
+        mistake(run("train", "--flip", "maybe"), 2, r"--flip: 'maybe' is not True or False")
         mistake(
             run("eval", "x", "--which", "lst"),
             2,
-            r"invalid choice 'lst' for argument '--which' \(choices: best, last\)",
+            r"--which: invalid choice 'lst' \(choices: last, best\)",
         )
-        mistake(run("train", "--epochs"), 2, r"Missing value for argument '--epochs'")
-        mistake(run("eval"), 2, r"Missing from fastokd eval: PATH")
+        mistake(run("train", "--epochs"), 2, "--epochs: its value is missing")
+        mistake(run("eval"), 2, "missing argument: PATH")
         mistake(
             run("train", "--data", "digits", "--method-options", "temperature=[1"),
             2,
@@ -343,7 +342,7 @@ class TestMistakes:
         mistake(
             run("train", "--data", "digits", "--device", "cuda:99"),
             2,
-            r"device 'cuda:99' is not there",
+            r"device 'cuda:99' does not exist",
         )
         mistake(run("train", "--data", "digits", "--device", "tpu"), 2, r"device 'tpu'")
         mistake(run("train"), 2, r"no dataset: pass --data")
@@ -437,14 +436,10 @@ class TestMistakes:
         mistake(
             run("train", "--resume", trained, "--lr", "1", "--model", "resnet20"),
             2,
-            r"the configuration is not that of the checkpoint \(was, is: model: 'resnet8',"
-            r" 'resnet20'; lr: 0.05, 1.0\): undo that, pass --allow-config-change",
+            r"the configuration differs from the checkpoint's \(old, new: model: 'resnet8',"
+            r" 'resnet20'; lr: 0.05, 1.0\): undo the change, pass --allow-config-change",
         )
-        mistake(
-            run("train", "--resume", trained),
-            2,
-            r"has 1 finished epochs, and --epochs 1 is not more",
-        )
+        mistake(run("train", "--resume", trained), 2, r"already finished 1 of 1 epochs")
 
     def test_export_of_another_architecture(self, run, trained, tmp_path):
         import shutil
@@ -598,8 +593,8 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing(run, tmp_pat
     mistake(
         (got, out, err),
         2,
-        r"epoch 1, step \d+: not finite: loss, ce/branch1, .*; no epoch was saved, so there is no"
-        r" checkpoint. To mend it lower --lr$",
+        r"epoch 1, step \d+: non-finite loss, ce/branch1, .*; no epoch was saved, so there is no"
+        r" checkpoint. Try a lower --lr$",
     )
     assert not (tmp_path / "r").exists()
     assert run(*TRAIN, "--epochs", "1", "--quiet", "--out", tmp_path / "r")[0] == 0
@@ -619,6 +614,36 @@ def test_a_damaged_config_file(run, trained, tmp_path, content):
         ["train", "--resume", tmp_path / "run"],
     ):
         mistake(run(*command), 2, r"config\.yaml")
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["train", "--help"], ["doctor"]])
+def test_closed_output_ends_quietly(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastokd", *command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_shows_the_defaults_of_the_recipe(run):
+    text = " ".join(run("train", "--recipe", "cifar10-resnet32-ahbf", "--help")[1].split())
+    assert "(default: 0.0005)" in text
+    assert "(default: resnet32)" in text
+    recipe = get_recipe("cifar10-resnet32-ahbf").config
+    assert f"Passes over the training images (default: {recipe.epochs})" in text
+    assert run("train", "--recipe", "nonsense", "--help")[0] == 2
+
+
+def test_retired_options_are_named(run):
+    mistake(run("train", "--merge-first-conv", "True"), 2, r"were removed")
+    mistake(run("bench", "compare", "a", "b"), 2, r"pytest-benchmark compare")
 
 
 def test_standard_output_full():
@@ -727,21 +752,18 @@ def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(ru
     for _ in range(2):
         code, out, err = run(*command, "--epochs", "2")
         assert (code, err) == (0, "")
-        assert (
-            out == "the run has 2 finished epochs, and --epochs 2 is not more; to train on, pass a"
-            " larger --epochs\n"
+        assert out == (
+            "the run already finished 2 of 2 epochs; pass a larger --epochs to continue\n"
         )
     mistake(
         run(*command, "--epochs", "3", "--lr", "1"),
         2,
-        r"the configuration is not that of the checkpoint \(was, is: lr: 0.05, 1.0\)",
+        r"the configuration differs from the checkpoint's \(old, new: lr: 0.05, 1.0\)",
     )
 
 
 def test_wrong_numbers_of_processes(run, monkeypatch):
-    mistake(
-        run(*TRAIN, "--gpus", "0"), 2, "gpus=0; it is how many processes train together, at least 1"
-    )
+    mistake(run(*TRAIN, "--gpus", "0"), 2, "gpus=0: the number of processes must be at least 1")
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "2"),
@@ -752,6 +774,5 @@ def test_wrong_numbers_of_processes(run, monkeypatch):
     mistake(
         run(*TRAIN, "--gpus", "3"),
         2,
-        "--gpus 3 under a launcher that started 2 processes here; leave it out, or give it without"
-        " the launcher",
+        "--gpus 3 conflicts with a launcher that started 2 local processes; drop --gpus",
     )

@@ -351,7 +351,7 @@ def test_training_time_is_a_multiple_only_of_what_was_configured_alike(runs, cap
     assert float(times_alone()) > 0
     for seed in (0, 1):
         change_config(
-            runs / f"ahbf-seed{seed}", streams=True, merge_first_conv=True
+            runs / f"ahbf-seed{seed}", streams=True
         )  # what a student alone has no branches for
     assert float(times_alone()) > 0
 

@@ -42,6 +42,7 @@ from fastokd.graph import (
 )
 from fastokd.graph.plan import Plan
 from fastokd.methods.ahbf import PRESETS, ahbf_graph
+from fastokd.ops import Inputs as OpInputs
 from fastokd.ops import cpu, evaluate
 from fastokd.ops.executors import Case, executor_states
 
@@ -496,17 +497,15 @@ class TestArguments:
         torch.testing.assert_close(weights.grad, 2 * terms.sum(1))
 
     @pytest.mark.parametrize("name", GRAPHS)
-    def test_loss_and_grad(self, name: str) -> None:
+    def test_forward_backward(self, name: str) -> None:
         inputs = make(GRAPHS[name], 4, 1100)
         inputs.upstream = torch.full((4,), 0.25)
         expected = run(inputs, "cpu")
-        rows, terms, grads = cpu.EXECUTOR.loss_and_grad(
+        rows, terms, grads = cpu.EXECUTOR.forward_backward(
             inputs.plan,
-            inputs.logits,
-            inputs.weights,
-            inputs.externals,
-            inputs.target,
-            inputs.term_weights,
+            OpInputs(
+                inputs.logits, inputs.weights, inputs.externals, inputs.target, inputs.term_weights
+            ),
             inputs.needs,
         )
         assert all(
@@ -690,7 +689,7 @@ class TestLibrary:
         inputs = make(GRAPHS["one row"], 2, 3)
         with pytest.raises(ExecutorUnavailable, match="impl='cpu' cannot run here: the reason"):
             run(inputs, "cpu")
-        assert "'cuda'" in str(cpu.EXECUTOR.refusal(None, Case("cuda", torch.float32)))
+        assert "'cuda'" in str(cpu.EXECUTOR.unsupported_reason(None, Case("cuda", torch.float32)))
 
     @needs_library
     def test_an_unknown_instruction_set(self) -> None:

@@ -235,7 +235,7 @@ class TestOtherLayouts:
                 archive.addfile(info, io.BytesIO(content))
         report = check.check_dataset(tmp_path)
         assert report.problems == {"empty file": ["train-0.tar/1.jpg"]}
-        with pytest.raises(DataError, match="archives are none"):
+        with pytest.raises(DataError, match="images in archives cannot be listed"):
             report.write_clean(tmp_path / "list.csv")
 
     def test_nothing_to_look_at(self, tmp_path):
@@ -295,4 +295,4 @@ def test_the_command_reports_and_writes_a_list_that_trains(tree, tmp_path, capsy
     assert cli.main(["data", "chekc", str(tree)]) == 2
     assert "unknown command 'chekc'; did you mean 'check'?" in capsys.readouterr().err
     assert cli.main(["data", "check", str(tree), "--jsn"]) == 2
-    assert "'fastokd data check --help' lists what there is" in capsys.readouterr().err
+    assert "'fastokd data check --help' lists the options" in capsys.readouterr().err

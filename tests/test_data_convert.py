@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastokd import cli
 from fastokd.data import convert, list_files, open_dataset
-from fastokd.data.convert import Conversion, convert_dataset
+from fastokd.data.convert import convert_dataset
 from fastokd.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def content(folder) -> dict[str, bytes]:
 
 
 def test_a_tree_is_scaled_to_its_shorter_side(tree, tmp_path):
-    outcome = convert_dataset(tree, tmp_path / "out", Conversion(shorter_side=12))
+    outcome = convert_dataset(tree, tmp_path / "out", 12)
     assert (outcome.written, outcome.kept) == (16, 0)
     before, after = list_files(tree), list_files(tmp_path / "out")
     assert (after.classes, after.train.files, after.test.files) == (
@@ -77,7 +77,7 @@ def test_what_is_small_enough_is_copied_and_what_is_not_upright_is_turned(tmp_pa
     smooth().convert("CMYK").save(tmp_path / "in" / "a" / "cmyk.jpg", quality=95)
     (tmp_path / "in" / "a" / "deep").mkdir()
     smooth((30, 30)).save(tmp_path / "in" / "a" / "deep" / "0.jpg")
-    convert_dataset(tmp_path / "in", tmp_path / "out", Conversion(shorter_side=64))
+    convert_dataset(tmp_path / "in", tmp_path / "out", 64)
     out = tmp_path / "out" / "train" / "a"
     assert (out / "0.jpg").read_bytes() == (tmp_path / "in" / "a" / "0.jpg").read_bytes()
     names = sorted(path.name for path in out.iterdir())
@@ -92,33 +92,8 @@ def test_what_is_small_enough_is_copied_and_what_is_not_upright_is_turned(tmp_pa
     )
 
 
-def test_shards_hold_the_same_pictures_and_labels(tree, tmp_path):
-    outcome = convert_dataset(tree, tmp_path / "out", Conversion(webdataset=True, per_shard=3))
-    assert outcome.written == 16
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
-        f"{split}-{i:06}.tar" for split in ("train", "val") for i in range(3)
-    ]
-    before, after = list_files(tree), list_files(tmp_path / "out")
-    assert after.classes == before.classes
-    for name in ("train", "test"):
-        old, new = getattr(before, name), getattr(after, name)
-        pairs = [
-            sorted((split.read(i), target) for i, target in enumerate(split.targets.tolist()))
-            for split in (old, new)
-        ]
-        assert pairs[0] == pairs[1]
-    assert after.train.targets.tolist() != sorted(after.train.targets.tolist()), "shuffled"
-    assert open_dataset(tmp_path / "out").train.images.shape == (8, 3, 24, 32)
-
-
-@pytest.mark.parametrize(
-    "conversion",
-    [Conversion(shorter_side=12), Conversion(shorter_side=12, webdataset=True, per_shard=3)],
-)
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(
-    tree, tmp_path, conversion, monkeypatch
-):
-    convert_dataset(tree, tmp_path / "straight", conversion)
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(tree, tmp_path, monkeypatch):
+    convert_dataset(tree, tmp_path / "straight", 12)
     real, calls = convert._converted, []
 
     def interrupted(*arguments):
@@ -129,40 +104,34 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(convert, "_converted", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert_dataset(tree, tmp_path / "out", conversion, workers=1)
+        convert_dataset(tree, tmp_path / "out", 12, workers=1)
     assert not [path for path in (tmp_path / "out").rglob(".*")], "no temporary file is left"
     with pytest.raises(
         DataError, match="conversion is not finished; run the same 'fastokd data convert' again"
     ):
         open_dataset(tmp_path / "out")
     monkeypatch.setattr(convert, "_converted", real)
-    outcome = convert_dataset(tree, tmp_path / "out", conversion, workers=1)
+    outcome = convert_dataset(tree, tmp_path / "out", 12, workers=1)
     assert outcome.written + outcome.kept == 16
-    assert outcome.kept == (8 if conversion.webdataset else 9)  # of a shard that was begun nothing
+    assert outcome.kept == 9
     assert content(tmp_path / "out") == content(tmp_path / "straight")
-    assert convert_dataset(tree, tmp_path / "out", conversion).kept == 16
+    assert convert_dataset(tree, tmp_path / "out", 12).kept == 16
 
 
-@pytest.mark.parametrize(
-    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
-)
-def test_what_was_damaged_since_is_written_again(tree, tmp_path, conversion):
+def test_what_was_damaged_since_is_written_again(tree, tmp_path):
     out = tmp_path / "out"
-    convert_dataset(tree, out, conversion)
+    convert_dataset(tree, out, 12)
     before = content(out)
-    [*files] = [name for name in before if name.endswith((".tar", ".JPEG"))][:2]
+    [*files] = [name for name in before if name.endswith(".JPEG")][:2]
     (out / files[0]).write_bytes(before[files[0]][: len(before[files[0]]) // 2])
     (out / files[1]).write_bytes(b"")
-    outcome = convert_dataset(tree, out, conversion)
-    assert outcome.written == (6 if conversion.webdataset else 2)
+    outcome = convert_dataset(tree, out, 12)
+    assert outcome.written == 2
     assert content(out) == before
 
 
-@pytest.mark.parametrize(
-    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
-)
-def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conversion):
-    convert_dataset(tree, tmp_path / "out", conversion)
+def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path):
+    convert_dataset(tree, tmp_path / "out", 12)
     before = content(tmp_path / "out")
     picture = tree / "train" / "cat" / "0.png"
     status = picture.stat()
@@ -171,10 +140,8 @@ def test_a_replaced_picture_is_not_passed_off_as_converted(tree, tmp_path, conve
         if times is not None:
             picture.write_bytes(picture.read_bytes() + b"0")
             os.utime(picture, ns=times)
-        with pytest.raises(
-            ConfigError, match="from pictures that changed since; give a new folder"
-        ):
-            convert_dataset(tree, tmp_path / "out", conversion)
+        with pytest.raises(ConfigError, match="or source images changed since; pass a new folder"):
+            convert_dataset(tree, tmp_path / "out", 12)
     assert content(tmp_path / "out") == before
 
 
@@ -182,14 +149,13 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypat
     bad, other = tree / "train" / "dog" / "2.png", tree / "train" / "dog" / "0.png"
     good = bad.read_bytes()
     bad.write_bytes(b"")
-    conversion = Conversion(shorter_side=12)
     with pytest.raises(DataError, match="1 of 16"):
-        convert_dataset(tree, tmp_path / "out", conversion)
+        convert_dataset(tree, tmp_path / "out", 12)
     before = other.read_bytes()
     times = other.stat()
     other.write_bytes(good)
     with pytest.raises(ConfigError, match="changed since"):
-        convert_dataset(tree, tmp_path / "out", conversion)
+        convert_dataset(tree, tmp_path / "out", 12)
     other.write_bytes(before)
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
     bad.write_bytes(good)
@@ -200,16 +166,13 @@ def test_a_mended_picture_may_change_once_and_no_other(tree, tmp_path, monkeypat
             lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
-            convert_dataset(tree, tmp_path / "out", conversion)
+            convert_dataset(tree, tmp_path / "out", 12)
     bad.write_bytes(before)
     with pytest.raises(ConfigError, match="changed since"):
-        convert_dataset(tree, tmp_path / "out", conversion)
+        convert_dataset(tree, tmp_path / "out", 12)
 
 
-@pytest.mark.parametrize(
-    "conversion", [Conversion(shorter_side=12), Conversion(webdataset=True, per_shard=3)]
-)
-def test_bad_images_are_named_and_the_others_done(tree, tmp_path, conversion):
+def test_bad_images_are_named_and_the_others_done(tree, tmp_path):
     bad = tree / "train" / "dog" / "2.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:60])
@@ -217,40 +180,36 @@ def test_bad_images_are_named_and_the_others_done(tree, tmp_path, conversion):
         DataError,
         match=r"1 of 16 images cannot be decoded: train/dog/2.png \(.*the others are written",
     ):
-        convert_dataset(tree, tmp_path / "out", conversion)
+        convert_dataset(tree, tmp_path / "out", 12)
     with pytest.raises(DataError, match="not finished"):
         list_files(tmp_path / "out")
     bad.write_bytes(good)
-    outcome = convert_dataset(tree, tmp_path / "out", conversion)
-    assert outcome.written == (3 if conversion.webdataset else 1)
+    outcome = convert_dataset(tree, tmp_path / "out", 12)
+    assert outcome.written == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(tree, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty"):
-        convert_dataset(tree, tmp_path / "out", Conversion(shorter_side=12))
+        convert_dataset(tree, tmp_path / "out", 12)
     assert content(tmp_path / "out") == {"thesis.tex": b"dear"}
-    convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=12))
-    with pytest.raises(ConfigError, match=r"another conversion \(shorter_side 12 there, 16 now"):
-        convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=16))
+    convert_dataset(tree, tmp_path / "done", 12)
+    with pytest.raises(ConfigError, match=r"another conversion \(shorter_side 12 before, 16 now"):
+        convert_dataset(tree, tmp_path / "done", 16)
     (tree / "train" / "cat" / "0.png").rename(tree / "train" / "cat" / "9.png")
     with pytest.raises(ConfigError, match="converted from other files"):
-        convert_dataset(tree, tmp_path / "done", Conversion(shorter_side=12))
+        convert_dataset(tree, tmp_path / "done", 12)
 
 
 def test_settings_out_of_range(tree, tmp_path):
-    with pytest.raises(ConfigError, match="--shorter-side N, --webdataset, or both"):
-        Conversion()
     with pytest.raises(ConfigError, match="shorter_side=0"):
-        Conversion(shorter_side=0)
-    with pytest.raises(ConfigError, match="per_shard=0"):
-        Conversion(webdataset=True, per_shard=0)
+        convert_dataset(tree, tmp_path / "out", 0)
     with pytest.raises(DataError, match="digits is not made of image files"):
-        convert_dataset("digits", tmp_path / "out", Conversion(shorter_side=4))
+        convert_dataset("digits", tmp_path / "out", 4)
     (tmp_path / "list.csv").write_text(f"{tree}/train/cat/0.png,../up\n{tree}/train/cat/2.png,b\n")
     with pytest.raises(DataError, match=r"the class ../up cannot be the name of a folder"):
-        convert_dataset(tmp_path / "list.csv", tmp_path / "out", Conversion(shorter_side=4))
+        convert_dataset(tmp_path / "list.csv", tmp_path / "out", 4)
 
 
 def test_the_command(tree, tmp_path, capsys):
@@ -265,9 +224,6 @@ def test_the_command(tree, tmp_path, capsys):
                 str(out),
                 "--shorter-side",
                 "12",
-                "--webdataset",
-                "--per-shard",
-                "5",
                 "--workers",
                 "2",
             ]
@@ -276,23 +232,7 @@ def test_the_command(tree, tmp_path, capsys):
     )
     assert f"wrote 16 images to {out}; train with --data {out}" in capsys.readouterr().out
     assert json.loads((out / "fastokd-convert.json").read_text())["finished"]
-    assert (
-        cli.main(
-            [
-                "data",
-                "convert",
-                str(tree),
-                "--out",
-                str(out),
-                "--shorter-side",
-                "12",
-                "--webdataset",
-                "--per-shard",
-                "5",
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["data", "convert", str(tree), "--out", str(out), "--shorter-side", "12"]) == 0
     assert "wrote 0 images" in capsys.readouterr().out
     split = list_files(out).train
     assert Image.open(io.BytesIO(split.read(0))).size == (16, 12)

@@ -10,8 +10,16 @@ import torch
 from PIL import Image, ImageOps
 
 from fastokd.data import images as data_images
-from fastokd.data.images import decode, decode_all, fit, resize_all, show
-from fastokd.errors import DataError
+from fastokd.data.images import corrupt_files_error, decode, fit, resize_all, try_decode_all
+from fastokd.errors import DataError, escape
+
+
+def decode_all(root, files, *args, **options) -> torch.Tensor:
+    """The decoded images; raises the error for corrupt files."""
+    decoded, corrupt = try_decode_all(root, files, *args, **options)
+    if corrupt:
+        raise corrupt_files_error(root, files, corrupt)
+    return decoded
 
 
 @pytest.fixture
@@ -168,7 +176,7 @@ def test_damaged_files_are_all_named_and_counted(tmp_path, picture):
         decode_all(tmp_path, names)
     message = str(caught.value)
     assert "8 of 9 image files cannot be decoded" in message
-    assert all(show(name) in message for name in names[1:])
+    assert all(escape(name) in message for name in names[1:])
     assert "good.jpg" not in message
     assert message.isprintable()
     assert message.endswith("replace or delete them")

@@ -138,9 +138,7 @@ class TestSplitWords:
         for split in ("train", "val", "valid"):
             for name in ("cat", "dog"):
                 put(tmp_path / split / name / "0.png")
-        refused(
-            tmp_path, "both val/ and valid/ are there; put the images of a split into one folder"
-        )
+        refused(tmp_path, "both val/ and valid/ exist; put the images of a split into one folder")
 
 
 class TestFlatValidation:
@@ -202,7 +200,7 @@ class TestFlatValidation:
                 open_evaluation(tmp_path, "val", decoded=False).images.targets,
                 list_files(tmp_path).test.targets,
             )
-            with pytest.raises(DataError, match="test: images and no label file"):
+            with pytest.raises(DataError, match="test: images without a label file"):
                 open_evaluation(tmp_path, "test", decoded=False)
             file.unlink()
         put(
@@ -265,7 +263,7 @@ class TestFlatValidation:
         )
         kit.mkdir(parents=True)
         truth = put(kit / "ILSVRC2012_validation_ground_truth.txt", b"2\n3\n1\n1\n3\n2\n")
-        refused(tmp_path, "meta.mat of the development kit; put it beside")
+        refused(tmp_path, "meta.mat of the development kit; put it in the same folder")
         io_.savemat(kit / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
         self.check(tmp_path)
         truth.write_text("2\n3\n1\n1\n3\n7\n")
@@ -374,7 +372,7 @@ class TestCsv:
             ),
             (
                 "a.png,cat\na.png,dog\n",
-                "line 2 lists a.png as 'dog' in train, a line before as 'cat' in train",
+                "line 2 lists a.png as 'dog' in train, an earlier line as 'cat' in train",
             ),
             ("a.png,cat,val\n", "no training images"),
             ("a.png,cat,train\nb.png,dog,test\n", "no training images of dog"),
@@ -453,7 +451,7 @@ class TestWebDataset:
             (("train/0.tar", "train/test-0.tar"), "train/test-0.tar: its name says test and train"),
             (
                 ("imagenet-train-0.tar", "imagenet-trainval-0.tar", "valley-0.tar"),
-                "do not say their split: imagenet-trainval-0.tar, valley-0.tar",
+                "whose split is unknown: imagenet-trainval-0.tar, valley-0.tar",
             ),
         ],
     )
@@ -507,7 +505,9 @@ class TestWebDataset:
         write_shard(shard, [(str(k), k % 2) for k in range(4)])
         whole = shard.read_bytes()
         put(shard, whole[: len(whole) // 2])
-        refused(tmp_path, "train-0.tar: not an uncompressed tar archive, or cut off", val_split=0.5)
+        refused(
+            tmp_path, "train-0.tar: not an uncompressed tar archive, or truncated", val_split=0.5
+        )
         put(shard, b"")
         refused(tmp_path, "train-0.tar: not an uncompressed tar", val_split=0.5)
         with tarfile.open(shard, "w:gz") as archive:
@@ -528,7 +528,7 @@ class TestWebDataset:
         refused(tmp_path, "train-0.tar: cannot be read: Permission denied", list_files)
         monkeypatch.undo()
         write_shard(tmp_path / "more-0.tar", [("a", 0)])
-        refused(tmp_path, "do not say their split: more-0.tar")
+        refused(tmp_path, "whose split is unknown: more-0.tar")
         (tmp_path / "more-0.tar").unlink()
         shard.rename(tmp_path / "val-0.tar")
         refused(tmp_path, "no training shards")

@@ -22,7 +22,7 @@ from fastokd.data import (
     register_loader,
     resident,
 )
-from fastokd.data.augment import Mixing, crop, mirror
+from fastokd.data.augment import Mixing, crop, flip
 from fastokd.errors import ConfigError, DataError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -47,8 +47,8 @@ def equal(left, right) -> bool:
     )
 
 
-def slow_augmented(image, offset, mirrored, pad, padding="zero"):
-    """One image [C, H, W], pixel by pixel: what a crop out of the padded image and a mirroring must
+def slow_augmented(image, offset, flipped, pad, padding="zero"):
+    """One image [C, H, W], pixel by pixel: what a crop out of the padded image and a flip must
     give.
     """
     height, width = image.shape[1:]
@@ -61,7 +61,7 @@ def slow_augmented(image, offset, mirrored, pad, padding="zero"):
                 for place, side in ((source_y, height), (source_x, width))
             )
         if 0 <= source_y < height and 0 <= source_x < width:
-            out[:, y, width - 1 - x if mirrored else x] = image[:, source_y, source_x]
+            out[:, y, width - 1 - x if flipped else x] = image[:, source_y, source_x]
     return out
 
 
@@ -78,30 +78,25 @@ def slow_augmented(image, offset, mirrored, pad, padding="zero"):
         (2, 2, 1, "reflect"),
     ],
 )
-def test_crop_and_mirror_against_a_per_pixel_oracle(height, width, pad, padding):
+def test_crop_and_flip_match_a_per_pixel_oracle(height, width, pad, padding):
     offsets = torch.tensor(list(itertools.product(range(2 * pad + 1), repeat=2)))
     images = torch.randint(1, 256, (len(offsets), 3, height, width), dtype=torch.uint8)
-    mirrored = torch.arange(len(offsets)) % 3 == 0
-    got = mirror(crop(images.permute(0, 2, 3, 1), offsets, pad, padding), mirrored).permute(
-        0, 3, 1, 2
-    )
+    flipped = torch.arange(len(offsets)) % 3 == 0
+    got = flip(crop(images.permute(0, 2, 3, 1), offsets, pad, padding), flipped).permute(0, 3, 1, 2)
     want = torch.stack(
-        [
-            slow_augmented(*each, pad, padding)
-            for each in zip(images, offsets, mirrored, strict=True)
-        ]
+        [slow_augmented(*each, pad, padding) for each in zip(images, offsets, flipped, strict=True)]
     )
     assert torch.equal(got, want)
 
 
-def test_draws_cover_every_offset_evenly_and_mirror_half():
-    offsets, mirrored = Augment(pad=2, flip=True).draw(50_000, torch.Generator().manual_seed(0))
+def test_draws_cover_every_offset_evenly_and_flip_half():
+    offsets, flipped = Augment(pad=2, flip=True).draw(50_000, torch.Generator().manual_seed(0))
     counts = torch.bincount(offsets[:, 0] * 5 + offsets[:, 1], minlength=25)
     assert counts.sum() == 50_000
     assert ((counts / 50_000 - 1 / 25).abs() < 0.005).all()
-    assert abs(mirrored.float().mean() - 0.5) < 0.01
-    _, mirrored = Augment(pad=2).draw(1000, torch.Generator())
-    assert not mirrored.any()
+    assert abs(flipped.float().mean() - 0.5) < 0.01
+    _, flipped = Augment(pad=2).draw(1000, torch.Generator())
+    assert not flipped.any()
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -145,9 +140,9 @@ def test_training_images_are_one_of_the_possible_augmentations(augment):
         ):
             offsets = itertools.product(range(2 * augment.pad + 1), repeat=2)
             possible = [
-                slow_augmented(split.images[index], offset, mirrored, augment.pad)
+                slow_augmented(split.images[index], offset, flipped, augment.pad)
                 for offset in offsets
-                for mirrored in {False, augment.flip}
+                for flipped in {False, augment.flip}
             ]
             assert any(torch.equal(image, each) for each in possible)
 

@@ -377,17 +377,17 @@ def test_pad_and_flip_move_the_fitted_picture(split, make):
         for i, image in zip(batch.index.tolist(), batch.images, strict=True):
             padded = torch.nn.functional.pad(plain[i], (pad,) * 4)
             possible = {
-                (y, x, mirrored): (
+                (y, x, flipped): (
                     padded[:, y : y + 32, x : x + 32].flip(2)
-                    if mirrored
+                    if flipped
                     else padded[:, y : y + 32, x : x + 32]
                 )
                 for y, x in itertools.product(range(2 * pad + 1), repeat=2)
-                for mirrored in (False, True)
+                for flipped in (False, True)
             }
             moves |= {move for move, crop in possible.items() if torch.equal(crop, image)}
     assert len(moves) > 15
-    assert {mirrored for _, _, mirrored in moves} == {False, True}
+    assert {flipped for _, _, flipped in moves} == {False, True}
 
 
 def test_windows_are_drawn_as_torchvision_draws_them():

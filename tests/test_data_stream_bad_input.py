@@ -109,7 +109,7 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     for i in (3, 4, 15):
         truncate(tmp_path / split.files[i])
-    with pytest.raises(DataError, match=r"bad pictures.*no more than 1 are replaced"):
+    with pytest.raises(DataError, match=r"corrupt images.*at most 1 are replaced"):
         list(make(split, 6, True, bad_images="replace"))
 
 

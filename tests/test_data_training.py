@@ -16,9 +16,11 @@ from fastokd.errors import ConfigError, DataError
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, load_config
 from fastokd.train.data import explain_loader, loader_name, open_data
-from fastokd.train.loop import Trainer, load_run, resume_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import resume_run
+from fastokd.train.trainer import Trainer
 
 LOADER = loader.LoaderKind(
     lambda *_, **__: pytest.fail("it cannot run"),
@@ -85,8 +87,7 @@ def test_a_resumed_run_ends_as_a_straight_one(tmp_path):
     straight = run(config, tmp_path / "straight")
     straight.run()
     begun = run(config, tmp_path / "begun")
-    begun._run_epoch()
-    begun.store.wait()
+    begun.run(until=1)
     begun.run_folder.unlock()
     resumed = resume_run(tmp_path / "begun", Reporter(quiet=True))
     resumed.run()
@@ -120,7 +121,8 @@ def test_the_loader_says_why(tmp_path, capsys):
     )
     assert code == 0
     assert (
-        "loader resident: the dataset comes decoded, so they lie on cpu" in capsys.readouterr().out
+        "loader resident: the dataset comes decoded, so they are kept on cpu"
+        in capsys.readouterr().out
     )
     assert load_config(
         (tmp_path / "run" / "config.yaml").read_text(), "config"
@@ -151,7 +153,7 @@ class TestChoice:
     def test_small_images_that_fit_are_resident(self, tmp_path):
         name, dataset, line = self.choose(make_tree(tmp_path))
         assert (name, dataset.image_size) == ("resident", (8, 8))
-        assert line == "loader resident: the images are small and fit, so they lie on cpu"
+        assert line == "loader resident: the images are small and fit, so they are kept on cpu"
 
     @pytest.mark.parametrize(("size", "free"), [((8, 8), 3000), ((200, 300), 2**40)])
     def test_others_are_read_while_training(self, tmp_path, monkeypatch, size, free):
@@ -244,9 +246,9 @@ def test_bad_images_stop_or_are_replaced_as_configured(tmp_path, capsys):
     [
         ({"loader": "dalli"}, "unknown loader 'dalli'"),
         ({"bad_images": "skip"}, "unknown bad_images 'skip'"),
-        ({"mixup": -1.0}, "mixup=-1.0: it must be an alpha above 0, or 0 for none"),
+        ({"mixup": -1.0}, "mixup=-1.0: it must be at least 0"),
         ({"cutmix": float("nan")}, "cutmix=nan"),
-        ({"padding": "black"}, "padding='black': it must be zero or reflect"),
+        ({"padding": "black"}, r"unknown padding 'black' \(choices: reflect, zero\)"),
         ({"resize_schedule": {3: 8}}, "of epochs from 0 to 2"),
         ({"resize_schedule": {-1: 8}}, "of epochs from 0 to 2"),
         ({"resize_schedule": {0: 2}}, "sizes of at least 4 pixels"),
@@ -260,8 +262,7 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(changes, message)
 def test_what_is_kept_for_each_image_does_not_go_with_mixed_ones():
     tsb = dataclasses.replace(CONFIG, method="tsb", branches=None)
     with pytest.raises(
-        ConfigError,
-        match=r"mixup=0\.4 and method 'tsb': it remembers what was predicted for each image",
+        ConfigError, match=r"mixup=0\.4 and method 'tsb': it stores predictions of each image"
     ):
         check_config(tsb)
     check_config(dataclasses.replace(tsb, mixup=0.0, cutmix=0.0))
@@ -284,4 +285,4 @@ def test_schedules_are_read_and_written(capsys):
         with pytest.raises(ConfigError, match=r"resize_schedule=.* has the wrong type"):
             load_config(text, "here")
     assert cli.main(["train", "--data", "digits", "--resize-schedule", "0-8"]) == 2
-    assert "resize schedule '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err
+    assert "--resize-schedule: '0-8' is not of the form EPOCH:SIZE" in capsys.readouterr().err

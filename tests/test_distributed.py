@@ -15,7 +15,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import (
     Agreement,
     Ranks,
-    _of_this_start,
+    _store_of_this_start,
     choose_device,
     from_main,
     gather_states,
@@ -30,7 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    """What each of several processes found, see ``rank_checks.py``."""
+    """The results of each of several processes, see ``rank_checks.py``."""
     folder = tmp_path_factory.mktemp("ranks")
     for process in start_ranks(request.param, ["tests/rank_checks.py", folder]):
         code, _, errors = finish(process)
@@ -50,7 +50,7 @@ def assert_same(found, expected):
         )
 
 
-def test_gradients_are_those_of_the_whole_batch(ranks):
+def test_gradients_equal_whole_batch(ranks):
     model = rank_checks.make_model(norms=False)
     alone = rank_checks.train(model, model, [[step] for step in rank_checks.images()])
     for found in ranks:
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_whole_batch(ranks):
             assert_same(found[f"weights{way}"], alone)
 
 
-def test_synchronized_norms_are_those_of_the_whole_batch(ranks):
+def test_synchronized_norms_equal_whole_batch(ranks):
     model = rank_checks.make_model(norms=True)
     alone = rank_checks.train(model, model, [[step] for step in rank_checks.images()])
     for found in ranks:
@@ -79,7 +79,7 @@ def test_running_statistics_are_averaged(ranks):
             assert torch.equal(found["together"][name], ranks[0]["together"][name])
 
 
-def test_all_agree_one_call_later(ranks):
+def test_agreement_is_seen_one_call_later(ranks):
     for found in ranks:
         assert found["agreed"] == [0, 0, 3, 0, 2, 1]
         assert found["settled"] == [1, 0]
@@ -87,7 +87,7 @@ def test_all_agree_one_call_later(ranks):
     assert [alone.exchange(raised) for raised in (0, 2, 0)] == [0, 2, 0]
 
 
-def test_counts_are_summed_and_a_process_may_have_none(ranks):
+def test_sum_counts_with_an_empty_process(ranks):
     size = len(ranks)
     expected = (
         {"branch1": sum(2 + rank for rank in range(1, size)), "ta2": size - 1},
@@ -97,13 +97,13 @@ def test_counts_are_summed_and_a_process_may_have_none(ranks):
     assert sum_counts({"branch1": torch.tensor(3)}, 4) == ({"branch1": 3}, 4)
 
 
-def test_a_step_that_does_not_fit_in_one_process_is_known_to_all(ranks):
+def test_out_of_memory_in_one_process_is_seen_by_all(ranks):
     """None waits in the step for gradients of the one that has left it."""
     for found in ranks:
         assert found["fits"] == [True] * (len(ranks) - 1) + [False]
 
 
-def test_states_are_gathered_in_order_and_spread(ranks):
+def test_gather_states_and_from_main(ranks):
     for found in ranks:
         assert [state["list"] for state in found["gathered"]] == [
             [rank, None] for rank in range(len(ranks))
@@ -129,7 +129,7 @@ def test_states_are_gathered_in_order_and_spread(ranks):
         ({"batch_size": 128}, 1, "batch 128", (1, 128)),
     ],
 )
-def test_the_global_batch_is_divided(given, size, described, share):
+def test_global_batch_is_divided(given, size, described, share):
     found = share_of_batch(TrainConfig(**given), Ranks(0, size))
     assert found.describe() == described
     assert (found.accumulate, found.device_batch) == share
@@ -166,12 +166,12 @@ def test_the_global_batch_is_divided(given, size, described, share):
         ),
     ],
 )
-def test_what_cannot_be_divided_is_refused_with_the_numbers(given, size, message):
+def test_indivisible_batch_is_refused(given, size, message):
     with pytest.raises(ConfigError, match=message):
         share_of_batch(TrainConfig(**given), Ranks(0, size))
 
 
-def test_one_image_at_once_goes_with_synchronized_norms():
+def test_single_image_needs_synchronized_norms():
     assert share_of_batch(TrainConfig(batch_size=4, sync_bn=True), Ranks(0, 4)).device_batch == 1
 
 
@@ -189,7 +189,7 @@ def environment(monkeypatch):
     return describe
 
 
-def test_alone_without_a_launcher(environment):
+def test_process_group_without_launcher(environment):
     environment(RANK="0", WORLD_SIZE="2")  # some clusters describe their nodes so
     assert not launched()
     with process_group("cpu") as found:
@@ -212,10 +212,10 @@ def test_alone_without_a_launcher(environment):
             {"RANK": "2"},
             "RANK=2 with WORLD_SIZE=2 in the environment; ranks are 0 to WORLD_SIZE - 1",
         ),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not in the environment; it is the address of rank 0"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR, the address of rank 0, is not in the environment"),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(environment, given, message):
+def test_inconsistent_environment_is_refused(environment, given, message):
     environment(
         **{
             "RANK": "0",
@@ -230,7 +230,7 @@ def test_an_environment_that_makes_no_sense_is_refused(environment, given, messa
         pass
 
 
-def test_a_port_that_is_taken_is_named(environment):
+def test_taken_port_is_reported(environment):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         environment(
@@ -249,7 +249,7 @@ def test_a_port_that_is_taken_is_named(environment):
             pass
 
 
-def test_a_start_finds_nothing_of_the_one_before():
+def test_restart_ignores_store_of_previous_start():
     """In a store that outlives it: the second rank comes first, and finds the name and the answer
     of the start before.
     """
@@ -258,7 +258,7 @@ def test_a_start_finds_nothing_of_the_one_before():
         found = {}
 
         def meet(rank, found=found):
-            found[rank] = _of_this_start(store, Ranks(rank, 2, rank))
+            found[rank] = _store_of_this_start(store, Ranks(rank, 2, rank))
 
         threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 0)]
         for thread in threads:
@@ -272,7 +272,7 @@ def test_a_start_finds_nothing_of_the_one_before():
     assert stores[0].get("address") == b"old"
 
 
-def test_more_processes_than_gpus_are_refused(environment, monkeypatch):
+def test_too_few_gpus_are_refused(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment(LOCAL_WORLD_SIZE="4")

@@ -16,8 +16,8 @@ from launching import finish, free_port, start, start_ranks
 
 from fastokd.errors import EXIT_PREEMPTED
 from fastokd.train.checkpoint import load_checkpoint
-from fastokd.train.loop import load_run
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
 
 NAMES = {
     2: (
@@ -113,13 +113,13 @@ STATISTICS = ("running_mean", "running_var")
 @pytest.mark.parametrize(
     "name", ["command", "plain", "synchronized", "parts", "average", "tsb", "kdcl", "skip"]
 )
-def test_all_processes_end_with_the_same(folder, name):
+def test_processes_end_with_equal_state(folder, name):
     first = ended(folder, name)
     del first["train"]
     assert_equal(ended(folder, name, 1), first)
 
 
-def test_synchronized_norms_make_it_one_process(folder, alone):
+def test_synchronized_norms_match_one_process(folder, alone):
     found, expected = ended(folder, "synchronized"), alone("synchronized")
     assert found["share"] == "batch 32 = 2 processes x 16"
     assert_close(found["model"], expected["model"], 1e-5)
@@ -129,7 +129,7 @@ def test_synchronized_norms_make_it_one_process(folder, alone):
 
 
 @pytest.mark.parametrize("name", ["parts", "tsb", "kdcl"])
-def test_two_processes_are_one_that_takes_more_parts(folder, alone, name):
+def test_two_processes_match_accumulation(folder, alone, name):
     """Each part of 8 images is normalised on its own. Two processes' statistics are averaged, one's
     follow each other.
     """
@@ -141,7 +141,7 @@ def test_two_processes_are_one_that_takes_more_parts(folder, alone, name):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-def test_what_a_loss_remembers_is_of_all_images(folder):
+def test_loss_memory_covers_all_images(folder):
     steps = ended(folder, "tsb")["criterion"]["accumulator.steps"]
     assert torch.equal(steps, torch.ones(256, dtype=torch.int32))
 
@@ -149,9 +149,9 @@ def test_what_a_loss_remembers_is_of_all_images(folder):
 @pytest.mark.parametrize(
     ("name", "images"), [("plain", (256, 99)), ("average", (256, 99)), ("tiny", (64, 2))]
 )
-def test_what_is_measured_is_that_of_one_process_over_all_images(folder, name, images, monkeypatch):
+def test_metrics_equal_one_process_over_all_images(folder, name, images, monkeypatch):
     """99 images over two processes, and 2 over three, of which one has none."""
-    monkeypatch.setattr("fastokd.train.loop.open_data", lambda *_: rank_runs.dataset(*images))
+    monkeypatch.setattr("fastokd.train.runs.open_data", lambda *_: rank_runs.dataset(*images))
     run = load_run(folder / name)
     measured = run.evaluator.measure(run.loader)
     assert measured.accuracies == ended(folder, name)["last"] == run.state["last"]
@@ -160,13 +160,13 @@ def test_what_is_measured_is_that_of_one_process_over_all_images(folder, name, i
     assert recorded["ta2"] == pytest.approx(measured.mixing["ta2"], rel=1e-5)
 
 
-def test_layers_draw_their_own_in_every_process(folder):
+def test_random_layers_differ_between_processes(folder):
     first, second = load_checkpoint(folder / "plain" / "checkpoints" / "last.pt")["ranks"]
     assert not torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
 
 
 @pytest.mark.parametrize(("name", "place"), [("plain@3", 5), ("average@3", 5), ("plain@-1", 8)])
-def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder, name, place):
+def test_signal_to_one_process_stops_all_and_resumes(folder, name, place):
     """The signal comes after the third step's exchange: it is said after the fourth and followed
     after the fifth. Eight are all.
     """
@@ -189,16 +189,14 @@ def test_a_signal_to_one_process_stops_all_and_they_continue_bit_for_bit(folder,
 
 
 @pytest.mark.parametrize(("name", "place"), [("plain@3", 4), ("plain@-1", 8)])
-def test_a_process_alone_stops_after_the_step_and_continues_bit_for_bit(
-    name, place, alone, tmp_path, undeterministic
-):
+def test_single_process_stops_and_resumes_exactly(name, place, alone, tmp_path, undeterministic):
     stopped = rank_runs.run(name, tmp_path / name)
     assert stopped.pop("code") == EXIT_PREEMPTED
     assert f" and {place} steps of the next; " in stopped.pop("message")
     assert_equal(stopped, alone("plain"))
 
 
-def test_two_processes_may_be_continued_by_one(folder, tmp_path, undeterministic):
+def test_two_processes_resume_as_one(folder, tmp_path, undeterministic):
     """Nothing that was measured before is lost: the accuracies are of 256 images."""
     shutil.copytree(folder / "kept" / "plain@3", tmp_path / "plain@3")
     found = rank_runs.found(rank_runs.resume(tmp_path / "plain@3"))
@@ -212,26 +210,25 @@ def test_two_processes_may_be_continued_by_one(folder, tmp_path, undeterministic
     assert found["train"][0] == ended(folder, "plain")["train"][0]
 
 
-def test_one_process_may_be_continued_by_two(folder):
+def test_one_process_resumes_as_two(folder):
     """The 5 x 16 images that one of two processes had measured, and the 3 x 32 that were left."""
     for name, value in ended(folder, "plain@3")["fewer"]["train"][1].items():
         if name.startswith("accuracy/"):
             assert value * 176 == pytest.approx(round(value * 176), abs=1e-9)
 
 
-def test_what_is_not_finite_in_one_process_is_left_out_in_all(folder):
+def test_nonfinite_step_in_one_process_is_skipped_in_all(folder):
     found = ended(folder, "skip")
     assert all(value.isfinite().all() for value in found["model"].values())
     right = found["train"][0]["accuracy/branch1"] * 7 * 32
     assert right == pytest.approx(round(right), abs=1e-9)
 
 
-def test_what_is_not_finite_in_one_process_is_named_by_all(folder):
+def test_nonfinite_step_in_one_process_is_named_by_all(folder):
     first, second = (ended(folder, "stop", rank)["message"] for rank in (0, 1))
     assert first == second
     assert first.startswith(
-        "epoch 1, step 3: not finite: loss, ce/branch2, ce/ta2, kl/ta2->branch1,"
-        " kl/branch2->branch1"
+        "epoch 1, step 3: non-finite loss, ce/branch2, ce/ta2, kl/ta2->branch1, kl/branch2->branch1"
     )
 
 
@@ -282,7 +279,7 @@ def assert_same_run(out, expected):
     )
 
 
-def test_a_killed_worker_is_started_again_by_torchrun_and_nothing_is_lost(folder, tmp_path):
+def test_torchrun_restarts_a_killed_worker(folder, tmp_path):
     run = Command(
         tmp_path / "run",
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"],
@@ -329,7 +326,7 @@ def complaints(errors):
     ]
 
 
-def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path):
+def test_resume_auto_repeated_finishes_the_run(folder, tmp_path):
     """Stopped by a signal to one process, then killed in one process, then let alone."""
     out = tmp_path / "run"
     run = Command(out, after=GPUS)
@@ -361,7 +358,7 @@ def test_the_same_command_again_and_again_until_the_run_is_done(folder, tmp_path
     assert_same_run(out, ended(folder, "command"))
 
 
-def test_an_interrupt_to_the_launcher_alone_reaches_its_processes(tmp_path):
+def test_launcher_forwards_an_interrupt(tmp_path):
     run = Command(tmp_path / "run", after=GPUS)
     run.wait_for((run.out / "checkpoints" / "last.pt").exists)
     run.process.send_signal(signal.SIGINT)
@@ -372,7 +369,7 @@ def test_an_interrupt_to_the_launcher_alone_reaches_its_processes(tmp_path):
     assert "Traceback" not in errors
 
 
-def test_a_mistake_is_said_once(tmp_path):
+def test_user_error_is_reported_once(tmp_path):
     code, output, errors = finish(
         start(
             [

@@ -7,7 +7,6 @@ then its options and configurations must be sound.
 """
 
 import contextlib
-import inspect
 import io
 import os
 import re
@@ -26,6 +25,7 @@ from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd import cli
+from fastokd.cli.commands import COMMANDS, Command, find_command, option_names
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
@@ -48,7 +48,7 @@ ELSEWHERE = {
 """Pages and languages of blocks that another file runs, because it looks closely at what they
 do.
 """
-PROGRAMS = ("fastokd", "make")
+PROGRAMS = ("fastokd", "make", "pip")
 """What a line of a block that is run may start with; that make's targets exist is looked at
 apart.
 """
@@ -141,18 +141,14 @@ def given_names(page: str) -> dict[str, object]:
     """What a page's snippets take for granted."""
     target = torch.tensor([0, 1, 2, 0])
     if page == "README.md":
-        network = create_model("resnet8", num_classes=3, num_branches=4, aux_blocks=0)
-
-        def model(images):
-            result = network(images)
-            return result.logits, result.scores
-
         images = torch.randn(4, 3, 32, 32)
+        output = create_model("resnet8", num_classes=3, num_branches=4, aux_blocks=0)(images)
         return {
-            "model": model,
-            "loader": [(images, target)],
             "images": images,
-            "range": lambda epochs: [epochs // 2],
+            "branch_logits": output.logits,
+            "scores": output.scores,
+            "target": target,
+            "kd_weight": 0.5,
         }
     rows = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
     return {
@@ -235,13 +231,13 @@ def run_snippet(block: Block, names: dict[str, object]) -> str:
 def check_names(page: str, names: dict[str, object]) -> None:
     """That the snippets of a page did what it says."""
     if page == "README.md":
+        torch.testing.assert_close(names["loss"], names["by_hand"])
         assert names["logits"].shape == (4, 3)
         assert names["record"]["classes"] == ["blue", "green", "red"]
     if page == "docs/bring-your-own.md":
         model, images = names["model"], names["images"]
         assert [tuple(row.shape) for row in names["result"].logits] == [(4, 10)] * 3
         assert all(parameter.grad is not None for parameter in model.parameters())
-        assert model.merged_first_conv
         with torch.no_grad():
             torch.testing.assert_close(
                 model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5
@@ -264,7 +260,7 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
         check_config(settings)
         raise Understood
 
-    monkeypatch.setattr("fastokd.train.loop.begin_run", begin)
+    monkeypatch.setattr("fastokd.train.session.begin_run", begin)
     commands = block.fastokd_commands()
     for words in commands:
         if words[0] == "train":
@@ -275,8 +271,8 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
             with pytest.raises(Understood):
                 assert cli.main(words) == 0
         else:
-            group = {"bench": cli.bench_app, "data": cli.data_app}.get(words[0], cli.app)
-            group.cli(args=words[group is not cli.app :], config=(tyro.conf.OmitArgPrefixes,))
+            command, depth = find_command(words)
+            tyro.cli(command.load(words[depth:]), args=words[depth:])
     files = re.findall(
         r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE
     )
@@ -322,18 +318,9 @@ OTHERS_OPTIONS = {
 
 
 def test_options_and_names_in_the_text_exist():
-    functions = [
-        value
-        for name, value in vars(cli).items()
-        if inspect.isfunction(value)
-        and value.__module__ == cli.__name__
-        and not name.startswith("_")
-    ]
-    options = {
-        name.replace("_", "-")
-        for function in functions
-        for name in inspect.signature(function).parameters
-    }
+    groups = [{"": item} if isinstance(item, Command) else item for item in COMMANDS.values()]
+    commands = [command for group in groups for command in group.values()]
+    options = {name[2:] for command in commands for name in option_names(command.load([]))}
     known = (
         {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
     )
@@ -418,6 +405,6 @@ def test_the_site_is_built_and_needs_no_other_server(tmp_path):
         assert "flowchart LR" not in html, f"{name}: a drawing that is not SVG"
     assert pages["methods/ahbf.html"].count("<math") > 1
     assert "<title>ahbf</title>" in pages["methods/ahbf.html"]
-    assert "who may import whom" in pages["architecture.html"]
+    assert "packages, and their allowed imports" in pages["architecture.html"]
     assert "ArgumentParser" in pages["own-loop.html"]
     assert 'id="fastokd.losses.AHBFLoss"' in pages["reference.html"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import write_student
-from fastokd.methods.method import BranchPass, Companion
+from fastokd.methods.modules import BranchPass, MethodModules
 from fastokd.models import BranchedModel, create_model, create_student
 from fastokd.train.ema import StudentAverage
 from fastokd.train.optimizers import Optimizers
@@ -65,7 +65,7 @@ def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     ],
     ids=str,
 )
-def test_the_average_is_of_the_students_weights_and_statistics(
+def test_average_covers_weights_and_statistics(
     network: str, method: str, options: dict[str, Any]
 ) -> None:
     model = create_model(network, method, **options)
@@ -86,7 +86,7 @@ def test_the_average_is_of_the_students_weights_and_statistics(
     assert_same(model.student().state_dict(), states[-1])  # the model is not changed
 
 
-def test_the_average_follows_flat_weights_and_is_exported(tmp_path: Any) -> None:
+def test_average_of_flat_weights_is_exported(tmp_path: Any) -> None:
     config = config_of(method="ahbf", branches=2)
     model = create_model("resnet8", "ahbf", num_branches=2)
     average = StudentAverage(model, 0.5)  # made before the weights become views
@@ -110,7 +110,7 @@ def test_the_average_follows_flat_weights_and_is_exported(tmp_path: Any) -> None
     create_student("resnet8").load_state_dict(average.module.state_dict())
 
 
-def test_a_state_continues() -> None:
+def test_state_dict_resumes() -> None:
     model = create_model("resnet8", "ahbf", num_branches=2)
     straight = StudentAverage(model, 0.9)
     for step in range(6):
@@ -134,8 +134,8 @@ def test_a_state_continues() -> None:
         resumed.load_state_dict({**state, "weights": {}}, "the checkpoint")
 
 
-def test_a_student_that_is_a_copy_is_refused() -> None:
-    class Copies(Companion):
+def test_copied_student_is_refused() -> None:
+    class Copies(MethodModules):
         def forward(self, seen: BranchPass) -> dict[str, Any]:
             return {}
 
@@ -155,15 +155,15 @@ def test_a_student_that_is_a_copy_is_refused() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"ema=0.9 and method 'mine': what it hands over is not made of the model's own modules;"
-            r" use ema=0"
+            r"ema=0.9: the student of method 'mine' is not made of the model's own modules; use"
+            r" ema=0"
         ),
     ):
         StudentAverage(model, 0.9)
 
 
 @pytest.mark.gpu
-def test_an_update_is_captured_and_waits_for_nothing() -> None:
+def test_update_is_captured_without_synchronization() -> None:
     model = create_model("resnet8", "ahbf", num_branches=2).cuda()
     average, expected = StudentAverage(model, 0.9), StudentAverage(model, 0.9)
     StudentAverage(model, 0.9).update()  # allocates

@@ -14,7 +14,7 @@ from torch import nn
 from fastokd.errors import ConfigError
 from fastokd.losses import FFMLoss
 from fastokd.methods.ffm import FeatureFusion, classifier_diversity, classifier_weight
-from fastokd.methods.method import BranchPass
+from fastokd.methods.modules import BranchPass
 from fastokd.models import create_model
 from fastokd.models.summary import count_parameters
 from fastokd.train.config import TrainConfig, check_config
@@ -139,7 +139,7 @@ def test_fusion_is_over_the_auxiliaries_and_the_leader_is_kept():
         )
         == 9 * 3 * 64 * 8 + 2 * 8 + 8 * 3 + 3
     )
-    rows = FFMLoss(4).named_rows(result.logits, **result.extras)
+    rows = FFMLoss(4).named_logits(result.logits, **result.extras)
     assert list(rows) == ["branch1", "branch2", "branch3", "leader", "fusion", "ensemble"]
     torch.testing.assert_close(rows["ensemble"], torch.stack(result.logits[:3]).mean(0))
 
@@ -205,7 +205,9 @@ def test_wrong_options_are_named(options, branches, message):
 
 
 def test_wrong_fusion_channels_are_named():
-    with pytest.raises(ConfigError, match=r"fusion_channels=1\.5; it must be a whole number"):
+    with pytest.raises(
+        ConfigError, match=r"fusion_channels=1\.5; it must be an integer of at least 0"
+    ):
         create_model("resnet8", "ffm", 10, 3, options={"fusion_channels": 1.5})
 
 

@@ -13,11 +13,11 @@ from oracles.gates import gradients
 from torch import nn
 
 from fastokd.errors import ConfigError
-from fastokd.losses import AFIDLoss, FFSDLoss, FFSDMaps
+from fastokd.losses import AFIDLoss, FFSDLoss, FFSDMaps, GraphLoss
 from fastokd.methods import get_method
 from fastokd.methods.afid import AFIDModules, Exchange
 from fastokd.methods.ffsd import FFSDModules, shifted_map
-from fastokd.methods.method import BranchPass, Layout
+from fastokd.methods.modules import BranchPass, BranchSpec
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train.config import TrainConfig
@@ -126,7 +126,7 @@ def test_ffsd_loss_adds_its_terms_with_their_weights():
         rows[:3], target, fusion_logits=rows[3], maps=maps, kd_weight=0.1, return_terms=True
     )
     # The KL terms do not ramp up, the terms on maps do.
-    want = criterion.graph_loss(rows, target, kd_weight=0.0) + 0.1 * (
+    want = GraphLoss(criterion.graph)(rows, target, kd_weight=0.0) + 0.1 * (
         0.5 * terms["diversity"] + 0.25 * terms["fusion"] + 2.0 * terms["decoder"]
     )
     torch.testing.assert_close(loss, want)
@@ -220,14 +220,14 @@ def test_ffsd_s_modules_and_every_gradient():
         )
         for _ in range(4)
     ]
-    companion = FFSDModules(Layout((3,) * 4, 3, 5, peers))
+    companion = FFSDModules(BranchSpec((3,) * 4, 3, 5, peers))
     for module in (companion, *peers):
         draw_parameters(module)
     generator = torch.Generator().manual_seed(2)
     images = [torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in peers]
     ran = companion.run(images, peers)
     for peer, x, maps, features, logits in zip(
-        peers, images, ran.passed_on, ran.features, ran.logits, strict=True
+        peers, images, ran.context, ran.features, ran.logits, strict=True
     ):
         for layer, own, width, size in zip(
             (*peer.trunk, *peer.branch.body), maps, channels, sizes, strict=True
@@ -237,14 +237,12 @@ def test_ffsd_s_modules_and_every_gradient():
             assert own.shape[1:] == (width, *size)
         assert torch.equal(features, x)
         assert torch.equal(logits, peer.branch.head(x))
-    leaves = {f"map{m}": maps[-1].detach().requires_grad_() for m, maps in enumerate(ran.passed_on)}
-    passed_on = [
-        [*maps[:-1], leaf] for maps, leaf in zip(ran.passed_on, leaves.values(), strict=True)
-    ]
+    leaves = {f"map{m}": maps[-1].detach().requires_grad_() for m, maps in enumerate(ran.context)}
+    context = [[*maps[:-1], leaf] for maps, leaf in zip(ran.context, leaves.values(), strict=True)]
     seen = companion(
-        BranchPass(images[0], images[0], tuple(leaves.values()), ran.logits, peers, passed_on)
+        BranchPass(images[0], images[0], tuple(leaves.values()), ran.logits, peers, context)
     )
-    assert [seen["maps"].leader, *seen["maps"].students] == [passed_on[-1], *passed_on[:-1]]
+    assert [seen["maps"].leader, *seen["maps"].students] == [context[-1], *context[:-1]]
 
     def named(parts):
         return {
@@ -331,11 +329,9 @@ def test_networks_that_ffsd_and_afid_cannot_compare():
         create_model("resnet8,resnet8,resnet110", "ffsd", 4)
     with pytest.raises(ConfigError, match=r"method 'afid' .* their last stages 64 and 256"):
         create_model("resnet8,resnet110", "afid", 4)
-    with pytest.raises(
-        ValueError, match="num_branches=2; FFSD has two students or more and a leader: 3 or more"
-    ):
+    with pytest.raises(ValueError, match="num_branches=2; it must be an integer of at least 3"):
         FFSDLoss(2)
-    with pytest.raises(ValueError, match="num_branches=3; AFID exchanges attention between two"):
+    with pytest.raises(ValueError, match="num_branches=3; it must be 2"):
         AFIDLoss(3)
     with pytest.raises(ValueError, match=r"lambda_fusion=-1\.0"):
         FFSDLoss(lambda_fusion=-1.0)
@@ -345,9 +341,9 @@ def test_networks_that_ffsd_and_afid_cannot_compare():
         ("fusion_weight_decay", "afid"),
     ):
         for value in ("x", True, -1.0, float("inf")):
+            expected = "a number of at least 0" if isinstance(value, float) else "a number"
             with pytest.raises(
-                ConfigError,
-                match=f"method '{method}' .*{name}={value!r}; it must be a number of at least 0",
+                ConfigError, match=f"method '{method}'.*{name}={value!r}; it must be {expected}"
             ):
                 create_model("resnet8", method, 4, options={name: value})
     with pytest.raises(ValueError, match="maps are missing"):
@@ -409,7 +405,7 @@ def test_afid_s_networks_and_every_gradient():
                 TinyPeer(nn.Conv2d(3, 4, 1), [nn.Sequential(nn.Conv2d(4, 3, 1))], 3)
                 for _ in range(2)
             )
-            self.companion = AFIDModules(Layout((3, 3), 3, 5, self.peers))
+            self.companion = AFIDModules(BranchSpec((3, 3), 3, 5, self.peers))
 
     network = Network()
     draw_parameters(network)

@@ -1,5 +1,5 @@
-"""A run that is stopped anywhere and picked up again ends as one that was not, to the last bit; and
-what is not finite, in a run.
+"""A run that is stopped anywhere and resumed ends bit-identical to an uninterrupted one; policies
+for non-finite steps in a run.
 """
 
 import dataclasses
@@ -21,12 +21,15 @@ from fastokd.data import Batch
 from fastokd.data.loader import get_loader_kind
 from fastokd.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, Preempted, StorageError
 from fastokd.export import load_student, measure_accuracy
-from fastokd.train import loop
+from fastokd.train import cadence
+from fastokd.train import trainer as trainer_module
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import NonFiniteLoss, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import resume_run
+from fastokd.train.trainer import NonFiniteLoss, Trainer
 
 CONFIG = TrainConfig(
     data="digits",
@@ -55,7 +58,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Sixty-four training and eight test pictures of two classes."""
+    """Sixty-four training and eight test images of two classes."""
     root, generator = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 4)):
         for name in ("a", "b"):
@@ -144,19 +147,14 @@ def straight(tmp_path_factory, digits):
 @pytest.mark.parametrize(
     "stop", [{"step": 1}, {"step": 4}, {"step": 6}, {"evaluating": True}], ids=str
 )
-def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
+def test_run_stopped_within_epoch_resumes_exactly(tmp_path, digits, straight, stop):
     assert_equal(outcome(interrupted(CONFIG, tmp_path / "run", digits, **stop)), straight)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "method": "tsb",
-            "branches": 2,
-            "mixup": 0.0,
-            "optimizer": "lamb",
-        },  # what the loss remembers
+        {"method": "tsb", "branches": 2, "mixup": 0.0},  # what the loss remembers
         {
             "precision": "fp16",
             "impl": "reference",
@@ -166,7 +164,7 @@ def test_stopped_within_an_epoch(tmp_path, digits, straight, stop):
     ],
     ids=lambda changes: changes.get("method") or changes.get("precision"),
 )
-def test_what_else_a_run_remembers(tmp_path, digits, changes):
+def test_other_state_of_a_run_resumes_exactly(tmp_path, digits, changes):
     config = dataclasses.replace(CONFIG, **changes)
     whole = make(config, tmp_path / "straight", digits)
     whole.run()
@@ -174,7 +172,7 @@ def test_what_else_a_run_remembers(tmp_path, digits, changes):
 
 
 @pytest.mark.parametrize("loader", ["resident", "torchvision"])
-def test_what_layers_draw(tmp_path, tree, loader):
+def test_random_layers_resume_exactly(tmp_path, tree, loader):
     """VGG has dropout, so it needs the generator's state, and no loader may draw from it."""
     config = dataclasses.replace(
         CONFIG,
@@ -194,7 +192,7 @@ def test_what_layers_draw(tmp_path, tree, loader):
 
 
 @pytest.mark.parametrize("loader", ["resident", "torchvision", "dali"])
-def test_every_loader(tmp_path, tree, loader):
+def test_run_with_every_loader_resumes_exactly(tmp_path, tree, loader):
     if reason := get_loader_kind(loader).missing(torch.device("cpu")):
         pytest.skip(reason)
     config = dataclasses.replace(
@@ -211,8 +209,8 @@ def test_every_loader(tmp_path, tree, loader):
     assert_equal(outcome(interrupted(config, tmp_path / "run", None, step=2)), outcome(whole))
 
 
-def test_other_levers_may_go_on(tmp_path, digits, straight):
-    """A run on one machine goes on on another: what is flat there is not here."""
+def test_resume_with_other_step_options(tmp_path, digits, straight):
+    """A run is resumed on another machine, where parameters are not flat."""
     first = make(CONFIG, tmp_path / "run", digits)
     stop_at(first, step=5)
     with pytest.raises(Preempted) as stopped:
@@ -231,7 +229,7 @@ def test_other_levers_may_go_on(tmp_path, digits, straight):
     assert not (tmp_path / "run" / "checkpoints" / "last-1.pt").exists()
 
 
-def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
+def test_resume_with_changed_config_needs_the_flag(tmp_path, digits):
     first = make(CONFIG, tmp_path / "run", digits)
     stop_at(first, step=2)
     with pytest.raises(Preempted):
@@ -240,40 +238,38 @@ def test_another_configuration_is_refused_or_allowed(tmp_path, digits):
     with pytest.raises(
         ConfigError,
         match=(
-            r"\(was, is: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo that, pass"
+            r"\(old, new: lr: 0\.01, 0\.02; ema: 0\.9, 0\.5\): undo the change, pass"
             r" --allow-config-change, or start a new run"
         ),
     ):
         make(other, tmp_path / "run", digits, resume=True)
     state = load_checkpoint(first.run_folder.last)
-    trainer = loop.Trainer(other, first.run_folder, Reporter(quiet=True), digits)
+    trainer = Trainer(other, first.run_folder, Reporter(quiet=True), digits)
     trainer.resume(state, allow_config_change=True)
     assert trainer.done == 3  # seen after the step that follows the signal's
     trainer.run()
     assert (tmp_path / "run" / "log.txt").read_text().count(
-        "going on with another configuration than before (was, is: lr: 0.01, 0.02; ema: 0.9, 0.5)"
+        "resuming with a changed configuration (old -> new: lr: 0.01, 0.02; ema: 0.9, 0.5)"
     ) == 1
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, digits):
+def test_resume_skips_damaged_checkpoint(tmp_path, digits):
     config = dataclasses.replace(CONFIG, epochs=3)
     first = make(config, tmp_path / "run", digits)
-    first._run_epoch()
-    first._run_epoch()
-    first.store.close()
+    first.run(until=2)
     first.run_folder.unlock()
     first.run_folder.last.write_bytes(first.run_folder.last.read_bytes()[:-500])
-    second = loop.resume_run(tmp_path / "run", first.reporter)
+    second = resume_run(tmp_path / "run", first.reporter)
     assert second.epoch == 1
     assert "last.pt is damaged" in (tmp_path / "run" / "log.txt").read_text()
     for path in (tmp_path / "run" / "checkpoints").glob("last*.pt"):
         path.write_bytes(b"")
     second.run_folder.unlock()
-    with pytest.raises(CheckpointError, match="no checkpoint of the run is whole"):
-        loop.resume_run(tmp_path / "run", first.reporter)
+    with pytest.raises(CheckpointError, match="all checkpoints of the run are damaged"):
+        resume_run(tmp_path / "run", first.reporter)
 
 
-def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, digits, monkeypatch):
+def test_full_disk_is_reported_before_the_first_step(tmp_path, digits, monkeypatch):
     trainer = make(CONFIG, tmp_path / "run", digits)
     monkeypatch.setattr(
         storage.shutil,
@@ -289,22 +285,22 @@ def test_no_room_for_the_checkpoints_is_said_before_the_first_step(tmp_path, dig
 
 
 class TestAveragedStudent:
-    def test_may_begin_in_the_middle_of_a_run(self, tmp_path, digits):
-        """What was the best epoch before was another student's."""
+    def test_ema_may_start_on_resume(self, tmp_path, digits):
+        """The best epoch before belongs to another student."""
         config = dataclasses.replace(CONFIG, ema=0.0, epochs=3)
         first = make(config, tmp_path / "run", digits)
         stop_at(first, step=9)
         with pytest.raises(Preempted):
             first.run()
         other = dataclasses.replace(config, ema=0.5, method_options={"lambda_self": 1.0})
-        second = loop.Trainer(other, RunFolder.open(tmp_path / "run"), Reporter(quiet=True), digits)
+        second = Trainer(other, RunFolder.open(tmp_path / "run"), Reporter(quiet=True), digits)
         second.resume(load_checkpoint(first.run_folder.last), allow_config_change=True)
         assert second.best == {}
         summary = second.run()
         assert summary.best_epoch == 2
         assert "ema" in summary.best
 
-    def test_is_what_is_measured_and_handed_over(self, tmp_path, digits):
+    def test_ema_is_evaluated_and_exported(self, tmp_path, digits):
         trainer = make(dataclasses.replace(CONFIG, epochs=1), tmp_path / "run", digits)
         summary = trainer.run()
         assert trainer.kept == "ema"
@@ -328,9 +324,7 @@ class TestAveragedStudent:
 
 
 class Poisoned:
-    """A loader one of whose batches, each time the epoch is gone through, holds a picture of
-    infinities.
-    """
+    """A loader one of whose batches, in every epoch, holds an image of infinities."""
 
     def __init__(self, loader, which):
         self.loader, self.which = loader, which
@@ -358,21 +352,21 @@ class TestNotFinite:
     def said(self, folder):
         return (folder / "log.txt").read_text()
 
-    def test_stop(self, tmp_path, digits):
+    def test_nonfinite_stop_ends_the_run(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2})
         with pytest.raises(
             NonFiniteLoss,
             match=(
-                r"epoch 1, step 3: not finite: loss, ce/branch1, .*; no epoch was saved, so there"
-                r" is no checkpoint. To mend it lower --lr"
+                r"epoch 1, step 3: non-finite loss, ce/branch1, .*; no epoch was saved, so there"
+                r" is no checkpoint. Try a lower --lr"
             ),
         ):
             trainer.run()
 
-    def test_skip(self, tmp_path, digits):
+    def test_nonfinite_skip_continues(self, tmp_path, digits):
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="skip")
         summary = trainer.run()
-        assert "left out in epoch 1, step 3: not finite: loss, ce/branch1" in self.said(
+        assert "skipped in epoch 1: step 3: non-finite loss, ce/branch1" in self.said(
             tmp_path / "run"
         )
         assert all(
@@ -382,18 +376,21 @@ class TestNotFinite:
         assert math.isfinite(trainer.run_folder.read_metrics()[0]["train"]["loss"])
         assert summary.epochs == 1
 
-    def test_rollback_goes_on_with_what_comes_next(self, tmp_path, digits, monkeypatch):
-        monkeypatch.setattr(loop, "CHECK_SECONDS", -1.0)  # look after every step
+    def test_nonfinite_rollback_uses_following_batches(self, tmp_path, digits, monkeypatch):
+        monkeypatch.setattr(cadence, "CHECK_SECONDS", -1.0)  # look after every step
         trainer = self.trainer(tmp_path / "run", digits, {2}, on_nonfinite="rollback")
         trainer.run()
-        assert "rolled back in epoch 1, step 3: not finite" in self.said(tmp_path / "run")
-        assert "the weights are those of step 0 again" in self.said(tmp_path / "run")
+        assert (
+            "rolled back in epoch 1 to the weights of step 0: step 3: non-finite loss"
+            in self.said(tmp_path / "run")
+        )
         clean = make(dataclasses.replace(CONFIG, epochs=1, ema=0.0), tmp_path / "clean", digits)
         state = clean.model.state_dict()
         fourth = [batch for number, batch in enumerate(clean.train_loader) if number == 3]
         clean.model.load_state_dict(state)
         clean.model.train()
-        clean.step.set_schedule(clean._lr(3), clean.config.kd_weight_at(0))
+        steps = len(clean.train_loader)
+        clean.step.set_schedule(clean.config.lr_at(3 / steps), clean.config.kd_weight_at(0))
         clean.step(fourth[0])
         assert all(
             torch.equal(value, trainer.model.state_dict()[name])
@@ -403,15 +400,15 @@ class TestNotFinite:
     @pytest.mark.parametrize(
         ("policy", "message"),
         [
-            ("skip", "more than 2 steps were to be left out"),
+            ("skip", "more than 2 steps were skipped"),
             ("rollback", "2 rollbacks in this epoch did not help"),
         ],
     )
-    def test_it_ends_somewhere(self, tmp_path, digits, monkeypatch, policy, message):
+    def test_nonfinite_policies_have_a_limit(self, tmp_path, digits, monkeypatch, policy, message):
         for name in ("MAX_SKIPPED", "MAX_ROLLBACKS"):
-            monkeypatch.setattr(loop, name, 2)
+            monkeypatch.setattr(trainer_module, name, 2)
         if policy == "rollback":
-            monkeypatch.setattr(loop, "CHECK_SECONDS", -1.0)
+            monkeypatch.setattr(cadence, "CHECK_SECONDS", -1.0)
         trainer = self.trainer(tmp_path / "run", digits, {0, 1, 2, 3}, on_nonfinite=policy)
         with pytest.raises(NonFiniteLoss, match=message):
             trainer.run()

@@ -19,7 +19,7 @@ from fastokd.losses import KDCLLoss
 from fastokd.methods.kdcl import VARIANTS, error_correlation_weights
 from fastokd.methods.simplex import lowest_cross_entropy_weights
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 
 Z = [
     torch.tensor([row], dtype=torch.float64)
@@ -237,11 +237,11 @@ def test_ensemble_is_the_mean_of_predictions():
     """Two rows whose mean logits and whose mean predictions name different classes."""
     rows = [torch.tensor([[0.0, 8.0, -40.0]]), torch.tensor([[1.0, -20.0, 0.0]])]
     assert sum(rows).argmax() == 0
-    found = KDCLLoss(2).named_rows(rows)
+    found = KDCLLoss(2).named_logits(rows)
     assert list(found) == ["branch1", "branch2", "ensemble"]
     assert found["ensemble"].argmax() == 1
     assert found["ensemble"].exp().sum().item() == pytest.approx(1)
-    assert list(KDCLLoss(2, "general").named_rows(rows)) == [
+    assert list(KDCLLoss(2, "general").named_logits(rows)) == [
         "branch1",
         "branch2",
         "ensemble",
@@ -255,7 +255,7 @@ def test_ensemble_is_the_mean_of_predictions():
         ({"variant": "minlogits"}, "variant='minlogits'; did you mean 'minlogit'"),
         ({"temperature": 0}, "temperature=0; it must be a positive number"),
         ({"lambda_kd": -1.0}, "lambda_kd=-1.0; it must be a number of at least 0"),
-        ({"held_out": 1.5}, "held_out=1.5; it must be a fraction"),
+        ({"held_out": 1.5}, r"held_out=1.5; it must be in \(0, 1\)"),
         ({"icl": 3}, "icl=3; it must be True or False"),
         ({"iccl": True}, "unknown option 'iccl' of method 'kdcl'; did you mean 'icl'"),
     ],
@@ -340,8 +340,7 @@ def test_weights_follow_the_networks_before_every_epoch(tmp_path):
     weights = []
     while trainer.epoch < 2:
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=trainer.epoch + 1)
         weights.append(trainer.step.criterion.teacher_weights.clone())
     trainer.run_folder.unlock()
     assert not torch.equal(*weights)

@@ -116,16 +116,13 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
         ),
         (
             ("--model", "torchvision:resnet18"),
-            r"needs at \(--at\): .* split points: layer1, layer1\.1, ",
+            r"needs at \(--at\), .* split points: layer1, layer1\.1, ",
         ),
         (
             ("--model", "torchvision:resnet18", "--at", "layer9"),
             r"at='layer9': ResNet has no module of that name; did you mean 'layer\d'\?",
         ),
-        (
-            ("--model", "resnet20", "--at", "layer3"),
-            "resnet20 is branched where its paper branches it",
-        ),
+        (("--model", "resnet20", "--at", "layer3"), "resnet20 is branched as in its paper"),
         (("--model", "hub:resnet18"), "unknown library 'hub'"),
         (
             ("--model", "resnte18"),
@@ -133,14 +130,14 @@ def test_baseline_needs_no_split_and_timm_trains(run, images, tmp_path):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_read(run, tmp_path, arguments, pattern):
+def test_user_errors_are_reported_before_reading(run, tmp_path, arguments, pattern):
     code, _, err = run("train", "--data", tmp_path / "nowhere", *arguments)
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert re.search(pattern, err), err
 
 
-def test_images_that_are_too_small(run, images):
+def test_too_small_images_are_refused(run, images):
     code, _, err = run(
         "train",
         "--data",
@@ -162,37 +159,7 @@ def test_images_that_are_too_small(run, images):
     ), err
 
 
-def test_first_convolutions_are_merged_or_said_why_not(run, images, tmp_path):
-    base = (
-        "train",
-        "--data",
-        images,
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--branches",
-        "2",
-        "--merge-first-conv",
-        "True",
-        "--quiet",
-    )
-    code, _, err = run(*base, "--model", "resnet8", "--aux-blocks", "0", "--out", "merged")
-    assert code == 0, err
-    assert "merge_first_conv: true" in (tmp_path / "merged" / "config.yaml").read_text()
-    assert run("eval", "merged")[0] == 0
-    code, _, err = run(*base, "--model", "resnet8", "--method", "dml", "--out", "peers")
-    assert (code, err) == (
-        2,
-        (
-            "fastokd: merged_first_conv: peers have no trunk, so their convolutions have no input"
-            " in common\n"
-        ),
-    )
-    assert not (tmp_path / "peers").exists()
-
-
-def test_models_are_listed_with_what_they_cost(run):
+def test_models_lists_costs(run):
     code, out, err = run("models", "resnet32", "--num-classes", "100")
     assert code == 0, err
     # The published counts of ResNet-32 with four branches and a = 4.
@@ -242,13 +209,13 @@ def test_models_shows_peers_and_compression(run):
 
 @pytest.mark.parametrize("size", [0, -3])
 @pytest.mark.parametrize("name", [(), ("resnet8",)])
-def test_models_refuses_images_of_no_size(run, name, size):
+def test_models_refuses_invalid_image_size(run, name, size):
     code, _, err = run("models", *name, "--image-size", size)
     assert (code, err) == (2, f"fastokd: image_size={size}: it must be at least 1\n")
 
 
-def test_the_list_has_every_network(run, monkeypatch):
-    monkeypatch.setattr("fastokd.models.list_models", lambda: ["resnet14", "resnet8"])
+def test_models_lists_every_network(run, monkeypatch):
+    monkeypatch.setattr("fastokd.cli.models.list_models", lambda: ["resnet14", "resnet8"])
     code, out, err = run("models", "--method", "one")
     assert code == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("resnet")}

@@ -21,9 +21,9 @@ from fastokd.train import run_folder
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig
 from fastokd.train.logs import check_sinks, open_sinks
-from fastokd.train.loop import Trainer
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.trainer import Trainer
 
 
 def record(epoch, value=0.5, **extra):
@@ -65,7 +65,7 @@ class TestCsv:
             assert set(left.values()) <= {""}
         return rows
 
-    def test_it_says_what_the_records_say(self, tmp_path):
+    def test_csv_equals_records(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.append_metrics(record(0))
         assert list(self.check(run)[0]) == [
@@ -85,7 +85,7 @@ class TestCsv:
         run.append_metrics(record(2, 0.75))
         assert self.check(run)[2]["eval/branch1"] == "0.75"
 
-    def test_a_crash_between_the_two_is_mended(self, tmp_path):
+    def test_csv_is_repaired_after_a_crash(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.append_metrics(record(0))
         with open(run.metrics_path, "a") as file:
@@ -122,7 +122,7 @@ class TestTensorBoard:
     def installed(self):
         pytest.importorskip("tensorboard", reason="pip install 'fastokd[tensorboard]'")
 
-    def test_it_shows_every_record(self, tmp_path):
+    def test_tensorboard_shows_every_record(self, tmp_path):
         said = []
         (sink,) = open_sinks(
             ["tensorboard"], tmp_path, {"model": "resnet8", "lr": 0.1}, [], said.append
@@ -142,7 +142,7 @@ class TestTensorBoard:
         assert config.splitlines() == ["    model: resnet8", "    lr: 0.1"]
         assert said == []
 
-    def test_after_a_resume_it_shows_the_records_alone(self, tmp_path):
+    def test_tensorboard_after_resume_shows_records(self, tmp_path):
         """The first session was killed: it had shown two epochs more than are saved, and lacked one
         that is.
         """
@@ -167,7 +167,7 @@ class TestTensorBoard:
         ]
         first.close()
 
-    def test_a_run_and_its_resume(self, tmp_path):
+    def test_tensorboard_of_a_resumed_run(self, tmp_path):
         config = TrainConfig(
             data="digits",
             model="resnet8",
@@ -181,8 +181,7 @@ class TestTensorBoard:
         digits, folder = open_dataset("digits"), tmp_path / "run"
         first = Trainer(config, RunFolder.create(folder), Reporter(quiet=True), digits)
         first.start()
-        first._run_epoch()
-        first.store.wait()  # and killed
+        first.run(until=1)  # and killed
         run = RunFolder.open(folder)
         second = Trainer(config, run, Reporter(quiet=True), digits)
         second.resume(load_checkpoint(run.last))
@@ -207,7 +206,7 @@ class TestFailures:
     def installed(self):
         pytest.importorskip("tensorboard", reason="pip install 'fastokd[tensorboard]'")
 
-    def test_one_that_cannot_begin(self, tmp_path):
+    def test_sink_that_cannot_start_is_dropped(self, tmp_path):
         (tmp_path / "tensorboard").write_text("a file where the folder should be")
         said = []
         (sink,) = open_sinks(["tensorboard"], tmp_path, {}, [], said.append)
@@ -215,9 +214,9 @@ class TestFailures:
         sink.close()
         assert len(said) == 1
         assert said[0].startswith("tensorboard: ")
-        assert "the run goes on without it, and metrics.jsonl has every epoch" in said[0]
+        assert "continuing without it, metrics.jsonl has every epoch" in said[0]
 
-    def test_one_that_fails_later(self, tmp_path, monkeypatch):
+    def test_sink_that_fails_later_is_dropped(self, tmp_path, monkeypatch):
         said = []
         (broken,) = open_sinks(["tensorboard"], tmp_path / "one", {}, [], said.append)
         (other,) = open_sinks(["tensorboard"], tmp_path / "two", {}, [], said.append)
@@ -233,7 +232,7 @@ class TestFailures:
         broken.close()
         other.close()
         assert said == [
-            "tensorboard: [Errno 28] No space left on device; the run goes on without it, and"
+            "tensorboard: [Errno 28] No space left on device; continuing without it,"
             " metrics.jsonl has every epoch"
         ]
         assert [step for step, _ in scalars(tmp_path / "two" / "tensorboard")[0]["lr"]] == [1, 2, 3]
@@ -242,7 +241,7 @@ class TestFailures:
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
 )
-def test_a_missing_package_is_named_before_anything_happens(tmp_path, monkeypatch, name, package):
+def test_missing_package_is_reported_first(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     config = TrainConfig(data="no/such/folder", model="resnet8", log_to=(name,))
     for ask in (
@@ -257,7 +256,7 @@ def test_a_missing_package_is_named_before_anything_happens(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_named_wandb_is_not_the_package(tmp_path, monkeypatch):
+def test_folder_named_wandb_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # W&B makes one where it is run
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "wandb")
@@ -388,7 +387,7 @@ def online(monkeypatch):
     return module, calls
 
 
-def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_path, online):
+def test_wandb_online_gets_missing_records(tmp_path, online):
     _, calls = online
     said = []
     (first,) = open_sinks(["wandb"], tmp_path, {"epochs": 9}, [], said.append)
@@ -417,23 +416,23 @@ def test_wandb_online_gets_what_it_lacks_and_is_dropped_with_the_network(tmp_pat
         (4, 0.4),
     ]  # 0 and 1 are there, 5 fails, and nothing is tried again
     assert len(said) == 1
-    assert said[0].startswith("wandb: the network is gone; the run goes on without it")
+    assert said[0].startswith("wandb: the network is gone; continuing without it")
 
 
-def test_wandb_without_a_login_does_not_stop_the_run(tmp_path, online):
+def test_wandb_without_login_is_dropped(tmp_path, online):
     online[0].refuses = True
     said = []
     (sink,) = open_sinks(["wandb"], tmp_path, {}, [], said.append)
     sink.write(record(0))
     sink.close()
     assert said == [
-        "wandb: api_key not configured (no-tty); the run goes on without it, and metrics.jsonl has"
-        " every epoch ('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"
+        "wandb: api_key not configured (no-tty); continuing without it, metrics.jsonl has"
+        " every epoch ('wandb login' or WANDB_MODE=offline, then --resume, restores it)"
     ]
 
 
 class TestEnvironment:
-    def test_what_is_in_it(self, tmp_path):
+    def test_environment_entries(self, tmp_path):
         run = RunFolder.create(tmp_path / "run")
         run.save_environment(torch.device("cpu"), {"name": "toy"})
         found = json.loads(run.environment_path.read_text())
@@ -464,7 +463,7 @@ class TestEnvironment:
         assert (found["world_size"], found["device"], found["data"]) == (1, "cpu", {"name": "toy"})
         assert abs(datetime.fromisoformat(found["started"]).timestamp() - time.time()) < 60
 
-    def test_a_resume_adds_a_session_and_keeps_the_start(self, tmp_path, monkeypatch):
+    def test_resume_adds_a_session(self, tmp_path, monkeypatch):
         run = RunFolder.create(tmp_path / "run")
         run.save_environment(torch.device("cpu"), {"name": "toy"})
         start = json.loads(run.environment_path.read_text())
@@ -488,7 +487,7 @@ class TestEnvironment:
         assert run.versions() == {name: start[name] for name in ("fastokd", "commit", "torch")}
 
     @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"sessions": 3}'])
-    def test_a_damaged_one_loses_the_start_and_not_the_run(self, tmp_path, damage):
+    def test_damaged_environment_keeps_the_run(self, tmp_path, damage):
         run = RunFolder.create(tmp_path / "run")
         run.environment_path.write_text(damage)
         run.add_session(torch.device("cpu"))
@@ -516,12 +515,12 @@ class TestEnvironment:
             (["python"], "python"),
         ],
     )
-    def test_the_command_is_the_real_one(self, monkeypatch, argv, command):
+    def test_environment_has_the_real_command(self, monkeypatch, argv, command):
         monkeypatch.setattr(sys, "orig_argv", argv)
         assert run_folder.environment(torch.device("cpu"))["command"] == command
 
 
-def test_what_a_dead_run_left_is_replaced(tmp_path):
+def test_files_of_dead_run_are_replaced(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     for path in (
         run.log_path,

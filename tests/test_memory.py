@@ -12,17 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 import fastokd.train.memory
 from fastokd.data import Augment, Batch, Dataset, Split
 from fastokd.errors import ConfigError
+from fastokd.storage import format_bytes
 from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig, read_config
 from fastokd.train.distributed import Ranks
-from fastokd.train.memory import (
-    FILL,
-    batch_sizes,
-    describe_memory,
-    estimate_memory,
-    fit_batch_size,
-    size,
-)
+from fastokd.train.memory import FILL, batch_sizes, describe_memory, estimate_memory, fit_batch_size
 from fastokd.train.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -115,7 +109,7 @@ def held_at_most(step, batch):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_a_pass_holds_what_was_estimated(settings, images):
+def test_estimate_of_a_pass_matches_allocator(settings, images):
     config = dataclasses.replace(TrainConfig(batch_size=16), **settings)
     step = TrainStep(config, build_model(config, 10, CPU), CPU)
     pixels = torch.randn(config.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -132,12 +126,12 @@ def test_a_pass_holds_what_was_estimated(settings, images):
         {},
         {"nesterov": False, "momentum": 0.0},
         {"optimizer": "adamw", "flat": True},
-        {"optimizer": "lamb", "ema": 0.99},
+        {"optimizer": "adamw", "ema": 0.99},
         {"method": "ffm", "branches": 3, "flat": True},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "sgd",
 )
-def test_what_lies_there_between_steps_is_counted_exactly(settings, images):
+def test_estimate_of_state_is_exact(settings, images):
     config = dataclasses.replace(SMALL, **settings)
     model = build_model(config, 10, CPU)
     step = TrainStep(config, model, CPU)
@@ -166,7 +160,7 @@ def test_what_lies_there_between_steps_is_counted_exactly(settings, images):
     )
 
 
-def test_estimating_allocates_nothing_and_draws_nothing(images):
+def test_estimate_allocates_nothing(images):
     before = torch.get_rng_state()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         estimate = estimate_memory(dataclasses.replace(SMALL, batch_size=100_000), images, CPU)
@@ -182,7 +176,7 @@ def test_estimating_allocates_nothing_and_draws_nothing(images):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_on_a_gpu_the_images_lie_there_too_and_gradients_in_one_tensor(images):
+def test_estimate_for_gpu_includes_images_and_gradients(images):
     here, there = estimate_memory(SMALL, images, CPU), estimate_memory(SMALL, images, GPU)
     assert (here.images, there.images) == (0, 2 * 1000 * 3 * 32 * 32)
     assert there.passes < 0.6 * here.passes  # bf16
@@ -191,7 +185,7 @@ def test_on_a_gpu_the_images_lie_there_too_and_gradients_in_one_tensor(images):
     )
 
 
-def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
+def test_estimate_for_processes_includes_buckets(images, monkeypatch):
     alone = estimate_memory(SMALL, images, CPU)
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     shared = estimate_memory(dataclasses.replace(SMALL, batch_size=32), images, CPU)
@@ -200,7 +194,7 @@ def test_processes_share_the_batch_and_exchange_gradients(images, monkeypatch):
     )
 
 
-def test_lines_for_the_start_of_a_run(images, monkeypatch):
+def test_describe_memory_reports_and_warns(images, monkeypatch):
     has_free(monkeypatch, 3 * 2**20)
     estimate, warning = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(
@@ -211,7 +205,7 @@ def test_lines_for_the_start_of_a_run(images, monkeypatch):
     assert re.fullmatch(
         r"memory: the first step takes 1\d MiB more, and 3\.0 MiB are free: it will probably not"
         r" fit; --batch-size auto finds one that fits, "
-        r"--device-batch 8 adds up the gradients of smaller parts of the same batch",
+        r"--device-batch 8 accumulates gradients over smaller parts",
         warning,
     )
     has_free(monkeypatch, 2**37)
@@ -219,7 +213,7 @@ def test_lines_for_the_start_of_a_run(images, monkeypatch):
     assert line.endswith("; 128 GiB free")
 
 
-def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, monkeypatch):
+def test_value_dependent_network_has_no_estimate(images, monkeypatch):
     real = fastokd.train.memory.create_model
 
     def looking(*arguments, **options):
@@ -232,8 +226,7 @@ def test_a_network_that_looks_at_values_is_trained_without_an_estimate(images, m
     monkeypatch.setattr(fastokd.train.memory, "create_model", looking)
     (line,) = describe_memory(SMALL, images, CPU)
     assert re.fullmatch(
-        r"memory: the memory that a step takes cannot be estimated \(.+\); give --batch-size a"
-        r" number",
+        r"memory: the memory of a step cannot be estimated \(.+\); pass a number as --batch-size",
         line,
     )
     has_free(monkeypatch, 2**40)
@@ -252,13 +245,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert fastokd.train.memory.free_memory(CPU) == 4_000
 
 
-def test_sizes_for_people():
-    assert [
-        size(value) for value in (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
-    ] == ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
-
-
-def test_sizes_to_choose_from():
+def test_batch_sizes():
     assert batch_sizes(1024) == [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert batch_sizes(100) == [8, 12, 16, 24, 32, 48, 64, 96]
     assert batch_sizes(3) == [8]
@@ -271,7 +258,7 @@ def large():
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
-def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
+def test_fit_batch_size_returns_the_largest(device, large, monkeypatch):
     monkeypatch.setattr(fastokd.train.memory, "_one_step_fits", lambda *arguments: True)
     takes = {
         count: estimate_memory(dataclasses.replace(SMALL, batch_size=count), large, device).total
@@ -283,7 +270,7 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         found, reason = fit_batch_size(SMALL, large, device)
         assert found == count
         following = batch_sizes(1024)[batch_sizes(1024).index(count) + 1]
-        assert f"{following} on a process take about {size(takes[following])}, and" in reason
+        assert f"{following} per process take about {format_bytes(takes[following])}, and" in reason
     has_free(monkeypatch, int(takes[8] / FILL) - 10)
     with pytest.raises(
         ConfigError, match=r"not even 8 images fit into the .* free on c.*; use a smaller --model"
@@ -291,13 +278,13 @@ def test_the_largest_batch_that_fits_is_chosen(device, large, monkeypatch):
         fit_batch_size(SMALL, large, device)
 
 
-def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
+def test_fit_batch_size_respects_limits(large, monkeypatch):
     has_free(monkeypatch, 2**50)
     assert fit_batch_size(SMALL, large, CPU) == (
         1024,
         (
-            "batch 1024, chosen by memory: more than 1024 must be asked for, as auto:N; lr stays as"
-            " it is (--lr-scaling linear or sqrt makes it follow)"
+            "batch 1024, chosen by memory: larger than 1024 only on request, as auto:N; lr is"
+            " unchanged (--lr-scaling linear or sqrt scales it)"
         ),
     )
     assert fit_batch_size(SMALL, large, CPU, largest=2500)[0] == 2048
@@ -306,7 +293,7 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
     )
     assert (chosen, reason) == (
         96,
-        "batch 96, chosen by memory: an epoch keeps 20 steps; lr follows by --lr-scaling sqrt",
+        "batch 96, chosen by memory: an epoch keeps 20 steps; lr is scaled by --lr-scaling sqrt",
     )
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 2))
     chosen, reason = fit_batch_size(SMALL, made_up(2000, 4), CPU)
@@ -315,7 +302,7 @@ def test_the_batch_is_not_larger_than_asked_for_or_good(large, monkeypatch):
         fit_batch_size(dataclasses.replace(SMALL, device_batch=8), large, CPU)
 
 
-def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
+def test_fit_batch_size_shrinks_when_a_step_fails(large, monkeypatch):
     tried = []
     has_free(monkeypatch, 2**50)
     monkeypatch.setattr(
@@ -325,10 +312,10 @@ def test_a_gpu_that_runs_out_of_memory_gets_a_smaller_batch(large, monkeypatch):
     )
     found, reason = fit_batch_size(SMALL, large, GPU)
     assert (found, tried) == (512, [1024, 768, 512])
-    assert "chosen by memory and tried with one step: 768 on a process" in reason
+    assert "chosen by memory and tried with one step: 768 per process" in reason
 
 
-def test_trying_a_step(images, monkeypatch):
+def test_one_step_fits(images, monkeypatch):
     tries = fastokd.train.memory._one_step_fits
     assert tries(SMALL, images, CPU, None)
     assert tries(
@@ -353,7 +340,7 @@ def test_trying_a_step(images, monkeypatch):
         tries(SMALL, images, CPU, None)
 
 
-def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsys):
+def test_batch_size_auto_is_written_to_the_config(tmp_path, monkeypatch, capsys):
     has_free(
         monkeypatch,
         int(
@@ -377,8 +364,8 @@ def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsy
         == 0
     )
     out = capsys.readouterr().out
-    assert "batch 24, chosen by memory: 32 on a process take about" in out
-    assert "; lr follows by --lr-scaling linear" in out
+    assert "batch 24, chosen by memory: 32 per process take about" in out
+    assert "; lr is scaled by --lr-scaling linear" in out
     assert re.search(r"^memory: about .* free$", out, re.MULTILINE)
     assert "batch 24, chosen by memory" in (tmp_path / "run" / "log.txt").read_text()
     assert read_config(tmp_path / "run" / "config.yaml").batch_size == 24
@@ -408,14 +395,14 @@ def test_command_line_chooses_and_writes_the_number(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--batch-size", "many"], "--batch-size many: it is a whole number, auto, or auto:N"),
+        (["--batch-size", "many"], "--batch-size many: it must be a whole number, auto, or auto:N"),
         (["--batch-size", "auto:4"], "--batch-size auto:4: .* at least 8"),
         (["--batch-size", "auto", "--device-batch", "8"], "batch_size auto and device_batch=8"),
         (["--batch-size", "1"], "batch_size=1: it must be at least 2"),
-        (["--batch-size", "auto", "--resume", "run"], "leave out --batch-size auto"),
+        (["--batch-size", "auto", "--resume", "run"], "omit --batch-size auto"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*TRAIN, *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -433,7 +420,7 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_reports_a_fix(error, tmp_path, monkeypatch, capsys):
     def step(self, batch):
         raise error
 
@@ -443,12 +430,12 @@ def test_running_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch,
     assert (
         line
         == "fastokd: out of memory on cpu: batch 64 does not fit; --batch-size auto finds one that"
-        " fits, --device-batch 32 adds up the gradients of smaller parts of the same batch"
+        " fits, --device-batch 32 accumulates gradients over smaller parts"
     )
 
 
 @pytest.mark.gpu
-def test_a_gpu_holds_what_was_estimated():
+def test_estimate_matches_gpu_allocator():
     config = TrainConfig(
         model="resnet20",
         branches=3,
@@ -473,7 +460,7 @@ def test_a_gpu_holds_what_was_estimated():
 
 
 @pytest.mark.gpu
-def test_a_gpu_with_less_memory_than_it_says_gets_a_batch_that_runs():
+def test_fit_batch_size_on_limited_gpu_runs():
     config = TrainConfig(model="resnet32", branches=4)
     images = made_up(50_000, 32)
     torch.cuda.empty_cache()

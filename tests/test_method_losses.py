@@ -27,7 +27,7 @@ from fastokd.losses import (
 )
 from fastokd.methods import get_method, list_methods
 from fastokd.methods.attention import ATTENTIONS, NonLocal
-from fastokd.methods.method import Layout
+from fastokd.methods.modules import BranchSpec
 from fastokd.ops.executors import executor_states
 
 HERE = Path(__file__).resolve().parent
@@ -147,7 +147,7 @@ def test_worked_one(impl, detach, gate, first) -> None:
         near(terms[f"kl/ensemble->branch{m}"], want)
     near(s[0].grad, gate)
     near(z[0].grad, first)
-    near(ONELoss(impl=impl).named_rows(z, scores=s)["ensemble"], (1.05, 0.2, -0.3))
+    near(ONELoss(impl=impl).named_logits(z, scores=s)["ensemble"], (1.05, 0.2, -0.3))
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ def test_worked_cross_entropies(impl) -> None:
 def test_every_method_with_branches_measures_its_ensemble() -> None:
     z = [torch.randn(4, 5) for _ in range(4)]
     mean = torch.stack(z).mean(0)
-    assert torch.equal(IndependentLoss(4).named_rows(z)["ensemble"], mean)
-    assert torch.equal(DMLLoss(4).named_rows(z)["ensemble"], mean)
-    assert torch.equal(CLILRLoss(4).named_rows(z)["ensemble"], mean)
+    assert torch.equal(IndependentLoss(4).named_logits(z)["ensemble"], mean)
+    assert torch.equal(DMLLoss(4).named_logits(z)["ensemble"], mean)
+    assert torch.equal(CLILRLoss(4).named_logits(z)["ensemble"], mean)
     scores = [torch.randn(4, 2).softmax(1) for _ in range(3)]
-    found = AHBFLoss(4).named_rows(z, scores=scores)
+    found = AHBFLoss(4).named_logits(z, scores=scores)
     assert list(found) == [
         "branch1",
         "branch2",
@@ -244,7 +244,7 @@ def test_every_method_with_branches_measures_its_ensemble() -> None:
 def test_okddip_s_ensemble_is_of_the_peers_alone(mix) -> None:
     z = [torch.randn(4, 5) for _ in range(4)]
     scores = [torch.randn(4, 3).softmax(1) for _ in range(3)]
-    found = OKDDipLoss(mix=mix).named_rows(z, scores=scores)
+    found = OKDDipLoss(mix=mix).named_logits(z, scores=scores)
     torch.testing.assert_close(found["ensemble"], torch.stack(z[:3]).mean(0))
     assert list(found)[:4] == ["branch1", "branch2", "branch3", "leader"]
 
@@ -263,7 +263,9 @@ def test_attention_keeps_shape_at_any_width(name, channels) -> None:
 def test_without_attention_the_gates_start_as_they_always_did() -> None:
     torch.manual_seed(0)
     (gate,) = (
-        get_method("ahbf").build_companion(Layout((8, 8), 8, 10, ()), gate_attention="none").gates
+        get_method("ahbf")
+        .build_companion(BranchSpec((8, 8), 8, 10, ()), gate_attention="none")
+        .gates
     )
     torch.manual_seed(0)
     conv, fc = nn.Conv2d(16, 8, 1), nn.Linear(8, 2)
@@ -329,7 +331,7 @@ def test_numbers_out_of_range_are_named(method: str, name: str) -> None:
         (lambda: DMLLoss(1), "num_branches=1"),
         (lambda: CLILRLoss(0), "num_branches=0"),
         (lambda: OKDDipLoss(2), "num_branches=2; it must be an integer of at least 3"),
-        (lambda: KDLoss(2), "num_branches=2; the teacher is frozen"),
+        (lambda: KDLoss(2), "num_branches=2; it must be 1"),
         (
             lambda: OKDDipLoss(mix="logit"),
             r"mix='logit'; did you mean 'logits'\? \(choices: logits, probabilities\)",

@@ -48,9 +48,7 @@ def test_a_page_shows_what_the_command_line_shows(name, capsys):
 
 @pytest.mark.parametrize("name", list_methods())
 def test_every_option_is_explained(name):
-    """The table's meanings come from the docstrings of the loss and of what builds the method's
-    modules.
-    """
+    """The table's meanings come from the declarations of the options."""
     rows = [line for line in page(get_method(name)) if line.startswith("| `")]
     assert rows
     assert all(re.search(r"\| \S[^|]+ \|$", row) for row in rows), rows

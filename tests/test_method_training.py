@@ -18,17 +18,18 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export import check_same_logits, load_student, measure_accuracy, write_student
 from fastokd.methods import get_method
 from fastokd.methods.kd import FrozenTeacher
-from fastokd.methods.method import BranchPass
+from fastokd.methods.modules import BranchPass
 from fastokd.models import create_model, create_student
 from fastokd.models.summary import count_parameters
 from fastokd.train import teacher as teachers
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config, check_method
-from fastokd.train.loop import Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
 from fastokd.train.step import TrainStep
 from fastokd.train.teacher import open_teacher
+from fastokd.train.trainer import Trainer
 
 # --- networks
 # --------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ TOTALS = [
 
 
 @pytest.mark.parametrize(("name", "method", "changes", "totals"), TOTALS)
-def test_parameters_of_the_whole_training_network(name, method, changes, totals):
+def test_number_of_training_parameters(name, method, changes, totals):
     """The published code's, four branches, 10 and 100 classes."""
     with torch.device("meta"):
         for num_classes, total in zip((10, 100), totals, strict=True):
@@ -60,7 +61,7 @@ def test_parameters_of_the_whole_training_network(name, method, changes, totals)
 
 
 @pytest.mark.parametrize("method", ["okddip", "independent", "dml", "cl_ilr", "one", "kd"])
-def test_which_network_is_kept(method):
+def test_kept_network(method):
     model = create_model("resnet8", method, 5)
     assert model.kept == (model.num_branches - 1 if method == "okddip" else 0)
 
@@ -83,7 +84,7 @@ def images(batch: int = 8, size: int = 32) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_cl_ilr_divides_the_trunk_s_gradient_by_m():
+def test_cl_ilr_divides_trunk_gradient():
     def grads(method):
         torch.manual_seed(0)
         model = create_model("resnet8", method, 5, 3).double()
@@ -102,7 +103,7 @@ def test_cl_ilr_divides_the_trunk_s_gradient_by_m():
 
 
 @pytest.mark.parametrize("method", ["cl_ilr", "one", "okddip", "kd"])
-def test_the_network_with_its_modules_compiles_as_one_graph(method):
+def test_network_compiles_as_one_graph(method):
     torch._dynamo.reset()
     teacher = create_student("resnet8", 5) if method == "kd" else None
     model = create_model("resnet8", method, 5, get_method(method).branch_range[0], teacher=teacher)
@@ -138,7 +139,7 @@ METHODS = {
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_lowers_the_loss_of_its_batch(name, network):
+def test_step_lowers_the_loss(name, network):
     """A short plain step of gradient descent, so that what goes down is what the gradients say."""
     method = name.partition(" ")[0]
     config = TrainConfig(
@@ -237,7 +238,7 @@ def settings(name, teacher_run, **changes):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_its_rows_its_resume_and_its_student(name, tmp_path, digits, teacher_run):
+def test_run_resume_and_student_of_each_method(name, tmp_path, digits, teacher_run):
     config, (rows, kept) = settings(name, teacher_run), RUNS[name]
     straight = check_resume(config, tmp_path, digits)
     measured = straight.last
@@ -264,7 +265,7 @@ def test_a_run_its_rows_its_resume_and_its_student(name, tmp_path, digits, teach
     assert measure_accuracy(student, straight.eval_loader) == measured[kept]
 
 
-def test_what_a_run_says_at_its_start(tmp_path, digits, teacher_run, capsys):
+def test_first_lines_of_a_run(tmp_path, digits, teacher_run, capsys):
     run = RunFolder.create(tmp_path / "run")
     trainer = Trainer(settings("kd", teacher_run, epochs=1), run, Reporter(), digits)
     trainer.start()
@@ -278,7 +279,7 @@ def test_what_a_run_says_at_its_start(tmp_path, digits, teacher_run, capsys):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_stays_as_it_was(tmp_path, digits, teacher_run):
+def test_teacher_does_not_change(tmp_path, digits, teacher_run):
     trainer = make(settings("kd", teacher_run, epochs=1), tmp_path / "run", digits)
     (network,) = trainer.model.companion._network
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -295,7 +296,7 @@ def test_a_teacher_stays_as_it_was(tmp_path, digits, teacher_run):
     ]
 
 
-def test_a_teacher_moves_with_the_model_and_learns_nothing():
+def test_teacher_moves_with_the_model():
     network = create_student("resnet8", 5)
     assert network.training
     model = create_model("resnet8", "kd", 5, teacher=network).to(
@@ -311,14 +312,13 @@ def test_a_teacher_moves_with_the_model_and_learns_nothing():
     assert FrozenTeacher(None)(BranchPass(x, x, (), (), ())) == {}
 
 
-def test_without_its_teacher_a_run_is_evaluated_but_not_resumed(tmp_path, digits, teacher_run):
+def test_run_without_teacher_is_evaluated_not_resumed(tmp_path, digits, teacher_run):
     here = tmp_path / "teacher"
     here.mkdir()
     (here / "student.safetensors").write_bytes((teacher_run / "student.safetensors").read_bytes())
     config = settings("kd", here)
     trainer = make(config, tmp_path / "run", digits)
-    trainer._run_epoch()
-    trainer.store.wait()
+    trainer.run(until=1)
     other, record = create_student("resnet8", 10), load_student(teacher_run)[1]
     (here / "student.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"there is no student at {re.escape(str(here))}"):
@@ -339,7 +339,7 @@ def opened(spec, dataset, **options):
     return open_teacher(config, dataset, torch.device("cpu"))
 
 
-def test_every_way_to_a_network(tmp_path, digits, teacher_run):
+def test_teacher_from_every_source(tmp_path, digits, teacher_run):
     x = images(4, 8)
     run, exported, checkpoint = (
         opened(teacher_run / part, digits)
@@ -366,7 +366,21 @@ def test_every_way_to_a_network(tmp_path, digits, teacher_run):
     torch.testing.assert_close(found.network.eval()(x), stock(wanted), rtol=1e-4, atol=1e-4)
 
 
-def test_timm(tmp_path, digits):
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("aux_logits", [False, True])
+def test_teacher_has_no_auxiliary_classifiers(tmp_path, digits, name, aux_logits):
+    """Weights saved with auxiliary classifiers load too; theirs are dropped."""
+    build = getattr(torchvision.models, name)
+    saved = build(num_classes=10, aux_logits=aux_logits, init_weights=False)
+    torch.save(saved.state_dict(), tmp_path / "weights.pth")
+    network = opened(f"torchvision:{name}:{tmp_path / 'weights.pth'}", digits).network
+    assert set(network.state_dict()) == {
+        key for key in saved.state_dict() if not key.lower().startswith("aux")
+    }
+    assert network.train()(images(2, 96)).shape == (2, 10)  # one output while training too
+
+
+def test_teacher_from_timm(tmp_path, digits):
     timm = pytest.importorskip("timm")
     network = timm.create_model("resnet10t", num_classes=10).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -374,7 +388,7 @@ def test_timm(tmp_path, digits):
     assert torch.equal(found.network.eval()(images(2)), network(images(2)))
 
 
-def test_images_are_brought_to_the_teacher_s_normalisation(digits, teacher_run):
+def test_images_get_the_teachers_normalization(digits, teacher_run):
     other = dataclasses.replace(digits, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     pixels = torch.rand(4, 3, 8, 8)
 
@@ -395,9 +409,7 @@ def test_images_are_brought_to_the_teacher_s_normalisation(digits, teacher_run):
     ("kind", "suffix"),
     [("logits", "npy"), ("probabilities", "npy"), ("probabilities", "safetensors")],
 )
-def test_stored_rows_teach_what_their_network_says(
-    tmp_path, digits, monkeypatch, kind, suffix, resident
-):
+def test_stored_rows_equal_their_network(tmp_path, digits, monkeypatch, kind, suffix, resident):
     """Rows are addressed by the image, whatever the order: each image's own row comes to it."""
     if not resident:
         monkeypatch.setattr(teachers, "RESIDENT_BYTES", 0)
@@ -430,18 +442,18 @@ ROWS = torch.randn(192, 10)
 
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
 @pytest.mark.parametrize("suffix", ["npy", "safetensors"])
-def test_stored_rows_do_not_go_with_mixed_images(tmp_path, suffix, mixing):
+def test_stored_rows_with_mixed_images_are_refused(tmp_path, suffix, mixing):
     path = tmp_path / f"rows.{suffix}"
     np.save(path, ROWS.numpy()) if suffix == "npy" else save_file({"rows": ROWS}, path)
     config = settings("kd", path)
     teachers.check_teacher(config)
     with pytest.raises(
-        ConfigError, match=f"{mixing}=0.4 and stored rows of a teacher: they are of whole images"
+        ConfigError, match=f"{mixing}=0.4 with stored rows of a teacher, which are of unmixed"
     ):
         teachers.check_teacher(dataclasses.replace(config, **{mixing: 0.4}))
 
 
-def test_a_network_sees_mixed_images(teacher_run):
+def test_network_teacher_sees_mixed_images(teacher_run):
     teachers.check_teacher(
         settings("kd", teacher_run / "student.safetensors", mixup=0.4, cutmix=1.0)
     )
@@ -464,7 +476,7 @@ def test_a_network_sees_mixed_images(teacher_run):
             ROWS,
             {"teacher_rows": "probabilities"},
             (
-                "holds rows that are no probabilities, and teacher_rows=probabilities; pass"
+                "holds rows that are not probabilities, and teacher_rows=probabilities; pass"
                 " teacher_rows=logits"
             ),
         ),
@@ -473,28 +485,28 @@ def test_a_network_sees_mixed_images(teacher_run):
             {},
             "holds probabilities, and teacher_rows=logits; pass teacher_rows=probabilities",
         ),
-        (torch.full((192, 10), float("nan")), {}, "numbers that are not finite"),
+        (torch.full((192, 10), float("nan")), {}, "non-finite numbers"),
     ],
 )
-def test_stored_rows_that_do_not_fit(tmp_path, digits, content, options, message):
+def test_wrong_stored_rows_are_refused(tmp_path, digits, content, options, message):
     np.save(tmp_path / "rows.npy", content.numpy())
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path / "rows.npy", digits, **options)
 
 
-def test_a_pickle_is_not_read(tmp_path, digits):
+def test_pickled_rows_are_refused(tmp_path, digits):
     np.save(tmp_path / "rows.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(CheckpointError, match="is damaged or holds no numbers"):
+    with pytest.raises(CheckpointError, match="is damaged or not numeric"):
         opened(tmp_path / "rows.npy", digits)
 
 
-def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
+def test_teacher_of_other_classes_is_refused(digits, teacher_run):
     renamed = dataclasses.replace(digits, classes=(*digits.classes[1:], digits.classes[0]))
     with pytest.raises(
         CheckpointError,
         match=(
-            r"knows the classes 0, 1, 2, 3, \.\.\. \(10\), the data has 1, 2, 3, 4, \.\.\. \(10\);"
-            r" use a teacher of the same classes"
+            r"has the classes 0, 1, 2, 3 and 6 more, the data has 1, 2, 3, 4 and 6 more;"
+            r" use a teacher with the same classes"
         ),
     ):
         opened(teacher_run, renamed)
@@ -526,7 +538,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
             CheckpointError,
             "there is no student at .*empty; make one with 'fastokd export RUN'",
         ),
-        ("{tmp}/notes.txt", ConfigError, r"notes\.txt is none of a run folder, a checkpoint"),
+        ("{tmp}/notes.txt", ConfigError, r"notes\.txt is not a run folder, a checkpoint"),
         (
             "torchvision:resnet18",
             ConfigError,
@@ -535,7 +547,7 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
         (
             "torchvision:resnet1o1:{tmp}/weights.pth",
             ConfigError,
-            "unknown network 'resnet1o1' of torchvision; did you mean resnet101",
+            "torchvision has no classifier 'resnet1o1'; did you mean 'resnet101'",
         ),
         (
             "torchvision:resnet18:{tmp}/weights.pth",
@@ -548,18 +560,18 @@ def test_a_teacher_of_other_classes_or_images(digits, teacher_run):
         (
             "torchvision:resnet18:{tmp}/notes.txt",
             CheckpointError,
-            r"notes\.txt is damaged or holds no weights",
+            r"notes\.txt is damaged or has no weights",
         ),
         (
             "{tmp}/weights.pth",
             ConfigError,
-            r"weights of a library's network are named torchvision:NAME:FILE",
+            r"for weights of a library's network use torchvision:NAME:FILE",
         ),
         ("{tmp}/damaged.safetensors", CheckpointError, "is damaged or not a safetensors file"),
-        ("{tmp}/damaged.npy", CheckpointError, "is damaged or holds no numbers"),
+        ("{tmp}/damaged.npy", CheckpointError, "is damaged or not numeric"),
     ],
 )
-def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
+def test_wrong_teachers_are_refused(tmp_path, digits, spec, error, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     for name in ("damaged.safetensors", "damaged.npy"):
@@ -569,16 +581,17 @@ def test_teachers_that_are_none(tmp_path, digits, spec, error, message):
         opened(spec.format(tmp=tmp_path), digits)
 
 
-def test_options_that_a_teacher_cannot_have(tmp_path, digits, teacher_run):
+def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
     with pytest.raises(
-        ConfigError, match=r"teacher_rows='probabilities': teacher=.* is a network and gives logits"
+        ConfigError,
+        match=r"teacher_rows='probabilities': teacher=.* is a network and returns logits",
     ):
         opened(teacher_run, digits, teacher_rows="probabilities")
     with pytest.raises(
         ConfigError,
         match=(
-            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* says"
-            r" itself"
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* records"
+            r" its own normalization"
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="imagenet")
@@ -592,9 +605,7 @@ def test_options_that_a_teacher_cannot_have(tmp_path, digits, teacher_run):
         opened(teacher_run, digits, teacher_normalization="image-net")
 
 
-def test_a_teacher_given_relative_is_found_from_elsewhere(
-    tmp_path, digits, teacher_run, monkeypatch
-):
+def test_relative_teacher_path_becomes_absolute(tmp_path, digits, teacher_run, monkeypatch):
     monkeypatch.chdir(teacher_run.parent)
     trainer = make(settings("kd", teacher_run.name, epochs=1), tmp_path / "run", digits)
     assert trainer.run_folder.load_config().method_options["teacher"] == str(teacher_run)
@@ -636,16 +647,16 @@ def test_a_teacher_given_relative_is_found_from_elsewhere(
         ),
     ],
 )
-def test_a_configuration_is_checked_before_anything_is_read(changes, message):
+def test_config_is_checked_before_reading(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(dataclasses.replace(TrainConfig(data="digits", model="resnet8"), **changes))
 
 
-def test_a_method_s_graph_needs_no_teacher():
+def test_graph_needs_no_teacher():
     check_method(TrainConfig(method="kd"))
 
 
-def test_options_of_modules_are_checked_by_the_models_too():
+def test_module_options_are_checked_by_models():
     with pytest.raises(
         ConfigError,
         match="unknown option 'gate_atention' of method 'ahbf'; did you mean 'gate_attention'",

@@ -10,8 +10,10 @@ from torch import nn
 
 from fastokd.errors import ConfigError
 from fastokd.graph import KL, CrossEntropy, Graph, Logits
+from fastokd.losses import GraphLoss, MethodLoss
+from fastokd.losses.graph_loss import ExtraTerm, GraphInputs
 from fastokd.methods import get_method
-from fastokd.methods.method import Companion, ExtraTerm, GraphInputs, MethodLoss
+from fastokd.methods.modules import MethodModules
 from fastokd.models import create_model, create_student, factory
 from fastokd.models.summary import count_parameters
 
@@ -68,7 +70,7 @@ def test_terms_outside_the_graph_go_through_the_same_backward_pass(impl):
     rows = [torch.randn(3, 5, requires_grad=True) for _ in range(2)]
     target, pull = torch.tensor([0, 1, 2]), torch.tensor([1.0, -2.0], requires_grad=True)
     loss, terms = criterion(rows, target, pull=pull, kd_weight=0.25, return_terms=True)
-    graph_loss = criterion.graph_loss(rows, target, kd_weight=0.25)
+    graph_loss = GraphLoss(criterion.graph)(rows, target, kd_weight=0.25)
     torch.testing.assert_close(loss, graph_loss + 0.5 * -1.0 + 2.0 * 0.25 * 5.0)
     assert (terms["pull"].item(), terms["late"].item()) == (-1.0, 5.0)
     loss.backward()
@@ -171,7 +173,7 @@ def test_layouts_that_cannot_be(monkeypatch, name, given, message):
 
 
 def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
-    class Watch(Companion):
+    class Watch(MethodModules):
         def __init__(self, layout) -> None:
             super().__init__()
             assert (layout.channels, layout.trunk_channels, layout.num_classes) == ((64, 64), 32, 5)
@@ -182,12 +184,12 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
 
         def run(self, inputs, branches):
             ran = super().run(inputs, branches)
-            return ran._replace(logits=ran.logits[::-1], passed_on="seen")
+            return ran._replace(logits=ran.logits[::-1], context="seen")
 
         def forward(self, seen):
             assert seen.images.shape == (4, 3, 16, 16)
             assert len(seen.branches) == 2
-            assert seen.passed_on == "seen"
+            assert seen.context == "seen"
             return {"scores": (seen.logits[0] * 0,), "pull": seen.shared.mean()}
 
     monkeypatch.setattr(
@@ -206,7 +208,7 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
     result = model(images())
     for one, other in zip(result.logits, plain(images()).logits[::-1], strict=True):
         assert torch.equal(one, other)
-    assert result.extras.keys() == {"pull"}
+    assert result.extras.keys() == {"scores", "pull"}
     assert len(result.scores) == 1
     model.companion.scale.data.fill_(2.0)
     assert not torch.equal(model(images()).logits[1], result.logits[1])

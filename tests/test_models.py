@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastokd.data import Batch
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import (
     PlainNetwork,
     create_model,
@@ -275,9 +276,8 @@ def test_bf16_autocast(method):
     x = images().to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         result = model(x)
-        loss = chosen.loss_class(num_branches=model.num_branches)(
-            result.logits, torch.arange(4), **chosen.loss_inputs(result)
-        )
+        criterion = chosen.loss_class(num_branches=model.num_branches)
+        loss = chosen.loss(criterion, result, MethodBatch(torch.arange(4)))
     assert {row.dtype for row in result.logits} == {torch.bfloat16}
     assert {maps.dtype for maps in result.features} == {torch.bfloat16}
     assert loss.dtype == torch.float32

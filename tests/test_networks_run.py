@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
+from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, create_model, create_student, get_backbone, list_models
 
 CLASSES = 5
@@ -233,12 +234,8 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name: str, method: str
         pytest.skip(str(error))
     loss = chosen.loss_class(num_branches=num_branches, impl="reference")
     loss.prepare(BATCH, CLASSES, torch.device("cpu"))
-    result = model(images(name))
-    inputs = {
-        **chosen.loss_inputs(result),
-        **({"index": torch.arange(BATCH)} if chosen.needs_index else {}),
-    }
-    loss(result.logits, torch.arange(BATCH), kd_weight=0.5, **inputs).backward()
+    batch = MethodBatch(torch.arange(BATCH), torch.arange(BATCH))
+    chosen.loss(loss, model(images(name)), batch, kd_weight=0.5).backward()
 
     # Batch norm takes the mean away again, so nothing but rounding reaches the bias of the
     # convolution before it.

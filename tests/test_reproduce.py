@@ -197,7 +197,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
         "Not as published: epochs: 300, 2 (published, here).",
         "Not as published: 2 of 3 runs.",
         "Not as published: trained on 1,442 images, published on 50,000.",
-        "an epoch leaves out the 34 images that do not fill a batch",
+        "an epoch omits the 34 images that do not fill a batch",
         "the images come from digits, not from the published arrays of CIFAR-10",
         "AHBF says nothing of how it ran AFID",
         "which is bf16 on a GPU here",
@@ -232,7 +232,10 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
     assert re.search(r"\ncifar10-resnet32-baseline .* 30\.00 \(1\)", said)
     for dry_run in ([], ["--dry-run"]):
         assert reproduce(out, *given[:-4], "--epochs", "3", *dry_run) == 2
-        assert "is of another 'reproduce' (there, here: epochs: 2, 3)" in capsys.readouterr().err
+        assert (
+            "belongs to a different 'reproduce' (existing vs requested: epochs: 2, 3)"
+            in capsys.readouterr().err
+        )
 
 
 def test_rows_of_other_branches_and_of_their_mean(fake, tmp_path):
@@ -318,17 +321,17 @@ def test_a_row_that_fails(fake, tmp_path, capsys):
         (
             ["ahbf-table1", "--rows", "*-resnet56-*"],
             (
-                "--rows *-resnet56-*: no recipe of ahbf-table1 is named so; its recipes are"
+                "--rows *-resnet56-*: no recipe of ahbf-table1 matches; its recipes are"
                 " cifar10-densenet40-12-afid, "
             ),
         ),
-        (["ahbf-table1", "--seeds", "0"], "seeds=0: it must be at least 1"),
-        (["ahbf-table1", "--epochs", "0"], "epochs=0: it must be at least 1"),
+        (["ahbf-table1", "--seeds", "0"], "seeds=0: must be at least 1"),
+        (["ahbf-table1", "--epochs", "0"], "epochs=0: must be at least 1"),
+        (["ahbf-table1", "--set", "precision=fp32,bf16"], "--set precision has 2 values; pass one"),
         (
-            ["ahbf-table1", "--set", "precision=fp32,bf16"],
-            "--set precision has 2 values; a table is reproduced with one",
+            ["ahbf-table1", "--set", "epochs=3"],
+            "--set epochs does not scale the schedule; use --epochs",
         ),
-        (["ahbf-table1", "--set", "epochs=3"], "--set epochs is --epochs here"),
         (["ahbf-table1", "--set", "presicion=fp32"], "did you mean 'precision'?"),
         (["ahbf-table1", "--set", "optimizer=adm"], "unknown optimizer 'adm'"),
     ],
@@ -387,7 +390,7 @@ def test_a_folder_with_other_data_is_refused(fake, tmp_path, capsys):
             )
             == 2
         )
-        assert "is of other images than cifar10:" in capsys.readouterr().err
+        assert "belongs to other images than cifar10:" in capsys.readouterr().err
 
 
 def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
@@ -409,8 +412,8 @@ def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
             == 2
         )
         assert (
-            "cifar10-resnet32-afid-seed0 holds a run of another configuration (there, here:"
-            " weight_decay: 0.1, 0.0005)" in capsys.readouterr().err
+            "cifar10-resnet32-afid-seed0 contains a run with a different configuration (existing vs"
+            " requested: weight_decay: 0.1, 0.0005)" in capsys.readouterr().err
         )
 
 
@@ -439,7 +442,7 @@ def test_the_published_files_are_known_however_they_are_named(tmp_path, prefix, 
     found = data_differences(get_recipe("cifar10-resnet32-ahbf"), [run])
     assert (
         any(
-            "not from the published arrays of CIFAR-10; if stored as JPEG, their pixels are others"
+            "not from the published arrays of CIFAR-10; if stored as JPEG, their pixels differ"
             in each
             for each in found
         )

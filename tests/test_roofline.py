@@ -1,5 +1,5 @@
-"""The model of the kernels' times, against cases computed by hand; and the machine-code file it
-starts from, against the compiler.
+"""The roofline model against cases computed by hand, and its machine-code file against the
+compiler.
 """
 
 import json
@@ -28,8 +28,8 @@ CHIP = Chip("a chip", "its name", 90, 10, 1e9, 1e12, "made up")
 
 
 def code(**changed):
-    """A kernel of four branches, bfloat16: a warp a row of 1000 classes, in three whole chunks of
-    256 and one of eight pieces.
+    """A kernel of four branches in bfloat16: one warp per row of 1000 classes, in three whole
+    chunks of 256 and one of eight pieces.
     """
     return {
         "kernel": "forward",
@@ -48,7 +48,7 @@ def code(**changed):
     } | changed
 
 
-def test_bound_by_memory():
+def test_predict_many_bytes_is_bound_by_memory():
     found = predict(CHIP, code(instructions=10, loop_instructions=5, exponentials_per_column=0.01))
     assert found.memory == pytest.approx(
         8_000_000 / (MEMORY_SHARE * 1e12)
@@ -59,7 +59,7 @@ def test_bound_by_memory():
     assert both.memory == pytest.approx(4 * found.memory)  # read and written, and twice the bytes
 
 
-def test_bound_by_issue():
+def test_predict_many_instructions_is_bound_by_issue():
     found = predict(CHIP, code())
     # 1000 warps run 1000 instructions and the loop twice more, on 40 schedulers of which 3 of 4
     # cycles count.
@@ -78,7 +78,7 @@ def test_bound_by_issue():
     )
 
 
-def test_bound_by_exponentials():
+def test_predict_many_exponentials_is_bound_by_them():
     found = predict(CHIP, code(exponentials_per_column=70.0))
     # 1000 rows of 32 lanes take 32 columns of 70 each; ten multiprocessors make 16 a cycle.
     assert found.exponentials == pytest.approx(1000 * 32 * 32 * 70 / (10 * 16 * 1e9 * BUSY_SHARE))
@@ -92,32 +92,32 @@ def test_bound_by_exponentials():
     ).exponentials == pytest.approx(found.exponentials / 2)
 
 
-def test_bound_by_the_launch():
+def test_predict_small_kernel_is_bound_by_launch():
     found = predict(CHIP, code(batch=1, num_classes=10, whole=0, instructions=100))
     assert found.limit == "launch"
     assert LAUNCH < found.seconds < 2 * LAUNCH
 
 
-def test_the_fused_kernel_has_the_loops_of_both():
+def test_predict_forward_backward_counts_both_loops():
     backward = code(kernel="backward", loop_instructions=700)
-    found = predict(CHIP, code(kernel="fused"), backward)
+    found = predict(CHIP, code(kernel="forward_backward"), backward)
     assert found.issue == pytest.approx(1000 * (1000 + 2 * (400 + 700)) / (40 * 1e9 * BUSY_SHARE))
     assert found.exponentials == pytest.approx(2 * predict(CHIP, backward).exponentials)
     single = predict(
-        CHIP, code(kernel="fused", whole=0), backward
-    )  # both passes are in the numbers of the kernel
+        CHIP, code(kernel="forward_backward", whole=0), backward
+    )  # the kernel's counts include both passes
     assert single.exponentials == pytest.approx(predict(CHIP, code(whole=0)).exponentials)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_size_and_kernel_is_predicted_for_every_chip(chip):
+def test_predictions_cover_every_size_and_kernel(chip):
     found = list(predictions(FOUND, CHIPS[chip]))
     assert [(size, which) for size, which, _ in found] == [
-        (size, which) for size in SIZES for which in ("forward", "backward", "fused")
+        (size, which) for size in SIZES for which in ("forward", "backward", "forward_backward")
     ]
 
 
-def test_the_command_prints_predictions_beside_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_command_prints_predictions_and_measurements(tmp_path, monkeypatch, capsys):
     rows = [
         {
             "loss": "ahbf",
@@ -151,7 +151,7 @@ def test_the_command_prints_predictions_beside_what_was_measured(tmp_path, monke
     assert [line.split()[-1] for line in lines if "1024 x 1000 " in line] == ["6.5", "-", "-"]
 
 
-def test_an_unknown_chip_is_one_line(capsys):
+def test_command_with_unknown_chip_suggests_a_name(capsys):
     assert main(["--chip", "h20"]) == 2
     assert (
         capsys.readouterr().err
@@ -160,12 +160,12 @@ def test_an_unknown_chip_is_one_line(capsys):
     )
 
 
-def test_the_machine_code_file_has_every_kernel():
+def test_machine_code_file_has_every_kernel():
     want = [
         (branches, preset, dtype, *size, which, capability)
         for branches, preset, dtype, sizes, capabilities in VARIANTS
         for size in sizes
-        for which in ("forward", "backward", "fused")
+        for which in ("forward", "backward", "forward_backward")
         for capability in capabilities
     ]
     assert [
@@ -197,20 +197,18 @@ def test_the_machine_code_file_has_every_kernel():
     ]
     assert spilling == [
         ("forward", "bf16", 256, 100_000, 100, 4)
-    ]  # a size without a budget; the page says so
+    ]  # a size without a budget, reported on the page
 
 
 @pytest.mark.parametrize(
     ("which", "dtype", "batch", "num_classes"),
     [("forward", "bf16", 1024, 1000), ("backward", "fp32", 128, 10)],
 )
-def test_the_machine_code_file_is_that_of_these_kernels(which, dtype, batch, num_classes):
+def test_machine_code_file_matches_the_kernels(which, dtype, batch, num_classes):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
     if triton.__version__ != FOUND["triton"]:
-        pytest.skip(
-            f"the file was made with Triton {FOUND['triton']}, and this is {triton.__version__}"
-        )
+        pytest.skip(f"the file is from Triton {FOUND['triton']}, this is {triton.__version__}")
     made = row(which, 4, "paper", dtype, batch, num_classes, 90)
-    assert made in FOUND["rows"], "the kernels have changed: run python -m bench.machine_code"
+    assert made in FOUND["rows"], "the kernels changed: run python -m bench.machine_code"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_said(number, capfd, monkeypatch):
+def test_signal_is_recorded_and_reported(number, capfd, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     before = signal.getsignal(number)
@@ -53,7 +53,7 @@ def run(patience, **environment):
     )
 
 
-def test_a_second_signal_ends_the_process_at_once():
+def test_second_signal_ends_the_process():
     done = run("")
     assert done.returncode == 128 + signal.SIGUSR1
     assert done.stdout == ""
@@ -63,18 +63,18 @@ def test_a_second_signal_ends_the_process_at_once():
     )
 
 
-def test_within_the_patience_it_is_the_same_signal():
+def test_second_signal_within_patience_is_ignored():
     done = run("patience=60.0")
     assert (done.returncode, done.stdout) == (0, "still here\n")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_who_starts_a_run_may_ask_for_patience():
+def test_patience_variable_is_used():
     done = run("", **{PATIENCE_VARIABLE: "60"})
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-def test_nothing_is_changed_outside_the_main_thread():
+def test_handlers_are_unchanged_outside_main_thread():
     found = []
 
     def enter():
@@ -87,7 +87,7 @@ def test_nothing_is_changed_outside_the_main_thread():
     assert found == [(0, signal.getsignal(signal.SIGTERM))]
 
 
-def test_a_launcher_passes_on_what_it_was_not_started_to_ignore():
+def test_launcher_forwards_signals_not_ignored():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with _passed_on([]) as passed:

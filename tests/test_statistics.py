@@ -10,7 +10,7 @@ from fastokd.models import create_model
 from fastokd.train.statistics import RunningStatistics
 
 
-def test_a_broken_batch_leaves_the_statistics_as_they_were() -> None:
+def test_skipped_batch_restores_statistics() -> None:
     model = create_model("resnet8", "ahbf", num_branches=2)
     twin = copy.deepcopy(model)
     statistics = RunningStatistics(model)
@@ -32,14 +32,14 @@ def test_a_broken_batch_leaves_the_statistics_as_they_were() -> None:
     assert not torch.equal(twin.trunk.bn1.running_mean, torch.zeros(16))
 
 
-def test_a_model_without_statistics() -> None:
+def test_model_without_statistics() -> None:
     statistics = RunningStatistics(nn.Linear(2, 2))
     statistics.keep()
     statistics.put_back(torch.tensor(1.0))
 
 
 @pytest.mark.gpu
-def test_keeping_is_captured() -> None:
+def test_keep_and_restore_are_captured() -> None:
     norm = nn.BatchNorm2d(4).cuda()
     statistics, images, skipped = (
         RunningStatistics(norm),

@@ -1,4 +1,4 @@
-"""The training step on a GPU: levers change nothing but speed, nothing waits for the device,
+"""The training step on a GPU: options change nothing but speed, nothing waits for the device,
 captured steps are the steps they were.
 """
 
@@ -108,28 +108,27 @@ LEVERS = [
     {"compile": True},
     {"streams": True},
     {"cuda_graph": True},
-    {"merge_first_conv": True},
 ]
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: next(iter(lever)))
-def test_one_at_a_time(plain: TrainStep, lever: dict[str, object]) -> None:
-    assert difference(train(step_of(**lever), batches()), plain) < TOLERANCE
+@pytest.mark.parametrize("option", LEVERS, ids=lambda option: next(iter(option)))
+def test_each_option_keeps_the_result(plain: TrainStep, option: dict[str, object]) -> None:
+    assert difference(train(step_of(**option), batches()), plain) < TOLERANCE
 
 
-def test_all_together(plain: TrainStep) -> None:
+def test_all_options_keep_the_result(plain: TrainStep) -> None:
     every = step_of(
         impl="auto", channels_last=True, flat=True, compile=True, streams=True, cuda_graph=True
     )
     assert difference(train(every, batches()), plain) < TOLERANCE
 
 
-def test_the_defaults_train() -> None:
+def test_defaults_train() -> None:
     settings = {name: getattr(TrainConfig(), name) for name in OFF}
     step = train(step_of(**settings), batches())
     assert (
-        step.levers.describe()
-        == "bf16, channels-last, compiled, branches on streams of their own, parameters in one"
+        step.options.describe()
+        == "bf16, channels-last, compiled, branches on separate streams, parameters in one"
         " tensor, one CUDA graph"
     )
     assert step.guard.read() is None
@@ -141,7 +140,7 @@ def test_the_defaults_train() -> None:
     [
         {},
         {"flat": True, "clip_grad": 1.0, "ema": 0.9, "streams": True},
-        {"optimizer": "lamb", "on_nonfinite": "skip"},
+        {"optimizer": "adamw", "on_nonfinite": "skip"},
         {"optimizer": "adamw", "device_batch": 16},
         {"precision": "fp16"},
         {"precision": "bf16", "impl": "triton"},
@@ -149,7 +148,7 @@ def test_the_defaults_train() -> None:
     ],
     ids=str,
 )
-def test_nothing_waits_for_the_device(changes: dict[str, object]) -> None:
+def test_step_has_no_host_synchronization(changes: dict[str, object]) -> None:
     step, given = step_of(**changes), batches(capture.WARM_UP_STEPS + 4)
     runner = StepRunner(step)
     taken = runner.epoch(given)  # type: ignore[arg-type]
@@ -161,7 +160,7 @@ def test_nothing_waits_for_the_device(changes: dict[str, object]) -> None:
     assert step.guard.read() is None
 
 
-def test_a_captured_step_is_counted_once_and_reads_what_is_set(plain: TrainStep) -> None:
+def test_captured_step_counts_once_and_reads_schedule(plain: TrainStep) -> None:
     captured, eager = step_of(cuda_graph=True), step_of()
     for step in (captured, eager):
         runner = StepRunner(step)
@@ -175,7 +174,7 @@ def test_a_captured_step_is_counted_once_and_reads_what_is_set(plain: TrainStep)
     assert difference(captured, eager) < TOLERANCE
 
 
-def test_batches_made_inside_the_graph_are_the_loaders() -> None:
+def test_batches_gathered_in_graph_equal_loader() -> None:
     """Two epochs over a resident set, with a captured graph for each size; the loader's place goes
     along.
     """
@@ -205,7 +204,7 @@ def test_batches_made_inside_the_graph_are_the_loaders() -> None:
     assert difference(*steps) < TOLERANCE
 
 
-def test_a_step_that_is_not_finite_inside_the_graph() -> None:
+def test_nonfinite_step_in_graph() -> None:
     good = batches(16)
     bad = Batch(torch.full_like(good[0].images, math.inf), good[0].target, good[0].index)
     step = train(step_of(cuda_graph=True, on_nonfinite="skip"), [*good[:14], bad, *good[14:]])
@@ -215,7 +214,7 @@ def test_a_step_that_is_not_finite_inside_the_graph() -> None:
     assert difference(step, clean) < TOLERANCE
 
 
-def test_what_cannot_be_captured_goes_on_without(plain: TrainStep) -> None:
+def test_uncapturable_step_runs_without_graph(plain: TrainStep) -> None:
     """A step that reads a value on the host: nothing is lost and nothing runs twice, and who asked
     for a graph is told.
     """
@@ -226,7 +225,7 @@ def test_what_cannot_be_captured_goes_on_without(plain: TrainStep) -> None:
         return step
 
     step = reads(step_of())
-    step.levers = dataclasses.replace(step.levers, cuda_graph=True)
+    step.options = dataclasses.replace(step.options, cuda_graph=True)
     runner = StepRunner(step)
     assert len(list(runner.epoch(batches()))) == STEPS  # type: ignore[arg-type]
     assert runner.reason_against_capture
@@ -237,7 +236,7 @@ def test_what_cannot_be_captured_goes_on_without(plain: TrainStep) -> None:
         train(reads(step_of(cuda_graph=True)), batches())
 
 
-def test_deterministic_runs_have_the_same_bits() -> None:
+def test_deterministic_runs_are_bit_identical() -> None:
     from fastokd.train.randomness import be_deterministic
 
     be_deterministic(True)

@@ -11,12 +11,18 @@ import pytest
 
 from fastokd import storage
 from fastokd.errors import StorageError
-from fastokd.storage import append_line, remove_temporaries, write_atomically, write_json
+from fastokd.storage import (
+    append_line,
+    format_bytes,
+    remove_temporaries,
+    write_atomically,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_writes_and_replaces(tmp_path):
+def test_write_replaces_the_file(tmp_path):
     path = tmp_path / "deep" / "file"
     write_atomically(path, lambda file: file.write(b"one") and None)
     write_atomically(path, lambda file: file.write(b"two") and None)
@@ -40,7 +46,7 @@ def _umask():
     ],
 )
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
-def test_a_refusal_keeps_the_old_file(tmp_path, monkeypatch, number, said, step):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, number, said, step):
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -58,7 +64,7 @@ def test_a_refusal_keeps_the_old_file(tmp_path, monkeypatch, number, said, step)
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bug_while_writing_keeps_the_old_file_and_shows(tmp_path):
+def test_bug_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(ZeroDivisionError):
@@ -67,7 +73,7 @@ def test_a_bug_while_writing_keeps_the_old_file_and_shows(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
-def test_append_and_json_report_refusals(tmp_path):
+def test_append_and_json_report_failures(tmp_path):
     with pytest.raises(StorageError, match="cannot write"):
         append_line(tmp_path, "a folder is no file")
     (tmp_path / "file").write_text("")
@@ -76,7 +82,7 @@ def test_append_and_json_report_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
+def test_transient_error_is_retried(tmp_path, monkeypatch, number):
     pauses, flush, left = [], os.fsync, [3]
 
     def flaky(descriptor):
@@ -97,9 +103,7 @@ def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
     left[0] = 99
     with pytest.raises(
         StorageError,
-        match=(
-            rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Look after that disk"
-        ),
+        match=(rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Check that disk"),
     ):
         write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
     with pytest.raises(StorageError, match=r"lines: .* \(tried 4 times\)"):
@@ -109,7 +113,7 @@ def test_an_error_that_passes_is_tried_again(tmp_path, monkeypatch, number):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lines"]
 
 
-def test_half_a_line_is_taken_back(tmp_path):
+def test_partial_line_is_removed(tmp_path):
     """A limit on the size of files stands in for a disk that is full in the middle of a line."""
     code = (
         "import resource, signal, sys; from pathlib import Path; from fastokd.storage import"
@@ -129,7 +133,7 @@ def test_half_a_line_is_taken_back(tmp_path):
     assert (tmp_path / "lines").read_text() == "short\n"
 
 
-def test_a_folder_that_cannot_be_flushed_is_reported(tmp_path, monkeypatch):
+def test_folder_flush_failure_is_reported(tmp_path, monkeypatch):
     """The file system may not know how (EINVAL), but one that fails has perhaps not kept the new
     name.
     """
@@ -147,7 +151,7 @@ def test_a_folder_that_cannot_be_flushed_is_reported(tmp_path, monkeypatch):
         write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+def test_remove_temporaries_removes_nothing_else(tmp_path):
     names = [
         ".file.0123abcd",
         ".file.swp",
@@ -162,3 +166,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_temporaries(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
     remove_temporaries(tmp_path / "missing" / "file")
+
+
+def test_format_bytes_uses_binary_units():
+    values = (512, 10_000, 2**20, 50 * 2**20, 1.94 * 2**30, 139.4 * 2**30)
+    texts = ["0.5 KiB", "9.8 KiB", "1.0 MiB", "50 MiB", "1.9 GiB", "139 GiB"]
+    assert [format_bytes(value) for value in values] == texts

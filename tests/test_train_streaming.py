@@ -75,7 +75,7 @@ def train(tree, out, loader, *more, size=24) -> int:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
+def test_train_evaluate_export(tree, tmp_path, capsys, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     out = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_training_evaluating_and_exporting(tree, tmp_path, capsys, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_resumed_run_is_the_uninterrupted_one(tree, tmp_path, loader):
+def test_resumed_run_equals_uninterrupted_run(tree, tmp_path, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     constant = ["--lr-gamma", "1"]
@@ -113,7 +113,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tree, tmp_path, loader):
         assert torch.equal(value, half["model"][name]), name
 
 
-def test_large_pictures_are_framed_as_imagenets_are(tree):
+def test_large_images_are_cropped_like_imagenet(tree):
     cpu = torch.device("cpu")
     config = TrainConfig(data=str(tree))
     dataset = with_augmentation(config, open_data(config, cpu))
@@ -132,7 +132,7 @@ def test_large_pictures_are_framed_as_imagenets_are(tree):
     )
 
 
-def test_auto_explains_itself(tree, monkeypatch):
+def test_auto_loader_reports_its_reason(tree, monkeypatch):
     cpu = torch.device("cpu")
     streamed = TrainConfig(data=str(tree))
     dataset = open_data(streamed, cpu)
@@ -149,18 +149,18 @@ def test_auto_explains_itself(tree, monkeypatch):
     small = TrainConfig(data=str(tree), image_size=24)
     assert (
         explain_loader(small, open_data(small, cpu), cpu)
-        == "loader resident: the images are small and fit, so they lie on cpu"
+        == "loader resident: the images are small and fit, so they are kept on cpu"
     )
     digits = TrainConfig(data="digits")
     assert (
         explain_loader(digits, open_data(digits, cpu), cpu)
-        == "loader resident: the dataset comes decoded, so they lie on cpu"
+        == "loader resident: the dataset comes decoded, so they are kept on cpu"
     )
     monkeypatch.setattr("fastokd.train.data.available_memory", lambda: 1000)
     assert loader_name(small, open_data(small, cpu), cpu) == "torchvision"
 
 
-def test_auto_passes_dali_over_for_what_it_cannot_decode(tree, tmp_path):
+def test_auto_loader_skips_dali_for_unsupported_files(tree, tmp_path):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     cpu = torch.device("cpu")
     assert (
@@ -190,7 +190,7 @@ def test_auto_passes_dali_over_for_what_it_cannot_decode(tree, tmp_path):
         make_loader(dataset, dataset.evaluation, 4, loader="dali")
 
 
-def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, monkeypatch):
+def test_resumed_run_keeps_its_loader(tree, tmp_path, capsys, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     cpu, config = torch.device("cpu"), TrainConfig(data=str(tree))
     dataset = open_data(config, cpu)
@@ -224,7 +224,7 @@ def test_a_resumed_run_keeps_the_loader_that_auto_chose(tree, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_training_images_have_the_steps_dtype_and_those_of_evaluation_float32(tree, precision):
+def test_image_dtypes_of_training_and_evaluation(tree, precision):
     cpu = torch.device("cpu")
     config = TrainConfig(
         data=str(tree),
@@ -264,7 +264,7 @@ def test_training_images_have_the_steps_dtype_and_those_of_evaluation_float32(tr
         (["--loader", "torchvision", "--pad", "300"], "pad=300"),
     ],
 )
-def test_mistakes_are_one_line(tree, tmp_path, capsys, arguments, said):
+def test_user_errors_are_one_line(tree, tmp_path, capsys, arguments, said):
     assert (
         main(
             [
@@ -290,13 +290,13 @@ def test_mistakes_are_one_line(tree, tmp_path, capsys, arguments, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_dali_is_one_line(tree, tmp_path, capsys, monkeypatch):
+def test_missing_dali_is_one_line(tree, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert train(tree, tmp_path / "run", "dali", "--epochs", "1") == 2
     assert "loader 'dali' cannot run here: DALI cannot be imported" in capsys.readouterr().err
 
 
-def test_a_bad_picture_stops_or_is_replaced_and_reported(tree, tmp_path, capsys):
+def test_corrupt_image_stops_or_is_replaced(tree, tmp_path, capsys):
     broken = tmp_path / "tree"
     for split in ("train", "val"):
         (broken / split).mkdir(parents=True)
@@ -322,16 +322,11 @@ def test_a_bad_picture_stops_or_is_replaced_and_reported(tree, tmp_path, capsys)
         == 0
     )
     said = capsys.readouterr().out
-    assert (
-        said.count(
-            "pictures that cannot be decoded and were replaced, so far 1: train/maple/3.jpg ("
-        )
-        == 1
-    )
+    assert said.count("corrupt images that were replaced, so far 1: train/maple/3.jpg (") == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_missing_file_is_a_bad_picture(tree, tmp_path, capsys, loader):
+def test_missing_file_is_a_corrupt_image(tree, tmp_path, capsys, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     rows = [
@@ -365,7 +360,7 @@ def test_a_missing_file_is_a_bad_picture(tree, tmp_path, capsys, loader):
     assert "were replaced, so far 1: " in capsys.readouterr().out
 
 
-def test_classes_that_a_model_does_not_know_are_refused(tree, tmp_path, capsys):
+def test_unknown_classes_are_refused(tree, tmp_path, capsys):
     assert train(tree, tmp_path / "run", "torchvision", "--epochs", "1") == 0
     other = tmp_path / "other"
     for split in ("train", "val"):
@@ -380,7 +375,7 @@ def test_classes_that_a_model_does_not_know_are_refused(tree, tmp_path, capsys):
     )
 
 
-def test_two_listings_of_one_tree_have_one_fingerprint_and_a_changed_tree_another(tree):
+def test_fingerprint_depends_on_the_tree(tree):
     before = open_data(TrainConfig(data=str(tree)), torch.device("cpu")).fingerprint
     assert before == list_files(tree).fingerprint
     more = tree / "train" / "oak" / "more.jpg"

@@ -1,6 +1,4 @@
-"""What the compiled kernels may cost. Everything here is read from machine code made on a machine
-without a GPU.
-"""
+"""Budgets for the compiled kernels' registers, spills and instructions. They need no GPU."""
 
 import os
 from functools import cache
@@ -22,13 +20,14 @@ from fastokd.kernels.triton.budget import (
     main,
     measure,
 )
-from fastokd.kernels.triton.spec import specialise
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import Tile, choose_splits
 from tests.triton_graphs import GRAPHS
 
-# Instructions per class and row (all M branches of it) in the loop over whole chunks, at M = 4, 6
-# KL edges, sm_90, and registers. What is there, on Triton 3.9 and 3.6: forward 59.25 and 59.25, 72
-# registers; backward 85.8 and 89.5, 168 and 166; without vectors 64.0 and 64.0, 95.0 and 98.0.
+# Instructions per class and row (in all M branches) in the loop over whole chunks, at M = 4, 6 KL
+# edges, sm_90, and registers. Actual values on Triton 3.9 and 3.6: forward 59.25 and 59.25, 72
+# registers; backward 85.8 and 89.5, 168 and 166 registers; without vectors 64.0 and 64.0, 95.0 and
+# 98.0.
 MOST_PER_COLUMN = {
     ("forward", True): 62,
     ("backward", True): 91,
@@ -51,21 +50,25 @@ def cost_of(
     return _cost(
         which,
         plan,
-        launch_tile(plan, batch, classes, dtype, stride, fused=which == "fused"),
+        launch_tile(
+            plan, batch, classes, dtype, stride, forward_backward=which == "forward_backward"
+        ),
         dtype,
         capability,
     )
 
 
-@cache  # many batches have the tile of another
+@cache  # batches that share a tile share its kernel
 def _cost(which: str, plan: Plan, tile: Tile, dtype: str, capability: int) -> Cost:
     return measure(compile_kernel(which, plan, tile, dtype, capability), tile)
 
 
 def check(which: str, branches: int, batch: int, classes: int, dtype: str, capability: int) -> None:
-    tile = launch_tile(cascade(branches), batch, classes, dtype, fused=which == "fused")
+    tile = launch_tile(
+        cascade(branches), batch, classes, dtype, forward_backward=which == "forward_backward"
+    )
     if tile.splits > 1:
-        for part in {"forward": ("partial", "merge"), "backward": ("columns", "weights")}.get(
+        for part in {"forward": ("main", "merge"), "backward": ("columns", "weights")}.get(
             which, ()
         ):
             cost = cost_of(part, branches, batch, classes, dtype, capability)
@@ -90,44 +93,44 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
         ("backward", 8, 1024, 1000, "bf16", 90),  # the most branches: the most registers
         ("forward", 8, 1024, 1001, "bf16", 90),
         ("backward", 2, 256, 21841, "fp32", 90),
-        ("fused", 4, 128, 100, "bf16", 90),
+        ("forward_backward", 4, 128, 100, "bf16", 90),
         ("backward", 8, 128, 32, "fp32", 90),  # the most columns of few classes
     ],
 )
-def test_no_spills_and_wide_loads(
+def test_kernel_has_no_spills_and_wide_loads(
     which: str, branches: int, batch: int, classes: int, dtype: str, capability: int
 ) -> None:
     check(which, branches, batch, classes, dtype, capability)
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("which", ["forward", "backward", "fused"])
+@pytest.mark.parametrize("which", ["forward", "backward", "forward_backward"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("branches", [2, 4, 8])
 @pytest.mark.parametrize("classes", [10, 32, 100, 1000, 1001, 21841])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("batch", [128, 1024])
-def test_the_whole_grid(
+def test_grid_case_compiles_without_spills(
     which: str, branches: int, batch: int, classes: int, dtype: str, capability: int
 ) -> None:
     check(which, branches, batch, classes, dtype, capability)
 
 
 @pytest.mark.parametrize(("which", "aligned"), MOST_PER_COLUMN, ids=str)
-def test_instructions_per_column(which: str, aligned: bool) -> None:
+def test_kernel_stays_within_instruction_budget(which: str, aligned: bool) -> None:
     cost = cost_of(which, 4, 1024, 1000 if aligned else 1001, "bf16")
     assert cost.per_column <= MOST_PER_COLUMN[which, aligned], cost
-    assert cost.barriers == 0, "one warp per row needs none"
+    assert cost.barriers == 0, "one warp per row needs no barrier"
     assert cost.registers <= MOST_REGISTERS[which], cost
 
 
 @pytest.mark.parametrize(("branches", "most"), [(2, 25), (8, 136)])
-def test_instructions_per_column_of_other_numbers_of_branches(branches: int, most: float) -> None:
+def test_forward_of_two_and_eight_branches_stays_in_budget(branches: int, most: float) -> None:
     cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 24.4 and 132.3
     assert cost.per_column <= most, cost
 
 
-def test_which_rows_are_split() -> None:
+def test_choose_splits_splits_few_long_rows() -> None:
     assert [choose_splits(batch, 100000) for batch in (0, 1, 8, 32, 33, 128, 255, 256)] == [
         1,
         8,
@@ -158,17 +161,17 @@ def test_which_rows_are_split() -> None:
         pytest.param(8, 100000, "fp32", marks=pytest.mark.grid),
     ],
 )
-def test_split_rows_cost_no_more(branches: int, classes: int, dtype: str) -> None:
+def test_split_kernels_stay_within_budget(branches: int, classes: int, dtype: str) -> None:
     plan = cascade(branches)
     tile = launch_tile(plan, 8, classes, dtype)
     assert tile.splits > 1
-    for which in ("partial", "merge", "columns", "weights"):
+    for which in ("main", "merge", "columns", "weights"):
         cost = measure(compile_kernel(which, plan, tile, dtype), tile)
         assert (cost.stack, cost.spills) == (0, 0), (which, cost)
         if which in ("merge", "weights"):
             assert cost.barriers == 0, (which, cost)
         elif tile.rest == 0:
-            direction = "forward" if which == "partial" else "backward"
+            direction = "forward" if which == "main" else "backward"
             assert cost.vector_loads >= branches, (which, cost)
             assert cost.per_column <= MOST_PER_COLUMN[direction, True], (which, cost)
 
@@ -176,10 +179,9 @@ def test_split_rows_cost_no_more(branches: int, classes: int, dtype: str) -> Non
 def split_graph(name: str, soft_target: bool) -> None:
     plan = lower(GRAPHS[name]())
     tile = launch_tile(plan, 8, 100001, "bf16", soft_target=soft_target)
-    spec = specialise(plan)
-    stages = (
-        ["ahead"] * spec.looks_ahead(soft_target) + ["partial"] + ["normal"] * bool(spec.normal)
-    )
+    spec = specialize(plan)
+    stages = ["first"] * spec.needs_first_pass(soft_target) + ["main"]
+    stages += ["normalized"] * bool(spec.normalized_edges)
     for which in (*stages, "merge", "columns", *["weights"] * bool(spec.num_weights)):
         cost = measure(compile_kernel(which, plan, tile, "bf16"), tile)
         assert (cost.stack, cost.spills) == (0, 0), (which, cost)
@@ -188,14 +190,14 @@ def split_graph(name: str, soft_target: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "soft_target"), [("selection", True), ("mixed probabilities", False)]
 )
-def test_split_graphs_compile(name: str, soft_target: bool) -> None:
+def test_split_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     split_graph(name, soft_target)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("soft_target", [False, True], ids=["labels", "soft"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_every_graph_compiles_with_split_rows(name: str, soft_target: bool) -> None:
+def test_every_split_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     split_graph(name, soft_target)
 
 
@@ -204,7 +206,7 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
     tile = launch_tile(plan, 1024, classes, dtype, soft_target=soft_target)
     for which in ("forward", "backward"):
         cost = measure(compile_kernel(which, plan, tile, dtype), tile)
-        # float64, which is for checking gradients, takes two registers per value.
+        # float64 serves gradient checks and takes two registers per value.
         assert dtype == "fp64" or (cost.stack, cost.spills) == (0, 0), (which, cost)
 
 
@@ -218,7 +220,7 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
         ("shared weights", False),
     ],
 )
-def test_graphs_compile(name: str, soft_target: bool) -> None:
+def test_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     compile_graph(name, 10, "fp32", soft_target)
 
 
@@ -228,16 +230,18 @@ def test_graphs_compile(name: str, soft_target: bool) -> None:
     ("classes", "dtype"), [(10, "fp32"), (1000, "bf16"), (1001, "fp16"), (1000, "fp64")]
 )
 @pytest.mark.parametrize("name", GRAPHS)
-def test_every_graph_compiles(name: str, classes: int, dtype: str, soft_target: bool) -> None:
+def test_every_graph_compiles_without_spills(
+    name: str, classes: int, dtype: str, soft_target: bool
+) -> None:
     compile_graph(name, classes, dtype, soft_target)
 
 
-def test_padded_rows_of_an_odd_number_of_classes_are_loaded_as_vectors() -> None:
+def test_padded_rows_of_odd_length_are_loaded_as_vectors() -> None:
     cost = cost_of("forward", 2, 1024, 1001, "bf16", stride=1008)
     assert cost.vector_loads >= 2, cost
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
             [

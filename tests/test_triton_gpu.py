@@ -11,6 +11,7 @@ import executor_properties
 
 from fastokd.kernels.triton.tile import choose_splits
 from fastokd.losses import AHBFLoss
+from fastokd.ops import Inputs
 from tests.triton_cases import TRITON, Batch, check, fused, make, run
 from tests.triton_graphs import GRAPHS
 
@@ -256,6 +257,8 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     large[-8:] = inputs.logits[0]
     target = torch.zeros(batch, dtype=torch.int64, device="cuda")
     target[-8:] = inputs.target
-    rows, _, _ = TRITON.forward(inputs.plan, [large, large], [], [], target, inputs.term_weights)
+    rows, _, _ = TRITON.forward(
+        inputs.plan, Inputs([large, large], [], [], target, inputs.term_weights)
+    )
     inputs.logits = [inputs.logits[0], inputs.logits[0]]
-    torch.testing.assert_close(rows[-8:], TRITON.forward(inputs.plan, *inputs.arguments())[0])
+    torch.testing.assert_close(rows[-8:], TRITON.forward(inputs.plan, inputs.inputs)[0])

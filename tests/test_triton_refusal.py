@@ -54,10 +54,10 @@ def test_what_no_kernel_can_do(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     executor = load("triton")
-    assert reason in executor.refusal(plan, Case("cuda", dtype))
-    assert executor.refusal(lower(mutual(4)), Case("cuda", torch.bfloat16)) is None
+    assert reason in executor.unsupported_reason(plan, Case("cuda", dtype))
+    assert executor.unsupported_reason(lower(mutual(4)), Case("cuda", torch.bfloat16)) is None
 
 
 def test_a_machine_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in load("triton").refusal(None, Case("cuda", torch.float32))
+    assert "no CUDA device" in load("triton").unsupported_reason(None, Case("cuda", torch.float32))

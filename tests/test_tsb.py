@@ -23,7 +23,7 @@ from fastokd.methods import tsb
 from fastokd.methods.tsb import TemporalAccumulator, warm_up
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.loop import load_run
+from fastokd.train.runs import load_run
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
@@ -43,10 +43,8 @@ def test_worked_values():
     criterion = prepared(1, 3)
     z = [torch.tensor([row], dtype=torch.float64) for row in ((1.0, 0.0, -1.0), (0.5, 1.0, -0.5))]
     for step in range(1, 4):
-        given = criterion.graph_inputs(z, torch.tensor([0]), index=torch.tensor([0]))
-        assert given.externals["memory2"][0].tolist() == pytest.approx(
-            [0.343413, 0.389137, 0.267450], abs=1e-6
-        )
+        memories = criterion.update_state(z, torch.tensor([0]), index=torch.tensor([0]))["memories"]
+        assert memories[0, 1].tolist() == pytest.approx([0.343413, 0.389137, 0.267450], abs=1e-6)
         if step == 1:
             assert criterion.accumulator.memory[0, 1].tolist() == pytest.approx(
                 [0.068683, 0.077827, 0.053490], abs=1e-6
@@ -302,12 +300,10 @@ def test_a_resume_without_the_memory_would_differ(tmp_path):
     ends = []
     for forget in (False, True):
         trainer = make(config, tmp_path / str(forget), few)
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=1)
         if forget:
             trainer.step.criterion.prepare(128, 10, CPU)
-        trainer._run_epoch()
-        trainer.store.wait()
+        trainer.run(until=2)
         trainer.run_folder.unlock()
         ends.append(trainer.model.student().state_dict())
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fastokd.graph import Graph, lower
 from fastokd.graph.plan import Plan
+from fastokd.ops import Inputs
 from fastokd.ops.reference import EXECUTOR as REFERENCE
 from fastokd.ops.triton import EXECUTOR as TRITON
 
 
 @dataclass
 class Batch:
-    """Inputs of one call, in the order of the executor's arguments."""
+    """Inputs of one call of an executor."""
 
     plan: Plan
     logits: list[Tensor]
@@ -59,9 +60,10 @@ class Batch:
     def double(self) -> "Batch":
         return self.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
-    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What comes after the plan in every call of an executor."""
-        return self.logits, self.weights, self.externals, self.target, self.term_weights
+    @property
+    def inputs(self) -> Inputs:
+        """The executor's argument after the plan."""
+        return Inputs(self.logits, self.weights, self.externals, self.target, self.term_weights)
 
 
 def make(
@@ -100,10 +102,8 @@ def make(
 
 def run(executor: object, inputs: Batch) -> list[Tensor | None]:
     """Rows, each term, each gradient."""
-    rows, terms, stats = executor.forward(inputs.plan, *inputs.arguments())
-    grads = executor.backward(
-        inputs.plan, inputs.grad_rows, *inputs.arguments(), stats, inputs.needs
-    )
+    rows, terms, stats = executor.forward(inputs.plan, inputs.inputs)
+    grads = executor.backward(inputs.plan, inputs.grad_rows, inputs.inputs, stats, inputs.needs)
     return [rows, *terms, *grads]
 
 
@@ -160,4 +160,4 @@ def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
 
 
 def fused(inputs: Batch) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    return TRITON.loss_and_grad(inputs.plan, *inputs.arguments(), inputs.needs)
+    return TRITON.forward_backward(inputs.plan, inputs.inputs, inputs.needs)

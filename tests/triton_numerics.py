@@ -265,12 +265,12 @@ def test_a_loss_through_the_registered_operator() -> None:
 def test_the_operator_is_registered_as_it_behaves() -> None:
     inputs = make(GRAPHS["shared weights"](), 3, 10)
     ints, floats = inputs.plan.encode()
-    forward = (*inputs.arguments(), list(ints), list(floats), "triton")
+    forward = (*inputs.inputs, list(ints), list(floats), "triton")
     torch.library.opcheck(torch.ops.fastokd.graph_forward.default, forward)
-    stats = TRITON.forward(inputs.plan, *inputs.arguments())[2]
+    stats = TRITON.forward(inputs.plan, inputs.inputs)[2]
     backward = (
         inputs.grad_rows,
-        *inputs.arguments(),
+        *inputs.inputs,
         stats,
         list(ints),
         list(floats),

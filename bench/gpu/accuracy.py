@@ -1,7 +1,7 @@
 """ResNet-32 alone and taught, on CIFAR-10: the papers' recipes, with their schedule scaled to the
 plan's epochs.
 
-The first call writes the plan (epochs, seeds, runs) into the result file, and later calls go on
+The first call writes the plan (epochs, seeds, runs) into the result file, and later calls continue
 with it: run after run, seed after seed, and within a run where it was stopped, if its folder is
 still there.
 """
@@ -22,18 +22,22 @@ from fastokd.data.registry import get_dataset_kind, resolve
 from fastokd.errors import Preempted
 from fastokd.experiments.recipes import get_recipe
 from fastokd.train.config import TrainConfig
-from fastokd.train.loop import RunIsFinished, begin_run, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.session import begin_run
 from fastokd.train.signals import StopSignals
+from fastokd.train.trainer import RunIsFinished
 
 EPOCHS = 60
-"""Of the plan where none are given: an estimate of what lets five runs end within some ten minutes
-on one H200. The papers' are 300.
+"""The default of the plan: by estimate, five runs then take about ten minutes on one H200. The
+papers use 300.
 """
-ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
-"""The images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS, which is what is
-taken without ``--data``.
+ARCHIVES = tuple(
+    folder / "shared" / "data" / "cifar10-jpeg.tar.xz" for folder in (ROOT, ROOT.parent)
+)
+"""Without ``--data``: the images of CIFAR-10 as JPEG files in folders train/CLASS and test/CLASS.
+The first archive that exists is used; a borrowed machine receives only the checkout's folder.
 """
 SEEDS = 3
 """The papers' number of runs."""
@@ -100,16 +104,17 @@ def configuration(context: Context, run: Run, epochs: int, seed: int) -> TrainCo
 
 
 def _data(context: Context) -> str | None:
-    """What ``--data`` says; else CIFAR-10 (JPEG), unpacked once, where it lies beside the checkout;
+    """``--data``; by default CIFAR-10 (JPEG) next to the checkout, unpacked once;
     the dry run has small images.
     """
     if context.data is not None or context.dry:
         return context.data or "digits"
-    folder = context.runs / ARCHIVE.name.partition(".")[0]
-    if ARCHIVE.is_file() and not folder.is_dir():
+    folder = context.runs / ARCHIVES[-1].name.partition(".")[0]
+    found = next((path for path in ARCHIVES if path.is_file()), None)
+    if found is not None and not folder.is_dir():
         with (
             tempfile.TemporaryDirectory(dir=context.runs) as unpacked,
-            tarfile.open(ARCHIVE) as archive,
+            tarfile.open(found) as archive,
         ):
             archive.extractall(images := Path(unpacked) / "images", filter="data")
             images.rename(folder)
@@ -124,7 +129,7 @@ def _refusal(context: Context) -> str | None:
     """
     if (data := _data(context)) is None:
         return (
-            f"no --data, and no {ARCHIVE}: give the folder of the CIFAR-10 images, or"
+            f"no --data, and no {ARCHIVES[-1]}: give the folder of the CIFAR-10 images, or"
             " cifar10:FOLDER"
         )
     resolve(data)
@@ -151,7 +156,7 @@ def _plan(context: Context, results: Results) -> dict[str, Any]:
         if wanted is not None and wanted != plan[name]:
             raise Refused(
                 f"--{name} {wanted}: the plan in {results.path} has {plan[name]}; leave it out to"
-                " go on with that, or begin anew with --again"
+                " continue with that, or start again with --again"
             )
     return plan
 
@@ -188,7 +193,7 @@ def _train(
         if signals.heard:
             raise
         raise OutOfMinutes(
-            f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call goes on there"
+            f"stopped in epoch {trainer.epoch + 1} of {config.epochs}; a later call continues there"
             f" if {folder} is still there"
         ) from None
     return {
@@ -220,12 +225,12 @@ def _note_data(context: Context, results: Results, about: dict[str, Any]) -> Non
     elif before["fingerprint"] != now["fingerprint"]:
         raise Refused(
             f"the rows in {results.path} are of other images ('{before['name']}') than"
-            f" {_data(context)} has; give those, or begin anew with --again"
+            f" {_data(context)} has; pass those, or start again with --again"
         )
 
 
 def measured(records: list[dict[str, Any]], student: str) -> dict[str, Any]:
-    """What a run's records say: the accuracies in [0, 1] of every row of logits after the last
+    """The results of a run: the accuracies in [0, 1] of every row of logits after the last
     epoch and after the student's best (numbered from 1), the minutes of training alone, and the
     images per second of the median epoch.
     """

@@ -61,7 +61,7 @@ def _resident(context: Context, augment: Augment) -> dict[str, Any]:
 
 
 class _Pictures:
-    """The large pictures, listed when they are first asked for."""
+    """The large images, listed on first use."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -107,7 +107,7 @@ class _Pictures:
             loader.close()
 
     def waiting(self, results: Results) -> dict[str, Any]:
-        """How long a step waits for the fastest of the loaders that decode."""
+        """The waiting time of a step with the fastest loader that decodes."""
         decoding = [
             row
             for row in results.rows

@@ -2,7 +2,7 @@
 N``.
 
 Parts run in the order of their worth, and each writes its JSON file row by row: a call that is
-ended loses the row it was at, and the next one goes on with the rows that are missing.
+ended loses the current row, and the next call continues with the missing rows.
 ``--dry-run`` goes through the same code on the CPU with tiny sizes.
 """
 
@@ -45,6 +45,21 @@ the minutes there are.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; returns the exit code."""
+    try:
+        return run_parts(_parser().parse_args(arguments))
+    except FastOKDError as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        print(
+            f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call"
+            " continues",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
@@ -63,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--runs",
         type=Path,
         default=Path("runs/bench-gpu"),
-        help=(
-            "folder for run folders and drawn pictures, to go on within a run (default"
-            " runs/bench-gpu)"
-        ),
+        help="folder for run folders and drawn images, to resume a run (default runs/bench-gpu)",
     )
     parser.add_argument(
         "--minutes", type=float, default=25.0, help="stop cleanly when these are spent (default 25)"
@@ -95,24 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="begin the parts anew; what there is goes to the folder 'earlier' beside it",
+        help="start the parts again; existing results are moved to the folder 'earlier'",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="the same code on the CPU, with tiny sizes"
     )
-    options = parser.parse_args(arguments)
-    try:
-        return run_parts(options)
-    except FastOKDError as error:
-        print(f"bench.gpu: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        print(
-            f"bench.gpu: {str(error) or 'interrupted'}; the rows so far are kept, and a later call"
-            " goes on",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
+    return parser
 
 
 def run_parts(options: argparse.Namespace) -> int:
@@ -139,7 +139,7 @@ def run_parts(options: argparse.Namespace) -> int:
         )
     if options.pictures is not None and not options.pictures.is_dir():
         raise ConfigError(
-            f"--pictures {options.pictures}: no such folder; leave it out, and some are drawn"
+            f"--pictures {options.pictures}: no such folder; omit it to generate images"
         )
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     label = (
@@ -160,7 +160,7 @@ def run_parts(options: argparse.Namespace) -> int:
         options.seeds,
     )
     os.chdir(ROOT)  # where the tests are
-    # What is wrong is said now, not when the minutes of other parts are spent.
+    # Errors are reported now, not after the minutes of other parts.
     for folder in (context.out, context.runs):
         _check_writable(folder)
     chosen = [PARTS[name] for name in options.parts or PARTS]
@@ -187,7 +187,7 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
     if results.note:
         print(f"{part.name}: {results.note}", flush=True)
     if results.complete:
-        print(f"{part.name}: {path} is complete; --again measures it anew", flush=True)
+        print(f"{part.name}: {path} is complete; --again measures it again", flush=True)
         return
     started, measured = time.monotonic(), 0
     left: dict[str, str] = {}
@@ -195,10 +195,8 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         if results.has(row.name):
             continue
         if context.minutes_left() < row.minutes:
-            left[row.name] = (
-                f"needs at least {row.minutes:g} minutes, {max(0.0, context.minutes_left()):.1f}"
-                " were left"
-            )
+            minutes = max(0.0, context.minutes_left())
+            left[row.name] = f"needs at least {row.minutes:g} minutes, {minutes:.1f} were left"
             continue  # a smaller one may still fit
         _free(context.device)
         begun = time.monotonic()
@@ -211,44 +209,40 @@ def run_part(part: Part, context: Context, own: dict[str, Any], again: bool) -> 
         except (Refused, StorageError, Preempted):
             raise
         except Exception as error:  # a row that cannot run must not lose the others
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            failed = {
-                "error": f"{type(error).__name__}: {first_line(error)}",
-                "where": [
-                    f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
-                    for frame in frames
-                ],
-            }
-            entries = (
-                results.find(row.name) or {}
-            ) | failed  # what is there of the row is gone on with
+            # A later call continues from the row's finished entries.
+            entries = (results.find(row.name) or {}) | _failure(error)
         measured += 1
         results.put({"row": row.name, **entries})
         if "error" in entries:
             _check_answering(context.device, entries["error"])
-        print(
-            f"  {row.name} ({time.monotonic() - begun:.1f} s): "
-            + (
-                f"{entries['error']} ({'; '.join(entries['where'])})"
-                if "error" in entries
-                else part.line(entries)
-            ),
-            flush=True,
-        )
+        if "error" in entries:
+            outcome = f"{entries['error']} ({'; '.join(entries['where'])})"
+        else:
+            outcome = part.line(entries)
+        print(f"  {row.name} ({time.monotonic() - begun:.1f} s): {outcome}", flush=True)
     results.finish(left)
-    missing = (
-        f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
-    )
+    missing = ""
+    if left:
+        missing = f", {len(left)} left ({next(iter(left))}: {next(iter(left.values()))})"
     print(
         f"{part.name}: {measured} rows in {time.monotonic() - started:.1f} s{missing}; {path}",
         flush=True,
     )
 
 
+def _failure(error: Exception) -> dict[str, Any]:
+    """The entries of a row that failed: the error and the innermost calls."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return {
+        "error": f"{type(error).__name__}: {first_line(error)}",
+        "where": [
+            f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames
+        ],
+    }
+
+
 def _free(device: torch.device) -> None:
-    """Let go of what the row before had, and of what was compiled for it: others' counts against
-    dynamo's limits.
-    """
+    """Release the previous row's memory and compiled code, which counts against dynamo's limits."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -256,7 +250,7 @@ def _free(device: torch.device) -> None:
 
 
 def _check_answering(device: torch.device, error: str) -> None:
-    """End the call where a row has left the GPU in a state in which every other would fail too.
+    """End the call if a row left the GPU in a state in which every other row would fail too.
 
     Raises:
         ConfigError: it has.

@@ -59,7 +59,7 @@ def _matmul(context: Context) -> dict[str, Any]:
 
 
 def _launch(context: Context) -> dict[str, Any]:
-    """What a kernel that does next to nothing takes, launched one by one and in a graph."""
+    """The time of a minimal kernel, launched one by one and in a graph."""
     one = torch.zeros(1, device=context.device)
     found = {}
     for name, graph in (("launched", False), ("in_graph", True)):
@@ -92,7 +92,7 @@ def _version(package: str) -> str | None:
 
 
 def _smi() -> dict[str, Any]:
-    """What only the driver's own tool says; nothing in it names the machine."""
+    """Properties that only the driver's tool reports; none names the machine."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"],

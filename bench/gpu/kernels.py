@@ -1,4 +1,4 @@
-"""The losses alone: the graphs of AHBF at seven sizes, single losses beside other libraries, every
+"""The losses alone: the graphs of AHBF at seven sizes, single losses of other libraries, every
 method's graph at one size.
 """
 
@@ -21,9 +21,11 @@ from fastokd.errors import first_line
 from fastokd.graph import KL, CrossEntropy, Graph, Logits, lower
 from fastokd.graph.plan import Plan
 from fastokd.methods import get_method, list_methods
-from fastokd.ops import evaluate, loss_and_grad
+from fastokd.ops import evaluate, forward_backward
 from fastokd.train.config import TrainConfig
 
+LARGE_SIZE = (16384, 1000)
+"""131 MB of bfloat16 logits, which exceed the L2 cache (50 MB on an H200)."""
 SINGLE_SIZES = ((4096, 1000), (4096, 32_000), (1024, 100_000))
 CODE_SIZES = ((128, 100), (96, 1000), (1024, 1000), (1024, 21841))
 FLOAT_SIZES = ((128, 100), (1024, 1000), (1024, 21841))
@@ -50,7 +52,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a graph is evaluated on: the arguments of ``evaluate`` after the plan, and what
+    """The inputs of a graph: the arguments of ``evaluate`` after the plan, and what
     gradients are taken for.
     """
 
@@ -67,7 +69,7 @@ class Inputs:
         return [value for value in (*self.logits, *self.weights) if value.requires_grad]
 
     def least_bytes(self) -> tuple[int, int]:
-        """What must be moved: for the forward pass every row read once, with gradients these
+        """The bytes to move: for the forward pass every row read once, with gradients these
         written once too.
         """
         read = sum(value.nbytes for value in (*self.logits, *self.externals))
@@ -139,12 +141,12 @@ def _graph_cases(context: Context, graph: Graph, inputs: Inputs, passes: Sequenc
 
 
 def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
-    """What a step runs: loss and gradients at once, and the mean, as the others have it. And the
-    kernels without anything beside them.
+    """The computation of a step (loss and gradients in one pass, and the mean) and the kernels
+    alone.
     """
 
     def at_once() -> Any:
-        rows, _, gradients = loss_and_grad(plan, *inputs.arguments(), fused)
+        rows, _, gradients = forward_backward(plan, *inputs.arguments(), fused)
         return rows.mean(), gradients
 
     def forward() -> Tensor:
@@ -154,7 +156,10 @@ def _kernel_cases(plan: Plan, inputs: Inputs, fused: str) -> Cases:
     return {
         "one kernel graph/both": (at_once, True),
         "kernel alone graph/forward": (forward, True),
-        "kernel alone graph/both": (lambda: loss_and_grad(plan, *inputs.arguments(), fused), True),
+        "kernel alone graph/both": (
+            lambda: forward_backward(plan, *inputs.arguments(), fused),
+            True,
+        ),
     }
 
 
@@ -203,12 +208,8 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
         "cross-entropy": lambda: F.cross_entropy(student, target),
         "KL": lambda: divergence(kl_div),
     }[name]
-    plan, fused, leaves, both = (
-        lower(SINGLES[name]),
-        _fused(context),
-        inputs.leaves(),
-        (False, True),
-    )
+    plan, fused = lower(SINGLES[name]), _fused(context)
+    leaves, both = inputs.leaves(), (False, True)
     cases = _in_modes(
         PASSES,
         leaves,
@@ -220,32 +221,20 @@ def _single_cases(context: Context, name: str, inputs: Inputs) -> tuple[Cases, d
     )
     cases |= _kernel_cases(plan, inputs, fused)
     reasons = {}
-    liger, quack = (
-        _import("liger_kernel", "liger_kernel.transformers"),
-        _import("quack", "quack.cross_entropy"),
-    )
+    liger = _import("liger_kernel", "liger_kernel.transformers")
+    quack = _import("quack", "quack.cross_entropy")
     if isinstance(liger, str):
         reasons["liger"] = liger
     elif name == "KL":
-        cases |= _in_modes(
-            PASSES,
-            leaves,
-            {
-                "liger": (
-                    partial(
-                        divergence, liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
-                    ),
-                    both,
-                )
-            },
-        )
+        kl_loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+        cases |= _in_modes(PASSES, leaves, {"liger": (partial(divergence, kl_loss), both)})
     else:
-        # It leaves the gradient where the logits were, so it gets logits of its own, and is timed
-        # on what its last call left there.
+        # It overwrites the logits with their gradient, so it gets separate logits and is timed on
+        # the result of its last call.
         loss, own = liger.LigerCrossEntropyLoss(), student.detach().clone().requires_grad_()
         cases |= _in_modes(PASSES, [own], {"liger": (lambda: loss(own, target), both)})
     if isinstance(quack, str) or name == "KL":
-        reasons["quack"] = quack if isinstance(quack, str) else "it has none"
+        reasons["quack"] = quack if isinstance(quack, str) else "no such loss"
     else:
         cases |= _in_modes(
             PASSES,
@@ -323,7 +312,7 @@ def _cases(
     def of_single(name: str) -> tuple[dict[str, str], Graph]:
         return {"loss": name}, SINGLES[name]
 
-    for size in tiny if context.dry else SIZES:
+    for size in tiny if context.dry else (*SIZES, LARGE_SIZE):
         yield *of_method("ahbf"), size, half, PASSES
     for size in tiny[:1] if context.dry else SINGLE_SIZES:
         for name in SINGLES:

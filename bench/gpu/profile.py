@@ -1,4 +1,4 @@
-"""Where the time of a step with every lever goes: a trace for Perfetto, and a table of the
+"""The time of a step with every optimization: a trace for Perfetto, and a table of the
 kernels.
 """
 
@@ -15,7 +15,9 @@ from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
 from bench.gpu.step import CIFAR, IMAGENET, TINY, Step
 from bench.loaders import synchronize
-from fastokd.experiments.step_benchmark import EngineStep, chrome_trace, ladder_images
+from fastokd.experiments.step_benchmark import EngineStep
+from fastokd.experiments.step_images import synthetic_images
+from fastokd.experiments.timing import chrome_trace
 from fastokd.storage import write_atomically
 from fastokd.train.randomness import be_deterministic
 
@@ -32,7 +34,7 @@ _NAME = 160
 def kernel_summary(
     events: Sequence[dict[str, Any]], steps: int, categories: Sequence[str] = ON_GPU
 ) -> dict[str, Any]:
-    """What a trace says of the device.
+    """Device times of a trace.
 
     Args:
         events: those of a Chrome trace, times in microseconds.
@@ -89,7 +91,7 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     device, config = context.device, step.config()
     be_deterministic(False)  # as in a run: convolutions by the fastest algorithms
     with context.not_compiled():
-        images = ladder_images(config, step.num_classes)
+        images = synthetic_images(config, step.num_classes)
         running = EngineStep(config, images, device, gathers=True)
         running.model.train()
         running.advance(running.warm_up)
@@ -115,7 +117,7 @@ def _measure(context: Context, step: Step) -> dict[str, Any]:
     if fits := len(packed) <= MAX_TRACE_BYTES:
         write_atomically(trace, lambda file: file.write(packed))
     return {
-        "levers": running.step.levers.describe(),
+        "levers": running.step.options.describe(),
         "precision": running.step.precision,
         "batch": step.batch,
         "step_ms": step_ms,

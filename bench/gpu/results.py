@@ -13,26 +13,27 @@ from typing import Any
 import torch
 
 from fastokd.errors import first_line
-from fastokd.experiments.step_benchmark import processor
+from fastokd.experiments.timing import processor
 from fastokd.storage import storage_error, write_json
 from fastokd.train.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_CODE = (
     "kernels",
-    *(f"fastokd/{room}" for room in ("graph", "ops", "methods", "models", "data", "train")),
+    *(
+        f"fastokd/{package}"
+        for package in ("graph", "ops", "losses", "methods", "models", "data", "train")
+    ),
 )
-"""What decides what a row of any part says, beside the part's own code. Not the commit: that of the
-results themselves, and of pages, changes no number.
+"""The code that the results of all parts depend on. It identifies a file instead of the commit,
+which also changes with results and pages.
 """
 EARLIER = "earlier"
-"""The folder beside the result files for those that were begun anew."""
+"""The folder, next to the result files, of replaced files."""
 
 
 def code_identity(sources: Sequence[str] = ()) -> str:
-    """A hash of the sources that results depend on, and of these files and folders; also there
-    where there is no git.
-    """
+    """A hash of ``MEASURED_CODE`` and of these files and folders. It needs no git."""
     found = hashlib.sha256()
     for source in (*MEASURED_CODE, *sources):
         for path in sorted((ROOT / source).rglob("*")) or [ROOT / source]:
@@ -42,7 +43,7 @@ def code_identity(sources: Sequence[str] = ()) -> str:
 
 
 def identity(device: torch.device, sources: Sequence[str] = ()) -> dict[str, Any]:
-    """What all rows of a file have in common; ``sources`` as in ``code_identity``."""
+    """The common properties of all rows of a file; ``sources`` as in ``code_identity``."""
     now = environment(device)
     return {
         **{name: now[name] for name in ("device", "python", "torch", "triton", "cuda", "cudnn")},
@@ -53,17 +54,17 @@ def identity(device: torch.device, sources: Sequence[str] = ()) -> dict[str, Any
 class Results:
     """The result file of a part.
 
-    A file of the same identity is gone on with. One of another is complete or not: a complete one
-    is left as it is; of one that is not, nothing may be added to, so it is moved to ``earlier/``
-    and begun anew, as is any with ``again``. Nothing that was measured is deleted.
+    A file with the same identity is continued. A complete file with another identity is not
+    changed; an incomplete one is moved to ``earlier/`` and started again, as is any file with
+    ``again``. No measurement is deleted.
 
     Args:
         path: the file.
         part: the part's name.
-        own: the identity of what is measured now.
-        device: where.
-        entries: what the list of rows is called in the file.
-        again: begin anew.
+        own: the identity of the current measurements.
+        device: where they run.
+        entries: the name of the list of rows in the file.
+        again: start again.
 
     Raises:
         StorageError: the file cannot be moved.
@@ -80,7 +81,7 @@ class Results:
     ) -> None:
         self.path = path
         self.note = ""
-        """What was done about a file that was there; empty if nothing had to be."""
+        """What happened to an existing file; empty for none."""
         self._entries = entries
         self._now = environment(device)
         self._new = {
@@ -108,18 +109,18 @@ class Results:
             ]
             why = f"it is of {'; '.join(changed)}"
         if why:
-            self.note = f"{path.name} went to {EARLIER}/ and is begun anew: {why}"
+            self.note = f"{path.name} was moved to {EARLIER}/ and is started again: {why}"
             self._move_away(found)
         else:
             self.values = found
             if found["identity"] != own:
                 self.note = (
                     f"of torch {found['environment']['torch']}, commit"
-                    f" {found['environment']['commit']}, and not of what runs now"
+                    f" {found['environment']['commit']}, not of the current code"
                 )
 
     def _read(self) -> tuple[dict[str, Any], str]:
-        """What the file holds, and why it cannot be gone on with."""
+        """The content of the file, and the reason why it cannot be continued."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             for name, kind in (
@@ -160,27 +161,27 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether every row was measured."""
+        """True if every row was measured."""
         return bool(self.values["complete"])
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows so far; also those that were not measured to the end, or not all went well in
-        (``partial``: why), or failed (``error``).
+        """The rows so far, including incomplete ones (``partial``: the reason) and failed ones
+        (``error``).
         """
         return list(self.values[self._entries])
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """The row of that name, if it is there."""
+        """The row of that name, or None."""
         return next((row for row in self.rows if row["row"] == name), None)
 
     def has(self, name: str) -> bool:
-        """Whether the row is there and is not to be measured again."""
+        """True if the row exists and need not be measured again."""
         row = self.find(name)
         return row is not None and "error" not in row and not row.get("partial")
 
     def head(self, **values: Any) -> None:
-        """Set what belongs to all rows."""
+        """Set values of the whole file."""
         self.values |= values
         self._write()
 
@@ -195,7 +196,7 @@ class Results:
         self._write()
 
     def finish(self, left: dict[str, str]) -> None:
-        """Note which rows are not there, each with the reason."""
+        """Record the missing rows, each with the reason."""
         failed = {
             row["row"]: f"failed: {row['error']}" if "error" in row else row["partial"]
             for row in self.rows
@@ -205,7 +206,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        if not self._written:  # only a call that has something to say is a session
+        if not self._written:  # only a call with results counts as a session
             self._written = True
             self.values["sessions"].append(
                 {name: self._now[name] for name in ("started", "command", "commit")}

@@ -1,5 +1,5 @@
-"""The training step, one lever more a row, at CIFAR and at ImageNet size, with the student alone
-beside it: what does teaching cost?
+"""The training step, with one more optimization per row, at CIFAR and at ImageNet size, and the
+student alone: the cost of teaching.
 """
 
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, OutOfMinutes, Part, Row
 from bench.gpu.results import Results
-from fastokd.experiments.step_benchmark import NEVER, SPENT, Ladder, ladder_images, report
-from fastokd.experiments.step_benchmark import Row as LadderRow
+from fastokd.experiments.step_benchmark import NEVER, SPENT, StepBenchmark, report
+from fastokd.experiments.step_images import synthetic_images
+from fastokd.experiments.step_timer import StepRow
 from fastokd.train.config import TrainConfig
 
 
@@ -61,23 +62,23 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
 
 
 def _measure(context: Context, results: Results, step: Step) -> dict[str, Any]:
-    """A ladder; its rows are kept one by one, so that a later call goes on within it."""
+    """A step benchmark; rows are written one by one, so that a later call resumes it."""
     config = step.config()
-    ladder = Ladder(
+    benchmark = StepBenchmark(
         config,
-        ladder_images(config, step.num_classes),
+        synthetic_images(config, step.num_classes),
         context.device,
         seconds=3.0,
         steps=1 if context.dry else None,
     )
     known = {
-        row["name"]: LadderRow(**row)
+        row["name"]: StepRow(**row)
         for row in (results.find(step.name) or {}).get("rows", ())
         if not row["reason"]
     }
-    rows: list[LadderRow] = []
+    rows: list[StepRow] = []
     with context.not_compiled():
-        for row in ladder.rows(lambda: context.minutes_left() < context.needs(1.0), known):
+        for row in benchmark.rows(lambda: context.minutes_left() < context.needs(1.0), known):
             rows.append(row)
             if row.name not in known:
                 print(
@@ -89,19 +90,19 @@ def _measure(context: Context, results: Results, step: Step) -> dict[str, Any]:
                     flush=True,
                 )
             results.put(
-                {"row": step.name, "partial": "not measured to the end", **report(ladder, rows)}
+                {"row": step.name, "partial": "not measured to the end", **report(benchmark, rows)}
             )
     if missing := [row.name for row in rows if row.reason == SPENT]:
         raise OutOfMinutes(f"{len(rows) - len(missing)} of its {len(rows)} rows are there")
     failed = [f"{row.name}: {row.reason}" for row in rows if row.reason and row.reason not in NEVER]
-    return report(ladder, rows) | ({"partial": "; ".join(failed)} if failed else {})
+    return report(benchmark, rows) | ({"partial": "; ".join(failed)} if failed else {})
 
 
-def _line(ladder: dict[str, Any]) -> str:
-    (best,) = (row for row in ladder["rows"] if row["name"] == ladder["all_levers"])
+def _line(found: dict[str, Any]) -> str:
+    (best,) = (row for row in found["rows"] if row["name"] == found["all_levers"])
     teaching = (
-        f", {ladder['teaching_costs']:.2f} times the student alone"
-        if ladder["teaching_costs"]
+        f", {found['teaching_costs']:.2f} times the student alone"
+        if found["teaching_costs"]
         else ""
     )
     return (

@@ -19,9 +19,15 @@ from bench.gpu import recorder
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import ROOT, Results
 
-ALONE = ("test_triton_gpu.py", "test_step_gpu.py")
-"""Files that are a group of their own, and come first: the kernels, then the step; the others are
-one group.
+_PUBLISHED, _RANDOM = "every_published_graph", "random_graphs"
+ALONE = {
+    "kernels, published graphs": ("test_triton_gpu.py", _PUBLISHED),
+    "kernels, random graphs": ("test_triton_gpu.py", _RANDOM),
+    "kernels, others": ("test_triton_gpu.py", f"not {_PUBLISHED} and not {_RANDOM}"),
+    "step": ("test_step_gpu.py", ""),
+}
+"""Groups that run first: a file, and the names of its tests for pytest's ``-k``. Compiling all
+kernels takes longer than a group may take. The remaining files are one group.
 """
 LIMIT_SECONDS = 300.0
 """Of one group. A test that hangs must not eat the minutes of the others."""
@@ -49,35 +55,20 @@ def run_files(files: Sequence[str], seconds: float, extra: Sequence[str] = ()) -
         extra: further arguments of pytest.
 
     Returns:
-        How many tests passed, failed and so on; the message of each that failed, and the end of
-        where; and where not everything
-        went well, what (``partial``), the tests that had begun and not ended, and the end of what
-        was printed.
+        The counts of outcomes and the message of each failure; after a failure also the reason
+        (``partial``), the unfinished tests, and the end of the output.
     """
     started, killed = time.monotonic(), False
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            "--tb=short",
-            "--continue-on-collection-errors",
-            "-p",
-            recorder.__name__,
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            f"faulthandler_timeout={_HANG_SECONDS}",
-            "-m",
-            "gpu",
-            *files,
-            *extra,
-        ]
-        # A session of its own: what the tests start is killed with them. It is nobody's worker,
-        # whoever calls this.
+        options = (
+            "-v --tb=short --continue-on-collection-errors -m gpu -p no:cacheprovider"
+            f" -p {recorder.__name__} -o faulthandler_timeout={_HANG_SECONDS}"
+        )
+        command = [sys.executable, "-m", "pytest", *options.split(), *files, *extra]
+        # A new session, so that processes started by tests are killed with them. Variables of
+        # pytest-xdist are removed: this is not one of its workers.
         surroundings = {
             name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
         }
@@ -129,7 +120,7 @@ def _kill(process: subprocess.Popen[str]) -> str:
 
 
 def _outcomes(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the recorder wrote."""
+    """The outcomes that the recorder wrote."""
     ended = {line["ended"] for line in lines if "ended" in line}
     found: dict[str, Any] = {
         kind: sum(line.get("outcome") == kind for line in lines) for kind in COUNTED
@@ -149,23 +140,24 @@ def _outcomes(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rows(context: Context, results: Results) -> Iterator[Row]:
     files = gpu_files()
-    groups = (
-        {"all": files}
-        if context.dry
-        else {
-            **{name: [name] for name in ALONE},
-            "the others": [name for name in files if name not in ALONE],
-        }
-    )
+    first = {file for file, _ in ALONE.values()}
+    others = {"others": ([file for file in files if file not in first], "")}
+    groups = {name: ([file], selected) for name, (file, selected) in ALONE.items()} | others
+    if context.dry:
+        groups = {"all": (files, "")}
     # Most of the time goes into compiling kernels, which one process does one after the other;
     # nothing here is timed.
     workers = min(12, (os.cpu_count() or 1) * 3 // 4)
     extra = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
-    for name, group in groups.items():
+    for name, (group, selected) in groups.items():
+        options = ["--collect-only"] if context.dry else extra + ["-k", selected] * bool(selected)
 
-        def measure(paths: Sequence[str] = [f"tests/{file}" for file in group]) -> dict[str, Any]:
+        def measure(
+            paths: Sequence[str] = [f"tests/{file}" for file in group],
+            options: Sequence[str] = options,
+        ) -> dict[str, Any]:
             seconds = max(10.0, min(LIMIT_SECONDS, 60 * context.minutes_left()))
-            return run_files(paths, seconds, ["--collect-only"] if context.dry else extra)
+            return run_files(paths, seconds, options)
 
         yield Row(name, context.needs(1.0), measure)
 

@@ -1,7 +1,7 @@
-"""Training augmentation of a whole batch at once, on whatever device the batch lies.
+"""Training augmentation of a whole batch on its device.
 
-Every operation here has static shapes and no host synchronisation, so it may be compiled or
-captured. What is random is drawn beforehand, on the CPU, so that every device sees the same.
+Every operation has static shapes and no host synchronization, so it can be compiled or captured.
+Random choices are drawn before, on the CPU, so that they are equal on all devices.
 """
 
 import math
@@ -18,17 +18,16 @@ PADDINGS = ("zero", "reflect")
 
 @dataclass(frozen=True)
 class Augment:
-    """The augmentation policy of the training split: a random crop, then random mirroring.
+    """The augmentation policy of the training split: a random crop, then a random horizontal flip.
 
     Args:
-        pad: pixels added on every side before a crop of the original size is taken; 0 for no such
-            crop.
-        flip: mirror each image left to right with probability one half.
-        padding: what is added: "zero" (black pixels) or "reflect" (the image mirrored at its edge,
-            which is not repeated).
+        pad: pixels added on every side before a crop of the original size; 0 for no such crop.
+        flip: flip each image horizontally with probability one half.
+        padding: the added pixels: "zero" (black) or "reflect" (reflected at the edge, which is not
+            repeated).
         crop_scale: the range of the area fraction of random resized crops, (0.08, 1) for ImageNet;
-            None for none. They need the picture in its own size, which the loaders have that decode
-            while training.
+            None for no such crops. They need images of the original size, and so a loader that
+            decodes while training.
         crop_ratio: the range of their aspect ratio, width / height.
     """
 
@@ -50,40 +49,40 @@ class Augment:
         if self.pad:
             raise ConfigError(
                 f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one"
-                " way; leave one of them out"
+                " way; omit one of them"
             )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+        (low, high), ratios = self.crop_scale, self.crop_ratio
+        if not 0 < low <= high <= 1:
             raise ConfigError(
                 f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 <"
                 " low <= high <= 1"
             )
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+        if not 0 < ratios[0] <= ratios[1] < math.inf:
             raise ConfigError(
-                f"augment crop_ratio={self.crop_ratio}: it must be a range of width / height, 0 <"
-                " low <= high"
+                f"augment crop_ratio={ratios}: it must be a range of width / height, 0 < low <="
+                " high"
             )
 
     def evaluation_side(self, side: int) -> int:
-        """What an evaluated image's side is scaled to before its central ``side`` pixels are cut.
+        """The side that evaluated images are scaled to before a center crop of ``side`` pixels.
 
-        Random resized crops show objects larger than they are: 256 for 224 is the custom that goes
-        with them.
+        Random resized crops enlarge objects; scaling to 256 for 224 is the customary correction.
         """
         return side if self.crop_scale is None else round(side * 256 / 224)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The random choices for ``count`` images: crop offsets int64 [count, 2] (y, x) and
-        mirroring bool [count].
+        flips bool [count].
 
-        The crop of an unmoved image has offset ``pad`` on both axes.
+        An offset of ``pad`` on both axes leaves the image unchanged.
         """
         offsets = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=generator)
-        mirrored = torch.randint(0, 2, (count,), generator=generator) == 1
-        return offsets, mirrored & self.flip
+        flipped = torch.randint(0, 2, (count,), generator=generator) == 1
+        return offsets, flipped & self.flip
 
 
 def crop(images: Tensor, offsets: Tensor, pad: int, padding: str = "zero") -> Tensor:
-    """Crop each image out of itself surrounded by ``pad`` pixels, keeping its size.
+    """Pad each image by ``pad`` pixels and crop it to its size.
 
     Args:
         images: [B, H, W, C], any dtype.
@@ -96,53 +95,49 @@ def crop(images: Tensor, offsets: Tensor, pad: int, padding: str = "zero") -> Te
     count, height, width, channels = images.shape
     y = torch.arange(height, device=images.device) + offsets[:, :1] - pad
     x = torch.arange(width, device=images.device) + offsets[:, 1:] - pad
-    place = _reflected if padding == "reflect" else _clamped
-    inner_y, inner_x = place(y, height), place(x, width)
-    # Pixels of all images in one list: picking whole pixels out of it is one gather, and nothing is
-    # padded.
+    is_reflected = padding == "reflect"
+    inner_y, inner_x = (
+        _reflected(positions, size) if is_reflected else positions.clamp(0, size - 1)
+        for positions, size in ((y, height), (x, width))
+    )
+    # One gather of whole pixels from a list of all pixels, without padding anything.
     rows = (
         torch.arange(count, device=images.device)[:, None, None] * height + inner_y[:, :, None]
     ) * width + inner_x[:, None, :]
     picked = images.reshape(-1, channels).index_select(0, rows.flatten()).view(images.shape)
-    if padding == "reflect":
+    if is_reflected:
         return picked
     return picked * ((y == inner_y)[:, :, None] & (x == inner_x)[:, None, :])[..., None]
 
 
-def _clamped(places: Tensor, size: int) -> Tensor:
-    return places.clamp(0, size - 1)
+def _reflected(positions: Tensor, size: int) -> Tensor:
+    """Map -1 to 1, and ``size`` to ``size - 2``."""
+    return size - 1 - (size - 1 - positions.abs()).abs()
 
 
-def _reflected(places: Tensor, size: int) -> Tensor:
-    """-1 is 1, and ``size`` is ``size - 2``."""
-    return size - 1 - (size - 1 - places.abs()).abs()
-
-
-def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror the images [B, H, W, C] left to right where ``mirrored``, bool [B], says so."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)
+def flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Flip those of the images [B, H, W, C] horizontally where ``flipped``, bool [B], is true."""
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(2), images)
 
 
 def normalize(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``images * scale + shift`` of uint8 [B, H, W, C] as float32.
-
-    ``scale`` and ``shift`` are float32 [H * W * C], the channels' factors repeated for every pixel:
-    broadcasting over an inner dimension of three is four times slower on a CPU.
+    """``images * scale + shift`` of uint8 [B, H, W, C] as float32. The factors, float32 [H*W*C],
+    repeat for every pixel: broadcasting over three channels is four times slower on a CPU.
     """
     return (images.flatten(1) * scale + shift).view(images.shape)
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Blending every training image with another one of its batch.
+    """Mixing of every training image with another one of its batch.
 
     Mixup (Zhang et al. 2018) blends pixels and labels by a weight from Beta(alpha, alpha); CutMix
-    (Yun et al. 2019) pastes a box whose area is that weight's complement. With both on, each batch
+    (Yun et al. 2019) pastes a box whose area is that weight's complement. With both, each batch
     draws one of them evenly.
 
     Args:
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of CutMix; 0 for none.
+        mixup: alpha of mixup; 0 disables it.
+        cutmix: alpha of CutMix; 0 disables it.
     """
 
     mixup: float = 0.0
@@ -153,7 +148,7 @@ class Mixing:
             if not 0 <= alpha < float("inf"):
                 raise ConfigError(
                     f"{name}={alpha}: it is the alpha of a Beta distribution, a positive number, or"
-                    " 0 to switch it off"
+                    " 0 to disable it"
                 )
 
     def __bool__(self) -> bool:
@@ -162,23 +157,20 @@ class Mixing:
     def draw(self, count: int, seed: int) -> Tensor:
         """The random choices for ``count`` batches, float32 [count, 5].
 
-        Of each batch the box (top, bottom, left, right) as fractions of the image, and the weight
-        of the image's own pixels outside of it. Mixup's box is empty, CutMix's weight is 1.
+        A row is the box (top, bottom, left, right) as fractions of the image, and the weight of the
+        image's pixels outside the box. Mixup's box is empty, CutMix's weight is 1.
         """
         random = np.random.Generator(np.random.PCG64(seed))
-        cut = (
-            random.random(count) < 0.5
-            if self.mixup and self.cutmix
-            else np.full(count, bool(self.cutmix))
+        cut = np.full(count, bool(self.cutmix))
+        if self.mixup and self.cutmix:
+            cut = random.random(count) < 0.5
+        cut_weight, mix_weight = (
+            random.beta(alpha or 1, alpha or 1, count) for alpha in (self.cutmix, self.mixup)
         )
-        weight = np.where(
-            cut,
-            random.beta(self.cutmix or 1, self.cutmix or 1, count),
-            random.beta(self.mixup or 1, self.mixup or 1, count),
-        )
+        weight = np.where(cut, cut_weight, mix_weight)
         half = np.where(cut, np.sqrt(1 - weight) / 2, 0.0)
-        centre_y, centre_x = random.random((2, count))
-        box = [centre_y - half, centre_y + half, centre_x - half, centre_x + half]
+        center_y, center_x = random.random((2, count))
+        box = [center_y - half, center_y + half, center_x - half, center_x + half]
         choices = np.stack([*np.clip(box, 0, 1), np.where(cut, 1.0, weight)], axis=1)
         return torch.from_numpy(choices.astype(np.float32))
 
@@ -191,7 +183,7 @@ def mix(
     choice: Tensor,
     num_classes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Blend each image with another.
+    """Mix each image with another.
 
     Args:
         images, others: floating [..., B, H, W, C].
@@ -200,18 +192,16 @@ def mix(
         num_classes: C of the result's targets.
 
     Returns:
-        the images, and their targets float32 [B, C]: the share of the pixels that each class has.
+        The images, and their targets float32 [B, C]: each class's share of the pixels.
     """
     height, width = images.shape[-3:-1]
     top, bottom, left, right, weight = choice.unbind()
     y, x = ((torch.arange(size, device=images.device) + 0.5) / size for size in (height, width))
     box = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
-    own = torch.where(box, 0.0, weight)  # [H, W], the weight of the image's own pixels
-    mixed = torch.lerp(
-        others, images, own[..., None].to(images.dtype).expand_as(images)
-    )  # exact where the weight is 0 or 1
-    share = own.mean()
+    weights = torch.where(box, 0.0, weight)  # [H, W], of the pixels of ``images``
+    # Exact where the weight is 0 or 1
+    mixed = torch.lerp(others, images, weights[..., None].to(images.dtype).expand_as(images))
+    share = weights.mean()
     classes = torch.arange(num_classes, device=target.device)
-    return mixed, share * (target[:, None] == classes) + (1 - share) * (
-        other_target[:, None] == classes
-    )
+    own, other = target[:, None] == classes, other_target[:, None] == classes
+    return mixed, share * own + (1 - share) * other

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 in the files that torchvision and the authors' ``-python.tar.gz`` archives
 use.
 
-Those files are pickles. They are read by an unpickler that resolves nothing but what an array of
-numbers is made of, so a file from an untrusted place can do no more than be refused.
+These files are pickles. They are read by an unpickler that resolves only the parts of an array of
+numbers, so a malicious file can only be refused.
 """
 
 import io
@@ -19,9 +19,9 @@ import torch
 
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource, Split
-from fastokd.data.images import resize_all, show
-from fastokd.data.registry import DatasetKind, ReadOptions
-from fastokd.errors import DataError
+from fastokd.data.images import resize_all
+from fastokd.data.kinds import DatasetKind, ReadOptions
+from fastokd.errors import DataError, escape
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,26 @@ class CifarFiles:
 
 
 _CIFAR10 = CifarFiles(
-    "cifar10",
-    "cifar-10-batches-py",
-    "cifar-10-python.tar.gz",
-    tuple(f"data_batch_{i}" for i in range(1, 6)),
-    ("test_batch",),
-    "batches.meta",
-    "labels",
-    "label_names",
+    name="cifar10",
+    folder="cifar-10-batches-py",
+    archive="cifar-10-python.tar.gz",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test=("test_batch",),
+    meta="batches.meta",
+    labels_key="labels",
+    classes_key="label_names",
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
 _CIFAR100 = CifarFiles(
-    "cifar100",
-    "cifar-100-python",
-    "cifar-100-python.tar.gz",
-    ("train",),
-    ("test",),
-    "meta",
-    "fine_labels",
-    "fine_label_names",
+    name="cifar100",
+    folder="cifar-100-python",
+    archive="cifar-100-python.tar.gz",
+    train=("train",),
+    test=("test",),
+    meta="meta",
+    labels_key="fine_labels",
+    classes_key="fine_label_names",
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
 )
@@ -68,17 +68,11 @@ _CIFAR100 = CifarFiles(
 
 def _find(files: CifarFiles, path: Path) -> Path | None:
     """The folder with the files: ``path`` itself, or the one below it."""
-    return next(
-        (p for p in (path / files.folder, path) if p.name == files.folder and os.path.isdir(p)),
-        None,
-    )
+    folders = (path / files.folder, path)
+    return next((p for p in folders if p.name == files.folder and os.path.isdir(p)), None)
 
 
-def _detect(files: CifarFiles, path: Path) -> bool:
-    return _find(files, path) is not None
-
-
-def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSource:
+def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSource[Split]:
     if path is None:
         raise DataError(
             f"{files.name} needs a folder: {files.name}:PATH, where PATH holds {files.folder}/"
@@ -91,35 +85,24 @@ def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSou
             if os.path.exists(path / files.archive)
             else f"put the unpacked {files.archive} there"
         )
-        raise DataError(f"{show(path)}: no {files.folder}/; {fix} (nothing is downloaded)")
-    missing = [
-        name
-        for name in (*files.train, *files.test, files.meta)
-        if not os.path.isfile(folder / name)
-    ]
+        raise DataError(f"{escape(path)}: no {files.folder}/; {fix} (nothing is downloaded)")
+    names = (*files.train, *files.test, files.meta)
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise DataError(
-            f"{show(folder)}: missing {', '.join(missing)}; unpack {files.archive} again"
+            f"{escape(folder)}: missing {', '.join(missing)}; unpack {files.archive} again"
         )
     classes = _load(folder / files.meta).get(files.classes_key)
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise DataError(
-            f"{show(folder / files.meta)}: no list '{files.classes_key}' in it; unpack"
+            f"{escape(folder / files.meta)}: no list '{files.classes_key}' in it; unpack"
             f" {files.archive} again"
         )
-    train, test = (
-        _read_split(name, folder, batches, files, options.image_size)
-        for name, batches in (("train", files.train), ("test", files.test))
-    )
+    train = _read_split("train", folder, files.train, files, options.image_size)
+    test = _read_split("test", folder, files.test, files, options.image_size)
+    augment, root = Augment(pad=train.images.shape[-1] // 8, flip=True), folder.resolve()
     return DataSource(
-        files.name,
-        tuple(classes),
-        train,
-        test,
-        mean=files.mean,
-        std=files.std,
-        root=folder.resolve(),
-        augment=Augment(pad=train.images.shape[-1] // 8, flip=True),
+        files.name, tuple(classes), train, test, None, files.mean, files.std, augment, root
     )
 
 
@@ -130,20 +113,17 @@ def _read_split(
     for batch in batches:
         content = _load(folder / batch)
         pixels, labels = content.get("data"), content.get(files.labels_key)
-        sound = (
-            isinstance(pixels, np.ndarray)
-            and pixels.dtype == np.uint8
-            and pixels.shape[1:] == (3072,)
-        )
         if (
-            not sound
+            not isinstance(pixels, np.ndarray)
+            or pixels.dtype != np.uint8
+            or pixels.shape[1:] != (3072,)
             or not isinstance(labels, list)
             or len(labels) != len(pixels)
             or not all(type(y) is int for y in labels)
         ):
             raise DataError(
-                f"{show(folder / batch)}: not uint8 'data' [N, 3072] with N '{files.labels_key}';"
-                f" unpack {files.archive} again"
+                f"{escape(folder / batch)}: not uint8 'data' [N, 3072] with N"
+                f" '{files.labels_key}'; unpack {files.archive} again"
             )
         images.append(torch.from_numpy(pixels).reshape(-1, 3, 32, 32).permute(0, 2, 3, 1))
         targets += labels
@@ -152,53 +132,45 @@ def _read_split(
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol-2 pickles of Python 3 spell bytes: ``_codecs.encode(text, "latin1")``. Other
-    codecs are refused.
-    """
+    """Bytes in protocol-2 pickles of Python 3; other codecs are refused."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding}")
     return text.encode("latin1")
 
 
-def _array_parts() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What a pickled array refers to; the function that NumPy 1 and 2 keep in different modules is
-    asked for, not named.
-    """
-    rebuild = np.empty(0).__reduce__()[0]
-    return {
-        ("numpy.core.multiarray", "_reconstruct"): rebuild,
-        ("numpy._core.multiarray", "_reconstruct"): rebuild,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
+# NumPy 1 and 2 keep ``_reconstruct`` in different modules, so it is taken from an array.
+_rebuild: Any = np.empty(0).__reduce__()[0]
+_ARRAY_PARTS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    parts = _array_parts()
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.parts:
+        if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR file does")
-        return self.parts[module, name]
+        return _ARRAY_PARTS[module, name]
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A CIFAR file's dictionary, its keys as text.
+    """A CIFAR file's dictionary, with text keys.
 
     Raises:
-        DataError: the file is damaged, or holds anything besides numbers, text and containers.
+        DataError: the file is damaged, or holds more than numbers, text and containers.
     """
+    reason = ""
     try:
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise DataError(
-            f"{show(path)}: not a CIFAR file ({show(error) or type(error).__name__}); unpack the"
-            " archive again"
-        ) from error
+    except Exception as error:  # damaged bytes make the unpickler raise almost any exception
+        content, reason = None, escape(error) or type(error).__name__
     if not isinstance(content, dict):
         raise DataError(
-            f"{show(path)}: not a CIFAR file (a {type(content).__name__}); unpack the archive again"
+            f"{escape(path)}: not a CIFAR file ({reason or f'a {type(content).__name__}'}); unpack"
+            " the archive again"
         )
     return {
         key.decode("latin1") if isinstance(key, bytes) else str(key): value
@@ -206,5 +178,5 @@ def _load(path: Path) -> dict[str, Any]:
     }
 
 
-CIFAR10 = DatasetKind(partial(_read, _CIFAR10), partial(_detect, _CIFAR10))
-CIFAR100 = DatasetKind(partial(_read, _CIFAR100), partial(_detect, _CIFAR100))
+CIFAR10 = DatasetKind(partial(_read, _CIFAR10), lambda path: _find(_CIFAR10, path) is not None)
+CIFAR100 = DatasetKind(partial(_read, _CIFAR100), lambda path: _find(_CIFAR100, path) is not None)

@@ -1,7 +1,7 @@
-"""What a dataset is: splits of images, the classes, and how the pixels are normalised.
+"""Datasets: splits of images, classes, and the normalization of pixels.
 
-A split holds decoded images (``Split``) or names of image files (``fastokd.data.files.FileSplit``);
-what does not depend on that is written once, over either.
+A split holds decoded images (``Split``) or names of image files (``fastokd.data.files.FileSplit``).
+Code that needs neither is written for both.
 """
 
 import hashlib
@@ -10,24 +10,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastokd.data.augment import Augment
-from fastokd.data.images import first_of, show
-from fastokd.errors import ConfigError, DataError
+from fastokd.errors import ConfigError, DataError, escape, summarize
 
 _CHUNK = 8192  # images at a time where a whole split would need a second copy of itself
 _CHUNK_PIXELS = 2**18  # pixels at a time where the copy is several times wider
 
 
 class AnySplit(Protocol):
-    """What a split of decoded images and one of image files have in common."""
+    """The interface that ``Split`` and ``FileSplit`` share."""
 
-    name: str
-    targets: Tensor
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def targets(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -39,15 +41,15 @@ S = TypeVar("S", bound=AnySplit)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a dataset.
+    """One split of decoded images.
 
     Args:
         name: "train", "val" or "test".
-        images: uint8 [N, 3, H, W]; channels last in memory costs the loaders no copy.
+        images: uint8 [N, 3, H, W]; channels-last memory saves the loaders a copy.
         targets: int64 [N], class numbers.
-        files: the N files the images came from, relative to the dataset's root; None where there
-            are no such files.
-        sums: ``image_sums`` of the images, where they are known already.
+        files: the N files of the images, relative to the dataset's root; None if there are no
+            files.
+        sums: ``image_sums`` of the images, if known.
     """
 
     name: str
@@ -57,26 +59,25 @@ class Split:
     sums: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        images, targets, where = self.images, self.targets, f"split '{self.name}'"
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(
-                f"split '{self.name}': images are {self.images.dtype} {list(self.images.shape)};"
-                " they must be uint8 [N, 3, H, W]"
+                f"{where}: images are {images.dtype} {list(images.shape)}; they must be uint8 [N,"
+                " 3, H, W]"
             )
-        if self.targets.dtype != torch.int64 or self.targets.shape != self.images.shape[:1]:
+        if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
             raise DataError(
-                f"split '{self.name}': targets are {self.targets.dtype} {list(self.targets.shape)};"
-                f" they must be int64 [{len(self.images)}], one per image"
+                f"{where}: targets are {targets.dtype} {list(targets.shape)}; they must be int64"
+                f" [{len(images)}], one per image"
             )
-        if self.files is not None and len(self.files) != len(self.images):
-            raise DataError(
-                f"split '{self.name}': {len(self.files)} file names for {len(self.images)} images"
-            )
+        if self.files is not None and len(self.files) != len(images):
+            raise DataError(f"{where}: {len(self.files)} file names for {len(images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def select(self, index: Tensor, name: str | None = None) -> "Split":
-        """A copy of the images of ``index``, int64 [K], under another name if one is given."""
+        """A copy of the images of ``index``, int64 [K], optionally under another name."""
         pixels = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
         files = None if self.files is None else tuple(self.files[i] for i in index.tolist())
         sums = None if self.sums is None else self.sums.index_select(0, index)
@@ -85,24 +86,22 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class DataSource(Generic[S]):
-    """What a dataset kind lists or reads: everything that does not depend on how a run wants to use
-    it.
+    """A dataset as its kind lists or reads it, independent of the settings of a run.
 
     Args:
         name: short name for tables and logs.
         classes: the class names; a target is an index into them.
         train: the training split.
-        test: the evaluation split, never trained on (the ``val/`` folder where there is no
-            ``test/``); None where all images are for training, and some must be held out.
-        val: a validation split of its own, where the dataset has one besides ``test``.
-        mean, std: the customary normalisation per channel, as fractions of 255; None to measure the
-            training split.
-        augment: the customary augmentation; None for the crop and flip that suit the images' size.
-        root: the folder the data came from, if any.
-        ignored_files: files in that folder that are no images.
-        replaced_files: training images that cannot be decoded, for which others of their class
-            stand.
-        fingerprint: of the decoded images, where it is known already.
+        test: the evaluation split, never trained on (``val/`` if there is no ``test/``). None if
+            all images are for training, so that some must be held out.
+        val: the validation split, if the dataset has one in addition to ``test``.
+        mean, std: the customary normalization per channel, as fractions of 255; None to compute it
+            from the training split.
+        augment: the customary augmentation; None for the crop and flip that suit the image size.
+        root: the dataset's folder, if any.
+        ignored_files: number of files in that folder that are not images.
+        replaced_files: number of corrupt training images replaced by others of their class.
+        fingerprint: of the decoded images, if known.
 
     Raises:
         DataError: fewer than two classes, a class without training images, an empty split, or a
@@ -123,55 +122,46 @@ class DataSource(Generic[S]):
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
-            raise DataError(
-                f"{show(self.name)}: {len(self.classes)} class(es); a classifier needs two or more"
-            )
+        where = escape(self.name)
+        count = len(self.classes)
+        if count < 2:
+            raise DataError(f"{where}: {count} class(es); a classifier needs two or more")
         for name in self.classes:
             try:
                 name.encode()
             except UnicodeEncodeError:
                 raise DataError(
-                    f"{show(self.name)}: the class name {show(name)} is not valid UTF-8; rename its"
-                    " folder"
+                    f"{where}: the class name {escape(name)} is not valid UTF-8; rename its folder"
                 ) from None
         for split in self.splits:
             if not len(split):
-                raise DataError(
-                    f"{show(self.name)}: split '{split.name}' is empty; put images in it"
-                )
+                raise DataError(f"{where}: split '{split.name}' is empty; put images in it")
             low, high = int(split.targets.min()), int(split.targets.max())
-            if low < 0 or high >= len(self.classes):
-                wrong = low if low < 0 else high
+            if low < 0 or high >= count:
                 raise DataError(
-                    f"{show(self.name)}: split '{split.name}' has label {wrong}, outside"
-                    f" 0..{len(self.classes) - 1} of its {len(self.classes)} classes; correct the"
-                    " labels or the class list"
+                    f"{where}: split '{split.name}' has label {low if low < 0 else high}, outside"
+                    f" 0..{count - 1} of its {count} classes; correct the labels or the class list"
                 )
-        counts = torch.bincount(self.train.targets, minlength=len(self.classes))
+        counts = torch.bincount(self.train.targets, minlength=count)
         unseen = [self.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         if unseen:
             raise DataError(
-                f"{show(self.name)}: no training images of {first_of(unseen)}; add some or drop the"
-                " class"
+                f"{where}: no training images of {summarize(unseen)}; add some or drop the class"
             )
 
     @property
     def splits(self) -> tuple[S, ...]:
-        """The splits there are, in the order train, test, val."""
+        """All splits, in the order train, test, val."""
         return tuple(split for split in (self.train, self.test, self.val) if split is not None)
 
-    def carved(self, val_split: float, seed: int) -> tuple[S, S, S | None]:
+    def hold_out(self, val_split: float, seed: int) -> tuple[S, S, S | None]:
         """The splits (train, test, val) after holding out ``val_split`` of every class of the
-        training images.
-
-        Where the source has no test split, the images held out take its place, as ``val/`` does
-        without ``test/``.
+        training images. Without a test split, the held-out images become the test split.
 
         Raises:
             ConfigError: a fraction out of range.
-            DataError: nothing to evaluate on, a class too small to be split, or a validation split
-                is there already.
+            DataError: no evaluation images, a class too small to be split, or a dataset that has a
+                validation split.
         """
         if not 0 <= val_split < 1:
             raise ConfigError(
@@ -181,27 +171,21 @@ class DataSource(Generic[S]):
         if not val_split:
             if self.test is None:
                 raise DataError(
-                    f"{show(self.root or self.name)}: no val/ or test/ images; hold some training"
+                    f"{escape(self.root or self.name)}: no val/ or test/ images; hold some training"
                     " images out with --val-split, e.g. 0.1"
                 )
             return self.train, self.test, self.val
         if self.val is not None:
             raise DataError(
-                f"{show(self.name)} has a validation split of its own; leave --val-split at 0"
+                f"{escape(self.name)} already has a validation split; leave --val-split at 0"
             )
-        train, val = carve(self.train, self.classes, val_split, seed)
+        train, val = split_off(self.train, self.classes, val_split, seed)
         return (train, val, None) if self.test is None else (train, self.test, val)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SplitSet(Generic[S]):
-    """A dataset as a run uses it: the splits with a validation split carved, and the normalisation
-    settled.
-
-    Every such class also has ``image_size``, height and width of the images its loaders give, and
-    ``fingerprint``, a SHA-256 in hex: two runs with the same fingerprint saw the same data,
-    wherever its files lay.
-    """
+    """A dataset as a run uses it: validation split held out, normalization decided."""
 
     name: str
     classes: tuple[str, ...]
@@ -215,38 +199,48 @@ class SplitSet(Generic[S]):
     ignored_files: int = 0
     replaced_files: int = 0
 
+    if TYPE_CHECKING:  # subclasses have them as fields or as properties
+
+        @property
+        def image_size(self) -> tuple[int, int]:
+            """Height and width of the images that the loaders return."""
+
+        @property
+        def fingerprint(self) -> str:
+            """A SHA-256 in hex. Runs with equal fingerprints saw the same data, independent of
+            where its files are.
+            """
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     @property
     def splits(self) -> tuple[S, ...]:
-        """The splits there are, in the order train, val, test."""
+        """All splits, in the order train, val, test."""
         return tuple(split for split in (self.train, self.val, self.test) if split is not None)
 
     @property
     def evaluation(self) -> S:
-        """What a run is evaluated on: the validation split if there is one, else the test split."""
+        """The split a run is evaluated on: validation if present, else test."""
         return self.test if self.val is None else self.val
 
     def split(self, name: str) -> S:
         """The split "train", "val" or "test".
 
         Raises:
-            ConfigError: there is none of that name here.
+            ConfigError: the dataset has no split of that name.
         """
         found = {"train": self.train, "val": self.val, "test": self.test}.get(name)
         if found is None:
-            fix = (
-                "; hold some training images out with --val-split"
-                if name == "val"
-                else "; use train, val or test"
-            )
-            raise ConfigError(f"{self.name} has no split '{name}'{fix}")
+            fix = "use train, val or test"
+            if name == "val":
+                fix = "hold some training images out with --val-split"
+            raise ConfigError(f"{self.name} has no split '{name}'; {fix}")
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What a run's environment record says about its data: plain numbers and strings."""
+        """The dataset in a run's environment record: plain numbers and strings."""
         return {
             "name": self.name,
             "root": None if self.root is None else str(self.root),
@@ -263,9 +257,10 @@ class SplitSet(Generic[S]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset(SplitSet[Split]):
-    """A dataset whose images are decoded, all to one size.
+    """A dataset of decoded images of one size.
 
-    Its fingerprint is of the decoded pixels, labels and class names of all splits before carving.
+    Its fingerprint covers the pixels, labels and class names of all splits before any images are
+    held out.
     """
 
     fingerprint: str
@@ -284,42 +279,35 @@ def prepare(
     std: Sequence[float] | None = None,
     augment: Augment | None = None,
 ) -> Dataset:
-    """Carve the validation split off the training split and settle the normalisation.
-
-    Args:
-        val_split: fraction of every class's training images to hold out, 0 <= val_split < 1.
-        seed: chooses which images are held out.
-        mean, std: override the source's, both together; one number per channel, as fractions of
-            255.
-        augment: override the source's policy.
+    """Split the validation images off the training split and decide the normalization; arguments as
+    for ``open_dataset``.
 
     Raises:
         ConfigError: a fraction, mean or std out of range.
         DataError: splits of different image sizes, a class too small to be split, or a dataset that
-            has a validation split already.
+            already has a validation split.
     """
     size = source.train.images.shape[1:]
     for split in source.splits:
-        if split.images.shape[1:] != size:
+        other = split.images.shape[1:]
+        if other != size:
             raise DataError(
-                f"{show(source.name)}: images of split '{split.name}' are"
-                f" {list(split.images.shape[1:])} and those of '{source.train.name}' {list(size)};"
-                " open the dataset with one image_size"
+                f"{escape(source.name)}: images of split '{split.name}' are {list(other)} and those"
+                f" of '{source.train.name}' {list(size)}; open the dataset with one image_size"
             )
     source = normalized_by(source, mean, std)
-    train, test, val = source.carved(val_split, seed)
-    if source.mean is None or source.std is None:
-        measured_mean, measured_std = channel_statistics(train.images, train.sums)
-    else:
-        measured_mean, measured_std = source.mean, source.std
+    train, test, val = source.hold_out(val_split, seed)
+    mean, std = source.mean, source.std
+    if mean is None or std is None:
+        mean, std = channel_statistics(train.images, train.sums)
     return Dataset(
         name=source.name,
         classes=source.classes,
         train=train,
         test=test,
         val=val,
-        mean=measured_mean,
-        std=measured_std,
+        mean=tuple(mean),
+        std=tuple(std),
         augment=augment or source.augment or Augment(pad=min(size[1:]) // 8, flip=True),
         fingerprint=source.fingerprint or fingerprint(source),
         root=source.root,
@@ -331,21 +319,17 @@ def prepare(
 def normalized_by(
     source: DataSource[S], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> DataSource[S]:
-    """The source with another normalisation, both given together or neither.
+    """The source with another normalization; both or neither must be given.
 
     Raises:
-        ConfigError: only one of them, or numbers that are not finite.
+        ConfigError: only one is given, or non-finite numbers.
     """
     if (mean is None) != (std is None):
         raise ConfigError("mean and std belong together; give both or neither")
     if mean is None or std is None:
         return source
-    if (
-        len(mean) != 3
-        or len(std) != 3
-        or not all(map(math.isfinite, mean))
-        or not all(0 < s < math.inf for s in std)
-    ):
+    finite = all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+    if len(mean) != 3 or len(std) != 3 or not finite:
         raise ConfigError(
             f"mean={list(mean)}, std={list(std)}; they are three finite numbers each, and std is"
             " positive"
@@ -353,12 +337,9 @@ def normalized_by(
     return replace(source, mean=tuple(mean), std=tuple(std))
 
 
-def carve(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple[S, S]:
+def split_off(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple[S, S]:
     """Hold out ``fraction`` of every class, at least one image of each and never all; returns
-    (train, val).
-
-    Both keep the order the images had. The choice depends on nothing but the labels, the fraction
-    and the seed.
+    (train, val), in the order of the images. The choice depends only on labels, fraction and seed.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(train), dtype=torch.bool)
@@ -366,8 +347,8 @@ def carve(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple
         members = (train.targets == label).nonzero().flatten()
         if len(members) < 2:
             raise DataError(
-                f"class '{show(name)}' has {len(members)} training image: too few to hold any out;"
-                " add images or leave --val-split at 0"
+                f"class '{escape(name)}' has {len(members)} training image: too few to hold any"
+                " out; add images or leave --val-split at 0"
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
@@ -376,9 +357,7 @@ def carve(train: S, classes: Sequence[str], fraction: float, seed: int) -> tuple
 
 
 def image_sums(images: Tensor) -> Tensor:
-    """Of every image and channel of uint8 [N, C, H, W] the sum of the pixels and that of their
-    squares: int64 [N, 2, C].
-    """
+    """Sums of the pixels and of their squares, int64 [N, 2, C], of images uint8 [N, C, H, W]."""
     pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H * W, C]
     out = torch.empty(len(images), 2, images.shape[1], dtype=torch.int64)
     per_chunk = max(1, _CHUNK_PIXELS // max(1, pixels.shape[1]))
@@ -393,11 +372,8 @@ def channel_statistics(
     images: Tensor, sums: Tensor | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of uint8 [N, C, H, W], as
-    fractions of 255.
-
-    Exact up to one rounding: from sums of integers. A channel that never varies gets the deviation
-    1, so that it normalises to zero. ``sums`` are ``image_sums`` of the images, if they are known
-    already.
+    fractions of 255, exact up to one rounding. A channel that never varies gets the deviation 1.
+    ``sums`` are ``image_sums`` of the images, if known.
     """
     totals, squares = (image_sums(images) if sums is None else sums).sum(0).tolist()
     count = images.shape[0] * images.shape[2] * images.shape[3]
@@ -414,7 +390,7 @@ def fingerprint(source: DataSource[Split]) -> str:
     header = [list(source.classes), [[s.name, list(s.images.shape)] for s in source.splits]]
     digest.update(json.dumps(header).encode())
     for split in source.splits:
-        digest.update(split.targets.contiguous().numpy())
+        digest.update(split.targets.contiguous().numpy().data)
         for part in split.images.permute(0, 2, 3, 1).split(_CHUNK):
-            digest.update(part.contiguous().numpy())
+            digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()

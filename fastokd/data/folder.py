@@ -1,23 +1,24 @@
-"""A folder tree of image files: a folder of images per class, below ``train/``, ``val/`` and
-``test/`` or alone.
+"""A folder tree of image files: one folder of images per class, either directly in the root or
+below ``train/``, ``val/`` and ``test/``.
 
-Where ``val/`` or ``test/`` is flat, as ImageNet's and Tiny-ImageNet's are, a label file says what
-its images show.
+If ``val/`` or ``test/`` is flat, as for ImageNet and Tiny-ImageNet, a label file has the classes.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit, check_finished
-from fastokd.data.images import EXTENSIONS, first_of, show
+from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
+from fastokd.data.images import EXTENSIONS
+from fastokd.data.kinds import DatasetKind
 from fastokd.data.label_list import NAMES, find_label_file, read_label_file
-from fastokd.data.registry import DatasetKind
-from fastokd.errors import ConfigError, DataError
+from fastokd.errors import ConfigError, DataError, escape, summarize
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
 SPLITS = {
@@ -25,18 +26,90 @@ SPLITS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-"""The splits, and the words that folders, archives and lists call them by."""
+"""The splits, and the words for each in names of folders and archives and in lists."""
 
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-"""The split that each of the words means."""
+"""The split that each of the words names."""
+
+
+class Finding(NamedTuple):
+    """A problem of a tree: its kind in the report of ``fastokd data check``, its entry there, and
+    the error that ``list_tree`` raises.
+    """
+
+    kind: str
+    entry: str
+    error: DataError
+
+
+@dataclass
+class Listing:
+    """The image files of one split of a tree, and what is wrong with its structure.
+
+    Attributes:
+        split: "train", "val" or "test"; "" if the class folders are in the root.
+        folder: the split's folder, relative to the root.
+        classes: the names of its class folders.
+        files: paths of the images.
+        labels: the class name of each image; "" if unknown.
+        ignored: files that are not images, relative to the root.
+    """
+
+    split: str
+    folder: str
+    classes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def note(self, kind: str, entry: str, error: DataError) -> None:
+        self.findings.append(Finding(kind, entry, error))
+
+    def raise_first(self, root: Path, *, empty: bool = True) -> None:
+        """Raise the first problem's error; ``empty`` includes class folders without images."""
+        for finding in self.findings:
+            if finding.kind != "empty class":
+                raise finding.error
+        if empty:
+            _raise_empty(root, [finding.entry for finding in self.findings])
+
+    def file_split(self, name: str, root: Path, classes: Sequence[str]) -> FileSplit:
+        """The images as a split of a dataset with these classes."""
+        number = {label: i for i, label in enumerate(classes)}
+        targets = [number[label] for label in self.labels]
+        files = tuple(os.path.relpath(file, root) for file in self.files)
+        return FileSplit(name, root, files, torch.tensor(targets, dtype=torch.int64))
+
+    def as_source(self, root: Path, name: str) -> DataSource[FileSplit]:
+        """The images as the only split, of this name, of a dataset."""
+        splits = {"train": self.file_split(name, root, self.classes)}
+        root = root.resolve()
+        return from_splits(root.name, self.classes, splits, root, len(self.ignored))
+
+
+def walk_tree(root: Path) -> Iterator[Listing]:
+    """List each split of a tree, whatever is wrong with it.
+
+    Hidden files and folders are skipped, and so are files without an image extension. Folders below
+    a class folder belong to the class; symbolic links are followed, each folder once per class.
+
+    Raises:
+        DataError: two folders of one split.
+    """
+    folders = split_folders(root)
+    if not folders:
+        yield _walk_split(root, "", ".")
+    classes: list[str] = []
+    for split, folder in folders.items():
+        listing = _walk_split(root, split, folder, None if split == "train" else classes)
+        if split == "train":
+            classes = listing.classes
+        yield listing
 
 
 def list_tree(root: Path | None) -> DataSource[FileSplit]:
-    """List a tree's image files and check its structure, without opening any of them.
-
-    Hidden files and folders are passed over, and so are files without an image extension (they are
-    counted). Folders below a class folder belong to the class; symbolic links are followed, each
-    folder once per class.
+    """List a tree's image files as ``walk_tree`` does, and check its structure.
 
     Raises:
         DataError: a folder or split that is missing or empty, classes that differ between the
@@ -44,197 +117,198 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
     """
     if root is None:
         raise DataError(f"folder needs a path: folder:PATH, with {LAYOUT}")
-    # os.path's tests, unlike pathlib's, answer False where permission is missing.
+    # os.path's tests, unlike pathlib's, return False where permission is missing.
     if not os.path.isdir(root):
-        raise DataError(f"{show(root)}: no folder that can be read; give one with {LAYOUT}")
+        raise DataError(f"{escape(root)}: no folder that can be read; pass one with {LAYOUT}")
     names = split_folders(root)
     if not names:
         return _one_folder(root)
     if "train" not in names:
-        found = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
+        present = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
         raise DataError(
-            f"{show(root)}: no train/ (found {first_of(found)}); arrange the images as {LAYOUT}"
+            f"{escape(root)}: no train/ (found {summarize(present)}); arrange the images as"
+            f" {LAYOUT}"
         )
     check_finished(root)
-    classes = _class_names(root / names["train"])
+    classes: list[str] = []
     splits: dict[str, FileSplit] = {}
     ignored, empty = 0, []
-    for split, name in names.items():
-        flat = flat_images(root / name, classes) if split != "train" else None
-        if flat is not None:
-            labels = find_label_file(root, split, root / name)
-            if labels is None and split == "test" and "val" in splits:
-                ignored += len(flat)  # ImageNet's test images, whose labels are not public
-                continue
-            if labels is None:
-                raise DataError(
-                    f"{show(root / name)}: {len(flat)} images and no class folders; put the images"
-                    " of each class into a folder named after it, or say what they are in a file"
-                    f" there: {NAMES[0]} with 'image class' lines, or ImageNet's ground truth"
-                    f" ({NAMES[-1]} and meta.mat)"
-                )
-            targets = read_label_file(labels, [os.path.basename(path) for path in flat], classes)
-            splits[split] = _file_split(split, root, flat, targets)
+    for listing in walk_tree(root):
+        split = listing.split
+        listing.raise_first(root, empty=False)
+        if split == "train":
+            classes = listing.classes
+        elif listing.classes:
+            _check_same_classes(root, names["train"], classes, listing)
+        elif "" in listing.labels:  # a flat test split without a label file
+            if "val" not in splits:
+                raise _no_labels_error(root / listing.folder, len(listing.files))
+            ignored += len(listing.files)  # ImageNet's test images, whose labels are not public
             continue
-        if split != "train":
-            _same_classes(root, classes, names["train"], name)
-        files, targets, others, without = _list_classes(root, name, classes)
-        splits[split] = _file_split(split, root, files, targets)
-        ignored += others
-        empty += without
-    if empty:
-        raise DataError(
-            f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or"
-            " remove them in every split"
-        )
-    # Where there is no test/, val/ is what the run is judged on.
-    test = splits.pop("test") if "test" in splits else splits.pop("val", None)
-    return DataSource(
-        root.resolve().name,
-        tuple(classes),
-        splits["train"],
-        test,
-        splits.get("val"),
-        root=root.resolve(),
-        ignored_files=ignored,
-    )
+        splits[split] = listing.file_split(split, root, classes)
+        ignored += len(listing.ignored)
+        empty += [finding.entry for finding in listing.findings]
+    _raise_empty(root, empty, " in every split")
+    resolved = root.resolve()
+    return from_splits(resolved.name, classes, splits, resolved, ignored)
 
 
 def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
-    """One split of a tree as the only one of a source, without the rest: ``train/`` need not be
-    there.
+    """List one split of a tree as the only one of its source; ``train/`` need not exist.
 
     Args:
-        name: "train", "val" or "test"; None for what a run is evaluated on, or for class folders in
-            ``root`` itself.
+        name: "train", "val" or "test"; None for the split a run is evaluated on, or for class
+            folders in ``root`` itself.
 
     Raises:
-        ConfigError: there is no such split.
+        ConfigError: the tree has no such split.
         DataError: as ``list_tree``.
     """
     if not os.path.isdir(root):
         raise DataError(
-            f"{show(root)}: no folder that can be read; give one with {LAYOUT}, or one of class"
+            f"{escape(root)}: no folder that can be read; pass one with {LAYOUT}, or one of class"
             " folders"
         )
     names = split_folders(root)
-    if name is None:
+    if name is None and names:
         name = next((split for split in ("val", "test") if split in names), None)
-        if name is None and names:
+        if name is None:
             raise DataError(
-                f"{show(root)}: there is train/ alone; add val/ or test/, or say --split train"
+                f"{escape(root)}: only train/ exists; add val/ or test/, or pass --split train"
             )
-    elif name not in names:
-        raise ConfigError(
-            f"{show(root)} has no split '{show(name)}' (there is"
-            f" {first_of(list(names)) if names else 'none'})"
-        )
     if name is None:
-        whole = _one_folder(root)
-        return dataclasses.replace(whole, train=dataclasses.replace(whole.train, name=whole.name))
-    if flat_images(root / names[name], []) is not None:
-        # Whose labels are numbers or synsets means something only beside the training split's
-        # classes.
-        whole = list_tree(root)
-        found = next((split for split in whole.splits if split.name == name), None)
-        if found is None:
-            raise DataError(
-                f"{show(root / names[name])}: images and no label file; write one there with 'image"
-                " class' lines, or take another split"
-            )
-        return dataclasses.replace(whole, train=found, test=None, val=None)
-    check_finished(root)
-    classes = _class_names(root / names[name])
-    files, targets, ignored, empty = _list_classes(root, names[name], classes)
-    if empty:
-        raise DataError(
-            f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or"
-            " remove them"
+        source = _one_folder(root)
+        train = dataclasses.replace(source.train, name=source.name)
+        return dataclasses.replace(source, train=train)
+    if name not in names:
+        raise ConfigError(
+            f"{escape(root)} has no split '{escape(name)}' (it has"
+            f" {summarize(list(names)) or 'none'})"
         )
-    return DataSource(
-        root.resolve().name,
-        tuple(classes),
-        _file_split(name, root, files, targets),
-        None,
-        root=root.resolve(),
-        ignored_files=ignored,
-    )
+    if flat_images(root / names[name], []) is not None:
+        # Its labels are numbers or synsets, which refer to the classes of the training split.
+        source = list_tree(root)
+        chosen = next((split for split in source.splits if split.name == name), None)
+        if chosen is None:
+            raise DataError(
+                f"{escape(root / names[name])}: images without a label file; write one with 'image"
+                " class' lines there, or choose another split"
+            )
+        return dataclasses.replace(source, train=chosen, test=None, val=None)
+    check_finished(root)
+    listing = _walk_split(root, name, names[name])
+    listing.raise_first(root)
+    return listing.as_source(root, name)
 
 
 def _one_folder(root: Path) -> DataSource[FileSplit]:
-    """A folder of class folders, all for training until some are held out."""
+    """A folder of class folders, all for training until some images are held out."""
     folders = [entry.name for entry in entries(root) if is_folder(entry)]
     if not folders:
         images = sum(is_image(entry.name) for entry in entries(root))
-        found = f"{images} images" if images else "no folders"
         raise DataError(
-            f"{show(root)}: no train/ (found {found}); arrange the images as {LAYOUT}, or as"
-            " <class>/ to use with --val-split"
+            f"{escape(root)}: no train/ (found {f'{images} images' if images else 'no folders'});"
+            f" arrange the images as {LAYOUT}, or as <class>/ to use with --val-split"
         )
     check_finished(root)
-    files, targets, ignored, empty = _list_classes(root, ".", folders)
-    if len(empty) == len(folders):
+    listing = _walk_split(root, "", ".")
+    listing.raise_first(root, empty=False)
+    if not listing.files:
+        present = summarize([name + "/" for name in folders])
         raise DataError(
-            f"{show(root)}: no train/ (found {first_of([name + '/' for name in folders])}), and no"
-            f" images in them; arrange the images as {LAYOUT}"
+            f"{escape(root)}: no train/ (found {present}), and no images in them; arrange the"
+            f" images as {LAYOUT}"
         )
+    listing.raise_first(root)
+    return listing.as_source(root, "train")
+
+
+def _walk_split(
+    root: Path, split: str, folder: str, classes: Sequence[str] | None = None
+) -> Listing:
+    """List one split. ``classes`` are those of the training split, if the split may be flat."""
+    listing = Listing(split, folder)
+    try:
+        flat = None if classes is None else flat_images(root / folder, classes)
+        if classes is not None and flat is not None:
+            _label_flat(root, listing, flat, classes)
+            return listing
+        above = {identity(root), identity(root / folder)}
+        present = entries(root / folder)
+    except DataError as error:
+        listing.note("permission", escape(error), error)
+        return listing
+    listing.classes = [entry.name for entry in present if is_folder(entry)]
+    if not listing.classes:
+        images = sum(is_image(entry.name) for entry in present)
+        content = f"{images} images and no class folders" if images else "empty"
+        problem = DataError(
+            f"{escape(root / folder)}: {content}; put the images of each class into a folder named"
+            " after it"
+        )
+        listing.note("no labels", f"{folder} ({content})", problem)
+    for name in listing.classes:
+        try:
+            # A link up to these folders would label the other classes' images with this class.
+            found = list(walk(root / folder / name, set(above)))
+        except DataError as error:
+            listing.note("permission", escape(error), error)
+            continue
+        images_of_class = sorted(path for path in found if is_image(path))
+        listing.files += images_of_class
+        listing.labels += [name] * len(images_of_class)
+        listing.ignored += [os.path.relpath(path, root) for path in found if not is_image(path)]
+        if not images_of_class:
+            entry = os.path.normpath(f"{folder}/{name}")
+            listing.note("empty class", entry, DataError(f"{escape(root / entry)}: no images"))
+    return listing
+
+
+def _label_flat(root: Path, listing: Listing, images: list[str], classes: Sequence[str]) -> None:
+    """Add the images of a flat split, with the labels of its label file."""
+    listing.files, listing.labels = images, [""] * len(images)
+    file = find_label_file(root, listing.split, root / listing.folder)
+    if file is None:
+        if listing.split != "test":  # ImageNet's test images have no labels
+            listing.note(
+                "no labels",
+                f"{listing.folder} ({len(images)} images and no label file)",
+                _no_labels_error(root / listing.folder, len(images)),
+            )
+        return
+    try:
+        numbers = read_label_file(file, [os.path.basename(path) for path in images], classes)
+        listing.labels = [classes[i] for i in numbers]
+    except DataError as error:
+        listing.note("no labels", escape(error), error)
+
+
+def _no_labels_error(folder: Path, images: int) -> DataError:
+    return DataError(
+        f"{escape(folder)}: {images} images and no class folders; put the images of each class into"
+        f" a folder named after it, or add a label file: {NAMES[0]} with 'image class' lines, or"
+        f" ImageNet's ground truth ({NAMES[-1]} and meta.mat)"
+    )
+
+
+def _raise_empty(root: Path, empty: Sequence[str], where: str = "") -> None:
     if empty:
         raise DataError(
-            f"{show(root)}: {len(empty)} class folder(s) without images: {first_of(empty)}; fill or"
-            " remove them"
+            f"{escape(root)}: {len(empty)} class folder(s) without images: {summarize(empty)}; fill"
+            f" or remove them{where}"
         )
-    return DataSource(
-        root.resolve().name,
-        tuple(folders),
-        _file_split("train", root, files, targets),
-        None,
-        root=root.resolve(),
-        ignored_files=ignored,
-    )
 
 
-def _file_split(name: str, root: Path, files: list[str], targets: list[int]) -> FileSplit:
-    return FileSplit(
-        name,
-        root,
-        tuple(os.path.relpath(file, root) for file in files),
-        torch.tensor(targets, dtype=torch.int64),
-    )
-
-
-def _list_classes(
-    root: Path, folder: str, classes: list[str]
-) -> tuple[list[str], list[int], int, list[str]]:
-    """The images of every class and their labels, how many files are no images, and the classes
-    without any.
-    """
-    # A link back up to these would bring the other classes' images in under this class's label.
-    above = {identity(root), identity(root / folder)}
-    files: list[str] = []
-    targets: list[int] = []
-    ignored, empty = 0, []
-    for label, name in enumerate(classes):
-        found = list(walk(root / folder / name, set(above)))
-        images = sorted(path for path in found if is_image(path))
-        ignored += len(found) - len(images)
-        files += images
-        targets += [label] * len(images)
-        if not images:
-            empty.append(os.path.normpath(f"{folder}/{name}"))
-    return files, targets, ignored, empty
-
-
-def _same_classes(root: Path, classes: list[str], train: str, name: str) -> None:
-    there = _class_names(root / name)
-    for (here, names), (other, others) in (
-        ((train, classes), (name, there)),
-        ((name, there), (train, classes)),
+def _check_same_classes(root: Path, train: str, classes: list[str], listing: Listing) -> None:
+    for (name, names), (other, others) in (
+        ((train, classes), (listing.folder, listing.classes)),
+        ((listing.folder, listing.classes), (train, classes)),
     ):
         extra = sorted(set(names) - set(others))
         if extra:
             raise DataError(
-                f"{show(root)}: {len(extra)} class(es) in {here}/ and not in {other}/:"
-                f" {first_of(extra)}; every split needs the same class folders"
+                f"{escape(root)}: {len(extra)} class(es) in {name}/ and not in {other}/:"
+                f" {summarize(extra)}; every split needs the same class folders"
             )
 
 
@@ -248,19 +322,19 @@ def split_folders(root: Path) -> dict[str, str]:
     for word, split in SPLIT_OF.items():
         if os.path.isdir(root / word) and found.setdefault(split, word) != word:
             raise DataError(
-                f"{show(root)}: both {found[split]}/ and {word}/ are there; put the images of a"
-                " split into one folder"
+                f"{escape(root)}: both {found[split]}/ and {word}/ exist; put the images of a split"
+                " into one folder"
             )
     return found
 
 
-def flat_images(folder: Path, classes: list[str]) -> list[str] | None:
-    """The images of a split that has no class folders, by name: in it, or in its folder ``images``;
-    else None.
+def flat_images(folder: Path, classes: Sequence[str]) -> list[str] | None:
+    """The images of a split without class folders, sorted by name: in its folder, or in a folder
+    ``images`` there; None if it has class folders.
     """
     listed = entries(folder)
     folders = [entry.name for entry in listed if is_folder(entry)]
-    if folders == ["images"] and classes != ["images"]:
+    if folders == ["images"] and list(classes) != ["images"]:
         listed = entries(folder / "images")
     elif folders:
         return None
@@ -269,70 +343,49 @@ def flat_images(folder: Path, classes: list[str]) -> list[str] | None:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is named like an image."""
+    """True if a file is named like an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def entries(folder: Path | str) -> list["os.DirEntry[str]"]:
-    """The entries of a folder that are not hidden, by name."""
+    """The entries of a folder that are not hidden, sorted by name."""
     try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                (e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name
-            )
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
 
 
 def identity(folder: Path | str) -> tuple[int, int]:
-    """What tells a folder from every other, however it is reached."""
+    """Device and inode: equal for two paths to one folder."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
     return status.st_dev, status.st_ino
 
 
-def _unreadable(folder: Path | str, error: OSError) -> DataError:
-    return DataError(
-        f"{show(folder)}: cannot be read: {error.strerror}; check its permissions and links"
-    )
-
-
 def is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether an entry is a folder, or a link to one."""
+    """True for a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a symbolic link to itself
         return False
 
 
-def _class_names(folder: Path) -> list[str]:
-    listed = entries(folder)
-    names = [entry.name for entry in listed if is_folder(entry)]
-    if not names:
-        images = sum(is_image(entry.name) for entry in listed)
-        what = f"{images} images and no class folders" if images else "empty"
-        raise DataError(
-            f"{show(folder)}: {what}; put the images of each class into a folder named after it"
-        )
-    return names
-
-
-def walk(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """The files below a folder. ``seen`` identifies the folders already visited, which ends
-    symbolic link loops.
+def walk(folder: Path | str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """The files below a folder. ``visited`` holds identities of folders, which ends loops of
+    symbolic links.
     """
-    if identity(folder) in seen:
+    if identity(folder) in visited:
         return
-    seen.add(identity(folder))
+    visited.add(identity(folder))
     for entry in entries(folder):
         if is_folder(entry):
-            yield from walk(entry.path, seen)
-        elif (
-            entry.is_symlink() or entry.is_file()
-        ):  # a broken link is reported later; a named pipe would block
+            yield from walk(entry.path, visited)
+        # A broken link is reported when it is read; a named pipe would block.
+        elif entry.is_symlink() or entry.is_file():
             yield entry.path
 
 
-FOLDER = DatasetKind(files=list_tree, walked=True)
+FOLDER = DatasetKind(files=list_tree, list_split=list_split)

@@ -1,7 +1,6 @@
-"""Image files and arrays into one uint8 tensor: decoding, colour, orientation, size, and whether it
-fits in memory.
-"""
+"""Decoding of image files and arrays into one uint8 tensor: color, orientation, size, memory."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastokd.errors import ConfigError, DataError
+from fastokd.errors import ConfigError, DataError, escape, summarize
+from fastokd.storage import available_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,20 +25,6 @@ EXTENSIONS = frozenset(
 )
 MEMORY_FRACTION = 0.5
 _CHUNK = 64
-_NAMED = 10
-
-
-def show(name: object) -> str:
-    """A path or a class name for a one-line message: line breaks and undecodable bytes are
-    escaped.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-
-
-def first_of(items: Sequence[object], limit: int = _NAMED) -> str:
-    """The first ``limit`` items, and how many more there are: ``a, b, c and 4 more``."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(show(item) for item in items[:limit]) + more
 
 
 def default_workers() -> int:
@@ -47,44 +33,13 @@ def default_workers() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def available_memory() -> int | None:
-    """Bytes of main memory this process can still take, within its control group's limit; None
-    where unknown.
-    """
-    readings = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        readings += [
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-        ]
-    except OSError:
-        pass
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            total, used = (
-                (Path("/sys/fs/cgroup") / file).read_text().strip() for file in (limit, usage)
-            )
-        except OSError:
-            continue
-        if total != "max":
-            readings.append(int(total) - int(used))
-    return max(0, min(readings)) if readings else None
-
-
 def check_memory(count: int, height: int, width: int, where: object) -> None:
-    """Refuse ``count`` RGB images that would take more than half of the memory that is left.
-
-    Raises:
-        DataError: the message says how much is needed and how much there is.
-    """
+    """Raise ``DataError`` if ``count`` RGB images need more than half of the free memory."""
     available = available_memory()
     needed = count * height * width * 3
     if available is not None and needed > MEMORY_FRACTION * available:
         raise DataError(
-            f"{show(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB"
+            f"{escape(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB"
             f" decoded, more than half of the {available / 2**30:.3g} GiB of free memory; use a"
             " smaller --image-size, fewer images or a larger machine"
         )
@@ -99,27 +54,26 @@ def check_image_size(image_size: int | None) -> None:
 
 
 def decode(path: str | Path | BytesIO) -> "Image.Image":
-    """Decode an image file or its bytes, whatever its name says it is, into an upright 8-bit RGB
-    image.
+    """Decode an image file or its bytes, of any format, into an upright 8-bit RGB image.
 
-    Grey, palette and CMYK images are converted; transparency is dropped; 16-bit grey keeps its high
-    byte, as Pillow does for 16-bit colour; EXIF orientation is applied; of an animation the first
-    frame is taken.
+    Grayscale, palette and CMYK images are converted; transparency is dropped; 16-bit grayscale
+    keeps its high byte, as Pillow does for 16-bit color; EXIF orientation is applied; the first
+    frame of an animation is used.
 
     Raises:
-        Exception: whatever Pillow raises for a file that is missing, truncated, not an image, or
-            absurdly large.
+        Exception: any exception of Pillow, for a file that is missing, truncated, not an image, or
+            extremely large.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        image.load()
-        file_format = image.format  # a transposed image has lost it
-        if image.getexif().get(0x0112, 1) != 1:
+    with Image.open(path) as file:
+        file.load()
+        image: Image.Image = file
+        if file.getexif().get(0x0112, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        # Pillow clips 16-bit grey at 255 when it converts to RGB, and knows no range for 32-bit
-        # integers and floats.
-        if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        # Pillow clips 16-bit grayscale at 255 when it converts to RGB, and knows no range for
+        # 32-bit integers and floats.
+        if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(
@@ -131,9 +85,7 @@ def decode(path: str | Path | BytesIO) -> "Image.Image":
 
 
 def fit(image: "Image.Image", size: int) -> "Image.Image":
-    """Scale the shorter side to ``size`` with an antialiased triangle filter, then cut the central
-    square.
-    """
+    """Scale the shorter side to ``size``, antialiased, then crop the central square."""
     from PIL import Image
 
     width, height = image.size
@@ -147,68 +99,37 @@ def fit(image: "Image.Image", size: int) -> "Image.Image":
 
 
 def resize_all(images: Tensor, size: int | None, where: object) -> Tensor:
-    """``fit`` for images that are already decoded: uint8 [N, 3, H, W] to [N, 3, size, size],
-    channels last in memory.
+    """Apply ``fit`` to decoded images: uint8 [N, 3, H, W] to [N, 3, size, size], channels last in
+    memory.
 
     Raises:
-        DataError: the result would not fit in memory.
+        DataError: the result does not fit in memory.
     """
     if size is None or images.shape[2:] == (size, size):
         return images
     from PIL import Image
 
     check_memory(len(images), size, size, where)
-    out = _allocate(len(images), size, size)
+    out = torch.empty((len(images), size, size, 3), dtype=torch.uint8)
     pixels = out.numpy()
     for row, image in zip(pixels, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
         row[...] = np.asarray(fit(Image.fromarray(image), size))
     return out.permute(0, 3, 1, 2)
 
 
-def decode_all(
+def corrupt_files_error(
     root: Path,
     files: Sequence[str],
-    image_size: int | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    read: Callable[[int], bytes] | None = None,
-) -> Tensor:
-    """Decode files in a thread pool into one tensor.
-
-    Args:
-        root: the folder that ``files`` are relative to.
-        image_size: side of the square every image is fitted to; None keeps the size that all of
-            them share.
-        workers: decoding threads; one per usable core by default.
-        progress: called in this thread with (files done, files in all).
-        read: gives the bytes of the i-th file; by default they are read from the file of that name.
-
-    Returns:
-        uint8 [N, 3, H, W], channels last in memory.
-
-    Raises:
-        DataError: files that cannot be decoded (the first ten are named, all are counted), sizes
-            that differ while no ``image_size`` is given, or more images than fit in memory.
-    """
-    images, bad = try_decode_all(root, files, image_size, workers, progress, read)
-    if bad:
-        raise bad_files_error(root, files, bad)
-    return images
-
-
-def bad_files_error(
-    root: Path, files: Sequence[str], bad: Mapping[int, str], more: str = "replace or delete them"
+    corrupt: Mapping[int, str],
+    fix: str = "replace or delete them",
 ) -> DataError:
-    """The error that names files which cannot be decoded.
-
-    Args:
-        files: all that were to be decoded.
-        bad: the places of those that cannot, and why.
-        more: what mends it.
+    """The error that names files that cannot be decoded: ``corrupt`` has the reason for each by its
+    index in ``files``, ``fix`` the advice at the end of the message.
     """
-    named = first_of([f"{files[i]} ({reason})" for i, reason in bad.items()])
+    named = summarize([f"{files[i]} ({reason})" for i, reason in corrupt.items()])
     return DataError(
-        f"{show(root)}: {len(bad)} of {len(files)} image files cannot be decoded: {named}; {more}"
+        f"{escape(root)}: {len(corrupt)} of {len(files)} image files cannot be decoded:"
+        f" {named}; {fix}"
     )
 
 
@@ -220,21 +141,36 @@ def try_decode_all(
     progress: Progress | None = None,
     read: Callable[[int], bytes] | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """``decode_all``, except that files which cannot be decoded are left out.
+    """Decode files in a thread pool into one tensor, skipping files that cannot be decoded.
+
+    Args:
+        root: the folder that ``files`` are relative to.
+        image_size: side of the square that every image is fitted to; None keeps the size that all
+            of them must share.
+        workers: decoding threads; one per usable core by default.
+        progress: called in this thread with (files done, files in all).
+        read: returns the bytes of the i-th file; by default the file of that name is read.
 
     Returns:
-        the images, undefined where a file cannot be decoded, and the places of those files with the
-        reason.
+        The images uint8 [N, 3, H, W], channels last in memory, with undefined pixels for corrupt
+        files, and the reason for each corrupt file by its index.
+
+    Raises:
+        DataError: sizes that differ without an ``image_size``, or more images than fit in memory.
     """
 
     def source(i: int) -> str | BytesIO:
         return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
 
-    height, width, model = (
-        (image_size, image_size, None) if image_size else _common_size(files, source)
-    )
+    height = width = image_size or 1
+    model = ""
+    for i in () if image_size else range(len(files)):
+        with contextlib.suppress(Exception):  # reported when all files are decoded
+            first = decode(source(i))
+            height, width, model = first.height, first.width, files[i]
+            break
     check_memory(len(files), height, width, root)
-    out = _allocate(len(files), height, width)
+    out = torch.empty((len(files), height, width, 3), dtype=torch.uint8)
     pixels = out.numpy()
 
     def decode_chunk(start: int) -> dict[int, str]:
@@ -242,54 +178,36 @@ def try_decode_all(
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
                 image = decode(source(i))
-            except Exception as error:  # a decoder may raise anything at all for damaged bytes
+            except Exception as error:  # a decoder may raise any exception for damaged bytes
                 unreadable[i] = reason_of(error)
                 continue
             if image_size is not None:
                 image = fit(image, image_size)
             elif image.size != (width, height):
                 raise DataError(
-                    f"{show(root)}: images differ in size: {show(model)} is {height}x{width} and"
-                    f" {show(files[i])} is {image.height}x{image.width} (height x width); fit them"
-                    f" all to one with --image-size {min(height, width, *image.size)}"
+                    f"{escape(root)}: images differ in size: {escape(model)} is {height}x{width}"
+                    f" and {escape(files[i])} is {image.height}x{image.width} (height x width); fit"
+                    f" all to one size with --image-size {min(height, width, *image.size)}"
                 )
             pixels[i] = np.asarray(image)
         return unreadable
 
-    unreadable: dict[int, str] = {}
+    corrupt: dict[int, str] = {}
     pool = ThreadPoolExecutor(workers or default_workers())
     try:
-        for done, failed in enumerate(
-            pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1
-        ):
-            unreadable |= failed
+        chunks = pool.map(decode_chunk, range(0, len(files), _CHUNK))
+        for done, failed in enumerate(chunks, start=1):
+            corrupt |= failed
             if progress is not None:
                 progress(min(done * _CHUNK, len(files)), len(files))
     finally:
-        # Without this, an error or Ctrl-C would wait for every file that is still queued.
+        # Without this, an error or Ctrl-C would wait for every file in the queue.
         pool.shutdown(cancel_futures=True)
-    return out.permute(0, 3, 1, 2), unreadable
-
-
-def _allocate(count: int, height: int, width: int) -> Tensor:
-    return torch.empty((count, height, width, 3), dtype=torch.uint8)
-
-
-def _common_size(
-    files: Sequence[str], source: Callable[[int], str | BytesIO]
-) -> tuple[int, int, str | None]:
-    """Height and width of the first file that can be decoded, and its name."""
-    for i, file in enumerate(files):
-        try:
-            image = decode(source(i))
-        except Exception:  # decode_all meets it again and reports it
-            continue
-        return image.height, image.width, file
-    return 1, 1, None
+    return out.permute(0, 3, 1, 2), corrupt
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file cannot be decoded, in words."""
+    """The reason why a file cannot be decoded, in words."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

@@ -1,10 +1,9 @@
-"""Which class each image of a flat folder has: the label files that ImageNet and its relatives come
-with.
+"""Label files of flat image folders, as for ImageNet and related datasets.
 
-Three forms, told apart by their content: ``image synset`` pairs (Tiny-ImageNet's
-``val_annotations.txt``, Kaggle's ``LOC_val_solution.csv``, anybody's own list), one synset a line
-in the order of the images' names, and ImageNet's official ground truth, one number a line, whose
-meaning is in ``meta.mat`` of the same development kit.
+Three forms, recognized by their content: ``image synset`` pairs (Tiny-ImageNet's
+``val_annotations.txt``, Kaggle's ``LOC_val_solution.csv``, custom lists), one synset per line in
+the order of the images' names, and ImageNet's official ground truth, one number per line, which
+refers to ``meta.mat`` of the development kit.
 """
 
 import os
@@ -12,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastokd.data.images import first_of, show
-from fastokd.errors import DataError, MissingExtra
+from fastokd.data.files import read_lines
+from fastokd.errors import DataError, MissingExtra, escape, summarize
 
 NAMES = (
     "val_annotations.txt",
@@ -28,17 +27,16 @@ def find_label_file(root: Path, split: str, folder: Path) -> Path | None:
     """The label file of the flat split "val" or "test": in its folder, in the tree's root, or in
     ImageNet's development kit there.
 
-    What is outside the split's folder and called by one of ``NAMES`` says what the validation
-    images are, not those of "test".
+    Files outside the split's folder with one of ``NAMES`` apply to "val" only.
     """
-    own = (f"{folder.name}_labels.txt", f"{folder.name}.txt", f"{folder.name}.csv")
+    split_names = (f"{folder.name}_labels.txt", f"{folder.name}.txt", f"{folder.name}.csv")
     outside = [root / name for name in FOLDERS]
-    places = (
-        (place / name)
-        for name in (*NAMES, *own)
-        for place in (folder, *(outside if split == "val" or name in own else ()))
+    candidates = (
+        parent / name
+        for name in (*NAMES, *split_names)
+        for parent in (folder, *(outside if split == "val" or name in split_names else ()))
     )
-    return next((place for place in places if os.path.isfile(place)), None)
+    return next((file for file in candidates if os.path.isfile(file)), None)
 
 
 def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -> list[int]:
@@ -50,20 +48,9 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
         classes: the class names; a number is an index into them.
 
     Raises:
-        DataError: images without a label, labels that are no class, or a file that is neither of
-            the forms.
+        DataError: images without a label, unknown labels, or a file of another form.
     """
-    try:
-        rows = [
-            re.split(r"[\s,;]+", line.strip())
-            for line in file.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{show(file)}: cannot be read:"
-            f" {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from None
+    rows = [re.split(r"[\s,;]+", line) for line in read_lines(file)]
     if rows and all(len(row) == 1 for row in rows):
         labels = _in_order(file, [row[0] for row in rows], images, classes)
     else:
@@ -72,8 +59,8 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     unknown = sorted({name for name in labels if name not in number})
     if unknown:
         raise DataError(
-            f"{show(file)}: {len(unknown)} class(es) that have no folder in train/:"
-            f" {first_of(unknown)}; the names must be those of the folders"
+            f"{escape(file)}: {len(unknown)} class(es) that have no folder in train/:"
+            f" {summarize(unknown)}; the names must be those of the folders"
         )
     return [number[name] for name in labels]
 
@@ -86,8 +73,8 @@ def _by_name(
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:
         raise DataError(
-            f"{show(file)}: no label for {len(missing)} of {len(images)} images:"
-            f" {first_of(missing)}; each line is an image's name and its class"
+            f"{escape(file)}: no label for {len(missing)} of {len(images)} images:"
+            f" {summarize(missing)}; each line is an image's name and its class"
         )
     named = [label for label in found if label is not None]
     if set(named) <= set(classes) or not all(label.isdecimal() for label in named):
@@ -95,7 +82,7 @@ def _by_name(
     numbers = [int(label) for label in named]
     if min(numbers) != 0 or max(numbers) != len(classes) - 1:
         raise DataError(
-            f"{show(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the"
+            f"{escape(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the"
             f" {len(classes)} class folders in order are 0 to {len(classes) - 1}; write the"
             " folders' names instead"
         )
@@ -107,7 +94,7 @@ def _in_order(
 ) -> list[str]:
     if len(labels) != len(images):
         raise DataError(
-            f"{show(file)}: {len(labels)} labels for {len(images)} images; a list without image"
+            f"{escape(file)}: {len(labels)} labels for {len(images)} images; a list without image"
             " names needs one line for each"
         )
     if set(labels) <= set(classes) or not all(label.isdecimal() for label in labels):
@@ -116,8 +103,8 @@ def _in_order(
     unknown = sorted({label for label in labels if int(label) not in synsets})
     if unknown:
         raise DataError(
-            f"{show(file)}: numbers that {show(file.with_name('meta.mat'))} does not have:"
-            f" {first_of(unknown)}"
+            f"{escape(file)}: numbers that {escape(file.with_name('meta.mat'))} does not have:"
+            f" {summarize(unknown)}"
         )
     return [synsets[int(label)] for label in labels]
 
@@ -127,20 +114,20 @@ def _read_meta(file: Path) -> dict[int, str]:
     meta = file.with_name("meta.mat")
     if not os.path.isfile(meta):
         raise DataError(
-            f"{show(file)}: labels are ImageNet's own numbers, whose meaning is in meta.mat of the"
-            " development kit; put it beside, or use a list of 'image synset' lines"
+            f"{escape(file)}: labels are ImageNet's own numbers, which need meta.mat of the"
+            " development kit; put it in the same folder, or use a list of 'image synset' lines"
         )
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise MissingExtra(f"reading {show(meta)} needs SciPy: pip install scipy") from None
+        raise MissingExtra(f"reading {escape(meta)} needs SciPy: pip install scipy") from None
     try:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
         return {
             int(number): str(name)
             for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         }
-    except Exception as error:  # a damaged file makes the reader raise almost anything
+    except Exception as error:  # a damaged file makes the reader raise almost any exception
         raise DataError(
-            f"{show(meta)}: not the meta.mat of ImageNet's development kit ({show(error)})"
+            f"{escape(meta)}: not the meta.mat of ImageNet's development kit ({escape(error)})"
         ) from error

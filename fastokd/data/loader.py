@@ -1,15 +1,15 @@
-"""The one loader contract, the loaders that keep it, and the choice among them."""
+"""The loader interface, the base class of the loaders, and the choice among them."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset, Split
+from fastokd.data.augment import Augment, Mixing
+from fastokd.data.dataset import AnySplit, Dataset, Split
 from fastokd.data.files import FileDataset, FileSplit
 from fastokd.errors import ConfigError, DataError
 from fastokd.registry import Registry
@@ -20,113 +20,162 @@ class Batch(NamedTuple):
     int64 [B].
 
     With K > 1 views of each image, the images are [K, B, C, H, W]. Targets are labels int64 [B], or
-    class probabilities float32 [B, classes] where images are mixed; ``index`` is then that of the
+    class probabilities float32 [B, classes] if images are mixed; ``index`` is then that of the
     first image of each pair.
     """
 
     images: Tensor
     target: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a public name, which hides tuple.index
 
 
 class Loader(Protocol):
-    """What the engine asks of any loader."""
+    """The interface of all loaders."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch, or what is left of it right after ``load_state_dict``."""
+        """One epoch, or its remaining batches right after ``load_state_dict``."""
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch, on this rank."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Select the epoch of the next iteration."""
 
     def set_size(self, size: int | None) -> None:
-        """Give square images of this side from the next iteration on; None for the dataset's own
+        """Return square images of this side from the next iteration on; None restores the dataset's
         size.
         """
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how much of it has been handed out."""
+        """The epoch and the position in it."""
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where the loader that gave ``state`` stood."""
+        """Continue at the position of the loader that returned ``state``."""
 
 
-class LoaderBase:
-    """What all loaders have in common: the settings, the shards of the ranks, and the place in the
-    epoch.
-
-    Training drops the rest that does not fill a batch on every rank, so that all batches have one
-    shape. Evaluation goes through every image exactly once over all ranks; the last batch may be
-    smaller, and a rank may have no batch at all. Rank r of W takes the r-th part of each training
-    batch of W * batch_size images, and the r-th contiguous part of an evaluation split.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Settings of every loader.
 
     Args:
-        split_name, count: the split and the number of its images.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: where the batches are made.
-        seed: of the order and the augmentation.
+        mean, std: per channel, as fractions of 255: a pixel p becomes (p / 255 - mean) / std.
+        num_classes: required for mixing, whose targets are class probabilities.
+        augment: augmentation while training.
+        views: number of independently augmented views of each training image.
+        mixup, cutmix: alpha of each, see ``Mixing``. All views of a batch are mixed alike.
         dtype: of the images; the arithmetic is float32.
-        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``.
+        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``, of every view.
         rank, world_size: this process among all that share the split.
 
     Raises:
         ConfigError: a setting out of range.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_classes: int | None = None
+    augment: Augment | None = None
+    views: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.channels_last
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ConfigError(f"views={self.views}; use 1 or more")
+        if Mixing(self.mixup, self.cutmix) and self.num_classes is None:
+            raise ConfigError(
+                "mixup and cutmix need num_classes: their targets are class probabilities"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"rank={self.rank} of world_size={self.world_size}; ranks are 0 to world_size - 1"
+            )
+        if not self.dtype.is_floating_point:
+            raise ConfigError(
+                f"dtype={self.dtype}; images are normalized, so it is a floating dtype"
+            )
+        formats = (torch.channels_last, torch.contiguous_format)
+        if self.memory_format not in formats:
+            raise ConfigError(
+                f"memory_format={self.memory_format}; use {' or '.join(map(str, formats))}"
+            )
+
+
+class LoaderBase:
+    """The parts that all loaders share: settings, the ranks' parts, and the position in the epoch.
+
+    Training drops the remainder that does not fill a batch on every rank, so that all batches have
+    one shape. Evaluation covers every image exactly once over all ranks; the last batch may be
+    smaller, and a rank may have no batch at all. Rank r of W takes the r-th part of each training
+    batch of W * batch_size images, and the r-th contiguous part of an evaluation split. Evaluation
+    is in order, without augmentation, views or mixing.
+
+    Args:
+        split: the split.
+        batch_size: images per batch on this rank.
+        train: training or evaluation.
+        device: the device of the batches.
+        seed: of the order and the augmentation.
+        settings: see ``LoaderSettings``.
+
+    Raises:
+        ConfigError: ``batch_size`` out of range.
         DataError: fewer training images than one batch on every rank.
     """
 
     def __init__(
         self,
-        split_name: str,
-        count: int,
+        split: AnySplit,
         batch_size: int,
         train: bool,
         device: torch.device | str,
         seed: int,
-        *,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        rank: int,
-        world_size: int,
+        settings: LoaderSettings,
     ) -> None:
+        count, world_size = len(split), settings.world_size
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}; use 1 or more")
-        if not 0 <= rank < world_size:
-            raise ConfigError(
-                f"rank={rank} of world_size={world_size}; ranks are 0 to world_size - 1"
-            )
-        if not dtype.is_floating_point:
-            raise ConfigError(f"dtype={dtype}; images are normalised, so it is a floating dtype")
-        if memory_format not in (torch.channels_last, torch.contiguous_format):
-            raise ConfigError(
-                f"memory_format={memory_format}; use torch.channels_last or torch.contiguous_format"
-            )
         if train and count < batch_size * world_size:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-            fix = (
-                f"--batch-size {count // world_size} or less"
-                if count >= world_size
-                else "fewer ranks"
-            )
+            largest = count // world_size
+            fix = f"--batch-size {largest} or less" if largest else "fewer ranks"
             raise DataError(
-                f"split '{split_name}' has {count} images, fewer than one batch of"
+                f"split '{split.name}' has {count} images, fewer than one batch of"
                 f" {batch_size}{ranks}; use {fix}"
             )
         self.batch_size = batch_size
         self.train = train
         self.device = torch.device(device)
         self.seed = seed
-        self.dtype = dtype
-        self.memory_format = memory_format
-        self.rank = rank
+        self.settings = settings
+        self.dtype = settings.dtype
+        self.memory_format = settings.memory_format
+        self.rank = settings.rank
         self.world_size = world_size
+        self.mixing = Mixing(settings.mixup, settings.cutmix) if train else Mixing()
+        self.views = settings.views if train else 1
         self.epoch = 0
         self._count = count
-        # Images handed out this epoch: over all ranks in training, on this rank in evaluation
+        self._num_classes = settings.num_classes or 0
+        # Images returned this epoch: over all ranks in training, on this rank in evaluation
         self._position = 0
         self._resumed = False
+
+    def _normalization(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``shift`` of ``normalize`` for images of this size."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in (self.settings.mean, self.settings.std)
+        )
+        scale, shift = (
+            factor.float().repeat(height * width).to(self.device)
+            for factor in (1 / (255 * std), -mean / std)
+        )
+        return scale, shift
 
     def __len__(self) -> int:
         if self.train:
@@ -135,55 +184,46 @@ class LoaderBase:
         return -(-(stop - start) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. Naming the epoch just loaded keeps the place in
-        it.
-        """
+        """Select the epoch of the next iteration. The epoch just loaded keeps its position."""
         if epoch < 0:
             raise ConfigError(f"epoch={epoch} is negative")
         if epoch != self.epoch:
             self.epoch, self._position, self._resumed = epoch, 0, False
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: what it has handed out counts as done. Plain integers."""
-        return {
-            "epoch": self.epoch,
-            "position": self._position,
-            "seed": self.seed,
-            "size": self._count,
-        }
+        """The position after the last returned batch, as plain integers."""
+        state = {"epoch": self.epoch, "position": self._position}
+        return {**state, "seed": self.seed, "size": self._count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly where the loader that gave ``state`` stood: the next iteration gives the
-        rest of its epoch.
+        """Continue exactly at the position of the loader that returned ``state``.
 
-        A training state may be continued with another number of ranks if the global batch divides
-        the place in the epoch, as it does when the global batch stays the same.
+        A training state may be resumed with another number of ranks if the global batch divides the
+        position, as it does if the global batch stays the same.
 
         Raises:
-            ConfigError: the state is of other data or another seed, or falls between two batches.
+            ConfigError: the state belongs to other data or another seed, or to a position between
+                two batches.
         """
-        for key, here in (("seed", self.seed), ("size", self._count)):
-            if state[key] != here:
+        for key, value in (("seed", self.seed), ("size", self._count)):
+            if state[key] != value:
                 raise ConfigError(
-                    f"the loader's state is of {key} {state[key]}, and this loader has {key}"
-                    f" {here}; resume with the same data and seed"
+                    f"the loader's state has {key} {state[key]}, and this loader has {key} {value};"
+                    " resume with the same data and seed"
                 )
         position = state["position"]
-        whole = (
-            self._count // self._step * self._step
-            if self.train
-            else self._shard()[1] - self._shard()[0]
-        )
+        start, stop = self._shard()
+        whole = self._count // self._step * self._step if self.train else stop - start
         if not 0 <= position <= whole or (position % self._step and position != whole):
             raise ConfigError(
-                f"the loader's state is {position} images into the epoch, which is no whole number"
-                f" of batches of {self._step}; resume with the same global batch size"
+                f"the loader's state is {position} images into the epoch, not a whole number of"
+                f" batches of {self._step}; resume with the same global batch size"
             )
         self.epoch, self._position, self._resumed = state["epoch"], position, True
 
     @property
     def _step(self) -> int:
-        """How far a batch moves the place in the epoch."""
+        """The number of images by which a batch advances the position."""
         return self.batch_size * (self.world_size if self.train else 1)
 
     def _shard(self) -> tuple[int, int]:
@@ -193,33 +233,32 @@ class LoaderBase:
         )
 
     def _start_iteration(self) -> None:
-        """Begin the epoch, unless its rest was just asked for by ``load_state_dict``."""
+        """Begin the epoch, unless ``load_state_dict`` has just set a position in it."""
         if not self._resumed:
             self._position = 0
         self._resumed = False
 
 
+def check_padding(augment: Augment, height: int, width: int) -> None:
+    """Raise ``ConfigError`` if images of this size are too small to be padded by reflection."""
+    if augment.padding == "reflect" and augment.pad >= min(height, width):
+        raise ConfigError(
+            f"pad={augment.pad} by reflection needs larger images than {height} x {width}; use a"
+            " smaller pad"
+        )
+
+
 def epoch_seed(seed: int, epoch: int, purpose: str = "") -> int:
-    """One number for the pair, so that seed 1 in epoch 0 shares nothing with seed 0 in epoch 1."""
-    return (
-        int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}{purpose}".encode(), digest_size=8).digest())
-        >> 1
-    )
+    """One number for the pair, so that seed 1 in epoch 0 is independent of seed 0 in epoch 1."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def to_device(choices: Tensor, device: torch.device) -> Tensor:
-    """Drawn on the CPU, so that every device sees the same; copied without making the host wait."""
+    """Copy random choices, drawn on the CPU for reproducibility, without blocking the host."""
     if device.type == "cuda":
         choices = choices.pin_memory()
     return choices.to(device, non_blocking=True)
-
-
-def _runs_anywhere(device: torch.device) -> None:
-    return None
-
-
-def _suits_all(split: FileSplit) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -228,23 +267,23 @@ class LoaderKind:
 
     Args:
         make: called as ``make(split, batch_size, train, device, seed, **settings)``. The settings
-            are those of ``ResidentLoader``, and for a loader of files ``size`` (height, width) and
-            ``bad_images`` ("fail" or "replace"). It raises ``ConfigError`` for one it cannot do,
-            with the reason.
-        decoded: whether it takes splits of decoded images (of a ``Dataset``) or of files (of a
+            are the fields of ``LoaderSettings``, and for a loader of files also ``size`` (height,
+            width) and ``bad_images`` ("fail" or "replace"). It raises ``ConfigError`` with the
+            reason for settings it does not support.
+        decoded: takes splits of decoded images (of a ``Dataset``) rather than of files (of a
             ``FileDataset``).
-        missing: why it cannot run on a device, with what mends it; None if it can.
-        unsuitable: why it cannot decode a split of files, as far as their names tell, with what
-            mends it; None if it can.
+        missing: the reason why it cannot run on a device, with the fix; None if it can.
+        unsuitable: the reason why it cannot decode a split of files, by their names, with the fix;
+            None if it can.
     """
 
     make: Callable[..., Loader]
     decoded: bool
-    missing: Callable[[torch.device], str | None] = _runs_anywhere
-    unsuitable: Callable[[FileSplit], str | None] = _suits_all
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    unsuitable: Callable[[FileSplit], str | None] = lambda split: None
 
     def reason_against(self, device: torch.device, splits: Iterable[FileSplit]) -> str | None:
-        """Why it cannot give these files on this device, with what mends it; None if it can."""
+        """The reason why it cannot load these files on this device, with the fix, or None."""
         return self.missing(device) or next(filter(None, map(self.unsuitable, splits)), None)
 
 
@@ -262,7 +301,7 @@ _loaders: Registry[LoaderKind] = Registry(
 
 def register_loader(name: str, module: str) -> None:
     """Add a loader: the module has a constant ``LOADER``, a ``LoaderKind``, and is imported when it
-    is needed.
+    is first requested.
     """
     _loaders.register(name, module)
 
@@ -276,7 +315,7 @@ def get_loader_kind(name: str) -> LoaderKind:
     """The loader of that name.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: the name is unknown; the message suggests the closest one.
     """
     return _loaders.get(name)
 
@@ -293,35 +332,34 @@ def make_loader(
     augment: Augment | None = None,
     **settings: Any,
 ) -> Loader:
-    """The loader of one of a dataset's splits, with the dataset's normalisation and augmentation.
+    """The loader of one of a dataset's splits, with the dataset's normalization and augmentation.
 
     Args:
         split: one of the dataset's splits, or its name: "train", "val" or "test".
-        loader: the kind; by default "resident" for decoded images, and for files the best that can
-            decode them here.
-        train: by default true for the training split alone; false to evaluate on its images.
+        loader: the kind; default: "resident" for decoded images, and for files the first of
+            ``file_loaders`` that can decode them.
+        train: default: true for the training split; false evaluates on its images.
         augment: overrides the dataset's policy.
-        settings: the other keywords of the loader.
+        settings: further keywords of the loader, see ``LoaderSettings``.
 
     Raises:
-        ConfigError: no such split or loader, a loader that does not go with this dataset, or a
+        ConfigError: an unknown split or loader, a loader that does not fit this dataset, or a
             setting out of range.
         DataError: see the loader.
     """
     device = torch.device(device)
     decoded = isinstance(dataset, Dataset)
-    name = loader or (
-        "resident" if isinstance(dataset, Dataset) else best_file_loader(device, dataset.splits)
-    )
-    kind = get_loader_kind(name)
+    if loader is None and not isinstance(dataset, Dataset):
+        loader = best_file_loader(device, dataset.splits)
+    loader = loader or "resident"
+    kind = get_loader_kind(loader)
     if kind.decoded != decoded:
-        fix = "open_dataset" if kind.decoded else "list_files"
-        raise ConfigError(
-            f"loader '{name}' takes {'decoded images' if kind.decoded else 'image files'}; open"
-            f" {dataset.name} with {fix}"
-        )
+        images, function = ("image files", "list_files")
+        if kind.decoded:
+            images, function = ("decoded images", "open_dataset")
+        raise ConfigError(f"loader '{loader}' takes {images}; open {dataset.name} with {function}")
     if reason := kind.missing(device):
-        raise ConfigError(f"loader '{name}' cannot run here: {reason}")
+        raise ConfigError(f"loader '{loader}' cannot run here: {reason}")
     if not kind.decoded:
         settings.setdefault("size", dataset.image_size)
     chosen = dataset.split(split) if isinstance(split, str) else split
@@ -340,17 +378,17 @@ def make_loader(
 
 
 def file_loaders() -> Iterator[str]:
-    """The names of the loaders that decode files while training, best first; each is imported when
-    it is its turn.
+    """The names of the loaders that decode files while training, in order of preference; each is
+    imported in its turn.
     """
     return (name for name in _loaders if not get_loader_kind(name).decoded)
 
 
 def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str:
-    """The first loader of files, in the order of the table, that can decode these on this device.
+    """The first of ``file_loaders`` that can decode these splits on this device.
 
     Raises:
-        ConfigError: none can; the message says why.
+        ConfigError: no loader can; the message has the reasons.
     """
     reasons = []
     for name in file_loaders():
@@ -360,5 +398,5 @@ def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str
         reasons.append(f"{name}: {reason}")
     raise ConfigError(
         "no loader can decode image files while training"
-        f" ({'; '.join(reasons) or 'none is there'}); use --loader resident"
+        f" ({'; '.join(reasons) or 'none is registered'}); use --loader resident"
     )

@@ -1,54 +1,18 @@
-"""The dataset kinds, one file each, and how a user's words choose among them."""
+"""The dataset kinds, one file each, and the choice of a kind by name or by a folder's content."""
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import Dataset, DataSource, Split, prepare
 from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
-from fastokd.data.images import Progress, check_image_size, show
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.data.images import Progress, check_image_size
+from fastokd.data.kinds import DatasetKind, ReadOptions
+from fastokd.errors import ConfigError, DataError, did_you_mean, escape
 from fastokd.registry import Registry
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How to read a dataset.
-
-    Args:
-        image_size: side of the square all images are fitted to (shorter side scaled, centre cut);
-            None: as they are.
-        workers: decoding threads; None for one per usable CPU core.
-        progress: called with (files done, files in all) while files are decoded.
-    """
-
-    image_size: int | None = None
-    workers: int | None = None
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class DatasetKind:
-    """A kind of dataset: decoded while it is read, or a list of image files; one of ``read`` and
-    ``files``.
-
-    Args:
-        read: reads one, from a path or (given None) from the package itself; raises ``DataError``.
-        detect: whether a path holds this kind; None for kinds that are only opened by name.
-        files: lists the image files of one without decoding any; raises ``DataError``.
-        walked: whether those are a tree of class folders, that ``fastokd data check`` can walk when
-            it is not sound.
-    """
-
-    read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
-    detect: Callable[[Path], bool] | None = None
-    files: Callable[[Path | None], DataSource[FileSplit]] | None = None
-    walked: bool = False
-
 
 _FALLBACK = "folder"
 _datasets: Registry[DatasetKind] = Registry(
@@ -62,16 +26,14 @@ _datasets: Registry[DatasetKind] = Registry(
         "svhn": "fastokd.data.svhn:SVHN",
         "csv": "fastokd.data.csv_list:CSV",
         "webdataset": "fastokd.data.webdataset:WEBDATASET",
-        "tfrecord": "fastokd.data.tfrecord:TFRECORD",
-        "recordio": "fastokd.data.recordio:RECORDIO",
         "folder": "fastokd.data.folder:FOLDER",
     },
 )
 
 
 def register_dataset(name: str, target: str) -> None:
-    """Add a dataset kind: ``"package.module:CONSTANT"`` names its ``DatasetKind``, imported when it
-    is needed.
+    """Add a dataset kind: ``"package.module:CONSTANT"`` names its ``DatasetKind``, which is
+    imported when it is first requested.
     """
     if ":" not in target:
         raise ConfigError(f"dataset '{name}': '{target}' must read 'package.module:CONSTANT'")
@@ -87,26 +49,23 @@ def get_dataset_kind(name: str) -> DatasetKind:
     """The dataset kind of that name.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: the name is unknown; the message suggests the closest one.
     """
     return _datasets.get(name)
 
 
 def list_source(spec: str | Path) -> DataSource[FileSplit]:
-    """List the image files of a dataset once, for ``list_files`` and ``open_dataset``, which take
-    it in the place of a path.
-
-    Args:
-        spec: as for ``open_dataset``.
+    """List the image files of a dataset once; ``list_files`` and ``open_dataset`` take the result
+    instead of a path. ``spec`` is as for ``open_dataset``.
 
     Raises:
-        ConfigError: a kind that does not exist.
-        DataError: data that cannot be trained on, or that is not made of image files.
+        ConfigError: an unknown kind.
+        DataError: invalid data, or data that is not made of image files.
     """
     kind, path = resolve(spec)
     if kind.files is None:
         raise DataError(
-            f"{show(spec)} is not made of image files; it is small, so use --loader resident"
+            f"{escape(spec)} is not made of image files; it is small, so use --loader resident"
         )
     return kind.files(path)
 
@@ -124,35 +83,37 @@ def open_dataset(
     progress: Progress | None = None,
     bad_images: str = "fail",
 ) -> Dataset:
-    """Open a dataset, check it, and decode it into memory once. Nothing is ever downloaded.
+    """Open a dataset, check it, and decode it into memory. Nothing is ever downloaded.
 
     Args:
         spec: "digits" (in the package), a folder, a CSV list, or "kind:path"; ``docs/data.md`` has
-            all the layouts. Or what ``list_source`` listed.
-        image_size: side of the square all images are fitted to; None keeps the size they all share.
-        val_split: fraction of every class's training images to hold out for validation.
-        seed: chooses the images held out.
-        mean, std: normalisation per channel, as fractions of 255; by default the dataset's
-            customary values, or measured over the training split.
-        augment: training augmentation; by default the dataset's customary one.
+            all layouts. Or the result of ``list_source``.
+        image_size: side of the square that all images are fitted to; None keeps the size that they
+            must share.
+        val_split: fraction of every class's training images to hold out for validation, in [0, 1).
+        seed: selects the held-out images.
+        mean, std: normalization per channel, as fractions of 255; the default is the dataset's
+            customary one, or computed from the training split.
+        augment: training augmentation; the default is the dataset's customary one.
         workers: decoding threads; None for one per usable CPU core.
         progress: called with (files done, files in all) while files are decoded.
         bad_images: "fail" or "replace", see ``decode_files``.
 
     Raises:
-        ConfigError: a setting out of range, or a kind that does not exist.
-        DataError: data that cannot be trained on; the message is one line: what, where, and how to
-            mend it.
+        ConfigError: a setting out of range, or an unknown kind.
+        DataError: invalid data; the message is one line with the problem, the file and the fix.
     """
     check_image_size(image_size)
+    decoding = (image_size, workers, progress)
     if isinstance(spec, DataSource):
-        source = decode_files(spec, image_size, workers, progress, bad_images)
+        source = decode_files(spec, *decoding, bad_images)
     else:
         kind, path = resolve(spec)
-        if kind.files is None:
-            source = kind.read(path, ReadOptions(image_size, workers, progress))
+        if kind.files is not None:
+            source = decode_files(kind.files(path), *decoding, bad_images)
         else:
-            source = decode_files(kind.files(path), image_size, workers, progress, bad_images)
+            assert kind.read is not None, "a kind has read or files"
+            source = kind.read(path, ReadOptions(*decoding))
     return prepare(source, val_split=val_split, seed=seed, mean=mean, std=std, augment=augment)
 
 
@@ -166,26 +127,25 @@ def list_files(
     std: Sequence[float] | None = None,
     augment: Augment | None = None,
 ) -> FileDataset:
-    """Open a dataset made of image files and check its structure, without decoding anything.
+    """Open a dataset made of image files and check its structure, without decoding.
 
     Args:
-        spec, val_split, seed: as for ``open_dataset``, and with the same labels and the same images
-            held out.
-        image_size: side of the square that loaders give; see ``prepare_files`` for the default.
-        mean, std: normalisation per channel, as fractions of 255; by default the dataset's
-            customary values, or ImageNet's.
-        augment: training augmentation; by default the dataset's customary one.
+        spec, val_split, seed, augment: as for ``open_dataset``, with the same labels and held-out
+            images.
+        image_size: side of the square that loaders return; see ``prepare_files`` for the default.
+        mean, std: normalization per channel, as fractions of 255; the default is the dataset's
+            customary one, or ImageNet's.
 
     Raises:
-        ConfigError: a setting out of range, or a kind that does not exist.
-        DataError: data that cannot be trained on, or that is not made of image files.
+        ConfigError: a setting out of range, or an unknown kind.
+        DataError: invalid data, or data that is not made of image files.
     """
     source = spec if isinstance(spec, DataSource) else list_source(spec)
     return prepare_files(source, image_size, val_split, seed, mean=mean, std=std, augment=augment)
 
 
 class EvaluationSet(NamedTuple):
-    """Images to measure a trained network on."""
+    """Images to evaluate a trained network on."""
 
     name: str
     classes: tuple[str, ...]
@@ -200,57 +160,51 @@ def open_evaluation(
     decoded: bool = True,
     progress: Progress | None = None,
 ) -> EvaluationSet:
-    """Open one split of a dataset for a network that is trained already; of a folder nothing else
-    is read.
+    """Open one split of a dataset for a trained network; the other splits of a folder are not read.
 
     Args:
         spec: as in ``open_dataset``; a folder needs no ``train/``, and may hold the class folders
             themselves.
-        split: "train", "val" or "test"; by default what a run is evaluated on.
+        split: "train", "val" or "test"; None for the split that runs are evaluated on.
         image_size: as in ``open_dataset``.
-        decoded: decode the images; else they are files, for a loader that decodes.
+        decoded: decode the images; otherwise return files, for a loader that decodes.
         progress: as in ``open_dataset``.
 
     Raises:
-        ConfigError: a setting out of range, a kind or a split that does not exist.
+        ConfigError: a setting out of range, an unknown kind or split.
         DataError: images that cannot be read, or that are not files.
     """
     check_image_size(image_size)
     kind, path = resolve(spec)
-    if path is None or not kind.walked:
-        dataset = (
-            open_dataset(spec, image_size, progress=progress)
-            if decoded
-            else list_files(spec, image_size=image_size)
-        )
-        return EvaluationSet(
-            dataset.name,
-            dataset.classes,
-            dataset.evaluation if split is None else dataset.split(split),
-        )
-    from fastokd.data.folder import list_split
-
-    found = list_split(path, split)
-    images: Split | FileSplit = found.train
+    if path is not None and kind.list_split is not None:
+        source = kind.list_split(path, split)
+        images: Split | FileSplit = source.train
+        if decoded:
+            renamed = dataclasses.replace(source.train, name="train")
+            source = dataclasses.replace(source, train=renamed)
+            whole = decode_files(source, image_size, None, progress)
+            images = dataclasses.replace(whole.train, name=images.name)
+        return EvaluationSet(source.name, source.classes, images)
+    dataset: Dataset | FileDataset
     if decoded:
-        alone = dataclasses.replace(found, train=dataclasses.replace(found.train, name="train"))
-        images = dataclasses.replace(
-            decode_files(alone, image_size, progress=progress).train, name=found.train.name
-        )
-    return EvaluationSet(found.name, found.classes, images)
+        dataset = open_dataset(spec, image_size, progress=progress)
+    else:
+        dataset = list_files(spec, image_size=image_size)
+    images = dataset.evaluation if split is None else dataset.split(split)
+    return EvaluationSet(dataset.name, dataset.classes, images)
 
 
 def made_of_files(spec: str | Path) -> bool:
-    """Whether a dataset is made of image files, which ``list_files`` can list.
+    """True if a dataset is made of image files, which ``list_files`` can list.
 
     Raises:
-        ConfigError, DataError: as ``open_dataset``, for a kind or folder that does not exist.
+        ConfigError, DataError: as ``open_dataset``, for an unknown kind or a missing folder.
     """
     return resolve(spec)[0].files is not None
 
 
 def absolute_spec(spec: str) -> str:
-    """The same dataset whatever the working folder: the folder in ``spec`` made absolute."""
+    """The spec with its folder made absolute, so that it is valid in any working folder."""
     name, _, rest = spec.partition(":")
     if name in _datasets:
         return f"{name}:{Path(rest).expanduser().absolute()}" if rest else spec
@@ -259,11 +213,11 @@ def absolute_spec(spec: str) -> str:
 
 
 def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
-    """The kind of dataset that a user's words mean, and where it is.
+    """The kind of dataset that a spec names, and its path.
 
     Raises:
-        ConfigError: a kind that does not exist.
-        DataError: no such folder, or one that is more than one kind.
+        ConfigError: an unknown kind.
+        DataError: a missing folder, or one that matches several kinds.
     """
     name, colon, rest = str(spec).partition(":")
     if isinstance(spec, str) and name in _datasets:
@@ -271,22 +225,21 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     path = Path(spec).expanduser()
     if os.path.exists(path):  # unlike pathlib's tests, False where permission is missing
         kinds = {name: get_dataset_kind(name) for name in list_datasets()}
-        matches = [
-            name for name, kind in kinds.items() if kind.detect is not None and kind.detect(path)
-        ]
+        matches = [name for name, kind in kinds.items() if kind.detect and kind.detect(path)]
         if len(matches) > 1:
             raise DataError(
-                f"{show(path)} holds {' and '.join(matches)}; say which: {matches[0]}:{show(path)}"
+                f"{escape(path)} holds {' and '.join(matches)}; select one:"
+                f" {matches[0]}:{escape(path)}"
             )
         if matches or os.path.isdir(path):
             return kinds[matches[0] if matches else _FALLBACK], path
         raise DataError(
-            f"{show(path)} is a file; give the folder that holds the dataset, or a .csv list of"
+            f"{escape(path)} is a file; pass the folder that holds the dataset, or a .csv list of"
             " path and label"
         )
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
     raise DataError(
-        f"{show(path.absolute())}: no folder that can be read, and no dataset of that"
+        f"{escape(path.absolute())}: no folder that can be read, and no dataset of that"
         f" name{did_you_mean(str(spec), _datasets)}"
     )

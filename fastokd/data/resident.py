@@ -1,52 +1,44 @@
-"""The resident loader: the whole split lies decoded on the device, and batches are made there.
+"""The resident loader: the whole decoded split is on the device, and batches are made there.
 
-Order and augmentation are a function of (seed, epoch, position in the epoch) alone. Neither the
-device, nor the number of processes, nor an interruption changes which images a global batch holds,
-or how they are cropped and mixed.
+Order and augmentation depend only on (seed, epoch, position in the epoch). The images of a global
+batch, their crops and their mixing are independent of the device, the number of processes and
+interruptions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastokd.data.augment import Augment, Mixing, crop, mirror, mix, normalize
+from fastokd.data.augment import Augment, crop, flip, mix, normalize
 from fastokd.data.dataset import Split
-from fastokd.data.loader import Batch, LoaderBase, LoaderKind, epoch_seed, to_device
+from fastokd.data.loader import (
+    Batch,
+    LoaderBase,
+    LoaderKind,
+    LoaderSettings,
+    check_padding,
+    epoch_seed,
+    to_device,
+)
 from fastokd.errors import ConfigError, DataError
 
 
 class ResidentLoader(LoaderBase):
-    """Keeps a whole split as uint8 on the device, and shuffles, augments and normalises there.
+    """Keep a whole split as uint8 on the device, and shuffle, augment and normalize there.
 
-    See ``LoaderBase`` for which images go where. Evaluation is in order and without augmentation,
-    views or mixing.
-
-    All that is random in an epoch is drawn when the epoch begins and lies in tensors that never
-    move. ``gather`` makes a batch of them by tensor operations alone, without the host: a captured
-    CUDA graph may hold it, and replays it with another step, and after ``set_epoch`` with another
-    epoch.
+    See ``LoaderBase`` for the images of each batch. All random choices of an epoch are drawn when
+    it begins, into tensors that never move. ``gather`` makes a batch of them with tensor operations
+    alone, so a captured CUDA graph may contain it, and replays it for other steps and epochs.
 
     Args:
-        split: the images and labels.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: where the split is kept and the batches are made.
-        seed: of the order and the augmentation.
-        mean, std: per channel, as fractions of 255: a pixel p becomes (p / 255 - mean) / std.
-        num_classes: needed for mixing, whose targets are class probabilities.
-        augment: augmentation while training.
-        views: how often each training image is cropped and mirrored anew for its batch.
-        mixup, cutmix: alpha of each, see ``Mixing``. All views of a batch are mixed alike.
-        dtype: of the images; the arithmetic is float32.
-        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``, of every view.
-        rank, world_size: this process among all that share the split.
+        split, batch_size, train, device, seed: see ``LoaderBase``; the split is kept on the device.
+        settings: the fields of ``LoaderSettings``.
 
     Raises:
-        ConfigError: a setting out of range.
-        DataError: fewer training images than one batch on every rank, or a device too small for the
-            split.
+        ConfigError, DataError: as ``LoaderBase``, or for a device too small for the split.
     """
 
     def __init__(
@@ -56,71 +48,27 @@ class ResidentLoader(LoaderBase):
         train: bool,
         device: torch.device | str = "cpu",
         seed: int = 0,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        num_classes: int | None = None,
-        augment: Augment | None = None,
-        views: int = 1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.channels_last,
-        rank: int = 0,
-        world_size: int = 1,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            split.name,
-            len(split),
-            batch_size,
-            train,
-            device,
-            seed,
-            dtype=dtype,
-            memory_format=memory_format,
-            rank=rank,
-            world_size=world_size,
-        )
-        mixing = Mixing(mixup, cutmix)
-        if views < 1:
-            raise ConfigError(f"views={views}; use 1 or more")
-        if mixing and num_classes is None:
-            raise ConfigError(
-                "mixup and cutmix need num_classes: their targets are class probabilities"
-            )
-        self.augment = (augment or Augment()) if train else Augment()
-        self.mixing = mixing if train else Mixing()
-        self.views = views if train else 1
+        super().__init__(split, batch_size, train, device, seed, LoaderSettings(**settings))
+        self.augment = (self.settings.augment or Augment()) if train else Augment()
         self._height, self._width = split.images.shape[2:]
-        if self.augment.padding == "reflect" and self.augment.pad >= min(self._height, self._width):
-            raise ConfigError(
-                f"pad={self.augment.pad} by reflection needs larger images than {self._height} x"
-                f" {self._width}; use a smaller pad"
-            )
+        check_padding(self.augment, self._height, self._width)
         _check_device_memory(split, self.device)
         self._images = split.images.permute(0, 2, 3, 1).contiguous().to(self.device)  # [N, H, W, C]
         self._targets = split.targets.to(self.device)
-        self._num_classes = num_classes or 0
-        mean64, std64 = (
-            torch.tensor(mean, dtype=torch.float64),
-            torch.tensor(std, dtype=torch.float64),
-        )
-        self._scale, self._shift = (
-            factor.float().repeat(self._height * self._width).to(self.device)
-            for factor in (1 / (255 * std64), -mean64 / std64)
-        )
+        self._scale, self._shift = self._normalization(self._height, self._width)
         self._resized: int | None = None
-        self._drawn: int | None = None  # the epoch that the choices below are of
+        self._drawn: int | None = None  # the epoch of the choices below
         if train:
-            here, count = self.device, len(split)
-            self._steps = torch.arange(len(self), device=here)
-            self._places = rank * batch_size + torch.arange(
-                batch_size, device=here
-            )  # within the global batch
-            self._order = torch.zeros(count, dtype=torch.int64, device=here)
-            self._offsets = torch.zeros(views, count, 2, dtype=torch.int64, device=here)
-            self._mirrored = torch.zeros(views, count, dtype=torch.bool, device=here)
-            self._mixes = torch.zeros(len(self), 5, device=here)
+            device, count, views = self.device, len(split), self.views
+            self._steps = torch.arange(len(self), device=device)
+            # Positions of this rank's images within the global batch
+            self._positions = self.rank * batch_size + torch.arange(batch_size, device=device)
+            self._order = torch.zeros(count, dtype=torch.int64, device=device)
+            self._offsets = torch.zeros(views, count, 2, dtype=torch.int64, device=device)
+            self._flipped = torch.zeros(views, count, dtype=torch.bool, device=device)
+            self._mixes = torch.zeros(len(self), 5, device=device)
 
     def __iter__(self) -> Iterator[Batch]:
         self._start_iteration()
@@ -137,10 +85,8 @@ class ResidentLoader(LoaderBase):
             self._draw()
 
     def set_size(self, size: int | None) -> None:
-        """Resize training images to this side, antialiased, after they are augmented; None for
-        their own size.
-
-        What was captured before gives the size it was captured with.
+        """Resize training images to this side, antialiased, after augmentation; None restores their
+        size. CUDA graphs captured before keep the size at capture.
 
         Raises:
             ConfigError: a size out of range.
@@ -154,12 +100,11 @@ class ResidentLoader(LoaderBase):
 
     @property
     def side(self) -> int | None:
-        """What ``set_size`` has set: what a captured ``gather`` goes on giving."""
+        """The side set by ``set_size``; a captured ``gather`` keeps it."""
         return self._resized
 
     def gather(self, step: Tensor) -> Batch:
-        """The training batch of a step of this epoch, by tensor operations alone: nothing is read
-        on the host.
+        """The training batch of a step of this epoch, by tensor operations alone, without the host.
 
         Args:
             step: int64 [] or [1] on the loader's device, below ``len(self)``.
@@ -167,13 +112,13 @@ class ResidentLoader(LoaderBase):
         if self._drawn is None:
             self._draw()
         start = step * self._step
-        places = start + self._places
-        index = self._order.index_select(0, places)
-        pixels, target = self._augmented(places, index), self._targets.index_select(0, index)
+        positions = start + self._positions
+        index = self._order.index_select(0, positions)
+        pixels, target = self._augmented(positions, index), self._targets.index_select(0, index)
         if self.mixing:
-            # The partner is the image as far from the other end of the global batch, so no rank's
-            # part of it depends on the number of ranks.
-            partners = start + self._step - 1 - self._places
+            # The partner has the mirrored position in the global batch, so that pairs do not
+            # depend on the number of ranks.
+            partners = start + self._step - 1 - self._positions
             others = self._order.index_select(0, partners)
             choice = self._mixes.index_select(0, step.view(1)).view(-1)
             pixels, target = mix(
@@ -187,49 +132,39 @@ class ResidentLoader(LoaderBase):
         return Batch(self._finish(pixels, self._resized), target, index)
 
     def mark_done(self, steps: int) -> None:
-        """Say that this many batches of the epoch are done, for ``state_dict``, when they came from
-        ``gather``.
-        """
+        """Set the position for ``state_dict`` after this many batches came from ``gather``."""
         self._position = steps * self._step
 
     def _draw(self) -> None:
-        """Draw the epoch's choices, on the CPU, into the tensors that ``gather`` reads."""
+        """Draw the epoch's random choices on the CPU into the tensors that ``gather`` reads."""
         if self._drawn == self.epoch:
             return
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         choices = [(self._order, torch.randperm(self._count, generator=generator))]
         for view in range(self.views):
-            offsets, mirrored = self.augment.draw(self._count, generator)
-            choices += [(self._offsets[view], offsets), (self._mirrored[view], mirrored)]
+            offsets, flipped = self.augment.draw(self._count, generator)
+            choices += [(self._offsets[view], offsets), (self._flipped[view], flipped)]
         if self.mixing:
-            choices.append(
-                (
-                    self._mixes,
-                    self.mixing.draw(len(self), epoch_seed(self.seed, self.epoch, "/mix")),
-                )
-            )
+            seed = epoch_seed(self.seed, self.epoch, "/mix")
+            choices.append((self._mixes, self.mixing.draw(len(self), seed)))
         for buffer, drawn in choices:
             buffer.copy_(to_device(drawn, self.device))
         self._drawn = self.epoch
 
-    def _augmented(self, places: Tensor, index: Tensor) -> Tensor:
-        """The images of the epoch's ``places``, int64 [B], which are ``index``; float32 [K * B, H,
-        W, C], normalised.
+    def _augmented(self, positions: Tensor, index: Tensor) -> Tensor:
+        """The images ``index`` at these positions of the epoch, both int64 [B]: normalized float32
+        [K * B, H, W, C].
         """
         images = self._images.index_select(0, index.repeat(self.views))
         if self.augment.pad:
-            images = crop(
-                images,
-                self._offsets.index_select(1, places).flatten(0, 1),
-                self.augment.pad,
-                self.augment.padding,
-            )
+            offsets = self._offsets.index_select(1, positions).flatten(0, 1)
+            images = crop(images, offsets, self.augment.pad, self.augment.padding)
         if self.augment.flip:
-            images = mirror(images, self._mirrored.index_select(1, places).flatten())
+            images = flip(images, self._flipped.index_select(1, positions).flatten())
         return normalize(images, self._scale, self._shift)
 
     def _finish(self, pixels: Tensor, size: int | None) -> Tensor:
-        """Normalised pixels [K * B, H, W, C] as [B, C, H, W] or, for more than one view, [K, B, C,
+        """Normalized pixels [K * B, H, W, C] as [B, C, H, W] or, for more than one view, [K, B, C,
         H, W].
         """
         images = pixels.permute(0, 3, 1, 2)

@@ -1,17 +1,16 @@
-"""What loaders have in common that read and decode image files while the network trains.
+"""The base class of loaders that read and decode image files while the network trains.
 
-They differ in who decodes: ``fastokd.data.dali`` or ``fastokd.data.torchvision_loader``. Order,
-windows, mirroring, the place in the epoch, bad pictures, normalisation and mixing are decided here,
-once for both.
+``fastokd.data.dali`` and ``fastokd.data.torchvision_loader`` decode. Order, crop windows, flips,
+the position in the epoch, corrupt images, normalization and mixing are decided here for both.
 """
 
 import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,23 +18,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastokd.data import random_crop
-from fastokd.data.augment import Augment, Mixing, crop, mirror, mix, normalize
+from fastokd.data.augment import Augment, crop, flip, mix, normalize
 from fastokd.data.files import BAD_IMAGES, MAX_REPLACED, FileSplit
-from fastokd.data.images import first_of, show
-from fastokd.data.loader import Batch, LoaderBase, epoch_seed, to_device
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.data.loader import (
+    Batch,
+    LoaderBase,
+    LoaderSettings,
+    check_padding,
+    epoch_seed,
+    to_device,
+)
+from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How a decoded picture becomes one of ``size``.
+    """The mapping of a decoded image to one of ``size``.
 
     Args:
         size: height and width of the result.
         augment: a random resized crop if it has a ``crop_scale`` and ``train``.
-        train: else the picture is scaled until it covers ``cover_size``, and its centre is cut.
+        train: otherwise the image is scaled until it covers ``cover_size``, and its center is
+            cropped.
     """
 
     size: tuple[int, int]
@@ -44,13 +50,13 @@ class Framing:
 
     @property
     def random(self) -> bool:
-        """Whether windows are drawn."""
+        """True if crop windows are drawn."""
         return self.train and self.augment.crop_scale is not None
 
     @property
     def cover_size(self) -> tuple[int, int]:
-        """What is covered before the centre is cut: ``size`` itself while training,
-        ``Augment.evaluation_side`` of it else.
+        """The size to cover before the center crop: ``size`` while training, else
+        ``Augment.evaluation_side`` of it.
         """
         if self.train:
             return self.size
@@ -59,83 +65,80 @@ class Framing:
 
 
 class Request(NamedTuple):
-    """One batch to decode: images of the split int64 [B], and the windows' candidates [B, 22] of
-    random resized crops.
+    """One batch to decode: indices in the split int64 [B], and the candidates [B, 22] for crop
+    windows of random resized crops.
     """
 
     framing: Framing
-    index: NDArray[np.int64]
+    indices: NDArray[np.int64]
     candidates: NDArray[np.float64] | None
 
 
 class Decoded(NamedTuple):
-    """Pictures uint8 [B, H, W, 3], on any device, and the images of the split they really are,
-    int64 [B].
-    """
+    """Images uint8 [B, H, W, 3] on any device, and their actual indices in the split, int64 [B]."""
 
     pixels: Tensor
-    index: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
 
-def scaled(picture: Tensor, framing: Framing) -> Tensor:
-    """A picture uint8 [3, H, W], or the window that was drawn of it, brought to ``framing.size``:
-    uint8 [height, width, 3].
+def scaled(image: Tensor, framing: Framing) -> Tensor:
+    """An image uint8 [3, H, W], or its crop window, scaled to ``framing.size``: uint8 [height,
+    width, 3].
     """
     from torchvision.transforms.v2 import functional as v2
 
     if framing.random:
-        return v2.resize(picture, list(framing.size), antialias=True).permute(1, 2, 0)
-    rows, columns = random_crop.cover(*picture.shape[1:], framing.cover_size)
-    picture = v2.resize(picture, [rows, columns], antialias=True)
-    return v2.crop(
-        picture,
-        random_crop.central(rows, framing.size[0]),
-        random_crop.central(columns, framing.size[1]),
-        *framing.size,
-    ).permute(1, 2, 0)
+        return v2.resize(image, list(framing.size), antialias=True).permute(1, 2, 0)
+    height, width = image.shape[1:]
+    rows, columns = random_crop.cover(height, width, framing.cover_size)
+    image = v2.resize(image, [rows, columns], antialias=True)
+    top = random_crop.central(rows, framing.size[0])
+    left = random_crop.central(columns, framing.size[1])
+    return v2.crop(image, top, left, *framing.size).permute(1, 2, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(LoaderSettings):
+    """Settings of loaders that decode files, in addition to ``LoaderSettings``. The partner of a
+    mixed image is on the same rank, so that no image is decoded twice. Evaluation uses only
+    ``evaluation_side`` of the augmentation policy.
+
+    Args:
+        size: height and width of the images in a batch.
+        bad_images: the policy for training images that cannot be decoded: "fail" stops with the
+            name; "replace" uses the next image of the class that can be decoded, counts it in
+            ``replaced``, and stops above 1 %. Evaluation always stops, because its accuracy is over
+            all images.
+    """
+
+    size: tuple[int, int]
+    bad_images: str = "fail"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bad_images not in BAD_IMAGES:
+            raise ConfigError(
+                f"unknown bad_images '{self.bad_images}'{did_you_mean(self.bad_images, BAD_IMAGES)}"
+            )
 
 
 class StreamLoader(LoaderBase, ABC):
-    """Reads, decodes and augments the images of a split while the step computes.
+    """Read, decode and augment the images of a split while the step computes.
 
-    See ``LoaderBase`` for which images go where. Evaluation is in order and without augmentation,
-    views or mixing.
-
-    Which images a batch holds, and which window of each, depends on (seed, epoch, place in the
-    epoch) alone: not on the number of workers, threads or ranks, nor on an interruption. The state
-    is therefore the place in the epoch, and a resumed epoch continues with the images that were
-    left, the same pixel for pixel.
-
-    A new iteration ends the one before it.
+    See ``LoaderBase`` for the images of each batch. A batch's images and crop windows depend only
+    on (seed, epoch, position in the epoch), independent of workers, threads, ranks and
+    interruptions. The position is therefore the whole state, and a resumed epoch continues with the
+    remaining images, identical pixel for pixel. A new iteration ends the previous one.
 
     Args:
-        split: the encoded images and their labels.
-        batch_size: images per batch on this rank.
-        train: training or evaluation.
-        device: where the batches are made.
-        seed: of the order and the augmentation.
-        size: height and width of the images in a batch.
-        mean, std: per channel, as fractions of 255: a pixel p becomes (p / 255 - mean) / std.
-        num_classes: needed for mixing, whose targets are class probabilities.
-        augment: the policy while training; evaluation takes from it alone how much is cut off
-            (``evaluation_side``).
-        views: how often each training image is cropped and mirrored anew for its batch.
-        mixup, cutmix: alpha of each, see ``Mixing``. All views of a batch are mixed alike; the
-            partner of an image is of the same rank, so that no picture is decoded twice.
-        dtype: of the images; the arithmetic is float32.
-        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``, of every view.
-        rank, world_size: this process among all that share the split.
-        bad_images: what a picture that cannot be decoded does to training: "fail" stops with its
-            name; "replace" trains on the next image of its class that can be decoded, which
-            ``replaced`` counts, and stops beyond one in a hundred. Evaluation always stops, because
-            its accuracy is over all images.
+        split, batch_size, train, device, seed: see ``LoaderBase``.
+        settings: the fields of ``StreamSettings``.
 
     Attributes:
-        replaced: bad pictures met so far by this process, by their place in the split, and why.
+        replaced: for each corrupt image that this process has met, by its index, the reason.
 
     Raises:
-        ConfigError: a setting out of range.
-        DataError: fewer training images than one batch on every rank.
+        ConfigError, DataError: as ``LoaderBase``.
     """
 
     def __init__(
@@ -145,66 +148,22 @@ class StreamLoader(LoaderBase, ABC):
         train: bool,
         device: torch.device | str = "cpu",
         seed: int = 0,
-        *,
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        num_classes: int | None = None,
-        augment: Augment | None = None,
-        views: int = 1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        memory_format: torch.memory_format = torch.channels_last,
-        rank: int = 0,
-        world_size: int = 1,
-        bad_images: Literal["fail", "replace"] = "fail",
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            split.name,
-            len(split),
-            batch_size,
-            train,
-            device,
-            seed,
-            dtype=dtype,
-            memory_format=memory_format,
-            rank=rank,
-            world_size=world_size,
-        )
-        mixing = Mixing(mixup, cutmix)
-        if views < 1:
-            raise ConfigError(f"views={views}; use 1 or more")
-        if mixing and num_classes is None:
-            raise ConfigError(
-                "mixup and cutmix need num_classes: their targets are class probabilities"
-            )
-        if bad_images not in BAD_IMAGES:
-            raise ConfigError(
-                f"unknown bad_images '{bad_images}'{did_you_mean(bad_images, BAD_IMAGES)}"
-            )
+        stream = StreamSettings(**settings)
+        super().__init__(split, batch_size, train, device, seed, stream)
         self.split = split
-        self.augment = augment or Augment()
-        self.mixing = mixing if train else Mixing()
-        self.views = views if train else 1
-        self.bad_images = bad_images
+        self.augment = stream.augment or Augment()
+        self.bad_images = stream.bad_images
         self.replaced: dict[int, str] = {}
-        self._num_classes = num_classes or 0
         self._targets = split.targets.to(self.device)
         self._running: Generator[Batch, None, None] | None = None
-        mean64, std64 = (
-            torch.tensor(mean, dtype=torch.float64),
-            torch.tensor(std, dtype=torch.float64),
-        )
-        self._per_channel = 1 / (255 * std64), -mean64 / std64
-        self._own_size = size
-        self._frame(size)
+        self._base_size = stream.size
+        self._frame(stream.size)
 
     @abstractmethod
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
-        """The batches asked for, in order, read ahead of their use. Closing it stops the
-        reading.
-        """
+        """The requested batches, in order, read ahead. Closing the generator stops the reading."""
 
     def __iter__(self) -> Iterator[Batch]:
         self._stop()
@@ -218,33 +177,31 @@ class StreamLoader(LoaderBase, ABC):
         super().set_epoch(epoch)
 
     def set_size(self, size: int | None) -> None:
-        """Give square training images of this side from the next iteration on; None for the
-        loader's own size.
-
-        Saying the size that they have already changes nothing.
+        """Return square training images of this side from the next iteration on; None restores the
+        loader's size. The current size changes nothing.
 
         Raises:
-            ConfigError: a size out of range, an evaluation loader, or a buffer of another size that
-                batches are written into.
+            ConfigError: a size out of range, an evaluation loader, or a ``write_into`` buffer of
+                another size.
         """
         if size is not None and size < 1:
             raise ConfigError(f"image size {size}; use 1 or more")
         if not self.train:
             raise ConfigError("only training images change their size; evaluation keeps its own")
-        wanted = self._own_size if size is None else (size, size)
+        wanted = self._base_size if size is None else (size, size)
         if wanted == self.framing.size:
             return
         if self._out is not None:
             raise ConfigError(
                 f"image size {wanted[0]} x {wanted[1]}: the buffer of write_into is for"
                 f" {self.framing.size[0]} x {self.framing.size[1]}; call write_into(None) first,"
-                " and give a buffer of the new size afterwards"
+                " then pass a buffer of the new size"
             )
         self._stop()
         self._frame(wanted)
 
     def write_into(self, out: Tensor | None) -> None:
-        """Write every training batch into this buffer, for a step that reads its input from one
+        """Write every training batch into this buffer, for a step that reads its input from a fixed
         address; None ends that.
 
         Args:
@@ -254,24 +211,19 @@ class StreamLoader(LoaderBase, ABC):
         Raises:
             ConfigError: a buffer of another shape, dtype, device or layout.
         """
-        if out is not None:
-            height, width = self.framing.size
-            shape = (*([self.views] if self.views > 1 else []), self.batch_size, 3, height, width)
-            dense = (
-                out.flatten(0, -4).is_contiguous(memory_format=self.memory_format)
-                if out.ndim > 3
-                else False
+        shape = [self.batch_size, 3, *self.framing.size]
+        if self.views > 1:
+            shape.insert(0, self.views)
+        if out is not None and (
+            list(out.shape) != shape
+            or out.dtype != self.dtype
+            or out.device.type != self.device.type
+            or not out.flatten(0, -4).is_contiguous(memory_format=self.memory_format)
+        ):
+            raise ConfigError(
+                f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
+                f" {self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
             )
-            if (
-                out.shape != shape
-                or out.dtype != self.dtype
-                or out.device.type != self.device.type
-                or not dense
-            ):
-                raise ConfigError(
-                    f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
-                    f" {self.dtype} {list(shape)} on {self.device}, dense in {self.memory_format}"
-                )
         self._out = None if out is None else out.flatten(0, -4)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -279,182 +231,171 @@ class StreamLoader(LoaderBase, ABC):
         super().load_state_dict(state)
 
     def close(self) -> None:
-        """Stop reading ahead and give back threads and processes; the loader can be iterated
-        again.
-        """
+        """Stop reading ahead and release threads and processes; a later iteration starts them."""
         self._stop()
 
     def _frame(self, size: tuple[int, int]) -> None:
-        if self.augment.padding == "reflect" and self.augment.pad >= min(size):
-            raise ConfigError(
-                f"pad={self.augment.pad} by reflection needs larger images than {size[0]} x"
-                f" {size[1]}; use a smaller pad"
-            )
+        check_padding(self.augment, *size)
         self.framing = Framing(size, self.augment, self.train)
-        self._scale, self._shift = (
-            factor.float().repeat(size[0] * size[1]).to(self.device) for factor in self._per_channel
-        )
-        self._out: Tensor | None = None
+        self._scale, self._shift = self._normalization(*size)
+        self._out = None
 
     def _stop(self) -> None:
         if self._running is not None:
             self._running.close()
             self._running = None
 
-    def _places(self) -> list[tuple[int, int]]:
-        """Where in the order of the epoch the remaining batches of this rank begin and end."""
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Start and stop, in the order of the epoch, of the remaining batches of this rank."""
         if self.train:
-            starts = range(
-                self._position + self.rank * self.batch_size,
-                self._count - self._step + self.rank * self.batch_size + 1,
-                self._step,
-            )
+            first = self._position + self.rank * self.batch_size
+            last = self._count - self._step + self.rank * self.batch_size
+            starts = range(first, last + 1, self._step)
             return [(start, start + self.batch_size) for start in starts]
         start, stop = self._shard()
-        return [
-            (first, min(first + self.batch_size, stop))
-            for first in range(start + self._position, stop, self.batch_size)
-        ]
+        starts = range(start + self._position, stop, self.batch_size)
+        return [(first, min(first + self.batch_size, stop)) for first in starts]
 
     def _numbers(self, epoch: int, start: int, stop: int) -> NDArray[np.float64]:
-        """What is random about the pictures of a batch, view after view: [K * B, NUMBERS]."""
-        return np.concatenate(
-            [
-                random_crop.uniforms(self.seed, epoch, start, stop - start, view)
-                for view in range(self.views)
-            ]
-        )
+        """The random numbers of a batch's images, view after view: [K * B, NUMBERS]."""
+        count, views = stop - start, range(self.views)
+        parts = [random_crop.uniforms(self.seed, epoch, start, count, view) for view in views]
+        return np.concatenate(parts)
 
     def _batches(self) -> Generator[Batch, None, None]:
-        epoch, framing, places = self.epoch, self.framing, self._places()
-        order = np.arange(self._count)
+        epoch, framing, ranges = self.epoch, self.framing, self._ranges()
+        order, mixes = np.arange(self._count), None
         if self.train:
-            order = torch.randperm(
-                self._count, generator=torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-            ).numpy()
-        mixes = (
-            self.mixing.draw(len(self), epoch_seed(self.seed, epoch, "/mix"))
-            if self.mixing
-            else None
-        )
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+            order = torch.randperm(self._count, generator=generator).numpy()
+        if self.mixing:
+            mixes = self.mixing.draw(len(self), epoch_seed(self.seed, epoch, "/mix"))
 
         def requests() -> Iterator[Request]:
-            for start, stop in places:
+            policy = framing.augment
+            for start, stop in ranges:
                 candidates = None
-                if framing.random and framing.augment.crop_scale is not None:
+                if framing.random and policy.crop_scale is not None:
+                    numbers = self._numbers(epoch, start, stop)
                     candidates = random_crop.candidates(
-                        self._numbers(epoch, start, stop),
-                        framing.augment.crop_scale,
-                        framing.augment.crop_ratio,
+                        numbers, policy.crop_scale, policy.crop_ratio
                     )
                 yield Request(framing, np.tile(order[start:stop], self.views), candidates)
 
         with contextlib.closing(self._decode(requests())) as decoded:
-            for (start, stop), (pixels, index) in zip(places, decoded, strict=True):
+            for (start, stop), (pixels, indices) in zip(ranges, decoded, strict=True):
                 numbers = self._numbers(epoch, start, stop) if self.train else None
                 choice = None if mixes is None else mixes[self._position // self._step]
                 self._position += self._step if self.train else stop - start
-                yield self._batch(pixels, index, numbers, choice)
+                yield self._batch(pixels, indices, numbers, choice)
 
     def _batch(
         self,
         pixels: Tensor,
-        index: NDArray[np.int64],
+        indices: NDArray[np.int64],
         numbers: NDArray[np.float64] | None,
         choice: Tensor | None,
     ) -> Batch:
         images = pixels.to(self.device, non_blocking=True)
         if numbers is not None and self.augment.pad:
             corners = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
-            images = crop(
-                images, to_device(corners, self.device), self.augment.pad, self.augment.padding
-            )
+            corners = to_device(corners, self.device)
+            images = crop(images, corners, self.augment.pad, self.augment.padding)
         if numbers is not None and self.augment.flip:
-            images = mirror(
-                images, to_device(torch.from_numpy(random_crop.mirrored(numbers)), self.device)
-            )
-        where = to_device(torch.from_numpy(index), self.device)[: len(index) // self.views]
-        target = self._targets.index_select(0, where)
+            flipped = torch.from_numpy(random_crop.flipped(numbers))
+            images = flip(images, to_device(flipped, self.device))
+        index = to_device(torch.from_numpy(indices), self.device)[: len(indices) // self.views]
+        target = self._targets.index_select(0, index)
         out = self._out if self.train else None
         if out is None:
             out = torch.empty(
-                (len(index), 3, *images.shape[1:3]),
+                (len(indices), 3, *images.shape[1:3]),
                 dtype=self.dtype,
                 device=self.device,
                 memory_format=self.memory_format,
             )
-        if choice is None:
-            self._normalize(images, out)
-        else:
+        pixels = out.permute(0, 2, 3, 1)
+        if choice is not None:
             clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
+            choice = to_device(choice, self.device)
             mixed, target = mix(
-                clean,
-                clean.flip(1),
-                target,
-                target.flip(0),
-                to_device(choice, self.device),
-                self._num_classes,
+                clean, clean.flip(1), target, target.flip(0), choice, self._num_classes
             )
-            out.copy_(mixed.flatten(0, 1).permute(0, 3, 1, 2))
-        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, where)
-
-    def _normalize(self, images: Tensor, out: Tensor) -> None:
-        """uint8 [B, H, W, 3] to normalised [B, 3, H, W]; on a GPU one kernel reads the bytes and
-        writes the step's input.
-        """
-        target = out.permute(0, 2, 3, 1)
-        if self.memory_format == torch.channels_last:
-            # Factors repeated for every pixel: broadcasting over an inner dimension of three is
-            # slow.
-            torch.addcmul(self._shift, images.flatten(1), self._scale, out=target.flatten(1))
+            pixels.copy_(mixed.flatten(0, 1))
+        # On a GPU, one kernel reads the bytes and writes the step's input.
+        elif self.memory_format == torch.channels_last:
+            torch.addcmul(self._shift, images.flatten(1), self._scale, out=pixels.flatten(1))
         else:
-            torch.addcmul(self._shift[:3], images, self._scale[:3], out=target)
+            torch.addcmul(self._shift[:3], images, self._scale[:3], out=pixels)
+        return Batch(out if self.views == 1 else out.unflatten(0, (self.views, -1)), target, index)
 
-    def _note_bad(self, found: Mapping[int, str]) -> None:
-        """Count bad pictures, or stop because of them.
+    def _note_corrupt(self, corrupt: Mapping[int, str]) -> None:
+        """Count corrupt images, or stop because of them.
 
         Args:
-            found: why they cannot be decoded, by their place in the split.
+            corrupt: the reason for each, by its index in the split.
 
         Raises:
-            DataError: they are not to be replaced, or there are too many of them.
+            DataError: they must not be replaced, or there are too many.
         """
-        names = [f"{show(self.split.files[i])} ({reason})" for i, reason in found.items()]
-        where = f"split '{self.split.name}' of {show(self.split.root)}"
+        names = [f"{escape(self.split.files[i])} ({reason})" for i, reason in corrupt.items()]
+        where = _where(self.split)
         if not self.train or self.bad_images == "fail":
             choice = ", or train with --bad-images replace" if self.train else ""
             raise DataError(
-                f"{where}: cannot decode {first_of(names)}; replace or delete what 'fastokd data"
+                f"{where}: cannot decode {summarize(names)}; replace or delete what 'fastokd data"
                 f" check' finds{choice}"
             )
-        self.replaced.update(found)
+        self.replaced.update(corrupt)
         limit = math.ceil(MAX_REPLACED * len(self.split))
         if len(self.replaced) > limit:
             raise DataError(
-                f"{where}: {len(self.replaced)} bad pictures, the last {first_of(names[-1:])}; no"
-                f" more than {limit} are replaced: mend what 'fastokd data check' finds"
+                f"{where}: {len(self.replaced)} corrupt images, the last {names[-1]}; at most"
+                f" {limit} are replaced: fix those that 'fastokd data check' finds"
             )
 
 
-def stand_in(split: FileSplit, index: int, bad: Container[int]) -> int:
-    """The next image of the same class that is not bad, from the last one on to the first.
+def _where(split: FileSplit) -> str:
+    return f"split '{split.name}' of {escape(split.root)}"
+
+
+def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
+    """The next image of the same class that is not corrupt, continuing at the first after the last.
 
     Raises:
-        DataError: all are bad.
+        DataError: all are corrupt.
     """
-    same = (split.targets == split.targets[index]).nonzero().flatten().tolist()
-    place = same.index(index)
-    for other in same[place + 1 :] + same[:place]:
-        if other not in bad:
-            return other
+    same_class = (split.targets == split.targets[index]).nonzero().flatten().tolist()
+    position = same_class.index(index)
+    for other in same_class[position + 1 :] + same_class[:position]:
+        if other not in corrupt:
+            return int(other)
     raise DataError(
-        f"split '{split.name}' of {show(split.root)}: none of the {len(same)} images of the class"
-        f" of {show(split.files[index])} can be decoded; mend what 'fastokd data check' finds"
+        f"{_where(split)}: none of the {len(same_class)} images of the"
+        f" class of {escape(split.files[index])} can be decoded; fix those that 'fastokd data"
+        " check' finds"
     )
 
 
+def check_options(options: object, **rules: tuple[float, float] | Collection[str]) -> None:
+    """Raise ``ConfigError`` for an option outside its range (lower and upper bound, with
+    ``math.inf`` for none) or its choices. None is allowed.
+    """
+    for name, rule in rules.items():
+        value = getattr(options, name)
+        if isinstance(value, str):
+            choices = cast("Collection[str]", rule)
+            if value not in choices:
+                raise ConfigError(f"unknown {name} '{value}'{did_you_mean(value, choices)}")
+        elif value is not None:
+            low, high = cast("tuple[float, float]", rule)
+            if not low <= value <= high:
+                words = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+                raise ConfigError(f"{name}={value}: it must be {words}")
+
+
 def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None") -> Options:
-    """A loader's options from a mapping, as a configuration has them.
+    """A loader's options from a mapping, as in a configuration.
 
     Raises:
         ConfigError: an unknown option, a value of another type or out of range.
@@ -463,9 +404,9 @@ def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None
         return kind()
     if isinstance(given, kind):
         return given
-    assert isinstance(given, Mapping)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name, value in given.items():
+    values = cast("Mapping[str, Any]", given)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
+    for name, value in values.items():
         if name not in fields:
             raise ConfigError(f"unknown loader option '{name}'{did_you_mean(name, fields)}")
         default = fields[name].default
@@ -473,8 +414,8 @@ def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None
         if isinstance(value, bool) != (expected is bool) or not isinstance(
             value, (int, float) if expected is float else expected
         ):
+            article = "an" if expected is int else "a"
             raise ConfigError(
-                f"loader option {name}={value!r}: it must be {'a' if expected is not int else 'an'}"
-                f" {expected.__name__}"
+                f"loader option {name}={value!r}: it must be {article} {expected.__name__}"
             )
-    return kind(**given)
+    return kind(**values)

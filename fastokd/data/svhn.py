@@ -10,9 +10,9 @@ import torch
 
 from fastokd.data.augment import Augment
 from fastokd.data.dataset import DataSource, Split
-from fastokd.data.images import resize_all, show
-from fastokd.data.registry import DatasetKind, ReadOptions
-from fastokd.errors import DataError, MissingExtra
+from fastokd.data.images import resize_all
+from fastokd.data.kinds import DatasetKind, ReadOptions
+from fastokd.errors import DataError, MissingExtra, escape
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
 
@@ -22,7 +22,7 @@ def _detect(path: Path) -> bool:
 
 
 def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
-    """The digits 0 to 9; the files' label 10 is the digit 0."""
+    """Read the digits 0 to 9; the files' label 10 is the digit 0."""
     if path is None:
         raise DataError(
             f"svhn needs a folder: svhn:PATH, where PATH holds {' and '.join(FILES.values())}"
@@ -31,13 +31,13 @@ def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
     missing = [name for name in FILES.values() if not os.path.isfile(path / name)]
     if missing:
         raise DataError(
-            f"{show(path)}: missing {', '.join(missing)}; put SVHN's cropped digits there (nothing"
-            " is downloaded)"
+            f"{escape(path)}: missing {', '.join(missing)}; put SVHN's cropped digits there"
+            " (nothing is downloaded)"
         )
     train, test = (
         _read_split(name, path / file, options.image_size) for name, file in FILES.items()
     )
-    # A mirrored 2 is no digit. The statistics are those of the training images.
+    # No flips: a flipped 2 is not a digit. The statistics are those of the training images.
     return DataSource(
         "svhn",
         tuple(map(str, range(10))),
@@ -54,23 +54,22 @@ def _read_split(name: str, file: Path, image_size: int | None) -> Split:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise MissingExtra(f"reading {show(file)} needs SciPy: pip install scipy") from None
+        raise MissingExtra(f"reading {escape(file)} needs SciPy: pip install scipy") from None
     try:
         content = loadmat(file, variable_names=["X", "y"])
         pixels, labels = content["X"], content["y"].astype(np.int64).flatten()
-    except Exception as error:  # a damaged file makes the reader raise almost anything
+    except Exception as error:  # a damaged file makes the reader raise almost any exception
         raise DataError(
-            f"{show(file)}: not an SVHN file ({show(error) or type(error).__name__}); download it"
-            " again"
+            f"{escape(file)}: not an SVHN file ({escape(error) or type(error).__name__}); download"
+            " it again"
         ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2:] != (3, len(labels)):
         raise DataError(
-            f"{show(file)}: X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels, not"
-            " uint8 [H, W, 3, N]; download it again"
+            f"{escape(file)}: X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels,"
+            " not uint8 [H, W, 3, N]; download it again"
         )
-    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))).permute(
-        0, 3, 1, 2
-    )
+    array = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
+    images = torch.from_numpy(array).permute(0, 3, 1, 2)
     return Split(name, resize_all(images, image_size, file), torch.from_numpy(labels % 10))
 
 

@@ -1,6 +1,7 @@
-"""torchvision as the decoder, in worker processes: what runs wherever torch does."""
+"""torchvision as the decoder, in worker processes: available wherever torch is."""
 
 import functools
+import math
 import multiprocessing
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,24 +17,32 @@ from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import window
-from fastokd.data.stream import Decoded, Request, StreamLoader, read_options, scaled, stand_in
-from fastokd.errors import ConfigError, DataError, did_you_mean
+from fastokd.data.stream import (
+    Decoded,
+    Request,
+    StreamLoader,
+    check_options,
+    read_options,
+    replacement_index,
+    scaled,
+)
+from fastokd.errors import DataError
 
 JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
 class TorchvisionOptions:
-    """What can be tuned; the defaults are set from the machine.
+    """Options of the torchvision loader.
 
     Args:
         workers: processes that decode; None for one per usable core, 0 to decode in the training
             process.
         prefetch: batches that each worker makes ahead of the step, 1 or more.
         start_method: how workers are started: "forkserver", "spawn" or "fork". Forking the training
-            process itself starts fastest, and takes workers down that are forked while DALI or
-            another library runs threads in it.
-        timeout: seconds to wait for a batch before the run is stopped; 0 to wait for ever.
+            process is fastest, but kills workers that are forked while DALI or another library runs
+            threads in it.
+        timeout: seconds to wait for a batch before the run is stopped; 0 for no limit.
     """
 
     workers: int | None = None
@@ -42,29 +51,20 @@ class TorchvisionOptions:
     timeout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("workers", self.workers is None or self.workers >= 0, "0 or more"),
-            ("prefetch", self.prefetch >= 1, "1 or more"),
-            ("timeout", self.timeout >= 0, "0 or more"),
-        ):
-            if not good:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must be {rule}")
         methods = multiprocessing.get_all_start_methods()
-        if self.start_method not in methods:
-            raise ConfigError(
-                "unknown start_method"
-                f" '{self.start_method}'{did_you_mean(self.start_method, methods)}"
-            )
+        some, any_number = (1, math.inf), (0, math.inf)
+        check_options(
+            self, workers=any_number, prefetch=some, start_method=methods, timeout=any_number
+        )
 
 
 class TorchvisionLoader(StreamLoader):
-    """Decodes in worker processes; ``StreamLoader`` says what it promises.
-
-    The workers live until ``close``. They are handed windows and files and draw nothing themselves.
+    """Decode in worker processes, which live until ``close``. They receive crop windows and files,
+    and draw no random numbers.
 
     Args:
-        options: what can be tuned.
-        settings: the arguments of ``StreamLoader``.
+        options: see ``TorchvisionOptions``.
+        arguments, settings: the arguments of ``StreamLoader``.
 
     Raises:
         ConfigError, DataError: as ``StreamLoader``.
@@ -72,11 +72,11 @@ class TorchvisionLoader(StreamLoader):
 
     def __init__(
         self,
-        *settings: Any,
+        *arguments: Any,
         options: TorchvisionOptions | Mapping[str, Any] | None = None,
-        **named: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(*settings, **named)
+        super().__init__(*arguments, **settings)
         self.options = read_options(TorchvisionOptions, options)
         self._requests = _Requests()
         self._workers: DataLoader[Any] | None = None
@@ -92,52 +92,46 @@ class TorchvisionLoader(StreamLoader):
         batches = iter(self._workers)
         while True:
             try:
-                pixels, index, bad, hopeless = next(batches)
+                pixels, indices, corrupt, failure = next(batches)
             except StopIteration:
                 return
-            except (
-                RuntimeError
-            ) as error:  # a worker was killed, timed out, or ran out of shared memory
+            except RuntimeError as error:  # a worker was killed, or out of time or shared memory
                 self._workers = None
                 raise DataError(
                     f"{error}; a smaller --batch-size or fewer workers need less memory"
                 ) from error
-            if bad:
-                self._note_bad(bad)
-            if hopeless:
-                raise DataError(hopeless)
-            yield Decoded(pixels, index.numpy())
+            if corrupt:
+                self._note_corrupt(corrupt)
+            if failure:
+                raise DataError(failure)
+            yield Decoded(pixels, indices.numpy())
 
     def _start(self) -> DataLoader[Any]:
         options = self.options
         workers = default_workers() if options.workers is None else options.workers
-        several: dict[str, Any] = {}
+        multiple: dict[str, Any] = {}
         if workers:
-            if options.start_method == "forkserver":
-                multiprocessing.set_forkserver_preload(
-                    [__name__, "torchvision.transforms.v2"]
-                )  # imported once, not in each worker
-            several = {
+            if options.start_method == "forkserver":  # import once, not in each worker
+                multiprocessing.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
+            multiple = {
                 "persistent_workers": True,
                 "prefetch_factor": options.prefetch,
                 "multiprocessing_context": options.start_method,
                 "timeout": options.timeout,
             }
         return DataLoader(
-            _Pictures(self.split, self.train and self.bad_images == "replace"),
+            _Batches(self.split, self.train and self.bad_images == "replace"),
             batch_size=None,
             sampler=self._requests,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-            **several,
-        )  # its own: without one it draws from what the network's layers draw from
+            generator=torch.Generator(),  # the default one is that of the network's layers
+            **multiple,
+        )
 
 
 class _Requests:
-    """The sampler of a ``DataLoader`` that outlives the epochs: it gives whatever requests remain
-    now.
-    """
+    """The sampler of a ``DataLoader`` that lives for several epochs: the remaining requests."""
 
     remaining: Iterator[Request] = iter(())
 
@@ -145,60 +139,59 @@ class _Requests:
         return self.remaining
 
     def __len__(self) -> int:
-        raise TypeError("requests are not counted here")
+        raise TypeError("the number of requests is unknown")
 
 
-class _Pictures(Dataset):
+class _Batches(Dataset[Any]):
     """Decoded batches by request; lives in the workers."""
 
     def __init__(self, split: FileSplit, replace: bool) -> None:
         self.split, self.replace = split, replace
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, dict[int, str], str]:
-        """The pictures [B, H, W, 3] asked for, the images they are, the bad ones and why, and why
-        one has no stand-in.
+        """The images [B, H, W, 3] of a request, their actual indices, the reason for each corrupt
+        image, and the error if one cannot be replaced.
         """
-        index, bad, hopeless = request.index.copy(), {}, ""
-        pixels = torch.empty((len(index), *request.framing.size, 3), dtype=torch.uint8)
-        for place, i in enumerate(index.tolist()):
-            candidate = None if request.candidates is None else request.candidates[place]
+        indices, failure = request.indices.copy(), ""
+        corrupt: dict[int, str] = {}
+        pixels = torch.empty((len(indices), *request.framing.size, 3), dtype=torch.uint8)
+        for row, i in enumerate(indices.tolist()):
+            candidate = None if request.candidates is None else request.candidates[row]
             try:
-                while (
-                    not self._decode_into(pixels[place], i, request, candidate, bad)
-                    and self.replace
-                ):
-                    i = stand_in(self.split, i, bad)
+                while not self._decode_into(pixels[row], i, request, candidate, corrupt):
+                    if not self.replace:
+                        break
+                    i = replacement_index(self.split, i, corrupt)
             except DataError as error:
-                hopeless = str(error)
-            index[place] = i
-        return pixels, torch.from_numpy(index), bad, hopeless
+                failure = str(error)
+            indices[row] = i
+        return pixels, torch.from_numpy(indices), corrupt, failure
 
     def _decode_into(
-        self, out: Tensor, i: int, request: Request, candidate: Any, bad: dict[int, str]
+        self, out: Tensor, i: int, request: Request, candidate: Any, corrupt: dict[int, str]
     ) -> bool:
         try:
-            picture = decode_rgb(self.split.read(i))
+            image = decode_rgb(self.split.read(i))
             if candidate is not None:
-                top, left, height, width = window(
-                    candidate, *picture.shape[1:], request.framing.augment.crop_ratio
-                )
-                picture = picture[:, top : top + height, left : left + width]
-            out.copy_(scaled(picture, request.framing))
-        except Exception as error:  # a decoder may raise anything at all for damaged bytes
-            bad[i] = reason_of(error)
+                ratio = request.framing.augment.crop_ratio
+                top, left, height, width = window(candidate, image.shape[1], image.shape[2], ratio)
+                image = image[:, top : top + height, left : left + width]
+            out.copy_(scaled(image, request.framing))
+        except Exception as error:  # a decoder may raise any exception for damaged bytes
+            corrupt[i] = reason_of(error)
             return False
         return True
 
 
 def decode_rgb(data: bytes) -> Tensor:
-    """An encoded picture as uint8 [3, H, W], upright, in RGB.
+    """Decode an image into uint8 [3, H, W], upright, in RGB.
 
-    JPEG by torchvision's decoder, which gives the pixels that Pillow does a quarter faster, as long
-    as there is one (0.29 calls it deprecated); everything else by Pillow, because torchvision knows
-    fewer formats, and some damaged PNG files take its process down.
+    JPEG uses torchvision's decoder while it exists (0.29 deprecates it): it returns the same pixels
+    as Pillow a quarter faster. Other formats use Pillow: torchvision supports fewer formats, and
+    some damaged PNG files crash its process.
 
     Raises:
-        Exception: whatever the decoder raises for bytes that are no picture.
+        Exception: any exception of the decoder, for bytes that are not an image.
     """
     if data.startswith(JPEG) and (decode_jpeg := _jpeg_decoder()) is not None:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))

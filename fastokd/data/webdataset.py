@@ -1,95 +1,135 @@
-"""WebDataset shards: tar archives in which the files of one sample lie together, named alike up to
-the first dot.
+"""WebDataset shards: tar archives in which the files of one sample share a name up to the first
+dot.
 
-A sample is an image and its label: ``.cls`` with a class number or name. Splits and class names are
-told as in all ``archives``.
+A sample is an image and its label: ``.cls`` with a class number or name. A word in the shards'
+names (``train-000000.tar``, ``imagenet-val-0.tar``) or folders (``train/000000.tar``) tells the
+split; class numbers index the lines of ``classes.txt``. Shards are not unpacked: an image is a byte
+range in a shard.
 """
 
+import itertools
 import os
 import re
 import tarfile
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from fastokd.data.archives import Sample, holds_archives, list_archives
+import torch
+
 from fastokd.data.dataset import DataSource
-from fastokd.data.files import FileSplit
-from fastokd.data.images import EXTENSIONS, show
-from fastokd.data.registry import DatasetKind
-from fastokd.errors import DataError
+from fastokd.data.files import (
+    FileSplit,
+    Members,
+    cannot_read,
+    check_finished,
+    from_splits,
+    read_lines,
+)
+from fastokd.data.folder import SPLIT_OF
+from fastokd.data.images import EXTENSIONS
+from fastokd.data.kinds import DatasetKind
+from fastokd.errors import DataError, escape, summarize
 
-NAMED = re.compile(r"\.tar$")
+CLASSES_FILE = "classes.txt"
+
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF)})(?![a-z])", re.IGNORECASE)
+_INTEGER = re.compile(r"-?\d+")
+_DIGITS = 18  # longer class numbers may not fit into int64
+
+
+class Sample(NamedTuple):
+    """An image: its shard, its name and byte range there, and its label as written."""
+
+    shard: str
+    name: str
+    offset: int
+    size: int
+    label: str
 
 
 def list_shards(path: Path | None) -> DataSource[FileSplit]:
-    """List the samples of all shards, without decoding any image.
+    """List the samples of all shards in a folder, without decoding any image.
 
     Raises:
-        DataError: as ``list_archives`` and ``read_shard``.
+        DataError: no shards, a shard that ``read_shard`` refuses, shards without a clear split, or
+            a class number outside the classes.
     """
-    return list_archives("webdataset", ".tar", NAMED, path, read_shard)
+    if path is None:
+        raise DataError(
+            "webdataset needs a folder: webdataset:PATH, with train-*.tar and val-*.tar in it"
+        )
+    by_split = _shards_by_split(path)
+    check_finished(path)
+    samples = {
+        split: list(itertools.chain(*(read_shard(path, shard) for shard in shards)))
+        for split, shards in by_split.items()
+    }
+    classes, number = _classes(path, list(itertools.chain(*samples.values())))
+    splits = {}
+    for split, shards in by_split.items():
+        shard_index = {shard: i for i, shard in enumerate(shards)}
+        columns = [
+            (shard_index[sample.shard], sample.offset, sample.size, number[sample.label])
+            for sample in samples[split]
+        ]
+        shard, offset, size, targets = (
+            torch.tensor(columns, dtype=torch.int64).view(-1, 4).unbind(1)
+        )
+        names = tuple(f"{sample.shard}/{sample.name}" for sample in samples[split])
+        members = Members(tuple(shards), shard, offset, size)
+        splits[split] = FileSplit(split, path, names, targets, members)
+    root = path.resolve()
+    return from_splits(root.name, classes, splits, root)
 
 
-def read_shard(file: Path) -> list[Sample]:
+def read_shard(root: Path, shard: str) -> list[Sample]:
     """The samples of one shard, in its order.
 
     Raises:
-        DataError: not an uncompressed tar archive, cut off, a sample without image or label, or two
-            of one name.
+        DataError: not an uncompressed tar archive, truncated, a sample without image or label, or
+            two files of one name.
     """
+    file = root / shard
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    samples = []
     try:
         _check_end(file)
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
-                if member.isfile() and not name.startswith("."):
-                    key = os.path.join(folder, stem)
-                    if (
-                        parts.setdefault(key, {}).setdefault(extension.lower(), member)
-                        is not member
-                    ):
-                        raise DataError(
-                            f"{show(file)}: sample {show(key)} has a second"
-                            f" .{show(extension.lower())} file; give every sample a name of its own"
-                        )
-            samples = []
-            for key, members in parts.items():
-                image = next(
-                    (members[extension] for extension in members if f".{extension}" in EXTENSIONS),
-                    None,
-                )
-                label = members.get("cls")
-                if image is None or label is None:
+                if not member.isfile() or name.startswith("."):
+                    continue
+                key, extension = os.path.join(folder, stem), extension.lower()
+                if parts.setdefault(key, {}).setdefault(extension, member) is not member:
                     raise DataError(
-                        f"{show(file)}: sample {show(key)} has no"
-                        f" {'image' if image is None else '.cls file with its label'}; each needs"
-                        " both"
+                        f"{escape(file)}: sample {escape(key)} has a second .{escape(extension)}"
+                        " file; give every sample its own name"
                     )
-                text = archive.extractfile(label)
-                assert text is not None, "a regular file"
-                samples.append(
-                    Sample(
-                        image.name,
-                        image.offset_data,
-                        image.size,
-                        text.read().decode("utf-8", "surrogateescape").strip(),
+            for key, members in parts.items():
+                image = next((members[ext] for ext in members if f".{ext}" in EXTENSIONS), None)
+                label = archive.extractfile(members["cls"]) if "cls" in members else None
+                if image is None or label is None:
+                    missing = "image" if image is None else ".cls file with its label"
+                    raise DataError(
+                        f"{escape(file)}: sample {escape(key)} has no {missing}; each needs both"
                     )
-                )
-            return samples
+                text = label.read().decode("utf-8", "surrogateescape").strip()
+                samples.append(Sample(shard, image.name, image.offset_data, image.size, text))
     except tarfile.TarError as error:
         raise DataError(
-            f"{show(file)}: not an uncompressed tar archive, or cut off ({show(error)}); write or"
-            " copy it again"
+            f"{escape(file)}: not an uncompressed tar archive, or truncated ({escape(error)});"
+            " write or copy it again"
         ) from error
     except OSError as error:
-        raise DataError(f"{show(file)}: cannot be read: {error.strerror or show(error)}") from error
+        raise cannot_read(file, error) from error
+    return samples
 
 
 def _check_end(file: Path) -> None:
-    """Raise ``tarfile.ReadError`` unless the archive has its end, two blocks of zeros: it may be
-    cut between two members.
+    """Raise ``tarfile.ReadError`` unless the archive ends in two blocks of zeros: ``tarfile``
+    accepts one that was cut between two members.
     """
     with open(file, "rb") as archive:
         if archive.seek(0, os.SEEK_END) >= 2 * tarfile.BLOCKSIZE:
@@ -99,4 +139,85 @@ def _check_end(file: Path) -> None:
     raise tarfile.ReadError("its end is missing")
 
 
-WEBDATASET = DatasetKind(files=list_shards, detect=partial(holds_archives, NAMED))
+def _find_shards(root: Path) -> list[str]:
+    """The shards in a folder and in its split folders, relative to it, by name."""
+    return sorted(
+        os.path.normpath(f"{folder}/{name}")
+        for folder in (".", *SPLIT_OF)
+        if os.path.isdir(root / folder)
+        for name in os.listdir(root / folder)
+        if name.endswith(".tar") and not name.startswith(".")
+    )
+
+
+def _detect(path: Path) -> bool:
+    try:
+        return bool(_find_shards(path))
+    except OSError:  # reported when the folder is read
+        return False
+
+
+def _shards_by_split(path: Path) -> dict[str, list[str]]:
+    """The shards of each split; all are for training where no name tells a split."""
+    try:
+        shards = _find_shards(path)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if not shards:
+        raise DataError(
+            f"{escape(path)}: no .tar files there; pass the folder that holds the shards"
+        )
+    by_split: dict[str, list[str]] = {}
+    for shard in shards:
+        words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
+        if len(words) > 1:
+            raise DataError(
+                f"{escape(path / shard)}: its name says {' and '.join(words)}; keep one of these"
+                " words"
+            )
+        by_split.setdefault(words[0] if words else "", []).append(shard)
+    if list(by_split) == [""]:
+        return {"train": shards}
+    if "" in by_split:
+        raise DataError(
+            f"{escape(path)}: shards whose split is unknown: {summarize(by_split[''])}; name them"
+            " train-, val- or test-NUMBER.tar"
+        )
+    if "train" not in by_split:
+        raise DataError(
+            f"{escape(path)}: no training shards (found {summarize(shards)}); name them"
+            " train-NUMBER.tar"
+        )
+    return by_split
+
+
+def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The class names in the order of their numbers, and the number of every label.
+
+    The names are those of ``classes.txt``, else the numbers if all labels are whole, else the
+    sorted labels.
+    """
+    file = root / CLASSES_FILE
+    names = tuple(read_lines(file)) if os.path.isfile(file) else ()
+    labels = {sample.label for sample in samples}
+    if not all(_INTEGER.fullmatch(label) for label in labels):
+        if unknown := sorted(labels.difference(names or labels)):
+            raise DataError(f"{escape(file)}: labels that it does not list: {summarize(unknown)}")
+        names = names or tuple(sorted(labels))
+        return names, {name: i for i, name in enumerate(names)}
+    number = {label: int(label) if len(label) <= _DIGITS else -1 for label in labels}
+    # Every class has a training image, so class numbers stay below the number of images. Checked
+    # before names are made of the numbers.
+    count = len(names or samples)
+    for sample in samples:
+        if not 0 <= number[sample.label] < count:
+            of = f"the {count} names in {CLASSES_FILE}" if names else f"{count} images"
+            raise DataError(
+                f"{escape(root / sample.shard)}: sample {escape(sample.name)} has the class number"
+                f" {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number"
+                " the classes from 0, and omit images without a class"
+            )
+    return names or tuple(str(i) for i in range(max(number.values(), default=-1) + 1)), number
+
+
+WEBDATASET = DatasetKind(files=list_shards, detect=_detect)

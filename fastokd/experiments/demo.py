@@ -1,4 +1,4 @@
-"""``fastokd demo``: a student alone against the same student taught by AHBF, on real embedded
+"""``fastokd demo``: a student alone compared with the same student taught by AHBF, on embedded real
 images, in minutes.
 """
 
@@ -8,7 +8,9 @@ import re
 import shutil
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -16,21 +18,33 @@ from rich.table import Table
 
 from fastokd.data import Dataset
 from fastokd.errors import ConfigError
-from fastokd.experiments.analysis.curves import draw_curves, require_matplotlib
+from fastokd.experiments.analysis.curves import draw_curves
+from fastokd.experiments.analysis.figures import require_matplotlib
 from fastokd.export import check_same_logits, load_student, measure_accuracy
 from fastokd.models import create_model
 from fastokd.models.summary import forward_flops
 from fastokd.storage import storage_error, write_json
 from fastokd.train.config import TrainConfig, check_config
 from fastokd.train.data import open_data
-from fastokd.train.loop import Summary, Trainer, load_run
 from fastokd.train.progress import Reporter
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import load_run
+from fastokd.train.trainer import Summary, Trainer
 
 MODEL = "resnet8"
 METHODS = ("baseline", "ahbf")
 MARK = "fastokd demo 1"
-"""What tells a demo's own demo.json from a file that happens to have its name."""
+"""The format in the demo's demo.json, which distinguishes it from other files of that name."""
+_STUDENT = "branch1"
+
+
+class _DemoRun(NamedTuple):
+    summary: Summary
+    folder: RunFolder
+
+
+Runs = Mapping[str, Sequence[_DemoRun]]
+"""The runs of each method, one for each seed."""
 
 
 def demo_config(method: str, seed: int, epochs: int, branches: int) -> TrainConfig:
@@ -53,7 +67,7 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     """Run the demo and write everything under ``out``.
 
     Raises:
-        ConfigError: a value is out of range, or ``out`` holds something that is not a demo.
+        ConfigError: a value is out of range, or ``out`` contains files that are not of a demo.
         MissingExtra: matplotlib is not installed.
         StorageError: the disk refused.
     """
@@ -64,48 +78,53 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     check_config(demo_config("ahbf", 0, epochs, branches))
     require_matplotlib()
     _clear_earlier_demo(out)
-    write_json(
-        out / "demo.json", {"format": MARK, "seeds": seeds, "epochs": epochs, "branches": branches}
-    )
+    options = {"seeds": seeds, "epochs": epochs, "branches": branches}
+    write_json(out / "demo.json", {"format": MARK, **options})
 
     started = time.monotonic()
     # On 64 images of 8 x 8 pixels a second thread gains nothing, and on a busy machine the threads
     # wait for each other.
     torch.set_num_threads(1)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     dataset = open_data(demo_config("baseline", 0, epochs, branches), torch.device("cpu"))
+    assert isinstance(dataset, Dataset)
     console.print(
         f"{MODEL} alone against the same {MODEL} taught by AHBF with {branches} branches; {seeds}"
-        f" seeds, {epochs} epochs each",
-        markup=False,
+        f" seeds, {epochs} epochs each"
     )
     console.print(
         f"data: {len(dataset.train)} training and {len(dataset.evaluation)}"
-        f" {dataset.evaluation.name} images of handwritten digits, {len(dataset.classes)} classes",
-        markup=False,
+        f" {dataset.evaluation.name} images of handwritten digits, {len(dataset.classes)} classes"
     )
-    runs: dict[str, list[tuple[Summary, RunFolder]]] = {method: [] for method in METHODS}
+    runs: dict[str, list[_DemoRun]] = {method: [] for method in METHODS}
     for seed in range(seeds):
-        for (
-            method
-        ) in METHODS:  # the methods alternate, so that a drift of the machine's speed meets both
-            runs[method].append(
-                _run(
-                    out / f"{method}-seed{seed}",
-                    demo_config(method, seed, epochs, branches),
-                    dataset,
-                    console,
-                )
-            )
-    _report(out, runs, dataset, branches, console)
-    console.print(f"whole demo: {time.monotonic() - started:.0f} s", markup=False)
+        for method in METHODS:  # alternately: changes of the machine's speed affect both
+            config = demo_config(method, seed, epochs, branches)
+            run = _train(out / f"{method}-seed{seed}", config, dataset, console)
+            runs[method].append(run)
+    _print_table(runs, console)
+    results = _print_gain(runs, len(dataset.evaluation), console)
+    results |= _print_costs(runs, dataset, branches, console)
+    histories = {
+        label: [run.folder.read_metrics() for run in runs[method]]
+        for label, method in (("alone", "baseline"), ("AHBF", "ahbf"))
+    }
+    files = draw_curves(histories, out / "curves", f"digits, {MODEL}")
+    console.print(
+        f"curves: {len(files)} PNG files in {out / 'curves'}, one per branch and teacher assistant"
+        " and overview.png"
+    )
+    _check_export(runs["ahbf"][0], console)
+    methods = {method: [run.summary.__dict__ for run in each] for method, each in runs.items()}
+    write_json(out / "demo.json", {"format": MARK, "methods": methods, **results})
+    console.print(f"whole demo: {time.monotonic() - started:.0f} s")
 
 
 def _clear_earlier_demo(out: Path) -> None:
-    """Remove what an earlier demo wrote, and nothing else.
+    """Remove the files of an earlier demo, and nothing else.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: the folder contains other files.
         StorageError: the disk refused.
     """
     try:
@@ -116,12 +135,8 @@ def _clear_earlier_demo(out: Path) -> None:
             ours = json.loads((out / "demo.json").read_text(encoding="utf-8")).get("format") == MARK
         except (OSError, ValueError, AttributeError):
             ours = False
-        foreign = [
-            entry.name
-            for entry in entries
-            if entry.name not in ("demo.json", "curves")
-            and not re.fullmatch(rf"({'|'.join(METHODS)})-seed\d+", entry.name)
-        ]
+        names = rf"demo\.json|curves|({'|'.join(METHODS)})-seed\d+"
+        foreign = [entry.name for entry in entries if not re.fullmatch(names, entry.name)]
         if not ours or foreign:
             raise ConfigError(
                 f"{out} holds something else than an earlier demo"
@@ -133,159 +148,104 @@ def _clear_earlier_demo(out: Path) -> None:
         raise storage_error(out, error) from error
 
 
-def _run(
-    path: Path, config: TrainConfig, dataset: Dataset, console: Console
-) -> tuple[Summary, RunFolder]:
-    run = RunFolder.create(path)
-    # The line of each epoch would scroll the demo's own away.
-    trainer = Trainer(
-        config, run, Reporter(label=f"{config.method} seed {config.seed}", lines=False), dataset
-    )
+def _train(path: Path, config: TrainConfig, dataset: Dataset, console: Console) -> _DemoRun:
+    folder = RunFolder.create(path)
+    # The lines of the epochs would scroll the demo's own away.
+    reporter = Reporter(label=f"{config.method} seed {config.seed}", lines=False)
+    trainer = Trainer(config, folder, reporter, dataset)
     trainer.start()
     summary = trainer.run()
     rows = "  ".join(f"{name} {100 * value:.2f}" for name, value in summary.last.items())
     console.print(
         f"{config.method:<8} seed {config.seed}  {summary.seconds:5.1f} s  last-epoch accuracy %:"
-        f" {rows}",
-        markup=False,
+        f" {rows}"
     )
-    return summary, run
+    return _DemoRun(summary, folder)
 
 
-def _spread(values: list[float]) -> str:
+def _accuracies(runs: Sequence[_DemoRun], row: str = _STUDENT) -> list[float]:
+    return [run.summary.last[row] for run in runs]
+
+
+def _spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.2f} +- {100 * statistics.stdev(values):.2f}"
 
 
-def _report(
-    out: Path,
-    runs: dict[str, list[tuple[Summary, RunFolder]]],
-    dataset: Dataset,
-    branches: int,
-    console: Console,
-) -> None:
-    summaries = {method: [summary for summary, _ in pairs] for method, pairs in runs.items()}
-    kept = "branch1"
+def _print_table(runs: Runs, console: Console) -> None:
     table = Table(
-        title=(
-            "accuracy in %, mean +- standard deviation over seeds, last epoch (no seed and no epoch"
-            " picked)"
-        ),
+        title="accuracy in %, mean +- standard deviation over seeds, last epoch (no seed and no"
+        " epoch picked)",
         title_justify="left",
     )
     table.add_column("row")
     table.add_column("student alone", justify="right")
     table.add_column("AHBF", justify="right")
-    for name in summaries["ahbf"][0].last:
-        alone = (
-            _spread([summary.last[name] for summary in summaries["baseline"]])
-            if name == kept
-            else ""
-        )
-        table.add_row(
-            f"{name} (the student)" if name == kept else name,
-            alone,
-            _spread([summary.last[name] for summary in summaries["ahbf"]]),
-        )
+    for name in runs["ahbf"][0].summary.last:
+        taught = _spread(_accuracies(runs["ahbf"], name))
+        if name == _STUDENT:
+            alone = _spread(_accuracies(runs["baseline"], name))
+            table.add_row(f"{name} (the student)", alone, taught)
+        else:
+            table.add_row(name, "", taught)
     console.print(table)
 
-    gains = [
-        taught.last[kept] - alone.last[kept]
-        for alone, taught in zip(summaries["baseline"], summaries["ahbf"], strict=True)
-    ]
-    gain, count = 100 * statistics.mean(gains), len(dataset.evaluation)
+
+def _print_gain(runs: Runs, num_images: int, console: Console) -> dict[str, Any]:
+    """Print the gain from teaching and its uncertainty, and return both."""
+    columns = [_accuracies(runs[method]) for method in METHODS]
+    gains = [taught - alone for alone, taught in zip(*columns, strict=True)]
+    gain = 100 * statistics.mean(gains)
     # Two independent sources of chance: the seeds, and which images happen to be in the test set
     # (binomial).
-    columns = [[summary.last[kept] for summary in found] for found in summaries.values()]
-    seeds = 100 * math.sqrt(sum(statistics.variance(column) / len(column) for column in columns))
-    images = 100 * math.sqrt(
-        sum(statistics.mean(column) * (1 - statistics.mean(column)) / count for column in columns)
-    )
-    noise = 2 * math.hypot(seeds, images)
-    seconds = {
-        method: statistics.median(summary.seconds for summary in found)
-        for method, found in summaries.items()
-    }
-    size = tuple(dataset.train.images.shape[1:])
-    flops = {
-        method: forward_flops(
-            create_model(
-                MODEL,
-                method,
-                len(dataset.classes),
-                None if method == "baseline" else branches,
-                0 if method == "baseline" else 1,
-            ),
-            size,
-        )
-        for method in METHODS
-    }
+    seeds = sum(statistics.variance(column) / len(column) for column in columns)
+    means = [statistics.mean(column) for column in columns]
+    images = sum(mean * (1 - mean) / num_images for mean in means)
+    noise = 2 * math.hypot(100 * math.sqrt(seeds), 100 * math.sqrt(images))
+    by_seed = ", ".join(f"{100 * value:+.2f}" for value in gains)
     console.print(
-        f"gain from teaching: {gain:+.2f} points (seed by seed"
-        f" {', '.join(f'{100 * value:+.2f}' for value in gains)}); one test image is"
-        f" {100 / count:.2f} points.",
-        markup=False,
+        f"gain from teaching: {gain:+.2f} points (seed by seed {by_seed}); one test image is"
+        f" {100 / num_images:.2f} points."
     )
-    verdict = (
-        "within what chance alone gives"
-        if abs(gain) <= noise
-        else "more than chance alone is likely to give"
-    )
+    verdict = "more than chance alone is likely to give"
+    if abs(gain) <= noise:
+        verdict = "within what chance alone gives"
     console.print(
-        f"That is {verdict}: {len(gains)} seeds and {count} test images leave +-{noise:.2f} points"
-        " (two standard deviations). On a set this small the demo shows that everything runs, not"
-        " whether the method helps; for that train on CIFAR, see 'fastokd recipes' and"
-        " docs/results.md.",
-        markup=False,
+        f"That is {verdict}: {len(gains)} seeds and {num_images} test images leave +-{noise:.2f}"
+        " points (two standard deviations). On a set this small the demo shows that everything"
+        " runs, not whether the method helps; for that train on CIFAR, see 'fastokd recipes' and"
+        " docs/results.md."
     )
+    return {"gains": gains, "two_standard_deviations_points": noise}
+
+
+def _print_costs(runs: Runs, dataset: Dataset, branches: int, console: Console) -> dict[str, Any]:
+    """Print the costs of training of both methods, and return them."""
+    seconds, flops = {}, {}
+    for method, each in runs.items():
+        seconds[method] = statistics.median(run.summary.seconds for run in each)
+        layout = (None, 0) if method == "baseline" else (branches, 1)
+        model = create_model(MODEL, method, len(dataset.classes), *layout)
+        flops[method] = forward_flops(model, tuple(dataset.train.images.shape[1:]))
     console.print(
         f"cost of teaching, in training only: {seconds['ahbf'] / seconds['baseline']:.2f}x the time"
         f" per run ({seconds['ahbf']:.1f} s against {seconds['baseline']:.1f} s, medians),"
         f" {flops['ahbf'] / flops['baseline']:.2f}x the forward FLOPs. The exported student costs"
-        " the same as the one trained alone.",
-        markup=False,
+        " the same as the one trained alone."
     )
-
-    histories = {
-        label: [run.read_metrics() for _, run in runs[method]]
-        for label, method in (("alone", "baseline"), ("AHBF", "ahbf"))
-    }
-    files = draw_curves(histories, out / "curves", f"digits, {MODEL}")
-    console.print(
-        f"curves: {len(files)} PNG files in {out / 'curves'}, one per branch and teacher assistant"
-        " and overview.png",
-        markup=False,
-    )
-    _check_export(runs["ahbf"][0], dataset, kept, console)
-    write_json(
-        out / "demo.json",
-        {
-            "format": MARK,
-            "methods": {
-                method: [summary.__dict__ for summary in found]
-                for method, found in summaries.items()
-            },
-            "gains": gains,
-            "two_standard_deviations_points": noise,
-            "seconds_median": seconds,
-            "forward_flops": flops,
-        },
-    )
+    return {"seconds_median": seconds, "forward_flops": flops}
 
 
-def _check_export(
-    pair: tuple[Summary, RunFolder], dataset: Dataset, kept: str, console: Console
-) -> None:
+def _check_export(run: _DemoRun, console: Console) -> None:
     """Load the exported student, without the branches, and measure it again."""
-    summary, run = pair
-    student, record = load_student(run.student)
-    trained = load_run(run.path)
+    path = run.folder.student
+    student, record = load_student(path)
+    trained = load_run(run.folder.path)
     student.to(trained.evaluator.device)
     compared = check_same_logits(trained.evaluator.model.student().eval(), student, trained.loader)
     again = measure_accuracy(student, trained.loader)
     parameters = sum(value.numel() for value in student.parameters())
     console.print(
-        f"exported student: {run.student} ({record['architecture']['name']}, {parameters:,}"
-        " parameters, no branches); loaded again it gives the same logits bit for bit on"
-        f" {compared} images: {100 * again:.2f} % (training said {100 * summary.last[kept]:.2f} %)",
-        markup=False,
+        f"exported student: {path} ({record['architecture']['name']}, {parameters:,} parameters, no"
+        f" branches); loaded again it gives the same logits bit for bit on {compared} images:"
+        f" {100 * again:.2f} % (training said {100 * run.summary.last[_STUDENT]:.2f} %)"
     )

@@ -1,4 +1,4 @@
-"""The student as a file in the formats that stock libraries load, and back."""
+"""Export of students to files that stock libraries load, and loading them again."""
 
 from fastokd.export.check import Comparison, check_same_logits, compare_logits, measure_accuracy
 from fastokd.export.files import Export, export_student, find_export, load_student, open_export

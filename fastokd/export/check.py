@@ -1,4 +1,4 @@
-"""Measuring networks and files on real images, and comparing them."""
+"""Evaluation of networks and exported files on real images, and their comparison."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -10,48 +10,44 @@ from fastokd.data import Batch
 from fastokd.errors import CheckpointError
 
 Network = nn.Module | Callable[[Tensor], Tensor]
-"""Anything that maps images [B, 3, H, W] to logits [B, C]."""
+"""A function from images [B, 3, H, W] to logits [B, C]."""
 
 
 class Comparison(NamedTuple):
-    """What two networks say to the same images."""
+    """The outputs of two networks for the same images: the largest difference between two logits,
+    the number of images with the same top-1 class, and the second network's top-1 accuracy in [0,
+    1].
+    """
 
     num_images: int
     difference: float
-    """The largest difference between two logits."""
     same_top1: int
-    """For how many images both choose the same class."""
     accuracy: float
-    """The top-1 accuracy in [0, 1] of the second network."""
 
 
 @torch.no_grad()
 def measure_accuracy(student: Network, batches: Iterable[Batch]) -> float:
-    """The top-1 accuracy in [0, 1] of a plain network over all batches, each sample counted
-    once.
-    """
-    right, count = torch.zeros((), dtype=torch.int64), 0
+    """The top-1 accuracy in [0, 1] of a plain network over all batches."""
+    correct, count = torch.zeros((), dtype=torch.int64), 0
     for batch in batches:
-        right = (
-            right.to(batch.target.device) + (student(batch.images).argmax(1) == batch.target).sum()
-        )
-        count += batch.target.shape[0]
-    return int(right) / count
+        matches = student(batch.images).argmax(1) == batch.target
+        correct = correct.to(matches.device) + matches.sum()
+        count += len(matches)
+    return int(correct) / count
 
 
 @torch.no_grad()
 def compare_logits(
     first: Network, second: Network, batches: Iterable[Batch], tolerance: float = 0.0
 ) -> Comparison:
-    """Compare two networks' logits on real images, in batches of 1, 3 and 7 first and then as they
-    come.
+    """Compare two networks' logits on real images, starting with batches of 1, 3 and 7.
 
     Args:
         first: the trained network.
-        second: what was made of it.
+        second: the exported one.
         batches: the images.
         tolerance: largest difference allowed, as a fraction of the largest logit of a batch (or of
-            1); 0 asks for the same bits.
+            1); 0 requires equal bits.
 
     Raises:
         CheckpointError: they differ by more.
@@ -63,7 +59,7 @@ def compare_logits(
         if left.shape != other.shape:
             raise CheckpointError(
                 f"the exported student gives logits {list(other.shape)} for {len(images)} images,"
-                f" the trained branch {list(left.shape)}: the export is not good"
+                f" the trained branch {list(left.shape)}: export failed verification"
             )
         difference = (left - other).abs().max().item()
         allowed = tolerance * max(1.0, left.abs().max().item())
@@ -71,19 +67,17 @@ def compare_logits(
             more = f", more than the {allowed:g} allowed" if tolerance else ""
             raise CheckpointError(
                 f"the exported student's logits differ by up to {difference:g} from the trained"
-                f" branch's{more}: the export is not good"
+                f" branch's{more}: export failed verification"
             )
-        chosen = other.argmax(1)
         largest = max(largest, difference)
         count += len(images)
-        same += int((left.argmax(1) == chosen).sum())
-        right += int((chosen == target).sum())
+        same += int((left.argmax(1) == other.argmax(1)).sum())
+        right += int((other.argmax(1) == target).sum())
     return Comparison(count, largest, same, right / count)
 
 
 def check_same_logits(first: Network, second: Network, batches: Iterable[Batch]) -> int:
-    """Compare two networks' logits on real images bit by bit; returns how many images were
-    compared.
+    """Compare two networks' logits on real images bit by bit; returns the number of images.
 
     Raises:
         CheckpointError: they differ.
@@ -92,14 +86,11 @@ def check_same_logits(first: Network, second: Network, batches: Iterable[Batch])
 
 
 def _in_odd_batches(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels, the first batch cut so that a batch size that was frozen into a
-    program shows.
-    """
+    """The images and labels; the first batch is split, to detect a constant batch size."""
     for number, batch in enumerate(batches):
-        sizes = []
-        left = len(batch.images)
-        for wanted in (1, 3, 7) if number == 0 else ():
-            sizes.append(min(wanted, left))
-            left -= sizes[-1]
-        sizes = [size for size in (*sizes, left) if size]
-        yield from zip(batch.images.split(sizes), batch.target.split(sizes), strict=True)
+        sizes = [1, 3, 7] if number == 0 else []
+        start = 0
+        for size in (*sizes, len(batch.images)):
+            if start < len(batch.images):
+                yield batch.images[start : start + size], batch.target[start : start + size]
+            start += size

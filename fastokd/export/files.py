@@ -1,4 +1,4 @@
-"""Writing a student in any format, checked before it is there, and opening it again."""
+"""Export of a student in any format, verified before it is written, and opening it again."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastokd.storage import write_atomically, write_json
 
 
 class Export(NamedTuple):
-    """An exported student: its file, the record in it, and how it is run."""
+    """An exported student: its file, the record in it, and a runtime."""
 
     path: Path
     record: dict[str, Any]
@@ -33,23 +33,22 @@ def export_student(
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
 ) -> tuple[Path, Comparison]:
-    """Write a student and the JSON beside it; neither is there unless the file's content gives the
-    student's logits.
+    """Write a student and a JSON file with its record, after verifying that the file's content
+    reproduces the student's logits.
 
     Args:
-        student: images [B, 3, H, W] to logits [B, C], float32; left alone.
-        record: see ``student_record``; ``export`` in it is filled in here.
+        student: images [B, 3, H, W] to logits [B, C], float32; not changed.
+        record: see ``student_record``; its entry ``export`` is filled in.
         to: a format, see ``list_formats``.
-        folder: where to; made if it is not there. A file that is an export of the same run is
-            replaced.
-        batches: real images on any device, for the check.
-        device: where the check runs, for formats that can run elsewhere than on the CPU.
+        folder: the output folder, created if missing. An export of the same run is replaced.
+        batches: real images on any device, for verification.
+        device: of the verification, for formats that run on other devices than the CPU.
 
     Raises:
-        ConfigError: the format is unknown or does not fit the network, or the file there is none of
-            this run.
+        ConfigError: an unknown format or one that does not fit the network, or an existing file of
+            another run.
         MissingExtra: a package is missing.
-        CheckpointError: what the format makes of the student is not the student.
+        CheckpointError: the export does not reproduce the student.
         StorageError: the disk refused.
     """
     form = get_format(to)
@@ -61,7 +60,7 @@ def export_student(
     _check_replaceable(path, record)
     try:
         blob = form.encode(_plain(student, "cpu"), record)
-    except Exception as error:  # exporters raise anything at all for a network they cannot follow
+    except Exception as error:  # exporters raise any exception for unsupported networks
         raise CheckpointError(
             f"{record['architecture']['name']} cannot be written as {to}: {first_line(error)}; use"
             " --to safetensors"
@@ -80,27 +79,23 @@ def export_student(
 
 
 def _plain(student: nn.Module, device: torch.device | str) -> nn.Module:
-    """A copy without wrappers as a file holds it: in evaluation mode, its weights contiguous, whose
-    convolutions may round otherwise than those of channels-last weights.
+    """A copy without wrappers, in evaluation mode, with contiguous weights as in a file: those of
+    channels-last weights may round differently in convolutions.
     """
-    return (
-        unwrap(student)
-        .to(device, memory_format=torch.contiguous_format)
-        .eval()
-        .requires_grad_(False)
-    )
+    student = unwrap(student).to(device).to(memory_format=torch.contiguous_format)
+    return student.eval().requires_grad_(False)
 
 
 def open_export(path: str | Path, device: torch.device | str = "cpu") -> Export:
-    """An exported student of any format, ready to be run.
+    """Open an exported student of any format for running.
 
     Args:
         path: the file, or a folder that holds one export.
-        device: where to run it; ONNX runs on the CPU all the same.
+        device: the device to run on; ONNX always runs on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, not an export of fastokd, or one of several.
-        MissingExtra: a package is missing that runs it.
+        CheckpointError: missing, damaged, not an export of fastokd, or several exports.
+        MissingExtra: a required package is missing.
     """
     path = find_export(Path(path))
     blob = _read(path)
@@ -116,7 +111,7 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             one.
 
     Raises:
-        CheckpointError: missing, damaged, or of an architecture that this fastokd does not know.
+        CheckpointError: missing, damaged, or of an unknown architecture.
     """
     path = find_export(Path(path), (".safetensors",))
     blob = _read(path)
@@ -125,38 +120,40 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
-    """The export that a path means: the file itself, or the one in that folder.
+    """The export at a path: the file itself, or the only one in the folder.
 
     Args:
-        suffixes: what its name may end in; empty for every format.
+        suffixes: allowed endings of its name; empty for every format.
 
     Raises:
-        CheckpointError: there is none, or more than one.
+        CheckpointError: no export, or several.
     """
     known = tuple(dict.fromkeys(get_format(name).suffix for name in list_formats()))
     wanted = tuple(suffixes) or known
     if path.is_dir():
-        found = sorted(
-            file
-            for file in path.iterdir()
-            if file.name.endswith(wanted) and file.is_file() and not file.name.startswith(".")
-        )
-        if len(found) > 1:
+        names = sorted(file.name for file in path.iterdir() if file.is_file())
+        names = [name for name in names if name.endswith(wanted) and not name.startswith(".")]
+        if len(names) > 1:
             raise CheckpointError(
-                f"{path} holds {len(found)} exports ({', '.join(file.name for file in found)});"
-                " name the file that is meant"
+                f"{path} holds {len(names)} exports ({', '.join(names)}); name the file that is"
+                " meant"
             )
-        path = found[0] if found else path
+        path = path.joinpath(*names)
     if not path.is_file():
         raise CheckpointError(f"there is no student at {path}; make one with 'fastokd export RUN'")
+    if path.name.endswith(".torchscript.pt"):
+        raise CheckpointError(
+            f"{path}: TorchScript exports are no longer supported; export the run again with --to"
+            " torch-export or onnx"
+        )
     if not path.name.endswith(known):
         raise CheckpointError(
-            f"{path} is no export by its name: they end in {', '.join(known)}; a run is given as"
-            " its folder"
+            f"{path} is not an export by its name, which ends in {', '.join(known)}; for a run,"
+            " pass its folder"
         )
     if not path.name.endswith(wanted):
         raise CheckpointError(
-            f"{path} is a program and no network's weights: run it with open_export or 'fastokd"
+            f"{path} is a program without a network's weights: run it with open_export or 'fastokd"
             " eval', or export the run with --to safetensors"
         )
     return path
@@ -187,15 +184,15 @@ def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
         text = next(iter(forms.values())).find_record(blob)
     except MissingExtra:
         raise
-    except Exception as error:  # damaged bytes make readers raise almost anything
+    except Exception as error:  # damaged bytes make readers raise almost any exception
         raise CheckpointError(
             f"{path} is damaged or not a {kind} file ({first_line(error)}); export it again"
         ) from error
     record = parse_record(text, str(path))
     if record["export"]["to"] not in forms:
         raise CheckpointError(
-            f"{path} says that it is of the format {record['export']['to']!r}, which a {kind} file"
-            " cannot be; export it again"
+            f"{path} declares the format {record['export']['to']!r}, which a {kind} file cannot"
+            " have; export it again"
         )
     return forms[record["export"]["to"]], record
 
@@ -204,42 +201,29 @@ _SAME_RUN = ("run", "method", "preset", "branches", "branch", "aux_blocks", "see
 
 
 def _check_replaceable(path: Path, record: dict[str, Any]) -> None:
-    """Refuse to write over anything but an earlier export of the same run.
-
-    Raises:
-        ConfigError: something else is there.
-    """
+    """Raise ``ConfigError`` if a file is in the way that is not an export of the same run."""
 
     def identity(one: dict[str, Any]) -> list[Any]:
-        return [
-            one["architecture"],
-            one["classes"],
-            one["preprocessing"],
-            *(one["provenance"].get(name) for name in _SAME_RUN),
-        ]
+        parts = [one[name] for name in ("architecture", "classes", "preprocessing")]
+        return [*parts, *(one["provenance"].get(name) for name in _SAME_RUN)]
 
-    beside = path.with_name(get_format(record["export"]["to"]).record_name)
-    what = path if path.exists() else beside
-    if not what.exists():
+    record_file = path.with_name(get_format(record["export"]["to"]).record_name)
+    existing = path if path.exists() else record_file
+    if not existing.exists():
         return
     try:
-        there = (
-            _identify(path, _read(path))[1]
-            if what is path
-            else parse_record(_read(beside), str(beside))
-        )
+        blob = _read(existing)
+        is_record = existing is record_file
+        other = parse_record(blob, str(existing)) if is_record else _identify(path, blob)[1]
     except CheckpointError:
         raise ConfigError(
-            f"{what} is there and is no export of fastokd; move it away, or choose another folder"
+            f"{existing} exists and is not an export of fastokd; move it, or choose another folder"
             " with --out"
         ) from None
-    if identity(there) != identity(record):
-        run = ", ".join(
-            f"{name} {there['provenance'].get(name)}"
-            for name in _SAME_RUN
-            if there["provenance"].get(name) is not None
-        )
+    if identity(other) != identity(record):
+        values = {name: other["provenance"].get(name) for name in _SAME_RUN}
+        run = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
         raise ConfigError(
-            f"{what} is the export of another run ({there['architecture']['name']}, {run}); choose"
-            " another folder with --out"
+            f"{existing} is the export of another run ({other['architecture']['name']}, {run});"
+            " choose another folder with --out"
         )

@@ -1,6 +1,4 @@
-"""The file formats of a student, one file each (those that are state dicts share one), and what a
-format is.
-"""
+"""The interface of an export format and the registry of formats."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,26 +12,21 @@ from fastokd.registry import Registry
 
 
 class Runtime(NamedTuple):
-    """A file ready to be run."""
+    """A loaded file."""
 
     run: Callable[[Tensor], Tensor]
-    """Normalised images float32 [B, 3, H, W], on ``device``, to logits [B, C] on it."""
+    """Normalized images float32 [B, 3, H, W] on ``device`` to logits [B, C]."""
     device: torch.device
 
 
 def torch_runtime(network: nn.Module, device: torch.device, where: str) -> Runtime:
-    """The runtime of a network or program that lies on ``device``; ``where`` names its file in
-    messages.
-    """
+    """The runtime of a network or program on ``device``; ``where`` names its file in messages."""
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
         try:
             return network(images)
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # programs say with an assertion which sizes they take
+        except (RuntimeError, AssertionError) as error:  # programs assert their image sizes
             raise CheckpointError(
                 f"{where} cannot be run on images {list(images.shape)} ({first_line(error)});"
                 " export it again"
@@ -49,17 +42,16 @@ class ExportFormat:
     Args:
         name: as in ``--to``.
         filename: of the file in the export folder.
-        suffix: what its name ends in, by which a file is recognised.
-        tolerance: by how much logits may differ from the student's, as a fraction of the largest
-            (or of 1); 0 where the same PyTorch kernels run, and the logits are the student's bit
-            for bit.
-        describe: a record's ``architecture`` to what ``export`` says in it; raises ``ConfigError``
-            or ``MissingExtra`` where the format cannot be made.
-        encode: the student (on the CPU, in evaluation mode) and its record to the file's content.
-        find_record: a file's content to the record's JSON, or None where it is no export; raises
-            anything for damage.
-        open: content, record, the file's name for messages, and the wanted device to a runtime;
-            raises ``CheckpointError`` or ``MissingExtra``.
+        suffix: the ending by which a file is recognized.
+        tolerance: allowed difference from the student's logits, as a fraction of the largest (or of
+            1); 0 for formats that run the same PyTorch kernels and give equal bits.
+        describe: maps a record's ``architecture`` to further entries of its ``export``; raises
+            ``ConfigError`` or ``MissingExtra`` if the format does not support it.
+        encode: maps the student (on the CPU, in evaluation mode) and its record to the content.
+        find_record: maps the content to the record's JSON, or None if it is not an export; raises
+            any exception for damage.
+        open: maps content, record, the file's name for messages and a device to a runtime; raises
+            ``CheckpointError`` or ``MissingExtra``.
     """
 
     name: str
@@ -73,7 +65,7 @@ class ExportFormat:
 
     @property
     def record_name(self) -> str:
-        """The name of the JSON beside the file."""
+        """The name of the JSON file with the record."""
         return "student.json" if self.name == "safetensors" else f"student.{self.name}.json"
 
 
@@ -86,7 +78,6 @@ _formats: Registry[ExportFormat] = Registry(
         "timm": "fastokd.export.state_dict:TIMM",
         "onnx": "fastokd.export.onnx:ONNX",
         "torch-export": "fastokd.export.torch_export:TORCH_EXPORT",
-        "torchscript": "fastokd.export.torchscript:TORCHSCRIPT",
     },
 )
 
@@ -100,6 +91,6 @@ def get_format(name: str) -> ExportFormat:
     """The format of that name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     return _formats.get(name)

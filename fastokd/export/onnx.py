@@ -1,5 +1,5 @@
-"""The student as ONNX: one file, weights embedded, the batch dimension free; run by onnxruntime on
-the CPU.
+"""The ONNX format: one file with embedded weights and a dynamic batch dimension; onnxruntime runs
+it on the CPU.
 """
 
 import json
@@ -14,7 +14,7 @@ from fastokd.export.formats import ExportFormat, Runtime
 from fastokd.export.record import KEY
 
 OPSET = 18
-"""What the exporter writes without a conversion, and what runtimes since 2023 read."""
+"""The exporter writes it without conversion, and runtimes since 2023 read it."""
 
 _MISSING = "the onnx format needs onnx, onnxscript and onnxruntime: pip install 'fastokd[export]'"
 
@@ -49,18 +49,12 @@ def _encode(student: nn.Module, record: dict[str, Any]) -> bytes:
         dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
+    assert program is not None, "the exporter returns a program without a file"
     model = program.model_proto
     graph = model.graph
-    # The exporter's notes on every node are as long as the graph, and hold the paths of this
-    # machine.
-    for part in (
-        graph,
-        *graph.node,
-        *graph.input,
-        *graph.output,
-        *graph.value_info,
-        *graph.initializer,
-    ):
+    # The exporter's metadata are as long as the graph, and contain local paths.
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (graph, *graph.node, *values):
         del part.metadata_props[:]
     onnx.helper.set_model_props(model, {KEY: json.dumps(record)})
     onnx.checker.check_model(model, full_check=True)
@@ -73,8 +67,8 @@ def _session(blob: bytes) -> Any:
     except ImportError:
         raise MissingExtra(_MISSING) from None
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    # From memory, so that the file can refer to no other files.
+    options.log_severity_level = 4  # errors are raised as well
+    # From memory, so that the file cannot refer to other files.
     return onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
 
 
@@ -99,7 +93,7 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     def run(images: Tensor) -> Tensor:
         try:
             logits = session.run(["logits"], {"images": images.contiguous().numpy()})[0]
-        except Exception as error:  # its errors have no class in common
+        except Exception as error:  # its errors have no common class
             raise CheckpointError(
                 f"{where} cannot be run by onnxruntime: {first_line(error)}; export it again"
             ) from error

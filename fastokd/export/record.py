@@ -1,6 +1,4 @@
-"""The record that goes with every exported student: one format, in the file's own metadata and in
-the JSON beside it.
-"""
+"""The record of every exported student, in the file's metadata and in a separate JSON file."""
 
 import json
 import math
@@ -13,7 +11,7 @@ from fastokd.version import __version__
 
 FORMAT = 1
 KEY = "fastokd"
-"""The name under which a file's metadata holds the record, as JSON."""
+"""The name of the record's JSON in a file's metadata."""
 
 
 def student_record(
@@ -25,18 +23,17 @@ def student_record(
     provenance: dict[str, Any],
     layout: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What goes with a student's weights: architecture, classes, preprocessing, accuracy and where
-    it comes from.
+    """The record of a student: architecture, classes, preprocessing, accuracy and provenance.
 
     Args:
-        model: the network's name, as ``create_student`` takes it.
-        dataset: what it was trained and evaluated on.
+        model: the network's name, as for ``create_student``.
+        dataset: the data of training and evaluation.
         accuracy: of the student, in [0, 1], on ``dataset.evaluation``.
         epoch: the number of finished epochs.
         provenance: method, preset, branches, seed, commit.
-        layout: ``branch`` and ``layout`` of ``create_student`` for a branch that is not the plain
-            network.
+        layout: further keywords of ``create_student``, for a branch other than the plain network.
     """
+    evaluation = dataset.evaluation
     return {
         "format": FORMAT,
         # The keywords of ``create_student``.
@@ -53,8 +50,8 @@ def student_record(
         "accuracy": {
             "top1": accuracy,
             "data": dataset.name,
-            "split": dataset.evaluation.name,
-            "num_images": len(dataset.evaluation),
+            "split": evaluation.name,
+            "num_images": len(evaluation),
             "epoch": epoch,
         },
         "provenance": {"fastokd": __version__, **provenance},
@@ -70,15 +67,11 @@ def _numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
     )
 
 
-def _sound_architecture(part: dict[str, Any]) -> bool:
-    return isinstance(part.get("name"), str) and type(part.get("num_classes")) is int
-
-
 def _sound_preprocessing(part: dict[str, Any]) -> bool:
     if not _numbers(part.get("image_size"), 2, (int,)):
         return False
     side = min(part["image_size"])
-    scaled = part.get("shorter_side", side)  # records from before random resized crops have none
+    scaled = part.get("shorter_side", side)  # missing in records of early versions
     return (
         side > 0
         and type(scaled) is int
@@ -88,29 +81,31 @@ def _sound_preprocessing(part: dict[str, Any]) -> bool:
     )
 
 
-def _sound_accuracy(part: dict[str, Any]) -> bool:
-    kinds = {"top1": (int, float), "data": str, "split": str, "num_images": int, "epoch": int}
-    return all(isinstance(part.get(name), kind) for name, kind in kinds.items())
+def _fields(**kinds: type | tuple[type, ...]) -> Callable[[dict[str, Any]], bool]:
+    """A check that a mapping has these entries, of these types."""
+
+    def is_sound(part: dict[str, Any]) -> bool:
+        values = ((part.get(name), kind) for name, kind in kinds.items())
+        return all(isinstance(x, kind) and not isinstance(x, bool) for x, kind in values)
+
+    return is_sound
 
 
 _SOUND: Mapping[str, Callable[[dict[str, Any]], bool]] = {
-    "architecture": _sound_architecture,
+    "architecture": _fields(name=str, num_classes=int),
     "preprocessing": _sound_preprocessing,
-    "accuracy": _sound_accuracy,
-    "provenance": lambda part: True,
-    "export": lambda part: isinstance(part.get("to"), str),
+    "accuracy": _fields(top1=(int, float), data=str, split=str, num_images=int, epoch=int),
+    "provenance": _fields(),
+    "export": _fields(to=str),
 }
-"""The mappings that a record holds, and whether one has what is read of it."""
+"""The mappings in a record, and a check of the entries that are used."""
 
 
 def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
-    """A record from the JSON that a file's metadata holds; ``None`` where it holds none.
-
-    Args:
-        where: the file, for messages.
+    """Parse a record from the JSON in a file's metadata; ``where`` names the file in messages.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a newer fastokd.
+        CheckpointError: no record, a damaged one, or one of a newer fastokd.
     """
     if text is None:
         raise CheckpointError(
@@ -130,19 +125,20 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         )
     wrong = [
         name
-        for name, sound in _SOUND.items()
-        if not isinstance(record.get(name), dict) or not sound(record[name])
+        for name, is_sound in _SOUND.items()
+        if not isinstance(record.get(name), dict) or not is_sound(record[name])
     ]
-    classes = record.get("classes")
+    classes: Any = record.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append("classes")
     if wrong:
         raise CheckpointError(
             f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again"
         )
-    if len(classes) != record["architecture"]["num_classes"]:
+    count = record["architecture"]["num_classes"]
+    if len(classes) != count:
         raise CheckpointError(
-            f"{where} is damaged: its record has {len(classes)} class names for a network of "
-            f"{record['architecture']['num_classes']} classes; export it again"
+            f"{where} is damaged: its record has {len(classes)} class names for a network of"
+            f" {count} classes; export it again"
         )
     return record

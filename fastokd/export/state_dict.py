@@ -1,10 +1,7 @@
-"""Students as safetensors: for fastokd's own network, or for torchvision's or timm's network of the
-same weights.
-"""
+"""The safetensors formats: for the network of fastokd, torchvision or timm."""
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from fastokd.storage import write_atomically, write_json
 
 
 def encode(student: nn.Module, record: dict[str, Any]) -> bytes:
-    """The weights under the network's own names, with the record in the metadata."""
+    """The weights under the network's names, with the record in the metadata."""
     from safetensors.torch import save
 
     tensors = {
@@ -41,7 +38,7 @@ def find_record(blob: bytes) -> str | None:
 
 
 def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> None:
-    """Write ``path`` (safetensors) and the record beside it (``.json``), each atomically.
+    """Write ``path`` (safetensors) and the record (same name, ``.json``), each atomically.
 
     Raises:
         StorageError: the disk refused.
@@ -52,16 +49,14 @@ def write_student(path: Path, student: nn.Module, record: dict[str, Any]) -> Non
 
 
 def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
-    """fastokd's own network of a record with the weights of a file, in evaluation mode.
+    """fastokd's network of a record with the weights of a file, in evaluation mode.
 
     Raises:
         CheckpointError: unknown architecture, or weights of another one.
     """
+    architecture = record["architecture"]
     return _filled(
-        lambda: create_student(**record["architecture"]),
-        blob,
-        where,
-        f"the architecture {record['architecture']}",
+        lambda: create_student(**architecture), blob, where, f"the architecture {architecture}"
     )
 
 
@@ -72,43 +67,30 @@ def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) 
         network = build()
     except MissingExtra:
         raise
-    except Exception as error:  # a damaged record makes builders raise almost anything
+    except Exception as error:  # a damaged record makes builders raise almost any exception
         raise CheckpointError(f"{where} does not fit {what}: {first_line(error)}") from error
     load_weights(network, load(blob), where)
     return network.eval()
 
 
-# --- the same network elsewhere
-# ---------------------------------------------------------------------------------------
-
+_RESNETS = {f"resnet{depth}_imagenet": f"resnet{depth}" for depth in (18, 34, 50)}
 _TWINS: dict[str, dict[str, str]] = {
-    "torchvision": {
-        "resnet18_imagenet": "resnet18",
-        "resnet34_imagenet": "resnet34",
-        "resnet50_imagenet": "resnet50",
-        "mobilenetv2_x1_0_imagenet": "mobilenet_v2",
-    },
-    "timm": {
-        "resnet18_imagenet": "resnet18",
-        "resnet34_imagenet": "resnet34",
-        "resnet50_imagenet": "resnet50",
-    },
+    "torchvision": {**_RESNETS, "mobilenetv2_x1_0_imagenet": "mobilenet_v2"},
+    "timm": _RESNETS,
 }
-"""For each library: the networks here whose weights have its names, and what it calls them. A
-``library:name`` network is the library's own and needs no entry.
+"""For each library, its names for the networks of this package with the same weights. A
+``library:name`` network needs no entry.
 """
 
 _KEYWORDS = {"googlenet": "(aux_logits=False)", "inception_v3": "(aux_logits=False)"}
-"""What torchvision's constructors need, besides the number of classes, for the network that is
-trained here.
-"""
+"""Arguments that torchvision's constructors need in addition to the number of classes."""
 
 
 def _twin(library: str, architecture: Mapping[str, Any]) -> str:
-    """What the library calls a record's network.
+    """The library's name for a record's network.
 
     Raises:
-        ConfigError: the library has no such network; the message lists what has one.
+        ConfigError: the library has no such network; the message lists those it has.
     """
     name, plain = architecture["name"], "branch" not in architecture
     if plain:
@@ -119,7 +101,7 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
     raise ConfigError(
         f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name};"
         f" it has them of {', '.join(_TWINS[library])} and every {library}:NAME. Use --to"
-        " safetensors, onnx, torch-export or torchscript"
+        " safetensors, onnx or torch-export"
     )
 
 
@@ -131,19 +113,13 @@ def _describe_torchvision(architecture: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _build_torchvision(architecture: Mapping[str, Any]) -> nn.Module:
-    return library_network(
-        f"torchvision:{_twin('torchvision', architecture)}", architecture["num_classes"]
-    )
-
-
 def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     name = _twin("timm", architecture)
     try:
         import timm
     except ImportError:
         raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
-    if not timm.is_model(name):  # such as a name that it would fetch from elsewhere
+    if not timm.is_model(name):  # for example a name that it would download
         raise ConfigError(
             f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use"
             " --to safetensors"
@@ -151,30 +127,28 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     return {"constructor": f"timm.create_model('{name}')", "timm": timm.__version__}
 
 
-def _build_timm(architecture: Mapping[str, Any]) -> nn.Module:
-    _describe_timm(architecture)
-    import timm
-
-    return timm.create_model(
-        _twin("timm", architecture), pretrained=False, num_classes=architecture["num_classes"]
-    )
-
-
 def _open_student(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
     return torch_runtime(build_student(blob, record, where).to(device), device, where)
 
 
-def _open_twin(
-    build: Callable[[Mapping[str, Any]], nn.Module],
-    blob: bytes,
-    record: dict[str, Any],
-    where: str,
-    device: torch.device,
-) -> Runtime:
-    network = _filled(
-        lambda: build(record["architecture"]), blob, where, f"{record['export'].get('constructor')}"
+def _library_format(
+    library: str, describe: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> ExportFormat:
+    def open_twin(blob: bytes, record: dict[str, Any], where: str, device: torch.device) -> Runtime:
+        architecture = record["architecture"]
+
+        def build() -> nn.Module:
+            describe(architecture)  # raises for what the installed library does not have
+            name = f"{library}:{_twin(library, architecture)}"
+            return library_network(name, architecture["num_classes"])
+
+        network = _filled(build, blob, where, f"{record['export'].get('constructor')}")
+        return torch_runtime(network.to(device), device, where)
+
+    filename = f"student.{library}.safetensors"
+    return ExportFormat(
+        library, filename, ".safetensors", 0.0, describe, encode, find_record, open_twin
     )
-    return torch_runtime(network.to(device), device, where)
 
 
 SAFETENSORS = ExportFormat(
@@ -187,23 +161,5 @@ SAFETENSORS = ExportFormat(
     find_record,
     _open_student,
 )
-TORCHVISION = ExportFormat(
-    "torchvision",
-    "student.torchvision.safetensors",
-    ".safetensors",
-    0.0,
-    _describe_torchvision,
-    encode,
-    find_record,
-    partial(_open_twin, _build_torchvision),
-)
-TIMM = ExportFormat(
-    "timm",
-    "student.timm.safetensors",
-    ".safetensors",
-    0.0,
-    _describe_timm,
-    encode,
-    find_record,
-    partial(_open_twin, _build_timm),
-)
+TORCHVISION = _library_format("torchvision", _describe_torchvision)
+TIMM = _library_format("timm", _describe_timm)

@@ -1,4 +1,4 @@
-"""Names of weights: what wrappers put in front of them, and whether they are a network's."""
+"""Names of weights: prefixes of wrappers, and comparison with a network's names."""
 
 import copy
 from collections.abc import Mapping
@@ -16,11 +16,10 @@ _COUNTERS = {"n_averaged", "initted", "step"}
 
 
 def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the wrapped network's own names.
+    """Weights under the names of the wrapped network.
 
-    Removes what ``torch.compile``, FSDP and activation checkpointing put before a module's name
-    anywhere, and what data parallelism and averaging (``DistributedDataParallel``,
-    ``AveragedModel``, EMA wrappers) put before all of them, with the counters that averaging adds.
+    Removes the prefixes of ``torch.compile``, FSDP and activation checkpointing anywhere, those of
+    data parallelism and averaging if all names have them, and the counters of averaging.
     """
     stripped = {
         ".".join(part for part in name.split(".") if part not in _ANYWHERE): value
@@ -48,18 +47,14 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None for a module that is no wrapper."""
-    if "_orig_mod" in module._modules:  # what torch.compile returns has no public class
-        return module._modules["_orig_mod"]
-    return (
-        module.module
-        if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel))
-        else None
-    )
+    """The module inside a wrapper; None for other modules."""
+    if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
+        return module.module
+    return module._modules.get("_orig_mod")  # the result of torch.compile has no public class
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> None:
-    """Load weights strictly, whatever they were wrapped in.
+    """Load weights strictly, without the prefixes of wrappers.
 
     Raises:
         CheckpointError: they belong to another architecture; the message names the first
@@ -73,13 +68,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Any], where: str) -> N
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} weights are missing, e.g. {missing[0]}")
-    if extra:
-        problems.append(f"{len(extra)} are not the model's, e.g. {extra[0]}")
-    if shapes:
-        problems.append(f"{len(shapes)} have another shape, e.g. {shapes[0]}")
+    kinds = (
+        ("weights are missing", missing),
+        ("are not the model's", extra),
+        ("have another shape", shapes),
+    )
+    problems = [f"{len(found)} {problem}, e.g. {found[0]}" for problem, found in kinds if found]
     if problems:
         raise CheckpointError(f"{where} is of another architecture: {'; '.join(problems)}")
     module.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""The distillation graph: what a loss computes, as data. This room does not import torch."""
+"""The distillation graph: what a loss computes, as data. This package does not import torch."""
 
 from fastokd.graph.draw import draw_mermaid, draw_text
 from fastokd.graph.graph import Graph

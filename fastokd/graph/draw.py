@@ -25,8 +25,9 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
     parts = []
     for column, name in enumerate(node.inputs):
         factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
-        softened = isinstance(node, ProbabilityMixture) and name not in externals
-        row = f"softmax({name}/{_number(node.temperature)})" if softened else name
+        row = name
+        if isinstance(node, ProbabilityMixture) and name not in externals:
+            row = f"softmax({name}/{_number(node.temperature)})"
         parts.append(f"{factor}*{row}")
     return " + ".join(parts)
 
@@ -37,17 +38,16 @@ def coefficient(term: CrossEntropy | KL) -> str:
 
 
 def notes(term: KL) -> str:
-    """How a KL edge teaches, beside its coefficient."""
-    found = [f"T={_number(term.temperature)}"]
+    """The properties of a KL edge, without its coefficient."""
+    parts = [f"T={_number(term.temperature)}"]
     if term.detach:
-        found.append("teacher detached")
+        parts.append("teacher detached")
     if term.eps:
-        found.append(
-            f"eps={_number(term.eps)}" + (" first order" if term.eps_mode == "first_order" else "")
-        )
+        order = " first order" if term.eps_mode == "first_order" else ""
+        parts.append(f"eps={_number(term.eps)}{order}")
     if term.direction == "student_first":
-        found.append("student first")
-    return ", ".join(found)
+        parts.append("student first")
+    return ", ".join(parts)
 
 
 def draw_text(graph: Graph) -> str:
@@ -67,11 +67,9 @@ def draw_text(graph: Graph) -> str:
         if isinstance(term, CrossEntropy):
             lines.append(f"  {coefficient(term):>16}  CE({term.node}, target)")
         else:
-            first, second = (
-                (term.teacher, term.student)
-                if term.direction == "teacher_first"
-                else (term.student, term.teacher)
-            )
+            first, second = term.teacher, term.student
+            if term.direction == "student_first":
+                first, second = second, first
             lines.append(
                 f"  {coefficient(term):>16}  KL({first} || {second})  teaches {term.student};"
                 f" {notes(term)}"
@@ -102,15 +100,11 @@ def draw_mermaid(graph: Graph) -> str:
         lines.append(f"  {ids[node.name]}" + shape.format(f'"{_quotable(node.name)}"'))
         weights = getattr(node, "weights", None)
         for column, name in enumerate(node.inputs):
-            label = (
-                ""
-                if weights is None
-                else (
-                    f'|"{_quotable(weights)}[{column}]"|'
-                    if isinstance(weights, str)
-                    else f'|"{_number(weights[column])}"|'
-                )
-            )
+            label = ""
+            if isinstance(weights, str):
+                label = f'|"{_quotable(weights)}[{column}]"|'
+            elif weights is not None:
+                label = f'|"{_number(weights[column])}"|'
             lines.append(f"  {ids[name]} -->{label} {ids[node.name]}")
     lines.append('  label{{"label"}}')
     for term in graph.terms:

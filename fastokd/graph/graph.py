@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from fastokd._moved import warn_renamed
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.nodes import (
     CrossEntropy,
@@ -71,18 +72,24 @@ class Graph:
         use.
         """
         sources: dict[str, int] = {}
-        for node in self.mixed_at_run_time:
-            sources.setdefault(node.weights, len(node.inputs))
+        for node in self.dynamic_mixtures:
+            sources.setdefault(str(node.weights), len(node.inputs))
         return sources
 
     @cached_property
-    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
-        """The mixtures whose weights are given at run time, such as by a gate."""
+    def dynamic_mixtures(self) -> tuple[Mixture | ProbabilityMixture, ...]:
+        """The mixtures whose weights are given at run time, for example by a gate."""
         return tuple(
             node
             for node in self.nodes
             if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str)
         )
+
+    @property
+    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
+        """The former name of ``dynamic_mixtures``."""
+        warn_renamed("Graph.mixed_at_run_time", "dynamic_mixtures")
+        return self.dynamic_mixtures
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:
@@ -197,53 +204,50 @@ class Graph:
         return self.by_name[name]
 
     def _check_term(self, term: Term) -> None:
+        where = f"term '{term.name}'"
         if not (math.isfinite(term.weight) and term.weight >= 0):
             raise GraphError(
-                f"term '{term.name}' has the weight {term.weight}; weights must be finite and not"
-                " negative"
+                f"{where} has the weight {term.weight}; weights must be finite and not negative"
             )
         if isinstance(term, CrossEntropy):
             node = self._node(term.node, term)
             if not isinstance(node, (Logits, Mixture)):
                 raise GraphError(
-                    f"term '{term.name}': a cross-entropy needs logits, but '{node.name}' is a"
+                    f"{where}: a cross-entropy needs logits, but '{node.name}' is a"
                     f" {node.kind} node"
                 )
             return
         teacher, student = self._node(term.teacher, term), self._node(term.student, term)
-        _check_temperature(term.temperature, f"term '{term.name}'")
+        _check_temperature(term.temperature, where)
         if not isinstance(student, (Logits, Mixture)):
             raise GraphError(
-                f"term '{term.name}': the student must be logits or a mixture, but '{student.name}'"
+                f"{where}: the student must be logits or a mixture, but '{student.name}'"
                 f" is a {student.kind} node"
             )
         if teacher is student:
-            raise GraphError(f"term '{term.name}': '{student.name}' cannot teach itself")
+            raise GraphError(f"{where}: '{student.name}' cannot teach itself")
         if isinstance(teacher, CONSTANTS) and not term.detach:
             raise GraphError(
-                f"term '{term.name}': the {teacher.kind} node '{teacher.name}' is a constant; set"
-                " detach=True"
+                f"{where}: the {teacher.kind} node '{teacher.name}' is a constant; set detach=True"
             )
         if not isinstance(term.detach, bool) or not isinstance(term.t2_scaling, bool):
             raise GraphError(
-                f"term '{term.name}' has detach={term.detach!r}, t2_scaling={term.t2_scaling!r};"
+                f"{where} has detach={term.detach!r}, t2_scaling={term.t2_scaling!r};"
                 " both must be True or False"
             )
         if not (math.isfinite(term.eps) and 0 <= term.eps < 1):
-            raise GraphError(f"term '{term.name}' has eps={term.eps}; it must be in [0, 1)")
+            raise GraphError(f"{where} has eps={term.eps}; it must be in [0, 1)")
         if term.eps_mode not in ("exact", "first_order"):
             raise GraphError(
-                f"term '{term.name}' has eps_mode={term.eps_mode!r}; use 'exact' or 'first_order'"
+                f"{where} has eps_mode={term.eps_mode!r}; use 'exact' or 'first_order'"
             )
         if term.direction not in ("teacher_first", "student_first"):
             raise GraphError(
-                f"term '{term.name}' has direction={term.direction!r}; use 'teacher_first' or"
-                " 'student_first'"
+                f"{where} has direction={term.direction!r}; use 'teacher_first' or 'student_first'"
             )
         if term.eps and term.direction == "student_first":
             raise GraphError(
-                f"term '{term.name}': eps is defined for the teacher-first direction only; set"
-                " eps=0"
+                f"{where}: eps is defined for the teacher-first direction only; set eps=0"
             )
         if (
             term.eps
@@ -251,32 +255,30 @@ class Graph:
             and isinstance(teacher, (External, ProbabilityMixture))
         ):
             raise GraphError(
-                f"term '{term.name}': eps_mode='first_order' needs a teacher of logits, but"
+                f"{where}: eps_mode='first_order' needs a teacher of logits, but"
                 f" '{teacher.name}' is a {teacher.kind} node; use 'exact'"
             )
 
     def _check_whole(self) -> None:
+        where = f"graph '{self.name}'"
         if not self.logits:
-            raise GraphError(f"graph '{self.name}' has no logits node")
+            raise GraphError(f"{where} has no logits node")
         if not self.terms:
-            raise GraphError(f"graph '{self.name}' has no terms: there is nothing to learn from")
+            raise GraphError(f"{where} has no terms: there is nothing to learn from")
         if not 0 <= self.label_smoothing < 1:
             raise GraphError(
-                f"graph '{self.name}' has label_smoothing={self.label_smoothing}; it must be in"
-                " [0, 1)"
+                f"{where} has label_smoothing={self.label_smoothing}; it must be in [0, 1)"
             )
         names = [term.name for term in self.terms]
         for name in names:
             if names.count(name) > 1:
                 raise GraphError(
-                    f"graph '{self.name}' has two terms '{name}'; a node has one cross-entropy and"
+                    f"{where} has two terms '{name}'; a node has one cross-entropy and"
                     " a pair of nodes one KL edge"
                 )
         used: set[str] = set()
         for term in self.terms:
-            used.update(
-                (term.node,) if isinstance(term, CrossEntropy) else (term.teacher, term.student)
-            )
+            used |= {term.node} if isinstance(term, CrossEntropy) else {term.teacher, term.student}
         for node in reversed(self.ordered):
             if node.name in used:
                 used.update(node.inputs)

@@ -14,12 +14,16 @@ inputs.
 """
 
 
-def _freeze(node: "Node") -> None:
-    """Lists given as inputs or weights become tuples, so that graphs stay hashable."""
-    for field in ("inputs", "weights"):
-        value = getattr(node, field, ())
-        if not isinstance(value, (str, tuple)):
-            object.__setattr__(node, field, tuple(value))
+class _Derived:
+    """A node made of other nodes. Lists given as inputs or weights become tuples, so that graphs
+    are hashable.
+    """
+
+    def __post_init__(self) -> None:
+        for field in ("inputs", "weights"):
+            value = getattr(self, field, ())
+            if not isinstance(value, (str, tuple)):
+                object.__setattr__(self, field, tuple(value))
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Logits:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(_Derived):
     """A weighted sum of logits, ``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs:
     logits or mixtures.
     """
@@ -45,12 +49,9 @@ class Mixture:
     weights: Weights
     kind: ClassVar[str] = "mixture"
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-
 
 @dataclass(frozen=True)
-class ProbabilityMixture:
+class ProbabilityMixture(_Derived):
     """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input
     enters as it is.
 
@@ -62,9 +63,6 @@ class ProbabilityMixture:
     weights: Weights
     temperature: float = 1.0
     kind: ClassVar[str] = "probability mixture"
-
-    def __post_init__(self) -> None:
-        _freeze(self)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class External:
 
 
 @dataclass(frozen=True)
-class MinLogit:
+class MinLogit(_Derived):
     """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no
     gradient.
 
@@ -93,12 +91,9 @@ class MinLogit:
     inputs: tuple[str, ...]
     kind: ClassVar[str] = "minimum"
 
-    def __post_init__(self) -> None:
-        _freeze(self)
-
 
 @dataclass(frozen=True)
-class LowestCrossEntropy:
+class LowestCrossEntropy(_Derived):
     """For each sample the input with the lowest cross-entropy, the first if equal (KDCL-Naive). A
     constant.
     """
@@ -106,9 +101,6 @@ class LowestCrossEntropy:
     name: str
     inputs: tuple[str, ...]
     kind: ClassVar[str] = "selection"
-
-    def __post_init__(self) -> None:
-        _freeze(self)
 
 
 Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | LowestCrossEntropy

@@ -187,46 +187,38 @@ def lower(graph: Graph) -> Plan:
     nodes = []
     for node in derived:
         weights = getattr(node, "weights", ())
-        named = isinstance(weights, str)
+        source = sources.index(weights) if isinstance(weights, str) else -1
         nodes.append(
             PlanNode(
                 kind=_KINDS[type(node)],
                 inputs=tuple(ids[name] for name in node.inputs),
-                source=sources.index(weights) if named else -1,
-                constants=() if named else tuple(float(value) for value in weights),
+                source=source,
+                constants=() if source >= 0 else tuple(float(value) for value in weights),
                 temperature=float(getattr(node, "temperature", 1.0)),
             )
         )
     terms = []
     for term in graph.terms:
-        if isinstance(term, KL):
-            temperature = float(term.temperature)
-            eps_mode = (
-                EPS_NONE
-                if not term.eps
-                else EPS_EXACT
-                if term.eps_mode == "exact"
-                else EPS_FIRST_ORDER
-            )
+        if not isinstance(term, KL):
+            student = ids[term.node]
             terms.append(
-                PlanTerm(
-                    KL_TERM,
-                    ids[term.student],
-                    ids[term.teacher],
-                    temperature,
-                    temperature**2 if term.t2_scaling else 1.0,
-                    int(term.detach),
-                    STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
-                    eps_mode,
-                    float(term.eps),
-                )
+                PlanTerm(CROSS_ENTROPY, student, -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0)
             )
-        else:
-            terms.append(
-                PlanTerm(
-                    CROSS_ENTROPY, ids[term.node], -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0
-                )
+            continue
+        eps_mode = EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
+        terms.append(
+            PlanTerm(
+                KL_TERM,
+                ids[term.student],
+                ids[term.teacher],
+                float(term.temperature),
+                float(term.temperature) ** 2 if term.t2_scaling else 1.0,
+                int(term.detach),
+                STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
+                eps_mode if term.eps else EPS_NONE,
+                float(term.eps),
             )
+        )
     return Plan(
         num_logits=len(graph.logits),
         num_externals=len(graph.externals),

@@ -1,6 +1,4 @@
-"""A graph as a picture: boxes in columns from what is given to what is mixed of it, arrows for who
-mixes and who teaches.
-"""
+"""Drawing of a graph as SVG: nodes in columns, arrows for mixtures and for teaching."""
 
 import re
 from html import escape
@@ -10,17 +8,15 @@ from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import KL, CrossEntropy, Node
 
 _CHARACTER, _LINE, _PAD = 6.7, 16, 7
-"""Width of a character of the monospaced font and height of a line, in pixels of the picture; and
-the space around text.
-"""
+"""Width of a character, height of a line and padding of text, in pixels."""
 _ACROSS, _DOWN = 80, 22
-"""Between columns, and between the boxes of one."""
+"""Space between columns and between the boxes of a column."""
 _COLORS = ("#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#0b6e99", "#937264")
-"""Of the kinds of teaching; they can be told apart on white and on black."""
+"""Colors of the kinds of KL terms, distinguishable on white and on black."""
 
 
 class _Box:
-    """A node with its place."""
+    """The box of a node."""
 
     def __init__(self, graph: Graph, node: Node) -> None:
         parts = definition(node, graph.externals).split(" + ") if node.inputs else []
@@ -44,11 +40,9 @@ class _Box:
 
 
 def draw_svg(graph: Graph) -> str:
-    """The graph as an SVG picture: thin lines mix, thick coloured ones teach; a legend has their
-    coefficients.
+    """The graph as SVG, with a legend of the coefficients.
 
-    Lines and text have the colour of the text around the picture, so that it can stand in a light
-    and in a dark page.
+    Lines and text have the color of the surrounding text, for light and dark pages.
     """
     boxes = {node.name: _Box(graph, node) for node in graph.ordered}
     _place(graph, boxes)
@@ -63,7 +57,7 @@ def draw_svg(graph: Graph) -> str:
         ),
         default=0,
     )
-    mark = re.sub(r"\W", "_", graph.name)  # pictures in one page have marks of their own
+    mark = re.sub(r"\W", "_", graph.name)  # unique within a page
     width = (
         left
         + max(
@@ -84,18 +78,7 @@ def draw_svg(graph: Graph) -> str:
         _marker(f"{mark}-mix", "currentColor"),
     ]
     parts += [_marker(f"{mark}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
-    for node in graph.ordered:
-        for name in node.inputs:
-            start, end = boxes[name], boxes[node.name]
-            parts.append(
-                _curve(
-                    start.x + start.width,
-                    start.middle - 5,
-                    end.x,
-                    end.middle - 5,
-                    f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"',
-                )
-            )
+    parts += _mixing(graph, boxes, f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"')
     for term in edges:
         kind = _kind(term)
         style = (
@@ -104,15 +87,7 @@ def draw_svg(graph: Graph) -> str:
         )
         parts.append(_teaching(boxes, term, style))
     for name, box in boxes.items():
-        rounded = _LINE / 2 if graph.by_name[name].inputs else 2
-        parts.append(
-            f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}"'
-            f' height="{box.height:.0f}" rx="{rounded:.0f}"/>'
-        )
-        parts += [
-            _text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index)
-            for index, line in enumerate(box.lines)
-        ]
+        parts += _rectangle(box, rounded=bool(graph.by_name[name].inputs))
     for index, kind in enumerate(kinds):
         y = bottom + _LINE * index
         parts.append(f'<path d="M0 {y:.0f}h20" stroke="{colors[kind]}" stroke-width="2"/>')
@@ -120,13 +95,36 @@ def draw_svg(graph: Graph) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def _rectangle(box: _Box, rounded: bool) -> list[str]:
+    """A box and its lines of text."""
+    radius = _LINE / 2 if rounded else 2
+    lines = [
+        _text(box.x + _PAD, box.y + _LINE * (index + 1) - 2, line, bold=not index)
+        for index, line in enumerate(box.lines)
+    ]
+    return [
+        f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}"'
+        f' height="{box.height:.0f}" rx="{radius:.0f}"/>',
+        *lines,
+    ]
+
+
+def _mixing(graph: Graph, boxes: dict[str, _Box], style: str) -> list[str]:
+    """The arrows from every node's inputs to the node."""
+    pairs = [(boxes[name], boxes[node.name]) for node in graph.ordered for name in node.inputs]
+    return [
+        _curve(start.x + start.width, start.middle - 5, end.x, end.middle - 5, style)
+        for start, end in pairs
+    ]
+
+
 def _kind(term: KL) -> str:
-    """What the legend says of a way of teaching."""
+    """The legend of a KL term."""
     return f"KL {coefficient(term)}, {notes(term)}"
 
 
 def _rows(boxes: dict[str, _Box], term: KL) -> int:
-    """How many boxes a student is above its teacher, in one column."""
+    """The number of boxes that a student is above its teacher, in one column."""
     column = sorted(
         (box for box in boxes.values() if box.column == boxes[term.student].column),
         key=lambda box: box.y,
@@ -135,9 +133,7 @@ def _rows(boxes: dict[str, _Box], term: KL) -> int:
 
 
 def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
-    """Rows that are given stand in the first column, others right of all that they are made of, a
-    column at the height of its inputs' middle.
-    """
+    """Place inputs in the first column and other nodes right of their inputs, centered on them."""
     for node in graph.ordered:
         boxes[node.name].column = 1 + max((boxes[name].column for name in node.inputs), default=-1)
     x = 0.0
@@ -160,9 +156,7 @@ def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
 
 
 def _teaching(boxes: dict[str, _Box], term: KL, style: str) -> str:
-    """From a teacher to its student: beside their column where they share one, else between the
-    columns.
-    """
+    """The arrow from a teacher to its student, left of the column if they share one."""
     teacher, student = boxes[term.teacher], boxes[term.student]
     if teacher.column == student.column:
         away = -22 * abs(_rows(boxes, term)) - (8 if teacher.y > student.y else 0)

@@ -2,39 +2,37 @@
 of the authors' code.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows, check_options
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
+from fastokd.losses import options
+from fastokd.losses.checks import as_rows
+from fastokd.losses.graph_loss import GraphInputs, Rows
+from fastokd.losses.method_loss import MethodLoss, Presets
+from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.layers import (
     ChannelAttention,
     FusionHead,
     SpatialAttention,
-    check_rates,
     children,
+    run_head,
 )
-from fastokd.methods.method import (
+from fastokd.methods.method import Method, Schedule
+from fastokd.methods.modules import (
+    BranchOutput,
     BranchPass,
-    Companion,
-    GraphInputs,
-    Layout,
-    Method,
-    MethodLoss,
+    BranchSpec,
+    MethodModules,
     ParameterGroup,
-    Presets,
-    RunResult,
 )
 
 
-def afid_graph(
-    temperature: float = 3.0,
-    lambda_kd: float = 1.0,
-    teacher_eps: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Graph:
+@loss_options
+class AFIDLoss(MethodLoss):
     """Two sub-networks ``branch1``, ``branch2`` and a ``fusion`` head: three rows of logits.
 
     ``L = CE(z^1) + CE(z^2) + CE(fusion) + kd_weight * lambda_kd * T^2 [ KL(fusion || z^1) +
@@ -44,77 +42,46 @@ def afid_graph(
     of the loss.
     """
 
-    def teach(teacher: str, student: str) -> KL:
-        return KL(teacher, student, lambda_kd, temperature, detach=True, eps=teacher_eps)
-
-    heads = ("branch1", "branch2", "fusion")
-    return Graph(
-        "afid",
-        (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5))),
-        (
-            *map(CrossEntropy, heads),
-            teach("fusion", "branch1"),
-            teach("fusion", "branch2"),
-            teach("ensemble", "fusion"),
-        ),
-        label_smoothing,
-    )
-
-
-class AFIDLoss(MethodLoss):
-    """The AFID loss, see ``afid_graph`` for the formula.
-
-    Args:
-        num_branches: must be 2.
-        temperature: T of the KL terms.
-        lambda_kd: weight of every KL term.
-        teacher_eps: added to the teachers' probabilities, not renormalised.
-        label_smoothing: in [0, 1), for every cross-entropy.
-        reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
-        impl: the executor: "auto", "reference", "triton" or "cpu".
-    """
-
-    # "paper" leaves out the authors' 1e-7; the paper's text was not at hand.
+    # "paper" omits the authors' 1e-7; the paper's text was not available.
     presets: ClassVar[Presets] = {"paper": {}, "code": {"teacher_eps": 1e-7}}
 
-    def __init__(
-        self,
-        num_branches: int = 2,
-        temperature: float = 3.0,
-        lambda_kd: float = 1.0,
-        teacher_eps: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        if num_branches != 2:
-            raise ValueError(
-                f"num_branches={num_branches}; AFID exchanges attention between two sub-networks,"
-                " use 2"
-            )
-        check_options(
-            temperature=temperature,
-            lambda_kd=lambda_kd,
-            teacher_eps=teacher_eps,
-            label_smoothing=label_smoothing,
+    num_branches: int = options.num_branches(
+        2, 2, "must be 2, the sub-networks that exchange attention.", high=2
+    )
+    temperature: float = options.temperature()
+    lambda_kd: float = options.weight(1.0, "weight of every KL term.")
+    teacher_eps: float = options.teacher_eps()
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction()
+    impl: Impl = options.impl()
+
+    def build_graph(self) -> Graph:
+        heads = ("branch1", "branch2", "fusion")
+        terms: tuple[Term, ...] = (
+            *map(CrossEntropy, heads),
+            self.teach("fusion", "branch1", self.lambda_kd),
+            self.teach("fusion", "branch2", self.lambda_kd),
+            self.teach("ensemble", "fusion", self.lambda_kd),
         )
-        graph = afid_graph(temperature, lambda_kd, teacher_eps, label_smoothing)
-        super().__init__(graph, 2, reduction, impl, {"fusion": "fusion_logits"})
+        nodes: tuple[Node, ...] = (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5)))
+        return Graph("afid", nodes, terms, self.label_smoothing)
+
+    def labels(self) -> dict[str, str]:
+        return {"fusion": "fusion_logits"}
 
     def graph_inputs(
-        self,
-        branch_logits: Sequence[Tensor] | Tensor,
-        target: Tensor | None = None,
-        *,
-        fusion_logits: Tensor,
+        self, branch_logits: Rows, target: Tensor | None = None, *, fusion_logits: Tensor
     ) -> GraphInputs:
         """``fusion_logits``: [B, C], the fusion head's."""
         return GraphInputs([*as_rows(branch_logits, 2, "branch_logits"), fusion_logits])
 
 
+afid_graph = functools.partial(AFIDLoss.make_graph, 2)
+
+
 class Exchange(nn.Module):
-    """Each of two maps is weighted by where the other looks; one channel and one spatial attention
-    serve both.
+    """Weighs each of two maps with the attention of the other; both use one channel and one spatial
+    attention.
     """
 
     def __init__(self, channels: int) -> None:
@@ -136,26 +103,26 @@ class Pair(nn.Module):
     """Two sub-networks that exchange attention after their stems and after their last stage.
 
     Args:
-        layout: two peers whose stems and last stages have the same channels.
+        spec: two peers whose stems and last stages have the same channels.
 
     Raises:
-        ValueError: they have not, or cannot be run module by module.
+        ValueError: their channels differ, or they cannot be run module by module.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
-        stems = [_stem(peer) for peer in layout.branches]
-        if stems[0][1] != stems[1][1] or layout.channels[0] != layout.channels[1]:
+        stems = [_stem(peer) for peer in spec.branches]
+        if stems[0][1] != stems[1][1] or spec.channels[0] != spec.channels[1]:
             raise ValueError(
                 "two sub-networks that exchange attention need maps of the same channels: their"
                 f" stems have {stems[0][1]} and {stems[1][1]}, their last stages"
-                f" {layout.channels[0]} and {layout.channels[1]}"
+                f" {spec.channels[0]} and {spec.channels[1]}"
             )
         self.stem_ends = tuple(end for end, _ in stems)
         self.after_stem = Exchange(stems[0][1])
-        self.after_last = Exchange(layout.channels[0])
+        self.after_last = Exchange(spec.channels[0])
 
-    def forward(self, inputs: Sequence[Tensor], peers: Sequence[nn.Module]) -> RunResult:
+    def forward(self, inputs: Sequence[Tensor], peers: Sequence[nn.Module]) -> BranchOutput:
         """The last maps before the second exchange, and the logits [B, C], of the two
         sub-networks.
         """
@@ -167,12 +134,9 @@ class Pair(nn.Module):
             _run(children(peer)[end:], x)
             for peer, end, x in zip(peers, self.stem_ends, self.after_stem(*early), strict=True)
         )
-        return RunResult(
-            late,
-            tuple(
-                peer.branch.head(x) for peer, x in zip(peers, self.after_last(*late), strict=True)
-            ),
-        )
+        exchanged = self.after_last(*late)
+        logits = [run_head(peer, x) for peer, x in zip(peers, exchanged, strict=True)]
+        return BranchOutput(tuple(logits), late)
 
 
 def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -184,19 +148,14 @@ def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _stem(peer: nn.Module) -> tuple[int, int]:
     """The end of a peer's stem, as an index into its children, and the stem's channels.
 
-    The stem is the leading plain layers; where there are none, the first module.
+    The stem consists of the leading plain layers, or else of the first module.
     """
-    found = children(peer)
-    end = (
-        next(
-            (index for index, child in enumerate(found) if any(True for _ in child.children())),
-            len(found),
-        )
-        or 1
-    )
+    modules = children(peer)
+    blocks = (index for index, child in enumerate(modules) if any(True for _ in child.children()))
+    end = next(blocks, len(modules)) or 1
     channels = next(
         layer.out_channels
-        for child in reversed(found[:end])
+        for child in reversed(modules[:end])
         for layer in reversed(list(child.modules()))
         if isinstance(layer, nn.Conv2d)
     )
@@ -204,40 +163,39 @@ def _stem(peer: nn.Module) -> tuple[int, int]:
 
 
 class AFIDNetwork(nn.Module):
-    """The student of AFID: a sub-network with the other beside it, because it needs the other's
-    attention.
+    """The student of AFID: both sub-networks, because each needs the other's attention.
 
-    Images [B, 3, H, W] to logits [B, C]. It costs about twice the plain network; the fusion head is
-    gone.
+    Images [B, 3, H, W] to logits [B, C]. It costs about twice the plain network, without the fusion
+    head.
     """
 
     def __init__(self, pair: Pair, peers: Sequence[nn.Module], kept: int) -> None:
         super().__init__()
         self.pair = pair
-        self.peers = nn.ModuleList(peers)
+        self.peers: Any = nn.ModuleList(peers)
         self.peers.training = pair.training
         self.kept = kept
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pair((x, x), self.peers).logits[self.kept]
+        output: BranchOutput = self.pair((x, x), self.peers)
+        return output.logits[self.kept]
 
 
-class AFIDModules(Companion):
+class AFIDModules(MethodModules):
     """The attention exchange and the fusion head.
 
     Args:
-        layout: two peers.
+        spec: two peers.
         fusion_weight_decay: of the fusion head.
 
     Raises:
-        ValueError: an option is no number of at least 0, or see ``Pair``.
+        ValueError: see ``Pair``.
     """
 
-    def __init__(self, layout: Layout, fusion_weight_decay: float = 1e-5) -> None:
+    def __init__(self, spec: BranchSpec, fusion_weight_decay: float = 1e-5) -> None:
         super().__init__()
-        check_rates(fusion_weight_decay=fusion_weight_decay)
-        self.pair = Pair(layout)
-        self.fusion = FusionHead(sum(layout.channels), layout.channels[0], layout.num_classes)
+        self.pair = Pair(spec)
+        self.fusion = FusionHead(sum(spec.channels), spec.channels[0], spec.num_classes)
         self.fusion_weight_decay = fusion_weight_decay
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -245,8 +203,9 @@ class AFIDModules(Companion):
             ParameterGroup(list(self.fusion.parameters()), weight_decay=self.fusion_weight_decay)
         ]
 
-    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> RunResult:
-        return self.pair(inputs, branches)
+    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> BranchOutput:
+        output: BranchOutput = self.pair(inputs, branches)
+        return output
 
     def forward(self, seen: BranchPass) -> dict[str, Tensor]:
         """``fusion_logits`` [B, C], from the last maps before they are exchanged."""
@@ -266,7 +225,7 @@ METHOD = Method(
     branch_range=(2, 2),
     default_branches=2,
     build_companion=AFIDModules,
-    model_options={"fusion_weight_decay": 1e-5},
+    model_options={"fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head.")},
     topologies=("peers",),
-    ramp_epochs=lambda epochs, preset: round(epochs * 80 / 300),
+    schedule=Schedule((80, 300)),
 )

@@ -36,12 +36,12 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] to [B, c, H, W]."""
         x = x * self.channel(x)
-        return x * self.spatial(x)
+        return torch.mul(x, self.spatial(x))
 
 
 class NonLocal(nn.Module):
-    """Every position adds what it sees of all others: the embedded Gaussian block (Wang et al.,
-    CVPR 2018, eq. 6).
+    """Adds to every position a weighted sum over all positions: the embedded Gaussian block (Wang
+    et al., CVPR 2018, eq. 6).
 
     The batch norm at its end starts at 0, so that the block starts as the identity.
     """
@@ -61,7 +61,7 @@ class NonLocal(nn.Module):
         query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
         share = torch.softmax(query.transpose(1, 2) @ key, 2)  # [B, positions, positions]
         seen = (value @ share.transpose(1, 2)).unflatten(2, x.shape[2:])
-        return x + self.bn(self.out(seen))
+        return torch.add(x, self.bn(self.out(seen)))
 
 
 ATTENTIONS = {
@@ -70,9 +70,4 @@ ATTENTIONS = {
     "cbam": CBAM,
     "nonlocal": NonLocal,
 }
-"""By name, what builds the attention for c channels."""
-
-
-def build_attention(name: str, channels: int) -> nn.Module:
-    """The attention of that name for c channels."""
-    return ATTENTIONS[name](channels)
+"""Constructors of the attention for c channels, by name."""

@@ -1,40 +1,30 @@
 """The student alone: cross-entropy, no teacher."""
 
+import functools
+
 from fastokd.graph import CrossEntropy, Graph, Logits
-from fastokd.methods.base import Impl, Reduction, check_options
-from fastokd.methods.method import Method, MethodLoss
+from fastokd.losses import options
+from fastokd.losses.method_loss import MethodLoss
+from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.methods.method import Method
 
 
-def baseline_graph(label_smoothing: float = 0.0) -> Graph:
-    """One row of logits and its cross-entropy."""
-    return Graph("baseline", (Logits("branch1"),), (CrossEntropy("branch1"),), label_smoothing)
-
-
+@loss_options
 class BaselineLoss(MethodLoss):
-    """Cross-entropy of the student alone, in the same shape as every other method's loss.
+    """Cross-entropy of the student alone, in the same form as every other method's loss."""
 
-    Args:
-        num_branches: must be 1.
-        label_smoothing: in [0, 1).
-        reduction: "mean", "sum" or "none".
-        impl: "auto", "reference", "triton" or "cpu".
-    """
+    num_branches: int = options.num_branches(1, 1, "must be 1, the student.", high=1)
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction()
+    impl: Impl = options.impl()
 
-    def __init__(
-        self,
-        num_branches: int = 1,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        if num_branches != 1:
-            raise ValueError(
-                f"num_branches={num_branches}; the baseline trains the student alone, use"
-                " num_branches=1"
-            )
-        check_options(label_smoothing=label_smoothing)
-        super().__init__(baseline_graph(label_smoothing), num_branches, reduction, impl)
+    def build_graph(self) -> Graph:
+        return Graph(
+            "baseline", (Logits("branch1"),), (CrossEntropy("branch1"),), self.label_smoothing
+        )
 
+
+baseline_graph = functools.partial(BaselineLoss.make_graph, 1)
 
 METHOD = Method(
     name="baseline",

@@ -7,21 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, branch_names, check_options
-from fastokd.methods.method import Companion, Layout, Method, MethodLoss, Presets
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
+from fastokd.losses import options
+from fastokd.losses.method_loss import MethodLoss, Presets
+from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.methods.method import Method, Schedule
+from fastokd.methods.modules import BranchSpec, MethodModules
 
 
-def cl_ilr_graph(
-    num_branches: int = 4,
-    temperature: float = 3.0,
-    lambda_ce: float = 1.0,
-    lambda_kd: float = 1.0,
-    detach_teacher: bool = False,
-    teacher_eps: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Graph:
-    """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``,
+@loss_options
+class CLILRLoss(MethodLoss):
+    """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``, with
     ``others_m`` the mean of the other heads.
 
     The form of the OKDDip repository: teachers not detached, ramped up over 80 epochs,
@@ -29,39 +25,6 @@ def cl_ilr_graph(
     (``detach_teacher=True``) and a convex combination of hard and soft targets (``lambda_ce = 1 -
     lambda_kd``). The division of the trunk's gradient by M (the ILR of the name) is not part of the
     loss, see ``GradientRescaling``.
-    """
-    branches = branch_names("cl_ilr_graph", num_branches, 2)
-    share = (1.0 / (num_branches - 1),) * (num_branches - 1)
-    others = [
-        Mixture(f"others{m}", tuple(name for name in branches if name != student), share)
-        for m, student in enumerate(branches, start=1)
-    ]
-    terms = (
-        *(CrossEntropy(name, lambda_ce) for name in branches),
-        *(
-            KL(node.name, student, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps)
-            for node, student in zip(others, branches, strict=True)
-        ),
-    )
-    return Graph("cl_ilr", (*map(Logits, branches), *others), terms, label_smoothing)
-
-
-class CLILRLoss(MethodLoss):
-    """The loss of collaborative learning, see ``cl_ilr_graph`` for the formula.
-
-    Args:
-        num_branches: M, at least 2.
-        temperature: T of the KL terms.
-        lambda_ce: weight of every cross-entropy.
-        lambda_kd: weight of every KL term.
-        detach_teacher: the mean of the other heads is a constant in the KL terms.
-        teacher_eps: added to the teacher's probabilities, not renormalised.
-        label_smoothing: in [0, 1), for every cross-entropy.
-        reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
-        impl: the executor: "auto", "reference", "triton" or "cpu".
-
-    Raises:
-        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
     """
 
     presets: ClassVar[Presets] = {
@@ -71,36 +34,36 @@ class CLILRLoss(MethodLoss):
         "code": {"teacher_eps": 1e-7},
     }
 
-    def __init__(
-        self,
-        num_branches: int = 4,
-        temperature: float = 3.0,
-        lambda_ce: float = 1.0,
-        lambda_kd: float = 1.0,
-        detach_teacher: bool = False,
-        teacher_eps: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        check_options(
-            temperature=temperature,
-            lambda_ce=lambda_ce,
-            lambda_kd=lambda_kd,
-            detach_teacher=detach_teacher,
-            teacher_eps=teacher_eps,
-            label_smoothing=label_smoothing,
+    num_branches: int = options.num_branches(4, 2, "M, at least 2.")
+    temperature: float = options.temperature()
+    lambda_ce: float = options.weight(1.0, "weight of every cross-entropy.")
+    lambda_kd: float = options.weight(1.0, "weight of every KL term.")
+    detach_teacher: bool = options.detach_teacher(
+        False, "the mean of the other heads is a constant in the KL terms."
+    )
+    teacher_eps: float = options.teacher_eps()
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction()
+    impl: Impl = options.impl()
+
+    def build_graph(self) -> Graph:
+        branches = self.branch_names()
+        share = (1.0 / (self.num_branches - 1),) * (self.num_branches - 1)
+        others = [
+            Mixture(f"others{m}", tuple(name for name in branches if name != student), share)
+            for m, student in enumerate(branches, start=1)
+        ]
+        terms: tuple[Term, ...] = (
+            *(CrossEntropy(name, self.lambda_ce) for name in branches),
+            *(
+                self.teach(node.name, student, self.lambda_kd)
+                for node, student in zip(others, branches, strict=True)
+            ),
         )
-        graph = cl_ilr_graph(
-            num_branches,
-            temperature,
-            lambda_ce,
-            lambda_kd,
-            detach_teacher,
-            teacher_eps,
-            label_smoothing,
-        )
-        super().__init__(graph, num_branches, reduction, impl)
+        return Graph("cl_ilr", (*map(Logits, branches), *others), terms, self.label_smoothing)
+
+
+cl_ilr_graph = CLILRLoss.make_graph
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -117,9 +80,9 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-class GradientRescaling(Companion):
-    """Divides the gradient that enters the shared trunk by M: M heads pull at it as strongly as
-    one.
+class GradientRescaling(MethodModules):
+    """Divides the gradient that enters the shared trunk by M, so that M heads affect it as strongly
+    as one.
 
     Args:
         num_branches: M.
@@ -130,12 +93,13 @@ class GradientRescaling(Companion):
         self.factor = 1.0 / num_branches
 
     def at_split(self, shared: Tensor) -> Tensor:
-        """The trunk's output [B, c, H, W] as it is; its gradient comes back divided by M."""
-        return _ScaleGradient.apply(shared, self.factor)
+        """The trunk's output [B, c, H, W], unchanged; its gradient is divided by M."""
+        scaled: Tensor = _ScaleGradient.apply(shared, self.factor)
+        return scaled
 
 
-def _build_rescaling(layout: Layout) -> GradientRescaling:
-    return GradientRescaling(len(layout.channels))
+def _build_rescaling(spec: BranchSpec) -> GradientRescaling:
+    return GradientRescaling(len(spec.channels))
 
 
 METHOD = Method(
@@ -149,6 +113,6 @@ METHOD = Method(
     default_branches=4,
     build_companion=_build_rescaling,
     reports_mean=True,
-    # 80 of the repository's 300 epochs; nothing is known of a ramp in the original.
-    ramp_epochs=lambda epochs, preset: round(epochs * 80 / 300) if preset == "code" else 0,
+    # The repository's; nothing is known of a ramp in the original.
+    schedule=Schedule({"code": (80, 300)}),
 )

@@ -12,72 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows, branch_names, check_options
-from fastokd.methods.layers import FusionHead, check_rates, depthwise_pointwise, run_stages, stages
-from fastokd.methods.method import (
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
+from fastokd.losses import options
+from fastokd.losses.checks import as_rows
+from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
+from fastokd.losses.method_loss import MethodLoss, Presets
+from fastokd.losses.options import Impl, Reduction, integer, loss_options
+from fastokd.methods.layers import FusionHead, depthwise_pointwise, run_head, run_stages, stages
+from fastokd.methods.method import Method, Schedule, ramp_up
+from fastokd.methods.modules import (
+    BranchOutput,
     BranchPass,
-    Companion,
-    ExtraTerm,
-    GraphInputs,
-    Layout,
-    Method,
-    MethodLoss,
+    BranchSpec,
+    MethodModules,
     ParameterGroup,
-    Presets,
-    RunResult,
-    ramp_up,
 )
-from fastokd.ops.reference import compute_dtype
-
-
-def ffsd_graph(
-    num_students: int = 2,
-    temperature: float = 2.0,
-    lambda_kd: float = 1.0,
-    teacher_eps: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Graph:
-    """K students ``branch1`` .., then the ``leader`` (kept) and the ``fusion`` head: K + 2 rows of
-    logits.
-
-    ``L = sum_i [ CE(z^i) + w/(K-1) sum_{j != i} T^2 KL(z^j || z^i) ] + CE(fusion) + w T^2
-    KL(ensemble || fusion) + CE(leader) + w T^2 KL(fusion || leader)`` with ``w = lambda_kd``,
-    ``ensemble`` the mean of the students' logits, and every teacher detached. Nothing here is
-    scheduled: the official code ramps up the losses on maps, which are outside the graph, and not
-    the KL terms. The fusion head reads detached features.
-    """
-    students = branch_names("ffsd_graph", num_students, 2, "num_students")
-
-    def teach(teacher: str, student: str, share: float = 1.0) -> KL:
-        return KL(
-            teacher,
-            student,
-            lambda_kd * share,
-            temperature,
-            detach=True,
-            eps=teacher_eps,
-            scheduled=False,
-        )
-
-    heads = (*students, "leader", "fusion")
-    share = 1.0 / (num_students - 1)
-    terms = (
-        *map(CrossEntropy, heads),
-        *(
-            teach(other, student, share)
-            for student in students
-            for other in students
-            if other != student
-        ),
-        teach("ensemble", "fusion"),
-        teach("fusion", "leader"),
-    )
-    nodes = (
-        *map(Logits, heads),
-        Mixture("ensemble", students, (1.0 / num_students,) * num_students),
-    )
-    return Graph("ffsd", nodes, terms, label_smoothing)
+from fastokd.ops.inputs import compute_dtype
 
 
 class FFSDMaps(NamedTuple):
@@ -96,15 +46,11 @@ class FFSDMaps(NamedTuple):
     W_S].
     """
     decoded_shifted: Sequence[Sequence[Tensor]]
-    """For students 2 .. K, what their decoder makes of the shifted map of the student before: S-1
-    maps each.
-    """
+    """For students 2 .. K, the shifted map of the student before, decoded: S-1 maps each."""
     decoded_fused: Sequence[Tensor]
-    """What the leader's decoder makes of the fused map: S-1 maps."""
+    """The fused map, decoded by the leader's decoder: S-1 maps."""
     decoded: Sequence[Sequence[Tensor]]
-    """For students 2 .. K and the leader, what their decoder makes of their own detached last map:
-    S-1 maps each.
-    """
+    """For students 2 .. K and the leader, their detached last map, decoded: S-1 maps each."""
 
 
 def attention_map(features: Tensor) -> Tensor:
@@ -130,17 +76,16 @@ def map_distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a student should look that the one before it does not: strong where the other is weak.
+    """The attention target of a student: strong where the attention of the one before it is weak.
 
     Args:
         attention: the other's attention map [B, H, W].
 
     Returns:
         ``v``, its rows of length 1, ``v'``, the target, both [B, H W], and ``n``, the lengths of
-        the rows [B, 1]. With ``t``
-        the largest of the lowest third of v (at least one entry): v' is v below t, n / 2 at t, and
-            n - v above it. As in the
-        official code, n is the length before normalising while v is normalised.
+        the rows [B, 1]. With ``t`` the largest of the lowest third of v (at least one entry): v' is
+        v below t, n / 2 at t, and n - v above it. As in the official code, n is the length before
+        normalizing while v is normalized.
     """
     rows = attention.flatten(1)
     length = rows.norm(dim=1, keepdim=True)
@@ -155,13 +100,21 @@ def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def shifted_map(features: Tensor) -> Tensor:
     """The map [B, c, H, W] of the student before, with its attention moved to where it was weak."""
     unit, target, length = shifted_attention(attention_map(features))
-    change = ((target - unit) * length / features.shape[1]).unflatten(1, features.shape[2:])
-    return features + change[:, None].to(features.dtype)
+    change = (target - unit) * length / features.shape[1]
+    batch, _, height, width = features.shape
+    return features + change.reshape(batch, 1, height, width).to(features.dtype)
 
 
+@loss_options
 class FFSDLoss(MethodLoss):
-    """The FFSD loss: the graph of ``ffsd_graph`` and three terms on feature maps, as the official
-    code computes them.
+    """K students ``branch1`` .., then the ``leader`` (kept) and the ``fusion`` head: K + 2 rows of
+    logits, and three terms on feature maps.
+
+    ``L = sum_i [ CE(z^i) + w/(K-1) sum_{j != i} T^2 KL(z^j || z^i) ] + CE(fusion) + w T^2
+    KL(ensemble || fusion) + CE(leader) + w T^2 KL(fusion || leader)`` with ``w = lambda_kd``,
+    ``ensemble`` the mean of the students' logits, and every teacher detached. These terms are not
+    scheduled: the official code ramps up only the terms on maps. The fusion head reads detached
+    features.
 
     With ``A`` the attention map and ``d`` the distance of ``map_distance``, all targets detached:
 
@@ -173,73 +126,63 @@ class FFSDLoss(MethodLoss):
       decoded from the fused map;
     - ``decoder``: for each decoder and each earlier stage, ``d`` of maps and of attention maps,
       decoded and true.
-
-    Args:
-        num_branches: K + 1, at least 3: the students, then the leader.
-        temperature: T of the KL terms.
-        lambda_kd: weight of every KL term.
-        lambda_diversity, lambda_fusion, lambda_decoder: weights of the three terms; these ramp up.
-        teacher_eps: added to the teachers' probabilities, not renormalised.
-        label_smoothing: in [0, 1), for every cross-entropy.
-        reduction: "mean".
-        impl: the executor: "auto", "reference", "triton" or "cpu".
     """
 
-    # Both are the official code's values; the paper's text was not at hand.
+    # Both are the official code's values; the paper's text was not available.
     presets: ClassVar[Presets] = {"paper": {}, "code": {}}
 
-    def __init__(
-        self,
-        num_branches: int = 3,
-        temperature: float = 2.0,
-        lambda_kd: float = 1.0,
-        lambda_diversity: float = 1e-5,
-        lambda_fusion: float = 10.0,
-        lambda_decoder: float = 1000.0,
-        teacher_eps: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        if not isinstance(num_branches, int) or num_branches < 3:
-            raise ValueError(
-                f"num_branches={num_branches!r}; FFSD has two students or more and a leader: 3 or"
-                " more"
-            )
-        check_options(
-            temperature=temperature,
-            lambda_kd=lambda_kd,
-            lambda_diversity=lambda_diversity,
-            lambda_fusion=lambda_fusion,
-            lambda_decoder=lambda_decoder,
-            teacher_eps=teacher_eps,
-            label_smoothing=label_smoothing,
+    num_branches: int = options.num_branches(
+        3, 3, "K + 1, at least 3: the students, then the leader."
+    )
+    temperature: float = options.temperature(2.0)
+    lambda_kd: float = options.weight(1.0, "weight of every KL term.")
+    lambda_diversity: float = options.weight(1e-5, "weight of ``diversity``, which ramps up.")
+    lambda_fusion: float = options.weight(10.0, "weight of ``fusion``, which ramps up.")
+    lambda_decoder: float = options.weight(1000.0, "weight of ``decoder``, which ramps up.")
+    teacher_eps: float = options.teacher_eps()
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction('"mean".')
+    impl: Impl = options.impl()
+
+    def build_graph(self) -> Graph:
+        students = self.branch_names()[:-1]
+        heads = (*students, "leader", "fusion")
+        weight, share = self.lambda_kd, 1.0 / (len(students) - 1)
+        terms: tuple[Term, ...] = (
+            *map(CrossEntropy, heads),
+            *(
+                self.teach(other, student, weight * share, scheduled=False)
+                for student in students
+                for other in students
+                if other != student
+            ),
+            self.teach("ensemble", "fusion", weight, scheduled=False),
+            self.teach("fusion", "leader", weight, scheduled=False),
         )
+        ensemble = Mixture("ensemble", students, (1.0 / len(students),) * len(students))
+        return Graph("ffsd", (*map(Logits, heads), ensemble), terms, self.label_smoothing)
+
+    def labels(self) -> dict[str, str]:
+        return {"fusion": "fusion_logits"}
+
+    def build_extra_terms(self) -> dict[str, ExtraTerm]:
         weights = {
-            "diversity": lambda_diversity,
-            "fusion": lambda_fusion,
-            "decoder": lambda_decoder,
+            "diversity": self.lambda_diversity,
+            "fusion": self.lambda_fusion,
+            "decoder": self.lambda_decoder,
         }
-        graph = ffsd_graph(num_branches - 1, temperature, lambda_kd, teacher_eps, label_smoothing)
-        super().__init__(
-            graph,
-            num_branches,
-            reduction,
-            impl,
-            {"fusion": "fusion_logits"},
-            {name: ExtraTerm(value, scheduled=True) for name, value in weights.items()},
-        )
+        return {name: ExtraTerm(value, scheduled=True) for name, value in weights.items()}
 
     def graph_inputs(
         self,
-        branch_logits: Sequence[Tensor] | Tensor,
+        branch_logits: Rows,
         target: Tensor | None = None,
         *,
         fusion_logits: Tensor,
         maps: FFSDMaps | None = None,
     ) -> GraphInputs:
-        """``fusion_logits``: [B, C]. ``maps``: what the terms on feature maps compare; only
-        measuring does without them.
+        """``fusion_logits``: [B, C]. ``maps``: what the terms on feature maps compare;
+        ``named_logits`` does without them.
         """
         rows = [*as_rows(branch_logits, self.num_branches, "branch_logits"), fusion_logits]
         if target is None:
@@ -248,21 +191,22 @@ class FFSDLoss(MethodLoss):
             raise ValueError(
                 "maps are missing: three of the FFSD loss's terms compare feature maps"
             )
-        return GraphInputs(
-            rows,
-            extras={
-                "diversity": _diversity(maps),
-                "fusion": _fusion(maps),
-                "decoder": _decoder(maps),
-            },
-        )
+        extras = {"diversity": _diversity(maps), "fusion": _fusion(maps), "decoder": _decoder(maps)}
+        return GraphInputs(rows, extras=extras)
+
+
+def ffsd_graph(num_students: int = 2, *rest: Any, **options: Any) -> Graph:
+    """The graph of ``FFSDLoss`` for K students."""
+    integer(2, "K", low=2).check("num_students", num_students)
+    return FFSDLoss(num_students + 1, *rest, **options).graph
 
 
 def _attention_distance(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    return sum(
+    distances: Any = (
         map_distance(attention_map(one), attention_map(other.detach()))
         for one, other in zip(maps, targets, strict=True)
     )
+    return sum(distances)  # type: ignore[no-any-return]
 
 
 def _diversity(maps: FFSDMaps) -> Tensor:
@@ -306,7 +250,7 @@ class Decoder(nn.Module):
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         backwards = list(channels)[::-1]
-        self.steps = nn.ModuleList(
+        self.steps: Any = nn.ModuleList(
             nn.ModuleList(
                 (
                     nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False),
@@ -327,42 +271,41 @@ class Decoder(nn.Module):
         return made[::-1]
 
 
-class FFSDModules(Companion):
+class FFSDModules(MethodModules):
     """The fusion head, the leader's transformation, and the decoders of students 2 .. K and of the
     leader.
 
     Args:
-        layout: K students and the leader, all of one architecture.
+        spec: K students and the leader, all of one architecture.
         fusion_weight_decay: of the fusion head.
         decoder_lr: the decoders are trained with Adam at this constant learning rate.
 
     Raises:
-        ValueError: an option is no number of at least 0, or the networks differ, cannot be run
-            stage by stage, or have stages that do not halve the maps.
+        ValueError: the networks differ, cannot be run stage by stage, or have stages that do not
+            halve the maps.
     """
 
     def __init__(
-        self, layout: Layout, fusion_weight_decay: float = 1e-5, decoder_lr: float = 1e-3
+        self, spec: BranchSpec, fusion_weight_decay: float = 1e-5, decoder_lr: float = 1e-3
     ) -> None:
         super().__init__()
-        check_rates(fusion_weight_decay=fusion_weight_decay, decoder_lr=decoder_lr)
-        found = [stages(peer) for peer in layout.branches]
-        if any(other != found[0] for other in found):
+        peers = [stages(peer) for peer in spec.branches]
+        if any(other != peers[0] for other in peers):
             raise ValueError(
                 "students and leader compare their feature maps stage by stage, so they must be one"
                 " network; name one"
             )
-        sizes = [stage.size for stage in found[0]]
+        sizes = [stage.size for stage in peers[0]]
         for before, after in itertools.pairwise(sizes):
             if any((big + 1) // 2 != small for big, small in zip(before, after, strict=True)):
                 raise ValueError(
                     "its decoders double the maps from stage to stage, and here they go from"
                     f" {before} to {after} (for 64 x 64 images)"
                 )
-        channels = [stage.channels for stage in found[0]]
-        num_students = len(layout.branches) - 1
-        self.ends = tuple(stage.end for stage in found[0])
-        self.fusion = FusionHead(num_students * channels[-1], channels[-1], layout.num_classes)
+        channels = [stage.channels for stage in peers[0]]
+        num_students = len(spec.branches) - 1
+        self.ends = tuple(stage.end for stage in peers[0])
+        self.fusion = FusionHead(num_students * channels[-1], channels[-1], spec.num_classes)
         self.transform = depthwise_pointwise(channels[-1], num_students * channels[-1])
         self.decoders = nn.ModuleList(Decoder(channels) for _ in range(num_students))
         self.fusion_weight_decay, self.decoder_lr = fusion_weight_decay, decoder_lr
@@ -373,15 +316,16 @@ class FFSDModules(Companion):
             ParameterGroup(list(self.decoders.parameters()), optimizer="adam", lr=self.decoder_lr),
         ]
 
-    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> RunResult:
-        """As in ``Companion``; passes on every stage's maps."""
+    def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> BranchOutput:
+        """As in ``MethodModules``; the context holds every stage's maps."""
         maps = [run_stages(peer, x, self.ends) for peer, x in zip(branches, inputs, strict=True)]
-        logits = tuple(peer.branch.head(own[-1]) for peer, own in zip(branches, maps, strict=True))
-        return RunResult(tuple(own[-1] for own in maps), logits, maps)
+        features = tuple(own[-1] for own in maps)
+        logits = [run_head(peer, own) for peer, own in zip(branches, features, strict=True)]
+        return BranchOutput(tuple(logits), features, context=maps)
 
     def forward(self, seen: BranchPass) -> dict[str, Any]:
         """``fusion_logits`` [B, C] and, in training, ``maps``."""
-        *students, leader = seen.passed_on
+        *students, leader = seen.context
         fused, logits = self.fusion([own[-1].detach() for own in students])
         if not self.training:
             return {"fusion_logits": logits}
@@ -404,6 +348,11 @@ class FFSDModules(Companion):
         }
 
 
+def _ramp_up_from_1(epoch: int, length: int) -> float:
+    """The official code counts its 299 epochs from 1."""
+    return ramp_up(epoch + 1, length)
+
+
 METHOD = Method(
     name="ffsd",
     summary=(
@@ -414,10 +363,11 @@ METHOD = Method(
     branch_range=(3, 8),
     default_branches=3,
     build_companion=FFSDModules,
-    model_options={"fusion_weight_decay": 1e-5, "decoder_lr": 1e-3},
+    model_options={
+        "fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head."),
+        "decoder_lr": options.number(1e-3, "Adam's constant learning rate for the decoders."),
+    },
     topologies=("peers",),
     kept=-1,
-    # Five of the official code's 299 epochs, which it counts from 1.
-    schedule=lambda epoch, length: ramp_up(epoch + 1, length),
-    ramp_epochs=lambda epochs, preset: max(round(epochs * 5 / 300), 1),
+    schedule=Schedule((5, 300), _ramp_up_from_1, min_epochs=1),
 )

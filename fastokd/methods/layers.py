@@ -1,10 +1,8 @@
-"""Modules that several methods' companions are made of, and running a peer stage by stage."""
+"""Modules shared by several methods, and running a peer stage by stage."""
 
 import copy
-import math
-import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +67,8 @@ class FusionHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps [B, c_m, H, W] to the fused map [B, channels, H, W] and logits [B, C]."""
         fused = self.fuse(torch.cat(tuple(maps), 1))
-        return fused, self.fc(F.adaptive_avg_pool2d(fused, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(fused, 1).flatten(1))
+        return fused, logits
 
 
 def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
@@ -86,21 +85,6 @@ def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-def check_rates(**options: object) -> None:
-    """Check options that are weight decays or learning rates: numbers of at least 0.
-
-    Raises:
-        ValueError: one is not, of whatever type it is; the message names it.
-    """
-    for name, value in options.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Real)
-            or not (math.isfinite(value) and value >= 0)
-        ):
-            raise ValueError(f"{name}={value!r}; it must be a number of at least 0")
-
-
 class Stage(NamedTuple):
     """A run of a peer's children whose output has one spatial size."""
 
@@ -113,19 +97,29 @@ class Stage(NamedTuple):
 
 
 def children(peer: nn.Module) -> list[nn.Module]:
-    """What a peer runs up to its feature maps, in order.
+    """The modules that a peer runs up to its feature maps, in order.
 
     Raises:
         ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step
             by step.
     """
     parts = (getattr(peer, "trunk", None), getattr(getattr(peer, "branch", None), "body", None))
-    if not all(isinstance(part, nn.Sequential) for part in parts):
-        raise ValueError(
-            "it needs the maps between the stages, and this network does not run as a sequence of"
-            " modules"
-        )
-    return [child for part in parts for child in part]
+    modules: list[nn.Module] = []
+    for part in parts:
+        if not isinstance(part, nn.Sequential):
+            raise ValueError(
+                "it needs the maps between the stages, and this network does not run as a sequence"
+                " of modules"
+            )
+        modules += part
+    return modules
+
+
+def run_head(peer: nn.Module, features: Tensor) -> Tensor:
+    """The logits [B, C] of a peer's head, from its feature maps."""
+    branch: Any = peer.branch
+    logits: Tensor = branch.head(features)
+    return logits
 
 
 def stages(peer: nn.Module) -> list[Stage]:
@@ -135,16 +129,16 @@ def stages(peer: nn.Module) -> list[Stage]:
     Raises:
         ValueError: see ``children``.
     """
-    found: list[Stage] = []
+    result: list[Stage] = []
     x = torch.empty(1, 3, 64, 64, device="meta")
     with torch.no_grad():
         for index, child in enumerate(children(peer), start=1):
             x = copy.deepcopy(child).to("meta").eval()(x)
             size = (x.shape[2], x.shape[3])
-            if found and found[-1].size == size:
-                found.pop()
-            found.append(Stage(index, x.shape[1], size))
-    return found
+            if result and result[-1].size == size:
+                result.pop()
+            result.append(Stage(index, x.shape[1], size))
+    return result
 
 
 def run_stages(peer: nn.Module, x: Tensor, ends: Sequence[int]) -> list[Tensor]:

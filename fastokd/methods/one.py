@@ -1,68 +1,30 @@
 """ONE: Knowledge Distillation by On-the-fly Native Ensemble (Lan et al., NeurIPS 2018)."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture
-from fastokd.methods.base import Impl, Reduction, as_rows, branch_names, check_options
-from fastokd.methods.method import (
-    BranchPass,
-    Companion,
-    GraphInputs,
-    Layout,
-    Method,
-    MethodLoss,
-    Presets,
-)
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
+from fastokd.losses import options
+from fastokd.losses.checks import as_rows
+from fastokd.losses.graph_loss import GraphInputs, Rows
+from fastokd.losses.method_loss import MethodLoss, Presets
+from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.methods.method import Method, Schedule
+from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-def one_graph(
-    num_branches: int = 3,
-    temperature: float = 3.0,
-    lambda_kd: float = 1.0,
-    detach_teacher: bool = True,
-    teacher_eps: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Graph:
+@loss_options
+class ONELoss(MethodLoss):
     """``L = sum_m CE(z^m) + CE(e) + kd_weight * lambda_kd * sum_m T^2 KL(e || z^m)`` with ``e =
     sum_m gate_m z^m``.
 
-    The run-time weights are ``gate`` [B, M]. Source: AHBF eq. 6-7, which write the mixture over
-    probabilities; the published code mixes logits, as here. Differences of the published codes:
-    both add ``teacher_eps=1e-7`` (here 0); the official one detaches the teacher, as here, the
-    OKDDip repository's does not (``detach_teacher=False``). Both ramp the KL up over 80 epochs
-    (``kd_weight``).
-    """
-    branches = branch_names("one_graph", num_branches, 2)
-    nodes = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
-    terms = [CrossEntropy(name) for name in (*branches, "ensemble")]
-    terms += [
-        KL("ensemble", name, lambda_kd, temperature, detach=detach_teacher, eps=teacher_eps)
-        for name in branches
-    ]
-    return Graph("one", nodes, tuple(terms), label_smoothing)
-
-
-class ONELoss(MethodLoss):
-    """The ONE loss (AHBF eq. 6-7), see ``one_graph`` for the formula.
-
-    Args:
-        num_branches: M, at least 2.
-        temperature: T of the KL terms.
-        lambda_kd: weight of ensemble -> branch.
-        detach_teacher: the ensemble is a constant in the KL terms, so that the gate learns from its
-            cross-entropy alone.
-        teacher_eps: added to the teacher's probabilities, not renormalised.
-        label_smoothing: in [0, 1), for every cross-entropy.
-        reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
-        impl: the executor: "auto", "reference", "triton" or "cpu".
-
-    Raises:
-        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
+    Source: AHBF eq. 6-7, which write the mixture over probabilities; the published code mixes
+    logits, as here. Differences of the published codes: both add ``teacher_eps=1e-7`` (here 0); the
+    official one detaches the teacher, as here, the OKDDip repository's does not
+    (``detach_teacher=False``). Both ramp the KL up over 80 epochs (``kd_weight``).
     """
 
     presets: ClassVar[Presets] = {
@@ -72,35 +34,31 @@ class ONELoss(MethodLoss):
         "code": {"teacher_eps": 1e-7},
     }
 
-    def __init__(
-        self,
-        num_branches: int = 3,
-        temperature: float = 3.0,
-        lambda_kd: float = 1.0,
-        detach_teacher: bool = True,
-        teacher_eps: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        check_options(
-            temperature=temperature,
-            lambda_kd=lambda_kd,
-            detach_teacher=detach_teacher,
-            teacher_eps=teacher_eps,
-            label_smoothing=label_smoothing,
-        )
-        graph = one_graph(
-            num_branches, temperature, lambda_kd, detach_teacher, teacher_eps, label_smoothing
-        )
-        super().__init__(graph, num_branches, reduction, impl, {"gate": "scores[0]"})
+    num_branches: int = options.num_branches(3, 2, "M, at least 2.")
+    temperature: float = options.temperature()
+    lambda_kd: float = options.weight(1.0, "weight of ensemble -> branch.")
+    detach_teacher: bool = options.detach_teacher(
+        True,
+        "the ensemble is a constant in the KL terms, so that the gate learns from its cross-entropy"
+        " alone.",
+    )
+    teacher_eps: float = options.teacher_eps()
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction()
+    impl: Impl = options.impl()
+
+    def build_graph(self) -> Graph:
+        branches = self.branch_names()
+        nodes: tuple[Node, ...] = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
+        terms: list[Term] = [CrossEntropy(name) for name in (*branches, "ensemble")]
+        terms += [self.teach("ensemble", name, self.lambda_kd) for name in branches]
+        return Graph("one", nodes, tuple(terms), self.label_smoothing)
+
+    def labels(self) -> dict[str, str]:
+        return {"gate": "scores[0]"}
 
     def graph_inputs(
-        self,
-        branch_logits: Sequence[Tensor] | Tensor,
-        target: Tensor | None = None,
-        *,
-        scores: Sequence[Tensor] | Tensor,
+        self, branch_logits: Rows, target: Tensor | None = None, *, scores: Rows
     ) -> GraphInputs:
         """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the
         ensemble.
@@ -111,7 +69,10 @@ class ONELoss(MethodLoss):
         )
 
 
-class ONEGate(Companion):
+one_graph = ONELoss.make_graph
+
+
+class ONEGate(MethodModules):
     """The gate on the shared trunk: pooling, a linear layer to M values with batch norm, ReLU and
     softmax (official code).
 
@@ -131,8 +92,8 @@ class ONEGate(Companion):
         return {"scores": (torch.softmax(F.relu(self.bn(self.fc(pooled))), 1),)}
 
 
-def _build_gate(layout: Layout) -> ONEGate:
-    return ONEGate(layout.trunk_channels, len(layout.channels))
+def _build_gate(spec: BranchSpec) -> ONEGate:
+    return ONEGate(spec.trunk_channels, len(spec.channels))
 
 
 METHOD = Method(
@@ -142,6 +103,5 @@ METHOD = Method(
     branch_range=(2, 8),
     default_branches=3,
     build_companion=_build_gate,
-    # 80 of the published codes' 300 epochs.
-    ramp_epochs=lambda epochs, preset: round(epochs * 80 / 300),
+    schedule=Schedule((80, 300)),  # the published codes
 )

@@ -90,7 +90,7 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
     sides = torch.cat(
         (right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2
     )
-    x = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
+    x: Tensor = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
     # A minimum outside of its face becomes a point of the simplex that is worse than the best.
     x = x.clamp_min(0)
     x = x / x.sum(2, keepdim=True)

@@ -3,88 +3,36 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, ProbabilityMixture
-from fastokd.methods.base import (
-    Impl,
-    Reduction,
-    branch_names,
-    check_choice,
-    check_options,
-    check_target,
-    checked_rows,
-    mean_prediction,
-)
-from fastokd.methods.method import GraphInputs, Method, MethodLoss, Presets
+from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, Node, ProbabilityMixture, Term
+from fastokd.losses import options
+from fastokd.losses.checks import check_target, checked_rows
+from fastokd.losses.graph_loss import GraphInputs, Rows
+from fastokd.losses.method_loss import MethodLoss, Presets
+from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.methods.method import Method, Schedule
 from fastokd.ranks import gather_rows, rank_and_size
 
-Where = Literal["auto", "device", "host"]
-
-
-def tsb_graph(
-    num_branches: int = 2,
-    temperature: float = 4.0,
-    lambda_ta: float = 0.5,
-    lambda_si: float = 0.5,
-    student_first: bool = False,
-    t2_scaling: bool = False,
-    label_smoothing: float = 0.0,
-) -> Graph:
-    """M networks that learn from each other's memories and from their common mean prediction.
-
-    ``L = sum_i [ CE(z^i) + kd_weight * ( lambda_ta sum_{j != i} KL(memory_j || z^i) + lambda_si
-    KL(mean || z^i) ) ]``, rows at T. ``memory{j}`` is network j's temporal accumulator for each
-    sample, given from outside: corrected (divided by ``1 - beta^t``), with the current prediction
-    already in it. ``mean`` averages all networks' softened predictions, the own one included.
-
-    The paper prints the student as first argument (``student_first=True``); the default is the
-    usual direction. As printed there is no T^2 (``t2_scaling=False``). Detaching is not stated: the
-    teachers are constants here. The first 20 epochs are without KL (``kd_weight=0``), but are
-    remembered.
-    """
-    branches = branch_names("tsb_graph", num_branches, 2)
-
-    def teach(teacher: str, student: str, weight: float) -> KL:
-        direction = "student_first" if student_first else "teacher_first"
-        return KL(
-            teacher, student, weight, temperature, t2_scaling, detach=True, direction=direction
-        )
-
-    memories = [f"memory{j}" for j in range(1, num_branches + 1)]
-    mean = ProbabilityMixture("mean", branches, (1.0 / num_branches,) * num_branches, temperature)
-    terms = (
-        *map(CrossEntropy, branches),
-        *(
-            teach(memory, student, lambda_ta)
-            for i, student in enumerate(branches)
-            for j, memory in enumerate(memories)
-            if j != i
-        ),
-        *(teach("mean", student, lambda_si) for student in branches),
-    )
-    return Graph(
-        "tsb", (*map(Logits, branches), *map(External, memories), mean), terms, label_smoothing
-    )
+Placement = Literal["auto", "device", "host"]
 
 
 class TemporalAccumulator(nn.Module):
-    """What M networks predicted for each of N samples, averaged over the steps in which it was
-    seen.
+    """The predictions of M networks for each of N samples, averaged over the sample's steps.
 
     ``Z_t = beta Z_{t-1} + (1 - beta) p_t`` with ``Z_0 = 0``; read as ``Z_t / (1 - beta^t)`` (TSB
     eq. 5; Z itself is never overwritten by the corrected value). t counts the steps of each sample
-    by itself, so that order, samples left out of an epoch and interruptions do not matter. A sample
-    that is in a batch several times makes one step, with the mean of its predictions.
+    separately, so that order, skipped samples and interruptions do not matter. A sample that is in
+    a batch several times makes one step, with the mean of its predictions.
 
     The memory is [N, M, C] in float32, on the device, or in pinned host memory that the device
-    reads and writes in place: nothing waits for the host. It stays where ``allocate`` put it;
-    ``to()`` and ``half()`` leave it alone.
+    reads and writes in place, without waiting for the host. ``to()`` and ``half()`` do not change
+    it.
 
     Args:
         beta: in [0, 1): the share of the past.
@@ -106,39 +54,38 @@ class TemporalAccumulator(nn.Module):
         num_networks: int,
         num_classes: int,
         device: torch.device,
-        where: Where,
+        placement: Placement,
     ) -> str:
-        """Forget everything and make room; returns what it takes, in words.
+        """Allocate an empty memory.
 
-        ``where="auto"`` is the device if the memory takes no more than a quarter of what is free
-        there, else the host.
+        Args:
+            placement: "device", "host", or "auto": the device if the memory takes no more than a
+                quarter of the free memory there, else the host.
+
+        Returns:
+            A line that states the memory it takes.
 
         Raises:
-            ConfigError: it does not fit; the message says how much it needs.
+            ConfigError: it does not fit; the message states how much it needs.
         """
         shape = (num_samples, num_networks, num_classes)
         needed = 4 * math.prod(shape)
         self.memory = self.steps = None
-        if where == "auto":
-            where = (
-                "host" if device.type == "cuda" and needed > _free_memory(device) / 4 else "device"
-            )
-        mapped = where == "host" and device.type == "cuda"
+        if placement == "auto":
+            fits = device.type != "cuda" or needed <= _free_memory(device) / 4
+            placement = "device" if fits else "host"
+        mapped = placement == "host" and device.type == "cuda"
         place = torch.device("cpu") if mapped else device
         free = _free_memory(place)
-        what = (
+        description = (
             f"{num_networks} networks' predictions of {num_samples:,} samples and {num_classes:,}"
             f" classes take {_size(needed)} of float32"
         )
         if needed > free:
-            fix = (
-                "memory=host, fewer networks or fewer images"
-                if place.type == "cuda"
-                else "fewer networks or fewer images"
-            )
+            fix = "memory=host, " * (place.type == "cuda") + "fewer networks or fewer images"
             raise ConfigError(
-                f"the temporal accumulator does not fit: {what}, and {_size(free)} are free on"
-                f" {place}; use {fix}"
+                f"the temporal accumulator does not fit: {description}, and {_size(free)} are free"
+                f" on {place}; use {fix}"
             )
         self.device = device
         with torch.cuda.device(device) if mapped else contextlib.nullcontext():
@@ -146,32 +93,30 @@ class TemporalAccumulator(nn.Module):
         self._rows = _mapped(self.memory, device) if mapped else self.memory
         self.steps = torch.zeros(num_samples, dtype=torch.int32, device=device)
         self._owner = torch.zeros(num_samples, dtype=torch.int64, device=device)
-        return (
-            f"temporal accumulator: {what}, {'in pinned host memory' if mapped else f'on {place}'}"
-        )
+        location = "in pinned host memory" if mapped else f"on {place}"
+        return f"temporal accumulator: {description}, {location}"
 
     def update(self, index: Tensor, predictions: Tensor, keep: bool = True) -> Tensor:
-        """Make one step of each sample of the batch and read it, corrected, with this prediction in
-        it.
+        """Make one step of each sample of the batch and return its corrected value.
 
-        With torch.distributed the batches of all processes are one batch, which each of them
-        remembers: all must call this at once. Without ``keep`` each process is on its own.
+        With torch.distributed the batches of all processes are one batch, which every process adds
+        to its memory, so all must call this together. Without ``keep`` they are independent.
 
         Args:
             index: int64 [B], positions among the N samples.
             predictions: probabilities [B, M, C].
-            keep: false leaves the memory as it was.
+            keep: whether to store the step.
 
         Returns:
             Probabilities [B, M, C] in float32.
         """
-        assert self.memory is not None
+        assert self.steps is not None
         batch = len(index)
         first = rank_and_size()[0] * batch if keep else 0
         predictions = predictions.to(self._rows.dtype)
         if keep:
             index, predictions = gather_rows(index), gather_rows(predictions)
-        # Any one of a sample's places in the batch gathers what all of them predict.
+        # One of a sample's positions in the batch sums the predictions of all of them.
         self._owner.index_copy_(0, index, torch.arange(len(index), device=index.device))
         owner = self._owner.index_select(0, index)
         totals = (
@@ -198,19 +143,15 @@ class TemporalAccumulator(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         if self.memory is not None and self.memory.is_pinned() and self.device is not None:
-            torch.cuda.synchronize(
-                self.device
-            )  # the device may still write to what the host is about to read
+            torch.cuda.synchronize(self.device)  # the device may still write to the memory
         super()._save_to_state_dict(*arguments)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TemporalAccumulator":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self
 
 
 class _Pointer:
-    """Pinned host memory as the CUDA array interface shows it: the device reaches it under the same
-    address.
-    """
+    """Pinned host memory through the CUDA array interface, at the same address."""
 
     def __init__(self, pinned: Tensor) -> None:
         self.pinned = pinned
@@ -224,7 +165,7 @@ class _Pointer:
 
 
 def _mapped(pinned: Tensor, device: torch.device) -> Tensor:
-    """The same memory as a tensor on the device. It lives as long as either of the two.
+    """The same memory as a tensor on the device. It lives as long as either tensor.
 
     Raises:
         ConfigError: this platform copies instead.
@@ -239,9 +180,9 @@ def _mapped(pinned: Tensor, device: torch.device) -> Tensor:
 
 
 def _free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; infinite where nobody says."""
+    """Free bytes on a device; infinite where that is unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return float(torch.cuda.mem_get_info(device)[0])
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             for line in file:
@@ -254,104 +195,134 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
+@loss_options
 class TSBLoss(MethodLoss):
-    """The TSB loss, see ``tsb_graph`` for the formula: each network learns from the others'
-    memories and from the mean.
+    """M networks that learn from each other's memories and from their common mean prediction.
 
-    Call ``prepare`` before the first batch. In training mode every call remembers the batch's
-    predictions, softened with T; in evaluation mode nothing is remembered. What is remembered is in
-    the state dict.
+    ``L = sum_i [ CE(z^i) + kd_weight * ( lambda_ta sum_{j != i} KL(memory_j || z^i) + lambda_si
+    KL(mean || z^i) ) ]``, rows at T. ``memory{j}`` is network j's temporal accumulator for each
+    sample, corrected (divided by ``1 - beta^t``) and with the current prediction in it. ``mean``
+    averages all networks' softened predictions, the network's own included.
 
-    Args:
-        num_branches: M networks, at least 2.
-        temperature: T (the paper's tau), of the KL terms and of what is remembered.
-        lambda_ta: weight of every other network's temporal accumulator.
-        lambda_si: weight of the spatial integrator, the mean of all networks' predictions.
-        beta: in [0, 1): the share of the past in the temporal accumulator.
-        student_first: ``KL(student || teacher)`` as the paper prints it, instead of ``KL(teacher ||
-            student)``.
-        t2_scaling: multiply the KL terms by T^2; the paper does not.
-        memory: where the accumulator lies: "device", "host" (pinned memory), or "auto", which is
-            the device if it takes no more than a quarter of what is free there.
-        label_smoothing: in [0, 1), for every cross-entropy.
-        reduction: "mean" over the batch, "sum", or "none" for the loss of each sample.
-        impl: the executor: "auto", "reference", "triton" or "cpu".
+    The paper prints the student as first argument (``student_first=True``); the default is the
+    usual direction. As printed there is no T^2 (``t2_scaling=False``). Detaching is not stated: the
+    teachers are constants here. The first 20 epochs are without KL (``kd_weight=0``), but update
+    the memory.
 
-    Raises:
-        TypeError, ValueError: a value is of the wrong type or out of range; the message names it.
+    Call ``prepare`` before the first batch. In training mode every call adds the batch's
+    predictions, softened with T, to the memory (``update_state``); in evaluation mode it does not.
+    The memory is in the state dict.
     """
 
     presets: ClassVar[Presets] = {"paper": {}}
 
-    def __init__(
-        self,
-        num_branches: int = 2,
-        temperature: float = 4.0,
-        lambda_ta: float = 0.5,
-        lambda_si: float = 0.5,
-        beta: float = 0.8,
-        student_first: bool = False,
-        t2_scaling: bool = False,
-        memory: Where = "auto",
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        check_options(
-            temperature=temperature,
-            lambda_ta=lambda_ta,
-            lambda_si=lambda_si,
-            label_smoothing=label_smoothing,
+    num_branches: int = options.num_branches(2, 2, "M networks, at least 2.")
+    temperature: float = options.temperature(
+        4.0, "T (the paper's tau), of the KL terms and of the memory."
+    )
+    lambda_ta: float = options.weight(0.5, "weight of every other network's temporal accumulator.")
+    lambda_si: float = options.weight(
+        0.5, "weight of the spatial integrator, the mean of all networks' predictions."
+    )
+    beta: float = options.number(
+        0.8, "in [0, 1): the share of the past in the temporal accumulator.", 0, 1, open_high=True
+    )
+    student_first: bool = options.switch(
+        False,
+        "``KL(student || teacher)`` as the paper prints it, instead of ``KL(teacher || student)``.",
+    )
+    t2_scaling: bool = options.switch(False, "multiply the KL terms by T^2; the paper does not.")
+    memory: Placement = options.choice(
+        "auto",
+        ("auto", "device", "host"),
+        'the place of the accumulator: "device", "host" (pinned memory), or "auto", which is the'
+        " device if it takes no more than a quarter of the free memory there.",
+    )
+    label_smoothing: float = options.label_smoothing()
+    reduction: Reduction = options.reduction()
+    impl: Impl = options.impl()
+
+    ensemble_of = "predictions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.accumulator = TemporalAccumulator(self.beta)
+
+    def teach(self, teacher: str, student: str, weight: float, **options: Any) -> KL:
+        direction = "student_first" if self.student_first else "teacher_first"
+        return super().teach(
+            teacher, student, weight, t2_scaling=self.t2_scaling, direction=direction, **options
         )
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1:
-            raise ValueError(
-                f"beta={beta!r}; it must be in [0, 1): the share of the past in the temporal"
-                " accumulator"
-            )
-        for name, value in (("student_first", student_first), ("t2_scaling", t2_scaling)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}; it must be True or False")
-        check_choice("memory", memory, ("auto", "device", "host"))
-        graph = tsb_graph(
-            num_branches,
-            temperature,
-            lambda_ta,
-            lambda_si,
-            student_first,
-            t2_scaling,
-            label_smoothing,
+
+    def build_graph(self) -> Graph:
+        branches, share = self.branch_names(), 1.0 / self.num_branches
+        memories = [f"memory{j}" for j in range(1, self.num_branches + 1)]
+        mean = ProbabilityMixture("mean", branches, (share,) * len(branches), self.temperature)
+        terms: tuple[Term, ...] = (
+            *map(CrossEntropy, branches),
+            *(
+                self.teach(memory, student, self.lambda_ta)
+                for i, student in enumerate(branches)
+                for j, memory in enumerate(memories)
+                if j != i
+            ),
+            *(self.teach("mean", student, self.lambda_si) for student in branches),
         )
-        super().__init__(graph, num_branches, reduction, impl)
-        self.temperature = temperature
-        self.where = memory
-        self.accumulator = TemporalAccumulator(beta)
+        nodes: tuple[Node, ...] = (*map(Logits, branches), *map(External, memories), mean)
+        return Graph("tsb", nodes, terms, self.label_smoothing)
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Make room for every sample's predictions, see ``TemporalAccumulator.allocate``; forgets
-        what there was.
+        """Allocate the memory of every sample's predictions, see ``TemporalAccumulator.allocate``;
+        an earlier memory is lost.
         """
         return self.accumulator.allocate(
-            num_samples, self.num_branches, num_classes, torch.device(device), self.where
+            num_samples, self.num_branches, num_classes, torch.device(device), self.memory
         )
 
+    def update_state(
+        self, branch_logits: Rows, target: Tensor, *, index: Tensor | None = None
+    ) -> Mapping[str, Any]:
+        """Add the batch's predictions to the memory; returns the corrected ``memories`` [B, M, C]
+        for ``graph_inputs``.
+        """
+        return {"memories": self._remember(branch_logits, target, index, keep=True)}
+
     def graph_inputs(
-        self, branch_logits: Sequence[Tensor] | Tensor, target: Tensor | None, *, index: Tensor
+        self,
+        branch_logits: Rows,
+        target: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        memories: Tensor | None = None,
     ) -> GraphInputs:
-        """``index``: int64 [B], the samples' positions in the training split. In training mode this
-        remembers the batch.
+        """The networks' rows and memories; without a target the rows alone.
+
+        Args:
+            branch_logits, target: as in ``forward``.
+            index: int64 [B], the samples' positions in the training split.
+            memories: the result of ``update_state``; None to compute what it would return without
+                changing the memory.
         """
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
-        self._check_index(index, rows[0])
-        check_target(target, rows[0])  # what the graph rejects must not be remembered
+        if target is None:
+            return GraphInputs(rows)
+        if memories is None:
+            memories = self._remember(rows, target, index, keep=False)
+        named = {f"memory{j}": row for j, row in enumerate(memories.unbind(1), start=1)}
+        return GraphInputs(rows, externals=named)
+
+    def _remember(
+        self, branch_logits: Rows, target: Tensor, index: Tensor | None, keep: bool
+    ) -> Tensor:
+        rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
+        checked = self._check_index(index, rows[0])
+        check_target(target, rows[0])  # an invalid batch must not change the memory
         predictions = torch.stack(
             [(row.detach().float() / self.temperature).softmax(1) for row in rows], 1
         )
-        memories = self.accumulator.update(index, predictions, self.training).unbind(1)
-        return GraphInputs(
-            rows, externals={f"memory{j}": memory for j, memory in enumerate(memories, start=1)}
-        )
+        return self.accumulator.update(checked, predictions, keep)
 
-    def _check_index(self, index: Tensor, row: Tensor) -> None:
+    def _check_index(self, index: Tensor | None, row: Tensor) -> Tensor:
         memory = self.accumulator.memory
         if memory is None:
             raise ValueError(
@@ -389,15 +360,10 @@ class TSBLoss(MethodLoss):
                     f"index holds {low if low < 0 else high}; prepare() made room for the samples 0"
                     f" to {len(memory) - 1}"
                 )
+        return index
 
-    @torch.no_grad()
-    def named_rows(self, branch_logits: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        """The networks' logits [B, C], and their ``ensemble``: the mean of their predictions."""
-        rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
-        return {
-            **dict(zip(self.graph.logits, rows, strict=True)),
-            "ensemble": mean_prediction(rows),
-        }
+
+tsb_graph = TSBLoss.make_graph
 
 
 def warm_up(epoch: int, length: int) -> float:
@@ -418,7 +384,5 @@ METHOD = Method(
     default_branches=2,
     topologies=("peers",),
     needs_index=True,
-    schedule=warm_up,
-    # 20 of the paper's 240 epochs on CIFAR.
-    ramp_epochs=lambda epochs, preset: round(epochs * 20 / 240),
+    schedule=Schedule((20, 240), warm_up),  # the paper's epochs on CIFAR
 )

@@ -1,6 +1,4 @@
-"""Assembly of branched models from backbones, for the networks of the registry and for
-``branch_out`` alike.
-"""
+"""Assembly of branched models from backbones, for registered networks and for ``branch_out``."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.losses.options import OptionValue
 from fastokd.methods import Method
-from fastokd.methods.method import Companion, Layout, OptionValue, Topology
-from fastokd.models.branched import Backbone, BranchedModel, Peer
+from fastokd.methods.method import Topology
+from fastokd.methods.modules import BranchSpec, MethodModules
+from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer
 
 
 def assemble(
@@ -25,43 +25,34 @@ def assemble(
     kept: int | None = None,
 ) -> BranchedModel:
     """The branched model of one backbone, or of one for each peer; arguments and errors as in
-    ``create_model``.
-
-    ``kept`` is the index of the student's branch, by default the method's.
+    ``create_model``. ``kept`` is the index of the student's branch, by default the method's.
     """
-    names = [backbone.name for backbone in backbones]
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
         raise ConfigError(
             f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4"
             " on CIFAR)"
         )
-    if len(names) == 1:
-        names, backbones = names * num_branches, [*backbones] * num_branches
+    if len(backbones) == 1:
+        backbones = [*backbones] * num_branches
+    names = [backbone.name for backbone in backbones]
     kept = range(num_branches)[method.kept if kept is None else kept]
     # The student's branch is built first, right after its trunk as in the plain network, so one
     # seed gives the student the same initial weights with and without its teachers.
-    built: dict[int, nn.Module] = {}
+    branches: dict[int, Branch | Peer] = {}
     trunk = None if topology == "peers" else backbones[0].build_trunk()
     for index in sorted(range(num_branches), key=lambda index: index != kept):
         backbone = backbones[index]
         if trunk is None:
-            built[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
+            branches[index] = Peer(backbone.build_trunk(), backbone.build_branch(num_classes, 1, 0))
         else:
-            built[index] = backbone.build_branch(
-                num_classes, index + 1 if method.hierarchical else 1, aux_blocks
-            )
-    branches = [built[index] for index in range(num_branches)]
+            level = index + 1 if method.hierarchical else 1
+            branches[index] = backbone.build_branch(num_classes, level, aux_blocks)
+    ordered = [branches[index] for index in range(num_branches)]
+    joins = [backbone.join for backbone in backbones]
+    builder = companion_builder(method, options)
     try:
         return BranchedModel(
-            names,
-            num_classes,
-            trunk,
-            branches,
-            [backbone.join for backbone in backbones],
-            kept,
-            companion_builder(method, options),
-            teacher,
-            method.name,
+            names, num_classes, trunk, ordered, joins, kept, builder, teacher, method.name
         )
     except ConfigError:
         raise
@@ -73,9 +64,9 @@ def assemble(
 
 def companion_builder(
     method: Method, options: Mapping[str, OptionValue] | None
-) -> Callable[[Layout], Companion] | None:
-    """What builds the method's own modules with these options, on top of their defaults; None if it
-    has none.
+) -> Callable[[BranchSpec], MethodModules] | None:
+    """A function that builds the method's own modules with these options, on top of their defaults;
+    None if it has none.
 
     Raises:
         ConfigError: there is no such option or choice.
@@ -86,20 +77,24 @@ def companion_builder(
                 f"unknown option '{name}' of method"
                 f" '{method.name}'{did_you_mean(name, method.model_options)}"
             )
-        if name in method.choices and value not in method.choices[name]:
-            raise ConfigError(f"{name}={value!r}{did_you_mean(str(value), method.choices[name])}")
+        try:
+            method.model_options[name].check(name, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"method '{method.name}': {error}") from error
     if method.build_companion is None:
         return None
-    return functools.partial(method.build_companion, **{**method.model_options, **(options or {})})
+    return functools.partial(
+        method.build_companion, **{**method.default_model_options(), **(options or {})}
+    )
 
 
 def check_layout(
     method: Method, names: Sequence[str], topology: str | None, num_branches: int
 ) -> Topology:
-    """The topology that a method has for these networks, its default for None.
+    """The topology of a method for these networks; None for the method's default.
 
     Raises:
-        ConfigError: the method cannot lay them out so; the message says what would do.
+        ConfigError: the method does not support it; the message has what it supports.
     """
     chosen = method.topologies[0] if topology is None else topology
     if chosen not in method.topologies:

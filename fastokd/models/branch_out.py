@@ -1,5 +1,5 @@
-"""Branches a classifier of torchvision, timm or one's own at a named stage; the student is that
-classifier again.
+"""Branch a classifier of torchvision, timm or the user at a named stage; its student is a module of
+the original class.
 """
 
 import copy
@@ -15,11 +15,13 @@ from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
 from fastokd.models.assembly import assemble, check_layout
 from fastokd.models.branched import Backbone, Branch, BranchedModel
-from fastokd.models.residual import conv
+from fastokd.models.layers import conv
 from fastokd.models.tracing import (
+    NOT_COMPUTED,
     Shapes,
     default_input_size,
     feature_node,
+    get,
     is_nhwc,
     list_split_points,
     maps_view,
@@ -30,14 +32,16 @@ from fastokd.models.tracing import (
     record_shapes,
     repeats,
     tail_from,
+    target,
     tensors,
     trace,
     uses,
 )
 
 Init = Literal["auto", "copy", "fresh"]
-# What is added to the weights of an equal copy, as a share of each tensor's standard deviation.
 NOISE = 0.1
+"""Noise on the weights of an equal copy, as a fraction of each tensor's standard deviation."""
+
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -52,46 +56,45 @@ def branch_out(
     init: Init = "auto",
     input_size: Sequence[int] | None = None,
 ) -> BranchedModel:
-    """Branch a classifier: what comes before ``at`` becomes the trunk, ``at`` and everything after
+    """Branch a classifier: everything before ``at`` becomes the trunk, ``at`` and everything after
     it exists M times.
 
-    The branch that the method keeps is the module's own: ``student()`` is a module of the original
-    class with the original state dict. The module itself is left as it is. For hierarchical methods
-    (AHBF) branch m has ``(m - 1) * deepen`` blocks more: copies of the last block of the branch
-    that keeps its input's shape, behind it; where there is none (DenseNet, VGG), residual blocks on
-    the last feature maps.
+    The branch that the method keeps is the module's own: ``student()`` returns a module of the
+    original class with the original state dict. The module itself is not changed. For hierarchical
+    methods (AHBF), branch m has ``(m - 1) * deepen`` more blocks: copies of the branch's last block
+    that keeps its input's shape, inserted after it, or residual blocks on the last feature maps if
+    it has no such block (DenseNet, VGG).
 
-    The weights of the trunk and of the kept branch are the module's. Those of the other branches:
+    The trunk and the kept branch have the module's weights. The other branches:
 
-    - ``init="copy"``, for trained modules: also the module's. An added block starts as the identity
-      (its residual is multiplied by a learned number, 0 at the start: ReZero, Bachlechner et al.,
-      UAI 2021), so deeper branches start as the trained network. Branches of equal depth would get
-      equal gradients and stay equal for ever, so all but the kept one get Gaussian noise of a tenth
-      of each weight's standard deviation.
-    - ``init="fresh"``, for training from scratch: drawn anew from a normal distribution with the
-      mean and the standard deviation that each parameter has in the module, normalisations and
-      their statistics reset. So the module's own initialisation is followed whatever it is, and
-      constants (biases at 0, scales at 1) stay.
-    - ``init="auto"``: "fresh" if every normalisation layer has one value for all its channels, as
+    - ``init="copy"``, for trained modules: the module's weights too. An added block starts as the
+      identity (its residual is multiplied by a learned number, 0 at the start: ReZero, Bachlechner
+      et al., UAI 2021), so deeper branches start as the trained network. Branches of equal depth
+      would get equal gradients and stay equal, so all but the kept one get Gaussian noise of a
+      tenth of each weight's standard deviation.
+    - ``init="fresh"``, for training from scratch: drawn from a normal distribution with the mean
+      and the standard deviation of each parameter in the module; normalization layers and their
+      statistics are reset. This follows the module's initialization; constants (biases at 0, scales
+      at 1) stay.
+    - ``init="auto"``: "fresh" if every normalization layer has one value for all its channels, as
       before training (without such layers: if every bias has), else "copy".
 
     Args:
-        module: a classifier, images [B, channels, H, W] to logits [B, C], with a forward that
-            ``torch.fx`` can follow outside of the blocks.
-        at: dotted name of the first module that branches own, e.g. "layer3", "features.5",
-            "stages.2", "blocks.8"; ``list_split_points`` has them.
-        num_branches: M; None is the method's default.
-        deepen: blocks that each hierarchy level has more than the one before (the paper's a), at
-            least 0.
+        module: a classifier, images [B, channels, H, W] to logits [B, C], whose forward outside of
+            the blocks ``torch.fx`` can follow.
+        at: dotted name of the first module that each branch owns, e.g. "layer3", "features.5",
+            "stages.2", "blocks.8"; see ``list_split_points``.
+        num_branches: M; None for the method's default.
+        deepen: additional blocks per hierarchy level (the paper's a), at least 0.
         method: a method, see ``fastokd.methods.list_methods``.
-        num_classes: C; None is the module's. Another number replaces the last layer by a fresh one
+        num_classes: C; None for the module's. Another number replaces the last layer by a fresh one
             in every branch, with a warning that names it.
         init: see above.
-        input_size: channels, height and width of an image, for finding shapes; None is what the
-            network says, else (3, 224, 224).
+        input_size: channels, height and width of an image, for finding shapes; None for the size
+            that the network declares, else (3, 224, 224).
 
     Raises:
-        ConfigError: the module cannot be split there, or is no classifier, or a number is out of
+        ConfigError: the module cannot be split there or is not a classifier, or a number is out of
             range.
     """
     if init not in get_args(Init):
@@ -109,19 +112,13 @@ def branch_out(
         init = "copy" if _is_trained(module) else "fresh"
     sources = _copies(module, split.replaced, init, equal=not (chosen.hierarchical and deepen))
     backbone = split.backbone(type(module).__name__, sources)
-    return assemble(
-        [backbone],
-        chosen,
-        split.num_classes,
-        num_branches,
-        deepen,
-        check_layout(chosen, [backbone.name], "branches", num_branches),
-    )
+    topology = check_layout(chosen, [backbone.name], "branches", num_branches)
+    return assemble([backbone], chosen, split.num_classes, num_branches, deepen, topology)
 
 
 Source = tuple[nn.Module, Callable[[nn.Module], nn.Module]]
-"""A network that gives its modules to a trunk or a branch, and what makes a further block of one of
-its blocks.
+"""A network that provides the modules of a trunk or a branch, and a function that makes a further
+block from one of its blocks.
 """
 
 
@@ -129,8 +126,7 @@ class Split:
     """A classifier cut into trunk, body and head.
 
     Args:
-        module: the classifier; its last layer is replaced if ``num_classes`` is another number than
-            its own.
+        module: the classifier; its last layer is replaced if ``num_classes`` differs from its own.
         at, input_size, num_classes: see ``branch_out``.
 
     Raises:
@@ -148,7 +144,13 @@ class Split:
         self.at = at
         self.size = tuple(input_size or default_input_size(module))
         network = meta_copy(module)
-        self._check_name(network)
+        try:
+            network.get_submodule(at)
+        except AttributeError:
+            points = list_split_points(network, self.size)
+            raise ConfigError(
+                f"at='{at}': {self.kind} has no module of that name{did_you_mean(at, points)}"
+            ) from None
         steps = at.split(".")
         self.opened = [".".join(steps[:count]) for count in range(1, len(steps))]
         graph = trace(network, self.opened)
@@ -158,16 +160,7 @@ class Split:
         self._check_sharing(network)
         self.grown = self._grown(network, shapes)
 
-    def _check_name(self, network: nn.Module) -> None:
-        try:
-            network.get_submodule(self.at)
-        except AttributeError:
-            raise ConfigError(
-                f"at='{self.at}': {self.kind} has no module of that"
-                f" name{did_you_mean(self.at, list_split_points(network, self.size))}"
-            ) from None
-
-    def _refuse(self, network: nn.Module, reason: str) -> ConfigError:
+    def _error(self, network: nn.Module, reason: str) -> ConfigError:
         points = ", ".join(list_split_points(network, self.size))
         return ConfigError(
             f"at='{self.at}': {self.kind} cannot be split there: {reason}; split points:"
@@ -177,174 +170,133 @@ class Split:
     def _classifier(
         self, module: nn.Module, graph: fx.Graph, shapes: Shapes, wanted: int | None
     ) -> tuple[int, str | None]:
-        """The number of classes, and the name of the last layer if it was replaced to get it."""
-        output = next(node for node in graph.nodes if node.op == "output").args[0]
+        """The number of classes, and the name of the last layer if it was replaced."""
+        output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
         logits = shapes.nodes.get(output) if isinstance(output, fx.Node) else None
         layers = [
             call
             for call in shapes.modules.values()
             if isinstance(module.get_submodule(call.name), (nn.Linear, nn.Conv2d))
         ]
-        last = layers[-1] if layers else None
-        if (
-            logits is None
-            or len(logits) != 2
-            or last is None
-            or last.shape_out is None
-            or last.shape_out[1] != logits[1]
-        ):
-            found = "several values" if logits is None else list(logits)
+        last, shape = (layers[-1].name, layers[-1].shape_out) if layers else ("missing", None)
+        if shape is None or logits is None or len(logits) != 2 or shape[1] != logits[1]:
+            result = "several values" if logits is None else list(logits)
             raise ConfigError(
-                f"{self.kind} is no classifier: for one image it gives {found}, and its last layer"
-                f" is {last.name if last else 'missing'}; a classifier ends in a linear layer (or"
-                " 1x1 convolution) to logits [B, C]"
+                f"{self.kind} is no classifier: for one image it returns {result}, and its last"
+                f" layer is {last}; a classifier ends in a linear layer (or 1x1 convolution) to"
+                " logits [B, C]"
             )
         if wanted is None or wanted == logits[1]:
             return logits[1], None
+        self._replace_classifier(module, last, wanted)
+        again = record_shapes(meta_copy(module), graph, self.size).nodes[output]
+        if again[1] != wanted:
+            raise ConfigError(
+                f"num_classes={wanted}: replacing the last layer '{last}' gives logits"
+                f" {list(again)}; replace the classifier yourself, then branch out"
+            )
+        warnings.warn(
+            f"{self.kind} has {logits[1]} classes: its last layer '{last}' is replaced by a fresh"
+            f" one for {wanted}",
+            stacklevel=4,
+        )
+        return wanted, last
+
+    def _replace_classifier(self, module: nn.Module, name: str, wanted: int) -> None:
+        """Put a fresh last layer with ``wanted`` outputs into the module."""
         if not isinstance(wanted, int) or wanted < 2:
             raise ConfigError(
                 f"num_classes={wanted!r}; a classifier needs a whole number of at least 2"
             )
-        before = module.get_submodule(last.name)
-        kind = type(before)
+        before: Any = module.get_submodule(name)
+        kind, bias = type(before), before.bias is not None
         if kind is nn.Linear:
-            after: nn.Module = nn.Linear(before.in_features, wanted, before.bias is not None)
+            after: nn.Module = nn.Linear(before.in_features, wanted, bias)
         elif kind is nn.Conv2d:
-            after = nn.Conv2d(
-                before.in_channels,
-                wanted,
-                before.kernel_size,
-                before.stride,
-                before.padding,
-                bias=before.bias is not None,
-            )
+            geometry = (before.kernel_size, before.stride, before.padding)
+            after = nn.Conv2d(before.in_channels, wanted, *geometry, bias=bias)
         else:
             raise ConfigError(
-                f"num_classes={wanted}: the last layer '{last.name}' is a {kind.__name__}; replace"
-                " it yourself, then branch out"
+                f"num_classes={wanted}: the last layer '{name}' is a {kind.__name__};"
+                " replace it yourself, then branch out"
             )
-        put(module, last.name, after.to(before.weight.device, before.weight.dtype))
+        put(module, name, after.to(before.weight.device, before.weight.dtype))
         if hasattr(module, "num_classes"):
-            module.num_classes = wanted
-        if (again := record_shapes(meta_copy(module), graph, self.size).nodes[output])[1] != wanted:
-            raise ConfigError(
-                f"num_classes={wanted}: replacing the last layer '{last.name}' gives logits"
-                f" {list(again)}; replace the classifier yourself, then branch out"
-            )
-        warnings.warn(
-            f"{self.kind} has {logits[1]} classes: its last layer '{last.name}' is replaced by a"
-            f" fresh one for {wanted}",
-            stacklevel=4,
-        )
-        return wanted, last.name
+            setattr(module, "num_classes", wanted)  # noqa: B010  # not declared by nn.Module
 
     def _cut(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
-        calls = [
-            node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")
-        ]
+        calls = [node for node in graph.nodes if node.op not in NOT_COMPUTED]
         first = next(
             (
                 node
                 for node in calls
-                if node.op == "call_module" and f"{node.target}.".startswith(f"{self.at}.")
+                if node.op == "call_module" and f"{target(node)}.".startswith(f"{self.at}.")
             ),
             None,
         )
         if first is None:
-            raise self._refuse(network, "its forward does not call it")
+            raise self._error(network, "its forward does not call it")
         tail = [node for node in tail_from(graph, first) if node.op != "output"]
         entering = uses(tail)
         if len(entering) != 1:
-            raise self._refuse(
+            raise self._error(
                 network,
-                f"{len(entering)} values go on from there"
-                f" ({', '.join(_title(node) for node in entering)}), as inside a residual or dense"
-                " block, and branches share one",
+                f"{len(entering)} tensors cross this point ({', '.join(map(_title, entering))}), as"
+                " inside a residual or dense block; a split needs exactly one",
             )
+        self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
-        if not any(
-            parameter.numel()
-            for name in named(self.trunk_nodes)
-            for parameter in tensors(network, name)
-        ):
-            raise self._refuse(
-                network, "nothing with parameters comes before it, so branches would share nothing"
-            )
+        weights = (w for name in named(self.trunk_nodes) for w in tensors(network, name))
+        if not any(weight.numel() for weight in weights):
+            raise self._error(network, "no parameters before this point, so the trunk is empty")
         end = feature_node(network, [self.cut, *tail], shapes)
         if not end:
-            raise self._refuse(network, "it comes after the last feature maps")
-        self.body_nodes, self.head_nodes = tail[:end], tail[end:]
-        self.features = tail[end - 1]
-        self.logits = tail[-1]
+            raise self._error(network, "it comes after the last feature maps")
         if self.cut in shapes.written:
-            raise self._refuse(
+            raise self._error(
                 network, "the first operation there overwrites its input, which branches share"
             )
+        self.body_nodes, self.head_nodes = tail[:end], tail[end:]
+        self.features, self.logits = tail[end - 1], tail[-1]
         shape = shapes.nodes[self.cut]
         self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
         self.view, self.channels = maps_view(network, shapes.nodes[self.features])
-        self.input = next(node for node in graph.nodes if node.op == "placeholder")
 
     def _check_sharing(self, network: nn.Module) -> None:
-        """Weights that several parts use would not be one tensor any more."""
+        """Refuse weights that several parts use: copying the parts would separate them."""
         owner: dict[int, str] = {}
-        for title, nodes in (
-            ("trunk", self.trunk_nodes),
-            ("branches", self.body_nodes),
-            ("heads", self.head_nodes),
-        ):
+        parts = {"trunk": self.trunk_nodes, "body": self.body_nodes, "head": self.head_nodes}
+        for title, nodes in parts.items():
             for name in named(nodes):
                 for tensor in tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
-                        raise self._refuse(network, f"'{name}' is used on both sides")
+                        raise self._error(network, f"'{name}' is used on both sides")
 
     def _grown(self, network: nn.Module, shapes: Shapes) -> tuple[str, str | None]:
-        """The module behind which blocks are added, and the block to copy; None for residual blocks
-        of our own.
+        """The module after which blocks are added, and the block to copy; None for residual blocks
+        of this package.
         """
-        targets = [node.target for node in self.body_nodes if node.op == "call_module"]
-        inside = [
-            call
-            for call in shapes.modules.values()
-            if any(f"{call.name}.".startswith(f"{target}.") for target in targets)
-        ]
-        keeping = [
-            call.name
-            for call in inside
-            if call.calls == 1 and call.shape_in is not None and call.shape_in == call.shape_out
-        ]
-        blocks = []
-        for name in keeping:
-            parent = network.get_submodule(name.rpartition(".")[0])
-            if repeats(network.get_submodule(name), parent.children()):
-                blocks.append(name)
-        outermost = [
-            name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)
-        ]
-        if outermost:
-            return outermost[-1], outermost[-1]
+        calls = [node for node in self.body_nodes if node.op == "call_module"]
+        targets = tuple(f"{target(node)}." for node in calls)
+        # A block finishes after the blocks inside it.
+        for call in reversed(shapes.modules.values()):
+            keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
+            if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
+                siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
+                if repeats(network.get_submodule(call.name), siblings):
+                    return call.name, call.name
         shape = shapes.nodes[self.features]
-        ends = [
-            node.target
-            for node in self.body_nodes
-            if node.op == "call_module" and shapes.nodes.get(node) == shape
-        ]
+        ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
         if not ends or not isinstance(self.view, nn.Identity):
             return "", None
         return ends[-1], None
 
-    def trunk(self, source: nn.Module) -> nn.Module:
-        """The trunk, of the modules of a source: a network of the same structure."""
-        trunk = part(source, self.trunk_nodes, self.input, self.cut)
-        trunk.channels = self.trunk_channels
-        return trunk
-
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
     ) -> "PartBranch":
-        """The branch, of the modules of a source, with ``num_blocks`` more; ``new_block`` makes one
-        of the block to copy.
+        """The branch, made of the modules of a source, with ``num_blocks`` additional blocks;
+        ``new_block`` makes one from the block to copy.
         """
         if num_blocks:
             end, block = self.grown
@@ -365,40 +317,38 @@ class Split:
         return PartBranch(body, head, self.channels, copy.deepcopy(self.view))
 
     def backbone(self, name: str, sources: Iterator[Source]) -> Backbone:
-        """What ``BranchedModel`` is built with.
+        """The backbone that ``BranchedModel`` is built from.
 
         Args:
             name: of the network.
-            sources: networks of this structure. A trunk takes one, the first branch built after it
-                the rest of it; every other branch takes one of its own.
+            sources: networks of this structure. A trunk and the first branch built after it share
+                one; each further branch takes another.
         """
-        source: nn.Module | None = None
-        shell: nn.Module | None = None
-        new_block: Callable[[nn.Module], nn.Module] = fresh_block
-        rest = False
+        shell = nn.Module()
+        unfinished: list[Source] = []  # of a trunk, for the next branch
 
         def build_trunk() -> nn.Module:
-            nonlocal source, new_block, shell, rest
-            (source, new_block), rest = next(sources), True
+            nonlocal shell
+            unfinished[:] = [next(sources)]
+            source = unfinished[0][0]
             shell = self._shell(source)
-            return self.trunk(source)
+            trunk: Any = part(source, self.trunk_nodes, self.input, self.cut)
+            trunk.channels = self.trunk_channels
+            return trunk
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
-            nonlocal rest
-            own, new = (source, new_block) if rest else next(sources)
-            rest = False
-            return self.branch(own, (level - 1) * aux_blocks, new)
+            source, new_block = unfinished.pop() if unfinished else next(sources)
+            return self.branch(source, (level - 1) * aux_blocks, new_block)
 
         def join(trunk: nn.Module, branch: Branch) -> nn.Module:
             network = copy.deepcopy(shell)
-            for nodes, own in (
+            for nodes, owner in (
                 (self.trunk_nodes, trunk),
                 (self.body_nodes, branch.body),
                 (self.head_nodes, branch.head),
             ):
                 for path in named(nodes):
-                    parent, _, name = path.rpartition(".")
-                    put(network, path, getattr(own.get_submodule(parent), name))
+                    put(network, path, get(owner, path))
             for path in self.opened:
                 network.get_submodule(path).training = trunk.training
             return network
@@ -406,24 +356,21 @@ class Split:
         return Backbone(name, build_trunk, build_branch, join, self.size[1])
 
     def _shell(self, source: nn.Module) -> nn.Module:
-        """The network without what trunk and branches hold."""
-        held = named([*self.trunk_nodes, *self.body_nodes, *self.head_nodes])
+        """The network without the modules and tensors of trunk and branches."""
         memo: dict[int, object] = {}
-        for path in held:
-            parent, _, name = path.rpartition(".")
-            value = getattr(source.get_submodule(parent), name)
-            memo[id(value)] = (
-                nn.Identity() if isinstance(value, nn.Module) else type(value)(torch.empty(0))
-            )
+        for path in named([*self.trunk_nodes, *self.body_nodes, *self.head_nodes]):
+            value = get(source, path)
+            is_module = isinstance(value, nn.Module)
+            memo[id(value)] = nn.Identity() if is_module else type(value)(torch.empty(0))
         return copy.deepcopy(source, memo)
 
 
 class PartBranch(Branch):
-    """A branch of which the features may be tokens; gates see them as feature maps.
+    """A branch whose features may be tokens; gates see them as feature maps.
 
     Args:
         body, head, channels: see ``Branch``.
-        view: the body's output to feature maps [B, channels, H, W].
+        view: maps the body's output to feature maps [B, channels, H, W].
     """
 
     def __init__(self, body: nn.Module, head: nn.Module, channels: int, view: nn.Module) -> None:
@@ -435,11 +382,9 @@ class PartBranch(Branch):
 
 
 class Blocks(nn.Sequential):
-    """Blocks of one kind in a row, in the place of one; whatever else that one is called with, all
-    get.
-    """
+    """Blocks of one kind in place of one; all receive that one's further arguments."""
 
-    def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, /, *others: Any, **options: Any) -> Tensor:  # type: ignore[override]  # Sequential takes one argument
         for block in self:
             x = block(x, *others, **options)
         return x
@@ -475,23 +420,22 @@ class AddedBlock(nn.Module):
             (width, width, 3),
             (channels, width, 1),
         ):
-            self.residual.extend(
-                (nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), conv(inputs, outputs, kernel))
-            )
-        nn.init.zeros_(self.residual[-1].weight)
+            last = conv(inputs, outputs, kernel)
+            self.residual.extend((nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), last))
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.residual(x)
 
 
 def fresh_block(block: nn.Module) -> nn.Module:
-    """A copy of a block with its weights drawn anew."""
+    """A copy of a block with newly drawn weights."""
     return _redraw(copy.deepcopy(block))
 
 
 def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) -> Iterator[Source]:
-    """The module, then copies of it with weights as ``branch_out`` says under ``init``; ``equal``
-    if their depth is equal too.
+    """The module, then copies of it with weights by ``init``, see ``branch_out``; ``equal`` if they
+    have equal depth.
     """
     new_block = fresh_block if init == "fresh" else lambda block: GrowingBlock(copy.deepcopy(block))
     yield copy.deepcopy(module), new_block
@@ -509,12 +453,11 @@ def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) ->
 
 @torch.no_grad()
 def _redraw(module: nn.Module) -> nn.Module:
-    """Draw every parameter anew with its own mean and standard deviation; constants stay, trained
-    normalisations are reset.
+    """Draw every parameter again with its mean and standard deviation; constants stay, trained
+    normalization layers are reset.
     """
-    norms = [norm for norm in module.modules() if isinstance(norm, _NORMS)]
-    for norm in norms:
-        if not all(_is_constant(parameter) for parameter in norm.parameters()):
+    for norm in module.modules():
+        if isinstance(norm, _NORMS) and not all(map(_is_constant, norm.parameters())):
             norm.reset_parameters()
         if isinstance(norm, _NormBase):
             norm.reset_running_stats()
@@ -532,19 +475,11 @@ def _add_noise(module: nn.Module) -> None:
 
 
 def _is_trained(module: nn.Module) -> bool:
-    """Whether a module has been trained, by what initialisation leaves constant; see
-    ``branch_out``.
-    """
-    norms = [
-        parameter
-        for norm in module.modules()
-        if isinstance(norm, _NORMS)
-        for parameter in norm.parameters()
-    ]
-    found = norms or [
-        parameter for name, parameter in module.named_parameters() if name.endswith("bias")
-    ]
-    return not all(_is_constant(parameter) for parameter in found)
+    """True if parameters that are constant at initialization are not; see ``branch_out``."""
+    norms = (norm for norm in module.modules() if isinstance(norm, _NORMS))
+    parameters = [parameter for norm in norms for parameter in norm.parameters()]
+    biases = (p for name, p in module.named_parameters() if name.endswith("bias"))
+    return not all(map(_is_constant, parameters or biases))
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -552,9 +487,6 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def _title(node: fx.Node) -> str:
-    """A value as a user knows it."""
-    return (
-        f"'{node.target}'"
-        if node.op in ("call_module", "placeholder")
-        else node.name.removeprefix("network_")
-    )
+    """The name of a value in messages."""
+    is_named = node.op in ("call_module", "placeholder")
+    return f"'{node.target}'" if is_named else node.name.removeprefix("network_")

@@ -3,41 +3,27 @@ student it yields.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.errors import ConfigError
-from fastokd.methods.method import BranchPass, Companion, Layout, RunResult
-from fastokd.models.merge import MergedFirstConvs
-
-
-class BranchOutput(NamedTuple):
-    """What a branched model computes for a batch of B images."""
-
-    logits: tuple[Tensor, ...]
-    """M tensors [B, C]; AHBF's student is the first."""
-    features: tuple[Tensor, ...]
-    """M feature maps [B, c_m, H, W] before pooling."""
-    scores: tuple[Tensor, ...] = ()
-    """What the gates say, for AHBF M-1 tensors [B, 2]; empty for methods without gates."""
-    extras: Mapping[str, Any] = {}
-    """What else the method's modules compute, by the keywords of the method's loss."""
+from fastokd.methods.modules import BranchOutput, BranchPass, BranchSpec, MethodModules
 
 
 class Branch(nn.Module):
-    """The part of a network that a branch has to itself.
+    """The part of a network that each branch owns.
 
     Args:
         body: trunk maps to feature maps [B, channels, H, W].
         head: feature maps to logits [B, C].
-        channels: channels of the feature maps; the gates are sized by it.
+        channels: channels of the feature maps, which determine the size of gates.
     """
 
-    def __init__(self, body: nn.Sequential, head: nn.Sequential, channels: int) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module, channels: int) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -48,23 +34,20 @@ class Branch(nn.Module):
         return self.finish(self.body(x))
 
     def finish(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What the body computes to what ``forward`` gives."""
+        """The result of ``forward`` from the output of the body."""
         return features, self.head(features)
 
 
 class PlainNetwork(nn.Sequential):
-    """A network as it is deployed: named children run in order, images to logits [B, C].
+    """A network for deployment: named children run in order, images to logits [B, C].
 
-    There is no other forward, so trunk and branch compute what the plain network computes by
-    construction. Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``)
-    working.
+    It has no other forward, so trunk and branch together equal the plain network by construction.
+    Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``) working.
     """
 
     @classmethod
-    def join(cls, trunk: nn.Sequential, branch: Branch) -> "PlainNetwork":
-        """The network that is this trunk followed by this branch; the modules are used, not
-        copied.
-        """
+    def join(cls, trunk: nn.Module, branch: Branch) -> "PlainNetwork":
+        """The network of this trunk followed by this branch; the modules are not copied."""
         network = cls()
         for part in (trunk, branch.body, branch.head):
             for name, module in part.named_children():
@@ -74,31 +57,30 @@ class PlainNetwork(nn.Sequential):
 
 @dataclass(frozen=True)
 class Backbone:
-    """How one network is split. A family's module holds them in the constant ``BACKBONES``, by
-    name.
+    """A network that can be split. A family's module has them, by name, in ``BACKBONES``.
 
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
-    level 1 is the plain network's own, each further level has ``aux_blocks`` auxiliary blocks more.
+    level 1 is the plain network's, each further level has ``aux_blocks`` more auxiliary blocks.
     ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
-    of the images that the network is made for.
+    of the images that the network is designed for.
 
-    ``compressed(num_branches)``, where there is one, is the same network split for compression
-    (AHBF Table 5): level M of M is the plain network's own branch, and each level below has
-    ``aux_blocks`` blocks fewer.
+    ``compressed(num_branches)``, if supported, is the network split for compression (AHBF Table 5):
+    level M of M is the plain network's branch, and each lower level has ``aux_blocks`` fewer
+    blocks.
     """
 
     name: str
-    build_trunk: Callable[[], nn.Sequential]
+    build_trunk: Callable[[], nn.Module]
     build_branch: Callable[[int, int, int], Branch]
-    join: Callable[[nn.Sequential, Branch], nn.Module]
+    join: Callable[[nn.Module, Branch], nn.Module]
     image_size: int = 32
     compressed: Callable[[int], "Backbone"] | None = None
 
 
 class Peer(nn.Module):
-    """A whole network that stands beside others: its own trunk and its own branch."""
+    """A whole network trained together with others: its own trunk and its own branch."""
 
-    def __init__(self, trunk: nn.Sequential, branch: Branch) -> None:
+    def __init__(self, trunk: nn.Module, branch: Branch) -> None:
         super().__init__()
         self.trunk = trunk
         self.branch = branch
@@ -113,7 +95,7 @@ def one_by_one(
     branches: Sequence[nn.Module], inputs: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Each branch's feature maps and logits from its input."""
-    return [branch(own) for branch, own in zip(branches, inputs, strict=True)]
+    return [branch(x) for branch, x in zip(branches, inputs, strict=True)]
 
 
 class BranchedModel(nn.Module):
@@ -129,7 +111,7 @@ class BranchedModel(nn.Module):
         branches: M modules that map the trunk's output (peers: images) to feature maps and logits.
         joins: for each branch, what makes the plain network of a trunk and a branch.
         kept: index of the branch that ``student`` keeps; -1 is the last.
-        build_companion: builds the method's own modules, see ``fastokd.methods.method.Layout``.
+        build_companion: builds the method's own modules from a ``BranchSpec``.
         teacher: the frozen teacher of methods that have one.
         method: the method's name.
     """
@@ -139,10 +121,10 @@ class BranchedModel(nn.Module):
         names: Sequence[str],
         num_classes: int,
         trunk: nn.Module | None,
-        branches: Sequence[nn.Module],
-        joins: Sequence[Callable[[nn.Module, nn.Module], nn.Module]],
+        branches: Sequence[Branch | Peer],
+        joins: Sequence[Callable[[nn.Module, Branch], nn.Module]],
         kept: int = 0,
-        build_companion: Callable[[Layout], Companion] | None = None,
+        build_companion: Callable[[BranchSpec], MethodModules] | None = None,
         teacher: nn.Module | None = None,
         method: str = "baseline",
     ) -> None:
@@ -152,19 +134,15 @@ class BranchedModel(nn.Module):
         self.kept = range(len(branches))[kept]
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
-        channels = tuple(branch.channels for branch in branches)
-        self.companion = (
-            build_companion(Layout(channels, trunk_channels(trunk), num_classes, branches, teacher))
-            if build_companion
-            else None
-        )
+        self.companion: MethodModules | None = None
+        if build_companion:
+            channels = tuple(branch.channels for branch in branches)
+            spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
+            self.companion = build_companion(spec)
         self.method = method
         self._joins = tuple(joins)
-        self._merged: MergedFirstConvs | None = None
         self.run_branches = one_by_one
-        """Runs branches that do not depend on each other; whoever trains may put another way of
-        running them here.
-        """
+        """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
 
     @property
     def num_branches(self) -> int:
@@ -174,16 +152,15 @@ class BranchedModel(nn.Module):
     @property
     def name(self) -> str:
         """The name of the student's network, as ``create_student`` takes it."""
-        return (
-            f"{','.join(self.names)}@{self.method}"
-            if self.hands_over_more
-            else self.names[self.kept]
-        )
+        if self.has_custom_student:
+            return f"{','.join(self.names)}@{self.method}"
+        return self.names[self.kept]
 
     @property
-    def hands_over_more(self) -> bool:
-        """Whether the method hands over a network of its own making."""
-        return self.companion is not None and type(self.companion).student is not Companion.student
+    def has_custom_student(self) -> bool:
+        """True if the method exports its own network instead of a plain branch."""
+        modules = self.companion
+        return modules is not None and type(modules).student is not MethodModules.student
 
     def forward(self, x: Tensor) -> BranchOutput:
         """Every branch's logits, features and what the method's modules add.
@@ -192,72 +169,37 @@ class BranchedModel(nn.Module):
             x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H,
                 W].
         """
-        if self.trunk is not None:
-            shared = self.trunk(x)
-            if self.companion is not None:
-                shared = self.companion.at_split(shared)
-            inputs = (shared,) * self.num_branches
-        else:
+        modules, branches = self.companion, tuple(self.branches)
+        if self.trunk is None:
             shared, inputs = (x[0], x.unbind(0)) if x.dim() == 5 else (x, (x,) * self.num_branches)
-        ran = self._run(inputs)
-        if self.companion is None:
-            return BranchOutput(ran.logits, ran.features)
-        images = shared if self.trunk is None else x
-        extras = self.companion(
-            BranchPass(images, shared, ran.features, ran.logits, self.branches, ran.passed_on)
-        )
-        return BranchOutput(ran.logits, ran.features, extras.pop("scores", ()), extras)
-
-    def _run(self, inputs: Sequence[Tensor]) -> RunResult:
-        if self.runs_in_its_own_way:
-            return self.companion.run(inputs, self.branches)
-        results = (
-            self._merged(inputs[0])
-            if self._merged is not None
-            else self.run_branches(self.branches, inputs)
-        )
-        features, logits = zip(*results, strict=True)
-        return RunResult(features, logits)
+            images = shared
+        else:
+            images, shared = x, self.trunk(x)
+            if modules is not None:
+                shared = modules.at_split(shared)
+            inputs = (shared,) * self.num_branches
+        if modules is not None and self.overrides_forward:
+            logits, features, _, context = modules.run(inputs, branches)
+        else:
+            features, logits = zip(*self.run_branches(branches, inputs), strict=True)
+            context = None
+        if modules is None:
+            return BranchOutput(logits, features)
+        extras = modules(BranchPass(images, shared, features, logits, branches, context))
+        return BranchOutput(logits, features, extras)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules, each on its own, when they are first
-        called.
-
-        So what is compiled is small and alike for all branches, and they may still run side by
-        side. Names of weights and the student stay what they were.
+        """Compile trunk, branches and the method's modules separately, when they are first called,
+        so that branches may still run concurrently. Names of weights and the student do not change.
         """
-        parts = [self.trunk, self.companion]
-        parts += self.branches if self._merged is None else self._merged.parts
-        for part in parts:
+        for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
                 part.compile()
 
     @property
-    def runs_in_its_own_way(self) -> bool:
-        """Whether the method runs the branches itself, because they exchange features."""
-        return self.companion is not None and type(self.companion).run is not Companion.run
-
-    @property
-    def merged_first_conv(self) -> bool:
-        """Whether the branches' first convolutions run as one, see ``MergedFirstConvs``: the same
-        values up to rounding.
-
-        Setting it raises a ConfigError where they cannot be merged, and says why.
-        """
-        return self._merged is not None
-
-    @merged_first_conv.setter
-    def merged_first_conv(self, merged: bool) -> None:
-        if merged and self.trunk is None:
-            raise ConfigError(
-                "merged_first_conv: peers have no trunk, so their convolutions have no input in"
-                " common"
-            )
-        if merged and self.runs_in_its_own_way:
-            raise ConfigError(
-                f"merged_first_conv: method '{self.method}' runs the branches in its own way"
-            )
-        self._merged = MergedFirstConvs(self.branches) if merged else None
+    def overrides_forward(self) -> bool:
+        """True if the method runs the branches itself, because they exchange features."""
+        return self.companion is not None and type(self.companion).run is not MethodModules.run
 
     def student(self, branch: int | None = None) -> nn.Module:
         """A branch as a plain network: images [B, 3, H, W] to logits [B, C].
@@ -278,34 +220,30 @@ class BranchedModel(nn.Module):
         """As ``student``, but made of the model's own modules: its weights change as the model is
         trained.
         """
-        if branch is None and self.hands_over_more:
-            student = self.companion.student(self.branches, self.kept)
-        else:
-            index = self.kept if branch is None else branch
-            if index not in range(self.num_branches):
-                raise ConfigError(
-                    f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
-                )
-            own = self.branches[index]
-            student = self._joins[index](
-                *((own.trunk, own.branch) if self.trunk is None else (self.trunk, own))
+        index = self.kept if branch is None else branch
+        if index not in range(self.num_branches):
+            raise ConfigError(
+                f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
             )
-        student.training = (
-            self.training
-        )  # not .train(), which would also unfreeze layers that are held in eval mode
+        own: Any = self.branches[index]
+        student = None
+        if branch is None and self.companion is not None:
+            student = self.companion.student(tuple(self.branches), self.kept)
+        if student is None:
+            trunk, own = (own.trunk, own.branch) if self.trunk is None else (self.trunk, own)
+            student = self._joins[index](trunk, own)
+        # Not .train(), which would also unfreeze layers that are held in eval mode
+        student.training = self.training
         return student
 
 
 def trunk_channels(trunk: nn.Module | None) -> int:
-    """Channels of what a trunk puts out, 3 without one. Only shapes are propagated."""
+    """Output channels of a trunk, 3 without one. Only shapes are propagated."""
     if trunk is None:
         return 3
     if isinstance(channels := getattr(trunk, "channels", None), int):
         return channels
     with torch.no_grad():
-        return (
-            copy.deepcopy(trunk)
-            .to("meta")
-            .eval()(torch.empty(1, 3, 64, 64, device="meta"))
-            .shape[1]
-        )
+        shapes = copy.deepcopy(trunk).to("meta").eval()
+        maps: Tensor = shapes(torch.empty(1, 3, 64, 64, device="meta"))
+        return maps.shape[1]

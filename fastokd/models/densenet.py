@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import conv, linear, pooled
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 
 class DenseNet(PlainNetwork):
@@ -60,26 +60,18 @@ def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) ->
     return Stage(name, num_blocks, build, out_channels)
 
 
-def stem() -> Parts:
-    return OrderedDict(conv1=conv(3, 24, 3, fan="fan_in"))
-
-
-def tail(channels: int) -> Parts:
-    return OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
-
-
-def head(channels: int, num_classes: int) -> nn.Sequential:
-    return pooled(fc=linear(channels, num_classes))
-
-
 def backbone(name: str, num_blocks: int, growth: int) -> Backbone:
     """Three stages of ``num_blocks`` dense layers."""
-    stages = tuple(
-        dense_stage(f"dense{i}", num_blocks, growth, transition=i < 3) for i in (1, 2, 3)
+    return staged_network(
+        name,
+        DenseNet,
+        stem=lambda: OrderedDict(conv1=conv(3, 24, 3, fan="fan_in")),
+        stem_channels=24,
+        stages=[dense_stage(f"dense{i}", num_blocks, growth, transition=i < 3) for i in (1, 2, 3)],
+        tail=lambda channels: OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU()),
+        head=lambda channels, num_classes: pooled(fc=linear(channels, num_classes)),
+        split=2,
     )
-    return StagedNetwork(
-        name, DenseNet, stem, 24, stages, head, split=2, compressed_split=1, tail=tail
-    ).backbone()
 
 
 # Two convolutions a layer, 6 layers a stage, two transitions, stem and classifier: depth 40.

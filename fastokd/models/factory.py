@@ -1,4 +1,4 @@
-"""Branched networks and students by name: our own, torchvision's and timm's."""
+"""Branched networks and students by name: those of this package, torchvision and timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,48 +7,34 @@ import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, did_you_mean
+from fastokd.losses.options import OptionValue
 from fastokd.methods import Method, get_method, list_methods
-from fastokd.methods.method import Layout, OptionValue, Topology
+from fastokd.methods.method import Topology
+from fastokd.methods.modules import BranchSpec
 from fastokd.models.assembly import assemble, check_layout
-from fastokd.models.branched import Backbone, Branch, BranchedModel, Peer, trunk_channels
+from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.registry import Registry
 
+_FAMILIES = {
+    "resnet_cifar": "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 wrn20_8",
+    "resnet": "resnet18_imagenet resnet34_imagenet resnet50_imagenet resnext50_32x4d",
+    "wide_resnet": "wrn16_2 wrn16_4 wrn28_2",
+    "vgg": "vgg13 vgg16",
+    "densenet": "densenet40_12",
+    "mobilenet_v2": (
+        "mobilenetv2_x0_5 mobilenetv2_x1_0 mobilenetv2_x0_5_imagenet mobilenetv2_x1_0_imagenet"
+    ),
+    "shufflenet_v2": "shufflenetv2_x1_0",
+    "xception": "xception",
+}
 _models: Registry[Mapping[str, Backbone]] = Registry(
     "model",
     "BACKBONES",
     {
-        **dict.fromkeys(
-            (
-                "resnet8",
-                "resnet14",
-                "resnet20",
-                "resnet32",
-                "resnet44",
-                "resnet56",
-                "resnet110",
-                "wrn20_8",
-            ),
-            "fastokd.models.resnet_cifar",
-        ),
-        **dict.fromkeys(
-            ("resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet", "resnext50_32x4d"),
-            "fastokd.models.resnet",
-        ),
-        **dict.fromkeys(("wrn16_2", "wrn16_4", "wrn28_2"), "fastokd.models.wide_resnet"),
-        **dict.fromkeys(("vgg13", "vgg16"), "fastokd.models.vgg"),
-        "densenet40_12": "fastokd.models.densenet",
-        **dict.fromkeys(
-            (
-                "mobilenetv2_x0_5",
-                "mobilenetv2_x1_0",
-                "mobilenetv2_x0_5_imagenet",
-                "mobilenetv2_x1_0_imagenet",
-            ),
-            "fastokd.models.mobilenet_v2",
-        ),
-        "shufflenetv2_x1_0": "fastokd.models.shufflenet_v2",
-        "xception": "fastokd.models.xception",
+        name: f"fastokd.models.{family}"
+        for family, names in _FAMILIES.items()
+        for name in names.split()
     },
 )
 
@@ -76,32 +62,30 @@ def create_model(
     teacher: nn.Module | None = None,
     compression: bool = False,
 ) -> BranchedModel:
-    """The network of that name, laid out as the method trains it.
+    """Create a branched network for a method.
 
     Args:
-        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" for one of
-            theirs, with fresh weights. Peers may differ: "resnet20,resnet32" names them in their
-            order.
-        method: a method, see ``fastokd.methods.list_methods``; "baseline" gives the student alone.
+        name: a network, see ``list_models``, or "torchvision:NAME" or "timm:NAME" with fresh
+            weights. Peers may differ: "resnet20,resnet32" names them in order.
+        method: a method, see ``fastokd.methods.list_methods``; "baseline" is the student alone.
         num_classes: C, at least 2.
-        num_branches: M; None is the method's default, or the number of networks named.
-        aux_blocks: auxiliary blocks that each hierarchy level has more than the one before (the
-            paper's a), at least 0. Methods without a hierarchy have branches of equal depth and do
-            not look at it.
-        at: for networks of torchvision and timm, the first module that branches own, see
-            ``branch_out``. Peers and a student alone need none.
-        topology: "branches" (one shared trunk) or "peers" (whole networks); None is the method's
+        num_branches: M; None for the method's default, or the number of networks named.
+        aux_blocks: additional auxiliary blocks per hierarchy level (the paper's a), at least 0.
+            Methods without a hierarchy ignore it.
+        at: for networks of torchvision and timm, the first module that each branch owns, see
+            ``branch_out``. Not needed for peers and a student alone.
+        topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's
             default.
-        options: options of the method's own modules, see ``Method.model_options``.
+        options: options of the method's modules, see ``Method.model_options``.
         teacher: the frozen teacher of methods that have one: images to logits [B, C].
-        compression: the deepest branch, the last, is the plain network and the one that is kept;
-            each before it has ``aux_blocks`` blocks fewer than the next, and ``student(branch)``
-            takes any of them out (AHBF Table 5).
+        compression: the last and deepest branch is the plain network and the student; each earlier
+            branch has ``aux_blocks`` fewer blocks than the next. ``student(branch)`` returns any of
+            them (AHBF Table 5).
 
     Raises:
-        ConfigError: a name is unknown, a number out of range, or the method cannot train these
-            networks; the message says what would do.
-        MissingExtra: the network is timm's, and timm is not installed.
+        ConfigError: an unknown name, a number out of range, or networks that the method cannot
+            train; the message has the fix.
+        MissingExtra: timm is needed and not installed.
     """
     chosen, names = get_method(method), [part.strip() for part in name.split(",")]
     _check_num_classes(num_classes)
@@ -112,25 +96,27 @@ def create_model(
         find_backbone(part, at, num_classes, split=topology == "branches" and num_branches > 1)
         for part in names
     ]
+    kept = chosen.kept
     if compression:
-        backbones = [_compressed(backbones[0], chosen, num_branches)]
-    return assemble(
-        backbones,
-        chosen,
-        num_classes,
-        num_branches,
-        aux_blocks,
-        topology,
-        options,
-        teacher,
-        -1 if compression else chosen.kept,
-    )
+        compressed, kept = backbones[0].compressed, -1
+        if not chosen.hierarchical:
+            raise ConfigError(
+                f"compression: method '{method}' has branches of equal depth; use method 'ahbf'"
+            )
+        if compressed is None:
+            raise ConfigError(
+                f"compression: model '{backbones[0].name}' does not say which of its blocks can be"
+                " removed; use another"
+            )
+        backbones = [compressed(num_branches)]
+    sizes = (num_classes, num_branches, aux_blocks)
+    return assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
 
 
 def find_backbone(
     name: str, at: str | None = None, num_classes: int = 10, split: bool = False
 ) -> Backbone:
-    """How the network of that name is split; nothing is built yet.
+    """The backbone of that name; no network is built.
 
     Args:
         name, at, num_classes: as in ``create_model``, for one network.
@@ -144,7 +130,7 @@ def find_backbone(
     backbone = get_backbone(name)
     if at is not None:
         raise ConfigError(
-            f"at='{at}': {name} is branched where its paper branches it; at is for networks"
+            f"at='{at}': {name} is branched as in its paper; at is for networks"
             " torchvision:NAME and timm:NAME"
         )
     return backbone
@@ -159,48 +145,43 @@ def allowed_methods(name: str) -> list[str]:
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
-        channels = trunk_channels(trunk)
-        found = [
-            method
-            for method in list_methods()
-            if _can_train(get_method(method), trunk, branch, channels)
-        ]
-    return found
 
+        def can_train(method: Method) -> bool:
+            # The requirements on a teacher do not depend on the network.
+            if method.build_companion is None or method.needs_teacher:
+                return True
+            peers, count = method.topologies[0] == "peers", method.default_branches
+            branches = [Peer(trunk, branch) if peers else branch] * count
+            channels = trunk_channels(None if peers else trunk)
+            try:
+                method.build_companion(
+                    BranchSpec((branch.channels,) * count, channels, 10, branches),
+                    **method.default_model_options(),
+                )
+            except ValueError:
+                return False
+            return True
 
-def _can_train(method: Method, trunk: nn.Module, branch: Branch, channels: int) -> bool:
-    """Whether a method can build its own modules for branches or peers like this one."""
-    if (
-        method.build_companion is None or method.needs_teacher
-    ):  # what a teacher must be does not depend on the network
-        return True
-    peers = method.topologies[0] == "peers"
-    branches = [Peer(trunk, branch) if peers else branch] * method.default_branches
-    layout = Layout((branch.channels,) * len(branches), 3 if peers else channels, 10, branches)
-    try:
-        method.build_companion(layout, **method.model_options)
-    except ValueError:
-        return False
-    return True
+        return [method for method in list_methods() if can_train(get_method(method))]
 
 
 def create_student(
     name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any
 ) -> nn.Module:
-    """The plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B, C].
+    """Create the plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B,
+    C].
 
     A student's state dict loads into it: ``create_student(model.name,
-    C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is what a method hands
-    over that needs more than one branch.
+    C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is the student of a method
+    that needs more than one branch.
 
     Args:
-        layout: keywords of ``create_model``; given any, the network is a branch of that model
-            instead.
-        branch: the index of that branch; None is what the method keeps.
+        layout: keywords of ``create_model``; if given, the network is a branch of that model.
+        branch: the index of that branch; None for the branch that the method keeps.
 
     Raises:
-        ConfigError: the name is unknown or ``num_classes`` below 2.
-        MissingExtra: the network is timm's, and timm is not installed.
+        ConfigError: an unknown name, or ``num_classes`` below 2.
+        MissingExtra: timm is needed and not installed.
     """
     if layout or branch is not None:
         return create_model(name, num_classes=num_classes, **layout).student(branch)
@@ -215,48 +196,35 @@ def create_student(
 
 
 def model_name(name: str) -> str:
-    """The registry's spelling of a network's name; case and punctuation do not matter ("WRN-16-2"
-    is wrn16_2).
+    """The registered spelling of a network's name; case and punctuation are ignored: "WRN-16-2" is
+    wrn16_2.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: the name is unknown; the message suggests the closest one.
     """
 
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))
 
-    found = (
-        [name] if name in _models else [known for known in _models if plain(known) == plain(name)]
-    )
-    if len(found) != 1:
+    if name in _models:
+        return name
+    matches = [known for known in _models if plain(known) == plain(name)]
+    if len(matches) != 1:
         raise ConfigError(
             f"unknown model '{name}'{did_you_mean(name, _models)}; networks of torchvision and"
             " timm are torchvision:NAME and timm:NAME"
         )
-    return found[0]
+    return matches[0]
 
 
 def get_backbone(name: str) -> Backbone:
-    """How one of our own networks is split.
+    """The backbone of a registered network.
 
     Raises:
-        ConfigError: there is none of that name; the message suggests the closest.
+        ConfigError: the name is unknown; the message suggests the closest one.
     """
     name = model_name(name)
     return _models.get(name)[name]
-
-
-def _compressed(backbone: Backbone, method: Method, num_branches: int) -> Backbone:
-    if not method.hierarchical:
-        raise ConfigError(
-            f"compression: method '{method.name}' has branches of equal depth; use method 'ahbf'"
-        )
-    if backbone.compressed is None:
-        raise ConfigError(
-            f"compression: model '{backbone.name}' does not say which of its blocks can be taken"
-            " away; use another"
-        )
-    return backbone.compressed(num_branches)
 
 
 def _check_num_classes(num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""The layers that the families share."""
+"""Layers shared by the network families."""
 
 import contextlib
 from collections import OrderedDict
@@ -37,17 +37,13 @@ def conv_norm(
     *,
     activation: type[nn.Module] | None = nn.ReLU,
 ) -> list[nn.Module]:
-    """A convolution, its batch norm and the activation, if any: the layers, for a sequence of the
-    caller's.
-    """
+    """A convolution, its batch norm and its activation, if any, as a list of layers."""
     layers = [conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)]
     return layers if activation is None else [*layers, activation()]
 
 
 def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
-    """A linear layer with the bias 0 and weights from N(0, std^2), or with the library's
-    weights.
-    """
+    """A linear layer with bias 0 and weights from N(0, std^2), or with PyTorch's weights."""
     layer = nn.Linear(in_features, out_features)
     if std is not None:
         nn.init.normal_(layer.weight, std=std)
@@ -57,9 +53,8 @@ def linear(in_features: int, out_features: int, std: float | None = None) -> nn.
 
 def pooled(**layers: nn.Module) -> nn.Sequential:
     """A head: global average pooling, then the given layers on [B, channels]."""
-    return nn.Sequential(
-        OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), **layers)
-    )
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(OrderedDict(avgpool=pool, flatten=nn.Flatten(), **layers))
 
 
 def classifier(channels: int, num_classes: int) -> nn.Sequential:
@@ -69,16 +64,14 @@ def classifier(channels: int, num_classes: int) -> nn.Sequential:
 
 @contextlib.contextmanager
 def uncounted_batches(module: nn.Module) -> Iterator[None]:
-    """Within it, batch norms with a momentum do not count batches: one small kernel each per step,
-    for a number that only norms without a momentum (a cumulative average) read. The counters stay
-    in the state dict, with the value they had.
+    """Context in which batch norms with a momentum do not count batches, which saves one small
+    kernel each per step: only norms without a momentum read the count. The counters stay in the
+    state dict, with their values.
     """
     counters = [
         (norm._buffers, norm.num_batches_tracked)
         for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
-        and norm.momentum is not None
-        and norm.num_batches_tracked is not None
+        if isinstance(norm, _BatchNorm) and None not in (norm.momentum, norm.num_batches_tracked)
     ]
     try:
         for buffers, _ in counters:

@@ -3,107 +3,111 @@ is downloaded.
 """
 
 import difflib
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fastokd.errors import ConfigError, MissingExtra, did_you_mean, first_line
-from fastokd.models.branch_out import Source, Split, fresh_block
+from fastokd.models.branch_out import Split, fresh_block
 from fastokd.models.branched import Backbone
 from fastokd.models.tracing import list_split_points
 
+T = TypeVar("T")
+
+LIBRARIES = ("torchvision", "timm")
+
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+"""The weights of torchvision's auxiliary classifiers by network. Networks are built without them:
+they return several outputs while training.
+"""
+
 
 def is_library_name(name: str) -> bool:
-    """Whether a model's name is of the form LIBRARY:NAME."""
+    """True if a model's name has the form LIBRARY:NAME."""
     return ":" in name
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """The network of that name as its library builds it, with its initialisation: images [B, 3, H,
-    W] to logits [B, C].
-
-    Args:
-        name: "torchvision:NAME" or "timm:NAME".
-        num_classes: C.
+    """Build "torchvision:NAME" or "timm:NAME" with the library's initialization, without auxiliary
+    classifiers: images [B, 3, H, W] to logits [B, C].
 
     Raises:
-        ConfigError: the name is unknown, or the library cannot build it.
+        ConfigError: the name is unknown, or the library cannot build the network.
         MissingExtra: timm is not installed.
     """
-    build = _builder(name)
+    library, _, network = name.partition(":")
+    if library not in LIBRARIES:
+        raise ConfigError(
+            f"unknown library '{library}' in model '{name}'{did_you_mean(library, LIBRARIES)}"
+        )
+    build = _torchvision(network) if library == "torchvision" else _timm(network)
     try:
         try:
-            return build(num_classes)
+            return build(num_classes=num_classes)
         except RuntimeError:
             if torch.get_default_device().type != "meta":
                 raise
-            with torch.device("cpu"):  # a constructor that computes with tensors needs their values
-                return build(num_classes)
-    except Exception as error:  # whatever a constructor of theirs raises
+            with torch.device("cpu"):  # the constructor computes with tensor values
+                return build(num_classes=num_classes)
+    except Exception as error:  # constructors of libraries raise any exception
         raise ConfigError(
             f"{name} cannot be built for {num_classes} classes ({first_line(error)})"
         ) from error
 
 
+def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
+    """The weights of a library's network without those of auxiliary classifiers, which
+    ``library_network`` does not build.
+    """
+    prefixes = _AUXILIARY.get(name.removeprefix("torchvision:"), ())
+    return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+
+
 def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
-    """A library's network split at ``at``; every branch is initialised as the library does it.
+    """A library's network split at ``at``; each branch gets the library's initialization.
 
     Args:
         name: as in ``library_network``.
         num_classes: C.
-        at: the first module that branches own; without ``split`` it may be None, and any place
-            gives the same.
+        at: the first module that each branch owns. None is allowed without ``split``, where every
+            split point gives the same student.
         split: whether several branches share the trunk.
 
     Raises:
-        ConfigError, MissingExtra: as ``library_network`` and ``branch_out``; without ``at`` with
-            the split points.
+        ConfigError, MissingExtra: as ``library_network`` and ``branch_out``. If ``at`` is missing,
+            the message lists the split points.
     """
     template = _template(name, num_classes)
     if at is None:
         points = list_split_points(template)
         if split or not points:
             raise ConfigError(
-                f"{name} needs at (--at): the first module that every branch has for itself; split"
-                f" points: {', '.join(points) or 'none'}"
+                f"{name} needs at (--at), the first module that each branch owns; split points:"
+                f" {', '.join(points) or 'none'}"
             )
         at = points[-1]
-    return Split(template, at).backbone(name, _new_networks(name, num_classes))
+    networks = ((library_network(name, num_classes), fresh_block) for _ in itertools.count())
+    return Split(template, at).backbone(name, networks)
 
 
 def library_split_points(name: str) -> list[str]:
-    """Where the network of that name can be split, see ``list_split_points``; errors as
+    """The split points of a library's network, see ``list_split_points``; errors as
     ``library_network``.
     """
     return list_split_points(_template(name, 10))
 
 
-def _new_networks(name: str, num_classes: int) -> Iterator[Source]:
-    while True:
-        yield library_network(name, num_classes), fresh_block
-
-
 def _template(name: str, num_classes: int) -> nn.Module:
-    """The network for finding out about it: without values where its constructor can do without."""
+    """The network without values, if its constructor can do without them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return library_network(name, num_classes)
 
 
-def _builder(name: str) -> Callable[[int], nn.Module]:
-    """What builds the network of a name for C classes."""
-    library, _, network = name.partition(":")
-    if library == "torchvision":
-        return _torchvision(network)
-    if library == "timm":
-        return _timm(network)
-    raise ConfigError(
-        f"unknown library '{library}' in model"
-        f" '{name}'{did_you_mean(library, ('torchvision', 'timm'))}"
-    )
-
-
-def _torchvision(network: str) -> Callable[[int], nn.Module]:
+def _torchvision(network: str) -> Callable[..., nn.Module]:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -111,17 +115,11 @@ def _torchvision(network: str) -> Callable[[int], nn.Module]:
         raise ConfigError(
             f"torchvision has no classifier '{network}'{did_you_mean(network, names)}"
         )
-    # Their auxiliary classifiers give several outputs in training.
-    extra = {
-        "googlenet": {"aux_logits": False, "init_weights": True},
-        "inception_v3": {"aux_logits": False, "init_weights": True},
-    }
-    return lambda num_classes: torchvision.models.get_model(
-        network, weights=None, num_classes=num_classes, **extra.get(network, {})
-    )
+    extra = {"aux_logits": False, "init_weights": True} if network in _AUXILIARY else {}
+    return functools.partial(torchvision.models.get_model, network, weights=None, **extra)
 
 
-def _timm(network: str) -> Callable[[int], nn.Module]:
+def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
@@ -135,4 +133,4 @@ def _timm(network: str) -> Callable[[int], nn.Module]:
         raise ConfigError(
             f"timm has no network '{network}'{hint} timm.list_models() lists all {len(names)}"
         )
-    return lambda num_classes: timm.create_model(network, pretrained=False, num_classes=num_classes)
+    return functools.partial(timm.create_model, network, pretrained=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, Branch, PlainNetwork
 from fastokd.models.layers import conv_norm, linear, pooled
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 # Channels, blocks, stride on ImageNet and stride on 32x32 images of each row.
 ROWS = (
@@ -31,28 +31,22 @@ class MobileNetV2(PlainNetwork):
     """features, avgpool, flatten, classifier: images [B, 3, H, W] to logits [B, C]."""
 
     @classmethod
-    def join(cls, trunk: nn.Sequential, branch: Branch) -> "MobileNetV2":
+    def join(cls, trunk: nn.Module, branch: Branch) -> "MobileNetV2":
         """As ``PlainNetwork.join``; stem, the blocks of all rows and the last convolution are one
         numbered sequence.
         """
-        parts = (*trunk.named_children(), *branch.body.named_children())
-        features = nn.Sequential(
-            *(
-                block
-                for name, part in parts
-                for block in (part if name.startswith("row") else (part,))
-            )
-        )
+        blocks: list[nn.Module] = []
+        for name, part in (*trunk.named_children(), *branch.body.named_children()):
+            blocks += part.children() if name.startswith("row") else [part]
+        features = nn.Sequential(*blocks)
         features.training = trunk.training
         return cls(OrderedDict(features=features, **dict(branch.head.named_children())))
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 convolution that widens, a depthwise 3x3 and a 1x1 that narrows, around a shortcut
-    where the shapes agree.
-
-    [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]. Without an ``expansion``
-    there is no first convolution.
+    """A widening 1x1 convolution, a depthwise 3x3 and a narrowing 1x1, with a shortcut if the
+    shapes agree: [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]. Without an
+    ``expansion``, the first convolution is omitted.
     """
 
     def __init__(
@@ -65,16 +59,12 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         inner = (expansion or 1) * in_channels
-        widen = (
-            [nn.Sequential(*conv_norm(in_channels, inner, 1, activation=activation))]
-            if expansion
-            else []
-        )
-        self.conv = nn.Sequential(
-            *widen,
-            nn.Sequential(*conv_norm(inner, inner, 3, stride, groups=inner, activation=activation)),
-            *conv_norm(inner, out_channels, 1, activation=None),
-        )
+        layers: list[nn.Module] = []
+        if expansion:
+            layers.append(nn.Sequential(*conv_norm(in_channels, inner, 1, activation=activation)))
+        depthwise = conv_norm(inner, inner, 3, stride, groups=inner, activation=activation)
+        layers.append(nn.Sequential(*depthwise))
+        self.conv = nn.Sequential(*layers, *conv_norm(inner, out_channels, 1, activation=None))
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,10 +83,10 @@ def row(
 
     def build(in_channels: int, count: int) -> nn.Sequential:
         first = InvertedResidual(in_channels, width, stride, expansion, activation)
-        return nn.Sequential(
-            first,
-            *(InvertedResidual(width, width, 1, expansion, activation) for _ in range(count - 1)),
+        others = (
+            InvertedResidual(width, width, 1, expansion, activation) for _ in range(count - 1)
         )
+        return nn.Sequential(first, *others)
 
     return Stage(name, num_blocks, build, lambda *_: width)
 
@@ -114,7 +104,7 @@ def backbone(
     Args:
         name: in the registry.
         width: the multiplier.
-        divisor: channels are rounded to a multiple of it, and not below 90 % of what they would be.
+        divisor: channels are rounded to a multiple of it, to at least 90 % of the exact value.
         activation: ReLU6 in the ImageNet form; the CIFAR codes use ReLU.
         dropout: probability of zeroing a feature before the classifier.
         image_size: 32 for the form with the strides for CIFAR, else the ImageNet form.
@@ -125,51 +115,39 @@ def backbone(
         rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * exact else rounded
 
-    def stem() -> Parts:
-        return OrderedDict(
-            stem=nn.Sequential(*conv_norm(3, scaled(32), 3, 2, activation=activation))
-        )
-
-    def tail(channels: int) -> Parts:
-        return OrderedDict(
-            last=nn.Sequential(*conv_norm(channels, FEATURES, 1, activation=activation))
+    def layers(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
+        return nn.Sequential(
+            *conv_norm(in_channels, out_channels, kernel, stride, activation=activation)
         )
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
-        return pooled(
-            classifier=nn.Sequential(nn.Dropout(dropout), linear(channels, num_classes, std=0.01))
-        )
+        last = linear(channels, num_classes, std=0.01)
+        return pooled(classifier=nn.Sequential(nn.Dropout(dropout), last))
 
-    # Nothing to widen in the first row, but the CIFAR codes have the convolution there too.
     cifar = image_size == 32
-    rows = tuple(
-        row(
-            f"row{channels}",
-            scaled(channels),
-            count,
-            cifar_stride if cifar else stride,
-            6 if channels > ROWS[0][0] else 1 if cifar else None,
-            activation,
-        )
-        for channels, count, stride, cifar_stride in ROWS
-    )
-    return StagedNetwork(
+    rows = []
+    for channels, count, stride, cifar_stride in ROWS:
+        # The first row is not widened, but the CIFAR code has the convolution there too.
+        expansion = 6 if channels > ROWS[0][0] else 1 if cifar else None
+        stride = cifar_stride if cifar else stride
+        rows.append(row(f"row{channels}", scaled(channels), count, stride, expansion, activation))
+    return staged_network(
         name,
         MobileNetV2,
-        stem,
-        scaled(32),
-        rows,
-        head,
+        stem=lambda: OrderedDict(stem=layers(3, scaled(32), 3, 2)),
+        stem_channels=scaled(32),
+        stages=rows,
+        tail=lambda channels: OrderedDict(last=layers(channels, FEATURES, 1)),
+        tail_channels=FEATURES,
+        head=head,
         split=4,
         compressed_split=4,
-        tail=tail,
-        tail_channels=FEATURES,
         image_size=image_size,
-    ).backbone()
+    )
 
 
 BACKBONES = {
-    # Without dropout: torchvision's 0.2 is a part of its ImageNet recipe.
+    # Without dropout: torchvision's 0.2 belongs to its ImageNet recipe.
     **{
         name: backbone(name, width, 1, nn.ReLU, 0.0, 32)
         for name, width in (("mobilenetv2_x0_5", 0.5), ("mobilenetv2_x1_0", 1.0))

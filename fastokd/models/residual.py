@@ -83,9 +83,8 @@ class PreActivationBlock(nn.Module):
         self.conv1 = conv(in_channels, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3)
-        self.shortcut = (
-            None if stride == 1 and in_channels == width else conv(in_channels, width, 1, stride)
-        )
+        changes = stride > 1 or in_channels != width
+        self.shortcut = conv(in_channels, width, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
@@ -105,8 +104,7 @@ def residual_stage(
 
     def build(in_channels: int, count: int) -> nn.Sequential:
         first = block(in_channels, width, stride, **options)
-        return nn.Sequential(
-            first, *(block(out_channels, width, **options) for _ in range(count - 1))
-        )
+        others = (block(out_channels, width, **options) for _ in range(count - 1))
+        return nn.Sequential(first, *others)
 
     return Stage(name, num_blocks, build, lambda *_: out_channels)

@@ -12,7 +12,7 @@ from torch import nn
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv
 from fastokd.models.residual import BasicBlock, Block, Bottleneck, residual_stage
-from fastokd.models.staged import Parts, StagedNetwork
+from fastokd.models.staged import Parts, staged_network
 
 
 class ResNet(PlainNetwork):
@@ -44,15 +44,13 @@ def backbone(
     split: int,
     **options: int,
 ) -> Backbone:
-    stages = tuple(
-        residual_stage(f"layer{i}", block, width, count, 1 if i == 1 else 2, **options)
-        for i, (width, count) in enumerate(
-            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
-        )
-    )
-    return StagedNetwork(
+    stages = [
+        residual_stage(f"layer{i + 1}", block, 64 * 2**i, count, 2 if i else 1, **options)
+        for i, count in enumerate(num_blocks)
+    ]
+    return staged_network(
         name, ResNet, stem, 64, stages, classifier, split, compressed_split=2, image_size=image_size
-    ).backbone()
+    )
 
 
 # On ImageNet stages 3 and 4 branch and deepen in turn, as in AHBF's published code (its paper says
@@ -60,15 +58,14 @@ def backbone(
 # a 3x3 stem of stride 1, no max-pool. It branches at the last stage, as the other networks for
 # CIFAR.
 BACKBONES = {
-    "resnet18_imagenet": backbone(
-        "resnet18_imagenet", BasicBlock, (2, 2, 2, 2), imagenet_stem, 224, split=2
-    ),
-    "resnet34_imagenet": backbone(
-        "resnet34_imagenet", BasicBlock, (3, 4, 6, 3), imagenet_stem, 224, split=2
-    ),
-    "resnet50_imagenet": backbone(
-        "resnet50_imagenet", Bottleneck, (3, 4, 6, 3), imagenet_stem, 224, split=2
-    ),
+    **{
+        name: backbone(name, block, num_blocks, imagenet_stem, 224, split=2)
+        for name, block, num_blocks in (
+            ("resnet18_imagenet", BasicBlock, (2, 2, 2, 2)),
+            ("resnet34_imagenet", BasicBlock, (3, 4, 6, 3)),
+            ("resnet50_imagenet", Bottleneck, (3, 4, 6, 3)),
+        )
+    },
     "resnext50_32x4d": backbone(
         "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), cifar_stem, 32, split=3, widen=2, groups=32
     ),

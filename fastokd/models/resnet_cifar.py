@@ -9,7 +9,7 @@ from torch import nn
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv
 from fastokd.models.residual import BasicBlock, Block, Bottleneck, residual_stage
-from fastokd.models.staged import Parts, StagedNetwork
+from fastokd.models.staged import Parts, staged_network
 
 
 class CifarResNet(PlainNetwork):
@@ -28,13 +28,11 @@ def backbone(name: str, block: Block, num_blocks: int, **options: int) -> Backbo
 
     In compression mode stages 2 and 3 branch.
     """
-    stages = tuple(
+    stages = [
         residual_stage(f"layer{i}", block, width, num_blocks, stride, **options)
         for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1)
-    )
-    return StagedNetwork(
-        name, CifarResNet, stem, 16, stages, classifier, split=2, compressed_split=1
-    ).backbone()
+    ]
+    return staged_network(name, CifarResNet, stem, 16, stages, classifier, split=2)
 
 
 # Two convolutions a block, three stages, stem and classifier: depth 6n + 2. The papers' ResNet-110

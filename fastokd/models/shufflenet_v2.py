@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv_norm
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 STEM, FEATURES = 24, 1024
 
@@ -26,19 +26,15 @@ def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1,
     ...), and split in half.
 
-    The halves are made at once, each in memory of its own and in the memory format of ``b``: no
-    concatenation before, and no copy of a slice by the convolution after.
+    Each half is made in its own memory, in the memory format of ``b``. This saves a concatenation,
+    and a copy in the convolution that follows.
     """
-    at = (
-        3 if b.is_contiguous(memory_format=torch.channels_last) else 1
-    )  # where the channels lie in memory
+    # The dimension of the channels in memory
+    at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1
 
     def interleave(a: Tensor, b: Tensor) -> Tensor:
-        return (
-            torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1)
-            .flatten(at, at + 1)
-            .movedim(at, 1)
-        )
+        pairs = torch.stack((a.movedim(1, at), b.movedim(1, at)), at + 1)
+        return pairs.flatten(at, at + 1).movedim(at, 1)
 
     half = a.shape[1] // 2
     return interleave(a[:, :half], b[:, :half]), interleave(a[:, half:], b[:, half:])
@@ -53,8 +49,8 @@ def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 class DownUnit(nn.Module):
-    """Halves height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of
-    what leaves the unit.
+    """Halve height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of the
+    output.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
@@ -67,9 +63,7 @@ class DownUnit(nn.Module):
 
 
 class Unit(nn.Module):
-    """One half of the channels passes, the other is convolved, and both are shuffled: two halves to
-    two halves.
-    """
+    """Convolve one half of the channels and shuffle both: two halves to two halves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,32 +91,22 @@ def shuffle_stage(name: str, channels: int, num_blocks: int) -> Stage:
     return Stage(name, num_blocks, build, lambda *_: channels)
 
 
-def stem() -> Parts:
-    return OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3)))
-
-
-def tail(channels: int) -> Parts:
-    return OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1)))
-
-
 def backbone(name: str) -> Backbone:
-    stages = (
-        shuffle_stage("stage2", 116, 4),
-        shuffle_stage("stage3", 232, 8),
-        shuffle_stage("stage4", 464, 4),
-    )
-    return StagedNetwork(
+    return staged_network(
         name,
         ShuffleNetV2,
-        stem,
-        STEM,
-        stages,
-        classifier,
-        split=2,
-        compressed_split=1,
-        tail=tail,
+        stem=lambda: OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3))),
+        stem_channels=STEM,
+        stages=[
+            shuffle_stage("stage2", 116, 4),
+            shuffle_stage("stage3", 232, 8),
+            shuffle_stage("stage4", 464, 4),
+        ],
+        tail=lambda channels: OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1))),
         tail_channels=FEATURES,
-    ).backbone()
+        head=classifier,
+        split=2,
+    )
 
 
 BACKBONES = {"shufflenetv2_x1_0": backbone("shufflenetv2_x1_0")}

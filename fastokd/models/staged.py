@@ -1,6 +1,4 @@
-"""A network as a row of stages, and the two ways in which it is branched: deeper teachers, or
-smaller students.
-"""
+"""Networks as sequences of stages, branched in two ways: deeper teachers, or smaller students."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,15 +10,15 @@ from fastokd.errors import ConfigError
 from fastokd.models.branched import Backbone, Branch, PlainNetwork
 
 Parts = OrderedDict[str, nn.Module]
-"""Layers that run one after the other, by their names in the plain network."""
+"""Layers in sequence, by their names in the plain network."""
 
 
 def level_blocks(num_blocks: Sequence[int], level: int, aux_blocks: int) -> tuple[int, ...]:
     """Blocks in each branched stage of a branch of hierarchy level 1, 2, ...
 
-    The first level has the plain network's. Every further one has ``aux_blocks`` more than the one
-    before, in one stage: the first, then the second, and so on in turn (AHBF section 3.2; for
-    several stages its published code).
+    The first level has the plain network's. Each further one has ``aux_blocks`` more than the
+    previous, in one stage: the first, then the second, and so on (AHBF section 3.2; for several
+    stages its published code).
     """
     blocks = list(num_blocks)
     for step in range(level - 1):
@@ -32,24 +30,24 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
     """Blocks in each branched stage of the branch that is ``steps`` below the deepest, in
     compression mode.
 
-    The deepest has the plain network's. Every further one has ``aux_blocks`` fewer than the one
-    before, in one stage: the last, then the one before it, and so on in turn; a stage of a single
-    block keeps it. For four branches that is what AHBF's published code builds ("reduced" in its
-    Table 5); for another number of branches of a ResNet the code instead takes both stages' blocks
-    at once in the smallest branch, and has two equal branches among five.
+    The deepest has the plain network's. Each further one has ``aux_blocks`` fewer than the
+    previous, in one stage: the last, then the one before, and so on; a stage of one block keeps it.
+    For four branches, this matches AHBF's published code ("reduced" in its Table 5). For other
+    numbers of branches of a ResNet, that code reduces both stages in the smallest branch, and has
+    two equal branches among five.
 
     Raises:
-        ConfigError: there are too few blocks.
+        ConfigError: too few blocks.
     """
     blocks = list(num_blocks)
-    giving = [stage for stage, count in enumerate(num_blocks) if count > 1][::-1]
-    for step in range(steps if giving else 0):
-        blocks[giving[step % len(giving)]] -= aux_blocks
-    if min(blocks) < 1 or (steps and aux_blocks and not giving):
-        shown = " and ".join(map(str, num_blocks))
+    shrinking = [stage for stage, count in enumerate(num_blocks) if count > 1][::-1]
+    for step in range(steps if shrinking else 0):
+        blocks[shrinking[step % len(shrinking)]] -= aux_blocks
+    if min(blocks) < 1 or (steps and aux_blocks and not shrinking):
+        counts = " and ".join(map(str, num_blocks))
         raise ConfigError(
             f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have"
-            f" {shown} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
+            f" {counts} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
             " each; use fewer branches or smaller aux_blocks"
         )
     return tuple(blocks)
@@ -57,8 +55,8 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. ``build`` and ``out_channels`` take the channels that come in and the
-    number of blocks.
+    """Blocks of one width. ``build`` and ``out_channels`` take the input channels and the number of
+    blocks.
     """
 
     name: str
@@ -67,83 +65,73 @@ class Stage:
     out_channels: Callable[[int, int], int]
 
 
-@dataclass(frozen=True)
-class StagedNetwork:
-    """A stem, stages, a tail and a head, in the order of the plain network.
+def staged_network(
+    name: str,
+    network: type[PlainNetwork],
+    stem: Callable[[], Parts],
+    stem_channels: int,
+    stages: Sequence[Stage],
+    head: Callable[[int, int], nn.Sequential],
+    split: int,
+    compressed_split: int | None = None,
+    tail: Callable[[int], Parts] = lambda channels: OrderedDict(),
+    tail_channels: int | None = None,
+    image_size: int = 32,
+) -> Backbone:
+    """A network of a stem, stages, a tail and a head, branched at a stage, each hierarchy level
+    deeper than the previous.
 
     Args:
         name: in the registry.
         network: the plain network's class, whose ``join`` names its children.
-        stem: builds what comes before the stages, with ``stem_channels`` channels at its end.
+        stem: builds the layers before the stages, which return ``stem_channels`` channels.
         stages: in order.
-        head: feature channels and C to the layers from feature maps to logits.
-        split: index of the first stage that every branch has to itself.
-        compressed_split: the same in compression mode, at most ``split``.
-        tail: the last stage's channels to the layers between it and the features, with
-            ``tail_channels`` channels at their end; None leaves the channels as they are.
-        image_size: height and width of the images that the network is made for.
+        head: builds the layers from feature maps to logits, from feature channels and C.
+        split: index of the first stage that each branch owns.
+        compressed_split: the same in compression mode; one less by default.
+        tail: builds the layers between the last stage and the features, from the stage's channels;
+            they return ``tail_channels`` channels (None: as many).
+        image_size: height and width of the images that the network is designed for.
     """
 
-    name: str
-    network: type[PlainNetwork]
-    stem: Callable[[], Parts]
-    stem_channels: int
-    stages: tuple[Stage, ...]
-    head: Callable[[int, int], nn.Sequential]
-    split: int
-    compressed_split: int
-    tail: Callable[[int], Parts] = lambda channels: OrderedDict()
-    tail_channels: int | None = None
-    image_size: int = 32
+    def build_stages(
+        parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]
+    ) -> int:
+        """Add the stages to the end of ``parts``; returns their output channels."""
+        for stage, count in zip(stages, num_blocks, strict=True):
+            parts[stage.name] = stage.build(channels, count)
+            channels = stage.out_channels(channels, count)
+        return channels
 
-    def backbone(self) -> Backbone:
-        """The network branched at ``split``, each hierarchy level deeper than the one before."""
-        return self._backbone(self.split, level_blocks, self._compressed)
-
-    def _compressed(self, num_branches: int) -> Backbone:
-        return self._backbone(
-            self.compressed_split,
-            lambda blocks, level, aux_blocks: compressed_blocks(
-                blocks, num_branches - level, aux_blocks
-            ),
-        )
-
-    def _backbone(
-        self,
+    def branched(
         split: int,
         count_blocks: Callable[[Sequence[int], int, int], Sequence[int]],
         compressed: Callable[[int], Backbone] | None = None,
     ) -> Backbone:
-        shared, own = self.stages[:split], self.stages[split:]
-        trunk_channels = self.stem_channels
-        for stage in shared:
+        blocks = [stage.num_blocks for stage in stages]
+        trunk_channels = stem_channels
+        for stage in stages[:split]:
             trunk_channels = stage.out_channels(trunk_channels, stage.num_blocks)
 
         def build_trunk() -> nn.Sequential:
-            parts = self.stem()
-            _append(parts, self.stem_channels, shared, [stage.num_blocks for stage in shared])
+            parts = stem()
+            build_stages(parts, stem_channels, stages[:split], blocks[:split])
             return nn.Sequential(parts)
 
         def build_branch(num_classes: int, level: int, aux_blocks: int) -> Branch:
             parts: Parts = OrderedDict()
-            channels = _append(
-                parts,
-                trunk_channels,
-                own,
-                count_blocks([stage.num_blocks for stage in own], level, aux_blocks),
-            )
-            parts.update(self.tail(channels))
-            channels = self.tail_channels or channels
-            return Branch(nn.Sequential(parts), self.head(channels, num_classes), channels)
+            own = count_blocks(blocks[split:], level, aux_blocks)
+            channels = build_stages(parts, trunk_channels, stages[split:], own)
+            parts.update(tail(channels))
+            channels = tail_channels or channels
+            return Branch(nn.Sequential(parts), head(channels, num_classes), channels)
 
-        return Backbone(
-            self.name, build_trunk, build_branch, self.network.join, self.image_size, compressed
+        return Backbone(name, build_trunk, build_branch, network.join, image_size, compressed)
+
+    def compress(num_branches: int) -> Backbone:
+        return branched(
+            split - 1 if compressed_split is None else compressed_split,
+            lambda blocks, level, aux: compressed_blocks(blocks, num_branches - level, aux),
         )
 
-
-def _append(parts: Parts, channels: int, stages: Sequence[Stage], num_blocks: Sequence[int]) -> int:
-    """Build the stages at the end of ``parts``; returns the channels that come out."""
-    for stage, count in zip(stages, num_blocks, strict=True):
-        parts[stage.name] = stage.build(channels, count)
-        channels = stage.out_channels(channels, count)
-    return channels
+    return branched(split, level_blocks, compress)

@@ -1,15 +1,12 @@
-"""Where a network can be cut in two: its forward followed with ``torch.fx``, as far down as the cut
-and no further.
+"""Split points of a network, found by following its forward with ``torch.fx`` down to the cut.
 
-Only the modules around the cut are traced (the network itself and the containers on the way to the
-cut); everything else stays a call of the module, which keeps its own control flow, its training
-flag and its hooks.
+Only the network and the containers on the way to the cut are traced. Everything else stays a call
+of the module, which keeps its control flow, its training flag and its hooks.
 """
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +14,17 @@ from torch import Tensor, fx, nn
 
 from fastokd.errors import ConfigError, first_line
 
-DROPOUTS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+DROPOUTS: dict[object, Callable[..., nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout2d: nn.Dropout2d,
+    F.alpha_dropout: nn.AlphaDropout,
+}
+NOT_COMPUTED = ("placeholder", "get_attr", "output")
 _LAYERS = (nn.Linear, nn.Conv2d)
 
 
-class _Whole(nn.Module):
-    """A network called with images alone, whatever further arguments its forward has defaults
-    for.
-    """
+class _ImagesOnly(nn.Module):
+    """A network called with images alone: its forward may have further optional arguments."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -35,9 +35,7 @@ class _Whole(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Follows the forward of the modules named in ``opened``; calls of all others are recorded as
-    calls.
-    """
+    """Follow the forward of the modules named in ``opened``; record all others as calls."""
 
     def __init__(self, opened: Collection[str]) -> None:
         super().__init__()
@@ -47,7 +45,7 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
 
-def _not_followed(network: nn.Module, error: Exception) -> ConfigError:
+def _untraceable(network: nn.Module, error: Exception) -> ConfigError:
     return ConfigError(
         f"the forward of {type(network).__name__} cannot be followed by torch.fx"
         f" ({first_line(error)}); a network can be branched if its forward is a fixed sequence of"
@@ -56,53 +54,48 @@ def _not_followed(network: nn.Module, error: Exception) -> ConfigError:
 
 
 def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
-    """The forward of a network, and of the modules in it named in ``opened``, as a graph of calls.
+    """The forward of a network and of its modules named in ``opened`` as a graph of calls.
 
     The network's training flags are changed: pass a copy.
 
     Raises:
-        ConfigError: it cannot be followed, or computes something else in training than in
-            evaluation.
+        ConfigError: the forward cannot be followed, or differs between training and evaluation.
     """
     graphs = []
     for training in (True, False):
         try:
-            graph = _Tracer(opened).trace(_Whole(network.train(training)))
-        except Exception as error:  # whatever a forward does with what is no tensor yet
-            raise _not_followed(network, error) from error
+            graph = _Tracer(opened).trace(_ImagesOnly(network.train(training)))
+        except Exception as error:  # a forward may raise any exception for a symbolic tensor
+            raise _untraceable(network, error) from error
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                node.target = node.target.removeprefix("network.")
+                node.target = target(node).removeprefix("network.")
             elif node.op == "call_function" and node.target in DROPOUTS:
-                # The flag as it was while tracing: `dropouts` makes a module of it, which has a
-                # flag of its own.
-                node.kwargs = {
-                    name: value for name, value in node.kwargs.items() if name != "training"
-                }
+                # The flag at trace time. ``_dropout`` makes a module, which has its own flag.
+                node.kwargs = {key: v for key, v in node.kwargs.items() if key != "training"}
         graphs.append(graph)
     if str(graphs[0]) != str(graphs[1]):
         raise ConfigError(
-            f"the forward of {type(network).__name__} computes something else in training than in"
-            " evaluation (auxiliary classifiers?), which cannot be branched; build it without them"
+            f"the forward of {type(network).__name__} differs between training and evaluation"
+            " (auxiliary classifiers?), so it cannot be branched; build it without them"
         )
     return graphs[0]
 
 
+def target(node: fx.Node) -> str:
+    """The dotted name of the module or tensor that a node uses."""
+    return str(node.target)
+
+
 def uses(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """What a part of a graph takes from outside, without the parameters that it reads itself."""
+    """The inputs of a part of a graph, without the parameters that it reads."""
     inside = set(nodes)
-    return list(
-        dict.fromkeys(
-            value
-            for node in nodes
-            for value in node.all_input_nodes
-            if value not in inside and value.op != "get_attr"
-        )
-    )
+    inputs = (value for node in nodes for value in node.all_input_nodes)
+    return list(dict.fromkeys(v for v in inputs if v not in inside and v.op != "get_attr"))
 
 
 def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
-    """Everything that depends on a node, with the node, in order."""
+    """A node and everything that depends on it, in order."""
     found = {start}
     for node in graph.nodes:
         if any(value in found for value in node.all_input_nodes):
@@ -110,63 +103,58 @@ def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
     return [node for node in graph.nodes if node in found]
 
 
-def is_cut(nodes: Sequence[fx.Node], index: int) -> bool:
-    """Whether the nodes after ``nodes[index]`` take nothing but its value from before."""
-    return uses(nodes[index + 1 :]) == [nodes[index]]
-
-
 def part(
     source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.Node
 ) -> fx.GraphModule:
-    """A module that computes ``end`` from ``start``, made of the source's own modules under their
-    own names.
+    """A module that computes ``end`` from ``start``, made of the source's modules under their
+    names.
     """
     graph = fx.Graph()
     copies = {start: graph.placeholder("x")}
-    held = nn.Module()
+    holder = nn.Module()
     for node in nodes:
         for value in node.all_input_nodes:
             if value.op == "get_attr" and value not in copies:
                 copies[value] = graph.node_copy(value)
         if node.op == "call_function" and node.target in DROPOUTS:
-            copies[node] = _dropout(graph, held, node, copies)
+            copies[node] = _dropout(graph, holder, node, copies)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[end])
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr") and not hasattr(held, node.target):
-            put(held, node.target, _get(source, node.target))
-    held.training = source.training
-    return fx.GraphModule(held, graph, f"{type(source).__name__}Part")
+        if node.op in ("call_module", "get_attr") and not hasattr(holder, target(node)):
+            put(holder, target(node), get(source, target(node)))
+    holder.training = source.training
+    return fx.GraphModule(holder, graph, f"{type(source).__name__}Part")
 
 
 def _dropout(
-    graph: fx.Graph, held: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node]
+    graph: fx.Graph, holder: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """A call of a dropout function as a module."""
-    chosen = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(
-        node.kwargs
-    )
+    """Replace a call of a dropout function by a module."""
+    arguments = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+    arguments.update(node.kwargs)
+    value: Any = arguments.pop("input")
+    arguments.pop("training", None)
     name = f"{node.name}_module"
-    held.add_module(name, DROPOUTS[node.target](chosen.get("p", 0.5), chosen.get("inplace", False)))
-    return graph.call_module(name, (copies[chosen["input"]],))
+    holder.add_module(name, DROPOUTS[node.target](**arguments))
+    return graph.call_module(name, (copies[value],))
 
 
 def named(nodes: Iterable[fx.Node]) -> list[str]:
-    """The modules and tensors that a part of a graph uses, by name."""
-    return list(
-        dict.fromkeys(
-            value.target
-            for node in nodes
-            for value in (*node.all_input_nodes, node)
-            if value.op == "get_attr" or (value is node and node.op == "call_module")
-        )
-    )
+    """The names of the modules and tensors that a part of a graph uses."""
+    used = [
+        value
+        for node in nodes
+        for value in (*node.all_input_nodes, node)
+        if value.op == "get_attr" or (value is node and node.op == "call_module")
+    ]
+    return list(dict.fromkeys(map(target, used)))
 
 
 def tensors(network: nn.Module, path: str) -> list[Tensor]:
     """The parameters and buffers at a dotted path."""
-    value = _get(network, path)
+    value = get(network, path)
     return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
 
 
@@ -174,20 +162,21 @@ def _tensor_ids(network: nn.Module, nodes: Iterable[fx.Node]) -> frozenset[int]:
     return frozenset(id(tensor) for name in named(nodes) for tensor in tensors(network, name))
 
 
-def _get(root: nn.Module, path: str) -> nn.Module | Tensor:
+def get(root: nn.Module, path: str) -> nn.Module | Tensor:
+    """The module, parameter or buffer at a dotted path."""
     parent, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(parent), name)
+    value: nn.Module | Tensor = getattr(root.get_submodule(parent), name)
+    return value
 
 
 def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
-    """Set a module, parameter or buffer at its dotted path, in its place among the others;
-    containers are made as needed.
-    """
+    """Set a module, parameter or buffer at its dotted path; missing containers are created."""
     *containers, name = path.split(".")
     for container in containers:
         if container not in root._modules:
             root.add_module(container, nn.Module())
-        root = root._modules[container]
+        root = root.get_submodule(container)
+    # Not setattr: an existing name keeps its position in the order of the modules.
     if isinstance(value, nn.Module):
         root._modules[name] = value
     elif isinstance(value, nn.Parameter):
@@ -196,32 +185,30 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
         root._buffers[name] = value
 
 
-@dataclass
-class Call:
-    """What a module was called with: the shapes of its first argument and its output, ``None`` for
-    what is no tensor.
+class Call(NamedTuple):
+    """A call of a module: the shapes of its first argument and its output (None for values that are
+    not tensors), and the number of calls.
     """
 
     name: str
     shape_in: torch.Size | None
     shape_out: torch.Size | None
-    calls: int = 1
+    calls: int
 
 
-@dataclass
-class Shapes:
-    """The shapes of a forward pass of one image: of every node, and of every module in the order in
-    which they finished.
-    """
+class Shapes(NamedTuple):
+    """The shapes of a forward pass of one image."""
 
-    nodes: dict[fx.Node, torch.Size] = field(default_factory=dict)
-    modules: dict[str, Call] = field(default_factory=dict)
-    written: set[fx.Node] = field(default_factory=set)
-    """Nodes whose value another node wrote to."""
+    nodes: dict[fx.Node, torch.Size]
+    """Of every node whose value is a tensor."""
+    modules: dict[str, Call]
+    """Of every module, in the order in which they finished."""
+    written: set[fx.Node]
+    """The nodes whose value another node overwrote."""
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and writes down the shapes."""
+    """Run a graph and record the shapes."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
         super().__init__(network, graph=graph)
@@ -230,130 +217,106 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for node, tensor, version in self.versions:
-            # An in-place operation gives back the tensor that it wrote to; a node after it sees
-            # that node's value.
-            if tensor._version != version and n.op != "output":
-                self.shapes.written.add(node)
-        if isinstance(value, Tensor) and n.op != "output":
+        if n.op == "output":
+            return value
+        # An in-place operation returns the tensor that it overwrote.
+        self.shapes.written.update(
+            node for node, tensor, version in self.versions if tensor._version != version
+        )
+        if isinstance(value, Tensor):
             self.shapes.nodes[n] = value.shape
             self.versions.append((n, value, value._version))
         return value
 
 
 def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> Shapes:
-    """The shapes of a forward pass of one image of ``input_size`` (channels, height, width).
+    """The shapes of a forward pass of one image.
 
     Args:
         network: on the meta device, so that nothing is computed.
         graph: its forward.
-        input_size: of one image.
+        input_size: channels, height and width of the image.
 
     Raises:
         ConfigError: the network cannot take such an image, or cannot be run call by call.
     """
-    shapes = Shapes()
+    shapes = Shapes({}, {}, set())
+    image = torch.empty(1, *input_size, device="meta")
+    network.eval()
 
-    def write_down(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            before = shapes.modules.pop(name, None)
-            shape_in, shape_out = (
-                value.shape if isinstance(value, Tensor) else None
-                for value in (inputs[0] if inputs else None, output)
-            )
-            shapes.modules[name] = Call(
-                name, shape_in, shape_out, 1 if before is None else before.calls + 1
-            )
-
-        return hook
+    def record(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        before = shapes.modules.pop(name, None)
+        shape_in, shape_out = (
+            value.shape if isinstance(value, Tensor) else None
+            for value in (inputs[0] if inputs else None, output)
+        )
+        calls = 1 if before is None else before.calls + 1
+        shapes.modules[name] = Call(name, shape_in, shape_out, calls)
 
     handles = [
-        module.register_forward_hook(write_down(name)) for name, module in network.named_modules()
+        module.register_forward_hook(lambda _, *values, name=name: record(name, *values))
+        for name, module in network.named_modules()
     ]
-    try:
-        with torch.no_grad():
-            _Recorder(network.eval(), graph, shapes).run(torch.empty(1, *input_size, device="meta"))
-    except Exception as error:  # whatever the network's own operators raise
-        if _takes(
-            network, input_size
-        ):  # so it is not the size: for example, a module writes to a list that it is given
-            raise _not_followed(network, error) from error
-        size = " x ".join(map(str, input_size))
-        raise ConfigError(
-            f"{type(network).__name__} cannot take an image of {size} ({first_line(error)}); pass"
-            " input_size=(channels, height, width)"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        try:
+            network(image)
+        except Exception as error:  # operators of a network raise any exception
+            size = " x ".join(map(str, input_size))
+            raise ConfigError(
+                f"{type(network).__name__} cannot take an image of {size} ({first_line(error)});"
+                " pass input_size=(channels, height, width)"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        try:
+            _Recorder(network, graph, shapes).run(image)
+        except Exception as error:
+            raise _untraceable(network, error) from error
     return shapes
 
 
-def _takes(network: nn.Module, input_size: Sequence[int]) -> bool:
-    """Whether a network on the meta device runs on an image of that size."""
-    try:
-        with torch.no_grad():
-            network(torch.empty(1, *input_size, device="meta"))
-    except Exception:  # whatever its operators raise
-        return False
-    return True
-
-
 def meta_copy(network: nn.Module) -> nn.Module:
-    """The network without its values: what shapes and graphs are found with."""
+    """A copy of the network without values, for finding shapes and graphs."""
     return copy.deepcopy(network).to("meta")
 
 
 def default_input_size(network: nn.Module) -> tuple[int, int, int]:
-    """The images a network was made for (channels, height, width), where it says so; else 3 x 224 x
-    224.
-    """
+    """The image size (channels, height, width) a network declares; else 3 x 224 x 224."""
     channels, *size = getattr(network, "pretrained_cfg", {}).get("input_size", (None, 224, 224))
-    made_for = (
+    declared = (
         getattr(network, "image_size", None)
         or getattr(getattr(network, "patch_embed", None), "img_size", None)
         or size
     )
-    height, width = (made_for, made_for) if isinstance(made_for, int) else made_for
+    height, width = (declared, declared) if isinstance(declared, int) else declared
     if channels is None:
-        first = next(
-            (module for module in network.modules() if isinstance(module, nn.Conv2d)), None
-        )
-        channels = 3 if first is None else first.in_channels
+        convs = (module for module in network.modules() if isinstance(module, nn.Conv2d))
+        channels = next((conv.in_channels for conv in convs), 3)
     return channels, height, width
 
 
 def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -> int | None:
-    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, which
-    the rest is a function of.
+    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, on
+    which all later nodes depend.
     """
     for index in reversed(range(len(nodes) - 1)):
         node = nodes[index]
-        shape = shapes.nodes.get(node)
-        if (
-            shape is None
-            or len(shape) not in (3, 4)
-            or node in shapes.written
-            or not is_cut(nodes, index)
-        ):
+        shape = shapes.nodes.get(node, ())
+        if len(shape) not in (3, 4) or node in shapes.written:
             continue
-        maps = (
-            shape[1:3]
-            if is_nhwc(network) and len(shape) == 4
-            else shape[2:]
-            if len(shape) == 4
-            else shape[1:2]
-        )
+        first = 1 if len(shape) == 3 or is_nhwc(network) else 2
+        is_spatial = any(side > 1 for side in shape[first : first + len(shape) - 2])
         pooled = node.op == "call_module" and isinstance(
-            network.get_submodule(node.target), nn.AdaptiveAvgPool2d
+            network.get_submodule(target(node)), nn.AdaptiveAvgPool2d
         )
-        if maps.numel() > 1 and not pooled:
+        if is_spatial and not pooled and uses(nodes[index + 1 :]) == [node]:
             return index
     return None
 
 
 def is_nhwc(network: nn.Module) -> bool:
-    """Whether feature maps are [B, H, W, c]: timm's networks say so."""
+    """True if feature maps are [B, H, W, c], which timm's networks declare."""
     return getattr(network, "output_fmt", None) == "NHWC"
 
 
@@ -379,21 +342,20 @@ class ChannelsFirst(nn.Module):
 
 
 def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
-    """What makes feature maps [B, c, H, W] of a network's features of that shape, and c.
+    """A module from a network's features of that shape to feature maps [B, c, H, W], and c.
 
     Raises:
-        ConfigError: tokens that are no grid.
+        ConfigError: tokens that do not form a grid.
     """
     if len(shape) == 4:
         return (ChannelsFirst(), shape[3]) if is_nhwc(network) else (nn.Identity(), shape[1])
     count = shape[1]
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if grid is None:
-        squares = (side for side in range(int(count**0.5), 0, -1) if count - side * side <= 8)
-        side = next(squares, 0)
+        side = int(count**0.5)
         grid = (side, side)
     prefix = count - grid[0] * grid[1]
-    if prefix < 0 or grid[0] < 1 or prefix > 8:
+    if not 0 <= prefix <= 8 or grid[0] < 1:
         raise ConfigError(
             f"{type(network).__name__} ends in {count} tokens, which are not a grid of patches and"
             " a few tokens before it"
@@ -402,13 +364,12 @@ def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
 
 
 def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None) -> list[str]:
-    """Where ``branch_out`` can split a classifier: its stages and blocks by dotted name, in the
-    order of execution.
+    """The stages and blocks at which ``branch_out`` can split a classifier, in order of execution.
 
     Args:
         module: a classifier, on any device; it is not changed.
-        input_size: channels, height and width of an image; None is what the network says, else (3,
-            224, 224).
+        input_size: channels, height and width of an image; None for the size that the network
+            declares, else (3, 224, 224).
 
     Raises:
         ConfigError: its forward cannot be followed, or it cannot take such an image.
@@ -420,8 +381,8 @@ def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None
     end = feature_node(network, nodes, shapes)
     if end is None:
         return []
-    # A stage and its first block begin at the same place; the stage names it. Before the first
-    # layer there is no trunk.
+    # A stage and its first block start at the same position; the stage names it. Before the first
+    # layer, the trunk would be empty.
     points: dict[int, str] = {}
     for name, before in _points(network, nodes[: end + 1], ""):
         points.setdefault(before, name)
@@ -445,62 +406,42 @@ def _points(
     for node in nodes:
         if node.op != "call_module":
             continue
-        child = module.get_submodule(node.target)
+        child = module.get_submodule(target(node))
         tail = tail_from(graph, node)
-        trunk = [
-            each
-            for each in graph.nodes
-            if each not in tail and each.op not in ("placeholder", "get_attr")
-        ]
+        inside = {*tail, *(each for each in graph.nodes if each.op in ("placeholder", "get_attr"))}
+        trunk = [each for each in graph.nodes if each not in inside]
         used, needed = earlier | _tensor_ids(module, trunk), later | _tensor_ids(module, tail)
-        if (
-            any(parameter.dim() > 1 for parameter in child.parameters())
-            and len(uses(tail)) == 1
-            and not used & needed
-        ):
-            yield prefix + node.target, before
-            if _holds_blocks(child):
-                try:
-                    inner = trace(child)
-                except ConfigError:
-                    inner = None
-                if inner is not None:
-                    calls = [
-                        each for each in inner.nodes if each.op not in ("placeholder", "get_attr")
-                    ]
-                    yield from _points(
-                        child,
-                        calls,
-                        f"{prefix}{node.target}.",
-                        before,
-                        used,
-                        later | _tensor_ids(module, tail[1:]),
-                    )
+        has_weights = any(parameter.dim() > 1 for parameter in child.parameters())
+        if has_weights and len(uses(tail)) == 1 and not used & needed:
+            name = prefix + target(node)
+            yield name, before
+            rest = later | _tensor_ids(module, tail[1:])
+            if _holds_blocks(child) and (calls := _calls(child)):
+                yield from _points(child, calls, f"{name}.", before, used, rest)
         before += sum(parameter.numel() for parameter in child.parameters())
 
 
+def _calls(module: nn.Module) -> list[fx.Node]:
+    """The computations of a module's forward; empty if it cannot be followed."""
+    try:
+        nodes = trace(module).nodes
+    except ConfigError:
+        return []
+    return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+
+
 def _holds_blocks(module: nn.Module) -> bool:
-    """Whether a module is a container of blocks or layers, and not a block itself."""
+    """True for a container of blocks or layers, as opposed to a block."""
     if type(module) is nn.Sequential:
         return True
-    groups = [
-        module,
-        *(
-            child
-            for child in module.children()
-            if isinstance(child, (nn.Sequential, nn.ModuleList))
-        ),
-    ]
+    containers = (nn.Sequential, nn.ModuleList)
+    groups = [module, *(child for child in module.children() if isinstance(child, containers))]
     return any(repeats(child, group.children()) for group in groups for child in group.children())
 
 
 def repeats(block: nn.Module, siblings: Iterable[nn.Module]) -> bool:
-    """Whether a module is one of several blocks of one class that stand side by side: each with two
-    layers or more.
-    """
-    if (
-        isinstance(block, nn.Sequential)
-        or sum(isinstance(layer, _LAYERS) for layer in block.modules()) < 2
-    ):
+    """True for one of several sibling blocks of one class, with two layers or more."""
+    layers = sum(isinstance(layer, _LAYERS) for layer in block.modules())
+    if isinstance(block, nn.Sequential) or layers < 2:
         return False
     return sum(type(sibling) is type(block) for sibling in siblings) > 1

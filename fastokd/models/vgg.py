@@ -1,10 +1,10 @@
 """VGG for 32x32 images (Simonyan & Zisserman, ICLR 2015) with batch norm, branched at the last
 stage.
 
-Dropout: the papers' codes have 0.5 in the classifiers of every multi-branch network and none in the
-plain baseline, so that their comparison of the two changes more than the method. Here ``vgg13`` and
-``vgg16`` have 0.5, the rate of VGG's own paper, in every branch of every method and in the baseline
-alike. ``backbone(..., dropout=0.0)`` makes a network without.
+Dropout: the papers' code has 0.5 in the classifiers of every multi-branch network and none in the
+baseline, so their comparison changes more than the method. Here ``vgg13`` and ``vgg16`` have 0.5,
+the rate of VGG's paper, in every branch and in the baseline. ``backbone(..., dropout=0.0)`` makes a
+network without.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from torch import nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import linear, pooled
-from fastokd.models.staged import Stage, StagedNetwork
+from fastokd.models.staged import Stage, staged_network
 
 
 class VGG(PlainNetwork):
@@ -31,7 +31,7 @@ def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
         for _ in range(count):
             conv = nn.Conv2d(in_channels, width, 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.constant_(conv.get_parameter("bias"), 0)
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
             in_channels = width
         return nn.Sequential(*layers, nn.MaxPool2d(2))
@@ -40,7 +40,7 @@ def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
 
 
 def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Backbone:
-    """The network with so many convolutions in its five stages.
+    """The network with these numbers of convolutions in its five stages.
 
     Args:
         name: in the registry.
@@ -49,29 +49,17 @@ def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Back
     """
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
-        # Images of 32x32 leave a single pixel; the average of it is itself, and larger images fit
-        # too.
-        return pooled(
-            classifier=nn.Sequential(
-                linear(channels, 512, std=0.01),
-                nn.ReLU(),
-                nn.Dropout(dropout),
-                linear(512, 512, std=0.01),
-                nn.ReLU(),
-                nn.Dropout(dropout),
-                linear(512, num_classes, std=0.01),
-            )
-        )
+        def hidden(in_features: int) -> list[nn.Module]:
+            return [linear(in_features, 512, std=0.01), nn.ReLU(), nn.Dropout(dropout)]
 
-    stages = tuple(
-        vgg_stage(f"stage{i}", width, count)
-        for i, (width, count) in enumerate(
-            zip((64, 128, 256, 512, 512), num_blocks, strict=True), start=1
-        )
-    )
-    return StagedNetwork(
-        name, VGG, OrderedDict, 3, stages, head, split=4, compressed_split=3
-    ).backbone()
+        layers = [*hidden(channels), *hidden(512), linear(512, num_classes, std=0.01)]
+        # Images of 32x32 leave one pixel, so pooling changes nothing; larger images fit too.
+        return pooled(classifier=nn.Sequential(*layers))
+
+    stages = [
+        vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in enumerate(num_blocks)
+    ]
+    return staged_network(name, VGG, OrderedDict, 3, stages, head, split=4)
 
 
 BACKBONES = {

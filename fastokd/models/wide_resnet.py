@@ -9,7 +9,7 @@ from torch import nn
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import conv, linear, pooled
 from fastokd.models.residual import PreActivationBlock, residual_stage
-from fastokd.models.staged import Parts, StagedNetwork
+from fastokd.models.staged import staged_network
 
 
 class WideResNet(PlainNetwork):
@@ -18,27 +18,21 @@ class WideResNet(PlainNetwork):
     """
 
 
-def stem() -> Parts:
-    return OrderedDict(conv1=conv(3, 16, 3))
-
-
-def tail(channels: int) -> Parts:
-    return OrderedDict(bn=nn.BatchNorm2d(channels), relu=nn.ReLU())
-
-
-def head(channels: int, num_classes: int) -> nn.Sequential:
-    return pooled(fc=linear(channels, num_classes))
-
-
 def backbone(name: str, depth: int, widen: int) -> Backbone:
     """WRN-depth-widen, depth = 6n + 4: three stages of n blocks, the last of which branches."""
-    stages = tuple(
-        residual_stage(f"layer{i}", PreActivationBlock, widen * width, (depth - 4) // 6, stride)
-        for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1)
+    return staged_network(
+        name,
+        WideResNet,
+        stem=lambda: OrderedDict(conv1=conv(3, 16, 3)),
+        stem_channels=16,
+        stages=[
+            residual_stage(f"layer{i}", PreActivationBlock, widen * width, (depth - 4) // 6, stride)
+            for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1)
+        ],
+        tail=lambda channels: OrderedDict(bn=nn.BatchNorm2d(channels), relu=nn.ReLU()),
+        head=lambda channels, num_classes: pooled(fc=linear(channels, num_classes)),
+        split=2,
     )
-    return StagedNetwork(
-        name, WideResNet, stem, 16, stages, head, split=2, compressed_split=1, tail=tail
-    ).backbone()
 
 
 BACKBONES = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv, conv_norm
-from fastokd.models.staged import Parts, Stage, StagedNetwork
+from fastokd.models.staged import Parts, Stage, staged_network
 
 MIDDLE, FEATURES = 728, 2048
 
@@ -85,19 +85,17 @@ def tail(channels: int) -> Parts:
 
 
 def backbone(name: str) -> Backbone:
-    stages = (middle_stage("middle", 7), middle_stage("middle_last", 1))
-    return StagedNetwork(
+    return staged_network(
         name,
         Xception,
         stem,
-        MIDDLE,
-        stages,
-        classifier,
-        split=1,
-        compressed_split=0,
+        stem_channels=MIDDLE,
+        stages=[middle_stage("middle", 7), middle_stage("middle_last", 1)],
         tail=tail,
         tail_channels=FEATURES,
-    ).backbone()
+        head=classifier,
+        split=1,
+    )
 
 
 BACKBONES = {"xception": backbone("xception")}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan
 from fastokd.ops.executors import Case
-from fastokd.ops.reference import compute_dtype
+from fastokd.ops.inputs import Inputs, compute_dtype
 
 ABI_VERSION = 1
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
@@ -25,7 +25,7 @@ ABI_VERSION = 1
 _NATIVE = Path(
     os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
 )
-"""Where the library lies. The variable is for builds of one's own, such as one with sanitizers."""
+"""The folder of the library. The variable is for custom builds, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 _NO_MEMORY = 8
@@ -33,14 +33,12 @@ _ISA_VARIABLE = "FASTOKD_CPU_ISA"
 
 
 class LibraryUnusable(Exception):
-    """The library is absent, or not one that this fastokd can call; the message says why and what
-    to do.
-    """
+    """The library is absent or unusable; the message states the reason and the fix."""
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """What the build left behind: status, reason, compiler, flags, ABI number, tail of the log;
-    empty if nothing was built.
+    """The record of the build: status, reason, compiler, flags, ABI number, end of the log; empty
+    if nothing was built.
 
     Raises:
         LibraryUnusable: the file is damaged.
@@ -104,7 +102,7 @@ def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none. Either is final for this process."""
+    """The library, or the reason why it cannot be used; final for this process."""
     try:
         library = open_library()
     except LibraryUnusable as error:
@@ -160,14 +158,25 @@ class CompiledPlan:
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
         weakref.finalize(self, library.fastokd_plan_destroy, handle)
 
-    def check(self, status: int) -> None:
+    def call(self, name: str, inputs: Inputs, *arrays: Any) -> None:
+        """Call ``fastokd_{name}`` for a batch; ``arrays`` are tensors or arrays of ctypes.
+
+        Raises:
+            MemoryError, ValueError: the library refuses the call.
+        """
+        tensors = (*inputs.logits, *inputs.weights, *inputs.externals)
+        status = getattr(self.library, f"fastokd_{name}")(
+            self.handle,
+            *inputs.logits[0].shape,
+            _describe(tensors, inputs.target),
+            *(each.data_ptr() if isinstance(each, Tensor) else each for each in arrays),
+            torch.get_num_threads(),
+        )
         if status:
             message = self.library.fastokd_status_message(status).decode()
-            raise (
-                MemoryError(message)
-                if status == _NO_MEMORY
-                else ValueError(f"the native library refuses the call: {message}")
-            )
+            if status == _NO_MEMORY:
+                raise MemoryError(message)
+            raise ValueError(f"the native library refuses the call: {message}")
 
 
 @lru_cache(maxsize=512)
@@ -202,7 +211,7 @@ class CPUExecutor:
 
     name = "cpu"
 
-    def refusal(self, plan: Plan | None, case: Case) -> str | None:
+    def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cpu":
             return f"it runs on the CPU, the logits are on '{case.device}'"
         library = _library()
@@ -211,104 +220,40 @@ class CPUExecutor:
     def num_stats(self, plan: Plan) -> int:
         return _compiled(plan).num_stats
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         compiled = _compiled(plan)
-        rows, terms, stats = outputs = _outputs(compiled, plan, logits[0])
-        term_weights = term_weights.to(rows.dtype).contiguous()
-        compiled.check(
-            compiled.library.fastokd_forward(
-                compiled.handle,
-                *logits[0].shape,
-                _describe((*logits, *weights, *externals), target),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
+        outputs = _outputs(compiled, plan, inputs.logits[0])
+        term_weights = inputs.term_weights.to(outputs[0].dtype).contiguous()
+        compiled.call("forward", inputs, term_weights, *outputs)
         return outputs
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        compiled, dtype = _compiled(plan), compute_dtype(logits[0])
-        term_weights, grad_rows, stats = (
-            term_weights.to(dtype).contiguous(),
-            grad_rows.to(dtype),
-            stats.contiguous(),
-        )
-        grads, places = _gradients(logits, weights, needs)
-        compiled.check(
-            compiled.library.fastokd_backward(
-                compiled.handle,
-                *logits[0].shape,
-                _describe((*logits, *weights, *externals), target),
-                term_weights.data_ptr(),
-                stats.data_ptr(),
-                _describe((), grad_rows),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        dtype = compute_dtype(inputs.logits[0])
+        term_weights = inputs.term_weights.to(dtype).contiguous()
+        grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
+        grads, addresses = _gradients(inputs, needs)
+        upstream = _describe((), grad_rows)
+        _compiled(plan).call("backward", inputs, term_weights, stats, upstream, addresses)
         return grads
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, with the logits read
-        from memory only once.
-        """
         compiled = _compiled(plan)
-        rows, terms, stats = _outputs(compiled, plan, logits[0])
-        term_weights = term_weights.to(rows.dtype).contiguous()
-        batch, classes = logits[0].shape
-        upstream = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
-        grads, places = _gradients(logits, weights, needs)
-        compiled.check(
-            compiled.library.fastokd_forward_backward(
-                compiled.handle,
-                batch,
-                classes,
-                _describe((*logits, *weights, *externals), target),
-                term_weights.data_ptr(),
-                rows.data_ptr(),
-                terms.data_ptr(),
-                stats.data_ptr(),
-                _describe((), upstream),
-                places,
-                torch.get_num_threads(),
-            )
-        )
+        rows, terms, _ = outputs = _outputs(compiled, plan, inputs.logits[0])
+        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
+        batch = len(rows)
+        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
+        grads, addresses = _gradients(inputs, needs)
+        upstream = _describe((), grad_rows)
+        compiled.call("forward_backward", inputs, term_weights, *outputs, upstream, addresses)
         return rows, terms, grads
 
 
 def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for rows [B], terms [T, B] and statistics [num_stats, B]."""
+    """Empty tensors for rows [B], terms [T, B] and statistics [num_stats, B]."""
     batch, dtype = first.shape[0], compute_dtype(first)
     return (
         torch.empty(batch, dtype=dtype),
@@ -318,13 +263,14 @@ def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor,
 
 
 def _gradients(
-    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+    inputs: Inputs, needs: Sequence[bool]
 ) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
-    """Room for the gradients that are needed, and the addresses of all.
+    """Empty tensors for the gradients that are needed, and the addresses of all.
 
-    Those of the logits lie in one block: a C library hands several large blocks back to the system
-    when they are freed, and the next step would pay for their pages again, a third of its time.
+    The logits' gradients share one block: the C library returns several large blocks to the system
+    when they are freed, and allocating their pages again costs a third of the next step.
     """
+    logits, weights = inputs.logits, inputs.weights
     first = logits[0]
     rows = iter(torch.empty((sum(needs[: len(logits)]), *first.shape), dtype=first.dtype).unbind())
     grads = [next(rows) if need else None for need in needs[: len(logits)]]

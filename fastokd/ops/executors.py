@@ -15,80 +15,46 @@ from torch import Tensor
 
 from fastokd.errors import ExecutorUnavailable
 from fastokd.graph.plan import Plan
+from fastokd.ops.inputs import Inputs
 from fastokd.registry import Registry
 
 
 @dataclass(frozen=True)
 class Case:
-    """What an executor must know to say whether it can run: the device type and the logits'
-    dtype.
-    """
+    """Where an executor would run: the device type and the dtype of the logits."""
 
     device: str
     dtype: torch.dtype
 
 
 class Executor(Protocol):
-    """What an executor offers. B rows, C classes, M logits rows, T terms.
-
-    ``logits`` are M tensors [B, C] with any strides, ``weights`` are [B, K] (rows may have stride
-    0), ``externals`` are [B, C], ``target`` is int64 [B] or floating [B, C], ``term_weights`` is
-    [T] in the compute dtype (float64 for float64 logits, else float32). Inputs are never written
-    to.
-    """
+    """The interface of an executor. It never writes to its inputs."""
 
     name: str
 
-    def refusal(self, plan: Plan | None, case: Case) -> str | None:
-        """Why it cannot run this plan (or, for None, anything at all) in this case; None if it
-        can.
+    def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
+        """Why this executor cannot run the plan in this case; None if it can.
+
+        Without a plan: why it cannot run at all on this machine.
         """
 
     def num_stats(self, plan: Plan) -> int:
-        """How many values per row the forward pass keeps for the backward pass."""
+        """Number of values per row that the forward pass keeps for the backward pass."""
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each row [B], the unweighted value of each term [T, B], and the statistics
-        [num_stats, B].
-        """
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B], the unweighted terms [T, B] and the statistics [num_stats, B]."""
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of ``sum(grad_rows * rows)`` for the logits, then the weights; None where
         ``needs`` is False.
         """
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows, terms, and the gradients of the mean of the rows: ``forward`` and ``backward`` of a
-        training step at once.
-        """
+        """Rows, terms, and the gradients of the mean of the rows, in one pass over the logits."""
 
 
 _executors: Registry[Executor] = Registry(
@@ -147,7 +113,7 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
         ExecutorUnavailable: the explicit choice cannot run this case; the message says why.
     """
     if impl != "auto":
-        reason = load(impl).refusal(plan, case)
+        reason = load(impl).unsupported_reason(plan, case)
         if reason:
             raise ExecutorUnavailable(
                 f"impl='{impl}' cannot run here: {reason}. Use impl='auto' or impl='reference'."
@@ -155,7 +121,7 @@ def resolve(impl: str, plan: Plan | None, case: Case) -> str:
         return impl
     for name in _preferred.get(case.device, ()):
         try:
-            reason = load(name).refusal(plan, case)
+            reason = load(name).unsupported_reason(plan, case)
         except ExecutorUnavailable as error:
             reason = str(error)
         if reason is None:
@@ -176,7 +142,7 @@ def executor_states() -> dict[str, str | None]:
     for name in _executors:
         device = next((key for key, names in _preferred.items() if name in names), "cpu")
         try:
-            states[name] = load(name).refusal(None, Case(device, torch.float32))
+            states[name] = load(name).unsupported_reason(None, Case(device, torch.float32))
         except ExecutorUnavailable as error:
             states[name] = str(error)
     return states

@@ -24,16 +24,12 @@ from fastokd.graph.plan import (
     PlanNode,
     PlanTerm,
 )
+from fastokd.ops.inputs import Inputs, compute_dtype
 
 PROBABILITY_FLOOR = 1e-30
 """Entries of an external row below this are read as this inside logarithms, in every dtype and
 executor.
 """
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64 logits, else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _label_logit(row: Tensor, target: Tensor) -> Tensor:
@@ -101,21 +97,15 @@ def _derived(
         return stacked[chosen, torch.arange(chosen.shape[0], device=chosen.device)]
 
 
-def node_rows(
-    plan: Plan,
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    externals: Sequence[Tensor],
-    target: Tensor,
-) -> list[Tensor]:
+def node_rows(plan: Plan, inputs: Inputs) -> list[Tensor]:
     """The row [B, C] of every node in the compute dtype, in the order of the plan's ids.
 
-    Probability mixtures are given as logarithms, external rows as they are.
+    Probability mixtures are returned as logarithms, external rows unchanged.
     """
-    dtype = compute_dtype(logits[0])
-    rows = [row.to(dtype) for row in (*logits, *externals)]
+    dtype = compute_dtype(inputs.logits[0])
+    rows = [row.to(dtype) for row in (*inputs.logits, *inputs.externals)]
     for node in plan.nodes:
-        rows.append(_derived(plan, node, rows, weights, target))
+        rows.append(_derived(plan, node, rows, inputs.weights, inputs.target))
     return rows
 
 
@@ -141,27 +131,26 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
     return term.scale * value
 
 
-def term_values(
-    plan: Plan,
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    externals: Sequence[Tensor],
-    target: Tensor,
-) -> Tensor:
+def term_values(plan: Plan, inputs: Inputs) -> Tensor:
     """The unweighted value of every term for every row, [T, B], differentiable in logits and
     weights.
     """
-    with torch.autocast(logits[0].device.type, enabled=False):
-        rows = node_rows(plan, logits, weights, externals, target)
+    with torch.autocast(inputs.logits[0].device.type, enabled=False):
+        rows = node_rows(plan, inputs)
         values = [
             (
-                _cross_entropy(rows[term.student], target, plan.label_smoothing)
+                _cross_entropy(rows[term.student], inputs.target, plan.label_smoothing)
                 if term.kind == CROSS_ENTROPY
                 else _kl(plan, term, rows)
             )
             for term in plan.terms
         ]
         return torch.stack(values)
+
+
+def weighted_rows(term_weights: Tensor, terms: Tensor) -> Tensor:
+    """The loss of each row [B] from the term weights [T] and the terms [T, B]."""
+    return (term_weights.unsqueeze(1) * terms).sum(0)
 
 
 @contextmanager
@@ -182,96 +171,61 @@ def _recording() -> Iterator[None]:
 
 
 class ReferenceExecutor:
-    """Runs anywhere. Called through the registered operator it recomputes the forward pass in the
-    backward pass.
+    """Runs on every device. Called through the registered operator, it recomputes the forward pass
+    in the backward pass.
     """
 
     name = "reference"
 
-    def refusal(self, plan: Plan | None, case: object) -> str | None:
+    def unsupported_reason(self, plan: Plan | None, case: object) -> str | None:
         return None
 
     def num_stats(self, plan: Plan) -> int:
         return 0
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            terms = term_values(plan, logits, weights, externals, target)
-            rows = (term_weights.unsqueeze(1) * terms).sum(0)
+            terms = term_values(plan, inputs)
+            rows = weighted_rows(inputs.term_weights, terms)
         return rows, terms, terms.new_empty((0, terms.shape[1]))
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        return self._differentiate(
-            plan, grad_rows, logits, weights, externals, target, term_weights, needs
-        )[2]
+        return self._differentiate(plan, grad_rows, inputs, needs)[2]
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        batch = target.shape[0]
-        grad_rows = term_weights.new_full((batch,), 1 / max(batch, 1))
-        return self._differentiate(
-            plan, grad_rows, logits, weights, externals, target, term_weights, needs
-        )
+        batch = inputs.target.shape[0]
+        grad_rows = inputs.term_weights.new_full((batch,), 1 / max(batch, 1))
+        return self._differentiate(plan, grad_rows, inputs, needs)
 
     def _differentiate(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, through a graph of its
-        own.
+        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, from a separate autograd
+        graph.
         """
         leaves = [
             tensor.detach().requires_grad_(need)
-            for tensor, need in zip((*logits, *weights), needs, strict=True)
+            for tensor, need in zip((*inputs.logits, *inputs.weights), needs, strict=True)
         ]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        count = len(inputs.logits)
+        trainable = [leaf for leaf in leaves if leaf.requires_grad]
         with _recording():
             terms = term_values(
-                plan, leaves[: len(logits)], leaves[len(logits) :], externals, target
+                plan, inputs._replace(logits=leaves[:count], weights=leaves[count:])
             )
-            rows = (term_weights.unsqueeze(1) * terms).sum(0)
-            found = (
+            rows = weighted_rows(inputs.term_weights, terms)
+            gradients = (
                 torch.autograd.grad(
-                    rows, wanted, grad_rows, allow_unused=True, materialize_grads=True
+                    rows, trainable, grad_rows, allow_unused=True, materialize_grads=True
                 )
-                if wanted
+                if trainable
                 else ()
             )
-        grads = iter(found)
+        grads = iter(gradients)
         return (
             rows.detach(),
             terms.detach(),

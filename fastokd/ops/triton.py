@@ -14,7 +14,8 @@ from torch import Tensor
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialise
+from fastokd.kernels.triton.spec import FIRST_PASS, MAIN_PASS, NORMALIZED_PASS, Spec
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -23,6 +24,8 @@ from fastokd.kernels.triton.tile import (
     make_tile,
     register_limit,
 )
+from fastokd.ops.executors import Case
+from fastokd.ops.inputs import Inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_INPUTS = 16
@@ -36,19 +39,20 @@ MAX_SUMS_OF_MANY = 60
 """The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59
 (eight branches and seven teachers of their own, 14 edges) do not spill.
 """
-_Inputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
+_Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
+_device_of: Any = torch.cuda.device_of  # torch does not annotate it
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction, whatever the graph; a few where rows are few and long. See
+    """One kernel per direction for every graph, or a few for few long rows; see
     ``fastokd.kernels.triton``.
     """
 
     name = "triton"
 
-    def refusal(self, plan: Plan | None, case: Any) -> str | None:
+    def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
         if case.device != "cuda" and not (INTERPRETED and case.device == "cpu"):
             return f"it runs on CUDA devices, and the logits are on '{case.device}'"
         if case.device == "cuda" and not torch.cuda.is_available():
@@ -60,153 +64,112 @@ class TritonExecutor:
         inputs = plan.num_logits + plan.num_externals
         if inputs > MAX_INPUTS:
             return f"the graph has {inputs} rows of inputs; a kernel takes {MAX_INPUTS}"
-        spec = specialise(plan)
-        count = len(spec.passes[1].slots) + len(spec.passes[1].softs) + len(spec.passes[1].moments)
+        spec = specialize(plan)
+        count = max(spec.num_running_sums, spec.num_normalized)
         most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
-        if max(count, spec.num_normal) > most:
+        if count > most:
             return (
-                f"the graph needs {max(count, spec.num_normal)} running sums; a kernel's registers"
-                f" hold {most} beside {inputs} rows of inputs"
+                f"the graph needs {count} running sums; a kernel's registers hold {most} beside"
+                f" {inputs} rows of inputs"
             )
         return None
 
     def num_stats(self, plan: Plan) -> int:
-        return specialise(plan).num_stats
+        return int(specialize(plan).num_stats)
 
-    def forward(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        spec = specialise(plan)
-        first = logits[0]
-        batch = first.shape[0]
-        rows = term_weights.new_empty(batch)
-        terms = term_weights.new_empty((spec.num_terms, batch))
-        # A [num_stats, B] tensor by contract; the kernels write it row after row, and only they
-        # read it.
-        stats = term_weights.new_empty((spec.num_stats, batch))
+    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        spec, batch = specialize(plan), inputs.logits[0].shape[0]
+        rows, terms = _outputs(spec, inputs)
+        # [num_stats, B] by contract; the kernels write it row after row, and only they read it.
+        stats = rows.new_empty((spec.num_stats, batch))
         if batch:
-            tile = _tile(spec, logits, weights, externals, target)
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
+            tile = _tile(spec, inputs)
             if tile.splits > 1:
-                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
+                _forward_split(spec, tile, inputs, rows, terms, stats)
             else:
-                _launch("forward", spec, tile, first, *inputs, term_weights, rows, terms, stats)
+                _launch("forward", spec, tile, inputs, outputs=(rows, terms, stats))
         return rows, terms, stats
 
     def backward(
-        self,
-        plan: Plan,
-        grad_rows: Tensor,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        stats: Tensor,
-        needs: Sequence[bool],
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        spec = specialise(plan)
-        first = logits[0]
-        grads = _gradients(logits, weights, needs)
-        if first.shape[0] and any(needs):
-            tile = _tile(spec, logits, weights, externals, target, needs, grad_rows.stride(0))
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
-            destinations = _destinations(grads, logits, weights)
+        spec = specialize(plan)
+        grads = _gradients(inputs, needs)
+        if inputs.logits[0].shape[0] and any(needs):
+            tile = _tile(spec, inputs, needs, grad_rows.stride(0))
             if tile.splits > 1:
-                _backward_split(spec, tile, *destinations, grad_rows, inputs, term_weights, stats)
+                _backward_split(spec, tile, inputs, grads, grad_rows, stats)
             else:
-                _launch(
-                    "backward",
-                    spec,
-                    tile,
-                    first,
-                    *destinations,
-                    grad_rows,
-                    *inputs,
-                    term_weights,
-                    stats,
-                )
+                sources = *_destinations(grads, inputs), grad_rows
+                _launch("backward", spec, tile, inputs, sources, (stats,))
         return grads
 
-    def loss_and_grad(
-        self,
-        plan: Plan,
-        logits: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        externals: Sequence[Tensor],
-        target: Tensor,
-        term_weights: Tensor,
-        needs: Sequence[bool],
+    def forward_backward(
+        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel: what a
-        training step needs.
+        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel.
 
-        Split rows take the kernels of both passes: no program sees a whole row, so none could go on
-        to its gradient.
+        Split rows run the kernels of both passes, because no program sees a whole row.
         """
-        spec = specialise(plan)
-        first = logits[0]
-        batch = first.shape[0]
-        rows = term_weights.new_empty(batch)
-        terms = term_weights.new_empty((spec.num_terms, batch))
-        grads = _gradients(logits, weights, needs)
-        if batch:
-            tile = _tile(spec, logits, weights, externals, target, needs, fused=True)
-            inputs = tuple(logits), tuple(weights), tuple(externals), target
-            destinations = _destinations(grads, logits, weights)
-            if tile.splits > 1:
-                stats = term_weights.new_empty((spec.num_stats, batch))
-                _forward_split(spec, tile, inputs, term_weights, rows, terms, stats)
-                if any(needs):
-                    grad_rows = term_weights.new_full((1,), 1 / batch)
-                    _backward_split(
-                        spec, tile, *destinations, grad_rows, inputs, term_weights, stats
-                    )
-            else:
-                _launch(
-                    "fused", spec, tile, first, *destinations, *inputs, term_weights, rows, terms
-                )
+        spec, batch = specialize(plan), inputs.logits[0].shape[0]
+        grads = _gradients(inputs, needs)
+        rows, terms = _outputs(spec, inputs)
+        if not batch:
+            return rows, terms, grads
+        tile = _tile(spec, inputs, needs, forward_backward=True)
+        if tile.splits > 1:
+            stats = rows.new_empty((spec.num_stats, batch))
+            _forward_split(spec, tile, inputs, rows, terms, stats)
+            if any(needs):
+                grad_rows = rows.new_full((1,), 1 / batch)
+                _backward_split(spec, tile, inputs, grads, grad_rows, stats)
+        else:
+            destinations = _destinations(grads, inputs)
+            _launch("forward_backward", spec, tile, inputs, destinations, (rows, terms))
         return rows, terms, grads
 
 
-def _gradients(
-    logits: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor | None]:
+def _outputs(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Empty tensors for rows [B] and terms [T, B]."""
+    batch, empty = inputs.logits[0].shape[0], inputs.term_weights.new_empty
+    return empty(batch), empty((spec.num_terms, batch))
+
+
+def _arguments(inputs: Inputs) -> _Arguments:
+    return tuple(inputs.logits), tuple(inputs.weights), tuple(inputs.externals), inputs.target
+
+
+def _gradients(inputs: Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
     return [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
-        for tensor, need in zip((*logits, *weights), needs, strict=True)
+        for tensor, need in zip((*inputs.logits, *inputs.weights), needs, strict=True)
     ]
 
 
 def _destinations(
-    grads: Sequence[Tensor | None], logits: Sequence[Tensor], weights: Sequence[Tensor]
+    grads: Sequence[Tensor | None], inputs: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Where the kernel writes; what nobody needs is never written, and any pointer of the right
-    dtype stands for it.
+    """The tensors that the kernel writes gradients to.
+
+    Gradients that are not needed are never written; the input itself provides a pointer of the
+    right dtype.
     """
     tensors = [
         tensor if grad is None else grad
-        for grad, tensor in zip(grads, (*logits, *weights), strict=True)
+        for grad, tensor in zip(grads, (*inputs.logits, *inputs.weights), strict=True)
     ]
-    return tuple(tensors[: len(logits)]), tuple(tensors[len(logits) :])
+    count = len(inputs.logits)
+    return tuple(tensors[:count]), tuple(tensors[count:])
 
 
 def _tile(
     spec: Spec,
-    logits: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    externals: Sequence[Tensor],
-    target: Tensor,
+    inputs: Inputs,
     needs: Sequence[bool] = (),
     grad_stride: int = 0,
-    fused: bool = False,
+    forward_backward: bool = False,
 ) -> Tile:
+    logits = inputs.logits
     first = logits[0]
     batch, num_classes = first.shape
     size = first.element_size()
@@ -220,7 +183,7 @@ def _tile(
     # Split rows have no kernel of their own for both at once, and are to give the same bits either
     # way.
     rows, lanes, pieces, vector, num_warps = choose_tile(
-        batch, num_classes, size, len(spec.learning), aligned, fused and splits == 1
+        batch, num_classes, size, spec.num_nodes, aligned, forward_backward and splits == 1
     )
     double = first.dtype == torch.float64
     return make_tile(
@@ -232,9 +195,9 @@ def _tile(
         num_warps,
         splits,
         tuple(row.stride() for row in logits),
-        tuple(weight.stride() for weight in weights),
-        tuple(row.stride() for row in externals),
-        target.stride(),
+        tuple(weight.stride() for weight in inputs.weights),
+        tuple(row.stride() for row in inputs.externals),
+        inputs.target.stride(),
         grad_stride,
         tuple(int(need) for need in needs),
         int(double),
@@ -242,106 +205,67 @@ def _tile(
     )
 
 
-def _launch(which: str, spec: Spec, tile: Tile, first: Tensor, *args: Any) -> None:
-    batch = first.shape[0]
-    with torch.cuda.device_of(first):
-        KERNELS[which][(-(-batch // tile.rows),)](
-            *args,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            maxnreg=register_limit(which, len(spec.learning)),
-        )
+def _run(
+    kernel: Any, grid: int, spec: Spec, tile: Tile, num_warps: int, *args: Any, **options: Any
+) -> None:
+    """Launch a kernel whose last arguments are the spec and the tile."""
+    kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
+
+
+def _launch(
+    which: str,
+    spec: Spec,
+    tile: Tile,
+    inputs: Inputs,
+    sources: tuple[Any, ...] = (),
+    outputs: tuple[Tensor, ...] = (),
+) -> None:
+    first = inputs.logits[0]
+    batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
+    arguments = *sources, *_arguments(inputs), inputs.term_weights, *outputs, batch, 0
+    grid, warps = -(-batch // tile.rows), tile.num_warps
+    with _device_of(first):
+        _run(KERNELS[which], grid, spec, tile, warps, *arguments, maxnreg=limit)
 
 
 def _forward_split(
-    spec: Spec,
-    tile: Tile,
-    inputs: _Inputs,
-    term_weights: Tensor,
-    rows: Tensor,
-    terms: Tensor,
-    stats: Tensor,
+    spec: Spec, tile: Tile, inputs: Inputs, rows: Tensor, terms: Tensor, stats: Tensor
 ) -> None:
     """A launch per pass over the columns, then the merge."""
-    first = inputs[0][0]
-    batch = first.shape[0]
-    partials = term_weights.new_empty((batch, spec.first_partial(3, tile.soft_target), tile.splits))
-    with torch.cuda.device_of(first):
-        for stage in range(3):
-            if stage == 1 or (spec.looks_ahead(tile.soft_target) if stage == 0 else spec.normal):
-                split.partial_kernel[(batch * tile.splits,)](
-                    *inputs,
-                    partials,
-                    batch,
-                    0,
-                    stage,
-                    spec,
-                    tile,
-                    num_warps=tile.num_warps,
-                    enable_fp_fusion=True,
-                )
-        split.merge_kernel[(batch,)](
-            *inputs,
-            term_weights,
-            partials,
-            rows,
-            terms,
-            stats,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
+    batch, weights, soft = rows.shape[0], inputs.term_weights, tile.soft_target
+    partials = weights.new_empty((batch, spec.num_partials(soft), tile.splits))
+    passes = [
+        *([FIRST_PASS] if spec.needs_first_pass(soft) else []),
+        MAIN_PASS,
+        *([NORMALIZED_PASS] if spec.normalized_edges else []),
+    ]
+    arguments = _arguments(inputs)
+    with _device_of(rows):
+        for number in passes:
+            part = *arguments, partials, batch, 0, number
+            _run(split.partial_kernel, batch * tile.splits, spec, tile, tile.num_warps, *part)
+        merge = *arguments, weights, partials, rows, terms, stats, batch, 0
+        _run(split.merge_kernel, batch, spec, tile, 1, *merge)
 
 
 def _backward_split(
     spec: Spec,
     tile: Tile,
-    grad_logits: tuple[Tensor, ...],
-    grad_weights: tuple[Tensor, ...],
+    inputs: Inputs,
+    grads: Sequence[Tensor | None],
     grad_rows: Tensor,
-    inputs: _Inputs,
-    term_weights: Tensor,
     stats: Tensor,
 ) -> None:
-    first = inputs[0][0]
-    batch = first.shape[0]
-    products = term_weights.new_empty((batch, spec.num_weights * tile.needs_weights, tile.splits))
-    with torch.cuda.device_of(first):
-        split.columns_kernel[(batch * tile.splits,)](
-            grad_logits,
-            grad_rows,
-            *inputs,
-            term_weights,
-            stats,
-            products,
-            batch,
-            0,
-            spec,
-            tile,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
+    batch, arguments = inputs.logits[0].shape[0], _arguments(inputs)
+    grad_logits, grad_weights = _destinations(grads, inputs)
+    shape = batch, spec.num_weights * tile.needs_weights, tile.splits
+    sources = inputs.term_weights, stats, stats.new_empty(shape)
+    with _device_of(stats):
+        columns = grad_logits, grad_rows, *arguments, *sources, batch, 0
+        _run(split.columns_kernel, batch * tile.splits, spec, tile, tile.num_warps, *columns)
         if tile.needs_weights:
-            split.weights_kernel[(batch,)](
-                grad_weights,
-                grad_rows,
-                inputs[1],
-                term_weights,
-                stats,
-                products,
-                batch,
-                spec,
-                tile,
-                num_warps=1,
-                enable_fp_fusion=True,
-            )
+            products = grad_weights, grad_rows, arguments[1], *sources, batch
+            _run(split.weights_kernel, batch, spec, tile, 1, *products)
 
 
 EXECUTOR = TritonExecutor()

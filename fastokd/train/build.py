@@ -33,16 +33,11 @@ def build_model(
     Only training needs the frozen ``teacher`` of methods that have one.
 
     Raises:
-        ConfigError: as ``create_model``, or the branches' first convolutions cannot be merged as
-            configured.
+        ConfigError: as ``create_model``.
     """
     torch.manual_seed(config.seed)
     model = create_model(
         config.model, num_classes=num_classes, teacher=teacher, **model_layout(config)
     )
-    if config.merge_first_conv:
-        model.merged_first_conv = True
-    return model.to(
-        device,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=memory_format)

@@ -1,242 +1,370 @@
-"""What a training run is made of: one frozen dataclass for the command line, recipes, YAML files
-and checkpoints.
+"""The configuration of a training run: one frozen dataclass for the command line, recipes, YAML
+files and checkpoints. Importing it does not import torch, so that ``--help`` is fast.
 """
 
 import dataclasses
 import inspect
-import math
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fastokd.data import list_loaders
-from fastokd.data.augment import PADDINGS
-from fastokd.data.files import BAD_IMAGES
 from fastokd.errors import ConfigError, did_you_mean, first_line
-from fastokd.methods import get_method
-from fastokd.methods.method import MethodLoss, OptionValue
-from fastokd.models import check_layout, companion_builder, find_backbone
-from fastokd.ops import check_impl
-from fastokd.train.schedules import learning_rate
+from fastokd.train.fields import EXECUTION, GROUPS, Group, Role, check_value, infos
+from fastokd.train.schedules import Schedule, scaled_rate
+
+if TYPE_CHECKING:
+    from fastokd.losses.method_loss import MethodLoss
+    from fastokd.methods.method import Method
+
+OptionValue = bool | int | float | str
+
+
+def _list_loaders() -> Sequence[str]:
+    from fastokd.data import list_loaders
+
+    return (*list_loaders(), "auto")
+
+
+DATA, MODEL, METHOD, OPTIMIZATION, PERFORMANCE, CHECKPOINTS, LOGGING = map(Group, GROUPS)
+SPEED, SWITCH, TRAINED, OF_METHOD = Role.SPEED, Role.SWITCH, Role.TRAINED, Role.OF_METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """The configuration of a training run; ``fastokd.train.fields`` explains the metadata."""
 
-    Attributes:
-        data: the dataset: a folder, or a name such as "digits" or "cifar10:FOLDER".
-        model: the network's name, e.g. "resnet32", or "torchvision:NAME" or "timm:NAME"; peers may
-            differ: "resnet20,resnet32".
-        at: for networks of torchvision and timm, the first module that every branch has for itself,
-            e.g. "layer3".
-        method: the method's name, e.g. "ahbf".
-        preset: the method's bundle of loss options, "paper" or "code".
-        branches: number of branches M; None for the method's default, or as many as ``model``
-            names.
-        topology: "branches" (one shared trunk) or "peers" (whole networks); None for the method's
-            default.
-        aux_blocks: auxiliary blocks each hierarchy level adds to its branch (the paper's a).
-        compression: the student is the deepest branch, and each before it has ``aux_blocks`` blocks
-            fewer.
-        merge_first_conv: run the branches' first convolutions as one, see
-            ``BranchedModel.merged_first_conv``.
-        method_options: options of the method's loss and of its modules that override the preset's,
-            e.g. {"temperature": 4.0}.
-        epochs: passes over the training images.
-        batch_size: images per step, over all processes.
-        device_batch: images that a process takes at once; the gradients of its share of the batch
-            are added up over as many forward passes as that takes. None for the whole share.
-        optimizer: "sgd", "adamw" or "lamb".
-        lr: the learning rate, for ``lr_scaling`` "none" that of the steps after warm-up.
-        lr_scaling: how the learning rate follows the batch size: "none", or "linear" or "sqrt" in
-            ``batch_size / lr_batch_size``.
-        lr_batch_size: the batch size that ``lr`` is meant for; used with ``lr_scaling`` alone.
-        schedule: of the learning rate: "step", "cosine" or "onecycle".
-        lr_decay_at: of "step": fractions of the epochs after which the learning rate is multiplied
-            by ``lr_gamma``.
-        lr_gamma: see ``lr_decay_at``.
-        lr_final: of "cosine" and "onecycle": the fraction of the learning rate at the end.
-        warmup_epochs: epochs over which the learning rate rises to ``lr``; None for the schedule's
-            own: none, or for "onecycle" 0.3 of the epochs.
-        momentum, nesterov: of SGD.
-        betas: of AdamW and LAMB.
-        weight_decay: applies to every parameter, as in the papers; "adamw" and "lamb" decouple it
-            from the gradient.
-        clip_grad: largest norm of the gradient of all parameters together; 0 for any.
-        ema: decay per step of a moving average of the student's weights, which is then what is
-            evaluated and handed over as the student; 0 for none.
-        ramp_epochs: length E of the ramp-up in epochs; None for the method's default.
-        seed: of initialisation, order and augmentation.
-        image_size: height and width in pixels; None for the dataset's own.
-        val_split: fraction of the training images held out for evaluation instead of the test
-            split; 0 for none.
-        pad, flip, padding: random-crop padding in pixels, horizontal flip, and what is padded with
-            ("zero" or "reflect"); None for the dataset's default.
-        mixup, cutmix: alpha of each; 0 for none. With both, each batch draws one of them.
-        resize_schedule: progressive resizing: from which 0-based epoch on training images have
-            which side in pixels, e.g. {0: 128, 60: 192, 80: 224}; before the first epoch named, the
-            data's own size. Evaluation keeps that size.
-        loader: "resident", "dali", "torchvision", or "auto", which keeps small images decoded and
-            streams others.
-        loader_options: what can be tuned of a loader that decodes while training, e.g. {"threads":
-            8}.
-        bad_images: what to do about training images that cannot be decoded: "fail" or "replace".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "fp32", "tf32" (matrix units at float32 range and 10 bits), "bf16" or "fp16"
-            (autocast; fp16 with loss scaling), or "auto": bf16 on a GPU, fp32 on a CPU.
-        channels_last: keep images and weights in channels-last memory format.
-        impl: the loss executor: "auto", "reference", "triton" or "cpu".
-        compile: compile trunk, branches and the method's modules, each on its own; None for where
-            it pays: on a GPU.
-        cuda_graph: replay the whole step as one CUDA graph; None for where that can be done.
-        streams: run the branches on CUDA streams of their own; None for where that can be done.
-        flat: keep all parameters of a kind in one tensor, so that the optimizer is one operation;
-            None for where it can be.
-        sync_bn: batch norm over the images of all processes.
-        deterministic: only operations that give the same bits again on the same machine.
-        on_nonfinite: what to do about a loss or gradient that is not finite: "stop", "skip" the
-            step, or "rollback" to the last checkpoint and go on from there with the batches that
-            come next.
-        keep_checkpoints: how many of the newest checkpoints are kept, beside the best.
-        save_minutes: minutes after which a checkpoint is written within an epoch; 0 for only at its
-            end.
-        log_to: where metrics go beside the run folder: "tensorboard", "wandb".
-    """
-
-    data: str = ""
-    model: str = "resnet32"
-    at: str | None = None
-    method: str = "ahbf"
-    preset: str = "paper"
-    branches: int | None = None
-    topology: str | None = None
-    aux_blocks: int = 4
-    compression: bool = False
-    merge_first_conv: bool = False
-    method_options: Mapping[str, OptionValue] = field(default_factory=dict)
-    epochs: int = 300
-    batch_size: int = 128
-    device_batch: int | None = None
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    lr_scaling: str = "none"
-    lr_batch_size: int = 256
-    schedule: str = "step"
-    lr_decay_at: tuple[float, ...] = (0.5, 0.75)
-    lr_gamma: float = 0.1
-    lr_final: float = 0.0
-    warmup_epochs: float | None = None
-    momentum: float = 0.9
-    nesterov: bool = True
-    betas: tuple[float, ...] = (0.9, 0.999)
-    weight_decay: float = 5e-4
-    clip_grad: float = 0.0
-    ema: float = 0.0
-    ramp_epochs: int | None = None
-    seed: int = 0
-    image_size: int | None = None
-    val_split: float = 0.0
-    pad: int | None = None
-    flip: bool | None = None
-    padding: str | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    resize_schedule: Mapping[int, int] = field(default_factory=dict)
-    loader: str = "auto"
-    loader_options: Mapping[str, OptionValue] = field(default_factory=dict)
-    bad_images: str = "fail"
-    device: str = "auto"
-    precision: str = "auto"
-    channels_last: bool = True
-    impl: str = "auto"
-    compile: bool | None = None
-    cuda_graph: bool | None = None
-    streams: bool | None = None
-    flat: bool | None = None
-    sync_bn: bool = False
-    deterministic: bool = False
-    on_nonfinite: str = "stop"
-    keep_checkpoints: int = 2
-    save_minutes: float = 15.0
-    log_to: tuple[str, ...] = ()
+    data: str = DATA(
+        "",
+        "Dataset: an image folder, a .csv list, a folder of WebDataset shards or of a known dataset"
+        " such as ImageNet or CIFAR, or a name such as digits or cifar10:FOLDER",
+        role=EXECUTION,
+    )
+    model: str = MODEL(
+        "resnet32",
+        "Network, e.g. resnet20, torchvision:NAME or timm:NAME; peers may differ: resnet20,resnet8",
+        role=TRAINED,
+    )
+    at: str | None = MODEL(
+        None,
+        "First module that each branch has separately in a torchvision or timm network: layer3",
+        unset="for other networks, as in the paper",
+        role=TRAINED,
+    )
+    method: str = METHOD("ahbf", "Distillation method", role=TRAINED)
+    preset: str = METHOD(
+        "paper", "Preset of the loss options: paper or code", role=TRAINED | OF_METHOD
+    )
+    branches: int | None = MODEL(
+        None,
+        "Number of branches, including the student",
+        unset="the method's, or the number of networks",
+        role=TRAINED | OF_METHOD,
+    )
+    topology: str | None = MODEL(
+        None,
+        "Layout: branches (on a shared trunk) or peers (whole networks)",
+        unset="the method's",
+        role=TRAINED | OF_METHOD,
+    )
+    aux_blocks: int = MODEL(
+        4, "Auxiliary blocks that each hierarchy level adds to its branch", ge=0, role=TRAINED
+    )
+    compression: bool = MODEL(
+        False,
+        "Make the deepest branch the student; each branch before it has --aux-blocks fewer blocks",
+        role=TRAINED,
+    )
+    method_options: Mapping[str, OptionValue] = METHOD(
+        {},
+        "Options of the method that override the preset, e.g. temperature=4 lambda_ta=2",
+        role=TRAINED | OF_METHOD,
+    )
+    epochs: int = OPTIMIZATION(300, "Passes over the training images", ge=1, role=Role.RESUME)
+    batch_size: int = OPTIMIZATION(128, "Images per step over all processes", ge=2, role=SPEED)
+    device_batch: int | None = OPTIMIZATION(
+        None,
+        "Images per forward pass of a process; gradients are accumulated over the batch",
+        unset="the process's share of the batch",
+        role=SPEED,
+    )
+    optimizer: str = OPTIMIZATION(
+        "sgd",
+        "Optimizer",
+        choices=("sgd", "adamw"),
+        retired={"lamb": "LAMB was removed; use adamw"},
+        role=SPEED,
+    )
+    lr: float = OPTIMIZATION(0.1, "Learning rate after the warm-up", gt=0)
+    lr_scaling: str = OPTIMIZATION(
+        "none",
+        "Scaling of the learning rate with batch_size / lr_batch_size",
+        choices=("none", "linear", "sqrt"),
+    )
+    lr_batch_size: int = OPTIMIZATION(256, "Batch size that --lr is meant for", ge=1)
+    schedule: str = OPTIMIZATION(
+        "step", "Learning-rate schedule", choices=("step", "cosine", "onecycle")
+    )
+    lr_decay_at: tuple[float, ...] = OPTIMIZATION(
+        (0.5, 0.75),
+        "Schedule step: fractions of the epochs after which the rate decays",
+        gt=0,
+        lt=1,
+    )
+    lr_gamma: float = OPTIMIZATION(
+        0.1, "Schedule step: decay factor of the learning rate", gt=0, le=1
+    )
+    lr_final: float = OPTIMIZATION(
+        0.0, "Schedules cosine and onecycle: final learning rate as a fraction of --lr", ge=0, le=1
+    )
+    warmup_epochs: float | None = OPTIMIZATION(
+        None, "Epochs of linear warm-up", unset="0; onecycle: 0.3 of the epochs", ge=0
+    )
+    momentum: float = OPTIMIZATION(0.9, "Momentum of SGD", ge=0, lt=1)
+    nesterov: bool = OPTIMIZATION(True, "Nesterov momentum of SGD")
+    betas: tuple[float, ...] = OPTIMIZATION((0.9, 0.999), "Betas of AdamW", ge=0, lt=1)
+    weight_decay: float = OPTIMIZATION(5e-4, "Weight decay of all parameters", ge=0)
+    clip_grad: float = OPTIMIZATION(0.0, "Largest norm of the whole gradient; 0: no limit", ge=0)
+    ema: float = OPTIMIZATION(
+        0.0,
+        "Decay per step of the student's weight average, which is then evaluated and exported;"
+        " 0: no average",
+        ge=0,
+        lt=1,
+        role=SPEED,
+    )
+    ramp_epochs: int | None = METHOD(
+        None,
+        "Epochs over which the distillation terms ramp up",
+        unset="the preset's",
+        ge=0,
+        role=OF_METHOD,
+    )
+    seed: int = OPTIMIZATION(
+        0, "Seed of initialization, order and augmentation", ge=0, lt=2**31, role=Role.REPEAT
+    )
+    image_size: int | None = DATA(
+        None, "Height and width of the images in pixels", unset="the data's", ge=4, role=SPEED
+    )
+    val_split: float = DATA(
+        0.0, "Fraction of the training images to evaluate on, not on the test split", ge=0, lt=1
+    )
+    pad: int | None = DATA(None, "Padding of random crops in pixels", unset="the data's", ge=0)
+    flip: bool | None = DATA(None, "Random horizontal flips", unset="the data's")
+    padding: str | None = DATA(
+        None, "Padding of random crops", unset="the data's", choices=("zero", "reflect")
+    )
+    mixup: float = DATA(0.0, "Alpha of mixup; 0: no mixup", ge=0, role=SPEED)
+    cutmix: float = DATA(
+        0.0,
+        "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses one of them",
+        ge=0,
+        role=SPEED,
+    )
+    resize_schedule: Mapping[int, int] = DATA(
+        {}, "Progressive resizing: sides in pixels from 0-based epochs: 0:128 60:192", role=SPEED
+    )
+    loader: str = DATA(
+        "auto",
+        "Loader: resident keeps decoded images on the device; dali and torchvision decode while"
+        " training; auto chooses",
+        choices=_list_loaders,
+        role=SPEED,
+    )
+    loader_options: Mapping[str, OptionValue] = DATA(
+        {}, "Options of the loaders dali and torchvision, e.g. threads=8", role=SPEED
+    )
+    bad_images: str = DATA(
+        "fail",
+        "Training images that cannot be decoded; at most 1 % are replaced by others",
+        choices=("fail", "replace"),
+    )
+    device: str = PERFORMANCE("auto", "Device: auto, cpu, cuda or cuda:N", role=EXECUTION)
+    precision: str = PERFORMANCE(
+        "auto",
+        "Number format; auto: bf16 on a GPU (fp16 on V100 and T4), fp32 on a CPU",
+        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+        role=SPEED,
+    )
+    channels_last: bool = PERFORMANCE(
+        True, "Channels-last memory format of images and weights", role=SPEED | SWITCH
+    )
+    impl: str = PERFORMANCE(
+        "auto", "Executor of the loss: auto, reference, triton or cpu", role=EXECUTION | SPEED
+    )
+    compile: bool | None = PERFORMANCE(
+        None,
+        "Compile trunk, branches and the method's modules with torch.compile",
+        unset="on a GPU",
+        role=EXECUTION | SPEED | SWITCH,
+    )
+    cuda_graph: bool | None = PERFORMANCE(
+        None,
+        "Run the whole step as one CUDA graph",
+        unset="on one GPU, if possible",
+        role=EXECUTION | SPEED | SWITCH,
+    )
+    streams: bool | None = PERFORMANCE(
+        None,
+        "Run each branch on a separate CUDA stream",
+        unset="on one GPU, if possible",
+        role=EXECUTION | SWITCH,
+    )
+    flat: bool | None = PERFORMANCE(
+        None,
+        "Keep the parameters in one tensor, so that the optimizer is one operation",
+        unset="on a GPU, if possible",
+        role=EXECUTION | SPEED | SWITCH,
+    )
+    sync_bn: bool = PERFORMANCE(False, "Batch norm over the images of all processes", role=SPEED)
+    deterministic: bool = PERFORMANCE(False, "Use only repeatable operations", role=SPEED)
+    on_nonfinite: str = OPTIMIZATION(
+        "stop",
+        "Reaction to a non-finite loss or gradient; rollback: to the last checkpoint",
+        choices=("stop", "skip", "rollback"),
+    )
+    keep_checkpoints: int = CHECKPOINTS(
+        2, "Number of latest checkpoints to keep, in addition to the best", ge=1, role=EXECUTION
+    )
+    save_minutes: float = CHECKPOINTS(
+        15.0,
+        "Minutes between checkpoints within an epoch; 0: only after each epoch",
+        ge=0,
+        role=EXECUTION,
+    )
+    log_to: tuple[str, ...] = LOGGING(
+        (),
+        "Metric loggers, in addition to the run folder",
+        choices=("tensorboard", "wandb"),
+        role=EXECUTION,
+    )
 
     def lr_at(self, epoch: float) -> float:
-        """The learning rate at a place in the run, in epochs from its start, see
-        ``schedules.py``.
-        """
-        return learning_rate(self, epoch)
+        """The learning rate after ``epoch`` epochs, see ``Schedule``."""
+        return Schedule(
+            shape=self.schedule,
+            peak=scaled_rate(self.lr, self.lr_scaling, self.batch_size, self.lr_batch_size),
+            epochs=self.epochs,
+            warmup_epochs=self.warmup_epochs,
+            decay_at=self.lr_decay_at,
+            gamma=self.lr_gamma,
+            final=self.lr_final,
+        ).rate(epoch)
 
     def size_at(self, epoch: int) -> int | None:
         """The side of the training images in a 0-based epoch; None for the data's own size."""
-        begun = [start for start in self.resize_schedule if start <= epoch]
-        return self.resize_schedule[max(begun)] if begun else None
+        starts = [start for start in self.resize_schedule if start <= epoch]
+        return self.resize_schedule[max(starts)] if starts else None
 
     def ramp_length(self) -> int:
         """The length of the ramp-up in epochs."""
-        return (
-            get_method(self.method).ramp_epochs(self.epochs, self.preset)
-            if self.ramp_epochs is None
-            else self.ramp_epochs
-        )
+        if self.ramp_epochs is not None:
+            return self.ramp_epochs
+        return _method(self).schedule.ramp_epochs(self.epochs, self.preset)
 
     def kd_weight_at(self, epoch: int) -> float:
         """The factor of the scheduled terms in a 0-based epoch."""
-        return get_method(self.method).schedule(epoch, self.ramp_length())
+        return _method(self).schedule.kd_weight(epoch, self.ramp_length())
 
     def model_names(self) -> list[str]:
-        """The networks that ``model`` names: one, or one for each peer."""
+        """The networks in ``model``: one, or one for each peer."""
         return [name.strip() for name in self.model.split(",")]
 
     def num_branches(self) -> int:
-        """The number of branches, the default filled in."""
+        """The number of branches, with the default filled in."""
         if self.branches is not None:
             return self.branches
         names = self.model_names()
-        return len(names) if len(names) > 1 else get_method(self.method).default_branches
+        return len(names) if len(names) > 1 else _method(self).default_branches
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
-        method = get_method(self.method)
-        given = {
+        method = _method(self)
+        overrides = {
             name: value
             for name, value in self.method_options.items()
             if name not in method.model_options
         }
-        return {**method.loss_class.presets[self.preset], **given, "impl": self.impl}
+        return {**method.loss_class.presets[self.preset], **overrides, "impl": self.impl}
 
     def model_options(self) -> dict[str, OptionValue]:
         """The options of the method's own modules."""
-        defaults = get_method(self.method).model_options
+        defaults = _method(self).default_model_options()
         return {name: self.method_options.get(name, default) for name, default in defaults.items()}
 
     def views(self) -> int:
-        """How many augmented views of each training image there are: one, or one for each peer."""
-        own = get_method(self.method).views({**self.model_options(), **self.loss_options()})
-        return self.num_branches() if own else 1
+        """The number of augmented views of each training image: one, or one for each peer."""
+        views = _method(self).views
+        return self.num_branches() if views and self.model_options()[views] else 1
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every field written out."""
-        plain = dataclasses.asdict(self)
-        for name in ("lr_decay_at", "betas", "log_to"):
-            plain[name] = list(plain[name])
-        plain["method_options"] = dict(self.method_options)
-        plain["resize_schedule"] = dict(self.resize_schedule)
-        plain["loader_options"] = dict(self.loader_options)
+        """The configuration as YAML with every field."""
+        plain = {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in vars(self).items()
+        }
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
+@dataclass(frozen=True)
+class Retired:
+    """A field of earlier versions. It is ignored in old files, with a warning if it was used."""
+
+    off: Any
+    """The value that did nothing."""
+    before: str
+    """The field that followed it."""
+    reason: str
+
+
+RETIRED = {
+    "merge_first_conv": Retired(
+        False, "method_options", "merged first convolutions were removed; training does without"
+    )
+}
+
+
+def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
+    """Names and values of the fields that may not change when a run is resumed. Retired fields are
+    included, so that hashes are the same in all versions.
+    """
+    retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
+    pairs = []
+    for name, info in infos(config).items():
+        if name in retired:
+            pairs.append(retired[name])
+        if not info.role & Role.RESUME:
+            pairs.append((name, getattr(config, name)))
+    return pairs
+
+
+def _method(config: TrainConfig) -> "Method":
+    from fastokd.methods import get_method
+
+    return get_method(config.method)
+
+
+def fields_with_role(role: Role) -> tuple[str, ...]:
+    """The names of the fields that have a role, in the order of the fields."""
+    return tuple(name for name, info in infos(TrainConfig).items() if info.role & role)
+
+
+# --- checks
+
+
 def check_method(config: TrainConfig) -> None:
-    """Check the method, its layout and its options: all that its graph depends on.
+    """Check the method, its layout and its options, on which its graph depends.
 
     Raises:
         ConfigError: names the field, its value and the fix.
     """
-    method = get_method(config.method)
+    from fastokd.models import check_layout, companion_builder, find_backbone
+
+    method = _method(config)
     topology = check_layout(method, config.model_names(), config.topology, config.num_branches())
     for name in config.model_names():
         find_backbone(name, config.at, split=topology == "branches" and config.num_branches() > 1)
@@ -244,26 +372,22 @@ def check_method(config: TrainConfig) -> None:
     companion_builder(method, config.model_options())
 
 
-def reference_loss(config: TrainConfig) -> MethodLoss:
-    """The loss of a configuration's method, with its preset and options, as the reference computes
-    it.
+def reference_loss(config: TrainConfig) -> "MethodLoss":
+    """The loss of a configuration's method with its preset and options, on the executor
+    "reference".
 
     Raises:
         ConfigError: the preset or an option is unknown, or a value is out of range.
     """
-    method = get_method(config.method)
+    method = _method(config)
     presets = method.loss_class.presets
     if config.preset not in presets:
         raise ConfigError(
             f"unknown preset '{config.preset}' of method"
             f" '{config.method}'{did_you_mean(config.preset, presets)}"
         )
-    allowed = {
-        name
-        for name in inspect.signature(method.loss_class).parameters
-        if name not in ("num_branches", "impl", "reduction")
-    }
-    allowed |= set(method.model_options)
+    arguments = set(inspect.signature(method.loss_class).parameters)
+    allowed = (arguments - {"num_branches", "impl", "reduction"}) | set(method.model_options)
     for name in config.method_options:
         if name not in allowed:
             raise ConfigError(
@@ -285,148 +409,73 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the field, its value and the fix.
     """
+    from fastokd.ops import check_impl
+
     check_method(config)
-    if get_method(config.method).needs_teacher and not config.model_options()["teacher"]:
-        raise ConfigError(
-            f"method '{config.method}' needs a trained teacher: pass --method-options teacher=RUN"
-            " (a run folder or an exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
-            " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy"
-        )
-    _check(config, "epochs", config.epochs >= 1, "at least 1")
-    _check(config, "batch_size", config.batch_size >= 2, "at least 2 (batch norm needs two images)")
-    _check(
-        config,
-        "device_batch",
-        config.device_batch is None
-        or (
-            config.device_batch >= (1 if config.sync_bn else 2)
-            and config.batch_size % config.device_batch == 0
-        ),
-        f"at least {1 if config.sync_bn else 2} and a divisor of batch_size={config.batch_size}",
-    )
-    _check(config, "aux_blocks", config.aux_blocks >= 0, "at least 0")
-    _check(config, "lr", math.isfinite(config.lr) and config.lr > 0, "a positive number")
-    _check(config, "lr_gamma", 0 < config.lr_gamma <= 1, "in (0, 1]")
-    _check(
-        config,
-        "lr_decay_at",
-        all(0 < value < 1 for value in config.lr_decay_at),
-        "fractions of the epochs, each in (0, 1)",
-    )
-    _check(config, "lr_batch_size", config.lr_batch_size >= 1, "at least 1")
-    _check(config, "lr_final", 0 <= config.lr_final <= 1, "in [0, 1]")
-    _check(
-        config,
-        "warmup_epochs",
-        config.warmup_epochs is None or 0 <= config.warmup_epochs < config.epochs,
-        f"at least 0 and below epochs={config.epochs}",
-    )
-    _check(config, "momentum", 0 <= config.momentum < 1, "in [0, 1)")
-    _check(
-        config,
-        "nesterov",
-        not config.nesterov or config.momentum > 0 or config.optimizer != "sgd",
-        "false when momentum is 0",
-    )
-    _check(
-        config,
-        "betas",
-        len(config.betas) == 2 and all(0 <= value < 1 for value in config.betas),
-        "two numbers, each in [0, 1)",
-    )
-    if config.on_nonfinite == "skip" and get_method(config.method).needs_index:
-        raise ConfigError(
-            f"on_nonfinite=skip and method '{config.method}': it remembers what was predicted in"
-            " the step that is left out; use stop or rollback"
-        )
-    _check(
-        config,
-        "clip_grad",
-        math.isfinite(config.clip_grad) and config.clip_grad >= 0,
-        "a norm above 0, or 0 for none",
-    )
-    _check(config, "ema", 0 <= config.ema < 1, "a decay in (0, 1) such as 0.999, or 0 for none")
-    _check(config, "keep_checkpoints", config.keep_checkpoints >= 1, "at least 1")
-    _check(
-        config,
-        "save_minutes",
-        math.isfinite(config.save_minutes) and config.save_minutes >= 0,
-        "at least 0",
-    )
-    _check(
-        config,
-        "weight_decay",
-        math.isfinite(config.weight_decay) and config.weight_decay >= 0,
-        "at least 0",
-    )
-    _check(
-        config, "ramp_epochs", config.ramp_epochs is None or config.ramp_epochs >= 0, "at least 0"
-    )
-    _check(config, "seed", 0 <= config.seed < 2**31, "at least 0 and below 2^31")
-    _check(config, "image_size", config.image_size is None or config.image_size >= 4, "at least 4")
-    _check(config, "val_split", 0 <= config.val_split < 1, "in [0, 1)")
-    _check(config, "pad", config.pad is None or config.pad >= 0, "at least 0")
-    _check(
-        config,
-        "padding",
-        config.padding is None or config.padding in PADDINGS,
-        " or ".join(PADDINGS),
-    )
-    for name in ("mixup", "cutmix"):
-        alpha = getattr(config, name)
-        _check(config, name, math.isfinite(alpha) and alpha >= 0, "an alpha above 0, or 0 for none")
-        if alpha and get_method(config.method).needs_index:
-            raise ConfigError(
-                f"{name}={alpha:g} and method '{config.method}': it remembers what was predicted"
-                " for each image, and a mixed image is two; use 0"
-            )
-    _check(
-        config,
-        "resize_schedule",
-        all(0 <= epoch < config.epochs for epoch in config.resize_schedule),
-        f"of epochs from 0 to {config.epochs - 1}",
-    )
-    _check(
-        config,
-        "resize_schedule",
-        all(size >= 4 for size in config.resize_schedule.values()),
-        "of sizes of at least 4 pixels",
-    )
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in choices:
-                raise ConfigError(f"unknown {name} '{item}'{did_you_mean(item, choices)}")
+    for name, info in infos(config).items():
+        check_value(name, getattr(config, name), info)
+    for is_broken, message in _rules(config):
+        if is_broken:
+            raise ConfigError(message)
     check_impl(config.impl)
-    try:
-        config.data.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"data={config.data!r}: the name is not valid UTF-8; rename the folder"
-        ) from None
 
 
-CHOICES: Mapping[str, Sequence[str]] = {
-    "optimizer": ("sgd", "adamw", "lamb"),
-    "lr_scaling": ("none", "linear", "sqrt"),
-    "schedule": ("step", "cosine", "onecycle"),
-    "loader": (*list_loaders(), "auto"),
-    "bad_images": BAD_IMAGES,
-    "precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
-    "on_nonfinite": ("stop", "skip", "rollback"),
-    "log_to": ("tensorboard", "wandb"),
-}
-"""The fields that take one of some words."""
+def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
+    """Rules over several fields: whether the configuration breaks them, and the message."""
+    method, name = _method(config), f"method '{config.method}'"
+    yield (
+        method.needs_teacher and not config.model_options()["teacher"],
+        f"{name} needs a trained teacher: pass --method-options teacher=RUN (a run folder or an"
+        " exported student), teacher=torchvision:resnet50:WEIGHTS.pth,"
+        " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
+    )
+    part, least = config.device_batch, 1 if config.sync_bn else 2
+    yield (
+        part is not None and (part < least or config.batch_size % part),
+        f"device_batch={part}: it must be at least {least} and a divisor of"
+        f" batch_size={config.batch_size}",
+    )
+    yield (
+        config.warmup_epochs is not None and config.warmup_epochs >= config.epochs,
+        f"warmup_epochs={config.warmup_epochs}: it must be below epochs={config.epochs}",
+    )
+    yield (
+        config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
+        "nesterov=True: it must be false when momentum is 0",
+    )
+    yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
+    # A method with a memory of each image must see each image once and unmixed.
+    yield (
+        method.needs_index and config.on_nonfinite == "skip",
+        f"on_nonfinite=skip and {name}: it stores the predictions of the skipped step; use stop or"
+        " rollback",
+    )
+    for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        yield (
+            method.needs_index and alpha,
+            f"{field}={alpha:g} and {name}: it stores predictions of each image, and a mixed image"
+            " is two; use 0",
+        )
+    sizes = f"resize_schedule={config.resize_schedule!r}: it must be"
+    yield (
+        not all(0 <= epoch < config.epochs for epoch in config.resize_schedule),
+        f"{sizes} of epochs from 0 to {config.epochs - 1}",
+    )
+    yield (
+        not all(size >= 4 for size in config.resize_schedule.values()),
+        f"{sizes} of sizes of at least 4 pixels",
+    )
+    yield (
+        any("\ud800" <= letter <= "\udfff" for letter in config.data),
+        f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
+    )
 
 
-def _check(config: TrainConfig, name: str, good: bool, rule: str) -> None:
-    if not good:
-        raise ConfigError(f"{name}={getattr(config, name)!r}: it must be {rule}")
+# --- reading and changing configurations
 
 
 def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
-    """A configuration from plain values, e.g. those of a YAML file; fields left out keep their
-    defaults.
+    """A configuration from plain values, e.g. of a YAML file; missing fields have their defaults.
 
     Raises:
         ConfigError: an unknown field (with the closest name) or a value of the wrong type.
@@ -434,74 +483,65 @@ def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
     hints = get_type_hints(TrainConfig)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of fields, got {type(values).__name__}")
-    cleaned: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for name, value in values.items():
+        if name in RETIRED:
+            if value != RETIRED[name].off:
+                warnings.warn(f"{where}: {name}={value}: {RETIRED[name].reason}", stacklevel=2)
+            continue
         if name not in hints:
             raise ConfigError(f"{where}: unknown field '{name}'{did_you_mean(str(name), hints)}")
-        cleaned[name] = _convert(name, value, hints[name], where)
-    return TrainConfig(**cleaned)
+        try:
+            converted[name] = _convert(value, hints[name])
+        except (TypeError, ValueError):
+            expected = inspect.formatannotation(hints[name])
+            raise ConfigError(
+                f"{where}: {name}={value!r} has the wrong type; expected {expected}"
+            ) from None
+    return TrainConfig(**converted)
 
 
-def _convert(name: str, value: Any, hint: Any, where: str) -> Any:
-    """A value in its field's type; integers pass as floats, and YAML's 5e-4 (a string) as the
-    number it means.
+def _convert(value: Any, hint: Any) -> Any:
+    """A value in the type of its field. Integers are allowed as floats, and YAML's 5e-4, a string,
+    as the number it means.
+
+    Raises:
+        TypeError, ValueError: it has another type.
     """
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    wrong = ConfigError(
-        f"{where}: {name}={value!r} has the wrong type; expected {inspect.formatannotation(hint)}"
-    )
-    if value is None:
-        if type(None) not in kinds:
-            raise wrong
+    if value is None and type(None) in kinds:
         return None
-    kind = get_origin(kinds[0]) or kinds[0]
-    if kind is Mapping:
-        if not isinstance(value, Mapping) or not all(
-            isinstance(item, each) and not (each is int and isinstance(item, bool))
-            for pair in value.items()
-            for item, each in zip(pair, get_args(kinds[0]), strict=True)
-        ):
-            raise wrong
-        return dict(value)
-    if kind is tuple:
-        each = get_args(kinds[0])[0]
-        allowed = (int, float) if each is float else each
-        if not isinstance(value, (list, tuple)) or not all(
-            isinstance(item, allowed) for item in value
-        ):
-            raise wrong
-        return tuple(each(item) for item in value)
+    kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
+    if kind is Mapping and isinstance(value, Mapping):
+        return {_convert(key, parts[0]): _convert(item, parts[1]) for key, item in value.items()}
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, parts[0]) for item in value)
     if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise wrong from None
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise wrong
+        return float(value)
+    if not isinstance(value, kinds) or (kind is int and isinstance(value, bool)):
+        raise TypeError
     return value
 
 
-def override(base: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with fields given anew: options beside those it has, and another method
-    with that method's own defaults.
+def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with fields changed: options are added to the existing ones, and another
+    method starts with its own defaults.
     """
-    if given.get("method", base.method) != base.method:
-        # Branch counts, presets and loss options belong to the method they were written for.
+    if changes.get("method", base.method) != base.method:
+        defaults = TrainConfig()
         base = dataclasses.replace(
-            base, branches=None, topology=None, preset="paper", method_options={}, ramp_epochs=None
+            base, **{name: getattr(defaults, name) for name in fields_with_role(Role.OF_METHOD)}
         )
     options = {
-        name: {**getattr(base, name), **given[name]}
+        name: {**getattr(base, name), **changes[name]}
         for name in ("method_options", "loader_options")
-        if name in given
+        if name in changes
     }
-    return dataclasses.replace(base, **{**given, **options})
+    return dataclasses.replace(base, **{**changes, **options})
 
 
-def option_value(text: str) -> bool | int | float | str:
-    """The value of an option of a method or a loader that is written so: a boolean or a number
-    where it is one.
-    """
+def option_value(text: str) -> OptionValue:
+    """The value of a method's or loader's option: a boolean or a number if the text is one."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -527,15 +567,6 @@ def read_config(path: Path) -> TrainConfig:
     return load_config(text, str(path))
 
 
-def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
-    """The fields in which two configurations differ, each as "name: value, value"."""
-    pairs = (
-        (item.name, getattr(one, item.name), getattr(other, item.name))
-        for item in dataclasses.fields(TrainConfig)
-    )
-    return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
-
-
 def load_config(text: str, where: str) -> TrainConfig:
     """A configuration from YAML text.
 
@@ -547,3 +578,12 @@ def load_config(text: str, where: str) -> TrainConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {first_line(error)}") from error
     return config_from_mapping(values or {}, where)
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
+    """The fields in which two configurations differ, each as "name: value, value"."""
+    return [
+        f"{name}: {value!r}, {getattr(other, name)!r}"
+        for name, value in vars(one).items()
+        if value != getattr(other, name)
+    ]

@@ -1,5 +1,6 @@
-"""From a configuration to its dataset and loaders."""
+"""The dataset and the loaders of a configuration."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ import torch
 
 from fastokd.data import (
     Dataset,
-    DataSource,
     FileDataset,
     FileSplit,
     Loader,
@@ -21,12 +21,14 @@ from fastokd.data import (
     open_dataset,
 )
 from fastokd.data.files import SMALL, peek_sizes
-from fastokd.data.images import MEMORY_FRACTION, Progress, available_memory
+from fastokd.data.images import MEMORY_FRACTION, Progress
 from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
+from fastokd.storage import available_memory
 from fastokd.train.config import TrainConfig
-from fastokd.train.distributed import Ranks
+from fastokd.train.distributed import Ranks, local_main_first
 from fastokd.train.precision import choose_precision, image_dtype
+from fastokd.train.progress import Reporter
 
 AnyDataset = Dataset | FileDataset
 
@@ -37,19 +39,16 @@ def open_data(
     seen: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> AnyDataset:
-    """The dataset of a configuration, checked; decoded if its loader is "resident", else a list of
+    """The dataset of a configuration, checked: decoded if its loader is "resident", else a list of
     files.
 
     Args:
-        config: names the data and the loader.
-        device: where the run computes.
-        seen: ``data_record`` of the dataset that the weights were trained on: images are then
-            brought to its size and normalised as it was, whatever this dataset's own statistics
-            are, and "auto" decides as it did.
+        seen: ``data_record`` of the dataset that the weights were trained on: images then get its
+            size and normalization instead of this dataset's, and "auto" its loader.
         progress: called with (files done, files in all) while files are decoded.
 
     Raises:
-        ConfigError: no dataset is named, or a loader that does not go with it.
+        ConfigError: no dataset is named, or its loader does not fit.
         DataError: it cannot be trained on.
     """
     if not config.data:
@@ -57,62 +56,67 @@ def open_data(
             "no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER"
             " or --data digits"
         )
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image_size": config.image_size,
         "val_split": config.val_split,
         "seed": config.seed,
     }
     if seen is not None:
         height, width = seen["image_size"]
-        given |= {
+        options |= {
             "image_size": height if height == width else config.image_size,
             "mean": seen["mean"],
             "std": seen["std"],
         }
-    spec: str | DataSource[FileSplit] = config.data
+    spec: Any = config.data
     if config.loader != "auto":
         decoded = get_loader_kind(config.loader).decoded
     elif not made_of_files(config.data):
         decoded = True
     elif seen is not None:
-        decoded = get_loader_kind(_loader_before(seen)).decoded
+        decoded = get_loader_kind(_loader_of_record(seen)).decoded
     else:
         spec = list_source(config.data)
-        listed = list_files(spec, **given)
+        listed = list_files(spec, **options)
         if not _is_small(listed, config.image_size, device):
             return listed
         decoded = True
     if decoded:
-        return open_dataset(spec, **given, progress=progress, bad_images=config.bad_images)
-    return list_files(spec, **given)
+        return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
+    return list_files(spec, **options)
+
+
+def open_run_data(
+    config: TrainConfig,
+    device: torch.device,
+    reporter: Reporter,
+    seen: Mapping[str, Any] | None = None,
+) -> AnyDataset:
+    """The dataset of a run, with its augmentation; see ``open_data`` for ``seen``."""
+    with contextlib.closing(reporter), local_main_first():
+        return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
-    """The dataset with what the configuration changes of its augmentation; padding takes the place
-    of random resized crops.
+    """The dataset with the configuration's augmentation; padding replaces random resized crops.
 
     Raises:
         ConfigError: the padding is larger than the images.
     """
-    given: dict[str, Any] = {
-        name: value
-        for name in ("pad", "flip", "padding")
-        if (value := getattr(config, name)) is not None
-    }
+    chosen = {"pad": config.pad, "flip": config.flip, "padding": config.padding}
+    changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
             raise ConfigError(
                 f"pad={config.pad}: it must not exceed the images, which are"
                 f" {dataset.image_size[0]} x {dataset.image_size[1]}"
             )
-        given["crop_scale"] = None
-    return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **given))
+        changes["crop_scale"] = None
+    return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **changes))
 
 
 def data_record(dataset: AnyDataset, loader: str) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: the fingerprint, how images must be prepared for the
-    weights, and the loader's name.
-    """
+    """The record of a dataset, the preparation of its images and its loader in a checkpoint."""
     return {
         "fingerprint": dataset.fingerprint,
         "image_size": list(dataset.image_size),
@@ -128,15 +132,15 @@ def loader_name(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
 ) -> str:
-    """The loader that a configuration means for a dataset; "auto" goes on with that of ``seen``
-    where it can run, see ``open_data``.
+    """The loader of a configuration for a dataset; "auto" continues with that of ``seen`` if it can
+    run here, see ``open_data``.
     """
     if config.loader != "auto":
         return config.loader
     if isinstance(dataset, Dataset):
         return "resident"
     if seen is not None:
-        kind = get_loader_kind(before := _loader_before(seen))
+        kind = get_loader_kind(before := _loader_of_record(seen))
         if not kind.decoded and kind.reason_against(device, dataset.splits) is None:
             return before
     return best_file_loader(device, dataset.splits)
@@ -148,30 +152,22 @@ def explain_loader(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
 ) -> str:
-    """Which loader is used, and why, in one line."""
+    """One line with the loader and the reason for it."""
     name = loader_name(config, dataset, device, seen)
     if config.loader != "auto":
         return f"loader {name}, as chosen"
     if isinstance(dataset, Dataset):
-        reason = (
-            "the images are small and fit" if dataset.train.files else "the dataset comes decoded"
-        )
-        return f"loader resident: {reason}, so they lie on {device}"
-    better = itertools.takewhile(lambda other: other != name, file_loaders())
-    others = [
-        f"{other} cannot run ({reason})"
-        for other in better
-        if (reason := get_loader_kind(other).reason_against(device, dataset.splits))
-    ]
-    return "; ".join(
-        [
-            (
-                f"loader {name}: the images are large or too many for memory, so they are decoded"
-                " while training"
-            ),
-            *others,
-        ]
+        small = "the images are small and fit"
+        reason = small if dataset.train.files else "the dataset comes decoded"
+        return f"loader resident: {reason}, so they are kept on {device}"
+    line = (
+        f"loader {name}: the images are large or too many for memory, so they are decoded while"
+        " training"
     )
+    for other in itertools.takewhile(lambda other: other != name, file_loaders()):
+        if reason_against := get_loader_kind(other).reason_against(device, dataset.splits):
+            line += f"; {other} cannot run ({reason_against})"
+    return line
 
 
 def loader_for(
@@ -182,26 +178,23 @@ def loader_for(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """The loader of this process's share of a split as the configuration wants it, and "auto" as
-    ``loader_name`` does.
-
-    Training images have the dtype of the step's forward pass. For evaluation they are float32,
-    which any deployed network takes.
+    """The loader of this process's share of a split. Training images have the dtype of the step's
+    forward pass, evaluation images are float32, which any deployed network takes.
 
     Raises:
-        ConfigError: a loader that cannot run here, or that cannot do what is asked for, such as a
-            scheduled size.
+        ConfigError: the loader cannot run here, or does not support an option such as a scheduled
+            size.
     """
     ranks = Ranks.current()
-    settings: dict[str, Any] = (
-        {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix} if train else {}
-    )
+    settings: dict[str, Any] = {}
+    if train:
+        settings = {"views": config.views(), "mixup": config.mixup, "cutmix": config.cutmix}
     if not isinstance(dataset, Dataset):
         settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
         raise ConfigError(
-            f"loader_options={dict(config.loader_options)}: the resident loader has none; leave"
-            " them out, or use another --loader"
+            f"loader_options={dict(config.loader_options)}: the resident loader has none; omit"
+            " them, or use another --loader"
         )
     loader = make_loader(
         dataset,
@@ -218,32 +211,23 @@ def loader_for(
         **settings,
     )
     if train:
-        for size in config.resize_schedule.values():
-            loader.set_size(
-                size
-            )  # now, so that a size it cannot give is refused before the first epoch
+        for size in config.resize_schedule.values():  # an unsupported size fails now, not later
+            loader.set_size(size)
         loader.set_size(config.size_at(0))
     return loader
 
 
-def _loader_before(seen: Mapping[str, Any]) -> str:
+def _loader_of_record(seen: Mapping[str, Any]) -> str:
     return seen.get("loader", "resident")
 
 
 def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:
-    """Whether "auto" decodes all images once and keeps them: they are small, and fit into the
-    memory there is.
-    """
-    sides = (
-        [image_size]
-        if image_size
-        else [side for size in peek_sizes(dataset.train) for side in size]
-    )
-    if max(sides, default=0) > SMALL:
+    """Whether "auto" decodes all images once and keeps them: they are small and fit in memory."""
+    side = image_size or max((max(size) for size in peek_sizes(dataset.train)), default=0)
+    if side > SMALL:
         return False
-    needed = sum(len(split) for split in dataset.splits) * 3 * max(sides, default=0) ** 2
-    rooms = [
-        available_memory(),
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-    ]
-    return all(room is None or needed <= MEMORY_FRACTION * room for room in rooms)
+    needed = sum(len(split) for split in dataset.splits) * 3 * side**2
+    free = [available_memory()]
+    if device.type == "cuda":
+        free.append(torch.cuda.mem_get_info(device)[0])
+    return all(each is None or needed <= MEMORY_FRACTION * each for each in free)

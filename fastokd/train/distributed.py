@@ -1,13 +1,12 @@
-"""Several processes that train one model: how they meet, what each does of a batch, and what they
-tell each other.
+"""Several processes that train one model: joining, sharing a batch, and exchanging values.
 
-torchrun, or ``launch.py``, starts the processes and describes them in the environment. NCCL carries
-what is on GPUs and gloo what is on the host, in one process group.
+torchrun or ``launch.py`` starts the processes and describes them in the environment. One process
+group has NCCL for tensors on GPUs and gloo for tensors on the host.
 """
 
 import contextlib
 import hashlib
-import io
+import itertools
 import os
 import time
 import uuid
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +26,15 @@ from fastokd.ranks import rank_and_size
 from fastokd.train.config import TrainConfig
 from fastokd.train.launch import launched
 
+T = TypeVar("T")
+
 MEET_MINUTES = 10
 """How long processes wait for the others to start."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together: which of how many, and which on its machine."""
+    """The rank of this process, the number of processes, and the rank on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -41,63 +42,52 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """Those of the process group that was joined; alone without one."""
+        """Those of the process group; of a single process without one."""
         rank, size = rank_and_size()
         return cls(rank, size, int(os.environ["LOCAL_RANK"]) if size > 1 else 0)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes files for all."""
+        """Whether this process prints and writes files for all."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
-    """Join the processes that the environment describes, if it describes any, and leave them in the
-    end.
+    """Join the processes that the environment describes, if any, and leave them at the end; yields
+    the ranks of this process.
 
-    What all of them raise, one of them says: the others' errors are marked as ``repeated``.
-
-    Args:
-        device_name: as in the configuration.
-
-    Yields:
-        This process among the others.
+    Of an error that all processes raise, one reports it: the others' are marked as ``repeated``.
 
     Raises:
-        ConfigError: the environment makes no sense, the port is taken, or there are fewer GPUs than
-            processes here.
-        PeerLost: another process ended, or did not come.
+        ConfigError: the environment is inconsistent, the port is taken, or there are fewer GPUs
+            than processes on this machine.
+        PeerLost: another process exited, or did not start.
     """
     if not launched():
         yield Ranks()
         return
-    ranks = _described_ranks()
+    ranks = _ranks_of_environment()
     store = _meet(ranks)
-    joined = False
     try:
-        with _peers_may_be_lost(ranks):
+        with _peers_may_be_lost():
+            backend = "gloo"
             if (device := choose_device(device_name, ranks)).type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=ranks.rank,
-                world_size=ranks.size,
-            )
-            joined = True
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
             yield ranks
     except BaseException as error:
-        if isinstance(error, (FastOKDError, KeyboardInterrupt)):
-            error.repeated = not _is_first_to_say(store, error)
+        if isinstance(error, FastOKDError | KeyboardInterrupt):
+            vars(error)["repeated"] = not _reports_first(store, error)
         raise
     finally:
-        if joined:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _described_ranks() -> Ranks:
-    found = {}
+def _ranks_of_environment() -> Ranks:
+    values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         text = os.environ.get(name, "")
         if not text.isdecimal():
@@ -105,8 +95,8 @@ def _described_ranks() -> Ranks:
                 f"{name}={text!r} in the environment; torchrun sets RANK, WORLD_SIZE, LOCAL_RANK,"
                 " MASTER_ADDR and MASTER_PORT: start with torchrun or --gpus N, or unset them"
             )
-        found[name] = int(text)
-    ranks = Ranks(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"])
+        values[name] = int(text)
+    ranks = Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
     if ranks.rank >= ranks.size:
         raise ConfigError(
             f"RANK={ranks.rank} with WORLD_SIZE={ranks.size} in the environment; ranks are 0 to"
@@ -114,21 +104,19 @@ def _described_ranks() -> Ranks:
         )
     if not os.environ.get("MASTER_ADDR"):
         raise ConfigError(
-            "MASTER_ADDR is not in the environment; it is the address of rank 0: start with"
-            " torchrun or --gpus N"
+            "MASTER_ADDR, the address of rank 0, is not in the environment; start with torchrun or"
+            " --gpus N"
         )
     return ranks
 
 
 def _meet(ranks: Ranks) -> dist.Store:
-    """The store in which all processes find each other, served by the launcher's agent or by rank
-    0.
-    """
+    """The store in which the processes find each other, served by the launcher or by rank 0."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    wait = timedelta(minutes=MEET_MINUTES)
+    timeout = timedelta(minutes=MEET_MINUTES)
     try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=wait))
-        return _of_this_start(store, ranks)
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=timeout))
+        return _store_of_this_start(store, ranks)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
@@ -136,26 +124,25 @@ def _meet(ranks: Ranks) -> dist.Store:
                 " --rdzv-endpoint, or let --gpus N find one"
             ) from None
         raise PeerLost(
-            f"rank {ranks.rank} cannot reach rank 0 at {where} ({first_line(error)}); are address"
-            " and port right, and does rank 0 run?"
+            f"rank {ranks.rank} cannot reach rank 0 at {where} ({first_line(error)}); check the"
+            " address and port, and that rank 0 is running"
         ) from None
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise PeerLost(
             f"rank {ranks.rank} of {ranks.size} found no others at {where} within {MEET_MINUTES}"
-            f" minutes ({first_line(error)}); have all been started?"
+            f" minutes ({first_line(error)}); check that all were started"
         ) from None
 
 
 def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
-    """The device of that name. "auto" is the first GPU if there is one; of several processes each
-    has that of its local rank.
+    """The device named "auto", "cpu", "cuda" or "cuda:N". "auto" is the first GPU if there is one;
+    of several processes each has the GPU of its local rank.
 
     Args:
-        name: "auto", "cpu", "cuda" or "cuda:N".
-        ranks: this process among the others; None for those it has joined.
+        ranks: of this process; None for those of the process group.
 
     Raises:
-        ConfigError: no such device on this machine, or not enough for its processes.
+        ConfigError: there is no such device, or there are too few for the processes.
     """
     ranks = ranks or Ranks.current()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -165,13 +152,13 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if (device.index or 0) >= count:
         raise ConfigError(
-            f"device '{name}' is not there: torch sees {count} GPUs; use --device cpu or see"
+            f"device '{name}' does not exist: torch sees {count} GPUs; use --device cpu or see"
             " 'fastokd doctor'"
         )
     if ranks.size == 1:
@@ -181,85 +168,76 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
             f"device '{name}' with {ranks.size} processes: each takes the GPU of its local rank;"
             " use --device auto, cuda or cpu"
         )
-    if (here := int(os.environ.get("LOCAL_WORLD_SIZE", ranks.local_rank + 1))) > count:
+    if (local := int(os.environ.get("LOCAL_WORLD_SIZE", ranks.local_rank + 1))) > count:
         raise ConfigError(
-            f"{here} processes on this machine, and torch sees {count} GPUs; start {count} with"
+            f"{local} processes on this machine, and torch sees {count} GPUs; start {count} with"
             f" --gpus {count} or --nproc-per-node {count}, or use --device cpu"
         )
     return torch.device("cuda", ranks.local_rank)
 
 
-def _of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
+def _store_of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
     """A part of the store that no earlier start of the run has written to.
 
-    torchrun keeps one store over its restarts, in which workers find the addresses of those that
-    died, and fail to reach them (PyTorch 2.15 with gloo: about every second restart). Nothing in
-    the environment tells the starts apart on all machines, so rank 0 names this one, and every
-    other rank takes a name only when rank 0 has answered it in person.
+    torchrun keeps one store over its restarts, in which workers find the addresses of dead ones and
+    fail to reach them (PyTorch 2.15 with gloo: about every second restart). The environment does
+    not tell starts apart on all machines, so rank 0 names this one, and every other rank accepts a
+    name only when rank 0 has answered it.
     """
-    own = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if ranks.rank == 0:
-        store.set("start", own)
+        store.set("start", token)
         for rank in range(1, ranks.size):
-            store.set(f"{own}/{rank}/answer", store.get(f"{own}/{rank}"))
-        return dist.PrefixStore(own, store)
+            store.set(f"{token}/{rank}/answer", store.get(f"{token}/{rank}").decode())
+        return dist.PrefixStore(token, store)
     deadline = time.monotonic() + 60 * MEET_MINUTES
     while time.monotonic() < deadline:
         name = store.get("start").decode()
-        store.set(f"{name}/{ranks.rank}", own)
-        if (
-            store.check([answer := f"{name}/{ranks.rank}/answer"])
-            and store.get(answer).decode() == own
-        ):
+        store.set(f"{name}/{ranks.rank}", token)
+        answer = f"{name}/{ranks.rank}/answer"
+        if store.check([answer]) and store.get(answer).decode() == token:
             return dist.PrefixStore(name, store)
         time.sleep(0.05)
     raise RuntimeError("rank 0 does not answer")
 
 
+_LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""Words of the backends' errors about a broken connection."""
+
+
 @contextlib.contextmanager
-def _peers_may_be_lost(ranks: Ranks) -> Iterator[None]:
-    """Errors of the backends, which say that a connection broke, as what that means."""
+def _peers_may_be_lost() -> Iterator[None]:
+    """Raise ``PeerLost`` for a backend's error about a broken connection."""
     try:
         yield
     except FastOKDError:
         raise
     except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(
-            word in text
-            for word in (
-                "gloo",
-                "Gloo",
-                "NCCL",
-                "Connection closed by peer",
-                "Connection reset by peer",
-            )
-        ):
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
             raise
         raise PeerLost(
-            f"another of the {ranks.size} processes ended, and training together cannot go on; what"
-            " it said, if anything, is above, and the last checkpoint is intact"
+            "a peer process exited, so distributed training cannot continue; see its error above;"
+            " the last checkpoint is intact"
         ) from error
 
 
-def _is_first_to_say(store: dist.Store, error: BaseException) -> bool:
-    """Whether no other process has said this yet, and for the loss of another process, whether none
-    has said anything.
+def _reports_first(store: dist.Store, error: BaseException) -> bool:
+    """Whether no other process has reported this error; for ``PeerLost``, whether none has reported
+    any.
     """
-    key = "lost" if isinstance(error, PeerLost) else hashlib.sha256(str(error).encode()).hexdigest()
+    is_lost = isinstance(error, PeerLost)
+    key = "lost" if is_lost else hashlib.sha256(str(error).encode()).hexdigest()
     try:
         first = store.add(f"said/{key}", 1) == 1
         others = store.add("said", 1) - 1
     except RuntimeError:
-        return False  # the process that served the store has ended, and said why
-    return first and not (others and isinstance(error, PeerLost))
+        return False  # the process that served the store has exited, with a report
+    return first and not (others and is_lost)
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """How the images of one step are divided: batch_size = processes x accumulate x
-    device_batch.
-    """
+    """The division of a batch: batch_size = processes x accumulate x device_batch."""
 
     batch_size: int
     processes: int
@@ -271,19 +249,15 @@ class BatchShare:
         if self.processes == 1 and self.accumulate == 1:
             return f"batch {self.batch_size}"
         processes = f"{self.processes} process{'es' if self.processes > 1 else ''}"
-        return (
-            f"batch {self.batch_size} = {processes} x "
-            + (f"{self.accumulate} x " if self.accumulate > 1 else "")
-            + str(self.device_batch)
-        )
+        accumulate = f"{self.accumulate} x " if self.accumulate > 1 else ""
+        return f"batch {self.batch_size} = {processes} x {accumulate}{self.device_batch}"
 
 
 def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
-    """What this process does of every batch.
+    """The share of this process in every batch.
 
     Raises:
-        ConfigError: the batch cannot be divided by the processes, or a process's share by
-            ``device_batch``.
+        ConfigError: the processes do not divide the batch, or ``device_batch`` a process's share.
     """
     share, rest = divmod(config.batch_size, ranks.size)
     if rest:
@@ -293,11 +267,11 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
             f" global batch: use {f'{below} or ' if below else ''}{above}"
         )
     device_batch = config.device_batch or share
-    if device_batch > share or share % device_batch:
-        fit = [size for size in range(1, share + 1) if share % size == 0]
+    if share % device_batch:
+        divisors = [str(size) for size in range(1, share + 1) if share % size == 0]
         raise ConfigError(
             f"device_batch={device_batch}: each of {ranks.size} processes has {share} images of a"
-            f" batch of {config.batch_size}; use one of {', '.join(map(str, fit))}"
+            f" batch of {config.batch_size}; use one of {', '.join(divisors)}"
         )
     if device_batch < 2 and not (config.sync_bn and ranks.size > 1):
         raise ConfigError(
@@ -310,34 +284,31 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
 def parallel(
     model: nn.Module, device: torch.device, *, accumulate: int = 1, bucket_views: bool = True
 ) -> DistributedDataParallel:
-    """The model with gradients that are means over all processes after a backward pass.
+    """Wrap a model so that its gradients are means over all processes after a backward pass.
 
-    Every process keeps its own running statistics; ``mean_buffers`` brings them together. Only the
-    last of ``accumulate`` backward passes exchanges gradients, the others run in ``no_sync()``.
+    Every process keeps its own running statistics; ``mean_buffers`` averages them. Only the last of
+    ``accumulate`` backward passes exchanges gradients; run the others in ``no_sync()``.
 
     Args:
-        accumulate: backward passes of one step.
-        bucket_views: let the gradients be views of what is sent; not where they are views of
-            something else already.
+        accumulate: backward passes per step.
+        bucket_views: make the gradients views of the buckets that are sent; not possible if they
+            are views of another tensor.
     """
-    # Buffers are equal at the start, because all processes make the model from one seed. torch
-    # renamed the switch.
-    own = (
-        "forward_sync_buffers"
-        if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-        else "broadcast_buffers"
-    )
+    # All processes create the model from one seed, so buffers are equal at the start. Newer
+    # versions of torch renamed the switch.
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     on_gpu = device.type == "cuda"
-    # On a stream of its own, as PyTorch's notes on CUDA graphs want it for what is captured later.
+    # On a side stream, as PyTorch's notes on CUDA graphs require for a later capture.
     with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if on_gpu else None,
             gradient_as_bucket_view=bucket_views,
-            # A static graph whose first backward pass is in no_sync() ends in an internal assertion
+            # A static graph whose first backward pass is in no_sync() fails an internal assertion
             # (PyTorch issue 143580).
             static_graph=accumulate == 1,
-            **{own: False},
+            **options,
         )
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -346,62 +317,64 @@ def parallel(
 
 @torch.no_grad()
 def mean_buffers(*modules: nn.Module | None) -> None:
-    """Replace floating buffers, such as running statistics, by their means over the processes.
-    Equal ones stay bit for bit.
+    """Replace floating-point buffers, such as running statistics, by their means over the
+    processes; equal ones do not change.
 
-    A variance becomes the mean of the processes' variances: their means differ by little, because
-    the images are shuffled.
+    A variance becomes the mean of the variances: the means differ little, as images are shuffled.
     """
     size = rank_and_size()[1]
-    buffers = [
-        buffer
-        for module in modules
-        if module is not None
-        for buffer in module.buffers()
-        if buffer.is_floating_point()
-    ]
+    of_modules = (module.buffers() for module in modules if module is not None)
+    buffers = [each for each in itertools.chain(*of_modules) if each.is_floating_point()]
     if size == 1 or not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     first = flat.clone()
     dist.broadcast(first, 0)
-    # What rank 0 has plus a mean of differences: exact where there are none, and the same on all
+    # Rank 0's plus the mean difference: exact if there is none, and the same everywhere.
     flat -= first
     dist.all_reduce(flat)
     first += flat.div_(size)
-    for buffer, mean in zip(
-        buffers, first.split([buffer.numel() for buffer in buffers]), strict=True
-    ):
+    means = first.split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 
 class Agreement:
-    """A number that any process may raise, and that all see at the same step.
+    """A number that any process may raise and that all processes see at the same step.
 
-    It travels through host memory while the device works: what is raised at one call is seen by all
-    at the next. A process alone sees it at once. All processes must call equally often.
+    It is exchanged in host memory while the device works: a number raised at one call is seen by
+    all at the next. A single process sees it at once. All processes must call equally often.
     """
 
     def __init__(self) -> None:
-        # A group of its own: nothing else waits behind a process that is late.
-        self._group = dist.new_group(backend="gloo") if rank_and_size()[1] > 1 else None
+        # A separate group, in which nothing else waits behind a slow process.
+        self._group: Any = dist.new_group(backend="gloo") if rank_and_size()[1] > 1 else None
         self._value = torch.zeros((), dtype=torch.int64)
-        self._work: dist.Work | None = None
+        self._work: Any = None
 
     def exchange(self, raised: int) -> int:
-        """Say what this process raises, 0 for nothing; returns the largest that any raised at the
-        call before.
+        """Raise a number, 0 for nothing; returns the largest that any process raised at the call
+        before.
         """
         if self._group is None:
             return raised
-        seen = self.settle()
+        agreed = self.settle()
         self._value.fill_(raised)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, self._group, async_op=True)
-        return seen
+        return agreed
+
+    def agree(self, raised: int) -> int:
+        """As ``exchange``, and complete the exchange if anything was raised: a number raised now
+        is handled with it, or raised again.
+        """
+        agreed = self.exchange(raised)
+        if agreed:
+            self.settle()
+        return agreed
 
     def settle(self) -> int:
-        """The largest that any process raised at the last call; waits for all to have made it. 0 if
-        there was none since.
+        """The largest number raised at the last call, 0 if there was no call since; waits for all
+        processes to make that call.
         """
         if self._work is None:
             return 0
@@ -411,69 +384,40 @@ class Agreement:
 
 
 def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int], int]:
-    """Sum right answers by name, and the number of images, over all processes; those without an
-    image have no names.
+    """Sum correct answers by name, and the number of images, over all processes; a process without
+    images has no names.
     """
-    found = gather_states(
-        {"right": {name: int(value) for name, value in right.items()}, "count": count}
-    )
-    names = max((state["right"] for state in found), key=len)
-    return {name: sum(state["right"].get(name, 0) for state in found) for name in names}, sum(
-        state["count"] for state in found
-    )
+    own = {name: int(value) for name, value in right.items()}
+    rights, counts = zip(*gather_states((own, count)), strict=True)
+    names = max(rights, key=len)
+    return {name: sum(each.get(name, 0) for each in rights) for name in names}, sum(counts)
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Let one process of each machine go through the block before the others: what it leaves in a
-    cache, they find.
-    """
-    others = Ranks.current().local_rank > 0
-    if others:
+    """Run the block in one process of each machine first, so that the others find its caches."""
+    is_first = Ranks.current().local_rank == 0
+    if not is_first:
         gather_states(None)
     yield
-    if not others:
+    if is_first:
         gather_states(None)
 
 
-def gather_states(value: Any) -> list[Any]:
-    """Every process's value, tensors and plain values in dicts and lists, in the order of the ranks
-    and on all of them.
+def gather_states(value: T) -> list[T]:
+    """The value of every process, in the order of the ranks; tensors in it must be on the CPU."""
+    if (size := rank_and_size()[1]) == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
 
-    Tensors arrive on the CPU.
-    """
-    size = rank_and_size()[1]
+
+def from_main(value: T) -> T:
+    """The main process's value, on all processes; what the others pass is ignored."""
+    rank, size = rank_and_size()
     if size == 1:
-        return [_decode(_encode(value))]
-    data = _encode(value)
-    lengths = [torch.zeros((), dtype=torch.int64) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor(data.numel()))
-    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-    padded[: data.numel()] = data
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded)
-    return [_decode(part[: int(length)]) for part, length in zip(parts, lengths, strict=True)]
-
-
-def from_main(value: Any) -> Any:
-    """The main process's value, as ``gather_states`` takes them, on all. What the others pass is
-    ignored.
-    """
-    if rank_and_size()[1] == 1:
         return value
-    data = _encode(value) if rank_and_size()[0] == 0 else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor(data.numel())
-    dist.broadcast(length, 0)
-    data = data if rank_and_size()[0] == 0 else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, 0)
-    return _decode(data)
-
-
-def _encode(value: Any) -> Tensor:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-
-
-def _decode(data: Tensor) -> Any:
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    values: list[Any] = [value if rank == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

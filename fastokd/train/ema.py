@@ -13,25 +13,17 @@ from fastokd.models import BranchedModel
 
 
 class StudentAverage:
-    """The exponential moving average of the student's weights and of its batch norms' statistics
-    (Polyak and Juditsky 1992; Tarvainen and Valpola 2017), on the device and without a host sync.
+    """The exponential moving average of the student's weights and batch-norm statistics (Polyak and
+    Juditsky 1992; Tarvainen and Valpola 2017), on the device and without a host synchronization.
 
     The t-th update moves the average by ``1 - min(decay, t / (9 + t))`` of the way to the weights.
-    The second term makes it forget the first weights, which are random: with a decay of 0.9999
-    alone, half of it would still be those after 7000 steps. ``t`` is a tensor on the device, so
-    that an update can be captured.
+    The second term makes it forget the random initial weights: with a decay of 0.9999 alone, half
+    of it would still be those after 7000 steps. ``t`` is on the device, so updates can be captured.
 
-    Args:
-        model: the model in training; it must stay on its device.
-        decay: in (0, 1), the weight of the average before in the average after an update.
-
-    Attributes:
-        module: the averaged student: the plain network that ``model.student()`` gives, in
-            evaluation mode.
+    The model must stay on its device.
 
     Raises:
-        ConfigError: the method hands over a copy of its modules, which does not change as they are
-            trained.
+        ConfigError: the method exports a copy of its modules, which training does not change.
     """
 
     def __init__(self, model: BranchedModel, decay: float) -> None:
@@ -39,33 +31,27 @@ class StudentAverage:
         own = {id(tensor) for tensor in _tensors(model)}
         if not all(id(tensor) in own for tensor in _tensors(live)):
             raise ConfigError(
-                f"ema={decay:g} and method '{model.method}': what it hands over is not made of the"
-                " model's own modules; use ema=0"
+                f"ema={decay:g}: the student of method '{model.method}' is not made of the model's"
+                " own modules; use ema=0"
             )
         self.module: nn.Module = copy.deepcopy(live).eval().requires_grad_(False)
+        """The averaged student, a plain network as ``model.student()``, in evaluation mode."""
         self._decay = decay
         self._updates = torch.zeros((), dtype=torch.int64, device=next(live.parameters()).device)
-        pairs = list(zip(_tensors(self.module), _tensors(live), strict=True))
-        self._averaged, self._live = _columns(
-            [pair for pair in pairs if pair[0].is_floating_point()]
-        )
-        self._copies, self._originals = _columns(
-            [pair for pair in pairs if not pair[0].is_floating_point()]
-        )
+        self._averaged, self._copies = _by_kind(self.module)
+        self._live, self._originals = _by_kind(live)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights after a step into the average; integers, such as a batch norm's counter,
-        are copied.
+        """Add the weights after a step to the average; integers, such as batch-norm counters, are
+        copied.
 
-        After a step that was left out the same weights count once more, which is harmless: the
-        average stays one of weights that the student had, provided that batch norm's statistics
-        were put back before (``RunningStatistics``).
+        After a skipped step the same weights count once more, which is harmless if the batch-norm
+        statistics were restored before (``RunningStatistics``).
         """
         self._updates += 1
         rest = 1 - (self._updates / (9 + self._updates)).clamp(max=self._decay)
-        # Not _foreach_lerp_: with a weight that only the device knows, it is a kernel for every
-        # tensor.
+        # Not _foreach_lerp_: with a weight on the device it launches a kernel for every tensor.
         steps = torch._foreach_sub(self._live, self._averaged)
         torch._foreach_mul_(steps, rest)
         torch._foreach_add_(self._averaged, steps)
@@ -77,10 +63,10 @@ class StudentAverage:
         return {"weights": self.module.state_dict(), "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any], where: str = "the state") -> None:
-        """Continue from a ``state_dict``, in place; ``where`` names it in messages.
+        """Load a ``state_dict`` in place; ``where`` names it in messages.
 
         Raises:
-            CheckpointError: it is of another architecture.
+            CheckpointError: it has another architecture.
         """
         load_weights(self.module, state["weights"], where)
         self._updates.copy_(state["updates"])
@@ -90,5 +76,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def _by_kind(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point tensors of a module, and the others."""
+    tensors = _tensors(module)
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return floating, [tensor for tensor in tensors if not tensor.is_floating_point()]

@@ -1,22 +1,21 @@
-"""Where the records of the epochs go beside ``metrics.jsonl``: ``metrics.csv``, TensorBoard,
-Weights & Biases.
+"""The records of the epochs as ``metrics.csv``, and in TensorBoard and Weights & Biases.
 
-A record is what ``metrics.jsonl`` has a line of. That file is the truth and everything here is made
-from it: after a resume a sink gets the records that it lacks, and what it has of epochs that will
-be trained again is void.
+A record is a line of ``metrics.jsonl``, from which everything here can be made again: after a
+resume a sink gets the records that it lacks, and drops those of epochs that are trained again.
 """
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from fastokd.errors import MissingExtra, first_line
-from fastokd.storage import write_atomically
+from fastokd.storage import write_text
 
 Record = Mapping[str, Any]
 
@@ -37,9 +36,7 @@ def flatten(record: Record) -> dict[str, Any]:
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """The records as CSV: a line each, and a column for every name that any of them has; cells that
-    one lacks are empty.
-    """
+    """The records as CSV, a line each, with a column for every name that occurs in any."""
     rows = [flatten(record) for record in records]
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
@@ -49,20 +46,8 @@ def csv_text(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-class MetricSink(Protocol):
-    """A place that takes the record of each epoch. Whatever goes wrong there, neither method
-    raises.
-    """
-
-    def write(self, record: Record) -> None:
-        """Take the record of the next epoch."""
-
-    def close(self) -> None:
-        """Flush what is left."""
-
-
 def check_sinks(names: Sequence[str]) -> None:
-    """Import what these sinks need, before a run begins that would want them at its end.
+    """Import the packages of these sinks before a run starts.
 
     Raises:
         MissingExtra: a package is not installed.
@@ -76,57 +61,64 @@ def open_sinks(
     run_path: Path,
     config: Mapping[str, Any],
     records: Sequence[Record],
-    say: Callable[[str], object],
-) -> list[MetricSink]:
-    """The sinks of a run, for its first process alone.
+    report: Callable[[str], object],
+) -> list["MetricSink"]:
+    """The sinks of a run, for its main process.
 
     Args:
         names: "tensorboard", "wandb".
-        run_path: the run folder, below which both keep their files.
+        run_path: the run folder, in which both keep their files.
         config: the run's configuration as plain values.
         records: of the epochs so far, when a run is resumed.
-        say: is told once when a sink fails; the run goes on without it, and ``metrics.jsonl`` has
-            every record all the same.
+        report: called once if a sink fails; the run continues without it.
 
     Raises:
         MissingExtra: a package is not installed.
     """
     check_sinks(names)
-    return [
-        _Guarded(name, lambda name=name: _SINKS[name](run_path, config, records), say)
-        for name in names
-    ]
+    return [MetricSink(name, run_path, config, records, report) for name in names]
 
 
-class _Guarded:
-    """A sink that is dropped at its first failure: a full disk or a lost network is no reason to
-    lose a run.
+class MetricSink:
+    """A receiver of the records, which never raises: it is dropped at its first failure, because a
+    full disk or a lost network must not end a run.
     """
 
     def __init__(
-        self, name: str, make: Callable[[], MetricSink], say: Callable[[str], object]
+        self,
+        name: str,
+        run_path: Path,
+        config: Mapping[str, Any],
+        records: Sequence[Record],
+        report: Callable[[str], object],
     ) -> None:
-        self._name, self._say = name, say
-        self._sink: MetricSink | None = None
-        self._try(lambda: setattr(self, "_sink", make()))
+        self._name, self._report = name, report
+        self._sink: Any = None
+        with self._dropped_on_error():
+            self._sink = _SINKS[name](run_path, config, records)
 
     def write(self, record: Record) -> None:
+        """Take the record of the next epoch."""
         if self._sink is not None:
-            self._try(lambda: self._sink.write(record))
+            with self._dropped_on_error():
+                self._sink.write(record)
 
     def close(self) -> None:
+        """Flush."""
         if self._sink is not None:
-            self._try(self._sink.close)
+            with self._dropped_on_error():
+                self._sink.close()
         self._sink = None
 
-    def _try(self, action: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
         try:
-            action()
-        except Exception as error:  # a library's own errors, of any kind
+            yield
+        except Exception as error:  # a library may raise anything
             self._sink = None
-            self._say(
-                f"{self._name}: {first_line(error)}; the run goes on without it, and metrics.jsonl"
-                f" has every epoch{_SINKS[self._name].hint}"
+            self._report(
+                f"{self._name}: {first_line(error)}; continuing without it, metrics.jsonl has every"
+                f" epoch{_SINKS[self._name].hint}"
             )
 
 
@@ -138,40 +130,32 @@ class _TensorBoard:
     def __init__(
         self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
     ) -> None:
-        # A new file that voids all steps of the files before it, and all records again: what is
-        # shown is metrics.jsonl, whatever a killed run had written beyond its checkpoint or not yet
-        # written. The first session says so too: TensorBoard's Python reader takes the first purge
-        # that it sees for the run's start and ignores it.
+        # A new file that purges the steps of the files before it, and all records again, so that
+        # TensorBoard shows metrics.jsonl. The first session purges too: TensorBoard's Python
+        # reader takes the first purge for the run's start and ignores it.
         self._writer = self.require()(str(run_path / "tensorboard"), purge_step=0)
         lines = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
-        self._writer.add_text(
-            "config", "".join(f"    {line}\n" for line in lines), 0
-        )  # Markdown's indented code
+        markdown = "".join(f"    {line}\n" for line in lines)  # indented: code
+        self._writer.add_text("config", markdown, 0)
         for record in records:
-            self._add(record)
-        self._writer.flush()
+            self.write(record)
 
     @staticmethod
     def require() -> Any:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except (
-            ImportError,
-            AttributeError,
-        ):  # AttributeError: a folder with the package's name stands in its place
+        # AttributeError: a folder with the package's name shadows it.
+        except (ImportError, AttributeError):
             raise MissingExtra(
                 "--log-to tensorboard needs TensorBoard: pip install 'fastokd[tensorboard]'"
             ) from None
         return SummaryWriter
 
     def write(self, record: Record) -> None:
-        self._add(record)
-        self._writer.flush()  # an error of the writer's thread shows here
-
-    def _add(self, record: Record) -> None:
         for name, value in flatten(record).items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()  # raises errors of the writer's thread
 
     def close(self) -> None:
         self._writer.close()
@@ -180,25 +164,24 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """One W&B run for all sessions of a run; steps are epochs from 0.
 
-    The usual variables hold: WANDB_MODE=offline, WANDB_PROJECT (default fastokd), WANDB_NAME
-    (default the run folder's), ... Offline every session leaves a folder with all epochs so far, so
-    that syncing the newest gives the whole run.
+    W&B's environment variables apply: WANDB_MODE=offline, WANDB_PROJECT (default fastokd),
+    WANDB_NAME (default the run folder's), ... Offline every session leaves a folder with all epochs
+    so far, so syncing the newest gives the whole run.
     """
 
-    hint = " ('wandb login' once, or WANDB_MODE=offline, and --resume bring it back)"
+    hint = " ('wandb login' or WANDB_MODE=offline, then --resume, restores it)"
 
     def __init__(
         self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
     ) -> None:
         wandb = self.require()
-        kept = run_path / "wandb" / "fastokd-run.txt"
-        # Neither the terminal's table nor the user's code is anything to upload; quiet still says
-        # where the run can be seen.
+        id_path = run_path / "wandb" / "fastokd-run.txt"
+        # Do not upload the terminal's output or the user's code.
         settings: dict[str, Any] = {"console": "off", "save_code": False, "quiet": True}
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):
             # Without a network the end of a run would wait forever; 'wandb sync' sends the rest.
             settings["finish_timeout"] = 20.0
-        run_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+        run_id = id_path.read_text(encoding="utf-8").strip() if id_path.exists() else None
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "fastokd",
             name=os.environ.get("WANDB_NAME") or run_path.name,
@@ -208,7 +191,7 @@ class _WeightsAndBiases:
             resume="allow" if run_id else None,
             settings=wandb.Settings(**settings),
         )
-        write_atomically(kept, lambda file: file.write(self._run.id.encode()))
+        write_text(id_path, self._run.id)
         for record in records:
             self.write(record)
 
@@ -218,22 +201,18 @@ class _WeightsAndBiases:
             import wandb
         except ImportError:
             wandb = None
-        if not hasattr(
-            wandb, "init"
-        ):  # a folder named wandb, as W&B itself makes, is importable as an empty package
+        # A folder named wandb, as W&B itself creates, is importable as an empty package.
+        if not hasattr(wandb, "init"):
             raise MissingExtra(
                 "--log-to wandb needs Weights & Biases: pip install 'fastokd[wandb]'"
             ) from None
         return wandb
 
     def write(self, record: Record) -> None:
-        # W&B keeps what it has of a step and takes no earlier ones.
+        # W&B keeps the steps it has and takes no earlier ones.
         if record["epoch"] >= self._run.step:
-            self._run.log(
-                {name: value for name, value in flatten(record).items() if name != "epoch"},
-                step=record["epoch"],
-                commit=True,
-            )
+            values = {name: value for name, value in flatten(record).items() if name != "epoch"}
+            self._run.log(values, step=record["epoch"], commit=True)
 
     def close(self) -> None:
         self._run.finish()

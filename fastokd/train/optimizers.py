@@ -1,5 +1,5 @@
-"""From gradients to new weights, without the host ever waiting for the device: division, clipping,
-the guard against what is not finite, the update.
+"""From gradients to new weights without a host synchronization: division, clipping, skipping of
+non-finite steps, and the update.
 """
 
 import bisect
@@ -14,33 +14,27 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fastokd.errors import ConfigError
 from fastokd.models import BranchedModel
 from fastokd.train.config import TrainConfig
-from fastokd.train.lamb import LAMB, adam_state
 
 
 class Optimizers:
-    """All that happens between a backward pass and the next forward pass.
+    """Everything between a backward pass and the next forward pass.
 
-    The run's own optimizer has the parameters of the networks and of the method's modules; what a
-    method trains with Adam has one of its own. They are PyTorch's fused kernels, which divide
-    gradients and leave a step out where the device says so: clipping and skipping cost no pass over
-    the gradients. A parameter that the loss does not reach has the gradient 0, so weight decay and
-    momentum apply to it too.
+    The run's optimizer has the parameters of the networks and of the method's modules; what a
+    method trains with Adam has its own. They are PyTorch's fused kernels, which divide gradients
+    and skip a step where the device says so, so clipping and skipping need no extra pass over the
+    gradients. A parameter that the loss does not reach has a zero gradient: weight decay and
+    momentum still apply to it.
 
-    The model must stay where it is afterwards, on its device and in its memory format.
+    The model must stay on its device and in its memory format.
 
     Args:
-        config: the run's optimizer, betas, momentum, weight decay and ``clip_grad``.
-        model: its parameters must be float32.
-        device: that of the model.
-        flat: keep the parameters of a kind in one tensor, of which the model's are views, in their
-            memory format; gradients are gathered into another one before they are used. An update
-            is then one operation. It computes the same values to the last bit on a GPU. On a CPU
-            the last few elements of a tensor, which do not fill a vector, may round otherwise; so
-            does the norm of the gradients, which is summed in another order, wherever it clips.
+        flat: keep the parameters of a kind in one tensor of which the model's are views, and gather
+            their gradients in another, so that an update is one operation. The results are
+            bit-identical on a GPU. On a CPU the last few elements of a tensor, which do not fill a
+            vector, may round differently, and so does the norm where it clips.
 
     Raises:
-        ConfigError: a parameter is not float32 or on another device, or, for ``flat``, two
-            parameters share memory.
+        ConfigError: a parameter is not float32, on another device, or tied (with ``flat``).
     """
 
     def __init__(
@@ -48,30 +42,19 @@ class Optimizers:
     ) -> None:
         _check_parameters(model, device, flat)
         self.lr = torch.tensor(config.lr_at(0.0), dtype=torch.float32, device=device)
-        """The learning rate of the run's optimizer, 0-d on the device; every update reads it."""
+        """The learning rate of the run's optimizer, 0-d on the device, read by every update."""
         self._clip = config.clip_grad
         self._optimizers: dict[str, tuple[Optimizer, list[_Group]]] = {}
         for name, settings in _settings(config, model).items():
             groups = [(_Flat if flat else _Group)(each.parameters) for each in settings]
-            self._optimizers[name] = (
-                _build(
-                    name,
-                    config,
-                    [
-                        {
-                            "params": group.tensors,
-                            **({"split": group.split} if name == "lamb" else {}),
-                            **each.options,
-                        }
-                        for group, each in zip(groups, settings, strict=True)
-                    ],
-                    self.lr,
-                ),
-                groups,
-            )
+            options: list[dict[str, Any]] = [
+                {"params": group.tensors, **each.options}
+                for group, each in zip(groups, settings, strict=True)
+            ]
+            self._optimizers[name] = _build(name, config, options, self.lr), groups
         self._groups = [group for _, groups in self._optimizers.values() for group in groups]
         self.parts = tuple(part for group in self._groups for part in group.parts)
-        """The parts of the gradient whose norms are taken: the names of the parameters in each."""
+        """The names of the parameters in each part of the gradient whose norm is taken."""
         self.norms = torch.zeros(len(self.parts), device=device)
         """The norms of these parts in the last step, as the backward pass left them."""
 
@@ -80,9 +63,7 @@ class Optimizers:
         self.lr.copy_(lr) if isinstance(lr, Tensor) else self.lr.fill_(lr)
 
     def zero_grad(self) -> None:
-        """Forget all gradients, so that the next backward pass writes them instead of adding to
-        zeros.
-        """
+        """Drop all gradients, so that the next backward pass writes instead of adding to zeros."""
         for group in self._groups:
             for parameter in group.parameters:
                 parameter.grad = None
@@ -91,19 +72,17 @@ class Optimizers:
     def step(
         self, divisor: Tensor | float = 1.0, bad: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Update all parameters, or none if something is not finite.
+        """Update all parameters, or none if a gradient is non-finite.
 
         Args:
-            divisor: what the gradients are too large by: the number of passes they were added up
-                over, times the scale of the loss.
-            bad: 0-d, not 0 where the caller found something that is not finite. Processes must
-                agree on it; their gradients are the same, so they do on the rest.
+            divisor: divides the gradients: the number of accumulated passes times the loss scale.
+            bad: 0-d, nonzero to skip the step. All processes must agree on it; they agree on the
+                gradients.
 
         Returns:
-            The norm of the gradient of all parameters together, divided and not clipped, and 1.0
-            where the step was left
-            out, else 0.0: 0-d float32 tensors on the device. A norm above 1.8e19 before the
-                division counts as not finite.
+            0-d float32 tensors on the device: the norm of the gradient of all parameters, divided
+            and not clipped, and 1.0 if the step was skipped, else 0.0. A norm above 1.8e19 before
+            the division counts as non-finite.
         """
         for group in self._groups:
             group.collect()
@@ -115,28 +94,27 @@ class Optimizers:
         skipped = skipped.float()
         scale = self._scale(norm, divisor)
         for optimizer, _ in self._optimizers.values():
-            optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
+            # The fused kernels read these attributes, as GradScaler sets them.
+            vars(optimizer).update(grad_scale=scale, found_inf=skipped)
             optimizer.step()
         return norm, skipped
 
     def _scale(self, norm: Tensor, divisor: Tensor | float) -> Tensor | None:
-        """What the gradients are to be divided by; None for nothing, which saves the kernels from
-        writing them back.
+        """The divisor of the gradients with clipping; None for 1, which saves the kernels from
+        writing the gradients back.
         """
-        if self._clip:
-            return (
-                ((norm + 1e-6) / self._clip).clamp(min=1.0) * divisor
-            ).float()  # as torch.nn.utils.clip_grad_norm_
+        if self._clip:  # as torch.nn.utils.clip_grad_norm_
+            return (((norm + 1e-6) / self._clip).clamp(min=1.0) * divisor).float()
         if isinstance(divisor, Tensor):
             return divisor.float()
         return None if divisor == 1 else torch.full_like(norm, divisor)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizers remember of every parameter, by its name in the model, for a run with
-        any levers.
+        """The optimizer state of every parameter, by its name in the model, for a run with any
+        step options.
 
-        Moments have the parameter's shape and are contiguous; they may share memory with what the
-        next step changes.
+        Moments have the parameter's shape and are contiguous; they may share memory with tensors
+        that the next step changes.
         """
         return {
             name: {key: value.contiguous() for key, value in state.items()}
@@ -144,272 +122,242 @@ class Optimizers:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from a ``state_dict``, in place.
+        """Load a ``state_dict`` in place.
 
         Raises:
-            ValueError: it is of other parameters, of another optimizer or of another shape; the
-                message names the first.
+            ValueError: it has other parameters, another optimizer or another shape; the message
+                names the first.
         """
         own = self._states()
         if missing := [name for name in own if name not in state]:
-            raise ValueError(
-                f"the state of {len(missing)} parameters is missing, e.g. {missing[0]}"
-            )
+            raise ValueError(f"no state for {len(missing)} parameters, e.g. {missing[0]}")
         if extra := [name for name in state if name not in own]:
             raise ValueError(
                 f"{len(extra)} states are of parameters that this run does not train, e.g."
                 f" {extra[0]}"
             )
-        for name, (optimizer, mine) in own.items():
-            theirs = state[name]
-            if mine.keys() != theirs.keys():
-                raise ValueError(
-                    f"the state of {name} is {', '.join(theirs) or 'empty'}; {optimizer} has"
-                    f" {', '.join(mine) or 'none'}"
-                )
-            for key, value in mine.items():
-                if theirs[key].shape != value.shape:
-                    raise ValueError(
-                        f"{key} of {name} is {list(theirs[key].shape)}, here it is"
-                        f" {list(value.shape)}"
-                    )
         steps: dict[int, float] = {}
-        for name, (_, mine) in own.items():
-            if "step" in mine and steps.setdefault(
-                id(mine["step"]), float(state[name]["step"])
-            ) != float(state[name]["step"]):
+        for name, (optimizer, current) in own.items():
+            loaded = state[name]
+            if current.keys() != loaded.keys():
                 raise ValueError(
-                    f"{name} has seen {float(state[name]['step']):g} steps and others have not,"
-                    " which flat=True cannot hold; use flat=False"
+                    f"the state of {name} is {', '.join(loaded) or 'empty'}; {optimizer} has"
+                    f" {', '.join(current) or 'none'}"
                 )
-        for name, (_, mine) in own.items():
-            for key, value in mine.items():
+            for key, value in current.items():
+                if (shape := loaded[key].shape) != value.shape:
+                    raise ValueError(
+                        f"{key} of {name} is {list(shape)}, here it is {list(value.shape)}"
+                    )
+            step = float(loaded.get("step", 0))
+            if steps.setdefault(id(current.get("step")), step) != step:
+                raise ValueError(
+                    f"parameters have different step counts ({name}: {step:g}); flat=True"
+                    " requires equal ones; use flat=False"
+                )
+        for name, (_, current) in own.items():
+            for key, value in current.items():
                 value.copy_(state[name][key])
 
     def _states(self) -> dict[str, tuple[str, dict[str, Tensor]]]:
-        """For every parameter the name of its optimizer and what that remembers of it, to be
-        changed in place.
-        """
-        found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+        """For every parameter the name of its optimizer and its state, to be changed in place."""
+        states: dict[str, tuple[str, dict[str, Tensor]]] = {}
         for title, (optimizer, groups) in self._optimizers.items():
             for group in groups:
-                states = [optimizer.state[tensor] for tensor in group.tensors]
-                columns = {key: group.split([state[key] for state in states]) for key in states[0]}
-                found.update(
-                    (name, (title, {key: column[place] for key, column in columns.items()}))
-                    for place, name in enumerate(group.names)
-                )
-        return found
+                each = [optimizer.state[tensor] for tensor in group.tensors]
+                columns = {key: group.split([state[key] for state in each]) for key in each[0]}
+                for index, name in enumerate(group.names):
+                    state = {key: column[index] for key, column in columns.items()}
+                    states[name] = title, state
+        return states
 
 
 Named = list[tuple[str, nn.Parameter]]
 
 
 class _Settings(NamedTuple):
-    """Parameters that are trained alike, and the options of their optimizer that are theirs
-    alone.
-    """
+    """Parameters that are trained alike, and the options that differ from their optimizer's."""
 
     parameters: Named
     options: dict[str, Any]
 
 
 def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, list[_Settings]]:
-    """How every parameter is trained, by optimizer: the run's, and Adam where a method trains
-    something with it.
-    """
-    names = {
-        parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    own: list[_Settings] = []
+    """The groups of parameters by optimizer: the run's, and Adam if a method trains with it."""
+    names = {each: name for name, each in model.named_parameters() if each.requires_grad}
+    run: list[_Settings] = []
     adam: list[_Settings] = []
     for group in model.companion.parameter_groups() if model.companion is not None else []:
-        parameters = [
-            (names.pop(parameter), parameter)
-            for parameter in group.parameters
-            if parameter.requires_grad
-        ]
+        parameters = [(names.pop(each), each) for each in group.parameters if each.requires_grad]
+        if not parameters:
+            continue
         if group.optimizer == "adam":
             adam.append(_Settings(parameters, {"lr": group.lr}))
         else:
-            own.append(
-                _Settings(
-                    parameters,
-                    {} if group.weight_decay is None else {"weight_decay": group.weight_decay},
-                )
-            )
-    rest = _Settings([(name, parameter) for parameter, name in names.items()], {})
-    found = {config.optimizer: [rest, *own], "adam": adam}
-    filled = {
-        name: [each for each in settings if each.parameters] for name, settings in found.items()
-    }
-    return {name: settings for name, settings in filled.items() if settings}
+            decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+            run.append(_Settings(parameters, decay))
+    if names:
+        run.insert(0, _Settings([(name, each) for each, name in names.items()], {}))
+    settings = {config.optimizer: run, "adam": adam}
+    return {name: groups for name, groups in settings.items() if groups}
 
 
 def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Tensor) -> Optimizer:
-    """An optimizer with its state; PyTorch makes that in the first step, but a step may be captured
-    or left out.
+    """An optimizer with its state, which PyTorch would create in the first step: too late for one
+    that is captured or skipped.
 
-    SGD's first step does not read the momentum but writes it: where that one is left out, the next
-    one would read memory that nobody wrote.
+    SGD's first step writes the momentum without reading it, so if that step is skipped, the next
+    would read uninitialized memory.
     """
-    common: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
+    optimizer: Optimizer
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if name == "sgd":
-        optimizer: Optimizer = SGD(
-            groups, momentum=config.momentum, nesterov=config.nesterov, fused=True, **common
-        )
-        if config.momentum:
-            optimizer.state.update(
-                (tensor, {"momentum_buffer": torch.zeros_like(tensor, requires_grad=False)})
-                for group in groups
-                for tensor in group["params"]
-            )
-        return optimizer
-    if name == "lamb":
-        return LAMB(groups, betas=config.betas, **common)
-    if name == "adamw":
-        optimizer = AdamW(groups, betas=config.betas, fused=True, capturable=lr.is_cuda, **common)
-    else:
+        optimizer = SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+        moments = ("momentum_buffer",) if config.momentum else ()
+    elif name == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        optimizer = AdamW(groups, betas=betas, capturable=lr.is_cuda, **common)
+    elif name == "adam":
         optimizer = Adam(groups, fused=True, capturable=lr.is_cuda)
-    optimizer.state.update(
-        (tensor, adam_state(tensor)) for group in groups for tensor in group["params"]
-    )
+    else:
+        raise ConfigError(f"unknown optimizer '{name}'; use sgd or adamw")
+    for tensor in (tensor for group in groups for tensor in group["params"]):
+        if name != "sgd":
+            optimizer.state[tensor]["step"] = torch.zeros(
+                (), dtype=torch.float32, device=tensor.device
+            )
+        for key in moments:
+            optimizer.state[tensor][key] = torch.zeros_like(tensor, requires_grad=False)
     return optimizer
 
 
 class _Group:
-    """Parameters that are trained alike, updated where they are."""
+    """Parameters that are trained alike, updated in place."""
 
     def __init__(self, named: Named) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.tensors: list[Tensor] = list(self.parameters)
-        """What the optimizer updates."""
+        """The tensors that the optimizer updates."""
         self.parts: list[tuple[str, ...]] = [(name,) for name in self.names]
-        """The parameters in each of the parts that ``norms`` measures."""
+        """The parameters in each part that ``norms`` measures."""
 
     def split(self, tensors: list[Tensor]) -> list[Tensor]:
-        """For one tensor for each of ``tensors``, one for each parameter, sharing its memory."""
+        """From one tensor for each of ``tensors`` to one for each parameter, sharing its memory."""
         return tensors
 
     def collect(self) -> None:
-        """Have a gradient at each of ``tensors``."""
+        """Put a gradient at each of ``tensors``."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def norms(self) -> Tensor:
         """Norms [n] of the parts of the gradient."""
-        return torch.stack(torch._foreach_norm([tensor.grad for tensor in self.tensors]))
+        return torch.stack(list(torch._foreach_norm([_gradient(each) for each in self.tensors])))
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 _ALIGNED = 4
-"""Elements of 16 bytes: where every view begins, as kernels load as much at once."""
+"""Elements of 16 bytes, the alignment of every view: kernels load as much at once."""
 _ROW = 1024
-"""Elements of a row; norms are taken over rows first, because a CPU would lose three digits in the
-sum of millions.
+"""Elements of a row; norms are taken over rows first, because on a CPU the sum of millions of
+elements would lose three digits.
 """
 
 
 class _Flat(_Group):
-    """Parameters that are views of one tensor, each in its memory format; what is between and after
-    them stays 0.
+    """Parameters that are views of one tensor, each in its memory format, with zeros between them.
 
-    Gradients are left to autograd and gathered when they are complete. As views of one tensor from
-    the beginning, each would be added to zeros, which is one small kernel for every parameter;
-    gathering is a few for all.
+    Autograd makes the gradients separately, and they are gathered when complete. If they were views
+    from the start, autograd would add each to zeros with one small kernel per parameter.
     """
 
     def __init__(self, named: Named) -> None:
         super().__init__(named)
-        self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        self._views_of: list[tuple[torch.Size, tuple[int, ...], int]] = []
         total = 0
         for parameter in self.parameters:
-            self._places.append((parameter.shape, torch.empty_like(parameter).stride(), total))
+            self._views_of.append((parameter.shape, torch.empty_like(parameter).stride(), total))
             total += -(-parameter.numel() // _ALIGNED) * _ALIGNED
         flat = torch.zeros(-(-total // _ROW) * _ROW, device=self.parameters[0].device)
-        starts = [start for _, _, start in self._places]
-        self.parts = [
-            tuple(
-                self.names[
-                    bisect.bisect_right(starts, begin) - 1 : bisect.bisect_left(
-                        starts, begin + _ROW
-                    )
-                ]
-            )
-            for begin in range(0, len(flat), _ROW)
-        ]
+        starts = [start for _, _, start in self._views_of]
+        self.parts = []
+        for begin in range(0, len(flat), _ROW):
+            first = bisect.bisect_right(starts, begin) - 1
+            end = bisect.bisect_left(starts, begin + _ROW)
+            self.parts.append(tuple(self.names[first:end]))
         self._views = self._cut(flat)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
-        self.tensors = [nn.Parameter(flat)]
-        self.tensors[0].grad = torch.zeros_like(flat)
-        self._gradients = self._cut(self.tensors[0].grad)
+        self._flat = nn.Parameter(flat)
+        self._flat.grad = torch.zeros_like(flat)
+        self.tensors = [self._flat]
+        self._gradients = self._cut(self._flat.grad)
 
     def _cut(self, flat: Tensor) -> list[Tensor]:
-        return [flat.as_strided(*place) for place in self._places]
+        return [flat.as_strided(*view) for view in self._views_of]
 
     def split(self, tensors: list[Tensor]) -> list[Tensor]:
-        (tensor,) = tensors
-        return (
-            self._cut(tensor.detach()) if tensor.dim() else [tensor] * len(self._places)
-        )  # or a count of steps
+        (tensor,) = tensors  # of the flat tensor's size, or a count of steps
+        return self._cut(tensor.detach()) if tensor.dim() else [tensor] * len(self._views_of)
 
     def collect(self) -> None:
         if self.parameters[0].data_ptr() != self._views[0].data_ptr():
             raise RuntimeError(
-                "the model's weights were moved after its Optimizers were made, and would not be"
-                " trained; make new ones, or move it before"
+                "the model's weights were moved after its Optimizers were made and would not be"
+                " trained; make new Optimizers, or move the model before"
             )
         super().collect()
-        torch._foreach_copy_(self._gradients, [parameter.grad for parameter in self.parameters])
+        torch._foreach_copy_(self._gradients, [_gradient(each) for each in self.parameters])
 
     def norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self.tensors[0].grad.view(-1, _ROW), dim=1)
+        return torch.linalg.vector_norm(_gradient(self._flat).view(-1, _ROW), dim=1)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index; "cuda" is the current GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype != torch.float32:
             raise ConfigError(
                 f"parameter {name} is {parameter.dtype}; weights are trained in float32,"
                 " --precision is that of the forward pass"
             )
-        if parameter.requires_grad and parameter.device != device:
+        if parameter.device != with_index(device):
             raise ConfigError(
                 f"parameter {name} is on {parameter.device} and the run on {device}; move the model"
                 " before"
             )
-    if flat and (names := sharing(model)):
+    if flat and (names := tied_parameters(model)):
         raise ConfigError(
-            f"parameters {names[0]} and {names[1]} share memory, which flat=True would end; give"
-            " both modules one Parameter, or use flat=False"
+            f"parameters {names[0]} and {names[1]} are tied by shared storage, which flat=True"
+            " would break; give both modules one Parameter, or use flat=False"
         )
 
 
-def sharing(model: nn.Module) -> tuple[str, str] | None:
-    """Two parameters that share memory and are not one; None if there are none."""
-    extents = sorted(
-        (parameter.data_ptr(), parameter.data_ptr() + _extent(parameter), name)
-        for name, parameter in model.named_parameters()
-        if parameter.numel() and parameter.data_ptr()
-    )  # fake tensors lie nowhere
-    return next(
-        (
-            (first, second)
-            for (_, end, first), (start, _, second) in itertools.pairwise(extents)
-            if start < end
-        ),
-        None,
-    )
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    return tensor.element_size() * (
-        1
-        + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-    )
+def tied_parameters(model: nn.Module) -> tuple[str, str] | None:
+    """The names of two different parameters that share memory; None if there are none."""
+    extents = []
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and (start := parameter.data_ptr()):  # fake tensors have no address
+            sizes = zip(parameter.shape, parameter.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+            extents.append((start, start + elements * parameter.element_size(), name))
+    for (_, end, first), (start, _, second) in itertools.pairwise(sorted(extents)):
+        if start < end:
+            return first, second
+    return None

@@ -14,32 +14,34 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> str:
-    """What a run computes in on a device: "fp32", "tf32", "bf16" or "fp16"; "auto" is decided here.
+    """The precision of a run on a device, "auto" decided: "fp32", "tf32", "bf16" or "fp16".
 
     Raises:
-        ConfigError: TF32 on a device that has none.
+        ConfigError: TF32 on a device without it.
     """
-    # Units for both came with the same generation of GPUs; before it bfloat16 is emulated.
-    has_units = device.type == "cuda" and not (
-        torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
-    )
+    capability = (8, 0)  # assumed for a GPU of another machine
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    # Compute capability 8.0 introduced bfloat16 and TF32 units, 7.0 tensor cores for float16.
     if config.precision == "auto":
-        return "bf16" if has_units else "fp32"
-    if config.precision == "tf32" and not has_units:
+        if device.type != "cuda" or capability < (7, 0):
+            return "fp32"
+        return "bf16" if capability >= (8, 0) else "fp16"
+    if config.precision == "tf32" and (device.type != "cuda" or capability < (8, 0)):
         raise ConfigError(f"precision=tf32: {device} has no TF32 units; use fp32 or bf16")
     return config.precision
 
 
 def image_dtype(precision: str) -> torch.dtype:
-    """The dtype of training images: what the first convolution takes."""
+    """The dtype of training images, that of the first convolution."""
     return _AUTOCAST.get(precision, torch.float32)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context of a forward pass.
 
-    Casts of weights are not kept for later in it: each is used once per pass, and a captured graph
-    must make its own.
+    It does not cache casts of weights: each is used once per pass, and a captured graph must make
+    its own.
     """
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(
@@ -48,18 +50,14 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions and matrix products on GPUs may run on TF32 units, for this
-    process.
-    """
+    """Allow TF32 for float32 convolutions and matrix products on GPUs in this process, or not."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 convolutions and matrix products on GPUs are in float32 within it; then what was
-    allowed before is so again.
-    """
+    """Disable TF32 within the context."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     allow_tf32(False)
     try:
@@ -70,10 +68,10 @@ def without_tf32() -> Iterator[None]:
 
 class LossScale:
     """The dynamic loss scale of fp16 training (Micikevicius et al. 2018, section 3.2), on the
-    device, without a host sync.
+    device and without a host synchronization.
 
-    It is halved after a step whose gradients overflowed, and doubled after ``GROWTH_STEPS`` in a
-    row that did not.
+    It is halved after a step whose gradients overflowed, and doubled after ``GROWTH_STEPS``
+    consecutive others.
     """
 
     START, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
@@ -83,7 +81,7 @@ class LossScale:
         self._good_steps = torch.zeros((), device=device)
 
     def update(self, overflowed: Tensor) -> None:
-        """After a step; ``overflowed`` is a 0-d bool tensor."""
+        """Update the scale after a step; ``overflowed`` is a 0-d bool tensor."""
         steps = torch.where(overflowed, 0.0, self._good_steps + 1)
         grow = steps >= self.GROWTH_STEPS
         factor = torch.where(overflowed, 0.5, torch.where(grow, 2.0, 1.0))
@@ -91,17 +89,17 @@ class LossScale:
         self._good_steps.copy_(torch.where(grow, 0.0, steps))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scale and how long it has been good."""
+        """The scale and the number of steps since it changed."""
         return {"value": self.value, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the scale of ``state``."""
+        """Continue with the scale of a ``state_dict``."""
         self.value.copy_(state["value"])
         self._good_steps.copy_(state["good_steps"])
 
 
 def in_float32(value: Any) -> Any:
-    """A loss's inputs with every float16 tensor in them in float32, so that scaled gradients do not
+    """Convert the float16 tensors of a loss's inputs to float32, so that scaled gradients do not
     overflow in the loss.
     """
     if isinstance(value, Tensor):

@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere and in
-``log.txt``.
-"""
+"""Progress of a run: a live table on a terminal, plain lines elsewhere and in ``log.txt``."""
 
 import math
 import sys
@@ -12,10 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
+
+from fastokd._moved import moved_names
+from fastokd.storage import format_bytes
 
 T = TypeVar("T")
 
@@ -26,59 +30,58 @@ PLAIN_INTERVAL = 30.0
 """Seconds between plain progress lines within an epoch."""
 
 WINDOW = 30.0
-"""Seconds over which speed is measured: compiling in the first step is soon forgotten."""
+"""Seconds over which throughput is measured, so that a slow first step is soon forgotten."""
+
+_ACCURACY = "accuracy/"
+"""The prefix of accuracies among the means of an epoch."""
+
+__getattr__ = moved_names(__name__, {__name__: ("Pace=Throughput",)})
 
 
 class Counter:
-    """How many of a number of things are done: a bar on a terminal, plain lines elsewhere."""
+    """Progress of a number of items: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
         self._console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+        self._task = self._progress.add_task(title)
         self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._console.is_terminal:
-            if self._progress is None:
-                columns = (
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    TextColumn("{task.completed}/{task.total}"),
-                    TimeRemainingColumn(),
-                )
-                self._progress = Progress(*columns, console=self._console, transient=True)
-                self._progress.start()
-                self._task = self._progress.add_task(self._title, total=total)
-            assert self._task is not None
+        if not self._progress.disable:
+            self._progress.start()
             self._progress.update(self._task, completed=done, total=total)
         elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
             self._printed = time.monotonic()
             self._console.print(f"{self._title}: {done} of {total}", markup=False)
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Remove the bar."""
+        self._progress.stop()
 
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """Where an epoch stands.
+    """Numbers of an epoch so far.
 
     Attributes:
-        means: means over the epoch's samples so far: "loss", each term by its name, and
-            "accuracy/NAME" in [0, 1].
-        images_per_second: speed of late, over all processes.
-        waiting_share: the share of that time in which the host waited for the next batch, in [0,
-            1]. A GPU has work queued when the host begins to wait, so it waits no longer than that.
-        seconds_left_epoch: until the last step of the epoch, at that speed.
-        seconds_left_run: until the end of the run, with what comes after each epoch's steps
-            (evaluation, checkpoint).
+        means: means over the samples: "loss", each term by its name, and "accuracy/NAME" in [0, 1].
+        images_per_second: recent throughput over all processes.
+        waiting_share: the fraction of that time in which the host waited for a batch, in [0, 1]. A
+            GPU still has queued work then, so it waits less.
+        seconds_left_epoch: until the last step of the epoch.
+        seconds_left_run: until the end of the run, including evaluations and checkpoints.
         lr, kd_weight: of the step.
-        memory: bytes of GPU memory at the peak; None on a CPU.
+        memory: peak bytes of GPU memory; None on a CPU.
     """
 
     means: Mapping[str, float]
@@ -91,14 +94,9 @@ class EpochProgress:
     memory: int | None = None
 
 
-class Pace:
-    """How fast a run goes, how much of the time it waits for data, and how long it will take: by
-    the host's clock alone.
-
-    Args:
-        epochs: of the whole run.
-        batch_size: images per step, over all processes.
-        clock: seconds from any moment on.
+class Throughput:
+    """Images per second, the time spent waiting for data, and the time left, by the host's clock,
+    in a run of ``epochs`` epochs with ``batch_size`` images per step of all processes.
     """
 
     def __init__(
@@ -108,25 +106,19 @@ class Pace:
         self._after = 0.0  # seconds between the last step of an epoch and the first of the next
 
     def start_epoch(self, epoch: int, steps: int, done: int = 0) -> None:
-        """A 0-based epoch of ``steps`` steps begins, of which a checkpoint within the epoch may
-        hold some already.
-        """
+        """Start a 0-based epoch, of which ``done`` of ``steps`` steps are done already."""
         self._epoch, self._steps, self._first = epoch, steps, done
         self._waited = 0.0
         self._started = self._finished = self._clock()
         self._looks: deque[tuple[float, int, float]] = deque([(self._started, done, 0.0)])
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time until each is there is taken."""
-        iterator = iter(batches)
-        while True:
-            self._finished = self._clock()  # the step before, that is
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        """The same batches; measures the time until each is available."""
+        self._finished = self._clock()
+        for batch in batches:
             self._waited += self._clock() - self._finished
             yield batch
+            self._finished = self._clock()  # of the step
 
     def look(
         self,
@@ -136,9 +128,7 @@ class Pace:
         kd_weight: float,
         memory: int | None = None,
     ) -> EpochProgress:
-        """Where the epoch stands after ``done`` steps; on a GPU call it when ``means`` has waited
-        for the device.
-        """
+        """The progress after ``done`` steps; reading ``means`` must have waited for the device."""
         now = self._clock()
         while len(self._looks) > 1 and now - self._looks[1][0] >= WINDOW:
             self._looks.popleft()
@@ -160,34 +150,30 @@ class Pace:
         )
 
     def device_is_done(self) -> None:
-        """The device has done all steps that the host gave it: that is when an epoch's steps
-        end.
-        """
+        """Mark the end of the epoch's steps: the device has done all that the host gave it."""
         self._finished = self._clock()
 
     def waiting_share(self) -> float:
-        """The share of the epoch's steps in which the host waited for the next batch."""
+        """The fraction of the epoch's steps in which the host waited for a batch."""
         return self._waited / max(self._finished - self._started, 1e-9)
 
     def end_epoch(self) -> float:
-        """The epoch is evaluated and saved; the seconds that the rest of the run will take."""
+        """The seconds left in the run, when the epoch is evaluated and saved."""
         self._after = self._clock() - self._finished
         steps = (self._finished - self._started) * self._steps / max(self._steps - self._first, 1)
         return (self._epochs - self._epoch - 1) * (steps + self._after)
 
 
 class Reporter:
-    """Shows the progress of a run: on a terminal a live table, elsewhere plain lines, and in
-    ``log.txt`` plain lines too.
+    """Shows the progress of a run: a live table on a terminal, plain lines elsewhere, and plain
+    lines in ``log.txt``.
 
     Args:
-        label: what stands before every epoch, where there are several runs.
-        quiet: show nothing but what ``say`` says; the log has the rest.
-        lines: with False no line is printed but those of ``say``; a terminal still has the live
-            table.
-        silent: nothing on the screen and nothing in a log: for all processes of a run but the
-            first.
-        console: where to; stdout by default.
+        label: a prefix of every epoch, where there are several runs.
+        quiet: show only what ``print`` prints; the log has the rest.
+        lines: if False, print no lines but those of ``print``; a terminal still has the table.
+        silent: nothing on the screen and no log, for all processes of a run but the first.
+        console: None for stdout.
     """
 
     def __init__(
@@ -199,58 +185,48 @@ class Reporter:
         silent: bool = False,
         console: Console | None = None,
     ) -> None:
-        self.console = (
-            Console(quiet=True)
-            if silent
-            else console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        )
+        if silent:
+            self.console = Console(quiet=True)
+        else:
+            self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._label = f"{label}: " if label else ""
         self._silent = silent
         shows = not (quiet or silent)
         self._lines = lines and shows
-        # FORCE_COLOR makes rich take a pipe for a terminal; a table that is drawn over itself would
-        # fill a log of CI.
+        # FORCE_COLOR makes rich take a pipe for a terminal; a table would fill a CI log.
         self._live = shows and self.console.is_interactive and self.console.file.isatty()
         self._display: Live | None = None
-        self._table: _EpochTable | None = None
+        self._table = _EpochTable()
         self._decoded: Counter | None = None
-        self._student, self._last, self._best, self._best_epoch = "branch1", {}, {}, -1
         self._log: Path | None = None
-        self._log_failed = False
         self._noted = self._printed = time.monotonic()
 
     @property
     def shows_info(self) -> bool:
-        """Whether anybody sees what ``info`` says while the run goes on; what takes time to find
-        out need not be found out else.
-        """
+        """Whether ``info`` prints its lines."""
         return self._lines
 
-    def say(self, text: str) -> None:
-        """A line that always appears."""
+    def print(self, text: str) -> None:
+        """Print a line, and log it."""
         self.console.print(text, markup=False)
         self.log(text)
 
     def info(self, text: str) -> None:
-        """A line that ``quiet`` leaves to the log."""
+        """Print a line unless quiet, and log it."""
         if self._lines:
             self.console.print(text, markup=False)
         self.log(text)
 
     def attach_log(self, path: Path) -> None:
-        """From now on append every line to this file too, with the time."""
+        """Append every line to this file too from now on, with the time."""
         if self._silent:
             return
         self._log = path
         if path.exists():
-            self.log("--- the run goes on ---")
+            self.log("--- resumed ---")
 
     def log(self, text: str) -> None:
-        """A line for the log alone.
-
-        A log that cannot be written is said once and does not stop the run: nothing is read from
-        it. On a full disk the records and the checkpoint, which are, fail with the reason.
-        """
+        """Log a line. A log that cannot be written is reported once and does not stop the run."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -258,325 +234,195 @@ class Reporter:
             with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(f"{now} {line}\n" for line in text.splitlines()))
         except OSError as error:
-            if not self._log_failed:
-                self._log_failed = True
-                self.console.print(
-                    f"cannot write {self._log}: {error.strerror}; the run goes on without those"
-                    " lines",
-                    markup=False,
-                )
+            message = f"cannot write {self._log}: {error.strerror}; continuing without it"
+            self._log = None
+            self.console.print(message, markup=False)
 
     def decoding(self, done: int, total: int) -> None:
-        """Progress of reading the image files; called for each."""
+        """Show the progress of reading image files."""
         if not (self._lines or self._live):
             return
-        if self._decoded is None:
-            self._decoded = Counter("reading images", self.console)
+        self._decoded = self._decoded or Counter("reading images", self.console)
         self._decoded(done, total)
         if done >= total:
             self._end_decoding()
 
     def start_run(self, student: str, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        """What the table is of: the student's row by its name, and the records of the epochs before
-        a resume.
-        """
-        self._student, self._last, self._best, self._best_epoch = student, {}, {}, -1
+        """Start a run: the name of the student's row, and the records of earlier epochs."""
+        self._table = _EpochTable(student)
         for record in records:
-            self._remember(record)
+            self._table.remember(record)
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
-        """A 0-based epoch begins, of which a checkpoint within the epoch may hold some steps
-        already.
-        """
-        self._title, self._steps = f"{self._label}epoch {epoch + 1}/{epochs}", steps
+        """Start a 0-based epoch, of which ``done`` of ``steps`` steps are done already."""
         self._printed = time.monotonic()
-        if self._live:
-            before = self._table.progress if self._table is not None else None
-            self._table = _EpochTable(
-                self._title,
-                steps,
-                done,
-                self._student,
-                self._last,
-                self._best,
-                self._best_epoch,
-                before,
+        self._table.start(f"{self._label}epoch {epoch + 1}/{epochs}", steps, done)
+        if self._live and self._display is None:
+            self._display = Live(
+                console=self.console,
+                get_renderable=self._table.render,
+                refresh_per_second=2,
+                transient=True,
             )
-            if self._display is None:
-                self._display = Live(
-                    console=self.console,
-                    get_renderable=lambda: self._table or "",
-                    refresh_per_second=2,
-                    transient=True,
-                )
-                self._display.start()
+            self._display.start()
 
-    def wants_note(self) -> bool:
-        """Whether ``step`` would show numbers now: reading the loss waits for the device, so ask
-        first.
-        """
+    def should_report(self) -> bool:
+        """Whether ``step`` would show numbers now; reading the loss waits for the device."""
         now = time.monotonic()
         return (self._live and now - self._noted > LIVE_INTERVAL) or (
             (self._lines or self._log is not None) and now - self._printed > PLAIN_INTERVAL
         )
 
     def step(self, done: int, progress: EpochProgress | None = None) -> None:
-        """``done`` steps of the epoch are done; numbers where ``wants_note`` asked for them."""
-        if self._table is not None:
-            self._table.done = done
+        """Report ``done`` steps of the epoch, with numbers if ``should_report`` asked for them."""
+        table = self._table
+        table.done = done
         if progress is None:
             return
         now = time.monotonic()
         self._noted = now
-        if self._table is not None:
-            self._table.progress, self._table.fresh = progress, True
+        table.progress, table.is_current = progress, True
         if now - self._printed > PLAIN_INTERVAL:
             self._printed = now
-            line = f"{self._title}  step {done}/{self._steps}  {_plain(progress, self._student)}"
-            # On a terminal the table says it, and lines would only push it down.
+            line = f"{table.title}  step {done}/{table.steps}  {_plain(progress, table.student)}"
+            # On a terminal the table shows the numbers already.
             self.log(line) if self._live else self.info(line)
 
     def evaluating(self) -> None:
-        """The steps of the epoch are done, and its evaluation begins."""
-        if self._table is not None:
-            self._table.evaluating = True
+        """Report that the steps of the epoch are done and its evaluation starts."""
+        self._table.evaluating = True
 
-    def end_epoch(
-        self, record: Mapping[str, Any] | None = None, seconds_left: float | None = None
-    ) -> None:
-        """With the epoch's record its line, and how long the rest of the run will take; without one
-        the table is taken away.
-        """
-        if record is None:
-            self.close()
-            return
-        self._remember(record)
-        if self._table is not None and self._table.progress is not None:
-            self._table.progress = replace(
-                self._table.progress, means=record["train"], seconds_left_run=seconds_left or 0.0
+    def end_epoch(self, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
+        """Report the epoch's record and the seconds left."""
+        table = self._table
+        table.remember(record)
+        if table.progress is not None:
+            table.progress = replace(
+                table.progress, means=record["train"], seconds_left_run=seconds_left
             )
         accuracy = "  ".join(f"{name} {100 * value:.2f}" for name, value in record["eval"].items())
-        waiting = (
-            f"  waiting for data {100 * record['waiting_share']:.0f} %"
-            if "waiting_share" in record
-            else ""
-        )
+        waiting = ""
+        if "waiting_share" in record:
+            waiting = f"  waiting for data {100 * record['waiting_share']:.0f} %"
         left = f"  run {duration(seconds_left)} left" if seconds_left else ""
         self.info(
-            f"{self._title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g} "
+            f"{table.title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g} "
             f" {record['images_per_second']:.0f} img/s{waiting}{left}  accuracy %: {accuracy}"
         )
 
     def close(self) -> None:
-        """Take the live table away. To be called however a run ends: the table hides the terminal's
-        cursor.
-        """
+        """Remove the live table, which hides the cursor; call it however a run ends."""
         self._end_decoding()
         if self._display is not None:
             self._display.stop()
-            self._display = self._table = None
+            self._display = None
 
     def _end_decoding(self) -> None:
         if self._decoded is not None:
             self._decoded.close()
             self._decoded = None
 
-    def _remember(self, record: Mapping[str, Any]) -> None:
-        # The best epoch is the student's, for all rows, as in summary.json.
-        self._last = record["eval"]
-        if self._student not in self._last:
-            return  # an epoch before the run's student was what it is now
-        if self._best_epoch < 0 or self._last[self._student] > self._best[self._student]:
-            self._best, self._best_epoch = self._last, record["epoch"]
-
 
 class _EpochTable:
-    """The live table of an epoch, laid out anew for the terminal's size whenever it is drawn.
+    """The live table of a run. Until an epoch's first numbers it shows those of the epoch before.
 
-    Until the epoch's first numbers it shows those of the epoch before: short epochs would have it
-    jump.
+    Args:
+        student: the name of the student's row.
     """
 
-    def __init__(
-        self,
-        title: str,
-        steps: int,
-        done: int,
-        student: str,
-        last: Mapping[str, float],
-        best: Mapping[str, float],
-        best_epoch: int,
-        progress: EpochProgress | None = None,
-    ) -> None:
+    def __init__(self, student: str = "branch1") -> None:
+        self.student = student
+        self.last: Mapping[str, float] = {}
+        self.best: Mapping[str, float] = {}
+        self.best_epoch = -1
+        self.progress: EpochProgress | None = None
+        self.start("", 0, 0)
+
+    def start(self, title: str, steps: int, done: int) -> None:
+        """Start an epoch."""
         self.title, self.steps, self.done = title, steps, done
-        self.student, self.last, self.best, self.best_epoch = student, last, best, best_epoch
-        self.progress, self.fresh = progress, False
-        self.evaluating = False
+        self.is_current = self.evaluating = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # One line stays free for the cursor.
-        for line in self.lines(options.max_width, max(console.height - 1, 1), options.ascii_only):
-            line.truncate(options.max_width)
-            yield line
+    def remember(self, record: Mapping[str, Any]) -> None:
+        """Take the accuracies of an epoch; the best epoch is the student's, for all rows."""
+        self.last = record["eval"]
+        if self.student not in self.last:
+            return  # an epoch before ``--ema`` changed the student
+        if self.best_epoch < 0 or self.last[self.student] > self.best[self.student]:
+            self.best, self.best_epoch = self.last, record["epoch"]
 
-    def lines(self, width: int, height: int, ascii_only: bool = False) -> list[Text]:
-        """At most ``height`` lines of at most ``width`` columns: what matters least is what is left
-        out.
-        """
-        status = self._status(width)
-        room = max(height - 1 - len(status), 0)
-        means = self.progress.means if self.progress else {}
-        losses = [
-            (name, value) for name, value in means.items() if not name.startswith("accuracy/")
-        ]
-        rows = self._rows(width, room - bool(losses))
-        longest = max((len(name) for name, _ in losses), default=0)
-        terms = _grid(
-            [f"{name:<{longest}} {value:>8.4f}" for name, value in losses], width, room - len(rows)
-        )
-        return [self._bar(width, ascii_only), *rows, *terms, *status][:height]
+    def render(self) -> RenderableType:
+        """The table, most important lines first: a short terminal cuts off the rest."""
+        progress = self.progress
+        means = progress.means if progress else {}
+        losses = [f"{name} {means[name]:.4f}" for name in means if not name.startswith(_ACCURACY)]
+        accuracies = self._accuracies(means)
+        parts: list[RenderableType] = [self._bar()]
+        if progress:
+            rates = (f"lr {progress.lr:.4g}", f"kd_weight {progress.kd_weight:.3g}")
+            parts.append(Text(_line(progress, *rates), no_wrap=True, overflow="ellipsis"))
+        if accuracies.row_count:
+            parts.append(accuracies)
+        if losses:
+            parts.append(Columns(losses, padding=(0, 2), equal=True))
+        return Group(*parts)
 
-    def _bar(self, width: int, ascii_only: bool) -> Text:
-        right = f" {self.done}/{self.steps}"
+    def _bar(self) -> Table:
+        text = f"{self.done}/{self.steps}"
         if self.evaluating:
-            right += "  evaluating"
-        elif self.progress and self.fresh:
-            right += f"  {duration(self.progress.seconds_left_epoch)} left"
+            text += "  evaluating"
+        elif self.progress and self.is_current:
+            text += f"  {duration(self.progress.seconds_left_epoch)} left"
         if self.progress:
-            right += f"  run {duration(self.progress.seconds_left_run)} left"
-        length = min(width - len(self.title) - 1 - len(right), 40)
-        bar = Text(self.title, style="bold", no_wrap=True)
-        if length >= 4:
-            full = length * self.done // max(self.steps, 1)
-            done, rest = ("#", "-") if ascii_only else ("━", "─")
-            bar.append(" ").append(done * full, "green").append(rest * (length - full), "dim")
-        return bar.append(right, "not bold")
+            text += f"  run {duration(self.progress.seconds_left_run)} left"
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(no_wrap=True, style="bold")
+        grid.add_column(width=20)
+        grid.add_column(no_wrap=True)
+        grid.add_row(self.title, ProgressBar(max(self.steps, 1), self.done), text)
+        return grid
 
-    def _rows(self, width: int, room: int) -> list[Text]:
-        """Accuracies in percent by row, in as many blocks side by side as the height asks for and
-        the width allows.
-        """
-        means = self.progress.means if self.progress else {}
+    def _accuracies(self, means: Mapping[str, float]) -> Table:
         train = {
-            name.removeprefix("accuracy/"): value
+            name.removeprefix(_ACCURACY): value
             for name, value in means.items()
-            if name.startswith("accuracy/")
+            if name.startswith(_ACCURACY)
         }
-        names = list(dict.fromkeys([*train, *self.last]))
-        if not names or room < 2:
-            return []
-        labels = {name: f"{name} (student)" if name == self.student else name for name in names}
-        titles = (
-            "train",
-            "eval",
-            f"best (epoch {self.best_epoch + 1})" if self.best and width >= 50 else "best",
-        )
-        wide = [max(len(title), 6) for title in titles]
-        numbers = sum(wide) + 2 * len(wide)
-        name_width = max(min(max(map(len, (*labels.values(), "accuracy %"))), width - numbers), 4)
-        blocks = max(
-            min(-(-len(names) // (room - 1)), (width + 3) // (name_width + numbers + 3)), 1
-        )
-        per_block = min(-(-len(names) // blocks), room - 1)
-        cells = []
-        for name in names:
-            values = [
-                f"{100 * found[name]:.2f}" if name in found else "-"
-                for found in (train, self.last, self.best)
-            ]
-            cells.append(
-                (
-                    _cells(labels[name], name_width, values, wide),
-                    "bold" if name == self.student else "",
-                )
-            )
-        if len(cells) > blocks * per_block:
-            kept = blocks * per_block - 1
-            cells = [*cells[:kept], (f"... {len(cells) - kept} more", "dim")]
-        lines = [Text(no_wrap=True) for _ in range(per_block)]
-        for index, (cell, style) in enumerate(cells):
-            lines[index % per_block].append("   " if index >= per_block else "").append(cell, style)
-        return [
-            Text(
-                "   ".join([_cells("accuracy %", name_width, titles, wide)] * blocks),
-                style="dim",
-                no_wrap=True,
-            ),
-            *lines,
-        ]
-
-    def _status(self, width: int) -> list[Text]:
-        if self.progress is None:
-            return []
-        at = self.progress
-        parts = [
-            f"{at.images_per_second:.0f} img/s",
-            f"waiting for data {100 * at.waiting_share:.0f} %",
-            f"lr {at.lr:.4g}",
-            f"kd_weight {at.kd_weight:.3g}",
-        ]
-        if at.memory is not None:
-            parts.append(f"GPU {at.memory / 2**30:.2f} GiB")
-        lines = [parts[0]]
-        for part in parts[1:]:
-            if len(lines[-1]) + 2 + len(part) <= width:
-                lines[-1] += f"  {part}"
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("accuracy %", no_wrap=True)
+        best = f"best (epoch {self.best_epoch + 1})" if self.best else "best"
+        for title in ("train", "eval", best):
+            table.add_column(title, justify="right", no_wrap=True)
+        for name in dict.fromkeys([*train, *self.last]):
+            columns = (train, self.last, self.best)
+            cells = [f"{100 * each[name]:.2f}" if name in each else "-" for each in columns]
+            if name == self.student:
+                table.add_row(f"{name} (student)", *cells, style="bold")
             else:
-                lines.append(part)
-        return [Text(line, no_wrap=True) for line in lines]
+                table.add_row(name, *cells)
+        return table
 
 
-def _cells(label: str, label_width: int, values: Iterable[str], widths: Iterable[int]) -> str:
-    if len(label) > label_width:
-        label = label[: label_width - 1] + "~"
-    return f"{label:<{label_width}}" + "".join(
-        f"  {value:>{wide}}" for value, wide in zip(values, widths, strict=True)
-    )
-
-
-def _grid(cells: list[str], width: int, room: int) -> list[Text]:
-    """Cells in columns of one width, in at most ``room`` lines; the last cell says how many are
-    left out.
-    """
-    if not cells or room < 1:
-        return []
-    wide = max(map(len, cells))
-    columns = max((width + 2) // (wide + 2), 1)
-    if len(cells) > columns * room:
-        kept = max(columns * room - 1, 1)
-        cells = [
-            *cells[:kept],
-            *([f"... {len(cells) - kept} more"] if kept < columns * room else []),
-        ]
-    return [
-        Text(
-            "  ".join(f"{cell:<{wide}}" for cell in cells[start : start + columns]).rstrip(),
-            no_wrap=True,
-        )
-        for start in range(0, len(cells), columns)
+def _line(progress: EpochProgress, *further: str) -> str:
+    """Throughput, waiting, ``further`` numbers and memory as one line."""
+    parts = [
+        f"{progress.images_per_second:.0f} img/s",
+        f"waiting for data {100 * progress.waiting_share:.0f} %",
+        *further,
     ]
+    if progress.memory is not None:
+        parts.append(f"GPU {format_bytes(progress.memory)}")
+    return "  ".join(parts)
 
 
 def _plain(progress: EpochProgress, student: str) -> str:
-    """The numbers as one line."""
-    accuracy = progress.means.get(f"accuracy/{student}")
-    parts = [f"loss {progress.means['loss']:.4f}"]
-    if accuracy is not None:
-        parts.append(f"{student} {100 * accuracy:.1f} %")
-    parts += [
-        f"{progress.images_per_second:.0f} img/s",
-        f"waiting for data {100 * progress.waiting_share:.0f} %",
-    ]
-    if progress.memory is not None:
-        parts.append(f"GPU {progress.memory / 2**30:.2f} GiB")
-    return "  ".join(
-        [
-            *parts,
-            (
-                f"epoch {duration(progress.seconds_left_epoch)} left, run"
-                f" {duration(progress.seconds_left_run)} left"
-            ),
-        ]
+    """The numbers of a plain line."""
+    loss, accuracy = progress.means["loss"], progress.means.get(f"{_ACCURACY}{student}")
+    right = "" if accuracy is None else f"  {student} {100 * accuracy:.1f} %"
+    return (
+        f"loss {loss:.4f}{right}  {_line(progress)}  epoch"
+        f" {duration(progress.seconds_left_epoch)} left, run"
+        f" {duration(progress.seconds_left_run)} left"
     )
 
 

@@ -1,11 +1,12 @@
-"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl`` and ``metrics.csv``,
+"""The run folder: ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``metrics.csv``,
 ``log.txt``, ``summary.json``, ``checkpoints/``, ``student.safetensors`` with ``student.json``, and
-what TensorBoard and W&B are given.
+the files of TensorBoard and W&B.
 """
 
 import contextlib
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fastokd.storage import (
     temporaries_of,
     write_atomically,
     write_json,
+    write_text,
 )
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, read_config
@@ -52,17 +54,18 @@ class RunFolder:
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
         self.student = path / "student.safetensors"
-        self.unlock: Callable[[], object] = lambda: None
+        self._descriptor = -1
+        self._lock: weakref.finalize[..., Any] | None = None
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """Make the folder and check that it can be written to. What a run without a checkpoint left
-        there is replaced.
+        """Create and lock the folder, and check that it is writable. The files of a run without a
+        checkpoint are replaced.
 
         Raises:
-            ConfigError: a run with a checkpoint or something else is there, or another process is
+            ConfigError: it holds a run with a checkpoint or other files, or another process is
                 training there.
-            StorageError: the folder cannot be made or written to.
+            StorageError: the folder cannot be created or written.
         """
         run = cls(path)
         if checkpoint_files(run.checkpoints):
@@ -71,23 +74,7 @@ class RunFolder:
                 " choose another --out"
             )
         try:
-            entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-            # Only what a run leaves that died before its first checkpoint may be replaced; it
-            # always has checkpoints/.
-            foreign = (
-                entries
-                - {
-                    file.name
-                    for record in run._records()
-                    for file in (record, *temporaries_of(record))
-                }
-                - {"checkpoints"}
-            )
-            if foreign or (entries and "checkpoints" not in entries):
-                raise ConfigError(
-                    f"{path} is not empty ({', '.join(sorted(foreign or entries)[:3])}); choose"
-                    " another --out"
-                )
+            run._check_replaceable()
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
             probe.write_bytes(b"")
@@ -98,6 +85,18 @@ class RunFolder:
         run._remove_records()
         return run
 
+    def _check_replaceable(self) -> None:
+        """Refuse a folder with files that are not of a run that died before its first checkpoint;
+        such a run always has ``checkpoints/``.
+        """
+        entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        known = {"checkpoints"} | {
+            file.name for record in self._records() for file in (record, *temporaries_of(record))
+        }
+        if entries - known or (entries and "checkpoints" not in entries):
+            names = ", ".join(sorted(entries - known or entries)[:3])
+            raise ConfigError(f"{self.path} is not empty ({names}); choose another --out")
+
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """An existing run.
@@ -107,51 +106,52 @@ class RunFolder:
         """
         run = cls(path)
         if not run.config_path.is_file():
-            what = (
-                "does not exist"
-                if not path.exists()
-                else "is not a run folder (it has no config.yaml)"
-            )
-            raise CheckpointError(f"{path} {what}; give a folder that 'fastokd train' has made")
+            missing = "does not exist"
+            if path.exists():
+                missing = "is not a run folder (it has no config.yaml)"
+            raise CheckpointError(f"{path} {missing}; give a folder that 'fastokd train' has made")
         return run
 
     def lock(self) -> int:
-        """Claim the folder for this process, until ``unlock`` or its end.
+        """Claim the folder for this process until ``unlock`` or its end; again has no effect.
 
-        Returns:
-            The descriptor that holds it. Processes that inherit it hold the folder too, also after
-            this one's end.
+        Returns the descriptor that holds the lock. Processes that inherit it hold the lock too,
+        even after this one has ended.
 
         Raises:
             ConfigError: another process is training there.
         """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self.unlock = weakref.finalize(self, os.close, descriptor)
-        os.register_at_fork(
-            after_in_child=self.unlock
-        )  # a loader's worker that outlives this process must not hold the folder
+        if self._lock is not None and self._lock.alive:
+            return self._descriptor
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, self._descriptor)
+        # A loader's worker that outlives this process must not hold the folder.
+        os.register_at_fork(after_in_child=self._lock)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.unlock()
             raise ConfigError(
                 f"another process is training in {self.path}; wait for it, or choose another --out"
             ) from None
-        return descriptor
+        return self._descriptor
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it."""
+        if self._lock is not None:
+            self._lock()
 
     def discard_without_checkpoint(self) -> None:
-        """Remove what a run left that ended before its first checkpoint; it would only be in the
-        way of the next.
-        """
+        """Remove the files of a run that ended before its first checkpoint."""
         if checkpoint_files(self.checkpoints):
             return
         self._remove_records()
         for folder in (self.checkpoints, self.path):
-            with contextlib.suppress(OSError):  # not empty, or not there
+            with contextlib.suppress(OSError):  # not empty, or missing
                 folder.rmdir()
 
     def _records(self) -> tuple[Path, ...]:
-        """Everything a run writes but the last checkpoints."""
+        """Everything a run writes except its last checkpoints."""
         return (
             self.config_path,
             self.metrics_path,
@@ -176,107 +176,94 @@ class RunFolder:
             remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:
+        """The run's configuration."""
         return read_config(self.config_path)
 
     def save_config(self, config: TrainConfig) -> None:
-        write_atomically(self.config_path, lambda file: file.write(config.to_yaml().encode()))
+        """Write the run's configuration."""
+        write_text(self.config_path, config.to_yaml())
 
     def save_environment(self, device: torch.device, data: dict[str, Any]) -> None:
-        """Write what a new run starts with."""
+        """Write the environment of a new run."""
         now = environment(device)
         write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:
-        """What ``environment.json`` says; empty where it is missing or damaged."""
+        """The content of ``environment.json``; empty where it is missing or damaged."""
         return read_json_object(self.environment_path)
 
     def add_session(self, device: torch.device) -> None:
-        """Add to ``environment.json`` what the run is resumed with. What is written there of its
-        start stays.
-        """
-        try:
-            found = json.loads(self.environment_path.read_text(encoding="utf-8"))
-            sessions = [*found.get("sessions", []), _session(environment(device))]
-        except (OSError, ValueError, AttributeError, TypeError):
-            found, sessions = (
-                {},
-                [_session(environment(device))],
-            )  # lost or damaged: nothing is made up about the start
-        write_json(self.environment_path, {**found, "sessions": sessions})
+        """Add the environment in which the run is resumed; that of its start stays."""
+        start = self.read_environment()
+        if not isinstance(sessions := start.get("sessions", []), list):
+            start, sessions = {}, []
+        sessions = [*sessions, _session(environment(device))]
+        write_json(self.environment_path, {**start, "sessions": sessions})
 
     def versions(self) -> dict[str, Any]:
-        """The versions and the commit that the run was started with; empty where they were not
-        written or are damaged.
-        """
-        try:
-            found = json.loads(self.environment_path.read_text(encoding="utf-8"))
-            return {name: found[name] for name in ("fastokd", "commit", "torch")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        """The versions and the commit that started the run; empty where they are lost."""
+        start = self.read_environment()
+        return {name: start[name] for name in ("fastokd", "commit", "torch") if name in start}
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add the record of an epoch."""
         append_line(self.metrics_path, json.dumps(record))
         self._write_csv(self.read_metrics())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The record of each epoch, up to the first line that is none: a crash may have cut one
-        short.
-        """
+        """The records of the epochs, up to the first damaged line, which a crash may leave."""
         if not self.metrics_path.is_file():
             return []
-        records = []
+        records: list[dict[str, Any]] = []
         for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                break
-            if (
-                not isinstance(record, dict)
-                or not isinstance(record.get("epoch"), int)
-                or not isinstance(record.get("eval"), dict)
-            ):
-                break
-            if not all(isinstance(value, int | float) for value in record["eval"].values()):
+                record = None
+            if not _is_record(record):
                 break
             records.append(record)
         return records
 
     def keep_metrics_before(self, epoch: int) -> None:
-        """Drop the records of epochs that will be trained again after a resume."""
-        kept = [record for record in self.read_metrics() if record["epoch"] < epoch]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.metrics_path, lambda file: file.write(text.encode()))
-        self._write_csv(kept)
+        """Drop the records of epochs that a resumed run trains again."""
+        records = [record for record in self.read_metrics() if record["epoch"] < epoch]
+        write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_csv(records)
 
     def _write_csv(self, records: Sequence[dict[str, Any]]) -> None:
-        # Always the whole file from the records, so the two never disagree; it can be made again,
-        # so nobody waits for the disk.
-        write_atomically(
-            self.csv_path, lambda file: file.write(csv_text(records).encode()), durable=False
-        )
+        # Always the whole file, so that it agrees with the records; it need not be durable.
+        data = csv_text(records).encode()
+        write_atomically(self.csv_path, lambda file: file.write(data), durable=False)
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        return False
+    accuracies = record.get("eval")
+    return isinstance(accuracies, dict) and all(
+        isinstance(value, int | float) for value in accuracies.values()
+    )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def default_run_path(name: str) -> Path:
     """``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that does not exist."""
-    path, number = Path("runs") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return path
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for each in names if not (path := Path("runs") / each).exists())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit and command: what is needed to run the same thing again. Nothing in
-    it names the machine.
+    """Versions, device, commit and command, which are needed to repeat a run; nothing that names
+    the machine.
     """
     on_gpu = device.type == "cuda"
     return {
@@ -286,7 +273,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": _command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(*packages) for name, packages in _PACKAGES.items()},
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
+        "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -297,19 +286,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-_PACKAGES = {
-    "torchvision": ("torchvision",),
-    "triton": ("triton",),
-    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-}
-"""What else a result depends on, and the distributions that bring it."""
-
-_OF_A_SESSION = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
-"""What may differ when a run is resumed."""
-
-
 def _session(now: dict[str, Any]) -> dict[str, Any]:
-    return {name: now[name] for name in _OF_A_SESSION}
+    """The entries that may differ when a run is resumed."""
+    names = ("started", "command", "commit", "fastokd", "torch", "device", "world_size")
+    return {name: now[name] for name in names}
 
 
 def _version(*packages: str) -> str | None:
@@ -321,9 +301,7 @@ def _version(*packages: str) -> str | None:
 
 
 def _command() -> str:
-    """The command line of this process; where the interpreter and the console script are installed
-    says nothing.
-    """
+    """The command line of this process, without the folders of interpreter and script."""
     python, *rest = sys.orig_argv
     if rest and Path(rest[0]).name == "fastokd":
         return shlex.join(["fastokd", *rest[1:]])
@@ -331,28 +309,14 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, with a + if files differ from it; None outside one."""
+    """The commit of the checkout that runs, with a + if tracked files differ; None outside one."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / "CMakeLists.txt").is_file():
-        return None  # installed from a wheel: a repository around it would be somebody else's
+        return None  # installed from a wheel: a repository around it is another project's
+    describe = "describe --always --abbrev=12 --dirty=+ --exclude=*"
+    command = ["git", "-C", str(folder), *describe.split()]
     try:
-        # Untracked files (data, runs) do not change what the commit means.
-        found = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(folder),
-                "describe",
-                "--always",
-                "--abbrev=12",
-                "--dirty=+",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,9 +1,8 @@
-"""How steps are run: one after the other, or as replays of a captured CUDA graph with the batch
-made inside it.
-"""
+"""Running the steps of an epoch: one by one, or as replays of a captured CUDA graph."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,85 +16,82 @@ from fastokd.train.step import TrainStep
 class StepRunner:
     """Runs a step over a loader's batches.
 
-    Where the step is captured, a loader that makes its batches by tensor operations alone
-    (``gather``) makes them inside the graph; other loaders' batches are copied into tensors that
-    the graph reads. There is a graph for each shape of batch. Where nobody asked for a graph and
-    the step cannot be captured, ``say`` is told, and steps are run as without.
+    If the step is captured, a loader whose batches are made by tensor operations alone (it has
+    ``gather``) makes them inside the graph; batches of other loaders are copied into tensors that
+    the graph reads. There is one graph for each shape of batch. If a step cannot be captured and
+    the configuration does not require it, ``report`` gets a message and steps run without a graph.
     """
 
-    def __init__(self, step: TrainStep, say: Callable[[str], object] = lambda text: None) -> None:
+    def __init__(
+        self, step: TrainStep, report: Callable[[str], object] = lambda text: None
+    ) -> None:
         self.step = step
-        self.captures = step.levers.cuda_graph
-        self._say = say
+        self.captures = step.options.cuda_graph
         self.reason_against_capture = ""
-        """Why the step is not captured though it was tried; empty if it is, or nobody tried."""
+        """Why capturing failed; empty if it did not."""
+        self._report = report
         self._captured: dict[Hashable, CapturedStep] = {}
         self._static: dict[Hashable, Batch] = {}
-        self._place = torch.zeros((), dtype=torch.int64, device=step.device)
+        self._position = torch.zeros((), dtype=torch.int64, device=step.device)
 
     def epoch(
         self, loader: Loader, begin: int = 0, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter
     ) -> Iterator[int]:
-        """Train on the batches of a loader's epoch that come after the first ``begin``, which the
-        loader has been told of.
+        """Train on the batches of an epoch after the first ``begin``, which the loader skips.
 
-        Yields how many batches of the epoch are done, after each. ``watch`` gives the batches
-        again, and may take the time that each takes to come.
+        Args:
+            watch: passes batches on, and may measure the time that each takes.
+
+        Yields:
+            The number of batches done, after each.
         """
         if self.captures and hasattr(loader, "gather"):
-            yield from self._gathered(loader, begin, watch)
+            gathering: Any = loader
+            self._position.fill_(begin)
+            for done in watch(range(begin + 1, len(loader) + 1)):
+                self._run(("gather", gathering.side), partial(self._gather_and_step, gathering))
+                gathering.mark_done(done)
+                yield done
             return
         for done, batch in enumerate(watch(loader), start=begin + 1):
-            if self.captures:
-                self._run_captured(batch)
-            else:
-                self.step(batch)
+            static = self._static_copy(batch) if self.captures else batch
+            self._run(batch.images.shape, partial(self.step, static))
             yield done
 
-    def _run_captured(self, batch: Batch) -> None:
+    def _gather_and_step(self, loader: Any) -> None:
+        self.step(loader.gather(self._position))
+        self._position.add_(1)
+
+    def _static_copy(self, batch: Batch) -> Batch:
+        """The batch in tensors that never move."""
         key = batch.images.shape
         if key not in self._static:
             self._static[key] = Batch(*(torch.empty_like(value) for value in batch))
-        static = self._static[key]
-        for held, value in zip(static, batch, strict=True):
-            held.copy_(value, non_blocking=True)
-        self._replay(key, lambda: self.step(static))
+        for static, value in zip(self._static[key], batch, strict=True):
+            static.copy_(value, non_blocking=True)
+        return self._static[key]
 
-    def _gathered(
-        self, loader: Any, begin: int, watch: Callable[[Iterable[Any]], Iterator[Any]]
-    ) -> Iterator[int]:
-        def body() -> None:
-            self.step(loader.gather(self._place))
-            self._place.add_(1)
-
-        self._place.fill_(begin)
-        for done in watch(range(begin + 1, len(loader) + 1)):
-            self._replay(("gathered", loader.side), body)
-            loader.mark_done(done)
-            yield done
-
-    def _replay(self, key: Hashable, body: Callable[[], None]) -> None:
+    def _run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Run a step, or replay the graph captured for a shape of batch."""
         if not self.captures:
             body()
             return
         if key not in self._captured:
-            pool = next(
-                (each.pool for each in self._captured.values() if each.pool is not None), None
-            )
-            self._captured[key] = CapturedStep(body, self.step.device, pool)
+            pools = (step.pool for step in self._captured.values() if step.pool is not None)
+            self._captured[key] = CapturedStep(body, self.step.device, next(pools, None))
         try:
             self._captured[key]()
         except CaptureFailed as error:
-            if self.step.config.cuda_graph:
-                raise ConfigError(
-                    f"cuda_graph=True: the step cannot be captured ({first_line(error)}); leave"
-                    " it out"
-                ) from error
-            self.reason_against_capture, self.captures = first_line(error), False
-            self._say(
-                f"the step cannot be captured ({self.reason_against_capture}), and is run without a"
-                " CUDA graph"
-            )
-            self.step.levers = dataclasses.replace(self.step.levers, cuda_graph=False)
-            self._captured.clear()
+            self._stop_capturing(error)
             body()
+
+    def _stop_capturing(self, error: CaptureFailed) -> None:
+        reason = first_line(error)
+        if self.step.config.cuda_graph:
+            raise ConfigError(
+                f"cuda_graph=True: the step cannot be captured ({reason}); omit it"
+            ) from error
+        self.reason_against_capture, self.captures = reason, False
+        self._report(f"the step cannot be captured ({reason}); running without a CUDA graph")
+        self.step.options = dataclasses.replace(self.step.options, cuda_graph=False)
+        self._captured.clear()

@@ -1,96 +1,79 @@
-"""Signals that ask a run to stop: they are heard at once and followed where the run can be picked
-up again.
-"""
+"""Signals that stop a run, obeyed at a point from which it can be resumed."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
-from fastokd.train.launch import launched
+from fastokd.train.launch import handling, launched
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
+"""The signals that schedulers send before they take a machine away."""
 LAUNCHER_PATIENCE = 10.0
-"""Seconds in which a launcher's further signals are taken for the first: a scheduler signals every
-process of a job, and the launcher passes on what it got.
+"""Seconds in which a launcher's further signals count as the first: a scheduler signals every
+process of a job, and the launcher forwards its own.
 """
 PATIENCE_VARIABLE = "FASTOKD_SIGNAL_PATIENCE"
-"""The environment variable with the seconds for a run that something else than a launcher started
-and signals.
+"""The environment variable with these seconds, for a run that another program starts and
+signals.
 """
 
 
 class StopSignals:
-    """Within it, SIGTERM and SIGUSR1 are noted in ``received`` and nothing else happens; another
-    one ends the process.
+    """A context in which SIGTERM and SIGUSR1 only set ``received``; a second one ends the process.
 
-    It may be entered again inside. Outside the main thread, where Python has no signal handlers, it
-    changes nothing.
+    It may be nested. Outside the main thread, where Python has no signal handlers, it has no
+    effect.
 
     Args:
-        patience: seconds after the first signal in which others are taken for the same; None for
-            ``LAUNCHER_PATIENCE`` where a launcher started this process, and else for those of
-            ``PATIENCE_VARIABLE``, or none.
+        patience: seconds after the first signal in which others count as the same; None for
+            ``LAUNCHER_PATIENCE`` under a launcher, else the value of ``PATIENCE_VARIABLE``, or 0.
     """
 
     def __init__(self, patience: float | None = None) -> None:
-        self._patience = (
-            patience
-            if patience is not None
-            else LAUNCHER_PATIENCE
-            if launched()
-            else float(os.environ.get(PATIENCE_VARIABLE, "0"))
-        )
+        if patience is None:
+            variable = float(os.environ.get(PATIENCE_VARIABLE, "0"))
+            patience = LAUNCHER_PATIENCE if launched() else variable
+        self._patience = patience
         self._label = f"rank {os.environ['RANK']}: " if launched() else ""
         self._depth = 0
         self.heard = 0
         """The number of the first signal; 0 before."""
         self._at = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = contextlib.ExitStack()
 
     @property
     def received(self) -> int:
-        """The number of the signal that is to be followed; 0 for none."""
+        """The number of the signal to obey; 0 for none. A subclass may add other reasons."""
         return self.heard
 
     def __enter__(self) -> "StopSignals":
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            handlers = handling(STOP_SIGNALS, self._handle, ignored_too=True)
+            self._handlers.enter_context(handlers)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if self._depth:
-            return
-        for number, handler in self._before.items():
-            # None is a handler that was not set from Python, and cannot be set back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        if not self._depth:
+            self._handlers.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self.heard:
             self.heard, self._at = number, time.monotonic()
-            self._say(
+            self._print(
                 f"{name}: saving after this step, then stopping; another signal stops at once"
             )
         elif time.monotonic() - self._at >= self._patience:
-            self._say(f"{name}: stopping at once; the last checkpoint is intact")
+            self._print(f"{name}: stopping at once; the last checkpoint is intact")
             os._exit(128 + number)
 
-    def _say(self, text: str) -> None:
-        # Not print: the signal may have come in the middle of one.
-        os.write(
-            sys.__stderr__.fileno() if sys.__stderr__ is not None else 2,
-            f"fastokd: {self._label}{text}\n".encode(),
-        )
+    def _print(self, text: str) -> None:
+        # Not print: the signal may have interrupted one.
+        descriptor = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+        os.write(descriptor, f"fastokd: {self._label}{text}\n".encode())

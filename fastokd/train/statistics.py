@@ -1,19 +1,15 @@
-"""What a forward pass writes into a model besides gradients, and how it is taken back."""
+"""Running statistics that a skipped step must not change."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """The floating-point buffers of a model, such as the running means and variances of its batch
-    norms, so that a step that is left out leaves them as they were. Otherwise one batch whose
-    activations overflow would make them NaN for good: the model would go on training and never
-    evaluate again.
+    """The floating-point buffers of a model on its device, such as batch-norm statistics, which a
+    skipped step restores. Otherwise one batch whose activations overflow would make them NaN for
+    good.
 
-    It takes a few small operations on the device and no host sync.
-
-    Args:
-        module: a model on its device; buffers that are registered later are not seen.
+    Takes a few small operations on the device and no host synchronization.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -24,23 +20,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remember the values; before the forward pass."""
+        """Copy the values, before the forward pass."""
         if self._live:
-            self._kept = self._together()
+            self._kept = self._concatenated()
 
     @torch.no_grad()
     def put_back(self, skipped: Tensor) -> None:
-        """Where ``skipped`` (0-d, see ``Optimizers.step``) is not 0, have the values that were
-        kept.
-        """
+        """Restore the copied values if ``skipped`` (0-d, see ``Optimizers.step``) is nonzero."""
         if self._kept is None:
             return
-        chosen = torch.where(skipped != 0, self._kept, self._together())
+        chosen = torch.where(skipped != 0, self._kept, self._concatenated())
         parts = chosen.split([buffer.numel() for buffer in self._live])
-        torch._foreach_copy_(
-            self._live,
-            [part.view(buffer.shape) for part, buffer in zip(parts, self._live, strict=True)],
-        )
+        views = [part.view(live.shape) for part, live in zip(parts, self._live, strict=True)]
+        torch._foreach_copy_(self._live, views)
 
-    def _together(self) -> Tensor:
+    def _concatenated(self) -> Tensor:
         return torch.cat([buffer.reshape(-1) for buffer in self._live])

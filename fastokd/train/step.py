@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastokd.data import Batch
+from fastokd.errors import CheckpointError, first_line
+from fastokd.export import load_weights
 from fastokd.methods import get_method
+from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
@@ -17,34 +20,34 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
-from fastokd.train.levers import choose_levers
 from fastokd.train.metrics import MetricSums, correct_counts
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
 from fastokd.train.statistics import RunningStatistics
+from fastokd.train.step_options import choose_step_options
 from fastokd.train.streams import BranchStreams
 from fastokd.train.sync_norm import synchronized_batch_norm
 from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
-"""The name of the averaged student among the rows that are measured."""
+"""The name of the averaged student among the evaluated rows."""
+_STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
+"""Of ``torch.autograd.graph``, since PyTorch 2.11."""
 
 
 class Evaluation(NamedTuple):
-    """What one pass over a split measures."""
+    """The metrics of one pass over a split."""
 
     accuracies: dict[str, float]
     """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for
     methods whose published number that is.
     """
     mixing: dict[str, dict[str, float]]
-    """For each mixture with weights given at run time the mean weight of each of its inputs."""
+    """The mean weight of each input of a mixture whose weights are computed at run time."""
 
 
 class BranchEvaluator:
-    """A branched model with the loss of its method: what is needed to say how good every branch and
-    mixture is.
-    """
+    """A branched model with the loss of its method, for evaluating every branch and mixture."""
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
         self.method = get_method(config.method)
@@ -60,92 +63,75 @@ class BranchEvaluator:
 
     @property
     def reported(self) -> str:
-        """The name of the accuracy that is the student's: its branch's, or its average's where
-        there is one.
-        """
+        """The name of the student's accuracy: that of its branch, or of its moving average."""
         return self.kept if self.average is None else AVERAGE
 
     def student(self) -> nn.Module:
-        """A copy of the student as it is handed over: the kept branch, or the average of its
-        weights where there is one.
-        """
+        """A copy of the student to export: the kept branch, or the average of its weights."""
         return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
-    def named_rows(self, result: BranchOutput) -> dict[str, Tensor]:
+    def named_logits(self, result: BranchOutput) -> dict[str, Tensor]:
         """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by
         name.
         """
-        return self.criterion.named_rows(result.logits, **self.method.loss_inputs(result))
+        return self.method.named_logits(self.criterion, result)
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
-        """What the model in evaluation mode computes for each batch, and the targets."""
-        return ((self._result(batch.images), batch.target) for batch in self._evaluating(batches))
+        """The output of the model in evaluation mode for each batch, and the targets."""
+        return ((result, batch.target) for batch, result in self._evaluated(batches))
 
-    def _evaluating(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the model in evaluation mode until they end."""
+    def _evaluated(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, BranchOutput]]:
+        """Each batch and its output; the model is in evaluation mode until they end."""
         was_training = self.model.training
         self.model.eval()
         try:
-            yield from batches
+            for batch in batches:
+                # Evaluation has other shapes, and compiling for them takes longer than it saves.
+                eager = torch.compiler.set_stance("force_eager")
+                with torch.no_grad(), autocast(self.precision, self.device), eager:
+                    result = self.model(batch.images)
+                yield batch, result
         finally:
             self.model.train(was_training)
-
-    @torch.no_grad()
-    def _result(self, images: Tensor) -> BranchOutput:
-        # Compiled for training alone: evaluation has other shapes, and compiling takes longer than
-        # it saves.
-        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
-            return self.model(images)
 
     def measured(
         self, batches: Iterable[Batch]
     ) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
-        """For each batch what ``results`` gives, with the logits [B, C] of everything that is
-        measured, by name, in between.
-
-        That is what ``named_rows`` has, and the averaged student where there is one.
+        """For each batch the output, the named logits [B, C] of everything that is measured (those
+        of ``named_logits`` and of the averaged student), and the targets.
         """
-        for batch in self._evaluating(batches):
-            result = self._result(batch.images)
-            rows = self.named_rows(result)
+        for batch, result in self._evaluated(batches):
+            rows = self.named_logits(result)
             if self.average is not None:
                 with torch.no_grad(), autocast(self.precision, self.device):
                     rows[AVERAGE] = self.average.module(batch.images)
             yield result, rows, batch.target
 
     def mixing_weights(self, result: BranchOutput, target: Tensor) -> dict[str, dict[str, Tensor]]:
-        """What the gates of the method say, see ``MethodLoss.mixing_weights``."""
-        return self.criterion.mixing_weights(
-            result.logits, target, **self.method.loss_inputs(result)
-        )
+        """The weights of the method's gates, see ``GraphLoss.mixing_weights``."""
+        return self.method.mixing_weights(self.criterion, result, target)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The accuracies of ``measure``."""
         return self.measure(batches).accuracies
 
     def measure(self, batches: Iterable[Batch]) -> Evaluation:
-        """How good every branch and mixture is, over all samples of all processes, each counted
-        once.
-        """
+        """Evaluate every branch and mixture on all samples of all processes, each counted once."""
         right: dict[str, Tensor] = {}
         count = 0
-        mixed = [
-            (node.name, name)
-            for node in self.criterion.graph.mixed_at_run_time
-            for name in node.inputs
-        ]
+        nodes = self.criterion.graph.dynamic_mixtures
+        mixed = [(node.name, name) for node in nodes for name in node.inputs]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
         for result, rows, target in self.measured(batches):
-            found = correct_counts(rows, target)
-            right = {name: right.get(name, 0) + value for name, value in found.items()}
+            counts = correct_counts(rows, target)
+            right = {name: right.get(name, 0) + value for name, value in counts.items()}
             if mixed:
-                given = self.mixing_weights(result, target)
-                weights += torch.stack([given[mixture][name] for mixture, name in mixed]).sum(
-                    1, dtype=torch.float64
-                )
+                gates = self.mixing_weights(result, target)
+                values = torch.stack([gates[mixture][name] for mixture, name in mixed])
+                weights += values.sum(1, dtype=torch.float64)
             count += target.shape[0]
-        counts, count = sum_counts(right, count)
-        accuracies = {name: value / count for name, value in counts.items()}
+        rights, count = sum_counts(right, count)
+        accuracies = {name: value / count for name, value in rights.items()}
         if self.method.reports_mean:
             branches = self.criterion.graph.logits[: self.criterion.num_branches]
             accuracies["branch_mean"] = sum(accuracies[name] for name in branches) / len(branches)
@@ -156,21 +142,16 @@ class BranchEvaluator:
 
 
 class TrainStep(BranchEvaluator):
-    """The step of one run: owns criterion and optimizers, changes the model in place. Of several
-    processes each has one.
+    """The training step of a process: owns criterion and optimizers, changes the model in place.
 
-    Everything a step reads besides its batch lies on the device and never moves: the learning rate,
-    ``kd_weight``, the step's number, the sums of what is measured. So a step waits for nothing, and
-    can be captured (``runner.py``).
+    Everything a step reads except its batch is on the device and never moves: the learning rate,
+    ``kd_weight``, the step's number, the metric sums. So a step waits for nothing and can be
+    captured (``runner.py``).
 
-    Args:
-        config: the run's.
-        model: on the device, in its memory format.
-        device: where the steps are computed.
-        stored: the frozen teacher's rows, of methods that have some.
+    The model must be on the device, in its memory format; ``stored`` are a frozen teacher's rows.
 
     Raises:
-        ConfigError: levers that cannot be had here, or do not go together.
+        ConfigError: an option is not available here, or two exclude each other.
     """
 
     def __init__(
@@ -185,47 +166,40 @@ class TrainStep(BranchEvaluator):
         self.stored = stored
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
-        self.levers = choose_levers(
-            config,
-            model,
-            device,
-            ranks.size,
-            host_rows=stored is not None and stored.table.device != device,
-        )
-        if self.levers.compile:
+        host_rows = stored is not None and stored.table.device != device
+        self.options = choose_step_options(config, model, device, ranks.size, host_rows)
+        if self.options.compile:
             model.compile_parts()
-        if self.levers.streams:
+        if self.options.streams:
             model.run_branches = BranchStreams(device, model.num_branches)
-        self.optimizers = Optimizers(config, model, device, flat=self.levers.flat)
+            # Modules that use a branch's weights outside of its stream (FFM) are synchronized.
+            if warn := getattr(torch.autograd.graph, _STREAM_WARNING, None):
+                warn(False)
+        self.optimizers = Optimizers(config, model, device, flat=self.options.flat)
         self._parallel = (
             parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
         )
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
-        self.guard = FiniteGuard(
-            device, self.optimizers.parts, sticky=config.on_nonfinite != "skip"
-        )
+        skip = config.on_nonfinite == "skip"
+        self.guard = FiniteGuard(device, self.optimizers.parts, sticky=not skip)
+        self._statistics = RunningStatistics(model) if skip or self.scale is not None else None
         self.sums = MetricSums()
         self.kd_weight = torch.ones((), device=device)
-        self._schedule: tuple[float, float] | None = None  # what the device was told last
+        self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
-        may_skip = config.on_nonfinite == "skip" or self.scale is not None
-        self._statistics = RunningStatistics(model) if may_skip else None
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
-        """The learning rate and the factor of the scheduled terms from the next step on."""
+        """Set the learning rate and the factor of the scheduled terms for the next steps."""
         if (lr, kd_weight) == self._schedule:
-            # Most steps have that of the step before, and each write is an additional kernel.
-            return
+            return  # each write is a kernel, and most steps change nothing
         self._schedule = (lr, kd_weight)
         self.optimizers.set_lr(lr)
         self.kd_weight.fill_(kd_weight)
 
     def __call__(self, batch: Batch) -> None:
-        """Train on a batch. ``sums`` grows by the sums over its samples of the loss, each term and
-        the right answers per row.
-        """
+        """Train on a batch, and add its loss, terms and correct answers to ``sums``."""
         self.optimizers.zero_grad()
         if self._statistics is not None:
             self._statistics.keep()
@@ -236,11 +210,9 @@ class TrainStep(BranchEvaluator):
                 self._forward_backward(part, results)
         self._forward_backward(last, results)
         lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
-        divisor = (
-            self.share.accumulate
-            if self.scale is None
-            else self.scale.value * self.share.accumulate
-        )
+        divisor: Tensor | int = self.share.accumulate
+        if self.scale is not None:
+            divisor = self.scale.value * divisor
         norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
         overflowed = ~norm.isfinite()
         if self._statistics is not None:
@@ -249,7 +221,7 @@ class TrainStep(BranchEvaluator):
             self.average.update()
         if self.scale is not None:
             self.scale.update(overflowed)
-            # Gradients that overflow are the scale's business, until it can fall no further.
+            # The scale handles gradients that overflow, until it cannot fall further.
             overflowed = overflowed & (self.scale.value <= 1.0)
         terms = {name: value for name, value in results.items() if not name.startswith("accuracy/")}
         self.guard.note(lost | overflowed, self.number, terms, self.optimizers.norms)
@@ -257,55 +229,88 @@ class TrainStep(BranchEvaluator):
         self.number.add_(1)
 
     def mean_statistics(self) -> None:
-        """Bring the running statistics of all processes together, before they are read."""
+        """Average the running statistics of all processes, before they are read."""
         if not self.config.sync_bn:
             mean_buffers(self.model, None if self.average is None else self.average.module)
 
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """The running statistics, which differ between processes within an epoch; empty for one
+        process.
+        """
+        if self.share.processes == 1 or self.config.sync_bn:
+            return {}
+        parts: dict[str, nn.Module] = {"model": self.model}
+        if self.average is not None:
+            parts["average"] = self.average.module
+        # Only buffers in the state dict: a frozen teacher has some too, which never change.
+        return {
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            for name, value in module.state_dict(keep_vars=True).items()
+            if value.is_floating_point() and not isinstance(value, nn.Parameter)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of everything that a step changes, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "ema": {} if self.average is None else self.average.state_dict(),
+            "scaler": {} if self.scale is None else self.scale.state_dict(),
+            "step": int(self.number),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        """Load a ``state_dict`` in place, but not the step's number; it may have further entries.
+
+        Raises:
+            CheckpointError: it is of another architecture or another optimizer.
+        """
+        load_weights(self.model, state["model"], where)
+        load_weights(self.criterion, state["criterion"], where)
+        try:
+            self.optimizers.load_state_dict(state["optimizer"])
+            if self.average is not None and state["ema"]:
+                self.average.load_state_dict(state["ema"], where)
+            if self.scale is not None and state["scaler"]:
+                self.scale.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{where} has an optimizer state that does not fit ({first_line(error)})"
+            ) from error
+
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What goes through the network at once."""
+        """The parts of a batch that go through the network at once."""
         count = self.share.accumulate
         if count == 1:
             return [batch]
-        images = batch.images.chunk(
-            count, batch.images.dim() - 4
-        )  # views of an image come before the batch
-        return [
-            Batch(*pieces)
-            for pieces in zip(
-                images, batch.target.chunk(count), batch.index.chunk(count), strict=True
-            )
-        ]
+        images = batch.images.chunk(count, batch.images.dim() - 4)  # [views, B, 3, H, W]
+        pieces = zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)
+        return [Batch(*piece) for piece in pieces]
 
     def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
-        """Add the gradients of a part of the batch to those there are, and to ``results`` what is
-        measured.
-        """
+        """Accumulate the gradients of a part of the batch, and its metrics in ``results``."""
         synchronized = (
             synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
         )
         with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
             result = (self._parallel or self.model)(batch.images)
-        logits, inputs = result.logits, self.method.loss_inputs(result)
+        output, scale = result, None
         if self.scale is not None:
-            logits, inputs = in_float32(logits), in_float32(inputs)
-        if self.method.needs_index:
-            inputs["index"] = batch.index
-        if self.stored is not None:
-            inputs["teacher"] = self.stored(batch.index)
-        loss, terms = self.criterion.forward_backward(
-            logits,
-            batch.target,
+            output = BranchOutput(in_float32(result.logits), (), in_float32(result.extras))
+            scale = self.scale.value
+        teacher = None if self.stored is None else self.stored(batch.index)
+        loss, terms = self.method.forward_backward(
+            self.criterion,
+            output,
+            MethodBatch(batch.target, batch.index, teacher),
             kd_weight=self.kd_weight,
-            scale=None if self.scale is None else self.scale.value,
-            **inputs,
+            scale=scale,
         )
         count = batch.target.shape[0]
-        sums = {"loss": loss * count, **{name: value * count for name, value in terms.items()}}
-        sums.update(
-            {
-                f"accuracy/{name}": right
-                for name, right in correct_counts(self.named_rows(result), batch.target).items()
-            }
-        )
+        sums = {name: value * count for name, value in {"loss": loss, **terms}.items()}
+        for name, right in correct_counts(self.named_logits(result), batch.target).items():
+            sums[f"accuracy/{name}"] = right
         for name, value in sums.items():
             results[name] = results[name] + value if name in results else value

@@ -1,9 +1,8 @@
 """Batch norm over the images of all processes.
 
-It is a property of the step, not of the network: the modules stay what they are, so that every
-network can have it, whatever class its norms are of, and a student has plain batch norms without
-anything being turned back. ``torch.nn.SyncBatchNorm`` would need other modules, runs on GPUs alone,
-and waits for the device in every layer.
+It is a property of the step, not of the network: modules do not change, so it works for any class
+of norm, and a student has plain batch norms. ``torch.nn.SyncBatchNorm`` needs other modules, runs
+only on GPUs, and waits for the device in every layer.
 """
 
 import contextlib
@@ -13,19 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from fastokd.ranks import gather_rows, rank_and_size, sum_over_ranks
 
 
 def synchronized_batch_norm() -> contextlib.AbstractContextManager[Any]:
-    """Within it, ``F.batch_norm`` in training takes mean and variance over the batches of all
-    processes, which must be of one size, and the running statistics follow these. All processes
-    must run the same layers in the same order.
+    """A context in which ``F.batch_norm`` in training uses mean and variance over the batches of
+    all processes, which must have one size. All processes must run the same layers in the same
+    order.
 
-    Gradients are those of the sum of the processes' losses, as ``DistributedDataParallel`` averages
-    them.
+    Gradients are those of the sum of the processes' losses, which ``DistributedDataParallel``
+    averages.
     """
     return _Synchronized() if rank_and_size()[1] > 1 else contextlib.nullcontext()
 
@@ -51,7 +49,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.batch_norm``, whose parameters these are."""
+    """``F.batch_norm`` over all processes."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     channels, size = input.shape[1], rank_and_size()[1]
@@ -76,13 +74,13 @@ def _at_least_float32(value: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """``weight * (input - mean) / sqrt(var + eps) + bias`` with mean and variance those of
-    ``count`` values over all processes.
+    """``weight * (input - mean) / sqrt(var + eps) + bias`` with the mean and variance of ``count``
+    values over all processes.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         input: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -98,8 +96,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var = ctx.saved_tensors
-        # As if mean and variance were constants; the gradients of weight and bias are the sums that
-        # the rest needs.
+        # Treat mean and variance as constants first; the gradients of weight and bias are the sums
+        # that their part needs.
         direct, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
             grad, input, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )

@@ -1,13 +1,8 @@
-"""The frozen teacher of a run: what its option ``teacher`` names, as a network or as stored
-rows.
-"""
+"""The frozen teacher of a run, which its option ``teacher`` names: a network or stored rows."""
 
 import dataclasses
-import difflib
 import hashlib
-import pickle
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastokd.data import Dataset
-from fastokd.errors import CheckpointError, ConfigError, MissingExtra, first_few, first_line
+from fastokd.data.files import IMAGENET_MEAN, IMAGENET_STD
+from fastokd.errors import CheckpointError, ConfigError, first_line, summarize
 from fastokd.export import find_export, load_student, load_weights
 from fastokd.methods import get_method
+from fastokd.models.libraries import LIBRARIES, library_network, without_auxiliary
 from fastokd.train.build import build_model
 from fastokd.train.checkpoint import load_checkpoint
 from fastokd.train.config import TrainConfig, load_config
+from fastokd.train.data import AnyDataset
 
-LIBRARIES = ("torchvision", "timm")
 RESIDENT_BYTES = 2**30
 """Stored rows up to this size are kept on the device; larger ones stay on the disk, and a batch's
 rows are fetched from there.
 """
 LOOKED_AT = 1024
-"""So many stored rows are checked, and stand for all of them in the fingerprint."""
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""The number of stored rows that are checked and hashed for the fingerprint."""
 
 
 class StoredRows:
-    """A teacher's rows for every training image.
-
-    Args:
-        table: floating [N, C], in the order of the training split.
-        device: of the steps.
+    """A teacher's rows for every training image: floating [N, C], in the order of the training
+    split.
     """
 
     def __init__(self, table: Tensor, device: torch.device) -> None:
         self.table = table.to(device) if table.nbytes <= RESIDENT_BYTES else table
 
     def __call__(self, index: Tensor) -> Tensor:
-        """The rows [B, C] in float32 of the images at these positions, int64 [B], on their
-        device.
-        """
+        """The rows [B, C] in float32 of the images at positions int64 [B], on their device."""
         return self.table[index.to(self.table.device)].to(index.device, torch.float32)
 
 
@@ -65,13 +55,14 @@ class Teacher:
 
 
 class Renormalized(nn.Module):
-    """A network whose images are normalised otherwise than those it gets.
+    """A network with its own normalization of images, applied to images normalized otherwise.
 
-    Args:
-        network: images [B, 3, H, W] to logits [B, C].
-        given: mean and standard deviation of each channel by which its images are normalised.
-        wanted: those by which the network's training images were.
+    ``given`` and ``wanted`` are mean and standard deviation by channel of the images'
+    normalization, and of the network's training images.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
         super().__init__()
@@ -88,33 +79,26 @@ class Renormalized(nn.Module):
 
 
 def with_absolute_teacher(config: TrainConfig) -> TrainConfig:
-    """The configuration with the teacher's path made absolute, so that the run can be resumed from
-    any folder.
-    """
+    """The configuration with an absolute path of the teacher, to resume the run from any folder."""
     spec = config.method_options.get("teacher")
     if not get_method(config.method).needs_teacher or not isinstance(spec, str) or not spec:
         return config
     library, name, path = _parse(spec)
-    place = str(path.absolute())
-    return dataclasses.replace(
-        config,
-        method_options={
-            **config.method_options,
-            "teacher": f"{library}:{name}:{place}" if library else place,
-        },
-    )
+    absolute = f"{library}:{name}:{path.absolute()}" if library else str(path.absolute())
+    options = {**config.method_options, "teacher": absolute}
+    return dataclasses.replace(config, method_options=options)
 
 
 def check_teacher(config: TrainConfig) -> None:
-    """Check what can be known of a run's teacher before its data is read.
+    """Check a run's teacher as far as possible before its data is read.
 
     Raises:
-        ConfigError: the option makes no sense.
-        CheckpointError: the file is not there.
+        ConfigError: the option is wrong.
+        CheckpointError: the file is missing.
     """
     if not get_method(config.method).needs_teacher:
         return
-    spec = config.model_options()["teacher"]
+    spec = str(config.model_options()["teacher"])
     library, _, path = _parse(spec)
     if not path.exists():
         raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
@@ -122,73 +106,58 @@ def check_teacher(config: TrainConfig) -> None:
         find_export(path, (".safetensors",))
     if not library and not path.is_dir() and path.suffix not in (".pt", ".npy", ".safetensors"):
         raise ConfigError(
-            f"teacher={spec}: {path.name} is none of a run folder, a checkpoint (.pt), an exported"
-            " student (.safetensors) and stored rows (.npy, .safetensors); weights of a library's"
-            " network are named torchvision:NAME:FILE or timm:NAME:FILE"
+            f"teacher={spec}: {path.name} is not a run folder, a checkpoint (.pt), an exported"
+            " student (.safetensors) or stored rows (.npy, .safetensors); for weights of a"
+            " library's network use torchvision:NAME:FILE or timm:NAME:FILE"
         )
     stored = not library and _holds_rows(path)
     for name in ("mixup", "cutmix"):
         if stored and (alpha := getattr(config, name)):
             raise ConfigError(
-                f"{name}={alpha:g} and stored rows of a teacher: they are of whole images, not of"
-                " mixed ones; use 0, or the teacher's weights"
+                f"{name}={alpha:g} with stored rows of a teacher, which are of unmixed images; use"
+                " 0, or the teacher's weights"
             )
-    if not stored and config.loss_options().get("teacher_rows", "logits") != "logits":
+    if not stored and _kind_of_rows(config) != "logits":
         raise ConfigError(
-            f"teacher_rows={config.loss_options()['teacher_rows']!r}: teacher={spec} is a network"
-            " and gives logits; only stored rows can be probabilities"
+            f"teacher_rows={_kind_of_rows(config)!r}: teacher={spec} is a network and returns"
+            " logits; only stored rows can be probabilities"
         )
-    if not library and config.model_options()["teacher_normalization"] != "data":
+    normalization = config.model_options()["teacher_normalization"]
+    if not library and normalization != "data":
         raise ConfigError(
-            f"teacher_normalization={config.model_options()['teacher_normalization']!r} is for"
-            f" networks of torchvision and timm; teacher={spec} "
-            + ("needs no images" if stored else "says itself how its images were normalised")
+            f"teacher_normalization={normalization!r} is for networks of torchvision and timm;"
+            f" teacher={spec} " + ("needs no images" if stored else "records its own normalization")
         )
 
 
-def open_teacher(config: TrainConfig, dataset: Dataset, device: torch.device) -> Teacher | None:
+def _kind_of_rows(config: TrainConfig) -> str:
+    return str(config.loss_options().get("teacher_rows", "logits"))
+
+
+def open_teacher(config: TrainConfig, dataset: AnyDataset, device: torch.device) -> Teacher | None:
     """The teacher that a run's configuration names; None for methods without one.
 
     Raises:
-        ConfigError, MissingExtra: the option makes no sense, or its library is not installed.
-        CheckpointError: missing, damaged, or of other classes or images than the run's.
+        ConfigError, MissingExtra: the option is wrong, or its library is not installed.
+        CheckpointError: missing, damaged, or with other classes or images than the run's.
     """
     if not get_method(config.method).needs_teacher:
         return None
-    spec = config.model_options()["teacher"]
+    spec = str(config.model_options()["teacher"])
     library, name, path = _parse(spec)
     if not library and _holds_rows(path):
-        return _open_rows(
-            path, config.loss_options().get("teacher_rows", "logits"), dataset, device
-        )
+        return _open_rows(path, _kind_of_rows(config), dataset, device)
     given = (dataset.mean, dataset.std)
     if library:
         network = _library_network(library, name, path, len(dataset.classes))
-        wanted = (
-            IMAGENET if config.model_options()["teacher_normalization"] == "imagenet" else given
-        )
+        imagenet = config.model_options()["teacher_normalization"] == "imagenet"
+        wanted = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else given
     else:
-        network, classes, size, wanted = (
-            _checkpoint_network(path) if path.suffix == ".pt" else _exported_network(path)
-        )
-        if classes != list(dataset.classes):
-            raise CheckpointError(
-                f"the teacher {path} knows the classes {first_few(classes)}, the data has"
-                f" {first_few(dataset.classes)}; use a teacher of the same classes in the same"
-                " order"
-            )
-        if list(size) != list(dataset.image_size):
-            raise CheckpointError(
-                f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
-                f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
-                + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
-            )
+        network, wanted = _own_network(path, dataset)
     digest = hashlib.sha256()
     for key, value in network.state_dict().items():
-        digest.update(
-            key.encode()
-            + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(key.encode() + content.numpy().tobytes())
     count = sum(parameter.numel() for parameter in network.parameters())
     if not np.allclose(given, wanted, rtol=1e-6, atol=1e-9):
         network = Renormalized(network, given, wanted)
@@ -200,16 +169,16 @@ def _parse(spec: str) -> tuple[str, str, Path]:
     head, _, rest = spec.partition(":")
     if head not in LIBRARIES:
         return "", "", Path(spec)
-    name, _, place = rest.partition(":")
-    if not name or not place:
+    name, _, file = rest.partition(":")
+    if not name or not file:
         raise ConfigError(
             f"teacher={spec}: give the network and the file of its weights, {head}:NAME:FILE"
         )
-    return head, name, Path(place)
+    return head, name, Path(file)
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether a file is stored rows and no network."""
+    """Whether a file holds stored rows, not a network."""
     if path.suffix != ".safetensors":
         return path.suffix == ".npy"
     from safetensors import SafetensorError, safe_open
@@ -223,15 +192,14 @@ def _holds_rows(path: Path) -> bool:
         ) from error
 
 
-def _open_rows(path: Path, kind: str, dataset: Dataset, device: torch.device) -> Teacher:
+def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device) -> Teacher:
     if path.suffix == ".npy":
         try:
-            # Copy on write: still read from the disk as rows are asked for, and torch takes no
-            # read-only arrays.
+            # Copy on write still reads rows on demand, and torch takes no read-only arrays.
             table = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is damaged or holds no numbers ({first_line(error)})"
+                f"{path} is damaged or not numeric ({first_line(error)})"
             ) from error
     else:
         from safetensors.torch import load_file
@@ -243,79 +211,57 @@ def _open_rows(path: Path, kind: str, dataset: Dataset, device: torch.device) ->
             f"{path} holds {table.dtype} {list(table.shape)}; rows for {wanted[0]} training images"
             f" and {wanted[1]} classes are floating {list(wanted)}"
         )
-    looked_at = table[
-        torch.linspace(0, wanted[0] - 1, min(LOOKED_AT, wanted[0])).long()
-    ].contiguous()
-    sample = looked_at.double()
+    index = torch.linspace(0, wanted[0] - 1, min(LOOKED_AT, wanted[0])).long()
+    checked = table[index].contiguous()
+    sample = checked.double()
     if not sample.isfinite().all():
-        raise CheckpointError(f"{path} holds numbers that are not finite")
+        raise CheckpointError(f"{path} holds non-finite numbers")
     sums_to_one = bool((sample >= 0).all()) and bool(((sample.sum(1) - 1).abs() < 1e-2).all())
     if sums_to_one != (kind == "probabilities"):
         other = "logits" if kind == "probabilities" else "probabilities"
         raise CheckpointError(
-            f"{path} holds {'probabilities' if sums_to_one else 'rows that are no probabilities'},"
+            f"{path} holds {'probabilities' if sums_to_one else 'rows that are not probabilities'},"
             f" and teacher_rows={kind}; pass teacher_rows={other}, or another file"
         )
-    digest = hashlib.sha256(
-        repr((wanted, str(table.dtype))).encode() + looked_at.view(torch.uint8).numpy().tobytes()
-    )
-    return Teacher(
-        f"{path}, {kind} of {wanted[0]} images", digest.hexdigest(), rows=StoredRows(table, device)
-    )
+    header, content = repr((wanted, str(table.dtype))), checked.view(torch.uint8).numpy().tobytes()
+    fingerprint = hashlib.sha256(header.encode() + content).hexdigest()
+    rows = StoredRows(table, device)
+    return Teacher(f"{path}, {kind} of {wanted[0]} images", fingerprint, rows=rows)
 
 
-def _exported_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
-    """The network, its classes, image height and width, and normalisation."""
-    network, record = load_student(path)
-    preprocessing = record["preprocessing"]
-    return (
-        network,
-        list(record["classes"]),
-        preprocessing["image_size"],
-        (preprocessing["mean"], preprocessing["std"]),
-    )
-
-
-def _checkpoint_network(path: Path) -> tuple[nn.Module, list[str], list[int], tuple[Any, Any]]:
-    """As ``_exported_network``."""
-    state = load_checkpoint(path)
-    config, data = load_config(state["config"], f"the configuration in {path}"), state["data"]
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(config, len(state["classes"]), torch.device("cpu"))
-    load_weights(model, state["model"], str(path))
-    return (
-        model.student().eval(),
-        list(state["classes"]),
-        data["image_size"],
-        (data["mean"], data["std"]),
-    )
+def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
+    """The network of a run's checkpoint or of an exported student, and its normalization."""
+    if path.suffix == ".pt":
+        state = load_checkpoint(path)
+        classes, data = state["classes"], state["data"]
+        config = load_config(state["config"], f"the configuration in {path}")
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(config, len(classes), torch.device("cpu"))
+        load_weights(model, state["model"], str(path))
+        network = model.student().eval()
+    else:
+        network, record = load_student(path)
+        classes, data = record["classes"], record["preprocessing"]
+    if list(classes) != list(dataset.classes):
+        raise CheckpointError(
+            f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"
+            f" {summarize(dataset.classes, 4)}; use a teacher with the same classes in the same"
+            " order"
+        )
+    if list(size := data["image_size"]) != list(dataset.image_size):
+        raise CheckpointError(
+            f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
+            f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
+            + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
+        )
+    return network, (data["mean"], data["std"])
 
 
 def _library_network(library: str, name: str, path: Path, num_classes: int) -> nn.Module:
     """A network of torchvision or timm with the weights in a file."""
-    if library == "torchvision":
-        import torchvision
-
-        names = torchvision.models.list_models(module=torchvision.models)
-        build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
-    else:
-        try:
-            import timm
-        except ImportError as error:
-            raise MissingExtra(
-                "a teacher of timm needs timm: pip install 'fastokd[timm]'"
-            ) from error
-
-        names = timm.list_models()
-        build = partial(timm.create_model, name, pretrained=False, num_classes=num_classes)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        raise ConfigError(
-            f"unknown network '{name}' of {library}"
-            + (f"; did you mean {' or '.join(close)}?" if close else "")
-        )
-    network = build()
-    weights = _read_weights(path)
+    full_name = f"{library}:{name}"
+    network = library_network(full_name, num_classes)
+    weights = without_auxiliary(full_name, _read_weights(path))
     try:
         load_weights(network, weights, str(path))
     except CheckpointError as error:
@@ -326,40 +272,29 @@ def _library_network(library: str, name: str, path: Path, num_classes: int) -> n
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from ``torch.save``, there also as the entry "state_dict"
-    or "model".
+    """A state dict from safetensors or ``torch.save``, there also in an entry "state_dict" or
+    "model".
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        found = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        ValueError,
-        SafetensorError,
-    ) as error:
+        if path.suffix == ".safetensors":
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for damaged bytes
         raise CheckpointError(
-            f"{path} is damaged or holds no weights ({first_line(error)})"
+            f"{path} is damaged or has no weights ({first_line(error)})"
         ) from error
     for entry in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(entry), dict):
-            found = found[entry]
+        if isinstance(weights, dict) and isinstance(weights.get(entry), dict):
+            weights = weights[entry]
     if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(value, Tensor) for value in found.values())
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
     ):
         raise CheckpointError(
-            f"{path} holds no weights: a dictionary of tensors is wanted, as model.state_dict()"
-            " gives"
+            f"{path} has no weights: it must hold a dictionary of tensors, like model.state_dict()"
         )
-    return found
+    return weights

@@ -26,7 +26,7 @@ FASTOKD_DECLARE(neon)
 
 namespace {
 
-// Best first; the generic one runs anywhere.
+// Best first. The generic one runs on every machine.
 const Backend* usable(int index) {
   const Backend* all[4] = {};
   int count = 0;
@@ -66,8 +66,8 @@ bool fits(const Call& call) {
   return true;
 }
 
-constexpr int64_t kInlineElements = 1 << 16;  // nodes * rows * columns below which waking a thread costs more than it saves
-constexpr int64_t kChunkElements = 1 << 14;
+constexpr int64_t kInlineElements = 1 << 16;  // nodes * rows * columns; below it, threads cost more than they save
+constexpr int64_t kTaskElements = 1 << 14;
 
 struct Work {
   const Call& call;
@@ -77,9 +77,9 @@ struct Work {
   int64_t rows;
 };
 
-void run_chunk(void* context, int worker, int64_t chunk) {
+void run_task(void* context, int worker, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
-  const int64_t begin = chunk * work.rows;
+  const int64_t begin = task * work.rows;
   work.function(work.call, work.scratch + worker * work.stride, begin, std::min(begin + work.rows, work.call.batch));
 }
 
@@ -87,26 +87,28 @@ struct Free {
   void operator()(void* memory) const { free(memory); }
 };
 
-// What the entry points share; `pass` is a member of Backend.
-int32_t run(const fastokd_plan* plan, Call call, const Pass (Backend::*pass)[2], int32_t num_threads) {
-  const bool backward = pass != &Backend::forward, forward = pass != &Backend::backward;
+// Shared by the entry points; `kernel` is a member of Backend.
+int32_t run(const fastokd_plan* plan, Call call, const RowKernel (Backend::*kernel)[2], int32_t num_threads) {
+  const bool backward = kernel != &Backend::forward, forward = kernel != &Backend::backward;
   if (!plan || !call.tensors || !call.term_weights || call.batch < 0 || call.classes < 1) return FASTOKD_ARGUMENT;
   call.program = &plan->program;
   if (!fits(call)) return FASTOKD_ARGUMENT;
   const int real = call.tensors[0].dtype == FASTOKD_FLOAT64;
   if (backward && (!call.grads || call.grad_rows.dtype != (real ? FASTOKD_FLOAT64 : FASTOKD_FLOAT32))) return FASTOKD_ARGUMENT;
   if (call.batch == 0) return FASTOKD_OK;
-  if (!call.stats || (forward && (!call.rows || !call.terms)) || (backward && !call.grad_rows.data)) return FASTOKD_ARGUMENT;
-  const Pass& chosen = (plan->backend->*pass)[real];
+  if (!call.stats || (forward && (!call.rows || !call.terms))) return FASTOKD_ARGUMENT;
+  if (backward && !call.grad_rows.data) return FASTOKD_ARGUMENT;
+  const RowKernel& chosen = (plan->backend->*kernel)[real];
   const int64_t row = call.program->num_nodes * call.classes;
   int64_t threads = call.batch * row < kInlineElements ? 1 : std::max<int64_t>(1, num_threads);
   threads = std::min(threads, call.batch);
-  const int64_t rows = std::min(std::max<int64_t>(1, kChunkElements / row), (call.batch + threads - 1) / threads);
-  const size_t stride = (chosen.scratch(call) + 4095) / 4096 * 4096 + 64;  // no two threads' scratch in one cache line or set
+  const int64_t rows = std::min(std::max<int64_t>(1, kTaskElements / row), (call.batch + threads - 1) / threads);
+  // Threads must not share a cache line or set.
+  const size_t stride = (chosen.scratch(call) + 4095) / 4096 * 4096 + 64;
   std::unique_ptr<void, Free> memory(aligned_alloc(64, stride * threads));
   if (!memory) return FASTOKD_NO_MEMORY;
   Work work{call, chosen.rows, static_cast<char*>(memory.get()), stride, rows};
-  parallel(static_cast<int>(threads), (call.batch + rows - 1) / rows, run_chunk, &work);
+  parallel(static_cast<int>(threads), (call.batch + rows - 1) / rows, run_task, &work);
   return FASTOKD_OK;
 }
 
@@ -161,7 +163,8 @@ int64_t fastokd_plan_num_stats(const fastokd_plan* plan) { return plan ? plan->p
 
 int32_t fastokd_forward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
                         const void* term_weights, void* rows, void* terms, void* stats, int32_t num_threads) {
-  return run(plan, {nullptr, batch, classes, tensors, term_weights, rows, terms, stats, {}, nullptr}, &Backend::forward, num_threads);
+  const Call call{nullptr, batch, classes, tensors, term_weights, rows, terms, stats, {}, nullptr};
+  return run(plan, call, &Backend::forward, num_threads);
 }
 
 int32_t fastokd_backward(const fastokd_plan* plan, int64_t batch, int64_t classes, const fastokd_tensor* tensors,
@@ -176,7 +179,8 @@ int32_t fastokd_forward_backward(const fastokd_plan* plan, int64_t batch, int64_
                                  const void* term_weights, void* rows, void* terms, void* stats,
                                  const fastokd_tensor* grad_rows, void* const* grads, int32_t num_threads) {
   if (!grad_rows) return FASTOKD_ARGUMENT;
-  return run(plan, {nullptr, batch, classes, tensors, term_weights, rows, terms, stats, *grad_rows, grads}, &Backend::both, num_threads);
+  const Call call{nullptr, batch, classes, tensors, term_weights, rows, terms, stats, *grad_rows, grads};
+  return run(plan, call, &Backend::forward_backward, num_threads);
 }
 
 int32_t fastokd_math(const char* isa, int32_t function, int32_t dtype, const void* in, void* out, int64_t count) {

@@ -1,8 +1,8 @@
-// The backward pass of a range of rows: one pass over the columns from the sums that the forward pass kept.
+// The backward pass of a range of rows: one pass over the columns, from the statistics of the forward pass.
 //
-// A node's gradient is g = sum over its slots of e * (a + sum_j coef_j * ((v - x_j) - shift_j)), e the slot's
-// exponentials, plus a linear combination of other rows: the exponentials of its teachers, the target, and the
-// gradients of the mixtures that use it. Nodes are taken last to first, so those are complete.
+// A node's gradient is g = sum over its softmaxes of e * (a + sum_j coef_j * ((v - x_j) - shift_j)), where e are the
+// softmax's exponentials, plus a linear combination of other rows: the exponentials of its teachers, the target, and the
+// gradients of the mixtures that use it. Nodes are processed last to first, so the gradients of users are complete.
 #pragma once
 
 #include "rows.hpp"
@@ -15,11 +15,11 @@ struct Backward : Rows<Real> {
   using Base = Rows<Real>;
   using typename Base::Lane;
   using typename Base::Vec;
-  using Base::call, Base::chosen, Base::count, Base::factors, Base::label, Base::label_logit, Base::logs, Base::mass,
-      Base::maxima, Base::num_tiles, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
-      Base::sums, Base::tile, Base::value, Base::width;
+  using Base::call, Base::chosen, Base::count, Base::weights, Base::label, Base::label_logit, Base::logs, Base::mass,
+      Base::maxima, Base::num_chunks, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
+      Base::sums, Base::chunk, Base::value, Base::width;
 
-  struct Outgoing {  // an edge that the node is first in
+  struct Outgoing {  // an edge whose first node this is
     const Real* second;
     Real coef;
     Real shift;
@@ -29,55 +29,55 @@ struct Backward : Rows<Real> {
     Real coef;
     Vec* product;  // sum of row * node, the gradient of the coefficient; or null
   };
-  struct SlotState {
+  struct SoftmaxState {
     bool used;
     int first_outgoing, num_outgoing;
-    Real factor;  // of e itself
+    Real coef;  // of the exponentials
     Real* e;
   };
   struct NodeState {
-    bool learns;    // its gradient is wanted, or passes through it
-    bool visited;   // it learns, or a weight's gradient needs its values
-    bool pushed;    // a direct edge or a probability mixture adds to its gradient
+    bool learns;   // its gradient is needed, or passes through it
+    bool visited;  // it learns, or a weight's gradient needs its values
+    bool pushed;   // a normalized edge or a probability mixture adds to its gradient
     int first_incoming, num_incoming;
     Real constant;  // added to each column
     Real at_label;  // added to the label's column
     Real* g;
   };
   struct TermState {
-    bool first, second;  // which of its nodes learn from it
+    bool first, second;  // whether each node gets a gradient from it
     int outgoing, incoming;
     Real coef;
   };
 
-  SlotState* slots;
+  SoftmaxState* softmaxes;
   NodeState* nodes;
   TermState* terms;
   Outgoing* outgoing;
   Incoming* incoming;
-  int* user_of;          // per incoming: the mixture's factor, or -1
-  Real* slopes;          // [N, tile]: d loss / d log h of probability mixtures
-  Vec* factor_products;  // per factor
-  Real* factor_grads;    // per factor
+  int* weight_of;        // per incoming: the mixture's weight, or -1
+  Real* slopes;          // [N, chunk]: d loss / d log h of probability mixtures
+  Vec* weight_products;  // per weight
+  Real* weight_grads;    // per weight
   Real* source_grads;
   bool has_soft_row;
 
   Backward(const Call& c, Arena& arena) : Base(c, arena) {
-    slots = arena.take<SlotState>(program.num_slots);
+    softmaxes = arena.take<SoftmaxState>(program.num_softmaxes);
     nodes = arena.take<NodeState>(program.num_nodes);
     terms = arena.take<TermState>(program.num_terms);
     outgoing = arena.take<Outgoing>(program.num_terms);
-    incoming = arena.take<Incoming>(2 * program.num_terms + program.num_factors);
-    user_of = arena.take<int>(2 * program.num_terms + program.num_factors);
-    factor_products = arena.take<Vec>(program.num_factors);
-    factor_grads = arena.take<Real>(program.num_factors);
-    source_grads = arena.take<Real>(program.num_factors);
-    Real* exponentials = arena.take<Real>(program.num_slots * tile);
-    Real* gradients = arena.take<Real>(program.num_nodes * tile);
-    slopes = arena.take<Real>(program.num_nodes * tile);
+    incoming = arena.take<Incoming>(2 * program.num_terms + program.num_weights);
+    weight_of = arena.take<int>(2 * program.num_terms + program.num_weights);
+    weight_products = arena.take<Vec>(program.num_weights);
+    weight_grads = arena.take<Real>(program.num_weights);
+    source_grads = arena.take<Real>(program.num_weights);
+    Real* exponentials = arena.take<Real>(program.num_softmaxes * chunk);
+    Real* gradients = arena.take<Real>(program.num_nodes * chunk);
+    slopes = arena.take<Real>(program.num_nodes * chunk);
     if (!arena.base) return;
-    for (int s = 0; s < program.num_slots; ++s) slots[s] = {false, 0, 0, 0, exponentials + s * tile};
-    for (int n = 0; n < program.num_nodes; ++n) nodes[n] = {false, false, false, 0, 0, 0, 0, gradients + n * tile};
+    for (int s = 0; s < program.num_softmaxes; ++s) softmaxes[s] = {false, 0, 0, 0, exponentials + s * chunk};
+    for (int n = 0; n < program.num_nodes; ++n) nodes[n] = {false, false, false, 0, 0, 0, 0, gradients + n * chunk};
     find_learners();
     connect();
   }
@@ -110,26 +110,26 @@ struct Backward : Rows<Real> {
     }
   }
 
-  void use(int slot) {
-    slots[slot].used = true;
-    if (program.slots[slot].base >= 0) slots[program.slots[slot].base].used = true;
+  void use(int softmax) {
+    softmaxes[softmax].used = true;
+    if (program.softmaxes[softmax].base >= 0) softmaxes[program.softmaxes[softmax].base].used = true;
   }
 
-  // The lists of rows that enter each gradient; their coefficients change with the row.
+  // Lists the rows that enter each gradient. Their coefficients depend on the batch row.
   void connect() {
     has_soft_row = false;
     int num_outgoing = 0, num_incoming = 0;
-    for (int s = 0; s < program.num_slots; ++s) {
-      slots[s].first_outgoing = num_outgoing;
+    for (int s = 0; s < program.num_softmaxes; ++s) {
+      softmaxes[s].first_outgoing = num_outgoing;
       for (int i = 0; i < program.num_terms; ++i) {
         const Term& term = program.terms[i];
-        if (!term.moment || term.first_slot != s || !(terms[i].first || terms[i].second)) continue;
+        if (!term.moment || term.first_softmax != s || !(terms[i].first || terms[i].second)) continue;
         use(s);
         if (!terms[i].first) continue;
         terms[i].outgoing = num_outgoing;
         outgoing[num_outgoing++] = {value(term.second), 0, 0};
       }
-      slots[s].num_outgoing = num_outgoing - slots[s].first_outgoing;
+      softmaxes[s].num_outgoing = num_outgoing - softmaxes[s].first_outgoing;
     }
     for (int n = 0; n < program.num_nodes; ++n) {
       NodeState& node = nodes[n];
@@ -137,15 +137,15 @@ struct Backward : Rows<Real> {
       for (int i = 0; i < program.num_terms; ++i) {
         const Term& term = program.terms[i];
         if (term.kind == kCrossEntropy && term.student == n && node.learns) {
-          use(program.slot_of_one[n]);
+          use(program.softmax_at_one[n]);
           if (!soft) continue;
           terms[i].incoming = num_incoming;
           add_incoming(num_incoming++, soft_target, -1, nullptr);
           has_soft_row = true;
         } else if (term.moment && term.second == n && terms[i].second) {
-          use(term.second_slot);
+          use(term.second_softmax);
           terms[i].incoming = num_incoming;
-          add_incoming(num_incoming++, slots[term.first_slot].e, -1, nullptr);
+          add_incoming(num_incoming++, softmaxes[term.first_softmax].e, -1, nullptr);
         } else if (term.kind == kKL && !term.moment) {
           if (term.student == n && node.learns) node.pushed = true;
           if (term.teacher == n && node.learns && !term.detach) node.pushed = true;
@@ -157,30 +157,30 @@ struct Backward : Rows<Real> {
           if (user.inputs[k] != n || !nodes[u].learns) continue;
           if (user.kind == kProbabilityMixture && node.learns) node.pushed = true;
           if (user.kind == kMixture && node.visited)
-            add_incoming(num_incoming++, nodes[u].g, user.factors + k,
-                         wants_weights(user) ? factor_products + user.factors + k : nullptr);
+            add_incoming(num_incoming++, nodes[u].g, user.first_weight + k,
+                         wants_weights(user) ? weight_products + user.first_weight + k : nullptr);
         }
       }
       node.num_incoming = num_incoming - node.first_incoming;
     }
   }
 
-  void add_incoming(int at, const Real* from, int factor, Vec* product) {
+  void add_incoming(int at, const Real* from, int weight, Vec* product) {
     incoming[at] = {from, 0, product};
-    user_of[at] = factor;
+    weight_of[at] = weight;
   }
 
   void run(int64_t b) {
     Base::begin_row(b);
     restore();
     set_coefficients();
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      Base::begin_tile(t);
+    for (int64_t t = 0; t < num_chunks; ++t) {
+      Base::begin_chunk(t);
       if (has_soft_row) Base::load_target();
       Base::evaluate(~0u, 0);
-      for (int s = 0; s < program.num_slots; ++s)
-        if (slots[s].used && program.slots[s].base < 0) exponentials(s);
-      push_direct();
+      for (int s = 0; s < program.num_softmaxes; ++s)
+        if (softmaxes[s].used && program.softmaxes[s].base < 0) exponentials(s);
+      push_normalized();
       for (int n = program.num_nodes - 1; n >= 0; --n)
         if (nodes[n].visited && program.nodes[n].kind <= kMixture && program.nodes[n].kind != kExternal) gradient(n);
     }
@@ -191,8 +191,8 @@ struct Backward : Rows<Real> {
 
   void restore() {
     mass = get(program.mass_stat);
-    for (int s = 0; s < program.num_slots; ++s) sums[s] = get(program.slots[s].stat);
-    if (program.has_direct) Base::take_logs();
+    for (int s = 0; s < program.num_softmaxes; ++s) sums[s] = get(program.softmaxes[s].stat);
+    if (program.has_normalized) Base::take_logs();
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];
       if (node.max_stat >= 0) maxima[n] = get(node.max_stat);
@@ -205,19 +205,19 @@ struct Backward : Rows<Real> {
   void set_coefficients() {
     const Real smoothing = real(program.label_smoothing), classes = real(static_cast<double>(call.classes));
     const Real upstream = static_cast<const Real*>(call.grad_rows.data)[row * call.grad_rows.row_stride];
-    for (int s = 0; s < program.num_slots; ++s) slots[s].factor = 0;
+    for (int s = 0; s < program.num_softmaxes; ++s) softmaxes[s].coef = 0;
     for (int n = 0; n < program.num_nodes; ++n) nodes[n].constant = nodes[n].at_label = 0;
-    for (int i = 0; i < program.num_factors; ++i) {
-      factor_products[i] = Vec{};
-      factor_grads[i] = 0;
+    for (int i = 0; i < program.num_weights; ++i) {
+      weight_products[i] = Vec{};
+      weight_grads[i] = 0;
     }
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       TermState& state = terms[i];
       const Real weight = upstream * static_cast<const Real*>(call.term_weights)[i];
       if (term.kind == kCrossEntropy) {
-        const int slot = program.slot_of_one[term.student];
-        slots[slot].factor += weight * ((1 - smoothing) * mass + smoothing) / sums[slot];
+        const int softmax = program.softmax_at_one[term.student];
+        softmaxes[softmax].coef += weight * ((1 - smoothing) * mass + smoothing) / sums[softmax];
         nodes[term.student].constant -= weight * smoothing / classes;
         if (state.incoming >= 0) incoming[state.incoming].coef = weight * (smoothing - 1);
         else nodes[term.student].at_label += weight * (smoothing - 1);
@@ -229,38 +229,38 @@ struct Backward : Rows<Real> {
         mixture_grads(term, weight * real(term.scale));
         continue;
       }
-      const Real first = state.coef / sums[term.first_slot], second = state.coef / sums[term.second_slot];
+      const Real first = state.coef / sums[term.first_softmax], second = state.coef / sums[term.second_softmax];
       const Real eps = term.eps_mode == kEpsFirstOrder ? real(term.eps) : 0;
       if (state.outgoing >= 0) {
         Outgoing& out = outgoing[state.outgoing];
         out.coef = first * inverse;
         out.shift = maxima[term.first] - maxima[term.second] + get(term.inner_stat);
-        slots[term.first_slot].factor -= first * eps * classes;
+        softmaxes[term.first_softmax].coef -= first * eps * classes;
         nodes[term.first].constant += state.coef * eps;
       }
       if (state.incoming >= 0) {
         incoming[state.incoming].coef = -first;
-        slots[term.second_slot].factor += second * (1 + eps * classes);
+        softmaxes[term.second_softmax].coef += second * (1 + eps * classes);
         nodes[term.second].constant -= state.coef * eps;
       }
     }
     for (int n = 0; n < program.num_nodes; ++n)
       for (int j = nodes[n].first_incoming; j < nodes[n].first_incoming + nodes[n].num_incoming; ++j)
-        if (user_of[j] >= 0) incoming[j].coef = factors[user_of[j]];
+        if (weight_of[j] >= 0) incoming[j].coef = weights[weight_of[j]];
   }
 
-  // The gradients of a probability mixture's weights; its inputs' gradients need the same sums.
+  // Gradients for a probability mixture's weights; the gradients of its inputs need the same sums.
   void mixture_grads(const Term& term, Real weight) {
     if (term.mixture_stat < 0) return;
     const Node& node = program.nodes[term.teacher];
-    for (int k = 0; k < node.num_inputs; ++k) factor_grads[node.factors + k] += weight * get(term.mixture_stat + k);
+    for (int k = 0; k < node.num_inputs; ++k) weight_grads[node.first_weight + k] += weight * get(term.mixture_stat + k);
   }
 
   void exponentials(int s) {
-    const Slot& slot = program.slots[s];
-    const Real* v = value(slot.node);
-    Real* e = slots[s].e;
-    const Real largest = maxima[slot.node], scale = real(Base::kLog2E / slot.temperature);
+    const Softmax& softmax = program.softmaxes[s];
+    const Real* v = value(softmax.node);
+    Real* e = softmaxes[s].e;
+    const Real largest = maxima[softmax.node], scale = real(Base::kLog2E / softmax.temperature);
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       for (int u = 0; u < decltype(k)::value; ++u)
         store(e + i + u * width, vexp_scaled(load(v + i + u * width) - largest, scale));
@@ -269,30 +269,32 @@ struct Backward : Rows<Real> {
 
   void clear(Real* to) { memset(to, 0, padded * sizeof(Real)); }
 
-  void push_direct() {
-    if (!program.has_direct) return;
+  void push_normalized() {
+    if (!program.has_normalized) return;
     for (int n = 0; n < program.num_nodes; ++n) {
       if (nodes[n].pushed) clear(nodes[n].g);
-      if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) clear(slopes + n * tile);
+      if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) clear(slopes + n * chunk);
     }
-    for (int i = 0; i < program.num_terms; ++i)
-      if (program.terms[i].kind == kKL && !program.terms[i].moment && (terms[i].first || terms[i].second)) direct(i);
+    for (int i = 0; i < program.num_terms; ++i) {
+      const bool normalized = program.terms[i].kind == kKL && !program.terms[i].moment;
+      if (normalized && (terms[i].first || terms[i].second)) normalized_edge(i);
+    }
     for (int n = 0; n < program.num_nodes; ++n)
       if (program.nodes[n].kind == kProbabilityMixture && nodes[n].learns) probability_mixture(n);
   }
 
-  void direct(int index) {
+  void normalized_edge(int index) {
     const Term& term = program.terms[index];
-    const DirectEdge<Real> edge(*this, term);
+    const NormalizedEdge<Real> edge(*this, term);
     const bool swapped = term.direction == kStudentFirst;
     const bool student = swapped ? terms[index].first : terms[index].second;
     const bool teacher = swapped ? terms[index].second : terms[index].first;
     const Real coef = terms[index].coef, slope_coef = coef * real(term.temperature), inner = get(term.inner_stat);
-    // The sum of the teacher's row, which for external rows need not be 1.
-    const Real whole = edge.teacher_slot >= 0 ? 1 + edge.eps * real(static_cast<double>(call.classes)) : inner;
+    // The mass of the teacher's row, which may differ from 1 for external rows.
+    const Real whole = edge.teacher_softmax >= 0 ? 1 + edge.eps * real(static_cast<double>(call.classes)) : inner;
     Real* g_student = nodes[term.student].g;
     Real* g_teacher = nodes[term.teacher].g;
-    Real* slope = slopes + term.teacher * tile;
+    Real* slope = slopes + term.teacher * chunk;
     for (int64_t i = 0; i < padded; i += width) {
       const auto at = edge.at(i);
       if (student) {
@@ -300,8 +302,8 @@ struct Backward : Rows<Real> {
         store(g_student + i, load(g_student + i) + coef * g);
       }
       if (!teacher) continue;
-      if (edge.teacher_slot >= 0)
-        store(g_teacher + i, load(g_teacher + i) + coef * at.p * ((at.log_raised - at.log_q) - inner));
+      if (edge.teacher_softmax >= 0)
+        store(g_teacher + i, load(g_teacher + i) + coef * at.p * ((at.log_with_eps - at.log_q) - inner));
       else
         store(slope + i, load(slope + i) + slope_coef * edge.teacher_slope(at));
     }
@@ -310,11 +312,11 @@ struct Backward : Rows<Real> {
   void probability_mixture(int n) {
     const Node& node = program.nodes[n];
     const Real inverse = 1 / real(node.temperature);
-    const Real* slope = slopes + n * tile;
+    const Real* slope = slopes + n * chunk;
     for (int k = 0; k < node.num_inputs; ++k) {
       const int input = node.inputs[k];
       if (!nodes[input].learns) continue;
-      const Real coef = factors[node.factors + k] * inverse, total = factor_grads[node.factors + k];
+      const Real coef = weights[node.first_weight + k] * inverse, total = weight_grads[node.first_weight + k];
       Real* g = nodes[input].g;
       for (int64_t i = 0; i < padded; i += width) {
         const Vec p = vexp(Base::log_input(node, k, i));
@@ -336,25 +338,25 @@ struct Backward : Rows<Real> {
         g[u] = node.pushed ? load(to + i + u * width) + node.constant : Vec{} + node.constant;
       }
       if (node.learns) {
-        for (int s = program.first_slot[n]; s < program.first_slot[n + 1]; ++s) {
-          if (!slots[s].used || program.slots[s].base >= 0) continue;
+        for (int s = program.node_softmaxes[n]; s < program.node_softmaxes[n + 1]; ++s) {
+          if (!softmaxes[s].used || program.softmaxes[s].base >= 0) continue;
           Vec e[unroll], sum[unroll];
           for (int u = 0; u < unroll; ++u) {
-            e[u] = load(slots[s].e + i + u * width);
-            sum[u] = Vec{} + slots[s].factor;
+            e[u] = load(softmaxes[s].e + i + u * width);
+            sum[u] = Vec{} + softmaxes[s].coef;
           }
-          const Outgoing* out = outgoing + slots[s].first_outgoing;
-          for (int j = 0; j < slots[s].num_outgoing; ++j)
+          const Outgoing* out = outgoing + softmaxes[s].first_outgoing;
+          for (int j = 0; j < softmaxes[s].num_outgoing; ++j)
             for (int u = 0; u < unroll; ++u)
               sum[u] += out[j].coef * ((x[u] - load(out[j].second + i + u * width)) - out[j].shift);
           for (int u = 0; u < unroll; ++u) g[u] += e[u] * sum[u];
-          const Slot& slot = program.slots[s];
-          if (slot.derived < 0 || !slots[slot.derived].used) continue;
-          const Real factor = slots[slot.derived].factor;
-          with_power(slot.power, [&](auto power_of) __attribute__((always_inline)) {
+          const Softmax& softmax = program.softmaxes[s];
+          if (softmax.derived < 0 || !softmaxes[softmax.derived].used) continue;
+          const Real derived_coef = softmaxes[softmax.derived].coef;
+          with_power(softmax.power, [&](auto power_of) __attribute__((always_inline)) {
             constexpr int n = decltype(power_of)::value;
             if constexpr (n > 0)
-              for (int u = 0; u < unroll; ++u) g[u] += factor * power<n>(e[u]);
+              for (int u = 0; u < unroll; ++u) g[u] += derived_coef * power<n>(e[u]);
           });
         }
       }
@@ -385,8 +387,10 @@ struct Backward : Rows<Real> {
       for (int n = 0; n < program.num_nodes; ++n) {
         const Node& node = program.nodes[n];
         if ((node.kind != kMixture && node.kind != kProbabilityMixture) || node.source != source) continue;
-        for (int k = 0; k < columns; ++k)
-          source_grads[k] += node.kind == kMixture ? sum(factor_products[node.factors + k]) : factor_grads[node.factors + k];
+        for (int k = 0; k < columns; ++k) {
+          const int weight = node.first_weight + k;
+          source_grads[k] += node.kind == kMixture ? sum(weight_products[weight]) : weight_grads[weight];
+        }
       }
       store_row(to, Base::weight(source).dtype, row * columns, columns, source_grads);
     }

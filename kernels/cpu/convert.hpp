@@ -1,4 +1,4 @@
-// Reading and writing stretches of rows of any dtype and stride.
+// Loads and stores of parts of rows of any dtype and stride.
 #pragma once
 
 #include "simd.hpp"
@@ -21,7 +21,7 @@ FASTOKD_INLINE Short to_bfloat16(VecF v) {
 
 FASTOKD_INLINE VecF from_float16(Short v) {
   const Word u = __builtin_convertvector(v, Word);
-  // Shifted into a float's fields the exponent is 112 too small; the product also normalises float16's subnormals.
+  // Shifted into a float's fields the exponent is 112 too small; the product also normalizes float16's subnormals.
   const VecF scaled = bits<VecF>((u & 0x7fffu) << 13) * 0x1p112f;
   const Word special = (Word)(scaled >= 0x1p16f) & 0x7f800000u;
   return bits<VecF>(bits<Word>(scaled) | special | (u & 0x8000u) << 16);
@@ -79,7 +79,7 @@ FASTOKD_INLINE typename Element<dtype>::Type from_real(double value) {
   }
 }
 
-// One vector from contiguous values; the pairs of types not listed go value by value.
+// One vector from contiguous values; other pairs of types are converted value by value.
 template <int dtype, class Real>
 FASTOKD_INLINE typename Lanes<Real>::Vec load_vector(const typename Element<dtype>::Type* from) {
   if constexpr (sizeof(typename Element<dtype>::Type) == sizeof(Real)) {
@@ -118,7 +118,7 @@ static void load_as(const fastokd_tensor& tensor, int64_t row, int64_t first, in
   for (; i < count; ++i) to[i] = static_cast<Real>(to_real<dtype>(from[i * stride]));
 }
 
-// `count` values of a row from column `first` on.
+// `count` values of a row starting at column `first`.
 template <class Real>
 static void load_row(const fastokd_tensor& tensor, int64_t row, int64_t first, int64_t count, Real* to) {
   switch (tensor.dtype) {
@@ -137,7 +137,7 @@ static void store_as(void* data, int64_t at, int64_t count, const Real* from) {
   for (; i < count; ++i) to[i] = from_real<dtype>(from[i]);
 }
 
-// `count` values to a contiguous array from element `at` on; `from` is an aligned scratch row.
+// `count` values to a contiguous array starting at element `at`; `from` is an aligned scratch row.
 template <class Real>
 static void store_row(void* data, int32_t dtype, int64_t at, int64_t count, const Real* from) {
   switch (dtype) {

@@ -1,7 +1,7 @@
 // The forward pass of a range of rows.
 //
-// All softmax sums of a row and the KL edges between rows of logits take one pass over the columns: sums are kept
-// relative to the largest value so far, and rescaled when a later tile holds a larger one.
+// One pass over the columns takes all softmax sums of a row and the moments of its KL edges. Sums are relative to the
+// largest value so far, and are rescaled if a later chunk contains a larger one.
 #pragma once
 
 #include "rows.hpp"
@@ -15,42 +15,42 @@ struct Forward : Rows<Real> {
   using typename Base::Lane;
   using typename Base::Vec;
   using Base::call, Base::chosen, Base::count, Base::label, Base::label_logit, Base::logs, Base::mass,
-      Base::maxima, Base::num_tiles, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
+      Base::maxima, Base::num_chunks, Base::padded, Base::program, Base::row, Base::soft, Base::soft_target, Base::start,
       Base::sums, Base::value, Base::width;
 
-  // A KL edge that is summed along with its first node's exponentials.
+  // A KL edge whose moment is summed together with the exponentials of its first node.
   struct Edge {
     const Real* second;
     Real shift;
     Vec* moment;
   };
 
-  Vec* sum_lanes;      // per slot
-  Vec* moment_lanes;   // per term: of a moment, or the value of a direct term
-  Vec* inner_lanes;    // per term: the inner sum of a direct term
-  Vec* mixture_lanes;  // the sums for the inputs of probability mixtures
-  Vec* product_lanes;  // per node: target times shifted values
+  Vec* sum_lanes;      // per softmax
+  Vec* moment_lanes;   // per term: the moment, or the value of a normalized edge
+  Vec* inner_lanes;    // per term: the inner sum of a normalized edge
+  Vec* mixture_lanes;  // sums for the inputs of probability mixtures
+  Vec* product_lanes;  // per node: sum of target times (value - maximum)
   Vec mass_lanes;
-  Real* means;         // per node: the sum of the shifted values
+  Real* shifted_sums;  // per node: the sum of its values minus its maximum
   Real* products;      // per node
   Real* losses;        // per node: the cross-entropy
-  Real* deltas;        // per node: by how much the maximum rose
-  Real* rescales;      // per slot
+  Real* deltas;        // per node: increase of the maximum
+  Real* rescales;      // per softmax
   Real* values_of_terms;
   Real* inner;         // per term
   Edge* edges;
 
   Forward(const Call& c, Arena& arena) : Base(c, arena) {
-    sum_lanes = arena.take<Vec>(program.num_slots);
+    sum_lanes = arena.take<Vec>(program.num_softmaxes);
     moment_lanes = arena.take<Vec>(program.num_terms);
     inner_lanes = arena.take<Vec>(program.num_terms);
     mixture_lanes = arena.take<Vec>(program.num_mixture_sums);
     product_lanes = arena.take<Vec>(program.num_nodes);
-    means = arena.take<Real>(program.num_nodes);
+    shifted_sums = arena.take<Real>(program.num_nodes);
     products = arena.take<Real>(program.num_nodes);
     losses = arena.take<Real>(program.num_nodes);
     deltas = arena.take<Real>(program.num_nodes);
-    rescales = arena.take<Real>(Base::round_up(program.num_slots));
+    rescales = arena.take<Real>(Base::round_up(program.num_softmaxes));
     values_of_terms = arena.take<Real>(program.num_terms);
     inner = arena.take<Real>(program.num_terms);
     edges = arena.take<Edge>(program.num_terms);
@@ -58,24 +58,24 @@ struct Forward : Rows<Real> {
 
   static Real real(double x) { return static_cast<Real>(x); }
 
-  bool summed_in(const Slot& slot, int pass) const { return slot.base < 0 && (slot.passes >> pass & 1u); }
+  bool summed_in(const Softmax& softmax, int pass) const { return softmax.base < 0 && (softmax.passes >> pass & 1u); }
 
   void run(int64_t b) {
     Base::begin_row(b);
     for (int pass = 0; pass < program.num_passes; ++pass) {
       clear(pass);
-      for (int64_t t = 0; t < num_tiles; ++t) {
-        Base::begin_tile(t);
+      for (int64_t t = 0; t < num_chunks; ++t) {
+        Base::begin_chunk(t);
         if (pass == 0 && soft) Base::load_target();
-        // A row of one tile still has what an earlier pass computed.
-        Base::evaluate(1u << pass, num_tiles == 1 ? (1u << pass) - 1 : 0);
+        // If a row is a single chunk, the values of earlier passes are still there.
+        Base::evaluate(1u << pass, num_chunks == 1 ? (1u << pass) - 1 : 0);
         raise_maxima(pass, t == 0);
         if (pass == 0) multiply_target();
-        for (int s = 0; s < program.num_slots; ++s)
-          if (summed_in(program.slots[s], pass)) exponentials(s, pass);
+        for (int s = 0; s < program.num_softmaxes; ++s)
+          if (summed_in(program.softmaxes[s], pass)) exponentials(s, pass);
         for (int i = 0; i < program.num_terms; ++i) {
           const Term& term = program.terms[i];
-          if (term.kind == kKL && !term.moment && term.pass == pass) direct(i);
+          if (term.kind == kKL && !term.moment && term.pass == pass) normalized_edge(i);
         }
       }
       finish(pass);
@@ -84,14 +84,14 @@ struct Forward : Rows<Real> {
   }
 
   void clear(int pass) {
-    for (int s = 0; s < program.num_slots; ++s) sum_lanes[s] = Vec{};
+    for (int s = 0; s < program.num_softmaxes; ++s) sum_lanes[s] = Vec{};
     for (int i = 0; i < program.num_terms; ++i)
       if (program.terms[i].pass == pass) moment_lanes[i] = inner_lanes[i] = Vec{};
     if (pass != 0) return;
     for (int i = 0; i < program.num_mixture_sums; ++i) mixture_lanes[i] = Vec{};
     for (int n = 0; n < program.num_nodes; ++n) {
       product_lanes[n] = Vec{};
-      means[n] = 0;
+      shifted_sums[n] = 0;
     }
     mass_lanes = Vec{};
   }
@@ -106,37 +106,37 @@ struct Forward : Rows<Real> {
     return maximum(largest[0]);
   }
 
-  // Brings the maxima up to date, and everything summed so far to the new ones.
-  void raise_maxima(int pass, bool first_tile) {
+  // Updates the maxima, and rescales all sums to them.
+  void raise_maxima(int pass, bool first_chunk) {
     bool raised = false;
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];
       deltas[n] = 0;
-      if (node.max_stat < 0 || node.stage != pass) continue;
+      if (node.max_stat < 0 || node.sum_pass != pass) continue;
       const Real here = row_maximum(value(n));
-      if (first_tile) {
+      if (first_chunk) {
         maxima[n] = here;
       } else if (here > maxima[n]) {
         deltas[n] = here - maxima[n];
         maxima[n] = here;
         raised = true;
       }
-      if (node.wants_mean) {
-        means[n] -= deltas[n] * real(static_cast<double>(start));
-        means[n] += shifted_sum(value(n), maxima[n]);
+      if (node.wants_sum) {
+        shifted_sums[n] -= deltas[n] * real(static_cast<double>(start));
+        shifted_sums[n] += shifted_sum(value(n), maxima[n]);
       }
     }
     if (!raised) return;
-    for (int s = 0; s < program.num_slots; ++s)
-      rescales[s] = -deltas[program.slots[s].node] / real(program.slots[s].temperature);
-    for (int s = 0; s < program.num_slots; s += width) store(rescales + s, vexp(load(rescales + s)));
+    for (int s = 0; s < program.num_softmaxes; ++s)
+      rescales[s] = -deltas[program.softmaxes[s].node] / real(program.softmaxes[s].temperature);
+    for (int s = 0; s < program.num_softmaxes; s += width) store(rescales + s, vexp(load(rescales + s)));
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
       if (!term.moment || term.pass != pass) continue;
       const Real apart = deltas[term.first] - deltas[term.second];
-      moment_lanes[i] = (moment_lanes[i] - sum_lanes[term.first_slot] * apart) * rescales[term.first_slot];
+      moment_lanes[i] = (moment_lanes[i] - sum_lanes[term.first_softmax] * apart) * rescales[term.first_softmax];
     }
-    for (int s = 0; s < program.num_slots; ++s) sum_lanes[s] *= rescales[s];
+    for (int s = 0; s < program.num_softmaxes; ++s) sum_lanes[s] *= rescales[s];
     if (pass == 0 && soft)
       for (int n = 0; n < program.num_nodes; ++n) product_lanes[n] -= mass_lanes * deltas[n];
   }
@@ -164,23 +164,23 @@ struct Forward : Rows<Real> {
   }
 
   void exponentials(int s, int pass) {
-    const Slot& slot = program.slots[s];
+    const Softmax& softmax = program.softmaxes[s];
     int num_edges = 0;
     for (int i = 0; i < program.num_terms; ++i) {
       const Term& term = program.terms[i];
-      if (term.moment && term.pass == pass && term.first_slot == s)
+      if (term.moment && term.pass == pass && term.first_softmax == s)
         edges[num_edges++] = {value(term.second), maxima[term.first] - maxima[term.second], moment_lanes + i};
     }
-    with_power(slot.power, [&](auto power_of) __attribute__((always_inline)) {
+    with_power(softmax.power, [&](auto power_of) __attribute__((always_inline)) {
       sum_exponentials<decltype(power_of)::value>(s, edges, num_edges);
     });
   }
 
   template <int derived_power>
   void sum_exponentials(int s, const Edge* edge, int num_edges) {
-    const Slot& slot = program.slots[s];
-    const Real* v = value(slot.node);
-    const Real largest = maxima[slot.node], scale = real(Base::kLog2E / slot.temperature);
+    const Softmax& softmax = program.softmaxes[s];
+    const Real* v = value(softmax.node);
+    const Real largest = maxima[softmax.node], scale = real(Base::kLog2E / softmax.temperature);
     Vec total{}, derived_total{};
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
@@ -199,22 +199,22 @@ struct Forward : Rows<Real> {
       }
     });
     sum_lanes[s] += total;
-    if constexpr (derived_power > 0) sum_lanes[slot.derived] += derived_total;
+    if constexpr (derived_power > 0) sum_lanes[softmax.derived] += derived_total;
   }
 
-  // A KL edge with a row of probabilities, or with eps inside the logarithm.
-  void direct(int index) {
+  // An edge with a row of probabilities, or with an exact eps.
+  void normalized_edge(int index) {
     const Term& term = program.terms[index];
-    const DirectEdge<Real> edge(*this, term);
+    const NormalizedEdge<Real> edge(*this, term);
     Vec total{}, inner_total{};
     for (int64_t i = 0; i < padded; i += width) {
       const auto at = edge.at(i);
       if (term.direction == kStudentFirst) {
         total += Base::only_used(at.q * (at.log_q - at.log_p), i);
       } else {
-        const Vec raised = at.p + edge.eps;
-        total += Base::only_used(raised * (at.log_raised - at.log_q), i);
-        const Vec more = edge.teacher_slot >= 0 ? at.p * (at.log_raised - at.log_q) : raised;
+        const Vec with_eps = at.p + edge.eps;
+        total += Base::only_used(with_eps * (at.log_with_eps - at.log_q), i);
+        const Vec more = edge.teacher_softmax >= 0 ? at.p * (at.log_with_eps - at.log_q) : with_eps;
         inner_total += Base::only_used(more, i);
       }
       if (term.mixture_stat >= 0) {
@@ -230,9 +230,9 @@ struct Forward : Rows<Real> {
   }
 
   void finish(int pass) {
-    for (int s = 0; s < program.num_slots; ++s) {
-      const Slot& slot = program.slots[s];
-      const unsigned passes = slot.base < 0 ? slot.passes : program.slots[slot.base].passes;
+    for (int s = 0; s < program.num_softmaxes; ++s) {
+      const Softmax& softmax = program.softmaxes[s];
+      const unsigned passes = softmax.base < 0 ? softmax.passes : program.softmaxes[softmax.base].passes;
       if (passes >> pass & 1u) sums[s] = sum(sum_lanes[s]);
     }
     Base::take_logs();
@@ -246,11 +246,13 @@ struct Forward : Rows<Real> {
         continue;
       }
       const Real inverse = 1 / real(term.temperature), classes = real(static_cast<double>(call.classes));
-      const Real log_ratio = logs[term.first_slot] - logs[term.second_slot];
-      inner[i] = sum(moment_lanes[i]) / sums[term.first_slot];
+      const Real log_ratio = logs[term.first_softmax] - logs[term.second_softmax];
+      inner[i] = sum(moment_lanes[i]) / sums[term.first_softmax];
       Real kl = inner[i] * inverse - log_ratio;
-      if (term.eps_mode == kEpsFirstOrder)
-        kl += real(term.eps) * (classes + (means[term.first] - means[term.second]) * inverse - classes * log_ratio);
+      if (term.eps_mode == kEpsFirstOrder) {
+        const Real gap = shifted_sums[term.first] - shifted_sums[term.second];
+        kl += real(term.eps) * (classes + gap * inverse - classes * log_ratio);
+      }
       values_of_terms[i] = kl * real(term.scale);
     }
   }
@@ -266,8 +268,8 @@ struct Forward : Rows<Real> {
         if (label < 0) label_logit[n] = mass;  // NaN
         products[n] = label_logit[n] - maxima[n];
       }
-      const int slot = program.slot_of_one[n];
-      if (slot >= 0) losses[n] = mass * logs[slot] - products[n];
+      const int softmax = program.softmax_at_one[n];
+      if (softmax >= 0) losses[n] = mass * logs[softmax] - products[n];
     }
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];
@@ -293,7 +295,7 @@ struct Forward : Rows<Real> {
         const int n = term.student;
         loss = losses[n];
         if (smoothing != 0)
-          loss = (1 - smoothing) * loss + smoothing * (logs[program.slot_of_one[n]] - means[n] / classes);
+          loss = (1 - smoothing) * loss + smoothing * (logs[program.softmax_at_one[n]] - shifted_sums[n] / classes);
       }
       static_cast<Real*>(call.terms)[i * call.batch + row] = loss;
       total += term_weights[i] * loss;
@@ -301,7 +303,7 @@ struct Forward : Rows<Real> {
     }
     static_cast<Real*>(call.rows)[row] = total;
     put(program.mass_stat, mass);
-    for (int s = 0; s < program.num_slots; ++s) put(program.slots[s].stat, sums[s]);
+    for (int s = 0; s < program.num_softmaxes; ++s) put(program.softmaxes[s].stat, sums[s]);
     for (int i = 0; i < program.num_mixture_sums; ++i) put(program.mixture_stats + i, sum(mixture_lanes[i]));
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];

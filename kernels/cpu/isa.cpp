@@ -1,16 +1,16 @@
-// One instruction set's functions: compiled once per instruction set with its own flags.
+// The functions of one instruction set. Compiled once for each, with its flags.
 #include "backward.hpp"
 #include "forward.hpp"
 
 namespace fastokd {
 namespace FASTOKD_ISA {
 
-// Both passes of a row while it is in the cache.
+// Forward and backward pass of a row while it is in the cache.
 template <class Real>
-struct Both {
+struct ForwardBackward {
   Forward<Real> forward;
   Backward<Real> backward;
-  Both(const Call& call, Arena& arena) : forward(call, arena), backward(call, arena) {}
+  ForwardBackward(const Call& call, Arena& arena) : forward(call, arena), backward(call, arena) {}
   void run(int64_t row) {
     forward.run(row);
     backward.run(row);
@@ -32,7 +32,7 @@ static void run(const Call& call, void* memory, int64_t begin, int64_t end) {
 }
 
 template <class Rows>
-constexpr Pass pass() {
+constexpr RowKernel kernel() {
   return {scratch<Rows>, run<Rows>};
 }
 
@@ -53,9 +53,9 @@ static void math(int function, const void* in, void* out, int64_t count) {
 extern const Backend backend;
 const Backend backend = {
     FASTOKD_STRING(FASTOKD_ISA),
-    {pass<Forward<float>>(), pass<Forward<double>>()},
-    {pass<Backward<float>>(), pass<Backward<double>>()},
-    {pass<Both<float>>(), pass<Both<double>>()},
+    {kernel<Forward<float>>(), kernel<Forward<double>>()},
+    {kernel<Backward<float>>(), kernel<Backward<double>>()},
+    {kernel<ForwardBackward<float>>(), kernel<ForwardBackward<double>>()},
     {math<float>, math<double>},
 };
 

@@ -6,17 +6,17 @@
 namespace fastokd {
 namespace {
 
-constexpr int64_t kPlanVersion = 1;    // PLAN_VERSION of fastokd/graph/plan.py
-constexpr int64_t kMaxCount = 1 << 12; // of anything: a plan beyond it is garbage
+constexpr int64_t kPlanVersion = 1;     // PLAN_VERSION of fastokd/graph/plan.py
+constexpr int64_t kMaxCount = 1 << 12;  // larger counts are invalid
 
-constexpr int kFactorAlignment = 16;   // each node's factors start on a vector of any width
+constexpr int kWeightAlignment = 16;  // aligns each node's weights to a vector of any width
 
-struct Bad {
+struct PlanError {
   int32_t status;
 };
 
 void require(bool condition, int32_t status) {
-  if (!condition) throw Bad{status};
+  if (!condition) throw PlanError{status};
 }
 
 template <class T>
@@ -84,10 +84,10 @@ void read_node(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
     }
   }
   if (weighted) {
-    node.factors = plan.program.num_factors;
-    plan.program.num_factors += (node.num_inputs + kFactorAlignment - 1) / kFactorAlignment * kFactorAlignment;
+    node.first_weight = plan.program.num_weights;
+    plan.program.num_weights += (node.num_inputs + kWeightAlignment - 1) / kWeightAlignment * kWeightAlignment;
   }
-  node.stage = node.kind == kMinimum || node.kind == kSelection ? 1 : 0;
+  node.sum_pass = node.kind == kMinimum || node.kind == kSelection ? 1 : 0;
   plan.nodes.push_back(node);
   plan.inputs.push_back(inputs);
   plan.constants.push_back(constants);
@@ -108,7 +108,7 @@ void read_term(Reader<int64_t>& ints, Reader<double>& floats, fastokd_plan& plan
   term.scale = floats.next();
   term.eps = floats.next();
   require(std::isfinite(term.scale) && term.eps >= 0 && term.eps < 1, FASTOKD_PLAN_NUMBER);
-  term.first = term.second = term.first_slot = term.second_slot = term.inner_stat = term.mixture_stat = -1;
+  term.first = term.second = term.first_softmax = term.second_softmax = term.inner_stat = term.mixture_stat = -1;
   if (term.kind == kCrossEntropy) {
     require(teacher == -1, FASTOKD_PLAN_TERM);
   } else {
@@ -148,8 +148,8 @@ void read(const int64_t* ints_begin, int64_t num_ints, const double* floats_begi
   require(ints.at == ints.end && floats.at == floats.end, FASTOKD_PLAN_LENGTH);
 }
 
-// Which softmax sums are taken, and in which order: by node, the hottest first.
-struct SlotTable {
+// The softmaxes of a plan, ordered by node, then by falling temperature.
+struct SoftmaxTable {
   struct Key {
     int node;
     double temperature;
@@ -170,8 +170,8 @@ struct SlotTable {
   }
 };
 
-void find_slots(fastokd_plan& plan) {
-  SlotTable table;
+void find_softmaxes(fastokd_plan& plan) {
+  SoftmaxTable table;
   for (const Term& term : plan.terms) {
     if (term.kind == kCrossEntropy) table.add(term.student, 1);
     else
@@ -185,47 +185,49 @@ void find_slots(fastokd_plan& plan) {
         table.add(input, plan.nodes[n].temperature);
     }
   table.sort();
-  for (const auto& key : table.keys) plan.slots.push_back({key.node, key.temperature, -1, -1, 0, 0, -1});
-  const auto slot_of = [&](int node, double temperature) { return static_cast<int>(table.find(node, temperature)); };
-  std::vector<bool> has_edges(plan.slots.size());
+  for (const auto& key : table.keys) plan.softmaxes.push_back({key.node, key.temperature, -1, -1, 0, 0, -1});
+  const auto softmax_of = [&](int node, double temperature) { return static_cast<int>(table.find(node, temperature)); };
+  std::vector<bool> has_edges(plan.softmaxes.size());
   for (Term& term : plan.terms) {
     if (term.kind == kCrossEntropy) continue;
-    if (!is_probability(plan.nodes[term.first].kind)) term.first_slot = slot_of(term.first, term.temperature);
-    if (!is_probability(plan.nodes[term.second].kind)) term.second_slot = slot_of(term.second, term.temperature);
-    if (term.moment) has_edges[term.first_slot] = true;
+    if (!is_probability(plan.nodes[term.first].kind)) term.first_softmax = softmax_of(term.first, term.temperature);
+    if (!is_probability(plan.nodes[term.second].kind)) term.second_softmax = softmax_of(term.second, term.temperature);
+    if (term.moment) has_edges[term.first_softmax] = true;
   }
-  for (size_t s = 0; s < plan.slots.size(); ++s) {
-    Slot& slot = plan.slots[s];
-    for (size_t b = 0; b < s && !has_edges[s] && slot.base < 0; ++b) {
-      Slot& base = plan.slots[b];
-      if (base.node != slot.node || base.base >= 0 || base.derived >= 0) continue;
+  for (size_t s = 0; s < plan.softmaxes.size(); ++s) {
+    Softmax& softmax = plan.softmaxes[s];
+    for (size_t b = 0; b < s && !has_edges[s] && softmax.base < 0; ++b) {
+      Softmax& base = plan.softmaxes[b];
+      if (base.node != softmax.node || base.base >= 0 || base.derived >= 0) continue;
       for (int power = 2; power <= 4; ++power)
-        if (base.temperature == power * slot.temperature) {
-          slot.base = static_cast<int>(b);
+        if (base.temperature == power * softmax.temperature) {
+          softmax.base = static_cast<int>(b);
           base.derived = static_cast<int>(s);
           base.power = power;
         }
     }
   }
-  plan.input_slots.resize(plan.nodes.size());
+  plan.input_softmaxes.resize(plan.nodes.size());
   for (size_t n = 0; n < plan.nodes.size(); ++n) {
-    plan.first_slot.push_back(static_cast<int>(
-        std::find_if(plan.slots.begin(), plan.slots.end(), [&](const Slot& slot) { return slot.node >= static_cast<int>(n); }) -
-        plan.slots.begin()));
-    const int one = slot_of(static_cast<int>(n), 1);
-    plan.slot_of_one.push_back(one < static_cast<int>(plan.slots.size()) ? one : -1);
+    const auto first = std::find_if(plan.softmaxes.begin(), plan.softmaxes.end(),
+                                    [&](const Softmax& softmax) { return softmax.node >= static_cast<int>(n); });
+    plan.node_softmaxes.push_back(static_cast<int>(first - plan.softmaxes.begin()));
+    const int one = softmax_of(static_cast<int>(n), 1);
+    plan.softmax_at_one.push_back(one < static_cast<int>(plan.softmaxes.size()) ? one : -1);
     if (plan.nodes[n].kind != kProbabilityMixture) continue;
-    for (const int input : plan.inputs[n])
-      plan.input_slots[n].push_back(plan.nodes[input].kind == kExternal ? -1 : slot_of(input, plan.nodes[n].temperature));
+    for (const int input : plan.inputs[n]) {
+      const bool external = plan.nodes[input].kind == kExternal;
+      plan.input_softmaxes[n].push_back(external ? -1 : softmax_of(input, plan.nodes[n].temperature));
+    }
   }
-  plan.first_slot.push_back(static_cast<int>(plan.slots.size()));
+  plan.node_softmaxes.push_back(static_cast<int>(plan.softmaxes.size()));
 }
 
-// In which passes over the columns what is read and summed.
+// Finds the passes over the columns in which each node is read and each softmax is summed.
 void find_passes(fastokd_plan& plan) {
-  for (Slot& slot : plan.slots) {
-    slot.passes = 1u << plan.nodes[slot.node].stage;
-    plan.nodes[slot.node].read_in |= slot.passes;
+  for (Softmax& softmax : plan.softmaxes) {
+    softmax.passes = 1u << plan.nodes[softmax.node].sum_pass;
+    plan.nodes[softmax.node].read_in |= softmax.passes;
   }
   for (size_t n = 0; n < plan.nodes.size(); ++n) {
     Node& node = plan.nodes[n];
@@ -236,21 +238,21 @@ void find_passes(fastokd_plan& plan) {
   for (Term& term : plan.terms) {
     if (term.kind == kCrossEntropy) {
       plan.nodes[term.student].wants_target = true;
-      plan.nodes[term.student].wants_mean |= plan.program.label_smoothing > 0;
+      plan.nodes[term.student].wants_sum |= plan.program.label_smoothing > 0;
       continue;
     }
     Node &first = plan.nodes[term.first], &second = plan.nodes[term.second];
-    term.pass = std::max(first.stage, second.stage) + (term.moment ? 0 : 1);
+    term.pass = std::max(first.sum_pass, second.sum_pass) + (term.moment ? 0 : 1);
     first.read_in |= 1u << term.pass;
     second.read_in |= 1u << term.pass;
-    if (term.moment) plan.slots[term.first_slot].passes |= 1u << term.pass;
-    if (term.eps_mode == kEpsFirstOrder) first.wants_mean = second.wants_mean = true;
-    plan.program.has_direct |= !term.moment;
+    if (term.moment) plan.softmaxes[term.first_softmax].passes |= 1u << term.pass;
+    if (term.eps_mode == kEpsFirstOrder) first.wants_sum = second.wants_sum = true;
+    plan.program.has_normalized |= !term.moment;
   }
   unsigned all = 0;
   for (size_t n = plan.nodes.size(); n-- > 0;) {
     const Node& node = plan.nodes[n];
-    plan.program.has_direct |= node.kind == kProbabilityMixture;
+    plan.program.has_normalized |= node.kind == kProbabilityMixture;
     all |= node.read_in;
     for (const int input : plan.inputs[n]) plan.nodes[input].read_in |= node.read_in;
   }
@@ -261,10 +263,10 @@ void place_stats(fastokd_plan& plan) {
   Program& program = plan.program;
   int& next = program.num_stats;
   program.mass_stat = next++;
-  for (Slot& slot : plan.slots) slot.stat = next++;
+  for (Softmax& softmax : plan.softmaxes) softmax.stat = next++;
   for (size_t n = 0; n < plan.nodes.size(); ++n) {
     Node& node = plan.nodes[n];
-    if (plan.first_slot[n] != plan.first_slot[n + 1] || node.wants_target || node.wants_mean) node.max_stat = next++;
+    if (plan.node_softmaxes[n] != plan.node_softmaxes[n + 1] || node.wants_target || node.wants_sum) node.max_stat = next++;
     if (node.kind != kMinimum && node.kind != kSelection) continue;
     node.extra_stat = next;
     next += node.kind == kMinimum ? node.num_inputs : 1;
@@ -285,27 +287,27 @@ void place_stats(fastokd_plan& plan) {
 int32_t decode(const int64_t* ints, int64_t num_ints, const double* floats, int64_t num_floats, fastokd_plan& plan) {
   try {
     read(ints, num_ints, floats, num_floats, plan);
-  } catch (const Bad& bad) {
+  } catch (const PlanError& bad) {
     return bad.status;
   }
-  find_slots(plan);
+  find_softmaxes(plan);
   find_passes(plan);
   place_stats(plan);
   for (size_t n = 0; n < plan.nodes.size(); ++n) {
     plan.nodes[n].inputs = plan.inputs[n].data();
-    plan.nodes[n].input_slots = plan.input_slots[n].data();
+    plan.nodes[n].input_softmaxes = plan.input_softmaxes[n].data();
     plan.nodes[n].constants = plan.constants[n].data();
   }
   Program& program = plan.program;
   program.num_nodes = static_cast<int>(plan.nodes.size());
   program.num_terms = static_cast<int>(plan.terms.size());
-  program.num_slots = static_cast<int>(plan.slots.size());
+  program.num_softmaxes = static_cast<int>(plan.softmaxes.size());
   program.widths = plan.widths.data();
   program.nodes = plan.nodes.data();
-  program.slots = plan.slots.data();
+  program.softmaxes = plan.softmaxes.data();
   program.terms = plan.terms.data();
-  program.first_slot = plan.first_slot.data();
-  program.slot_of_one = plan.slot_of_one.data();
+  program.node_softmaxes = plan.node_softmaxes.data();
+  program.softmax_at_one = plan.softmax_at_one.data();
   return FASTOKD_OK;
 }
 

@@ -13,14 +13,14 @@ namespace fastokd {
 namespace {
 
 struct Job {
-  ChunkFunction function;
+  TaskFunction function;
   void* context;
-  int64_t chunks;
+  int64_t tasks;
   int workers;
   std::atomic<int64_t> next{0};
 
   void work(int worker) {
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) function(context, worker, chunk);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) function(context, worker, task);
   }
 };
 
@@ -54,7 +54,7 @@ class Pool {
     try {
       for (; helpers_ < helpers; ++helpers_) std::thread([this] { serve(); }).detach();
     } catch (const std::system_error&) {
-      // Fewer threads then.
+      // Continue with fewer threads.
     }
   }
 
@@ -87,7 +87,7 @@ class Pool {
 
 std::atomic<Pool*> current{nullptr};
 
-// The pool of this process. A forked child inherits the parent's pool without its threads, and leaves it alone.
+// The pool of this process. A forked child inherits the parent's pool without its threads, so it creates another.
 Pool* pool() {
   const pid_t pid = getpid();
   Pool* found = current.load(std::memory_order_acquire);
@@ -101,9 +101,9 @@ Pool* pool() {
 
 }  // namespace
 
-void parallel(int workers, int64_t chunks, ChunkFunction function, void* context) {
-  Job job{function, context, chunks, workers};
-  if (workers > 1 && chunks > 1)
+void parallel(int workers, int64_t tasks, TaskFunction function, void* context) {
+  Job job{function, context, tasks, workers};
+  if (workers > 1 && tasks > 1)
     if (Pool* shared = pool())
       if (shared->try_run(job)) return;
   job.work(0);

@@ -1,14 +1,14 @@
-// A small pool of threads: made at first need, grown to what callers ask for, made anew in a forked child.
+// A small thread pool: created at first use, grown on demand, and created again in a forked child.
 #pragma once
 
 #include <stdint.h>
 
 namespace fastokd {
 
-using ChunkFunction = void (*)(void* context, int worker, int64_t chunk);
+using TaskFunction = void (*)(void* context, int worker, int64_t task);
 
-// Calls function(context, worker, chunk) for every chunk, on up to `workers` threads of which the caller is number 0.
-// Runs inline if another caller has the pool, or no thread can be had.
-void parallel(int workers, int64_t chunks, ChunkFunction function, void* context);
+// Calls function(context, worker, task) for every task, on up to `workers` threads of which the caller is number 0.
+// Runs inline if another caller uses the pool or no thread can be started.
+void parallel(int workers, int64_t tasks, TaskFunction function, void* context);
 
 }  // namespace fastokd

@@ -1,7 +1,21 @@
 // A decoded plan, and the table of functions that each instruction set provides.
 //
-// The objects compiled for AVX2 or AVX-512 see only these plain structs: a template of the standard library
-// instantiated there could be the copy the linker keeps, and then crash older machines.
+// Glossary, as in kernels/triton/spec.py:
+// - node: a row of values per sample: logits, an external row of probabilities, or a derived node.
+// - softmax: one node at one temperature. Its exponentials are summed over the classes.
+// - base: a softmax whose exponentials are computed. The exponentials of a derived softmax of the same node are their
+//   second, third or fourth power.
+// - edge: a KL term sum_c p_first (log p_first - log p_second).
+// - moment: the mean of log p_first - log p_second under p_first, without the logarithms of the two sums. An edge between
+//   two rows of logits needs no more than its moment.
+// - normalized edge: an edge that needs normalized probabilities, because one row is not a row of logits or because an
+//   exact eps is added to the teacher's probabilities. It takes a separate pass. (kernels/triton has a shorter way for
+//   edges from external rows.)
+// - statistics: the values per row that the forward pass keeps for the backward pass.
+// - pass: one reading of all columns of a row, in chunks.
+//
+// The objects compiled for AVX2 or AVX-512 see only these plain structs. A standard-library template instantiated there
+// could be the copy that the linker keeps, and would then crash older machines.
 #pragma once
 
 #include <stddef.h>
@@ -20,33 +34,30 @@ struct Node {
   int kind;
   int num_inputs;
   const int* inputs;
-  const int* input_slots;   // probability mixtures: each input's slot at its temperature, -1 for external rows
-  int source;               // run-time weight tensor, or -1
-  const double* constants;  // weights where source is -1
-  double temperature;       // of a probability mixture
-  int factors;              // place of its first weight among the row's factors
-  int stage;                // the pass over the columns that takes its softmax sums
-  unsigned read_in;         // bit p: pass p reads its values
-  bool wants_target;        // its product with the target is needed
-  bool wants_mean;          // the sum of its shifted values is needed
-  int max_stat;             // statistics: its maximum,
-  int extra_stat;           // and the inputs' label logits (minimum) or the chosen input (selection)
+  const int* input_softmaxes;  // of a probability mixture: each input's softmax at its temperature, -1 for external rows
+  int source;                  // run-time weight tensor, or -1
+  const double* constants;     // weights if source is -1
+  double temperature;          // of a probability mixture
+  int first_weight;            // position of its first weight among the row's weights
+  int sum_pass;                // the pass that takes its softmax sums
+  unsigned read_in;            // bit p: pass p reads its values
+  bool wants_target;           // its product with the target is needed
+  bool wants_sum;              // the sum of its values minus its maximum is needed
+  int max_stat;                // statistics: its maximum,
+  int extra_stat;              // and the inputs' label logits (minimum) or the chosen input (selection)
 };
 
-// The softmax sum of one node at one temperature. A derived slot takes a power of the exponentials of slot `base`: where
-// the ratio of the temperatures is a whole number that saves half of the exponentials.
-struct Slot {
+// A base computes the exponentials of at most one derived softmax as powers of its own.
+struct Softmax {
   int node;
   double temperature;
-  int base;     // or -1
-  int derived;  // of a base: the slot derived from it, or -1,
-  int power;    // and the ratio of their temperatures, or 0
+  int base;         // or -1
+  int derived;      // of a base: the softmax derived from it, or -1,
+  int power;        // and the ratio of their temperatures, or 0
   unsigned passes;  // bit p: summed in pass p
   int stat;
 };
 
-// A KL edge is sum_c p_first (log p_first - log p_second). `moment`: both rows are logits, and sums of
-// e_first * (first - second) are enough. The others need normalised probabilities, in a pass of their own.
 struct Term {
   int kind;
   int student;
@@ -57,14 +68,14 @@ struct Term {
   int direction;
   int eps_mode;
   double eps;
-  bool moment;
+  bool moment;         // an edge that needs only its moment; other edges are normalized edges
   int pass;
-  int first;        // nodes
+  int first;           // nodes
   int second;
-  int first_slot;   // -1 if it is a row of probabilities
-  int second_slot;
-  int inner_stat;   // what the gradient needs of the sums over the classes
-  int mixture_stat; // the first of K such sums for the inputs of an undetached probability mixture, or -1
+  int first_softmax;   // -1 for a row of probabilities
+  int second_softmax;
+  int inner_stat;      // the sum over the classes that the gradient needs
+  int mixture_stat;    // the first of K such sums for the inputs of a probability mixture that learns, or -1
 };
 
 struct Program {
@@ -73,21 +84,21 @@ struct Program {
   int num_sources;
   int num_nodes;
   int num_terms;
-  int num_slots;
-  int num_factors;
+  int num_softmaxes;
+  int num_weights;
   int num_stats;
   int num_passes;
   int num_mixture_sums;
   int mixture_stats;
-  int mass_stat;  // the sum of the target's probabilities; NaN for a label out of range
-  bool has_direct;  // there are terms that are no moments, or probability mixtures
+  int mass_stat;        // the sum of the target's probabilities; NaN for a label out of range
+  bool has_normalized;  // there are normalized edges or probability mixtures
   double label_smoothing;
   const int* widths;
   const Node* nodes;
-  const Slot* slots;
+  const Softmax* softmaxes;
   const Term* terms;
-  const int* first_slot;   // per node, and one behind: its slots
-  const int* slot_of_one;  // per node: the slot at temperature 1, or -1
+  const int* node_softmaxes;  // per node: its first softmax; then the number of softmaxes
+  const int* softmax_at_one;  // per node: the softmax at temperature 1, or -1
 };
 
 struct Call {
@@ -106,16 +117,16 @@ struct Call {
 using RowsFunction = void (*)(const Call& call, void* scratch, int64_t begin, int64_t end);
 
 // `scratch` is the number of bytes that a range of rows needs, aligned to 64. Index 0: float, 1: double.
-struct Pass {
+struct RowKernel {
   size_t (*scratch)(const Call& call);
   RowsFunction rows;
 };
 
 struct Backend {
   const char* name;
-  Pass forward[2];
-  Pass backward[2];
-  Pass both[2];
+  RowKernel forward[2];
+  RowKernel backward[2];
+  RowKernel forward_backward[2];
   void (*math[2])(int function, const void* in, void* out, int64_t count);
 };
 

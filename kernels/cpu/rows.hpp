@@ -1,7 +1,7 @@
-// What the forward and the backward pass share: the values of all nodes in one tile of one row.
+// Shared by the forward and the backward pass: the values of all nodes in one chunk of a row.
 //
-// A row is worked through in tiles of columns, so that the values of all nodes stay in the cache. Unused
-// lanes behind the last column hold -max, whose exponential is 0.
+// A row is processed in chunks of columns, so the values of all nodes stay in the cache. Unused lanes after the last
+// column contain -max, whose exponential is 0.
 #pragma once
 
 #include "convert.hpp"
@@ -9,7 +9,7 @@
 namespace fastokd {
 namespace FASTOKD_ISA {
 
-// Hands out aligned pieces of the scratch memory; without memory it only counts.
+// Allocates aligned pieces of the scratch memory; without memory it only counts bytes.
 struct Arena {
   char* base;
   size_t used;
@@ -21,7 +21,7 @@ struct Arena {
   }
 };
 
-// How many vectors a loop handles at once, to hide latencies; fewer where there are 16 registers.
+// Vectors per loop iteration, to hide latencies; fewer on machines with 16 registers.
 constexpr int kUnroll = FASTOKD_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Calls body(Count<k>, i) for k vectors from column i on, until `count` columns are covered.
@@ -39,7 +39,7 @@ struct Rows {
   using Vec = typename Lane::Vec;
   using Int = typename Lane::Int;
   static constexpr int width = Lane::width;
-  static constexpr int64_t kTile = 4096 / sizeof(Real);  // measured: 2 KB and 1 KB are slower
+  static constexpr int64_t kChunk = 4096 / sizeof(Real);  // measured: 2 KB and 1 KB are slower
   static constexpr double kLog2E = 1.44269504088896341;
   static constexpr Real kFloor = static_cast<Real>(1e-30);  // PROBABILITY_FLOOR of the reference
 
@@ -47,22 +47,22 @@ struct Rows {
   const Program& program;
   const fastokd_tensor& target;
   const bool soft;
-  int64_t tile;       // columns per tile
-  int64_t num_tiles;
-  Real* values;       // [N, tile]; logarithms for rows of probabilities
-  Real* probs;        // [N, tile], rows of probabilities only
-  Real* alive;        // [N, tile], probability mixtures only: 0 where the floor cut the gradient off
-  Real* soft_target;  // [tile]
-  Real* factors;
+  int64_t chunk;      // columns per chunk
+  int64_t num_chunks;
+  Real* values;       // [N, chunk]; logarithms for rows of probabilities
+  Real* probs;        // [N, chunk], rows of probabilities only
+  Real* alive;        // [N, chunk], probability mixtures only: 0 where the floor removes the gradient
+  Real* soft_target;  // [chunk]
+  Real* weights;
   Real* maxima;       // per node
   Real* label_logit;  // per node
   int* chosen;        // per node
-  Real* sums;         // per slot
+  Real* sums;         // per softmax
   Real* logs;
   int64_t row = 0;
   int64_t label = -1;
   Real mass = 1;
-  // The tile at hand: its first column, its columns, and those with the unused lanes.
+  // The current chunk: its first column, its number of columns, and the same with unused lanes.
   int64_t start = 0;
   int64_t count = 0;
   int64_t padded = 0;
@@ -73,33 +73,33 @@ struct Rows {
         target(c.tensors[program.num_logits + program.num_sources + program.num_externals]),
         soft(target.dtype != FASTOKD_INT64) {
     const int64_t whole = round_up(call.classes);
-    tile = whole < kTile ? whole : kTile;
-    num_tiles = (call.classes + tile - 1) / tile;
-    values = arena.take<Real>(program.num_nodes * tile);
-    soft_target = arena.take<Real>(tile);
-    factors = arena.take<Real>(program.num_factors);
+    chunk = whole < kChunk ? whole : kChunk;
+    num_chunks = (call.classes + chunk - 1) / chunk;
+    values = arena.take<Real>(program.num_nodes * chunk);
+    soft_target = arena.take<Real>(chunk);
+    weights = arena.take<Real>(program.num_weights);
     maxima = arena.take<Real>(program.num_nodes);
     label_logit = arena.take<Real>(program.num_nodes);
     chosen = arena.take<int>(program.num_nodes);
-    sums = arena.take<Real>(round_up(program.num_slots));
-    logs = arena.take<Real>(round_up(program.num_slots));
-    probs = arena.take<Real>(program.num_nodes * tile);
-    alive = arena.take<Real>(program.num_nodes * tile);
+    sums = arena.take<Real>(round_up(program.num_softmaxes));
+    logs = arena.take<Real>(round_up(program.num_softmaxes));
+    probs = arena.take<Real>(program.num_nodes * chunk);
+    alive = arena.take<Real>(program.num_nodes * chunk);
     if (arena.base)
-      for (int s = 0; s < round_up(program.num_slots); ++s) sums[s] = 1;  // the unused lanes of take_logs
+      for (int s = 0; s < round_up(program.num_softmaxes); ++s) sums[s] = 1;  // the unused lanes of take_logs
   }
 
   static int64_t round_up(int64_t n) { return (n + width - 1) / width * width; }
 
-  Real* value(int node) const { return values + node * tile; }
-  Real* prob(int node) const { return probs + node * tile; }
+  Real* value(int node) const { return values + node * chunk; }
+  Real* prob(int node) const { return probs + node * chunk; }
   const fastokd_tensor& weight(int source) const { return call.tensors[program.num_logits + source]; }
 
   void fill_unused(Real* to, Real with) const {
     for (int64_t i = count; i < padded; ++i) to[i] = with;
   }
 
-  // The vector with the unused lanes set to 0, whatever they hold.
+  // The vector with its unused lanes set to 0.
   Vec only_used(Vec v, int64_t i) const {
     if (i + width <= count) return v;
     const Int used = indices(Real{}) < Int{} + static_cast<decltype(Int{}[0] + 0)>(count - i);
@@ -121,15 +121,15 @@ struct Rows {
       const Node& node = program.nodes[n];
       if (node.kind != kMixture && node.kind != kProbabilityMixture) continue;
       if (node.source >= 0)
-        load_row(weight(node.source), b, 0, node.num_inputs, factors + node.factors);
+        load_row(weight(node.source), b, 0, node.num_inputs, weights + node.first_weight);
       else
-        for (int k = 0; k < node.num_inputs; ++k) factors[node.factors + k] = static_cast<Real>(node.constants[k]);
+        for (int k = 0; k < node.num_inputs; ++k) weights[node.first_weight + k] = static_cast<Real>(node.constants[k]);
     }
   }
 
-  void begin_tile(int64_t t) {
-    start = t * tile;
-    count = call.classes - start < tile ? call.classes - start : tile;
+  void begin_chunk(int64_t t) {
+    start = t * chunk;
+    count = call.classes - start < chunk ? call.classes - start : chunk;
     padded = round_up(count);
   }
 
@@ -138,7 +138,7 @@ struct Rows {
     fill_unused(soft_target, 0);
   }
 
-  // The values, in the tile at hand, of the nodes read in one of `passes` and not already in one of `done`.
+  // Computes the values in the current chunk of the nodes that are read in one of `passes` and in none of `done`.
   void evaluate(unsigned passes, unsigned done) {
     for (int n = 0; n < program.num_nodes; ++n) {
       const Node& node = program.nodes[n];
@@ -168,60 +168,60 @@ struct Rows {
 
   void mixture(int n) {
     const Node& node = program.nodes[n];
-    const Real* factor = factors + node.factors;
+    const Real* mixing = weights + node.first_weight;
     Real* to = value(n);
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
       Vec total[unroll] = {};
       for (int j = 0; j < node.num_inputs; ++j) {
         const Real* from = value(node.inputs[j]) + i;
-        for (int u = 0; u < unroll; ++u) total[u] += factor[j] * load(from + u * width);
+        for (int u = 0; u < unroll; ++u) total[u] += mixing[j] * load(from + u * width);
       }
       for (int u = 0; u < unroll; ++u) store(to + i + u * width, total[u]);
     });
     fill_unused(to, -Lane::max);
   }
 
-  // log p_T of an input of probability mixture `n`; an external row as it is.
+  // log p_T of an input of a probability mixture; for an external row its logarithm.
   Vec log_input(const Node& node, int k, int64_t i) const {
     const int input = node.inputs[k];
     const Vec v = load(value(input) + i);
     if (program.nodes[input].kind == kExternal) return v;
-    return (v - maxima[input]) / static_cast<Real>(node.temperature) - logs[node.input_slots[k]];
+    return (v - maxima[input]) / static_cast<Real>(node.temperature) - logs[node.input_softmaxes[k]];
   }
 
   void probability_mixture(int n) {
     const Node& node = program.nodes[n];
-    const Real* factor = factors + node.factors;
+    const Real* mixing = weights + node.first_weight;
     for (int64_t i = 0; i < padded; i += width) {
-      // Relative to the largest log p_k, so that it stays finite where every p_k underflows.
+      // Relative to the largest log p_k, so the result is finite even if every p_k underflows.
       Vec peak = log_input(node, 0, i);
       for (int k = 1; k < node.num_inputs; ++k) {
         const Vec other = log_input(node, k, i);
         peak = other > peak ? other : peak;
       }
       Vec total{};
-      for (int k = 0; k < node.num_inputs; ++k) total += factor[k] * vexp(log_input(node, k, i) - peak);
+      for (int k = 0; k < node.num_inputs; ++k) total += mixing[k] * vexp(log_input(node, k, i) - peak);
       const Vec one = Vec{} + 1;
-      store(alive + n * tile + i, total < kFloor ? Vec{} : one);
+      store(alive + n * chunk + i, total < kFloor ? Vec{} : one);
       const Vec log_p = peak + vlog(total < kFloor ? Vec{} + kFloor : total);
       store(value(n) + i, log_p);
       store(prob(n) + i, vexp(log_p));
     }
   }
 
-  // d log h / d log p_k for input k of probability mixture `n`, without the factor.
+  // d log h / d log p_k for input k of probability mixture `n`, without its weight.
   Vec share(int n, int k, int64_t i) const {
-    return vexp(log_input(program.nodes[n], k, i) - load(value(n) + i)) * load(alive + n * tile + i);
+    return vexp(log_input(program.nodes[n], k, i) - load(value(n) + i)) * load(alive + n * chunk + i);
   }
 
   // log p of a row of logits.
-  Vec log_softmax(int node, int slot, int64_t i) const {
-    return (load(value(node) + i) - maxima[node]) / static_cast<Real>(program.slots[slot].temperature) - logs[slot];
+  Vec log_softmax(int node, int softmax, int64_t i) const {
+    return (load(value(node) + i) - maxima[node]) / static_cast<Real>(program.softmaxes[softmax].temperature) - logs[softmax];
   }
 
   void take_logs() {
-    for (int s = 0; s < program.num_slots; s += width) store(logs + s, vlog(load(sums + s)));
+    for (int s = 0; s < program.num_softmaxes; s += width) store(logs + s, vlog(load(sums + s)));
   }
 
   void minimum(int n) {
@@ -238,44 +238,44 @@ struct Rows {
   }
 };
 
-// The columns of a KL edge that needs normalised probabilities.
+// The columns of a normalized edge.
 template <class Real>
-struct DirectEdge {
+struct NormalizedEdge {
   using Vec = typename Lanes<Real>::Vec;
   struct Column {
-    Vec log_p, p, log_q, q, log_raised;  // `raised` is p + eps
+    Vec log_p, p, log_q, q, log_with_eps;  // `with_eps` is p + eps
   };
   const Rows<Real>& rows;
   const Term& term;
-  const int teacher_slot;
-  const int student_slot;
+  const int teacher_softmax;
+  const int student_softmax;
   const Real eps;
 
-  DirectEdge(const Rows<Real>& r, const Term& t)
+  NormalizedEdge(const Rows<Real>& r, const Term& t)
       : rows(r),
         term(t),
-        teacher_slot(t.direction == kStudentFirst ? t.second_slot : t.first_slot),
-        student_slot(t.direction == kStudentFirst ? t.first_slot : t.second_slot),
+        teacher_softmax(t.direction == kStudentFirst ? t.second_softmax : t.first_softmax),
+        student_softmax(t.direction == kStudentFirst ? t.first_softmax : t.second_softmax),
         eps(t.eps_mode == kEpsExact ? static_cast<Real>(t.eps) : 0) {}
 
   Column at(int64_t i) const {
     Column c;
-    if (teacher_slot >= 0) {
-      c.log_p = rows.log_softmax(term.teacher, teacher_slot, i);
+    if (teacher_softmax >= 0) {
+      c.log_p = rows.log_softmax(term.teacher, teacher_softmax, i);
       c.p = vexp(c.log_p);
     } else {
       c.log_p = load(rows.value(term.teacher) + i);
       c.p = load(rows.prob(term.teacher) + i);
     }
-    c.log_raised = term.eps_mode == kEpsExact ? vlog(c.p + eps) : c.log_p;
-    c.log_q = rows.log_softmax(term.student, student_slot, i);
+    c.log_with_eps = term.eps_mode == kEpsExact ? vlog(c.p + eps) : c.log_p;
+    c.log_q = rows.log_softmax(term.student, student_softmax, i);
     c.q = vexp(c.log_q);
     return c;
   }
 
   // d KL / d log p for a teacher that is a probability mixture.
   Vec teacher_slope(const Column& c) const {
-    return term.direction == kStudentFirst ? -c.q : c.p * (c.log_raised - c.log_q + 1);
+    return term.direction == kStudentFirst ? -c.q : c.p * (c.log_with_eps - c.log_q + 1);
   }
 };
 

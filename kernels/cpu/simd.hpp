@@ -1,4 +1,4 @@
-// Vectors of FASTOKD_VECTOR_BYTES in GCC's and Clang's vector extensions: the same source for every instruction set.
+// Vectors of FASTOKD_VECTOR_BYTES with the vector extensions of GCC and Clang: one source for every instruction set.
 #pragma once
 
 #include <float.h>
@@ -143,9 +143,9 @@ FASTOKD_INLINE VecD vexp(VecD x) {
   return bits<VecD>(scaled & kept);
 }
 
-// exp(x * scale / log2(e)) for softmax sums: `scale` is log2(e) / T. One multiplication takes the place of vexp's exact
-// reduction; its rounding makes the relative error as large as 9e-8 + 6e-8 |x scale| (float), which is no more than
-// what rounding the exponent x / T itself costs. 0 where the exponent is below -126 (-1022); NaN stays NaN.
+// exp(x * scale / log2(e)) for softmax sums: `scale` is log2(e) / T. One multiplication replaces vexp's exact
+// reduction. Its rounding raises the relative error to 9e-8 + 6e-8 |x scale| (float), which is no more than the error
+// of rounding the exponent x / T. The result is 0 where the exponent is below -126 (-1022); NaN stays NaN.
 FASTOKD_INLINE VecF vexp_scaled(VecF x, float scale) {
   const float magic = 0x1.8p23f;
   const VecF shifted = x * scale + magic;
@@ -179,8 +179,8 @@ FASTOKD_INLINE VecD vexp_scaled(VecD x, double scale) {
 }
 
 // log(x) = k ln2 + 2 atanh(s), s = (m - 1) / (m + 1), x = m 2^k with m in [sqrt(1/2), sqrt(2)), for positive normal x.
-// The same error bounds. NaN stays NaN; below the normal
-// numbers, 0 included, the result is finite and near the logarithm of the smallest one.
+// The same error bounds. NaN stays NaN. For 0 and subnormal numbers the result is finite and near the logarithm of the
+// smallest normal number.
 FASTOKD_INLINE VecF vlog(VecF x) {
   const WordF offset = bits<WordF>(x) - 0x3f3504f3u;
   const VecF k = __builtin_convertvector(bits<IntF>(offset) >> 23, VecF);
@@ -188,7 +188,7 @@ FASTOKD_INLINE VecF vlog(VecF x) {
   const VecF s = f / (f + 2.0f);
   const VecF z = s * s;
   const VecF tail = z * ((z * 0.149365365946786247f + 0.199887477919745441f) * z + 0.33333388358495976f);
-  // 2 s = f - s f: the leading part f is free of the division's rounding.
+  // 2 s = f - s f: the leading part f has no rounding error from the division.
   const VecF y = k * 0x1.63p-1f + (f - (s * (f - (tail + tail)) + k * 2.12194440054690583e-4f));
   return x == x ? y : x;
 }

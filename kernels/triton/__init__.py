@@ -1,6 +1,6 @@
-"""Triton kernels that execute any distillation graph: forward, backward, and both in one.
+"""Triton kernels that execute any distillation graph.
 
-A plan is lowered to constants (``spec``) and unrolled while a kernel compiles, so that there is one
-source for all graphs. How a batch is laid over threads is in ``tile``, what the result costs is
-read from machine code in ``budget``. Nothing here imports torch.
+``specialize`` turns a plan into constants (``spec``). Kernels unroll these while they compile, so
+one source serves all graphs. ``tile`` maps a batch to programs and threads, ``budget`` reads the
+cost of a compiled kernel from its machine code. Nothing here imports torch.
 """

@@ -1,11 +1,12 @@
-"""What the compiled kernels cost, read from their machine code: registers, spills, vector loads,
+"""Cost of the compiled kernels, read from their machine code: registers, spills, vector loads,
 instructions per column.
 
-Needs neither a GPU nor torch, so that a change that makes a kernel spill fails on any machine. As a
-program it prints a table: ``python -m fastokd.kernels.triton.budget``.
+It needs neither a GPU nor torch, so tests on any machine detect a change that makes a kernel spill.
+``python -m fastokd.kernels.triton.budget`` prints a table.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -24,7 +25,8 @@ from fastokd.graph import KL, CrossEntropy, Graph, Logits, Mixture, lower
 from fastokd.graph.plan import Plan
 from fastokd.kernels.triton import split
 from fastokd.kernels.triton.kernels import KERNELS
-from fastokd.kernels.triton.spec import Spec, specialise
+from fastokd.kernels.triton.spec import FIRST_PASS, MAIN_PASS, NORMALIZED_PASS, Spec
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.kernels.triton.tile import (
     VECTOR_BYTES,
     Tile,
@@ -35,25 +37,24 @@ from fastokd.kernels.triton.tile import (
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 SPLIT_KERNELS = {
-    "ahead": split.partial_kernel,
-    "partial": split.partial_kernel,
-    "normal": split.partial_kernel,
+    "first": split.partial_kernel,
+    "main": split.partial_kernel,
+    "normalized": split.partial_kernel,
     "merge": split.merge_kernel,
     "columns": split.columns_kernel,
     "weights": split.weights_kernel,
 }
-"""Those that run instead where rows are split: a pass ahead, the main pass, that with normalised
-probabilities, and so on.
-"""
-STAGES = {"ahead": 0, "partial": 1, "normal": 2}
+"""Kernels for split rows: the three passes, the merge, and the two parts of the backward pass."""
+PASSES = {"first": FIRST_PASS, "main": MAIN_PASS, "normalized": NORMALIZED_PASS}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one compiled kernel costs. Counts per column are those of its first loop over whole
-    chunks (behind that of a forward kernel comes the one with running maxima, for the rows that
-    need them), or of the whole kernel if a row is a single chunk; a column is one class in all M
-    rows.
+    """Cost of one compiled kernel.
+
+    Counts per column are those of the first loop over whole chunks, or of the whole kernel if a row
+    is a single chunk. A column is one class in all M rows. In a forward kernel, the loop that
+    computes exact maxima follows and is not counted: few rows need it.
     """
 
     registers: int
@@ -70,7 +71,7 @@ class Cost:
 
 
 def cascade(num_branches: int, lambda_self: float = 0.0) -> Plan:
-    """The plan of AHBF with M branches: 2 (M - 1) KL edges, or 3 (M - 1) with ``lambda_self``."""
+    """Return AHBF's plan for M branches: 2 (M - 1) KL edges, or 3 (M - 1) with ``lambda_self``."""
     branches = [f"branch{m}" for m in range(num_branches)]
     tas = ["branch0"] + [f"ta{m}" for m in range(1, num_branches)]
     nodes: list[Logits | Mixture] = [Logits(name) for name in branches]
@@ -90,21 +91,21 @@ def launch_tile(
     dtype: str,
     stride: int = 0,
     soft_target: bool = False,
-    fused: bool = False,
+    forward_backward: bool = False,
 ) -> Tile:
-    """The tile that the executor would choose for rows of this stride (0: contiguous), all
-    gradients wanted.
+    """Return the executor's tile for rows of this stride (0: contiguous) if all gradients are
+    needed.
     """
-    spec, size = specialise(plan), SIZES[dtype]
+    spec, size = specialize(plan), SIZES[dtype]
     stride = stride or num_classes
     aligned = stride * size % VECTOR_BYTES == 0
     rows, lanes, pieces, vector, warps = choose_tile(
         batch,
         num_classes,
         size,
-        len(spec.learning),
+        spec.num_nodes,
         aligned,
-        fused and choose_splits(batch, num_classes) == 1,
+        forward_backward and choose_splits(batch, num_classes) == 1,
     )
     return Tile(
         num_classes,
@@ -126,13 +127,13 @@ def launch_tile(
 
 
 def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: int = 90) -> Any:
-    """Compile one of ``KERNELS``, or ``SPLIT_KERNELS`` for a tile of split rows, for a compute
-    capability (80, 90, 100). Needs no GPU.
+    """Compile one of ``KERNELS`` (``SPLIT_KERNELS`` if the tile splits rows) for a compute
+    capability such as 90. Needs no GPU.
     """
-    spec: Spec = specialise(plan)
+    spec: Spec = specialize(plan)
     compute = "*fp64" if tile.double else "*fp32"
     logits, weights = (f"*{dtype}",) * plan.num_logits, (compute,) * len(plan.weight_widths)
-    types = {
+    types: dict[str, str | tuple[str, ...]] = {
         "logits": logits,
         "grad_logits": logits,
         "weights": weights,
@@ -141,19 +142,21 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
         "target": "*i64" if len(tile.target_strides) == 1 else compute,
         "batch": "i32",
         "shift": "i32",
-        "STAGE": "constexpr",
+        "PASS": "constexpr",
         "SPEC": "constexpr",
         "TILE": "constexpr",
     }
     kernel = (SPLIT_KERNELS if tile.splits > 1 else KERNELS)[which]
-    signature = {name: types.get(name, compute) for name in kernel.arg_names}
-    attributes: dict[tuple[int, ...], list] = {}
+    signature: dict[str, str | tuple[str, ...]] = {
+        name: types.get(name, compute) for name in kernel.arg_names
+    }
+    attributes: dict[tuple[int, ...], list[list[str | int]]] = {}
     for position, value in enumerate(signature.values()):
         if isinstance(value, tuple):
             attributes.update({(position, k): [["tt.divisibility", 16]] for k in range(len(value))})
         elif value.startswith("*"):
             attributes[position,] = [["tt.divisibility", 16]]
-    values = {"STAGE": STAGES.get(which), "SPEC": spec, "TILE": tile}
+    values = {"PASS": PASSES.get(which), "SPEC": spec, "TILE": tile}
     constants = {
         (position,): values[name]
         for position, name in enumerate(kernel.arg_names)
@@ -166,13 +169,13 @@ def compile_kernel(which: str, plan: Plan, tile: Tile, dtype: str, capability: i
         options={
             "num_warps": 1 if which in ("merge", "weights") else tile.num_warps,
             "enable_fp_fusion": True,
-            "maxnreg": register_limit(which, len(spec.learning)),
+            "maxnreg": register_limit(which, spec.num_nodes),
         },
     )
 
 
 def measure(compiled: Any, tile: Tile) -> Cost:
-    """Read a compiled kernel's cost from its cubin and PTX."""
+    """Return a compiled kernel's cost, from its cubin and PTX."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -185,8 +188,8 @@ def measure(compiled: Any, tile: Tile) -> Cost:
     inside = code[body[0] : body[1]]
     columns = tile.pieces if tile.whole else tile.rest_pieces
     return Cost(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         vector_loads=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx)),
         vector_stores=len(
@@ -201,6 +204,12 @@ def measure(compiled: Any, tile: Tile) -> Cost:
     )
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern} not in the output of cuobjdump"
+    return int(found[1])
+
+
 def _run(*command: str | Path) -> str:
     return subprocess.run(
         [str(part) for part in command], check=True, capture_output=True, text=True
@@ -208,7 +217,7 @@ def _run(*command: str | Path) -> str:
 
 
 def _instructions(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The operations of a disassembly in order (without padding), and its loops as (first, end)
+    """Return the operations of a disassembly without padding, and its loops as (first, end)
     positions.
     """
     code: list[str] = []
@@ -224,7 +233,7 @@ def _instructions(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
         if found[1].startswith("BRA") and target:
             branches.append((len(code), target[1]))
         code.append(found[1])
-    # Code ends with a branch to itself, which is no loop.
+    # The code ends with a branch to itself, which is not a loop.
     loops = [
         (labels[name], position + 1)
         for position, name in branches
@@ -234,7 +243,7 @@ def _instructions(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the costs of the cascade's kernels; exit code 1 if one spills."""
+    """Print the costs of AHBF's kernels; the exit code is 1 if one spills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--branches", type=int, nargs="+", default=[4])
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000, 1001, 21841])
@@ -244,51 +253,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kernels",
         nargs="+",
-        default=[*KERNELS, "partial", "merge", "columns", "weights"],
+        default=[*KERNELS, "main", "merge", "columns", "weights"],
         choices=[*KERNELS, *SPLIT_KERNELS],
-        help="of these, those that a batch and number of classes takes",
+        help="print those that run for each batch size and class count",
     )
     parser.add_argument(
-        "--lambda-self", type=float, default=0.0, help="above 0: the cascade with 3 (M - 1) edges"
+        "--lambda-self", type=float, default=0.0, help="above 0: AHBF with 3 (M - 1) edges"
     )
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}")
     print(
-        "kernel    sm   M  dtype  B     C      tile            regs  spill  ld16  st16  bar  shfl "
-        " instr  instr/col  ex2/col"
+        "kernel            sm   M  dtype  B     C      tile            regs  spill  ld16  st16 "
+        "  bar  shfl  instr  instr/col  ex2/col"
     )
-    spilled = 0
-    for capability in args.capabilities:
-        for branches in args.branches:
-            plan = cascade(branches, args.lambda_self)
-            for dtype in args.dtypes:
-                for batch in args.batches:
-                    for num_classes in args.classes:
-                        splits = launch_tile(plan, batch, num_classes, dtype).splits
-                        for which in [
-                            name
-                            for name in args.kernels
-                            if name in (SPLIT_KERNELS if splits > 1 else KERNELS)
-                        ]:
-                            tile = launch_tile(
-                                plan, batch, num_classes, dtype, fused=which == "fused"
-                            )
-                            cost = measure(
-                                compile_kernel(which, plan, tile, dtype, capability), tile
-                            )
-                            spilled += cost.stack + cost.spills
-                            vector = "v" if tile.vector else ""
-                            splits = f"/{tile.splits}" if tile.splits > 1 else ""
-                            layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{vector}{splits}"
-                            print(
-                                f"{which:8}  {capability:3}  {branches}  {dtype:5}  {batch:4} "
-                                f" {num_classes:6}  {layout:14}  {cost.registers:4} "
-                                f" {cost.spills:5}  {cost.vector_loads:4}  {cost.vector_stores:4} "
-                                f" {cost.barriers:3}  {cost.shuffles:4}  {cost.instructions:5} "
-                                f" {cost.per_column:9.1f}  {cost.exponentials_per_column:7.2f}",
-                                flush=True,
-                            )
-    return int(spilled > 0)
+    spilled = False
+    for capability, branches, dtype, batch, num_classes in itertools.product(
+        args.capabilities, args.branches, args.dtypes, args.batches, args.classes
+    ):
+        plan = cascade(branches, args.lambda_self)
+        split_rows = choose_splits(batch, num_classes) > 1
+        for which in args.kernels:
+            if which not in (SPLIT_KERNELS if split_rows else KERNELS):
+                continue
+            tile = launch_tile(
+                plan, batch, num_classes, dtype, forward_backward=which == "forward_backward"
+            )
+            cost = measure(compile_kernel(which, plan, tile, dtype, capability), tile)
+            spilled |= cost.stack + cost.spills > 0
+            head = f"{which:16}  {capability:3}  {branches}  {dtype:5}  {batch:4}  {num_classes:6}"
+            print(f"{head}  {_columns(tile, cost)}", flush=True)
+    return int(spilled)
+
+
+def _columns(tile: Tile, cost: Cost) -> str:
+    vector = "v" if tile.vector else ""
+    splits = f"/{tile.splits}" if tile.splits > 1 else ""
+    layout = f"{tile.rows}x{tile.lanes}x{tile.pieces}{vector}{splits}"
+    return (
+        f"{layout:14}  {cost.registers:4}  {cost.spills:5}  {cost.vector_loads:4} "
+        f" {cost.vector_stores:4}  {cost.barriers:3}  {cost.shuffles:4}  {cost.instructions:5} "
+        f" {cost.per_column:9.1f}  {cost.exponentials_per_column:7.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,34 +1,27 @@
-"""Device functions shared by the kernels: loading columns, evaluating nodes, sums over the lanes.
+"""Device functions shared by the kernels: loading and storing columns, sums over the lanes.
 
-A program owns R rows. Its threads form R x L lanes, and a lane works on P columns of a chunk of L *
-P columns, one *piece* [R, L] per column, so that every running quantity costs one register per
-thread and nothing is exchanged between threads before the end of the row. Quantities of a whole row
-are [R, 1], or scalars if R is 1. Everything is in base 2.
+A program handles R rows. Its threads form R x L lanes. A lane handles P columns of a chunk of L * P
+columns, one *piece* [R, L] per column, so each running quantity takes one register per thread, and
+threads exchange nothing before the end of the row. Quantities of a whole row are [R, 1], or scalars
+if R is 1. Exponentials and logarithms are to base 2.
 """
+
+# mypy: ignore-errors (Triton's language, not Python's)
 
 import triton
 import triton.language as tl
 
-from fastokd.graph import plan as _plan
-from fastokd.kernels.triton import spec as _spec
-
-MIXTURE = tl.constexpr(_plan.MIXTURE)
-MINIMUM = tl.constexpr(_plan.MINIMUM)
-SELECTION = tl.constexpr(_plan.SELECTION)
-SKIPPED = tl.constexpr(_spec.SKIPPED)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(1e-30)
 """The smallest probability inside a logarithm: the reference executor's ``PROBABILITY_FLOOR``."""
 PAD = tl.constexpr(-float(2**100))
-"""What stands for a missing column in a maximum. A power of two, so that scaling it rounds
-nothing.
-"""
-NOTHING = tl.constexpr(-0.0)
+"""Replaces missing columns in a maximum. A power of two, so scaling it rounds nothing."""
+NEGATIVE_ZERO = tl.constexpr(-0.0)
 """The start of a sum that the compiler can drop: x + -0.0 is x for every x, x + 0.0 is not."""
 
 
 @triton.jit
-def computed(x, TILE: tl.constexpr):
+def to_compute(x, TILE: tl.constexpr):
     """x in the dtype of the arithmetic."""
     if TILE.double:
         return x.to(tl.float64)
@@ -38,7 +31,7 @@ def computed(x, TILE: tl.constexpr):
 
 @triton.jit
 def log2(x, TILE: tl.constexpr):
-    """The hardware's logarithm where there is one: Triton's own takes some twenty instructions."""
+    """The hardware's logarithm if available: Triton's takes about twenty instructions."""
     if TILE.hardware:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -49,8 +42,8 @@ def log2(x, TILE: tl.constexpr):
 
 @triton.jit
 def row_constant(VALUE: tl.constexpr, TILE: tl.constexpr):
-    """A quantity of a row. Where a program has one row it is a scalar, which costs the compiler far
-    less than a tensor.
+    """A quantity of a row. For programs of one row it is a scalar, which compiles much faster than
+    a tensor.
     """
     if TILE.rows == 1:
         return tl.full((), VALUE, tl.float64 if TILE.double else tl.float32)
@@ -79,9 +72,19 @@ def lane_constants(COUNT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def added(values, INDEX: tl.constexpr, x):
+def add_at(values, INDEX: tl.constexpr, x):
     """The tuple with x added to one entry."""
     return values[:INDEX] + (values[INDEX] + x,) + values[INDEX + 1 :]
+
+
+@triton.jit
+def set_at(values, INDEX: tl.constexpr, x):
+    """The tuple with one entry replaced by x, which must not be a tuple.
+
+    Triton identifies a compiled function by the flattened types of its arguments, so calls must not
+    differ in the nesting of tuples alone.
+    """
+    return values[:INDEX] + (x,) + values[INDEX + 1 :]
 
 
 @triton.jit
@@ -96,7 +99,7 @@ def split_halves(tile, P: tl.constexpr):
 
 @triton.jit
 def join_halves(pieces, P: tl.constexpr):
-    """The inverse of ``split_halves``."""
+    """Inverse of ``split_halves``."""
     if P == 1:
         return tl.reshape(pieces[0], (pieces[0].shape[0], pieces[0].shape[1], 1))
     else:
@@ -116,8 +119,8 @@ def reordered(pieces, TILE: tl.constexpr):
 
 @triton.jit
 def tile_columns(TILE: tl.constexpr):
-    """The columns of a chunk as it is loaded: [1, L, P] where a lane's columns are neighbours, else
-    [1, P, L].
+    """The columns of a chunk in the order of loading: [1, L, P] if a lane's columns are adjacent,
+    else [1, P, L].
     """
     lanes = tl.arange(0, TILE.lanes)
     pieces = tl.arange(0, TILE.pieces)
@@ -139,12 +142,12 @@ def piece_columns(PIECE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """``load_chunk`` for neighbouring columns in bfloat16, as float32: pairs of columns in words of
-    32 bits.
+    """``load_chunk`` for adjacent columns in bfloat16, as float32: pairs of columns in words of 32
+    bits.
 
-    A bfloat16 is the upper half of a float32. Told apart by the compiler, the upper column of each
-    pair is shifted down and then up again; here it takes one instruction as the lower does, 2 in
-    all of 61 per column at M = 4.
+    A bfloat16 is the upper half of a float32. The compiler's own code shifts the upper column of
+    each pair down and then up again. This code takes one instruction for either column, which saves
+    2 of 61 instructions per column at M = 4.
     """
     words = (
         tl.arange(0, TILE.lanes)[None, :, None] * (TILE.pieces // 2)
@@ -161,18 +164,18 @@ def load_pairs(start, LIMIT: tl.constexpr, TILE: tl.constexpr):
     for p in tl.static_range(len(pairs)):
         low = low + ((pairs[p] << 16).to(tl.float32, bitcast=True),)
         high = high + ((pairs[p] & 0xFFFF0000).to(tl.float32, bitcast=True),)
-    # The order of the words, even before odd again and again, is that of the columns after one more
-    # split.
+    # The words are ordered by repeated splits into even and odd. Appending the high halves to the
+    # low ones makes that the order of the columns after one more split.
     return reordered(low + high, TILE)
 
 
 @triton.jit
 def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """The pieces of a chunk at ``start`` (of a row), in the dtype in which they are stored, or
-    float32 instead of bfloat16; 0 beyond LIMIT columns (0: the chunk is whole).
+    """The pieces of a chunk at ``start`` (of a row), in the stored dtype, or float32 instead of
+    bfloat16; 0 beyond LIMIT columns (LIMIT 0: the chunk is whole).
 
-    All pieces come in one load and are told apart in registers: a thread holds all columns of its
-    lane. The time to compile grows with the number of loads.
+    One load reads all pieces, because the time to compile grows with the number of loads. They are
+    separated in registers: a thread holds all columns of its lane.
     """
     if TILE.vector and STRIDE == 1 and start.dtype.element_ty == tl.bfloat16 and LIMIT % 2 == 0:
         return load_pairs(start, LIMIT, TILE)
@@ -191,8 +194,8 @@ def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
-    """Writes pieces at ``start`` (of a row) to neighbouring columns, below LIMIT and in rows inside
-    the batch.
+    """Write pieces at ``start`` (of a row) to adjacent columns, below LIMIT and in rows inside the
+    batch.
     """
     columns = tile_columns(TILE)
     for _p in tl.static_range(len(pieces), tl.constexpr(TILE.pieces)):
@@ -214,101 +217,11 @@ def store_chunk(start, pieces, inside, LIMIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def masked(x, OTHER: tl.constexpr, LIMIT: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr):
-    """x, or OTHER in the columns of the piece that the row does not have."""
+    """x, or OTHER in the columns of the piece that are beyond the row."""
     if TILE.masks(LIMIT, PIECE):
         return tl.where(piece_columns(PIECE, TILE) < LIMIT, x, OTHER)
     else:
         return x
-
-
-@triton.jit
-def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """All columns [R, 1] of all run-time weights, source after source."""
-    out = ()
-    for s in tl.static_range(len(SPEC.widths)):
-        for k in tl.static_range(tl.constexpr(SPEC.widths[s])):
-            at = weights[s] + rows * TILE.weight_strides[s][0] + k * TILE.weight_strides[s][1]
-            out = out + (computed(tl.load(at), TILE),)
-    return out
-
-
-@triton.jit
-def derived_rows(rows, weights, labels, choices, SPEC: tl.constexpr, WHICH: tl.constexpr):
-    """Rows of all nodes from those of the logits and external rows: at one piece, or any linear
-    function of rows.
-
-    ``labels`` are every node's label logits (read by minima), ``choices`` the chosen inputs of the
-    selections. Nodes that are not part of this pass get a row that nobody reads.
-    """
-    for j in tl.static_range(len(SPEC.passes[WHICH].nodes)):
-        row = rows[0]
-        if SPEC.passes[WHICH].nodes[j][0] == MIXTURE:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                if SPEC.passes[WHICH].nodes[j][2] >= 0:
-                    part = (
-                        weights[SPEC.passes[WHICH].nodes[j][2] + k]
-                        * rows[SPEC.passes[WHICH].nodes[j][1][k]]
-                    )
-                else:
-                    part = (
-                        rows[SPEC.passes[WHICH].nodes[j][1][k]] * SPEC.passes[WHICH].nodes[j][3][k]
-                    )
-                row = part if k == 0 else row + part
-        elif SPEC.passes[WHICH].nodes[j][0] == MINIMUM:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                shifted = (
-                    rows[SPEC.passes[WHICH].nodes[j][1][k]]
-                    - labels[SPEC.passes[WHICH].nodes[j][1][k]]
-                )
-                row = shifted if k == 0 else tl.minimum(row, shifted)
-        elif SPEC.passes[WHICH].nodes[j][0] == SELECTION:
-            for k in tl.static_range(len(SPEC.passes[WHICH].nodes[j][1])):
-                candidate = rows[SPEC.passes[WHICH].nodes[j][1][k]]
-                row = (
-                    candidate
-                    if k == 0
-                    else tl.where(choices[SPEC.passes[WHICH].nodes[j][2]] == k, candidate, row)
-                )
-        rows = rows + (row,)
-    return rows
-
-
-@triton.jit
-def linear_rows(values, weights, SPEC: tl.constexpr):
-    """A linear function of rows (a label logit, a sum over the classes) for all nodes from its
-    values for the logits.
-
-    External rows and nodes that are not linear get a value that nobody reads.
-    """
-    for _x in tl.static_range(tl.constexpr(SPEC.num_externals)):
-        values = values + (values[0],)
-    return derived_rows(values, weights, (), (), SPEC, 0)
-
-
-@triton.jit
-def timed(x, FACTOR: tl.constexpr):
-    """x times a constant that is often 1."""
-    if FACTOR == 1.0:
-        return x
-    else:
-        return x * FACTOR
-
-
-@triton.jit
-def powered(base, scaled, POWER: tl.constexpr, RATIO: tl.constexpr):
-    """``exp2(scaled * RATIO)`` given ``base = exp2(scaled)``, without another exponential if RATIO
-    is 1, 2, 3 or 4.
-    """
-    if POWER == 1:
-        return base
-    elif POWER == 2:
-        return base * base
-    elif POWER == 3:
-        return base * base * base
-    elif POWER == 4:
-        return (base * base) * (base * base)
-    else:
-        return tl.exp2(scaled * RATIO)
 
 
 @triton.jit
@@ -326,7 +239,7 @@ def _add_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 
 @triton.jit
-def _raise_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+def _max_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return (
         tl.maximum(a0, b0),
         tl.maximum(a1, b1),
@@ -340,9 +253,9 @@ def _raise_all(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 
 @triton.jit
-def together(values, MAXIMUM: tl.constexpr):
-    """Sums or maxima of a tuple of [1, L], eight at a time: several warps wait for each other once
-    instead of eight times.
+def reduce_by_eight(values, MAXIMUM: tl.constexpr):
+    """Sums or maxima of a tuple of [1, L], eight at a time: the warps synchronize once instead of
+    eight times.
     """
     out = ()
     for first in tl.static_range(0, len(values), 8):
@@ -353,7 +266,7 @@ def together(values, MAXIMUM: tl.constexpr):
             else:
                 flat = flat + (flat[0],)
         if MAXIMUM:
-            out = out + tl.reduce(flat, 0, _raise_all)
+            out = out + tl.reduce(flat, 0, _max_all)
         else:
             out = out + tl.reduce(flat, 0, _add_all)
     return out[: len(values)]
@@ -363,7 +276,7 @@ def together(values, MAXIMUM: tl.constexpr):
 def row_sums(values, TILE: tl.constexpr):
     """The sums over the lanes of a tuple."""
     if TILE.num_warps > 1 and len(values) > 1:
-        return together(values, False)
+        return reduce_by_eight(values, False)
     else:
         out = ()
         for i in tl.static_range(len(values)):
@@ -375,7 +288,7 @@ def row_sums(values, TILE: tl.constexpr):
 def row_maxima(values, TILE: tl.constexpr):
     """The maxima over the lanes of a tuple."""
     if TILE.num_warps > 1 and len(values) > 1:
-        return together(values, True)
+        return reduce_by_eight(values, True)
     else:
         out = ()
         for i in tl.static_range(len(values)):
@@ -388,7 +301,7 @@ def row_maxima(values, TILE: tl.constexpr):
 
 @triton.jit
 def store_rows(at, values, inside, TILE: tl.constexpr):
-    """Writes where the row is inside the batch: every row is if a program has one."""
+    """Write rows inside the batch. A program of one row is always inside."""
     if TILE.rows == 1:
         tl.store(at, values)
     else:

@@ -1,14 +1,19 @@
-"""What a kernel knows while it compiles, as one object. No Triton, no torch."""
+"""Base class of the kernels' compile-time constants. No Triton, no torch."""
 
 import hashlib
 from dataclasses import fields
 from functools import cached_property
+from typing import Any, ClassVar
 
 
 class Constant:
-    """Base of frozen dataclasses that are constants of a kernel: compared, hashed and named by the
-    digest of their fields, which is made once, so that a launch does not hash hundreds of numbers.
+    """Base of frozen dataclasses that are constants of a kernel.
+
+    Objects are compared, hashed and named by the digest of their fields. The digest is cached, so a
+    launch does not hash hundreds of numbers.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @cached_property
     def digest(self) -> str:

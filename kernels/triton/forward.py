@@ -1,37 +1,37 @@
-"""From logits to the loss of a row: one pass over its columns, two where terms need normalised
-probabilities.
-"""
+"""From logits to the loss of a row."""
+
+# mypy: ignore-errors (Triton's language, not Python's)
 
 import triton
 import triton.language as tl
 
 from fastokd.kernels.triton.columns import (
     LN2,
-    NOTHING,
-    computed,
-    linear_rows,
+    NEGATIVE_ZERO,
     log2,
     row_constant,
     row_constants,
+    set_at,
+    to_compute,
 )
-from fastokd.kernels.triton.normal import normal_sweep
-from fastokd.kernels.triton.sweep import sweep
+from fastokd.kernels.triton.normalized import normalized_pass
+from fastokd.kernels.triton.passes import run_pass
+from fastokd.kernels.triton.rows import FIRST_PASS, MAIN_PASS, linear_rows
 
 
 @triton.jit
 def log_sum(
-    maxima, sums, SOFT: tl.constexpr, SPEC: tl.constexpr, WHICH: tl.constexpr, TILE: tl.constexpr
+    maxima, sums, F: tl.constexpr, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """log2 of the sum of exponentials of a soft."""
-    return maxima[SPEC.passes[WHICH].softs[SOFT][0]] * SPEC.passes[WHICH].softs[SOFT][2] + log2(
-        sums[SOFT], TILE
-    )
+    """log2 of the sum of exponentials of a softmax."""
+    peak = maxima[SPEC.passes[PASS].softmaxes[F].scaled_node]
+    return peak * SPEC.passes[PASS].softmaxes[F].ratio + log2(sums[F], TILE)
 
 
 @triton.jit
-def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """The label's logit of each logits row [R, 1] and the mass of the target: 1, or NaN for a label
-    out of range.
+def load_label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The label's logit in each row of logits [R, 1], and the mass of the target: 1, or NaN if the
+    label is out of range.
     """
     label = tl.load(target + rows * TILE.target_strides[0])
     valid = (label >= 0) & (label < TILE.num_classes)
@@ -44,29 +44,44 @@ def label_logits(logits, target, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
             + rows * TILE.logit_strides[m][0]
             + tl.where(valid, label, 0) * TILE.logit_strides[m][1]
         )
-        out = out + (computed(tl.load(at), TILE) * mass,)
+        out = out + (to_compute(tl.load(at), TILE) * mass,)
     return out, mass
 
 
 @triton.jit
-def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.constexpr):
+def cross_entropy(
+    maxima,
+    sums,
+    label_logits,
+    mass,
+    F: tl.constexpr,
+    SPEC: tl.constexpr,
+    PASS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The cross-entropy of a node at temperature 1, without label smoothing."""
+    scaled_node: tl.constexpr = SPEC.passes[PASS].softmaxes[F].scaled_node
+    scale: tl.constexpr = SPEC.passes[PASS].scaled_nodes[scaled_node].scale
+    # The difference first: both values can be large where it is small.
+    gap = maxima[scaled_node] * mass - label_logits[SPEC.passes[PASS].softmaxes[F].node] * scale
+    return (gap * SPEC.passes[PASS].softmaxes[F].ratio + log2(sums[F], TILE) * mass) * LN2
+
+
+@triton.jit
+def chosen_inputs(maxima, sums, label_logits, mass, SPEC: tl.constexpr, TILE: tl.constexpr):
     """For each selection the position of its input with the lowest cross-entropy, the first if
     equal, as a float.
     """
-    losses = labels
-    for s in tl.static_range(len(SPEC.passes[0].slots)):
-        value = entropy(maxima, sums, labels, mass, s, SPEC.passes[0].slots[s][0], SPEC, 0, TILE)
-        losses = (
-            losses[: SPEC.passes[0].slots[s][0]]
-            + (value,)
-            + losses[SPEC.passes[0].slots[s][0] + 1 :]
-        )
+    losses = label_logits
+    for f in tl.static_range(len(SPEC.first.softmaxes)):
+        value = cross_entropy(maxima, sums, label_logits, mass, f, SPEC, FIRST_PASS, TILE)
+        losses = set_at(losses, SPEC.first.softmaxes[f].node, value)
     out = ()
-    for c in tl.static_range(len(SPEC.choices)):
-        best = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][0]]
+    for c in tl.static_range(len(SPEC.selections)):
+        best = losses[SPEC.main.nodes[SPEC.selections[c]].inputs[0]]
         position = row_constant(0.0, TILE)
-        for k in tl.static_range(1, len(SPEC.passes[1].nodes[SPEC.choices[c]][1])):
-            value = losses[SPEC.passes[1].nodes[SPEC.choices[c]][1][k]]
+        for k in tl.static_range(1, len(SPEC.main.nodes[SPEC.selections[c]].inputs)):
+            value = losses[SPEC.main.nodes[SPEC.selections[c]].inputs[k]]
             position = tl.where(value < best, k, position)
             best = tl.where(value < best, value, best)
         out = out + (position,)
@@ -74,191 +89,177 @@ def chosen_inputs(maxima, sums, labels, mass, SPEC: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def entropy(
-    maxima,
-    sums,
-    labels,
-    mass,
-    SOFT: tl.constexpr,
-    NODE: tl.constexpr,
-    SPEC: tl.constexpr,
-    WHICH: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The cross-entropy of a node at temperature 1, without label smoothing."""
-    slot: tl.constexpr = SPEC.passes[WHICH].softs[SOFT][0]
-    # The difference first: both are large where the logits are, and it is not.
-    gap = maxima[slot] * mass - labels[NODE] * SPEC.passes[WHICH].slots[slot][1]
-    return (gap * SPEC.passes[WHICH].softs[SOFT][2] + log2(sums[SOFT], TILE) * mass) * LN2
-
-
-@triton.jit
-def placed(terms, INDEX: tl.constexpr, value):
-    """The tuple with one entry replaced."""
-    return terms[:INDEX] + (value,) + terms[INDEX + 1 :]
-
-
-@triton.jit
-def before_main(
-    logits, externals, target, rows, weights, partials, SPEC: tl.constexpr, TILE: tl.constexpr
-):
-    """What is known before the main pass: the label logits of the logits rows and of all nodes, the
-    mass of the target, choices. Label logits are unknown yet where the target is soft and no pass
-    ahead was needed.
+def before_main_pass(inputs, weights, rows, partials, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The quantities that are known before the main pass: the label logits of the rows of logits
+    and of all nodes, the mass of the target, the chosen inputs. With a soft target and no first
+    pass, the label logits are unknown so far.
     """
-    labels = ()
-    node_labels = ()
-    choices = ()
+    logits, _externals, target = inputs
+    label_logits = ()
+    node_label_logits = ()
+    chosen = ()
     mass = row_constant(1.0, TILE)
-    if SPEC.use_labels and not TILE.soft_target:
-        labels, mass = label_logits(logits, target, rows, SPEC, TILE)
-        node_labels = linear_rows(labels, weights, SPEC)
-    if SPEC.looks_ahead(TILE.soft_target):
-        maxima0, sums0, _none, dots0 = sweep(
-            logits,
-            externals,
-            target,
+    if SPEC.use_label_logits and not TILE.soft_target:
+        label_logits, mass = load_label_logits(logits, target, rows, SPEC, TILE)
+        node_label_logits = linear_rows(label_logits, weights, SPEC)
+    if SPEC.needs_first_pass(TILE.soft_target):
+        num_plain: tl.constexpr = SPEC.num_logits + 1 if TILE.soft_target else 0
+        maxima, sums, _means, plain = run_pass(
+            inputs,
+            (weights, (), ()),
             rows,
-            weights,
-            (),
-            (),
             partials,
             SPEC,
-            0,
+            FIRST_PASS,
             TILE.soft_target,
-            SPEC.num_logits + 1 if TILE.soft_target else 0,
+            num_plain,
             TILE,
         )
         if TILE.soft_target:
-            labels = dots0[: SPEC.num_logits]
-            mass = dots0[SPEC.num_logits]
-            node_labels = linear_rows(labels, weights, SPEC)
-        if len(SPEC.choices):
-            choices = chosen_inputs(maxima0, sums0, node_labels, mass, SPEC, TILE)
-    return labels, node_labels, mass, choices
+            label_logits = plain[: SPEC.num_logits]
+            mass = plain[SPEC.num_logits]
+            node_label_logits = linear_rows(label_logits, weights, SPEC)
+        if len(SPEC.selections):
+            chosen = chosen_inputs(maxima, sums, node_label_logits, mass, SPEC, TILE)
+    return label_logits, node_label_logits, mass, chosen
+
+
+@triton.jit
+def smoothed_cross_entropy(
+    maxima,
+    sums,
+    label_logits,
+    node_sums,
+    mass,
+    C: tl.constexpr,
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The value of a cross-entropy term, with label smoothing."""
+    softmax: tl.constexpr = SPEC.cross_entropies[C].softmax
+    value = cross_entropy(maxima, sums, label_logits, mass, softmax, SPEC, MAIN_PASS, TILE)
+    if SPEC.label_smoothing > 0:
+        spread = log_sum(maxima, sums, softmax, SPEC, MAIN_PASS, TILE) * LN2
+        spread -= node_sums[SPEC.cross_entropies[C].student] * (1.0 / TILE.num_classes)
+        value = value * (1.0 - SPEC.label_smoothing) + spread * SPEC.label_smoothing
+    return value
+
+
+@triton.jit
+def first_order_eps(
+    maxima, sums, node_sums, E: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The first-order change of an edge's value by its eps."""
+    level = (
+        log_sum(maxima, sums, SPEC.edges[E].second_softmax, SPEC, MAIN_PASS, TILE)
+        - log_sum(maxima, sums, SPEC.edges[E].first_softmax, SPEC, MAIN_PASS, TILE)
+    ) * LN2
+    gap = node_sums[SPEC.edges[E].first] - node_sums[SPEC.edges[E].second]
+    gap = gap * (1.0 / SPEC.edges[E].temperature)
+    return (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[E].eps
+
+
+@triton.jit
+def edge_values(terms, maxima, sums, means, node_sums, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """The terms with the values of the edges between rows of logits."""
+    for e in tl.static_range(len(SPEC.edges)):
+        ratio = sums[SPEC.edges[e].second_softmax] / sums[SPEC.edges[e].first_softmax]
+        value = (means[e] + log2(ratio, TILE)) * LN2
+        if SPEC.edges[e].eps > 0:
+            value += first_order_eps(maxima, sums, node_sums, e, SPEC, TILE)
+        terms = set_at(terms, SPEC.edges[e].term, value * SPEC.edges[e].scale)
+    return terms
+
+
+@triton.jit
+def external_values(
+    terms, maxima, sums, means, masses, products, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The terms with the values of the edges from external rows."""
+    for e in tl.static_range(len(SPEC.external_edges)):
+        if SPEC.external_edges[e].student_first:
+            value = means[SPEC.external_edges[e].moment] - log2(
+                sums[SPEC.external_edges[e].student_softmax], TILE
+            )
+        else:
+            mass = (
+                masses[SPEC.external_edges[e].teacher - SPEC.num_logits]
+                + SPEC.external_edges[e].eps * TILE.num_classes
+            )
+            value = products[SPEC.external_edges[e].product] + mass * log_sum(
+                maxima, sums, SPEC.external_edges[e].student_softmax, SPEC, MAIN_PASS, TILE
+            )
+        value = value * (LN2 * SPEC.external_edges[e].scale)
+        terms = set_at(terms, SPEC.external_edges[e].term, value)
+    return terms
+
+
+@triton.jit
+def all_node_sums(plain, weights, SPEC: tl.constexpr):
+    """The sums of all nodes over the classes, from the plain sums of the main pass."""
+    node_sums = linear_rows(plain[: SPEC.num_logits], weights, SPEC)
+    for n in tl.static_range(len(SPEC.main.summed_nodes)):
+        node_sums = set_at(node_sums, SPEC.main.summed_nodes[n], plain[SPEC.num_logits + n])
+    return node_sums
 
 
 @triton.jit
 def forward_row(
-    logits,
-    weights,
-    externals,
-    target,
-    term_weights,
-    rows,
-    partials,
-    SPEC: tl.constexpr,
-    TILE: tl.constexpr,
+    inputs, weights, term_weights, rows, partials, SPEC: tl.constexpr, TILE: tl.constexpr
 ):
-    """Loss [R, 1], values of the terms, and the statistics that the gradient needs, in the order of
-    ``SPEC.layout``.
+    """Loss [R, 1], values of the terms, and statistics in the order of ``SPEC.layout``.
 
-    ``weights`` are the loaded weights, ``partials`` is read where rows are split (``split``).
+    ``weights`` are the loaded weights. ``partials`` is read only for split rows (``split``).
     """
-    dots: tl.constexpr = (
-        TILE.soft_target and SPEC.use_labels and not SPEC.looks_ahead(TILE.soft_target)
+    use_target: tl.constexpr = (
+        TILE.soft_target and SPEC.use_label_logits and not SPEC.needs_first_pass(TILE.soft_target)
     )
-    skip: tl.constexpr = SPEC.num_logits + 1 if dots else 0
-
-    labels, node_labels, mass, choices = before_main(
-        logits, externals, target, rows, weights, partials, SPEC, TILE
+    num_target: tl.constexpr = SPEC.num_logits + 1 if use_target else 0
+    label_logits, node_label_logits, mass, chosen = before_main_pass(
+        inputs, weights, rows, partials, SPEC, TILE
     )
-    maxima, sums, means, plain = sweep(
-        logits,
-        externals,
-        target,
-        rows,
-        weights,
-        node_labels,
-        choices,
-        partials,
-        SPEC,
-        1,
-        dots,
-        skip + SPEC.num_plain,
-        TILE,
+    row_state = (weights, node_label_logits, chosen)
+    num_plain: tl.constexpr = num_target + SPEC.num_plain
+    maxima, sums, means, plain = run_pass(
+        inputs, row_state, rows, partials, SPEC, MAIN_PASS, use_target, num_plain, TILE
     )
-    if dots:
-        labels = plain[: SPEC.num_logits]
+    if use_target:
+        label_logits = plain[: SPEC.num_logits]
         mass = plain[SPEC.num_logits]
-        node_labels = linear_rows(labels, weights, SPEC)
-    plain = plain[skip:]
+        node_label_logits = linear_rows(label_logits, weights, SPEC)
+    plain = plain[num_target:]
     node_sums = ()
-    if SPEC.use_sums:
-        node_sums = linear_rows(plain[: SPEC.num_logits], weights, SPEC)
-        for n in tl.static_range(len(SPEC.passes[1].summed)):
-            node_sums = placed(node_sums, SPEC.passes[1].summed[n], plain[SPEC.num_logits + n])
+    if SPEC.use_row_sums:
+        node_sums = all_node_sums(plain, weights, SPEC)
+    masses = ()
+    products = ()
+    if len(SPEC.main.external_products):
+        first: tl.constexpr = SPEC.first_external_sum
+        masses = plain[first : first + SPEC.num_externals]
+        products = plain[first + SPEC.num_externals :]
 
     terms = row_constants(SPEC.num_terms, 0.0, TILE)
-    for c in tl.static_range(len(SPEC.entropies)):
-        value = entropy(
-            maxima,
-            sums,
-            node_labels,
-            mass,
-            SPEC.entropies[c][1],
-            SPEC.entropies[c][2],
-            SPEC,
-            1,
-            TILE,
+    for c in tl.static_range(len(SPEC.cross_entropies)):
+        value = smoothed_cross_entropy(
+            maxima, sums, node_label_logits, node_sums, mass, c, SPEC, TILE
         )
-        if SPEC.label_smoothing > 0:
-            spread = log_sum(maxima, sums, SPEC.entropies[c][1], SPEC, 1, TILE) * LN2
-            spread -= node_sums[SPEC.entropies[c][2]] * (1.0 / TILE.num_classes)
-            value = value * (1.0 - SPEC.label_smoothing) + spread * SPEC.label_smoothing
-        terms = placed(terms, SPEC.entropies[c][0], value)
-    for e in tl.static_range(len(SPEC.edges)):
-        value = (means[e] + log2(sums[SPEC.edges[e][5]] / sums[SPEC.edges[e][3]], TILE)) * LN2
-        if SPEC.edges[e][9] > 0:
-            level = (
-                log_sum(maxima, sums, SPEC.edges[e][5], SPEC, 1, TILE)
-                - log_sum(maxima, sums, SPEC.edges[e][3], SPEC, 1, TILE)
-            ) * LN2
-            gap = (node_sums[SPEC.edges[e][4]] - node_sums[SPEC.edges[e][6]]) * (
-                1.0 / SPEC.edges[e][2]
-            )
-            value += (gap + (level + 1.0) * TILE.num_classes) * SPEC.edges[e][9]
-        terms = placed(terms, SPEC.edges[e][0], value * SPEC.edges[e][1])
-    outer_masses = ()
-    outer_crosses = ()
-    if len(SPEC.passes[1].crosses):
-        outer_masses = plain[SPEC.first_outer : SPEC.first_outer + SPEC.num_externals]
-        outer_crosses = plain[SPEC.first_outer + SPEC.num_externals :]
-    for o in tl.static_range(len(SPEC.outer)):
-        if SPEC.outer[o][6]:
-            value = means[SPEC.outer[o][8]] - log2(sums[SPEC.outer[o][3]], TILE)
-        else:
-            heavy = (
-                outer_masses[SPEC.outer[o][5] - SPEC.num_logits]
-                + SPEC.outer[o][7] * TILE.num_classes
-            )
-            value = outer_crosses[SPEC.outer[o][8]] + heavy * log_sum(
-                maxima, sums, SPEC.outer[o][3], SPEC, 1, TILE
-            )
-        terms = placed(terms, SPEC.outer[o][0], value * (LN2 * SPEC.outer[o][1]))
-    normal = ()
-    if len(SPEC.normal):
-        normal = normal_sweep(
-            logits,
-            externals,
-            rows,
-            weights,
-            node_labels,
-            choices,
-            maxima,
-            sums,
-            partials,
-            SPEC,
-            TILE,
-        )
-        for e in tl.static_range(len(SPEC.normal)):
-            terms = placed(terms, SPEC.normal[e][0], normal[2 * e] * SPEC.normal[e][1])
+        terms = set_at(terms, SPEC.cross_entropies[c].term, value)
+    terms = edge_values(terms, maxima, sums, means, node_sums, SPEC, TILE)
+    terms = external_values(terms, maxima, sums, means, masses, products, SPEC, TILE)
+    normalized = ()
+    if len(SPEC.normalized_edges):
+        # A soft target gives the label logits only now.
+        row_state = (weights, node_label_logits, chosen)
+        normalized = normalized_pass(inputs, row_state, rows, maxima, sums, partials, SPEC, TILE)
+        for e in tl.static_range(len(SPEC.normalized_edges)):
+            value = normalized[2 * e] * SPEC.normalized_edges[e].scale
+            terms = set_at(terms, SPEC.normalized_edges[e].term, value)
 
-    loss = row_constant(NOTHING, TILE)
+    loss = row_constant(NEGATIVE_ZERO, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         loss += terms[t] * tl.load(term_weights + t)
     stats = maxima + sums + means
-    if SPEC.use_labels:
-        stats = stats + labels
-    stats = stats + plain[: SPEC.first_outer] + (mass,) + choices + outer_masses + normal
+    if SPEC.use_label_logits:
+        stats = stats + label_logits
+    stats = stats + plain[: SPEC.first_external_sum] + (mass,) + chosen + masses + normalized
     return loss, terms, stats

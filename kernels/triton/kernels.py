@@ -1,19 +1,25 @@
-"""The kernels: forward, backward, and both in one. A program works on ``TILE.rows`` rows."""
+"""The kernels for rows that are not split: forward, backward, and both in one launch.
+
+A program handles ``TILE.rows`` rows.
+"""
+
+# mypy: ignore-errors (Triton's language, not Python's)
 
 import triton
 import triton.language as tl
 
 from fastokd.kernels.triton.backward import backward_row
-from fastokd.kernels.triton.columns import computed, load_weights, row_constant, store_rows
+from fastokd.kernels.triton.columns import row_constant, store_rows, to_compute
 from fastokd.kernels.triton.forward import forward_row
+from fastokd.kernels.triton.rows import load_weights
 
 
 @triton.jit
 def program_rows(batch, TILE: tl.constexpr):
-    """The rows [R, 1] of this program, those beyond the batch replaced by its last, and which are
-    inside it.
+    """The rows [R, 1] of this program, and whether each is inside the batch. The last row replaces
+    those beyond it.
     """
-    # int64: B times a row stride can pass 2^31.
+    # int64: B times a row stride can exceed 2^31.
     if TILE.rows == 1:
         row = (tl.program_id(0) // TILE.splits).to(tl.int64)
         return row, row < batch
@@ -23,11 +29,11 @@ def program_rows(batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def unaligned(pointers, shift, TILE: tl.constexpr):
-    """The pointers moved by ``shift``, which is 0, but the compiler does not know.
+def hide_alignment(pointers, shift, TILE: tl.constexpr):
+    """The pointers moved by ``shift``, which is 0, unknown to the compiler.
 
-    Where a chunk is not loaded as vectors, a row stride of, say, 10 would let it load pairs of
-    columns and then send them through shared memory to the lanes that want them.
+    If chunks are not loaded as vectors, the compiler would still use a row stride such as 10 to
+    load pairs of columns, and then exchange them between lanes through shared memory.
     """
     if TILE.vector:
         return pointers
@@ -42,16 +48,32 @@ def unaligned(pointers, shift, TILE: tl.constexpr):
 def store_values(
     loss, terms, out_rows, out_terms, rows, inside, batch, SPEC: tl.constexpr, TILE: tl.constexpr
 ):
+    """Write the loss and the terms of the rows."""
     store_rows(out_rows + rows, loss, inside, TILE)
     for t in tl.static_range(tl.constexpr(SPEC.num_terms)):
         store_rows(out_terms + t * batch + rows, terms[t], inside, TILE)
 
 
-# No kernel is compiled again because a batch is smaller than the last.
-UNSPECIALISED = ["batch", "shift"]
+@triton.jit
+def load_stats(stats, rows, SPEC: tl.constexpr):
+    """The statistics of the rows as a tuple."""
+    out = ()
+    for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
+        out = out + (tl.load(stats + rows * SPEC.num_stats + j),)
+    return out
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit
+def load_gradient(grad_rows, rows, TILE: tl.constexpr):
+    """The gradients of the rows' losses."""
+    return to_compute(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
+
+
+# A batch of another size must not compile a kernel again.
+UNSPECIALIZED = ["batch", "shift"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     logits,
     weights,
@@ -68,17 +90,15 @@ def forward_kernel(
 ):
     """Loss [B], terms [T, B] and statistics (row after row) of every row."""
     rows, inside = program_rows(batch, TILE)
-    logits = unaligned(logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(
-        logits, loaded, externals, target, term_weights, rows, term_weights, SPEC, TILE
-    )
+    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, term_weights, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         store_rows(out_stats + rows * SPEC.num_stats + j, stats[j], inside, TILE)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
     grad_logits,
     grad_weights,
@@ -94,36 +114,32 @@ def backward_kernel(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gradients of ``sum(grad_rows * loss)`` for the logits and weights that ``TILE.needs``
-    names.
+    """Gradients of ``sum(grad_rows * loss)`` for the logits and weights selected by
+    ``TILE.needs``.
     """
     rows, inside = program_rows(batch, TILE)
-    logits = unaligned(logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    kept = ()
-    for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
-        kept = kept + (tl.load(stats + rows * SPEC.num_stats + j),)
-    gradient = computed(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
-    grad_logits = unaligned(grad_logits, shift, TILE)
+    row_stats = load_stats(stats, rows, SPEC)
+    gradient = load_gradient(grad_rows, rows, TILE)
+    grad_logits = hide_alignment(grad_logits, shift, TILE)
     backward_row(
         grad_logits,
         grad_weights,
-        logits,
+        inputs,
         loaded,
-        externals,
-        target,
         gradient,
         term_weights,
         rows,
         inside,
-        kept,
+        row_stats,
         SPEC,
         TILE,
     )
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def fused_kernel(
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward_backward_kernel(
     grad_logits,
     grad_weights,
     logits,
@@ -140,21 +156,17 @@ def fused_kernel(
 ):
     """Loss [B], terms [T, B], and the gradients of the mean loss over the batch."""
     rows, inside = program_rows(batch, TILE)
-    logits = unaligned(logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(
-        logits, loaded, externals, target, term_weights, rows, term_weights, SPEC, TILE
-    )
+    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, term_weights, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     gradient = row_constant(1.0, TILE) / batch
-    grad_logits = unaligned(grad_logits, shift, TILE)
+    grad_logits = hide_alignment(grad_logits, shift, TILE)
     backward_row(
         grad_logits,
         grad_weights,
-        logits,
+        inputs,
         loaded,
-        externals,
-        target,
         gradient,
         term_weights,
         rows,
@@ -165,4 +177,8 @@ def fused_kernel(
     )
 
 
-KERNELS = {"forward": forward_kernel, "backward": backward_kernel, "fused": fused_kernel}
+KERNELS = {
+    "forward": forward_kernel,
+    "backward": backward_kernel,
+    "forward_backward": forward_backward_kernel,
+}

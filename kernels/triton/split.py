@@ -1,29 +1,74 @@
-"""Kernels for few and long rows: several programs share a row, so that a handful of rows fills a
-GPU.
+"""Kernels for few and long rows: several programs share a row, so few rows can fill a GPU.
 
-A pass over the columns is a launch of ``partial_kernel``: each program sums up its part of a row
-and writes its maxima and sums side by side, [B, sums, splits]. Whoever needs them, the next pass or
-``merge_kernel`` at the end, reads those of a row as if they were a program's lanes and combines
-them with the same functions, in the order of a fixed tree: no atomics, the same bits every time. So
-every graph can be split, those with a pass ahead (selections, minima with soft targets) or with
-normalised probabilities (mixtures of probabilities, exact eps) included: they take one more launch.
+A pass over the columns is a launch of ``partial_kernel``. Each program sums its part of a row and
+writes its maxima and sums, [B, sums, splits]. The next pass, or ``merge_kernel`` after the last
+one, reads those of a row as if they were a program's lanes, and combines them with the same
+functions, in the order of a fixed tree: without atomics, so the results are reproducible to the
+bit. Every graph can be split. Graphs with a first pass (selections, minima with soft targets) or a
+normalized pass take one more launch for each.
 
-The gradient of a column needs statistics of its row only, so that the parts of a row do not meet in
-the backward pass; but the gradients of weights are sums over columns, merged by ``weights_kernel``.
+The gradient of a column depends only on the statistics of its row, so the parts of a row are
+independent in the backward pass. But the gradients of weights are sums over columns, which
+``weights_kernel`` merges.
 """
+
+# mypy: ignore-errors (Triton's language, not Python's)
 
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.backward import backward_columns, before_columns, store_weight_gradients
-from fastokd.kernels.triton.columns import computed, load_weights, row_sums
-from fastokd.kernels.triton.forward import before_main, forward_row
-from fastokd.kernels.triton.kernels import UNSPECIALISED, program_rows, store_values, unaligned
-from fastokd.kernels.triton.normal import lane_normal_sweep
-from fastokd.kernels.triton.sweep import load_parts, own_sweep, store_part, sweep
+from fastokd.kernels.triton.backward import backward_columns, store_weight_gradients
+from fastokd.kernels.triton.coefs import before_columns
+from fastokd.kernels.triton.columns import row_sums
+from fastokd.kernels.triton.forward import before_main_pass, forward_row
+from fastokd.kernels.triton.kernels import (
+    UNSPECIALIZED,
+    hide_alignment,
+    load_gradient,
+    load_stats,
+    program_rows,
+    store_values,
+)
+from fastokd.kernels.triton.normalized import lane_normalized_sums
+from fastokd.kernels.triton.passes import load_partials, program_pass, run_pass, store_partials
+from fastokd.kernels.triton.rows import FIRST_PASS, MAIN_PASS, load_weights
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit
+def partial_sums(
+    inputs, weights, rows, partials, PASS: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr
+):
+    """The sums of this program's part of a row in a pass."""
+    soft: tl.constexpr = TILE.soft_target
+    if PASS == FIRST_PASS:
+        num_plain: tl.constexpr = SPEC.num_logits + 1 if soft else 0
+        maxima, weighted, plain = program_pass(
+            inputs, (weights, (), ()), rows, SPEC, FIRST_PASS, soft, num_plain, TILE
+        )
+        return maxima + weighted + plain
+    else:
+        use_target: tl.constexpr = (
+            soft and SPEC.use_label_logits and not SPEC.needs_first_pass(soft)
+        )
+        num_sums: tl.constexpr = SPEC.num_plain + (SPEC.num_logits + 1 if use_target else 0)
+        _logit_labels, label_logits, _mass, chosen = before_main_pass(
+            inputs, weights, rows, partials, SPEC, TILE
+        )
+        row_state = (weights, label_logits, chosen)
+        if PASS == MAIN_PASS:
+            maxima, weighted, plain = program_pass(
+                inputs, row_state, rows, SPEC, MAIN_PASS, use_target, num_sums, TILE
+            )
+            return maxima + weighted + plain
+        else:
+            maxima, sums, _means, _plain = run_pass(
+                inputs, row_state, rows, partials, SPEC, MAIN_PASS, use_target, num_sums, TILE
+            )
+            lane_sums = lane_normalized_sums(inputs, row_state, rows, maxima, sums, SPEC, TILE)
+            return row_sums(lane_sums, TILE)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_kernel(
     logits,
     weights,
@@ -32,84 +77,22 @@ def partial_kernel(
     partials,
     batch,
     shift,
-    STAGE: tl.constexpr,
+    PASS: tl.constexpr,
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The sums of a part of a row in the pass ahead (STAGE 0), the main pass (1), or that with
-    normalised probabilities (2).
+    """The sums of each part of the rows in a pass (``FIRST_PASS``, ``MAIN_PASS`` or
+    ``NORMALIZED_PASS``).
     """
     rows, _inside = program_rows(batch, TILE)
-    logits = unaligned(logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    soft: tl.constexpr = TILE.soft_target
-    ahead: tl.constexpr = SPEC.looks_ahead(soft)
-    dots: tl.constexpr = soft and SPEC.use_labels and not ahead
-    plain_sums: tl.constexpr = SPEC.num_plain + (SPEC.num_logits + 1 if dots else 0)
-    if STAGE == 0:
-        maxima, weighted, plain = own_sweep(
-            logits,
-            externals,
-            target,
-            rows,
-            loaded,
-            (),
-            (),
-            SPEC,
-            0,
-            soft,
-            SPEC.num_logits + 1 if soft else 0,
-            TILE,
-        )
-        found = maxima + weighted + plain
-    else:
-        _labels, labels, _mass, choices = before_main(
-            logits, externals, target, rows, loaded, partials, SPEC, TILE
-        )
-        if STAGE == 1:
-            maxima, weighted, plain = own_sweep(
-                logits,
-                externals,
-                target,
-                rows,
-                loaded,
-                labels,
-                choices,
-                SPEC,
-                1,
-                dots,
-                plain_sums,
-                TILE,
-            )
-            found = maxima + weighted + plain
-        else:
-            maxima, sums, _means, _plain = sweep(
-                logits,
-                externals,
-                target,
-                rows,
-                loaded,
-                labels,
-                choices,
-                partials,
-                SPEC,
-                1,
-                dots,
-                plain_sums,
-                TILE,
-            )
-            found = row_sums(
-                lane_normal_sweep(
-                    logits, externals, rows, loaded, labels, choices, maxima, sums, SPEC, TILE
-                ),
-                TILE,
-            )
-    store_part(
-        partials, found, rows, SPEC.first_partial(STAGE, soft), SPEC.first_partial(3, soft), TILE
-    )
+    sums = partial_sums(inputs, loaded, rows, partials, PASS, SPEC, TILE)
+    first: tl.constexpr = SPEC.first_partial(PASS, TILE.soft_target)
+    store_partials(partials, sums, rows, first, SPEC.num_partials(TILE.soft_target), TILE)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     logits,
     weights,
@@ -125,28 +108,18 @@ def merge_kernel(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """What ``forward_kernel`` writes, from the parts of the rows. One program per row."""
+    """The outputs of ``forward_kernel`` from the parts of the rows. One program per row."""
     rows = tl.program_id(0).to(tl.int64)
     inside = rows < batch
-    logits = unaligned(logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    loss, terms, stats = forward_row(
-        logits, loaded, externals, target, term_weights, rows, partials, SPEC, TILE
-    )
+    loss, terms, stats = forward_row(inputs, loaded, term_weights, rows, partials, SPEC, TILE)
     store_values(loss, terms, out_rows, out_terms, rows, inside, batch, SPEC, TILE)
     for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
         tl.store(out_stats + rows * SPEC.num_stats + j, stats[j])
 
 
-@triton.jit
-def load_stats(stats, rows, SPEC: tl.constexpr):
-    kept = ()
-    for j in tl.static_range(tl.constexpr(SPEC.num_stats)):
-        kept = kept + (tl.load(stats + rows * SPEC.num_stats + j),)
-    return kept
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def columns_kernel(
     grad_logits,
     grad_rows,
@@ -166,32 +139,17 @@ def columns_kernel(
     gradients of weights.
     """
     rows, inside = program_rows(batch, TILE)
-    logits = unaligned(logits, shift, TILE)
-    grad_logits = unaligned(grad_logits, shift, TILE)
+    inputs = (hide_alignment(logits, shift, TILE), externals, target)
+    grad_logits = hide_alignment(grad_logits, shift, TILE)
     loaded = load_weights(weights, rows, SPEC, TILE)
-    kept = load_stats(stats, rows, SPEC)
-    gradient = computed(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
-    factors, onto_target, onto_one, labels = before_columns(
-        loaded, gradient, term_weights, kept, SPEC, TILE
-    )
-    dots = backward_columns(
-        grad_logits,
-        logits,
-        loaded,
-        externals,
-        target,
-        rows,
-        inside,
-        factors,
-        onto_target,
-        onto_one,
-        labels,
-        kept,
-        SPEC,
-        TILE,
+    row_stats = load_stats(stats, rows, SPEC)
+    gradient = load_gradient(grad_rows, rows, TILE)
+    shared, label_logits = before_columns(loaded, gradient, term_weights, row_stats, SPEC, TILE)
+    sums = backward_columns(
+        grad_logits, inputs, loaded, rows, inside, shared, label_logits, row_stats, SPEC, TILE
     )
     if TILE.needs_weights:
-        store_part(products, row_sums(dots, TILE), rows, 0, SPEC.num_weights, TILE)
+        store_partials(products, row_sums(sums, TILE), rows, 0, SPEC.num_weights, TILE)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -210,23 +168,10 @@ def weights_kernel(
     rows = tl.program_id(0).to(tl.int64)
     inside = rows < batch
     loaded = load_weights(weights, rows, SPEC, TILE)
-    kept = load_stats(stats, rows, SPEC)
-    gradient = computed(tl.load(grad_rows + rows * TILE.grad_stride), TILE)
-    factors, onto_target, onto_one, labels = before_columns(
-        loaded, gradient, term_weights, kept, SPEC, TILE
-    )
-    dots = load_parts(products, rows, 0, SPEC.num_weights, SPEC.num_weights, TILE)
+    row_stats = load_stats(stats, rows, SPEC)
+    gradient = load_gradient(grad_rows, rows, TILE)
+    shared, label_logits = before_columns(loaded, gradient, term_weights, row_stats, SPEC, TILE)
+    sums = load_partials(products, rows, 0, SPEC.num_weights, SPEC.num_weights, TILE)
     store_weight_gradients(
-        grad_weights,
-        dots,
-        loaded,
-        rows,
-        inside,
-        factors,
-        onto_target,
-        onto_one,
-        labels,
-        kept,
-        SPEC,
-        TILE,
+        grad_weights, sums, loaded, rows, inside, shared, label_logits, row_stats, SPEC, TILE
     )

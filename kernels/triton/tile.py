@@ -1,5 +1,5 @@
-"""How a batch is laid over programs and threads: the tile, and the rules by which it is chosen. No
-Triton, no torch.
+"""The mapping of a batch to programs and threads, and the rules that choose it. No Triton, no
+torch.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,12 @@ from typing import Any
 from fastokd.kernels.triton.constant import Constant
 
 VECTOR_BYTES = 16
-"""What one thread loads at once where rows are aligned for it."""
+"""Bytes that a thread loads at once from aligned rows."""
 PROGRAMS = 256
-"""So many programs fill a GPU of the size of an H100 or H200: two on each of 132 multiprocessors,
-nearly.
-"""
+"""Programs that fill an H100 or H200: almost two on each of its 132 multiprocessors."""
 SPLIT_COLUMNS = 8192
-"""Columns below which a program is not worth its start, its sums over threads, and its share of the
-merge.
+"""The fewest columns that are worth another program, with its start, its reductions over threads
+and its part of the merge.
 """
 
 
@@ -24,14 +22,20 @@ merge.
 class Tile(Constant):
     """Constants of a launch that do not come from the graph.
 
-    A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads; each lane takes
-    ``pieces`` columns of every chunk: neighbours that are loaded as one vector if ``vector``, else
-    ``lanes`` columns apart. Where ``splits`` is above 1 (then ``rows`` is 1), so many programs
-    share a row, each with a run of its chunks. Strides are in elements: (row, column) for each
-    logits row, weight source and external row; ``target_strides`` has one entry for labels.
-    ``needs`` tells for each logits row and weight source whether its gradient is wanted.
-    ``double``: float64 arithmetic. ``hardware``: 0 in the interpreter, which has neither the GPU's
-    own logarithm nor its fused multiply-add.
+    A program has ``rows`` rows and ``rows * lanes = 32 * num_warps`` threads. Each lane handles
+    ``pieces`` columns of every chunk: adjacent ones, loaded as one vector, if ``vector``, else
+    columns ``lanes`` apart.
+
+    Attributes:
+        splits: programs that share a row, each with some consecutive chunks; if above 1, ``rows``
+            is 1.
+        logit_strides: (row, column) for each row of logits, in elements.
+        weight_strides: the same for each source of weights.
+        external_strides: the same for each external row.
+        target_strides: (row, column), or (row,) for labels.
+        needs: whether a gradient is needed, for each row of logits and source of weights.
+        double: float64 arithmetic.
+        hardware: 0 in the interpreter, which lacks the GPU's logarithm and fused multiply-add.
     """
 
     num_classes: int
@@ -57,17 +61,17 @@ class Tile(Constant):
 
     @property
     def whole(self) -> int:
-        """The number of whole chunks of a row."""
+        """Number of whole chunks of a row."""
         return self.num_classes // self.block
 
     @property
     def rest(self) -> int:
-        """Columns of the last chunk if it is not whole."""
+        """Columns of the last chunk if it is not whole, else 0."""
         return self.num_classes % self.block
 
     @property
     def rest_pieces(self) -> int:
-        """Pieces of the last chunk that hold any column."""
+        """Pieces of the last chunk that contain a column."""
         return self.pieces if self.vector else -(-self.rest // self.lanes)
 
     @property
@@ -81,13 +85,13 @@ class Tile(Constant):
 
     @property
     def needs_weights(self) -> bool:
-        """Whether the gradient of any weight is wanted."""
+        """Whether the gradient of any weight is needed."""
         return any(self.needs[len(self.logit_strides) :])
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The column of each piece after a chunk was split into halves (even, odd) again and again.
-        Its own inverse.
+        """The column of each piece after a chunk was split repeatedly into even and odd columns.
+        The permutation is its own inverse.
         """
         order: tuple[int, ...] = (0,)
         while len(order) < self.pieces:
@@ -95,42 +99,50 @@ class Tile(Constant):
         return order
 
     def masks(self, limit: int, piece: int) -> bool:
-        """Whether a piece of a chunk with so many columns (0: all) has columns that the row
-        lacks.
-        """
+        """Whether a piece of a chunk of ``limit`` columns (0: all) has columns beyond the row."""
         limit, piece = int(limit), int(piece)
         return bool(limit) and (bool(self.vector) or (piece + 1) * self.lanes > limit)
 
 
 @lru_cache(maxsize=4096)
 def make_tile(*fields: Any) -> Tile:
-    """The tile with these fields, one object for equal fields: making its digest anew would slow
-    every launch.
+    """Return the tile with these fields. Equal fields give the same object, because computing the
+    digest again would slow every launch.
     """
     return Tile(*fields)
 
 
 @lru_cache(maxsize=4096)
 def choose_tile(
-    batch: int, num_classes: int, itemsize: int, num_nodes: int, aligned: bool, fused: bool = False
+    batch: int,
+    num_classes: int,
+    itemsize: int,
+    num_nodes: int,
+    aligned: bool,
+    forward_backward: bool = False,
 ) -> tuple[int, int, int, int, int]:
-    """Rows, lanes, pieces, vector and warps for a regime of batch and class count.
+    """Return rows, lanes, pieces, vector and warps for a batch size and class count.
 
-    ``aligned``: every row of logits begins at a multiple of 16 bytes, and its columns are
-    neighbours. ``fused``: for the kernel of loss and gradient at once.
+    Args:
+        batch: B.
+        num_classes: C.
+        itemsize: bytes of a logit.
+        num_nodes: nodes of the graph.
+        aligned: every row of logits starts at a multiple of 16 bytes and has adjacent columns.
+        forward_backward: for the kernel of loss and gradient in one launch.
 
-    Few classes: several rows share a warp, and sums stay among few lanes. Up to 256 classes: a warp
-    per row holds the whole row. More: chunks, loaded as vectors where rows are aligned. One warp
-    per row needs no barrier at all and wastes least where there are rows enough to fill the GPU;
-    with few rows, four or eight warps share one so that its latency shrinks.
+    Up to 32 classes, several rows share a warp, and each reduction involves few lanes. Up to 256
+    classes, one warp holds a whole row. Longer rows are processed in chunks, loaded as vectors if
+    aligned. One warp per row needs no barriers and is the most efficient if there are enough rows
+    to fill the GPU. If there are few rows, four or eight warps share one to reduce its latency.
 
-    Graphs of many nodes keep so many values per row and column that a thread has registers for four
-    columns of one row only. So there bfloat16 moves in vectors of 8 bytes, those of a warp still
-    being 256 neighbouring bytes. Compiled for eight branches, 16 bytes would save the forward 3 %
-    of its instructions and double the time to compile it; the backward would spill. Up to 32
-    classes several rows share a warp and each node has values of its own for all of them: there the
-    fused kernel spills at eight columns a thread from four branches on, and at four from eight;
-    with eight it spills at four columns of float32 in longer rows too.
+    Graphs of many nodes have registers for only four columns of a row per thread. Then bfloat16 is
+    loaded in vectors of 8 bytes; a warp still reads 256 adjacent bytes. For eight branches, 16
+    bytes would save 3 % of the instructions of the forward kernel and double its compile time, and
+    the backward kernel would spill. Up to 32 classes, where each thread holds values of several
+    rows, the forward_backward kernel spills with eight columns per thread from four branches on,
+    and with four from eight. With eight branches it also spills with four float32 columns in longer
+    rows.
     """
     most = 8 if num_nodes <= 8 else 4
     if num_classes <= 32:
@@ -144,7 +156,9 @@ def choose_tile(
     else:
         warps = 4 if batch >= 256 else 8
     if aligned:
-        pieces = min(most, VECTOR_BYTES // (2 if fused and num_nodes > 12 else 1) // itemsize)
+        pieces = min(
+            most, VECTOR_BYTES // (2 if forward_backward and num_nodes > 12 else 1) // itemsize
+        )
     else:
         pieces = most
     while warps > 1 and 32 * warps * pieces >= 2 * num_classes:
@@ -153,22 +167,21 @@ def choose_tile(
 
 
 def register_limit(which: str, num_nodes: int) -> int | None:
-    """Registers a thread that a kernel may take; None where the compiler finds a good number
-    itself.
+    """Return the register limit per thread for a kernel; None leaves it to the compiler.
 
-    For the forward of eight branches it aims at 168 or 128 on sm_100, and spills rather than take a
-    few more.
+    For the forward kernel of eight branches on sm_100 the compiler aims at 168 or 128 registers and
+    spills instead of using a few more.
     """
     return 176 if which == "forward" and num_nodes > 12 else None
 
 
 def choose_splits(batch: int, num_classes: int) -> int:
-    """Over how many programs the columns of each row are split: a power of two, 1 for all but few
-    and long rows.
+    """Return the number of programs that share a row: a power of two, 1 unless rows are few and
+    long.
 
-    Doubled while the programs do not fill the GPU (``PROGRAMS``) and each half keeps
-    ``SPLIT_COLUMNS`` columns. What it costs is the sums of each part, written and read again, and
-    one more launch per pass over the columns.
+    It doubles while the programs do not fill the GPU (``PROGRAMS``) and each half keeps
+    ``SPLIT_COLUMNS`` columns. The cost of splitting is one more launch per pass, and writing and
+    reading the sums of each part.
     """
     splits = 1
     while batch and batch * splits < PROGRAMS and num_classes >= 2 * splits * SPLIT_COLUMNS:

@@ -1,9 +1,8 @@
-"""How much classifiers differ, where one errs, and whether its confidence can be believed: formulas
-on tensors.
+"""Diversity and calibration of classifiers: formulas on tensors.
 
 K classifiers look at N images of C classes. ``predictions`` [K, N] and ``labels`` [N] are int64,
-``right`` [K, N] is bool, and what comes back is in float64. A value that is not defined, such as a
-mean over no images, is NaN.
+``right`` [K, N] is bool; results are float64. A value that is not defined, such as a mean over no
+images, is NaN.
 """
 
 from typing import NamedTuple
@@ -16,14 +15,13 @@ ECE_BINS = 15
 
 
 def interrater_agreement(right: Tensor) -> float:
-    """Interrater agreement s of K classifiers: 1 where all are right on the same images, smaller
-    for more diverse ones.
+    """Interrater agreement of K classifiers: 1 if all are right on the same images, smaller for
+    more diverse ones.
 
     ``s = 1 - [ (1/K) sum_x rho(x) (K - rho(x)) ] / [ N (K-1) p (1-p) ]``; rho(x) of the K
     classifiers are right on image x, and p is their mean accuracy (FFM + CD, ACCV 2020, eq. 9;
-    Fleiss 1981). It is 0 where they err independently, and negative where they err on different
-    images more often than chance would have it. NaN for fewer than two classifiers, and where all
-    are always or never right.
+    Fleiss 1981). It is 0 for independent errors, and negative if they err on different images more
+    often than by chance. NaN for fewer than two classifiers, and if all are always or never right.
     """
     num, count = right.shape
     rho = right.double().sum(0)
@@ -32,30 +30,22 @@ def interrater_agreement(right: Tensor) -> float:
 
 
 def agreement(predictions: Tensor) -> Tensor:
-    """[K, K]: the fraction of images for which two classifiers name the same class, right or
-    wrong.
-    """
-    return _fractions(
-        predictions[:, None] == predictions[None],
-        torch.ones_like(predictions[:, None], dtype=torch.bool),
-    )
+    """[K, K]: the fraction of images for which two classifiers name the same class."""
+    same = predictions[:, None] == predictions[None]
+    return _fractions(same, torch.ones_like(same))
 
 
 def error_overlap(right: Tensor) -> Tensor:
     """[K, K]: of the images that at least one of two classifiers gets wrong, the fraction that both
-    get wrong.
-
-    The Jaccard index of their errors; NaN where neither errs.
+    get wrong: the Jaccard index of their errors. NaN if neither errs.
     """
     wrong = ~right
     return _fractions(wrong[:, None] & wrong[None], wrong[:, None] | wrong[None])
 
 
 def same_error(predictions: Tensor, labels: Tensor) -> Tensor:
-    """[K, K]: of the images that both of two classifiers get wrong, the fraction for which they
-    name the same wrong class.
-
-    NaN where they are never both wrong.
+    """[K, K]: of the images that two classifiers both get wrong, the fraction with the same wrong
+    class. NaN if they are never both wrong.
     """
     wrong = predictions != labels
     both = wrong[:, None] & wrong[None]
@@ -63,11 +53,11 @@ def same_error(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def q_statistic(right: Tensor) -> Tensor:
-    """[K, K]: Yule's Q of being right, ``(a d - b c) / (a d + b c)``: 0 where two classifiers err
-    independently, 1 where together.
+    """[K, K]: Yule's Q of being right, ``(a d - b c) / (a d + b c)``: 0 for independent errors, 1
+    for common ones.
 
     a and d count the images that both get right and wrong, b and c those that only one gets right
-    (Yule 1900; Kuncheva and Whitaker 2003, eq. 1). NaN where the denominator is 0.
+    (Yule 1900; Kuncheva and Whitaker 2003, eq. 1). NaN if the denominator is 0.
     """
     right = right.double()
     wrong = 1 - right
@@ -98,17 +88,13 @@ def pairwise_distances(rows: Tensor) -> Tensor:
 
 
 def mean_over_pairs(matrix: Tensor) -> float:
-    """The mean of a symmetric [K, K] over the pairs of different classifiers; NaN for fewer than
-    two.
-    """
-    first, second = torch.triu_indices(*matrix.shape, offset=1)
+    """The mean of a symmetric [K, K] over pairs of different classifiers; NaN if K < 2."""
+    first, second = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return float(matrix[first, second].mean())
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 [C, C]: how many images of the class of each line (``labels`` [N]) are said to be of
-    the class of each column (``predictions`` [N]).
-    """
+    """int64 [C, C]: the number of images of each class (lines) by prediction (columns)."""
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(
         num_classes, num_classes
     )
@@ -119,7 +105,8 @@ class Calibration(NamedTuple):
     each [bins].
     """
 
-    count: Tensor
+    images: Tensor
+    """Their number."""
     accuracy: Tensor
     """Of the bin's images; NaN in an empty bin."""
     confidence: Tensor
@@ -131,16 +118,12 @@ class Calibration(NamedTuple):
         al., ICML 2017, eq. 3).
         """
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
-        return float((self.count * gaps).sum() / self.count.sum())
+        return float((self.images * gaps).sum() / self.images.sum())
 
 
 def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Calibration:
-    """How often a classifier is right at each confidence.
-
-    Args:
-        confidences: the largest softmax probability of each image, float64 [N].
-        right: bool [N].
-        bins: how many.
+    """The accuracy at each confidence, from the largest softmax probability of each image, float64
+    [N], and ``right``, bool [N].
     """
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     place = torch.bucketize(confidences, inner)
@@ -152,9 +135,7 @@ def calibration(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> Cal
 
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """[C]: the mean of ``values`` [N] over the images of each class; NaN for a class without
-    images.
-    """
+    """[C]: the mean of ``values`` [N] over the images of each class; NaN without images."""
     sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, values.double())
     return sums / torch.bincount(labels, minlength=num_classes)
 

@@ -14,8 +14,8 @@ from fastokd.train.step import BranchEvaluator
 
 @dataclass(frozen=True)
 class Gathered:
-    """What R rows of logits (branches, heads, teacher assistants, the ensemble) say about N images;
-    on the CPU.
+    """The predictions of R rows of logits (branches, heads, teacher assistants, the ensemble) for N
+    images; on the CPU.
 
     Attributes:
         rows: their names.
@@ -27,11 +27,11 @@ class Gathered:
         softmax_distances: float64 [R, R], the mean Euclidean distance of softmax outputs over all
             images.
         logit_distances: float64 [R, R], that of logits over the images that the student gets wrong;
-            NaN if there are none.
-        mixing: for each mixture with weights given at run time, for each of its inputs the weights,
+            NaN without such images.
+        mixing: for each mixture with weights given at run time, the weights of each of its inputs,
             float64 [N].
-        features: for each branch by name a tensor [n, c_m], its pooled features of some images that
-            the student gets wrong.
+        features: the pooled features [n, c_m] of each branch for some images that the student gets
+            wrong.
         feature_labels: the classes of these images, int64 [n].
     """
 
@@ -54,7 +54,7 @@ class Gathered:
 
     @property
     def student_errors(self) -> int:
-        """How many images the student gets wrong."""
+        """The number of images that the student gets wrong."""
         return int((~self.right[self.student]).sum())
 
 
@@ -64,30 +64,28 @@ def gather(
     max_images: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Gathered:
-    """Look at every image once.
+    """Run the model once over every image.
 
-    Of each image four numbers a row stay, and features of ``max_images`` images at most, so that
-    memory does not grow with the classes. If the student gets more wrong, these are drawn: image i
-    is among them by the i-th of a fixed row of random numbers, so that runs on the same split show
-    the same images as far as they make the same mistakes.
+    Memory does not grow with the classes: four numbers are kept for each image and row, and the
+    features of ``max_images`` images at most. If the student gets more wrong, these are drawn by
+    random numbers that are fixed for each index, so that runs on the same split show the same
+    images as far as they make the same mistakes.
 
     Args:
         evaluator: of the run, with its weights.
         batches: of the split, in a fixed order; targets are labels.
-        max_images: how many of the student's errors keep their features.
+        max_images: the most images with features.
         progress: called with the number of images done.
 
     Raises:
-        CheckpointError: logits are not finite.
+        CheckpointError: non-finite logits.
     """
     drawn = torch.Generator().manual_seed(0)
     columns: list[tuple[Tensor, ...]] = []  # of every batch: labels, predictions, confidences
     mixing: dict[str, dict[str, list[Tensor]]] = {}
-    kept: list[
-        Tensor
-    ] = []  # of the errors that are shown: keys, labels, the features of every branch
+    kept: list[Tensor] = []  # of the errors that are shown: keys, labels, features of every branch
     rows: tuple[str, ...] = ()
-    sums: tuple[Tensor | float, ...] = (0.0, 0.0, 0.0)
+    sums: tuple[Tensor, ...] = (torch.zeros((), dtype=torch.float64),) * 3
     done = 0
     for result, named, target in evaluator.measured(batches):
         rows = tuple(named)
@@ -101,12 +99,12 @@ def gather(
         confidences, predictions = log_p.exp().max(2)
         wrong = predictions[rows.index(evaluator.reported)] != target
         cross_entropies = -log_p.gather(2, target.expand(len(rows), -1)[..., None]).sum((1, 2))
-        found = (
+        batch_sums = (
             cross_entropies,
             pairwise_distances(log_p.exp()).sum(2),
             pairwise_distances(logits[:, wrong]).sum(2),
         )
-        sums = tuple(before + here for before, here in zip(sums, found, strict=True))
+        sums = tuple(before + new for before, new in zip(sums, batch_sums, strict=True))
         columns.append((target.cpu(), predictions.cpu(), confidences.cpu()))
         for mixture, weights in evaluator.mixing_weights(result, target).items():
             for name, weight in weights.items():
@@ -122,6 +120,8 @@ def gather(
     student = rows.index(evaluator.reported)
     cross_entropies, softmax_sums, logit_sums = (value.cpu() for value in sums)
     errors = int((predictions[student] != labels).sum())
+    criterion = evaluator.criterion
+    branches = criterion.graph.logits[: criterion.num_branches]
     return Gathered(
         rows,
         student,
@@ -135,21 +135,13 @@ def gather(
             mixture: {name: torch.cat(parts) for name, parts in weights.items()}
             for mixture, weights in mixing.items()
         },
-        dict(
-            zip(
-                evaluator.criterion.graph.logits[: evaluator.criterion.num_branches],
-                kept[2:],
-                strict=True,
-            )
-        ),
+        dict(zip(branches, kept[2:], strict=True)),
         kept[1],
     )
 
 
-def _first(count: int, before: list[Tensor], here: list[Tensor]) -> list[Tensor]:
-    """The ``count`` entries with the smallest keys, which are the first tensor, of those before and
-    those here.
-    """
-    both = [torch.cat(pair) for pair in zip(before, here, strict=True)] if before else here
+def _first(count: int, before: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The ``count`` entries with the smallest keys, which are the first tensor."""
+    both = [torch.cat(pair) for pair in zip(before, new, strict=True)] if before else new
     order = both[0].argsort()[:count]
     return [value[order] for value in both]

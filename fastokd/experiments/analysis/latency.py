@@ -1,44 +1,36 @@
-"""How long a network takes for a batch on this machine."""
+"""The latency of a network on this machine."""
 
 import statistics
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from fastokd.experiments.step_benchmark import processor
+from fastokd.experiments.timing import processor
 from fastokd.train.precision import without_tf32
 
 BATCH_SIZES = (1, 128)
 WARM_UP = 3
 """Forward passes before the first that is timed."""
-LEAST, MOST = 5, 100
-"""Forward passes that are timed."""
-SECONDS = 1.0
-"""How long passes are timed beyond the first few, at most."""
+LEAST, MOST, SECONDS = 5, 100, 1.0
+"""The fewest and the most timed passes; after the fewest, timing stops at this time."""
 
 
-@dataclass(frozen=True)
-class Latency:
-    """The median of forward passes.
-
-    Attributes:
-        seconds: of one pass.
-        repeats: passes that were timed.
-    """
+class Latency(NamedTuple):
+    """The median seconds of a forward pass, and the number of timed passes."""
 
     seconds: float
     repeats: int
 
 
 def devices() -> list[torch.device]:
-    """Where latencies are measured: on the CPU, and on the first GPU if there is one."""
+    """The CPU, and the first GPU if there is one."""
     return [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 
 def machine() -> str:
-    """What latencies are measured on, in words."""
+    """This machine in words."""
     gpu = f"; {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
     return f"{processor()}, threads: {torch.get_num_threads()}{gpu}; torch {torch.__version__}"
 
@@ -48,17 +40,14 @@ def machine() -> str:
 def measure_latency(
     network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device
 ) -> Latency | None:
-    """Time forward passes as PyTorch runs them eagerly, in float32 (without TF32) and
-    channels-last, until the device is done with each.
+    """Time eager forward passes in float32 (without TF32) and channels-last, each until the device
+    has finished. None if the batch does not fit into the device's memory.
 
     Args:
         network: images [B, 3, H, W] to logits, in evaluation mode; it is moved to the device.
         image_size: H and W.
         batch_size: B.
-        device: where.
-
-    Returns:
-        None where the batch does not fit into the device's memory.
+        device: the device.
     """
 
     def run() -> float:
@@ -69,15 +58,15 @@ def measure_latency(
         return time.perf_counter() - started
 
     try:
-        network.to(device, memory_format=torch.channels_last)
+        network.to(device).to(memory_format=torch.channels_last)
         images = torch.randn(batch_size, 3, *image_size).to(
             device, memory_format=torch.channels_last
         )
         for _ in range(WARM_UP):
             run()
-        found: list[float] = []
-        while len(found) < LEAST or (len(found) < MOST and sum(found) < SECONDS):
-            found.append(run())
+        times: list[float] = []
+        while len(times) < LEAST or (len(times) < MOST and sum(times) < SECONDS):
+            times.append(run())
     except torch.OutOfMemoryError:
         return None
-    return Latency(statistics.median(found), len(found))
+    return Latency(statistics.median(times), len(times))

@@ -38,9 +38,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 2
 
 
 def page(title: str, body: str) -> str:
-    """A whole page: ``body`` is HTML, ``title`` is text. The policy in it forbids a browser to load
-    anything.
-    """
+    """A whole page from a title and HTML. Its policy forbids browsers to load anything."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -67,7 +65,7 @@ def section(title: str, body: str, level: int = 2) -> str:
 
 
 def remarks_section(remarks: Sequence[str]) -> str:
-    """What is not as in finished runs; nothing where everything is."""
+    """The remarks on runs, if there are any."""
     return section("Not as in finished runs", bullets(remarks)) if remarks else ""
 
 
@@ -77,8 +75,6 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def image(content: bytes, description: str) -> str:
-    """An SVG picture with its bytes in the page; ``description`` is read out to who cannot see
-    it.
-    """
+    """An SVG figure embedded in the page, with a text for readers who cannot see it."""
     data = base64.b64encode(content).decode()
     return f'<p><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}"></p>\n'

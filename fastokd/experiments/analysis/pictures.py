@@ -1,46 +1,67 @@
-"""The pictures of ``fastokd analyze``, each as SVG and PNG."""
+"""The figures of ``fastokd analyze``, each as SVG and PNG."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastokd.errors import MissingExtra
-from fastokd.experiments.analysis.curves import Picture, encoded, require_matplotlib
 from fastokd.experiments.analysis.diversity import ECE_BINS
+from fastokd.experiments.analysis.figures import (
+    Picture,
+    draw_heat_map,
+    encoded,
+    panel_grid,
+    require_matplotlib,
+)
 from fastokd.experiments.analysis.gather import Gathered
 from fastokd.storage import storage_error
 
 NAMES = ("tsne", "distances", "agreement", "reliability", "confusion", "mixing", "mixing-by-epoch")
-"""Every picture that there may be; the files are NAME.svg and NAME.png."""
+"""The names of all figures; the files are NAME.svg and NAME.png."""
 
 MOST_CLASSES = 20
-"""Classes that a picture can name one by one."""
+"""Classes that a figure can name one by one."""
 
-_MARKED = 10  # classes that the t-SNE can give colours that are told apart
+_MARKED = 10  # classes that have distinct colors in the t-SNE
 
 
 class _Undrawable(Exception):
-    """Why there is nothing to draw."""
+    """The reason why there is nothing to draw."""
+
+
+class _Study(NamedTuple):
+    """The numbers of an analysis; ``values`` are those of its measures by key."""
+
+    plt: Any
+    found: Gathered
+    values: Mapping[str, Any]
+    rows: Sequence[str]
+    classes: Sequence[str]
+    student: str
+    errors: int
+
+
+Drawing = tuple[Any, str, str]
+"""A figure, its title and a description."""
 
 
 def draw_study(
     record: Mapping[str, Any], found: Gathered, folder: Path
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Draw everything that a run's analysis has numbers for.
+    """Draw everything that a run's analysis has numbers for, and remove the files of other figures
+    of ``NAMES`` from the folder.
 
     Args:
         record: as ``fastokd.experiments.analysis.study`` makes it.
-        found: what it was computed from; the t-SNE needs its features.
-        folder: where the files go. Files there with names of pictures that are not drawn are
-            removed.
+        found: the data it was computed from; the t-SNE needs its features.
+        folder: the folder of the files.
 
     Returns:
-        For each picture drawn its name, title and description; and for each that could not be drawn
-        a line that says why.
+        Name, title and description of each figure, and a line with the reason for each figure that
+        could not be drawn.
 
     Raises:
         StorageError: the disk refused.
@@ -53,134 +74,91 @@ def draw_study(
         notes.append(f"there are no pictures: {error}")
     else:
         values = {key: measure["values"] for key, measure in record["measures"].items()}
-        where = (
+        facts = (record[key] for key in ("rows", "classes", "student", "student_errors"))
+        study = _Study(plt, found, values, *facts)
+        subtitle = (
             f"{record['run']}, {record['images']} {record['split']} images, epoch"
             f" {record['epochs']}"
         )
-        for name, draw in _draws(plt, record, values, found).items():
+        for name, draw in _drawings(study).items():
             try:
-                figure, title, description = draw()
+                figure, title, description = draw(study)
             except (_Undrawable, MissingExtra) as error:
                 notes.append(f"there is no picture {name}: {error}")
                 continue
-            figure.suptitle(f"{title}\n{where}", fontsize="medium")
+            figure.suptitle(f"{title}\n{subtitle}", fontsize="medium")
             Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
             drawn.append({"name": name, "title": title, "description": description})
     for name in set(NAMES) - {picture["name"] for picture in drawn}:
-        for suffix in (".svg", ".png"):
+        for path in (folder / f"{name}.svg", folder / f"{name}.png"):
             try:
-                (folder / f"{name}{suffix}").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             except OSError as error:
-                raise storage_error(folder / f"{name}{suffix}", error) from error
+                raise storage_error(path, error) from error
     return drawn, notes
 
 
-Draw = Callable[[], tuple[Any, str, str]]
-"""Gives a figure, its title and what it shows in a sentence."""
+def _drawings(study: _Study) -> dict[str, Callable[[_Study], Drawing]]:
+    """The figures that this analysis has numbers for; its notes give the reasons for fewer."""
+    several = len(study.rows) > 1
+    available = {
+        "tsne": study.errors and len(study.found.feature_labels) and _tsne,
+        "distances": several and _distances,
+        "agreement": several and _agreement,
+        "reliability": _reliability,
+        "confusion": _confusion,
+        "mixing": "mixing" in study.values and _mixing,
+        "mixing-by-epoch": "epoch_mixing" in study.values and _mixing_by_epoch,
+    }
+    return {name: draw for name, draw in available.items() if callable(draw)}
 
 
-def _draws(
-    plt: Any, record: Mapping[str, Any], values: Mapping[str, Any], found: Gathered
-) -> dict[str, Draw]:
-    """What can be tried for this record, by name; without errors of the student, or without a gate,
-    the record's notes say why there is less.
-    """
-    student, errors = record["student"], record["student_errors"]
-    draws: dict[str, Draw] = {}
-    if errors and len(found.feature_labels):
-        draws["tsne"] = lambda: _tsne(
-            plt, found.features, found.feature_labels, record["classes"], student
-        )
-    if len(record["rows"]) > 1:
-        draws["distances"] = lambda: _distances(plt, values, student, errors)
-        draws["agreement"] = lambda: _agreement(plt, values, record["rows"])
-    draws["reliability"] = lambda: _reliability(plt, values, record["rows"])
-    draws["confusion"] = lambda: _confusion(plt, values["confusion"], record["classes"], student)
-    if "mixing" in values:
-        draws["mixing"] = lambda: _mixing(plt, values, record["classes"])
-    if "epoch_mixing" in values:
-        draws["mixing-by-epoch"] = lambda: _mixing_by_epoch(plt, values["epoch_mixing"])
-    return draws
-
-
-def _tsne(
-    plt: Any, features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str], student: str
-) -> tuple[Any, str, str]:
-    """One embedding of all branches' features where these have one width, else one of each
-    branch.
-    """
+def _tsne(study: _Study) -> Drawing:
+    """One embedding of all branches' features if these have one width, else one of each branch."""
+    plt, features, labels = study.plt, study.found.features, study.found.feature_labels
+    classes, student = study.classes, study.student
     together = len({values.shape[1] for values in features.values()}) == 1
     groups = [list(features)] if together else [[name] for name in features]
     embedded = [_embed(torch.cat([features[name] for name in group])) for group in groups]
     counts = torch.bincount(labels, minlength=len(classes))
-    marked = [
-        place
-        for place in counts.argsort(descending=True, stable=True)[:_MARKED].tolist()
-        if counts[place]
-    ]
-    # With few classes each has its colour in every run's picture.
-    colors = {
-        place: plt.get_cmap("tab10")(place if len(classes) <= _MARKED else index)
-        for index, place in enumerate(sorted(marked))
-    }
-    figure, grid = plt.subplots(
-        1,
-        len(groups),
-        figsize=(7.5 if together else 4.5 * len(groups), 6),
-        layout="constrained",
-        squeeze=False,
-    )
+    frequent = counts.argsort(descending=True, stable=True)[:_MARKED].tolist()
+    marked = sorted(index for index in frequent if counts[index])
+    # With few classes each has its own color in the figures of all runs.
+    cmap, few = plt.get_cmap("tab10"), len(classes) <= _MARKED
+    colors = {index: cmap(index if few else order) for order, index in enumerate(marked)}
+    others = ~torch.isin(labels, torch.tensor(list(colors)))
+    size = (7.5 if together else 4.5 * len(groups), 6)
+    figure, panels = panel_grid(plt, len(groups), len(groups), size)
     numbers = {name: index for index, name in enumerate(features, start=1)}
-    for axes, group, points in zip(grid.flat, groups, embedded, strict=True):
-        for name, own in zip(group, points.chunk(len(group)), strict=True):
-            for place in (None, *colors):
-                chosen = (
-                    own[~torch.isin(labels, torch.tensor(list(colors)))]
-                    if place is None
-                    else own[labels == place]
-                )
-                axes.scatter(
-                    *chosen.T,
-                    marker=f"${numbers[name]}$",
-                    s=28,
-                    linewidths=0.3,
-                    color="lightgray" if place is None else colors[place],
-                )
-        axes.set(
-            xticks=[],
-            yticks=[],
-            xlabel="  ".join(
-                f"{numbers[name]}: {name}{' (student)' if name == student else ''}"
-                for name in group
-            ),
+    for axes, group, points in zip(panels, groups, embedded, strict=True):
+        for name, branch in zip(group, points.chunk(len(group)), strict=True):
+            style = {"marker": f"${numbers[name]}$", "s": 28, "linewidths": 0.3}
+            axes.scatter(*branch[others].T, color="lightgray", **style)
+            for index, color in colors.items():
+                axes.scatter(*branch[labels == index].T, color=color, **style)
+        names = (
+            f"{numbers[name]}: {name}{' (student)' if name == student else ''}" for name in group
         )
-    handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=color, label=classes[place])
-        for place, color in colors.items()
-    ]
+        axes.set(xticks=[], yticks=[], xlabel="  ".join(names))
+    legend = {classes[index]: color for index, color in colors.items()}
     if int((counts > 0).sum()) > len(colors):
-        handles.append(
-            plt.Line2D([], [], marker="o", linestyle="", color="lightgray", label="other classes")
-        )
+        legend["other classes"] = "lightgray"
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=color, label=label)
+        for label, color in legend.items()
+    ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="class")
-    apart = (
-        ""
-        if together
-        else " The branches' features differ in width, so that each has an embedding of its own."
+    apart = " The branches' features differ in width, so that each has an embedding of its own."
+    images = (
+        f"t-SNE of the branches' {{}}features of {len(labels)} images that {student} gets wrong"
     )
-    return (
-        figure,
-        f"t-SNE of the branches' features of {len(labels)} images that {student} gets wrong",
-        (
-            f"t-SNE of the branches' pooled features of {len(labels)} images that {student} gets"
-            f" wrong: the colour is the class, the digit the branch.{apart}"
-        ),
-    )
+    description = f"{images.format('pooled ')}: the colour is the class, the digit the branch."
+    return figure, images.format(""), description + ("" if together else apart)
 
 
 def _embed(points: Tensor) -> Tensor:
     """[n, 2] of [n, c]: t-SNE (van der Maaten and Hinton 2008) with perplexity 30, or a third of
-    the other points where there are fewer than 91.
+    the other points if there are fewer than 91.
     """
     try:
         from sklearn.manifold import TSNE
@@ -191,231 +169,164 @@ def _embed(points: Tensor) -> Tensor:
         raise _Undrawable(
             f"t-SNE needs at least 4 points that differ, and there are {len(points.unique(dim=0))}"
         )
-    return torch.from_numpy(
-        TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0).fit_transform(
-            points.numpy()
-        )
-    )
+    embedding = TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0)
+    return torch.from_numpy(embedding.fit_transform(points.numpy()))
 
 
-def _distances(
-    plt: Any, values: Mapping[str, Any], student: str, errors: int
-) -> tuple[Any, str, str]:
-    """Bars of how far every row is from the student's."""
-    panels = {
-        f"logits, over the {errors} images that {student} gets wrong": values["logit_distance"][
-            student
-        ],
-        "softmax outputs, over all images": values["softmax_distance"][student],
+def _distances(study: _Study) -> Drawing:
+    """Bars of the distance of every row from the student."""
+    values, student = study.values, study.student
+    keys = {
+        f"logits, over the {study.errors} images that {student} gets wrong": "logit_distance",
+        "softmax outputs, over all images": "softmax_distance",
     }
-    panels = {
-        label: distances for label, distances in panels.items() if None not in distances.values()
-    }
+    distances = {label: values[key][student] for label, key in keys.items()}
+    distances = {label: each for label, each in distances.items() if None not in each.values()}
     others = [name for name in values["accuracy"] if name != student]
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(5 * len(panels), 0.35 * len(others) + 1.8),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
-    for axes, (label, distances) in zip(grid.flat, panels.items(), strict=True):
-        bars = axes.barh(others, [distances[name] for name in others], color="tab:blue")
+    size = (5 * len(distances), 0.35 * len(others) + 1.8)
+    count = len(distances)
+    figure, panels = panel_grid(study.plt, count, count, size, sharey=True)
+    words = []
+    for axes, (label, by_row) in zip(panels, distances.items(), strict=True):
+        bars = axes.barh(others, [by_row[name] for name in others], color="tab:blue")
         axes.bar_label(bars, fmt=" {:.3g}", fontsize="small")
         axes.margins(x=0.15)
         axes.set_xlabel(f"mean Euclidean distance of {label}", fontsize="small")
-    grid[0, 0].invert_yaxis()
-    return (
-        figure,
-        f"distance to {student}",
-        (
-            f"Mean Euclidean distance between {student} and every other row: "
-            + "; ".join(
-                f"{label}: " + ", ".join(f"{name} {distances[name]:.3g}" for name in others)
-                for label, distances in panels.items()
-            )
-            + "."
-        ),
-    )
+        words.append(f"{label}: " + ", ".join(f"{name} {by_row[name]:.3g}" for name in others))
+    panels[0].invert_yaxis()
+    description = f"Mean Euclidean distance between {student} and every other row: "
+    return figure, f"distance to {student}", description + "; ".join(words) + "."
 
 
-def _agreement(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tuple[Any, str, str]:
-    """Heat maps of how often two rows say the same, and err together."""
-    figure, grid = plt.subplots(
-        1, 2, figsize=(2 * (0.55 * len(rows) + 2.4), 0.55 * len(rows) + 2.2), layout="constrained"
-    )
-    for axes, key, label in zip(
-        grid,
-        ("agreement", "error_overlap"),
-        ("the same class", "errors that both make"),
-        strict=True,
-    ):
-        table = [[values[key][one][other] for other in rows] for one in rows]
-        _heat_map(figure, axes, table, rows, rows)
+def _agreement(study: _Study) -> Drawing:
+    """Heat maps of the fraction of equal predictions and of shared errors of two rows."""
+    rows, side = study.rows, 0.55 * len(study.rows)
+    figure, panels = panel_grid(study.plt, 2, 2, (2 * (side + 2.4), side + 2.2))
+    labels = {"agreement": "the same class", "error_overlap": "errors that both make"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        table = [[study.values[key][one][other] for other in rows] for one in rows]
+        _percentages(figure, axes, table, rows, rows)
         axes.set_title(label, fontsize="small")
-    return (
-        figure,
-        "agreement and error overlap",
-        (
-            "Two heat maps over all pairs of rows: the fraction of images for which both name the"
-            " same class, and of the images that one gets wrong the fraction that both get wrong."
-        ),
+    description = (
+        "Two heat maps over all pairs of rows: the fraction of images for which both name the same"
+        " class, and of the images that one gets wrong the fraction that both get wrong."
     )
+    return figure, "agreement and error overlap", description
 
 
-def _reliability(plt: Any, values: Mapping[str, Any], rows: Sequence[str]) -> tuple[Any, str, str]:
+def _reliability(study: _Study) -> Drawing:
     """For every row bars of the accuracy at each confidence, over the diagonal."""
-    figure, panels = _panels(plt, len(rows))
-    for axes, name in zip(panels, rows, strict=True):
+    figure, panels = _small_panels(study.plt, len(study.rows))
+    blues = study.plt.get_cmap("Blues")
+    for axes, name in zip(panels, study.rows, strict=True):
         counts, accuracy, confidence = (
-            list(values[key][name].values())
+            list(study.values[key][name].values())
             for key in ("bin_count", "bin_accuracy", "bin_confidence")
         )
-        places = [place for place, count in enumerate(counts) if count]
-        left = [place / ECE_BINS for place in places]
-        total = sum(counts)
-        # Bins with few images say little and count little.
-        colors = [
-            plt.get_cmap("Blues")(0.25 + 0.6 * (counts[place] / total) ** 0.5) for place in places
-        ]
+        bins = [index for index, count in enumerate(counts) if count]
+        heights = [accuracy[index] for index in bins]
         axes.bar(
-            left,
-            [accuracy[place] for place in places],
+            [index / ECE_BINS for index in bins],
+            heights,
             width=1 / ECE_BINS,
             align="edge",
-            color=colors,
+            # Bins with few images say little and count little.
+            color=[blues(0.25 + 0.6 * (counts[index] / sum(counts)) ** 0.5) for index in bins],
             edgecolor="white",
             linewidth=0.5,
         )
         axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
-        axes.plot(
-            [confidence[place] for place in places],
-            [accuracy[place] for place in places],
-            color="tab:red",
-            marker=".",
-            linewidth=1,
-        )
+        means = [confidence[index] for index in bins]
+        axes.plot(means, heights, color="tab:red", marker=".", linewidth=1)
         axes.set(xlim=(0, 1), ylim=(0, 1))
-        axes.set_title(
-            f"{name}\ncalibration error {100 * values['calibration_error'][name]:.1f} %",
-            fontsize="small",
-        )
+        error = 100 * study.values["calibration_error"][name]
+        axes.set_title(f"{name}\ncalibration error {error:.1f} %", fontsize="small")
     figure.supxlabel("confidence", fontsize="small")
     figure.supylabel("accuracy", fontsize="small")
-    return (
-        figure,
-        "reliability: accuracy at each confidence",
-        (
-            f"For every row the accuracy over the images of each of {ECE_BINS} bins of confidence,"
-            " darker with more images; on the dashed diagonal confidence is accuracy, below it too"
-            " high."
-        ),
+    description = (
+        f"For every row the accuracy over the images of each of {ECE_BINS} bins of confidence,"
+        " darker with more images; on the dashed diagonal confidence is accuracy, below it too"
+        " high."
     )
+    return figure, "reliability: accuracy at each confidence", description
 
 
-def _confusion(
-    plt: Any, confusion: Mapping[str, Mapping[str, int]], classes: Sequence[str], student: str
-) -> tuple[Any, str, str]:
-    """A heat map of the student's confusion matrix; of many classes those of its most frequent
-    confusions.
-    """
-    shown = list(classes)
-    if len(classes) > MOST_CLASSES:
-        mistakes = [
-            (-count, name, other)
-            for name, found in confusion.items()
-            for other, count in found.items()
-            if name != other
-        ]
-        often = dict.fromkeys(
-            [*(each for _, name, other in sorted(mistakes) for each in (name, other)), *classes]
-        )
-        most = set(list(often)[:MOST_CLASSES])
-        shown = [name for name in classes if name in most]
+def _confusion(study: _Study) -> Drawing:
+    """A heat map of the student's confusion matrix, or of its most frequent confusions."""
+    confusion, student = study.values["confusion"], study.student
+    mistakes = sorted(
+        (-count, name, other)
+        for name, counts in confusion.items()
+        for other, count in counts.items()
+        if name != other
+    )
+    frequent = dict.fromkeys(each for _, name, other in mistakes for each in (name, other))
+    shown, of = _shown(study, [*frequent], "those of the most frequent mistakes")
     totals = {name: sum(confusion[name].values()) for name in shown}
     table = [
         [confusion[name].get(other, 0) / totals[name] if totals[name] else None for other in shown]
         for name in shown
     ]
-    figure, axes = plt.subplots(
-        figsize=(0.42 * len(shown) + 2.4, 0.42 * len(shown) + 2), layout="constrained"
-    )
-    _heat_map(figure, axes, table, shown, shown)
+    side = 0.42 * len(shown)
+    figure, (axes,) = panel_grid(study.plt, 1, 1, (side + 2.4, side + 2))
+    _percentages(figure, axes, table, shown, shown)
     axes.set(xlabel=f"what {student} says", ylabel="class")
-    of = (
-        f"; {len(shown)} of {len(classes)} classes, those of the most frequent mistakes"
-        if len(shown) < len(classes)
-        else ""
+    description = (
+        f"Heat map of the confusion matrix of {student}, every line divided by the number of images"
+        f" of its class{of}."
     )
-    return (
-        figure,
-        f"confusion of {student}: fraction of each class's images{of}",
-        (
-            f"Heat map of the confusion matrix of {student}, every line divided by the number of"
-            f" images of its class{of}."
-        ),
-    )
+    return figure, f"confusion of {student}: fraction of each class's images{of}", description
 
 
-def _mixing(plt: Any, values: Mapping[str, Any], classes: Sequence[str]) -> tuple[Any, str, str]:
+def _mixing(study: _Study) -> Drawing:
     """A heat map of the mean mixing weights, over all images and of each class; of many classes
     those that are mixed most differently.
     """
-    lines = [(mixture, name) for mixture, weights in values["mixing"].items() for name in weights]
+    overall, by_class = study.values["mixing"], study.values["class_mixing"]
+    lines = [(mixture, name) for mixture, weights in overall.items() for name in weights]
     labels = [f"{mixture} \N{LEFTWARDS ARROW} {name}" for mixture, name in lines]
 
-    def apart(each: str) -> float:
-        means = [
-            (values["class_mixing"][mixture][name][each], values["mixing"][mixture][name])
-            for mixture, name in lines
-        ]
-        return max(abs(mean - overall) if mean is not None else 0.0 for mean, overall in means)
+    def deviation(each: str) -> float:
+        means = ((by_class[mix][name][each], overall[mix][name]) for mix, name in lines)
+        return max(0.0 if mean is None else abs(mean - total) for mean, total in means)
 
-    most = set(sorted(classes, key=apart, reverse=True)[:MOST_CLASSES])
-    shown = [each for each in classes if each in most]
-    of = (
-        f"; {len(shown)} of {len(classes)} classes, those that are mixed most differently"
-        if len(shown) < len(classes)
-        else ""
-    )
+    ordered = sorted(study.classes, key=deviation, reverse=True)
+    shown, of = _shown(study, ordered, "those that are mixed most differently")
     table = [
-        [
-            values["mixing"][mixture][name],
-            *(values["class_mixing"][mixture][name][each] for each in shown),
-        ]
+        [overall[mixture][name], *(by_class[mixture][name][each] for each in shown)]
         for mixture, name in lines
     ]
-    figure, axes = plt.subplots(
-        figsize=(0.45 * len(shown) + 3.4, 0.4 * len(lines) + 2.2), layout="constrained"
-    )
-    _heat_map(figure, axes, table, labels, ["all images", *shown])
+    size = (0.45 * len(shown) + 3.4, 0.4 * len(lines) + 2.2)
+    figure, (axes,) = panel_grid(study.plt, 1, 1, size)
+    _percentages(figure, axes, table, labels, ["all images", *shown])
     axes.axvline(0.5, color="white", linewidth=3)
-    return (
-        figure,
-        f"mean mixing weights, over all images and of each class{of}",
-        (
-            "Heat map of the mean weight of each input of each mixture, over all images: "
-            + ", ".join(f"{label} {line[0]:.2f}" for label, line in zip(labels, table, strict=True))
-            + f"; and over the images of each class{of}."
-        ),
+    means = ", ".join(f"{label} {line[0]:.2f}" for label, line in zip(labels, table, strict=True))
+    description = (
+        "Heat map of the mean weight of each input of each mixture, over all images:"
+        f" {means}; and over the images of each class{of}."
     )
+    return figure, f"mean mixing weights, over all images and of each class{of}", description
 
 
-def _mixing_by_epoch(
-    plt: Any, weights: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-) -> tuple[Any, str, str]:
-    """For every mixture the mean weight of each of its inputs, epoch by epoch."""
-    figure, panels = _panels(plt, len(weights))
-    for axes, (mixture, inputs) in zip(panels, weights.items(), strict=True):
-        for name, by_epoch in inputs.items():
-            epochs = [int(epoch) for epoch, value in by_epoch.items() if value is not None]
-            axes.plot(
-                epochs,
-                [by_epoch[str(epoch)] for epoch in epochs],
-                marker="." if len(epochs) < 20 else None,
-                label=name,
-            )
+def _shown(study: _Study, ordered: Sequence[str], which: str) -> tuple[list[str], str]:
+    """At most ``MOST_CLASSES`` classes, the first of ``ordered``, and a remark on the selection."""
+    classes = study.classes
+    if len(classes) <= MOST_CLASSES:
+        return list(classes), ""
+    selected = set(list(dict.fromkeys([*ordered, *classes]))[:MOST_CLASSES])
+    shown = [name for name in classes if name in selected]
+    return shown, f"; {len(shown)} of {len(classes)} classes, {which}"
+
+
+def _mixing_by_epoch(study: _Study) -> Drawing:
+    """For every mixture the mean weight of each of its inputs by epoch."""
+    mixtures = study.values["epoch_mixing"]
+    figure, panels = _small_panels(study.plt, len(mixtures))
+    for axes, (mixture, inputs) in zip(panels, mixtures.items(), strict=True):
+        for name, weights in inputs.items():
+            known = {int(epoch): value for epoch, value in weights.items() if value is not None}
+            marker = "." if len(known) < 20 else None
+            axes.plot(list(known), list(known.values()), marker=marker, label=name)
         axes.set_ylim(0, 1)
         axes.set_title(mixture, fontsize="small")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -423,61 +334,32 @@ def _mixing_by_epoch(
         axes.legend(fontsize="small")
     figure.supxlabel("epoch", fontsize="small")
     figure.supylabel("mean weight", fontsize="small")
-    return (
-        figure,
-        "mixing weights by epoch",
-        (
-            "The mean weight of each input of each mixture at the evaluation after every epoch of"
-            " training."
-        ),
+    description = (
+        "The mean weight of each input of each mixture at the evaluation after every epoch of"
+        " training."
     )
+    return figure, "mixing weights by epoch", description
 
 
-def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many small panels, four in a line, that share their axes."""
+def _small_panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
     columns = min(4, count)
-    lines = -(-count // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(2.8 * columns + 0.8, 2.7 * lines + 0.8),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for axes in grid.flat[count:]:
-        axes.remove()
-    panels = list(grid.flat[:count])
-    for axes in panels[-columns:]:
-        axes.tick_params(labelbottom=True)
-    return figure, panels
+    size = (2.8 * columns + 0.8, 2.7 * -(-count // columns) + 0.8)
+    return panel_grid(plt, count, columns, size, sharex=True, sharey=True)
 
 
-def _heat_map(
+def _percentages(
     figure: Any,
     axes: Any,
     table: Sequence[Sequence[float | None]],
     lines: Sequence[str],
     columns: Sequence[str],
 ) -> None:
-    """Values in [0, 1] in percent, as colours and as numbers where these are not 0; None stays
-    white.
-    """
-    numbers = [[math.nan if value is None else 100 * value for value in line] for line in table]
-    image = axes.imshow(numbers, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    """Draw values in [0, 1] in percent, with numbers where these are not 0; None stays white."""
+    numbers = [[None if value is None else 100 * value for value in line] for line in table]
+    texts = [
+        [f"{value:.0f}" if value and value >= 0.5 else "" for value in line] for line in numbers
+    ]
+    image = draw_heat_map(axes, numbers, texts, "x-small", vmin=0, vmax=100, cmap="viridis")
     figure.colorbar(image, ax=axes, label="%")
     axes.set_yticks(range(len(lines)), lines, fontsize="small")
     axes.set_xticks(range(len(columns)), columns, fontsize="small", rotation=90)
-    for y, line in enumerate(numbers):
-        for x, value in enumerate(line):
-            if value >= 0.5:
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize="x-small",
-                    color="white" if value < 60 else "black",
-                )

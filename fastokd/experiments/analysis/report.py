@@ -1,6 +1,4 @@
-"""One page about runs: how they compare, what differs in their configurations, how they went, and
-what was analysed of them.
-"""
+"""One page about runs: their comparison, configurations, curves and analyses."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,85 +15,63 @@ from fastokd.experiments.analysis.tables import Table
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
-    """The page, which needs no other file and no network.
-
-    Args:
-        groups: see ``read_runs``.
-        comparison: of these groups, see ``compare``.
+    """The page, which needs no other file and no network; ``comparison`` is of these groups.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     records = {group.label: [run.records for run in group.runs] for group in groups}
-    pictures = [
-        picture
-        for draw in (overview_pictures, training_pictures)
-        for picture in draw(records, title(groups), ["svg"])
-    ]
+    drawings = (overview_pictures, training_pictures)
+    pictures = [each for draw in drawings for each in draw(records, title(groups), ["svg"])]
+    curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in pictures)
     parts = [
         remarks_section(comparison.remarks),
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
         section("Configurations", _configurations(groups)),
         section(
             "Over the epochs",
-            _BAND
-            + "".join(
-                _picture(picture.title, picture.files["svg"], picture.description)
-                for picture in pictures
-            ),
+            "<p>Of several seeds the line is the mean and the band the range. What is dotted only"
+            f" some of the runs have.</p>\n{curves}",
         ),
         *(analysis_section(run) for group in groups for run in group.runs),
     ]
     return page(f"Runs on {title(groups)}", "".join(parts))
 
 
-_BAND = (
-    "<p>Of several seeds the line is the mean and the band the range. What is dotted only some of"
-    " the runs have.</p>\n"
-)
-
-
-def _picture(title: str, content: bytes, description: str) -> str:
+def _figure(title: str, content: bytes, description: str) -> str:
     return section(title, image(content, description), level=3)
 
 
 def _configurations(groups: Sequence[Group]) -> str:
-    differing = config_differences(groups)
+    differing = config_differences([group.config for group in groups])
     if not differing:
         return "<p>The configurations are the same but for the seed.</p>\n"
-    return Table(
-        "What differs between the configurations",
-        ("field", *(group.label for group in groups)),
-        tuple((name, *values) for name, values in differing.items()),
-    ).as_html()
+    head = ("field", *(group.label for group in groups))
+    rows = tuple((name, *values) for name, values in differing.items())
+    return Table("What differs between the configurations", head, rows).as_html()
 
 
 MOST_CELLS = 3000
-"""The largest table of an analysis that is shown; larger ones are for programs."""
+"""The most cells of an analysis table that is shown."""
 
 
 def analysis_section(run: Run) -> str:
-    """What ``fastokd analyze`` has left in the run's folder as a part of a page; empty without it,
-    a sentence where it is damaged.
+    """The results of ``fastokd analyze`` in the run's folder as a part of a page: empty without
+    them, a sentence if they are damaged.
     """
     folder = run.path / "analysis"
     if not folder.is_dir():
         return ""
     try:
         found = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
-        where = (
+        subject = (
             f"{found['images']} {found['split']} images of {found['data']}, {found['checkpoint']}"
             f" checkpoint, {found['epochs']} epochs"
         )
-        body = [f"<p>{escape(where)}.</p>\n", bullets(found["notes"]) if found["notes"] else ""]
-        for picture in found.get("pictures", ()):
-            body.append(
-                _picture(
-                    picture["title"],
-                    (folder / f"{Path(picture['name']).name}.svg").read_bytes(),
-                    picture["description"],
-                )
-            )
+        body = [f"<p>{escape(subject)}.</p>\n", bullets(found["notes"]) if found["notes"] else ""]
+        for each in found.get("pictures", ()):
+            content = (folder / f"{Path(each['name']).name}.svg").read_bytes()
+            body.append(_figure(each["title"], content, each["description"]))
         body += _measures(found["measures"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         body = [
@@ -106,13 +82,13 @@ def analysis_section(run: Run) -> str:
 
 
 def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The numbers of an analysis: those that stand alone in a table, those by row in another, each
-    of the others in its own.
+    """The numbers of an analysis: numbers alone in one table, those by row in another, each of the
+    others in a separate one.
     """
     alone = [measure for measure in measures.values() if measure["axes"] == []]
     by_row = [measure for measure in measures.values() if measure["axes"] == ["row"]]
     rows = dict.fromkeys(name for measure in by_row for name in measure["values"])
-    parts = [
+    tables = [
         Table(
             "Over all branches",
             ("measure", "value"),
@@ -129,9 +105,8 @@ def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
             _meanings(by_row),
         ),
     ]
-    return [table.as_html() for table in parts if table.rows] + [
-        _details(measure) for measure in measures.values() if len(measure["axes"]) > 1
-    ]
+    details = [_details(measure) for measure in measures.values() if len(measure["axes"]) > 1]
+    return [table.as_html() for table in tables if table.rows] + details
 
 
 def _meanings(measures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -139,8 +114,8 @@ def _meanings(measures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _details(measure: Mapping[str, Any]) -> str:
-    """A measure of several axes as a folded table; the last axis goes across, unless it is the
-    longer one.
+    """A measure of several axes as a folded table, with the shorter of its last axis and the others
+    across.
     """
     lines = _flat(measure["values"], len(measure["axes"]) - 1)
     columns = list(dict.fromkeys(name for values in lines.values() for name in values))
@@ -148,20 +123,17 @@ def _details(measure: Mapping[str, Any]) -> str:
     names = list(lines)
     if len(columns) > len(names):
         names, columns, cells = columns, names, [list(line) for line in zip(*cells, strict=True)]
+    title = measure["title"]
     if len(names) * len(columns) > MOST_CELLS:
-        return (
-            f"<p>{escape(measure['title'])}: {len(names)} x {len(columns)} numbers, which"
-            " analysis.json has.</p>\n"
-        )
+        size = f"{len(names)} x {len(columns)} numbers"
+        return f"<p>{escape(title)}: {size}, which analysis.json has.</p>\n"
     table = Table(
-        f"{measure['title']} ({', '.join(measure['axes'])})",
+        f"{title} ({', '.join(measure['axes'])})",
         ("", *columns),
         tuple((name, *line) for name, line in zip(names, cells, strict=True)),
         (measure["description"],),
     )
-    return (
-        f"<details>\n<summary>{escape(measure['title'])}</summary>\n{table.as_html()}</details>\n"
-    )
+    return f"<details>\n<summary>{escape(title)}</summary>\n{table.as_html()}</details>\n"
 
 
 def _flat(values: Mapping[str, Any], depth: int) -> dict[str, Mapping[str, Any]]:

@@ -1,8 +1,8 @@
-"""What run folders have recorded, read as far as it is whole, and grouped by what is the same but
-for the seed.
-"""
+"""The records of run folders, grouped by runs that differ only in the seed."""
 
 import dataclasses
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,37 +12,32 @@ from fastokd.errors import CheckpointError, ConfigError
 from fastokd.export.record import parse_record
 from fastokd.methods import get_method
 from fastokd.train.checkpoint import load_newest
-from fastokd.train.config import TrainConfig, reference_loss
-from fastokd.train.loop import MAY_CHANGE
+from fastokd.train.config import TrainConfig, fields_with_role, reference_loss
+from fastokd.train.fields import Role
 from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.step import AVERAGE
 
-SAME_RUN = frozenset({"seed", *MAY_CHANGE}) - {"epochs"}
-"""The fields of a configuration in which the runs of a group may differ: the seed, and where and
-how fast they ran.
-"""
+SAME_RUN = frozenset(fields_with_role(Role.REPEAT))
+"""The fields in which the runs of a group may differ: the seed, the device and speed."""
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has recorded.
+    """The records of a run.
 
     Attributes:
         path: the run folder.
         config: its configuration.
-        records: what ``metrics.jsonl`` says of each epoch, up to the first line that is damaged; at
+        records: the record of each epoch in ``metrics.jsonl``, up to the first damaged line; at
             least one.
-        student: the name of the accuracy that is the student's.
-        evaluated: what the accuracies were measured on: the data's fingerprint, its classes, the
-            split and its number of images, how the images were brought to their size. What is not
-            recorded is left out.
-        data: what is known of the dataset: "name", "fingerprint", "num_classes" and "image_size";
-            empty where that is lost.
-        environment: what ``environment.json`` says of the versions and the machine; empty where
-            that is damaged.
-        remarks: what is not as in a finished run.
+        student: the name of the student's accuracy.
+        evaluated: the images of the accuracies: the data's fingerprint, its classes, the split and
+            its number of images, and their preprocessing, as far as recorded.
+        data: "name", "fingerprint", "num_classes" and "image_size" of the dataset; empty if lost.
+        environment: ``environment.json``, the versions and the machine; empty if damaged.
+        remarks: differences from a finished and undamaged run.
     """
 
     path: Path
@@ -57,7 +52,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """The number of finished epochs."""
-        return self.records[-1]["epoch"] + 1
+        return int(self.last["epoch"]) + 1
 
     @property
     def last(self) -> Record:
@@ -68,13 +63,26 @@ class Run:
     def best(self) -> Record:
         """The record of the first epoch with the student's highest accuracy, of all epochs.
 
-        ``summary.json`` and ``best.pt`` are of a later one where a run was resumed without the
-        checkpoint of this; ``remarks`` say so.
+        ``summary.json`` and ``best.pt`` are of a later one if a run was resumed without its
+        checkpoint.
         """
-        return max(
-            (record for record in self.records if self.student in record["eval"]),
-            key=lambda record: record["eval"][self.student],
-        )
+        records = (record for record in self.records if self.student in record["eval"])
+        return max(records, key=lambda record: record["eval"][self.student])
+
+    def error(self, row: str = "student", best: bool = False) -> float:
+        """The error in % in the last epoch, or in the student's best.
+
+        Args:
+            row: "student", "branch_mean" for the mean over the branches, or a row's name.
+
+        Raises:
+            KeyError: the row is not recorded; the student's always is.
+        """
+        accuracies = (self.best if best else self.last)["eval"]
+        names = [self.student if row == "student" else row]
+        if row == "branch_mean":
+            names = [name for name in accuracies if re.fullmatch(r"branch\d+", name)]
+        return statistics.mean(100 * (1 - accuracies[name]) for name in names)
 
     def shown(self, fact: str) -> str:
         """An entry of ``evaluated`` in words."""
@@ -89,12 +97,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are the same but for the seed, by their seeds.
-
-    Attributes:
-        label: model, method, and in what the configuration differs from that of other groups of the
-            same two.
-        runs: at least one, of different seeds.
+    """Runs that differ only in the seed, at least one, by their seeds. The label has model, method,
+    and the differences from other groups with the same two.
     """
 
     label: str
@@ -107,32 +111,29 @@ class Group:
 
     @property
     def counted(self) -> tuple[Run, ...]:
-        """The runs whose errors make one mean: those with the most finished epochs, which are the
-        finished ones if there are any.
-        """
+        """The runs whose errors are averaged: those with the most finished epochs."""
         most = max(run.epochs for run in self.runs)
         return tuple(run for run in self.runs if run.epochs == most)
 
     @property
     def left_out(self) -> tuple[Run, ...]:
         """The runs that are not counted."""
-        return tuple(run for run in self.runs if run.epochs < self.counted[0].epochs)
+        return tuple(run for run in self.runs if run not in self.counted)
 
     @property
     def progress(self) -> str:
-        """Finished and planned epochs of the runs that are counted, in words."""
+        """Finished and planned epochs of the counted runs, in words."""
         return f"{self.counted[0].epochs} of {self.config.epochs}"
 
     @property
     def network(self) -> str:
-        """The name of the network that the student is, or is made of."""
+        """The name of the student's network."""
         names = self.config.model_names()
         return names[0] if len(names) == 1 else names[_kept_branch(self.config)]
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder. A damaged or unfinished run is read as far as it goes, and its ``remarks``
-    say so.
+    """Read a run folder. A damaged or unfinished run is read as far as possible, with ``remarks``.
 
     Raises:
         CheckpointError: this is not a run folder, or no epoch was finished.
@@ -143,13 +144,13 @@ def read_run(path: Path) -> Run:
     student = _student_row(config, folder.config_path)
     records = tuple(folder.read_metrics())
     if not records or student not in records[-1]["eval"]:
-        what = (
+        missing = (
             f"its last epoch has no accuracy of {student}"
             if records
             else "it has no finished epoch"
         )
         raise CheckpointError(
-            f"{path}: {what} in metrics.jsonl; train it with 'fastokd train --resume {path}', or"
+            f"{path}: {missing} in metrics.jsonl; train it with 'fastokd train --resume {path}', or"
             " leave it out"
         )
     remarks = []
@@ -170,9 +171,8 @@ def read_run(path: Path) -> Run:
     run = Run(path, config, records, student, evaluated, data, environment, ())
     summary = read_json_object(folder.summary_path)
     chosen, best = summary.get("best_epoch"), run.best["epoch"]
-    if (
-        summary.get("epochs") == run.epochs and isinstance(chosen, int) and chosen != best
-    ):  # else it is of before the run went on
+    current = summary.get("epochs") == run.epochs  # else it was written before the run was resumed
+    if current and isinstance(chosen, int) and chosen != best:
         remarks.append(
             f"its best epoch is {best + 1}, which is used here; summary.json and best.pt are of"
             f" epoch {chosen + 1}, as after a resume without the checkpoint of epoch {best + 1}"
@@ -181,45 +181,45 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Group]:
-    """Read runs that are to be compared, grouped by what is the same but for the seed, in the order
-    of their first runs.
+    """Read runs to compare, grouped by configurations that differ only in the seed, in the order of
+    their first runs.
 
     Raises:
         CheckpointError: one is not a run folder, or has no finished epoch.
-        ConfigError: there is none, a configuration is damaged, one is there twice, or they were not
+        ConfigError: no paths, a damaged configuration, the same run twice, or runs that were not
             evaluated on the same images.
     """
     if not paths:
         raise ConfigError("no runs: give run folders, for example runs/*")
     runs = [read_run(path) for path in paths]
     check_comparable(runs)
-    found: list[tuple[TrainConfig, dict[int, Run]]] = []
+    groups: list[tuple[TrainConfig, dict[int, Run]]] = []
     defaults = {name: getattr(TrainConfig(), name) for name in SAME_RUN}
     for run in runs:
         kind = dataclasses.replace(run.config, **defaults)
-        same = next((same for other, same in found if other == kind), None)
-        if same is None:
-            found.append((kind, same := {}))
-        if (other := same.get(run.config.seed)) is not None:
+        by_seed = next((by_seed for other, by_seed in groups if other == kind), None)
+        if by_seed is None:
+            groups.append((kind, by_seed := {}))
+        if (other := by_seed.get(run.config.seed)) is not None:
             raise ConfigError(
                 f"{other.path} and {run.path} are the same configuration with the same seed"
                 f" {run.config.seed}, which would count twice: give one of them"
             )
-        same[run.config.seed] = run
-    groups = [[same[seed] for seed in sorted(same)] for _, same in found]
-    configs = [runs[0].config for runs in groups]
+        by_seed[run.config.seed] = run
+    ordered = [tuple(by_seed[seed] for seed in sorted(by_seed)) for _, by_seed in groups]
+    configs = [seeds[0].config for seeds in ordered]
     return [
-        Group(_label(config, configs), tuple(runs))
-        for config, runs in zip(configs, groups, strict=True)
+        Group(_label(config, configs), seeds)
+        for config, seeds in zip(configs, ordered, strict=True)
     ]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Check that accuracies were measured on the same images, prepared in the same way. What a run
-    has not recorded is not compared.
+    """Check that accuracies were measured on the same images with the same preprocessing. Facts
+    that a run has not recorded are not compared.
 
     Raises:
-        ConfigError: they were not; the message says what differs, and between which runs.
+        ConfigError: they were not; the message has the differences and two of the runs.
     """
     for fact in dict.fromkeys(fact for run in runs for fact in run.evaluated):
         known = [run for run in runs if fact in run.evaluated]
@@ -245,32 +245,27 @@ def title(groups: Sequence[Group]) -> str:
 
 
 def remarks_of(groups: Sequence[Group]) -> list[str]:
-    """What is not as in finished and whole runs, each with its run."""
-    return [
-        f"{run.path}: {remark}" for group in groups for run in group.runs for remark in run.remarks
-    ]
+    """The remarks of all runs, each with its run."""
+    runs = (run for group in groups for run in group.runs)
+    return [f"{run.path}: {remark}" for run in runs for remark in run.remarks]
 
 
-def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The fields in which the groups' configurations differ, each with its value in every group, in
-    words.
-    """
-    return _differing([group.config for group in groups])
-
-
-def _differing(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
-    names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in SAME_RUN]
+def config_differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
+    """The fields in which configurations differ, each with its value in every one, in words."""
     columns = {
-        name: [value_in_words(getattr(config, name)) for config in configs] for name in names
+        field.name: [value_in_words(getattr(config, field.name)) for config in configs]
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in SAME_RUN
     }
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
-    alike = [
-        other for other in configs if (other.model, other.method) == (config.model, config.method)
-    ]
-    differing = [f"{name} {value_in_words(getattr(config, name))}" for name in _differing(alike)]
+    key = (config.model, config.method)
+    same = [other for other in configs if (other.model, other.method) == key]
+    differing = (
+        f"{name} {value_in_words(getattr(config, name))}" for name in config_differences(same)
+    )
     return ", ".join([f"{config.model} {config.method}", *differing])
 
 
@@ -279,36 +274,31 @@ def value_in_words(value: Any) -> str:
     if value is None:
         return "default"
     if isinstance(value, Mapping):
-        return (
-            " ".join(f"{name}={value_in_words(item)}" for name, item in sorted(value.items()))
-            or "none"
-        )
+        words = [f"{name}={value_in_words(item)}" for name, item in sorted(value.items())]
+        return " ".join(words) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(value_in_words, value)) or "none"
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _student_row(config: TrainConfig, where: Path) -> str:
+def _student_row(config: TrainConfig, path: Path) -> str:
     """The row of the method's graph that is the student's, without its network."""
     try:
         rows = reference_loss(config).graph.logits
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
     return AVERAGE if config.ema else rows[_kept_branch(config)]
 
 
 def _kept_branch(config: TrainConfig) -> int:
-    return range(config.num_branches())[
-        -1 if config.compression else get_method(config.method).kept
-    ]
+    kept = -1 if config.compression else get_method(config.method).kept
+    return range(config.num_branches())[kept]
 
 
 def _data(
     folder: RunFolder, environment: Mapping[str, Any], remarks: list[str]
 ) -> Mapping[str, Any]:
-    """What is recorded of the dataset, from the run's last checkpoint if ``environment.json`` has
-    lost it.
-    """
+    """The record of the dataset, from the last checkpoint if ``environment.json`` has lost it."""
     if isinstance(data := environment.get("data"), dict):
         return data
     try:
@@ -324,9 +314,7 @@ def _data(
 def _evaluated(
     folder: RunFolder, config: TrainConfig, data: Mapping[str, Any], remarks: list[str]
 ) -> dict[str, Any]:
-    """What is recorded of the images that the accuracies were measured on; what is lost is said in
-    ``remarks``.
-    """
+    """The recorded facts about the images of the accuracies."""
     facts: dict[str, Any] = {
         "data": data.get("fingerprint"),
         "classes": data.get("num_classes"),
@@ -343,10 +331,8 @@ def _evaluated(
     else:
         accuracy, preprocessing = record["accuracy"], record["preprocessing"]
         height, width = preprocessing["image_size"]
-        facts |= {
-            "split": accuracy["split"],
-            "number of images": accuracy["num_images"],
-            "image size": f"{height} x {width}",
-            "shorter side before the crop": preprocessing.get("shorter_side", min(height, width)),
-        }
+        facts["split"], facts["number of images"] = accuracy["split"], accuracy["num_images"]
+        facts["image size"] = f"{height} x {width}"
+        shorter_side = preprocessing.get("shorter_side", min(height, width))
+        facts["shorter side before the crop"] = shorter_side
     return {name: value for name, value in facts.items() if value is not None}

@@ -1,12 +1,11 @@
-"""``fastokd analyze``: what the papers measure about their branches, of a run and a split, as one
-JSON record.
-"""
+"""``fastokd analyze``: the papers' measures of a run's branches on a split, as one JSON record."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +16,19 @@ from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.gather import Gathered, gather
 from fastokd.experiments.analysis.pictures import draw_study
 from fastokd.storage import write_json
-from fastokd.train.loop import LoadedRun, load_run
 from fastokd.train.run_folder import RunFolder
+from fastokd.train.runs import LoadedRun, load_run
 from fastokd.version import __version__
 
 FORMAT = "fastokd analysis 1"
 FILE = "analysis.json"
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """A number that an analysis gives, alone or for every name along its axes.
 
-    ``axes`` say what the keys of its values are, from the outermost: none for a number alone, "row"
-    for a branch, teacher assistant or other row of logits, "class", "bin", "epoch", "mixture" and
+    ``axes`` are the keys of its values, from the outermost: none for a number alone, "row" for a
+    branch, teacher assistant or other row of logits, "class", "bin", "epoch", "mixture" and
     "input".
     """
 
@@ -39,142 +37,90 @@ class Measure:
     axes: tuple[str, ...] = ()
 
 
-MEASURES = {
-    "accuracy": Measure(
-        "accuracy", "Fraction of images whose class has the largest logit.", ("row",)
-    ),
-    "cross_entropy": Measure("cross-entropy", "Mean of -log p(label), in nats.", ("row",)),
-    "confidence": Measure("mean confidence", "Mean of the largest softmax probability.", ("row",)),
-    "calibration_error": Measure(
-        "expected calibration error",
-        f"Mean gap between accuracy and confidence over {diversity.ECE_BINS} bins of equal width,"
-        " weighted by the images in them (Guo et al. 2017, eq. 3).",
-        ("row",),
-    ),
-    "interrater_agreement": Measure(
-        "interrater agreement",
-        "Over the branches: 1 where all are right on the same images, 0 where they err"
-        " independently; smaller is more diverse (FFM + CD, eq. 9).",
-    ),
-    "branch_softmax_distance": Measure(
-        "softmax distance of the branches",
-        "Mean Euclidean distance of softmax outputs over the images and the pairs of branches"
-        " (OKDDip's code).",
-    ),
-    "branch_logit_distance": Measure(
-        "logit distance of the branches",
-        "Mean Euclidean distance of logits over the images that the student gets wrong and the"
-        " pairs of branches.",
-    ),
-    "any_branch_right": Measure(
-        "any branch right",
-        "Fraction of images that at least one branch gets right (the union accuracy of FFSD's"
-        " code).",
-    ),
-    "softmax_distance": Measure(
-        "softmax distance",
-        "Mean Euclidean distance of two rows' softmax outputs over all images.",
-        ("row", "row"),
-    ),
-    "logit_distance": Measure(
-        "logit distance",
-        "Mean Euclidean distance of two rows' logits over the images that the student gets wrong"
-        " (AHBF Fig. 5).",
-        ("row", "row"),
-    ),
-    "agreement": Measure(
-        "agreement",
-        "Fraction of images for which two rows name the same class, right or wrong.",
-        ("row", "row"),
-    ),
-    "error_overlap": Measure(
-        "error overlap",
-        "Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard"
-        " index).",
-        ("row", "row"),
-    ),
-    "same_error": Measure(
-        "same error",
-        "Of the images that two rows both get wrong, the fraction for which they name the same"
-        " wrong class.",
-        ("row", "row"),
-    ),
-    "q_statistic": Measure(
-        "Q statistic",
-        "Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva"
-        " and Whitaker 2003).",
-        ("row", "row"),
-    ),
-    "class_accuracy": Measure(
-        "accuracy per class",
-        "Fraction of every class's images that is recognised.",
-        ("row", "class"),
-    ),
-    "confusion": Measure(
-        "confusion",
-        "Images of each class by what the student says, where there are any.",
-        ("class", "predicted class"),
-    ),
-    "bin_count": Measure(
-        "images per bin", "Images whose confidence lies in each bin (low, high].", ("row", "bin")
-    ),
-    "bin_accuracy": Measure(
-        "accuracy per bin", "Accuracy over the images of each bin.", ("row", "bin")
-    ),
-    "bin_confidence": Measure(
-        "confidence per bin", "Mean confidence over the images of each bin.", ("row", "bin")
-    ),
-    "mixing": Measure(
-        "mixing weights",
-        "Mean weight of each input of the mixtures that a gate or the loss weighs.",
-        ("mixture", "input"),
-    ),
-    "mixing_deviation": Measure(
-        "deviation of the mixing weights",
-        "Their standard deviation over the images: 0 where every image is mixed alike.",
-        ("mixture", "input"),
-    ),
-    "class_mixing": Measure(
-        "mixing weights per class",
-        "Mean weight over the images of each class.",
-        ("mixture", "input", "class"),
-    ),
-    "epoch_mixing": Measure(
-        "mixing weights by epoch",
-        "Mean weight at each epoch's evaluation in training, from metrics.jsonl.",
-        ("mixture", "input", "epoch"),
-    ),
-}
-"""What ``analysis.json`` has under "measures", by its key; docs/analyze.md says how to read
-each.
+# The key [axes]: title of every measure, and its description.
+_TABLE = """
+accuracy [row]: accuracy
+    Fraction of images whose class has the largest logit.
+cross_entropy [row]: cross-entropy
+    Mean of -log p(label), in nats.
+confidence [row]: mean confidence
+    Mean of the largest softmax probability.
+calibration_error [row]: expected calibration error
+    Mean gap between accuracy and confidence over 15 bins of equal width, weighted by the
+    images in them (Guo et al. 2017, eq. 3).
+interrater_agreement []: interrater agreement
+    Over the branches: 1 where all are right on the same images, 0 where they err
+    independently; smaller is more diverse (FFM + CD, eq. 9).
+branch_softmax_distance []: softmax distance of the branches
+    Mean Euclidean distance of softmax outputs over the images and the pairs of branches
+    (OKDDip's code).
+branch_logit_distance []: logit distance of the branches
+    Mean Euclidean distance of logits over the images that the student gets wrong and the
+    pairs of branches.
+any_branch_right []: any branch right
+    Fraction of images that at least one branch gets right (the union accuracy of FFSD's
+    code).
+softmax_distance [row, row]: softmax distance
+    Mean Euclidean distance of two rows' softmax outputs over all images.
+logit_distance [row, row]: logit distance
+    Mean Euclidean distance of two rows' logits over the images that the student gets wrong
+    (AHBF Fig. 5).
+agreement [row, row]: agreement
+    Fraction of images for which two rows name the same class, right or wrong.
+error_overlap [row, row]: error overlap
+    Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard
+    index).
+same_error [row, row]: same error
+    Of the images that two rows both get wrong, the fraction for which they name the same
+    wrong class.
+q_statistic [row, row]: Q statistic
+    Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva
+    and Whitaker 2003).
+class_accuracy [row, class]: accuracy per class
+    Fraction of every class's images that is recognised.
+confusion [class, predicted class]: confusion
+    Images of each class by what the student says, where there are any.
+bin_count [row, bin]: images per bin
+    Images whose confidence lies in each bin (low, high].
+bin_accuracy [row, bin]: accuracy per bin
+    Accuracy over the images of each bin.
+bin_confidence [row, bin]: confidence per bin
+    Mean confidence over the images of each bin.
+mixing [mixture, input]: mixing weights
+    Mean weight of each input of the mixtures that a gate or the loss weighs.
+mixing_deviation [mixture, input]: deviation of the mixing weights
+    Their standard deviation over the images: 0 where every image is mixed alike.
+class_mixing [mixture, input, class]: mixing weights per class
+    Mean weight over the images of each class.
+epoch_mixing [mixture, input, epoch]: mixing weights by epoch
+    Mean weight at each epoch's evaluation in training, from metrics.jsonl.
 """
+MEASURES = {
+    key: Measure(title, " ".join(text.split()), tuple(axes.split(", ")) if axes else ())
+    for key, axes, title, text in re.findall(
+        r"^(\w+) \[(.*)\]: (.*)\n((?:    .*\n)+)", _TABLE, re.MULTILINE
+    )
+}
+"""The entries of "measures" in ``analysis.json`` by key; docs/analyze.md explains each."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """An analysis: the record that is written, and what the t-SNE is made of.
-
-    Attributes:
-        record: as docs/analyze.md describes it.
-        gathered: what it was computed from, with the features that the t-SNE shows.
+    """An analysis: the record that is written (docs/analyze.md describes it), and the data it was
+    computed from, with the features of the t-SNE.
     """
 
     record: dict[str, Any]
     gathered: Gathered
 
     def write(self, folder: Path) -> list[str]:
-        """Write ``analysis.json``, and each picture as SVG and PNG; pictures of an earlier analysis
-        that are not drawn now are removed.
-
-        Returns:
-            The names of the pictures. What could not be drawn is in the record's notes.
+        """Write ``analysis.json`` and the figures, see ``draw_study``; returns the names of the
+        figures.
 
         Raises:
             StorageError: the disk refused.
         """
-        write_json(
-            folder / FILE, self.record
-        )  # first the numbers, whatever becomes of the pictures
+        write_json(folder / FILE, self.record)  # the numbers are kept if drawing fails
         drawn, notes = draw_study(self.record, self.gathered, folder)
         self.record["pictures"] = drawn
         self.record["notes"] += notes
@@ -197,13 +143,13 @@ def analyze_run(
     Args:
         path: the run folder.
         which, data, split, device: as in ``load_run``.
-        max_images: how many of the images that the student gets wrong the t-SNE shows at most.
+        max_images: the most images that the t-SNE shows of those that the student gets wrong.
         decoding: called with (files done, files in all) while files are decoded.
-        progress: called with (images done, images in all) while the model looks at them.
+        progress: called with (images done, images in all) while the model runs.
 
     Raises:
         ConfigError: ``max_images`` is negative.
-        CheckpointError: as ``load_run``, or logits that are not finite.
+        CheckpointError: as ``load_run``, or non-finite logits.
     """
     if max_images < 0:
         raise ConfigError(
@@ -224,13 +170,11 @@ def analyze_run(
         for record in records
         if isinstance(record.get("mixing"), dict)
     }
-    done = (
-        run.state["epoch"]
-        if which == "last"
-        else max((record["epoch"] + 1 for record in records), default=run.state["epoch"])
-    )
+    done = run.state["epoch"]
+    if which != "last":
+        done = max((record["epoch"] + 1 for record in records), default=done)
     members = run.evaluator.criterion.ensemble_members
-    header = {
+    record = {
         "format": FORMAT,
         "fastokd": __version__,
         "run": path.resolve().name,
@@ -249,9 +193,6 @@ def analyze_run(
         "branches": list(gathered.features),
         "ensemble_members": list(members),
         "classes": list(run.dataset.classes),
-    }
-    record = {
-        **header,
         "notes": _notes(run, gathered, done, history, max_images),
         "measures": measures(gathered, members, run.dataset.classes, history),
     }
@@ -264,109 +205,109 @@ def measures(
     classes: Sequence[str],
     history: Mapping[int, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
-    """Every measure of ``MEASURES`` that there is for this run, with its values.
+    """Every entry of ``MEASURES`` that this run has, with its values.
 
     Args:
-        found: what the model says.
+        found: the model's predictions.
         members: the names of the rows that the measures over branches are over.
         classes: the C class names.
         history: by epoch, counted from 1, the mean mixing weights that training has recorded.
     """
-    rows, right, count = found.rows, found.right, len(classes)
-    chosen = [rows.index(name) for name in members]
-    confusion = diversity.confusion_matrix(found.predictions[found.student], found.labels, count)
-    bins = [
-        diversity.calibration(confidence, hit)
-        for confidence, hit in zip(found.confidences, right, strict=True)
-    ]
-    edges = [
-        f"{place / diversity.ECE_BINS:.3f}-{(place + 1) / diversity.ECE_BINS:.3f}"
-        for place in range(diversity.ECE_BINS)
-    ]
-    per_class = torch.stack([diversity.class_means(hit, found.labels, count) for hit in right])
-    values: dict[str, Any] = {
+    values = {
+        **_row_measures(found, classes),
+        **_branch_measures(found, [found.rows.index(name) for name in members]),
+        **_pair_measures(found),
+        **(_mixing_measures(found, classes, history) if found.mixing else {}),
+    }
+    return {
+        key: {**measure._asdict(), "axes": list(measure.axes), "values": values[key]}
+        for key, measure in MEASURES.items()
+        if key in values
+    }
+
+
+def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
+    rows, right = found.rows, found.right
+    width = 1 / diversity.ECE_BINS
+    edges = [f"{i * width:.3f}-{(i + 1) * width:.3f}" for i in range(diversity.ECE_BINS)]
+    bins = list(map(diversity.calibration, found.confidences, right))
+    class_accuracy = [diversity.class_means(hit, found.labels, len(classes)) for hit in right]
+    predictions = found.predictions[found.student]
+    confusion = diversity.confusion_matrix(predictions, found.labels, len(classes)).tolist()
+    return {
         "accuracy": _named(right.double().mean(1), rows),
         "cross_entropy": _named(found.cross_entropies, rows),
         "confidence": _named(found.confidences.mean(1), rows),
         "calibration_error": {
-            name: _plain(calibration.error) for name, calibration in zip(rows, bins, strict=True)
+            name: _plain(each.error) for name, each in zip(rows, bins, strict=True)
         },
-        "interrater_agreement": _plain(diversity.interrater_agreement(right[chosen])),
-        "branch_softmax_distance": _plain(
-            diversity.mean_over_pairs(found.softmax_distances[chosen][:, chosen])
-        ),
-        "branch_logit_distance": _plain(
-            diversity.mean_over_pairs(found.logit_distances[chosen][:, chosen])
-        ),
-        "any_branch_right": diversity.any_right(right[chosen]),
-        "softmax_distance": _named(found.softmax_distances, rows, rows),
-        "logit_distance": _named(found.logit_distances, rows, rows),
-        "agreement": _named(diversity.agreement(found.predictions), rows, rows),
-        "error_overlap": _named(diversity.error_overlap(right), rows, rows),
-        "same_error": _named(diversity.same_error(found.predictions, found.labels), rows, rows),
-        "q_statistic": _named(diversity.q_statistic(right), rows, rows),
-        "class_accuracy": _named(per_class, rows, classes),
+        "class_accuracy": _named(torch.stack(class_accuracy), rows, classes),
         "confusion": {
-            name: {classes[other]: int(line[other]) for other in line.nonzero().flatten().tolist()}
+            name: {other: count for other, count in zip(classes, line, strict=True) if count}
             for name, line in zip(classes, confusion, strict=True)
         },
         "bin_count": {
-            name: {edge: int(number) for edge, number in zip(edges, calibration.count, strict=True)}
-            for name, calibration in zip(rows, bins, strict=True)
+            name: dict(zip(edges, map(int, each.images), strict=True))
+            for name, each in zip(rows, bins, strict=True)
         },
-        "bin_accuracy": _named(
-            torch.stack([calibration.accuracy for calibration in bins]), rows, edges
-        ),
-        "bin_confidence": _named(
-            torch.stack([calibration.confidence for calibration in bins]), rows, edges
-        ),
+        "bin_accuracy": _named(torch.stack([each.accuracy for each in bins]), rows, edges),
+        "bin_confidence": _named(torch.stack([each.confidence for each in bins]), rows, edges),
     }
-    if found.mixing:
-        values["mixing"] = {
-            mixture: {name: _plain(float(weight.mean())) for name, weight in weights.items()}
-            for mixture, weights in found.mixing.items()
-        }
-        values["mixing_deviation"] = {
-            mixture: {
-                name: _plain(float(weight.std(correction=0))) for name, weight in weights.items()
-            }
-            for mixture, weights in found.mixing.items()
-        }
-        values["class_mixing"] = {
-            mixture: {
-                name: _named(diversity.class_means(weight, found.labels, count), classes)
-                for name, weight in weights.items()
-            }
-            for mixture, weights in found.mixing.items()
-        }
-        if history:
-            values["epoch_mixing"] = {
-                mixture: {
-                    name: {
-                        str(epoch): means.get(mixture, {}).get(name)
-                        for epoch, means in history.items()
-                    }
-                    for name in weights
-                }
-                for mixture, weights in found.mixing.items()
-            }
+
+
+def _branch_measures(found: Gathered, chosen: Sequence[int]) -> dict[str, Any]:
+    softmax, logit = (
+        diversity.mean_over_pairs(distances[chosen][:, chosen])
+        for distances in (found.softmax_distances, found.logit_distances)
+    )
     return {
-        key: {
-            "title": MEASURES[key].title,
-            "description": MEASURES[key].description,
-            "axes": list(MEASURES[key].axes),
-            "values": value,
-        }
-        for key, value in values.items()
+        "interrater_agreement": _plain(diversity.interrater_agreement(found.right[chosen])),
+        "branch_softmax_distance": _plain(softmax),
+        "branch_logit_distance": _plain(logit),
+        "any_branch_right": diversity.any_right(found.right[chosen]),
     }
+
+
+def _pair_measures(found: Gathered) -> dict[str, Any]:
+    pairs = {
+        "softmax_distance": found.softmax_distances,
+        "logit_distance": found.logit_distances,
+        "agreement": diversity.agreement(found.predictions),
+        "error_overlap": diversity.error_overlap(found.right),
+        "same_error": diversity.same_error(found.predictions, found.labels),
+        "q_statistic": diversity.q_statistic(found.right),
+    }
+    return {key: _named(values, found.rows, found.rows) for key, values in pairs.items()}
+
+
+def _mixing_measures(
+    found: Gathered,
+    classes: Sequence[str],
+    history: Mapping[int, Mapping[str, Mapping[str, float]]],
+) -> dict[str, Any]:
+    values: dict[str, Any] = {"mixing": {}, "mixing_deviation": {}, "class_mixing": {}}
+    if history:
+        values["epoch_mixing"] = {}
+    for mixture, weights in found.mixing.items():
+        for name, weight in weights.items():
+            by_class = diversity.class_means(weight, found.labels, len(classes))
+            entries = {
+                "mixing": _plain(float(weight.mean())),
+                "mixing_deviation": _plain(float(weight.std(correction=0))),
+                "class_mixing": _named(by_class, classes),
+                "epoch_mixing": {
+                    str(epoch): means.get(mixture, {}).get(name) for epoch, means in history.items()
+                },
+            }
+            for key, by_mixture in values.items():
+                by_mixture.setdefault(mixture, {})[name] = entries[key]
+    return values
 
 
 def _notes(
     run: LoadedRun, found: Gathered, done: int, history: Mapping[int, Any], max_images: int
 ) -> list[str]:
-    """What a reader of the numbers has to know; ``done`` is the number of the run's finished
-    epochs.
-    """
+    """Remarks for readers of the numbers; ``done`` is the number of the run's finished epochs."""
     notes = []
     wrong, student = found.student_errors, found.rows[found.student]
     if done < run.config.epochs:
@@ -399,7 +340,7 @@ def _notes(
 
 
 def _named(values: Tensor, names: Sequence[str], *more: Sequence[str]) -> dict[str, Any]:
-    """A tensor as nested dicts, with a tuple of names for each dimension."""
+    """A tensor as nested dicts, with the names along each dimension."""
     return {
         name: _named(value, *more) if more else _plain(float(value))
         for name, value in zip(names, values, strict=True)
@@ -407,5 +348,5 @@ def _named(values: Tensor, names: Sequence[str], *more: Sequence[str]) -> dict[s
 
 
 def _plain(value: float) -> float | None:
-    """A number as JSON has it, which knows no NaN."""
+    """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value

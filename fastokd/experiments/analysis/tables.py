@@ -1,9 +1,11 @@
-"""One table, for a terminal, Markdown and HTML."""
+"""One table, for a terminal, Markdown, HTML and CSV."""
 
+import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any, NamedTuple
 
 import rich.table
 from rich.cells import cell_len
@@ -11,16 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: what it shows.
-        head: the columns' names; the first column names the rows.
-        rows: cells, as many as ``head`` has; all but those of the first column are numbers, or
-            words that stand for one.
-        notes: sentences on how to read it.
+class Table(NamedTuple):
+    """A table of text: its title, the names of its columns, its rows, and notes on how to read it.
+    The first column names the rows; the others are aligned as numbers.
     """
 
     title: str
@@ -28,38 +23,34 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls, title: str, rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()
+    ) -> "Table":
+        """A table of at least one row, each with the cells by their columns."""
+        cells = tuple(tuple(row.values()) for row in rows)
+        return cls(title, tuple(rows[0]), cells, tuple(notes))
+
     def as_text(self) -> str:
-        """For a terminal. Nothing is cut off however narrow it is; only the columns' names are
-        wrapped, to a few lines.
-        """
+        """For a terminal. Nothing is cut off; only the columns' names are wrapped."""
         table = rich.table.Table(box=None, pad_edge=False)
         for index, name in enumerate(self.head):
-            width = max(
-                len(name) // 2,
-                *(len(word) for word in name.split() or [""]),
-                *(cell_len(row[index]) for row in self.rows),
-            )
-            table.add_column(
-                Text(name), justify="right" if index else "left", vertical="bottom", width=width
-            )
+            widths = (len(word) for word in name.split() or [""])
+            width = max(len(name) // 2, *widths, *(cell_len(row[index]) for row in self.rows))
+            justify: Any = "right" if index else "left"
+            table.add_column(Text(name), justify=justify, vertical="bottom", width=width)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        console = Console(file=io.StringIO(), color_system=None, width=10_000)
-        console.print(table)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+        output = io.StringIO()
+        Console(file=output, color_system=None, width=10_000).print(table)
+        lines = [line.rstrip() for line in output.getvalue().splitlines()]
         return "\n".join([self.title, "", *lines, *(["", *self.notes] if self.notes else [])])
 
     def as_markdown(self) -> str:
         """A Markdown table under a heading."""
         notes = [line for note in self.notes for line in (plain_markdown(note), "")]
-        return "\n".join(
-            [
-                f"## {plain_markdown(self.title)}",
-                "",
-                *markdown_table([self.head, *self.rows]),
-                *notes,
-            ]
-        )
+        heading = f"## {plain_markdown(self.title)}"
+        return "\n".join([heading, "", *markdown_table([self.head, *self.rows]), *notes])
 
     def as_html(self) -> str:
         """An HTML table with a caption."""
@@ -79,7 +70,7 @@ class Table:
 
 
 def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table and the empty line after it; the first row is its head."""
+    """The lines of a Markdown table and an empty line; the first row is its head."""
     head, *rest = rows
     lines = [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rest)
@@ -87,6 +78,24 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with the columns of all of them; a value that a row lacks is empty."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def plain_markdown(text: str) -> str:
-    """Text without what Markdown reads as markup; names of runs may hold anything."""
+    """Text with Markdown's markup characters escaped; names of runs may contain any."""
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>#|" else letter for letter in text)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and sample standard deviation as text; a single value has no deviation."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.2f}"

@@ -34,16 +34,14 @@ _modules = [
 
 
 def register_recipes(module: str) -> None:
-    """Add recipes: the module that has them as ``RECIPES``, by name. The first line of its
-    docstring is their heading.
+    """Add the recipes of a module, which has them as ``RECIPES``, by name. The first paragraph of
+    its docstring is their heading.
     """
     _modules.append(module)
 
 
 class Group(NamedTuple):
-    """The recipes of one module, and the module's docstring: its first line as their heading, and
-    the rest.
-    """
+    """The recipes of one module, and its docstring: the first paragraph and the rest."""
 
     heading: str
     about: str
@@ -54,8 +52,9 @@ def recipe_groups() -> list[Group]:
     """All recipes, module by module."""
     groups = []
     for module in map(importlib.import_module, _modules):
-        heading, _, about = (inspect.getdoc(module) or module.__name__).partition("\n")
-        groups.append(Group(heading.rstrip("."), about.strip(), module.RECIPES))
+        heading, _, about = (inspect.getdoc(module) or module.__name__).partition("\n\n")
+        heading = " ".join(heading.split()).rstrip(".")
+        groups.append(Group(heading, about.strip(), module.RECIPES))
     return groups
 
 
@@ -68,13 +67,11 @@ def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        ConfigError: there is none; the message suggests the closest name.
+        ConfigError: it does not exist; the message suggests the closest name.
     """
     recipes = list_recipes()
     if name not in recipes:
-        close = difflib.get_close_matches(
-            name, recipes, n=1
-        )  # and not all the others, which are hundreds
+        close = difflib.get_close_matches(name, recipes, n=1)  # listing all would be too long
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ConfigError(
             f"unknown recipe '{name}'; {hint}'fastokd recipes' lists all {len(recipes)}"

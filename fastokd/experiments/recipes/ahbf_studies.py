@@ -49,59 +49,42 @@ def _study(
 
 
 def _recipes() -> Iterator[Recipe]:
+    figure = "AHBF Figure 3"
     for lambda_1, row in enumerate(_TABLE_4):
         for lambda_2, error in enumerate(row):
             if (lambda_1, lambda_2) == (4, 2):
                 continue  # that is the recipe itself
-            changes = given(
-                "AHBF Table 4",
-                method_options={"lambda_ta": float(lambda_1), "lambda_branch": float(lambda_2)},
-            )
-            figure = (
-                [Published("AHBF Figure 3", _FIGURE_3D[lambda_1, lambda_2])]
-                if (lambda_1, lambda_2) in _FIGURE_3D
-                else []
-            )
+            options = {"lambda_ta": float(lambda_1), "lambda_branch": float(lambda_2)}
+            numbers = [Published("AHBF Table 4", error)]
+            if (lambda_1, lambda_2) in _FIGURE_3D:
+                numbers.append(Published(figure, _FIGURE_3D[lambda_1, lambda_2]))
             only = _COMPONENTS.get((bool(lambda_1), bool(lambda_2)), "")
-            yield _study(
-                f"lambda-{lambda_1}-{lambda_2}",
-                f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}{only}",
-                changes,
-                Published("AHBF Table 4", error),
-                *figure,
-            )
-    for aux_blocks in (0, 1, 2, 3, 5):
-        numbers = [Published("AHBF Figure 3", 26.47)] if aux_blocks == 0 else []
-        equal = ": equal branches" if aux_blocks == 0 else ""
-        yield _study(
-            f"a-{aux_blocks}",
-            f"a = {aux_blocks}{equal}",
-            given("AHBF Figure 3", aux_blocks=aux_blocks),
-            *numbers,
-        )
+            meaning = f"lambda_1 = {lambda_1}, lambda_2 = {lambda_2}{only}"
+            changes = given("AHBF Table 4", method_options=options)
+            yield _study(f"lambda-{lambda_1}-{lambda_2}", meaning, changes, *numbers)
+    equal = Published(figure, 26.47)
+    yield _study("a-0", "a = 0: equal branches", given(figure, aux_blocks=0), equal)
+    for aux_blocks in (1, 2, 3, 5):
+        changes = given(figure, aux_blocks=aux_blocks)
+        yield _study(f"a-{aux_blocks}", f"a = {aux_blocks}", changes)
     for branches in (2, 3, 5, 6):
-        yield _study(f"m-{branches}", f"M = {branches}", given("AHBF Figure 3", branches=branches))
-    yield _study(
-        "e-80", "E = 80", given("AHBF Figure 3", ramp_epochs=80), Published("AHBF Figure 3", 26.21)
-    )
+        yield _study(f"m-{branches}", f"M = {branches}", given(figure, branches=branches))
+    yield _study("e-80", "E = 80", given(figure, ramp_epochs=80), Published(figure, 26.21))
     for model, aux_blocks, errors in _TABLE_5:
         rows = ("branch1", "branch2", "branch3", "student")
+        network = given("AHBF Table 5", model=model, aux_blocks=aux_blocks, compression=True)
         yield Recipe(
             dataset="cifar100",
             variant="compression",
             meaning="the plain network with three smaller ones",
-            settings=AHBF
-            | OPTIMIZER
-            | given("AHBF Table 5", model=model, aux_blocks=aux_blocks, compression=True),
+            settings=AHBF | OPTIMIZER | network,
             published=tuple(
                 Published("AHBF Table 5", error, row=row)
                 for row, error in zip(rows, errors, strict=True)
             ),
             notes=(
-                (
-                    "The table's FLOPs and parameters fit neither the published code's networks nor"
-                    " any other reading; the networks here are the code's."
-                ),
+                "The table's FLOPs and parameters fit neither the published code's networks nor any"
+                " other reading; the networks here are the code's.",
             ),
         )
 

@@ -12,12 +12,15 @@ gave the numbers is not known. The seeds of the three runs are not given: train 
 from collections.abc import Iterator
 
 from fastokd.experiments.recipes.recipe import (
+    CIFAR_AUGMENT,
     Published,
     Recipe,
     Settings,
     by_name,
     given,
+    read_notes,
     read_table,
+    steps,
 )
 
 _AHBF = "AHBF section 4.1"
@@ -25,16 +28,13 @@ _OKDDIP = "OKDDip repository"
 
 OPTIMIZER = given(
     "AHBF section 4.1, OKDDip repository, FFM + CD section 4",
-    epochs=300,
+    **steps(300, 150, 225),
+    **CIFAR_AUGMENT,
     batch_size=128,
     lr=0.1,
-    lr_decay_at=(150 / 300, 225 / 300),
-    lr_gamma=0.1,
     momentum=0.9,
     nesterov=True,
     weight_decay=5e-4,
-    pad=4,
-    flip=True,
 )
 # Teachers are not detached in either preset: the paper is silent, its code does not.
 AHBF = (
@@ -57,54 +57,27 @@ _FFM_LOSS = (
     | _FFM_RAMP
 )
 
+_ONE = "OKDDip repository: T = 3, weight 1, not detached"
+_DML = "OKDDip repository: T = 3, the mean of the others teaches, not detached"
+_AFID = "AFID's code: T = 3, weight 1, two sub-networks"
 _METHODS: dict[str, Settings] = {
     "baseline": given("the network alone", method="baseline", branches=1),
     "independent": given(_OKDDIP, method="independent", branches=4),
     "kd": given("OKDDip repository: T = 3, weight 1", method="kd", preset="code", ramp_epochs=0),
-    "dml": given(
-        "OKDDip repository: T = 3, the mean of the others teaches, not detached",
-        method="dml",
-        preset="code",
-        branches=4,
-        ramp_epochs=0,
-    ),
-    "cl-ilr": (
-        given(
-            "OKDDip repository: T = 3, weight 1, not detached",
-            method="cl_ilr",
-            preset="code",
-            branches=4,
-        )
-        | _RAMP
-    ),
-    "one": (
-        given(
-            "OKDDip repository: T = 3, weight 1, not detached",
-            method="one",
-            preset="code",
-            branches=4,
-            method_options={"detach_teacher": False},
-        )
-        | _RAMP
-    ),
+    "dml": given(_DML, method="dml", preset="code", branches=4, ramp_epochs=0),
+    "cl-ilr": given(_ONE, method="cl_ilr", preset="code", branches=4) | _RAMP,
+    "one": given(_ONE, method="one", preset="code", branches=4)
+    | given(_ONE, method_options={"detach_teacher": False})
+    | _RAMP,
     "okddip": _OKDDIP_LOSS,
     "okddip-peers": _OKDDIP_LOSS | given("OKDDip, network-based", topology="peers"),
     "ffm": _FFM_LOSS,
     "ffm-no-cd": _FFM_LOSS | given("FFM + CD, ablation", method_options={"lambda_cd": 0.0}),
-    "afid": (
-        given(
-            "AFID's code: T = 3, weight 1, two sub-networks",
-            method="afid",
-            preset="code",
-            branches=2,
-        )
-        | given("AFID's code: over 80 of 301 epochs", ramp_epochs=None)
-    ),
-    "ffsd": (
-        given("FFSD's code: T = 2", method="ffsd", preset="code")
-        | given(_AHBF, branches=4)
-        | given("FFSD's code: over 5 of 299 epochs", ramp_epochs=None)
-    ),
+    "afid": given(_AFID, method="afid", preset="code", branches=2)
+    | given("AFID's code: over 80 of 301 epochs", ramp_epochs=None),
+    "ffsd": given("FFSD's code: T = 2", method="ffsd", preset="code")
+    | given(_AHBF, branches=4)
+    | given("FFSD's code: over 5 of 299 epochs", ramp_epochs=None),
     "ahbf": AHBF,
 }
 # What a name's ending adds to the method's own, in words.
@@ -182,11 +155,8 @@ def _read() -> Iterator[tuple[tuple[str, str, str], Published]]:
     for source, dataset, methods, text in _TABLES:
         for model, numbers in read_table(text).items():
             for method, error, std in zip(methods, numbers[::2], numbers[1::2], strict=True):
-                row = (
-                    "branch_mean"
-                    if method in _MEANS and not source.startswith("AHBF")
-                    else "student"
-                )
+                mean = method in _MEANS and not source.startswith("AHBF")
+                row = "branch_mean" if mean else "student"
                 yield (dataset, model, method), Published(source, error, std, 3, row)
     # Table 4's best cell, its words in Figure 3, and what Table 5 repeats of Table 2.
     yield ("cifar100", "resnet32", "ahbf"), Published("AHBF Table 4", 25.19)
@@ -197,66 +167,46 @@ def _read() -> Iterator[tuple[tuple[str, str, str], Published]]:
     yield ("cifar100", "resnet32", "ffm-no-cd"), Published("FFM + CD, ablation", 25.40)
 
 
-def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
-    if method == "kd":
-        yield (
-            "Name the trained teacher: --method-options teacher=RUN. No table here has it in these"
-            " settings."
-        )
-    if (
-        method == "one"
-        and dataset == "cifar100"
-        and model in read_table(_OKDDIP_CIFAR100)
-        and model in read_table(_AHBF_TABLE_2)
-    ):
-        yield "AHBF Table 2 has for ONE, digit for digit, what OKDDip has for CL-ILR."
-    if method == "afid":
-        yield (
-            "AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in"
-            " AHBF's settings."
-        )
-    if method == "ffsd":
-        yield (
-            "AHBF calls it FFSD-C and does not say what that is: three students and a leader, which"
-            " is kept, with the loss of FFSD's code."
-        )
-    if (model, method) == ("resnet32", "baseline"):
-        yield (
-            "AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the"
-            " student's 5, 5 and 5."
-        )
-    if (model, method) == ("mobilenetv2_x0_5", "ahbf"):
-        yield (
-            "In AHBF's published code the branches share blocks that the paper has separate, so"
-            " that only the last is deeper; here all are."
-        )
-    if model == "vgg16":
-        yield (
-            "Dropout is 0.5 in every network here, as in the published multi-branch ones; the"
-            " published network alone and its peers have none."
-        )
-    if model == "densenet40_12" and method in ("independent", "cl-ilr", "one", "okddip"):
-        yield (
-            "In the OKDDip repository all branches share one third dense block, which is probably"
-            " what its numbers are of; here each has its own."
-        )
+_NOTES = """
+[*/kd]
+Name the trained teacher: --method-options teacher=RUN. No table here has it in these settings.
+[cifar100/resnet32/one cifar100/resnet110/one cifar100/vgg16/one cifar100/densenet40_12/one]
+AHBF Table 2 has for ONE, digit for digit, what OKDDip has for CL-ILR.
+[*/afid]
+AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in AHBF's
+settings.
+[*/ffsd]
+AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with
+the loss of FFSD's code.
+[*/resnet32/baseline]
+AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the student's 5,
+5 and 5.
+[*/mobilenetv2_x0_5/ahbf]
+In AHBF's published code the branches share blocks that the paper has separate, so that only the
+last is deeper; here all are.
+[*/vgg16/*]
+Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network
+alone and its peers have none.
+[*/densenet40_12/independent */densenet40_12/cl-ilr */densenet40_12/one */densenet40_12/okddip]
+In the OKDDip repository all branches share one third dense block, which is probably what its
+numbers are of; here each has its own.
+"""
 
 
 def _recipes() -> Iterator[Recipe]:
-    found: dict[tuple[str, str, str], list[Published]] = {("cifar100", "resnet32", "kd"): []}
+    numbers: dict[tuple[str, str, str], list[Published]] = {("cifar100", "resnet32", "kd"): []}
     for key, number in _read():
-        found.setdefault(key, []).append(number)
-    for (dataset, model, method), published in sorted(found.items()):
+        numbers.setdefault(key, []).append(number)
+    for (dataset, model, method), published in sorted(numbers.items()):
         variant, meaning = _VARIANTS.get(method, ("", ""))
+        network = given("the table's row" if published else _OKDDIP, model=model)
         yield Recipe(
             dataset=dataset,
-            settings=given("the table's row" if published else _OKDDIP, model=model)
-            | _METHODS[method]
-            | OPTIMIZER,
+            settings=network | _METHODS[method] | OPTIMIZER,
             variant=variant,
             meaning=meaning,
             published=tuple(published),
-            notes=tuple(_notes(dataset, model, method)),
+            notes=read_notes(_NOTES, f"{dataset}/{model}/{method}"),
         )
 
 

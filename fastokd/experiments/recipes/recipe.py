@@ -1,8 +1,7 @@
-"""What a recipe is: a configuration whose every value has a source, and the numbers that papers
-report for it.
-"""
+"""Recipes: configurations whose every value has a source, with the published numbers."""
 
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,26 +15,36 @@ class Sourced(NamedTuple):
     source: str
 
 
-Settings = Mapping[str, Sourced]
+Settings = dict[str, Sourced]
 
 
-def given(source: str, **values: Any) -> dict[str, Sourced]:
+def given(source: str, **values: Any) -> Settings:
     """Fields of ``TrainConfig`` that one source gives: paper and section, table or equation."""
     return {name: Sourced(value, source) for name, value in values.items()}
 
 
+def steps(epochs: int, *decays: int) -> dict[str, Any]:
+    """A number of epochs, and a learning rate multiplied by 0.1 after each of some of them."""
+    return {
+        "epochs": epochs,
+        "lr_decay_at": tuple(epoch / epochs for epoch in decays),
+        "lr_gamma": 0.1,
+    }
+
+
+CIFAR_AUGMENT = {"pad": 4, "flip": True}
+
+
 class Published(NamedTuple):
-    """A number that a paper reports. None of the papers says whether it is the last epoch's or the
-    best's.
+    """A number that a paper reports; none of the papers says whether of the last or best epoch.
 
     Attributes:
         source: paper and table, e.g. "AHBF Table 2".
         error: top-1 error on the test split in %, the mean over the runs.
         std: its standard deviation in %; None if not given.
         runs: number of runs; None if not given.
-        row: what was measured: "student" (the network that is kept), another branch such as
-            "branch2", "ensemble", or "branch_mean", the mean of the errors of all branches or
-            networks.
+        row: "student" (the network that is kept), another branch such as "branch2", "ensemble", or
+            "branch_mean", the mean of the errors of all branches or networks.
     """
 
     source: str
@@ -68,17 +77,17 @@ DATASETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run that a paper describes, but for where the images lie.
+    """A training run that a paper describes, without the location of the images.
 
     Attributes:
         dataset: a key of ``DATASETS``.
         settings: the fields of the configuration that have a source; the others keep their
             defaults.
-        variant: what sets it apart from other recipes of its dataset, network and method, as the
-            end of its name.
+        variant: the end of its name, which distinguishes it from other recipes of its dataset,
+            network and method.
         meaning: ``variant`` in words.
-        published: what papers report for it.
-        notes: what the sources leave open and what was chosen, one sentence or two each.
+        published: the numbers that papers report for it.
+        notes: open points of the sources and the choices made, one sentence or two each.
     """
 
     dataset: str
@@ -97,33 +106,24 @@ class Recipe:
     def name(self) -> str:
         """Dataset, network, method and variant."""
         model = self.config.model.replace("_imagenet", "").replace("_", "-").replace(",", "-")
-        return "-".join(
-            filter(None, (self.dataset, model, self.config.method.replace("_", "-"), self.variant))
-        )
+        parts = (self.dataset, model, self.config.method.replace("_", "-"), self.variant)
+        return "-".join(filter(None, parts))
 
     @property
     def title(self) -> str:
-        """What it is, in one line."""
-        return (
-            f"{self.config.method} with {self.config.model} on {DATASETS[self.dataset].title}"
-            + (f", {self.meaning}" if self.meaning else "")
-        )
+        """A description in one line."""
+        text = f"{self.config.method} with {self.config.model} on {DATASETS[self.dataset].title}"
+        return f"{text}, {self.meaning}" if self.meaning else text
 
     def reported(self) -> str:
-        """What papers report, in one line: errors in % by their sources, with the row where it is
-        not the student.
+        """The published errors in % in one line, by their sources, with the row if it is not the
+        student.
         """
-        sources = dict.fromkeys(number.source for number in self.published)
-        return "; ".join(
-            f"{source}: "
-            + ", ".join(
-                number.number()
-                + ("" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})")
-                for number in self.published
-                if number.source == source
-            )
-            for source in sources
-        )
+        by_source: dict[str, list[str]] = {}
+        for number in self.published:
+            row = "" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})"
+            by_source.setdefault(number.source, []).append(number.number() + row)
+        return "; ".join(f"{source}: {', '.join(texts)}" for source, texts in by_source.items())
 
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out, with its source as a comment;
@@ -139,12 +139,8 @@ class Recipe:
         lines += [f"# {note}" for note in self.notes]
         lines.append("# Fields without a source are fastokd's defaults.")
         for line in self.config.to_yaml().splitlines():
-            name, colon, _ = line.partition(":")
-            lines.append(
-                f"{line}  # {self.settings[name].source}"
-                if colon and name in self.settings
-                else line
-            )
+            source = self.settings.get(line.partition(":")[0]) if ":" in line else None
+            lines.append(f"{line}  # {source.source}" if source else line)
         return "\n".join(lines) + "\n"
 
 
@@ -167,3 +163,18 @@ def read_table(text: str) -> dict[str, list[float]]:
         words[0]: [float(word) for word in words[1:]]
         for words in map(str.split, text.strip().splitlines())
     }
+
+
+def read_notes(text: str, key: str) -> tuple[str, ...]:
+    """The notes on a recipe.
+
+    Args:
+        text: notes, each below a line "[PATTERN PATTERN]".
+        key: matched by at least one of the patterns, with wildcards: "dataset/model/method".
+    """
+    notes = (block.partition("]") for block in text.split("[")[1:])
+    return tuple(
+        " ".join(note.split())
+        for patterns, _, note in notes
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns.split())
+    )

@@ -10,46 +10,48 @@ the method's own settings.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastokd.experiments.recipes.recipe import (
+    CIFAR_AUGMENT,
     Published,
     Recipe,
     Settings,
     by_name,
     given,
+    read_notes,
     read_table,
+    steps,
 )
 
+_SGD = {"momentum": 0.9, "nesterov": False}
 _CIFAR = given(
     "TSB, settings for CIFAR",
-    epochs=240,
+    **steps(240, 150, 180, 210),
+    **_SGD,
+    **CIFAR_AUGMENT,
     batch_size=64,
     lr=0.05,
-    lr_decay_at=(150 / 240, 180 / 240, 210 / 240),
-    lr_gamma=0.1,
-    momentum=0.9,
-    nesterov=False,
     weight_decay=5e-4,
-    pad=4,
-    flip=True,
 )
 _IMAGENET = given(
     "TSB, settings for ImageNet",
-    epochs=200,
+    **steps(200, 60, 120, 180),
+    **_SGD,
     batch_size=256,
     lr=0.1,
-    lr_decay_at=(60 / 200, 120 / 200, 180 / 200),
-    lr_gamma=0.1,
-    momentum=0.9,
-    nesterov=False,
     weight_decay=1e-4,
 )
-_MOBILENET = given("TSB, settings for MobileNetV2", lr=0.01)
-_IMAGENET_MOBILENET = given(
-    "TSB, settings for MobileNetV2", epochs=300, lr_decay_at=(90 / 300, 180 / 300, 270 / 300)
-)
-
+_MOBILENET = "TSB, settings for MobileNetV2"
+# By dataset: the optimizer, and the differences for MobileNetV2.
+_OPTIMIZERS = {
+    "cifar10": (_CIFAR, given(_MOBILENET, lr=0.01)),
+    "imagenet": (
+        _IMAGENET,
+        given(_MOBILENET, epochs=300, lr_decay_at=(90 / 300, 180 / 300, 270 / 300)),
+    ),
+}
+_OPTIMIZERS["cifar100"] = _OPTIMIZERS["cifar10"]
 _TSB = given("TSB, settings: tau = 4, beta = 0.8, both weights 0.5", method="tsb", branches=2)
 # On CIFAR None is the method's default, 20 of 240 epochs; there as large a part of others.
 _WAIT = {
@@ -61,24 +63,16 @@ _KDCL = given("two networks", method="kdcl", branches=2, ramp_epochs=0) | given(
     "ours, T and the weight are in no source: 3 and 1; views of their own as TSB describes KDCL",
     method_options={"variant": "minlogit"},
 )
+_DML = "DML's own form: T = 1, the peers are constants"
 _METHODS: dict[str, Settings] = {
     "baseline": given("the network alone", method="baseline", branches=1),
-    "dml": given(
-        "DML's own form: T = 1, the peers are constants",
-        method="dml",
-        preset="paper",
-        branches=2,
-        ramp_epochs=0,
-    ),
+    "dml": given(_DML, method="dml", preset="paper", branches=2, ramp_epochs=0),
     "kdcl": _KDCL,
-    "one": (
-        given("ONE's code: T = 3, weight 1", method="one", preset="code")
-        | given("two networks in the table", branches=2)
-    ),
+    "one": given("ONE's code: T = 3, weight 1", method="one", preset="code")
+    | given("two networks in the table", branches=2),
     "tsb": _TSB,
 }
 _SLIDES = "KDCL slides"
-_VARIANTS = ("naive", "linear", "minlogit", "general")
 
 # Accuracies in %. For the network alone one number; for the others those of network 1, of network 2
 # and of both together.
@@ -148,196 +142,139 @@ linear    73.4 74.6  73.6 74.9
 minlogit  73.0 74.1  73.5 74.6
 general   74.0 75.2  74.3 75.5
 """
-# KDCL on ImageNet. The epochs of MobileNetV2 and of shortened runs are marked in the slides.
-_KDCL_IMAGENET = (
-    (
-        "resnet50_imagenet,resnet18_imagenet",
-        200,
-        {
-            "naive": (77.5, 72.9),
-            "linear": (77.8, 73.1),
-            "minlogit": (77.8, 73.1),
-            "general": (77.1, 72.0),
-        },
-    ),
-    (
-        "resnet50_imagenet,resnet18_imagenet",
-        100,
-        {"linear": (76.8, 72.0), "minlogit": (77.0, 72.1)},
-    ),
-    (
-        "mobilenetv2_x1_0_imagenet,mobilenetv2_x0_5_imagenet",
-        300,
-        {"linear": (73.1, 66.2), "minlogit": (73.1, 66.3)},
-    ),
-    (
-        "resnet18_imagenet,mobilenetv2_x0_5_imagenet",
-        200,
-        {"linear": (71.8, 65.6), "minlogit": (71.9, 65.6)},
-    ),
-    (
-        "resnet18_imagenet,mobilenetv2_x1_0_imagenet",
-        200,
-        {"linear": (72.1, 72.8), "minlogit": (72.2, 72.8)},
-    ),
-    (
-        "resnet50_imagenet,mobilenetv2_x0_5_imagenet",
-        200,
-        {"linear": (77.5, 67.1), "minlogit": (77.7, 66.8)},
-    ),
-)
+# KDCL on ImageNet: networks, epochs (those of MobileNetV2 and of shortened runs are marked in the
+# slides), variants, each with the accuracies of networks 1 and 2.
+_KDCL_IMAGENET = """
+resnet50_imagenet,resnet18_imagenet 200 naive 77.5 72.9 linear 77.8 73.1
+resnet50_imagenet,resnet18_imagenet 200 minlogit 77.8 73.1 general 77.1 72.0
+resnet50_imagenet,resnet18_imagenet 100 linear 76.8 72.0 minlogit 77.0 72.1
+mobilenetv2_x1_0_imagenet,mobilenetv2_x0_5_imagenet 300 linear 73.1 66.2 minlogit 73.1 66.3
+resnet18_imagenet,mobilenetv2_x0_5_imagenet 200 linear 71.8 65.6 minlogit 71.9 65.6
+resnet18_imagenet,mobilenetv2_x1_0_imagenet 200 linear 72.1 72.8 minlogit 72.2 72.8
+resnet50_imagenet,mobilenetv2_x0_5_imagenet 200 linear 77.5 67.1 minlogit 77.7 66.8
+"""
+_NOTES = """
+[*/tsb]
+The teacher comes first in the KL terms here, and is a constant; the paper prints the student first
+(student_first=true).
+[*/kdcl]
+Which variant, T and weight TSB used is not said: MinLogit, T = 3 and weight 1 are ours.
+[*/dml */one]
+TSB does not say how it ran this; T and weights are the method's own.
+[*/*mobilenetv2_x0_5*/*]
+The width of MobileNetV2 is not given; 0.5 is ours, the one that others train in these settings.
+[*/*mobilenetv2_x0_5*,*/* */*,*mobilenetv2_x0_5*/*]
+Both networks have the learning rate of MobileNetV2 here; the paper does not say what such pairs
+have.
+[*/*vgg13*/*]
+Dropout, 0.5 here, is not mentioned.
+[cifar10/vgg13/baseline]
+The paper's table of different networks has 93.58 % accuracy for it instead of 90.58 %.
+[cifar100/wrn16_2/tsb]
+The paper's Table 4 has 75.29, 75.59 and 77.23 % instead.
+[*/*mobilenetv2_x1_0*/*]
+The learning rate of MobileNetV2 on ImageNet is not given; 0.1 as for ResNet-18.
+"""
 
 
-def _networks(source: str, accuracies: list[float] | tuple[float, ...]) -> tuple[Published, ...]:
-    """The errors of networks 1 and 2, and of both together where that is given."""
+_NETWORKS = ("student", "branch2", "ensemble")
+
+
+def _errors(
+    source: str, accuracies: Sequence[float], rows: Sequence[str] = _NETWORKS
+) -> tuple[Published, ...]:
+    """The errors of some rows: of networks 1 and 2, and of both together if that is given."""
     return tuple(
-        Published(source, round(100 - value, 2), row=row)
-        for row, value in zip(("student", "branch2", "ensemble"), accuracies, strict=False)
+        Published(source, round(100 - accuracy, 2), row=row)
+        for row, accuracy in zip(rows, accuracies, strict=False)
     )
-
-
-def _notes(dataset: str, model: str, method: str) -> Iterator[str]:
-    if method == "tsb":
-        yield (
-            "The teacher comes first in the KL terms here, and is a constant; the paper prints the"
-            " student first (student_first=true)."
-        )
-    if method == "kdcl":
-        yield (
-            "Which variant, T and weight TSB used is not said: MinLogit, T = 3 and weight 1 are"
-            " ours."
-        )
-    if method in ("dml", "one"):
-        yield "TSB does not say how it ran this; T and weights are the method's own."
-    if "mobilenetv2_x0_5" in model:
-        yield (
-            "The width of MobileNetV2 is not given; 0.5 is ours, the one that others train in these"
-            " settings."
-        )
-        if "," in model:
-            yield (
-                "Both networks have the learning rate of MobileNetV2 here; the paper does not say"
-                " what such pairs have."
-            )
-    if "vgg13" in model:
-        yield "Dropout, 0.5 here, is not mentioned."
-    if (dataset, model, method) == ("cifar10", "vgg13", "baseline"):
-        yield (
-            "The paper's table of different networks has 93.58 % accuracy for it instead of"
-            " 90.58 %."
-        )
-    if (dataset, model, method) == ("cifar100", "wrn16_2", "tsb"):
-        yield "The paper's Table 4 has 75.29, 75.59 and 77.23 % instead."
-    if "mobilenetv2_x1_0" in model:
-        yield "The learning rate of MobileNetV2 on ImageNet is not given; 0.1 as for ResNet-18."
 
 
 def _recipe(dataset: str, model: str, method: str, published: tuple[Published, ...]) -> Recipe:
-    optimizer = (_IMAGENET if dataset == "imagenet" else _CIFAR) | (
-        {}
-        if "mobilenet" not in model
-        else _IMAGENET_MOBILENET
-        if dataset == "imagenet"
-        else _MOBILENET
-    )
+    optimizer, mobilenet = _OPTIMIZERS[dataset]
     own = method in ("tsb", "kdcl")
-    settings = (
-        given("the table's row", model=model)
-        | _METHODS[method]
-        | optimizer
-        | (_WAIT[dataset] if method == "tsb" else {})
-    )
     return Recipe(
         dataset=dataset,
-        settings=settings,
+        settings=given("the table's row", model=model)
+        | _METHODS[method]
+        | optimizer
+        | (mobilenet if "mobilenet" in model else {})
+        | (_WAIT[dataset] if method == "tsb" else {}),
         variant="" if own else "tsb",
         meaning="" if own else "in TSB's settings",
         published=published,
-        notes=tuple(_notes(dataset, model, method)),
+        notes=read_notes(_NOTES, f"{dataset}/{model}/{method}"),
     )
 
 
 def _kdcl(
-    dataset: str, model: str, variant: str, icl: bool, epochs: int, published: tuple[Published, ...]
+    dataset: str, model: str, variant: str, icl: bool, epochs: int, accuracies: Sequence[float]
 ) -> Recipe:
-    options = {"variant": variant, "icl": icl} | ({"held_out": 0.1} if variant == "general" else {})
-    notes = (
-        "The slides do not give T and the weight (here 3 and 1)"
-        + (", nor how many images are held out (here a tenth)." if variant == "general" else "."),
-        "The optimizer's settings are TSB's; it says of those for ImageNet that they are KDCL's.",
+    general, imagenet = variant == "general", dataset == "imagenet"
+    options = {"variant": variant, "icl": icl} | ({"held_out": 0.1} if general else {})
+    held_out = ", nor how many images are held out (here a tenth)" if general else ""
+    settings = (
+        given(_SLIDES, model=model, method="kdcl", branches=2, ramp_epochs=0)
+        | given(_SLIDES, method_options=options)
+        | _OPTIMIZERS[dataset][0]
+        | (given(_SLIDES, epochs=epochs) if imagenet else {})
     )
-    settings = given(
-        _SLIDES, model=model, method="kdcl", branches=2, ramp_epochs=0, method_options=options
-    ) | (_CIFAR if dataset == "cifar100" else _IMAGENET)
-    shortened = epochs == 100
-    if dataset == "imagenet":
-        settings |= given(_SLIDES, epochs=epochs)
+    views = "a view for each network" if icl else "one view for both"
+    name, meaning = variant, f"{variant}, {views}"
+    if not imagenet and not icl:
+        name += "-no-icl"
+    if epochs == 100:
+        name, meaning = f"{name}-100-epochs", f"{meaning}, 100 epochs"
     return Recipe(
         dataset=dataset,
         settings=settings,
-        published=published,
-        notes=notes,
-        variant="-".join(
-            [
-                variant,
-                *(["no-icl"] if dataset == "cifar100" and not icl else []),
-                *(["100-epochs"] if shortened else []),
-            ]
+        published=_errors(_SLIDES, accuracies),
+        notes=(
+            f"The slides do not give T and the weight (here 3 and 1){held_out}.",
+            "The optimizer's settings are TSB's; it says of those for ImageNet that they are"
+            " KDCL's.",
         ),
-        meaning=f"{variant}, {'a view for each network' if icl else 'one view for both'}"
-        + (", 100 epochs" if shortened else ""),
+        variant=name,
+        meaning=meaning,
     )
 
 
+def _tables(cifar10: str, cifar100: str) -> Iterator[tuple[str, str, list[float]]]:
+    """Dataset, network and numbers of each row."""
+    for dataset, text in (("cifar10", cifar10), ("cifar100", cifar100)):
+        for model, values in read_table(text).items():
+            yield dataset, model, values
+
+
 def _recipes() -> Iterator[Recipe]:
-    for dataset, text in (("cifar10", _SAME_CIFAR10), ("cifar100", _SAME_CIFAR100)):
-        for model, values in read_table(text).items():
-            for place, method in enumerate(_SAME):
-                mine = values[:1] if place == 0 else values[3 * place - 2 : 3 * place + 1]
-                yield _recipe(dataset, model, method, _networks("TSB Table 1", mine))
-    for dataset, text in (("cifar10", _PAIRS_CIFAR10), ("cifar100", _PAIRS_CIFAR100)):
-        for model, values in read_table(text).items():
-            for place, method in enumerate(_PAIRS):
-                yield _recipe(
-                    dataset,
-                    model,
-                    method,
-                    _networks("TSB, different networks", values[3 * place : 3 * place + 3]),
-                )
-    for dataset, text in (("cifar10", _COMPONENTS_CIFAR10), ("cifar100", _COMPONENTS_CIFAR100)):
-        for model, values in read_table(text).items():
-            for place, (variant, meaning, options) in enumerate(_COMPONENTS):
-                mine = zip(
-                    ("branch_mean", "ensemble"), values[2 * place : 2 * place + 2], strict=True
-                )
-                whole = _recipe(
-                    dataset,
-                    model,
-                    "tsb",
-                    tuple(
-                        Published("TSB, components", round(100 - value, 2), row=row)
-                        for row, value in mine
-                    ),
-                )
-                settings = {**whole.settings, **given("TSB, components", method_options=options)}
-                yield dataclasses.replace(
-                    whole, settings=settings, variant=variant, meaning=meaning
-                )
+    for dataset, model, values in _tables(_SAME_CIFAR10, _SAME_CIFAR100):
+        columns = [values[:1], *(values[i : i + 3] for i in range(1, len(values), 3))]
+        for method, column in zip(_SAME, columns, strict=True):
+            yield _recipe(dataset, model, method, _errors("TSB Table 1", column))
+    for dataset, model, values in _tables(_PAIRS_CIFAR10, _PAIRS_CIFAR100):
+        columns = [values[i : i + 3] for i in range(0, len(values), 3)]
+        for method, column in zip(_PAIRS, columns, strict=True):
+            yield _recipe(dataset, model, method, _errors("TSB, different networks", column))
+    for dataset, model, values in _tables(_COMPONENTS_CIFAR10, _COMPONENTS_CIFAR100):
+        for (variant, meaning, options), column in zip(
+            _COMPONENTS, (values[:2], values[2:]), strict=True
+        ):
+            published = _errors("TSB, components", column, ("branch_mean", "ensemble"))
+            whole = _recipe(dataset, model, "tsb", published)
+            settings = {**whole.settings, **given("TSB, components", method_options=options)}
+            yield dataclasses.replace(whole, settings=settings, variant=variant, meaning=meaning)
     for model, values in read_table(_TSB_IMAGENET).items():
         for method, value in zip(_IMAGENET_METHODS, values, strict=True):
             row = "student" if method == "baseline" else "branch_mean"
-            yield _recipe(
-                "imagenet",
-                model,
-                method,
-                (Published("TSB, ImageNet", round(100 - value, 2), row=row),),
-            )
+            yield _recipe("imagenet", model, method, _errors("TSB, ImageNet", [value], [row]))
     for variant, values in read_table(_KDCL_CIFAR100).items():
-        for icl, mine in ((False, values[:2]), (True, values[2:])):
-            yield _kdcl("cifar100", "resnet32,wrn16_2", variant, icl, 240, _networks(_SLIDES, mine))
-    for model, epochs, variants in _KDCL_IMAGENET:
-        for variant, pair in variants.items():
-            yield _kdcl("imagenet", model, variant, False, epochs, _networks(_SLIDES, pair))
+        for icl, pair in ((False, values[:2]), (True, values[2:])):
+            yield _kdcl("cifar100", "resnet32,wrn16_2", variant, icl, 240, pair)
+    for line in _KDCL_IMAGENET.strip().splitlines():
+        model, epochs, *rest = line.split()
+        for variant, first, second in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            pair = [float(first), float(second)]
+            yield _kdcl("imagenet", model, variant, False, int(epochs), pair)
 
 
 RECIPES = by_name(_recipes())

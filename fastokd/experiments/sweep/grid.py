@@ -1,10 +1,10 @@
-"""What ``--set FIELD=VALUE,VALUE`` means: the points of a grid, each with its configuration."""
+"""The points of a grid that ``--set FIELD=VALUE,VALUE`` describes, each with its configuration."""
 
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_type_hints
+from dataclasses import replace
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
@@ -20,27 +20,22 @@ from fastokd.train.config import (
 from fastokd.train.teacher import with_absolute_teacher
 
 Values = Mapping[str, Sequence[Any]]
-"""For each field its values; an option is named with its field, e.g. "method_options.lambda_ta"."""
+"""The values of each field; an option is named with its field, e.g. "method_options.lambda_ta"."""
 
-_ELSEWHERE = {
-    "seed": "--seeds N, for seeds 0 to N-1",
-    "device": "--devices",
-    "data": "--data; runs on other data do not compare",
+_OWN_OPTIONS = {
+    "seed": "use --seeds N, for seeds 0 to N-1",
+    "device": "use --devices",
+    "data": "use --data; runs on other data cannot be compared",
 }
-"""Fields that are not set by name, and how they are given."""
+"""Fields that have separate options on the command line."""
 
 _WITH_OPTIONS = ("method_options", "loader_options")
 """Fields whose options are set one by one."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One combination of values.
-
-    Attributes:
-        name: from its values, different from those of other points; the names of its runs begin so.
-        values: of the fields that have several in the grid.
-        config: with seed 0.
+class Point(NamedTuple):
+    """One combination of values: a unique name that begins the names of its runs, the values of
+    fields that have several in the grid, and the configuration with seed 0.
     """
 
     name: str
@@ -51,24 +46,23 @@ class Point:
 def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Fields and their values from texts such as "branches=2,3" or "method_options.lambda_ta=1,2".
 
-    Values are written as in YAML's lists: ``null`` for a default, quotes around what holds a comma,
-    brackets around a list.
+    Values are written as in YAML's lists: ``null`` for a default, quotes around a value with a
+    comma, brackets around a list.
 
     Raises:
-        ConfigError: an unknown field, or values that it cannot have.
+        ConfigError: an unknown field, or a value that it cannot have.
     """
-    found: dict[str, list[Any]] = {}
+    fields: dict[str, list[Any]] = {}
     for text in texts:
+        where = f"--set {text}"
         field, mark, written = text.partition("=")
         if not mark or not field:
+            raise ConfigError(f"{where}: must be FIELD=VALUE,VALUE, such as branches=2,3,4")
+        _check_field(field, where)
+        if field in fields:
             raise ConfigError(
-                f"--set {text}: it is not of the form FIELD=VALUE,VALUE, such as branches=2,3,4"
-            )
-        _check_field(field, text)
-        if field in found:
-            raise ConfigError(
-                f"--set {text}: {field} is set already; write all its values in one --set,"
-                " separated by commas"
+                f"{where}: {field} is set twice; write all its values in one --set, separated by"
+                " commas"
             )
         try:
             values = yaml.safe_load(f"[{written}]")
@@ -76,39 +70,37 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
             values = None
         if not isinstance(values, list):
             raise ConfigError(
-                f"--set {text}: these are no values separated by commas; put quotes around a value"
-                " that holds a comma or a bracket, and brackets around a list"
+                f"{where}: not a list of values separated by commas; put quotes around a value"
+                " that contains a comma or a bracket, and brackets around a list"
             )
         if not values:
-            raise ConfigError(f"--set {text}: {field} has no value; write at least one after the =")
-        found[field] = [_converted(field, value, f"--set {text}") for value in values]
-        for place, value in enumerate(found[field]):
-            if value in found[field][:place]:
+            raise ConfigError(f"{where}: {field} has no value; write at least one after the =")
+        fields[field] = choices = [_converted(field, value, where) for value in values]
+        for index, value in enumerate(choices):
+            if value in choices[:index]:
                 raise ConfigError(
-                    f"--set {text}: the value {value_in_words(value)} is there twice; leave one out"
+                    f"{where}: the value {value_in_words(value)} is listed twice; remove one"
                 )
-    return found
+    return fields
 
 
-def _check_field(field: str, text: str) -> None:
+def _check_field(field: str, where: str) -> None:
     name, dot, option = field.partition(".")
     hints = get_type_hints(TrainConfig)
-    if name in _ELSEWHERE:
-        raise ConfigError(f"--set {text}: {name} is given by {_ELSEWHERE[name]}")
+    if name in _OWN_OPTIONS:
+        raise ConfigError(f"{where}: {name} cannot be set here; {_OWN_OPTIONS[name]}")
     if name not in hints:
         raise ConfigError(
-            f"--set {text}: unknown field '{name}'; an option of the method is"
-            f" method_options.NAME{did_you_mean(name, set(hints) - set(_ELSEWHERE))}"
+            f"{where}: unknown field '{name}'; options of the method are method_options.NAME"
+            f"{did_you_mean(name, set(hints) - set(_OWN_OPTIONS))}"
         )
     if dot and (not option or name not in _WITH_OPTIONS):
         raise ConfigError(
-            f"--set {text}: {name} has no option '{option}'; only {' and '.join(_WITH_OPTIONS)}"
-            " have some, as method_options.NAME"
+            f"{where}: {name} has no option '{option}'; only {' and '.join(_WITH_OPTIONS)} have"
+            " options, as in method_options.NAME"
         )
     if not dot and name in _WITH_OPTIONS:
-        raise ConfigError(
-            f"--set {text}: options are set one by one, as --set {name}.NAME=VALUE,VALUE"
-        )
+        raise ConfigError(f"{where}: set options one by one, as --set {name}.NAME=VALUE,VALUE")
 
 
 def _converted(field: str, value: Any, where: str) -> Any:
@@ -124,35 +116,28 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     fastest.
 
     Raises:
-        ConfigError: a combination that makes no sense, or is the same configuration as another; the
-            message begins with it.
+        ConfigError: an invalid combination, or the same configuration as another one; the message
+            begins with the combination.
     """
-    swept = [field for field, choices in values.items() if len(choices) > 1]
     points: list[Point] = []
-    names: set[str] = set()
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
-        point = {field: chosen[field] for field in swept}
+        point = {field: chosen[field] for field, choices in values.items() if len(choices) > 1}
         config = with_absolute_teacher(override(base, fields_of(chosen)))
         try:
             check_config(config)
         except ConfigError as error:
             raise ConfigError(f"{describe(point)}: {error}" if point else str(error)) from error
-        alike = next(
-            (other for other in points if replace(other.config, seed=config.seed) == config), None
-        )
-        if alike:
-            raise ConfigError(
-                f"{describe(point)}: this is the same configuration as {describe(alike.values)};"
-                " leave one out"
-            )
+        for other in points:
+            if replace(other.config, seed=config.seed) == config:
+                raise ConfigError(
+                    f"{describe(point)}: the same configuration as {describe(other.values)}; remove"
+                    " one"
+                )
         stem = _name(point) or f"{config.model}-{config.method}".replace(":", "-")
-        name = next(
-            name
-            for number in itertools.count(1)
-            if (name := stem if number == 1 else f"{stem}-{number}") not in names
-        )
-        names.add(name)
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        used = {other.name for other in points}
+        name = next(name for name in names if name not in used)
         points.append(Point(name, point, replace(config, seed=0)))
     return points
 
@@ -172,12 +157,12 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def short(field: str) -> str:
-    """The name of a field, of an option without its field."""
+    """The name of a field; of an option without its field."""
     return field.rpartition(".")[2]
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    """A file's name from values."""
+    """A file name made of values."""
     return "-".join(
         re.sub(r"[^A-Za-z0-9._+-]+", "_", f"{short(field)}-{value_in_words(value)}")
         for field, value in values.items()

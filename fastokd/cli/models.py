@@ -1,0 +1,133 @@
+"""``fastokd models``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import tyro
+
+from fastokd.cli.options import console, make_table
+from fastokd.errors import ConfigError
+from fastokd.methods import get_method, list_methods
+from fastokd.models import (
+    allowed_methods,
+    create_model,
+    find_backbone,
+    is_library_name,
+    list_models,
+)
+from fastokd.models.libraries import library_split_points
+from fastokd.models.summary import check_images, model_costs
+
+
+def models(
+    name: tyro.conf.Positional[str | None] = None,
+    method: str = "ahbf",
+    branches: int | None = None,
+    aux_blocks: int = 4,
+    at: str | None = None,
+    topology: str | None = None,
+    compression: bool = False,
+    num_classes: int = 10,
+    image_size: int | None = None,
+) -> None:
+    """List the networks with their costs, or print one in detail, branch by branch.
+
+    Args:
+        name: Network to print in detail: a listed one, torchvision:NAME or timm:NAME; peers may
+            differ: resnet20,resnet32
+        method: Method whose training network is counted
+        at: First module that each branch has separately in a torchvision or timm network; without
+            it the possible split points are listed
+        compression: Make the deepest branch the student; each branch before it has --aux-blocks
+            fewer blocks
+        num_classes: Number of classes
+        image_size: Height and width in pixels (default: those that the network is made for)
+    """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size={image_size}: it must be at least 1")
+    layout = {
+        "method": method,
+        "num_classes": num_classes,
+        "num_branches": branches,
+        "aux_blocks": aux_blocks,
+        "topology": topology,
+        "compression": compression,
+    }
+    if name is None:
+        _print_networks(list_models(), layout, image_size)
+        return
+    peers = "peers" in (topology, get_method(method).topologies[0])
+    if is_library_name(name) and "," not in name and at is None and not peers:
+        points = ", ".join(library_split_points(name)) or "no place"
+        print(f"{name} can be split at: {points}")
+        print(
+            f"its costs: fastokd models {name} --at PLACE; train it: fastokd train --model"
+            f" {name} --at PLACE --data FOLDER"
+        )
+        return
+    _print_network(name, {**layout, "at": at}, image_size)
+
+
+def _costs(
+    name: str, layout: Mapping[str, Any], image_size: int | None
+) -> tuple[dict[str, Any], int]:
+    """The costs of networks with these keywords of ``create_model``, and their image size. No
+    weights are allocated.
+    """
+    with torch.device("meta"):
+        model = create_model(name, **layout)
+    made_for = max(find_backbone(part, layout.get("at")).image_size for part in model.names)
+    if image_size is not None:
+        check_images(model, (image_size, image_size), made_for)
+    size = image_size or made_for
+    return model_costs(model, size), size
+
+
+def _print_networks(
+    names: Sequence[str], layout: Mapping[str, Any], image_size: int | None
+) -> None:
+    costs_of = ("million\nparams", "\nMFLOPs", f"{layout['method']}:\nparams", "\nMFLOPs")
+    table = make_table("network", "pixels", *costs_of)
+    table.add_column("methods")
+    for column in table.columns:
+        column.no_wrap, column.vertical = True, "bottom"
+    for name in names:
+        costs, size = _costs(name, layout, image_size)
+        cells = [
+            text
+            for part in ("student", "training")
+            for text in (f"{costs[part].parameters / 1e6:.2f}", f"{costs[part].flops / 1e6:.0f}")
+        ]
+        allowed = allowed_methods(name)
+        methods = "all" if allowed == list_methods() else ", ".join(allowed)
+        table.add_row(name, str(size), *cells, methods)
+    console().print(table)
+    print(
+        f"student and training network for {layout['num_classes']} classes; FLOPs of one image"
+        " forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods:"
+        f" {', '.join(list_methods())}"
+    )
+    print(
+        "any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE;"
+        " fastokd models torchvision:resnet18 lists the places"
+    )
+
+
+def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None) -> None:
+    costs, size = _costs(name, layout, image_size)
+    peers = (layout["topology"] or get_method(layout["method"]).topologies[0]) == "peers"
+    table = make_table(f"{name}, {layout['method']}", "parameters", "MFLOPs")
+    titles = {"student": "student, alone", "training": "training network"}
+    for part, cost in costs.items():
+        title = titles.get(part, f"{part}, a peer" if peers else f"{part}, with the trunk")
+        table.add_row(title, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
+    console().print(table)
+    allowed = [
+        method
+        for method in list_methods()
+        if all(method in allowed_methods(part.strip()) for part in name.split(","))
+    ]
+    print(
+        f"{layout['num_classes']} classes, images of {size} x {size}; methods: {', '.join(allowed)}"
+    )

@@ -1,0 +1,168 @@
+"""Types of command-line options, and output shared by the commands."""
+
+import contextlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.constructors import PrimitiveConstructorSpec
+
+from fastokd.train.config import OptionValue, TrainConfig, option_value
+from fastokd.train.fields import infos
+from fastokd.train.progress import Counter
+
+T = TypeVar("T")
+Which = Literal["last", "best"]
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Settings = tyro.conf.UseAppendAction[
+    Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint="(may be repeated)"),
+    ]
+]
+
+
+class BadValue(Exception):
+    """A value that an option does not take. Not a ``ValueError``: the parser would catch it."""
+
+
+KINDS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
+    bool: (
+        lambda text: {"true": True, "false": False}[text.lower()],
+        "{True,False}",
+        "True or False",
+    ),
+    int: (int, "N", "a whole number"),
+    float: (float, "X", "a number"),
+    str: (str, "TEXT", ""),
+    Path: (Path, "PATH", ""),
+}
+"""For each type of a value its parser, its placeholder in ``--help`` and its name in an error."""
+
+
+def parse(name: str, kind: Any, text: str) -> Any:
+    """The value of an option from its text."""
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            choices = ", ".join(get_args(kind))
+            raise BadValue(f"{name}: invalid choice '{text}' (choices: {choices})")
+        return text
+    function, _, noun = KINDS[kind]
+    try:
+        return function(text)
+    except (KeyError, ValueError):
+        raise BadValue(f"{name}: '{text}' is not {noun}") from None
+
+
+def parse_pairs(name: str, texts: list[str]) -> dict[str, OptionValue]:
+    """``NAME=VALUE`` pairs; values that look like numbers and booleans become such."""
+    options = {}
+    for text in texts:
+        key, mark, value = text.partition("=")
+        if not mark or not key:
+            raise BadValue(f"{name}: '{text}' is not of the form NAME=VALUE")
+        options[key] = option_value(value)
+    return options
+
+
+def spec(
+    function: Callable[[list[str]], Any], metavar: str, nargs: Any = 1
+) -> PrimitiveConstructorSpec[Any]:
+    """The parser of an option with any default value."""
+    return PrimitiveConstructorSpec(
+        nargs=nargs,
+        metavar=metavar,
+        instance_from_str=function,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)] if nargs == 1 else [*map(str, value)],
+    )
+
+
+def option_spec(field: str, hint: Any, words: Sequence[str] = ()) -> PrimitiveConstructorSpec[Any]:
+    """The parser of an option for a type hint: a scalar, which may be optional, a tuple or pairs.
+
+    Args:
+        field: the option, e.g. "batch_size".
+        hint: the type of its value.
+        words: possible values, for ``--help``.
+    """
+    name = f"--{field.replace('_', '-')}"
+    optional = isinstance(hint, types.UnionType)
+    kind = get_args(hint)[0] if optional else hint
+    if get_origin(kind) in (dict, Mapping):
+        return spec(lambda texts: parse_pairs(name, texts), "[NAME=VALUE ...]", "*")
+    if get_origin(kind) is tuple:
+        each = get_args(kind)[0]
+        metavar = f"[{KINDS[each][1]} ...]"
+        return spec(lambda texts: tuple(parse(name, each, text) for text in texts), metavar, "*")
+    words = get_args(kind) if get_origin(kind) is Literal else words
+    metavar = "{" + ",".join(words) + "}" if words else KINDS[kind][1]
+
+    def value(texts: list[str]) -> Any:
+        return None if optional and texts[0] == "None" else parse(name, kind, texts[0])
+
+    return spec(value, metavar)
+
+
+def with_options(target: T) -> T:
+    """Give a command's function or a class of options types for tyro, with errors in one line.
+
+    Options that are not in the docstring are described like the configuration's field.
+    """
+    hints: Any = get_type_hints(target, include_extras=True)
+    one_of: Any = Literal
+    for name, hint in hints.items():
+        base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if marks and isinstance(marks[0], tuple):  # words that are known when the program runs
+            base, marks = one_of[marks[0]], marks[1:]
+        if base is bool or name == "return" or hint is Settings:
+            continue
+        text = shown = None
+        if isinstance(base, types.UnionType) or get_origin(base) in (dict, tuple):
+            shown = ""  # no "(default: None)"
+        info = infos(TrainConfig).get(name)
+        if info and f" {name}: " not in (target.__doc__ or ""):
+            text, shown = info.help, f"(default: {info.unset})" if info.unset else shown
+        argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
+        hints[name] = Annotated[(base, *marks, option_spec(name, base), argument)]
+    target.__annotations__ = hints
+    return target
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def console() -> Console:
+    """The console for tables and lines; long lines are not wrapped."""
+    return _Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line without interpreting markup."""
+    console().print(text, markup=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table in the width of the terminal."""
+    _Console(highlight=False).print(table)
+
+
+def make_table(left: str, *right: str) -> Table:
+    """A plain table with one left-aligned column, and further columns aligned to the right."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(left)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def progress_bar(title: str) -> AbstractContextManager[Counter]:
+    """Progress on stderr: a bar on a terminal, otherwise lines from time to time."""
+    return contextlib.closing(Counter(title))

@@ -1,0 +1,174 @@
+"""Commands for a run or an exported student."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
+from fastokd.errors import escape
+from fastokd.experiments.analysis.study import analyze_run
+from fastokd.export import list_formats
+from fastokd.export.evaluate import evaluate_export
+from fastokd.train.distributed import choose_device
+from fastokd.train.export_run import export_run
+from fastokd.train.runs import load_run
+
+
+def evaluate(
+    path: tyro.conf.Positional[Path],
+    data: str | None = None,
+    which: Which = "last",
+    split: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Measure the accuracy of a run (every branch and teacher assistant) or of an exported student.
+
+    Args:
+        path: Run folder, or an exported student: a file of any format, or the folder that holds it
+        data: Dataset (default: that of the run). For an exported student a folder needs no train/,
+            and may consist of class folders
+        which: Checkpoint of the last or the best epoch; for runs only
+        split: train, val or test (default: the split that the run is evaluated on)
+        device: auto, cpu, cuda or cuda:N; ONNX always runs on the CPU
+    """
+    if not (path / "config.yaml").is_file():
+        _evaluate_export(path, data, split, device)
+        return
+    run = load_run(path, which, data, device, split)
+    images = run.dataset.evaluation if split is None else run.dataset.split(split)
+    say(
+        f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name},"
+        f" {len(images)} {images.name} images"
+    )
+    table = make_table("row", "accuracy %")
+    for name, value in run.evaluator.evaluate(run.loader).items():
+        student = name == run.evaluator.reported
+        table.add_row(f"{name} (student)" if student else name, f"{100 * value:.2f}")
+    print_table(table)
+
+
+def _evaluate_export(path: Path, data: str | None, split: str | None, device: str) -> None:
+    result = evaluate_export(path, data, split, choose_device(device))
+    record, stored = result.record, result.record["accuracy"]
+    say(
+        f"{result.file}: {escape(record['architecture']['name'])} alone"
+        f" ({record['export']['to']}) on {result.data}, {result.num_images} {result.split} images"
+    )
+    say(
+        f"accuracy {100 * result.accuracy:.2f} % (stored with the export:"
+        f" {100 * stored['top1']:.2f} % on {escape(stored['data'])}, {stored['num_images']}"
+        f" {escape(stored['split'])} images)"
+    )
+
+
+def analyze(
+    run: tyro.conf.Positional[Path],
+    data: str | None = None,
+    which: Which = "last",
+    split: str | None = None,
+    out: Path | None = None,
+    max_images: int = 500,
+    device: str = "auto",
+) -> None:
+    """Measure how the branches and teacher assistants of a run differ, where they err, and what the
+    gates do; write numbers and plots.
+
+    Args:
+        run: Run folder
+        data: Dataset with the same classes (default: that of the run)
+        which: Checkpoint of the last or the best epoch
+        split: train, val or test (default: the split that the run is evaluated on)
+        out: Folder for analysis.json and the plots (default: RUN/analysis)
+        max_images: Largest number of misclassified images in the t-SNE plot; 0: no plot
+    """
+    with progress_bar("reading images") as decoding, progress_bar("analyzing images") as progress:
+        analysis = analyze_run(run, which, data, split, max_images, device, decoding, progress)
+    folder = out or run / "analysis"
+    plots = analysis.write(folder)
+    _print_analysis(analysis.record)
+    more = f" and as .svg and .png: {', '.join(plots)}" if plots else ""
+    say(f"wrote {folder / 'analysis.json'}{more}")
+
+
+_COLUMNS = (
+    ("accuracy\n%", "accuracy", 100, ".2f"),
+    ("cross-\nentropy", "cross_entropy", 1, ".3f"),
+    ("calibration\nerror %", "calibration_error", 100, ".2f"),
+    ("agreement\n%", "agreement", 100, ".2f"),
+    ("logit\ndistance", "logit_distance", 1, ".3f"),
+    ("softmax\ndistance", "softmax_distance", 1, ".3f"),
+)
+
+
+def _print_analysis(record: Mapping[str, Any]) -> None:
+    student, measures = record["student"], record["measures"]
+    say(
+        f"{record['run']}: {record['checkpoint']} checkpoint, {record['epochs']} epochs;"
+        f" {record['data']}, {record['images']} {record['split']} images, of which {student} gets"
+        f" {record['student_errors']} wrong"
+    )
+    table = make_table("row", *(heading for heading, *_ in _COLUMNS))
+    for name in record["rows"]:
+        cells = []
+        for _, key, factor, form in _COLUMNS:
+            values = measures[key]["values"]
+            if len(measures[key]["axes"]) == 2:  # compared with the student
+                value = None if name == student else values[student][name]
+            else:
+                value = values[name]
+            cells.append("" if value is None else f"{factor * value:{form}}")
+        table.add_row(f"{name} (student)" if name == student else name, *cells)
+    print_table(table)
+    say(
+        f"agreement and distances are with {student}, those of logits over the images that it gets"
+        " wrong"
+    )
+    for measure in measures.values():
+        if not measure["axes"] and measure["values"] is not None:
+            say(f"{measure['title']}: {measure['values']:.4f}")
+    for mixture, weights in measures.get("mixing", {"values": {}})["values"].items():
+        terms = (f"{weight:.3f} {name}" for name, weight in weights.items())
+        say(f"{mixture}: {' + '.join(terms)}")
+    for note in record["notes"]:
+        say(f"note: {note}")
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    to: Annotated[str, tuple(list_formats())] = "safetensors",
+    out: Path | None = None,
+    which: Which = "last",
+    branch: str | None = None,
+    data: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Write the plain student of a run with its classes, preprocessing, accuracy and provenance,
+    verified on real images.
+
+    Args:
+        run: Run folder
+        to: Format. safetensors: weights for load_student. torchvision, timm: weights for a network
+            of that library. onnx: for onnxruntime and others. torch-export: a .pt2 program
+        out: Folder to write to (default: RUN/export)
+        which: Checkpoint of the last or the best epoch
+        branch: Another branch than the student, by number or name: 2 or branch2
+        data: Real images for the verification (default: the dataset of the run)
+    """
+    result = export_run(run, to, out, which, branch, data, device)
+    compared = result.comparison
+    same = (
+        f"logits within {compared.difference:.1e} (allowed: {result.tolerance:g} of the largest),"
+        f" the same class for {compared.same_top1}"
+        if compared.difference
+        else "the same logits bit for bit"
+    )
+    say(
+        f"wrote {result.path} and {result.record_name}: {result.name} alone,"
+        f" {result.num_parameters:,} parameters"
+    )
+    say(
+        f"run from that file without the branches: {same} on {compared.num_images} images, accuracy"
+        f" {100 * compared.accuracy:.2f} %"
+    )

@@ -1,0 +1,129 @@
+"""Figures drawn by matplotlib; equal data give equal files with one version of matplotlib."""
+
+import hashlib
+import io
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastokd.errors import MissingExtra
+from fastokd.storage import write_atomically
+
+
+def require_matplotlib() -> Any:
+    """``matplotlib.pyplot`` with a backend that needs no display.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("drawing needs matplotlib: pip install 'fastokd[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+class Picture(NamedTuple):
+    """A drawn figure: the name of its files without the ending, its title, a text for readers who
+    cannot see it, and its content by format, "png" or "svg".
+    """
+
+    name: str
+    title: str
+    description: str
+    files: Mapping[str, bytes]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the files, and return them.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        paths = [folder / f"{self.name}.{ending}" for ending in self.files]
+        for path, content in zip(paths, self.files.values(), strict=True):
+            write_atomically(path, operator.methodcaller("write", content))
+        return paths
+
+
+def encoded(
+    plt: Any, figure: Any, formats: Sequence[str], identifier: str | None = None
+) -> dict[str, bytes]:
+    """A figure in each of the formats, "png" or "svg"; it is closed. ``identifier`` is a text in
+    the metadata of the SVG file.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is the slowest part, and serves all formats
+    files = {}
+    for ending in formats:
+        content = io.BytesIO()
+        metadata = {"Date": None, "Identifier": identifier} if ending == "svg" else {}
+        with plt.rc_context({"svg.hashsalt": "fastokd"}):
+            figure.savefig(content, format=ending, dpi=120, metadata=metadata)
+        files[ending] = content.getvalue()
+    plt.close(figure)
+    return files
+
+
+def fingerprint(data: Any) -> str:
+    """The digest of data that can be written as JSON."""
+    return "sha256:" + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def save_svg(plt: Any, figure: Any, path: Path, data: Any) -> Path:
+    """Write a figure as an SVG file with the digest of its data, for ``shows``, and close it.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    content = encoded(plt, figure, ["svg"], fingerprint(data))["svg"]
+    write_atomically(path, lambda file: file.write(content))
+    return path
+
+
+def shows(path: Path, data: Any) -> bool:
+    """True if a file exists and was drawn from these data, by any version of matplotlib."""
+    return path.is_file() and fingerprint(data) in path.read_text(encoding="utf-8")
+
+
+def panel_grid(
+    plt: Any, count: int, columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` axes in lines of ``columns``; ``options`` are of ``plt.subplots``."""
+    lines = -(-count // columns)
+    options |= {"figsize": size, "layout": "constrained", "squeeze": False}
+    figure, grid = plt.subplots(lines, columns, **options)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    panels = list(grid.flat[:count])
+    for axes in panels[-columns:]:  # no axes below these
+        axes.tick_params(labelbottom=True)
+    return figure, panels
+
+
+def draw_heat_map(
+    axes: Any,
+    values: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]],
+    fontsize: str,
+    **options: Any,
+) -> Any:
+    """Draw a table of numbers as colors with a text in each cell; returns matplotlib's image. None
+    is drawn white; ``options`` are those of ``axes.imshow``.
+    """
+    numbers = [[float("nan") if value is None else value for value in line] for line in values]
+    image = axes.imshow(numbers, aspect="auto", **options)
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            color = "black"
+            if value is not None:
+                red, green, blue, _ = image.cmap(image.norm(value))
+                color = "white" if 0.21 * red + 0.72 * green + 0.07 * blue < 0.5 else "black"
+            if texts[y][x]:
+                style = {"fontsize": fontsize, "color": color}
+                axes.text(x, y, texts[y][x], ha="center", va="center", **style)
+    return image

@@ -1,0 +1,264 @@
+"""Runs in one folder and their results: the common part of sweeps and reproduced tables."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fastokd.data import Dataset
+from fastokd.errors import EXIT_OK, ConfigError
+from fastokd.experiments.analysis.runs import SAME_RUN
+from fastokd.experiments.analysis.tables import Table
+from fastokd.experiments.sweep.queue import Job, Outcome, Queue
+from fastokd.experiments.sweep.results import Measured, measure
+from fastokd.storage import storage_error, write_json
+from fastokd.train.config import TrainConfig, differences
+from fastokd.train.data import AnyDataset, open_data
+from fastokd.train.progress import Counter
+from fastokd.train.run_folder import RunFolder, read_json_object
+from fastokd.train.teacher import open_teacher
+
+Record = Mapping[str, Any]
+
+
+class Datasets:
+    """Opens datasets as runs do, each of them once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, AnyDataset] = {}
+
+    def of(self, config: TrainConfig) -> AnyDataset:
+        """The dataset of a configuration.
+
+        Raises:
+            ConfigError, DataError: see ``open_data``.
+        """
+        key = repr(
+            [config.data, config.image_size, config.val_split, config.loader, config.bad_images]
+        )
+        if key not in self._opened:
+            counter = Counter("reading images")
+            try:
+                self._opened[key] = open_data(config, torch.device("cpu"), progress=counter)
+            finally:
+                counter.close()
+        return self._opened[key]
+
+    def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
+        """The fingerprints of the datasets, by form: files, or decoded images of a size."""
+        fingerprints = {}
+        for config in configs:
+            dataset = self.of(config)
+            decoded = isinstance(dataset, Dataset)
+            form = f"images of size {config.image_size}" if decoded else "files"
+            fingerprints[form] = dataset.fingerprint
+        return fingerprints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ABC):
+    """Runs in one folder.
+
+    Attributes:
+        out: the folder.
+        jobs: the runs of each row of the results, by the row's name.
+        rows: the rows to run now.
+        seeds: the number of runs of each of these, with seeds from 0.
+        datasets: opens their data.
+    """
+
+    kind: ClassVar[str]
+    """The command; ``KIND.json`` in the folder has the plan's record."""
+
+    out: Path
+    jobs: Mapping[str, tuple[Job, ...]]
+    rows: tuple[str, ...]
+    seeds: int
+    datasets: Datasets = field(default_factory=Datasets)
+
+    @property
+    def queue(self) -> list[Job]:
+        """The runs to train now: all rows with the first seed, then with the next."""
+        jobs = [job for name in self.rows for job in self.jobs[name]]
+        return [job for seed in range(self.seeds) for job in jobs if job.config.seed == seed]
+
+    @property
+    @abstractmethod
+    def record(self) -> Record:
+        """A description of the plan, as JSON has it."""
+
+    def differences(self, existing: Record) -> list[str]:
+        """Differences from the folder's record that prevent reusing the folder."""
+        return [
+            f"{name}: {existing[name]!r}, {value!r}"
+            for name, value in self.record.items()
+            if existing[name] != value
+        ]
+
+    @abstractmethod
+    def results(self, failed: Mapping[str, str]) -> "Results":
+        """Read the results; ``failed`` has the errors of failed runs by name."""
+
+    def measured(self, failed: Mapping[str, str]) -> dict[str, Measured]:
+        """The finished runs of each row, by its name."""
+        return {name: measure(jobs, failed) for name, jobs in self.jobs.items()}
+
+    def check(self) -> None:
+        """Check that the folder, if it exists, belongs to this plan and to the same images.
+
+        Raises:
+            ConfigError: it does not, or contains other files or runs.
+            ConfigError, DataError: the data cannot be trained on.
+            StorageError: the folder cannot be read.
+        """
+        record = self._read_record()
+        if record is None:
+            return
+        try:
+            different = self.differences(record)
+            images = dict(record.get("data", {}))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise self._damaged() from None
+        if different:
+            raise ConfigError(
+                f"{self.out} belongs to a different '{self.kind}' (existing vs requested:"
+                f" {'; '.join(different)}); repeat that command to resume it, or choose another"
+                " --out"
+            )
+        jobs = [job for row in self.jobs.values() for job in row]
+        configs = [job.config for job in jobs if job.config.data]
+        for name, fingerprint in self.datasets.fingerprints(configs).items():
+            if images.get(name, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"{self.out} belongs to other images than {configs[0].data} has now: pass the"
+                    " data that its runs are trained on, or choose another --out"
+                )
+        for job in filter(Job.is_started, jobs):
+            existing = RunFolder(job.path).load_config()
+            same = replace(existing, **{name: getattr(job.config, name) for name in SAME_RUN})
+            if changed := differences(same, job.config):
+                raise ConfigError(
+                    f"{job.path} contains a run with a different configuration (existing vs"
+                    f" requested: {'; '.join(changed)}); choose another --out"
+                )
+
+    def run(
+        self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
+    ) -> Outcome:
+        """Train the runs that are not finished, ``per_device`` at once on each device, and write
+        the results after each of them. ``say`` prints a line about progress.
+
+        Raises:
+            ConfigError: see ``check``, or runs in the folder are still active.
+            ConfigError, DataError, CheckpointError: data or a teacher cannot be used, found before
+                the first run.
+            StorageError: the disk refused.
+        """
+        self.check()
+        waiting = [job for job in self.queue if not job.is_finished()]
+        if not waiting:
+            self.results({}).write()
+            return Outcome({}, EXIT_OK)
+        _check_inputs([job.config for job in waiting], self.datasets)
+        with self._locked(waiting):
+            self.check()  # another process may have written here since
+            path = self.out / f"{self.kind}.json"
+            images = self.datasets.fingerprints(job.config for job in self.queue)
+            data = {**read_json_object(path).get("data", {}), **images}
+            write_json(path, {**self.record, "data": data})
+            queue = Queue(self.queue, self.out, devices, per_device, say)
+            return queue.run(lambda failed: self.results(failed).write())
+
+    def _read_record(self) -> Any:
+        """The folder's record; None for a new folder."""
+        path = self.out / f"{self.kind}.json"
+        try:
+            others = [] if path.is_file() else sorted(entry.name for entry in self.out.iterdir())
+            text = None if others else path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error(self.out, error) from error
+        if text is None:
+            raise ConfigError(
+                f"{self.out} is not empty ({', '.join(others[:3])}) and was not written by"
+                f" 'fastokd {self.kind}'; choose another --out"
+            )
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise self._damaged() from None
+
+    def _damaged(self) -> ConfigError:
+        return ConfigError(
+            f"{self.out / self.kind}.json is damaged; choose another --out, or delete that file if"
+            " its runs belong to this command"
+        )
+
+    @contextmanager
+    def _locked(self, waiting: Iterable[Job]) -> Iterator[None]:
+        """Lock the folder for this process, and check that no run in it is active: runs of a
+        process that was killed continue without it.
+        """
+        folder = RunFolder(self.out)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            folder.lock()
+            for job in waiting:
+                if job.path.is_dir():
+                    run = RunFolder(job.path)
+                    run.lock()
+                    run.unlock()
+        except OSError as error:
+            raise storage_error(self.out, error) from error
+        except ConfigError:
+            folder.unlock()
+            raise ConfigError(
+                f"{self.out} is locked: runs started by another '{self.kind}' process are still"
+                " active; wait for them, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            folder.unlock()
+
+
+def _check_inputs(configs: Sequence[TrainConfig], datasets: Datasets) -> None:
+    """Open the data and the teachers of all runs, so that mistakes are found before the first."""
+    checked = set()
+    for config in configs:
+        dataset = datasets.of(config)
+        teacher = config.method_options.get("teacher")
+        if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
+            open_teacher(config, dataset, torch.device("cpu"))
+            checked.add(key)
+
+
+@dataclass(frozen=True)
+class Results(ABC):
+    """The results of a plan's runs so far, of each row by its name, with notes."""
+
+    measured: Mapping[str, Measured]
+    notes: tuple[str, ...]
+
+    @abstractmethod
+    def tables(self) -> list[Table]:
+        """The tables of the results."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write tables and numbers into the plan's folder."""
+
+    def as_text(self) -> str:
+        """The tables for a terminal."""
+        return "\n\n".join(table.as_text() for table in self.tables())
+
+
+def run_of(out: Path, name: str, config: TrainConfig, seed: int) -> Job:
+    """The run of a row with a seed."""
+    return Job(out / "runs" / f"{name}-seed{seed}", replace(config, seed=seed))

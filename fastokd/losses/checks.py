@@ -1,0 +1,188 @@
+"""Checks of a loss's arguments: every message names the argument and the fix."""
+
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastokd.ops.inputs import compute_dtype
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """The tensors of a sequence of ``count`` tensors, or of one stacked tensor [count, B, ...].
+
+    Args:
+        name: the argument's name, for messages.
+
+    Raises:
+        TypeError, ValueError: the value is neither, or has another number of tensors.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 3:
+            raise ValueError(
+                f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three"
+                f" dimensions, the first is {count}"
+            )
+        value = list(value.unbind(0))
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}"
+        )
+    if len(value) != count:
+        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
+    return list(value)
+
+
+def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
+    """``as_rows``, fully checked: for losses that compute with the rows before the graph does."""
+    rows = as_rows(value, count, name)
+    check_rows(rows, [f"{name}[{index}]" for index in range(count)])
+    return rows
+
+
+def mean_prediction(rows: Sequence[Tensor]) -> Tensor:
+    """The mean of the predictions of M rows of logits [B, C], as log-probabilities [B, C]."""
+    predictions = [row.to(compute_dtype(row)).log_softmax(1) for row in rows]
+    return torch.stack(predictions).logsumexp(0) - math.log(len(rows))
+
+
+def check_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+    """Check that all rows are floating [B, C] of one shape, dtype and device; return the first."""
+    for label, row in zip(labels, rows, strict=True):
+        if not isinstance(row, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(row).__name__}")
+    first, first_label = rows[0], labels[0]
+    if first.dim() != 2:
+        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}; it must be [B, C]")
+    if first.shape[1] < 1:
+        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}: there are no classes")
+    if first.dtype not in _FLOATS:
+        raise TypeError(
+            f"{first_label} is {first.dtype}; logits must be float16, bfloat16, float32 or float64"
+        )
+    for label, row in zip(labels, rows, strict=True):
+        for attribute in ("shape", "dtype", "device"):
+            value, expected = getattr(row, attribute), getattr(first, attribute)
+            if value != expected:
+                error = TypeError if attribute == "dtype" else ValueError
+                raise error(
+                    f"{label} has the {attribute} {_plain(value)}, {first_label} has"
+                    f" {_plain(expected)}; they must be equal"
+                )
+    return first
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def check_weight(
+    name: str, width: int, weights: Mapping[str, Tensor] | None, first: Tensor, label: str
+) -> Tensor:
+    """The mixing weights of that name as [B, width], checked against the first row."""
+    if weights is None or name not in weights:
+        raise ValueError(
+            f"{label} is missing: this graph mixes with it; pass a tensor [B, {width}]"
+        )
+    value, batch = weights[name], first.shape[0]
+    _check_floating(value, label)
+    if value.shape not in ((width,), (batch, width)):
+        raise ValueError(
+            f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or"
+            f" [{width}]"
+        )
+    if value.device != first.device:
+        raise ValueError(f"{label} is on {value.device}, the logits are on {first.device}")
+    return value if value.dim() == 2 else value.expand(batch, width)
+
+
+def check_external(name: str, externals: Mapping[str, Tensor] | None, first: Tensor) -> Tensor:
+    """The external row [B, C] of that name, checked against the first row."""
+    label = f"externals['{name}']"
+    if externals is None or name not in externals:
+        raise ValueError(f"{label} is missing: pass probabilities {list(first.shape)}")
+    value = externals[name]
+    _check_floating(value, label)
+    if value.shape != first.shape or value.device != first.device:
+        raise ValueError(
+            f"{label} is {tuple(value.shape)} on {value.device}; the logits are"
+            f" {tuple(first.shape)} on {first.device}"
+        )
+    return value
+
+
+def _check_floating(value: object, label: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{label} must be a floating tensor, got"
+            f" {getattr(value, 'dtype', type(value).__name__)}"
+        )
+
+
+def check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
+    """Check that ``kd_weight`` is a finite number, or a 0-d tensor on the logits' device."""
+    if isinstance(kd_weight, Tensor):
+        if kd_weight.dim() != 0 or kd_weight.device != device:
+            raise ValueError(
+                f"kd_weight must be a float or a 0-d tensor on {device}, got shape"
+                f" {tuple(kd_weight.shape)} on {kd_weight.device}"
+            )
+        return
+    if torch.compiler.is_compiling():
+        return  # A number that changes is a symbol there, without a value to check.
+    if not isinstance(kd_weight, numbers.Real):
+        raise TypeError(f"kd_weight must be a float or a 0-d tensor, got {kd_weight!r}")
+    if not math.isfinite(kd_weight):
+        raise ValueError(f"kd_weight={kd_weight}; it must be finite")
+
+
+def check_target(target: object, first: Tensor) -> Tensor:
+    """The target, checked against the first row of logits [B, C].
+
+    Labels on a GPU are checked only with FASTOKD_CHECK_LABELS=1, because that waits for the device;
+    otherwise a label out of range makes the loss NaN there.
+    """
+    batch, num_classes = first.shape
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if target.device != first.device:
+        raise ValueError(f"target is on {target.device}, the logits are on {first.device}")
+    if target.dtype in _FLOATS:
+        if target.shape != first.shape:
+            raise ValueError(
+                f"a floating target holds class probabilities and must have the shape [{batch},"
+                f" {num_classes}], got {tuple(target.shape)}"
+            )
+        if target.requires_grad:
+            raise ValueError(
+                "target requires a gradient, but targets are constants here; pass target.detach()"
+            )
+        return target
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"target is {target.dtype}; class labels must be int64 (use target.long()),"
+            " probabilities floating"
+        )
+    if target.shape != (batch,):
+        raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
+    if torch.compiler.is_compiling() or not batch:
+        return target
+    if target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
+        _check_label_range(target, num_classes)
+    return target
+
+
+def _check_label_range(target: Tensor, num_classes: int) -> None:
+    low, high = (int(value) for value in target.aminmax())
+    if low < 0 or high >= num_classes:
+        worst = low if low < 0 else high
+        position = int((target == worst).nonzero()[0])
+        raise ValueError(
+            f"target[{position}] is {worst}, but the logits have {num_classes} classes (labels 0 to"
+            f" {num_classes - 1})"
+        )

@@ -1,0 +1,464 @@
+"""The loss module that runs any distillation graph."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastokd._moved import warn_renamed
+from fastokd.graph import Graph, Plan, draw_text, lower
+from fastokd.losses.checks import (
+    as_rows,
+    check_external,
+    check_kd_weight,
+    check_rows,
+    check_target,
+    check_weight,
+    mean_prediction,
+)
+from fastokd.losses.options import Impl, Reduction
+from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
+from fastokd.ops.inputs import compute_dtype
+from fastokd.ops.reference import node_rows
+
+Rows = Sequence[Tensor] | Tensor
+"""M tensors [B, C], or one tensor [M, B, C]."""
+
+
+class ExtraTerm(NamedTuple):
+    """A term that is no function of rows of logits, for example of feature maps or weights."""
+
+    coefficient: float
+    """The factor of its value."""
+    scheduled: bool = False
+    """Whether ``kd_weight`` multiplies it as well."""
+
+
+class LoweredGraph(NamedTuple):
+    """A graph, its plan, and the names of its inputs in error messages."""
+
+    graph: Graph
+    plan: Plan
+    row_labels: tuple[str, ...]
+    weight_labels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, graph: Graph, labels: Mapping[str, str]) -> "LoweredGraph":
+        """Lower a graph; ``labels`` replace the default names of logits rows and weights."""
+        rows = tuple(
+            labels.get(name, f"logits[{index}]") for index, name in enumerate(graph.logits)
+        )
+        weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
+        return cls(graph, lower(graph), rows, weights)
+
+
+class GraphInputs(NamedTuple):
+    """The inputs of a loss's graph for one batch."""
+
+    logits: Sequence[Tensor]
+    """The graph's rows of logits in their order, each [B, C]."""
+    weights: Mapping[str, Tensor] = {}
+    """By weight source [B, K], or [K] for the same weights in every row."""
+    externals: Mapping[str, Tensor] = {}
+    """By external node the probabilities [B, C]."""
+    extras: Mapping[str, Tensor] = {}
+    """The 0-d value of every extra term."""
+    lowered: LoweredGraph | None = None
+    """The graph to run, for losses that have several with the same terms; None for the usual."""
+
+
+def overridable(hook: Callable[..., GraphInputs]) -> Callable[..., GraphInputs]:
+    """Let overrides of a hook name the keywords that their loss takes, for type checkers."""
+    return hook
+
+
+class GraphLoss(nn.Module):
+    """The loss of any distillation graph, run by the fastest executor that supports it.
+
+    Subclasses override one pure function, ``graph_inputs``, which turns their arguments into the
+    graph's inputs. Losses with state also override ``update_state`` or ``fit_held_out``.
+
+    Args:
+        graph: the distillation graph.
+        reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
+        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot
+            run raises.
+        labels: the names of logits rows and weight sources in error messages, by their names in the
+            graph.
+        num_branches: M, how many of the first rows of logits are branches; None for all.
+        extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
+    """
+
+    fixed_weights: Tensor
+    scheduled_weights: Tensor
+    ensemble_of: str = "logits"
+    """Whether the ensemble of a graph without a node of that name averages the members' "logits" or
+    their "predictions"."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+        labels: Mapping[str, str] | None = None,
+        *,
+        num_branches: int | None = None,
+        extra_terms: Mapping[str, ExtraTerm] | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
+        if extra_terms and reduction != "mean":
+            raise ValueError(
+                f"reduction={reduction!r}: the terms {', '.join(extra_terms)} are means over the"
+                " batch, use reduction='mean'"
+            )
+        check_impl(impl)
+        self.lowered = LoweredGraph.of(graph, labels or {})
+        self.num_branches = len(graph.logits) if num_branches is None else num_branches
+        self.reduction, self.impl = reduction, impl
+        self.extra_terms = dict(extra_terms or {})
+        self._place_term_weights(torch.device("cpu"))
+
+    @property
+    def graph(self) -> Graph:
+        """The distillation graph."""
+        return self.lowered.graph
+
+    @property
+    def plan(self) -> Plan:
+        """The lowered graph."""
+        return self.lowered.plan
+
+    def _place_term_weights(self, device: torch.device) -> None:
+        fixed = [0.0 if term.scheduled else term.weight for term in self.graph.terms]
+        scheduled = [term.weight if term.scheduled else 0.0 for term in self.graph.terms]
+        # Tensors made under inference_mode could not be used by a later backward pass.
+        with torch.inference_mode(False):
+            for name, values in (("fixed_weights", fixed), ("scheduled_weights", scheduled)):
+                tensor = torch.tensor(values, dtype=torch.float64, device=device)
+                self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a move to another device, but keep the weights in float64."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        if self.fixed_weights.dtype != torch.float64:
+            self._place_term_weights(self.fixed_weights.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms,"
+            f" reduction={self.reduction}, impl={self.impl}"
+        )
+
+    def draw(self) -> str:
+        """The graph and the extra terms as lines of text, every coefficient multiplied out."""
+        lines = [draw_text(self.graph)]
+        if self.extra_terms:
+            lines.append("terms that are not in the graph")
+        lines += [
+            f"  {term.coefficient:>16.6g}{' * kd_weight' if term.scheduled else ''}  {name}"
+            for name, term in self.extra_terms.items()
+        ]
+        return "\n".join(lines)
+
+    # --- the hook, and state
+
+    @overridable
+    def graph_inputs(
+        self,
+        logits: Rows,
+        target: Tensor | None = None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        externals: Mapping[str, Tensor] | None = None,
+    ) -> GraphInputs:
+        """The graph's inputs for a batch. Overrides must be pure functions of their arguments.
+
+        Args:
+            logits: the graph's M rows: M tensors [B, C], or one [M, B, C].
+            target: as in ``forward``; None where only logits and mixtures are needed
+                (``named_logits``).
+            weights: for each of ``graph.weight_sources`` a tensor [B, K], or [K] for the same
+                weights in every row.
+            externals: for each of ``graph.externals`` probabilities [B, C].
+        """
+        rows = as_rows(logits, self.plan.num_logits, "logits")
+        return GraphInputs(rows, weights or {}, externals or {})
+
+    def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
+        """Update the loss's state with a training batch; called first in training mode.
+
+        Args:
+            arguments, inputs: those of ``graph_inputs``.
+
+        Returns:
+            Further keywords for ``graph_inputs``.
+        """
+        return {}
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The fraction of every class's training images that ``fit_held_out`` needs; 0 for none."""
+        return 0.0
+
+    def fit_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
+        """Fit the loss to the logits and targets of held-out images; called before every epoch."""
+
+    def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
+        """Allocate the state per training sample. Called once, before the first step.
+
+        Returns:
+            A line that states the memory it takes; empty if none.
+        """
+        return ""
+
+    def _inputs(
+        self, branch_logits: Rows, target: Tensor | None, inputs: Mapping[str, Any]
+    ) -> GraphInputs:
+        """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
+        try:
+            if target is not None and self.training:
+                inputs = {**inputs, **self.update_state(branch_logits, target, **inputs)}
+            return self.graph_inputs(branch_logits, target, **inputs)
+        except TypeError:
+            signature = inspect.signature(self.graph_inputs)
+            try:
+                signature.bind(branch_logits, target, **inputs)
+            except TypeError as error:
+                raise TypeError(
+                    f"{type(self).__name__}: {error}; this loss takes"
+                    f" {', '.join(signature.parameters)}"
+                ) from None
+            raise
+
+    # --- the loss
+
+    def forward(
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        *,
+        kd_weight: float | Tensor = 1.0,
+        return_terms: bool = False,
+        **inputs: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of B samples with C classes.
+
+        Args:
+            branch_logits: M tensors [B, C], or one [M, B, C].
+            target: int64 [B], or floating [B, C] class probabilities. Treated as a constant.
+            kd_weight: the factor of the scheduled terms: a float, or a 0-d tensor on the logits'
+                device.
+            return_terms: also return each term's mean over the rows before its weight, by name, as
+                detached 0-d tensors.
+            inputs: the keywords of ``graph_inputs``.
+
+        Returns:
+            The reduced loss in float32 (float64 for float64 logits). An empty batch gives 0.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype, shape, device or label is wrong; the
+                message names it.
+        """
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
+        rows, terms = evaluate(plan, *tensors, self.impl)
+        loss = rows if self.reduction == "none" else rows.sum()
+        if self.reduction == "mean":
+            loss = loss / max(target.shape[0], 1)
+        if given.extras:
+            loss = loss + self._extra_loss(given.extras, kd_weight)
+        return (loss, self._term_means(terms, given.extras)) if return_terms else loss
+
+    def forward_backward(
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        *,
+        kd_weight: float | Tensor = 1.0,
+        extra: Tensor | None = None,
+        scale: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``forward`` and ``loss.backward()`` in one pass over the logits.
+
+        Args:
+            branch_logits, target, kd_weight, inputs: as in ``forward``.
+            extra: a 0-d tensor that is added to the loss and differentiated with it.
+            scale: a 0-d tensor on the logits' device that multiplies every gradient, but not the
+                returned loss.
+
+        Returns:
+            The loss and each term's mean, detached. The gradients are where ``backward()`` puts
+            them.
+
+        Raises:
+            ValueError: ``reduction`` is not "mean"; else as ``forward``.
+        """
+        if self.reduction != "mean":
+            raise ValueError(
+                "forward_backward computes the mean over the batch, and this loss has"
+                f" reduction='{self.reduction}'"
+            )
+        given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
+        rows, terms, grads = forward_backward(plan, *tensors, self.impl)
+        roots = [
+            (tensor, grad)
+            for tensor, grad in zip((*tensors.logits, *tensors.weights), grads, strict=True)
+            if grad is not None
+        ]
+        loss = rows.sum() / max(target.shape[0], 1)
+        if given.extras:
+            own = self._extra_loss(given.extras, kd_weight)
+            extra = own if extra is None else extra + own
+        if extra is not None:
+            loss = loss + extra.detach()
+            if extra.requires_grad:
+                roots.append((extra, torch.ones_like(extra)))
+        if scale is not None:
+            roots = [(tensor, (grad * scale).to(grad.dtype)) for tensor, grad in roots]
+        if roots:
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        return loss, self._term_means(terms, given.extras)
+
+    def _prepared(
+        self,
+        branch_logits: Rows,
+        target: Tensor,
+        kd_weight: float | Tensor,
+        inputs: Mapping[str, Any],
+    ) -> tuple[GraphInputs, Plan, Inputs]:
+        """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
+        if target is None:  # only ``named_logits`` does without
+            raise TypeError("target must be a tensor, got NoneType")
+        given = self._inputs(branch_logits, target, inputs)
+        graph, plan, row_labels, _ = given.lowered or self.lowered
+        first = check_rows(given.logits, row_labels)
+        weights = self._check_weights(given, first)
+        externals = [check_external(name, given.externals, first) for name in graph.externals]
+        check_target(target, first)
+        check_kd_weight(kd_weight, first.device)
+        device = first.device
+        if self.fixed_weights.device != device and not torch.compiler.is_compiling():
+            self._place_term_weights(device)
+        # ``to`` copies only where the first call is traced and the module cannot change itself.
+        fixed, scheduled = self.fixed_weights.to(device), self.scheduled_weights.to(device)
+        term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
+        return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
+
+    def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
+        graph, _, _, labels = given.lowered or self.lowered
+        return [
+            check_weight(name, width, given.weights, first, labels[name])
+            for name, width in graph.weight_sources.items()
+        ]
+
+    def _extra_loss(self, values: Mapping[str, Tensor], kd_weight: float | Tensor) -> Tensor:
+        parts = []
+        for name, (coefficient, scheduled) in self.extra_terms.items():
+            part = values[name] * coefficient
+            parts.append(part * kd_weight if scheduled else part)
+        return torch.stack(parts).sum()
+
+    def _term_means(self, terms: Tensor, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of each term [T, B] over the rows, and the extra terms, by name."""
+        means = terms.detach().sum(1) / max(terms.shape[1], 1)
+        names = [term.name for term in self.graph.terms]
+        return {
+            **dict(zip(names, means.unbind(), strict=True)),
+            **{name: value.detach() for name, value in extras.items()},
+        }
+
+    # --- rows and weights by name
+
+    @property
+    def ensemble_members(self) -> tuple[str, ...]:
+        """The ensemble's rows: the inputs of the graph's node ``ensemble``, or all branches."""
+        node = self.graph.by_name.get("ensemble")
+        return self.graph.logits[: self.num_branches] if node is None else node.inputs
+
+    @torch.no_grad()
+    def named_logits(self, branch_logits: Rows, **inputs: Any) -> dict[str, Tensor]:
+        """The logits [B, C] of every branch, head, teacher and mixture by name, to measure their
+        accuracy.
+
+        With two or more branches there is the row ``ensemble``: the graph's mixture of that name,
+        or else the mean of ``ensemble_members``. Mixtures whose weights depend on the target are
+        omitted.
+
+        Args:
+            branch_logits, inputs: as in ``forward``.
+        """
+        given = self._inputs(branch_logits, None, inputs)
+        graph = (given.lowered or self.lowered).graph
+        named = dict(zip(graph.logits, given.logits, strict=False))
+        named.update(given.externals)
+        if self.num_branches > 1 and self.ensemble_of == "predictions":
+            named["ensemble"] = mean_prediction(given.logits[: self.num_branches])
+        if graph.weight_sources.keys() <= given.weights.keys():
+            named.update(self._mixtures(given))
+        if self.num_branches > 1 and "ensemble" not in named:
+            members = [named[name] for name in self.ensemble_members]
+            named["ensemble"] = torch.stack(members).mean(0)
+        return named
+
+    @torch.no_grad()
+    def mixtures(
+        self, branch_logits: Rows, weights: Mapping[str, Tensor] | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """The logits [B, C] of every mixture by name; arguments as in ``graph_inputs``."""
+        if weights is not None:
+            inputs["weights"] = weights
+        return self._mixtures(self._inputs(branch_logits, None, inputs))
+
+    def _mixtures(self, given: GraphInputs) -> dict[str, Tensor]:
+        graph, plan, row_labels, _ = given.lowered or self.lowered
+        if not graph.mixtures:
+            return {}
+        first = check_rows(given.logits, row_labels)
+        weights = self._check_weights(given, first)
+        # Mixtures depend on neither target nor external rows, which are replaced by placeholders.
+        target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+        externals = [first] * plan.num_externals
+        rows = node_rows(plan, Inputs(given.logits, weights, externals, target, first))
+        derived = (node.name for node in graph.ordered if node.inputs)
+        named = dict(zip((*graph.logits, *graph.externals, *derived), rows, strict=True))
+        return {name: named[name] for name in graph.mixtures}
+
+    @torch.no_grad()
+    def mixing_weights(
+        self, branch_logits: Rows, target: Tensor | None, **inputs: Any
+    ) -> dict[str, dict[str, Tensor]]:
+        """For each mixture with run-time weights, the weight [B] of each input, by name:
+        ``{"ta2": {"branch2": ..., "branch1": ...}}``.
+
+        Args:
+            branch_logits, target, inputs: as in ``forward``.
+        """
+        mixtures = self.graph.dynamic_mixtures
+        if not mixtures:
+            return {}
+        given = self.graph_inputs(branch_logits, target, **inputs)
+        batch = given.logits[0].shape[0]
+        columns = {
+            name: weights.expand(batch, -1).unbind(1) for name, weights in given.weights.items()
+        }
+        return {
+            node.name: dict(zip(node.inputs, columns[str(node.weights)], strict=True))
+            for node in mixtures
+        }
+
+    # --- former names
+
+    def named_rows(self, branch_logits: Rows, **inputs: Any) -> dict[str, Tensor]:
+        """The former name of ``named_logits``."""
+        warn_renamed("named_rows", "named_logits")
+        return self.named_logits(branch_logits, **inputs)
+
+    def see_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
+        """The former name of ``fit_held_out``."""
+        warn_renamed("see_held_out", "fit_held_out")
+        self.fit_held_out(batches)

@@ -1,0 +1,27 @@
+"""The tensors that a plan is evaluated on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors of one evaluation of a plan: B rows, C classes, M logits rows, T terms."""
+
+    logits: Sequence[Tensor]
+    """M tensors [B, C] of one dtype (float16, bfloat16, float32, float64), with any strides."""
+    weights: Sequence[Tensor]
+    """One tensor [B, K] for each weight source, any floating dtype; rows may have stride 0."""
+    externals: Sequence[Tensor]
+    """Tensors [B, C] of probabilities; constants."""
+    target: Tensor
+    """int64 [B], or floating [B, C] class probabilities; a constant."""
+    term_weights: Tensor
+    """[T], in the compute dtype."""
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,0 +1,133 @@
+"""Metadata of the fields of a configuration: help, group, bounds, choices and roles.
+
+Checks, the command line, the tables of the documentation and lists of fields are derived from it.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from fastokd.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+GROUPS = ("data", "model", "method", "optimization", "performance", "checkpoints", "logging")
+"""The headings of the options, in the order of ``--help``."""
+Choices = Sequence[str] | Callable[[], Sequence[str]]
+
+
+class Role(enum.Flag):
+    """Meanings of a field when configurations are compared or changed."""
+
+    NONE = 0
+    RESUME = enum.auto()
+    """It may change when a run is resumed."""
+    REPEAT = enum.auto()
+    """It may differ between runs that are averaged."""
+    SPEED = enum.auto()
+    """The training throughput of a network without branches depends on it."""
+    SWITCH = enum.auto()
+    """It turns an optimization of the step on or off."""
+    TRAINED = enum.auto()
+    """It defines the network and its loss: published numbers hold only for the published value."""
+    OF_METHOD = enum.auto()
+    """It belongs to the method, and returns to its default when another method is chosen."""
+
+
+EXECUTION = Role.RESUME | Role.REPEAT
+"""Where and how a run is executed, without an influence on its results."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """The metadata of a field.
+
+    Attributes:
+        help: for ``--help`` and the documentation.
+        group: the heading it is listed under.
+        unset: meaning of None, for optional fields.
+        ge, gt, le, lt: bounds of the value, or of each value of a tuple.
+        choices: allowed words, or a function that returns them.
+        retired: words of earlier versions, each with the reason that an error message states.
+        role: see ``Role``.
+    """
+
+    help: str
+    group: str
+    unset: str = ""
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: Choices = ()
+    retired: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    role: Role = Role.NONE
+
+    def words(self) -> Sequence[str]:
+        """The allowed words; empty where any value is allowed."""
+        return self.choices() if callable(self.choices) else self.choices
+
+    def bounds(self) -> str:
+        """The bounds in words, e.g. "in [0, 1)"; empty without any."""
+        low = self.ge if self.ge is not None else self.gt
+        high = self.le if self.le is not None else self.lt
+        if low is None:
+            return ""
+        if high is None:
+            if self.ge is not None:
+                return f"at least {low:g}"
+            return "a positive number" if low == 0 else f"above {low:g}"
+        left = "[" if self.ge is not None else "("
+        right = "]" if self.le is not None else ")"
+        return f"in {left}{low:.10g}, {high:.10g}{right}"
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        return (
+            math.isfinite(value)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """A heading of the options. Calling it makes a dataclass field with metadata."""
+
+    name: str
+
+    def __call__(self, default: T, help: str, **facts: Any) -> T:
+        """A field; ``facts`` are further attributes of ``Info``."""
+        metadata = {"info": Info(help, self.name, **facts)}
+        value = {"default_factory": dict} if isinstance(default, Mapping) else {"default": default}
+        made: Any = dataclasses.field(**value, metadata=metadata)
+        return cast(T, made)
+
+
+def infos(config: Any) -> dict[str, Info]:
+    """The metadata of a configuration class or object by field, in the order of the fields."""
+    return {item.name: item.metadata["info"] for item in dataclasses.fields(config)}
+
+
+def check_value(name: str, value: Any, info: Info) -> None:
+    """Check a value against the bounds and choices of its field.
+
+    Raises:
+        ConfigError: names the field, the value and the allowed values.
+    """
+    if value is None:
+        return
+    values = value if isinstance(value, tuple) else (value,)
+    if (bounds := info.bounds()) and not all(map(info.allows, values)):
+        each = "each value" if isinstance(value, tuple) else "it"
+        raise ConfigError(f"{name}={value!r}: {each} must be {bounds}")
+    if words := info.words():
+        for item in values:
+            if item in info.retired:
+                raise ConfigError(f"{name}={item}: {info.retired[item]}")
+            if item not in words:
+                raise ConfigError(f"unknown {name} '{item}'{did_you_mean(item, words)}")

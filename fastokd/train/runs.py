@@ -1,0 +1,179 @@
+"""What identifies a run, and loading one for evaluation and export."""
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastokd.data import Loader
+from fastokd.data.images import Progress
+from fastokd.errors import CheckpointError, ConfigError, summarize
+from fastokd.export import load_weights
+from fastokd.train.build import build_model
+from fastokd.train.checkpoint import load_checkpoint, load_newest
+from fastokd.train.config import (
+    TrainConfig,
+    check_config,
+    differences,
+    fields_with_role,
+    identity_fields,
+)
+from fastokd.train.data import AnyDataset, loader_for, open_data, with_augmentation
+from fastokd.train.distributed import Ranks, choose_device, from_main
+from fastokd.train.ema import StudentAverage
+from fastokd.train.fields import Role
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.step import BranchEvaluator
+from fastokd.train.teacher import Teacher
+
+MAY_CHANGE = fields_with_role(Role.RESUME)
+"""Fields that may change when a run is resumed: where it runs, how long and how fast. The fields
+that determine its results may not.
+"""
+
+
+def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
+    """A hash of the fields outside ``MAY_CHANGE`` and the data's fingerprint."""
+    return hashlib.sha256(repr((identity_fields(config), fingerprint)).encode()).hexdigest()
+
+
+def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> dict[str, Any]:
+    """The origin of a student, for its record: method settings and the versions that started the
+    run. Its entry ``run`` is the same for all exports of a run, however often it was resumed.
+    """
+    return {
+        "run": run_identity(config, fingerprint)[:12],
+        "method": config.method,
+        "preset": config.preset,
+        "branches": config.num_branches(),
+        **{name: getattr(config, name) for name in ("aux_blocks", "compression", "seed", "epochs")},
+        **run.versions(),
+    }
+
+
+def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
+    """Raise a CheckpointError if a dataset has other classes than a checkpoint."""
+    if list(state["classes"]) != list(dataset.classes):
+        raise CheckpointError(
+            f"{where} was trained on the classes {summarize(state['classes'], 4)}, the data has"
+            f" {summarize(dataset.classes, 4)}"
+        )
+
+
+def check_same_run(
+    where: str,
+    state: Mapping[str, Any],
+    before: TrainConfig,
+    config: TrainConfig,
+    dataset: AnyDataset,
+    teacher: Teacher | None,
+    allow_config_change: bool,
+) -> list[str]:
+    """Check that the checkpoint ``where``, with content ``state`` and configuration ``before``,
+    belongs to a run with this configuration, dataset and teacher.
+
+    Returns:
+        The changed fields that are not in ``MAY_CHANGE``.
+
+    Raises:
+        CheckpointError: it has other classes, images or another teacher.
+        ConfigError: the configuration changed and that is not allowed.
+    """
+    check_classes(where, state, dataset)
+    if state["data"].get("fingerprint") != dataset.fingerprint:
+        raise CheckpointError(
+            f"{where} was trained on other images than {config.data} holds now; restore them, or"
+            " start a new run"
+        )
+    adjusted = {name: getattr(config, name) for name in MAY_CHANGE}
+    changed = differences(dataclasses.replace(before, **adjusted), config)
+    if changed and not allow_config_change:
+        raise ConfigError(
+            f"the configuration differs from the checkpoint's (old, new: {'; '.join(changed)}):"
+            " undo the change, pass --allow-config-change, or start a new run"
+        )
+    if teacher and state.get("teacher") != teacher.fingerprint:
+        raise CheckpointError(
+            f"{where} was distilled from another teacher than {teacher.description}; restore that"
+            " teacher, or start a new run"
+        )
+    return changed
+
+
+def newest_checkpoint(
+    run: RunFolder, report: Callable[[str], object]
+) -> tuple[dict[str, Any], str]:
+    """The content and path of the newest complete checkpoint, read by the main process and sent to
+    all; ``report`` gets an error message for each newer one that is damaged.
+    """
+    loaded: Any = load_newest(run.checkpoints) if Ranks.current().is_main else None
+    state, path, complaints = from_main(loaded)
+    for complaint in complaints:
+        report(complaint)
+    return state, str(path)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's weights and images, ready for evaluation or export."""
+
+    config: TrainConfig
+    dataset: AnyDataset
+    evaluator: BranchEvaluator
+    loader: Loader
+    state: dict[str, Any]
+
+
+def load_run(
+    path: Path,
+    which: str = "last",
+    data: str | None = None,
+    device: str = "auto",
+    split: str | None = None,
+    progress: Progress | None = None,
+) -> LoadedRun:
+    """Load a run, finished or not, with the weights of its last or best epoch.
+
+    A damaged last checkpoint is skipped with a warning.
+
+    Args:
+        which: "last" or "best".
+        data: a dataset other than the run's, with the same classes; its images are prepared like
+            the run's.
+        split: "train", "val" or "test"; by default the split the run is evaluated on.
+        progress: called with (files done, files in all) while files are decoded.
+
+    Raises:
+        CheckpointError: no run folder, no such checkpoint, damaged, or other classes.
+    """
+    run = RunFolder.open(path)
+    config = run.load_config()
+    config = dataclasses.replace(config, device=device, data=data or config.data)
+    # Evaluation needs no optimizer, and an old run may have used one that was removed.
+    check_config(dataclasses.replace(config, optimizer="adamw"))
+    where = choose_device(device)
+    if config.precision == "tf32" and where.type != "cuda":
+        config = dataclasses.replace(config, precision="fp32")  # the same numbers with more bits
+    if which == "last":
+        state, file, complaints = load_newest(run.checkpoints)
+        for complaint in complaints:
+            warnings.warn(complaint, stacklevel=2)
+    else:
+        file = run.best
+        state = load_checkpoint(file)
+    dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
+    check_classes(str(path), state, dataset)
+    model = build_model(config, len(dataset.classes), where)
+    load_weights(model, state["model"], str(file))
+    evaluator = BranchEvaluator(config, model.eval(), where)
+    if state["ema"]:
+        evaluator.average = StudentAverage(model, config.ema)
+        evaluator.average.load_state_dict(state["ema"])
+    # Not strict: mixing weights are restored, memories of single images are not needed.
+    evaluator.criterion.load_state_dict(state["criterion"], strict=False)
+    chosen = dataset.evaluation if split is None else dataset.split(split)
+    loader = loader_for(config, dataset, chosen, False, where, state["data"])
+    return LoadedRun(config, dataset, evaluator, loader, state)

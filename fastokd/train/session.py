@@ -1,0 +1,108 @@
+"""Starting a run and resuming one: from a configuration or a run folder to a ``Trainer``."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastokd.train.checkpoint import checkpoint_files
+from fastokd.train.config import TrainConfig, check_config
+from fastokd.train.data import AnyDataset, open_run_data
+from fastokd.train.distributed import Ranks, choose_device, from_main
+from fastokd.train.memory import fit_batch_size
+from fastokd.train.progress import Reporter
+from fastokd.train.randomness import be_deterministic
+from fastokd.train.run_folder import RunFolder, default_run_path
+from fastokd.train.runs import newest_checkpoint
+from fastokd.train.signals import StopSignals
+from fastokd.train.teacher import check_teacher, open_teacher
+from fastokd.train.trainer import Trainer
+
+
+def begin_run(
+    config: TrainConfig,
+    out: str | Path | None,
+    name: str,
+    reporter: Reporter,
+    resume: bool = False,
+    allow_config_change: bool = False,
+    signals: StopSignals | None = None,
+    largest_batch: int | None = None,
+) -> Trainer:
+    """A trainer for a new run.
+
+    Args:
+        out: the run folder; None for a new folder by ``name`` in ``runs/``.
+        resume: if the folder holds a run already, resume it with this configuration.
+        allow_config_change: see ``Trainer.resume``.
+        signals: the process's signal handlers, if it has installed some; the run obeys them from
+            its first step.
+        largest_batch: choose the batch size by memory, up to this (see ``fit_batch_size``); None
+            for that of the configuration. A resumed run keeps its own.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder is not empty.
+        StorageError: the folder cannot be created or written.
+    """
+    check_config(config)
+    default = Path("runs") / name if resume else default_run_path(name)
+    folder = from_main(default if out is None else Path(out))
+    if resume and from_main(bool(checkpoint_files(RunFolder(folder).checkpoints))):
+        changes = dict(vars(config))
+        if largest_batch is not None:
+            del changes["batch_size"]
+        return resume_run(folder, reporter, allow_config_change, signals, **changes)
+    is_main = Ranks.current().is_main
+    run = RunFolder.create(folder) if is_main else RunFolder(folder)
+    try:
+        dataset, reason = None, ""
+        if largest_batch is not None:
+            config, dataset, reason = _with_fitting_batch(config, reporter, largest_batch)
+        trainer = Trainer(config, run, reporter, dataset, signals=signals)
+        if reason:
+            reporter.info(reason)
+        trainer.start()
+    except BaseException:
+        if is_main:
+            run.discard_without_checkpoint()
+        raise
+    return trainer
+
+
+def _with_fitting_batch(
+    config: TrainConfig, reporter: Reporter, largest: int
+) -> tuple[TrainConfig, AnyDataset, str]:
+    """The configuration with a batch size chosen by memory, its dataset, and the reason."""
+    check_teacher(config)
+    device = choose_device(config.device)
+    be_deterministic(config.deterministic)
+    dataset = open_run_data(config, device, reporter)
+    teacher = open_teacher(config, dataset, device)
+    batch_size, reason = fit_batch_size(config, dataset, device, teacher, largest)
+    return dataclasses.replace(config, batch_size=batch_size), dataset, reason
+
+
+def resume_run(
+    path: Path,
+    reporter: Reporter,
+    allow_config_change: bool = False,
+    signals: StopSignals | None = None,
+    **changes: Any,
+) -> Trainer:
+    """A trainer that resumes the run in a folder, with ``changes`` to its configuration.
+
+    See ``Trainer.resume`` and ``begin_run``.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or does not fit.
+        ConfigError: another process trains there, the run is finished, or its configuration
+            changed.
+    """
+    run = RunFolder.open(path)
+    if Ranks.current().is_main:
+        run.lock()
+    config = dataclasses.replace(run.load_config(), **changes)
+    check_config(config)  # before a large checkpoint is read
+    state, _ = newest_checkpoint(run, reporter.print)
+    trainer = Trainer(config, run, reporter, seen=state["data"], signals=signals)
+    trainer.resume(state, allow_config_change)
+    return trainer

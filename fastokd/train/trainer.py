@@ -1,0 +1,580 @@
+"""Training one run: epochs, evaluation, checkpoints and stops."""
+
+import dataclasses
+import itertools
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastokd.data import Batch, Loader
+from fastokd.data.dataset import split_off
+from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line, summarize
+from fastokd.export import student_record, write_student
+from fastokd.models import BranchedModel, find_backbone
+from fastokd.models.summary import check_images
+from fastokd.storage import write_json
+from fastokd.train.build import build_model
+from fastokd.train.cadence import Cadence, Due
+from fastokd.train.checkpoint import (
+    CheckpointStore,
+    check_resumable,
+    checkpoint_files,
+    load_newest,
+    snapshot,
+    state_bytes,
+)
+from fastokd.train.config import TrainConfig, check_config, load_config
+from fastokd.train.data import (
+    AnyDataset,
+    data_record,
+    loader_for,
+    loader_name,
+    open_run_data,
+    with_augmentation,
+)
+from fastokd.train.describe import describe_extension, describe_run
+from fastokd.train.distributed import Ranks, choose_device, from_main, gather_states, share_of_batch
+from fastokd.train.guard import NonFinite
+from fastokd.train.logs import MetricSink, check_sinks, open_sinks
+from fastokd.train.memory import is_out_of_memory, out_of_memory
+from fastokd.train.progress import EpochProgress, Reporter, Throughput
+from fastokd.train.randomness import be_deterministic, random_state, set_random_state
+from fastokd.train.run_folder import RunFolder
+from fastokd.train.runner import StepRunner
+from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity
+from fastokd.train.signals import StopSignals
+from fastokd.train.step import TrainStep
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
+
+MAX_SKIPPED = 20
+"""Non-finite steps between two checks that ``on_nonfinite="skip"`` tolerates."""
+MAX_ROLLBACKS = 3
+"""Rollbacks in one epoch that ``on_nonfinite="rollback"`` tolerates."""
+
+
+class NonFiniteLoss(FastOKDError, ArithmeticError):
+    """The loss became NaN or infinite; the last checkpoint is older than that."""
+
+
+class RunIsFinished(ConfigError):
+    """The run has all its epochs; the message says how to extend it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; the message says how to resume it."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run: accuracies in [0, 1] per branch and mixture, of the last and the best
+    epoch.
+
+    ``best_epoch`` has the highest accuracy of the student on the evaluation split. Choosing it
+    there is optimistic if that split is the test set, which is why ``last`` comes first.
+    """
+
+    epochs: int
+    last: dict[str, float]
+    best: dict[str, float]
+    best_epoch: int
+    seconds: float
+    images_per_second: float
+    student: str
+
+
+class Trainer:
+    """One training run. Call ``start`` (a new run) or ``resume`` (from a checkpoint), then ``run``.
+
+    In a distributed run every process has a trainer, and all make the same calls. Only the main
+    process writes files and prints; what it decides by its clock or its disk is sent to the others.
+
+    Args:
+        run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
+        dataset: the run's dataset if it is open already.
+        seen: ``data_record`` of the dataset that a resumed run was trained on.
+        signals: the process's signal handlers, if it has installed some.
+
+    Attributes:
+        epoch: finished epochs.
+        done: finished steps of the current epoch.
+        last, best: accuracies of the last and the best epoch.
+        best_epoch: the best epoch, from 0; -1 before the first.
+        seconds: training time of the finished epochs.
+        kept: the name of the student's accuracy.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        reporter: Reporter,
+        dataset: AnyDataset | None = None,
+        seen: Mapping[str, Any] | None = None,
+        signals: StopSignals | None = None,
+    ) -> None:
+        check_config(config)
+        check_sinks(config.log_to)
+        check_teacher(config)
+        self.config = config = with_absolute_teacher(config)
+        self.run_folder, self.reporter, self._seen = run, reporter, seen
+        self.ranks = Ranks.current()
+        share_of_batch(config, self.ranks)  # before any image is read
+        if self.ranks.is_main:
+            reporter.attach_log(run.log_path)
+        self.device = choose_device(config.device)
+        be_deterministic(config.deterministic)
+        self.dataset = (
+            open_run_data(config, self.device, reporter, seen)
+            if dataset is None
+            else with_augmentation(config, dataset)
+        )
+        self.teacher = open_teacher(config, self.dataset, self.device)
+        self.model = self._build_model()
+        rows = self.teacher.rows if self.teacher else None
+        self.step = TrainStep(config, self.model, self.device, rows)
+        self.runner = StepRunner(self.step, reporter.print)
+        self._open_loaders()
+        self.store: CheckpointStore | None = None
+        if self.ranks.is_main:
+            self.store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
+        self.signals = signals or StopSignals()
+        self.cadence = Cadence(config.save_minutes, self.signals)
+        self.throughput = Throughput(config.epochs, config.batch_size)
+        self.sinks: list[MetricSink] = []
+        self.kept = self.step.reported
+        self.epoch = self.done = 0
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.best_epoch = -1
+        self.seconds = 0.0
+        self._trained = 0.0  # seconds of training in this epoch
+        self._rollbacks = self._replaced = 0
+
+    def _build_model(self) -> BranchedModel:
+        teacher = self.teacher.network if self.teacher else None
+        model = build_model(self.config, len(self.dataset.classes), self.device, teacher)
+        smallest = max(find_backbone(name).image_size for name in self.config.model_names())
+        check_images(model, self.dataset.image_size, smallest)
+        return model
+
+    def _open_loaders(self) -> None:
+        def loader(split: Any, train: bool = False) -> Loader:
+            return loader_for(self.config, self.dataset, split, train, self.device, self._seen)
+
+        images: Any = self.dataset.train
+        classes, criterion = self.dataset.classes, self.step.criterion
+        self.num_held_out, self.held_out_loader = 0, None
+        if fraction := criterion.held_out_fraction:
+            images, held_out = split_off(images, classes, fraction, self.config.seed)
+            self.num_held_out, self.held_out_loader = len(held_out), loader(held_out)
+        self._memory_note = criterion.prepare(len(images), len(classes), self.device)
+        self.train_loader = loader(images, train=True)
+        self.eval_loader = loader(self.dataset.evaluation)
+        self._eval_steps = max(gather_states(len(self.eval_loader)))
+
+    def start(self) -> None:
+        """Write the files that identify a new run."""
+        if self.ranks.is_main:
+            self.run_folder.save_config(self.config)
+            self.run_folder.save_environment(self.device, self.dataset.describe())
+
+    def resume(self, state: dict[str, Any], allow_config_change: bool = False) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            CheckpointError: it has another architecture, other data or another teacher.
+            RunIsFinished: the run has all its epochs; its summary is written again.
+            ConfigError: its configuration changed and ``allow_config_change`` is False.
+        """
+        where = str(self.run_folder.last)
+        before = load_config(state["config"], f"the configuration in {where}")
+        changed = check_same_run(
+            where, state, before, self.config, self.dataset, self.teacher, allow_config_change
+        )
+        if changed:
+            self.reporter.print(
+                f"resuming with a changed configuration (old -> new: {'; '.join(changed)})"
+            )
+        check_resumable(state, where)
+        self.step.load_state_dict(state, where)
+        self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
+        self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
+        if self.epoch >= self.config.epochs:
+            self.finish()  # the process may have been killed before it wrote the summary
+            raise RunIsFinished(
+                f"the run already finished {self.epoch} of {self.config.epochs} epochs; pass a"
+                " larger --epochs to continue"
+            )
+        self._restore_best()
+        self._restore_position(state, exactly=not changed)
+        if self.config.epochs != before.epochs:
+            self.reporter.print(describe_extension(before, self.config, self.epoch))
+        if self.ranks.is_main:
+            self.run_folder.save_config(self.config)
+            self.run_folder.add_session(self.device)
+            self.run_folder.keep_metrics_before(self.epoch)
+
+    def _restore_best(self) -> None:
+        """Make ``best.pt`` match the best epoch, or start tracking a new best."""
+        if self.kept not in self.best:  # it was the best of another student
+            self.best, self.best_epoch = {}, -1
+        if not from_main(self.store is None or self.store.restore_best(self.best_epoch)):
+            self.reporter.print(
+                f"{self.run_folder.best} does not match the best epoch ({self.best_epoch + 1}) and"
+                " no other checkpoint does; tracking a new best from here"
+            )
+            self.best, self.best_epoch = {}, -1
+
+    def _restore_position(self, state: dict[str, Any], exactly: bool) -> None:
+        """Continue within an epoch, if the checkpoint was written within one.
+
+        Not ``exactly`` means with a changed configuration: its loss may have other terms, so the
+        sums of the epoch are dropped unless all its steps are done.
+        """
+        self.step.number.fill_(state["step"])
+        if not state["loader"]:
+            return
+        self.train_loader.load_state_dict(state["loader"])
+        self.done = state["loader"]["position"] // self.config.batch_size
+        self._trained = state["sums"]["seconds"]
+        exactly = exactly or self.done == len(self.train_loader)
+        if exactly and len(state["ranks"]) == self.ranks.size:
+            rank = state["ranks"][self.ranks.rank]
+            self.step.sums.load_state_dict(rank["sums"], self.device)
+            set_random_state(rank["rng"], self.device)
+            for name, buffer in self.step.rank_statistics().items():
+                if name in rank["statistics"]:
+                    buffer.copy_(rank["statistics"][name])
+            return
+        # The number of processes or the configuration changed: keep the sums of all processes,
+        # and seed the generators again.
+        for rank in state["ranks"] if exactly else ():
+            self.step.sums.add_state(rank["sums"], self.device)
+        if not self.ranks.is_main:
+            self.step.sums.clear()
+        self._seed()
+
+    def run(self, until: int | None = None) -> Summary:
+        """Train the remaining epochs.
+
+        Args:
+            until: stop when this many epochs are finished. The run can then be resumed, or
+                continued by another call.
+
+        Raises:
+            Interrupted: Ctrl-C; the last checkpoint is intact.
+            Preempted: SIGTERM or SIGUSR1; a checkpoint of the current step was written.
+            NonFiniteLoss: the loss became NaN or infinite.
+            StorageError: the disk refused a write.
+        """
+        if self.ranks.is_main:
+            self.run_folder.lock()
+        self._introduce()
+        records = self.run_folder.read_metrics()
+        self.reporter.start_run(self.kept, records)
+        try:
+            with self.signals:
+                self.sinks = open_sinks(
+                    self.config.log_to if self.ranks.is_main else (),
+                    self.run_folder.path,
+                    dataclasses.asdict(self.config),
+                    records,
+                    self.reporter.print,
+                )
+                self._fit(self.config.epochs if until is None else min(until, self.config.epochs))
+        except KeyboardInterrupt:
+            message = f"interrupted in epoch {self.epoch + 1}; {self._resume_hint()}"
+            self.reporter.log(message)
+            raise Interrupted(message) from None
+        except BaseException as error:
+            self.reporter.log(f"{type(error).__name__}: {first_line(error)}")
+            if is_out_of_memory(error):
+                raise out_of_memory(self.config, self.device) from error
+            raise
+        finally:
+            self.reporter.close()
+            for sink in self.sinks:
+                sink.close()
+            self.run_folder.unlock()
+        if self.epoch < self.config.epochs:
+            return self.summary()
+        summary = self.finish()
+        self.reporter.log(
+            f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training,"
+            f" {summary.images_per_second:.0f} img/s; student {100 * summary.last[self.kept]:.2f}"
+            f" %, in its best epoch ({summary.best_epoch + 1})"
+            f" {100 * summary.best[self.kept]:.2f} %"
+        )
+        return summary
+
+    def _fit(self, until: int) -> None:
+        """Train, evaluate and save, epoch by epoch."""
+        if self.store is not None:
+            self.store.check_space(state_bytes(self._state(True, [])))
+        if self.config.on_nonfinite == "rollback" and not from_main(
+            bool(checkpoint_files(self.run_folder.checkpoints))
+        ):
+            self._save()  # a rollback needs a checkpoint
+        while self.epoch < until:
+            steps = len(self.train_loader)
+            self.reporter.start_epoch(self.epoch, self.config.epochs, steps, self.done)
+            self.throughput.start_epoch(self.epoch, steps, self.done)
+            if self.done < steps:
+                self._train_epoch()
+            self.reporter.evaluating()
+            self.step.mean_statistics()
+            self._finish_epoch(*self.step.measure(self._evaluation_batches()))
+
+    def _train_epoch(self) -> None:
+        step, kd_weight = self.step, self.config.kd_weight_at(self.epoch)
+        self.train_loader.set_size(self.config.size_at(self.epoch))
+        self.train_loader.set_epoch(self.epoch)
+        if not self.done:
+            self._seed()
+            step.sums.clear()
+            self._rollbacks = 0
+            if self.held_out_loader is not None:
+                step.criterion.fit_held_out(
+                    (result.logits, target) for result, target in step.results(self.held_out_loader)
+                )
+        self.model.train()
+        self.cadence.start()
+        counted = time.monotonic()
+        step.set_schedule(self._lr(self.done), kd_weight)
+        for done in self.runner.epoch(self.train_loader, self.done, self.throughput.waiting):
+            now = time.monotonic()
+            self.done, self._trained, counted = done, self._trained + now - counted, now
+            report = self.reporter.should_report()
+            due = self.cadence.due(now, report)
+            if due:
+                self._check_finite()
+            self.reporter.step(done, self._progress(kd_weight) if report else None)
+            if due == Due.STOP:
+                self._stop()
+            if due == Due.SAVE:
+                self._save()
+            step.set_schedule(self._lr(done), kd_weight)
+        self.cadence.settle()
+        self._check_finite()  # waits for the device: a captured step returns long before it is done
+        self._trained += time.monotonic() - counted
+        self.throughput.device_is_done()
+
+    def _evaluation_batches(self) -> Iterator[Batch]:
+        """The evaluation batches of this process, until a signal stops the run."""
+        batches = iter(self.eval_loader)
+        for _ in range(self._eval_steps):
+            if (batch := next(batches, None)) is not None:
+                yield batch
+            if self.cadence.must_stop():
+                self._stop()
+        self.cadence.settle()
+
+    def _finish_epoch(
+        self, accuracies: dict[str, float], mixing: dict[str, dict[str, float]]
+    ) -> None:
+        """Record, save and report an epoch."""
+        record = {
+            "epoch": self.epoch,
+            "lr": self._lr(self.done - 1),
+            "kd_weight": self.config.kd_weight_at(self.epoch),
+            "train": self.step.sums.means(of_all=True),
+            "eval": accuracies,
+            **({"mixing": mixing} if mixing else {}),
+            "seconds": round(self._trained, 3),
+            "images_per_second": round(self.done * self.config.batch_size / self._trained, 1),
+            "waiting_share": round(self.throughput.waiting_share(), 4),
+        }
+        self.seconds += self._trained
+        self.epoch, self.done, self._trained, self.last = self.epoch + 1, 0, 0.0, accuracies
+        is_best = not self.best or accuracies[self.kept] > self.best[self.kept]
+        if is_best:
+            self.best, self.best_epoch = dict(accuracies), self.epoch - 1
+        self._save(record, is_best)
+        for sink in self.sinks:  # after the checkpoint, as some cannot take a record back
+            sink.write(record)
+        self.reporter.end_epoch(record, self.throughput.end_epoch())
+        self._report_replaced()
+
+    def _lr(self, done: int) -> float:
+        """The learning rate after ``done`` steps of this epoch."""
+        return self.config.lr_at(self.epoch + done / len(self.train_loader))
+
+    def _seed(self) -> None:
+        """Seed the layers' generators by seed, epoch and process, so that an epoch can be
+        repeated.
+        """
+        torch.manual_seed(self.config.seed * 1_000_003 + self.epoch + 1 + self.ranks.rank * 10**16)
+
+    def _progress(self, kd_weight: float) -> EpochProgress:
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        return self.throughput.look(
+            self.done, self.step.sums.means(), self._lr(self.done - 1), kd_weight, memory
+        )
+
+    def _check_finite(self) -> None:
+        """Apply the ``on_nonfinite`` policy to non-finite steps since the last check."""
+        if (bad := self.step.guard.read()) is None:
+            return
+        # All processes skipped the same steps, but only some may have seen non-finite values.
+        terms, parameters = (
+            tuple(dict.fromkeys(name for names in gather_states(list(own)) for name in names))
+            for own in (bad.terms, bad.parameters)
+        )
+        bad = dataclasses.replace(bad, terms=terms, parameters=parameters)
+        policy = self.config.on_nonfinite
+        if policy == "skip" and bad.count <= MAX_SKIPPED:
+            self.reporter.print(f"skipped in epoch {self.epoch + 1}: {bad.describe()}")
+        elif policy == "rollback" and self._rollbacks < MAX_ROLLBACKS:
+            self._roll_back(bad)
+        else:
+            limit = {
+                "skip": f"; more than {MAX_SKIPPED} steps were skipped",
+                "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help",
+            }.get(policy, "")
+            low = self.step.precision in ("bf16", "fp16")
+            raise NonFiniteLoss(
+                f"epoch {self.epoch + 1}, {bad.describe()}{limit};"
+                f" {from_main(self._resume_hint() if self.ranks.is_main else None)}. Try a lower"
+                f" --lr{', or --precision fp32' if low else ''}"
+            )
+        self.step.guard.clear()
+
+    def _roll_back(self, bad: NonFinite) -> None:
+        """Load the last checkpoint's weights and continue with the batches that come next."""
+        self._rollbacks += 1
+        state, where = newest_checkpoint(self.run_folder, self.reporter.print)
+        self.step.load_state_dict(state, where)
+        self.reporter.print(
+            f"rolled back in epoch {self.epoch + 1} to the weights of step {state['step']}:"
+            f" {bad.describe()}"
+        )
+
+    def _stop(self) -> None:
+        """Save at the current step and end the run, because of a signal."""
+        self._check_finite()
+        self._save()
+        received = max(gather_states(self.signals.received))
+        # All processes wait here for the checkpoint: a launcher ends them when one has ended.
+        message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
+        raise Preempted(from_main(message and message + self._resume_hint()))
+
+    def _resume_hint(self) -> str:
+        """The newest checkpoint on the disk and the command that resumes from it."""
+        if not checkpoint_files(self.run_folder.checkpoints):
+            return "no epoch was saved, so there is no checkpoint"
+        state = load_newest(self.run_folder.checkpoints)[0]
+        within = ""
+        if state["loader"]:
+            steps = state["loader"]["position"] // self.config.batch_size
+            within = f" and {steps} steps of the next"
+        return (
+            f"the last checkpoint has {state['epoch']} finished epochs{within}; continue with"
+            f" 'fastokd train --resume {self.run_folder.path}'"
+        )
+
+    def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
+        """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
+        step, within = self.step, record is None
+        rank: dict[str, Any] = {"rng": random_state(self.device)}
+        if within:
+            rank |= {"sums": step.sums.state_dict(), "statistics": step.rank_statistics()}
+        ranks = gather_states(snapshot(rank))
+        if self.store is not None:
+            self.store.save(
+                self._state(within, ranks),
+                is_best=is_best,
+                before=None if record is None else lambda: self._write_records(record),
+            )
+
+    def _state(self, within: bool, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of a checkpoint, of a step within an epoch or of an epoch's end."""
+        step = self.step
+        loader = loader_name(self.config, self.dataset, self.device, self._seen)
+        state = {
+            **step.state_dict(),
+            "epoch": self.epoch,
+            "loader": self.train_loader.state_dict() if within else {},
+            "sums": {"seconds": self._trained} if within else {},
+            "ranks": ranks,
+            "last": self.last,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "classes": list(self.dataset.classes),
+            "data": data_record(self.dataset, loader),
+            "config": self.config.to_yaml(),
+            "config_hash": run_identity(self.config, self.dataset.fingerprint),
+        }
+        if self.teacher:
+            state["teacher"] = self.teacher.fingerprint
+        return state
+
+    def _write_records(self, record: dict[str, Any]) -> None:
+        """Write the student and the record of the epoch."""
+        about = student_record(
+            self.model.name,
+            self.dataset,
+            accuracy=self.last[self.kept],
+            epoch=self.epoch,
+            provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint),
+        )
+        write_student(self.run_folder.student, self.step.student().cpu(), about)
+        self.run_folder.append_metrics(record)
+
+    def _report_replaced(self) -> None:
+        """Report training images that were replaced because they are corrupt."""
+        each = gather_states(dict(getattr(self.train_loader, "replaced", {})))
+        replaced = dict(itertools.chain(*(reasons.items() for reasons in each)))
+        if len(replaced) > self._replaced:
+            files = self.dataset.train.files or ()
+            names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
+            self.reporter.print(
+                f"corrupt images that were replaced, so far {len(replaced)}:"
+                f" {summarize(names[self._replaced :])}"
+            )
+            self._replaced = len(replaced)
+
+    def summary(self) -> Summary:
+        """The result of the epochs so far."""
+        images = self.epoch * len(self.train_loader) * self.config.batch_size
+        return Summary(
+            self.epoch,
+            self.last,
+            self.best,
+            self.best_epoch,
+            self.seconds,
+            images / max(self.seconds, 1e-9),
+            str(self.run_folder.student),
+        )
+
+    def finish(self) -> Summary:
+        """Write and return the summary of the epochs so far."""
+        summary = self.summary()
+        if self.ranks.is_main:
+            write_json(self.run_folder.summary_path, summary.__dict__)
+        return summary
+
+    def _introduce(self) -> None:
+        """Print the lines about the run."""
+        info, config = self.reporter.info, self.config
+        info(
+            f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
+            f" {config.num_branches()} branches, on {self.device}"
+        )
+        with_memory = self.reporter.shows_info
+        for line in describe_run(
+            config, self.dataset, self.device, self.step, self.teacher, self._seen, with_memory
+        ):
+            info(line)
+        if self.num_held_out:
+            info(
+                f"{self.num_held_out} training images are held out for the loss (evaluated before"
+                " each epoch, never trained on)"
+            )
+        if self._memory_note:
+            info(self._memory_note)
