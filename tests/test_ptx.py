@@ -8,6 +8,7 @@ tensors.
 import os
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,11 +22,13 @@ import ptx
 import ptx_executor
 from ptx_executor import EXECUTOR, PtxExecutor
 
+from fastokd.kernels.triton.specialize import specialize
 from fastokd.ops import triton as triton_executor
 from tests.triton_cases import check, fused, make, run
 from tests.triton_graphs import GRAPHS
 
 CATALOG = {case.name: case.graph for case in graph_catalog.catalog()}
+HUGE = ("cascade", "mixed probabilities", "minimum", "cascade, exact eps")
 
 
 def check_catalog_case(
@@ -81,6 +84,33 @@ def test_every_shape_is_as_accurate_as_torch(
 ) -> None:
     executor = PtxExecutor(capability)
     check(make(GRAPHS["cascade"](), batch, num_classes, dtype), executor=executor)
+
+
+def programs(executor: PtxExecutor) -> list[ptx.Program]:
+    return [program for program, _shared in executor.programs.values()]
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_logits_are_scaled_alike_in_every_pass(name: str) -> None:
+    """A logit near 1e4 must be rounded alike in every pass over its row: in one fused multiply-add.
+
+    The factor of a scaled node is multiplied separately only for maxima and the label's logit.
+    """
+    executor = PtxExecutor()
+    inputs = make(GRAPHS[name](), 33, 1000, scale=1e4)
+    check(inputs, huge=True, executor=executor)
+    spec = specialize(inputs.plan)
+    scales = [node.scale for node in spec.first.scaled_nodes + spec.main.scaled_nodes]
+    literals = {f"0f{np.float32(scale).view(np.uint32):08X}" for scale in scales}
+    for program in programs(executor):
+        products = {
+            op.operands[0]
+            for op in program.code
+            if op.name == "mul" and literals & {*op.operands[1:]}
+        }
+        readers = {op.name for op in program.code if products & {*op.operands[1:]}}
+        assert readers <= {"max", "neg"}, f"{program.name}: products are read by {readers}"
+    assert any(literals & {*op.operands} for op in programs(executor)[0].code)
 
 
 def test_a_logit_far_above_the_estimated_maximum_is_found() -> None:

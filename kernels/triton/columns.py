@@ -88,6 +88,15 @@ def set_at(values, INDEX: tl.constexpr, x):
 
 
 @triton.jit
+def negated(values):
+    """A tuple of negated quantities."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (-values[i],)
+    return out
+
+
+@triton.jit
 def split_halves(tile, P: tl.constexpr):
     """A tile [R, L, P] as P pieces [R, L] in the order of ``TILE.order``."""
     if P == 1:
