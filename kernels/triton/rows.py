@@ -106,6 +106,17 @@ def linear_rows(values, weights, SPEC: tl.constexpr):
 
 
 @triton.jit
+def row_start(pointer, rows, base, ROW_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
+    """The address of column ``base`` of each row."""
+    start = pointer + rows * ROW_STRIDE
+    if COLUMN_STRIDE == 1:
+        return start + base
+    else:
+        # int64, as the rows: C times the column stride of transposed logits can exceed 2^31.
+        return start + (tl.full((), 0, tl.int64) + base) * COLUMN_STRIDE
+
+
+@triton.jit
 def load_nodes(
     inputs,
     row_state,
@@ -123,11 +134,11 @@ def load_nodes(
     logits, externals, _target = inputs
     chunks = ()
     for m in tl.static_range(len(logits)):
-        start = logits[m] + rows * TILE.logit_strides[m][0] + base * TILE.logit_strides[m][1]
+        start = row_start(logits[m], rows, base, TILE.logit_strides[m][0], TILE.logit_strides[m][1])
         chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, TILE),)
     for x in tl.static_range(len(externals)):
-        start = (
-            externals[x] + rows * TILE.external_strides[x][0] + base * TILE.external_strides[x][1]
+        start = row_start(
+            externals[x], rows, base, TILE.external_strides[x][0], TILE.external_strides[x][1]
         )
         chunks = chunks + (load_chunk(start, TILE.external_strides[x][1], LIMIT, TILE),)
     out = ()
@@ -143,7 +154,7 @@ def load_nodes(
 def load_target(inputs, rows, base, LIMIT: tl.constexpr, TILE: tl.constexpr):
     """The pieces of a soft target in the chunk at column ``base``."""
     _logits, _externals, target = inputs
-    start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
+    start = row_start(target, rows, base, TILE.target_strides[0], TILE.target_strides[1])
     return load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
 
 
