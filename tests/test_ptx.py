@@ -6,11 +6,14 @@ tensors.
 """
 
 import os
+import re
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -24,10 +27,13 @@ from ptx_executor import EXECUTOR, PtxExecutor
 
 from fastokd.kernels.triton.specialize import specialize
 from fastokd.ops import triton as triton_executor
-from tests.triton_cases import check, fused, make, run
+from tests.triton_cases import Batch, check, fused, make, run
 from tests.triton_graphs import GRAPHS
 
 CATALOG = {case.name: case.graph for case in graph_catalog.catalog()}
+MUTATIONS = 24
+CHANGE = 2.0**-16
+"""A change of a result, relative to its largest value: 128 roundings of float32"""
 HUGE = ("cascade", "mixed probabilities", "minimum", "cascade, exact eps")
 
 
@@ -208,3 +214,101 @@ def test_violation_is_an_error(body: str, message: str) -> None:
 def test_unknown_opcode_is_named() -> None:
     with pytest.raises(ptx.Error, match=r"unknown opcode lop3\.b32 in: lop3\.b32 %r1"):
         kernel("lop3.b32 %r1, %r0, %r0, %r0, 0x1;")
+
+
+def mutated(op: ptx.Instruction, random: np.random.Generator) -> ptx.Instruction | None:
+    """The instruction with one random change; None if it has nothing to change."""
+    siblings = [
+        ("add", "sub", "mul"),
+        ("min", "max"),
+        ("and", "or", "xor"),
+        ("ex2", "lg2"),
+        ("lt", "le", "gt", "ge", "eq", "ne"),
+        ("shl", "shr"),
+    ]
+    changes = []
+    if op.guard:
+        changes.append(op.text.replace("@!", "@") if op.negated else op.text.replace("@", "@!", 1))
+    for number in re.finditer(r"(?<=[ +])-?\d+(?=[\],;]|$)", op.text):
+        for other in (int(number[0]) + 1, int(number[0]) * 2 + 2):
+            changes.append(op.text[: number.start()] + str(other) + op.text[number.end() :])
+    for number in re.finditer(r"0f([0-9A-F]{8})", op.text):
+        value = np.uint32(int(number[1], 16)).view(np.float32)
+        other = np.float32(value * np.float32(1.01) if value else 1e-3).view(np.uint32)
+        changes.append(op.text.replace(number[0], f"0f{other:08X}"))
+    for group in siblings:
+        for word in {*group}.intersection((op.name, *op.suffixes)):
+            changes += [re.sub(rf"\b{word}\.", f"{other}.", op.text, count=1) for other in group]
+    if op.name in ("sub", "div", "selp", "setp", "fma") and len({*op.operands[1:]}) > 1:
+        first, second = op.operands[1], op.operands[2 if op.name != "fma" else 3]
+        head, _, tail = op.text.partition(",")
+        swapped = tail.replace(first, "#").replace(second, first).replace("#", second)
+        changes.append(f"{head},{swapped}")
+    changes = [text for text in changes if text != op.text]
+    try:
+        return ptx.Instruction.parse(str(random.choice(changes))) if changes else None
+    except ptx.Error:
+        return None  # no such instruction, such as mul.s64
+
+
+def difference(found: Sequence[Tensor], original: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of results, relative to the size of each result."""
+    return max(
+        float(
+            ((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)).nan_to_num(torch.inf)
+        )
+        for mine, theirs in zip(found, original, strict=True)
+    )
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    "name", ["mutual, temperature 1", "cascade, detached", "mixed probabilities"]
+)
+def test_every_mutation_that_changes_a_result_is_caught(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random changes of one executed instruction each.
+
+    A change by more than ``CHANGE`` of a result's size must make ``check`` fail or the interpreter
+    report a violation. Smaller ones, such as another estimate of a maximum, only round differently.
+    """
+    executor = PtxExecutor()
+    inputs = make(GRAPHS[name](), 5, 10)
+    original = results(executor, inputs)
+    random = np.random.default_rng(0)
+    counts = dict.fromkeys(("no change", "rounding", "violation", "inaccurate", "missed"), 0)
+    while sum(counts.values()) < MUTATIONS:
+        program = programs(executor)[random.integers(len(executor.programs))]
+        position = int(random.integers(len(program.code)))
+        changed = mutated(program.code[position], random)
+        if changed is None:
+            continue
+        code = [*program.code[:position], changed, *program.code[position + 1 :]]
+        with patch.object(program, "code", code):
+            outcome = outcome_of_mutation(executor, inputs, original)
+        counts[outcome] += 1
+        if outcome == "missed":
+            pytest.fail(f"{program.code[position].text} -> {changed.text}: {program.name}")
+    with capsys.disabled():
+        print(f"\n{name}: {counts}")
+    assert counts["violation"] + counts["inaccurate"] >= MUTATIONS // 2
+
+
+def results(executor: PtxExecutor, inputs: Batch) -> list[Tensor]:
+    return [result for result in run(executor, inputs) if result is not None]
+
+
+def outcome_of_mutation(executor: PtxExecutor, inputs: Batch, original: Sequence[Tensor]) -> str:
+    """What a mutated kernel's results are: see the keys of ``counts``."""
+    try:
+        found = results(executor, inputs)
+    except ptx.Error:
+        return "violation"
+    if all(map(torch.equal, found, original)):
+        return "no change"
+    try:
+        check(inputs, executor=executor)
+    except AssertionError:
+        return "inaccurate"
+    return "rounding" if difference(found, original) <= CHANGE else "missed"
