@@ -21,6 +21,7 @@ from fastokd.kernels.triton.columns import (
     lane_constants,
     log2,
     masked,
+    negated,
     row_maxima,
     row_sums,
     to_compute,
@@ -86,7 +87,7 @@ def rescaled(weighted, old, new, SPEC: tl.constexpr, PASS: tl.constexpr):
 @triton.jit
 def added_pieces(
     sums,
-    maxima,
+    offsets,
     pieces,
     inputs,
     rows,
@@ -103,7 +104,7 @@ def added_pieces(
     if USE_TARGET:
         targets = load_target(inputs, rows, base, LIMIT, TILE)
     for p in tl.static_range(len(pieces)):
-        scaled = scaled_rows(pieces[p], maxima, SPEC, PASS, TILE)
+        scaled = scaled_rows(pieces[p], offsets, SPEC, PASS, TILE)
         powers = exponentials(scaled, p, LIMIT, SPEC, PASS, TILE)
         out = ()
         for f in tl.static_range(len(SPEC.passes[PASS].softmaxes)):
@@ -123,7 +124,7 @@ def added_pieces(
 @triton.jit
 def added_chunk(
     sums,
-    maxima,
+    offsets,
     inputs,
     row_state,
     rows,
@@ -138,7 +139,7 @@ def added_chunk(
     """Weighted sums and plain sums after one more chunk."""
     pieces = load_nodes(inputs, row_state, rows, base, LIMIT, COUNT, SPEC, PASS, TILE)
     return added_pieces(
-        sums, maxima, pieces, inputs, rows, base, LIMIT, SPEC, PASS, USE_TARGET, TILE
+        sums, offsets, pieces, inputs, rows, base, LIMIT, SPEC, PASS, USE_TARGET, TILE
     )
 
 
@@ -252,7 +253,7 @@ def exact_maxima(
 
 @triton.jit
 def lane_sums(
-    maxima,
+    offsets,
     one,
     inputs,
     row_state,
@@ -275,7 +276,7 @@ def lane_sums(
         base = chunk * TILE.block
         sums = added_chunk(
             sums,
-            maxima,
+            offsets,
             inputs,
             row_state,
             rows,
@@ -291,7 +292,7 @@ def lane_sums(
         for chunk in range(tail, TILE.whole + 1):
             sums = added_chunk(
                 sums,
-                maxima,
+                offsets,
                 inputs,
                 row_state,
                 rows,
@@ -327,7 +328,17 @@ def single_chunk_sums(
     pieces = load_nodes(inputs, row_state, rows, 0, TILE.rest, count, SPEC, PASS, TILE)
     maxima = row_maxima(raised_maxima(maxima, pieces, TILE.rest, SPEC, PASS, TILE), TILE)
     weighted, plain = added_pieces(
-        (weighted, plain), maxima, pieces, inputs, rows, 0, TILE.rest, SPEC, PASS, USE_TARGET, TILE
+        (weighted, plain),
+        negated(maxima),
+        pieces,
+        inputs,
+        rows,
+        0,
+        TILE.rest,
+        SPEC,
+        PASS,
+        USE_TARGET,
+        TILE,
     )
     return maxima, weighted, plain
 
@@ -350,7 +361,7 @@ def checked_sums(
     so far above it that a sum exceeds ``MAX_SUM``, the exact maxima are computed and the pass is
     repeated.
     """
-    maxima = estimated_maxima(inputs, row_state, rows, SPEC, PASS, TILE)
+    offsets = negated(estimated_maxima(inputs, row_state, rows, SPEC, PASS, TILE))
     weighted = lane_constants(
         len(SPEC.passes[PASS].softmaxes) + len(SPEC.passes[PASS].moments), 0.0, TILE
     )
@@ -359,7 +370,7 @@ def checked_sums(
     left = again
     while again > 0:
         weighted, plain = lane_sums(
-            maxima, again, inputs, row_state, rows, SPEC, PASS, USE_TARGET, NUM_PLAIN, TILE
+            offsets, again, inputs, row_state, rows, SPEC, PASS, USE_TARGET, NUM_PLAIN, TILE
         )
         above = (weighted[0] >= MAX_SUM).to(tl.int32)
         for f in tl.static_range(1, len(SPEC.passes[PASS].softmaxes)):
@@ -370,8 +381,8 @@ def checked_sums(
         again = tl.minimum(tl.max(above), left)
         left -= 1
         if again > 0:
-            maxima = exact_maxima(again, inputs, row_state, rows, SPEC, PASS, TILE)
-    return maxima, weighted, plain
+            offsets = negated(exact_maxima(again, inputs, row_state, rows, SPEC, PASS, TILE))
+    return negated(offsets), weighted, plain
 
 
 @triton.jit
