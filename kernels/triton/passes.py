@@ -47,14 +47,23 @@ temperature 1. Larger sums would cost accuracy: the hardware's logarithm of a su
 def raised_maxima(
     maxima, pieces, LIMIT: tl.constexpr, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The lanes' maximum of each scaled node, after the pieces of one more chunk."""
+    """The lanes' maximum of each scaled node before scaling, after one more chunk."""
     out = ()
     for s in tl.static_range(len(SPEC.passes[PASS].scaled_nodes)):
         peak = masked(pieces[0][SPEC.passes[PASS].scaled_nodes[s].node], PAD, LIMIT, 0, TILE)
         for p in tl.static_range(1, len(pieces)):
             row = pieces[p][SPEC.passes[PASS].scaled_nodes[s].node]
             peak = tl.maximum(peak, masked(row, PAD, LIMIT, p, TILE))
-        out = out + (tl.maximum(maxima[s], peak * SPEC.passes[PASS].scaled_nodes[s].scale),)
+        out = out + (tl.maximum(maxima[s], peak),)
+    return out
+
+
+@triton.jit
+def scaled_offsets(maxima, SPEC: tl.constexpr, PASS: tl.constexpr):
+    """The negated scaled maxima, from the maxima before scaling."""
+    out = ()
+    for s in tl.static_range(len(SPEC.passes[PASS].scaled_nodes)):
+        out = out + (maxima[s] * -SPEC.passes[PASS].scaled_nodes[s].scale,)
     return out
 
 
@@ -220,7 +229,7 @@ def chunks_of_pass(one, TILE: tl.constexpr):
 def estimated_maxima(
     inputs, row_state, rows, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Maxima [R, 1] over one column of each lane in this program's first chunk."""
+    """Maxima [R, 1], before scaling, over one column of each lane in this program's first chunk."""
     first = 0
     if TILE.splits > 1:
         first, _end, _tail = part_of_row(TILE)
@@ -233,7 +242,7 @@ def estimated_maxima(
 def exact_maxima(
     one, inputs, row_state, rows, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Maxima [R, 1] over this program's columns, in a separate pass."""
+    """Maxima [R, 1], before scaling, over this program's columns, in a separate pass."""
     maxima = lane_constants(len(SPEC.passes[PASS].scaled_nodes), PAD, TILE)
     first, end, tail = chunks_of_pass(one, TILE)
     for chunk in range(first, end):
@@ -326,19 +335,11 @@ def single_chunk_sums(
     plain = lane_constants(NUM_PLAIN, 0.0, TILE)
     count: tl.constexpr = TILE.pieces if TILE.whole else TILE.rest_pieces
     pieces = load_nodes(inputs, row_state, rows, 0, TILE.rest, count, SPEC, PASS, TILE)
-    maxima = row_maxima(raised_maxima(maxima, pieces, TILE.rest, SPEC, PASS, TILE), TILE)
+    maxima = raised_maxima(maxima, pieces, TILE.rest, SPEC, PASS, TILE)
+    maxima = row_maxima(negated(scaled_offsets(maxima, SPEC, PASS)), TILE)
+    offsets = negated(maxima)
     weighted, plain = added_pieces(
-        (weighted, plain),
-        negated(maxima),
-        pieces,
-        inputs,
-        rows,
-        0,
-        TILE.rest,
-        SPEC,
-        PASS,
-        USE_TARGET,
-        TILE,
+        (weighted, plain), offsets, pieces, inputs, rows, 0, TILE.rest, SPEC, PASS, USE_TARGET, TILE
     )
     return maxima, weighted, plain
 
@@ -361,7 +362,8 @@ def checked_sums(
     so far above it that a sum exceeds ``MAX_SUM``, the exact maxima are computed and the pass is
     repeated.
     """
-    offsets = negated(estimated_maxima(inputs, row_state, rows, SPEC, PASS, TILE))
+    maxima = estimated_maxima(inputs, row_state, rows, SPEC, PASS, TILE)
+    offsets = scaled_offsets(maxima, SPEC, PASS)
     weighted = lane_constants(
         len(SPEC.passes[PASS].softmaxes) + len(SPEC.passes[PASS].moments), 0.0, TILE
     )
@@ -381,7 +383,8 @@ def checked_sums(
         again = tl.minimum(tl.max(above), left)
         left -= 1
         if again > 0:
-            offsets = negated(exact_maxima(again, inputs, row_state, rows, SPEC, PASS, TILE))
+            maxima = exact_maxima(again, inputs, row_state, rows, SPEC, PASS, TILE)
+            offsets = scaled_offsets(maxima, SPEC, PASS)
     return negated(offsets), weighted, plain
 
 
