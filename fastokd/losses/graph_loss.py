@@ -33,7 +33,7 @@ class ExtraTerm(NamedTuple):
     coefficient: float
     """The factor of its value."""
     scheduled: bool = False
-    """Whether ``kd_weight`` multiplies it as well."""
+    """True if ``kd_weight`` multiplies it as well."""
 
 
 class LoweredGraph(NamedTuple):
@@ -94,7 +94,7 @@ class GraphLoss(nn.Module):
     fixed_weights: Tensor
     scheduled_weights: Tensor
     ensemble_of: str = "logits"
-    """Whether the ensemble of a graph without a node of that name averages the members' "logits" or
+    """True if the ensemble of a graph without a node of that name averages the members' "logits" or
     their "predictions"."""
 
     def __init__(
