@@ -5,7 +5,7 @@ SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 MEASURED = build/bench
 
-.PHONY: install demo test sanitize budgets budgets-triton-3.6 bench docs lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx bench docs lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -49,6 +49,10 @@ budgets-triton-3.6:
 	test -d $(TRITON_36) || $(PYTHON) -m venv $(TRITON_36)
 	$(TRITON_36)/bin/pip install --quiet 'triton==3.6.*' numpy pytest
 	$(TRITON_36)/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_budget.py
+
+# The compiled kernels of every catalog graph for three GPU generations, executed (hours); `make test` executes some.
+ptx: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
 
 # Into build/ first: a result file that changes would make the commit of the next one a changed one.
 bench: $(VENV)/.installed-dev

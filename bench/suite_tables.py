@@ -158,7 +158,7 @@ def readme_table(path: Path) -> list[str]:
     return [
         (
             f"The AHBF loss of four branches on a CPU ({machine(found)}; commit"
-            f" {found['machine_info']['commit']}); a ratio below 1 is a row that loses:"
+            f" {found['machine_info']['commit']}); where a ratio is below 1, fastokd is slower:"
         ),
         "",
         *markdown_table(

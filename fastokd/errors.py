@@ -36,7 +36,7 @@ class FastOKDError(Exception):
 
     exit_code = EXIT_USAGE
     repeated = False
-    """Whether another process of the same run reports it."""
+    """True if another process of the same run reports it."""
 
 
 class GraphError(FastOKDError, ValueError):

@@ -445,8 +445,7 @@ def test_a_student_with_one_error(ahbf, says, unsaved, tmp_path):
     assert "tsne" not in drawn
     assert any(
         re.search(
-            "there is no picture tsne: t-SNE needs at least 4 points that differ, and there are 3",
-            note,
+            "no figure tsne: t-SNE needs at least 4 points that differ, and there are 3", note
         )
         for note in analysis.record["notes"]
     )
@@ -464,7 +463,7 @@ def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
     )
     code, _, err = analyze(ahbf, "--out", tmp_path / "out", "--device", "cpu")
     assert (code, err.count("\n")) == (4, 1)
-    assert "the logits are not finite from image 1 on" in err
+    assert "the logits are non-finite from image 1 on" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -507,14 +506,12 @@ def test_without_the_extra(ahbf, analyze, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "a", "--device", "cpu")
     assert code == 0
-    assert "there is no picture tsne: t-SNE needs scikit-learn: pip install 'fastokd[plots]'" in out
+    assert "no figure tsne: t-SNE needs scikit-learn: pip install 'fastokd[plots]'" in out
     assert (tmp_path / "a" / "agreement.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, _ = analyze(ahbf, "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0
-    assert (
-        "note: there are no pictures: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
-    )
+    assert "note: no figures: drawing needs matplotlib: pip install 'fastokd[plots]'" in out
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["analysis.json"]
 
 

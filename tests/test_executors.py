@@ -1,6 +1,5 @@
 """Every executor on every published graph, and on 300 random graphs."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,11 +8,13 @@ from pathlib import Path
 import executor_properties
 import opaque_executor
 import pytest
+import triton_state
 
 from fastokd.ops.executors import executor_states
 
 HERE = Path(__file__).resolve().parent
 STATE = executor_states()["cpu"]
+INTERPRETER = triton_state.interpreter_unavailable()
 WANTED = 300
 
 
@@ -32,7 +33,7 @@ def test_the_operator_on_random_graphs():
     assert executor_properties.check_random(opaque_executor.register(), WANTED) == WANTED
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETER is not None, reason=str(INTERPRETER))
 def test_triton_interpreter():
     environment = {
         **os.environ,

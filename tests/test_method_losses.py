@@ -2,7 +2,6 @@
 examples; what users get wrong.
 """
 
-import importlib.util
 import inspect
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton_state
 from method_cases import CASES, FOR_TRITON, build_companion, check
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from fastokd.methods.modules import BranchSpec
 from fastokd.ops.executors import executor_states
 
 HERE = Path(__file__).resolve().parent
+INTERPRETER = triton_state.interpreter_unavailable()
 IMPLS = ["reference", *(["cpu"] if executor_states()["cpu"] is None else [])]
 
 
@@ -39,7 +40,7 @@ def test_value_and_every_gradient(name: str) -> None:
     check(name, IMPLS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETER is not None, reason=str(INTERPRETER))
 def test_value_and_every_gradient_in_triton_s_interpreter() -> None:
     environment = {
         **os.environ,

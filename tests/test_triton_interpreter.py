@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton_state
 
 HERE = Path(__file__).resolve().parent
+REASON = triton_state.interpreter_unavailable()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_numerics_in_the_interpreter() -> None:
     environment = {
         **os.environ,
@@ -37,3 +39,17 @@ def test_numerics_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_numpy_that_breaks_an_old_interpreter_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "interpreter.py").write_text("lambda self: int(self.handle.data)")
+    spec = importlib.util.spec_from_file_location("triton", tmp_path / "__init__.py")
+    monkeypatch.setattr(triton_state.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(triton_state.importlib.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(triton_state.numpy, "__version__", "2.5.2")
+    assert "Triton 3.6.0 fails with numpy 2.5.2" in str(triton_state.interpreter_unavailable())
+    monkeypatch.setattr(triton_state.numpy, "__version__", "2.4.6")
+    assert triton_state.interpreter_unavailable() is None

@@ -40,12 +40,12 @@ def test_cpu_tensors() -> None:
         (
             lower(mutual(8)),
             torch.float32,
-            "80 running sums; a kernel's registers hold 72 beside 8 rows",
+            "80 running sums; a kernel's registers hold 72 next to 8 rows",
         ),
         (
             lower(mutual(9)),
             torch.float32,
-            "99 running sums; a kernel's registers hold 60 beside 9 rows",
+            "99 running sums; a kernel's registers hold 60 next to 9 rows",
         ),
     ],
 )

@@ -212,12 +212,12 @@ def test_how_much_it_takes_is_said_before_it_is_taken(monkeypatch):
     [
         (
             {"index": torch.tensor([0, 1, 20])},
-            r"index holds 20; prepare\(\) made room for the samples 0 to 19",
+            r"index holds 20; prepare\(\) allocated the samples 0 to 19",
         ),
         ({"index": torch.tensor([0, -1, 2])}, "index holds -1"),
         ({"index": torch.tensor([0, 1])}, r"index is torch.int64 \[2\]; it must be int64 \[3\]"),
         ({"index": torch.tensor([0.0, 1, 2])}, r"index is torch.float32 \[3\]"),
-        ({"branch_logits": torch.randn(2, 3, 7)}, r"has 7 classes; prepare\(\) made room for 6"),
+        ({"branch_logits": torch.randn(2, 3, 7)}, r"has 7 classes; prepare\(\) allocated 6"),
         ({"branch_logits": torch.randn(3, 3, 6)}, "holds 3 tensors; this loss needs 2"),
         ({"target": torch.tensor([0, 6, 2])}, r"target\[1\] is 6, but the logits have 6 classes"),
         ({"target": torch.tensor([0, 1])}, r"target has the shape \(2,\); labels must be \[3\]"),

@@ -107,7 +107,7 @@ def run(executor: object, inputs: Batch) -> list[Tensor | None]:
     return [rows, *terms, *grads]
 
 
-def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
+def check(inputs: Batch, slack: float = 32, huge: bool = False, executor: object = TRITON) -> None:
     """The kernels' error is at most twice the reference's in the same dtype, plus ``slack`` units
     of rounding.
 
@@ -120,7 +120,7 @@ def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
     """
     before = [tensor.clone() for tensor in inputs.tensors()]
     found, plain, truth = (
-        run(TRITON, inputs),
+        run(executor, inputs),
         run(REFERENCE, inputs),
         run(REFERENCE, inputs.double()),
     )
@@ -159,5 +159,5 @@ def check(inputs: Batch, slack: float = 32, huge: bool = False) -> None:
         assert torch.equal(tensor, copy), "an input was written to"
 
 
-def fused(inputs: Batch) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    return TRITON.forward_backward(inputs.plan, inputs.inputs, inputs.needs)
+def fused(inputs: Batch, executor: object = TRITON) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    return executor.forward_backward(inputs.plan, inputs.inputs, inputs.needs)

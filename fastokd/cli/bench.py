@@ -132,7 +132,8 @@ def _print_rows(record: Mapping[str, Any]) -> None:
     wide.print(table)
     print(
         "\n+ one more optimization than the + rows above; or: alternative, not kept below; =: the"
-        f" student alone. Images/s: median of {record['windows']} windows; x first: relative to the"
+        f" student without teaching. Images/s: median of {record['windows']} windows; x first:"
+        " relative to the"
         " window of the first row right before;\nloss: share of a step, timed separately; start:"
         " the first steps, with compilation"
     )

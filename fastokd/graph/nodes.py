@@ -53,7 +53,7 @@ class Mixture(_Derived):
 @dataclass(frozen=True)
 class ProbabilityMixture(_Derived):
     """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input
-    enters as it is.
+    enters unchanged.
 
     Weights must not be negative, and should add up to 1.
     """
@@ -131,7 +131,7 @@ class KL:
     """``weight * T^2 * KL(p_T(teacher) || p_T(student))``, multiplied by ``kd_weight`` if
     ``scheduled``.
 
-    Teacher rows that are probabilities enter as they are. ``t2_scaling=False`` drops the T^2.
+    Teacher rows that are probabilities enter unchanged. ``t2_scaling=False`` drops the T^2.
     ``detach`` stops the gradient into the teacher. ``eps`` is added to the teacher's probabilities
     without renormalising, inside and outside the logarithm; ``eps_mode="first_order"`` replaces
     that by its first-order expansion in eps, which needs no logarithm per element.

@@ -28,12 +28,12 @@ Rows = Sequence[Tensor] | Tensor
 
 
 class ExtraTerm(NamedTuple):
-    """A term that is no function of rows of logits, for example of feature maps or weights."""
+    """A term that is not computed from logits, but for example from feature maps or weights."""
 
     coefficient: float
-    """The factor of its value."""
+    """Factor by which the term's value is multiplied."""
     scheduled: bool = False
-    """Whether ``kd_weight`` multiplies it as well."""
+    """True if the value is also multiplied by ``kd_weight``."""
 
 
 class LoweredGraph(NamedTuple):
@@ -60,13 +60,13 @@ class GraphInputs(NamedTuple):
     logits: Sequence[Tensor]
     """The graph's rows of logits in their order, each [B, C]."""
     weights: Mapping[str, Tensor] = {}
-    """By weight source [B, K], or [K] for the same weights in every row."""
+    """Weights by source name: [B, K], or [K] for the same weights in every row."""
     externals: Mapping[str, Tensor] = {}
-    """By external node the probabilities [B, C]."""
+    """Probabilities [B, C] by the name of the external node."""
     extras: Mapping[str, Tensor] = {}
     """The 0-d value of every extra term."""
     lowered: LoweredGraph | None = None
-    """The graph to run, for losses that have several with the same terms; None for the usual."""
+    """The graph to run if the loss has several with the same terms; None for ``self.lowered``."""
 
 
 def overridable(hook: Callable[..., GraphInputs]) -> Callable[..., GraphInputs]:
@@ -94,8 +94,8 @@ class GraphLoss(nn.Module):
     fixed_weights: Tensor
     scheduled_weights: Tensor
     ensemble_of: str = "logits"
-    """Whether the ensemble of a graph without a node of that name averages the members' "logits" or
-    their "predictions"."""
+    """Values averaged to form the ensemble if the graph has no node ``ensemble``: "logits" or
+    "predictions"."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class GraphLoss(nn.Module):
         if extra_terms and reduction != "mean":
             raise ValueError(
                 f"reduction={reduction!r}: the terms {', '.join(extra_terms)} are means over the"
-                " batch, use reduction='mean'"
+                " batch; use reduction='mean'"
             )
         check_impl(impl)
         self.lowered = LoweredGraph.of(graph, labels or {})
@@ -292,16 +292,16 @@ class GraphLoss(nn.Module):
                 returned loss.
 
         Returns:
-            The loss and each term's mean, detached. The gradients are where ``backward()`` puts
-            them.
+            The loss and each term's mean, detached. The gradients are accumulated in the
+            leaf tensors' ``.grad``, as by ``loss.backward()``.
 
         Raises:
             ValueError: ``reduction`` is not "mean"; else as ``forward``.
         """
         if self.reduction != "mean":
             raise ValueError(
-                "forward_backward computes the mean over the batch, and this loss has"
-                f" reduction='{self.reduction}'"
+                "forward_backward needs reduction='mean', but this loss has"
+                f" reduction='{self.reduction}'; use forward and loss.backward()"
             )
         given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms, grads = forward_backward(plan, *tensors, self.impl)
@@ -332,7 +332,7 @@ class GraphLoss(nn.Module):
         inputs: Mapping[str, Any],
     ) -> tuple[GraphInputs, Plan, Inputs]:
         """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
-        if target is None:  # only ``named_logits`` does without
+        if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
         given = self._inputs(branch_logits, target, inputs)
         graph, plan, row_labels, _ = given.lowered or self.lowered
@@ -344,7 +344,7 @@ class GraphLoss(nn.Module):
         device = first.device
         if self.fixed_weights.device != device and not torch.compiler.is_compiling():
             self._place_term_weights(device)
-        # ``to`` copies only where the first call is traced and the module cannot change itself.
+        # ``to`` copies only if the first call is traced: a traced module cannot move its buffers.
         fixed, scheduled = self.fixed_weights.to(device), self.scheduled_weights.to(device)
         term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
         return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
@@ -382,11 +382,11 @@ class GraphLoss(nn.Module):
 
     @torch.no_grad()
     def named_logits(self, branch_logits: Rows, **inputs: Any) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch, head, teacher and mixture by name, to measure their
-        accuracy.
+        """The logits [B, C] of every branch, head and mixture, and the external rows, by name, for
+        measuring their accuracy.
 
         With two or more branches there is the row ``ensemble``: the graph's mixture of that name,
-        or else the mean of ``ensemble_members``. Mixtures whose weights depend on the target are
+        else the mean of ``ensemble_members`` (see ``ensemble_of``). Mixtures that need a target are
         omitted.
 
         Args:

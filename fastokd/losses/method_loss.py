@@ -19,7 +19,7 @@ Presets = Mapping[str, Mapping[str, Any]]
 class MethodLoss(GraphLoss):
     """The loss of a method. It adds only the construction to ``GraphLoss``.
 
-    There are two ways to write one. A class with a constructor of its own passes a graph to this
+    There are two ways to write one. A class with its own constructor passes a graph to this
     constructor. A class under ``loss_options`` declares its options as attributes and overrides
     ``build_graph``, and ``labels`` and ``build_extra_terms`` where it needs to.
 

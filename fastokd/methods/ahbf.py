@@ -152,7 +152,7 @@ class AHBFGate(nn.Module):
         channels: c, channels of branch m's features.
         fused_channels: c', channels of F~^{m-1} (F~^1 is branch 1's features).
         attention: the attention on F~^m before it is pooled and passed on: "none", "se", "cbam" or
-            "nonlocal". The paper has none; the published code has the others as options, for 64
+            "nonlocal". The paper uses none; the published code has the others as options, for 64
             channels only.
     """
 

@@ -350,14 +350,14 @@ class TSBLoss(MethodLoss):
             )
         if row.shape[1] != memory.shape[2]:
             raise ValueError(
-                f"branch_logits[0] has {row.shape[1]} classes; prepare() made room for"
+                f"branch_logits[0] has {row.shape[1]} classes; prepare() allocated"
                 f" {memory.shape[2]}"
             )
         if index.device.type == "cpu" and len(index):
             low, high = (int(value) for value in index.aminmax())
             if low < 0 or high >= len(memory):
                 raise ValueError(
-                    f"index holds {low if low < 0 else high}; prepare() made room for the samples 0"
+                    f"index holds {low if low < 0 else high}; prepare() allocated the samples 0"
                     f" to {len(memory) - 1}"
                 )
         return index

@@ -21,7 +21,7 @@ from fastokd.registry import Registry
 
 @dataclass(frozen=True)
 class Case:
-    """Where an executor would run: the device type and the dtype of the logits."""
+    """The device type and the dtype of the logits that an executor would run on."""
 
     device: str
     dtype: torch.dtype
@@ -33,9 +33,9 @@ class Executor(Protocol):
     name: str
 
     def unsupported_reason(self, plan: Plan | None, case: Case) -> str | None:
-        """Why this executor cannot run the plan in this case; None if it can.
+        """The reason why this executor cannot run the plan in this case; None if it can.
 
-        Without a plan: why it cannot run at all on this machine.
+        Without a plan: the reason why it cannot run on this machine.
         """
 
     def num_stats(self, plan: Plan) -> int:

@@ -1,8 +1,8 @@
-"""The registered operator ``fastokd::graph_forward`` / ``graph_backward``, which every loss calls.
+"""The operators ``graph_forward`` and ``graph_backward``, and the functions that execute a plan.
 
 The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
 ``torch.autograd.Function`` around it, which costs a third less per call than registering the
-formula with the operator.
+formula with the operator. The reference executor and ``forward_backward`` are called directly.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
     plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
     # An operator's list result cannot hold None, so a gradient that is not needed is an empty
-    # tensor. Layouts are those of the fake.
+    # tensor. Gradients are contiguous, as in ``_backward_fake``.
     first = inputs.logits[0]
     return [first.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
@@ -86,8 +86,8 @@ def _constant_when_traced(function: Any) -> Any:
 
 
 # While torch.compile traces, these run as plain Python and their results are constants of the
-# compiled program. They take and return what tracing can carry: strings, numbers, tuples, dtypes
-# (not a Case, which it would pass half-made).
+# compiled program. Arguments and results have types that tracing supports: strings,
+# numbers, tuples and dtypes (not ``Case``, which tracing would pass incompletely constructed).
 @_constant_when_traced
 def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return plan.encode()
@@ -99,7 +99,7 @@ def _executor_for(impl: str, plan: Plan, device: str, dtype: torch.dtype) -> str
 
 
 class _GraphFunction(torch.autograd.Function):
-    """Autograd around the operator. The last tensors are logits, weights and external rows."""
+    """Autograd around the operator. ``tensors`` are logits, weights, external rows."""
 
     @staticmethod
     def forward(
@@ -162,13 +162,13 @@ class _GraphFunction(torch.autograd.Function):
         raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call. Stored here, it is made once; that saves
-# 10 of 130 microseconds.
+# torch binds the arguments to the signature in every call. Caching the signature here
+# saves 10 of 130 microseconds per call.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Pass a gradient through, but refuse to be differentiated."""
+    """Return a gradient unchanged; its own backward pass raises an error."""
 
     @staticmethod
     def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:

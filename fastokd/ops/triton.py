@@ -37,7 +37,7 @@ and not 80.
 MANY_INPUTS = 8
 MAX_SUMS_OF_MANY = 60
 """The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59
-(eight branches and seven teachers of their own, 14 edges) do not spill.
+(eight branches and seven separate teachers, 14 edges) do not spill.
 """
 _Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
@@ -69,7 +69,7 @@ class TritonExecutor:
         most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
         if count > most:
             return (
-                f"the graph needs {count} running sums; a kernel's registers hold {most} beside"
+                f"the graph needs {count} running sums; a kernel's registers hold {most} next to"
                 f" {inputs} rows of inputs"
             )
         return None
@@ -180,8 +180,7 @@ def _tile(
         for row in logits
     )
     splits = choose_splits(batch, num_classes)
-    # Split rows have no kernel of their own for both at once, and are to give the same bits either
-    # way.
+    # Split rows have no forward_backward kernel; the same tile gives the same bits in both ways.
     rows, lanes, pieces, vector, num_warps = choose_tile(
         batch, num_classes, size, spec.num_nodes, aligned, forward_backward and splits == 1
     )

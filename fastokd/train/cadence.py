@@ -53,7 +53,7 @@ class Cadence:
         return due
 
     def must_stop(self) -> bool:
-        """Whether a signal stops the run here, outside of the training steps."""
+        """True if a signal stops the run here, outside of the training steps."""
         return bool(self._agreement.agree(Due.STOP if self._signals.received else Due.NOTHING))
 
     def settle(self) -> None:

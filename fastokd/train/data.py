@@ -222,7 +222,7 @@ def _loader_of_record(seen: Mapping[str, Any]) -> str:
 
 
 def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:
-    """Whether "auto" decodes all images once and keeps them: they are small and fit in memory."""
+    """True if "auto" decodes all images once and keeps them: they are small and fit in memory."""
     side = image_size or max((max(size) for size in peek_sizes(dataset.train)), default=0)
     if side > SMALL:
         return False

@@ -48,7 +48,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes files for all."""
+        """True if this process prints and writes files for all."""
         return self.rank == 0
 
 
@@ -222,7 +222,7 @@ def _peers_may_be_lost() -> Iterator[None]:
 
 
 def _reports_first(store: dist.Store, error: BaseException) -> bool:
-    """Whether no other process has reported this error; for ``PeerLost``, whether none has reported
+    """True if no other process has reported this error; for ``PeerLost``, whether none has reported
     any.
     """
     is_lost = isinstance(error, PeerLost)

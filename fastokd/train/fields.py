@@ -84,7 +84,7 @@ class Info:
         return f"in {left}{low:.10g}, {high:.10g}{right}"
 
     def allows(self, value: float) -> bool:
-        """Whether a number is finite and within the bounds."""
+        """True if a number is finite and within the bounds."""
         return (
             math.isfinite(value)
             and (self.ge is None or value >= self.ge)

@@ -19,7 +19,7 @@ LEAVE_SECONDS = 30.0
 
 
 def launched() -> bool:
-    """Whether torchrun or ``launch`` started this process. Other programs set RANK and WORLD_SIZE,
+    """True if torchrun or ``launch`` started this process. Other programs set RANK and WORLD_SIZE,
     but not LOCAL_RANK.
     """
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

@@ -322,7 +322,7 @@ def fit_batch_size(
 def _one_step_fits(
     config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None
 ) -> bool:
-    """Whether a step of this process alone, on random images, fits next to the dataset. It is not
+    """True if a step of this process alone, on random images, fits next to the dataset. It is not
     compiled, which takes minutes and only saves memory.
     """
     config = dataclasses.replace(config, compile=False, cuda_graph=False, streams=False)
@@ -359,7 +359,7 @@ def _try_step(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the host."""
+    """True if an error means that memory ran out, on a GPU or on the host."""
     host = "DefaultCPUAllocator: can't allocate memory"
     return isinstance(error, torch.OutOfMemoryError) or host in str(error)
 

@@ -203,7 +203,7 @@ class Reporter:
 
     @property
     def shows_info(self) -> bool:
-        """Whether ``info`` prints its lines."""
+        """True if ``info`` prints its lines."""
         return self._lines
 
     def print(self, text: str) -> None:
@@ -267,7 +267,7 @@ class Reporter:
             self._display.start()
 
     def should_report(self) -> bool:
-        """Whether ``step`` would show numbers now; reading the loss waits for the device."""
+        """True if ``step`` would show numbers now; reading the loss waits for the device."""
         now = time.monotonic()
         return (self._live and now - self._noted > LIVE_INTERVAL) or (
             (self._lines or self._log is not None) and now - self._printed > PLAIN_INTERVAL

@@ -1,4 +1,4 @@
-"""What identifies a run, and loading one for evaluation and export."""
+"""The identity of a run, and loading a run for evaluation and export."""
 
 import dataclasses
 import hashlib

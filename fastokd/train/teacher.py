@@ -178,7 +178,7 @@ def _parse(spec: str) -> tuple[str, str, Path]:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether a file holds stored rows, not a network."""
+    """True if a file holds stored rows, not a network."""
     if path.suffix != ".safetensors":
         return path.suffix == ".npy"
     from safetensors import SafetensorError, safe_open

@@ -95,7 +95,7 @@ class Trainer:
     Args:
         run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
         dataset: the run's dataset if it is open already.
-        seen: ``data_record`` of the dataset that a resumed run was trained on.
+        seen: ``data_record`` from the checkpoint of a resumed run; None for a new run.
         signals: the process's signal handlers, if it has installed some.
 
     Attributes:
@@ -104,7 +104,7 @@ class Trainer:
         last, best: accuracies of the last and the best epoch.
         best_epoch: the best epoch, from 0; -1 before the first.
         seconds: training time of the finished epochs.
-        kept: the name of the student's accuracy.
+        kept: the key of the student's accuracy in ``last`` and ``best``.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Trainer:
     def _restore_position(self, state: dict[str, Any], exactly: bool) -> None:
         """Continue within an epoch, if the checkpoint was written within one.
 
-        Not ``exactly`` means with a changed configuration: its loss may have other terms, so the
+        ``exactly`` is False if the configuration changed: the loss may have other terms, so the
         sums of the epoch are dropped unless all its steps are done.
         """
         self.step.number.fill_(state["step"])
@@ -250,8 +250,8 @@ class Trainer:
                 if name in rank["statistics"]:
                     buffer.copy_(rank["statistics"][name])
             return
-        # The number of processes or the configuration changed: keep the sums of all processes,
-        # and seed the generators again.
+        # The number of processes or the configuration changed: add the sums of all processes if
+        # ``exactly``, else drop them, and seed the generators again.
         for rank in state["ranks"] if exactly else ():
             self.step.sums.add_state(rank["sums"], self.device)
         if not self.ranks.is_main:
@@ -394,7 +394,7 @@ class Trainer:
         if is_best:
             self.best, self.best_epoch = dict(accuracies), self.epoch - 1
         self._save(record, is_best)
-        for sink in self.sinks:  # after the checkpoint, as some cannot take a record back
+        for sink in self.sinks:  # after the checkpoint: some sinks cannot delete a record
             sink.write(record)
         self.reporter.end_epoch(record, self.throughput.end_epoch())
         self._report_replaced()
@@ -459,7 +459,7 @@ class Trainer:
         self._check_finite()
         self._save()
         received = max(gather_states(self.signals.received))
-        # All processes wait here for the checkpoint: a launcher ends them when one has ended.
+        # These exchanges wait until the checkpoint is written: a launcher kills all once one exits.
         message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
         raise Preempted(from_main(message and message + self._resume_hint()))
 

@@ -17,6 +17,7 @@ from fastokd.kernels.triton.columns import (
     lane_constants,
     log2,
     masked,
+    negated,
     piece_columns,
     row_sums,
     store_chunk,
@@ -271,7 +272,7 @@ def backward_chunk(
     inputs, row_state, label, rows, inside, logs, shared, stats = row
     weights, _label_logits, _chosen = row_state
     coefs, _target_coefs, _one_coefs, _weight_grads = shared
-    maxima = stats[: SPEC.layout.maxima.stop]
+    offsets = negated(stats[: SPEC.layout.maxima.stop])
     pieces = load_nodes(inputs, row_state, rows, base, LIMIT, COUNT, SPEC, MAIN_PASS, TILE)
     targets = ()
     if len(SPEC.cross_entropies) and TILE.soft_target:
@@ -281,7 +282,7 @@ def backward_chunk(
     column = (label - base).to(tl.int32)
     chunks = ()
     for p in tl.static_range(COUNT):
-        scaled = scaled_rows(pieces[p], maxima, SPEC, MAIN_PASS, TILE)
+        scaled = scaled_rows(pieces[p], offsets, SPEC, MAIN_PASS, TILE)
         powers = exponentials(scaled, p, 0, SPEC, MAIN_PASS, TILE)
         grads = lane_constants(SPEC.num_nodes, NEGATIVE_ZERO, TILE)
         grads = node_gradients(

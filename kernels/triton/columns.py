@@ -88,6 +88,15 @@ def set_at(values, INDEX: tl.constexpr, x):
 
 
 @triton.jit
+def negated(values):
+    """A tuple of negated quantities."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (-values[i],)
+    return out
+
+
+@triton.jit
 def split_halves(tile, P: tl.constexpr):
     """A tile [R, L, P] as P pieces [R, L] in the order of ``TILE.order``."""
     if P == 1:
@@ -181,12 +190,13 @@ def load_chunk(start, STRIDE: tl.constexpr, LIMIT: tl.constexpr, TILE: tl.conste
         return load_pairs(start, LIMIT, TILE)
     else:
         columns = tile_columns(TILE)
+        offsets = columns if STRIDE == 1 else columns.to(tl.int64) * STRIDE
         if TILE.rows > 1:
             start = start[:, :, None]
         if LIMIT:
-            tile = tl.load(start + columns * STRIDE, mask=columns < LIMIT, other=0.0)
+            tile = tl.load(start + offsets, mask=columns < LIMIT, other=0.0)
         else:
-            tile = tl.load(start + columns * STRIDE)
+            tile = tl.load(start + offsets)
         if not TILE.vector:
             tile = tl.permute(tile, (0, 2, 1))
         return reordered(split_halves(tile, TILE.pieces), TILE)

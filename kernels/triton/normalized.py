@@ -10,7 +10,16 @@ every probability mixture at one piece.
 import triton
 import triton.language as tl
 
-from fastokd.kernels.triton.columns import FLOOR, LN2, PAD, lane_constants, log2, masked, row_sums
+from fastokd.kernels.triton.columns import (
+    FLOOR,
+    LN2,
+    PAD,
+    lane_constants,
+    log2,
+    masked,
+    negated,
+    row_sums,
+)
 from fastokd.kernels.triton.passes import load_partials, part_of_row
 from fastokd.kernels.triton.rows import (
     MAIN_PASS,
@@ -139,7 +148,7 @@ def normalized_chunk(
     row_state,
     rows,
     base,
-    maxima,
+    offsets,
     logs,
     LIMIT: tl.constexpr,
     COUNT: tl.constexpr,
@@ -150,7 +159,7 @@ def normalized_chunk(
     pieces = load_nodes(inputs, row_state, rows, base, LIMIT, COUNT, SPEC, MAIN_PASS, TILE)
     weights, _label_logits, _chosen = row_state
     for p in tl.static_range(COUNT):
-        scaled = scaled_rows(pieces[p], maxima, SPEC, MAIN_PASS, TILE)
+        scaled = scaled_rows(pieces[p], offsets, SPEC, MAIN_PASS, TILE)
         out = normalized_summands(pieces[p], scaled, weights, logs, SPEC, TILE)
         sums = ()
         for i in tl.static_range(len(out)):
@@ -165,6 +174,7 @@ def lane_normalized_sums(
 ):
     """Each lane's part of the sums of ``normalized_pass`` over this program's columns."""
     logs = log_sums(sums, TILE)
+    offsets = negated(maxima)
     rest: tl.constexpr = TILE.rest
     rest_pieces: tl.constexpr = TILE.rest_pieces
     out = lane_constants(SPEC.num_normalized, 0.0, TILE)
@@ -173,25 +183,25 @@ def lane_normalized_sums(
         for chunk in range(first, end):
             base = chunk * TILE.block
             out = normalized_chunk(
-                out, inputs, row_state, rows, base, maxima, logs, 0, TILE.pieces, SPEC, TILE
+                out, inputs, row_state, rows, base, offsets, logs, 0, TILE.pieces, SPEC, TILE
             )
         if TILE.rest:
             for chunk in range(tail, TILE.whole + 1):
                 base = chunk * TILE.block
                 out = normalized_chunk(
-                    out, inputs, row_state, rows, base, maxima, logs, rest, rest_pieces, SPEC, TILE
+                    out, inputs, row_state, rows, base, offsets, logs, rest, rest_pieces, SPEC, TILE
                 )
     else:
         if TILE.whole:
             for chunk in range(TILE.whole):
                 base = chunk * TILE.block
                 out = normalized_chunk(
-                    out, inputs, row_state, rows, base, maxima, logs, 0, TILE.pieces, SPEC, TILE
+                    out, inputs, row_state, rows, base, offsets, logs, 0, TILE.pieces, SPEC, TILE
                 )
         if TILE.rest:
             last: tl.constexpr = TILE.whole * TILE.block
             out = normalized_chunk(
-                out, inputs, row_state, rows, last, maxima, logs, rest, rest_pieces, SPEC, TILE
+                out, inputs, row_state, rows, last, offsets, logs, rest, rest_pieces, SPEC, TILE
             )
     return out
 

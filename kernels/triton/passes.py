@@ -21,6 +21,7 @@ from fastokd.kernels.triton.columns import (
     lane_constants,
     log2,
     masked,
+    negated,
     row_maxima,
     row_sums,
     to_compute,
@@ -46,14 +47,23 @@ temperature 1. Larger sums would cost accuracy: the hardware's logarithm of a su
 def raised_maxima(
     maxima, pieces, LIMIT: tl.constexpr, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The lanes' maximum of each scaled node, after the pieces of one more chunk."""
+    """The lanes' maximum of each scaled node before scaling, after one more chunk."""
     out = ()
     for s in tl.static_range(len(SPEC.passes[PASS].scaled_nodes)):
         peak = masked(pieces[0][SPEC.passes[PASS].scaled_nodes[s].node], PAD, LIMIT, 0, TILE)
         for p in tl.static_range(1, len(pieces)):
             row = pieces[p][SPEC.passes[PASS].scaled_nodes[s].node]
             peak = tl.maximum(peak, masked(row, PAD, LIMIT, p, TILE))
-        out = out + (tl.maximum(maxima[s], peak * SPEC.passes[PASS].scaled_nodes[s].scale),)
+        out = out + (tl.maximum(maxima[s], peak),)
+    return out
+
+
+@triton.jit
+def scaled_offsets(maxima, SPEC: tl.constexpr, PASS: tl.constexpr):
+    """The negated scaled maxima, from the maxima before scaling."""
+    out = ()
+    for s in tl.static_range(len(SPEC.passes[PASS].scaled_nodes)):
+        out = out + (maxima[s] * -SPEC.passes[PASS].scaled_nodes[s].scale,)
     return out
 
 
@@ -86,7 +96,7 @@ def rescaled(weighted, old, new, SPEC: tl.constexpr, PASS: tl.constexpr):
 @triton.jit
 def added_pieces(
     sums,
-    maxima,
+    offsets,
     pieces,
     inputs,
     rows,
@@ -103,7 +113,7 @@ def added_pieces(
     if USE_TARGET:
         targets = load_target(inputs, rows, base, LIMIT, TILE)
     for p in tl.static_range(len(pieces)):
-        scaled = scaled_rows(pieces[p], maxima, SPEC, PASS, TILE)
+        scaled = scaled_rows(pieces[p], offsets, SPEC, PASS, TILE)
         powers = exponentials(scaled, p, LIMIT, SPEC, PASS, TILE)
         out = ()
         for f in tl.static_range(len(SPEC.passes[PASS].softmaxes)):
@@ -123,7 +133,7 @@ def added_pieces(
 @triton.jit
 def added_chunk(
     sums,
-    maxima,
+    offsets,
     inputs,
     row_state,
     rows,
@@ -138,7 +148,7 @@ def added_chunk(
     """Weighted sums and plain sums after one more chunk."""
     pieces = load_nodes(inputs, row_state, rows, base, LIMIT, COUNT, SPEC, PASS, TILE)
     return added_pieces(
-        sums, maxima, pieces, inputs, rows, base, LIMIT, SPEC, PASS, USE_TARGET, TILE
+        sums, offsets, pieces, inputs, rows, base, LIMIT, SPEC, PASS, USE_TARGET, TILE
     )
 
 
@@ -219,7 +229,7 @@ def chunks_of_pass(one, TILE: tl.constexpr):
 def estimated_maxima(
     inputs, row_state, rows, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Maxima [R, 1] over one column of each lane in this program's first chunk."""
+    """Maxima [R, 1], before scaling, over one column of each lane in this program's first chunk."""
     first = 0
     if TILE.splits > 1:
         first, _end, _tail = part_of_row(TILE)
@@ -232,7 +242,7 @@ def estimated_maxima(
 def exact_maxima(
     one, inputs, row_state, rows, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Maxima [R, 1] over this program's columns, in a separate pass."""
+    """Maxima [R, 1], before scaling, over this program's columns, in a separate pass."""
     maxima = lane_constants(len(SPEC.passes[PASS].scaled_nodes), PAD, TILE)
     first, end, tail = chunks_of_pass(one, TILE)
     for chunk in range(first, end):
@@ -252,7 +262,7 @@ def exact_maxima(
 
 @triton.jit
 def lane_sums(
-    maxima,
+    offsets,
     one,
     inputs,
     row_state,
@@ -275,7 +285,7 @@ def lane_sums(
         base = chunk * TILE.block
         sums = added_chunk(
             sums,
-            maxima,
+            offsets,
             inputs,
             row_state,
             rows,
@@ -291,7 +301,7 @@ def lane_sums(
         for chunk in range(tail, TILE.whole + 1):
             sums = added_chunk(
                 sums,
-                maxima,
+                offsets,
                 inputs,
                 row_state,
                 rows,
@@ -325,9 +335,11 @@ def single_chunk_sums(
     plain = lane_constants(NUM_PLAIN, 0.0, TILE)
     count: tl.constexpr = TILE.pieces if TILE.whole else TILE.rest_pieces
     pieces = load_nodes(inputs, row_state, rows, 0, TILE.rest, count, SPEC, PASS, TILE)
-    maxima = row_maxima(raised_maxima(maxima, pieces, TILE.rest, SPEC, PASS, TILE), TILE)
+    maxima = raised_maxima(maxima, pieces, TILE.rest, SPEC, PASS, TILE)
+    maxima = row_maxima(negated(scaled_offsets(maxima, SPEC, PASS)), TILE)
+    offsets = negated(maxima)
     weighted, plain = added_pieces(
-        (weighted, plain), maxima, pieces, inputs, rows, 0, TILE.rest, SPEC, PASS, USE_TARGET, TILE
+        (weighted, plain), offsets, pieces, inputs, rows, 0, TILE.rest, SPEC, PASS, USE_TARGET, TILE
     )
     return maxima, weighted, plain
 
@@ -351,6 +363,7 @@ def checked_sums(
     repeated.
     """
     maxima = estimated_maxima(inputs, row_state, rows, SPEC, PASS, TILE)
+    offsets = scaled_offsets(maxima, SPEC, PASS)
     weighted = lane_constants(
         len(SPEC.passes[PASS].softmaxes) + len(SPEC.passes[PASS].moments), 0.0, TILE
     )
@@ -359,7 +372,7 @@ def checked_sums(
     left = again
     while again > 0:
         weighted, plain = lane_sums(
-            maxima, again, inputs, row_state, rows, SPEC, PASS, USE_TARGET, NUM_PLAIN, TILE
+            offsets, again, inputs, row_state, rows, SPEC, PASS, USE_TARGET, NUM_PLAIN, TILE
         )
         above = (weighted[0] >= MAX_SUM).to(tl.int32)
         for f in tl.static_range(1, len(SPEC.passes[PASS].softmaxes)):
@@ -371,7 +384,8 @@ def checked_sums(
         left -= 1
         if again > 0:
             maxima = exact_maxima(again, inputs, row_state, rows, SPEC, PASS, TILE)
-    return maxima, weighted, plain
+            offsets = scaled_offsets(maxima, SPEC, PASS)
+    return negated(offsets), weighted, plain
 
 
 @triton.jit

@@ -35,15 +35,18 @@ def load_weights(weights, rows, SPEC: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def mixture_row(rows, weights, J: tl.constexpr, SPEC: tl.constexpr, PASS: tl.constexpr):
-    """A mixture of logits: the weighted sum of its inputs."""
+    """A mixture of logits: the weighted sum of its inputs.
+
+    The multiply-adds are explicitly fused, as in ``scaled_rows``.
+    """
     row = rows[0]
     for k in tl.static_range(len(SPEC.passes[PASS].nodes[J].inputs)):
         part = rows[SPEC.passes[PASS].nodes[J].inputs[k]]
         if SPEC.passes[PASS].nodes[J].first_weight >= 0:
-            part = weights[SPEC.passes[PASS].nodes[J].first_weight + k] * part
+            weight = weights[SPEC.passes[PASS].nodes[J].first_weight + k]
         else:
-            part = part * SPEC.passes[PASS].nodes[J].constants[k]
-        row = part if k == 0 else row + part
+            weight = tl.full((), SPEC.passes[PASS].nodes[J].constants[k], part.dtype)
+        row = part * weight if k == 0 else tl.fma(part, weight, row)
     return row
 
 
@@ -103,6 +106,17 @@ def linear_rows(values, weights, SPEC: tl.constexpr):
 
 
 @triton.jit
+def row_start(pointer, rows, base, ROW_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr):
+    """The address of column ``base`` of each row."""
+    start = pointer + rows * ROW_STRIDE
+    if COLUMN_STRIDE == 1:
+        return start + base
+    else:
+        # int64, as the rows: C times the column stride of transposed logits can exceed 2^31.
+        return start + (tl.full((), 0, tl.int64) + base) * COLUMN_STRIDE
+
+
+@triton.jit
 def load_nodes(
     inputs,
     row_state,
@@ -120,11 +134,11 @@ def load_nodes(
     logits, externals, _target = inputs
     chunks = ()
     for m in tl.static_range(len(logits)):
-        start = logits[m] + rows * TILE.logit_strides[m][0] + base * TILE.logit_strides[m][1]
+        start = row_start(logits[m], rows, base, TILE.logit_strides[m][0], TILE.logit_strides[m][1])
         chunks = chunks + (load_chunk(start, TILE.logit_strides[m][1], LIMIT, TILE),)
     for x in tl.static_range(len(externals)):
-        start = (
-            externals[x] + rows * TILE.external_strides[x][0] + base * TILE.external_strides[x][1]
+        start = row_start(
+            externals[x], rows, base, TILE.external_strides[x][0], TILE.external_strides[x][1]
         )
         chunks = chunks + (load_chunk(start, TILE.external_strides[x][1], LIMIT, TILE),)
     out = ()
@@ -140,25 +154,29 @@ def load_nodes(
 def load_target(inputs, rows, base, LIMIT: tl.constexpr, TILE: tl.constexpr):
     """The pieces of a soft target in the chunk at column ``base``."""
     _logits, _externals, target = inputs
-    start = target + rows * TILE.target_strides[0] + base * TILE.target_strides[1]
+    start = row_start(target, rows, base, TILE.target_strides[0], TILE.target_strides[1])
     return load_chunk(start, TILE.target_strides[1], LIMIT, TILE)
 
 
 @triton.jit
-def scaled_rows(rows, maxima, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr):
-    """``(v - max) log2(e) / T`` of every scaled node at one piece.
+def scaled_rows(rows, offsets, SPEC: tl.constexpr, PASS: tl.constexpr, TILE: tl.constexpr):
+    """``(v - max) log2(e) / T`` of every scaled node at one piece. ``offsets`` are the negated
+    scaled maxima: negating them in a loop would keep both in registers.
 
     Everything else is computed from these values. So a common offset of a row's logits is rounded
-    only here, in a fused multiply-add, and costs no accuracy elsewhere.
+    only here, and costs no accuracy elsewhere. Every pass must compute the same value, because the
+    exponential of the difference of two roundings of a large logit can have any size. So the
+    multiply-add is explicitly fused; the compiler would fuse some of the products and not others.
     """
     out = ()
     for s in tl.static_range(len(SPEC.passes[PASS].scaled_nodes)):
         row = rows[SPEC.passes[PASS].scaled_nodes[s].node]
-        if TILE.hardware:
-            out = out + (row * SPEC.passes[PASS].scaled_nodes[s].scale - maxima[s],)
+        if TILE.hardware or TILE.double:
+            scale = tl.full((), SPEC.passes[PASS].scaled_nodes[s].scale, row.dtype)
+            out = out + (tl.fma(row, scale, offsets[s]),)
         else:
             product = row.to(tl.float64) * SPEC.passes[PASS].scaled_nodes[s].scale
-            out = out + ((product - maxima[s].to(tl.float64)).to(row.dtype),)
+            out = out + ((product + offsets[s].to(tl.float64)).to(row.dtype),)
     return out
 
 

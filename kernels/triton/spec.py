@@ -309,12 +309,12 @@ class Spec(Constant):
         return tuple(node for node in reversed(self.first.nodes) if node.kind == MIXTURE)
 
     def input_learns(self, mixture: int, position: int) -> bool:
-        """Whether a gradient flows through an input of a probability mixture."""
+        """True if a gradient flows through an input of a probability mixture."""
         softmax = self.prob_mixtures[int(mixture)].softmaxes[int(position)]
         return softmax >= 0 and self.main.softmaxes[softmax].learns
 
     def needs_first_pass(self, soft_target: bool) -> bool:
-        """Whether the main pass depends on a pass over all columns before it."""
+        """True if the main pass depends on a pass over all columns before it."""
         return bool(self.selections) or (bool(soft_target) and self.has_minimum)
 
     def num_partials(self, soft_target: bool) -> int:

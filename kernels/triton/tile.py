@@ -76,7 +76,7 @@ class Tile(Constant):
 
     @property
     def single(self) -> bool:
-        """Whether a row is a single chunk, whole or not."""
+        """True if a row is a single chunk, whole or not."""
         return self.splits == 1 and self.num_classes <= self.block
 
     @property
@@ -85,7 +85,7 @@ class Tile(Constant):
 
     @property
     def needs_weights(self) -> bool:
-        """Whether the gradient of any weight is needed."""
+        """True if the gradient of any weight is needed."""
         return any(self.needs[len(self.logit_strides) :])
 
     @property
@@ -99,7 +99,7 @@ class Tile(Constant):
         return order
 
     def masks(self, limit: int, piece: int) -> bool:
-        """Whether a piece of a chunk of ``limit`` columns (0: all) has columns beyond the row."""
+        """True if a piece of a chunk of ``limit`` columns (0: all) has columns beyond the row."""
         limit, piece = int(limit), int(piece)
         return bool(limit) and (bool(self.vector) or (piece + 1) * self.lanes > limit)
 

@@ -92,7 +92,7 @@ def gather(
         logits = torch.stack([row.double() for row in named.values()])
         if not logits.isfinite().all():
             raise CheckpointError(
-                f"the logits are not finite from image {done + 1} on, so there is nothing to"
+                f"the logits are non-finite from image {done + 1} on, so there is nothing to"
                 " compare; choose another checkpoint with --which"
             )
         log_p = logits.log_softmax(2)

@@ -71,7 +71,7 @@ def draw_study(
     try:
         plt = require_matplotlib()
     except MissingExtra as error:
-        notes.append(f"there are no pictures: {error}")
+        notes.append(f"no figures: {error}")
     else:
         values = {key: measure["values"] for key, measure in record["measures"].items()}
         facts = (record[key] for key in ("rows", "classes", "student", "student_errors"))
@@ -84,7 +84,7 @@ def draw_study(
             try:
                 figure, title, description = draw(study)
             except (_Undrawable, MissingExtra) as error:
-                notes.append(f"there is no picture {name}: {error}")
+                notes.append(f"no figure {name}: {error}")
                 continue
             figure.suptitle(f"{title}\n{subtitle}", fontsize="medium")
             Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
@@ -148,7 +148,7 @@ def _tsne(study: _Study) -> Drawing:
         for label, color in legend.items()
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="class")
-    apart = " The branches' features differ in width, so that each has an embedding of its own."
+    apart = " The branches' features differ in width, so that each has a separate embedding."
     images = (
         f"t-SNE of the branches' {{}}features of {len(labels)} images that {student} gets wrong"
     )

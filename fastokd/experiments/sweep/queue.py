@@ -43,12 +43,12 @@ class Job:
         return self.path.name
 
     def is_finished(self) -> bool:
-        """Whether it has all its epochs and its summary, which is written last."""
+        """True if it has all its epochs and its summary, which is written last."""
         epochs = read_json_object(RunFolder(self.path).summary_path).get("epochs")
         return isinstance(epochs, int) and epochs >= self.config.epochs
 
     def is_started(self) -> bool:
-        """Whether its folder has a configuration and something to resume or to read."""
+        """True if its folder has a configuration and something to resume or to read."""
         run = RunFolder(self.path)
         return run.config_path.is_file() and (
             bool(checkpoint_files(run.checkpoints)) or self.is_finished()

@@ -131,7 +131,7 @@ def _data_differences(recipe: Recipe, run: Run) -> list[str]:
 
 
 def _is_of_kind(data: str, kind: str) -> bool:
-    """Whether data is of this kind of dataset; judged by its name if it no longer exists."""
+    """True if data is of this kind of dataset; judged by its name if it no longer exists."""
     try:
         return resolve(data)[0] is get_dataset_kind(kind)
     except (ConfigError, DataError):
