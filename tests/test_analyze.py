@@ -497,7 +497,7 @@ def test_branches_of_different_width(ahbf, unsaved, tmp_path):
     analysis.gathered.features["branch3"] = analysis.gathered.features["branch3"][:, :5]
     drawn, _ = draw_study(analysis.record, analysis.gathered, tmp_path)
     assert (
-        "an embedding of its own"
+        "each has a separate embedding"
         in {picture["name"]: picture["description"] for picture in drawn}["tsne"]
     )
 

@@ -55,7 +55,7 @@ def test_page_is_not_stale():
                 ("| dali |", "| dalli |"),
                 ("resnet32, ahbf, 4 ", "resnet33, ahbf, 4 "),
                 (", launch", ", lunch"),
-                ("sm_80", "sm_81"),
+                ("| sm_80 /", "| sm_81 /"),
             ],
         ),
         (README, readme_blocks, [("| 96 x 1000 |", "| 97 x 1000 |")]),
