@@ -11,8 +11,8 @@ import torch
 from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
+from bench.images import compose
 from bench.loaders import LARGE_MODEL, images_per_second, waiting_share
-from bench.pictures import compose
 from fastokd.data import Augment, Dataset, FileDataset, Split, list_files, make_loader
 from fastokd.data.dali import default_threads
 from fastokd.data.loader import get_loader_kind
@@ -186,4 +186,4 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-PART = Part("data", 0.2, _rows, _line, sources=("bench/loaders.py", "bench/pictures.py"))
+PART = Part("data", 0.2, _rows, _line, sources=("bench/loaders.py", "bench/images.py"))

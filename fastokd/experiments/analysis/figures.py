@@ -28,7 +28,7 @@ def require_matplotlib() -> Any:
     return matplotlib.pyplot
 
 
-class Picture(NamedTuple):
+class FigureFiles(NamedTuple):
     """A drawn figure: the name of its files without the ending, its title, a text for readers who
     cannot see it, and its content by format, "png" or "svg".
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastokd.errors import first_line
 from fastokd.experiments.analysis.compare import Comparison
-from fastokd.experiments.analysis.curves import overview_pictures, training_pictures
+from fastokd.experiments.analysis.curves import overview_figures, training_figures
 from fastokd.experiments.analysis.page import bullets, image, page, remarks_section, section
 from fastokd.experiments.analysis.runs import Group, Run, config_differences, title
 from fastokd.experiments.analysis.tables import Table
@@ -21,9 +21,9 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
         MissingExtra: matplotlib is not installed.
     """
     records = {group.label: [run.records for run in group.runs] for group in groups}
-    drawings = (overview_pictures, training_pictures)
-    pictures = [each for draw in drawings for each in draw(records, title(groups), ["svg"])]
-    curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in pictures)
+    drawings = (overview_figures, training_figures)
+    figures = [each for draw in drawings for each in draw(records, title(groups), ["svg"])]
+    curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in figures)
     parts = [
         remarks_section(comparison.remarks),
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),

@@ -14,7 +14,7 @@ from fastokd.data.images import Progress
 from fastokd.errors import ConfigError
 from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.gather import Gathered, gather
-from fastokd.experiments.analysis.pictures import draw_study
+from fastokd.experiments.analysis.study_figures import draw_study
 from fastokd.storage import write_json
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import LoadedRun, load_run
@@ -125,7 +125,7 @@ class Analysis:
         self.record["pictures"] = drawn
         self.record["notes"] += notes
         write_json(folder / FILE, self.record)
-        return [picture["name"] for picture in drawn]
+        return [drawing["name"] for drawing in drawn]
 
 
 def analyze_run(

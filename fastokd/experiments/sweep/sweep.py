@@ -15,7 +15,7 @@ import yaml
 
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.experiments.analysis.figures import (
-    Picture,
+    FigureFiles,
     draw_heat_map,
     encoded,
     panel_grid,
@@ -338,4 +338,4 @@ class SweepResults(Results):
         title = ", ".join([*shared, "student"])
         figure.suptitle(title, fontsize="medium", wrap=True)
         files = encoded(plt, figure, ("png", "svg"))
-        Picture("heat-map", title, title, files).write(self.sweep.out)
+        FigureFiles("heat-map", title, title, files).write(self.sweep.out)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastokd.errors import MissingExtra
 from fastokd.experiments.analysis.diversity import ECE_BINS
 from fastokd.experiments.analysis.figures import (
-    Picture,
+    FigureFiles,
     draw_heat_map,
     encoded,
     panel_grid,
@@ -87,9 +87,11 @@ def draw_study(
                 notes.append(f"no figure {name}: {error}")
                 continue
             figure.suptitle(f"{title}\n{subtitle}", fontsize="medium")
-            Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
+            FigureFiles(name, title, description, encoded(plt, figure, ("svg", "png"))).write(
+                folder
+            )
             drawn.append({"name": name, "title": title, "description": description})
-    for name in set(NAMES) - {picture["name"] for picture in drawn}:
+    for name in set(NAMES) - {drawing["name"] for drawing in drawn}:
         for path in (folder / f"{name}.svg", folder / f"{name}.png"):
             try:
                 path.unlink(missing_ok=True)
