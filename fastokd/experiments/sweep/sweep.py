@@ -8,36 +8,22 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import yaml
 
-from fastokd.errors import ConfigError, MissingExtra
-from fastokd.experiments.analysis.figures import (
-    FigureFiles,
-    draw_heat_map,
-    encoded,
-    panel_grid,
-    require_matplotlib,
-)
+from fastokd.errors import MissingExtra
+from fastokd.experiments.analysis import figures
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
 from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
+from fastokd.experiments.sweep import results
 from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
+from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
 from fastokd.experiments.sweep.queue import Outcome
-from fastokd.experiments.sweep.results import (
-    Measured,
-    comparison_remarks,
-    data_differences,
-    difference,
-)
-from fastokd.storage import write_json, write_text
 from fastokd.train.config import TrainConfig, override
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +93,8 @@ class Sweep(Plan):
         measured = self.measured(failed)
         runs = [run for each in measured.values() for run in each.runs]
         published, notes = _published(self, runs)
-        notes += comparison_remarks(runs) if runs else []
-        return SweepResults(measured, tuple(notes), self, tuple(published))
+        notes += results.comparison_remarks(runs)
+        return SweepResults(measured, tuple(notes), self.out, self, tuple(published))
 
     def run(
         self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
@@ -130,25 +116,22 @@ def plan_sweep(
     Raises:
         ConfigError: there are no seeds, or a combination of values is invalid.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: must be at least 1, for seeds 0 to N-1")
-    points = grid_points(base, values)
+    check_seeds(seeds)
+    points = tuple(grid_points(base, values))
     shared = {field: choices[0] for field, choices in values.items() if len(choices) == 1}
     base = override(base, fields_of(shared))
     name = recipe.name if recipe else f"{base.model.replace(':', '-')}-{base.method}"
     out = out or Path("sweeps") / name
+    jobs = {point.name: plan_runs(out, point.name, point.config, range(seeds)) for point in points}
     return Sweep(
         out=out,
+        jobs=jobs,
+        rows=tuple(jobs),
+        seeds=seeds,
         base=base,
         recipe=recipe,
         values=values,
-        points=tuple(points),
-        jobs={
-            point.name: tuple(run_of(out, point.name, point.config, seed) for seed in range(seeds))
-            for point in points
-        },
-        rows=tuple(point.name for point in points),
-        seeds=seeds,
+        points=points,
     )
 
 
@@ -165,12 +148,12 @@ def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | 
     if any(run.data.get("num_classes", classes) != classes for run in runs):
         return [None] * len(published), []
     pairs = zip(recipes, published, strict=True)
-    fewer = sweep.seeds < (number.runs or 1)
     different = [
         *point_differences(sweep.points, [recipe if each else None for recipe, each in pairs]),
-        *data_differences(sweep.recipe, runs),
-        *([f"{sweep.seeds} of {number.runs} runs"] if fewer else []),
+        *results.data_differences(sweep.recipe, runs),
     ]
+    if sweep.seeds < (number.runs or 1):
+        different.append(f"{sweep.seeds} of {number.runs} runs")
     note = (
         f"Published: {number.source}, which does not say whether of the last or the best epoch. Not"
         f" as published: {'; '.join(different) or 'nothing that is known'}."
@@ -220,7 +203,7 @@ class SweepResults(Results):
             }
             if any(self.published):
                 row["published"] = number.number() if number else "-"
-                row["difference, last epoch"] = difference(errors, number)
+                row["difference, last epoch"] = results.difference(errors, number)
             rows.append(row)
         title = "Errors of the student in %, mean +- sample standard deviation over seeds"
         note = (
@@ -229,9 +212,8 @@ class SweepResults(Results):
         )
         return Table.of(title, rows, [note, *self.notes])
 
-    def _points(self) -> list[tuple[Point, Measured, Published | None]]:
-        measured = self.measured.values()
-        return list(zip(self.sweep.points, measured, self.published, strict=True))
+    def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
+        return list(zip(self.sweep.points, self.measured.values(), self.published, strict=True))
 
     def _labels(self) -> list[tuple[str, list[str]]]:
         """The fields with several values, and their values in words."""
@@ -242,37 +224,34 @@ class SweepResults(Results):
 
     def _grids(self) -> list[_Grid]:
         """For two fields: our errors, and the published ones if there are any."""
-        values: list[float | None] = []
-        texts = []
+        cells: list[tuple[float | None, str]] = []
         for measured in self.measured.values():
-            errors = measured.errors()
-            values.append(statistics.mean(errors) if errors else None)
-            some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
-            texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
+            errors, text = measured.errors(), measured.progress()
+            if errors:
+                some = "" if len(errors) == len(measured.states) else f" ({text})"
+                text = f"{spread(errors)}{some}"
+            cells.append((statistics.mean(errors) if errors else None, text))
         several = "epochs" in self.sweep.fields
         when = "last epoch" if several else f"last of {self.sweep.base.epochs} epochs"
-        runs = [run for measured in self.measured.values() for run in measured.runs]
-        data = runs[0].data.get("name", "") if runs else ""
-        seeds = self.sweep.seeds
-        title = ", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]))
-        grids = [_Grid(title, self._lines(values), self._lines(texts))]
+        names = [run.data.get("name", "") for each in self.measured.values() for run in each.runs]
+        seeds = f"{self.sweep.seeds} seed{'s' * (self.sweep.seeds > 1)}"
+        title = ", ".join(filter(None, ["here", *names[:1], seeds, when]))
+        grids = [self._grid(title, cells)]
         if numbers := list(filter(None, self.published)):
-            values = [number.error if number else None for number in self.published]
-            texts = [number.number() if number else "-" for number in self.published]
-            title = f"published, {numbers[0].source}"
-            grids.append(_Grid(title, self._lines(values), self._lines(texts)))
+            cells = [
+                (each.error, each.number()) if each else (None, "-") for each in self.published
+            ]
+            grids.append(self._grid(f"published, {numbers[0].source}", cells))
         return grids
 
-    def _lines(self, points: Sequence[T]) -> list[Sequence[T]]:
-        """Values of the points, by the values of the first field."""
+    def _grid(self, title: str, cells: Sequence[tuple[float | None, str]]) -> _Grid:
+        """The values and texts of the points in lines, one for each value of the first field."""
         width = len(self.sweep.values[self.sweep.fields[1]])
-        return [points[start : start + width] for start in range(0, len(points), width)]
+        lines = [cells[start : start + width] for start in range(0, len(cells), width)]
+        values = [[value for value, _ in line] for line in lines]
+        return _Grid(title, values, [[text for _, text in line] for line in lines])
 
-    def write(self) -> None:
-        """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
-        out, sweep = self.sweep.out, self.sweep
-        write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
-        write_text(out / "sweep.csv", csv_text(self._csv_rows()))
+    def as_json(self) -> Record:
         points = [
             {
                 "name": point.name,
@@ -282,16 +261,13 @@ class SweepResults(Results):
             }
             for point, measured, number in self._points()
         ]
-        results = {
-            "recipe": sweep.recipe.name if sweep.recipe else None,
-            "values": sweep.values,
-            "notes": self.notes,
-            "points": points,
-        }
-        write_json(out / "results.json", results)
+        name = self.sweep.recipe.name if self.sweep.recipe else None
+        return {"recipe": name, "values": self.sweep.values, "notes": self.notes, "points": points}
 
-    def _csv_rows(self) -> list[dict[str, Any]]:
-        """A row for each point, numbers not rounded; spaces separate seeds."""
+    def files(self) -> dict[str, str]:
+        """``sweep.md``; ``sweep.csv`` with a row for each point, numbers not rounded, in which
+        spaces separate seeds.
+        """
         rows = []
         for point, measured, number in self._points():
             row: dict[str, Any] = {"point": point.name}
@@ -303,7 +279,8 @@ class SweepResults(Results):
                 row |= {"published": number.error, "published_std": number.std}
                 row["published_source"] = number.source
             rows.append(row)
-        return rows
+        markdown = "\n".join(table.as_markdown() for table in self.tables())
+        return {"sweep.md": markdown, "sweep.csv": csv_text(rows)}
 
     def draw(self) -> None:
         """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
@@ -315,15 +292,15 @@ class SweepResults(Results):
         fields = self.sweep.fields
         if len(fields) != 2:
             return
-        plt = require_matplotlib()
+        plt = figures.require_matplotlib()
         grids = self._grids()
         (row, row_labels), (column, column_labels) = self._labels()
         width, height = max(3.5, 1.1 * len(column_labels) + 1.5), 0.6 * len(row_labels) + 1.6
         size = (width * len(grids), max(2.6, height))
-        figure, panels = panel_grid(plt, len(grids), len(grids), size)
+        figure, panels = figures.panel_grid(plt, len(grids), len(grids), size)
         label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
         for axes, grid in zip(panels, grids, strict=True):
-            image = draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
+            drawn = figures.draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
             axes.set_xticks(range(len(column_labels)), column_labels)
             axes.set_yticks(range(len(row_labels)), row_labels)
             axes.set(xlabel=column, ylabel=row)
@@ -331,11 +308,10 @@ class SweepResults(Results):
             text = textwrap.fill(grid.title + setup, int(11 * width))
             axes.set_title(text, fontsize="medium")
             if any(value is not None for line in grid.values for value in line):
-                figure.colorbar(image, ax=axes, label=label)
-        shared = [
-            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
-        ]
+                figure.colorbar(drawn, ax=axes, label=label)
+        base = self.sweep.base
+        shared = [getattr(base, name) for name in ("model", "method") if name not in fields]
         title = ", ".join([*shared, "student"])
         figure.suptitle(title, fontsize="medium", wrap=True)
-        files = encoded(plt, figure, ("png", "svg"))
-        FigureFiles("heat-map", title, title, files).write(self.sweep.out)
+        files = figures.encoded(plt, figure, ("png", "svg"))
+        figures.FigureFiles("heat-map", title, title, files).write(self.out)
