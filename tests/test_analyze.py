@@ -384,7 +384,7 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 def unsaved(monkeypatch):
     """Pictures are drawn and not encoded, which takes longer."""
     monkeypatch.setattr(
-        "fastokd.experiments.analysis.study_figures.encoded",
+        "fastokd.experiments.analysis.figures.encoded",
         lambda plt, figure, _: plt.close(figure) or {},
     )
 

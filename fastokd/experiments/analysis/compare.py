@@ -141,22 +141,14 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
             ),
             None,
         )
-        speeds = (_speed(alone) if alone else None, _speed(group))
+        speed, speed_alone = _speed(group), _speed(alone) if alone else None
+        times_alone = speed_alone / speed if speed_alone and speed else None
         same = [other for other in groups if other.network == group.network]
-        baselines = (other for other in same if other.config.method == "baseline")
-        reference = next(baselines, same[0])
-        is_reference = reference is group
-        rows.append(
-            Row(
-                group,
-                None if is_reference else reference,
-                None if is_reference else paired_test(group, reference),
-                cost,
-                speeds[1],
-                speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
-                latencies.get(name, {}),
-            )
-        )
+        first = next((other for other in same if other.config.method == "baseline"), same[0])
+        reference = None if first is group else first
+        test = paired_test(group, reference) if reference else None
+        measured = latencies.get(name, {})
+        rows.append(Row(group, reference, test, cost, speed, times_alone, measured))
     return Comparison(tuple(rows), tuple(remarks), machine() if latency else "")
 
 
@@ -167,14 +159,12 @@ def paired_test(group: Group, other: Group) -> PairedTest:
     decayed equally.
     """
     if group.progress != other.progress:
-        return PairedTest(
-            (), None, f"{group.progress} epochs are finished, of the reference {other.progress}"
-        )
-    first, second = (
-        {run.config.seed: run.error() for run in each.counted} for each in (group, other)
-    )
-    seeds = [seed for seed in first if seed in second]
-    differences = tuple(first[seed] - second[seed] for seed in seeds)
+        reason = f"{group.progress} epochs are finished, of the reference {other.progress}"
+        return PairedTest((), None, reason)
+    errors = {run.config.seed: run.error() for run in group.counted}
+    others = {run.config.seed: run.error() for run in other.counted}
+    seeds = [seed for seed in errors if seed in others]
+    differences = tuple(errors[seed] - others[seed] for seed in seeds)
     if len(seeds) < 2:
         return PairedTest(differences, None, "needs 2 shared seeds" if seeds else "no shared seed")
     if max(differences) - min(differences) < 1e-9:
@@ -183,7 +173,7 @@ def paired_test(group: Group, other: Group) -> PairedTest:
         from scipy.stats import ttest_rel
     except ImportError:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
-    result = ttest_rel([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    result = ttest_rel([errors[seed] for seed in seeds], [others[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
 
 
@@ -246,22 +236,22 @@ def _error_table(comparison: Comparison) -> Table:
     missing: dict[tuple[str, str], list[str]] = {}  # the groups without a value, for a reason
     for row in comparison.rows:
         group, test = row.group, row.test
-        difference, p = "-", "-"
+        difference, p, reason = "-", "-", None
         if row.reference is not None:
             references.setdefault(row.reference.label, []).append(group.label)
-        if test is None and any(other.reference is group for other in comparison.rows):
-            difference, p = "reference", ""
-        elif test is None:
-            reason = ("difference", f"there are no other runs of {group.network}")
-            missing.setdefault(reason, []).append(group.label)
-        else:
+        if test is not None:
             if test.differences:
                 difference = f"{spread(test.differences, '+')} (n={len(test.differences)})"
             if test.p is not None:
                 p = f"{test.p:.3g}"
             else:
                 reason = ("p" if test.differences else "difference", test.reason)
-                missing.setdefault(reason, []).append(group.label)
+        elif any(other.reference is group for other in comparison.rows):
+            difference, p = "reference", ""
+        else:
+            reason = ("difference", f"there are no other runs of {group.network}")
+        if reason:
+            missing.setdefault(reason, []).append(group.label)
         finished = group.counted[0].epochs == group.config.epochs
         rows.append(
             {
@@ -275,30 +265,23 @@ def _error_table(comparison: Comparison) -> Table:
                 "p": p,
             }
         )
-    notes = [
-        *_left_out_note(comparison),
-        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
-        " are the test images; the last is not chosen.",
-        "Difference: percentage points, less is better, seed by seed against the reference, over"
-        " the n seeds that both have. p: two-sided paired t-test of these differences.",
-    ]
-    for reference, labels in references.items():
-        notes.append(f"The reference of {'; '.join(labels)} is {reference}.")
-    for (value, cause), labels in missing.items():
-        notes.append(f"No {value} for {'; '.join(labels)}: {cause}.")
-    return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
-
-
-def _left_out_note(comparison: Comparison) -> list[str]:
     left_out = [
         f"seed {run.config.seed} of {row.group.label} ({run.epochs} of {run.config.epochs} epochs)"
         for row in comparison.rows
         for run in row.group.left_out
     ]
-    return [
-        "Not in means, differences and p, having fewer finished epochs than others of the row:"
-        f" {'; '.join(left_out)}."
-    ] * bool(left_out)
+    notes = [
+        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
+        " are the test images; the last is not chosen.",
+        "Difference: percentage points, less is better, seed by seed against the reference, over"
+        " the n seeds that both have. p: two-sided paired t-test of these differences.",
+        *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
+        *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
+    ]
+    if left_out:
+        fewer = "Not in means, differences and p, having fewer finished epochs than others of"
+        notes.insert(0, f"{fewer} the row: {'; '.join(left_out)}.")
+    return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 
 
 def _cost_table(comparison: Comparison) -> Table:

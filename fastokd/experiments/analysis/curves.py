@@ -54,28 +54,20 @@ def row_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[
             epochs that only some of them have are dotted, each run for itself.
         title: the beginning of every figure's title.
         formats: "png", "svg".
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
     """
     for panel in _rows(groups):
         yield _figure(panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY)
 
 
 def overview_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
-    """``overview``: the accuracies of all branches and teacher assistants side by side. Arguments
-    and errors as ``row_figures``.
-    """
+    """``overview``: the accuracies of all branches and teacher assistants side by side."""
     shows = "accuracy on the evaluation split"
-    yield _figure(
-        "overview", title, shows, _rows(groups), groups, formats, unit=_ACCURACY, share_scale=True
-    )
+    rows = _rows(groups)
+    yield _figure("overview", title, shows, rows, groups, formats, _ACCURACY, share_scale=True)
 
 
 def training_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
-    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``.
-    Arguments and errors as ``row_figures``.
-    """
+    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``."""
     names = [name for name in _names(groups, "train") if not name.startswith("accuracy/")]
     if names:
         terms = [_Panel(name, "train", name) for name in names]
@@ -106,9 +98,6 @@ def draw_curves(
 ) -> list[Path]:
     """Write figures of runs into a folder, and return the files. Arguments and errors as
     ``row_figures``; ``figures`` are the functions that draw.
-
-    Raises:
-        StorageError: the disk refused.
     """
     drawn = (figure for draw in figures for figure in draw(groups, title, formats))
     return [file for figure in drawn for file in figure.write(folder)]

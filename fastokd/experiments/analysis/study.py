@@ -116,9 +116,6 @@ class Analysis:
     def write(self, folder: Path) -> list[str]:
         """Write ``analysis.json`` and the figures, see ``draw_study``; returns the names of the
         figures.
-
-        Raises:
-            StorageError: the disk refused.
         """
         write_json(folder / FILE, self.record)  # the numbers are kept if drawing fails
         drawn, notes = draw_study(self.record, self.gathered, folder)
@@ -157,13 +154,8 @@ def analyze_run(
         )
     run = load_run(path, which, data, device, split, decoding)
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
-    total = len(images)
-    gathered = gather(
-        run.evaluator,
-        run.loader,
-        max_images,
-        lambda done: progress(done, total) if progress else None,
-    )
+    show = None if progress is None else lambda done: progress(done, len(images))
+    gathered = gather(run.evaluator, run.loader, max_images, show)
     records = RunFolder.open(path).read_metrics()
     history = {
         record["epoch"] + 1: record["mixing"]
@@ -183,7 +175,7 @@ def analyze_run(
         "model": run.config.model,
         "data": run.dataset.name,
         "split": images.name,
-        "images": total,
+        "images": len(images),
         "checkpoint": which,
         "epochs": run.state["epoch"],
         "planned_epochs": run.config.epochs,
@@ -227,20 +219,18 @@ def measures(
 
 
 def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
-    rows, right = found.rows, found.right
+    rows, right, labels = found.rows, found.right, found.labels
     width = 1 / diversity.ECE_BINS
     edges = [f"{i * width:.3f}-{(i + 1) * width:.3f}" for i in range(diversity.ECE_BINS)]
     bins = list(map(diversity.calibration, found.confidences, right))
-    class_accuracy = [diversity.class_means(hit, found.labels, len(classes)) for hit in right]
+    class_accuracy = [diversity.class_means(hit, labels, len(classes)) for hit in right]
     predictions = found.predictions[found.student]
-    confusion = diversity.confusion_matrix(predictions, found.labels, len(classes)).tolist()
+    confusion = diversity.confusion_matrix(predictions, labels, len(classes)).tolist()
     return {
         "accuracy": _named(right.double().mean(1), rows),
         "cross_entropy": _named(found.cross_entropies, rows),
         "confidence": _named(found.confidences.mean(1), rows),
-        "calibration_error": {
-            name: _plain(each.error) for name, each in zip(rows, bins, strict=True)
-        },
+        "calibration_error": _named([each.error for each in bins], rows),
         "class_accuracy": _named(torch.stack(class_accuracy), rows, classes),
         "confusion": {
             name: {other: count for other, count in zip(classes, line, strict=True) if count}
@@ -256,14 +246,13 @@ def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _branch_measures(found: Gathered, chosen: Sequence[int]) -> dict[str, Any]:
-    softmax, logit = (
-        diversity.mean_over_pairs(distances[chosen][:, chosen])
-        for distances in (found.softmax_distances, found.logit_distances)
-    )
+    def mean_distance(distances: Tensor) -> float | None:
+        return _plain(diversity.mean_over_pairs(distances[chosen][:, chosen]))
+
     return {
         "interrater_agreement": _plain(diversity.interrater_agreement(found.right[chosen])),
-        "branch_softmax_distance": _plain(softmax),
-        "branch_logit_distance": _plain(logit),
+        "branch_softmax_distance": mean_distance(found.softmax_distances),
+        "branch_logit_distance": mean_distance(found.logit_distances),
         "any_branch_right": diversity.any_right(found.right[chosen]),
     }
 
@@ -308,39 +297,41 @@ def _notes(
     run: LoadedRun, found: Gathered, done: int, history: Mapping[int, Any], max_images: int
 ) -> list[str]:
     """Remarks for readers of the numbers; ``done`` is the number of the run's finished epochs."""
-    notes = []
     wrong, student = found.student_errors, found.rows[found.student]
-    if done < run.config.epochs:
-        notes.append(f"the run is not finished: {done} of {run.config.epochs} epochs are done")
-    if run.state["loader"]:
-        notes.append(f"the checkpoint was written within epoch {run.state['epoch'] + 1}")
-    if not found.mixing:
-        notes.append(
-            f"method {run.config.method} has no mixture of rows whose weights a gate or the loss"
-            " finds, so there are no mixing weights"
-        )
-    elif not history:
-        notes.append(
-            "mixing weights by epoch were not recorded: the run is of an earlier version, or its"
-            " metrics.jsonl is lost"
-        )
-    if len(run.evaluator.criterion.ensemble_members) < 2:
-        notes.append("there is one branch, so nothing is measured over pairs of branches")
-    if not wrong:
-        notes.append(
-            f"{student} gets every image right, so there are no distances of logits on its errors"
-            " and no t-SNE"
-        )
-    elif 0 < max_images < wrong:
-        notes.append(
-            f"the t-SNE shows {max_images} of the {wrong} images that {student} gets wrong"
-            " (--max-images)"
-        )
-    return notes
+    method, planned = run.config.method, run.config.epochs
+    unfinished = f"the run is not finished: {done} of {planned} epochs are done"
+    within = f"the checkpoint was written within epoch {run.state['epoch'] + 1}"
+    no_mixture = (
+        f"method {method} has no mixture of rows whose weights a gate or the loss finds, so there"
+        " are no mixing weights"
+    )
+    no_history = (
+        "mixing weights by epoch were not recorded: the run is of an earlier version, or its"
+        " metrics.jsonl is lost"
+    )
+    one_branch = "there is one branch, so nothing is measured over pairs of branches"
+    no_errors = (
+        f"{student} gets every image right, so there are no distances of logits on its errors and"
+        " no t-SNE"
+    )
+    shown = (
+        f"the t-SNE shows {max_images} of the {wrong} images that {student} gets wrong"
+        " (--max-images)"
+    )
+    notes = {
+        unfinished: done < planned,
+        within: run.state["loader"],
+        no_mixture: not found.mixing,
+        no_history: found.mixing and not history,
+        one_branch: len(run.evaluator.criterion.ensemble_members) < 2,
+        no_errors: not wrong,
+        shown: 0 < max_images < wrong,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
-def _named(values: Tensor, names: Sequence[str], *more: Sequence[str]) -> dict[str, Any]:
-    """A tensor as nested dicts, with the names along each dimension."""
+def _named(values: Tensor | Sequence[Any], names: Sequence[str], *more: Sequence[str]) -> Any:
+    """Numbers as nested dicts, with the names along each dimension."""
     return {
         name: _named(value, *more) if more else _plain(float(value))
         for name, value in zip(names, values, strict=True)
