@@ -20,7 +20,7 @@ from fastokd.data.dataset import invalid
 from fastokd.data.files import CONVERSION_FILE
 from fastokd.data.images import Progress, decode, reason_of
 from fastokd.data.registry import list_source
-from fastokd.errors import ConfigError, StorageError, escape, summarize
+from fastokd.errors import ConfigError, DataError, StorageError, escape, summarize
 from fastokd.storage import write_atomically, write_json
 
 QUALITY = 95
@@ -158,7 +158,8 @@ def _jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
     jobs, taken = [], set()
     for image in images:
         if os.path.basename(image.label) != image.label or image.label.startswith("."):
-            raise invalid(f"class {image.label}", "cannot be the name of a folder; rename it")
+            label = escape(image.label)
+            raise DataError(f"the class {label} cannot be the name of a folder; rename it")
         stem, extension = os.path.splitext(os.path.basename(image.name))
         if extension.lower() not in _FORMATS:
             stem, extension = stem + extension, ".png"

@@ -300,11 +300,7 @@ def list_loaders() -> list[str]:
 
 
 def get_loader_kind(name: str) -> LoaderKind:
-    """The loader of that name.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The loader of that name; a ``ConfigError`` suggests the closest one."""
     return _loaders.get(name)
 
 

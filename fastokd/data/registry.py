@@ -46,11 +46,7 @@ def list_datasets() -> list[str]:
 
 
 def get_dataset_kind(name: str) -> DatasetKind:
-    """The dataset kind of that name.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The dataset kind of that name; a ``ConfigError`` suggests the closest one."""
     return _datasets.get(name)
 
 

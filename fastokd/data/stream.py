@@ -290,9 +290,8 @@ class StreamLoader(LoaderBase, ABC):
         if numbers is not None and self.augment.flip:
             flipped = torch.from_numpy(random_crop.flipped(numbers))
             images = flip(images, loader.to_device(flipped, self.device))
-        index = loader.to_device(torch.from_numpy(indices), self.device)[
-            : len(indices) // self.views
-        ]
+        count = len(indices) // self.views
+        index = loader.to_device(torch.from_numpy(indices), self.device)[:count]
         target = self._targets.index_select(0, index)
         out = self._out if self.train else None
         if out is None:
