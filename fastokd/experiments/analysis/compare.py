@@ -1,20 +1,14 @@
 """Comparison of runs: errors over seeds, costs of the students, and costs of training."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from fastokd.errors import CheckpointError
-from fastokd.experiments.analysis.latency import (
-    BATCH_SIZES,
-    Latency,
-    devices,
-    machine,
-    measure_latency,
-)
+from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
 from fastokd.experiments.analysis.page import page, remarks_section
 from fastokd.experiments.analysis.runs import Group, Run, remarks_of
 from fastokd.experiments.analysis.tables import Table, csv_text, plain_markdown, spread
@@ -24,9 +18,6 @@ from fastokd.models.summary import Cost, count_parameters, forward_flops
 from fastokd.train.build import model_layout
 from fastokd.train.config import fields_with_role
 from fastokd.train.fields import Role
-
-Latencies = Mapping[tuple[str, int], Latency | None]
-"""By kind of device and batch size; None if the batch does not fit."""
 
 
 class PairedTest(NamedTuple):
@@ -197,12 +188,7 @@ def _latencies(run: Run, remarks: list[str]) -> Latencies:
     except CheckpointError as error:
         remarks.append(f"{run.path}: no latency of its student: {error}")
         return {}
-    size = tuple(record["preprocessing"]["image_size"])
-    return {
-        (device.type, batch_size): measure_latency(student, size, batch_size, device)
-        for device in devices()
-        for batch_size in BATCH_SIZES
-    }
+    return measure_latencies(student, tuple(record["preprocessing"]["image_size"]))
 
 
 def _speed(group: Group) -> float | None:
@@ -293,54 +279,43 @@ def _cost_table(comparison: Comparison) -> Table:
             name, parameters = costs.name, f"{costs.student.parameters:,}"
             flops = f"{costs.student.flops / 1e6:,.2f}"
             training = f"{costs.training.flops / costs.student.flops:.2f}"
-        rows.append(
-            {
-                "runs": row.group.label,
-                "student": name,
-                "parameters": parameters,
-                "MFLOPs": flops,
-                **{
-                    f"{_DEVICES[device]}, batch {size}, ms": _milliseconds(row, device, size)
-                    for device, size in kinds
-                },
-                "training FLOPs / student": training,
-                "training time / alone": _number(row.times_alone, ".2f"),
-                "training, images/s": _number(row.images_per_second, ",.0f"),
-            }
-        )
-    latency = (
-        f"Latency: median of {_repeats(comparison.rows)} forward passes of the student in"
-        f" milliseconds, eager, float32, on {comparison.measured_on}."
-    )
-    notes = (
+        cells = {
+            "runs": row.group.label,
+            "student": name,
+            "parameters": parameters,
+            "MFLOPs": flops,
+        }
+        for device, size in kinds:
+            column = f"{_DEVICES[device]}, batch {size}, ms"
+            latency = row.latencies.get((device, size))
+            unknown = "no memory" if (device, size) in row.latencies else "-"
+            cells[column] = f"{1000 * latency.seconds:.3g}" if latency else unknown
+        cells["training FLOPs / student"] = training
+        cells["training time / alone"] = _number(row.times_alone, ".2f")
+        cells["training, images/s"] = _number(row.images_per_second, ",.0f")
+        rows.append(cells)
+    counts = [each.repeats for row in comparison.rows for each in row.latencies.values() if each]
+    repeats = sorted({min(counts, default=0), max(counts, default=0)})
+    notes = [
         "FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is"
         " trained, a frozen teacher not among them.",
-        *([latency] if kinds else []),
+        f"Latency: median of {'-'.join(map(str, repeats))} forward passes of the student in"
+        f" milliseconds, eager, float32, on {comparison.measured_on}.",
         "Training time: of an image, by the median images/s of the epochs, as a multiple of the"
         " same student trained alone; only where such runs are among these, on the same device with"
         " as many threads and processes, configured alike in what speed depends on. What else the"
         " machine did meanwhile is in it.",
-    )
+    ]
+    if not kinds:
+        del notes[1]
     return Table.of("What students and training cost", rows, notes)
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
-def _milliseconds(row: Row, device: str, size: int) -> str:
-    if (device, size) not in row.latencies:
-        return "-"
-    latency = row.latencies[device, size]
-    return "no memory" if latency is None else f"{1000 * latency.seconds:.3g}"
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _repeats(rows: Sequence[Row]) -> str:
-    counts = [each.repeats for row in rows for each in row.latencies.values() if each]
-    return "-".join(map(str, dict.fromkeys((min(counts, default=0), max(counts, default=0)))))
 
 
 def _run_table(comparison: Comparison) -> Table:

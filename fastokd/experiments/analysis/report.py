@@ -22,7 +22,7 @@ def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
     """
     records = {group.label: [run.records for run in group.runs] for group in groups}
     drawings = (overview_figures, training_figures)
-    figures = [each for draw in drawings for each in draw(records, title(groups), ["svg"])]
+    figures = (each for draw in drawings for each in draw(records, title(groups), ["svg"]))
     curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in figures)
     parts = [
         remarks_section(comparison.remarks),
@@ -87,23 +87,13 @@ def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     alone = [measure for measure in measures.values() if measure["axes"] == []]
     by_row = [measure for measure in measures.values() if measure["axes"] == ["row"]]
-    rows = dict.fromkeys(name for measure in by_row for name in measure["values"])
+    names = dict.fromkeys(name for measure in by_row for name in measure["values"])
+    values = [(measure["title"], _number(measure["values"])) for measure in alone]
+    rows = [(name, *(_number(each["values"].get(name)) for each in by_row)) for name in names]
+    head = ("row", *(measure["title"] for measure in by_row))
     tables = [
-        Table(
-            "Over all branches",
-            ("measure", "value"),
-            tuple((measure["title"], _number(measure["values"])) for measure in alone),
-            _meanings(alone),
-        ),
-        Table(
-            "By row",
-            ("row", *(measure["title"] for measure in by_row)),
-            tuple(
-                (name, *(_number(measure["values"].get(name)) for measure in by_row))
-                for name in rows
-            ),
-            _meanings(by_row),
-        ),
+        Table("Over all branches", ("measure", "value"), tuple(values), _meanings(alone)),
+        Table("By row", head, tuple(rows), _meanings(by_row)),
     ]
     details = [_details(measure) for measure in measures.values() if len(measure["axes"]) > 1]
     return [table.as_html() for table in tables if table.rows] + details
@@ -127,13 +117,10 @@ def _details(measure: Mapping[str, Any]) -> str:
     if len(names) * len(columns) > MOST_CELLS:
         size = f"{len(names)} x {len(columns)} numbers"
         return f"<p>{escape(title)}: {size}, which analysis.json has.</p>\n"
-    table = Table(
-        f"{title} ({', '.join(measure['axes'])})",
-        ("", *columns),
-        tuple((name, *line) for name, line in zip(names, cells, strict=True)),
-        (measure["description"],),
-    )
-    return f"<details>\n<summary>{escape(title)}</summary>\n{table.as_html()}</details>\n"
+    rows = tuple((name, *line) for name, line in zip(names, cells, strict=True))
+    caption = f"{title} ({', '.join(measure['axes'])})"
+    table = Table(caption, ("", *columns), rows, (measure["description"],)).as_html()
+    return f"<details>\n<summary>{escape(title)}</summary>\n{table}</details>\n"
 
 
 def _flat(values: Mapping[str, Any], depth: int) -> dict[str, Mapping[str, Any]]:

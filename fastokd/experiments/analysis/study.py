@@ -46,36 +46,34 @@ cross_entropy [row]: cross-entropy
 confidence [row]: mean confidence
     Mean of the largest softmax probability.
 calibration_error [row]: expected calibration error
-    Mean gap between accuracy and confidence over 15 bins of equal width, weighted by the
-    images in them (Guo et al. 2017, eq. 3).
+    Mean gap between accuracy and confidence over 15 bins of equal width, weighted by the images in
+    them (Guo et al. 2017, eq. 3).
 interrater_agreement []: interrater agreement
-    Over the branches: 1 where all are right on the same images, 0 where they err
-    independently; smaller is more diverse (FFM + CD, eq. 9).
+    Over the branches: 1 where all are right on the same images, 0 where they err independently;
+    smaller is more diverse (FFM + CD, eq. 9).
 branch_softmax_distance []: softmax distance of the branches
-    Mean Euclidean distance of softmax outputs over the images and the pairs of branches
-    (OKDDip's code).
-branch_logit_distance []: logit distance of the branches
-    Mean Euclidean distance of logits over the images that the student gets wrong and the
-    pairs of branches.
-any_branch_right []: any branch right
-    Fraction of images that at least one branch gets right (the union accuracy of FFSD's
+    Mean Euclidean distance of softmax outputs over the images and the pairs of branches (OKDDip's
     code).
+branch_logit_distance []: logit distance of the branches
+    Mean Euclidean distance of logits over the images that the student gets wrong and the pairs of
+    branches.
+any_branch_right []: any branch right
+    Fraction of images that at least one branch gets right (the union accuracy of FFSD's code).
 softmax_distance [row, row]: softmax distance
     Mean Euclidean distance of two rows' softmax outputs over all images.
 logit_distance [row, row]: logit distance
-    Mean Euclidean distance of two rows' logits over the images that the student gets wrong
-    (AHBF Fig. 5).
+    Mean Euclidean distance of two rows' logits over the images that the student gets wrong (AHBF
+    Fig. 5).
 agreement [row, row]: agreement
     Fraction of images for which two rows name the same class, right or wrong.
 error_overlap [row, row]: error overlap
-    Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard
-    index).
+    Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard index).
 same_error [row, row]: same error
-    Of the images that two rows both get wrong, the fraction for which they name the same
-    wrong class.
+    Of the images that two rows both get wrong, the fraction for which they name the same wrong
+    class.
 q_statistic [row, row]: Q statistic
-    Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva
-    and Whitaker 2003).
+    Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva and
+    Whitaker 2003).
 class_accuracy [row, class]: accuracy per class
     Fraction of every class's images that is recognised.
 confusion [class, predicted class]: confusion

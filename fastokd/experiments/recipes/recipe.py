@@ -132,10 +132,8 @@ class Recipe:
         lines = [f"# {self.title}"]
         for number in self.published:
             runs = f", mean of {number.runs} runs" if number.runs else ""
-            lines.append(
-                f"# {number.source}: {number.number()} % error,"
-                f" {_ROWS.get(number.row, number.row)}{runs}"
-            )
+            row = _ROWS.get(number.row, number.row)
+            lines.append(f"# {number.source}: {number.number()} % error, {row}{runs}")
         lines += [f"# {note}" for note in self.notes]
         lines.append("# Fields without a source are fastokd's defaults.")
         for line in self.config.to_yaml().splitlines():
@@ -159,10 +157,8 @@ def by_name(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
 
 def read_table(text: str) -> dict[str, list[float]]:
     """Rows of a network's name and numbers."""
-    return {
-        words[0]: [float(word) for word in words[1:]]
-        for words in map(str.split, text.strip().splitlines())
-    }
+    rows = map(str.split, text.strip().splitlines())
+    return {name: list(map(float, numbers)) for name, *numbers in rows}
 
 
 def read_notes(text: str, key: str) -> tuple[str, ...]:

@@ -114,10 +114,8 @@ def parse_devices(text: str) -> list[torch.device]:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
         if device in devices:
-            raise ConfigError(
-                f"--devices {text}: {device} is listed twice; use --per-device N for several runs"
-                " at once on a device"
-            )
+            fix = "use --per-device N for several runs at once on a device"
+            raise ConfigError(f"--devices {text}: {device} is listed twice; {fix}")
         devices.append(device)
     return devices
 

@@ -14,7 +14,7 @@ from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep import results
-from fastokd.experiments.sweep.grid import Values, fields_of
+from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.results import Measured, group_by_item
 from fastokd.train.config import TrainConfig, check_config, override
@@ -153,10 +153,8 @@ def plan_reproduction(
         raise ConfigError(f"epochs={epochs}: must be at least 1")
     for setting, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(
-                f"--set {setting} has {len(choices)} values; pass one, or compare several with"
-                " 'fastokd sweep'"
-            )
+            fix = "pass one, or compare several with 'fastokd sweep'"
+            raise ConfigError(f"--set {setting} has {len(choices)} values; {fix}")
     if "epochs" in values:
         raise ConfigError("--set epochs does not scale the schedule; use --epochs, which does")
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
@@ -164,7 +162,7 @@ def plan_reproduction(
             f"--rows {unknown[0]}: no recipe of {name} matches; its recipes are"
             f" {summarize(list(table.recipes), 4)}; 'fastokd reproduce {name} --dry-run' lists all"
         )
-    changes = {setting: choices[0] for setting, choices in values.items()}
+    changes = shared_values(values)
     out = out or Path("reproduce") / name
     chosen, configs, jobs = [], {}, {}
     for key, recipe in table.recipes.items():

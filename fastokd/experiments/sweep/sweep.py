@@ -19,7 +19,15 @@ from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
 from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep import results
-from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
+from fastokd.experiments.sweep.grid import (
+    Point,
+    Values,
+    describe,
+    fields_of,
+    grid_points,
+    shared_values,
+    short,
+)
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
 from fastokd.experiments.sweep.queue import Outcome
@@ -118,8 +126,7 @@ def plan_sweep(
     """
     check_seeds(seeds)
     points = tuple(grid_points(base, values))
-    shared = {field: choices[0] for field, choices in values.items() if len(choices) == 1}
-    base = override(base, fields_of(shared))
+    base = override(base, fields_of(shared_values(values)))
     name = recipe.name if recipe else f"{base.model.replace(':', '-')}-{base.method}"
     out = out or Path("sweeps") / name
     jobs = {point.name: plan_runs(out, point.name, point.config, range(seeds)) for point in points}
