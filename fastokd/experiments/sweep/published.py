@@ -53,11 +53,11 @@ def student_numbers(recipes: Sequence[Recipe | None]) -> list[Published | None]:
         }
         for recipe in recipes
     ]
-    counts = Counter(source for each in numbers for source in each)
+    counts = Counter(source for each in by_source for source in each)
     if not counts:
         return [None] * len(recipes)
     source = counts.most_common(1)[0][0]
-    return [each.get(source) for each in numbers]
+    return [each.get(source) for each in by_source]
 
 
 def point_differences(points: Sequence[Point], recipes: Sequence[Recipe | None]) -> list[str]:
