@@ -45,13 +45,10 @@ def matched_recipes(
 
 def student_numbers(recipes: Sequence[Recipe | None]) -> list[Published | None]:
     """The published errors of recipes' students, all from the table that has most of them."""
-    numbers = [
-        {
-            each.source: each
-            for each in (recipe.published if recipe else ())
-            if each.row == "student"
-        }
-        for recipe in recipes
+    published = [recipe.published if recipe else () for recipe in recipes]
+    by_source = [
+        {number.source: number for number in numbers if number.row == "student"}
+        for numbers in published
     ]
     counts = Counter(source for each in by_source for source in each)
     if not counts:

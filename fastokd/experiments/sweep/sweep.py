@@ -169,11 +169,11 @@ def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | 
 
 
 class _Grid(NamedTuple):
-    """Errors of all points by the values of two fields, with their texts."""
+    """Errors of all points by the values of two fields: as a table and as numbers."""
 
     title: str
-    values: Sequence[Sequence[float | None]]
-    texts: Sequence[Sequence[str]]
+    table: Table
+    values: list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -184,19 +184,10 @@ class SweepResults(Results):
     published: tuple[Published | None, ...]
 
     def tables(self) -> list[Table]:
-        """A line for each point; for two fields also a table with the values of the first as rows
+        """A line for each point; for two fields also tables with the values of the first as rows
         and of the second as columns.
         """
-        if len(self.sweep.fields) != 2:
-            return [self._point_table()]
-        (row, row_labels), (column, column_labels) = self._labels()
-        tables = []
-        for grid in self._grids():
-            lines = zip(row_labels, grid.texts, strict=True)
-            rows = tuple((label, *texts) for label, texts in lines)
-            head = (f"{row} \\ {column}", *column_labels)
-            tables.append(Table(f"Errors of the student in %, {grid.title}", head, rows))
-        return [*tables, self._point_table()]
+        return [*(grid.table for grid in self._grids()), self._point_table()]
 
     def _point_table(self) -> Table:
         rows = []
@@ -222,15 +213,10 @@ class SweepResults(Results):
     def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
         return list(zip(self.sweep.points, self.measured.values(), self.published, strict=True))
 
-    def _labels(self) -> list[tuple[str, list[str]]]:
-        """The fields with several values, and their values in words."""
-        return [
-            (short(field), [value_in_words(value) for value in self.sweep.values[field]])
-            for field in self.sweep.fields
-        ]
-
     def _grids(self) -> list[_Grid]:
         """For two fields: our errors, and the published ones if there are any."""
+        if len(self.sweep.fields) != 2:
+            return []
         cells: list[tuple[float | None, str]] = []
         for measured in self.measured.values():
             errors, text = measured.errors(), measured.progress()
@@ -245,18 +231,25 @@ class SweepResults(Results):
         title = ", ".join(filter(None, ["here", *names[:1], seeds, when]))
         grids = [self._grid(title, cells)]
         if numbers := list(filter(None, self.published)):
-            cells = [
-                (each.error, each.number()) if each else (None, "-") for each in self.published
-            ]
+            cells = [(it.error, it.number()) if it else (None, "-") for it in self.published]
             grids.append(self._grid(f"published, {numbers[0].source}", cells))
         return grids
 
     def _grid(self, title: str, cells: Sequence[tuple[float | None, str]]) -> _Grid:
-        """The values and texts of the points in lines, one for each value of the first field."""
-        width = len(self.sweep.values[self.sweep.fields[1]])
+        """The values and texts of the points, in lines."""
+        (row, row_values), (column, column_values) = (
+            (short(field), list(map(value_in_words, self.sweep.values[field])))
+            for field in self.sweep.fields
+        )
+        width = len(column_values)
         lines = [cells[start : start + width] for start in range(0, len(cells), width)]
-        values = [[value for value, _ in line] for line in lines]
-        return _Grid(title, values, [[text for _, text in line] for line in lines])
+        rows = tuple(
+            (label, *(text for _, text in line))
+            for label, line in zip(row_values, lines, strict=True)
+        )
+        head = (f"{row} \\ {column}", *column_values)
+        table = Table(f"Errors of the student in %, {title}", head, rows)
+        return _Grid(title, table, [[value for value, _ in line] for line in lines])
 
     def as_json(self) -> Record:
         points = [
@@ -296,24 +289,23 @@ class SweepResults(Results):
         Raises:
             MissingExtra: matplotlib is not installed.
         """
-        fields = self.sweep.fields
-        if len(fields) != 2:
+        grids, fields = self._grids(), self.sweep.fields
+        if not grids:
             return
         plt = figures.require_matplotlib()
-        grids = self._grids()
-        (row, row_labels), (column, column_labels) = self._labels()
-        width, height = max(3.5, 1.1 * len(column_labels) + 1.5), 0.6 * len(row_labels) + 1.6
-        size = (width * len(grids), max(2.6, height))
+        height, width = len(grids[0].table.rows), len(grids[0].table.head) - 1
+        inches = max(3.5, 1.1 * width + 1.5)
+        size = (inches * len(grids), max(2.6, 0.6 * height + 1.6))
         figure, panels = figures.panel_grid(plt, len(grids), len(grids), size)
         label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
         for axes, grid in zip(panels, grids, strict=True):
-            drawn = figures.draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
-            axes.set_xticks(range(len(column_labels)), column_labels)
-            axes.set_yticks(range(len(row_labels)), row_labels)
-            axes.set(xlabel=column, ylabel=row)
+            texts = [row[1:] for row in grid.table.rows]
+            drawn = figures.draw_heat_map(axes, grid.values, texts, "small", cmap="viridis_r")
+            axes.set_xticks(range(width), grid.table.head[1:])
+            axes.set_yticks(range(height), [row[0] for row in grid.table.rows])
+            axes.set(xlabel=short(fields[1]), ylabel=short(fields[0]))
             setup = "" if grid is grids[0] else ", the paper's setup, see sweep.md"
-            text = textwrap.fill(grid.title + setup, int(11 * width))
-            axes.set_title(text, fontsize="medium")
+            axes.set_title(textwrap.fill(grid.title + setup, int(11 * inches)), fontsize="medium")
             if any(value is not None for line in grid.values for value in line):
                 figure.colorbar(drawn, ax=axes, label=label)
         base = self.sweep.base
