@@ -1,6 +1,4 @@
-"""``fastokd demo``: a student alone compared with the same student taught by AHBF, on embedded real
-images, in minutes.
-"""
+"""``fastokd demo``: a student alone and taught by AHBF, on embedded real images, in minutes."""
 
 import math
 import re
@@ -64,12 +62,7 @@ def demo_config(method: str, seed: int, epochs: int, branches: int) -> TrainConf
 
 
 def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
-    """Run the demo and write everything under ``out``.
-
-    Raises:
-        ConfigError: a value is out of range, or ``out`` contains files that are not of a demo.
-        MissingExtra: matplotlib is not installed.
-    """
+    """Run the demo and write everything under ``out``, which may hold nothing but a demo."""
     if seeds < 3:
         raise ConfigError(f"seeds={seeds}: use at least 3, one or two say nothing about the spread")
     if not 3 <= branches <= 8:

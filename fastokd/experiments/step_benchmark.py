@@ -78,9 +78,7 @@ def optimizations(device: torch.device) -> list[Optimization]:
 
 
 def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration of the first row: every optimization off. On a GPU convolutions use TF32,
-    which is PyTorch's default.
-    """
+    """The configuration without any optimization; on a GPU with TF32, PyTorch's default there."""
     switches: dict[str, Any] = dict.fromkeys(fields_with_role(Role.SWITCH), False)
     precision = "tf32" if device.type == "cuda" else "fp32"
     return dataclasses.replace(config, precision=precision, impl="reference", **switches)
@@ -177,9 +175,6 @@ class StepBenchmark:
         Args:
             stop: called before each row; once true, the remaining rows are not measured.
             known: rows measured earlier, by name, which are returned unchanged.
-
-        Raises:
-            ConfigError: the first row cannot run.
         """
         be_deterministic(False)
         config, gathers = first_row(self.config, self.device), False
@@ -254,9 +249,7 @@ def _student_alone(config: TrainConfig) -> TrainConfig:
 
 
 def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
-    """The content of ``step-ladder.json``: the setting, the rows, and the machine with versions,
-    commit and command.
-    """
+    """The content of ``step-ladder.json``: the setting, the rows and the environment."""
     config, dataset = benchmark.config, benchmark.dataset
     measured = [dataclasses.asdict(row) for row in rows]
     return {

@@ -113,9 +113,7 @@ class StepTimer:
     _baseline: TimedStep | None = None
 
     def measure(self, name: str, kind: str, make: Callable[[], TimedStep] | None = None) -> StepRow:
-        """A row, of the baseline without ``make``; or the reason why it cannot run, which must not
-        end the other rows.
-        """
+        """A row, of the baseline without ``make``, or the reason why it cannot run."""
         torch.compiler.reset()  # networks compiled by other rows count against a limit
         try:
             return StepRow(name, kind, **self._measure(make))

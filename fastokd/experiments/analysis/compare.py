@@ -101,18 +101,13 @@ class Comparison:
         return page("Comparison of runs", remarks_section(self.remarks) + tables)
 
     def as_csv(self) -> str:
-        """A line for each group, with numbers that are not rounded; in ``seeds`` and in errors by
-        seed, spaces separate the seeds.
-        """
+        """A line for each group, numbers not rounded; spaces separate seeds and their errors."""
         return csv_text([_csv_row(row) for row in self.rows])
 
 
 def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
     """Compare groups of runs, at least one, see ``read_runs``; ``latency`` measures the latencies
     of their students on this machine.
-
-    Raises:
-        ConfigError, MissingExtra: a network cannot be built here.
     """
     remarks = remarks_of(groups)
     costs = [_costs(group.runs[0]) for group in groups]
@@ -192,15 +187,12 @@ def _latencies(run: Run, remarks: list[str]) -> Latencies:
 
 
 def _speed(group: Group) -> float | None:
-    records = (record for run in group.runs for record in run.records)
-    speeds = [speed for record in records if (speed := record.get("images_per_second"))]
-    return statistics.median(speeds) if speeds else None
+    speeds = [record.get("images_per_second") for run in group.runs for record in run.records]
+    return statistics.median(filter(None, speeds)) if any(speeds) else None
 
 
 _SPEED_FIELDS = fields_with_role(Role.SPEED)
-"""Fields that the throughput of a student alone depends on. Options that run several branches at
-once, such as ``streams``, are not among them.
-"""
+"""Fields that the throughput of a student alone depends on; ``streams`` is not one of them."""
 _MACHINE_FACTS = ("device", "platform", "cpus", "threads", "world_size")
 
 

@@ -96,9 +96,7 @@ def draw_curves(
     formats: Sequence[str] = ("png",),
     figures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[FigureFiles]]] = FIGURES[:2],
 ) -> list[Path]:
-    """Write figures of runs into a folder, and return the files. Arguments and errors as
-    ``row_figures``; ``figures`` are the functions that draw.
-    """
+    """Write the figures of some functions such as ``row_figures``, and return the files."""
     drawn = (figure for draw in figures for figure in draw(groups, title, formats))
     return [file for figure in drawn for file in figure.write(folder)]
 

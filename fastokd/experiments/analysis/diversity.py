@@ -114,9 +114,7 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et
-        al., ICML 2017, eq. 3).
-        """
+        """``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et al., ICML 2017, eq. 3)."""
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
         return float((self.images * gaps).sum() / self.images.sum())
 

@@ -13,11 +13,7 @@ from fastokd.storage import write_atomically
 
 
 def require_matplotlib() -> Any:
-    """``matplotlib.pyplot`` with a backend that needs no display.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """``matplotlib.pyplot`` with a backend that needs no display, or a ``MissingExtra``."""
     try:
         import matplotlib
     except ImportError:
@@ -49,9 +45,7 @@ class FigureFiles(NamedTuple):
 def encoded(
     plt: Any, figure: Any, formats: Sequence[str], identifier: str | None = None
 ) -> dict[str, bytes]:
-    """A figure in each of the formats, "png" or "svg"; it is closed. ``identifier`` is a text in
-    the metadata of the SVG file.
-    """
+    """Encode a figure as "png" or "svg" and close it; ``identifier`` is metadata of the SVG."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is the slowest part, and serves all formats
     files = {}

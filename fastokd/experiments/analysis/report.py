@@ -15,11 +15,7 @@ from fastokd.experiments.analysis.tables import Table
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
-    """The page, which needs no other file and no network; ``comparison`` is of these groups.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """The page, which needs no other file and no network; ``comparison`` is of these groups."""
     records = {group.label: [run.records for run in group.runs] for group in groups}
     drawings = (overview_figures, training_figures)
     figures = (each for draw in drawings for each in draw(records, title(groups), ["svg"]))
@@ -56,9 +52,7 @@ MOST_CELLS = 3000
 
 
 def analysis_section(run: Run) -> str:
-    """The results of ``fastokd analyze`` in the run's folder as a part of a page: empty without
-    them, a sentence if they are damaged.
-    """
+    """The section on the run's ``fastokd analyze``: empty without one, a sentence if damaged."""
     folder = run.path / "analysis"
     if not folder.is_dir():
         return ""
@@ -82,9 +76,7 @@ def analysis_section(run: Run) -> str:
 
 
 def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The numbers of an analysis: numbers alone in one table, those by row in another, each of the
-    others in a separate one.
-    """
+    """The tables of an analysis: of single numbers, of numbers by row, and one for each other."""
     alone = [measure for measure in measures.values() if measure["axes"] == []]
     by_row = [measure for measure in measures.values() if measure["axes"] == ["row"]]
     names = dict.fromkeys(name for measure in by_row for name in measure["values"])
@@ -104,9 +96,7 @@ def _meanings(measures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _details(measure: Mapping[str, Any]) -> str:
-    """A measure of several axes as a folded table, with the shorter of its last axis and the others
-    across.
-    """
+    """A measure of several axes as a folded table, the shorter of its last axis across."""
     lines = _flat(measure["values"], len(measure["axes"]) - 1)
     columns = list(dict.fromkeys(name for values in lines.values() for name in values))
     cells = [[_number(values.get(name)) for name in columns] for values in lines.values()]

@@ -204,11 +204,8 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Check that accuracies were measured on the same images with the same preprocessing. Facts
-    that a run has not recorded are not compared.
-
-    Raises:
-        ConfigError: they were not; the message has the differences and two of the runs.
+    """Raise ``ConfigError`` if accuracies were measured on different images or with different
+    preprocessing. Facts that a run has not recorded are not compared.
     """
     for fact in dict.fromkeys(fact for run in runs for fact in run.evaluated):
         one, *others = (run for run in runs if fact in run.evaluated)

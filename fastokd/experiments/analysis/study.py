@@ -112,9 +112,7 @@ class Analysis:
     gathered: Gathered
 
     def write(self, folder: Path) -> list[str]:
-        """Write ``analysis.json`` and the figures, see ``draw_study``; returns the names of the
-        figures.
-        """
+        """Write ``analysis.json`` and the figures, and return the names of the figures."""
         write_json(folder / FILE, self.record)  # the numbers are kept if drawing fails
         drawn, notes = draw_study(self.record, self.gathered, folder)
         self.record["pictures"] = drawn

@@ -272,9 +272,7 @@ def _confusion(study: _Study) -> Drawing:
 
 
 def _mixing(study: _Study) -> Drawing:
-    """A heat map of the mean mixing weights, over all images and of each class; of many classes
-    those that are mixed most differently.
-    """
+    """A heat map of the mean mixing weights, over all images and of some classes."""
     overall, by_class = study.values["mixing"], study.values["class_mixing"]
     lines = [(mixture, name) for mixture, weights in overall.items() for name in weights]
     labels = [f"{mixture} \N{LEFTWARDS ARROW} {name}" for mixture, name in lines]

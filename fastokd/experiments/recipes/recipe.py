@@ -116,9 +116,7 @@ class Recipe:
         return f"{text}, {self.meaning}" if self.meaning else text
 
     def reported(self) -> str:
-        """The published errors in % in one line, by their sources, with the row if it is not the
-        student.
-        """
+        """The published errors in % in one line, by source, with rows other than the student's."""
         by_source: dict[str, list[str]] = {}
         for number in self.published:
             row = "" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})"
@@ -126,9 +124,7 @@ class Recipe:
         return "; ".join(f"{source}: {', '.join(texts)}" for source, texts in by_source.items())
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every field written out, with its source as a comment;
-        ``read_config`` takes it.
-        """
+        """The configuration as YAML with sources as comments; ``read_config`` takes it."""
         lines = [f"# {self.title}"]
         for number in self.published:
             runs = f", mean of {number.runs} runs" if number.runs else ""

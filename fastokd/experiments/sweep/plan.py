@@ -79,7 +79,6 @@ class Plan(ABC):
         Raises:
             ConfigError: it does not, or contains other files or runs.
             ConfigError, DataError: the data cannot be trained on.
-            StorageError: the folder cannot be read.
         """
         text = self._read_record()
         if text is None:
@@ -141,9 +140,7 @@ class Plan(ABC):
 
         Raises:
             ConfigError: see ``check``, or runs in the folder are still active.
-            ConfigError, DataError, CheckpointError: data or a teacher cannot be used, found before
-                the first run.
-            StorageError: the disk refused.
+            ConfigError, DataError, CheckpointError: unusable data or teachers, before any run.
         """
         self.check()
         waiting = [job for job in self.queue if not job.is_finished()]
@@ -164,9 +161,7 @@ class Plan(ABC):
             folder.unlock()
 
     def _lock(self, waiting: Iterable[Job]) -> RunFolder:
-        """Lock the folder for this process, and check that no run in it is active: runs of a
-        process that was killed continue without it.
-        """
+        """Lock the folder; refuse if runs of an earlier, killed process are still active in it."""
         folder = RunFolder(self.out)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -185,9 +180,7 @@ class Plan(ABC):
         return folder
 
     def _check_inputs(self, configs: Iterable[TrainConfig]) -> None:
-        """Open the data and the teachers of all runs, so that mistakes are found before the
-        first.
-        """
+        """Open the data and the teachers of all runs, to find mistakes before the first run."""
         checked = set()
         for config in configs:
             dataset = self._dataset(config)

@@ -51,9 +51,8 @@ class Job:
     def is_started(self) -> bool:
         """True if its folder has a configuration and something to resume or to read."""
         run = RunFolder(self.path)
-        return run.config_path.is_file() and (
-            bool(checkpoint_files(run.checkpoints)) or self.is_finished()
-        )
+        resumable = bool(checkpoint_files(run.checkpoints))
+        return run.config_path.is_file() and (resumable or self.is_finished())
 
     def state(self) -> str:
         """Its state in words: "finished", "12 of 300 epochs" or "not run"."""
@@ -100,11 +99,7 @@ class _Running:
 
 
 def parse_devices(text: str) -> list[torch.device]:
-    """The devices of a list such as "cuda:0,cuda:1"; "auto" is all GPUs, or else the CPU.
-
-    Raises:
-        ConfigError: a device does not exist, or is listed twice.
-    """
+    """The devices of a list such as "cuda:0,cuda:1"; "auto" is all GPUs, or else the CPU."""
     if text == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
@@ -168,9 +163,6 @@ class Queue:
         Args:
             write: called with the errors of the runs that failed so far, by name, whenever a run
                 has ended and at the end.
-
-        Raises:
-            StorageError: the disk refused.
         """
         # SIGINT too: the runs have their own sessions, so Ctrl-C reaches only this process.
         with handling((signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS), self._note_signal):

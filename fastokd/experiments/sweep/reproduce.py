@@ -42,9 +42,7 @@ class PaperTable(NamedTuple):
 
 
 def paper_tables() -> dict[str, PaperTable]:
-    """All tables by name, e.g. "ahbf-table1" and, of a source with several datasets,
-    "okddip-slides-cifar10".
-    """
+    """All tables by name: "ahbf-table1", or "okddip-slides-cifar10" if a source has several."""
     recipes: dict[tuple[str, str], dict[str, Recipe]] = {}
     for name, recipe in list_recipes().items():
         for number in recipe.published:

@@ -27,9 +27,7 @@ class Measured:
         return [run.error(row, best) for run in self.runs]
 
     def progress(self) -> str:
-        """Progress in words: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run",
-        "started" or "failed".
-        """
+        """Progress in words, e.g. "3 seeds", "1 of 3 seeds, 1 failed", "not run", "started"."""
         states = self.states.values()
         planned, failed = len(states), sum(state.startswith("failed") for state in states)
         if len(self.runs) == planned and planned:
@@ -85,9 +83,7 @@ def group_by_item(items: Iterable[tuple[str, Iterable[str]]]) -> dict[str, list[
 
 
 def setup_differences(published: TrainConfig, config: TrainConfig) -> list[str]:
-    """The fields in which a configuration differs from the published one, except the seed, the
-    device and speed.
-    """
+    """The fields that differ from the published ones, except seed, device and speed."""
     config = replace(config, **{name: getattr(published, name) for name in SAME_RUN})
     return [f"{each} (published, here)" for each in differences(published, config)]
 

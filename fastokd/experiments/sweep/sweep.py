@@ -1,6 +1,4 @@
-"""``fastokd sweep``: a grid over fields of a configuration, several seeds of each point, and a
-table of their errors.
-"""
+"""``fastokd sweep``: a grid over fields of a configuration, several seeds, a table of errors."""
 
 import json
 import statistics
@@ -59,19 +57,17 @@ class Sweep(Plan):
 
     @property
     def record(self) -> Record:
-        base = yaml.safe_load(self.base.to_yaml())
+        fields = yaml.safe_load(self.base.to_yaml()).items()
         record = {
             "format": "fastokd sweep 1",
-            "base": {name: value for name, value in base.items() if name not in SAME_RUN},
+            "base": {name: value for name, value in fields if name not in SAME_RUN},
             "values": {field: self.values[field] for field in self.fields},
             "seeds": self.seeds,
         }
         return json.loads(json.dumps(record))
 
     def differences(self, existing: Record) -> list[str]:
-        """Differences that prevent reusing the folder. More values of a field that has several, and
-        more seeds, are allowed.
-        """
+        """Differences that prevent reusing the folder; more values and seeds are allowed."""
         record = self.record
         old, new = existing["values"], record["values"]
         renamed = list(old) != list(new)
@@ -119,11 +115,7 @@ class Sweep(Plan):
 def plan_sweep(
     base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None
 ) -> Sweep:
-    """Plan the runs of a grid.
-
-    Raises:
-        ConfigError: there are no seeds, or a combination of values is invalid.
-    """
+    """Plan the runs of a grid; a ``ConfigError`` names an invalid combination of values."""
     check_seeds(seeds)
     points = tuple(grid_points(base, values))
     base = override(base, fields_of(shared_values(values)))
@@ -184,9 +176,7 @@ class SweepResults(Results):
     published: tuple[Published | None, ...]
 
     def tables(self) -> list[Table]:
-        """A line for each point; for two fields also tables with the values of the first as rows
-        and of the second as columns.
-        """
+        """A line for each point; before it, for two fields, tables of rows and columns."""
         return [*(grid.table for grid in self._grids()), self._point_table()]
 
     def _point_table(self) -> Table:
@@ -285,9 +275,6 @@ class SweepResults(Results):
     def draw(self) -> None:
         """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
         published ones side by side, each with a separate color scale.
-
-        Raises:
-            MissingExtra: matplotlib is not installed.
         """
         grids, fields = self._grids(), self.sweep.fields
         if not grids:
