@@ -108,7 +108,7 @@ class ResidentLoader(LoaderBase):
         index = self._order.index_select(0, positions)
         pixels, target = self._augmented(positions, index), self._targets.index_select(0, index)
         if self.mixing:
-            # The partner has the mirrored position in the global batch, so that pairs do not
+            # Partners are counted from the other end of the global batch, so that pairs do not
             # depend on the number of ranks.
             partners = start + self._step - 1 - self._positions
             others = self._order.index_select(0, partners)

@@ -60,7 +60,7 @@ _WAIT = {
 }
 _WAIT["cifar100"] = _WAIT["cifar10"]
 _KDCL = given("two networks", method="kdcl", branches=2, ramp_epochs=0) | given(
-    "ours, T and the weight are in no source: 3 and 1; views of their own as TSB describes KDCL",
+    "ours, T and the weight are in no source: 3 and 1; separate views as TSB describes KDCL",
     method_options={"variant": "minlogit"},
 )
 _DML = "DML's own form: T = 1, the peers are constants"
@@ -134,7 +134,7 @@ _TSB_IMAGENET = """
 resnet18_imagenet          69.8  70.3  70.6  70.7  71.3
 mobilenetv2_x1_0_imagenet  71.9  72.2  72.4  72.5  72.9
 """
-# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with views of their own (ICL): networks 1
+# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with separate views (ICL): networks 1
 # and 2.
 _KDCL_CIFAR100 = """
 naive     73.7 74.8  73.8 74.9
