@@ -124,6 +124,7 @@ def parse_per_device(text: str) -> int:
     return int(text)
 
 
+@dataclass
 class Queue:
     """Runs, and the devices that they run on.
 
@@ -135,24 +136,20 @@ class Queue:
         say: prints a line about progress.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        folder: Path,
-        devices: Sequence[torch.device],
-        per_device: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self._total, self._folder, self._say = len(jobs), folder, say
-        self._waiting = [job for job in jobs if not job.is_finished()]
-        self._free = [*devices] * per_device
+    jobs: Sequence[Job]
+    folder: Path
+    devices: Sequence[torch.device]
+    per_device: int
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._waiting = [job for job in self.jobs if not job.is_finished()]
+        self._free = [*self.devices] * self.per_device
         self._running: list[_Running] = []
         self._failed: dict[str, str] = {}
         self._exit_code = EXIT_OK
         self._seconds: list[float] = []  # of the finished runs
-        self._signal = ""
-        self._signaled = 0.0
-        self._kill = False
+        self._signal, self._signaled, self._kill = "", 0.0, False
         at_once = max(1, min(len(self._waiting), len(self._free)))
         self._threads = str(max(1, len(os.sched_getaffinity(0)) // at_once))
 
@@ -198,7 +195,7 @@ class Queue:
                 write(self._failed)
             if self._signal and not stopping:
                 stopping = True
-                self._say(
+                self.say(
                     f"{self._signal}: {len(self._running)} runs save and stop; another signal stops"
                     " them at once"
                 )
@@ -210,12 +207,12 @@ class Queue:
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 jobs = ", ".join(f"{each.job.name} {each.job.state()}" for each in self._running)
-                self._say(f"{self._progress()} runs finished; running: {jobs}")
+                self.say(f"{self._progress()} runs finished; running: {jobs}")
             time.sleep(_POLL_SECONDS)
 
     def _start(self, job: Job, device: torch.device) -> None:
-        config = self._folder / "configs" / f"{job.name}.yaml"
-        log = self._folder / "logs" / f"{job.name}.txt"
+        config = self.folder / "configs" / f"{job.name}.yaml"
+        log = self.folder / "logs" / f"{job.name}.txt"
         content = job.config.to_yaml().encode()
         write_atomically(config, lambda file: file.write(content), durable=False)
         defaults = {
@@ -241,7 +238,7 @@ class Queue:
             raise storage_error(log, error) from error
         self._running.append(_Running(job, device, log, log_start, process))
         verb = "starts" if state == "not run" else f"resumes after {state}"
-        self._say(f"{job.name}: {verb}, on {device}")
+        self.say(f"{job.name}: {verb}, on {device}")
 
     def _finish(self, running: _Running) -> None:
         """Count a run that has ended as finished, waiting or failed."""
@@ -256,19 +253,19 @@ class Queue:
                 at_once = len(self._running) + bool(self._waiting)  # the ended one is replaced
                 left = f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
             took = duration(seconds)
-            self._say(f"{job.name}: finished in {took}; {self._progress()} runs{left}")
+            self.say(f"{job.name}: finished in {took}; {self._progress()} runs{left}")
         elif self._signal and (code == EXIT_PREEMPTED or code < 0):
             self._waiting.insert(0, job)
             verb = "saved" if code == EXIT_PREEMPTED else "stopped"
-            self._say(f"{job.name}: {verb}, {job.state()}")
+            self.say(f"{job.name}: {verb}, {job.state()}")
         else:
             self._failed[job.name] = error = running.error()
             self._exit_code = self._exit_code or (code if code > 0 else 128 - code)
-            self._say(f"{job.name}: failed: {error} (its output: {running.log})")
+            self.say(f"{job.name}: failed: {error} (its output: {running.log})")
 
     def _progress(self) -> str:
         unfinished = len(self._waiting) + len(self._running) + len(self._failed)
-        return f"{self._total - unfinished} of {self._total}"
+        return f"{len(self.jobs) - unfinished} of {len(self.jobs)}"
 
 
 def _command(config: Path, path: Path, device: torch.device) -> list[str]:
