@@ -398,9 +398,7 @@ def _integers(*values: Node) -> Node:
 def _window(
     candidates: Node, height: Node, width: Node, ratio: tuple[float, float]
 ) -> tuple[Node, Node, Node, Node]:
-    """``random_crop.window`` in DALI's arithmetic: top, left, height, width as floating-point
-    numbers.
-    """
+    """``random_crop.window`` in DALI's arithmetic: top, left, height and width as floats."""
     fn, math, types = _dali()
 
     def single(values: Node) -> Node:  # integers, and reductions do not take doubles

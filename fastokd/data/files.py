@@ -159,9 +159,7 @@ def from_splits(
     root: Path,
     ignored_files: int = 0,
 ) -> DataSource[FileSplit]:
-    """The dataset of these splits, by "train", "val" and "test". Without "test", runs are evaluated
-    on "val".
-    """
+    """The dataset of these splits. Without "test", runs are evaluated on "val"."""
     test, val = splits.get("test"), splits.get("val")
     if test is None:
         test, val = val, None

@@ -346,9 +346,7 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def walk(folder: Path | str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    """The files below a folder. ``visited`` holds identities of folders, which ends loops of
-    symbolic links.
-    """
+    """The files below a folder; folders with an identity in ``visited`` are skipped."""
     if identity(folder) in visited:
         return
     visited.add(identity(folder))

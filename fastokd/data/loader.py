@@ -42,9 +42,7 @@ class Loader(Protocol):
         """Select the epoch of the next iteration."""
 
     def set_size(self, size: int | None) -> None:
-        """Return square images of this side from the next iteration on; None restores the dataset's
-        size.
-        """
+        """Return square images of this side from now on; None restores the dataset's size."""
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the position in it."""
@@ -362,9 +360,7 @@ def make_loader(
 
 
 def file_loaders() -> Iterator[str]:
-    """The names of the loaders that decode files while training, in order of preference; each is
-    imported in its turn.
-    """
+    """The loaders that decode files while training, in order of preference, imported in turn."""
     return (name for name in _loaders if not get_loader_kind(name).decoded)
 
 

@@ -1,6 +1,4 @@
-"""The Street View House Numbers, cropped digits (Netzer et al. 2011): ``train_32x32.mat`` and
-``test_32x32.mat``.
-"""
+"""The Street View House Numbers (Netzer et al. 2011): ``train_32x32.mat``, ``test_32x32.mat``."""
 
 import os
 from pathlib import Path

@@ -65,10 +65,14 @@ class Row:
 
     def errors(self, row: str = "student", best: bool = False) -> list[float]:
         """``Run.error`` of each counted run; empty if only some of them have that row."""
-        try:
-            return [run.error(row, best) for run in self.group.counted]
-        except KeyError:
-            return []
+        return _errors(self.group.counted, row, best)
+
+
+def _errors(runs: Sequence[Run], row: str, best: bool = False) -> list[float]:
+    try:
+        return [run.error(row, best) for run in runs]
+    except KeyError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -311,28 +315,23 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _run_table(comparison: Comparison) -> Table:
-    rows = []
-    for row in comparison.rows:
-        for run in row.group.runs:
-            ensemble = run.last["eval"].get("ensemble")
-            error = None if ensemble is None else 100 * (1 - ensemble)
-            best = f"{run.error(best=True):.2f} (epoch {run.best['epoch'] + 1})"
-            known = run.environment.get
-            rows.append(
-                {
-                    "run": str(run.path),
-                    "runs": row.group.label,
-                    "seed": str(run.config.seed),
-                    "epochs": f"{run.epochs} of {run.config.epochs}",
-                    "student, last epoch": f"{run.error():.2f}",
-                    "student, best epoch": best,
-                    "ensemble, last epoch": _number(error, ".2f"),
-                    "seconds of training": f"{run.seconds:,.1f}",
-                    "device": str(known("device", "-")),
-                    "torch": str(known("torch", "-")),
-                    "commit": str(known("commit") or known("fastokd", "-")),
-                }
-            )
+    runs = [(row.group.label, run) for row in comparison.rows for run in row.group.runs]
+    rows = [
+        {
+            "run": str(run.path),
+            "runs": label,
+            "seed": str(run.config.seed),
+            "epochs": f"{run.epochs} of {run.config.epochs}",
+            "student, last epoch": f"{run.error():.2f}",
+            "student, best epoch": f"{run.error(best=True):.2f} (epoch {run.best['epoch'] + 1})",
+            "ensemble, last epoch": spread(_errors([run], "ensemble")),
+            "seconds of training": f"{run.seconds:,.1f}",
+            "device": str(run.environment.get("device", "-")),
+            "torch": str(run.environment.get("torch", "-")),
+            "commit": str(run.environment.get("commit") or run.environment.get("fastokd", "-")),
+        }
+        for label, run in runs
+    ]
     return Table.of("Single runs, errors in %", rows)
 
 

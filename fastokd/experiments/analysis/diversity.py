@@ -67,9 +67,7 @@ def q_statistic(right: Tensor) -> Tensor:
 
 
 def any_right(right: Tensor) -> float:
-    """The fraction of images that at least one of the K classifiers gets right (FFSD's code prints
-    it as the ensemble's accuracy).
-    """
+    """The fraction of images that at least one classifier gets right: FFSD's "ensemble"."""
     return float(right.any(0).double().mean())
 
 

@@ -1,6 +1,4 @@
-"""``fastokd reproduce``: the recipes of a published table, and the results of their runs next to
-the published numbers.
-"""
+"""``fastokd reproduce``: the recipes of a published table, and results next to its numbers."""
 
 import fnmatch
 import json

@@ -39,9 +39,7 @@ class Measured:
         return "not run" if set(states) <= {"not run"} else "started"
 
     def as_json(self, row: str = "student") -> dict[str, Any]:
-        """Errors of a row in %, with their mean and sample standard deviation; None if there are
-        too few runs.
-        """
+        """Errors of a row in %, their mean and sample standard deviation; None for too few runs."""
         values: dict[str, Any] = {"seeds": [run.config.seed for run in self.runs]}
         for name, errors in (("last", self.errors(row)), ("best", self.errors(row, best=True))):
             values[f"{name}_errors"] = errors

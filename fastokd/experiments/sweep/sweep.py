@@ -255,9 +255,7 @@ class SweepResults(Results):
         return {"recipe": name, "values": self.sweep.values, "notes": self.notes, "points": points}
 
     def files(self) -> dict[str, str]:
-        """``sweep.md``; ``sweep.csv`` with a row for each point, numbers not rounded, in which
-        spaces separate seeds.
-        """
+        """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds."""
         rows = []
         for point, measured, number in self._points():
             row: dict[str, Any] = {"point": point.name}
