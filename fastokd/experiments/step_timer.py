@@ -93,15 +93,8 @@ class StepRow:
 
 @dataclasses.dataclass
 class StepTimer:
-    """Times training steps against a baseline.
-
-    Args:
-        make_baseline: builds the baseline, once.
-        dataset: decoded images.
-        device: the device of the steps.
-        seconds: time for all windows of a row.
-        steps: steps of each window, instead of ``seconds``.
-        clock: returns a time in seconds.
+    """Times training steps against a baseline, which ``make_baseline`` builds once. The other
+    arguments are those of ``StepBenchmark``.
     """
 
     make_baseline: Callable[[], TimedStep]

@@ -72,11 +72,8 @@ def gather(
     numbers that are fixed for each index, so that runs on the same split show the same images as
     far as they make the same mistakes.
 
-    Args:
-        evaluator: of the run, with its weights.
-        batches: of the split, in a fixed order; targets are labels.
-        max_images: the most images with features.
-        progress: called with the number of images done.
+    Batches are of the split, in a fixed order, with labels as targets. ``progress`` is called with
+    the number of images done.
 
     Raises:
         CheckpointError: non-finite logits.
@@ -92,10 +89,8 @@ def gather(
         rows = tuple(named)
         logits = torch.stack([row.double() for row in named.values()])
         if not logits.isfinite().all():
-            raise CheckpointError(
-                f"the logits are non-finite from image {done + 1} on, so there is nothing to"
-                " compare; choose another checkpoint with --which"
-            )
+            problem = f"the logits are non-finite from image {done + 1} on"
+            raise CheckpointError(f"{problem}; choose another checkpoint with --which")
         log_p = logits.log_softmax(2)
         confidences, predictions = log_p.exp().max(2)
         wrong = predictions[rows.index(evaluator.reported)] != target

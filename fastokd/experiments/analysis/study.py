@@ -193,13 +193,8 @@ def measures(
     classes: Sequence[str],
     history: Mapping[int, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
-    """Every entry of ``MEASURES`` that this run has, with its values.
-
-    Args:
-        found: the model's predictions.
-        members: the names of the rows that the measures over branches are over.
-        classes: the C class names.
-        history: by epoch, counted from 1, the mean mixing weights that training has recorded.
+    """Every entry of ``MEASURES`` that this run has, with its values. Those over branches are over
+    ``members``, names of rows; ``history`` has the mean mixing weights by epoch, counted from 1.
     """
     values = {
         **_row_measures(found, classes),

@@ -47,12 +47,7 @@ def draw_study(
     record: Mapping[str, Any], found: Gathered, folder: Path
 ) -> tuple[list[dict[str, str]], list[str]]:
     """Draw everything that a run's analysis has numbers for, and remove the files of other figures
-    of ``NAMES`` from the folder.
-
-    Args:
-        record: as ``fastokd.experiments.analysis.study`` makes it.
-        found: the data it was computed from; the t-SNE needs its features.
-        folder: the folder of the files.
+    of ``NAMES`` from the folder. ``found`` is the data that ``record`` was computed from.
 
     Returns:
         Name, title and description of each figure, and a line with the reason for each figure that

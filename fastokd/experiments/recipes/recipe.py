@@ -158,11 +158,8 @@ def read_table(text: str) -> dict[str, list[float]]:
 
 
 def read_notes(text: str, key: str) -> tuple[str, ...]:
-    """The notes on a recipe.
-
-    Args:
-        text: notes, each below a line "[PATTERN PATTERN]".
-        key: matched by at least one of the patterns, with wildcards: "dataset/model/method".
+    """The notes in a text, each below a line "[PATTERN PATTERN]", with a pattern that matches a
+    recipe's key, such as "dataset/model/method"; patterns have wildcards.
     """
     notes = (block.partition("]") for block in text.split("[")[1:])
     return tuple(

@@ -42,10 +42,7 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Fields and their values from texts such as "branches=2,3" or "method_options.lambda_ta=1,2".
 
     Values are written as in YAML's lists: ``null`` for a default, quotes around a value with a
-    comma, brackets around a list.
-
-    Raises:
-        ConfigError: an unknown field, or a value that it cannot have.
+    comma, brackets around a list. A ``ConfigError`` names an unknown field or an invalid value.
     """
     fields: dict[str, list[Any]] = {}
     for text in texts:
@@ -100,11 +97,7 @@ def _converted(field: str, value: Any, where: str) -> Any:
 
 def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     """Every combination of values on top of a configuration, the last field's values changing
-    fastest.
-
-    Raises:
-        ConfigError: an invalid combination, or the same configuration as another one; the message
-            begins with the combination.
+    fastest. A ``ConfigError`` names a combination that is invalid or equal to another one.
     """
     points: list[Point] = []
     for combination in itertools.product(*values.values()):

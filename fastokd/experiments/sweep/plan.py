@@ -88,16 +88,12 @@ class Plan(ABC):
             different = self.differences(record)
             images = dict(record.get("data", {}))
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ConfigError(
-                f"{self.out / self.kind}.json is damaged; choose another --out, or delete that"
-                " file if its runs belong to this command"
-            ) from None
+            fix = "choose another --out, or delete that file if its runs belong to this command"
+            raise ConfigError(f"{self.out / self.kind}.json is damaged; {fix}") from None
         if different:
-            raise ConfigError(
-                f"{self.out} belongs to a different '{self.kind}' (existing vs requested:"
-                f" {'; '.join(different)}); repeat that command to resume it, or choose another"
-                " --out"
-            )
+            changes = f"existing vs requested: {'; '.join(different)}"
+            fix = "repeat that command to resume it, or choose another --out"
+            raise ConfigError(f"{self.out} belongs to a different '{self.kind}' ({changes}); {fix}")
         jobs = [job for row in self.jobs.values() for job in row]
         configs = [job.config for job in jobs if job.config.data]
         for name, fingerprint in self._fingerprints(configs).items():
@@ -126,10 +122,8 @@ class Plan(ABC):
         except OSError as error:
             raise storage_error(self.out, error) from error
         if names:
-            raise ConfigError(
-                f"{self.out} is not empty ({', '.join(names[:3])}) and was not written by"
-                f" 'fastokd {self.kind}'; choose another --out"
-            )
+            foreign = f"is not empty ({', '.join(names[:3])}) and was not written by"
+            raise ConfigError(f"{self.out} {foreign} 'fastokd {self.kind}'; choose another --out")
         return None
 
     def run(

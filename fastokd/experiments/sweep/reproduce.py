@@ -127,16 +127,8 @@ def plan_reproduction(
     values: Values,
     out: Path | None,
 ) -> Reproduction:
-    """Plan the runs of a table.
-
-    Args:
-        name: of the table.
-        data: the dataset.
-        rows: patterns of recipes' names, such as "*-ahbf"; empty for all.
-        seeds: number of runs of each recipe; None for that of the table.
-        epochs: scale all schedules to this number; None for the recipes' own.
-        values: fields that are set for all recipes, one value each.
-        out: the folder; None for ``reproduce/NAME``.
+    """Plan the runs of a table. Arguments are those of ``fastokd reproduce``, where None and empty
+    are the defaults; ``values`` has one value for each field.
 
     Raises:
         ConfigError: an unknown table or row, several values of a field, or an invalid
