@@ -66,21 +66,15 @@ def get_table(name: str) -> PaperTable:
 def table_of_tables() -> Table:
     """The tables that can be reproduced."""
     head = ("table", "of", "data", "recipes", "runs")
-    rows = tuple(
-        (
-            name,
-            table.source,
-            DATASETS[table.dataset].title,
-            str(len(table.recipes)),
-            str(table.runs),
-        )
-        for name, table in paper_tables().items()
-    )
+    rows = []
+    for name, table in paper_tables().items():
+        counts = str(len(table.recipes)), str(table.runs)
+        rows.append((name, table.source, DATASETS[table.dataset].title, *counts))
     notes = (
         "See one with: fastokd reproduce TABLE --dry-run",
         "Run it with: fastokd reproduce TABLE --data FOLDER",
     )
-    return Table("Published tables", head, rows, notes)
+    return Table("Published tables", head, tuple(rows), notes)
 
 
 @dataclass(frozen=True, kw_only=True)

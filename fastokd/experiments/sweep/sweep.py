@@ -16,16 +16,8 @@ from fastokd.experiments.analysis import figures
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
 from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
-from fastokd.experiments.sweep import results
-from fastokd.experiments.sweep.grid import (
-    Point,
-    Values,
-    describe,
-    fields_of,
-    grid_points,
-    shared_values,
-    short,
-)
+from fastokd.experiments.sweep import grid, results
+from fastokd.experiments.sweep.grid import Point, Values, short
 from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
 from fastokd.experiments.sweep.queue import Outcome
@@ -117,8 +109,8 @@ def plan_sweep(
 ) -> Sweep:
     """Plan the runs of a grid; a ``ConfigError`` names an invalid combination of values."""
     check_seeds(seeds)
-    points = tuple(grid_points(base, values))
-    base = override(base, fields_of(shared_values(values)))
+    points = tuple(grid.grid_points(base, values))
+    base = override(base, grid.fields_of(grid.shared_values(values)))
     name = recipe.name if recipe else f"{base.model.replace(':', '-')}-{base.method}"
     out = out or Path("sweeps") / name
     jobs = {point.name: plan_runs(out, point.name, point.config, range(seeds)) for point in points}
@@ -177,14 +169,14 @@ class SweepResults(Results):
 
     def tables(self) -> list[Table]:
         """A line for each point; before it, for two fields, tables of rows and columns."""
-        return [*(grid.table for grid in self._grids()), self._point_table()]
+        return [*(each.table for each in self._grids()), self._point_table()]
 
     def _point_table(self) -> Table:
         rows = []
         for point, measured, number in self._points():
             errors = measured.errors()
             row = {
-                "point": describe(point.values) or point.name,
+                "point": grid.describe(point.values) or point.name,
                 "runs": measured.progress(),
                 "last epoch": spread(errors),
                 "best epoch": spread(measured.errors(best=True)),
@@ -283,16 +275,16 @@ class SweepResults(Results):
         size = (inches * len(grids), max(2.6, 0.6 * height + 1.6))
         figure, panels = figures.panel_grid(plt, len(grids), len(grids), size)
         label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
-        for axes, grid in zip(panels, grids, strict=True):
-            texts = [row[1:] for row in grid.table.rows]
-            drawn = figures.draw_heat_map(axes, grid.values, texts, "small", cmap="viridis_r")
-            axes.set_xticks(range(width), grid.table.head[1:])
-            axes.set_yticks(range(height), [row[0] for row in grid.table.rows])
+        for axes, drawn in zip(panels, grids, strict=True):
+            texts = [row[1:] for row in drawn.table.rows]
+            image = figures.draw_heat_map(axes, drawn.values, texts, "small", cmap="viridis_r")
+            axes.set_xticks(range(width), drawn.table.head[1:])
+            axes.set_yticks(range(height), [row[0] for row in drawn.table.rows])
             axes.set(xlabel=short(fields[1]), ylabel=short(fields[0]))
-            setup = "" if grid is grids[0] else ", the paper's setup, see sweep.md"
-            axes.set_title(textwrap.fill(grid.title + setup, int(11 * inches)), fontsize="medium")
-            if any(value is not None for line in grid.values for value in line):
-                figure.colorbar(drawn, ax=axes, label=label)
+            setup = "" if drawn is grids[0] else ", the paper's setup, see sweep.md"
+            axes.set_title(textwrap.fill(drawn.title + setup, int(11 * inches)), fontsize="medium")
+            if any(value is not None for line in drawn.values for value in line):
+                figure.colorbar(image, ax=axes, label=label)
         base = self.sweep.base
         shared = [getattr(base, name) for name in ("model", "method") if name not in fields]
         title = ", ".join([*shared, "student"])
