@@ -47,7 +47,7 @@ def large(tmp_path_factory: Any) -> Path:
     if LARGE and (Path(LARGE) / "train").is_dir():
         return Path(LARGE)
     return compose(
-        Path(LARGE) if LARGE else tmp_path_factory.mktemp("pictures"),
+        Path(LARGE) if LARGE else tmp_path_factory.mktemp("images"),
         COUNT,
         None if SMALL is None else Path(SMALL),
     )

@@ -331,7 +331,8 @@ def _replace_corrupt(
 
     listing = "'fastokd data check --write-list'"
     if policy == "fail":
-        raise error("fix or delete them ('fastokd data check'), or pass --bad-images replace")
+        fix = "replace or delete what 'fastokd data check' finds, or pass --bad-images replace"
+        raise error(fix)
     if elsewhere := {i: reason for i, reason in corrupt.items() if i >= len(targets)}:
         fix = f"evaluation images are never replaced; fix them, or list the others with {listing}"
         raise error(fix, elsewhere)

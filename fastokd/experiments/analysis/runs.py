@@ -193,10 +193,8 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
         if by_seed is None:
             groups.append((kind, by_seed := {}))
         if (other := by_seed.get(run.config.seed)) is not None:
-            raise ConfigError(
-                f"{other.path} and {run.path} are the same configuration with the same seed"
-                f" {run.config.seed}, which would count twice: give one of them"
-            )
+            same = f"the same configuration with the same seed {run.config.seed}"
+            raise ConfigError(f"{other.path} and {run.path} are {same}: give one of them")
         by_seed[run.config.seed] = run
     ordered = [tuple(by_seed[seed] for seed in sorted(by_seed)) for _, by_seed in groups]
     configs = [seeds[0].config for seeds in ordered]
@@ -250,7 +248,8 @@ def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     name = f"{config.model} {config.method}"
     same = [other for other in configs if f"{other.model} {other.method}" == name]
     fields = config_differences(same)
-    return ", ".join([name, *(f"{it} {value_in_words(getattr(config, it))}" for it in fields)])
+    values = [f"{field} {value_in_words(getattr(config, field))}" for field in fields]
+    return ", ".join([name, *values])
 
 
 def value_in_words(value: Any) -> str:

@@ -212,8 +212,9 @@ class SweepResults(Results):
         seeds = f"{self.sweep.seeds} seed{'s' * (self.sweep.seeds > 1)}"
         title = ", ".join(filter(None, ["here", *names[:1], seeds, when]))
         grids = [self._grid(title, cells)]
-        if numbers := list(filter(None, self.published)):
-            cells = [(it.error, it.number()) if it else (None, "-") for it in self.published]
+        published = self.published
+        if numbers := list(filter(None, published)):
+            cells = [(each.error, each.number()) if each else (None, "-") for each in published]
             grids.append(self._grid(f"published, {numbers[0].source}", cells))
         return grids
 
