@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.images import compose
 from bench.loaders import LARGE_MODEL, run_epoch, waiting_share
-from bench.pictures import compose
 from bench.suite import DEVICE, SMOKE, rounds
 from fastokd.data import Augment, FileSplit, list_files, make_loader, open_dataset
 from fastokd.data.images import default_workers
@@ -47,7 +47,7 @@ def large(tmp_path_factory: Any) -> Path:
     if LARGE and (Path(LARGE) / "train").is_dir():
         return Path(LARGE)
     return compose(
-        Path(LARGE) if LARGE else tmp_path_factory.mktemp("pictures"),
+        Path(LARGE) if LARGE else tmp_path_factory.mktemp("images"),
         COUNT,
         None if SMALL is None else Path(SMALL),
     )

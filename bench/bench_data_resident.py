@@ -128,6 +128,7 @@ def test_start(benchmark: Any, start: str, tmp_path: Path, monkeypatch: pytest.M
                     folder / f"{i}.jpg"
                 )
     monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 0.0)
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache") if start == "second" else "off")
     open_dataset(tmp_path / "tree")  # fills the cache
     benchmark.pedantic(open_dataset, (tmp_path / "tree",), **rounds(3))

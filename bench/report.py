@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 ACCURACIES = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
-PICTURE_FOLDER = PAGE.parent / "pictures"
+FIGURE_FOLDER = PAGE.parent / "figures"
 RESULTS = ROOT / "bench" / "results"
 END = "<!-- end -->"
 
@@ -158,9 +158,9 @@ def step_figures(path: Path) -> dict[Path, dict[str, Any]]:
     result = read(path)
     found = [current_rows(each) for each in result.get("ladders", [result]) if "rows" in each]
     if len(found) == 1:
-        return {PICTURE_FOLDER / f"{path.stem}.svg": found[0]}
+        return {FIGURE_FOLDER / f"{path.stem}.svg": found[0]}
     return {
-        PICTURE_FOLDER / f"{path.stem}-{number}.svg": each for number, each in enumerate(found, 1)
+        FIGURE_FOLDER / f"{path.stem}-{number}.svg": each for number, each in enumerate(found, 1)
     }
 
 
@@ -222,8 +222,8 @@ def _step_benchmark_table(path: Path, found: dict[str, Any], figure: Path) -> li
     ]
 
 
-def _image(what: str, picture: Path) -> list[str]:
-    return [f"![{what}]({picture.relative_to(PAGE.parent)})", ""]
+def _image(what: str, figure: Path) -> list[str]:
+    return [f"![{what}]({figure.relative_to(PAGE.parent)})", ""]
 
 
 def _if_measured(make: Callable[[Path], list[str]], name: str) -> list[str]:
@@ -248,8 +248,8 @@ def _of_part(make: Callable[[Path], list[str]], part: str) -> list[str]:
     return [line for path in paths for line in make(path)]
 
 
-def _speedup_picture(path: Path) -> Path:
-    return PICTURE_FOLDER / f"{path.stem}.svg"
+def _speedup_figure(path: Path) -> Path:
+    return FIGURE_FOLDER / f"{path.stem}.svg"
 
 
 def blocks() -> dict[str, list[str]]:
@@ -260,7 +260,7 @@ def blocks() -> dict[str, list[str]]:
         "loss": _of_each(
             lambda path: [
                 *loss_table(path),
-                *_image("Speed-up of the fused loss by size", _speedup_picture(path)),
+                *_image("Speed-up of the fused loss by size", _speedup_figure(path)),
             ],
             "loss-*.json",
         ),
@@ -311,15 +311,15 @@ def current(text: str, parts: Mapping[str, list[str]], page: Path) -> str:
     return text
 
 
-def pictures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], Path], Path]]]:
+def figures() -> dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], Path], Path]]]:
     """Every figure of the page: its data, and the function that draws it."""
     found: dict[Path, tuple[dict[str, Any], Callable[[Mapping[str, Any], Path], Path]]] = {}
     for path in sorted(RESULTS.glob("step-*.json")):
         found |= {
-            picture: (ladder, draw_step_benchmark) for picture, ladder in step_figures(path).items()
+            figure: (ladder, draw_step_benchmark) for figure, ladder in step_figures(path).items()
         }
     for path in sorted(RESULTS.glob("loss-*.json")):
-        found[_speedup_picture(path)] = (speedups(path), draw_speedups)
+        found[_speedup_figure(path)] = (speedups(path), draw_speedups)
     return found
 
 
@@ -340,14 +340,14 @@ def main(arguments: list[str]) -> int:
             "bench.report",
             arguments,
         )
-    for picture, (data, draw) in pictures().items():
-        if shows(picture, data):
+    for figure, (data, draw) in figures().items():
+        if shows(figure, data):
             continue
         if arguments == ["--check"]:
-            print(f"{picture} is stale: run python -m bench.report", file=sys.stderr)
+            print(f"{figure} is stale: run python -m bench.report", file=sys.stderr)
             wrong = 1
         else:
-            draw(data, picture)
+            draw(data, figure)
     return wrong
 
 

@@ -13,7 +13,7 @@ from fastokd.experiments.analysis.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = ["Not measured yet.", ""]
-PICTURES = {"small-64": "64 x 64", "large-224": "500 x 375, cropped to 224"}
+IMAGES = {"small-64": "64 x 64", "large-224": "500 x 375, cropped to 224"}
 SIDES = {"cifar": "32 x 32", "tiny-imagenet": "64 x 64"}
 README_SIZES = ((128, 10), (96, 1000), (1024, 1000))
 STEP_OF = "cifar"
@@ -307,7 +307,7 @@ def _streaming_table(benchmarks: list[Benchmark]) -> list[str]:
         reference = baseline.get(info["pictures"])
         rows.append(
             (
-                PICTURES[info["pictures"]],
+                IMAGES[info["pictures"]],
                 info["loader"],
                 str(info.get("threads", info.get("workers"))),
                 *speed(benchmark),
@@ -315,7 +315,7 @@ def _streaming_table(benchmarks: list[Benchmark]) -> list[str]:
             )
         )
     head = (
-        "pictures",
+        "images",
         "loader",
         "threads or workers",
         "images/s",
@@ -330,7 +330,7 @@ def _resident_table(tests: Mapping[str, list[Benchmark]]) -> list[str]:
     consumed = step["extra_info"]["images_per_second"]
     rows = [
         (
-            PICTURES[benchmark["extra_info"]["pictures"]],
+            IMAGES[benchmark["extra_info"]["pictures"]],
             "Tiny-ImageNet, crop and flip",
             *speed(benchmark),
             "",

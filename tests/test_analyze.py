@@ -21,8 +21,8 @@ from PIL import Image
 
 from fastokd.cli import main
 from fastokd.experiments.analysis import diversity
-from fastokd.experiments.analysis.pictures import NAMES, draw_study
 from fastokd.experiments.analysis.study import MEASURES, analyze_run, measures
+from fastokd.experiments.analysis.study_figures import NAMES, draw_study
 from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig
 from fastokd.train.runs import load_run
@@ -384,7 +384,7 @@ def test_any_method(tmp_path, settings, rows, members, mixtures):
 def unsaved(monkeypatch):
     """Pictures are drawn and not encoded, which takes longer."""
     monkeypatch.setattr(
-        "fastokd.experiments.analysis.pictures.encoded",
+        "fastokd.experiments.analysis.figures.encoded",
         lambda plt, figure, _: plt.close(figure) or {},
     )
 
@@ -467,8 +467,8 @@ def test_logits_that_are_not_finite(ahbf, analyze, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
-    """Each picture names as many classes as can be read, and says so."""
+def test_figures_of_many_classes(ahbf, unsaved, tmp_path):
+    """Each figure names as many classes as can be read, and says so."""
     analysis = analyze_run(ahbf, max_images=20, device="cpu")
     names = [f"class {place}" for place in range(1000)]
     found = dataclasses.replace(analysis.gathered, labels=10 * torch.arange(100))
@@ -478,7 +478,7 @@ def test_pictures_of_many_classes(ahbf, unsaved, tmp_path):
         "measures": measures(found, analysis.record["ensemble_members"], names, {}),
     }
     drawn, notes = draw_study(record, found, tmp_path)
-    titles = {picture["name"]: picture["title"] for picture in drawn}
+    titles = {figure["name"]: figure["title"] for figure in drawn}
     assert titles["confusion"].endswith("; 20 of 1000 classes, those of the most frequent mistakes")
     assert titles["mixing"].endswith("; 20 of 1000 classes, those that are mixed most differently")
     assert set(titles) == set(NAMES) - {"mixing-by-epoch"}
@@ -498,7 +498,7 @@ def test_branches_of_different_width(ahbf, unsaved, tmp_path):
     drawn, _ = draw_study(analysis.record, analysis.gathered, tmp_path)
     assert (
         "each has a separate embedding"
-        in {picture["name"]: picture["description"] for picture in drawn}["tsne"]
+        in {figure["name"]: figure["description"] for figure in drawn}["tsne"]
     )
 
 
@@ -582,7 +582,7 @@ class TestPage:
         assert re.search(r"^branch1 \(student\) +\d+\.\d\d +\d", out, flags=re.MULTILINE)
         for folder in (Path("runs/a/analysis"), Path("compared/a")):
             record = json.loads((folder / "analysis.json").read_text())
-            assert [picture["name"] for picture in record["pictures"]] == list(NAMES)
+            assert [figure["name"] for figure in record["pictures"]] == list(NAMES)
             assert {path.name for path in folder.iterdir()} == {
                 "analysis.json",
                 *(f"{name}{suffix}" for name in NAMES for suffix in (".svg", ".png")),
@@ -593,9 +593,9 @@ class TestPage:
                     .getroot()
                     .tag.endswith("svg")
                 )
-                with Image.open(folder / f"{name}.png") as picture:
+                with Image.open(folder / f"{name}.png") as figure:
                     # Something is drawn: many colours, or at least several.
-                    assert len(picture.convert("RGB").getcolors(2**24)) > 20
+                    assert len(figure.convert("RGB").getcolors(2**24)) > 20
             assert list(record["measures"]["epoch_mixing"]["values"]["ta2"]["branch2"]) == [
                 "1",
                 "2",
@@ -605,8 +605,8 @@ class TestPage:
         assert main(shlex.split(commands[-1])[1:]) == 0
         assert {path: path.read_bytes() for path in Path("compared/a").iterdir()} == before
 
-    def test_names_every_key_and_picture(self):
-        numbers, pictures = (
+    def test_names_every_key_and_figure(self):
+        numbers, figures = (
             [
                 (key, after)
                 for keys, after in re.findall(r"^\| (`.*?) \| (.*?) ?\|", part, flags=re.MULTILINE)
@@ -615,4 +615,4 @@ class TestPage:
             for part in PAGE.split("## The numbers")[1].split("## The figures")
         )
         assert numbers == [(key, ", ".join(measure.axes)) for key, measure in MEASURES.items()]
-        assert [name for name, _ in pictures] == list(NAMES)
+        assert [name for name, _ in figures] == list(NAMES)

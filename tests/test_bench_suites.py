@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.pictures import compose
+from bench.images import compose
 from bench.suite_tables import (
     data_tables,
     gate_table,

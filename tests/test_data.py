@@ -268,7 +268,7 @@ class TestCifar:
         assert open_dataset(f"cifar100:{tmp_path}").name == "cifar100"
 
     def test_says_what_is_missing(self, tmp_path):
-        refused("cifar10", "needs a folder: cifar10:PATH")
+        refused("cifar10", "needs a path: cifar10:PATH")
         refused(
             f"cifar10:{tmp_path}",
             r"no cifar-10-batches-py/; put the unpacked cifar-10-python.tar.gz there",

@@ -20,6 +20,7 @@ def kept(tmp_path, monkeypatch):
     """The cache's folder; everything is worth keeping."""
     monkeypatch.setenv("FASTOKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 0.0)
     return tmp_path / "cache" / "decoded"
 
 
@@ -128,6 +129,43 @@ def test_a_changed_tree_is_decoded_again(kept, tree, decodings, change, monkeypa
     assert not same(first, second)
     monkeypatch.setenv("FASTOKD_CACHE", "off")
     assert same(open_dataset(tree), second)
+
+
+def test_files_changed_just_now_are_not_cached(kept, tree, decodings, monkeypatch):
+    """A file system may give another write the same time."""
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 2.0)
+    open_dataset(tree)
+    open_dataset(tree)
+    assert decodings == [16, 16]
+    assert not kept.exists()
+    newest = max(file.stat().st_ctime_ns for file in tree.rglob("*.png"))
+    monkeypatch.setattr(time, "time_ns", lambda: newest + 2 * 10**9 - 1)
+    open_dataset(tree)
+    assert not kept.exists()
+    monkeypatch.setattr(time, "time_ns", lambda: newest + 2 * 10**9)
+    first = open_dataset(tree)
+    assert same(open_dataset(tree), first)
+    assert len(decodings) == 4
+
+
+def test_a_write_with_the_times_of_the_cached_file_is_noticed(kept, tree, monkeypatch):
+    """A write in the tick of an earlier one, as on a file system with coarse times."""
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 2.0)
+    real = os.stat
+
+    class Coarse:
+        def __init__(self, *arguments, **options):
+            self.status = real(*arguments, **options)
+
+        def __getattr__(self, name):
+            value = getattr(self.status, name)
+            return value // 10**9 * 10**9 if name.endswith("time_ns") else value
+
+    monkeypatch.setattr(os, "stat", Coarse)
+    file = tree / "train" / "cat" / "0.png"
+    first = open_dataset(tree)
+    picture(file, 999)  # of the same size, and usually in the same tick
+    assert not torch.equal(first.train.images, open_dataset(tree).train.images)
 
 
 def test_another_size_is_another_entry(kept, tree, decodings):

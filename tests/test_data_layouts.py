@@ -579,9 +579,7 @@ class TestSmallSets:
         assert (opened.name, opened.augment.flip) == ("svhn", False)
         assert opened.train.targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2
         assert np.array_equal(opened.test.images.numpy(), pixels["test"].transpose(3, 2, 0, 1))
-        refused(
-            tmp_path, "not made of image files; it is small, so use --loader resident", list_files
-        )
+        refused(tmp_path, "not made of image files; use --loader resident", list_files)
         io_.savemat(tmp_path / "test_32x32.mat", {"X": pixels["test"].astype(float), "y": labels})
         refused(tmp_path, "X is float64")
         (tmp_path / "test_32x32.mat").write_bytes(b"nonsense")

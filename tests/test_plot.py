@@ -8,7 +8,7 @@ import pytest
 from sample_runs import EPOCHS, change_config, change_json, change_records, copied, records
 
 from fastokd.cli import main
-from fastokd.experiments.analysis.curves import training_pictures
+from fastokd.experiments.analysis.curves import training_figures
 
 pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
 import matplotlib
@@ -86,7 +86,7 @@ def test_lines_are_means_and_bands_are_ranges_of_the_records(sample_runs, tmp_pa
     assert "wrote 20 files" in capsys.readouterr().out
 
 
-def test_every_picture_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_path):
+def test_every_figure_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_path):
     run = sample_runs / "ahbf-seed0"
     assert plot([run], tmp_path) == 0
     names = {*ROWS, "overview", "loss", "schedule", "throughput"}
@@ -96,10 +96,10 @@ def test_every_picture_is_a_png_and_an_svg_and_the_same_again(sample_runs, tmp_p
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
-    again = list(training_pictures({"resnet8 ahbf": [records(run)]}, "digits, resnet8", ("svg",)))
-    assert [picture.name for picture in again] == ["loss", "schedule", "throughput"]
-    for picture in again:
-        assert picture.files["svg"] == (tmp_path / f"{picture.name}.svg").read_bytes()
+    again = list(training_figures({"resnet8 ahbf": [records(run)]}, "digits, resnet8", ("svg",)))
+    assert [figure.name for figure in again] == ["loss", "schedule", "throughput"]
+    for figure in again:
+        assert figure.files["svg"] == (tmp_path / f"{figure.name}.svg").read_bytes()
     assert matplotlib.get_backend().lower() == "agg"  # needs no display
 
 

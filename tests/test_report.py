@@ -1,4 +1,4 @@
-"""The performance page, its pictures and the README's table say what the result files say."""
+"""The performance page, its figures and the README's table say what the result files say."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ from bench.report import (
     blocks,
     current,
     data_tables,
+    figures,
     loss_table,
     machine_code_table,
     main,
     method_table,
-    pictures,
     readme_blocks,
     readme_table,
     roofline_table,
@@ -72,15 +72,15 @@ def test_a_stale_page_is_noticed(page, parts, changes):
         current(text.replace(mark, ""), made, page)
 
 
-def test_pictures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
+def test_figures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
     tmp_path, monkeypatch, capsys
 ):
     """Of another version the bytes differ and the digest does not."""
     path, (data, draw) = (
         tmp_path / "x.svg",
-        next(pair for picture, pair in pictures().items() if picture.name == "loss-cpu.svg"),
+        next(pair for figure, pair in figures().items() if figure.name == "loss-cpu.svg"),
     )
-    monkeypatch.setattr(bench.report, "pictures", lambda: {path: (data, draw)})
+    monkeypatch.setattr(bench.report, "figures", lambda: {path: (data, draw)})
     assert main(["--check"]) == 1
     assert capsys.readouterr().err == f"{path} is stale: run python -m bench.report\n"
     assert main([]) == 0

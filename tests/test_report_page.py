@@ -106,8 +106,8 @@ def check_nothing_is_loaded(page, text):
         "img-src data:",
         "style-src 'unsafe-inline'",
     ]
-    for picture in page.of("img"):
-        svg = ET.fromstring(base64.b64decode(picture["src"].partition("base64,")[2], validate=True))
+    for figure in page.of("img"):
+        svg = ET.fromstring(base64.b64decode(figure["src"].partition("base64,")[2], validate=True))
         for element in svg.iter():
             assert not element.tag.endswith(("script", "foreignObject")), element.tag
             if not element.tag.startswith(
@@ -137,7 +137,7 @@ def test_the_page_is_read_out_well(page):
     assert len(found.of("table")) == len(found.of("caption")) == 4
     assert all(cell.get("scope") in ("col", "row") for cell in found.of("th"))
     assert all(len({len(row) for row in rows}) == 1 for rows in found.tables)
-    alts = [picture["alt"] for picture in found.of("img")]
+    alts = [figure["alt"] for figure in found.of("img")]
     assert len(set(alts)) == 4
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
@@ -159,10 +159,10 @@ def test_the_page_has_the_comparison_the_differences_and_the_last_values(page, s
                 found.table("run")[str(sample_runs / f"{method}-seed{seed}")][3] == f"{error:.2f}"
             )
     assert found.table("field") == {"method": ["ahbf", "baseline"], "branches": ["3", "1"]}
-    for picture, title in zip(
+    for figure, title in zip(
         found.of("img"), ("accuracy", "training loss", "schedules", "throughput"), strict=True
     ):
-        assert picture["alt"].startswith(f"digits, resnet8: {title}")
+        assert figure["alt"].startswith(f"digits, resnet8: {title}")
     ta3 = statistics.mean(
         100 * records(sample_runs / f"ahbf-seed{seed}")[-1]["eval"]["ta3"] for seed in (0, 1)
     )

@@ -122,7 +122,7 @@ def _data(context: Context) -> str | None:
 
 
 def _refusal(context: Context) -> str | None:
-    """Why it cannot run.
+    """The reason why it cannot run.
 
     Raises:
         ConfigError, DataError: there is no such dataset.

@@ -11,8 +11,8 @@ import torch
 from bench.gpu.kernels import NUM_BRANCHES
 from bench.gpu.part import Context, Part, Row
 from bench.gpu.results import Results
+from bench.images import compose
 from bench.loaders import LARGE_MODEL, images_per_second, waiting_share
-from bench.pictures import compose
 from fastokd.data import Augment, Dataset, FileDataset, Split, list_files, make_loader
 from fastokd.data.dali import default_threads
 from fastokd.data.loader import get_loader_kind
@@ -60,7 +60,7 @@ def _resident(context: Context, augment: Augment) -> dict[str, Any]:
     }
 
 
-class _Pictures:
+class _Images:
     """The large images, listed on first use."""
 
     def __init__(self, context: Context) -> None:
@@ -153,7 +153,7 @@ class _Pictures:
 def _rows(context: Context, results: Results) -> Iterator[Row]:
     for name, augment in (("shuffle", Augment()), ("crop and flip", Augment(pad=4, flip=True))):
         yield Row(f"resident, {name}", 0.0, lambda augment=augment: _resident(context, augment))
-    pictures = _Pictures(context)
+    images = _Images(context)
     cases: list[tuple[str, str, dict[str, Any]]] = [
         ("torchvision", "torchvision", {"workers": 0 if context.dry else os.cpu_count()}),
         ("dali, decoder cpu", "dali", {"decoder": "cpu"}),
@@ -171,9 +171,9 @@ def _rows(context: Context, results: Results) -> Iterator[Row]:
         yield Row(
             title,
             context.needs(0.5),
-            lambda name=name, options=options: pictures.measure(name, options),
+            lambda name=name, options=options: images.measure(name, options),
         )
-    yield Row("waiting", context.needs(2.0), lambda: pictures.waiting(results))
+    yield Row("waiting", context.needs(2.0), lambda: images.waiting(results))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -186,4 +186,4 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-PART = Part("data", 0.2, _rows, _line, sources=("bench/loaders.py", "bench/pictures.py"))
+PART = Part("data", 0.2, _rows, _line, sources=("bench/loaders.py", "bench/images.py"))

@@ -38,7 +38,7 @@ PARTS: dict[str, Part] = {
     for module in (environment, tests, kernels, step, profile, data, accuracy)
 }
 """In the order of their worth. What is wrong cannot be fast, so the tests come before what is
-timed; the profile says why the step is as fast as it is; and accuracy is last, because it takes all
+timed; the profile explains the speed of the step; and accuracy is last, because it takes all
 the minutes there are.
 """
 

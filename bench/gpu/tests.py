@@ -1,4 +1,4 @@
-"""The tests that need a GPU, in a few groups, each in processes of its own that are ended when they
+"""The tests that need a GPU, in a few groups, each in separate processes that are ended when they
 take too long.
 """
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastokd.cli.options import Runs, say
 from fastokd.experiments.analysis.compare import compare as compare_groups
-from fastokd.experiments.analysis.curves import PICTURES, draw_curves
+from fastokd.experiments.analysis.curves import FIGURES, draw_curves
 from fastokd.experiments.analysis.figures import require_matplotlib
 from fastokd.experiments.analysis.report import report_page
 from fastokd.experiments.analysis.runs import read_runs, remarks_of, title
@@ -57,7 +57,7 @@ def plot(runs: Runs = (), out: Path = Path("plots")) -> None:
         out,
         title(groups),
         ("png", "svg"),
-        PICTURES,
+        FIGURES,
     )
     for remark in remarks_of(groups):
         say(remark)

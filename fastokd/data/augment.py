@@ -39,29 +39,21 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.pad < 0:
-            raise ConfigError(
-                f"augment pad={self.pad} is negative; use 0 to switch the random crop off"
-            )
+            raise ConfigError(f"augment pad={self.pad} is negative; use 0 for no random crop")
         if self.padding not in PADDINGS:
             raise ConfigError(f"augment padding='{self.padding}'; use {' or '.join(PADDINGS)}")
         if self.crop_scale is None:
             return
         if self.pad:
-            raise ConfigError(
-                f"augment pad={self.pad} with crop_scale={self.crop_scale}: images are cropped one"
-                " way; omit one of them"
-            )
+            both = f"pad={self.pad} with crop_scale={self.crop_scale}"
+            raise ConfigError(f"augment {both}: images are cropped one way; omit one of them")
         (low, high), ratios = self.crop_scale, self.crop_ratio
         if not 0 < low <= high <= 1:
-            raise ConfigError(
-                f"augment crop_scale={self.crop_scale}: it must be a range of area fractions, 0 <"
-                " low <= high <= 1"
-            )
+            needed = "must be a range of area fractions, 0 < low <= high <= 1"
+            raise ConfigError(f"augment crop_scale={self.crop_scale}: it {needed}")
         if not 0 < ratios[0] <= ratios[1] < math.inf:
-            raise ConfigError(
-                f"augment crop_ratio={ratios}: it must be a range of width / height, 0 < low <="
-                " high"
-            )
+            needed = "must be a range of width / height, 0 < low <= high"
+            raise ConfigError(f"augment crop_ratio={ratios}: it {needed}")
 
     def evaluation_side(self, side: int) -> int:
         """The side that evaluated images are scaled to before a center crop of ``side`` pixels.
@@ -146,10 +138,8 @@ class Mixing:
     def __post_init__(self) -> None:
         for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
             if not 0 <= alpha < float("inf"):
-                raise ConfigError(
-                    f"{name}={alpha}: it is the alpha of a Beta distribution, a positive number, or"
-                    " 0 to disable it"
-                )
+                needed = "a positive number, the alpha of a Beta distribution, or 0 for none"
+                raise ConfigError(f"{name}={alpha}: it must be {needed}")
 
     def __bool__(self) -> bool:
         return bool(self.mixup or self.cutmix)

@@ -1,14 +1,16 @@
 """Decoded images on disk, so that the second start of a run need not decode them.
 
 Every dataset and image size has one entry. It is valid while the names, labels, sizes, inodes and
-times of the files stay the same: writing to a file always updates its status change time, which no
-program can set back.
+times of the files stay the same: writing to a file updates its status change time, which no program
+can set back. Two writes within one tick of the file system's clock have the same time, so datasets
+with files that were changed just now are not cached.
 """
 
 import hashlib
 import json
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,9 @@ WORTH_SECONDS = 1.0
 
 MAX_BYTES = 20 * 2**30
 """Larger datasets are not cached."""
+
+SETTLED_SECONDS = 2.0
+"""Datasets with files changed more recently are not cached. No file system's clock is coarser."""
 
 _OFF = ("off", "0", "")
 
@@ -109,17 +114,19 @@ class Cache:
             )
 
     def _hash(self) -> str | None:
-        """A hash of the content and of the files' status; None if a file is missing, which is
-        reported when it is decoded.
+        """A hash of the content and of the files' status; None if a file was changed just now, or
+        is missing, which is reported when it is decoded.
         """
         digest = hashlib.sha256(self._content.encode("utf-8", "surrogatepass"))
-        try:
-            for path in self._paths:
+        settled = time.time_ns() - round(SETTLED_SECONDS * 1e9)
+        for path in self._paths:
+            try:
                 status = os.stat(path)
-                digest.update(
-                    f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-                    f" {status.st_dev}\n".encode()
-                )
-        except OSError:
-            return None
+            except OSError:
+                return None
+            if status.st_ctime_ns > settled:
+                return None
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            line = f"{status.st_size} {times} {status.st_ino} {status.st_dev}\n"
+            digest.update(line.encode())
         return digest.hexdigest()

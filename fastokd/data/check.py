@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from fastokd.data.dataset import DataSource
+from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit
-from fastokd.data.folder import walk_tree
+from fastokd.data.folder import LAYOUT, walk_tree
 from fastokd.data.images import Progress, decode, default_workers, reason_of
 from fastokd.data.registry import resolve
 from fastokd.errors import DataError, escape
@@ -125,10 +125,8 @@ class Report:
             StorageError: the disk refused.
         """
         if not self.clean:
-            raise DataError(
-                f"{escape(self.root)}: no image file without problems is left to list (images in"
-                " archives cannot be listed)"
-            )
+            problem = "no image file without problems is left to list"
+            raise invalid(self.root, f"{problem} (images in archives cannot be listed)")
         folder = file.absolute().parent
         rows: list[tuple[object, str, str]] = [("path", "label", "split")]
         for name, label, split in self.clean:
@@ -157,9 +155,7 @@ def check_dataset(
     """
     kind, path = resolve(spec)
     if kind.files is None:
-        raise DataError(
-            f"{escape(spec)} is not made of image files; opening it checks all there is to check"
-        )
+        raise DataError(f"{escape(spec)} is not made of image files; opening it checks its content")
     found: dict[str, list[str]] = defaultdict(list)
     if path is not None and os.path.isdir(path) and kind.list_split:
         root, images = path, _images_of_tree(path, found)
@@ -167,10 +163,7 @@ def check_dataset(
         source = kind.files(path)
         root, images = source.train.root, images_of(source)
     if not images:
-        raise DataError(
-            f"{escape(root)}: no images there; pass a folder with train/<class>/ and val/<class>/,"
-            " or <class>/"
-        )
+        raise invalid(root, f"no images there; pass a folder with {LAYOUT}, or <class>/")
     looks = run_in_processes(look_at, images, workers, progress)
     labels: dict[str, set[str]] = {image.split: set() for image in images}
     for image in images:
@@ -194,14 +187,14 @@ def check_dataset(
     sizes = sorted(((look.height, look.width) for look in valid), key=math.prod)
     return Report(
         root,
-        dict(Counter(image.split for image in images)),
-        {split: len(names) for split, names in labels.items()},
-        {finding: found[finding] for finding in PROBLEMS if found.get(finding)},
-        {finding: found[finding] for finding in REMARKS if found.get(finding)},
-        dict(Counter(look.format for look in valid).most_common()),
-        dict(Counter(look.mode for look in valid).most_common()),
-        (sizes[0], sizes[-1]) if sizes else None,
-        [row for row in clean if row[1] in learned],
+        images=dict(Counter(image.split for image in images)),
+        classes={split: len(names) for split, names in labels.items()},
+        problems={finding: found[finding] for finding in PROBLEMS if found.get(finding)},
+        remarks={finding: found[finding] for finding in REMARKS if found.get(finding)},
+        formats=dict(Counter(look.format for look in valid).most_common()),
+        modes=dict(Counter(look.mode for look in valid).most_common()),
+        sizes=(sizes[0], sizes[-1]) if sizes else None,
+        clean=[row for row in clean if row[1] in learned],
     )
 
 
@@ -320,10 +313,9 @@ def run_in_processes(
         for result in pool.map(function, items, chunksize=chunk):
             collect(result)
     except BrokenProcessPool:
-        raise DataError(
-            "a decoding process died, out of memory or by a damaged file among"
-            f" {escape(items[len(results)])} and the {workers * chunk} after it; try --workers 1"
-        ) from None
+        place = f"among {escape(items[len(results)])} and the {workers * chunk} after it"
+        reason = f"out of memory or by a damaged file {place}"
+        raise DataError(f"a decoding process died, {reason}; try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
     return results

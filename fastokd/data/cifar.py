@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import DataSource, Split
+from fastokd.data.dataset import DataSource, Split, invalid
 from fastokd.data.images import resize_all
 from fastokd.data.kinds import DatasetKind, ReadOptions
-from fastokd.errors import DataError, escape
+from fastokd.errors import escape
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,21 @@ def _find(files: CifarFiles, path: Path) -> Path | None:
     return next((p for p in folders if p.name == files.folder and os.path.isdir(p)), None)
 
 
-def _read(files: CifarFiles, path: Path | None, options: ReadOptions) -> DataSource[Split]:
-    if path is None:
-        raise DataError(
-            f"{files.name} needs a folder: {files.name}:PATH, where PATH holds {files.folder}/"
-            " (nothing is downloaded)"
-        )
+def _read(files: CifarFiles, path: Path, options: ReadOptions) -> DataSource[Split]:
     folder = _find(files, path)
     if folder is None:
-        fix = (
-            f"unpack {files.archive} there: tar xzf"
-            if os.path.exists(path / files.archive)
-            else f"put the unpacked {files.archive} there"
-        )
-        raise DataError(f"{escape(path)}: no {files.folder}/; {fix} (nothing is downloaded)")
+        packed = os.path.exists(path / files.archive)
+        fix = f"unpack {files.archive} there: tar xzf"
+        fix = fix if packed else f"put the unpacked {files.archive} there"
+        raise invalid(path, f"no {files.folder}/; {fix} (nothing is downloaded)")
     names = (*files.train, *files.test, files.meta)
+    again = f"unpack {files.archive} again"
     missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
-        raise DataError(
-            f"{escape(folder)}: missing {', '.join(missing)}; unpack {files.archive} again"
-        )
+        raise invalid(folder, f"missing {', '.join(missing)}; {again}")
     classes = _load(folder / files.meta).get(files.classes_key)
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise DataError(
-            f"{escape(folder / files.meta)}: no list '{files.classes_key}' in it; unpack"
-            f" {files.archive} again"
-        )
+        raise invalid(folder / files.meta, f"no list '{files.classes_key}' in it; {again}")
     train = _read_split("train", folder, files.train, files, options.image_size)
     test = _read_split("test", folder, files.test, files, options.image_size)
     augment, root = Augment(pad=train.images.shape[-1] // 8, flip=True), folder.resolve()
@@ -121,10 +110,8 @@ def _read_split(
             or len(labels) != len(pixels)
             or not all(type(y) is int for y in labels)
         ):
-            raise DataError(
-                f"{escape(folder / batch)}: not uint8 'data' [N, 3072] with N"
-                f" '{files.labels_key}'; unpack {files.archive} again"
-            )
+            expected = f"uint8 'data' [N, 3072] with N '{files.labels_key}'"
+            raise invalid(folder / batch, f"not {expected}; unpack {files.archive} again")
         images.append(torch.from_numpy(pixels).reshape(-1, 3, 32, 32).permute(0, 2, 3, 1))
         targets += labels
     whole = torch.cat(images).contiguous().permute(0, 3, 1, 2)
@@ -168,15 +155,19 @@ def _load(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes make the unpickler raise almost any exception
         content, reason = None, escape(error) or type(error).__name__
     if not isinstance(content, dict):
-        raise DataError(
-            f"{escape(path)}: not a CIFAR file ({reason or f'a {type(content).__name__}'}); unpack"
-            " the archive again"
-        )
+        reason = reason or f"a {type(content).__name__}"
+        raise invalid(path, f"not a CIFAR file ({reason}); unpack the archive again")
     return {
         key.decode("latin1") if isinstance(key, bytes) else str(key): value
         for key, value in content.items()
     }
 
 
-CIFAR10 = DatasetKind(partial(_read, _CIFAR10), lambda path: _find(_CIFAR10, path) is not None)
-CIFAR100 = DatasetKind(partial(_read, _CIFAR100), lambda path: _find(_CIFAR100, path) is not None)
+def _kind(files: CifarFiles) -> DatasetKind:
+    layout = f"{files.folder}/ (nothing is downloaded)"
+    return DatasetKind(
+        partial(_read, files), lambda path: _find(files, path) is not None, layout=layout
+    )
+
+
+CIFAR10, CIFAR100 = _kind(_CIFAR10), _kind(_CIFAR100)

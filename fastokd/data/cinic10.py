@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import DataSource
+from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit
 from fastokd.data.folder import list_split, list_tree
 from fastokd.data.kinds import DatasetKind
-from fastokd.errors import DataError
+from fastokd.errors import escape
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.47889522, 0.47227842, 0.43047404)
@@ -24,24 +24,18 @@ def _detect(path: Path) -> bool:
     return all(os.path.isdir(path / "valid" / name) for name in CLASSES)
 
 
-def list_cinic10(path: Path | None) -> DataSource[FileSplit]:
-    """List CINIC-10's files.
-
-    Raises:
-        DataError: no folder, or none that holds CINIC-10.
-    """
-    if path is None:
-        raise DataError(
-            "cinic10 needs a folder: cinic10:PATH, where PATH holds train/, valid/ and test/"
-            " (nothing is downloaded)"
-        )
+def list_cinic10(path: Path) -> DataSource[FileSplit]:
+    """List CINIC-10's files; a ``DataError`` for a folder that does not hold them."""
     tree = list_tree(path)
     if tree.classes != CLASSES:
-        raise DataError(
-            f"{path}: not CINIC-10, whose classes are {', '.join(CLASSES)}; open it as"
-            f" folder:{path}"
-        )
+        wrong = f"not CINIC-10, whose classes are {', '.join(CLASSES)}"
+        raise invalid(path, f"{wrong}; open it as folder:{escape(path)}")
     return replace(tree, name="cinic10", mean=MEAN, std=STD, augment=Augment(pad=4, flip=True))
 
 
-CINIC10 = DatasetKind(files=list_cinic10, detect=_detect, list_split=list_split)
+CINIC10 = DatasetKind(
+    files=list_cinic10,
+    detect=_detect,
+    list_split=list_split,
+    layout="train/, valid/ and test/ (nothing is downloaded)",
+)

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastokd.data.check import Image, images_of, read_image, run_in_processes
+from fastokd.data.dataset import invalid
 from fastokd.data.files import CONVERSION_FILE
 from fastokd.data.images import Progress, decode, reason_of
-from fastokd.data.registry import resolve
+from fastokd.data.registry import list_source
 from fastokd.errors import ConfigError, DataError, StorageError, escape, summarize
 from fastokd.storage import write_atomically, write_json
 
 QUALITY = 95
 """JPEG quality of written files; with 4:4:4 color, so that scaling them again loses little."""
 
+_NEW = "pass a new folder"
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -71,11 +73,8 @@ def convert_dataset(
         StorageError: the disk refused.
     """
     if shorter_side < 1:
-        raise ConfigError(f"shorter_side={shorter_side}: it is a number of pixels, 1 or more")
-    kind, path = resolve(spec)
-    if kind.files is None:
-        raise DataError(f"{escape(spec)} is not made of image files; there is nothing to convert")
-    source = kind.files(path)
+        raise ConfigError(f"shorter_side={shorter_side}: must be 1 or more pixels")
+    source = list_source(spec)
     images = images_of(source)
     record = {
         "finished": False,
@@ -93,11 +92,10 @@ def convert_dataset(
         fingerprint = _fingerprint(images, corrupt)
         write_json(out / CONVERSION_FILE, {**record, "bad": [*corrupt], "source": fingerprint})
         listed = summarize([f"{images[i].name} ({reason})" for i, reason in corrupt.items()])
-        raise DataError(
-            f"{escape(source.root or spec)}: {len(corrupt)} of {len(images)} images cannot be"
-            f" decoded: {listed}; the others are written to {escape(out)}. Fix them and run the"
-            " same command again, or convert the list that 'fastokd data check --write-list' writes"
-        )
+        problem = f"{len(corrupt)} of {len(images)} images cannot be decoded: {listed}"
+        rest = f"the others are written to {escape(out)}"
+        fix = "Fix them and repeat the command, or convert a list of 'fastokd data check'"
+        raise invalid(source.root or spec, f"{problem}; {rest}. {fix}")
     write_json(out / CONVERSION_FILE, {**record, "finished": True})
     written = sum(is_new for is_new, _ in results)
     return Outcome(written, len(images) - written, out)
@@ -135,28 +133,23 @@ def _claim(out: Path, record: dict[str, Any], images: Sequence[Image]) -> None:
         except OSError as error:
             raise StorageError(f"cannot use {escape(out)}: {error.strerror}") from error
         if taken:
-            raise ConfigError(f"{escape(out)} is not empty; pass a new folder") from None
+            raise ConfigError(f"{escape(out)} is not empty; {_NEW}") from None
         write_json(file, record)
         return
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{escape(file)} cannot be read ({escape(error)}); pass a new folder"
-        ) from None
+        raise ConfigError(f"{escape(file)} cannot be read ({escape(error)}); {_NEW}") from None
     differences = [
         f"{key} {before.get(key)!r} before, {value!r} now"
         for key, value in record.items()
         if key not in ("finished", "source") and before.get(key) != value
     ]
     if differences:
-        raise ConfigError(
-            f"{escape(out)} holds another conversion ({'; '.join(differences)}); pass a new folder"
-        )
+        different = "; ".join(differences)
+        raise ConfigError(f"{escape(out)} holds another conversion ({different}); {_NEW}")
     corrupt = before.get("bad", [])
     if before.get("source") != _fingerprint(images, corrupt):
-        raise ConfigError(
-            f"{escape(out)} was converted from other files, or source images changed since; pass a"
-            " new folder"
-        )
+        reason = "was converted from other files, or source images changed since"
+        raise ConfigError(f"{escape(out)} {reason}; {_NEW}")
     if corrupt:  # fixed now: from here on they must not change either
         write_json(file, record)
 
@@ -165,9 +158,8 @@ def _jobs(out: Path, images: Sequence[Image]) -> list[_Job]:
     jobs, taken = [], set()
     for image in images:
         if os.path.basename(image.label) != image.label or image.label.startswith("."):
-            raise DataError(
-                f"the class {escape(image.label)} cannot be the name of a folder; rename it"
-            )
+            label = escape(image.label)
+            raise DataError(f"the class {label} cannot be the name of a folder; rename it")
         stem, extension = os.path.splitext(os.path.basename(image.name))
         if extension.lower() not in _FORMATS:
             stem, extension = stem + extension, ".png"
@@ -201,14 +193,10 @@ def _converted(image: Image, file_format: str, shorter_side: int) -> bytes:
     content = read_image(image)
     with PIL.open(io.BytesIO(content)) as original:
         is_small = min(original.size) <= shorter_side
-        unchanged = (
-            is_small
-            and original.format == file_format
-            and original.mode in ("RGB", "L")
-            and original.getexif().get(0x0112, 1) == 1
-        )
+        upright = original.getexif().get(0x0112, 1) == 1
+        plain = original.format == file_format and original.mode in ("RGB", "L")
     decoded = decode(io.BytesIO(content))  # also before a copy, to find damage now
-    if unchanged:
+    if is_small and plain and upright:
         return content
     if not is_small:
         width, height = decoded.size

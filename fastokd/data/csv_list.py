@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastokd.data.dataset import DataSource
+from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, from_splits
 from fastokd.data.folder import SPLIT_OF, SPLITS
 from fastokd.data.kinds import DatasetKind
@@ -31,7 +31,7 @@ def _detect(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and os.path.isfile(path)
 
 
-def list_csv(path: Path | None) -> DataSource[FileSplit]:
+def list_csv(path: Path) -> DataSource[FileSplit]:
     """List the images of a CSV file, without opening any of them.
 
     Classes are sorted by name, as for a tree, numbers too: "10" comes before "2". Without a split
@@ -41,8 +41,6 @@ def list_csv(path: Path | None) -> DataSource[FileSplit]:
         DataError: a file that cannot be read or has no such columns, an unknown split, or an image
             listed twice with different labels or splits; the message names the line.
     """
-    if path is None:
-        raise DataError("csv needs a file: csv:PATH, with path,label or path,label,split lines")
     listed = _read_entries(path)
     classes = tuple(sorted({label for _, label, _ in listed}))
     number = {name: i for i, name in enumerate(classes)}
@@ -54,9 +52,7 @@ def list_csv(path: Path | None) -> DataSource[FileSplit]:
             files, targets = zip(*entries, strict=True)
             splits[split] = FileSplit(split, root, files, torch.tensor(targets))
     if "train" not in splits:
-        raise DataError(
-            f"{escape(path)}: no training images in it; lines with the split train are needed"
-        )
+        raise invalid(path, "no training images in it; lines with the split train are needed")
     return from_splits(path.stem, classes, splits, root)
 
 
@@ -69,9 +65,8 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
     for line, row in rows[first:]:
         where = f"{escape(path)}: line {line}"
         if len(row) <= max(columns.values()):
-            raise DataError(
-                f"{where} has {len(row)} columns, and column {max(columns.values()) + 1} is needed"
-            )
+            needed = max(columns.values()) + 1
+            raise DataError(f"{where} has {len(row)} columns, and column {needed} is needed")
         file, label = (row[columns[name]].strip() for name in ("path", "label"))
         word = row[columns["split"]].strip().lower() if "split" in columns else "train"
         if not file or not label:
@@ -81,10 +76,8 @@ def _read_entries(path: Path) -> list[tuple[str, str, str]]:
         split = SPLIT_OF[word]
         before = known.setdefault(file, (label, split))
         if before != (label, split):
-            raise DataError(
-                f"{where} lists {escape(file)} as '{escape(label)}' in {split}, an earlier line as"
-                f" '{escape(before[0])}' in {before[1]}"
-            )
+            one, other = (f"'{escape(name)}' in {part}" for name, part in ((label, split), before))
+            raise DataError(f"{where} lists {escape(file)} as {one}, an earlier line as {other}")
         entries.append((file, label, split))
     return entries
 
@@ -97,16 +90,15 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
             head = file.readline()
             file.seek(0)
             delimiter = ";" if ";" in head and "," not in head else ","
-            reader = csv.reader(
-                file, delimiter="\t" if path.suffix.lower() == ".tsv" else delimiter
-            )
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter
+            reader = csv.reader(file, delimiter=delimiter)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except OSError as error:
         raise cannot_read(path, error) from error
     except csv.Error as error:
-        raise DataError(f"{escape(path)}: not a CSV file ({escape(error)})") from error
+        raise invalid(path, f"not a CSV file ({escape(error)})") from error
     if not rows:
-        raise DataError(f"{escape(path)}: empty; {_FORM}")
+        raise invalid(path, f"empty; {_FORM}")
     return rows
 
 
@@ -120,11 +112,9 @@ def _find_columns(path: Path, first_row: list[str]) -> tuple[dict[str, int], int
     if min(named["path"], named["label"]) >= 0:
         return {column: i for column, i in named.items() if i >= 0}, 1
     if len(head) not in (2, 3):
-        raise DataError(
-            f"{escape(path)}: {len(head)} columns without names; {_FORM}, or name the columns in"
-            " the first line"
-        )
+        unnamed = f"{len(head)} columns without names"
+        raise invalid(path, f"{unnamed}; {_FORM}, or name the columns in the first line")
     return dict(zip(COLUMNS, range(len(head)), strict=False)), 0
 
 
-CSV = DatasetKind(files=list_csv, detect=_detect)
+CSV = DatasetKind(files=list_csv, detect=_detect, layout="lines of path,label or path,label,split")

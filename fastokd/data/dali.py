@@ -20,20 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastokd.data import stream
 from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import ATTEMPTS
-from fastokd.data.stream import (
-    Decoded,
-    Request,
-    StreamLoader,
-    check_options,
-    read_options,
-    replacement_index,
-    scaled,
-)
-from fastokd.errors import ConfigError, DataError, MissingExtra, escape, first_line, summarize
+from fastokd.data.stream import Decoded, Request, StreamLoader
+from fastokd.errors import ConfigError, DataError, MissingExtra, first_line, summarize
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -80,17 +73,10 @@ class DaliOptions:
     mmap: bool = True
 
     def __post_init__(self) -> None:
-        some = (1, math.inf)
-        check_options(
-            self,
-            threads=some,
-            prefetch=some,
-            decoder=DECODERS,
-            resize=RESIZERS,
-            hw_decoder_load=(0, 1),
-            width_hint=(0, math.inf),
-            height_hint=(0, math.inf),
-        )
+        some, any_size = (1, math.inf), (0, math.inf)
+        stream.check_options(self, threads=some, prefetch=some, hw_decoder_load=(0, 1))
+        stream.check_options(self, decoder=DECODERS, resize=RESIZERS)
+        stream.check_options(self, width_hint=any_size, height_hint=any_size)
 
 
 def missing_dali(device: torch.device | None = None) -> str | None:
@@ -98,22 +84,16 @@ def missing_dali(device: torch.device | None = None) -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        return (
-            f"DALI cannot be imported ({first_line(error)}): pip install 'fastokd[dali]', or use"
-            " --loader torchvision"
-        )
+        fix = "pip install 'fastokd[dali]', or use --loader torchvision"
+        return f"DALI cannot be imported ({first_line(error)}): {fix}"
     return None
 
 
 def unsuitable_for_dali(split: FileSplit) -> str | None:
     """The files of a split that DALI cannot decode, by their names, with the fix, or None."""
     names = [name for name in split.files if os.path.splitext(name)[1].lower() in UNSUPPORTED]
-    if not names:
-        return None
-    return (
-        f"split '{split.name}' of {escape(split.root)}: DALI cannot decode {summarize(names)};"
-        " convert them, or use --loader torchvision"
-    )
+    fix = "convert them, or use --loader torchvision"
+    return f"{split.where}: DALI cannot decode {summarize(names)}; {fix}" if names else None
 
 
 class DaliLoader(StreamLoader):
@@ -139,7 +119,7 @@ class DaliLoader(StreamLoader):
             raise MissingExtra(reason)
         self._pipeline: Pipeline | None = None
         super().__init__(*arguments, **settings)
-        self.options = read_options(DaliOptions, options)
+        self.options = stream.read_options(DaliOptions, options)
         if reason := unsuitable_for_dali(self.split):
             raise DataError(reason)
         on_gpu = self.device.type == "cuda"
@@ -197,8 +177,8 @@ class DaliLoader(StreamLoader):
         if self._pipeline is None:
             count = self.views * self.batch_size
             self._pipeline = self._build(count, self.options.prefetch, self._feed)
-        stream = torch.cuda.current_stream(self.device) if self._device_id is not None else None
-        (images,) = self._pipeline.run(stream)
+        on_gpu = self._device_id is not None
+        (images,) = self._pipeline.run(torch.cuda.current_stream(self.device) if on_gpu else None)
         return images
 
     def _framed(self, images: Any, request: Request) -> Callable[[], Decoded]:
@@ -218,7 +198,7 @@ class DaliLoader(StreamLoader):
         def scale(rows: range) -> None:
             for row in rows:
                 image = torch.from_dlpack(images[row]).permute(2, 0, 1)
-                out[row] = scaled(image, request.framing)
+                out[row] = stream.scaled(image, request.framing)
 
         chunk = -(-count // (2 * self._threads))
         tasks = [
@@ -278,10 +258,7 @@ class DaliLoader(StreamLoader):
         self._in_flight.clear()
         corrupt = next(filter(None, map(self._probe, pending)), None)
         if not corrupt:
-            raise DataError(
-                f"DALI failed on split '{self.split.name}' of {escape(self.split.root)}:"
-                f" {dali_reason(error)}"
-            ) from error
+            raise DataError(f"DALI failed on {self.split.where}: {dali_reason(error)}") from error
         self._note_corrupt(corrupt)
         self._requests = chain(pending, self._requests)
 
@@ -292,7 +269,7 @@ class DaliLoader(StreamLoader):
         indices = request.indices.copy()
         for row, i in enumerate(indices.tolist()):
             if i in self.replaced:
-                indices[row] = replacement_index(self.split, i, self.replaced)
+                indices[row] = stream.replacement_index(self.split, i, self.replaced)
         return request._replace(indices=indices)
 
     def _probe(self, request: Request) -> dict[int, str]:
@@ -421,9 +398,7 @@ def _integers(*values: Node) -> Node:
 def _window(
     candidates: Node, height: Node, width: Node, ratio: tuple[float, float]
 ) -> tuple[Node, Node, Node, Node]:
-    """``random_crop.window`` in DALI's arithmetic: top, left, height, width as floating-point
-    numbers.
-    """
+    """``random_crop.window`` in DALI's arithmetic: top, left, height and width as floats."""
     fn, math, types = _dali()
 
     def single(values: Node) -> Node:  # integers, and reductions do not take doubles

@@ -39,6 +39,11 @@ class AnySplit(Protocol):
 S = TypeVar("S", bound=AnySplit)
 
 
+def invalid(where: object, problem: str) -> DataError:
+    """The error for a file, a folder or a split of a dataset."""
+    return DataError(f"{escape(where)}: {problem}")
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """One split of decoded images.
@@ -61,17 +66,13 @@ class Split:
     def __post_init__(self) -> None:
         images, targets, where = self.images, self.targets, f"split '{self.name}'"
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise DataError(
-                f"{where}: images are {images.dtype} {list(images.shape)}; they must be uint8 [N,"
-                " 3, H, W]"
-            )
+            given = f"{images.dtype} {list(images.shape)}"
+            raise invalid(where, f"images are {given}; they must be uint8 [N, 3, H, W]")
         if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
-            raise DataError(
-                f"{where}: targets are {targets.dtype} {list(targets.shape)}; they must be int64"
-                f" [{len(images)}], one per image"
-            )
+            given = f"{targets.dtype} {list(targets.shape)}"
+            raise invalid(where, f"targets are {given}; they must be int64 [{len(images)}]")
         if self.files is not None and len(self.files) != len(images):
-            raise DataError(f"{where}: {len(self.files)} file names for {len(images)} images")
+            raise invalid(where, f"{len(self.files)} file names for {len(images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -122,32 +123,27 @@ class DataSource(Generic[S]):
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        where = escape(self.name)
-        count = len(self.classes)
+        name, count = self.name, len(self.classes)
         if count < 2:
-            raise DataError(f"{where}: {count} class(es); a classifier needs two or more")
-        for name in self.classes:
+            raise invalid(name, f"{count} class(es); a classifier needs two or more")
+        for label in self.classes:
             try:
-                name.encode()
+                label.encode()
             except UnicodeEncodeError:
-                raise DataError(
-                    f"{where}: the class name {escape(name)} is not valid UTF-8; rename its folder"
-                ) from None
+                fault = f"the class name {escape(label)} is not valid UTF-8; rename its folder"
+                raise invalid(name, fault) from None
         for split in self.splits:
             if not len(split):
-                raise DataError(f"{where}: split '{split.name}' is empty; put images in it")
+                raise invalid(name, f"split '{split.name}' is empty; put images in it")
             low, high = int(split.targets.min()), int(split.targets.max())
             if low < 0 or high >= count:
-                raise DataError(
-                    f"{where}: split '{split.name}' has label {low if low < 0 else high}, outside"
-                    f" 0..{count - 1} of its {count} classes; correct the labels or the class list"
-                )
+                found = f"split '{split.name}' has label {low if low < 0 else high}"
+                raise invalid(name, f"{found}, outside 0..{count - 1} of its {count} classes")
         counts = torch.bincount(self.train.targets, minlength=count)
         unseen = [self.classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
         if unseen:
-            raise DataError(
-                f"{where}: no training images of {summarize(unseen)}; add some or drop the class"
-            )
+            problem = f"no training images of {summarize(unseen)}; add some or drop the class"
+            raise invalid(name, problem)
 
     @property
     def splits(self) -> tuple[S, ...]:
@@ -164,21 +160,14 @@ class DataSource(Generic[S]):
                 validation split.
         """
         if not 0 <= val_split < 1:
-            raise ConfigError(
-                f"val_split={val_split}; it is the fraction of the training images held out, 0 <="
-                " val_split < 1"
-            )
+            raise ConfigError(f"val_split={val_split}: must be a fraction in [0, 1)")
         if not val_split:
             if self.test is None:
-                raise DataError(
-                    f"{escape(self.root or self.name)}: no val/ or test/ images; hold some training"
-                    " images out with --val-split, e.g. 0.1"
-                )
+                problem = "no val/ or test/ images; hold some training images out with --val-split"
+                raise invalid(self.root or self.name, problem)
             return self.train, self.test, self.val
         if self.val is not None:
-            raise DataError(
-                f"{escape(self.name)} already has a validation split; leave --val-split at 0"
-            )
+            raise invalid(self.name, "already has a validation split; leave --val-split at 0")
         train, val = split_off(self.train, self.classes, val_split, seed)
         return (train, val, None) if self.test is None else (train, self.test, val)
 
@@ -291,10 +280,8 @@ def prepare(
     for split in source.splits:
         other = split.images.shape[1:]
         if other != size:
-            raise DataError(
-                f"{escape(source.name)}: images of split '{split.name}' are {list(other)} and those"
-                f" of '{source.train.name}' {list(size)}; open the dataset with one image_size"
-            )
+            sizes = f"'{split.name}' are {list(other)}, of '{source.train.name}' {list(size)}"
+            raise invalid(source.name, f"images of {sizes}; open it with one image_size")
     source = normalized_by(source, mean, std)
     train, test, val = source.hold_out(val_split, seed)
     mean, std = source.mean, source.std
@@ -330,10 +317,8 @@ def normalized_by(
         return source
     finite = all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
     if len(mean) != 3 or len(std) != 3 or not finite:
-        raise ConfigError(
-            f"mean={list(mean)}, std={list(std)}; they are three finite numbers each, and std is"
-            " positive"
-        )
+        given = f"mean={list(mean)}, std={list(std)}"
+        raise ConfigError(f"{given}: must be three finite numbers each, and std is positive")
     return replace(source, mean=tuple(mean), std=tuple(std))
 
 
@@ -346,10 +331,8 @@ def split_off(train: S, classes: Sequence[str], fraction: float, seed: int) -> t
     for label, name in enumerate(classes):
         members = (train.targets == label).nonzero().flatten()
         if len(members) < 2:
-            raise DataError(
-                f"class '{escape(name)}' has {len(members)} training image: too few to hold any"
-                " out; add images or leave --val-split at 0"
-            )
+            few = f"{len(members)} training image: too few to hold any out; add images"
+            raise DataError(f"class '{escape(name)}' has {few} or leave --val-split at 0")
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     kept, out = (mask.nonzero().flatten() for mask in (~held_out, held_out))

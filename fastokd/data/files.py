@@ -2,6 +2,7 @@
 image is decoded.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastokd.data import dataset
 from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
-from fastokd.data.dataset import DataSource, Split, SplitSet, fingerprint, image_sums, normalized_by
+from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
 from fastokd.data.images import Progress, check_image_size, corrupt_files_error, try_decode_all
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
@@ -80,6 +82,11 @@ class FileSplit:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def where(self) -> str:
+        """The split and its folder, for messages."""
+        return f"split '{self.name}' of {escape(self.root)}"
 
     def path(self, index: int) -> str:
         """The image's file, or the archive that contains it."""
@@ -152,9 +159,7 @@ def from_splits(
     root: Path,
     ignored_files: int = 0,
 ) -> DataSource[FileSplit]:
-    """The dataset of these splits, by "train", "val" and "test". Without "test", runs are evaluated
-    on "val".
-    """
+    """The dataset of these splits. Without "test", runs are evaluated on "val"."""
     test, val = splits.get("test"), splits.get("val")
     if test is None:
         test, val = val, None
@@ -167,7 +172,7 @@ def from_splits(
 def cannot_read(path: Path | str, error: OSError) -> DataError:
     """The error for a file or folder of a dataset that cannot be read."""
     reason = error.strerror or escape(error)
-    return DataError(f"{escape(path)}: cannot be read: {reason}; check its permissions and links")
+    return invalid(path, f"cannot be read: {reason}; check its permissions and links")
 
 
 def read_lines(file: Path) -> list[str]:
@@ -182,7 +187,7 @@ def read_lines(file: Path) -> list[str]:
     except OSError as error:
         raise cannot_read(file, error) from error
     except UnicodeDecodeError:
-        raise DataError(f"{escape(file)}: cannot be read: it is not UTF-8 text") from None
+        raise invalid(file, "cannot be read: it is not UTF-8 text") from None
 
 
 def check_finished(root: Path) -> None:
@@ -192,10 +197,14 @@ def check_finished(root: Path) -> None:
     except (OSError, ValueError, AttributeError):  # not written by convert
         return
     if not finished:
-        raise DataError(
-            f"{escape(root)}: its conversion is not finished; run the same 'fastokd data convert'"
-            " again to continue it"
-        )
+        fix = "run the same 'fastokd data convert' again to continue it"
+        raise invalid(root, f"its conversion is not finished; {fix}")
+
+
+def check_bad_images(policy: str) -> None:
+    """Raise ``ConfigError`` for a policy that is not one of ``BAD_IMAGES``."""
+    if policy not in BAD_IMAGES:
+        raise ConfigError(f"unknown bad_images '{policy}'{did_you_mean(policy, BAD_IMAGES)}")
 
 
 def prepare_files(
@@ -221,7 +230,7 @@ def prepare_files(
         DataError: a class too small to be split, or a dataset that already has a validation split.
     """
     check_image_size(image_size)
-    source = normalized_by(source, mean, std)
+    source = dataset.normalized_by(source, mean, std)
     train, test, val = source.hold_out(val_split, seed)
     size = (image_size, image_size) if image_size else _guess_size(train)
     return FileDataset(
@@ -259,23 +268,17 @@ def decode_files(
         DataError: as ``try_decode_all``; files that cannot be decoded (the first ten are named) and
             must not be replaced, or a class without a valid image.
     """
-    if bad_images not in BAD_IMAGES:
-        raise ConfigError(
-            f"unknown bad_images '{bad_images}'{did_you_mean(bad_images, BAD_IMAGES)}"
-        )
+    check_bad_images(bad_images)
     splits = source.splits
     positions = [(split, i) for split in splits for i in range(len(split))]
     names = [file for split in splits for file in split.files]
-    content = [
-        source.classes,
-        [
-            (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
-            for s in splits
-        ],
+    listed = [
+        (s.name, s.files, s.targets.tolist(), s.members and s.members.offset.tolist())
+        for s in splits
     ]
     paths = list(dict.fromkeys(split.path(i) for split, i in positions))
     where = (source.train.root.absolute(), image_size, *(split.name for split in splits))
-    cache = Cache(where, content, paths)
+    cache = Cache(where, [source.classes, listed], paths)
     entry = cache.find()
     if entry is not None:
         decoded = _split_images(source, entry.images, entry.sums)
@@ -289,11 +292,11 @@ def decode_files(
     images, corrupt = try_decode_all(source.train.root, names, image_size, workers, progress, read)
     if corrupt:
         _replace_corrupt(source, images, corrupt, names, bad_images)
-    sums = image_sums(images)
+    sums = dataset.image_sums(images)
     decoded = _split_images(source, images, sums)
     if corrupt:
         return replace(decoded, replaced_files=len(corrupt))
-    entry = Entry(images, sums, fingerprint(decoded))
+    entry = Entry(images, sums, dataset.fingerprint(decoded))
     cache.keep(entry, time.monotonic() - started)
     return replace(decoded, fingerprint=entry.fingerprint)
 
@@ -326,23 +329,16 @@ def _replace_corrupt(
     def error(fix: str, files: Mapping[int, str] = corrupt) -> DataError:
         return corrupt_files_error(root, names, files, fix)
 
+    listing = "'fastokd data check --write-list'"
     if policy == "fail":
-        raise error(
-            "replace or delete them, or pass --bad-images replace; 'fastokd data check' finds them"
-            " all"
-        )
+        fix = "replace or delete what 'fastokd data check' finds, or pass --bad-images replace"
+        raise error(fix)
     if elsewhere := {i: reason for i, reason in corrupt.items() if i >= len(targets)}:
-        raise error(
-            "evaluation images are never replaced; fix them, or list the others with 'fastokd data"
-            " check --write-list'",
-            elsewhere,
-        )
+        fix = f"evaluation images are never replaced; fix them, or list the others with {listing}"
+        raise error(fix, elsewhere)
     allowed = math.ceil(MAX_REPLACED * len(targets))
     if len(corrupt) > allowed:
-        raise error(
-            f"--bad-images replace takes at most {allowed}; list the others with 'fastokd data"
-            " check --write-list'"
-        )
+        raise error(f"--bad-images replace takes at most {allowed}; list the others with {listing}")
     for i in corrupt:
         same_class = (targets == targets[i]).nonzero().flatten().tolist()
         others = [j for j in same_class if j not in corrupt]
@@ -364,11 +360,9 @@ def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
 
     sizes = set()
     for i in torch.linspace(0, len(split) - 1, min(_PROBED, len(split))).long().tolist():
-        try:
-            with Image.open(BytesIO(split.read(i))) as image:
-                sizes.add((image.height, image.width))
-        except Exception:  # a damaged file is reported when it is decoded
-            continue
+        # A damaged file is reported when it is decoded.
+        with contextlib.suppress(Exception), Image.open(BytesIO(split.read(i))) as image:
+            sizes.add((image.height, image.width))
     return sizes
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastokd.data.dataset import DataSource
+from fastokd.data.dataset import DataSource, invalid
 from fastokd.data.files import FileSplit, cannot_read, check_finished, from_splits
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
@@ -21,6 +21,7 @@ from fastokd.data.label_list import NAMES, find_label_file, read_label_file
 from fastokd.errors import ConfigError, DataError, escape, summarize
 
 LAYOUT = "train/<class>/ and val/<class>/ or test/<class>/"
+_ARRANGE = f"arrange the images as {LAYOUT}"
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -108,27 +109,19 @@ def walk_tree(root: Path) -> Iterator[Listing]:
         yield listing
 
 
-def list_tree(root: Path | None) -> DataSource[FileSplit]:
+def list_tree(root: Path) -> DataSource[FileSplit]:
     """List a tree's image files as ``walk_tree`` does, and check its structure.
 
     Raises:
         DataError: a folder or split that is missing or empty, classes that differ between the
             splits, a class without images in some split, a flat split without labels.
     """
-    if root is None:
-        raise DataError(f"folder needs a path: folder:PATH, with {LAYOUT}")
-    # os.path's tests, unlike pathlib's, return False where permission is missing.
-    if not os.path.isdir(root):
-        raise DataError(f"{escape(root)}: no folder that can be read; pass one with {LAYOUT}")
-    names = split_folders(root)
+    names = _readable_splits(root)
     if not names:
         return _one_folder(root)
     if "train" not in names:
         present = [entry.name + "/" for entry in entries(root) if is_folder(entry)]
-        raise DataError(
-            f"{escape(root)}: no train/ (found {summarize(present)}); arrange the images as"
-            f" {LAYOUT}"
-        )
+        raise invalid(root, f"no train/ (found {summarize(present)}); {_ARRANGE}")
     check_finished(root)
     classes: list[str] = []
     splits: dict[str, FileSplit] = {}
@@ -153,6 +146,14 @@ def list_tree(root: Path | None) -> DataSource[FileSplit]:
     return from_splits(resolved.name, classes, splits, resolved, ignored)
 
 
+def _readable_splits(root: Path) -> dict[str, str]:
+    """``split_folders`` of a folder that exists."""
+    # os.path's tests, unlike pathlib's, return False where permission is missing.
+    if not os.path.isdir(root):
+        raise invalid(root, f"no folder that can be read; pass one with {LAYOUT}")
+    return split_folders(root)
+
+
 def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
     """List one split of a tree as the only one of its source; ``train/`` need not exist.
 
@@ -164,36 +165,25 @@ def list_split(root: Path, name: str | None) -> DataSource[FileSplit]:
         ConfigError: the tree has no such split.
         DataError: as ``list_tree``.
     """
-    if not os.path.isdir(root):
-        raise DataError(
-            f"{escape(root)}: no folder that can be read; pass one with {LAYOUT}, or one of class"
-            " folders"
-        )
-    names = split_folders(root)
+    names = _readable_splits(root)
     if name is None and names:
         name = next((split for split in ("val", "test") if split in names), None)
         if name is None:
-            raise DataError(
-                f"{escape(root)}: only train/ exists; add val/ or test/, or pass --split train"
-            )
+            raise invalid(root, "only train/ exists; add val/ or test/, or pass --split train")
     if name is None:
         source = _one_folder(root)
         train = dataclasses.replace(source.train, name=source.name)
         return dataclasses.replace(source, train=train)
     if name not in names:
-        raise ConfigError(
-            f"{escape(root)} has no split '{escape(name)}' (it has"
-            f" {summarize(list(names)) or 'none'})"
-        )
+        known = summarize(list(names)) or "none"
+        raise ConfigError(f"{escape(root)} has no split '{escape(name)}' (it has {known})")
     if flat_images(root / names[name], []) is not None:
         # Its labels are numbers or synsets, which refer to the classes of the training split.
         source = list_tree(root)
         chosen = next((split for split in source.splits if split.name == name), None)
         if chosen is None:
-            raise DataError(
-                f"{escape(root / names[name])}: images without a label file; write one with 'image"
-                " class' lines there, or choose another split"
-            )
+            fix = "write one with 'image class' lines there, or choose another split"
+            raise invalid(root / names[name], f"images without a label file; {fix}")
         return dataclasses.replace(source, train=chosen, test=None, val=None)
     check_finished(root)
     listing = _walk_split(root, name, names[name])
@@ -205,20 +195,16 @@ def _one_folder(root: Path) -> DataSource[FileSplit]:
     """A folder of class folders, all for training until some images are held out."""
     folders = [entry.name for entry in entries(root) if is_folder(entry)]
     if not folders:
-        images = sum(is_image(entry.name) for entry in entries(root))
-        raise DataError(
-            f"{escape(root)}: no train/ (found {f'{images} images' if images else 'no folders'});"
-            f" arrange the images as {LAYOUT}, or as <class>/ to use with --val-split"
-        )
+        count = sum(is_image(entry.name) for entry in entries(root))
+        present = f"{count} images" if count else "no folders"
+        fix = f"{_ARRANGE}, or as <class>/ to use with --val-split"
+        raise invalid(root, f"no train/ (found {present}); {fix}")
     check_finished(root)
     listing = _walk_split(root, "", ".")
     listing.raise_first(root, empty=False)
     if not listing.files:
         present = summarize([name + "/" for name in folders])
-        raise DataError(
-            f"{escape(root)}: no train/ (found {present}), and no images in them; arrange the"
-            f" images as {LAYOUT}"
-        )
+        raise invalid(root, f"no train/ (found {present}), and no images in them; {_ARRANGE}")
     listing.raise_first(root)
     return listing.as_source(root, "train")
 
@@ -242,11 +228,8 @@ def _walk_split(
     if not listing.classes:
         images = sum(is_image(entry.name) for entry in present)
         content = f"{images} images and no class folders" if images else "empty"
-        problem = DataError(
-            f"{escape(root / folder)}: {content}; put the images of each class into a folder named"
-            " after it"
-        )
-        listing.note("no labels", f"{folder} ({content})", problem)
+        problem = f"{content}; put the images of each class into a folder named after it"
+        listing.note("no labels", f"{folder} ({content})", invalid(root / folder, problem))
     for name in listing.classes:
         try:
             # A link up to these folders would label the other classes' images with this class.
@@ -260,7 +243,7 @@ def _walk_split(
         listing.ignored += [os.path.relpath(path, root) for path in found if not is_image(path)]
         if not images_of_class:
             entry = os.path.normpath(f"{folder}/{name}")
-            listing.note("empty class", entry, DataError(f"{escape(root / entry)}: no images"))
+            listing.note("empty class", entry, invalid(root / entry, "no images"))
     return listing
 
 
@@ -270,11 +253,9 @@ def _label_flat(root: Path, listing: Listing, images: list[str], classes: Sequen
     file = find_label_file(root, listing.split, root / listing.folder)
     if file is None:
         if listing.split != "test":  # ImageNet's test images have no labels
-            listing.note(
-                "no labels",
-                f"{listing.folder} ({len(images)} images and no label file)",
-                _no_labels_error(root / listing.folder, len(images)),
-            )
+            problem = f"{listing.folder} ({len(images)} images and no label file)"
+            error = _no_labels_error(root / listing.folder, len(images))
+            listing.note("no labels", problem, error)
         return
     try:
         numbers = read_label_file(file, [os.path.basename(path) for path in images], classes)
@@ -284,32 +265,25 @@ def _label_flat(root: Path, listing: Listing, images: list[str], classes: Sequen
 
 
 def _no_labels_error(folder: Path, images: int) -> DataError:
-    return DataError(
-        f"{escape(folder)}: {images} images and no class folders; put the images of each class into"
-        f" a folder named after it, or add a label file: {NAMES[0]} with 'image class' lines, or"
-        f" ImageNet's ground truth ({NAMES[-1]} and meta.mat)"
+    return invalid(
+        folder,
+        f"{images} images and no class folders; make a folder for each class, or add a label file:"
+        f" {NAMES[0]} with 'image class' lines, or ImageNet's {NAMES[-1]} and meta.mat",
     )
 
 
 def _raise_empty(root: Path, empty: Sequence[str], where: str = "") -> None:
     if empty:
-        raise DataError(
-            f"{escape(root)}: {len(empty)} class folder(s) without images: {summarize(empty)}; fill"
-            f" or remove them{where}"
-        )
+        problem = f"{len(empty)} class folder(s) without images: {summarize(empty)}"
+        raise invalid(root, f"{problem}; fill or remove them{where}")
 
 
 def _check_same_classes(root: Path, train: str, classes: list[str], listing: Listing) -> None:
-    for (name, names), (other, others) in (
-        ((train, classes), (listing.folder, listing.classes)),
-        ((listing.folder, listing.classes), (train, classes)),
-    ):
-        extra = sorted(set(names) - set(others))
-        if extra:
-            raise DataError(
-                f"{escape(root)}: {len(extra)} class(es) in {name}/ and not in {other}/:"
-                f" {summarize(extra)}; every split needs the same class folders"
-            )
+    pairs = ((train, classes), (listing.folder, listing.classes))
+    for (name, names), (other, others) in (pairs, pairs[::-1]):
+        if extra := sorted(set(names) - set(others)):
+            problem = f"{len(extra)} class(es) in {name}/ and not in {other}/: {summarize(extra)}"
+            raise invalid(root, f"{problem}; every split needs the same class folders")
 
 
 def split_folders(root: Path) -> dict[str, str]:
@@ -321,10 +295,8 @@ def split_folders(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for word, split in SPLIT_OF.items():
         if os.path.isdir(root / word) and found.setdefault(split, word) != word:
-            raise DataError(
-                f"{escape(root)}: both {found[split]}/ and {word}/ exist; put the images of a split"
-                " into one folder"
-            )
+            both = f"both {found[split]}/ and {word}/ exist"
+            raise invalid(root, f"{both}; put the images of a split into one folder")
     return found
 
 
@@ -374,9 +346,7 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def walk(folder: Path | str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    """The files below a folder. ``visited`` holds identities of folders, which ends loops of
-    symbolic links.
-    """
+    """The files below a folder; folders with an identity in ``visited`` are skipped."""
     if identity(folder) in visited:
         return
     visited.add(identity(folder))
@@ -388,4 +358,4 @@ def walk(folder: Path | str, visited: set[tuple[int, int]]) -> Iterator[str]:
             yield entry.path
 
 
-FOLDER = DatasetKind(files=list_tree, list_split=list_split)
+FOLDER = DatasetKind(files=list_tree, list_split=list_split, layout=LAYOUT)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastokd.data.dataset import invalid
 from fastokd.errors import ConfigError, DataError, escape, summarize
 from fastokd.storage import available_memory
 
@@ -38,19 +39,15 @@ def check_memory(count: int, height: int, width: int, where: object) -> None:
     available = available_memory()
     needed = count * height * width * 3
     if available is not None and needed > MEMORY_FRACTION * available:
-        raise DataError(
-            f"{escape(where)}: {count} images of {height}x{width} need {needed / 2**30:.3g} GiB"
-            f" decoded, more than half of the {available / 2**30:.3g} GiB of free memory; use a"
-            " smaller --image-size, fewer images or a larger machine"
-        )
+        need = f"{count} images of {height}x{width} need {needed / 2**30:.3g} GiB decoded"
+        limit = f"more than half of the {available / 2**30:.3g} GiB of free memory"
+        raise invalid(where, f"{need}, {limit}; use a smaller --image-size or fewer images")
 
 
 def check_image_size(image_size: int | None) -> None:
     """Raise ``ConfigError`` unless the size is None or a positive number of pixels."""
     if image_size is not None and image_size < 1:
-        raise ConfigError(
-            f"image_size={image_size}; it is the side of a square in pixels, 1 or more"
-        )
+        raise ConfigError(f"image_size={image_size}: must be 1 or more pixels")
 
 
 def decode(path: str | Path | BytesIO) -> "Image.Image":
@@ -76,9 +73,7 @@ def decode(path: str | Path | BytesIO) -> "Image.Image":
         if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise ValueError(
-                f"{image.mode}-mode pixels (32 bits per channel) have no defined 8-bit range"
-            )
+            raise ValueError(f"{image.mode}-mode pixels (32 bits) have no defined 8-bit range")
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -127,10 +122,8 @@ def corrupt_files_error(
     index in ``files``, ``fix`` the advice at the end of the message.
     """
     named = summarize([f"{files[i]} ({reason})" for i, reason in corrupt.items()])
-    return DataError(
-        f"{escape(root)}: {len(corrupt)} of {len(files)} image files cannot be decoded:"
-        f" {named}; {fix}"
-    )
+    count = f"{len(corrupt)} of {len(files)} image files"
+    return invalid(root, f"{count} cannot be decoded: {named}; {fix}")
 
 
 def try_decode_all(
@@ -184,11 +177,10 @@ def try_decode_all(
             if image_size is not None:
                 image = fit(image, image_size)
             elif image.size != (width, height):
-                raise DataError(
-                    f"{escape(root)}: images differ in size: {escape(model)} is {height}x{width}"
-                    f" and {escape(files[i])} is {image.height}x{image.width} (height x width); fit"
-                    f" all to one size with --image-size {min(height, width, *image.size)}"
-                )
+                one, other = f"{model} is {height}x{width}", f"{files[i]} is {image.height}"
+                sizes = f"{escape(one)} and {escape(other)}x{image.width} (height x width)"
+                fix = f"use --image-size {min(height, width, *image.size)}"
+                raise invalid(root, f"images differ in size: {sizes}; {fix}")
             pixels[i] = np.asarray(image)
         return unreadable
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastokd.data.dataset import DataSource, Split
 from fastokd.data.files import FileSplit
@@ -34,12 +35,14 @@ class DatasetKind:
             ``DataError``. Exactly one of ``read`` and ``files`` is given.
         detect: tells whether a path holds this kind; None for kinds that are only opened by name.
         files: lists the image files of a dataset without decoding any; raises ``DataError``.
+        layout: the content of its path, for messages. With a layout, a path must be given.
         list_split: lists one split ("train", "val", "test", or None for the split a run is
             evaluated on) as the only one of its source, without needing the others. Given for trees
             of class folders, which ``fastokd data check`` can walk even if they are broken.
     """
 
-    read: Callable[[Path | None, ReadOptions], DataSource[Split]] | None = None
+    read: Callable[[Any, ReadOptions], DataSource[Split]] | None = None
     detect: Callable[[Path], bool] | None = None
-    files: Callable[[Path | None], DataSource[FileSplit]] | None = None
+    files: Callable[[Any], DataSource[FileSplit]] | None = None
     list_split: Callable[[Path, str | None], DataSource[FileSplit]] | None = None
+    layout: str = ""

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastokd.data.dataset import invalid
 from fastokd.data.files import read_lines
-from fastokd.errors import DataError, MissingExtra, escape, summarize
+from fastokd.errors import MissingExtra, escape, summarize
 
 NAMES = (
     "val_annotations.txt",
@@ -58,10 +59,8 @@ def read_label_file(file: Path, images: Sequence[str], classes: Sequence[str]) -
     number = {name: label for label, name in enumerate(classes)}
     unknown = sorted({name for name in labels if name not in number})
     if unknown:
-        raise DataError(
-            f"{escape(file)}: {len(unknown)} class(es) that have no folder in train/:"
-            f" {summarize(unknown)}; the names must be those of the folders"
-        )
+        problem = f"{len(unknown)} class(es) that have no folder in train/: {summarize(unknown)}"
+        raise invalid(file, f"{problem}; the names must be those of the folders")
     return [number[name] for name in labels]
 
 
@@ -72,20 +71,16 @@ def _by_name(
     found = [labels.get(image, labels.get(os.path.splitext(image)[0])) for image in images]
     missing = [image for image, label in zip(images, found, strict=True) if label is None]
     if missing:
-        raise DataError(
-            f"{escape(file)}: no label for {len(missing)} of {len(images)} images:"
-            f" {summarize(missing)}; each line is an image's name and its class"
-        )
+        problem = f"no label for {len(missing)} of {len(images)} images: {summarize(missing)}"
+        raise invalid(file, f"{problem}; each line is an image's name and its class")
     named = [label for label in found if label is not None]
     if set(named) <= set(classes) or not all(label.isdecimal() for label in named):
         return named
     numbers = [int(label) for label in named]
     if min(numbers) != 0 or max(numbers) != len(classes) - 1:
-        raise DataError(
-            f"{escape(file)}: labels are the numbers {min(numbers)} to {max(numbers)}, and the"
-            f" {len(classes)} class folders in order are 0 to {len(classes) - 1}; write the"
-            " folders' names instead"
-        )
+        folders = f"the {len(classes)} class folders in order are 0 to {len(classes) - 1}"
+        problem = f"labels are the numbers {min(numbers)} to {max(numbers)}, and {folders}"
+        raise invalid(file, f"{problem}; write the folders' names instead")
     return [classes[number] for number in numbers]
 
 
@@ -93,19 +88,15 @@ def _in_order(
     file: Path, labels: Sequence[str], images: Sequence[str], classes: Sequence[str]
 ) -> list[str]:
     if len(labels) != len(images):
-        raise DataError(
-            f"{escape(file)}: {len(labels)} labels for {len(images)} images; a list without image"
-            " names needs one line for each"
-        )
+        problem = f"{len(labels)} labels for {len(images)} images"
+        raise invalid(file, f"{problem}; a list without image names needs one line for each")
     if set(labels) <= set(classes) or not all(label.isdecimal() for label in labels):
         return list(labels)
     synsets = _read_meta(file)
     unknown = sorted({label for label in labels if int(label) not in synsets})
     if unknown:
-        raise DataError(
-            f"{escape(file)}: numbers that {escape(file.with_name('meta.mat'))} does not have:"
-            f" {summarize(unknown)}"
-        )
+        meta = escape(file.with_name("meta.mat"))
+        raise invalid(file, f"numbers that {meta} does not have: {summarize(unknown)}")
     return [synsets[int(label)] for label in labels]
 
 
@@ -113,21 +104,16 @@ def _read_meta(file: Path) -> dict[int, str]:
     """ILSVRC2012_ID to WNID, from the development kit's ``meta.mat``."""
     meta = file.with_name("meta.mat")
     if not os.path.isfile(meta):
-        raise DataError(
-            f"{escape(file)}: labels are ImageNet's own numbers, which need meta.mat of the"
-            " development kit; put it in the same folder, or use a list of 'image synset' lines"
-        )
+        fix = "put it in the same folder, or use a list of 'image synset' lines"
+        raise invalid(file, f"ImageNet's numbers need meta.mat of the development kit; {fix}")
     try:
         from scipy.io import loadmat
     except ImportError:
         raise MissingExtra(f"reading {escape(meta)} needs SciPy: pip install scipy") from None
     try:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        return {
-            int(number): str(name)
-            for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
-        }
+        pairs = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        return {int(number): str(name) for number, name in pairs}
     except Exception as error:  # a damaged file makes the reader raise almost any exception
-        raise DataError(
-            f"{escape(meta)}: not the meta.mat of ImageNet's development kit ({escape(error)})"
-        ) from error
+        problem = f"not the meta.mat of ImageNet's development kit ({escape(error)})"
+        raise invalid(meta, problem) from error

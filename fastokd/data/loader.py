@@ -42,9 +42,7 @@ class Loader(Protocol):
         """Select the epoch of the next iteration."""
 
     def set_size(self, size: int | None) -> None:
-        """Return square images of this side from the next iteration on; None restores the dataset's
-        size.
-        """
+        """Return square images of this side from now on; None restores the dataset's size."""
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the position in it."""
@@ -87,22 +85,16 @@ class LoaderSettings:
         if self.views < 1:
             raise ConfigError(f"views={self.views}; use 1 or more")
         if Mixing(self.mixup, self.cutmix) and self.num_classes is None:
-            raise ConfigError(
-                "mixup and cutmix need num_classes: their targets are class probabilities"
-            )
+            raise ConfigError("mixup and cutmix need num_classes, for their targets")
         if not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                f"rank={self.rank} of world_size={self.world_size}; ranks are 0 to world_size - 1"
-            )
+            given = f"rank={self.rank} of world_size={self.world_size}"
+            raise ConfigError(f"{given}; ranks are 0 to world_size - 1")
         if not self.dtype.is_floating_point:
-            raise ConfigError(
-                f"dtype={self.dtype}; images are normalized, so it is a floating dtype"
-            )
+            raise ConfigError(f"dtype={self.dtype}: must be a floating dtype")
         formats = (torch.channels_last, torch.contiguous_format)
         if self.memory_format not in formats:
-            raise ConfigError(
-                f"memory_format={self.memory_format}; use {' or '.join(map(str, formats))}"
-            )
+            choices = " or ".join(map(str, formats))
+            raise ConfigError(f"memory_format={self.memory_format}; use {choices}")
 
 
 class LoaderBase:
@@ -142,11 +134,9 @@ class LoaderBase:
         if train and count < batch_size * world_size:
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
             largest = count // world_size
-            fix = f"--batch-size {largest} or less" if largest else "fewer ranks"
-            raise DataError(
-                f"split '{split.name}' has {count} images, fewer than one batch of"
-                f" {batch_size}{ranks}; use {fix}"
-            )
+            fix = f"use --batch-size {largest} or less" if largest else "use fewer ranks"
+            few = f"{count} images, fewer than one batch of {batch_size}{ranks}"
+            raise DataError(f"split '{split.name}' has {few}; {fix}")
         self.batch_size = batch_size
         self.train = train
         self.device = torch.device(device)
@@ -207,18 +197,16 @@ class LoaderBase:
         """
         for key, value in (("seed", self.seed), ("size", self._count)):
             if state[key] != value:
-                raise ConfigError(
-                    f"the loader's state has {key} {state[key]}, and this loader has {key} {value};"
-                    " resume with the same data and seed"
-                )
+                different = f"{key} {state[key]}, and this loader has {key} {value}"
+                fix = "resume with the same data and seed"
+                raise ConfigError(f"the loader's state has {different}; {fix}")
         position = state["position"]
         start, stop = self._shard()
         whole = self._count // self._step * self._step if self.train else stop - start
         if not 0 <= position <= whole or (position % self._step and position != whole):
-            raise ConfigError(
-                f"the loader's state is {position} images into the epoch, not a whole number of"
-                f" batches of {self._step}; resume with the same global batch size"
-            )
+            between = f"{position} images into the epoch, between batches of {self._step}"
+            fix = "resume with the same global batch size"
+            raise ConfigError(f"the loader's state is {between}; {fix}")
         self.epoch, self._position, self._resumed = state["epoch"], position, True
 
     @property
@@ -242,10 +230,8 @@ class LoaderBase:
 def check_padding(augment: Augment, height: int, width: int) -> None:
     """Raise ``ConfigError`` if images of this size are too small to be padded by reflection."""
     if augment.padding == "reflect" and augment.pad >= min(height, width):
-        raise ConfigError(
-            f"pad={augment.pad} by reflection needs larger images than {height} x {width}; use a"
-            " smaller pad"
-        )
+        size = f"{height} x {width}"
+        raise ConfigError(f"pad={augment.pad}: too large to reflect {size}; use a smaller pad")
 
 
 def epoch_seed(seed: int, epoch: int, purpose: str = "") -> int:
@@ -312,11 +298,7 @@ def list_loaders() -> list[str]:
 
 
 def get_loader_kind(name: str) -> LoaderKind:
-    """The loader of that name.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The loader of that name; a ``ConfigError`` suggests the closest one."""
     return _loaders.get(name)
 
 
@@ -354,10 +336,10 @@ def make_loader(
     loader = loader or "resident"
     kind = get_loader_kind(loader)
     if kind.decoded != decoded:
-        images, function = ("image files", "list_files")
+        fix = f"image files; open {dataset.name} with list_files"
         if kind.decoded:
-            images, function = ("decoded images", "open_dataset")
-        raise ConfigError(f"loader '{loader}' takes {images}; open {dataset.name} with {function}")
+            fix = f"decoded images; open {dataset.name} with open_dataset"
+        raise ConfigError(f"loader '{loader}' takes {fix}")
     if reason := kind.missing(device):
         raise ConfigError(f"loader '{loader}' cannot run here: {reason}")
     if not kind.decoded:
@@ -378,9 +360,7 @@ def make_loader(
 
 
 def file_loaders() -> Iterator[str]:
-    """The names of the loaders that decode files while training, in order of preference; each is
-    imported in its turn.
-    """
+    """The loaders that decode files while training, in order of preference, imported in turn."""
     return (name for name in _loaders if not get_loader_kind(name).decoded)
 
 
@@ -396,7 +376,5 @@ def best_file_loader(device: torch.device, splits: Collection[FileSplit]) -> str
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    raise ConfigError(
-        "no loader can decode image files while training"
-        f" ({'; '.join(reasons) or 'none is registered'}); use --loader resident"
-    )
+    why = "; ".join(reasons) or "none is registered"
+    raise ConfigError(f"no loader can decode files while training ({why}); use --loader resident")

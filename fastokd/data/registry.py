@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset, DataSource, Split, prepare
+from fastokd.data.dataset import Dataset, DataSource, Split, invalid, prepare
 from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
 from fastokd.data.images import Progress, check_image_size
 from fastokd.data.kinds import DatasetKind, ReadOptions
@@ -46,11 +46,7 @@ def list_datasets() -> list[str]:
 
 
 def get_dataset_kind(name: str) -> DatasetKind:
-    """The dataset kind of that name.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The dataset kind of that name; a ``ConfigError`` suggests the closest one."""
     return _datasets.get(name)
 
 
@@ -64,9 +60,7 @@ def list_source(spec: str | Path) -> DataSource[FileSplit]:
     """
     kind, path = resolve(spec)
     if kind.files is None:
-        raise DataError(
-            f"{escape(spec)} is not made of image files; it is small, so use --loader resident"
-        )
+        raise DataError(f"{escape(spec)} is not made of image files; use --loader resident")
     return kind.files(path)
 
 
@@ -221,25 +215,21 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     """
     name, colon, rest = str(spec).partition(":")
     if isinstance(spec, str) and name in _datasets:
-        return get_dataset_kind(name), Path(rest).expanduser() if rest else None
+        kind = get_dataset_kind(name)
+        if kind.layout and not rest:
+            raise DataError(f"{name} needs a path: {name}:PATH, where PATH holds {kind.layout}")
+        return kind, Path(rest).expanduser() if rest else None
     path = Path(spec).expanduser()
     if os.path.exists(path):  # unlike pathlib's tests, False where permission is missing
         kinds = {name: get_dataset_kind(name) for name in list_datasets()}
         matches = [name for name, kind in kinds.items() if kind.detect and kind.detect(path)]
         if len(matches) > 1:
-            raise DataError(
-                f"{escape(path)} holds {' and '.join(matches)}; select one:"
-                f" {matches[0]}:{escape(path)}"
-            )
+            choice = f"{' and '.join(matches)}; select one: {matches[0]}:{escape(path)}"
+            raise invalid(path, f"it holds {choice}")
         if matches or os.path.isdir(path):
             return kinds[matches[0] if matches else _FALLBACK], path
-        raise DataError(
-            f"{escape(path)} is a file; pass the folder that holds the dataset, or a .csv list of"
-            " path and label"
-        )
+        raise invalid(path, "it is a file; pass the dataset's folder, or a .csv list")
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
-    raise DataError(
-        f"{escape(path.absolute())}: no folder that can be read, and no dataset of that"
-        f" name{did_you_mean(str(spec), _datasets)}"
-    )
+    hint = did_you_mean(str(spec), _datasets)
+    raise invalid(path.absolute(), f"no folder that can be read, and no dataset of that name{hint}")

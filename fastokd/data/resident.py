@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastokd.data import loader
 from fastokd.data.augment import Augment, crop, flip, mix, normalize
 from fastokd.data.dataset import Split
-from fastokd.data.loader import (
-    Batch,
-    LoaderBase,
-    LoaderKind,
-    LoaderSettings,
-    check_padding,
-    epoch_seed,
-    to_device,
-)
+from fastokd.data.loader import Batch, LoaderBase, LoaderKind, LoaderSettings
 from fastokd.errors import ConfigError, DataError
 
 
@@ -53,7 +46,7 @@ class ResidentLoader(LoaderBase):
         super().__init__(split, batch_size, train, device, seed, LoaderSettings(**settings))
         self.augment = (self.settings.augment or Augment()) if train else Augment()
         self._height, self._width = split.images.shape[2:]
-        check_padding(self.augment, self._height, self._width)
+        loader.check_padding(self.augment, self._height, self._width)
         _check_device_memory(split, self.device)
         self._images = split.images.permute(0, 2, 3, 1).contiguous().to(self.device)  # [N, H, W, C]
         self._targets = split.targets.to(self.device)
@@ -92,10 +85,9 @@ class ResidentLoader(LoaderBase):
             ConfigError: a size out of range.
         """
         if size is not None and not 1 <= size <= min(self._height, self._width):
-            raise ConfigError(
-                f"image size {size}: the images are {self._height} x {self._width}; use a smaller"
-                " size, or open them larger with --image-size"
-            )
+            images = f"the images are {self._height} x {self._width}"
+            fix = "use a smaller size, or open them larger with --image-size"
+            raise ConfigError(f"image size {size}: {images}; {fix}")
         self._resized = None if size == self._height == self._width else size
 
     @property
@@ -116,7 +108,7 @@ class ResidentLoader(LoaderBase):
         index = self._order.index_select(0, positions)
         pixels, target = self._augmented(positions, index), self._targets.index_select(0, index)
         if self.mixing:
-            # The partner has the mirrored position in the global batch, so that pairs do not
+            # Partners are counted from the other end of the global batch, so that pairs do not
             # depend on the number of ranks.
             partners = start + self._step - 1 - self._positions
             others = self._order.index_select(0, partners)
@@ -139,16 +131,16 @@ class ResidentLoader(LoaderBase):
         """Draw the epoch's random choices on the CPU into the tensors that ``gather`` reads."""
         if self._drawn == self.epoch:
             return
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(loader.epoch_seed(self.seed, self.epoch))
         choices = [(self._order, torch.randperm(self._count, generator=generator))]
         for view in range(self.views):
             offsets, flipped = self.augment.draw(self._count, generator)
             choices += [(self._offsets[view], offsets), (self._flipped[view], flipped)]
         if self.mixing:
-            seed = epoch_seed(self.seed, self.epoch, "/mix")
+            seed = loader.epoch_seed(self.seed, self.epoch, "/mix")
             choices.append((self._mixes, self.mixing.draw(len(self), seed)))
         for buffer, drawn in choices:
-            buffer.copy_(to_device(drawn, self.device))
+            buffer.copy_(loader.to_device(drawn, self.device))
         self._drawn = self.epoch
 
     def _augmented(self, positions: Tensor, index: Tensor) -> Tensor:
@@ -196,11 +188,9 @@ def _check_device_memory(split: Split, device: torch.device) -> None:
         return
     needed, free = split.images.nbytes, torch.cuda.mem_get_info(device)[0]
     if needed > free:
-        raise DataError(
-            f"split '{split.name}' takes {needed / 2**30:.3g} GiB on {device}, which has"
-            f" {free / 2**30:.3g} GiB free; use a smaller --image-size, fewer images, or --loader"
-            " dali or torchvision, which decode while training"
-        )
+        sizes = f"{needed / 2**30:.3g} GiB on {device}, which has {free / 2**30:.3g} GiB free"
+        fix = "use a smaller --image-size, fewer images, or --loader dali or torchvision"
+        raise DataError(f"split '{split.name}' takes {sizes}; {fix}")
 
 
 LOADER = LoaderKind(ResidentLoader, decoded=True)

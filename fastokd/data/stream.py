@@ -17,17 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastokd.data import random_crop
+from fastokd.data import loader, random_crop
 from fastokd.data.augment import Augment, crop, flip, mix, normalize
-from fastokd.data.files import BAD_IMAGES, MAX_REPLACED, FileSplit
-from fastokd.data.loader import (
-    Batch,
-    LoaderBase,
-    LoaderSettings,
-    check_padding,
-    epoch_seed,
-    to_device,
-)
+from fastokd.data.files import MAX_REPLACED, FileSplit, check_bad_images
+from fastokd.data.loader import Batch, LoaderBase, LoaderSettings
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 Options = TypeVar("Options")
@@ -116,10 +109,7 @@ class StreamSettings(LoaderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bad_images not in BAD_IMAGES:
-            raise ConfigError(
-                f"unknown bad_images '{self.bad_images}'{did_you_mean(self.bad_images, BAD_IMAGES)}"
-            )
+        check_bad_images(self.bad_images)
 
 
 class StreamLoader(LoaderBase, ABC):
@@ -192,11 +182,9 @@ class StreamLoader(LoaderBase, ABC):
         if wanted == self.framing.size:
             return
         if self._out is not None:
-            raise ConfigError(
-                f"image size {wanted[0]} x {wanted[1]}: the buffer of write_into is for"
-                f" {self.framing.size[0]} x {self.framing.size[1]}; call write_into(None) first,"
-                " then pass a buffer of the new size"
-            )
+            new, old = (" x ".join(map(str, size)) for size in (wanted, self.framing.size))
+            problem = f"image size {new}: the buffer of write_into is for {old}"
+            raise ConfigError(f"{problem}; call write_into(None) first, then pass a new buffer")
         self._stop()
         self._frame(wanted)
 
@@ -211,19 +199,17 @@ class StreamLoader(LoaderBase, ABC):
         Raises:
             ConfigError: a buffer of another shape, dtype, device or layout.
         """
-        shape = [self.batch_size, 3, *self.framing.size]
-        if self.views > 1:
-            shape.insert(0, self.views)
+        views = [self.views] if self.views > 1 else []
+        shape = [*views, self.batch_size, 3, *self.framing.size]
         if out is not None and (
             list(out.shape) != shape
             or out.dtype != self.dtype
             or out.device.type != self.device.type
             or not out.flatten(0, -4).is_contiguous(memory_format=self.memory_format)
         ):
-            raise ConfigError(
-                f"the buffer is {out.dtype} {list(out.shape)} on {out.device}; it must be"
-                f" {self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
-            )
+            given = f"{out.dtype} {list(out.shape)} on {out.device}"
+            wanted = f"{self.dtype} {shape} on {self.device}, dense in {self.memory_format}"
+            raise ConfigError(f"the buffer is {given}; it must be {wanted}")
         self._out = None if out is None else out.flatten(0, -4)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -235,7 +221,7 @@ class StreamLoader(LoaderBase, ABC):
         self._stop()
 
     def _frame(self, size: tuple[int, int]) -> None:
-        check_padding(self.augment, *size)
+        loader.check_padding(self.augment, *size)
         self.framing = Framing(size, self.augment, self.train)
         self._scale, self._shift = self._normalization(*size)
         self._out = None
@@ -266,10 +252,10 @@ class StreamLoader(LoaderBase, ABC):
         epoch, framing, ranges = self.epoch, self.framing, self._ranges()
         order, mixes = np.arange(self._count), None
         if self.train:
-            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+            generator = torch.Generator().manual_seed(loader.epoch_seed(self.seed, epoch))
             order = torch.randperm(self._count, generator=generator).numpy()
         if self.mixing:
-            mixes = self.mixing.draw(len(self), epoch_seed(self.seed, epoch, "/mix"))
+            mixes = self.mixing.draw(len(self), loader.epoch_seed(self.seed, epoch, "/mix"))
 
         def requests() -> Iterator[Request]:
             policy = framing.augment
@@ -299,12 +285,13 @@ class StreamLoader(LoaderBase, ABC):
         images = pixels.to(self.device, non_blocking=True)
         if numbers is not None and self.augment.pad:
             corners = torch.from_numpy(random_crop.offsets(numbers, self.augment.pad))
-            corners = to_device(corners, self.device)
+            corners = loader.to_device(corners, self.device)
             images = crop(images, corners, self.augment.pad, self.augment.padding)
         if numbers is not None and self.augment.flip:
             flipped = torch.from_numpy(random_crop.flipped(numbers))
-            images = flip(images, to_device(flipped, self.device))
-        index = to_device(torch.from_numpy(indices), self.device)[: len(indices) // self.views]
+            images = flip(images, loader.to_device(flipped, self.device))
+        count = len(indices) // self.views
+        index = loader.to_device(torch.from_numpy(indices), self.device)[:count]
         target = self._targets.index_select(0, index)
         out = self._out if self.train else None
         if out is None:
@@ -317,7 +304,7 @@ class StreamLoader(LoaderBase, ABC):
         pixels = out.permute(0, 2, 3, 1)
         if choice is not None:
             clean = normalize(images, self._scale, self._shift).unflatten(0, (self.views, -1))
-            choice = to_device(choice, self.device)
+            choice = loader.to_device(choice, self.device)
             mixed, target = mix(
                 clean, clean.flip(1), target, target.flip(0), choice, self._num_classes
             )
@@ -339,24 +326,16 @@ class StreamLoader(LoaderBase, ABC):
             DataError: they must not be replaced, or there are too many.
         """
         names = [f"{escape(self.split.files[i])} ({reason})" for i, reason in corrupt.items()]
-        where = _where(self.split)
+        where, checked = self.split.where, "what 'fastokd data check' finds"
         if not self.train or self.bad_images == "fail":
             choice = ", or train with --bad-images replace" if self.train else ""
-            raise DataError(
-                f"{where}: cannot decode {summarize(names)}; replace or delete what 'fastokd data"
-                f" check' finds{choice}"
-            )
+            fix = f"replace or delete {checked}{choice}"
+            raise DataError(f"{where}: cannot decode {summarize(names)}; {fix}")
         self.replaced.update(corrupt)
         limit = math.ceil(MAX_REPLACED * len(self.split))
         if len(self.replaced) > limit:
-            raise DataError(
-                f"{where}: {len(self.replaced)} corrupt images, the last {names[-1]}; at most"
-                f" {limit} are replaced: fix those that 'fastokd data check' finds"
-            )
-
-
-def _where(split: FileSplit) -> str:
-    return f"split '{split.name}' of {escape(split.root)}"
+            found = f"{len(self.replaced)} corrupt images, the last {names[-1]}"
+            raise DataError(f"{where}: {found}; at most {limit} are replaced: fix {checked}")
 
 
 def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> int:
@@ -370,10 +349,9 @@ def replacement_index(split: FileSplit, index: int, corrupt: Container[int]) -> 
     for other in same_class[position + 1 :] + same_class[:position]:
         if other not in corrupt:
             return int(other)
+    images = f"the {len(same_class)} images of the class of {escape(split.files[index])}"
     raise DataError(
-        f"{_where(split)}: none of the {len(same_class)} images of the"
-        f" class of {escape(split.files[index])} can be decoded; fix those that 'fastokd data"
-        " check' finds"
+        f"{split.where}: none of {images} can be decoded; fix what 'fastokd data check' finds"
     )
 
 
@@ -411,11 +389,8 @@ def read_options(kind: type[Options], given: "Options | Mapping[str, Any] | None
             raise ConfigError(f"unknown loader option '{name}'{did_you_mean(name, fields)}")
         default = fields[name].default
         expected = int if default is None else type(default)
-        if isinstance(value, bool) != (expected is bool) or not isinstance(
-            value, (int, float) if expected is float else expected
-        ):
-            article = "an" if expected is int else "a"
-            raise ConfigError(
-                f"loader option {name}={value!r}: it must be {article} {expected.__name__}"
-            )
+        allowed = (int, float) if expected is float else expected
+        if isinstance(value, bool) != (expected is bool) or not isinstance(value, allowed):
+            kind_name = f"{'an' if expected is int else 'a'} {expected.__name__}"
+            raise ConfigError(f"loader option {name}={value!r}: it must be {kind_name}")
     return kind(**values)

@@ -1,6 +1,4 @@
-"""The Street View House Numbers, cropped digits (Netzer et al. 2011): ``train_32x32.mat`` and
-``test_32x32.mat``.
-"""
+"""The Street View House Numbers (Netzer et al. 2011): ``train_32x32.mat``, ``test_32x32.mat``."""
 
 import os
 from pathlib import Path
@@ -9,10 +7,10 @@ import numpy as np
 import torch
 
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import DataSource, Split
+from fastokd.data.dataset import DataSource, Split, invalid
 from fastokd.data.images import resize_all
 from fastokd.data.kinds import DatasetKind, ReadOptions
-from fastokd.errors import DataError, MissingExtra, escape
+from fastokd.errors import MissingExtra, escape
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
 
@@ -21,19 +19,11 @@ def _detect(path: Path) -> bool:
     return os.path.isfile(path / FILES["train"])
 
 
-def read(path: Path | None, options: ReadOptions) -> DataSource[Split]:
+def read(path: Path, options: ReadOptions) -> DataSource[Split]:
     """Read the digits 0 to 9; the files' label 10 is the digit 0."""
-    if path is None:
-        raise DataError(
-            f"svhn needs a folder: svhn:PATH, where PATH holds {' and '.join(FILES.values())}"
-            " (nothing is downloaded)"
-        )
     missing = [name for name in FILES.values() if not os.path.isfile(path / name)]
     if missing:
-        raise DataError(
-            f"{escape(path)}: missing {', '.join(missing)}; put SVHN's cropped digits there"
-            " (nothing is downloaded)"
-        )
+        raise invalid(path, f"missing {', '.join(missing)} (nothing is downloaded)")
     train, test = (
         _read_split(name, path / file, options.image_size) for name, file in FILES.items()
     )
@@ -59,18 +49,14 @@ def _read_split(name: str, file: Path, image_size: int | None) -> Split:
         content = loadmat(file, variable_names=["X", "y"])
         pixels, labels = content["X"], content["y"].astype(np.int64).flatten()
     except Exception as error:  # a damaged file makes the reader raise almost any exception
-        raise DataError(
-            f"{escape(file)}: not an SVHN file ({escape(error) or type(error).__name__}); download"
-            " it again"
-        ) from error
+        reason = escape(error) or type(error).__name__
+        raise invalid(file, f"not an SVHN file ({reason}); download it again") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2:] != (3, len(labels)):
-        raise DataError(
-            f"{escape(file)}: X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels,"
-            " not uint8 [H, W, 3, N]; download it again"
-        )
+        found = f"X is {pixels.dtype} {list(pixels.shape)} for {len(labels)} labels"
+        raise invalid(file, f"{found}, not uint8 [H, W, 3, N]; download it again")
     array = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
     images = torch.from_numpy(array).permute(0, 3, 1, 2)
     return Split(name, resize_all(images, image_size, file), torch.from_numpy(labels % 10))
 
 
-SVHN = DatasetKind(read, _detect)
+SVHN = DatasetKind(read, _detect, layout=f"{' and '.join(FILES.values())} (nothing is downloaded)")

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastokd.data import stream
 from fastokd.data.files import FileSplit
 from fastokd.data.images import decode, default_workers, reason_of
 from fastokd.data.loader import LoaderKind
 from fastokd.data.random_crop import window
-from fastokd.data.stream import (
-    Decoded,
-    Request,
-    StreamLoader,
-    check_options,
-    read_options,
-    replacement_index,
-    scaled,
-)
+from fastokd.data.stream import Decoded, Request, StreamLoader
 from fastokd.errors import DataError
 
 JPEG = b"\xff\xd8\xff"
@@ -53,7 +46,7 @@ class TorchvisionOptions:
     def __post_init__(self) -> None:
         methods = multiprocessing.get_all_start_methods()
         some, any_number = (1, math.inf), (0, math.inf)
-        check_options(
+        stream.check_options(
             self, workers=any_number, prefetch=some, start_method=methods, timeout=any_number
         )
 
@@ -77,7 +70,7 @@ class TorchvisionLoader(StreamLoader):
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
-        self.options = read_options(TorchvisionOptions, options)
+        self.options = stream.read_options(TorchvisionOptions, options)
         self._requests = _Requests()
         self._workers: DataLoader[Any] | None = None
 
@@ -161,7 +154,7 @@ class _Batches(Dataset[Any]):
                 while not self._decode_into(pixels[row], i, request, candidate, corrupt):
                     if not self.replace:
                         break
-                    i = replacement_index(self.split, i, corrupt)
+                    i = stream.replacement_index(self.split, i, corrupt)
             except DataError as error:
                 failure = str(error)
             indices[row] = i
@@ -176,7 +169,7 @@ class _Batches(Dataset[Any]):
                 ratio = request.framing.augment.crop_ratio
                 top, left, height, width = window(candidate, image.shape[1], image.shape[2], ratio)
                 image = image[:, top : top + height, left : left + width]
-            out.copy_(scaled(image, request.framing))
+            out.copy_(stream.scaled(image, request.framing))
         except Exception as error:  # a decoder may raise any exception for damaged bytes
             corrupt[i] = reason_of(error)
             return False

@@ -17,19 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from fastokd.data.dataset import DataSource
-from fastokd.data.files import (
-    FileSplit,
-    Members,
-    cannot_read,
-    check_finished,
-    from_splits,
-    read_lines,
-)
+from fastokd.data import files
+from fastokd.data.dataset import DataSource, invalid
+from fastokd.data.files import FileSplit, Members, cannot_read
 from fastokd.data.folder import SPLIT_OF
 from fastokd.data.images import EXTENSIONS
 from fastokd.data.kinds import DatasetKind
-from fastokd.errors import DataError, escape, summarize
+from fastokd.errors import escape, summarize
 
 CLASSES_FILE = "classes.txt"
 
@@ -48,19 +42,15 @@ class Sample(NamedTuple):
     label: str
 
 
-def list_shards(path: Path | None) -> DataSource[FileSplit]:
+def list_shards(path: Path) -> DataSource[FileSplit]:
     """List the samples of all shards in a folder, without decoding any image.
 
     Raises:
         DataError: no shards, a shard that ``read_shard`` refuses, shards without a clear split, or
             a class number outside the classes.
     """
-    if path is None:
-        raise DataError(
-            "webdataset needs a folder: webdataset:PATH, with train-*.tar and val-*.tar in it"
-        )
     by_split = _shards_by_split(path)
-    check_finished(path)
+    files.check_finished(path)
     samples = {
         split: list(itertools.chain(*(read_shard(path, shard) for shard in shards)))
         for split, shards in by_split.items()
@@ -73,14 +63,13 @@ def list_shards(path: Path | None) -> DataSource[FileSplit]:
             (shard_index[sample.shard], sample.offset, sample.size, number[sample.label])
             for sample in samples[split]
         ]
-        shard, offset, size, targets = (
-            torch.tensor(columns, dtype=torch.int64).view(-1, 4).unbind(1)
-        )
+        table = torch.tensor(columns, dtype=torch.int64).view(-1, 4)
+        shard, offset, size, targets = table.unbind(1)
         names = tuple(f"{sample.shard}/{sample.name}" for sample in samples[split])
         members = Members(tuple(shards), shard, offset, size)
         splits[split] = FileSplit(split, path, names, targets, members)
     root = path.resolve()
-    return from_splits(root.name, classes, splits, root)
+    return files.from_splits(root.name, classes, splits, root)
 
 
 def read_shard(root: Path, shard: str) -> list[Sample]:
@@ -103,25 +92,19 @@ def read_shard(root: Path, shard: str) -> list[Sample]:
                     continue
                 key, extension = os.path.join(folder, stem), extension.lower()
                 if parts.setdefault(key, {}).setdefault(extension, member) is not member:
-                    raise DataError(
-                        f"{escape(file)}: sample {escape(key)} has a second .{escape(extension)}"
-                        " file; give every sample its own name"
-                    )
+                    second = f"sample {escape(key)} has a second .{escape(extension)} file"
+                    raise invalid(file, f"{second}; give every sample its own name")
             for key, members in parts.items():
                 image = next((members[ext] for ext in members if f".{ext}" in EXTENSIONS), None)
                 label = archive.extractfile(members["cls"]) if "cls" in members else None
                 if image is None or label is None:
                     missing = "image" if image is None else ".cls file with its label"
-                    raise DataError(
-                        f"{escape(file)}: sample {escape(key)} has no {missing}; each needs both"
-                    )
+                    raise invalid(file, f"sample {escape(key)} has no {missing}; each needs both")
                 text = label.read().decode("utf-8", "surrogateescape").strip()
                 samples.append(Sample(shard, image.name, image.offset_data, image.size, text))
     except tarfile.TarError as error:
-        raise DataError(
-            f"{escape(file)}: not an uncompressed tar archive, or truncated ({escape(error)});"
-            " write or copy it again"
-        ) from error
+        problem = f"not an uncompressed tar archive, or truncated ({escape(error)})"
+        raise invalid(file, f"{problem}; write or copy it again") from error
     except OSError as error:
         raise cannot_read(file, error) from error
     return samples
@@ -164,30 +147,22 @@ def _shards_by_split(path: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise cannot_read(path, error) from error
     if not shards:
-        raise DataError(
-            f"{escape(path)}: no .tar files there; pass the folder that holds the shards"
-        )
+        raise invalid(path, "no .tar files there; pass the folder that holds the shards")
     by_split: dict[str, list[str]] = {}
     for shard in shards:
         words = sorted({SPLIT_OF[word.lower()] for word in _SPLIT.findall(shard)})
         if len(words) > 1:
-            raise DataError(
-                f"{escape(path / shard)}: its name says {' and '.join(words)}; keep one of these"
-                " words"
-            )
+            both = " and ".join(words)
+            raise invalid(path / shard, f"its name says {both}; keep one of these words")
         by_split.setdefault(words[0] if words else "", []).append(shard)
     if list(by_split) == [""]:
         return {"train": shards}
     if "" in by_split:
-        raise DataError(
-            f"{escape(path)}: shards whose split is unknown: {summarize(by_split[''])}; name them"
-            " train-, val- or test-NUMBER.tar"
-        )
+        problem = f"shards whose split is unknown: {summarize(by_split[''])}"
+        raise invalid(path, f"{problem}; name them train-, val- or test-NUMBER.tar")
     if "train" not in by_split:
-        raise DataError(
-            f"{escape(path)}: no training shards (found {summarize(shards)}); name them"
-            " train-NUMBER.tar"
-        )
+        problem = f"no training shards (found {summarize(shards)})"
+        raise invalid(path, f"{problem}; name them train-NUMBER.tar")
     return by_split
 
 
@@ -198,11 +173,11 @@ def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], di
     sorted labels.
     """
     file = root / CLASSES_FILE
-    names = tuple(read_lines(file)) if os.path.isfile(file) else ()
+    names = tuple(files.read_lines(file)) if os.path.isfile(file) else ()
     labels = {sample.label for sample in samples}
     if not all(_INTEGER.fullmatch(label) for label in labels):
         if unknown := sorted(labels.difference(names or labels)):
-            raise DataError(f"{escape(file)}: labels that it does not list: {summarize(unknown)}")
+            raise invalid(file, f"labels that it does not list: {summarize(unknown)}")
         names = names or tuple(sorted(labels))
         return names, {name: i for i, name in enumerate(names)}
     number = {label: int(label) if len(label) <= _DIGITS else -1 for label in labels}
@@ -212,12 +187,10 @@ def _classes(root: Path, samples: Sequence[Sample]) -> tuple[tuple[str, ...], di
     for sample in samples:
         if not 0 <= number[sample.label] < count:
             of = f"the {count} names in {CLASSES_FILE}" if names else f"{count} images"
-            raise DataError(
-                f"{escape(root / sample.shard)}: sample {escape(sample.name)} has the class number"
-                f" {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}; number"
-                " the classes from 0, and omit images without a class"
-            )
+            given = f"sample {escape(sample.name)} has the class number"
+            given = f"{given} {escape(sample.label[:_DIGITS])}, outside 0..{count - 1} for {of}"
+            raise invalid(root / sample.shard, f"{given}; number the classes from 0")
     return names or tuple(str(i) for i in range(max(number.values(), default=-1) + 1)), number
 
 
-WEBDATASET = DatasetKind(files=list_shards, detect=_detect)
+WEBDATASET = DatasetKind(files=list_shards, detect=_detect, layout="train-*.tar and val-*.tar")

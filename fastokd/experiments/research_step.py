@@ -7,33 +7,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastokd.data import Batch, Dataset, Loader
+from fastokd.data import Batch, Dataset
+from fastokd.experiments.step_timer import TimedStep
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
-from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig
-from fastokd.train.data import loader_for
 
 
-class ResearchStep:
+class ResearchStep(TimedStep):
     """The step as the published code of these methods has it: a plain loss, autograd through each
     of its operations, PyTorch's own SGD, and ``.item()`` for the loss and every accuracy in every
     step.
-
-    Its batches are made on the device like those of all rows; the data loaders of research code are
-    not measured.
     """
 
-    captured, warm_up, precision = False, 3, "fp32"
-
     def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
-        self.config = config
+        super().__init__(config, dataset, device)
         self.method = get_method(config.method)
-        self.model = build_model(config, len(dataset.classes), device)
-        self.criterion = self.method.loss_class(
-            num_branches=config.num_branches(), **config.loss_options()
-        ).to(device)
+        loss = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options())
+        self.criterion = loss.to(device)
         self.criterion.prepare(len(dataset.train), len(dataset.classes), device)
         self._optimizer = torch.optim.SGD(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
@@ -42,9 +34,14 @@ class ResearchStep:
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-        self._batches = _endless(loader_for(config, dataset, dataset.train, True, device))
+        self._batches = self._endless()
         self._losses: list[float] = []
         self._accuracies: dict[str, float] = {}
+
+    def _endless(self) -> Iterator[Batch]:
+        for epoch in itertools.count():
+            self.loader.set_epoch(epoch)
+            yield from self.loader
 
     def advance(self, steps: int) -> None:
         # PyTorch's defaults.
@@ -72,9 +69,3 @@ def _top1(row: Tensor, target: Tensor) -> Tensor:
     """The accuracy of logits [B, C], from the five largest, as in research code."""
     top = row.topk(min(5, row.shape[1]), 1).indices
     return (top[:, 0] == target).float().mean()
-
-
-def _endless(loader: Loader) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        loader.set_epoch(epoch)
-        yield from loader

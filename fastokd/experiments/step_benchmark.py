@@ -14,19 +14,17 @@ from typing import Any
 
 import torch
 
-from fastokd.data import Dataset, Loader
+from fastokd.data import Dataset
 from fastokd.errors import ConfigError
 from fastokd.experiments.research_step import ResearchStep
-from fastokd.experiments.step_timer import WINDOWS, Clock, StepRow, StepTimer
+from fastokd.experiments.step_timer import WINDOWS, Clock, StepRow, StepTimer, TimedStep
 from fastokd.experiments.timing import chrome_trace, processor
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
 from fastokd.storage import write_atomically
-from fastokd.train.build import build_model
 from fastokd.train.capture import WARM_UP_STEPS
 from fastokd.train.config import TrainConfig, check_config, fields_with_role, override
-from fastokd.train.data import loader_for
 from fastokd.train.fields import Role
 from fastokd.train.precision import allow_tf32
 from fastokd.train.randomness import be_deterministic
@@ -80,45 +78,39 @@ def optimizations(device: torch.device) -> list[Optimization]:
 
 
 def first_row(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration of the first row: every optimization off. On a GPU convolutions use TF32,
-    which is PyTorch's default.
-    """
+    """The configuration without any optimization; on a GPU with TF32, PyTorch's default there."""
     switches: dict[str, Any] = dict.fromkeys(fields_with_role(Role.SWITCH), False)
     precision = "tf32" if device.type == "cuda" else "fp32"
     return dataclasses.replace(config, precision=precision, impl="reference", **switches)
 
 
-class EngineStep:
+class EngineStep(TimedStep):
     """The step of a run; with ``gathers`` a captured step gathers its batches itself."""
 
     def __init__(
         self, config: TrainConfig, dataset: Dataset, device: torch.device, gathers: bool
     ) -> None:
-        self.config = config
-        self.model = build_model(config, len(dataset.classes), device)
+        super().__init__(config, dataset, device)
         self.step = TrainStep(config, self.model, device)
-        self.precision = self.step.precision
-        self.criterion = self.step.criterion
+        self.precision, self.criterion = self.step.precision, self.step.criterion
         self.criterion.prepare(len(dataset.train), len(dataset.classes), device)
         self.captured = self.step.options.cuda_graph
-        self.warm_up = WARM_UP_STEPS + 2 if self.captured else 3
-        self._lr = config.lr
+        if self.captured:
+            self.warm_up = WARM_UP_STEPS + 2
         self._runner = StepRunner(self.step)
-        self._steps = self._endless(
-            loader_for(config, dataset, dataset.train, True, device), gathers
-        )
+        self._steps = self._endless(gathers)
 
-    def _endless(self, loader: Loader, gathers: bool) -> Iterator[int]:
+    def _endless(self, gathers: bool) -> Iterator[int]:
         for epoch in itertools.count():
-            loader.set_epoch(epoch)
+            self.loader.set_epoch(epoch)
             # An iterator hides from the runner that the loader's batches can be gathered.
-            batches: Any = loader if gathers else iter(loader)
+            batches: Any = self.loader if gathers else iter(self.loader)
             yield from self._runner.epoch(batches)
 
     def advance(self, steps: int) -> None:
         allow_tf32(self.precision == "tf32")
         for _ in range(steps):
-            self.step.set_schedule(self._lr, 1.0)
+            self.step.set_schedule(self.config.lr, 1.0)
             next(self._steps)
 
     def loss(self) -> float:
@@ -127,9 +119,8 @@ class EngineStep:
         return mean
 
     def loss_backward(self, output: BranchOutput, batch: MethodBatch) -> None:
-        self.step.method.forward_backward(
-            self.criterion, output, batch, kd_weight=self.step.kd_weight
-        )
+        weight = self.step.kd_weight
+        self.step.method.forward_backward(self.criterion, output, batch, kd_weight=weight)
 
 
 class StepBenchmark:
@@ -158,10 +149,8 @@ class StepBenchmark:
         clock: Clock = time.perf_counter,
     ) -> None:
         if get_method(config.method).needs_teacher:
-            raise ConfigError(
-                f"method '{config.method}' needs a trained teacher, which the step benchmark does"
-                " not have; choose another --method"
-            )
+            reason = "needs a trained teacher, which the step benchmark does not have"
+            raise ConfigError(f"method '{config.method}' {reason}; choose another --method")
         if steps is not None and steps < 1:
             raise ConfigError(f"steps={steps}: must be at least 1")
         if not seconds > 0:
@@ -186,9 +175,6 @@ class StepBenchmark:
         Args:
             stop: called before each row; once true, the remaining rows are not measured.
             known: rows measured earlier, by name, which are returned unchanged.
-
-        Raises:
-            ConfigError: the first row cannot run.
         """
         be_deterministic(False)
         config, gathers = first_row(self.config, self.device), False
@@ -196,14 +182,11 @@ class StepBenchmark:
         name = f"research style: eager, {number}, NCHW, .item()"
         row = known.get(name) or self._timer.measure(name, "first")
         if row.reason:
-            raise ConfigError(
-                f"the first row of the step benchmark cannot run: {row.reason}; use a smaller"
-                " --batch-size"
-            )
+            problem = f"the first row of the step benchmark cannot run: {row.reason}"
+            raise ConfigError(f"{problem}; use a smaller --batch-size")
         yield row
         for optimization in optimizations(self.device):
-            name = optimization.name
-            kind = "lever" if optimization.carried else "alternative"
+            name, kind = optimization.name, "lever" if optimization.carried else "alternative"
             candidate = dataclasses.replace(config, **optimization.changes)
             gathering = gathers or optimization.gathers
             if name not in known and stop():
@@ -220,26 +203,21 @@ class StepBenchmark:
         self._best = config, gathers
         if config.num_branches() == 1:
             return
-        if _ALONE in known:
-            yield known[_ALONE]
-        elif stop():
+        if _ALONE not in known and stop():
             yield StepRow(_ALONE, "student", SPENT)
         else:
-            yield self._measure(_ALONE, "student", _student_alone(config), gathers)
+            alone = _student_alone(config)
+            yield known.get(_ALONE) or self._measure(_ALONE, "student", alone, gathers)
 
     def _measure(self, name: str, kind: str, config: TrainConfig, gathers: bool) -> StepRow:
-        return self._timer.measure(
-            name, kind, lambda: EngineStep(config, self.dataset, self.device, gathers)
-        )
+        def make() -> EngineStep:
+            return EngineStep(config, self.dataset, self.device, gathers)
+
+        return self._timer.measure(name, kind, make)
 
     def profile(self, folder: Path) -> tuple[Path, str]:
-        """Trace some steps with all optimizations, after ``rows`` has ended.
-
-        Returns:
-            The file, for chrome://tracing and Perfetto, and a table of the top operations.
-
-        Raises:
-            StorageError: the disk refused.
+        """Trace some steps with all optimizations, after ``rows`` has ended. Returns the file, for
+        chrome://tracing and Perfetto, and a table of the top operations.
         """
         if self._best is None:
             raise RuntimeError("call rows() to its end before profile()")
@@ -258,10 +236,9 @@ class StepBenchmark:
         path = folder / "step-trace.json"
         text = json.dumps(chrome_trace(profile))
         write_atomically(path, lambda file: file.write(text.encode()))
-        sort = "self_device_time_total" if gpu else "self_cpu_time_total"
-        return path, profile.key_averages().table(
-            sort_by=sort, row_limit=15, max_name_column_width=60
-        )
+        by = "self_device_time_total" if gpu else "self_cpu_time_total"
+        averages = profile.key_averages()
+        return path, averages.table(sort_by=by, row_limit=15, max_name_column_width=60)
 
 
 def _student_alone(config: TrainConfig) -> TrainConfig:
@@ -272,9 +249,7 @@ def _student_alone(config: TrainConfig) -> TrainConfig:
 
 
 def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
-    """The content of ``step-ladder.json``: the setting, the rows, and the machine with versions,
-    commit and command.
-    """
+    """The content of ``step-ladder.json``: the setting, the rows and the environment."""
     config, dataset = benchmark.config, benchmark.dataset
     measured = [dataclasses.asdict(row) for row in rows]
     return {

@@ -43,13 +43,9 @@ def decoded_images(config: TrainConfig, dataset: AnyDataset) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
     height, width = dataset.image_size
-    pixels = make_loader(
-        dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-        "train",
-        config.batch_size,
-        train=True,
-        augment=dataclasses.replace(dataset.augment, pad=0, flip=False),
-    )
+    plain = dataclasses.replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    augment = dataclasses.replace(dataset.augment, pad=0, flip=False)
+    pixels = make_loader(plain, "train", config.batch_size, train=True, augment=augment)
     images, targets = [], []
     for batch in itertools.islice(pixels, _num_batches(config.batch_size * 3 * height * width)):
         images.append(batch.images.mul(255).round().byte().clone())

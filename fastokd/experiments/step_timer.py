@@ -3,8 +3,9 @@
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastokd.experiments.timing import median_and_range, sample_seconds
 from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
-from fastokd.models import BranchedModel
+from fastokd.train.build import build_model
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import loader_for
 from fastokd.train.memory import is_out_of_memory
@@ -30,22 +31,30 @@ machine's speed cancel in the ratios.
 Clock = Callable[[], float]
 
 
-class Stepping(Protocol):
-    """Training that can be advanced step by step."""
+class TimedStep(ABC):
+    """Training that can be advanced step by step; ``warm_up`` steps come before the first window.
+    Batches are made on the device; data loaders of research code are not measured.
+    """
 
-    config: TrainConfig
-    model: BranchedModel
+    captured = False
+    warm_up = 3
+    precision = "fp32"
     criterion: MethodLoss
-    precision: str
-    captured: bool
-    warm_up: int
 
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
+        self.config = config
+        self.model = build_model(config, len(dataset.classes), device)
+        self.loader = loader_for(config, dataset, dataset.train, True, device)
+
+    @abstractmethod
     def advance(self, steps: int) -> None:
         """Run this many steps; the device may still be at work afterwards."""
 
+    @abstractmethod
     def loss(self) -> float:
         """The mean loss of the steps since the last call."""
 
+    @abstractmethod
     def loss_backward(self, output: BranchOutput, batch: MethodBatch) -> None:
         """The loss and its gradients, as a step computes them from the network's output."""
 
@@ -82,72 +91,65 @@ class StepRow:
     first_loss: float | None = None
 
 
+@dataclasses.dataclass
 class StepTimer:
-    """Times training steps against a baseline.
-
-    Args:
-        make_baseline: builds the baseline, once.
-        dataset: decoded images.
-        device: the device of the steps.
-        seconds: time for all windows of a row.
-        steps: steps of each window, instead of ``seconds``.
-        clock: returns a time in seconds.
+    """Times training steps against a baseline, which ``make_baseline`` builds once. The other
+    arguments are those of ``StepBenchmark``.
     """
 
-    def __init__(
-        self,
-        make_baseline: Callable[[], Stepping],
-        dataset: Dataset,
-        device: torch.device,
-        seconds: float,
-        steps: int | None,
-        clock: Clock,
-    ) -> None:
-        self._make_baseline, self._dataset, self._device = make_baseline, dataset, device
-        self._seconds, self._steps, self._clock = seconds, steps, clock
-        self._baseline: Stepping | None = None
+    make_baseline: Callable[[], TimedStep]
+    dataset: Dataset
+    device: torch.device
+    seconds: float
+    steps: int | None
+    clock: Clock
+    _baseline: TimedStep | None = None
 
-    def measure(self, name: str, kind: str, make: Callable[[], Stepping] | None = None) -> StepRow:
-        """A row, of the baseline without ``make``; or the reason why it cannot run, which must not
-        end the other rows.
-        """
+    def measure(self, name: str, kind: str, make: Callable[[], TimedStep] | None = None) -> StepRow:
+        """A row, of the baseline without ``make``, or the reason why it cannot run."""
         torch.compiler.reset()  # networks compiled by other rows count against a limit
         try:
-            values = self._measure_baseline() if make is None else self._measure(make)
-            return StepRow(name, kind, **values)
+            return StepRow(name, kind, **self._measure(make))
         except Exception as error:  # compilers' errors have no class in common
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)
             return StepRow(name, kind, reason)
         finally:
             gc.collect()
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _measure_baseline(self) -> dict[str, Any]:
-        self._baseline, start = self._start(self._make_baseline)
-        steps = self._window_steps(self._baseline)
-        speeds = [self._speed(self._baseline, steps) for _ in range(WINDOWS)]
-        return {**start, **self._values(self._baseline, speeds, speeds)}
-
-    def _measure(self, make: Callable[[], Stepping]) -> dict[str, Any]:
-        if self._baseline is None:  # its row is known from an earlier call
-            self._baseline = self._make_baseline()
+    def _measure(self, make: Callable[[], TimedStep] | None) -> dict[str, Any]:
+        if self._baseline is None and make is not None:  # its row is known from an earlier call
+            self._baseline = self.make_baseline()
             self._baseline.model.train()
             self._baseline.advance(self._baseline.warm_up)
-        running, start = self._start(make)
-        steps, baseline_steps = map(self._window_steps, (running, self._baseline))
+        running, start = self._start(make or self.make_baseline)
+        baseline = self._baseline = self._baseline if make and self._baseline else running
+        steps = self._window_steps(running)
+        baseline_steps = steps if baseline is running else self._window_steps(baseline)
         speeds, baseline_speeds = [], []
         for _ in range(WINDOWS):
-            baseline_speeds.append(self._speed(self._baseline, baseline_steps))
+            if baseline is not running:
+                baseline_speeds.append(self._speed(baseline, baseline_steps))
             speeds.append(self._speed(running, steps))
-        return {**start, **self._values(running, speeds, baseline_speeds)}
+        ratios = [own / other for own, other in zip(speeds, baseline_speeds or speeds, strict=True)]
+        step_seconds = running.config.batch_size / statistics.median(speeds)
+        repeats = (25, 20) if self.steps is None else (3, 1)
+        loss = loss_seconds(running, self.dataset, self.device, *repeats)
+        return {
+            **start,
+            "images_per_second": median_and_range(speeds),
+            "milliseconds": 1000 * step_seconds,
+            "times_first": median_and_range(ratios),
+            "loss_share": None if loss is None else loss / step_seconds,
+        }
 
-    def _start(self, make: Callable[[], Stepping]) -> tuple[Stepping, dict[str, Any]]:
+    def _start(self, make: Callable[[], TimedStep]) -> tuple[TimedStep, dict[str, Any]]:
         """Build a step and warm it up; the values of its first steps."""
-        gpu = self._device.type == "cuda"
-        before = torch.cuda.memory_allocated(self._device) if gpu else 0
+        gpu = self.device.type == "cuda"
+        before = torch.cuda.memory_allocated(self.device) if gpu else 0
         if gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         running = make()
         running.model.train()
         started = self.now()
@@ -159,31 +161,17 @@ class StepTimer:
             "start_seconds": self.now() - started,
             # Read here: the memory of a captured step is not counted when it is replayed, and that
             # of other rows is.
-            "peak_bytes": torch.cuda.max_memory_allocated(self._device) - before if gpu else None,
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) - before if gpu else None,
         }
 
-    def _values(
-        self, running: Stepping, speeds: Sequence[float], baseline: Sequence[float]
-    ) -> dict[str, Any]:
-        step_seconds = running.config.batch_size / statistics.median(speeds)
-        repeats = (25, 20) if self._steps is None else (3, 1)
-        loss = loss_seconds(running, self._dataset, self._device, *repeats)
-        ratios = [own / other for own, other in zip(speeds, baseline, strict=True)]
-        return {
-            "images_per_second": median_and_range(speeds),
-            "milliseconds": 1000 * step_seconds,
-            "times_first": median_and_range(ratios),
-            "loss_share": None if loss is None else loss / step_seconds,
-        }
-
-    def _window_steps(self, running: Stepping) -> int:
-        if self._steps is not None:
-            return self._steps
+    def _window_steps(self, running: TimedStep) -> int:
+        if self.steps is not None:
+            return self.steps
         started = self.now()
         running.advance(2)
-        return max(1, round(self._seconds / WINDOWS / max((self.now() - started) / 2, 1e-9)))
+        return max(1, round(self.seconds / WINDOWS / max((self.now() - started) / 2, 1e-9)))
 
-    def _speed(self, running: Stepping, steps: int) -> float:
+    def _speed(self, running: TimedStep, steps: int) -> float:
         """Images per second of a window."""
         started = self.now()
         running.advance(steps)
@@ -191,29 +179,23 @@ class StepTimer:
 
     def now(self) -> float:
         """The time when the device has done its work so far."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._clock()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
 
 
 def loss_seconds(
-    running: Stepping, dataset: Dataset, device: torch.device, repeats: int, inner: int
+    running: TimedStep, dataset: Dataset, device: torch.device, repeats: int, inner: int
 ) -> float | None:
     """The time of the loss alone: from a batch's logits to the gradients of all inputs of the loss.
     None if it cannot be captured alone. Captured if the step is; on a GPU timed by events.
     """
-    config = running.config
-    batch = next(iter(loader_for(config, dataset, dataset.train, True, device)))
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        autocast(running.precision, device),
-    ):
+    batch = next(iter(loader_for(running.config, dataset, dataset.train, True, device)))
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager, autocast(running.precision, device):
         result = running.model(batch.images)
     output = tree_map(_leaf, result._replace(features=()))
-    leaves = [
-        value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad
-    ]
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     targets = MethodBatch(batch.target, batch.index)
 
     def call() -> None:

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-_TRACE_ENTRIES = {
-    *("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
-}
+_TRACE_ENTRIES = ["schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds"]
 
 
 def median_and_range(values: Sequence[float]) -> tuple[float, float, float]:
@@ -80,14 +78,14 @@ def chrome_trace(profile: torch.profiler.profile) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         trace = json.loads(path.read_bytes())
-    return {name: entry for name, entry in trace.items() if name in _TRACE_ENTRIES}
+    return {
+        name: entry for name, entry in trace.items() if name in (*_TRACE_ENTRIES, "traceEvents")
+    }
 
 
 def processor() -> str:
     """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -12,6 +12,8 @@ from fastokd.errors import CheckpointError
 Network = nn.Module | Callable[[Tensor], Tensor]
 """A function from images [B, 3, H, W] to logits [B, C]."""
 
+_FAILED = "export failed verification"
+
 
 class Comparison(NamedTuple):
     """The outputs of two networks for the same images: the largest difference between two logits,
@@ -57,18 +59,14 @@ def compare_logits(
     for images, target in _in_odd_batches(batches):
         left, other = first(images), second(images)
         if left.shape != other.shape:
-            raise CheckpointError(
-                f"the exported student gives logits {list(other.shape)} for {len(images)} images,"
-                f" the trained branch {list(left.shape)}: export failed verification"
-            )
+            shapes = f"{list(other.shape)}, the trained branch's are {list(left.shape)}"
+            raise CheckpointError(f"the exported student's logits are {shapes}: {_FAILED}")
         difference = (left - other).abs().max().item()
         allowed = tolerance * max(1.0, left.abs().max().item())
         if not (difference <= allowed if tolerance else torch.equal(left, other)):
             more = f", more than the {allowed:g} allowed" if tolerance else ""
-            raise CheckpointError(
-                f"the exported student's logits differ by up to {difference:g} from the trained"
-                f" branch's{more}: export failed verification"
-            )
+            gap = f"differ by up to {difference:g} from the trained branch's{more}"
+            raise CheckpointError(f"the exported student's logits {gap}: {_FAILED}")
         largest = max(largest, difference)
         count += len(images)
         same += int((left.argmax(1) == other.argmax(1)).sum())

@@ -45,20 +45,17 @@ def evaluate_export(
     file, record, runtime = open_export(path, device)
     preprocessing, classes = record["preprocessing"], record["classes"]
     if data is None:
-        raise ConfigError(
-            f"an exported student needs --data; {file} was measured on"
-            f" {escape(record['accuracy']['data'])}"
-        )
+        measured = f"{file} was measured on {escape(record['accuracy']['data'])}"
+        raise ConfigError(f"an exported student needs --data; {measured}")
     height, width = preprocessing["image_size"]
     side = min(height, width)
     # The student was trained on random resized crops: evaluate center crops of larger images.
     cropped = preprocessing.get("shorter_side", side) > side
     opened = open_evaluation(data, split, height if height == width else None, decoded=not cropped)
     if list(opened.classes) != classes:
-        raise CheckpointError(
-            f"the student knows {len(classes)} classes ({summarize(classes, 3)}), the data has"
-            f" {len(opened.classes)} ({summarize(opened.classes, 3)})"
-        )
+        known = f"{len(classes)} classes ({summarize(classes, 3)})"
+        given = f"{len(opened.classes)} ({summarize(opened.classes, 3)})"
+        raise CheckpointError(f"the student knows {known}, the data has {given}")
     images = opened.images
     settings: dict[str, Any] = {
         "mean": preprocessing["mean"],
@@ -72,10 +69,8 @@ def evaluate_export(
         settings["size"] = (height, width)
     elif images.images.shape[2:] != (height, width):
         size = " x ".join(map(str, images.images.shape[2:]))
-        raise DataError(
-            f"{opened.name}: the images are {size}, the student takes {height} x {width}; scale"
-            " them to that size"
-        )
+        sizes = f"the images are {size}, the student takes {height} x {width}"
+        raise DataError(f"{opened.name}: {sizes}; scale them to that size")
     loader = get_loader_kind(name).make(images, 256, False, runtime.device, 0, **settings)
     accuracy = measure_accuracy(runtime.run, loader)
     return ExportAccuracy(file, record, opened.name, images.name, len(images), accuracy)

@@ -61,18 +61,16 @@ def export_student(
     try:
         blob = form.encode(_plain(student, "cpu"), record)
     except Exception as error:  # exporters raise any exception for unsupported networks
-        raise CheckpointError(
-            f"{record['architecture']['name']} cannot be written as {to}: {first_line(error)}; use"
-            " --to safetensors"
-        ) from error
+        name = record["architecture"]["name"]
+        reason = f"{first_line(error)}; use --to safetensors"
+        raise CheckpointError(f"{name} cannot be written as {to}: {reason}") from error
     runtime = form.open(blob, parse_record(form.find_record(blob), to), to, torch.device(device))
     on_device = (
         Batch(batch.images.to(runtime.device), batch.target.to(runtime.device), batch.index)
         for batch in batches
     )
-    comparison = compare_logits(
-        _plain(student, runtime.device), runtime.run, on_device, form.tolerance
-    )
+    trained = _plain(student, runtime.device)
+    comparison = compare_logits(trained, runtime.run, on_device, form.tolerance)
     write_atomically(path, lambda file: file.write(blob))
     write_json(path.with_name(form.record_name), record)
     return path, comparison
@@ -134,28 +132,20 @@ def find_export(path: Path, suffixes: Collection[str] = ()) -> Path:
         names = sorted(file.name for file in path.iterdir() if file.is_file())
         names = [name for name in names if name.endswith(wanted) and not name.startswith(".")]
         if len(names) > 1:
-            raise CheckpointError(
-                f"{path} holds {len(names)} exports ({', '.join(names)}); name the file that is"
-                " meant"
-            )
+            listed = ", ".join(names)
+            raise CheckpointError(f"{path} holds {len(names)} exports ({listed}); name the file")
         path = path.joinpath(*names)
     if not path.is_file():
         raise CheckpointError(f"there is no student at {path}; make one with 'fastokd export RUN'")
     if path.name.endswith(".torchscript.pt"):
-        raise CheckpointError(
-            f"{path}: TorchScript exports are no longer supported; export the run again with --to"
-            " torch-export or onnx"
-        )
+        fix = "export the run again with --to torch-export or onnx"
+        raise CheckpointError(f"{path}: TorchScript exports are no longer supported; {fix}")
     if not path.name.endswith(known):
-        raise CheckpointError(
-            f"{path} is not an export by its name, which ends in {', '.join(known)}; for a run,"
-            " pass its folder"
-        )
+        endings = f"which ends in {', '.join(known)}; for a run, pass its folder"
+        raise CheckpointError(f"{path} is not an export by its name, {endings}")
     if not path.name.endswith(wanted):
-        raise CheckpointError(
-            f"{path} is a program without a network's weights: run it with open_export or 'fastokd"
-            " eval', or export the run with --to safetensors"
-        )
+        fix = "run it with open_export or 'fastokd eval', or export it with --to safetensors"
+        raise CheckpointError(f"{path} is a program without a network's weights: {fix}")
     return path
 
 
@@ -163,9 +153,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; check its permissions"
-        ) from error
+        reason = f"{error.strerror}; check its permissions"
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
 
 
 def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
@@ -174,27 +163,22 @@ def _identify(path: Path, blob: bytes) -> tuple[ExportFormat, dict[str, Any]]:
     Raises:
         CheckpointError: damaged, or not an export of fastokd.
     """
-    forms = {
-        name: get_format(name)
-        for name in list_formats()
-        if path.name.endswith(get_format(name).suffix)
-    }
+    forms = {name: get_format(name) for name in list_formats()}
+    forms = {name: form for name, form in forms.items() if path.name.endswith(form.suffix)}
     kind = path.suffix.removeprefix(".")
     try:
         text = next(iter(forms.values())).find_record(blob)
     except MissingExtra:
         raise
     except Exception as error:  # damaged bytes make readers raise almost any exception
-        raise CheckpointError(
-            f"{path} is damaged or not a {kind} file ({first_line(error)}); export it again"
-        ) from error
+        reason = f"damaged or not a {kind} file ({first_line(error)})"
+        raise CheckpointError(f"{path} is {reason}; export it again") from error
     record = parse_record(text, str(path))
-    if record["export"]["to"] not in forms:
-        raise CheckpointError(
-            f"{path} declares the format {record['export']['to']!r}, which a {kind} file cannot"
-            " have; export it again"
-        )
-    return forms[record["export"]["to"]], record
+    to = record["export"]["to"]
+    if to not in forms:
+        wrong = f"declares the format {to!r}, which a {kind} file cannot have"
+        raise CheckpointError(f"{path} {wrong}; export it again")
+    return forms[to], record
 
 
 _SAME_RUN = ("run", "method", "preset", "branches", "branch", "aux_blocks", "seed")
@@ -216,14 +200,11 @@ def _check_replaceable(path: Path, record: dict[str, Any]) -> None:
         is_record = existing is record_file
         other = parse_record(blob, str(existing)) if is_record else _identify(path, blob)[1]
     except CheckpointError:
-        raise ConfigError(
-            f"{existing} exists and is not an export of fastokd; move it, or choose another folder"
-            " with --out"
-        ) from None
+        fix = "move it, or choose another folder with --out"
+        raise ConfigError(f"{existing} exists and is not an export of fastokd; {fix}") from None
     if identity(other) != identity(record):
         values = {name: other["provenance"].get(name) for name in _SAME_RUN}
         run = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-        raise ConfigError(
-            f"{existing} is the export of another run ({other['architecture']['name']}, {run});"
-            " choose another folder with --out"
-        )
+        run = f"{other['architecture']['name']}, {run}"
+        fix = "choose another folder with --out"
+        raise ConfigError(f"{existing} is the export of another run ({run}); {fix}")

@@ -27,10 +27,8 @@ def torch_runtime(network: nn.Module, device: torch.device, where: str) -> Runti
         try:
             return network(images)
         except (RuntimeError, AssertionError) as error:  # programs assert their image sizes
-            raise CheckpointError(
-                f"{where} cannot be run on images {list(images.shape)} ({first_line(error)});"
-                " export it again"
-            ) from error
+            reason = f"images {list(images.shape)} ({first_line(error)}); export it again"
+            raise CheckpointError(f"{where} cannot be run on {reason}") from error
 
     return Runtime(run, device)
 
@@ -88,9 +86,5 @@ def list_formats() -> list[str]:
 
 
 def get_format(name: str) -> ExportFormat:
-    """The format of that name.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+    """The format of that name; a ``ConfigError`` suggests the closest one."""
     return _formats.get(name)

@@ -85,18 +85,15 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
         or inputs[0].shape[1:] != expected
         or inputs[0].type != "tensor(float)"
     ):
-        raise CheckpointError(
-            f"{where} does not take images [batch, {', '.join(map(str, expected))}] to logits;"
-            " export it again"
-        )
+        images = f"images [batch, {', '.join(map(str, expected))}]"
+        raise CheckpointError(f"{where} does not take {images} to logits; export it again")
 
     def run(images: Tensor) -> Tensor:
         try:
             logits = session.run(["logits"], {"images": images.contiguous().numpy()})[0]
         except Exception as error:  # its errors have no common class
-            raise CheckpointError(
-                f"{where} cannot be run by onnxruntime: {first_line(error)}; export it again"
-            ) from error
+            reason = f"{first_line(error)}; export it again"
+            raise CheckpointError(f"{where} cannot be run by onnxruntime: {reason}") from error
         return torch.from_numpy(logits)
 
     return Runtime(run, torch.device("cpu"))

@@ -108,10 +108,8 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
         CheckpointError: no record, a damaged one, or one of a newer fastokd.
     """
     if text is None:
-        raise CheckpointError(
-            f"{where} is not a student exported by fastokd (its metadata has no '{KEY}' entry);"
-            " make one with 'fastokd export RUN'"
-        )
+        reason = f"is not a student exported by fastokd (its metadata has no '{KEY}' entry)"
+        raise CheckpointError(f"{where} {reason}; make one with 'fastokd export RUN'")
     try:
         record = json.loads(text)
     except ValueError:  # not JSON, or not UTF-8
@@ -119,10 +117,8 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or type(record.get("format")) is not int:
         raise CheckpointError(f"{where} is damaged: its record has no format; export it again")
     if record["format"] > FORMAT:
-        raise CheckpointError(
-            f"{where} has format {record['format']}, this fastokd reads up to {FORMAT}: install a"
-            " newer fastokd"
-        )
+        known = f"this fastokd reads up to {FORMAT}: install a newer fastokd"
+        raise CheckpointError(f"{where} has format {record['format']}, {known}")
     wrong = [
         name
         for name, is_sound in _SOUND.items()
@@ -132,13 +128,10 @@ def parse_record(text: str | bytes | None, where: str) -> dict[str, Any]:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append("classes")
     if wrong:
-        raise CheckpointError(
-            f"{where} is damaged: its record's entry '{wrong[0]}' is incomplete; export it again"
-        )
+        reason = f"its record's entry '{wrong[0]}' is incomplete"
+        raise CheckpointError(f"{where} is damaged: {reason}; export it again")
     count = record["architecture"]["num_classes"]
     if len(classes) != count:
-        raise CheckpointError(
-            f"{where} is damaged: its record has {len(classes)} class names for a network of"
-            f" {count} classes; export it again"
-        )
+        reason = f"its record has {len(classes)} class names for a network of {count} classes"
+        raise CheckpointError(f"{where} is damaged: {reason}; export it again")
     return record

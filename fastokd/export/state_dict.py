@@ -55,9 +55,8 @@ def build_student(blob: bytes, record: dict[str, Any], where: str) -> nn.Module:
         CheckpointError: unknown architecture, or weights of another one.
     """
     architecture = record["architecture"]
-    return _filled(
-        lambda: create_student(**architecture), blob, where, f"the architecture {architecture}"
-    )
+    name = f"the architecture {architecture}"
+    return _filled(lambda: create_student(**architecture), blob, where, name)
 
 
 def _filled(build: Callable[[], nn.Module], blob: bytes, where: str, what: str) -> nn.Module:
@@ -98,10 +97,10 @@ def _twin(library: str, architecture: Mapping[str, Any]) -> str:
             return name.partition(":")[2]
         if name in _TWINS[library]:
             return _TWINS[library][name]
+    known = f"{', '.join(_TWINS[library])} and every {library}:NAME"
     raise ConfigError(
         f"{library} has no network with the weights of {'' if plain else 'this branch of '}{name};"
-        f" it has them of {', '.join(_TWINS[library])} and every {library}:NAME. Use --to"
-        " safetensors, onnx or torch-export"
+        f" it has them of {known}. Use --to safetensors, onnx or torch-export"
     )
 
 
@@ -120,10 +119,8 @@ def _describe_timm(architecture: Mapping[str, Any]) -> dict[str, Any]:
     except ImportError:
         raise MissingExtra("the timm format needs timm: pip install 'fastokd[timm]'") from None
     if not timm.is_model(name):  # for example a name that it would download
-        raise ConfigError(
-            f"timm {timm.__version__} has no model '{name}'; install a version that has it, or use"
-            " --to safetensors"
-        )
+        fix = "install a version that has it, or use --to safetensors"
+        raise ConfigError(f"timm {timm.__version__} has no model '{name}'; {fix}")
     return {"constructor": f"timm.create_model('{name}')", "timm": timm.__version__}
 
 

@@ -80,9 +80,8 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     try:
         entries = _read_entries(blob)
         if reason := _unsafe_reason(entries):
-            raise CheckpointError(
-                f"{where} is refused: {reason}, which no student needs; export it again"
-            )
+            reason = f"{reason}, which no student needs"
+            raise CheckpointError(f"{where} is refused: {reason}; export it again")
         # Written again, so that PyTorch reads exactly the inspected content.
         inspected = io.BytesIO()
         with zipfile.ZipFile(inspected, "w") as archive:
@@ -93,10 +92,8 @@ def _open(blob: bytes, record: dict[str, Any], where: str, device: torch.device)
     except CheckpointError:
         raise
     except Exception as error:  # damaged bytes make the loader raise almost any exception
-        raise CheckpointError(
-            f"{where} cannot be loaded by torch {torch.__version__} ({first_line(error)}); export"
-            " it again"
-        ) from error
+        reason = f"torch {torch.__version__} ({first_line(error)}); export it again"
+        raise CheckpointError(f"{where} cannot be loaded by {reason}") from error
     return torch_runtime(network, device, where)
 
 

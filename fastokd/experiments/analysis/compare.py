@@ -1,20 +1,14 @@
 """Comparison of runs: errors over seeds, costs of the students, and costs of training."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from fastokd.errors import CheckpointError
-from fastokd.experiments.analysis.latency import (
-    BATCH_SIZES,
-    Latency,
-    devices,
-    machine,
-    measure_latency,
-)
+from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
 from fastokd.experiments.analysis.page import page, remarks_section
 from fastokd.experiments.analysis.runs import Group, Run, remarks_of
 from fastokd.experiments.analysis.tables import Table, csv_text, plain_markdown, spread
@@ -24,9 +18,6 @@ from fastokd.models.summary import Cost, count_parameters, forward_flops
 from fastokd.train.build import model_layout
 from fastokd.train.config import fields_with_role
 from fastokd.train.fields import Role
-
-Latencies = Mapping[tuple[str, int], Latency | None]
-"""By kind of device and batch size; None if the batch does not fit."""
 
 
 class PairedTest(NamedTuple):
@@ -74,10 +65,14 @@ class Row:
 
     def errors(self, row: str = "student", best: bool = False) -> list[float]:
         """``Run.error`` of each counted run; empty if only some of them have that row."""
-        try:
-            return [run.error(row, best) for run in self.group.counted]
-        except KeyError:
-            return []
+        return _errors(self.group.counted, row, best)
+
+
+def _errors(runs: Sequence[Run], row: str, best: bool = False) -> list[float]:
+    try:
+        return [run.error(row, best) for run in runs]
+    except KeyError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -110,18 +105,13 @@ class Comparison:
         return page("Comparison of runs", remarks_section(self.remarks) + tables)
 
     def as_csv(self) -> str:
-        """A line for each group, with numbers that are not rounded; in ``seeds`` and in errors by
-        seed, spaces separate the seeds.
-        """
+        """A line for each group, numbers not rounded; spaces separate seeds and their errors."""
         return csv_text([_csv_row(row) for row in self.rows])
 
 
 def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
     """Compare groups of runs, at least one, see ``read_runs``; ``latency`` measures the latencies
     of their students on this machine.
-
-    Raises:
-        ConfigError, MissingExtra: a network cannot be built here.
     """
     remarks = remarks_of(groups)
     costs = [_costs(group.runs[0]) for group in groups]
@@ -141,22 +131,14 @@ def compare(groups: Sequence[Group], latency: bool = True) -> Comparison:
             ),
             None,
         )
-        speeds = (_speed(alone) if alone else None, _speed(group))
+        speed, speed_alone = _speed(group), _speed(alone) if alone else None
+        times_alone = speed_alone / speed if speed_alone and speed else None
         same = [other for other in groups if other.network == group.network]
-        baselines = (other for other in same if other.config.method == "baseline")
-        reference = next(baselines, same[0])
-        is_reference = reference is group
-        rows.append(
-            Row(
-                group,
-                None if is_reference else reference,
-                None if is_reference else paired_test(group, reference),
-                cost,
-                speeds[1],
-                speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
-                latencies.get(name, {}),
-            )
-        )
+        first = next((other for other in same if other.config.method == "baseline"), same[0])
+        reference = None if first is group else first
+        test = paired_test(group, reference) if reference else None
+        measured = latencies.get(name, {})
+        rows.append(Row(group, reference, test, cost, speed, times_alone, measured))
     return Comparison(tuple(rows), tuple(remarks), machine() if latency else "")
 
 
@@ -167,14 +149,12 @@ def paired_test(group: Group, other: Group) -> PairedTest:
     decayed equally.
     """
     if group.progress != other.progress:
-        return PairedTest(
-            (), None, f"{group.progress} epochs are finished, of the reference {other.progress}"
-        )
-    first, second = (
-        {run.config.seed: run.error() for run in each.counted} for each in (group, other)
-    )
-    seeds = [seed for seed in first if seed in second]
-    differences = tuple(first[seed] - second[seed] for seed in seeds)
+        reason = f"{group.progress} epochs are finished, of the reference {other.progress}"
+        return PairedTest((), None, reason)
+    errors = {run.config.seed: run.error() for run in group.counted}
+    others = {run.config.seed: run.error() for run in other.counted}
+    seeds = [seed for seed in errors if seed in others]
+    differences = tuple(errors[seed] - others[seed] for seed in seeds)
     if len(seeds) < 2:
         return PairedTest(differences, None, "needs 2 shared seeds" if seeds else "no shared seed")
     if max(differences) - min(differences) < 1e-9:
@@ -183,7 +163,7 @@ def paired_test(group: Group, other: Group) -> PairedTest:
         from scipy.stats import ttest_rel
     except ImportError:
         return PairedTest(differences, None, "needs scipy: pip install 'fastokd[plots]'")
-    result = ttest_rel([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    result = ttest_rel([errors[seed] for seed in seeds], [others[seed] for seed in seeds])
     return PairedTest(differences, float(result.pvalue))
 
 
@@ -207,24 +187,16 @@ def _latencies(run: Run, remarks: list[str]) -> Latencies:
     except CheckpointError as error:
         remarks.append(f"{run.path}: no latency of its student: {error}")
         return {}
-    size = tuple(record["preprocessing"]["image_size"])
-    return {
-        (device.type, batch_size): measure_latency(student, size, batch_size, device)
-        for device in devices()
-        for batch_size in BATCH_SIZES
-    }
+    return measure_latencies(student, tuple(record["preprocessing"]["image_size"]))
 
 
 def _speed(group: Group) -> float | None:
-    records = (record for run in group.runs for record in run.records)
-    speeds = [speed for record in records if (speed := record.get("images_per_second"))]
-    return statistics.median(speeds) if speeds else None
+    speeds = [record.get("images_per_second") for run in group.runs for record in run.records]
+    return statistics.median(filter(None, speeds)) if any(speeds) else None
 
 
 _SPEED_FIELDS = fields_with_role(Role.SPEED)
-"""Fields that the throughput of a student alone depends on. Options that run several branches at
-once, such as ``streams``, are not among them.
-"""
+"""Fields that the throughput of a student alone depends on; ``streams`` is not one of them."""
 _MACHINE_FACTS = ("device", "platform", "cpus", "threads", "world_size")
 
 
@@ -246,22 +218,22 @@ def _error_table(comparison: Comparison) -> Table:
     missing: dict[tuple[str, str], list[str]] = {}  # the groups without a value, for a reason
     for row in comparison.rows:
         group, test = row.group, row.test
-        difference, p = "-", "-"
+        difference, p, reason = "-", "-", None
         if row.reference is not None:
             references.setdefault(row.reference.label, []).append(group.label)
-        if test is None and any(other.reference is group for other in comparison.rows):
-            difference, p = "reference", ""
-        elif test is None:
-            reason = ("difference", f"there are no other runs of {group.network}")
-            missing.setdefault(reason, []).append(group.label)
-        else:
+        if test is not None:
             if test.differences:
                 difference = f"{spread(test.differences, '+')} (n={len(test.differences)})"
             if test.p is not None:
                 p = f"{test.p:.3g}"
             else:
                 reason = ("p" if test.differences else "difference", test.reason)
-                missing.setdefault(reason, []).append(group.label)
+        elif any(other.reference is group for other in comparison.rows):
+            difference, p = "reference", ""
+        else:
+            reason = ("difference", f"there are no other runs of {group.network}")
+        if reason:
+            missing.setdefault(reason, []).append(group.label)
         finished = group.counted[0].epochs == group.config.epochs
         rows.append(
             {
@@ -275,30 +247,23 @@ def _error_table(comparison: Comparison) -> Table:
                 "p": p,
             }
         )
-    notes = [
-        *_left_out_note(comparison),
-        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
-        " are the test images; the last is not chosen.",
-        "Difference: percentage points, less is better, seed by seed against the reference, over"
-        " the n seeds that both have. p: two-sided paired t-test of these differences.",
-    ]
-    for reference, labels in references.items():
-        notes.append(f"The reference of {'; '.join(labels)} is {reference}.")
-    for (value, cause), labels in missing.items():
-        notes.append(f"No {value} for {'; '.join(labels)}: {cause}.")
-    return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
-
-
-def _left_out_note(comparison: Comparison) -> list[str]:
     left_out = [
         f"seed {run.config.seed} of {row.group.label} ({run.epochs} of {run.config.epochs} epochs)"
         for row in comparison.rows
         for run in row.group.left_out
     ]
-    return [
-        "Not in means, differences and p, having fewer finished epochs than others of the row:"
-        f" {'; '.join(left_out)}."
-    ] * bool(left_out)
+    notes = [
+        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
+        " are the test images; the last is not chosen.",
+        "Difference: percentage points, less is better, seed by seed against the reference, over"
+        " the n seeds that both have. p: two-sided paired t-test of these differences.",
+        *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
+        *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
+    ]
+    if left_out:
+        fewer = "Not in means, differences and p, having fewer finished epochs than others of"
+        notes.insert(0, f"{fewer} the row: {'; '.join(left_out)}.")
+    return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 
 
 def _cost_table(comparison: Comparison) -> Table:
@@ -310,79 +275,63 @@ def _cost_table(comparison: Comparison) -> Table:
             name, parameters = costs.name, f"{costs.student.parameters:,}"
             flops = f"{costs.student.flops / 1e6:,.2f}"
             training = f"{costs.training.flops / costs.student.flops:.2f}"
-        rows.append(
-            {
-                "runs": row.group.label,
-                "student": name,
-                "parameters": parameters,
-                "MFLOPs": flops,
-                **{
-                    f"{_DEVICES[device]}, batch {size}, ms": _milliseconds(row, device, size)
-                    for device, size in kinds
-                },
-                "training FLOPs / student": training,
-                "training time / alone": _number(row.times_alone, ".2f"),
-                "training, images/s": _number(row.images_per_second, ",.0f"),
-            }
-        )
-    latency = (
-        f"Latency: median of {_repeats(comparison.rows)} forward passes of the student in"
-        f" milliseconds, eager, float32, on {comparison.measured_on}."
-    )
-    notes = (
+        cells = {
+            "runs": row.group.label,
+            "student": name,
+            "parameters": parameters,
+            "MFLOPs": flops,
+        }
+        for device, size in kinds:
+            column = f"{_DEVICES[device]}, batch {size}, ms"
+            latency = row.latencies.get((device, size))
+            unknown = "no memory" if (device, size) in row.latencies else "-"
+            cells[column] = f"{1000 * latency.seconds:.3g}" if latency else unknown
+        cells["training FLOPs / student"] = training
+        cells["training time / alone"] = _number(row.times_alone, ".2f")
+        cells["training, images/s"] = _number(row.images_per_second, ",.0f")
+        rows.append(cells)
+    counts = [each.repeats for row in comparison.rows for each in row.latencies.values() if each]
+    repeats = sorted({min(counts, default=0), max(counts, default=0)})
+    notes = [
         "FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is"
         " trained, a frozen teacher not among them.",
-        *([latency] if kinds else []),
+        f"Latency: median of {'-'.join(map(str, repeats))} forward passes of the student in"
+        f" milliseconds, eager, float32, on {comparison.measured_on}.",
         "Training time: of an image, by the median images/s of the epochs, as a multiple of the"
         " same student trained alone; only where such runs are among these, on the same device with"
         " as many threads and processes, configured alike in what speed depends on. What else the"
         " machine did meanwhile is in it.",
-    )
+    ]
+    if not kinds:
+        del notes[1]
     return Table.of("What students and training cost", rows, notes)
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
-def _milliseconds(row: Row, device: str, size: int) -> str:
-    if (device, size) not in row.latencies:
-        return "-"
-    latency = row.latencies[device, size]
-    return "no memory" if latency is None else f"{1000 * latency.seconds:.3g}"
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _repeats(rows: Sequence[Row]) -> str:
-    counts = [each.repeats for row in rows for each in row.latencies.values() if each]
-    return "-".join(map(str, dict.fromkeys((min(counts, default=0), max(counts, default=0)))))
-
-
 def _run_table(comparison: Comparison) -> Table:
-    rows = []
-    for row in comparison.rows:
-        for run in row.group.runs:
-            ensemble = run.last["eval"].get("ensemble")
-            error = None if ensemble is None else 100 * (1 - ensemble)
-            best = f"{run.error(best=True):.2f} (epoch {run.best['epoch'] + 1})"
-            known = run.environment.get
-            rows.append(
-                {
-                    "run": str(run.path),
-                    "runs": row.group.label,
-                    "seed": str(run.config.seed),
-                    "epochs": f"{run.epochs} of {run.config.epochs}",
-                    "student, last epoch": f"{run.error():.2f}",
-                    "student, best epoch": best,
-                    "ensemble, last epoch": _number(error, ".2f"),
-                    "seconds of training": f"{run.seconds:,.1f}",
-                    "device": str(known("device", "-")),
-                    "torch": str(known("torch", "-")),
-                    "commit": str(known("commit") or known("fastokd", "-")),
-                }
-            )
+    runs = [(row.group.label, run) for row in comparison.rows for run in row.group.runs]
+    rows = [
+        {
+            "run": str(run.path),
+            "runs": label,
+            "seed": str(run.config.seed),
+            "epochs": f"{run.epochs} of {run.config.epochs}",
+            "student, last epoch": f"{run.error():.2f}",
+            "student, best epoch": f"{run.error(best=True):.2f} (epoch {run.best['epoch'] + 1})",
+            "ensemble, last epoch": spread(_errors([run], "ensemble")),
+            "seconds of training": f"{run.seconds:,.1f}",
+            "device": str(run.environment.get("device", "-")),
+            "torch": str(run.environment.get("torch", "-")),
+            "commit": str(run.environment.get("commit") or run.environment.get("fastokd", "-")),
+        }
+        for label, run in runs
+    ]
     return Table.of("Single runs, errors in %", rows)
 
 

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastokd.experiments.analysis.figures import Picture, encoded, panel_grid, require_matplotlib
+from fastokd.experiments.analysis.figures import (
+    FigureFiles,
+    encoded,
+    panel_grid,
+    require_matplotlib,
+)
 from fastokd.train.logs import Record
 
 Groups = Mapping[str, Sequence[Sequence[Record]]]
@@ -41,7 +46,7 @@ class _Panel:
         return curves
 
 
-def row_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
+def row_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
     """A figure for each branch and teacher assistant: its accuracy on the evaluation split.
 
     Args:
@@ -49,46 +54,38 @@ def row_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator
             epochs that only some of them have are dotted, each run for itself.
         title: the beginning of every figure's title.
         formats: "png", "svg".
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
     """
     for panel in _rows(groups):
-        yield _picture(panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY)
+        yield _figure(panel.title, title, panel.title, [panel], groups, formats, unit=_ACCURACY)
 
 
-def overview_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
-    """``overview``: the accuracies of all branches and teacher assistants side by side. Arguments
-    and errors as ``row_pictures``.
-    """
+def overview_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
+    """``overview``: the accuracies of all branches and teacher assistants side by side."""
     shows = "accuracy on the evaluation split"
-    yield _picture(
-        "overview", title, shows, _rows(groups), groups, formats, unit=_ACCURACY, share_scale=True
-    )
+    rows = _rows(groups)
+    yield _figure("overview", title, shows, rows, groups, formats, _ACCURACY, share_scale=True)
 
 
-def training_pictures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[Picture]:
-    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``.
-    Arguments and errors as ``row_pictures``.
-    """
+def training_figures(groups: Groups, title: str, formats: Sequence[str]) -> Iterator[FigureFiles]:
+    """``loss`` with every term, ``schedule`` with learning rate and ramp-up, ``throughput``."""
     names = [name for name in _names(groups, "train") if not name.startswith("accuracy/")]
     if names:
         terms = [_Panel(name, "train", name) for name in names]
         shows = "training loss, and its terms before they are weighted"
-        yield _picture("loss", title, shows, terms, groups, formats)
+        yield _figure("loss", title, shows, terms, groups, formats)
     schedule = [
         _Panel("learning rate", None, "lr", logarithmic=True),
         _Panel("ramp-up (kd_weight)", None, "kd_weight"),
     ]
-    yield _picture("schedule", title, "schedules", schedule, groups, formats)
+    yield _figure("schedule", title, "schedules", schedule, groups, formats)
     throughput = [
         _Panel("training, images/s", None, "images_per_second"),
         _Panel("waiting for images, % of the time", None, "waiting_share", 100),
     ]
-    yield _picture("throughput", title, "throughput", throughput, groups, formats, from_zero=True)
+    yield _figure("throughput", title, "throughput", throughput, groups, formats, from_zero=True)
 
 
-PICTURES = (row_pictures, overview_pictures, training_pictures)
+FIGURES = (row_figures, overview_figures, training_figures)
 """All figures of runs."""
 
 
@@ -97,16 +94,11 @@ def draw_curves(
     folder: Path,
     title: str,
     formats: Sequence[str] = ("png",),
-    pictures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[Picture]]] = PICTURES[:2],
+    figures: Sequence[Callable[[Groups, str, Sequence[str]], Iterator[FigureFiles]]] = FIGURES[:2],
 ) -> list[Path]:
-    """Write figures of runs into a folder, and return the files. Arguments and errors as
-    ``row_pictures``; ``pictures`` are the functions that draw.
-
-    Raises:
-        StorageError: the disk refused.
-    """
-    drawn = (picture for draw in pictures for picture in draw(groups, title, formats))
-    return [file for picture in drawn for file in picture.write(folder)]
+    """Write the figures of some functions such as ``row_figures``, and return the files."""
+    drawn = (figure for draw in figures for figure in draw(groups, title, formats))
+    return [file for figure in drawn for file in figure.write(folder)]
 
 
 _ACCURACY = "evaluation accuracy, %"
@@ -123,7 +115,7 @@ def _names(groups: Groups, section: str) -> list[str]:
     return list(dict.fromkeys(name for part in parts if isinstance(part, Mapping) for name in part))
 
 
-def _picture(
+def _figure(
     name: str,
     title: str,
     shows: str,
@@ -133,7 +125,7 @@ def _picture(
     unit: str = "",
     share_scale: bool = False,
     from_zero: bool = False,
-) -> Picture:
+) -> FigureFiles:
     plt = require_matplotlib()
     single = len(panels) == 1
     columns = min(3 if len(panels) <= 6 else 4, len(panels))
@@ -157,7 +149,7 @@ def _picture(
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
     figure.suptitle(f"{title}: {shows}", fontsize="medium" if single else "large", wrap=True)
     description = f"{title}: {shows}. Last values: {'; '.join(last_values)}."
-    return Picture(name, shows, description, encoded(plt, figure, formats))
+    return FigureFiles(name, shows, description, encoded(plt, figure, formats))
 
 
 def _draw_panel(axes: Any, groups: Groups, panel: _Panel) -> list[str]:

@@ -67,9 +67,7 @@ def q_statistic(right: Tensor) -> Tensor:
 
 
 def any_right(right: Tensor) -> float:
-    """The fraction of images that at least one of the K classifiers gets right (FFSD's code prints
-    it as the ensemble's accuracy).
-    """
+    """The fraction of images that at least one classifier gets right: FFSD's "ensemble"."""
     return float(right.any(0).double().mean())
 
 
@@ -114,9 +112,7 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: ``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et
-        al., ICML 2017, eq. 3).
-        """
+        """``sum_b n_b / N |accuracy_b - confidence_b|`` (Guo et al., ICML 2017, eq. 3)."""
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
         return float((self.images * gaps).sum() / self.images.sum())
 

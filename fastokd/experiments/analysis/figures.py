@@ -13,11 +13,7 @@ from fastokd.storage import write_atomically
 
 
 def require_matplotlib() -> Any:
-    """``matplotlib.pyplot`` with a backend that needs no display.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """``matplotlib.pyplot`` with a backend that needs no display, or a ``MissingExtra``."""
     try:
         import matplotlib
     except ImportError:
@@ -28,7 +24,7 @@ def require_matplotlib() -> Any:
     return matplotlib.pyplot
 
 
-class Picture(NamedTuple):
+class FigureFiles(NamedTuple):
     """A drawn figure: the name of its files without the ending, its title, a text for readers who
     cannot see it, and its content by format, "png" or "svg".
     """
@@ -39,23 +35,17 @@ class Picture(NamedTuple):
     files: Mapping[str, bytes]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the files, and return them.
-
-        Raises:
-            StorageError: the disk refused.
-        """
-        paths = [folder / f"{self.name}.{ending}" for ending in self.files]
-        for path, content in zip(paths, self.files.values(), strict=True):
+        """Write the files, and return them."""
+        paths = {folder / f"{self.name}.{ending}": each for ending, each in self.files.items()}
+        for path, content in paths.items():
             write_atomically(path, operator.methodcaller("write", content))
-        return paths
+        return list(paths)
 
 
 def encoded(
     plt: Any, figure: Any, formats: Sequence[str], identifier: str | None = None
 ) -> dict[str, bytes]:
-    """A figure in each of the formats, "png" or "svg"; it is closed. ``identifier`` is a text in
-    the metadata of the SVG file.
-    """
+    """Encode a figure as "png" or "svg" and close it; ``identifier`` is metadata of the SVG."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is the slowest part, and serves all formats
     files = {}
@@ -75,11 +65,7 @@ def fingerprint(data: Any) -> str:
 
 
 def save_svg(plt: Any, figure: Any, path: Path, data: Any) -> Path:
-    """Write a figure as an SVG file with the digest of its data, for ``shows``, and close it.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Write a figure as an SVG file with the digest of its data, for ``shows``, and close it."""
     content = encoded(plt, figure, ["svg"], fingerprint(data))["svg"]
     write_atomically(path, lambda file: file.write(content))
     return path
@@ -117,13 +103,13 @@ def draw_heat_map(
     """
     numbers = [[float("nan") if value is None else value for value in line] for line in values]
     image = axes.imshow(numbers, aspect="auto", **options)
+    style = {"fontsize": fontsize, "ha": "center", "va": "center"}
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            color = "black"
+            light = 1.0
             if value is not None:
                 red, green, blue, _ = image.cmap(image.norm(value))
-                color = "white" if 0.21 * red + 0.72 * green + 0.07 * blue < 0.5 else "black"
+                light = 0.21 * red + 0.72 * green + 0.07 * blue
             if texts[y][x]:
-                style = {"fontsize": fontsize, "color": color}
-                axes.text(x, y, texts[y][x], ha="center", va="center", **style)
+                axes.text(x, y, texts[y][x], color="white" if light < 0.5 else "black", **style)
     return image

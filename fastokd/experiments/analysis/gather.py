@@ -1,5 +1,6 @@
 """Running a model once over a split, and keeping what its analysis needs."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -62,27 +63,24 @@ def gather(
     evaluator: BranchEvaluator,
     batches: Iterable[Batch],
     max_images: int,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Callable[[int], object] | None = None,
 ) -> Gathered:
     """Run the model once over every image.
 
     Memory does not grow with the classes: four numbers are kept for each image and row, and the
-    features of ``max_images`` images at most. If the student gets more wrong, these are drawn by
-    random numbers that are fixed for each index, so that runs on the same split show the same
-    images as far as they make the same mistakes.
+    features of at most ``max_images`` images that the student gets wrong. These are drawn by random
+    numbers that are fixed for each index, so that runs on the same split show the same images as
+    far as they make the same mistakes.
 
-    Args:
-        evaluator: of the run, with its weights.
-        batches: of the split, in a fixed order; targets are labels.
-        max_images: the most images with features.
-        progress: called with the number of images done.
+    Batches are of the split, in a fixed order, with labels as targets. ``progress`` is called with
+    the number of images done.
 
     Raises:
         CheckpointError: non-finite logits.
     """
     drawn = torch.Generator().manual_seed(0)
     columns: list[tuple[Tensor, ...]] = []  # of every batch: labels, predictions, confidences
-    mixing: dict[str, dict[str, list[Tensor]]] = {}
+    mixing: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     kept: list[Tensor] = []  # of the errors that are shown: keys, labels, features of every branch
     rows: tuple[str, ...] = ()
     sums: tuple[Tensor, ...] = (torch.zeros((), dtype=torch.float64),) * 3
@@ -91,10 +89,8 @@ def gather(
         rows = tuple(named)
         logits = torch.stack([row.double() for row in named.values()])
         if not logits.isfinite().all():
-            raise CheckpointError(
-                f"the logits are non-finite from image {done + 1} on, so there is nothing to"
-                " compare; choose another checkpoint with --which"
-            )
+            problem = f"the logits are non-finite from image {done + 1} on"
+            raise CheckpointError(f"{problem}; choose another checkpoint with --which")
         log_p = logits.log_softmax(2)
         confidences, predictions = log_p.exp().max(2)
         wrong = predictions[rows.index(evaluator.reported)] != target
@@ -108,12 +104,13 @@ def gather(
         columns.append((target.cpu(), predictions.cpu(), confidences.cpu()))
         for mixture, weights in evaluator.mixing_weights(result, target).items():
             for name, weight in weights.items():
-                mixing.setdefault(mixture, {}).setdefault(name, []).append(weight.double().cpu())
+                mixing[mixture][name].append(weight.double().cpu())
         keys = torch.rand(len(target), generator=drawn)
         pooled = [maps[wrong].float().mean((2, 3)).cpu() for maps in result.features]
         kept = _first(max_images, kept, [keys[wrong.cpu()], target[wrong].cpu(), *pooled])
         done += len(target)
-        progress(done)
+        if progress is not None:
+            progress(done)
     labels, predictions, confidences = (
         torch.cat(parts, -1) for parts in zip(*columns, strict=True)
     )
@@ -122,22 +119,14 @@ def gather(
     errors = int((predictions[student] != labels).sum())
     criterion = evaluator.criterion
     branches = criterion.graph.logits[: criterion.num_branches]
-    return Gathered(
-        rows,
-        student,
-        labels,
-        predictions,
-        confidences,
-        cross_entropies / done,
-        softmax_sums / done,
-        logit_sums / errors,
-        {
-            mixture: {name: torch.cat(parts) for name, parts in weights.items()}
-            for mixture, weights in mixing.items()
-        },
-        dict(zip(branches, kept[2:], strict=True)),
-        kept[1],
-    )
+    mixing_weights = {
+        mixture: {name: torch.cat(parts) for name, parts in by_input.items()}
+        for mixture, by_input in mixing.items()
+    }
+    means = (cross_entropies / done, softmax_sums / done, logit_sums / errors)
+    features = dict(zip(branches, kept[2:], strict=True))
+    images = (labels, predictions, confidences)
+    return Gathered(rows, student, *images, *means, mixing_weights, features, kept[1])
 
 
 def _first(count: int, before: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,18 @@ class Latency(NamedTuple):
     repeats: int
 
 
-def devices() -> list[torch.device]:
-    """The CPU, and the first GPU if there is one."""
-    return [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
+Latencies = Mapping[tuple[str, int], Latency | None]
+"""By kind of device and batch size; None if the batch does not fit."""
+
+
+def measure_latencies(network: nn.Module, image_size: tuple[int, int]) -> Latencies:
+    """The latencies for all ``BATCH_SIZES``, on the CPU and on the first GPU if there is one."""
+    gpus = [torch.device("cuda", 0)] if torch.cuda.is_available() else []
+    return {
+        (device.type, batch_size): measure_latency(network, image_size, batch_size, device)
+        for device in (torch.device("cpu"), *gpus)
+        for batch_size in BATCH_SIZES
+    }
 
 
 def machine() -> str:
@@ -41,13 +51,8 @@ def measure_latency(
     network: nn.Module, image_size: tuple[int, int], batch_size: int, device: torch.device
 ) -> Latency | None:
     """Time eager forward passes in float32 (without TF32) and channels-last, each until the device
-    has finished. None if the batch does not fit into the device's memory.
-
-    Args:
-        network: images [B, 3, H, W] to logits, in evaluation mode; it is moved to the device.
-        image_size: H and W.
-        batch_size: B.
-        device: the device.
+    has finished. None if a batch [B, 3, H, W] does not fit into the device's memory. The network,
+    in evaluation mode, is moved to the device.
     """
 
     def run() -> float:
@@ -59,9 +64,8 @@ def measure_latency(
 
     try:
         network.to(device).to(memory_format=torch.channels_last)
-        images = torch.randn(batch_size, 3, *image_size).to(
-            device, memory_format=torch.channels_last
-        )
+        images = torch.randn(batch_size, 3, *image_size)
+        images = images.to(device, memory_format=torch.channels_last)
         for _ in range(WARM_UP):
             run()
         times: list[float] = []

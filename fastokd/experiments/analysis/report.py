@@ -8,22 +8,18 @@ from typing import Any
 
 from fastokd.errors import first_line
 from fastokd.experiments.analysis.compare import Comparison
-from fastokd.experiments.analysis.curves import overview_pictures, training_pictures
+from fastokd.experiments.analysis.curves import overview_figures, training_figures
 from fastokd.experiments.analysis.page import bullets, image, page, remarks_section, section
 from fastokd.experiments.analysis.runs import Group, Run, config_differences, title
 from fastokd.experiments.analysis.tables import Table
 
 
 def report_page(groups: Sequence[Group], comparison: Comparison) -> str:
-    """The page, which needs no other file and no network; ``comparison`` is of these groups.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+    """The page, which needs no other file and no network; ``comparison`` is of these groups."""
     records = {group.label: [run.records for run in group.runs] for group in groups}
-    drawings = (overview_pictures, training_pictures)
-    pictures = [each for draw in drawings for each in draw(records, title(groups), ["svg"])]
-    curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in pictures)
+    drawings = (overview_figures, training_figures)
+    figures = (each for draw in drawings for each in draw(records, title(groups), ["svg"]))
+    curves = "".join(_figure(each.title, each.files["svg"], each.description) for each in figures)
     parts = [
         remarks_section(comparison.remarks),
         section("Comparison", "".join(table.as_html() for table in comparison.tables())),
@@ -56,9 +52,7 @@ MOST_CELLS = 3000
 
 
 def analysis_section(run: Run) -> str:
-    """The results of ``fastokd analyze`` in the run's folder as a part of a page: empty without
-    them, a sentence if they are damaged.
-    """
+    """The section on the run's ``fastokd analyze``: empty without one, a sentence if damaged."""
     folder = run.path / "analysis"
     if not folder.is_dir():
         return ""
@@ -82,28 +76,16 @@ def analysis_section(run: Run) -> str:
 
 
 def _measures(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The numbers of an analysis: numbers alone in one table, those by row in another, each of the
-    others in a separate one.
-    """
+    """The tables of an analysis: of single numbers, of numbers by row, and one for each other."""
     alone = [measure for measure in measures.values() if measure["axes"] == []]
     by_row = [measure for measure in measures.values() if measure["axes"] == ["row"]]
-    rows = dict.fromkeys(name for measure in by_row for name in measure["values"])
+    names = dict.fromkeys(name for measure in by_row for name in measure["values"])
+    values = [(measure["title"], _number(measure["values"])) for measure in alone]
+    rows = [(name, *(_number(each["values"].get(name)) for each in by_row)) for name in names]
+    head = ("row", *(measure["title"] for measure in by_row))
     tables = [
-        Table(
-            "Over all branches",
-            ("measure", "value"),
-            tuple((measure["title"], _number(measure["values"])) for measure in alone),
-            _meanings(alone),
-        ),
-        Table(
-            "By row",
-            ("row", *(measure["title"] for measure in by_row)),
-            tuple(
-                (name, *(_number(measure["values"].get(name)) for measure in by_row))
-                for name in rows
-            ),
-            _meanings(by_row),
-        ),
+        Table("Over all branches", ("measure", "value"), tuple(values), _meanings(alone)),
+        Table("By row", head, tuple(rows), _meanings(by_row)),
     ]
     details = [_details(measure) for measure in measures.values() if len(measure["axes"]) > 1]
     return [table.as_html() for table in tables if table.rows] + details
@@ -114,9 +96,7 @@ def _meanings(measures: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _details(measure: Mapping[str, Any]) -> str:
-    """A measure of several axes as a folded table, with the shorter of its last axis and the others
-    across.
-    """
+    """A measure of several axes as a folded table, the shorter of its last axis across."""
     lines = _flat(measure["values"], len(measure["axes"]) - 1)
     columns = list(dict.fromkeys(name for values in lines.values() for name in values))
     cells = [[_number(values.get(name)) for name in columns] for values in lines.values()]
@@ -127,13 +107,10 @@ def _details(measure: Mapping[str, Any]) -> str:
     if len(names) * len(columns) > MOST_CELLS:
         size = f"{len(names)} x {len(columns)} numbers"
         return f"<p>{escape(title)}: {size}, which analysis.json has.</p>\n"
-    table = Table(
-        f"{title} ({', '.join(measure['axes'])})",
-        ("", *columns),
-        tuple((name, *line) for name, line in zip(names, cells, strict=True)),
-        (measure["description"],),
-    )
-    return f"<details>\n<summary>{escape(title)}</summary>\n{table.as_html()}</details>\n"
+    rows = tuple((name, *line) for name, line in zip(names, cells, strict=True))
+    caption = f"{title} ({', '.join(measure['axes'])})"
+    table = Table(caption, ("", *columns), rows, (measure["description"],)).as_html()
+    return f"<details>\n<summary>{escape(title)}</summary>\n{table}</details>\n"
 
 
 def _flat(values: Mapping[str, Any], depth: int) -> dict[str, Mapping[str, Any]]:

@@ -144,25 +144,17 @@ def read_run(path: Path) -> Run:
     student = _student_row(config, folder.config_path)
     records = tuple(folder.read_metrics())
     if not records or student not in records[-1]["eval"]:
-        missing = (
-            f"its last epoch has no accuracy of {student}"
-            if records
-            else "it has no finished epoch"
-        )
-        raise CheckpointError(
-            f"{path}: {missing} in metrics.jsonl; train it with 'fastokd train --resume {path}', or"
-            " leave it out"
-        )
+        missing = f"its last epoch has no accuracy of {student}"
+        missing = missing if records else "it has no finished epoch"
+        fix = f"train it with 'fastokd train --resume {path}', or leave it out"
+        raise CheckpointError(f"{path}: {missing} in metrics.jsonl; {fix}")
     remarks = []
-    lines = folder.metrics_path.read_bytes().splitlines()
-    if len(lines) > len(records):
-        remarks.append(
-            f"metrics.jsonl is damaged in line {len(records) + 1}: only what is before it is used"
-        )
+    if len(folder.metrics_path.read_bytes().splitlines()) > len(records):
+        line = len(records) + 1
+        remarks.append(f"metrics.jsonl is damaged in line {line}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
-        remarks.append(
-            f"unfinished, {done} of {config.epochs} epochs: its last epoch here is epoch {done}"
-        )
+        progress = f"{done} of {config.epochs} epochs"
+        remarks.append(f"unfinished, {progress}: its last epoch here is epoch {done}")
     environment = folder.read_environment()
     if not environment:
         remarks.append("environment.json is missing or damaged: versions and machine are not known")
@@ -201,40 +193,32 @@ def read_runs(paths: Sequence[Path]) -> list[Group]:
         if by_seed is None:
             groups.append((kind, by_seed := {}))
         if (other := by_seed.get(run.config.seed)) is not None:
-            raise ConfigError(
-                f"{other.path} and {run.path} are the same configuration with the same seed"
-                f" {run.config.seed}, which would count twice: give one of them"
-            )
+            same = f"the same configuration with the same seed {run.config.seed}"
+            raise ConfigError(f"{other.path} and {run.path} are {same}: give one of them")
         by_seed[run.config.seed] = run
     ordered = [tuple(by_seed[seed] for seed in sorted(by_seed)) for _, by_seed in groups]
     configs = [seeds[0].config for seeds in ordered]
-    return [
-        Group(_label(config, configs), seeds)
-        for config, seeds in zip(configs, ordered, strict=True)
-    ]
+    return [Group(_label(seeds[0].config, configs), seeds) for seeds in ordered]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Check that accuracies were measured on the same images with the same preprocessing. Facts
-    that a run has not recorded are not compared.
-
-    Raises:
-        ConfigError: they were not; the message has the differences and two of the runs.
+    """Raise ``ConfigError`` if accuracies were measured on different images or with different
+    preprocessing. Facts that a run has not recorded are not compared.
     """
     for fact in dict.fromkeys(fact for run in runs for fact in run.evaluated):
-        known = [run for run in runs if fact in run.evaluated]
-        different = [run for run in known if run.evaluated[fact] != known[0].evaluated[fact]]
+        one, *others = (run for run in runs if fact in run.evaluated)
+        different = [run for run in others if run.evaluated[fact] != one.evaluated[fact]]
         if different:
-            one, other = known[0], different[0]
-            differing = [
+            other, *rest = different
+            differing = "; ".join(
                 f"{name}: {one.shown(name)}, {other.shown(name)}"
                 for name in one.evaluated
                 if name in other.evaluated and one.evaluated[name] != other.evaluated[name]
-            ]
-            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            )
+            more = f" (and {len(rest)} more)" if rest else ""
             raise ConfigError(
                 f"{one.path} and {other.path}{more} were evaluated on different images, so their"
-                f" numbers do not compare ({'; '.join(differing)}); give runs of the same"
+                f" numbers do not compare ({differing}); give runs of the same"
             )
 
 
@@ -261,12 +245,11 @@ def config_differences(configs: Sequence[TrainConfig]) -> dict[str, list[str]]:
 
 
 def _label(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
-    key = (config.model, config.method)
-    same = [other for other in configs if (other.model, other.method) == key]
-    differing = (
-        f"{name} {value_in_words(getattr(config, name))}" for name in config_differences(same)
-    )
-    return ", ".join([f"{config.model} {config.method}", *differing])
+    name = f"{config.model} {config.method}"
+    same = [other for other in configs if f"{other.model} {other.method}" == name]
+    fields = config_differences(same)
+    values = [f"{field} {value_in_words(getattr(config, field))}" for field in fields]
+    return ", ".join([name, *values])
 
 
 def value_in_words(value: Any) -> str:
@@ -331,8 +314,7 @@ def _evaluated(
     else:
         accuracy, preprocessing = record["accuracy"], record["preprocessing"]
         height, width = preprocessing["image_size"]
-        facts["split"], facts["number of images"] = accuracy["split"], accuracy["num_images"]
-        facts["image size"] = f"{height} x {width}"
         shorter_side = preprocessing.get("shorter_side", min(height, width))
-        facts["shorter side before the crop"] = shorter_side
+        facts |= {"split": accuracy["split"], "number of images": accuracy["num_images"]}
+        facts |= {"image size": f"{height} x {width}", "shorter side before the crop": shorter_side}
     return {name: value for name, value in facts.items() if value is not None}

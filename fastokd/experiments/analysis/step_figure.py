@@ -17,10 +17,6 @@ _KINDS = {
 def draw_step_benchmark(found: Mapping[str, Any], path: Path) -> Path:
     """Draw the speed-up of each row over the first, with the lowest and highest of its windows, as
     an SVG file. ``found`` is of ``fastokd.experiments.step_benchmark.report``.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        StorageError: the disk refused.
     """
     plt = require_matplotlib()
     rows = [row for row in found["rows"] if not row["reason"]]
@@ -50,10 +46,7 @@ def draw_step_benchmark(found: Mapping[str, Any], path: Path) -> Path:
     machine = environment["device"]
     if machine == "cpu":
         machine = f"{found['processor']}, threads: {environment['threads']}"
-    side = " x ".join(map(str, found["image_size"]))
-    figure.suptitle(
-        f"{found['model']}, {found['method']}, {found['branches']} branches, batch"
-        f" {found['batch_size']} of {side}\n{machine}",
-        fontsize="medium",
-    )
+    batch = f"batch {found['batch_size']} of {' x '.join(map(str, found['image_size']))}"
+    title = f"{found['model']}, {found['method']}, {found['branches']} branches, {batch}"
+    figure.suptitle(f"{title}\n{machine}", fontsize="medium")
     return save_svg(plt, figure, path, found)

@@ -14,7 +14,7 @@ from fastokd.data.images import Progress
 from fastokd.errors import ConfigError
 from fastokd.experiments.analysis import diversity
 from fastokd.experiments.analysis.gather import Gathered, gather
-from fastokd.experiments.analysis.pictures import draw_study
+from fastokd.experiments.analysis.study_figures import draw_study
 from fastokd.storage import write_json
 from fastokd.train.run_folder import RunFolder
 from fastokd.train.runs import LoadedRun, load_run
@@ -46,36 +46,34 @@ cross_entropy [row]: cross-entropy
 confidence [row]: mean confidence
     Mean of the largest softmax probability.
 calibration_error [row]: expected calibration error
-    Mean gap between accuracy and confidence over 15 bins of equal width, weighted by the
-    images in them (Guo et al. 2017, eq. 3).
+    Mean gap between accuracy and confidence over 15 bins of equal width, weighted by the images in
+    them (Guo et al. 2017, eq. 3).
 interrater_agreement []: interrater agreement
-    Over the branches: 1 where all are right on the same images, 0 where they err
-    independently; smaller is more diverse (FFM + CD, eq. 9).
+    Over the branches: 1 where all are right on the same images, 0 where they err independently;
+    smaller is more diverse (FFM + CD, eq. 9).
 branch_softmax_distance []: softmax distance of the branches
-    Mean Euclidean distance of softmax outputs over the images and the pairs of branches
-    (OKDDip's code).
-branch_logit_distance []: logit distance of the branches
-    Mean Euclidean distance of logits over the images that the student gets wrong and the
-    pairs of branches.
-any_branch_right []: any branch right
-    Fraction of images that at least one branch gets right (the union accuracy of FFSD's
+    Mean Euclidean distance of softmax outputs over the images and the pairs of branches (OKDDip's
     code).
+branch_logit_distance []: logit distance of the branches
+    Mean Euclidean distance of logits over the images that the student gets wrong and the pairs of
+    branches.
+any_branch_right []: any branch right
+    Fraction of images that at least one branch gets right (the union accuracy of FFSD's code).
 softmax_distance [row, row]: softmax distance
     Mean Euclidean distance of two rows' softmax outputs over all images.
 logit_distance [row, row]: logit distance
-    Mean Euclidean distance of two rows' logits over the images that the student gets wrong
-    (AHBF Fig. 5).
+    Mean Euclidean distance of two rows' logits over the images that the student gets wrong (AHBF
+    Fig. 5).
 agreement [row, row]: agreement
     Fraction of images for which two rows name the same class, right or wrong.
 error_overlap [row, row]: error overlap
-    Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard
-    index).
+    Of the images that one of two rows gets wrong, the fraction that both get wrong (Jaccard index).
 same_error [row, row]: same error
-    Of the images that two rows both get wrong, the fraction for which they name the same
-    wrong class.
+    Of the images that two rows both get wrong, the fraction for which they name the same wrong
+    class.
 q_statistic [row, row]: Q statistic
-    Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva
-    and Whitaker 2003).
+    Yule's Q of being right: 0 where two rows err independently, 1 where together (Kuncheva and
+    Whitaker 2003).
 class_accuracy [row, class]: accuracy per class
     Fraction of every class's images that is recognised.
 confusion [class, predicted class]: confusion
@@ -114,18 +112,13 @@ class Analysis:
     gathered: Gathered
 
     def write(self, folder: Path) -> list[str]:
-        """Write ``analysis.json`` and the figures, see ``draw_study``; returns the names of the
-        figures.
-
-        Raises:
-            StorageError: the disk refused.
-        """
+        """Write ``analysis.json`` and the figures, and return the names of the figures."""
         write_json(folder / FILE, self.record)  # the numbers are kept if drawing fails
         drawn, notes = draw_study(self.record, self.gathered, folder)
         self.record["pictures"] = drawn
         self.record["notes"] += notes
         write_json(folder / FILE, self.record)
-        return [picture["name"] for picture in drawn]
+        return [drawing["name"] for drawing in drawn]
 
 
 def analyze_run(
@@ -157,13 +150,8 @@ def analyze_run(
         )
     run = load_run(path, which, data, device, split, decoding)
     images = run.dataset.evaluation if split is None else run.dataset.split(split)
-    total = len(images)
-    gathered = gather(
-        run.evaluator,
-        run.loader,
-        max_images,
-        lambda done: progress(done, total) if progress else None,
-    )
+    show = None if progress is None else lambda done: progress(done, len(images))
+    gathered = gather(run.evaluator, run.loader, max_images, show)
     records = RunFolder.open(path).read_metrics()
     history = {
         record["epoch"] + 1: record["mixing"]
@@ -183,7 +171,7 @@ def analyze_run(
         "model": run.config.model,
         "data": run.dataset.name,
         "split": images.name,
-        "images": total,
+        "images": len(images),
         "checkpoint": which,
         "epochs": run.state["epoch"],
         "planned_epochs": run.config.epochs,
@@ -205,13 +193,8 @@ def measures(
     classes: Sequence[str],
     history: Mapping[int, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
-    """Every entry of ``MEASURES`` that this run has, with its values.
-
-    Args:
-        found: the model's predictions.
-        members: the names of the rows that the measures over branches are over.
-        classes: the C class names.
-        history: by epoch, counted from 1, the mean mixing weights that training has recorded.
+    """Every entry of ``MEASURES`` that this run has, with its values. Those over branches are over
+    ``members``, names of rows; ``history`` has the mean mixing weights by epoch, counted from 1.
     """
     values = {
         **_row_measures(found, classes),
@@ -227,20 +210,18 @@ def measures(
 
 
 def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
-    rows, right = found.rows, found.right
+    rows, right, labels = found.rows, found.right, found.labels
     width = 1 / diversity.ECE_BINS
     edges = [f"{i * width:.3f}-{(i + 1) * width:.3f}" for i in range(diversity.ECE_BINS)]
     bins = list(map(diversity.calibration, found.confidences, right))
-    class_accuracy = [diversity.class_means(hit, found.labels, len(classes)) for hit in right]
+    class_accuracy = [diversity.class_means(hit, labels, len(classes)) for hit in right]
     predictions = found.predictions[found.student]
-    confusion = diversity.confusion_matrix(predictions, found.labels, len(classes)).tolist()
+    confusion = diversity.confusion_matrix(predictions, labels, len(classes)).tolist()
     return {
         "accuracy": _named(right.double().mean(1), rows),
         "cross_entropy": _named(found.cross_entropies, rows),
         "confidence": _named(found.confidences.mean(1), rows),
-        "calibration_error": {
-            name: _plain(each.error) for name, each in zip(rows, bins, strict=True)
-        },
+        "calibration_error": _named([each.error for each in bins], rows),
         "class_accuracy": _named(torch.stack(class_accuracy), rows, classes),
         "confusion": {
             name: {other: count for other, count in zip(classes, line, strict=True) if count}
@@ -256,14 +237,13 @@ def _row_measures(found: Gathered, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _branch_measures(found: Gathered, chosen: Sequence[int]) -> dict[str, Any]:
-    softmax, logit = (
-        diversity.mean_over_pairs(distances[chosen][:, chosen])
-        for distances in (found.softmax_distances, found.logit_distances)
-    )
+    def mean_distance(distances: Tensor) -> float | None:
+        return _plain(diversity.mean_over_pairs(distances[chosen][:, chosen]))
+
     return {
         "interrater_agreement": _plain(diversity.interrater_agreement(found.right[chosen])),
-        "branch_softmax_distance": _plain(softmax),
-        "branch_logit_distance": _plain(logit),
+        "branch_softmax_distance": mean_distance(found.softmax_distances),
+        "branch_logit_distance": mean_distance(found.logit_distances),
         "any_branch_right": diversity.any_right(found.right[chosen]),
     }
 
@@ -308,39 +288,41 @@ def _notes(
     run: LoadedRun, found: Gathered, done: int, history: Mapping[int, Any], max_images: int
 ) -> list[str]:
     """Remarks for readers of the numbers; ``done`` is the number of the run's finished epochs."""
-    notes = []
     wrong, student = found.student_errors, found.rows[found.student]
-    if done < run.config.epochs:
-        notes.append(f"the run is not finished: {done} of {run.config.epochs} epochs are done")
-    if run.state["loader"]:
-        notes.append(f"the checkpoint was written within epoch {run.state['epoch'] + 1}")
-    if not found.mixing:
-        notes.append(
-            f"method {run.config.method} has no mixture of rows whose weights a gate or the loss"
-            " finds, so there are no mixing weights"
-        )
-    elif not history:
-        notes.append(
-            "mixing weights by epoch were not recorded: the run is of an earlier version, or its"
-            " metrics.jsonl is lost"
-        )
-    if len(run.evaluator.criterion.ensemble_members) < 2:
-        notes.append("there is one branch, so nothing is measured over pairs of branches")
-    if not wrong:
-        notes.append(
-            f"{student} gets every image right, so there are no distances of logits on its errors"
-            " and no t-SNE"
-        )
-    elif 0 < max_images < wrong:
-        notes.append(
-            f"the t-SNE shows {max_images} of the {wrong} images that {student} gets wrong"
-            " (--max-images)"
-        )
-    return notes
+    method, planned = run.config.method, run.config.epochs
+    unfinished = f"the run is not finished: {done} of {planned} epochs are done"
+    within = f"the checkpoint was written within epoch {run.state['epoch'] + 1}"
+    no_mixture = (
+        f"method {method} has no mixture of rows whose weights a gate or the loss finds, so there"
+        " are no mixing weights"
+    )
+    no_history = (
+        "mixing weights by epoch were not recorded: the run is of an earlier version, or its"
+        " metrics.jsonl is lost"
+    )
+    one_branch = "there is one branch, so nothing is measured over pairs of branches"
+    no_errors = (
+        f"{student} gets every image right, so there are no distances of logits on its errors and"
+        " no t-SNE"
+    )
+    shown = (
+        f"the t-SNE shows {max_images} of the {wrong} images that {student} gets wrong"
+        " (--max-images)"
+    )
+    notes = {
+        unfinished: done < planned,
+        within: run.state["loader"],
+        no_mixture: not found.mixing,
+        no_history: found.mixing and not history,
+        one_branch: len(run.evaluator.criterion.ensemble_members) < 2,
+        no_errors: not wrong,
+        shown: 0 < max_images < wrong,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
-def _named(values: Tensor, names: Sequence[str], *more: Sequence[str]) -> dict[str, Any]:
-    """A tensor as nested dicts, with the names along each dimension."""
+def _named(values: Tensor | Sequence[Any], names: Sequence[str], *more: Sequence[str]) -> Any:
+    """Numbers as nested dicts, with the names along each dimension."""
     return {
         name: _named(value, *more) if more else _plain(float(value))
         for name, value in zip(names, values, strict=True)

@@ -64,16 +64,11 @@ def list_recipes() -> dict[str, Recipe]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ConfigError: it does not exist; the message suggests the closest name.
-    """
+    """The recipe of that name; a ``ConfigError`` suggests the closest one."""
     recipes = list_recipes()
     if name not in recipes:
         close = difflib.get_close_matches(name, recipes, n=1)  # listing all would be too long
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(
-            f"unknown recipe '{name}'; {hint}'fastokd recipes' lists all {len(recipes)}"
-        )
+        fix = f"{hint}'fastokd recipes' lists all {len(recipes)}"
+        raise ConfigError(f"unknown recipe '{name}'; {fix}")
     return recipes[name]

@@ -1,12 +1,11 @@
 """CIFAR-10, CIFAR-100 and CINIC-10 in the settings that AHBF, OKDDip and FFM + CD share.
 
-The three papers train alike, so a row of one stands beside the rows of the others for the same
-recipe: AHBF (Gong et al., AAAI 2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of
-its slides) and FFM + CD (Li et al., ACCV 2020). The methods that AHBF and FFM + CD compare with are
-in the form of the OKDDip repository, which has them all; neither paper says which code it ran. AHBF
-itself has the paper's loss; its published code has another (``--preset code``), and which of them
-gave the numbers is not known. The seeds of the three runs are not given: train with seeds 0, 1 and
-2.
+The three papers train alike, so one recipe can have rows of all three: AHBF (Gong et al., AAAI
+2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM + CD (Li et
+al., ACCV 2020). The methods that AHBF and FFM + CD compare with are in the form of the OKDDip
+repository, which has them all; neither paper says which code it ran. AHBF itself has the paper's
+loss; its published code has another (``--preset code``), and which of them gave the numbers is not
+known. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,7 @@
 
 The paper trains 90 epochs in batches of 96 (section 4.1). The recipes that end in ``-large`` are
 not published: they are for 8 GPUs with 128 images each (``torchrun --nproc-per-node=8 -m fastokd
-train --recipe ... --data FOLDER``), AHBF beside the network alone, so that what AHBF adds can be
-measured in the same settings.
+train --recipe ... --data FOLDER``), for AHBF and for the network alone, to measure what AHBF adds.
 """
 
 from collections.abc import Iterator
@@ -81,7 +80,7 @@ Settings of ours, not published: nothing to compare with but each other.
 torchrun --nproc-per-node=8 -m fastokd train --recipe NAME --data FOLDER gives each of 8 GPUs 128
 images; --device-batch 64 takes them in two passes.
 [large]
-No label smoothing, mixup or moving average: the paper has none.
+No label smoothing, mixup or moving average, as in the paper.
 """
 
 

@@ -1,7 +1,7 @@
-"""ONE, FFSD and AFID as their own published code trains them, which is not as the papers that
-compare with them do.
+"""ONE, FFSD and AFID as their own published code trains them, which differs from the papers that
+compare with them.
 
-A name that ends in ``-official`` says so.
+Their names end in ``-official``.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ _AFID_IMAGENET = (
 )
 
 _README = "FFSD's readme"
-_UNKNOWN = ("The number of its own paper is not at hand.",)
+_UNKNOWN = ("The number in the method's own paper is not at hand.",)
 # Dataset, network, its source, settings, the published number (that of ResNet-32 is of 74.92, 74.82
 # and 74.82 % accuracy).
 _ROWS: tuple[tuple[str, str, str, Settings, Published | None], ...] = (
@@ -75,7 +75,7 @@ def _recipes() -> Iterator[Recipe]:
             dataset=dataset,
             settings=given(source, model=model) | settings,
             variant="official",
-            meaning="in the settings of its own code",
+            meaning="in the settings of the method's code",
             published=(number,) if number else (),
             notes=() if number else _UNKNOWN,
         )

@@ -116,9 +116,7 @@ class Recipe:
         return f"{text}, {self.meaning}" if self.meaning else text
 
     def reported(self) -> str:
-        """The published errors in % in one line, by their sources, with the row if it is not the
-        student.
-        """
+        """The published errors in % in one line, by source, with rows other than the student's."""
         by_source: dict[str, list[str]] = {}
         for number in self.published:
             row = "" if number.row == "student" else f" ({_ROWS.get(number.row, number.row)})"
@@ -126,16 +124,12 @@ class Recipe:
         return "; ".join(f"{source}: {', '.join(texts)}" for source, texts in by_source.items())
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every field written out, with its source as a comment;
-        ``read_config`` takes it.
-        """
+        """The configuration as YAML with sources as comments; ``read_config`` takes it."""
         lines = [f"# {self.title}"]
         for number in self.published:
             runs = f", mean of {number.runs} runs" if number.runs else ""
-            lines.append(
-                f"# {number.source}: {number.number()} % error,"
-                f" {_ROWS.get(number.row, number.row)}{runs}"
-            )
+            row = _ROWS.get(number.row, number.row)
+            lines.append(f"# {number.source}: {number.number()} % error, {row}{runs}")
         lines += [f"# {note}" for note in self.notes]
         lines.append("# Fields without a source are fastokd's defaults.")
         for line in self.config.to_yaml().splitlines():
@@ -159,18 +153,13 @@ def by_name(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
 
 def read_table(text: str) -> dict[str, list[float]]:
     """Rows of a network's name and numbers."""
-    return {
-        words[0]: [float(word) for word in words[1:]]
-        for words in map(str.split, text.strip().splitlines())
-    }
+    rows = map(str.split, text.strip().splitlines())
+    return {name: list(map(float, numbers)) for name, *numbers in rows}
 
 
 def read_notes(text: str, key: str) -> tuple[str, ...]:
-    """The notes on a recipe.
-
-    Args:
-        text: notes, each below a line "[PATTERN PATTERN]".
-        key: matched by at least one of the patterns, with wildcards: "dataset/model/method".
+    """The notes in a text, each below a line "[PATTERN PATTERN]", with a pattern that matches a
+    recipe's key, such as "dataset/model/method"; patterns have wildcards.
     """
     notes = (block.partition("]") for block in text.split("[")[1:])
     return tuple(

@@ -60,7 +60,7 @@ _WAIT = {
 }
 _WAIT["cifar100"] = _WAIT["cifar10"]
 _KDCL = given("two networks", method="kdcl", branches=2, ramp_epochs=0) | given(
-    "ours, T and the weight are in no source: 3 and 1; views of their own as TSB describes KDCL",
+    "ours, T and the weight are in no source: 3 and 1; separate views as TSB describes KDCL",
     method_options={"variant": "minlogit"},
 )
 _DML = "DML's own form: T = 1, the peers are constants"
@@ -134,7 +134,7 @@ _TSB_IMAGENET = """
 resnet18_imagenet          69.8  70.3  70.6  70.7  71.3
 mobilenetv2_x1_0_imagenet  71.9  72.2  72.4  72.5  72.9
 """
-# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with views of their own (ICL): networks 1
+# KDCL on CIFAR-100, ResNet-32 and WRN-16-2, without and with separate views (ICL): networks 1
 # and 2.
 _KDCL_CIFAR100 = """
 naive     73.7 74.8  73.8 74.9
@@ -220,11 +220,7 @@ def _kdcl(
         | (given(_SLIDES, epochs=epochs) if imagenet else {})
     )
     views = "a view for each network" if icl else "one view for both"
-    name, meaning = variant, f"{variant}, {views}"
-    if not imagenet and not icl:
-        name += "-no-icl"
-    if epochs == 100:
-        name, meaning = f"{name}-100-epochs", f"{meaning}, 100 epochs"
+    short, no_icl = epochs == 100, not imagenet and not icl
     return Recipe(
         dataset=dataset,
         settings=settings,
@@ -234,8 +230,8 @@ def _kdcl(
             "The optimizer's settings are TSB's; it says of those for ImageNet that they are"
             " KDCL's.",
         ),
-        variant=name,
-        meaning=meaning,
+        variant=variant + "-no-icl" * no_icl + "-100-epochs" * short,
+        meaning=f"{variant}, {views}" + ", 100 epochs" * short,
     )
 
 
@@ -256,9 +252,8 @@ def _recipes() -> Iterator[Recipe]:
         for method, column in zip(_PAIRS, columns, strict=True):
             yield _recipe(dataset, model, method, _errors("TSB, different networks", column))
     for dataset, model, values in _tables(_COMPONENTS_CIFAR10, _COMPONENTS_CIFAR100):
-        for (variant, meaning, options), column in zip(
-            _COMPONENTS, (values[:2], values[2:]), strict=True
-        ):
+        columns = [values[:2], values[2:]]
+        for (variant, meaning, options), column in zip(_COMPONENTS, columns, strict=True):
             published = _errors("TSB, components", column, ("branch_mean", "ensemble"))
             whole = _recipe(dataset, model, "tsb", published)
             settings = {**whole.settings, **given("TSB, components", method_options=options)}

@@ -10,13 +10,8 @@ import yaml
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.experiments.analysis.runs import value_in_words
-from fastokd.train.config import (
-    TrainConfig,
-    check_config,
-    config_from_mapping,
-    option_value,
-    override,
-)
+from fastokd.train import config as configs
+from fastokd.train.config import TrainConfig, check_config, override
 from fastokd.train.teacher import with_absolute_teacher
 
 Values = Mapping[str, Sequence[Any]]
@@ -47,10 +42,7 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Fields and their values from texts such as "branches=2,3" or "method_options.lambda_ta=1,2".
 
     Values are written as in YAML's lists: ``null`` for a default, quotes around a value with a
-    comma, brackets around a list.
-
-    Raises:
-        ConfigError: an unknown field, or a value that it cannot have.
+    comma, brackets around a list. A ``ConfigError`` names an unknown field or an invalid value.
     """
     fields: dict[str, list[Any]] = {}
     for text in texts:
@@ -60,27 +52,22 @@ def parse_values(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise ConfigError(f"{where}: must be FIELD=VALUE,VALUE, such as branches=2,3,4")
         _check_field(field, where)
         if field in fields:
-            raise ConfigError(
-                f"{where}: {field} is set twice; write all its values in one --set, separated by"
-                " commas"
-            )
+            fix = "write all its values in one --set, separated by commas"
+            raise ConfigError(f"{where}: {field} is set twice; {fix}")
         try:
             values = yaml.safe_load(f"[{written}]")
         except yaml.YAMLError:
             values = None
         if not isinstance(values, list):
-            raise ConfigError(
-                f"{where}: not a list of values separated by commas; put quotes around a value"
-                " that contains a comma or a bracket, and brackets around a list"
-            )
+            fix = "put quotes around a value with a comma or a bracket, and brackets around a list"
+            raise ConfigError(f"{where}: not a list of values separated by commas; {fix}")
         if not values:
             raise ConfigError(f"{where}: {field} has no value; write at least one after the =")
         fields[field] = choices = [_converted(field, value, where) for value in values]
         for index, value in enumerate(choices):
             if value in choices[:index]:
-                raise ConfigError(
-                    f"{where}: the value {value_in_words(value)} is listed twice; remove one"
-                )
+                double = f"the value {value_in_words(value)} is listed twice"
+                raise ConfigError(f"{where}: {double}; remove one")
     return fields
 
 
@@ -90,15 +77,12 @@ def _check_field(field: str, where: str) -> None:
     if name in _OWN_OPTIONS:
         raise ConfigError(f"{where}: {name} cannot be set here; {_OWN_OPTIONS[name]}")
     if name not in hints:
-        raise ConfigError(
-            f"{where}: unknown field '{name}'; options of the method are method_options.NAME"
-            f"{did_you_mean(name, set(hints) - set(_OWN_OPTIONS))}"
-        )
+        hint = did_you_mean(name, set(hints) - set(_OWN_OPTIONS))
+        fix = f"options of the method are method_options.NAME{hint}"
+        raise ConfigError(f"{where}: unknown field '{name}'; {fix}")
     if dot and (not option or name not in _WITH_OPTIONS):
-        raise ConfigError(
-            f"{where}: {name} has no option '{option}'; only {' and '.join(_WITH_OPTIONS)} have"
-            " options, as in method_options.NAME"
-        )
+        fix = f"only {' and '.join(_WITH_OPTIONS)} have options, as in method_options.NAME"
+        raise ConfigError(f"{where}: {name} has no option '{option}'; {fix}")
     if not dot and name in _WITH_OPTIONS:
         raise ConfigError(f"{where}: set options one by one, as --set {name}.NAME=VALUE,VALUE")
 
@@ -106,18 +90,14 @@ def _check_field(field: str, where: str) -> None:
 def _converted(field: str, value: Any, where: str) -> Any:
     name, dot, option = field.partition(".")
     if dot:
-        value = {option: option_value(value) if isinstance(value, str) else value}
-    converted = getattr(config_from_mapping({name: value}, where), name)
+        value = {option: configs.option_value(value) if isinstance(value, str) else value}
+    converted = getattr(configs.config_from_mapping({name: value}, where), name)
     return converted[option] if dot else converted
 
 
 def grid_points(base: TrainConfig, values: Values) -> list[Point]:
     """Every combination of values on top of a configuration, the last field's values changing
-    fastest.
-
-    Raises:
-        ConfigError: an invalid combination, or the same configuration as another one; the message
-            begins with the combination.
+    fastest. A ``ConfigError`` names a combination that is invalid or equal to another one.
     """
     points: list[Point] = []
     for combination in itertools.product(*values.values()):
@@ -130,16 +110,19 @@ def grid_points(base: TrainConfig, values: Values) -> list[Point]:
             raise ConfigError(f"{describe(point)}: {error}" if point else str(error)) from error
         for other in points:
             if replace(other.config, seed=config.seed) == config:
-                raise ConfigError(
-                    f"{describe(point)}: the same configuration as {describe(other.values)}; remove"
-                    " one"
-                )
+                same = f"the same configuration as {describe(other.values)}"
+                raise ConfigError(f"{describe(point)}: {same}; remove one")
         stem = _name(point) or f"{config.model}-{config.method}".replace(":", "-")
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         used = {other.name for other in points}
         name = next(name for name in names if name not in used)
         points.append(Point(name, point, replace(config, seed=0)))
     return points
+
+
+def shared_values(values: Values) -> dict[str, Any]:
+    """The values that all points share."""
+    return {field: choices[0] for field, choices in values.items() if len(choices) == 1}
 
 
 def fields_of(chosen: Mapping[str, Any]) -> dict[str, Any]:

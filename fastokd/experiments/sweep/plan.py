@@ -2,8 +2,8 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from fastokd.experiments.analysis.runs import SAME_RUN
 from fastokd.experiments.analysis.tables import Table
 from fastokd.experiments.sweep.queue import Job, Outcome, Queue
 from fastokd.experiments.sweep.results import Measured, measure
-from fastokd.storage import storage_error, write_json
+from fastokd.storage import storage_error, write_json, write_text
 from fastokd.train.config import TrainConfig, differences
 from fastokd.train.data import AnyDataset, open_data
 from fastokd.train.progress import Counter
@@ -24,40 +24,6 @@ from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.teacher import open_teacher
 
 Record = Mapping[str, Any]
-
-
-class Datasets:
-    """Opens datasets as runs do, each of them once."""
-
-    def __init__(self) -> None:
-        self._opened: dict[str, AnyDataset] = {}
-
-    def of(self, config: TrainConfig) -> AnyDataset:
-        """The dataset of a configuration.
-
-        Raises:
-            ConfigError, DataError: see ``open_data``.
-        """
-        key = repr(
-            [config.data, config.image_size, config.val_split, config.loader, config.bad_images]
-        )
-        if key not in self._opened:
-            counter = Counter("reading images")
-            try:
-                self._opened[key] = open_data(config, torch.device("cpu"), progress=counter)
-            finally:
-                counter.close()
-        return self._opened[key]
-
-    def fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
-        """The fingerprints of the datasets, by form: files, or decoded images of a size."""
-        fingerprints = {}
-        for config in configs:
-            dataset = self.of(config)
-            decoded = isinstance(dataset, Dataset)
-            form = f"images of size {config.image_size}" if decoded else "files"
-            fingerprints[form] = dataset.fingerprint
-        return fingerprints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +35,6 @@ class Plan(ABC):
         jobs: the runs of each row of the results, by the row's name.
         rows: the rows to run now.
         seeds: the number of runs of each of these, with seeds from 0.
-        datasets: opens their data.
     """
 
     kind: ClassVar[str]
@@ -79,7 +44,7 @@ class Plan(ABC):
     jobs: Mapping[str, tuple[Job, ...]]
     rows: tuple[str, ...]
     seeds: int
-    datasets: Datasets = field(default_factory=Datasets)
+    _opened: dict[str, AnyDataset] = field(default_factory=dict, repr=False)
 
     @property
     def queue(self) -> list[Job]:
@@ -114,25 +79,24 @@ class Plan(ABC):
         Raises:
             ConfigError: it does not, or contains other files or runs.
             ConfigError, DataError: the data cannot be trained on.
-            StorageError: the folder cannot be read.
         """
-        record = self._read_record()
-        if record is None:
+        text = self._read_record()
+        if text is None:
             return
         try:
+            record = json.loads(text)
             different = self.differences(record)
             images = dict(record.get("data", {}))
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise self._damaged() from None
+            fix = "choose another --out, or delete that file if its runs belong to this command"
+            raise ConfigError(f"{self.out / self.kind}.json is damaged; {fix}") from None
         if different:
-            raise ConfigError(
-                f"{self.out} belongs to a different '{self.kind}' (existing vs requested:"
-                f" {'; '.join(different)}); repeat that command to resume it, or choose another"
-                " --out"
-            )
+            changes = f"existing vs requested: {'; '.join(different)}"
+            fix = "repeat that command to resume it, or choose another --out"
+            raise ConfigError(f"{self.out} belongs to a different '{self.kind}' ({changes}); {fix}")
         jobs = [job for row in self.jobs.values() for job in row]
         configs = [job.config for job in jobs if job.config.data]
-        for name, fingerprint in self.datasets.fingerprints(configs).items():
+        for name, fingerprint in self._fingerprints(configs).items():
             if images.get(name, fingerprint) != fingerprint:
                 raise ConfigError(
                     f"{self.out} belongs to other images than {configs[0].data} has now: pass the"
@@ -147,6 +111,21 @@ class Plan(ABC):
                     f" requested: {'; '.join(changed)}); choose another --out"
                 )
 
+    def _read_record(self) -> bytes | None:
+        """The text of the folder's record; None for a new folder."""
+        try:
+            names = sorted(entry.name for entry in self.out.iterdir())
+            if f"{self.kind}.json" in names:
+                return (self.out / f"{self.kind}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error(self.out, error) from error
+        if names:
+            foreign = f"is not empty ({', '.join(names[:3])}) and was not written by"
+            raise ConfigError(f"{self.out} {foreign} 'fastokd {self.kind}'; choose another --out")
+        return None
+
     def run(
         self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
     ) -> Outcome:
@@ -155,65 +134,35 @@ class Plan(ABC):
 
         Raises:
             ConfigError: see ``check``, or runs in the folder are still active.
-            ConfigError, DataError, CheckpointError: data or a teacher cannot be used, found before
-                the first run.
-            StorageError: the disk refused.
+            ConfigError, DataError, CheckpointError: unusable data or teachers, before any run.
         """
         self.check()
         waiting = [job for job in self.queue if not job.is_finished()]
         if not waiting:
             self.results({}).write()
             return Outcome({}, EXIT_OK)
-        _check_inputs([job.config for job in waiting], self.datasets)
-        with self._locked(waiting):
+        self._check_inputs([job.config for job in waiting])
+        folder = self._lock(waiting)
+        try:
             self.check()  # another process may have written here since
             path = self.out / f"{self.kind}.json"
-            images = self.datasets.fingerprints(job.config for job in self.queue)
+            images = self._fingerprints(job.config for job in self.queue)
             data = {**read_json_object(path).get("data", {}), **images}
             write_json(path, {**self.record, "data": data})
             queue = Queue(self.queue, self.out, devices, per_device, say)
             return queue.run(lambda failed: self.results(failed).write())
+        finally:
+            folder.unlock()
 
-    def _read_record(self) -> Any:
-        """The folder's record; None for a new folder."""
-        path = self.out / f"{self.kind}.json"
-        try:
-            others = [] if path.is_file() else sorted(entry.name for entry in self.out.iterdir())
-            text = None if others else path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise storage_error(self.out, error) from error
-        if text is None:
-            raise ConfigError(
-                f"{self.out} is not empty ({', '.join(others[:3])}) and was not written by"
-                f" 'fastokd {self.kind}'; choose another --out"
-            )
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise self._damaged() from None
-
-    def _damaged(self) -> ConfigError:
-        return ConfigError(
-            f"{self.out / self.kind}.json is damaged; choose another --out, or delete that file if"
-            " its runs belong to this command"
-        )
-
-    @contextmanager
-    def _locked(self, waiting: Iterable[Job]) -> Iterator[None]:
-        """Lock the folder for this process, and check that no run in it is active: runs of a
-        process that was killed continue without it.
-        """
+    def _lock(self, waiting: Iterable[Job]) -> RunFolder:
+        """Lock the folder; refuse if runs of an earlier, killed process are still active in it."""
         folder = RunFolder(self.out)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             folder.lock()
-            for job in waiting:
-                if job.path.is_dir():
-                    run = RunFolder(job.path)
-                    run.lock()
-                    run.unlock()
+            for run in [RunFolder(job.path) for job in waiting if job.path.is_dir()]:
+                run.lock()
+                run.unlock()
         except OSError as error:
             raise storage_error(self.out, error) from error
         except ConfigError:
@@ -222,21 +171,34 @@ class Plan(ABC):
                 f"{self.out} is locked: runs started by another '{self.kind}' process are still"
                 " active; wait for them, or choose another --out"
             ) from None
-        try:
-            yield
-        finally:
-            folder.unlock()
+        return folder
 
+    def _check_inputs(self, configs: Iterable[TrainConfig]) -> None:
+        """Open the data and the teachers of all runs, to find mistakes before the first run."""
+        checked = set()
+        for config in configs:
+            dataset = self._dataset(config)
+            teacher = config.method_options.get("teacher")
+            if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
+                open_teacher(config, dataset, torch.device("cpu"))
+                checked.add(key)
 
-def _check_inputs(configs: Sequence[TrainConfig], datasets: Datasets) -> None:
-    """Open the data and the teachers of all runs, so that mistakes are found before the first."""
-    checked = set()
-    for config in configs:
-        dataset = datasets.of(config)
-        teacher = config.method_options.get("teacher")
-        if teacher is not None and (key := (teacher, config.model, config.data)) not in checked:
-            open_teacher(config, dataset, torch.device("cpu"))
-            checked.add(key)
+    def _dataset(self, config: TrainConfig) -> AnyDataset:
+        """The dataset of a configuration as its runs open it, opened once."""
+        fields = ("data", "image_size", "val_split", "loader", "bad_images")
+        key = repr([getattr(config, name) for name in fields])
+        if key not in self._opened:
+            with closing(Counter("reading images")) as counter:
+                self._opened[key] = open_data(config, torch.device("cpu"), progress=counter)
+        return self._opened[key]
+
+    def _fingerprints(self, configs: Iterable[TrainConfig]) -> dict[str, str]:
+        """The fingerprints of the datasets, by form: files, or decoded images of a size."""
+        datasets = ((config.image_size, self._dataset(config)) for config in configs)
+        return {
+            f"images of size {size}" if isinstance(data, Dataset) else "files": data.fingerprint
+            for size, data in datasets
+        }
 
 
 @dataclass(frozen=True)
@@ -245,20 +207,39 @@ class Results(ABC):
 
     measured: Mapping[str, Measured]
     notes: tuple[str, ...]
+    out: Path
 
     @abstractmethod
     def tables(self) -> list[Table]:
         """The tables of the results."""
 
     @abstractmethod
+    def as_json(self) -> Record:
+        """The content of ``results.json``."""
+
+    @abstractmethod
+    def files(self) -> dict[str, str]:
+        """The texts of the other files, by name."""
+
     def write(self) -> None:
-        """Write tables and numbers into the plan's folder."""
+        """Write all files into the plan's folder."""
+        for name, text in self.files().items():
+            write_text(self.out / name, text)
+        write_json(self.out / "results.json", self.as_json())
 
     def as_text(self) -> str:
         """The tables for a terminal."""
         return "\n\n".join(table.as_text() for table in self.tables())
 
 
-def run_of(out: Path, name: str, config: TrainConfig, seed: int) -> Job:
-    """The run of a row with a seed."""
-    return Job(out / "runs" / f"{name}-seed{seed}", replace(config, seed=seed))
+def plan_runs(out: Path, row: str, config: TrainConfig, seeds: Iterable[int]) -> tuple[Job, ...]:
+    """The runs of a row of the results, one for each seed."""
+    return tuple(
+        Job(out / "runs" / f"{row}-seed{seed}", replace(config, seed=seed)) for seed in seeds
+    )
+
+
+def check_seeds(seeds: int) -> None:
+    """Raise ``ConfigError`` unless there is at least one seed."""
+    if seeds < 1:
+        raise ConfigError(f"seeds={seeds}: must be at least 1, for seeds 0 to N-1")

@@ -2,14 +2,14 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastokd.errors import summarize
 from fastokd.experiments.analysis.runs import SAME_RUN, value_in_words
 from fastokd.experiments.recipes import Published, Recipe, list_recipes
-from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of
+from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, shared_values
 from fastokd.experiments.sweep.results import group_by_item, setup_differences
 from fastokd.methods import get_method
 from fastokd.train.config import TrainConfig, fields_with_role, override
@@ -28,7 +28,7 @@ def matched_recipes(
     ``epochs=30``; these must not change the network or the loss. If recipes differ in such a field
     alone, a point can only be the recipe of the sweep.
     """
-    shared = {field: choices[0] for field, choices in values.items() if len(choices) == 1}
+    shared = shared_values(values)
     if recipe is None or any(name.partition(".")[0] in _TRAINED for name in shared):
         return [None] * len(points)
     known: dict[tuple[str, ...], list[Recipe]] = {}
@@ -45,15 +45,16 @@ def matched_recipes(
 
 def student_numbers(recipes: Sequence[Recipe | None]) -> list[Published | None]:
     """The published errors of recipes' students, all from the table that has most of them."""
-    numbers: list[Mapping[str, Published]] = []
-    for recipe in recipes:
-        published = recipe.published if recipe else ()
-        numbers.append({each.source: each for each in published if each.row == "student"})
-    counts = Counter(source for each in numbers for source in each)
+    published = [recipe.published if recipe else () for recipe in recipes]
+    by_source = [
+        {number.source: number for number in numbers if number.row == "student"}
+        for numbers in published
+    ]
+    counts = Counter(source for each in by_source for source in each)
     if not counts:
         return [None] * len(recipes)
     source = counts.most_common(1)[0][0]
-    return [each.get(source) for each in numbers]
+    return [each.get(source) for each in by_source]
 
 
 def point_differences(points: Sequence[Point], recipes: Sequence[Recipe | None]) -> list[str]:

@@ -7,8 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,8 @@ from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIG
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 60.0
 """The interval of the lines about running epochs."""
+
+Write = Callable[[Mapping[str, str]], object]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ class Job:
     def is_started(self) -> bool:
         """True if its folder has a configuration and something to resume or to read."""
         run = RunFolder(self.path)
-        return run.config_path.is_file() and (
-            bool(checkpoint_files(run.checkpoints)) or self.is_finished()
-        )
+        resumable = bool(checkpoint_files(run.checkpoints))
+        return run.config_path.is_file() and (resumable or self.is_finished())
 
     def state(self) -> str:
         """Its state in words: "finished", "12 of 300 epochs" or "not run"."""
@@ -85,13 +85,21 @@ class _Running:
     process: "subprocess.Popen[bytes]"
     started: float = field(default_factory=time.monotonic)
 
+    def error(self) -> str:
+        """The error that it ended with, in one line."""
+        if self.process.returncode < 0:
+            return f"killed by {signal.Signals(-self.process.returncode).name}"
+        try:
+            output = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        except OSError:
+            output = ""
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        errors = [line.removeprefix("fastokd: ") for line in lines if line.startswith("fastokd: ")]
+        return (errors or lines or [f"exit code {self.process.returncode}"])[-1][:300]
+
 
 def parse_devices(text: str) -> list[torch.device]:
-    """The devices of a list such as "cuda:0,cuda:1"; "auto" is all GPUs, or else the CPU.
-
-    Raises:
-        ConfigError: a device does not exist, or is listed twice.
-    """
+    """The devices of a list such as "cuda:0,cuda:1"; "auto" is all GPUs, or else the CPU."""
     if text == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
@@ -101,20 +109,14 @@ def parse_devices(text: str) -> list[torch.device]:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", 0)
         if device in devices:
-            raise ConfigError(
-                f"--devices {text}: {device} is listed twice; use --per-device N for several runs"
-                " at once on a device"
-            )
+            fix = "use --per-device N for several runs at once on a device"
+            raise ConfigError(f"--devices {text}: {device} is listed twice; {fix}")
         devices.append(device)
     return devices
 
 
 def parse_per_device(text: str) -> int:
-    """The number of simultaneous runs on a device; "auto" is 1.
-
-    Raises:
-        ConfigError: it is not a number of runs.
-    """
+    """The number of simultaneous runs on a device; "auto" is 1. A ``ConfigError`` otherwise."""
     if text == "auto":
         return 1
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
@@ -122,6 +124,7 @@ def parse_per_device(text: str) -> int:
     return int(text)
 
 
+@dataclass
 class Queue:
     """Runs, and the devices that they run on.
 
@@ -133,38 +136,33 @@ class Queue:
         say: prints a line about progress.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        folder: Path,
-        devices: Sequence[torch.device],
-        per_device: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self._total, self._folder, self._say = len(jobs), folder, say
-        self._waiting = [job for job in jobs if not job.is_finished()]
-        self._free = [*devices] * per_device
+    jobs: Sequence[Job]
+    folder: Path
+    devices: Sequence[torch.device]
+    per_device: int
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._waiting = [job for job in self.jobs if not job.is_finished()]
+        self._free = [*self.devices] * self.per_device
         self._running: list[_Running] = []
         self._failed: dict[str, str] = {}
         self._exit_code = EXIT_OK
-        self._seconds: list[float] = []
-        self._signal = ""
-        self._kill = False
-        cores = len(os.sched_getaffinity(0))
-        self._threads = max(1, cores // max(1, min(len(self._waiting), len(self._free))))
+        self._seconds: list[float] = []  # of the finished runs
+        self._signal, self._signaled, self._kill = "", 0.0, False
+        at_once = max(1, min(len(self._waiting), len(self._free)))
+        self._threads = str(max(1, len(os.sched_getaffinity(0)) // at_once))
 
-    def run(self, write: Callable[[Mapping[str, str]], object] = lambda failed: None) -> Outcome:
+    def run(self, write: Write = lambda failed: None) -> Outcome:
         """Run them all. If a run fails, the others continue; a signal lets the runs save and stops
         the queue. A signal that was ignored when the process started stays ignored.
 
         Args:
             write: called with the errors of the runs that failed so far, by name, whenever a run
                 has ended and at the end.
-
-        Raises:
-            StorageError: the disk refused.
         """
-        with self._signals_noted():
+        # SIGINT too: the runs have their own sessions, so Ctrl-C reaches only this process.
+        with handling((signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS), self._note_signal):
             try:
                 self._train(write)
             finally:
@@ -177,19 +175,27 @@ class Queue:
         stopped = self._signal if self._waiting else ""
         return Outcome(self._failed, EXIT_PREEMPTED if stopped else self._exit_code, stopped)
 
-    def _train(self, write: Callable[[Mapping[str, str]], object]) -> None:
+    def _note_signal(self, number: int, _: object) -> None:
+        if not self._signal:
+            self._signal, self._signaled = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._signaled >= LAUNCHER_PATIENCE:
+            self._kill = True
+
+    def _send(self, number: int) -> None:
+        for running in self._running:
+            running.process.send_signal(number)
+
+    def _train(self, write: Write) -> None:
         reported, stopping = time.monotonic(), False
         while self._running or (self._waiting and not self._signal):
             ended = [running for running in self._running if running.process.poll() is not None]
             for running in ended:
-                self._running.remove(running)
-                self._free.append(running.device)
                 self._finish(running)
             if ended:
                 write(self._failed)
             if self._signal and not stopping:
                 stopping = True
-                self._say(
+                self.say(
                     f"{self._signal}: {len(self._running)} runs save and stop; another signal stops"
                     " them at once"
                 )
@@ -201,38 +207,17 @@ class Queue:
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 jobs = ", ".join(f"{each.job.name} {each.job.state()}" for each in self._running)
-                self._say(f"{self._finished} of {self._total} runs finished; running: {jobs}")
+                self.say(f"{self._progress()} runs finished; running: {jobs}")
             time.sleep(_POLL_SECONDS)
 
-    def _send(self, number: int) -> None:
-        for running in self._running:
-            running.process.send_signal(number)
-
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """Note signals that ask to stop. SIGINT is one of them: the runs have their own sessions,
-        so a terminal's Ctrl-C reaches only this process.
-        """
-        first = 0.0
-
-        def note(number: int, _: object) -> None:
-            nonlocal first
-            if not self._signal:
-                self._signal, first = signal.Signals(number).name, time.monotonic()
-            elif number == signal.SIGINT or time.monotonic() - first >= LAUNCHER_PATIENCE:
-                self._kill = True
-
-        with handling((signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS), note):
-            yield
-
     def _start(self, job: Job, device: torch.device) -> None:
-        config = self._folder / "configs" / f"{job.name}.yaml"
-        log = self._folder / "logs" / f"{job.name}.txt"
+        config = self.folder / "configs" / f"{job.name}.yaml"
+        log = self.folder / "logs" / f"{job.name}.txt"
         content = job.config.to_yaml().encode()
         write_atomically(config, lambda file: file.write(content), durable=False)
         defaults = {
-            "OMP_NUM_THREADS": str(self._threads),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(self._threads),
+            "OMP_NUM_THREADS": self._threads,
+            "TORCHINDUCTOR_COMPILE_THREADS": self._threads,
             # A scheduler may signal the runs too, in addition to the signal of this process.
             PATIENCE_VARIABLE: str(LAUNCHER_PATIENCE),
         }
@@ -253,47 +238,36 @@ class Queue:
             raise storage_error(log, error) from error
         self._running.append(_Running(job, device, log, log_start, process))
         verb = "starts" if state == "not run" else f"resumes after {state}"
-        self._say(f"{job.name}: {verb}, on {device}")
+        self.say(f"{job.name}: {verb}, on {device}")
 
     def _finish(self, running: _Running) -> None:
+        """Count a run that has ended as finished, waiting or failed."""
         job, code = running.job, running.process.returncode
         seconds = time.monotonic() - running.started
+        self._running.remove(running)
+        self._free.append(running.device)
         if code == EXIT_OK:
             self._seconds.append(seconds)
             rest, left = len(self._waiting) + len(self._running), ""
             if rest:
                 at_once = len(self._running) + bool(self._waiting)  # the ended one is replaced
                 left = f", about {duration(statistics.mean(self._seconds) * rest / at_once)} left"
-            self._say(
-                f"{job.name}: finished in {duration(seconds)}; {self._finished} of {self._total}"
-                f" runs{left}"
-            )
+            took = duration(seconds)
+            self.say(f"{job.name}: finished in {took}; {self._progress()} runs{left}")
         elif self._signal and (code == EXIT_PREEMPTED or code < 0):
             self._waiting.insert(0, job)
             verb = "saved" if code == EXIT_PREEMPTED else "stopped"
-            self._say(f"{job.name}: {verb}, {job.state()}")
+            self.say(f"{job.name}: {verb}, {job.state()}")
         else:
-            error = _error(running) if code >= 0 else f"killed by {signal.Signals(-code).name}"
-            self._failed[job.name] = error
+            self._failed[job.name] = error = running.error()
             self._exit_code = self._exit_code or (code if code > 0 else 128 - code)
-            self._say(f"{job.name}: failed: {error} (its output: {running.log})")
+            self.say(f"{job.name}: failed: {error} (its output: {running.log})")
 
-    @property
-    def _finished(self) -> int:
-        return self._total - len(self._waiting) - len(self._running) - len(self._failed)
+    def _progress(self) -> str:
+        unfinished = len(self._waiting) + len(self._running) + len(self._failed)
+        return f"{len(self.jobs) - unfinished} of {len(self.jobs)}"
 
 
 def _command(config: Path, path: Path, device: torch.device) -> list[str]:
     train = [sys.executable, "-m", "fastokd", "train", "--config", str(config), "--out", str(path)]
     return [*train, "--resume", "auto", "--device", str(device), "--quiet"]
-
-
-def _error(running: _Running) -> str:
-    """The error that a run ended with, in one line."""
-    try:
-        output = running.log.read_bytes()[running.log_start :].decode(errors="replace")
-    except OSError:
-        output = ""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("fastokd: ") for line in lines if line.startswith("fastokd: ")]
-    return (errors or lines or [f"exit code {running.process.returncode}"])[-1][:300]

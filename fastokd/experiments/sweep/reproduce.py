@@ -1,6 +1,4 @@
-"""``fastokd reproduce``: the recipes of a published table, and the results of their runs next to
-the published numbers.
-"""
+"""``fastokd reproduce``: the recipes of a published table, and results next to its numbers."""
 
 import fnmatch
 import json
@@ -13,17 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 from fastokd.errors import ConfigError, did_you_mean, summarize
 from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
-from fastokd.experiments.sweep.grid import Values, fields_of
-from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
-from fastokd.experiments.sweep.results import (
-    Measured,
-    comparison_remarks,
-    data_differences,
-    difference,
-    group_by_item,
-    setup_differences,
-)
-from fastokd.storage import write_json, write_text
+from fastokd.experiments.sweep import results
+from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
+from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
+from fastokd.experiments.sweep.results import Measured, group_by_item
 from fastokd.train.config import TrainConfig, check_config, override
 
 
@@ -44,14 +35,12 @@ class PaperTable(NamedTuple):
     def runs(self) -> int:
         """The number of runs that its numbers are the mean of; 1 if unknown."""
         return max(
-            number.runs or 1 for recipe in self.recipes.values() for number in self.numbers(recipe)
+            each.runs or 1 for recipe in self.recipes.values() for each in self.numbers(recipe)
         )
 
 
 def paper_tables() -> dict[str, PaperTable]:
-    """All tables by name, e.g. "ahbf-table1" and, of a source with several datasets,
-    "okddip-slides-cifar10".
-    """
+    """All tables by name: "ahbf-table1", or "okddip-slides-cifar10" if a source has several."""
     recipes: dict[tuple[str, str], dict[str, Recipe]] = {}
     for name, recipe in list_recipes().items():
         for number in recipe.published:
@@ -67,11 +56,7 @@ def paper_tables() -> dict[str, PaperTable]:
 
 
 def get_table(name: str) -> PaperTable:
-    """The table of that name.
-
-    Raises:
-        ConfigError: there is no such table.
-    """
+    """The table of that name, or a ``ConfigError`` that suggests the closest one."""
     tables = paper_tables()
     if name not in tables:
         raise ConfigError(f"unknown table '{name}'{did_you_mean(name, tables)}")
@@ -80,21 +65,16 @@ def get_table(name: str) -> PaperTable:
 
 def table_of_tables() -> Table:
     """The tables that can be reproduced."""
-    rows = [
-        {
-            "table": name,
-            "of": table.source,
-            "data": DATASETS[table.dataset].title,
-            "recipes": str(len(table.recipes)),
-            "runs": str(table.runs),
-        }
-        for name, table in paper_tables().items()
-    ]
+    head = ("table", "of", "data", "recipes", "runs")
+    rows = []
+    for name, table in paper_tables().items():
+        counts = str(len(table.recipes)), str(table.runs)
+        rows.append((name, table.source, DATASETS[table.dataset].title, *counts))
     notes = (
         "See one with: fastokd reproduce TABLE --dry-run",
         "Run it with: fastokd reproduce TABLE --data FOLDER",
     )
-    return Table.of("Published tables", rows, notes)
+    return Table("Published tables", head, tuple(rows), notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +109,7 @@ class Reproduction(Plan):
 
     def results(self, failed: Mapping[str, str]) -> "ReproductionResults":
         measured = self.measured(failed)
-        return ReproductionResults(measured, tuple(_notes(self, measured)), self)
+        return ReproductionResults(measured, tuple(_notes(self, measured)), self.out, self)
 
 
 def plan_reproduction(
@@ -141,16 +121,8 @@ def plan_reproduction(
     values: Values,
     out: Path | None,
 ) -> Reproduction:
-    """Plan the runs of a table.
-
-    Args:
-        name: of the table.
-        data: the dataset.
-        rows: patterns of recipes' names, such as "*-ahbf"; empty for all.
-        seeds: number of runs of each recipe; None for that of the table.
-        epochs: scale all schedules to this number; None for the recipes' own.
-        values: fields that are set for all recipes, one value each.
-        out: the folder; None for ``reproduce/NAME``.
+    """Plan the runs of a table. Arguments are those of ``fastokd reproduce``, where None and empty
+    are the defaults; ``values`` has one value for each field.
 
     Raises:
         ConfigError: an unknown table or row, several values of a field, or an invalid
@@ -158,24 +130,21 @@ def plan_reproduction(
     """
     table = get_table(name)
     seeds = table.runs if seeds is None else seeds
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: must be at least 1, for seeds 0 to N-1")
+    check_seeds(seeds)
     if epochs is not None and epochs < 1:
         raise ConfigError(f"epochs={epochs}: must be at least 1")
     for setting, choices in values.items():
         if len(choices) > 1:
-            raise ConfigError(
-                f"--set {setting} has {len(choices)} values; pass one, or compare several with"
-                " 'fastokd sweep'"
-            )
-        if setting == "epochs":
-            raise ConfigError("--set epochs does not scale the schedule; use --epochs, which does")
+            fix = "pass one, or compare several with 'fastokd sweep'"
+            raise ConfigError(f"--set {setting} has {len(choices)} values; {fix}")
+    if "epochs" in values:
+        raise ConfigError("--set epochs does not scale the schedule; use --epochs, which does")
     if unknown := [pattern for pattern in rows if not fnmatch.filter(table.recipes, pattern)]:
         raise ConfigError(
             f"--rows {unknown[0]}: no recipe of {name} matches; its recipes are"
             f" {summarize(list(table.recipes), 4)}; 'fastokd reproduce {name} --dry-run' lists all"
         )
-    changes = {setting: choices[0] for setting, choices in values.items()}
+    changes = shared_values(values)
     out = out or Path("reproduce") / name
     chosen, configs, jobs = [], {}, {}
     for key, recipe in table.recipes.items():
@@ -186,15 +155,15 @@ def plan_reproduction(
         if not rows or any(fnmatch.fnmatchcase(key, pattern) for pattern in rows):
             chosen.append(key)
             runs |= {*range(seeds)}
-        jobs[key] = tuple(run_of(out, key, config, seed) for seed in sorted(runs))
+        jobs[key] = plan_runs(out, key, config, sorted(runs))
     return Reproduction(
         out=out,
-        name=name,
-        table=table,
+        jobs=jobs,
         rows=tuple(chosen),
         seeds=seeds,
+        name=name,
+        table=table,
         configs=configs,
-        jobs=jobs,
         epochs=epochs,
         changes=changes,
     )
@@ -240,7 +209,7 @@ class ReproductionResults(Results):
                     "recipe": f"{name}{label}",
                     "published": f"{number.number()}{runs}",
                     "here, last epoch": f"{spread(errors)} ({len(errors)})" if errors else "-",
-                    "difference": difference(errors, number),
+                    "difference": results.difference(errors, number),
                     "here, best epoch": spread(measured.errors(number.row, best=True)),
                     "runs": measured.progress(),
                 }
@@ -252,13 +221,8 @@ class ReproductionResults(Results):
         )
         return [Table.of(title, rows, self.notes)]
 
-    def write(self) -> None:
-        """Write ``reproduce.md`` and ``results.json``."""
+    def as_json(self) -> Record:
         plan = self.plan
-        (table,) = self.tables()
-        notes = (f"- {plain_markdown(note)}" for note in self.notes)
-        text = "\n".join([table._replace(notes=()).as_markdown(), *notes, ""])
-        write_text(plan.out / "reproduce.md", text)
         rows = [
             {
                 "recipe": name,
@@ -268,7 +232,7 @@ class ReproductionResults(Results):
             }
             for name, measured, number in self._numbers()
         ]
-        results = {
+        return {
             "table": plan.name,
             "source": plan.table.source,
             "dataset": plan.table.dataset,
@@ -277,7 +241,12 @@ class ReproductionResults(Results):
             "notes": self.notes,
             "rows": rows,
         }
-        write_json(plan.out / "results.json", results)
+
+    def files(self) -> dict[str, str]:
+        (table,) = self.tables()
+        notes = (f"- {plain_markdown(note)}" for note in self.notes)
+        text = "\n".join([table._replace(notes=()).as_markdown(), *notes, ""])
+        return {"reproduce.md": text}
 
 
 def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
@@ -285,43 +254,36 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
     runs = [run for each in measured.values() for run in each.runs]
     counts = {name: len(plan.table.numbers(recipe)) for name, recipe in recipes.items()}
     done = sum(counts[name] for name, each in measured.items() if each.runs)
-    notes = [
+    rows = [name for name in recipes if name in plan.rows or measured[name].runs]
+
+    def which(names: Sequence[str]) -> str:
+        return "" if len(names) == len(rows) else f" ({summarize(names, 4)})"
+
+    different = group_by_item((name, _differences(plan, name, measured[name])) for name in rows)
+    remarks = group_by_item((name, recipes[name].notes) for name in rows)
+    nothing = "Nothing is known to differ from what is published"
+    nothing += "." if runs else " in the planned runs; nothing has been run."
+    return [
         f"{done} of {sum(counts.values())} numbers have a finished run here; the others say nothing"
         " about the paper.",
         "Difference: the last epoch minus the published number, in percentage points; above 0 is"
         " worse here. The paper does not say whether its numbers are of the last epoch or of the"
         " best, and the best is chosen on the images that it is measured on.",
-    ]
-    rows = [name for name in recipes if name in plan.rows or measured[name].runs]
-    different = group_by_item((name, _differences(plan, name, measured[name])) for name in rows)
-    notes += [
-        f"Not as published{_which(names, rows)}: {item}." for item, names in different.items()
-    ]
-    if not different:
-        notes.append(
-            "Nothing is known to differ from what is published"
-            + ("." if runs else " in the planned runs; nothing has been run.")
-        )
-    notes.append(
+        *(f"Not as published{which(names)}: {item}." for item, names in different.items()),
+        *([] if different else [nothing]),
         "The notes of each recipe ('fastokd recipes NAME') say what the paper leaves open. No paper"
-        " gives its precision, which is bf16 on a GPU here unless --set precision=fp32."
-    )
-    remarks = group_by_item((name, recipes[name].notes) for name in rows)
-    notes += [f"{note}{_which(names, rows)}" for note, names in remarks.items()]
-    return notes + (comparison_remarks(runs) if runs else [])
+        " gives its precision, which is bf16 on a GPU here unless --set precision=fp32.",
+        *(f"{note}{which(names)}" for note, names in remarks.items()),
+        *results.comparison_remarks(runs),
+    ]
 
 
 def _differences(plan: Reproduction, name: str, measured: Measured) -> list[str]:
     """Known differences of a recipe's runs from the published setup."""
-    recipe = plan.table.recipes[name]
+    recipe, count = plan.table.recipes[name], len(measured.runs)
     published = max(number.runs or 1 for number in plan.table.numbers(recipe))
-    count = len(measured.runs)
     return [
-        *setup_differences(recipe.config, plan.configs[name]),
-        *data_differences(recipe, measured.runs),
+        *results.setup_differences(recipe.config, plan.configs[name]),
+        *results.data_differences(recipe, measured.runs),
         *([f"{count} of {published} runs"] if 0 < count < published else []),
     ]
-
-
-def _which(names: Sequence[str], rows: Sequence[str]) -> str:
-    return "" if len(names) == len(rows) else f" ({summarize(names, 4)})"

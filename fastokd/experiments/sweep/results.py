@@ -27,9 +27,7 @@ class Measured:
         return [run.error(row, best) for run in self.runs]
 
     def progress(self) -> str:
-        """Progress in words: "3 seeds", "1 of 3 seeds", "1 of 3 seeds, 1 failed", "not run",
-        "started" or "failed".
-        """
+        """Progress in words, e.g. "3 seeds", "1 of 3 seeds, 1 failed", "not run", "started"."""
         states = self.states.values()
         planned, failed = len(states), sum(state.startswith("failed") for state in states)
         if len(self.runs) == planned and planned:
@@ -41,9 +39,7 @@ class Measured:
         return "not run" if set(states) <= {"not run"} else "started"
 
     def as_json(self, row: str = "student") -> dict[str, Any]:
-        """Errors of a row in %, with their mean and sample standard deviation; None if there are
-        too few runs.
-        """
+        """Errors of a row in %, their mean and sample standard deviation; None for too few runs."""
         values: dict[str, Any] = {"seeds": [run.config.seed for run in self.runs]}
         for name, errors in (("last", self.errors(row)), ("best", self.errors(row, best=True))):
             values[f"{name}_errors"] = errors
@@ -85,9 +81,7 @@ def group_by_item(items: Iterable[tuple[str, Iterable[str]]]) -> dict[str, list[
 
 
 def setup_differences(published: TrainConfig, config: TrainConfig) -> list[str]:
-    """The fields in which a configuration differs from the published one, except the seed, the
-    device and speed.
-    """
+    """The fields that differ from the published ones, except seed, device and speed."""
     config = replace(config, **{name: getattr(published, name) for name in SAME_RUN})
     return [f"{each} (published, here)" for each in differences(published, config)]
 
@@ -97,37 +91,32 @@ def data_differences(recipe: Recipe, runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(item for run in runs for item in _data_differences(recipe, run)))
 
 
-def _data_differences(recipe: Recipe, run: Run) -> list[str]:
-    target, config = DATASETS[recipe.dataset], run.config
-    items = []
-    classes = run.data.get("num_classes", target.num_classes)
+def _data_differences(recipe: Recipe, run: Run) -> Iterable[str]:
+    target, config, images = DATASETS[recipe.dataset], run.config, run.data.get("num_images") or {}
+    classes, train = run.data.get("num_classes", target.num_classes), images.get("train")
+    tested = next((count for name, count in images.items() if name != "train"), None)
     if classes != target.num_classes:
-        items.append(
+        yield (
             f"the data ({run.data.get('name')}) has {classes} classes, {target.title} has"
             f" {target.num_classes}"
         )
-    images = run.data.get("num_images") or {}
-    train = images.get("train")
-    tested = next((count for name, count in images.items() if name != "train"), None)
     if train and train != target.num_train:
-        items.append(f"trained on {train:,} images, published on {target.num_train:,}")
+        yield f"trained on {train:,} images, published on {target.num_train:,}"
     if tested and tested != target.num_test:
-        items.append(f"tested on {tested:,} images, published on {target.num_test:,}")
+        yield f"tested on {tested:,} images, published on {target.num_test:,}"
     if recipe.dataset in ("cifar10", "cifar100") and not _is_of_kind(config.data, recipe.dataset):
-        items.append(
+        yield (
             f"the images come from {config.data or 'elsewhere'}, not from the published arrays of"
             f" {target.title}; if stored as JPEG, their pixels differ"
         )
     if config.val_split:
-        items.append(
-            f"tested on {config.val_split:g} of the training images, published on the test images"
-        )
+        share = f"{config.val_split:g} of the training images"
+        yield f"tested on {share}, published on the test images"
     if train and (rest := train % config.batch_size):
-        items.append(
+        yield (
             f"an epoch omits the {rest} images that do not fill a batch; the papers do not describe"
             " this"
         )
-    return items
 
 
 def _is_of_kind(data: str, kind: str) -> bool:

@@ -1,6 +1,4 @@
-"""``fastokd sweep``: a grid over fields of a configuration, several seeds of each point, and a
-table of their errors.
-"""
+"""``fastokd sweep``: a grid over fields of a configuration, several seeds, a table of errors."""
 
 import json
 import statistics
@@ -8,36 +6,22 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import yaml
 
-from fastokd.errors import ConfigError, MissingExtra
-from fastokd.experiments.analysis.figures import (
-    Picture,
-    draw_heat_map,
-    encoded,
-    panel_grid,
-    require_matplotlib,
-)
+from fastokd.errors import MissingExtra
+from fastokd.experiments.analysis import figures
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
 from fastokd.experiments.analysis.tables import Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
-from fastokd.experiments.sweep.grid import Point, Values, describe, fields_of, grid_points, short
-from fastokd.experiments.sweep.plan import Plan, Record, Results, run_of
+from fastokd.experiments.sweep import grid, results
+from fastokd.experiments.sweep.grid import Point, Values, short
+from fastokd.experiments.sweep.plan import Plan, Record, Results, check_seeds, plan_runs
 from fastokd.experiments.sweep.published import matched_recipes, point_differences, student_numbers
 from fastokd.experiments.sweep.queue import Outcome
-from fastokd.experiments.sweep.results import (
-    Measured,
-    comparison_remarks,
-    data_differences,
-    difference,
-)
-from fastokd.storage import write_json, write_text
 from fastokd.train.config import TrainConfig, override
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +49,17 @@ class Sweep(Plan):
 
     @property
     def record(self) -> Record:
-        base = yaml.safe_load(self.base.to_yaml())
+        fields = yaml.safe_load(self.base.to_yaml()).items()
         record = {
             "format": "fastokd sweep 1",
-            "base": {name: value for name, value in base.items() if name not in SAME_RUN},
+            "base": {name: value for name, value in fields if name not in SAME_RUN},
             "values": {field: self.values[field] for field in self.fields},
             "seeds": self.seeds,
         }
         return json.loads(json.dumps(record))
 
     def differences(self, existing: Record) -> list[str]:
-        """Differences that prevent reusing the folder. More values of a field that has several, and
-        more seeds, are allowed.
-        """
+        """Differences that prevent reusing the folder; more values and seeds are allowed."""
         record = self.record
         old, new = existing["values"], record["values"]
         renamed = list(old) != list(new)
@@ -107,8 +89,8 @@ class Sweep(Plan):
         measured = self.measured(failed)
         runs = [run for each in measured.values() for run in each.runs]
         published, notes = _published(self, runs)
-        notes += comparison_remarks(runs) if runs else []
-        return SweepResults(measured, tuple(notes), self, tuple(published))
+        notes += results.comparison_remarks(runs)
+        return SweepResults(measured, tuple(notes), self.out, self, tuple(published))
 
     def run(
         self, devices: Sequence[torch.device], per_device: int, say: Callable[[str], None]
@@ -125,30 +107,22 @@ class Sweep(Plan):
 def plan_sweep(
     base: TrainConfig, recipe: Recipe | None, values: Values, seeds: int, out: Path | None
 ) -> Sweep:
-    """Plan the runs of a grid.
-
-    Raises:
-        ConfigError: there are no seeds, or a combination of values is invalid.
-    """
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: must be at least 1, for seeds 0 to N-1")
-    points = grid_points(base, values)
-    shared = {field: choices[0] for field, choices in values.items() if len(choices) == 1}
-    base = override(base, fields_of(shared))
+    """Plan the runs of a grid; a ``ConfigError`` names an invalid combination of values."""
+    check_seeds(seeds)
+    points = tuple(grid.grid_points(base, values))
+    base = override(base, grid.fields_of(grid.shared_values(values)))
     name = recipe.name if recipe else f"{base.model.replace(':', '-')}-{base.method}"
     out = out or Path("sweeps") / name
+    jobs = {point.name: plan_runs(out, point.name, point.config, range(seeds)) for point in points}
     return Sweep(
         out=out,
+        jobs=jobs,
+        rows=tuple(jobs),
+        seeds=seeds,
         base=base,
         recipe=recipe,
         values=values,
-        points=tuple(points),
-        jobs={
-            point.name: tuple(run_of(out, point.name, point.config, seed) for seed in range(seeds))
-            for point in points
-        },
-        rows=tuple(point.name for point in points),
-        seeds=seeds,
+        points=points,
     )
 
 
@@ -165,12 +139,12 @@ def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | 
     if any(run.data.get("num_classes", classes) != classes for run in runs):
         return [None] * len(published), []
     pairs = zip(recipes, published, strict=True)
-    fewer = sweep.seeds < (number.runs or 1)
     different = [
         *point_differences(sweep.points, [recipe if each else None for recipe, each in pairs]),
-        *data_differences(sweep.recipe, runs),
-        *([f"{sweep.seeds} of {number.runs} runs"] if fewer else []),
+        *results.data_differences(sweep.recipe, runs),
     ]
+    if sweep.seeds < (number.runs or 1):
+        different.append(f"{sweep.seeds} of {number.runs} runs")
     note = (
         f"Published: {number.source}, which does not say whether of the last or the best epoch. Not"
         f" as published: {'; '.join(different) or 'nothing that is known'}."
@@ -179,11 +153,11 @@ def _published(sweep: Sweep, runs: Sequence[Run]) -> tuple[Sequence[Published | 
 
 
 class _Grid(NamedTuple):
-    """Errors of all points by the values of two fields, with their texts."""
+    """Errors of all points by the values of two fields: as a table and as numbers."""
 
     title: str
-    values: Sequence[Sequence[float | None]]
-    texts: Sequence[Sequence[str]]
+    table: Table
+    values: list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -194,33 +168,22 @@ class SweepResults(Results):
     published: tuple[Published | None, ...]
 
     def tables(self) -> list[Table]:
-        """A line for each point; for two fields also a table with the values of the first as rows
-        and of the second as columns.
-        """
-        if len(self.sweep.fields) != 2:
-            return [self._point_table()]
-        (row, row_labels), (column, column_labels) = self._labels()
-        tables = []
-        for grid in self._grids():
-            lines = zip(row_labels, grid.texts, strict=True)
-            rows = tuple((label, *texts) for label, texts in lines)
-            head = (f"{row} \\ {column}", *column_labels)
-            tables.append(Table(f"Errors of the student in %, {grid.title}", head, rows))
-        return [*tables, self._point_table()]
+        """A line for each point; before it, for two fields, tables of rows and columns."""
+        return [*(each.table for each in self._grids()), self._point_table()]
 
     def _point_table(self) -> Table:
         rows = []
         for point, measured, number in self._points():
             errors = measured.errors()
             row = {
-                "point": describe(point.values) or point.name,
+                "point": grid.describe(point.values) or point.name,
                 "runs": measured.progress(),
                 "last epoch": spread(errors),
                 "best epoch": spread(measured.errors(best=True)),
             }
             if any(self.published):
                 row["published"] = number.number() if number else "-"
-                row["difference, last epoch"] = difference(errors, number)
+                row["difference, last epoch"] = results.difference(errors, number)
             rows.append(row)
         title = "Errors of the student in %, mean +- sample standard deviation over seeds"
         note = (
@@ -229,50 +192,49 @@ class SweepResults(Results):
         )
         return Table.of(title, rows, [note, *self.notes])
 
-    def _points(self) -> list[tuple[Point, Measured, Published | None]]:
-        measured = self.measured.values()
-        return list(zip(self.sweep.points, measured, self.published, strict=True))
-
-    def _labels(self) -> list[tuple[str, list[str]]]:
-        """The fields with several values, and their values in words."""
-        return [
-            (short(field), [value_in_words(value) for value in self.sweep.values[field]])
-            for field in self.sweep.fields
-        ]
+    def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
+        return list(zip(self.sweep.points, self.measured.values(), self.published, strict=True))
 
     def _grids(self) -> list[_Grid]:
         """For two fields: our errors, and the published ones if there are any."""
-        values: list[float | None] = []
-        texts = []
+        if len(self.sweep.fields) != 2:
+            return []
+        cells: list[tuple[float | None, str]] = []
         for measured in self.measured.values():
-            errors = measured.errors()
-            values.append(statistics.mean(errors) if errors else None)
-            some = "" if len(errors) == len(measured.states) else f" ({measured.progress()})"
-            texts.append(f"{spread(errors)}{some}" if errors else measured.progress())
+            errors, text = measured.errors(), measured.progress()
+            if errors:
+                some = "" if len(errors) == len(measured.states) else f" ({text})"
+                text = f"{spread(errors)}{some}"
+            cells.append((statistics.mean(errors) if errors else None, text))
         several = "epochs" in self.sweep.fields
         when = "last epoch" if several else f"last of {self.sweep.base.epochs} epochs"
-        runs = [run for measured in self.measured.values() for run in measured.runs]
-        data = runs[0].data.get("name", "") if runs else ""
-        seeds = self.sweep.seeds
-        title = ", ".join(filter(None, ["here", data, f"{seeds} seed{'s' * (seeds > 1)}", when]))
-        grids = [_Grid(title, self._lines(values), self._lines(texts))]
-        if numbers := list(filter(None, self.published)):
-            values = [number.error if number else None for number in self.published]
-            texts = [number.number() if number else "-" for number in self.published]
-            title = f"published, {numbers[0].source}"
-            grids.append(_Grid(title, self._lines(values), self._lines(texts)))
+        names = [run.data.get("name", "") for each in self.measured.values() for run in each.runs]
+        seeds = f"{self.sweep.seeds} seed{'s' * (self.sweep.seeds > 1)}"
+        title = ", ".join(filter(None, ["here", *names[:1], seeds, when]))
+        grids = [self._grid(title, cells)]
+        published = self.published
+        if numbers := list(filter(None, published)):
+            cells = [(each.error, each.number()) if each else (None, "-") for each in published]
+            grids.append(self._grid(f"published, {numbers[0].source}", cells))
         return grids
 
-    def _lines(self, points: Sequence[T]) -> list[Sequence[T]]:
-        """Values of the points, by the values of the first field."""
-        width = len(self.sweep.values[self.sweep.fields[1]])
-        return [points[start : start + width] for start in range(0, len(points), width)]
+    def _grid(self, title: str, cells: Sequence[tuple[float | None, str]]) -> _Grid:
+        """The values and texts of the points, in lines."""
+        (row, row_values), (column, column_values) = (
+            (short(field), list(map(value_in_words, self.sweep.values[field])))
+            for field in self.sweep.fields
+        )
+        width = len(column_values)
+        lines = [cells[start : start + width] for start in range(0, len(cells), width)]
+        rows = tuple(
+            (label, *(text for _, text in line))
+            for label, line in zip(row_values, lines, strict=True)
+        )
+        head = (f"{row} \\ {column}", *column_values)
+        table = Table(f"Errors of the student in %, {title}", head, rows)
+        return _Grid(title, table, [[value for value, _ in line] for line in lines])
 
-    def write(self) -> None:
-        """Write ``sweep.md``, ``sweep.csv`` and ``results.json``."""
-        out, sweep = self.sweep.out, self.sweep
-        write_text(out / "sweep.md", "\n".join(table.as_markdown() for table in self.tables()))
-        write_text(out / "sweep.csv", csv_text(self._csv_rows()))
+    def as_json(self) -> Record:
         points = [
             {
                 "name": point.name,
@@ -282,16 +244,11 @@ class SweepResults(Results):
             }
             for point, measured, number in self._points()
         ]
-        results = {
-            "recipe": sweep.recipe.name if sweep.recipe else None,
-            "values": sweep.values,
-            "notes": self.notes,
-            "points": points,
-        }
-        write_json(out / "results.json", results)
+        name = self.sweep.recipe.name if self.sweep.recipe else None
+        return {"recipe": name, "values": self.sweep.values, "notes": self.notes, "points": points}
 
-    def _csv_rows(self) -> list[dict[str, Any]]:
-        """A row for each point, numbers not rounded; spaces separate seeds."""
+    def files(self) -> dict[str, str]:
+        """``sweep.md``, and ``sweep.csv`` with unrounded numbers and spaces between seeds."""
         rows = []
         for point, measured, number in self._points():
             row: dict[str, Any] = {"point": point.name}
@@ -303,39 +260,35 @@ class SweepResults(Results):
                 row |= {"published": number.error, "published_std": number.std}
                 row["published_source"] = number.source
             rows.append(row)
-        return rows
+        markdown = "\n".join(table.as_markdown() for table in self.tables())
+        return {"sweep.md": markdown, "sweep.csv": csv_text(rows)}
 
     def draw(self) -> None:
         """Draw ``heat-map.png`` and ``heat-map.svg``, if there are two fields: our errors and the
         published ones side by side, each with a separate color scale.
-
-        Raises:
-            MissingExtra: matplotlib is not installed.
         """
-        fields = self.sweep.fields
-        if len(fields) != 2:
+        grids, fields = self._grids(), self.sweep.fields
+        if not grids:
             return
-        plt = require_matplotlib()
-        grids = self._grids()
-        (row, row_labels), (column, column_labels) = self._labels()
-        width, height = max(3.5, 1.1 * len(column_labels) + 1.5), 0.6 * len(row_labels) + 1.6
-        size = (width * len(grids), max(2.6, height))
-        figure, panels = panel_grid(plt, len(grids), len(grids), size)
+        plt = figures.require_matplotlib()
+        height, width = len(grids[0].table.rows), len(grids[0].table.head) - 1
+        inches = max(3.5, 1.1 * width + 1.5)
+        size = (inches * len(grids), max(2.6, 0.6 * height + 1.6))
+        figure, panels = figures.panel_grid(plt, len(grids), len(grids), size)
         label = "error, %; own colour scale" if len(grids) > 1 else "error, %"
-        for axes, grid in zip(panels, grids, strict=True):
-            image = draw_heat_map(axes, grid.values, grid.texts, "small", cmap="viridis_r")
-            axes.set_xticks(range(len(column_labels)), column_labels)
-            axes.set_yticks(range(len(row_labels)), row_labels)
-            axes.set(xlabel=column, ylabel=row)
-            setup = "" if grid is grids[0] else ", the paper's setup, see sweep.md"
-            text = textwrap.fill(grid.title + setup, int(11 * width))
-            axes.set_title(text, fontsize="medium")
-            if any(value is not None for line in grid.values for value in line):
+        for axes, drawn in zip(panels, grids, strict=True):
+            texts = [row[1:] for row in drawn.table.rows]
+            image = figures.draw_heat_map(axes, drawn.values, texts, "small", cmap="viridis_r")
+            axes.set_xticks(range(width), drawn.table.head[1:])
+            axes.set_yticks(range(height), [row[0] for row in drawn.table.rows])
+            axes.set(xlabel=short(fields[1]), ylabel=short(fields[0]))
+            setup = "" if drawn is grids[0] else ", the paper's setup, see sweep.md"
+            axes.set_title(textwrap.fill(drawn.title + setup, int(11 * inches)), fontsize="medium")
+            if any(value is not None for line in drawn.values for value in line):
                 figure.colorbar(image, ax=axes, label=label)
-        shared = [
-            getattr(self.sweep.base, name) for name in ("model", "method") if name not in fields
-        ]
+        base = self.sweep.base
+        shared = [getattr(base, name) for name in ("model", "method") if name not in fields]
         title = ", ".join([*shared, "student"])
         figure.suptitle(title, fontsize="medium", wrap=True)
-        files = encoded(plt, figure, ("png", "svg"))
-        Picture("heat-map", title, title, files).write(self.sweep.out)
+        files = figures.encoded(plt, figure, ("png", "svg"))
+        figures.FigureFiles("heat-map", title, title, files).write(self.out)

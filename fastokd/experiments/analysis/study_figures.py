@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from fastokd.errors import MissingExtra
+from fastokd.experiments.analysis import figures
 from fastokd.experiments.analysis.diversity import ECE_BINS
-from fastokd.experiments.analysis.figures import (
-    Picture,
-    draw_heat_map,
-    encoded,
-    panel_grid,
-    require_matplotlib,
-)
+from fastokd.experiments.analysis.figures import panel_grid
 from fastokd.experiments.analysis.gather import Gathered
 from fastokd.storage import storage_error
 
@@ -52,34 +47,24 @@ def draw_study(
     record: Mapping[str, Any], found: Gathered, folder: Path
 ) -> tuple[list[dict[str, str]], list[str]]:
     """Draw everything that a run's analysis has numbers for, and remove the files of other figures
-    of ``NAMES`` from the folder.
-
-    Args:
-        record: as ``fastokd.experiments.analysis.study`` makes it.
-        found: the data it was computed from; the t-SNE needs its features.
-        folder: the folder of the files.
+    of ``NAMES`` from the folder. ``found`` is the data that ``record`` was computed from.
 
     Returns:
         Name, title and description of each figure, and a line with the reason for each figure that
         could not be drawn.
-
-    Raises:
-        StorageError: the disk refused.
     """
     drawn: list[dict[str, str]] = []
     notes: list[str] = []
     try:
-        plt = require_matplotlib()
+        plt = figures.require_matplotlib()
     except MissingExtra as error:
         notes.append(f"no figures: {error}")
     else:
         values = {key: measure["values"] for key, measure in record["measures"].items()}
         facts = (record[key] for key in ("rows", "classes", "student", "student_errors"))
         study = _Study(plt, found, values, *facts)
-        subtitle = (
-            f"{record['run']}, {record['images']} {record['split']} images, epoch"
-            f" {record['epochs']}"
-        )
+        images = f"{record['images']} {record['split']} images"
+        subtitle = f"{record['run']}, {images}, epoch {record['epochs']}"
         for name, draw in _drawings(study).items():
             try:
                 figure, title, description = draw(study)
@@ -87,14 +72,15 @@ def draw_study(
                 notes.append(f"no figure {name}: {error}")
                 continue
             figure.suptitle(f"{title}\n{subtitle}", fontsize="medium")
-            Picture(name, title, description, encoded(plt, figure, ("svg", "png"))).write(folder)
+            files = figures.encoded(plt, figure, ("svg", "png"))
+            figures.FigureFiles(name, title, description, files).write(folder)
             drawn.append({"name": name, "title": title, "description": description})
-    for name in set(NAMES) - {picture["name"] for picture in drawn}:
-        for path in (folder / f"{name}.svg", folder / f"{name}.png"):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise storage_error(path, error) from error
+    stale = set(NAMES) - {drawing["name"] for drawing in drawn}
+    for path in (folder / f"{name}.{ending}" for name in stale for ending in ("svg", "png")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(path, error) from error
     return drawn, notes
 
 
@@ -148,12 +134,15 @@ def _tsne(study: _Study) -> Drawing:
         for label, color in legend.items()
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small", title="class")
-    apart = " The branches' features differ in width, so that each has a separate embedding."
-    images = (
-        f"t-SNE of the branches' {{}}features of {len(labels)} images that {student} gets wrong"
+    images = f"features of {len(labels)} images that {student} gets wrong"
+    description = (
+        f"t-SNE of the branches' pooled {images}: the colour is the class, the digit the branch."
     )
-    description = f"{images.format('pooled ')}: the colour is the class, the digit the branch."
-    return figure, images.format(""), description + ("" if together else apart)
+    if not together:
+        description += (
+            " The branches' features differ in width, so that each has a separate embedding."
+        )
+    return figure, f"t-SNE of the branches' {images}", description
 
 
 def _embed(points: Tensor) -> Tensor:
@@ -176,16 +165,15 @@ def _embed(points: Tensor) -> Tensor:
 def _distances(study: _Study) -> Drawing:
     """Bars of the distance of every row from the student."""
     values, student = study.values, study.student
-    keys = {
-        f"logits, over the {study.errors} images that {student} gets wrong": "logit_distance",
-        "softmax outputs, over all images": "softmax_distance",
+    wrong = f"logits, over the {study.errors} images that {student} gets wrong"
+    distances = {
+        wrong: values["logit_distance"][student],
+        "softmax outputs, over all images": values["softmax_distance"][student],
     }
-    distances = {label: values[key][student] for label, key in keys.items()}
     distances = {label: each for label, each in distances.items() if None not in each.values()}
     others = [name for name in values["accuracy"] if name != student]
-    size = (5 * len(distances), 0.35 * len(others) + 1.8)
-    count = len(distances)
-    figure, panels = panel_grid(study.plt, count, count, size, sharey=True)
+    count, height = len(distances), 0.35 * len(others) + 1.8
+    figure, panels = panel_grid(study.plt, count, count, (5 * count, height), sharey=True)
     words = []
     for axes, (label, by_row) in zip(panels, distances.items(), strict=True):
         bars = axes.barh(others, [by_row[name] for name in others], color="tab:blue")
@@ -279,9 +267,7 @@ def _confusion(study: _Study) -> Drawing:
 
 
 def _mixing(study: _Study) -> Drawing:
-    """A heat map of the mean mixing weights, over all images and of each class; of many classes
-    those that are mixed most differently.
-    """
+    """A heat map of the mean mixing weights, over all images and of some classes."""
     overall, by_class = study.values["mixing"], study.values["class_mixing"]
     lines = [(mixture, name) for mixture, weights in overall.items() for name in weights]
     labels = [f"{mixture} \N{LEFTWARDS ARROW} {name}" for mixture, name in lines]
@@ -359,7 +345,8 @@ def _percentages(
     texts = [
         [f"{value:.0f}" if value and value >= 0.5 else "" for value in line] for line in numbers
     ]
-    image = draw_heat_map(axes, numbers, texts, "x-small", vmin=0, vmax=100, cmap="viridis")
+    scale = {"vmin": 0, "vmax": 100, "cmap": "viridis"}
+    image = figures.draw_heat_map(axes, numbers, texts, "x-small", **scale)
     figure.colorbar(image, ax=axes, label="%")
     axes.set_yticks(range(len(lines)), lines, fontsize="small")
     axes.set_xticks(range(len(columns)), columns, fontsize="small", rotation=90)

@@ -1,7 +1,7 @@
 """Images like ImageNet's to benchmark decoding: 500 x 375 JPEG files of about 100 KB, in class
 folders.
 
-    python -m bench.pictures OUT [--count N] [--source FOLDER]
+    python -m bench.images OUT [--count N] [--source FOLDER]
 
 They are composed of small photographs if a folder of them is given, otherwise generated. The same
 arguments give the same images.
@@ -92,7 +92,7 @@ def _encode(image: Image.Image) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.pictures",
+        prog="python -m bench.images",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
