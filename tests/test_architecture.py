@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastokd"
 PUBLIC_LOSSES = "fastokd.losses"
 ORDER = [
     {"version", "errors", "_moved"},
-    {"registry", "ranks", "storage"},
+    {"limits", "registry", "ranks", "storage"},
     {"graph"},
     {"kernels", "_native"},
     {"ops"},

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.layers import (
     ChannelAttention,
     FusionHead,
@@ -31,7 +29,7 @@ from fastokd.methods.modules import (
 )
 
 
-@loss_options
+@options.loss_options
 class AFIDLoss(MethodLoss):
     """Two sub-networks ``branch1``, ``branch2`` and a ``fusion`` head: three rows of logits.
 
@@ -51,9 +49,6 @@ class AFIDLoss(MethodLoss):
     temperature: float = options.temperature()
     lambda_kd: float = options.weight(1.0, "weight of every KL term.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         heads = ("branch1", "branch2", "fusion")
@@ -73,7 +68,7 @@ class AFIDLoss(MethodLoss):
         self, branch_logits: Rows, target: Tensor | None = None, *, fusion_logits: Tensor
     ) -> GraphInputs:
         """``fusion_logits``: [B, C], the fusion head's."""
-        return GraphInputs([*as_rows(branch_logits, 2, "branch_logits"), fusion_logits])
+        return GraphInputs([*branch_logits, fusion_logits])
 
 
 afid_graph = functools.partial(AFIDLoss.make_graph, 2)

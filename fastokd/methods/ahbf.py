@@ -17,7 +17,6 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, LoweredGraph, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, choice, loss_options
 from fastokd.methods.attention import ATTENTIONS
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
@@ -37,7 +36,7 @@ PRESETS: Presets = {
 }
 
 
-@loss_options
+@options.loss_options
 class AHBFLoss(MethodLoss):
     """The AHBF loss (eq. 14): cross-entropies of all branches and TAs, and the cascade of KL edges
     between them.
@@ -70,9 +69,6 @@ class AHBFLoss(MethodLoss):
         False, "stop the gradient into the teacher of every KL edge."
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,13 +123,12 @@ class AHBFLoss(MethodLoss):
                 "give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has"
                 " mixed them)"
             )
-        rows = as_rows(branch_logits, self.num_branches, "branch_logits")
         if ta_logits is not None:
-            rows += as_rows(ta_logits, self.num_branches - 1, "ta_logits")
-            return GraphInputs(rows, lowered=self.premixed)
+            tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
+            return GraphInputs([*branch_logits, *tas], lowered=self.premixed)
         assert scores is not None
-        weights = as_rows(scores, self.num_branches - 1, "scores")
-        return GraphInputs(rows, {f"scores{m}": row for m, row in enumerate(weights, start=2)})
+        weights = enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=2)
+        return GraphInputs([*branch_logits], {f"scores{m}": row for m, row in weights})
 
 
 def ahbf_graph(*arguments: Any, mix: bool = True, **options: Any) -> Graph:
@@ -207,7 +202,7 @@ METHOD = Method(
     default_branches=4,
     build_companion=_build_gates,
     model_options={
-        "gate_attention": choice(
+        "gate_attention": options.choice(
             "none",
             ATTENTIONS,
             'the attention on the gates\' fused maps: "none", or as options of the published code'

@@ -10,12 +10,11 @@ from torch import Tensor
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class CLILRLoss(MethodLoss):
     """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``, with
     ``others_m`` the mean of the other heads.
@@ -42,9 +41,6 @@ class CLILRLoss(MethodLoss):
         False, "the mean of the other heads is a constant in the KL terms."
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()

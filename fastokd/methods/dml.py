@@ -5,11 +5,10 @@ from typing import ClassVar, Literal
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 
 
-@loss_options
+@options.loss_options
 class DMLLoss(MethodLoss):
     """M networks that teach each other.
 
@@ -46,9 +45,6 @@ class DMLLoss(MethodLoss):
     )
     detach_teacher: bool = options.detach_teacher(True, "peers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()

@@ -4,7 +4,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
-from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.losses.method_loss import MethodLoss
+from fastokd.losses.options import Reduction, keyword
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
@@ -33,7 +32,7 @@ def classifier_diversity(weights: Sequence[Tensor]) -> Tensor:
     ).sum()
 
 
-@loss_options
+@options.loss_options
 class FFMLoss(MethodLoss):
     """M-1 auxiliary branches ``branch1`` .. and the ``leader`` (the last row of logits, which is
     kept).
@@ -45,8 +44,6 @@ class FFMLoss(MethodLoss):
     The classifier-diversity loss L_cd acts on weights, not on logits, and is outside the graph, see
     ``classifier_diversity``. The paper gives neither ramp-up, detaching nor eps.
     """
-
-    presets: ClassVar[Presets] = {"paper": {}}
 
     num_branches: int = options.num_branches(4, 3, "M, the leader included, at least 3.")
     temperature: float = options.temperature()
@@ -67,11 +64,9 @@ class FFMLoss(MethodLoss):
         " other term reaches it.",
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction(
-        '"mean" over the batch; "sum" and "none" need ``lambda_cd=0``.'
+    reduction: Reduction = keyword(
+        default=options.reduction('"mean"; "sum" and "none" need ``lambda_cd=0``.'), kw_only=True
     )
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         peers = self.branch_names()[:-1]
@@ -104,10 +99,9 @@ class FFMLoss(MethodLoss):
         """``fusion_weights`` [B, M-1]: each auxiliary's share of the fusion. ``classifiers``: the M
         branches' [C, d].
         """
-        rows = as_rows(branch_logits, self.num_branches, "branch_logits")
-        weights = {"fusion_weights": fusion_weights}
+        inputs = GraphInputs([*branch_logits], {"fusion_weights": fusion_weights})
         if not self.extra_terms or target is None:
-            return GraphInputs(rows, weights)
+            return inputs
         shapes = [list(weight.shape) for weight in classifiers]
         matrices = len(shapes) == self.num_branches and len(shapes[0]) == 2
         if not matrices or any(shape != shapes[0] for shape in shapes):
@@ -117,7 +111,7 @@ class FFMLoss(MethodLoss):
                 " set lambda_cd=0"
             )
         extras = {"classifier_diversity": classifier_diversity(classifiers)}
-        return GraphInputs(rows, weights, extras=extras)
+        return inputs._replace(extras=extras)
 
 
 ffm_graph = FFMLoss.make_graph

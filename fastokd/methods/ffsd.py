@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, integer, loss_options
+from fastokd.losses.options import Reduction, integer, keyword
 from fastokd.methods.layers import FusionHead, depthwise_pointwise, run_head, run_stages, stages
 from fastokd.methods.method import Method, Schedule, ramp_up
 from fastokd.methods.modules import (
@@ -105,7 +104,7 @@ def shifted_map(features: Tensor) -> Tensor:
     return features + change.reshape(batch, 1, height, width).to(features.dtype)
 
 
-@loss_options
+@options.loss_options
 class FFSDLoss(MethodLoss):
     """K students ``branch1`` .., then the ``leader`` (kept) and the ``fusion`` head: K + 2 rows of
     logits, and three terms on feature maps.
@@ -140,9 +139,7 @@ class FFSDLoss(MethodLoss):
     lambda_fusion: float = options.weight(10.0, "weight of ``fusion``, which ramps up.")
     lambda_decoder: float = options.weight(1000.0, "weight of ``decoder``, which ramps up.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction('"mean".')
-    impl: Impl = options.impl()
+    reduction: Reduction = keyword(default=options.reduction('"mean".'), kw_only=True)
 
     def build_graph(self) -> Graph:
         students = self.branch_names()[:-1]
@@ -184,7 +181,7 @@ class FFSDLoss(MethodLoss):
         """``fusion_logits``: [B, C]. ``maps``: what the terms on feature maps compare;
         ``named_logits`` does without them.
         """
-        rows = [*as_rows(branch_logits, self.num_branches, "branch_logits"), fusion_logits]
+        rows = [*branch_logits, fusion_logits]
         if target is None:
             return GraphInputs(rows)
         if maps is None:

@@ -3,18 +3,14 @@
 from fastokd.graph import CrossEntropy, Graph, Logits
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 
 
-@loss_options
+@options.loss_options
 class IndependentLoss(MethodLoss):
     """``L = sum_m CE(z^m)``: the "individual branches" that the papers compare with."""
 
     num_branches: int = options.num_branches(4, 2, "M, at least 2.")
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, External, Graph, Logits
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class KDLoss(MethodLoss):
     """``L = CE(z) + kd_weight * lambda_kd * T^2 KL(teacher || z)`` (AHBF eq. 3-5) for the student
     ``branch1``.
@@ -42,9 +40,6 @@ class KDLoss(MethodLoss):
         'the teacher\'s rows: "logits", or "probabilities" that are softened at ``temperature``.',
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         source = Logits("teacher") if self.teacher_rows == "logits" else External("teacher")
@@ -60,7 +55,7 @@ class KDLoss(MethodLoss):
         """``teacher``: [B, C], logits or stored probabilities, see ``teacher_rows``; a constant.
         Stored rows exist only for training images, so ``named_logits`` does without them.
         """
-        (student,) = as_rows(branch_logits, 1, "branch_logits")
+        (student,) = branch_logits
         if teacher is None:
             if target is None:
                 return GraphInputs([student])

@@ -1,7 +1,7 @@
 """KDCL: Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020)."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from fastokd.graph import (
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
-from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods.method import Method
 from fastokd.methods.simplex import MAX_ROWS, lowest_cross_entropy_weights
 from fastokd.ranks import sum_over_ranks
@@ -44,7 +43,7 @@ def error_correlation_weights(correlation: Tensor) -> Tensor:
     return torch.where(total > 0, weights / total, 1 / len(correlation))
 
 
-@loss_options
+@options.loss_options
 class KDCLLoss(MethodLoss):
     """``L = sum_i CE(z_i) + kd_weight * lambda_kd * sum_i T^2 KL(teacher || z_i)``, all from one
     constant ``teacher`` that is made of the networks' logits.
@@ -58,8 +57,6 @@ class KDCLLoss(MethodLoss):
     The slides give neither T, nor lambda, nor whether the teacher is detached: the temperature is
     that of the other methods here, the teacher a constant, T^2 is on.
     """
-
-    presets: ClassVar[Presets] = {"paper": {}}
 
     num_branches: int = options.num_branches(
         2, 2, "M networks, at least 2; ``linear`` takes at most 6."
@@ -81,9 +78,6 @@ class KDCLLoss(MethodLoss):
         open_high=True,
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     ensemble_of = "predictions"
 
@@ -111,15 +105,6 @@ class KDCLLoss(MethodLoss):
         )
         nodes = (*map(Logits, branches), teacher)
         return Graph(f"kdcl_{self.variant}", nodes, terms, self.label_smoothing)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move to another device, but keep the teacher's weights in float64."""
-        before = self._buffers.get("teacher_weights")
-        super()._apply(fn, recurse)
-        after = self._buffers.get("teacher_weights")
-        if before is not None and after is not None and after.dtype != before.dtype:
-            self._buffers["teacher_weights"] = before.to(after.device)
-        return self
 
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
         """The weights of ``linear`` are those that fit the target best; without a target there are

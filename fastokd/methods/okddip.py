@@ -11,12 +11,11 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class OKDDipLoss(MethodLoss):
     """M-1 peers ``branch1`` .. and the ``leader`` (the last row of logits, which is kept).
 
@@ -55,9 +54,6 @@ class OKDDipLoss(MethodLoss):
         " because no other term reaches it.",
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         peers = self.branch_names()[:-1]
@@ -89,11 +85,8 @@ class OKDDipLoss(MethodLoss):
         """``scores``: M-1 tensors [B, M-1], or one [M-1, B, M-1]: for each peer its attention to
         all peers, itself included.
         """
-        rows = as_rows(scores, self.num_branches - 1, "scores")
-        return GraphInputs(
-            as_rows(branch_logits, self.num_branches, "branch_logits"),
-            {f"attention{a}": row for a, row in enumerate(rows, start=1)},
-        )
+        weights = enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=1)
+        return GraphInputs([*branch_logits], {f"attention{a}": row for a, row in weights})
 
 
 okddip_graph = OKDDipLoss.make_graph

@@ -11,12 +11,11 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class ONELoss(MethodLoss):
     """``L = sum_m CE(z^m) + CE(e) + kd_weight * lambda_kd * sum_m T^2 KL(e || z^m)`` with ``e =
     sum_m gate_m z^m``.
@@ -43,9 +42,6 @@ class ONELoss(MethodLoss):
         " alone.",
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
@@ -63,10 +59,7 @@ class ONELoss(MethodLoss):
         """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the
         ensemble.
         """
-        return GraphInputs(
-            as_rows(branch_logits, self.num_branches, "branch_logits"),
-            {"gate": as_rows(scores, 1, "scores")[0]},
-        )
+        return GraphInputs([*branch_logits], {"gate": as_rows(scores, 1, "scores")[0]})
 
 
 one_graph = ONELoss.make_graph

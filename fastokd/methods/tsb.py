@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from fastokd.graph import KL, CrossEntropy, External, Graph, Logits, Node, Proba
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
-from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods.method import Method, Schedule
 from fastokd.ranks import gather_rows, rank_and_size
 
@@ -195,7 +194,7 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
-@loss_options
+@options.loss_options
 class TSBLoss(MethodLoss):
     """M networks that learn from each other's memories and from their common mean prediction.
 
@@ -213,8 +212,6 @@ class TSBLoss(MethodLoss):
     predictions, softened with T, to the memory (``update_state``); in evaluation mode it does not.
     The memory is in the state dict.
     """
-
-    presets: ClassVar[Presets] = {"paper": {}}
 
     num_branches: int = options.num_branches(2, 2, "M networks, at least 2.")
     temperature: float = options.temperature(
@@ -238,9 +235,6 @@ class TSBLoss(MethodLoss):
         'the place of the accumulator: "device", "host" (pinned memory), or "auto", which is the'
         " device if it takes no more than a quarter of the free memory there.",
     )
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     ensemble_of = "predictions"
 
