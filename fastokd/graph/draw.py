@@ -51,9 +51,7 @@ def notes(term: KL) -> str:
 
 
 def draw_text(graph: Graph) -> str:
-    """The graph as lines of text: nodes with their definitions, terms with their effective
-    coefficients.
-    """
+    """The graph as lines of text: definitions of the nodes, effective coefficients of the terms."""
     lines = [f"graph {graph.name}: {len(graph.nodes)} nodes, {len(graph.terms)} terms"]
     width = max(len(node.name) for node in graph.nodes)
     kind_width = max(len(node.kind) for node in graph.nodes)
@@ -85,9 +83,7 @@ def _quotable(text: str) -> str:
 
 
 def draw_mermaid(graph: Graph) -> str:
-    """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are
-    cross-entropies.
-    """
+    """A Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are cross-entropies."""
     # Numbered, so that names that differ in punctuation only, "label" and Mermaid's own words keep
     # apart.
     ids = {

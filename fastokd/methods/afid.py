@@ -1,6 +1,4 @@
-"""AFID: Attention-based Feature Interaction for Online Knowledge Distillation. The forms are those
-of the authors' code.
-"""
+"""AFID: Attention-based Feature Interaction, in the forms of the authors' code."""
 
 import functools
 from collections.abc import Sequence
@@ -75,9 +73,7 @@ afid_graph = functools.partial(AFIDLoss.make_graph, 2)
 
 
 class Exchange(nn.Module):
-    """Weighs each of two maps with the attention of the other; both use one channel and one spatial
-    attention.
-    """
+    """Weigh each of two maps with the attention of the other, by the same two modules."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,9 +81,7 @@ class Exchange(nn.Module):
         self.spatial = SpatialAttention()
 
     def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Two maps [B, c, H, W] to ``one * S(C(other) * other)`` and ``other * S(C(one) *
-        one)``.
-        """
+        """Maps [B, c, H, W] to ``one * S(C(other) * other)``, ``other * S(C(one) * one)``."""
         seen_by_other, seen_by_one = (
             self.spatial(self.channel(maps) * maps) for maps in (other, one)
         )
@@ -118,9 +112,7 @@ class Pair(nn.Module):
         self.after_last = Exchange(spec.channels[0])
 
     def forward(self, inputs: Sequence[Tensor], peers: Sequence[nn.Module]) -> BranchOutput:
-        """The last maps before the second exchange, and the logits [B, C], of the two
-        sub-networks.
-        """
+        """Logits [B, C] of both sub-networks, and their last maps before the second exchange."""
         early = [
             _run(children(peer)[:end], x)
             for peer, end, x in zip(peers, self.stem_ends, inputs, strict=True)

@@ -161,9 +161,7 @@ class AHBFGate(nn.Module):
         self.attention = ATTENTIONS[attention](channels)
 
     def forward(self, features: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of branch m [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m [B, c, H, W] and
-        scores [B, 2].
-        """
+        """Features [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m and scores [B, 2]."""
         fused = self.attention(self.bn(self.conv(torch.cat((features, fused), 1))))
         pooled = F.adaptive_avg_pool2d(fused, 1).flatten(1)
         return fused, torch.softmax(F.relu(self.score_bn(self.fc(pooled))), 1)

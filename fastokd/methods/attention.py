@@ -7,9 +7,7 @@ from fastokd.methods.layers import ChannelAttention, SpatialAttention
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels weighed by a sigmoid of their means, through c / 16 hidden units (Hu et al., CVPR
-    2018).
-    """
+    """Channels weighed by a sigmoid of their means, c / 16 hidden units (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on one trunk, whose gradient
-is rescaled.
-"""
+"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on a shared trunk."""
 
 from typing import Any, ClassVar
 

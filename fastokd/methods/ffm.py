@@ -1,6 +1,4 @@
-"""FFM + CD: Online Knowledge Distillation via Multi-branch Diversity Enhancement (Li et al., ACCV
-2020).
-"""
+"""FFM + CD: Multi-branch Diversity Enhancement (Li et al., ACCV 2020)."""
 
 import itertools
 from collections.abc import Sequence
@@ -96,9 +94,7 @@ class FFMLoss(MethodLoss):
         fusion_weights: Tensor,
         classifiers: Sequence[Tensor] = (),
     ) -> GraphInputs:
-        """``fusion_weights`` [B, M-1]: each auxiliary's share of the fusion. ``classifiers``: the M
-        branches' [C, d].
-        """
+        """``fusion_weights`` [B, M-1]: the auxiliaries' shares. ``classifiers``: M of [C, d]."""
         inputs = GraphInputs([*branch_logits], {"fusion_weights": fusion_weights})
         if not self.extra_terms or target is None:
             return inputs

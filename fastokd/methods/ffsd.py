@@ -30,9 +30,7 @@ from fastokd.ops.inputs import compute_dtype
 
 
 class FFSDMaps(NamedTuple):
-    """The feature maps that the FFSD loss compares; each list goes from the earliest stage to the
-    last.
-    """
+    """The feature maps that the FFSD loss compares; each list starts at the earliest stage."""
 
     students: Sequence[Sequence[Tensor]]
     """K lists of S maps [B, c_s, H_s, W_s]."""
@@ -41,9 +39,7 @@ class FFSDMaps(NamedTuple):
     fused: Tensor
     """The fusion head's map [B, c_S, H_S, W_S]."""
     transformed: Tensor
-    """The leader's last map, brought to the channels of the students' concatenation [B, K c_S, H_S,
-    W_S].
-    """
+    """The leader's last map, with the channels of all students' maps [B, K c_S, H_S, W_S]."""
     decoded_shifted: Sequence[Sequence[Tensor]]
     """For students 2 .. K, the shifted map of the student before, decoded: S-1 maps each."""
     decoded_fused: Sequence[Tensor]
@@ -53,9 +49,7 @@ class FFSDMaps(NamedTuple):
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """The mean over the channels of the squares, in float32 (float64 for float64 maps): [B, c, H,
-    W] to [B, H, W].
-    """
+    """Maps [B, c, H, W] to the mean of their channels' squares [B, H, W], in the compute dtype."""
     return features.to(compute_dtype(features)).square().mean(1)
 
 
@@ -68,9 +62,7 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 
 def map_distance(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over batch and entries of the squared difference of the flattened rows, each of length
-    1; 0 for an empty batch.
-    """
+    """Mean squared difference of the flattened rows, each of length 1; 0 for an empty batch."""
     return _mean_square(_unit(one) - _unit(other))
 
 
@@ -178,9 +170,7 @@ class FFSDLoss(MethodLoss):
         fusion_logits: Tensor,
         maps: FFSDMaps | None = None,
     ) -> GraphInputs:
-        """``fusion_logits``: [B, C]. ``maps``: what the terms on feature maps compare;
-        ``named_logits`` does without them.
-        """
+        """``fusion_logits``: [B, C]. ``maps``: not needed by ``named_logits``."""
         rows = [*branch_logits, fusion_logits]
         if target is None:
             return GraphInputs(rows)
@@ -258,9 +248,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, features: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
-        """The last map [B, c_S, H, W] to S-1 maps of ``sizes`` (height and width), the earliest
-        first.
-        """
+        """The last map [B, c_S, H, W] to S-1 maps of ``sizes`` (H, W), the earliest first."""
         made = []
         for (up, bn), size in zip(self.steps, list(sizes)[::-1], strict=True):
             features = F.relu(bn(up(features, output_size=size)))

@@ -107,9 +107,7 @@ class KDCLLoss(MethodLoss):
         return Graph(f"kdcl_{self.variant}", nodes, terms, self.label_smoothing)
 
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
-        """The weights of ``linear`` are those that fit the target best; without a target there are
-        none.
-        """
+        """The weights of ``linear`` fit the target best; without a target they are missing."""
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
         if self.variant == "linear" and target is not None:
             weights = lowest_cross_entropy_weights(rows, check_target(target, rows[0]))

@@ -32,9 +32,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """A weight in (0, 1) for every position (CBAM eq. 3): a 7x7 convolution of the mean and the
-    maximum over the channels.
-    """
+    """A weight in (0, 1) per position: 7x7 convolution of channel mean and maximum (CBAM eq. 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +70,7 @@ class FusionHead(nn.Module):
 
 
 def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
-    """A depth-wise 3x3 and a 1x1 convolution, each with batch norm and ReLU: [B, in_channels, H, W]
-    to [B, channels, H, W].
-    """
+    """A depth-wise 3x3 and a 1x1 convolution to ``channels``, each with batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         nn.BatchNorm2d(in_channels),
@@ -142,9 +138,7 @@ def stages(peer: nn.Module) -> list[Stage]:
 
 
 def run_stages(peer: nn.Module, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-    """The maps after each of ``ends`` (indices into ``children``, ascending), from images [B, 3, H,
-    W].
-    """
+    """Images to the maps after each of ``ends``, ascending indices into ``children``."""
     maps = []
     for index, child in enumerate(children(peer), start=1):
         x = child(x)

@@ -82,9 +82,7 @@ class OKDDipLoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, scores: Rows
     ) -> GraphInputs:
-        """``scores``: M-1 tensors [B, M-1], or one [M-1, B, M-1]: for each peer its attention to
-        all peers, itself included.
-        """
+        """``scores``: M-1 tensors [B, M-1], or one [M-1, B, M-1]: each peer's attention to all."""
         weights = enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=1)
         return GraphInputs([*branch_logits], {f"attention{a}": row for a, row in weights})
 

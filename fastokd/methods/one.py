@@ -56,9 +56,7 @@ class ONELoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, scores: Rows
     ) -> GraphInputs:
-        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the
-        ensemble.
-        """
+        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: shares of the branches."""
         return GraphInputs([*branch_logits], {"gate": as_rows(scores, 1, "scores")[0]})
 
 

@@ -1,6 +1,4 @@
-"""The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved
-for a whole batch.
-"""
+"""The mixture of logits with the lowest cross-entropy: a convex problem for each sample."""
 
 from collections.abc import Sequence
 

@@ -266,9 +266,7 @@ class TSBLoss(MethodLoss):
         return Graph("tsb", nodes, terms, self.label_smoothing)
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Allocate the memory of every sample's predictions, see ``TemporalAccumulator.allocate``;
-        an earlier memory is lost.
-        """
+        """Allocate an empty memory, see ``TemporalAccumulator.allocate``."""
         return self.accumulator.allocate(
             num_samples, self.num_branches, num_classes, torch.device(device), self.memory
         )
@@ -276,9 +274,7 @@ class TSBLoss(MethodLoss):
     def update_state(
         self, branch_logits: Rows, target: Tensor, *, index: Tensor | None = None
     ) -> Mapping[str, Any]:
-        """Add the batch's predictions to the memory; returns the corrected ``memories`` [B, M, C]
-        for ``graph_inputs``.
-        """
+        """Add a batch to the memory; returns ``memories`` [B, M, C] for ``graph_inputs``."""
         return {"memories": self._remember(branch_logits, target, index, keep=True)}
 
     def graph_inputs(
@@ -361,9 +357,7 @@ tsb_graph = TSBLoss.make_graph
 
 
 def warm_up(epoch: int, length: int) -> float:
-    """The weight of the distillation terms in a 0-based epoch: 0 in the first ``length`` epochs,
-    then 1.
-    """
+    """``kd_weight`` in a 0-based epoch: 0 in the first ``length`` epochs, then 1."""
     return float(epoch >= length)
 
 

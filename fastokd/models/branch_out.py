@@ -1,6 +1,4 @@
-"""Branch a classifier of torchvision, timm or the user at a named stage; its student is a module of
-the original class.
-"""
+"""Branch a classifier of torchvision, timm or the user; its student keeps the original class."""
 
 import copy
 import warnings
@@ -117,9 +115,7 @@ def branch_out(
 
 
 Source = tuple[nn.Module, Callable[[nn.Module], nn.Module]]
-"""A network that provides the modules of a trunk or a branch, and a function that makes a further
-block from one of its blocks.
-"""
+"""A network that provides modules, and a function that makes a new block from one of its blocks."""
 
 
 class Split:
@@ -274,9 +270,7 @@ class Split:
                         raise self._error(network, f"'{name}' is used on both sides")
 
     def _grown(self, network: nn.Module, shapes: Shapes) -> tuple[str, str | None]:
-        """The module after which blocks are added, and the block to copy; None for residual blocks
-        of this package.
-        """
+        """The module after which blocks are added; the block to copy, None for ``AddedBlock``."""
         calls = [node for node in self.body_nodes if node.op == "call_module"]
         targets = tuple(f"{target(node)}." for node in calls)
         # A block finishes after the blocks inside it.
@@ -434,9 +428,7 @@ def fresh_block(block: nn.Module) -> nn.Module:
 
 
 def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) -> Iterator[Source]:
-    """The module, then copies of it with weights by ``init``, see ``branch_out``; ``equal`` if they
-    have equal depth.
-    """
+    """The module, then copies with weights by ``init``; ``equal`` if all have the same depth."""
     new_block = fresh_block if init == "fresh" else lambda block: GrowingBlock(copy.deepcopy(block))
     yield copy.deepcopy(module), new_block
     while True:
@@ -453,9 +445,7 @@ def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) ->
 
 @torch.no_grad()
 def _redraw(module: nn.Module) -> nn.Module:
-    """Draw every parameter again with its mean and standard deviation; constants stay, trained
-    normalization layers are reset.
-    """
+    """Draw every parameter again with its mean and deviation; constants stay, norms are reset."""
     for norm in module.modules():
         if isinstance(norm, _NORMS) and not all(map(_is_constant, norm.parameters())):
             norm.reset_parameters()

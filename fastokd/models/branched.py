@@ -1,6 +1,4 @@
-"""The branched network: one trunk, M branches that share it, the method's own modules, and the
-student it yields.
-"""
+"""The branched network: a trunk, M branches, the method's modules, and the exported student."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -217,9 +215,7 @@ class BranchedModel(nn.Module):
         return copy.deepcopy(self.live_student(branch))
 
     def live_student(self, branch: int | None = None) -> nn.Module:
-        """As ``student``, but made of the model's own modules: its weights change as the model is
-        trained.
-        """
+        """``student``, made of the model's own modules: its weights change with training."""
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
             raise ConfigError(

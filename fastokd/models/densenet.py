@@ -16,15 +16,11 @@ from fastokd.models.staged import Stage, staged_network
 
 
 class DenseNet(PlainNetwork):
-    """conv1, dense1, dense2, dense3, norm, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to
-    logits [B, C].
-    """
+    """conv1, dense1 .. dense3, norm, relu, avgpool, flatten, fc: [B, 3, H, W] to logits [B, C]."""
 
 
 class DenseLayer(nn.Module):
-    """1x1 and 3x3 convolutions, batch norm and ReLU before each: appends ``growth`` channels to its
-    input.
-    """
+    """Batch norm, ReLU and convolution, 1x1 then 3x3: appends ``growth`` channels to its input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -40,9 +36,7 @@ class DenseLayer(nn.Module):
 
 
 def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) -> Stage:
-    """Dense layers, and the transition that halves channels, height and width unless it is the last
-    stage.
-    """
+    """Dense layers, and a transition that halves channels, height and width, if any."""
 
     def out_channels(in_channels: int, count: int) -> int:
         return (in_channels + count * growth) // (2 if transition else 1)

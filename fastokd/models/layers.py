@@ -18,9 +18,7 @@ def conv(
     *,
     fan: Literal["fan_in", "fan_out"] = "fan_out",
 ) -> nn.Conv2d:
-    """A padded convolution without bias, Kaiming-normal: std sqrt(2 / (kernel^2 out_channels)) by
-    fan-out.
-    """
+    """A padded convolution without bias, Kaiming-normal."""
     layer = nn.Conv2d(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
     )

@@ -1,6 +1,4 @@
-"""Networks of torchvision and timm by name: "torchvision:resnet18", "timm:convnext_tiny". Nothing
-is downloaded.
-"""
+"""Networks of torchvision and timm by name, such as "timm:convnext_tiny"; no downloads."""
 
 import difflib
 import functools
@@ -21,9 +19,7 @@ T = TypeVar("T")
 LIBRARIES = ("torchvision", "timm")
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
-"""The weights of torchvision's auxiliary classifiers by network. Networks are built without them:
-they return several outputs while training.
-"""
+"""Weights of torchvision's auxiliary classifiers, which networks are built without."""
 
 
 def is_library_name(name: str) -> bool:
@@ -60,9 +56,7 @@ def library_network(name: str, num_classes: int) -> nn.Module:
 
 
 def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
-    """The weights of a library's network without those of auxiliary classifiers, which
-    ``library_network`` does not build.
-    """
+    """The weights of a library's network without those of auxiliary classifiers."""
     prefixes = _AUXILIARY.get(name.removeprefix("torchvision:"), ())
     return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
@@ -95,9 +89,7 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
 
 
 def library_split_points(name: str) -> list[str]:
-    """The split points of a library's network, see ``list_split_points``; errors as
-    ``library_network``.
-    """
+    """The split points of a library's network, see ``list_split_points``."""
     return list_split_points(_template(name, 10))
 
 

@@ -32,9 +32,7 @@ class MobileNetV2(PlainNetwork):
 
     @classmethod
     def join(cls, trunk: nn.Module, branch: Branch) -> "MobileNetV2":
-        """As ``PlainNetwork.join``; stem, the blocks of all rows and the last convolution are one
-        numbered sequence.
-        """
+        """As ``PlainNetwork.join``; all blocks from stem to last are one numbered sequence."""
         blocks: list[nn.Module] = []
         for name, part in (*trunk.named_children(), *branch.body.named_children()):
             blocks += part.children() if name.startswith("row") else [part]

@@ -8,18 +8,14 @@ from fastokd.models.staged import Stage
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The shortcut: a 1x1 convolution with batch norm where stride or width changes, else none (the
-    identity).
-    """
+    """A 1x1 convolution with batch norm where stride or width changes, else None (the identity)."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(*conv_norm(in_channels, out_channels, 1, stride, activation=None))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, width, H / stride, W /
-    stride].
-    """
+    """Two 3x3 convolutions around a shortcut, to [B, width, H / stride, W / stride]."""
 
     expansion = 1
 

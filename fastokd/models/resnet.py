@@ -16,9 +16,7 @@ from fastokd.models.staged import Parts, staged_network
 
 
 class ResNet(PlainNetwork):
-    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images [B, 3, H, W] to
-    logits [B, C].
-    """
+    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images to logits."""
 
 
 def imagenet_stem() -> Parts:

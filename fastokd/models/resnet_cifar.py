@@ -1,6 +1,4 @@
-"""ResNets for 32x32 images (He et al., CVPR 2016, section 4.2), branched at the last stage (AHBF,
-AAAI 2023).
-"""
+"""ResNets for 32x32 images (He et al., CVPR 2016, 4.2), branched at the last stage."""
 
 from collections import OrderedDict
 
@@ -13,9 +11,7 @@ from fastokd.models.staged import Parts, staged_network
 
 
 class CifarResNet(PlainNetwork):
-    """conv1, bn1, relu, layer1, layer2, layer3, avgpool, flatten, fc: images [B, 3, 32, 32] to
-    logits [B, C].
-    """
+    """conv1, bn1, relu, layer1 .. layer3, avgpool, flatten, fc: [B, 3, 32, 32] to logits [B, C]."""
 
 
 def stem() -> Parts:

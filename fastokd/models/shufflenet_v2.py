@@ -17,9 +17,7 @@ STEM, FEATURES = 24, 1024
 
 
 class ShuffleNetV2(PlainNetwork):
-    """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits
-    [B, C].
-    """
+    """conv1, stage2 .. stage4, conv5, avgpool, flatten, fc: [B, 3, 32, 32] to logits [B, C]."""
 
 
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,7 @@ def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 class DownUnit(nn.Module):
-    """Halve height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of the
-    output.
-    """
+    """Halve height and width: [B, c, H, W] to two halves [B, width, H / 2, W / 2]."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()

@@ -55,9 +55,7 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. ``build`` and ``out_channels`` take the input channels and the number of
-    blocks.
-    """
+    """Blocks of one width; the functions take input channels and the number of blocks."""
 
     name: str
     num_blocks: int

@@ -106,9 +106,7 @@ def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
 def part(
     source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.Node
 ) -> fx.GraphModule:
-    """A module that computes ``end`` from ``start``, made of the source's modules under their
-    names.
-    """
+    """A module that computes ``end`` from ``start`` with the source's modules."""
     graph = fx.Graph()
     copies = {start: graph.placeholder("x")}
     holder = nn.Module()
@@ -186,9 +184,7 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
 
 
 class Call(NamedTuple):
-    """A call of a module: the shapes of its first argument and its output (None for values that are
-    not tensors), and the number of calls.
-    """
+    """A called module, the shapes of first argument and output (None: no tensor), and its calls."""
 
     name: str
     shape_in: torch.Size | None
@@ -297,9 +293,7 @@ def default_input_size(network: nn.Module) -> tuple[int, int, int]:
 
 
 def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -> int | None:
-    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, on
-    which all later nodes depend.
-    """
+    """The index of the last maps [B, c, H, W] or tokens [B, N, D] that all later nodes need."""
     for index in reversed(range(len(nodes) - 1)):
         node = nodes[index]
         shape = shapes.nodes.get(node, ())
@@ -321,9 +315,7 @@ def is_nhwc(network: nn.Module) -> bool:
 
 
 class TokensToMaps(nn.Module):
-    """Tokens [B, prefix + H * W, D] to feature maps [B, D, H, W], without the prefix (class and
-    register tokens).
-    """
+    """Tokens [B, prefix + H * W, D], without class and register tokens, to maps [B, D, H, W]."""
 
     def __init__(self, prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()

@@ -22,9 +22,7 @@ class VGG(PlainNetwork):
 
 
 def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
-    """3x3 convolutions with bias, each with batch norm and ReLU, then a max-pool that halves height
-    and width.
-    """
+    """3x3 convolutions with bias, batch norm and ReLU, then a max-pool that halves the maps."""
 
     def build(in_channels: int, count: int) -> nn.Sequential:
         layers: list[nn.Module] = []

@@ -1,6 +1,4 @@
-"""Wide ResNets for 32x32 images (Zagoruyko & Komodakis, BMVC 2016): pre-activation blocks, no
-dropout.
-"""
+"""Wide ResNets for 32x32 images (Zagoruyko & Komodakis, BMVC 2016), without dropout."""
 
 from collections import OrderedDict
 
@@ -13,9 +11,7 @@ from fastokd.models.staged import staged_network
 
 
 class WideResNet(PlainNetwork):
-    """conv1, layer1, layer2, layer3, bn, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to
-    logits [B, C].
-    """
+    """conv1, layer1 .. layer3, bn, relu, avgpool, flatten, fc: [B, 3, 32, 32] to logits [B, C]."""
 
 
 def backbone(name: str, depth: int, widen: int) -> Backbone:

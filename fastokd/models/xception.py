@@ -18,9 +18,7 @@ MIDDLE, FEATURES = 728, 2048
 
 
 class Xception(PlainNetwork):
-    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc: images [B,
-    3, 32, 32] to logits [B, C].
-    """
+    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc."""
 
 
 def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
