@@ -1,6 +1,7 @@
 """The graph itself: nodes, terms, and every rule a graph must keep, checked when it is made."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,8 +38,8 @@ class Graph:
     """
 
     name: str
-    nodes: tuple[Node, ...]
-    terms: tuple[Term, ...]
+    nodes: Sequence[Node]
+    terms: Sequence[Term]
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:

@@ -34,8 +34,7 @@ class AFIDLoss(MethodLoss):
     ``L = CE(z^1) + CE(z^2) + CE(fusion) + kd_weight * lambda_kd * T^2 [ KL(fusion || z^1) +
     KL(fusion || z^2) + KL(ensemble || fusion) ]``, ``ensemble = (z^1 + z^2) / 2``, every teacher
     detached: the form of the authors' code, which adds ``teacher_eps=1e-7`` (here 0) and ramps up
-    over 80 epochs. The attention exchange between the sub-networks is part of the forward pass, not
-    of the loss.
+    over 80 epochs. The exchange of attention is part of the forward pass.
     """
 
     # "paper" omits the authors' 1e-7; the paper's text was not available.
@@ -50,13 +49,10 @@ class AFIDLoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         heads = ("branch1", "branch2", "fusion")
-        terms: tuple[Term, ...] = (
-            *map(CrossEntropy, heads),
-            self.teach("fusion", "branch1", self.lambda_kd),
-            self.teach("fusion", "branch2", self.lambda_kd),
-            self.teach("ensemble", "fusion", self.lambda_kd),
-        )
-        nodes: tuple[Node, ...] = (*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5)))
+        edges = (("fusion", "branch1"), ("fusion", "branch2"), ("ensemble", "fusion"))
+        nodes: list[Node] = [*map(Logits, heads), Mixture("ensemble", heads[:2], (0.5, 0.5))]
+        terms: list[Term] = [*map(CrossEntropy, heads)]
+        terms += [self.teach(*edge, self.lambda_kd) for edge in edges]
         return Graph("afid", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
@@ -101,29 +97,23 @@ class Pair(nn.Module):
     def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
         stems = [_stem(peer) for peer in spec.branches]
-        if stems[0][1] != stems[1][1] or spec.channels[0] != spec.channels[1]:
+        (one, other), (last, other_last) = (channels for _, channels in stems), spec.channels
+        if (one, last) != (other, other_last):
             raise ValueError(
                 "two sub-networks that exchange attention need maps of the same channels: their"
-                f" stems have {stems[0][1]} and {stems[1][1]}, their last stages"
-                f" {spec.channels[0]} and {spec.channels[1]}"
+                f" stems have {one} and {other}, their last stages {last} and {other_last}"
             )
         self.stem_ends = tuple(end for end, _ in stems)
-        self.after_stem = Exchange(stems[0][1])
-        self.after_last = Exchange(spec.channels[0])
+        self.after_stem, self.after_last = Exchange(one), Exchange(last)
 
     def forward(self, inputs: Sequence[Tensor], peers: Sequence[nn.Module]) -> BranchOutput:
         """Logits [B, C] of both sub-networks, and their last maps before the second exchange."""
-        early = [
-            _run(children(peer)[:end], x)
-            for peer, end, x in zip(peers, self.stem_ends, inputs, strict=True)
-        ]
-        late = tuple(
-            _run(children(peer)[end:], x)
-            for peer, end, x in zip(peers, self.stem_ends, self.after_stem(*early), strict=True)
-        )
-        exchanged = self.after_last(*late)
-        logits = [run_head(peer, x) for peer, x in zip(peers, exchanged, strict=True)]
-        return BranchOutput(tuple(logits), late)
+        parts = list(zip(map(children, peers), self.stem_ends, strict=True))
+        early = [_run(m[:end], x) for (m, end), x in zip(parts, inputs, strict=True)]
+        exchanged = self.after_stem(*early)
+        late = [_run(m[end:], x) for (m, end), x in zip(parts, exchanged, strict=True)]
+        logits = map(run_head, peers, self.after_last(*late))
+        return BranchOutput(tuple(logits), tuple(late))
 
 
 def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -140,20 +130,14 @@ def _stem(peer: nn.Module) -> tuple[int, int]:
     modules = children(peer)
     blocks = (index for index, child in enumerate(modules) if any(True for _ in child.children()))
     end = next(blocks, len(modules)) or 1
-    channels = next(
-        layer.out_channels
-        for child in reversed(modules[:end])
-        for layer in reversed(list(child.modules()))
-        if isinstance(layer, nn.Conv2d)
-    )
-    return end, channels
+    layers = [layer for child in modules[:end] for layer in child.modules()]
+    return end, [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
 
 
 class AFIDNetwork(nn.Module):
     """The student of AFID: both sub-networks, because each needs the other's attention.
 
-    Images [B, 3, H, W] to logits [B, C]. It costs about twice the plain network, without the fusion
-    head.
+    Images [B, 3, H, W] to logits [B, C], at about twice the cost of the plain network.
     """
 
     def __init__(self, pair: Pair, peers: Sequence[nn.Module], kept: int) -> None:
@@ -186,9 +170,8 @@ class AFIDModules(MethodModules):
         self.fusion_weight_decay = fusion_weight_decay
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        return [
-            ParameterGroup(list(self.fusion.parameters()), weight_decay=self.fusion_weight_decay)
-        ]
+        parameters = list(self.fusion.parameters())
+        return [ParameterGroup(parameters, weight_decay=self.fusion_weight_decay)]
 
     def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> BranchOutput:
         output: BranchOutput = self.pair(inputs, branches)
@@ -204,10 +187,8 @@ class AFIDModules(MethodModules):
 
 METHOD = Method(
     name="afid",
-    summary=(
-        "two sub-networks exchange attention and learn from a head on both; the student needs both"
-        " of them"
-    ),
+    summary="two sub-networks exchange attention and learn from a head on both; the student needs"
+    " both of them",
     loss_class=AFIDLoss,
     branch_range=(2, 2),
     default_branches=2,

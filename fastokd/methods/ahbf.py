@@ -5,7 +5,6 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 """
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,8 +37,7 @@ PRESETS: Presets = {
 
 @options.loss_options
 class AHBFLoss(MethodLoss):
-    """The AHBF loss (eq. 14): cross-entropies of all branches and TAs, and the cascade of KL edges
-    between them.
+    """The AHBF loss (eq. 14): cross-entropies of branches and TAs, and a cascade of KL edges.
 
     ``L = sum_m CE(z^m) + sum_{m>=2} CE(ta^m) + kd_weight * sum_{m>=2} T^2 [ lambda_ta KL(ta^m ||
     ta^{m-1}) + lambda_branch KL(z^m || ta^{m-1}) + lambda_self KL(ta^m || z^m) ]`` with ``ta^1 =
@@ -77,10 +75,8 @@ class AHBFLoss(MethodLoss):
         self.premixed = LoweredGraph.of(self.build_graph(mix=False), labels)
 
     def build_graph(self, mix: bool = True) -> Graph:
-        """M branches, M-1 TAs, their cross-entropies and the cascade of KL edges.
-
-        With ``mix`` the TAs are mixed from the branches with the weights ``scores2`` .. ``scoresM``
-        (eq. 8); without it they are rows of logits after the branches.
+        """The graph; its TAs are mixtures with the weights ``scores2`` .. ``scoresM`` (eq. 8), or
+        without ``mix`` rows of logits after the branches.
         """
         branches = self.branch_names()
         tas = ["branch1"] + [f"ta{m}" for m in range(2, self.num_branches + 1)]
@@ -96,7 +92,7 @@ class AHBFLoss(MethodLoss):
             ):
                 if weight:
                     terms.append(self.teach(teacher, student, weight))
-        return Graph("ahbf", tuple(nodes), tuple(terms), self.label_smoothing)
+        return Graph("ahbf", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
         return {f"scores{m}": f"scores[{m - 2}]" for m in range(2, self.num_branches + 1)}
@@ -119,10 +115,8 @@ class AHBFLoss(MethodLoss):
             ta_logits: M-1 tensors [B, C], or one [M-1, B, C], for models that mix their TAs.
         """
         if (scores is None) == (ta_logits is None):
-            raise ValueError(
-                "give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has"
-                " mixed them)"
-            )
+            choices = "scores (the loss mixes the TAs) and ta_logits (the model has mixed them)"
+            raise ValueError(f"give exactly one of {choices}")
         if ta_logits is not None:
             tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
             return GraphInputs([*branch_logits, *tas], lowered=self.premixed)
@@ -137,8 +131,7 @@ def ahbf_graph(*arguments: Any, mix: bool = True, **options: Any) -> Graph:
 
 
 class AHBFGate(nn.Module):
-    """The gate A^m: the shares of branch m and of the previous TA in ta^m (eq. 9-12, published
-    code).
+    """The gate A^m: the shares of branch m and the previous TA in ta^m (eq. 9-12, published code).
 
     A 1x1 convolution of the concatenated feature maps with batch norm gives the fused map F~^m;
     pooled, a linear layer to two values with batch norm, ReLU and softmax gives the scores.
@@ -168,12 +161,17 @@ class AHBFGate(nn.Module):
 
 
 class AHBFGates(MethodModules):
-    """The chain of the M-1 gates: each receives the fused map of the one before."""
+    """The chain of the M-1 gates: each receives the fused map of the one before.
 
-    def __init__(self, channels: Sequence[int], attention: str = "none") -> None:
+    Args:
+        gate_attention: see ``AHBFGate``.
+    """
+
+    def __init__(self, spec: BranchSpec, gate_attention: str = "none") -> None:
         super().__init__()
         self.gates = nn.ModuleList(
-            AHBFGate(width, before, attention) for before, width in itertools.pairwise(channels)
+            AHBFGate(width, before, gate_attention)
+            for before, width in itertools.pairwise(spec.channels)
         )
 
     def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor, ...]]:
@@ -185,20 +183,14 @@ class AHBFGates(MethodModules):
         return {"scores": tuple(scores)}
 
 
-def _build_gates(spec: BranchSpec, gate_attention: str = "none") -> AHBFGates:
-    return AHBFGates(spec.channels, gate_attention)
-
-
 METHOD = Method(
     name="ahbf",
-    summary=(
-        "Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed teacher"
-        " assistants"
-    ),
+    summary="Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed"
+    " teacher assistants",
     loss_class=AHBFLoss,
     branch_range=(2, 8),
     default_branches=4,
-    build_companion=_build_gates,
+    build_companion=AHBFGates,
     model_options={
         "gate_attention": options.choice(
             "none",

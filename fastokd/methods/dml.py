@@ -40,8 +40,7 @@ class DMLLoss(MethodLoss):
     teacher: Literal["pairwise", "mean"] = options.choice(
         "pairwise",
         ("pairwise", "mean"),
-        '"pairwise", one KL from every peer, or "mean", one KL from the mean of the logits of the'
-        " peers.",
+        '"pairwise", one KL from every peer, or "mean", one from the mean of the peers\' logits.',
     )
     detach_teacher: bool = options.detach_teacher(True, "peers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
@@ -58,7 +57,7 @@ class DMLLoss(MethodLoss):
             teachers = others if self.teacher == "pairwise" else (f"others{k}",)
             weight = self.lambda_kd / len(teachers)
             terms += [self.teach(name, student, weight) for name in teachers]
-        return Graph("dml", tuple(nodes), tuple(terms), self.label_smoothing)
+        return Graph("dml", nodes, terms, self.label_smoothing)
 
 
 dml_graph = DMLLoss.make_graph

@@ -52,14 +52,10 @@ class FFMLoss(MethodLoss):
         2.0, "weight of the auxiliaries' mean -> leader (the paper's beta)."
     )
     lambda_cd: float = options.weight(
-        5e-8,
-        "weight of ``classifier_diversity`` (the paper's gamma); 0 omits the term, and"
-        " ``classifiers`` with it.",
+        5e-8, "weight of ``classifier_diversity`` (the paper's gamma); 0 omits the term."
     )
     detach_teacher: bool = options.detach_teacher(
-        False,
-        "teachers are constants in the KL terms. The fusion module then learns nothing, because no"
-        " other term reaches it.",
+        False, "teachers are constants in the KL terms. The fusion module then learns nothing."
     )
     teacher_eps: float = options.teacher_eps()
     reduction: Reduction = keyword(
@@ -68,16 +64,12 @@ class FFMLoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         peers = self.branch_names()[:-1]
-        nodes: tuple[Node, ...] = (
-            *map(Logits, (*peers, "leader")),
-            Mixture("fusion", peers, "fusion_weights"),
-            Mixture("ensemble", peers, (1.0 / len(peers),) * len(peers)),
-        )
-        terms: tuple[Term, ...] = (
-            *(CrossEntropy(name) for name in (*peers, "leader")),
-            *(self.teach("fusion", name, self.lambda_peer) for name in peers),
-            self.teach("ensemble", "leader", self.lambda_leader),
-        )
+        heads, share = (*peers, "leader"), (1.0 / len(peers),) * len(peers)
+        nodes: list[Node] = [*map(Logits, heads), Mixture("fusion", peers, "fusion_weights")]
+        nodes.append(Mixture("ensemble", peers, share))
+        terms: list[Term] = [*map(CrossEntropy, heads)]
+        terms += [self.teach("fusion", name, self.lambda_peer) for name in peers]
+        terms.append(self.teach("ensemble", "leader", self.lambda_leader))
         return Graph("ffm", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
@@ -101,11 +93,8 @@ class FFMLoss(MethodLoss):
         shapes = [list(weight.shape) for weight in classifiers]
         matrices = len(shapes) == self.num_branches and len(shapes[0]) == 2
         if not matrices or any(shape != shapes[0] for shape in shapes):
-            raise ValueError(
-                f"classifiers has the shapes {shapes};"
-                f" pass the {self.num_branches} branches' classifier weights, each [C, d], or"
-                " set lambda_cd=0"
-            )
+            fix = f"pass the {self.num_branches} branches' classifier weights, each [C, d], or"
+            raise ValueError(f"classifiers has the shapes {shapes}; {fix} set lambda_cd=0")
         extras = {"classifier_diversity": classifier_diversity(classifiers)}
         return inputs._replace(extras=extras)
 
@@ -140,12 +129,8 @@ class FeatureFusion(MethodModules):
         """``fusion_weights`` [B, M-1], and the M branches' ``classifiers`` [C, d]."""
         fused = F.relu(self.bn(self.conv(torch.cat(seen.features[:-1], 1))))
         weights = torch.softmax(self.fc(F.adaptive_avg_pool2d(fused, 1).flatten(1)), 1)
-        return {
-            "fusion_weights": weights,
-            "classifiers": tuple(
-                classifier_weight(branch, self.num_classes) for branch in seen.branches
-            ),
-        }
+        classifiers = [classifier_weight(branch, self.num_classes) for branch in seen.branches]
+        return {"fusion_weights": weights, "classifiers": tuple(classifiers)}
 
 
 def classifier_weight(branch: nn.Module, num_classes: int) -> Tensor:
@@ -161,10 +146,10 @@ def classifier_weight(branch: nn.Module, num_classes: int) -> Tensor:
         or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
     ]
     if not layers or layers[-1].weight.shape[0] != num_classes:
-        last = f"the last is {layers[-1]}" if layers else "there is none"
+        last = layers[-1] if layers else "missing"
         raise ValueError(
             "the classifier-diversity loss acts on the weight of a linear layer or 1x1 convolution"
-            f" to {num_classes} classes, and {last}; use a network that ends in one"
+            f" to {num_classes} classes, and the last is {last}; use a network that ends in one"
         )
     return layers[-1].weight.flatten(1)
 
@@ -173,22 +158,19 @@ def _build_fusion(spec: BranchSpec, fusion_channels: int = 0) -> FeatureFusion:
     channels = spec.channels[0]
     shapes = {tuple(classifier_weight(branch, spec.num_classes).shape) for branch in spec.branches}
     if len(set(spec.channels)) > 1 or len(shapes) > 1:
+        widths = ", ".join(map(str, spec.channels))
         raise ValueError(
-            f"the branches' feature maps have {', '.join(map(str, spec.channels))} channels and"
-            f" their classifiers the shapes {sorted(shapes)}; fusion and classifier diversity need"
-            " equal ones"
+            f"the branches' feature maps have {widths} channels and their classifiers the shapes"
+            f" {sorted(shapes)}; fusion and classifier diversity need equal ones"
         )
-    return FeatureFusion(
-        len(spec.channels) - 1, channels, spec.num_classes, fusion_channels or channels
-    )
+    sizes = len(spec.channels) - 1, channels, spec.num_classes
+    return FeatureFusion(*sizes, fusion_channels or channels)
 
 
 METHOD = Method(
     name="ffm",
-    summary=(
-        "Feature Fusion Module with Classifier Diversity: fused features teach the auxiliary"
-        " branches, their mean the leader"
-    ),
+    summary="Feature Fusion Module with Classifier Diversity: fused features teach the auxiliary"
+    " branches, their mean the leader",
     loss_class=FFMLoss,
     branch_range=(3, 8),
     default_branches=4,

@@ -137,19 +137,13 @@ class FFSDLoss(MethodLoss):
         students = self.branch_names()[:-1]
         heads = (*students, "leader", "fusion")
         weight, share = self.lambda_kd, 1.0 / (len(students) - 1)
-        terms: tuple[Term, ...] = (
-            *map(CrossEntropy, heads),
-            *(
-                self.teach(other, student, weight * share, scheduled=False)
-                for student in students
-                for other in students
-                if other != student
-            ),
-            self.teach("ensemble", "fusion", weight, scheduled=False),
-            self.teach("fusion", "leader", weight, scheduled=False),
-        )
+        pairs = [(other, student) for student in students for other in students if other != student]
+        edges = [(*pair, weight * share) for pair in pairs]
+        edges += [("ensemble", "fusion", weight), ("fusion", "leader", weight)]
         ensemble = Mixture("ensemble", students, (1.0 / len(students),) * len(students))
-        return Graph("ffsd", (*map(Logits, heads), ensemble), terms, self.label_smoothing)
+        terms: list[Term] = [*map(CrossEntropy, heads)]
+        terms += [self.teach(*edge, scheduled=False) for edge in edges]
+        return Graph("ffsd", [*map(Logits, heads), ensemble], terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
         return {"fusion": "fusion_logits"}
@@ -175,9 +169,7 @@ class FFSDLoss(MethodLoss):
         if target is None:
             return GraphInputs(rows)
         if maps is None:
-            raise ValueError(
-                "maps are missing: three of the FFSD loss's terms compare feature maps"
-            )
+            raise ValueError("maps are missing: three of the loss's terms compare feature maps")
         extras = {"diversity": _diversity(maps), "fusion": _fusion(maps), "decoder": _decoder(maps)}
         return GraphInputs(rows, extras=extras)
 
@@ -198,23 +190,18 @@ def _attention_distance(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
 
 def _diversity(maps: FFSDMaps) -> Tensor:
     total = maps.fused.new_zeros((), dtype=compute_dtype(maps.fused))
-    for before, own, decoded in zip(
-        maps.students, maps.students[1:], maps.decoded_shifted, strict=False
-    ):
+    pairs = itertools.pairwise(maps.students)
+    for (before, own), decoded in zip(pairs, maps.decoded_shifted, strict=True):
         _, target, _ = shifted_attention(attention_map(before[-1].detach()))
-        total = (
-            total
-            + _mean_square(_unit(attention_map(own[-1])) - target)
-            + _attention_distance(own[:-1], decoded)
-        )
+        total = total + _mean_square(_unit(attention_map(own[-1])) - target)
+        total = total + _attention_distance(own[:-1], decoded)
     return total
 
 
 def _fusion(maps: FFSDMaps) -> Tensor:
     together = torch.cat([student[-1].detach() for student in maps.students], 1)
-    return _attention_distance(
-        [maps.leader[-1], maps.transformed], [maps.fused, together]
-    ) + _attention_distance(maps.leader[:-1], maps.decoded_fused)
+    last = _attention_distance([maps.leader[-1], maps.transformed], [maps.fused, together])
+    return last + _attention_distance(maps.leader[:-1], maps.decoded_fused)
 
 
 def _decoder(maps: FFSDMaps) -> Tensor:
@@ -227,7 +214,7 @@ def _decoder(maps: FFSDMaps) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Brings a network's last map back to the sizes of its earlier stages: for each a transposed
+    """Bring a network's last map back to the sizes of its earlier stages: for each a transposed
     3x3 convolution, batch norm and ReLU.
 
     Args:
@@ -236,16 +223,10 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        backwards = list(channels)[::-1]
-        self.steps: Any = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(before),
-                )
-            )
-            for own, before in itertools.pairwise(backwards)
-        )
+        self.steps: Any = nn.ModuleList()
+        for own, before in itertools.pairwise(list(channels)[::-1]):
+            up = nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False)
+            self.steps.append(nn.ModuleList((up, nn.BatchNorm2d(before))))
 
     def forward(self, features: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
         """The last map [B, c_S, H, W] to S-1 maps of ``sizes`` (H, W), the earliest first."""
@@ -276,17 +257,13 @@ class FFSDModules(MethodModules):
         super().__init__()
         peers = [stages(peer) for peer in spec.branches]
         if any(other != peers[0] for other in peers):
-            raise ValueError(
-                "students and leader compare their feature maps stage by stage, so they must be one"
-                " network; name one"
-            )
+            reason = "students and leader compare their feature maps stage by stage"
+            raise ValueError(f"{reason}, so they must be one network; name one")
         sizes = [stage.size for stage in peers[0]]
         for before, after in itertools.pairwise(sizes):
             if any((big + 1) // 2 != small for big, small in zip(before, after, strict=True)):
-                raise ValueError(
-                    "its decoders double the maps from stage to stage, and here they go from"
-                    f" {before} to {after} (for 64 x 64 images)"
-                )
+                maps = f"from {before} to {after} (for 64 x 64 images)"
+                raise ValueError(f"decoders double the maps from stage to stage; these go {maps}")
         channels = [stage.channels for stage in peers[0]]
         num_students = len(spec.branches) - 1
         self.ends = tuple(stage.end for stage in peers[0])
@@ -325,12 +302,9 @@ class FFSDModules(MethodModules):
             decoder(own[-1].detach(), sizes)
             for decoder, own in zip(self.decoders, (*students[1:], leader), strict=True)
         ]
-        return {
-            "fusion_logits": logits,
-            "maps": FFSDMaps(
-                students, leader, fused, self.transform(leader[-1]), shifted, from_fused, decoded
-            ),
-        }
+        transformed = self.transform(leader[-1])
+        maps = FFSDMaps(students, leader, fused, transformed, shifted, from_fused, decoded)
+        return {"fusion_logits": logits, "maps": maps}
 
 
 def _ramp_up_from_1(epoch: int, length: int) -> float:
@@ -340,10 +314,8 @@ def _ramp_up_from_1(epoch: int, length: int) -> float:
 
 METHOD = Method(
     name="ffsd",
-    summary=(
-        "Feature Fusion and Self-Distillation: students fused into a teacher for a leader, which is"
-        " kept"
-    ),
+    summary="Feature Fusion and Self-Distillation: students fused into a teacher for a leader,"
+    " which is kept",
     loss_class=FFSDLoss,
     branch_range=(3, 8),
     default_branches=3,

@@ -14,16 +14,14 @@ class IndependentLoss(MethodLoss):
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
-        terms = tuple(map(CrossEntropy, branches))
-        return Graph("independent", tuple(map(Logits, branches)), terms, self.label_smoothing)
+        nodes, terms = [*map(Logits, branches)], [*map(CrossEntropy, branches)]
+        return Graph("independent", nodes, terms, self.label_smoothing)
 
 
 METHOD = Method(
     name="independent",
-    summary=(
-        "Ind: branches or networks next to each other, without distillation; the lower bound for"
-        " every method"
-    ),
+    summary="Ind: branches or networks next to each other, without distillation; the lower bound"
+    " for every method",
     loss_class=IndependentLoss,
     branch_range=(2, 8),
     default_branches=4,

@@ -30,8 +30,7 @@ VARIANTS = ("naive", "linear", "minlogit", "general")
 
 
 def error_correlation_weights(correlation: Tensor) -> Tensor:
-    """KDCL-General's weights [M] from the error correlation C [M, M]: ``w = C^-1 1``, scaled to add
-    up to 1.
+    """KDCL-General's weights [M] from the error correlation C [M, M]: ``w = C^-1 1``, with sum 1.
 
     The scale of C does not matter. The closed form does not keep the weights in [0, 1] as the paper
     requires: negative ones become 0, and the rest is scaled again. C is singular for networks with
@@ -84,10 +83,8 @@ class KDCLLoss(MethodLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "linear" and self.num_branches > MAX_ROWS:
-            raise ValueError(
-                f"num_branches={self.num_branches}; variant 'linear' solves for the weights of at"
-                f" most {MAX_ROWS} networks; use fewer, or variant minlogit"
-            )
+            fix = f"'linear' solves for the weights of at most {MAX_ROWS} networks; use minlogit"
+            raise ValueError(f"num_branches={self.num_branches}; {fix}")
         if self.variant == "general":
             equal = torch.full((self.num_branches,), 1 / self.num_branches, dtype=torch.float64)
             self.register_buffer("teacher_weights", equal)
@@ -99,11 +96,9 @@ class KDCLLoss(MethodLoss):
             teacher = LowestCrossEntropy("teacher", branches)
         elif self.variant == "minlogit":
             teacher = MinLogit("teacher", branches)
-        terms: tuple[Term, ...] = (
-            *map(CrossEntropy, branches),
-            *(self.teach("teacher", name, self.lambda_kd) for name in branches),
-        )
-        nodes = (*map(Logits, branches), teacher)
+        nodes: list[Node] = [*map(Logits, branches), teacher]
+        terms: list[Term] = [*map(CrossEntropy, branches)]
+        terms += [self.teach("teacher", name, self.lambda_kd) for name in branches]
         return Graph(f"kdcl_{self.variant}", nodes, terms, self.label_smoothing)
 
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
@@ -149,18 +144,14 @@ def kdcl_graph(
 
 METHOD = Method(
     name="kdcl",
-    summary=(
-        "Collaborative Learning: all networks learn from one teacher, the best that their logits"
-        " can make"
-    ),
+    summary="Collaborative Learning: all networks learn from one teacher, the best that their"
+    " logits can make",
     loss_class=KDCLLoss,
     branch_range=(2, 8),
     default_branches=2,
     model_options={
         "icl": options.switch(
-            True,
-            "invariant collaborative learning: every network sees its own augmentation of each"
-            " image.",
+            True, "invariant collaborative learning: each network has its own view of an image."
         )
     },
     topologies=("peers",),

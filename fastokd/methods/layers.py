@@ -40,9 +40,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, c, H, W] to weights [B, 1, H, W]."""
-        return torch.sigmoid(
-            self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))
-        )
+        pooled = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+        return torch.sigmoid(self.conv(torch.cat(pooled, 1)))
 
 
 class FusionHead(nn.Module):
@@ -103,10 +102,8 @@ def children(peer: nn.Module) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for part in parts:
         if not isinstance(part, nn.Sequential):
-            raise ValueError(
-                "it needs the maps between the stages, and this network does not run as a sequence"
-                " of modules"
-            )
+            reason = "this network does not run as a sequence of modules"
+            raise ValueError(f"it needs the maps between the stages, and {reason}")
         modules += part
     return modules
 
