@@ -146,10 +146,10 @@ def classifier_weight(branch: nn.Module, num_classes: int) -> Tensor:
         or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
     ]
     if not layers or layers[-1].weight.shape[0] != num_classes:
-        last = layers[-1] if layers else "missing"
+        last = f"the last is {layers[-1]}" if layers else "the network has no such layer"
         raise ValueError(
             "the classifier-diversity loss acts on the weight of a linear layer or 1x1 convolution"
-            f" to {num_classes} classes, and the last is {last}; use a network that ends in one"
+            f" to {num_classes} classes, and {last}; use a network that ends in one"
         )
     return layers[-1].weight.flatten(1)
 

@@ -21,8 +21,7 @@ class ShuffleNetV2(PlainNetwork):
 
 
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1,
-    ...), and split in half.
+    """Two maps [B, c, H, W] to the halves of their interleaved channels a0, b0, a1, b1, ...
 
     Each half is made in its own memory, in the memory format of ``b``. This saves a concatenation,
     and a copy in the convolution that follows.
@@ -91,14 +90,10 @@ def backbone(name: str) -> Backbone:
     return staged_network(
         name,
         ShuffleNetV2,
-        stem=lambda: OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3))),
+        stem=lambda: OrderedDict(conv1=conv_norm(3, STEM, 3)),
         stem_channels=STEM,
-        stages=[
-            shuffle_stage("stage2", 116, 4),
-            shuffle_stage("stage3", 232, 8),
-            shuffle_stage("stage4", 464, 4),
-        ],
-        tail=lambda channels: OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1))),
+        stages=[shuffle_stage(f"stage{i}", 29 * 2**i, 8 if i == 3 else 4) for i in (2, 3, 4)],
+        tail=lambda channels: OrderedDict(conv5=conv_norm(channels, FEATURES, 1)),
         tail_channels=FEATURES,
         head=classifier,
         split=2,
