@@ -1,6 +1,7 @@
 """Branch a classifier of torchvision, timm or the user; its student keeps the original class."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -41,6 +42,7 @@ NOISE = 0.1
 """Noise on the weights of an equal copy, as a fraction of each tensor's standard deviation."""
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_REPLACE = "replace it yourself, then branch out"
 
 
 def branch_out(
@@ -98,10 +100,8 @@ def branch_out(
     if init not in get_args(Init):
         raise ConfigError(f"unknown init '{init}'{did_you_mean(init, get_args(Init))}")
     if not isinstance(deepen, int) or deepen < 0:
-        raise ConfigError(
-            f"deepen={deepen!r}; it must be a whole number of at least 0 (the paper uses 2 on"
-            " ImageNet)"
-        )
+        fix = "it must be a whole number of at least 0 (the paper uses 2 on ImageNet)"
+        raise ConfigError(f"deepen={deepen!r}; {fix}")
     chosen = get_method(method)
     num_branches = chosen.default_branches if num_branches is None else num_branches
     module = copy.deepcopy(module)
@@ -143,10 +143,8 @@ class Split:
         try:
             network.get_submodule(at)
         except AttributeError:
-            points = list_split_points(network, self.size)
-            raise ConfigError(
-                f"at='{at}': {self.kind} has no module of that name{did_you_mean(at, points)}"
-            ) from None
+            hint = did_you_mean(at, list_split_points(network, self.size))
+            raise ConfigError(f"at='{at}': {self.kind} has no module of that name{hint}") from None
         steps = at.split(".")
         self.opened = [".".join(steps[:count]) for count in range(1, len(steps))]
         graph = trace(network, self.opened)
@@ -157,11 +155,9 @@ class Split:
         self.grown = self._grown(network, shapes)
 
     def _error(self, network: nn.Module, reason: str) -> ConfigError:
-        points = ", ".join(list_split_points(network, self.size))
-        return ConfigError(
-            f"at='{self.at}': {self.kind} cannot be split there: {reason}; split points:"
-            f" {points or 'none'}"
-        )
+        points = ", ".join(list_split_points(network, self.size)) or "none"
+        where = f"at='{self.at}': {self.kind} cannot be split there"
+        return ConfigError(f"{where}: {reason}; split points: {points}")
 
     def _classifier(
         self, module: nn.Module, graph: fx.Graph, shapes: Shapes, wanted: int | None
@@ -179,31 +175,24 @@ class Split:
             result = "several values" if logits is None else list(logits)
             raise ConfigError(
                 f"{self.kind} is no classifier: for one image it returns {result}, and its last"
-                f" layer is {last}; a classifier ends in a linear layer (or 1x1 convolution) to"
-                " logits [B, C]"
+                f" layer is {last}; it must be a linear layer or 1x1 convolution to logits [B, C]"
             )
         if wanted is None or wanted == logits[1]:
             return logits[1], None
         self._replace_classifier(module, last, wanted)
         again = record_shapes(meta_copy(module), graph, self.size).nodes[output]
         if again[1] != wanted:
-            raise ConfigError(
-                f"num_classes={wanted}: replacing the last layer '{last}' gives logits"
-                f" {list(again)}; replace the classifier yourself, then branch out"
-            )
-        warnings.warn(
-            f"{self.kind} has {logits[1]} classes: its last layer '{last}' is replaced by a fresh"
-            f" one for {wanted}",
-            stacklevel=4,
-        )
+            reason = f"replacing the last layer '{last}' gives logits {list(again)}"
+            raise ConfigError(f"num_classes={wanted}: {reason}; {_REPLACE}")
+        change = f"its last layer '{last}' is replaced by a fresh one for {wanted}"
+        warnings.warn(f"{self.kind} has {logits[1]} classes: {change}", stacklevel=4)
         return wanted, last
 
     def _replace_classifier(self, module: nn.Module, name: str, wanted: int) -> None:
         """Put a fresh last layer with ``wanted`` outputs into the module."""
         if not isinstance(wanted, int) or wanted < 2:
-            raise ConfigError(
-                f"num_classes={wanted!r}; a classifier needs a whole number of at least 2"
-            )
+            fix = "a classifier needs a whole number of at least 2"
+            raise ConfigError(f"num_classes={wanted!r}; {fix}")
         before: Any = module.get_submodule(name)
         kind, bias = type(before), before.bias is not None
         if kind is nn.Linear:
@@ -212,34 +201,24 @@ class Split:
             geometry = (before.kernel_size, before.stride, before.padding)
             after = nn.Conv2d(before.in_channels, wanted, *geometry, bias=bias)
         else:
-            raise ConfigError(
-                f"num_classes={wanted}: the last layer '{name}' is a {kind.__name__};"
-                " replace it yourself, then branch out"
-            )
+            reason = f"the last layer '{name}' is a {kind.__name__}"
+            raise ConfigError(f"num_classes={wanted}: {reason}; {_REPLACE}")
         put(module, name, after.to(before.weight.device, before.weight.dtype))
         if hasattr(module, "num_classes"):
             setattr(module, "num_classes", wanted)  # noqa: B010  # not declared by nn.Module
 
     def _cut(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
         calls = [node for node in graph.nodes if node.op not in NOT_COMPUTED]
-        first = next(
-            (
-                node
-                for node in calls
-                if node.op == "call_module" and f"{target(node)}.".startswith(f"{self.at}.")
-            ),
-            None,
-        )
-        if first is None:
+        modules = (node for node in calls if node.op == "call_module")
+        owned = [node for node in modules if f"{target(node)}.".startswith(f"{self.at}.")]
+        if not owned:
             raise self._error(network, "its forward does not call it")
-        tail = [node for node in tail_from(graph, first) if node.op != "output"]
+        tail = [node for node in tail_from(graph, owned[0]) if node.op != "output"]
         entering = uses(tail)
         if len(entering) != 1:
-            raise self._error(
-                network,
-                f"{len(entering)} tensors cross this point ({', '.join(map(_title, entering))}), as"
-                " inside a residual or dense block; a split needs exactly one",
-            )
+            crossing = f"{len(entering)} tensors cross this point ({_titles(entering)})"
+            fix = "as inside a residual or dense block; a split needs exactly one"
+            raise self._error(network, f"{crossing}, {fix}")
         self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
@@ -250,20 +229,22 @@ class Split:
         if not end:
             raise self._error(network, "it comes after the last feature maps")
         if self.cut in shapes.written:
-            raise self._error(
-                network, "the first operation there overwrites its input, which branches share"
-            )
+            reason = "the first operation there overwrites its input, which branches share"
+            raise self._error(network, reason)
         self.body_nodes, self.head_nodes = tail[:end], tail[end:]
         self.features, self.logits = tail[end - 1], tail[-1]
         shape = shapes.nodes[self.cut]
         self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
         self.view, self.channels = maps_view(network, shapes.nodes[self.features])
 
+    @property
+    def _parts(self) -> dict[str, list[fx.Node]]:
+        return {"trunk": self.trunk_nodes, "body": self.body_nodes, "head": self.head_nodes}
+
     def _check_sharing(self, network: nn.Module) -> None:
         """Refuse weights that several parts use: copying the parts would separate them."""
         owner: dict[int, str] = {}
-        parts = {"trunk": self.trunk_nodes, "body": self.body_nodes, "head": self.head_nodes}
-        for title, nodes in parts.items():
+        for title, nodes in self._parts.items():
             for name in named(nodes):
                 for tensor in tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
@@ -289,18 +270,14 @@ class Split:
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
     ) -> "PartBranch":
-        """The branch, made of the modules of a source, with ``num_blocks`` additional blocks;
-        ``new_block`` makes one from the block to copy.
-        """
+        """A branch of a source's modules and ``num_blocks`` more, which ``new_block`` makes."""
         if num_blocks:
             end, block = self.grown
             if not end:
-                raise ConfigError(
-                    f"{self.kind} from '{self.at}' on has no block that could be repeated; deepen=0"
-                    " (--aux-blocks 0) makes branches of equal depth"
-                )
-            last = source.get_submodule(end)
-            like = next(source.parameters())
+                reason = f"{self.kind} from '{self.at}' on has no block that could be repeated"
+                fix = "deepen=0 (--aux-blocks 0) makes branches of equal depth"
+                raise ConfigError(f"{reason}; {fix}")
+            last, like = source.get_submodule(end), next(source.parameters())
             blocks = [
                 new_block(last) if block else AddedBlock(self.channels).to(like.device, like.dtype)
                 for _ in range(num_blocks)
@@ -336,11 +313,8 @@ class Split:
 
         def join(trunk: nn.Module, branch: Branch) -> nn.Module:
             network = copy.deepcopy(shell)
-            for nodes, owner in (
-                (self.trunk_nodes, trunk),
-                (self.body_nodes, branch.body),
-                (self.head_nodes, branch.head),
-            ):
+            owners = (trunk, branch.body, branch.head)
+            for nodes, owner in zip(self._parts.values(), owners, strict=True):
                 for path in named(nodes):
                     put(network, path, get(owner, path))
             for path in self.opened:
@@ -352,7 +326,7 @@ class Split:
     def _shell(self, source: nn.Module) -> nn.Module:
         """The network without the modules and tensors of trunk and branches."""
         memo: dict[int, object] = {}
-        for path in named([*self.trunk_nodes, *self.body_nodes, *self.head_nodes]):
+        for path in named(itertools.chain(*self._parts.values())):
             value = get(source, path)
             is_module = isinstance(value, nn.Module)
             memo[id(value)] = nn.Identity() if is_module else type(value)(torch.empty(0))
@@ -398,21 +372,18 @@ class GrowingBlock(nn.Module):
 
 
 class AddedBlock(nn.Module):
-    """A residual block on feature maps [B, channels, H, W] of any sign, in pre-activation order (He
-    et al., ECCV 2016).
+    """A residual block on feature maps [B, channels, H, W] of any sign (He et al., ECCV 2016).
 
-    Three convolutions through a quarter of the channels. It starts as the identity: the last
-    convolution is 0.
+    Three convolutions through a quarter of the channels, in pre-activation order. It starts as the
+    identity: the last convolution is 0.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         width = max(channels // 4, 1)
         self.residual = nn.Sequential()
-        for outputs, inputs, kernel in (
-            (width, channels, 1),
-            (width, width, 3),
-            (channels, width, 1),
+        for inputs, outputs, kernel in zip(
+            (channels, width, width), (width, width, channels), (1, 3, 1), strict=True
         ):
             last = conv(inputs, outputs, kernel)
             self.residual.extend((nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), last))
@@ -435,11 +406,10 @@ def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) ->
         source = copy.deepcopy(module)
         if init == "fresh":
             _redraw(source)
-        else:
-            if replaced is not None:
-                _redraw(source.get_submodule(replaced))
-            if equal:
-                _add_noise(source)
+        elif replaced is not None:
+            _redraw(source.get_submodule(replaced))
+        if init != "fresh" and equal:
+            _add_noise(source)
         yield source, new_block
 
 
@@ -476,7 +446,11 @@ def _is_constant(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.numel() == 0 or bool((tensor == tensor.flatten()[0]).all())
 
 
-def _title(node: fx.Node) -> str:
-    """The name of a value in messages."""
-    is_named = node.op in ("call_module", "placeholder")
-    return f"'{node.target}'" if is_named else node.name.removeprefix("network_")
+def _titles(nodes: Sequence[fx.Node]) -> str:
+    """The names of values in messages."""
+    return ", ".join(
+        f"'{node.target}'"
+        if node.op in ("call_module", "placeholder")
+        else node.name.removeprefix("network_")
+        for node in nodes
+    )

@@ -23,9 +23,7 @@ class Branch(nn.Module):
 
     def __init__(self, body: nn.Module, head: nn.Module, channels: int) -> None:
         super().__init__()
-        self.body = body
-        self.head = head
-        self.channels = channels
+        self.body, self.head, self.channels = body, head, channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Trunk maps [B, c, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
@@ -60,11 +58,9 @@ class Backbone:
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
     level 1 is the plain network's, each further level has ``aux_blocks`` more auxiliary blocks.
     ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
-    of the images that the network is designed for.
-
-    ``compressed(num_branches)``, if supported, is the network split for compression (AHBF Table 5):
-    level M of M is the plain network's branch, and each lower level has ``aux_blocks`` fewer
-    blocks.
+    of the images that the network is designed for. ``compressed(num_branches)``, if supported, is
+    the network split for compression (AHBF Table 5): level M of M is the plain network's branch,
+    and each lower level has ``aux_blocks`` fewer blocks.
     """
 
     name: str
@@ -80,9 +76,7 @@ class Peer(nn.Module):
 
     def __init__(self, trunk: nn.Module, branch: Branch) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.branch = branch
-        self.channels = branch.channels
+        self.trunk, self.branch, self.channels = trunk, branch, branch.channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
@@ -97,8 +91,7 @@ def one_by_one(
 
 
 class BranchedModel(nn.Module):
-    """A network whose last stage exists M times on one shared trunk, or M whole networks side by
-    side (peers).
+    """A network whose last stages exist M times on a shared trunk, or M whole networks (peers).
 
     Built by ``fastokd.models.create_model``.
 
@@ -127,8 +120,7 @@ class BranchedModel(nn.Module):
         method: str = "baseline",
     ) -> None:
         super().__init__()
-        self.names = tuple(names)
-        self.num_classes = num_classes
+        self.names, self.num_classes, self.method = tuple(names), num_classes, method
         self.kept = range(len(branches))[kept]
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
@@ -137,7 +129,6 @@ class BranchedModel(nn.Module):
             channels = tuple(branch.channels for branch in branches)
             spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
             self.companion = build_companion(spec)
-        self.method = method
         self._joins = tuple(joins)
         self.run_branches = one_by_one
         """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
@@ -187,8 +178,8 @@ class BranchedModel(nn.Module):
         return BranchOutput(logits, features, extras)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules separately, when they are first called,
-        so that branches may still run concurrently. Names of weights and the student do not change.
+        """Compile trunk, branches and the method's modules separately at their first calls, so that
+        branches may still run concurrently.
         """
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
@@ -206,8 +197,7 @@ class BranchedModel(nn.Module):
         plain network's.
 
         Args:
-            branch: index of the branch; None is what the method keeps, which may be more than a
-                branch where branches cannot do without each other (AFID).
+            branch: index of the branch; None for what the method keeps, with AFID more than one.
 
         Raises:
             ConfigError: there is no such branch.
@@ -218,9 +208,8 @@ class BranchedModel(nn.Module):
         """``student``, made of the model's own modules: its weights change with training."""
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
-            raise ConfigError(
-                f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
-            )
+            last = self.num_branches - 1
+            raise ConfigError(f"branch {index}: this model has the branches 0 to {last}")
         own: Any = self.branches[index]
         student = None
         if branch is None and self.companion is not None:

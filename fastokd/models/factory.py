@@ -22,9 +22,8 @@ _FAMILIES = {
     "wide_resnet": "wrn16_2 wrn16_4 wrn28_2",
     "vgg": "vgg13 vgg16",
     "densenet": "densenet40_12",
-    "mobilenet_v2": (
-        "mobilenetv2_x0_5 mobilenetv2_x1_0 mobilenetv2_x0_5_imagenet mobilenetv2_x1_0_imagenet"
-    ),
+    "mobilenet_v2": "mobilenetv2_x0_5 mobilenetv2_x1_0"
+    " mobilenetv2_x0_5_imagenet mobilenetv2_x1_0_imagenet",
     "shufflenet_v2": "shufflenetv2_x1_0",
     "xception": "xception",
 }
@@ -100,14 +99,11 @@ def create_model(
     if compression:
         compressed, kept = backbones[0].compressed, -1
         if not chosen.hierarchical:
-            raise ConfigError(
-                f"compression: method '{method}' has branches of equal depth; use method 'ahbf'"
-            )
+            reason = f"method '{method}' has branches of equal depth; use method 'ahbf'"
+            raise ConfigError(f"compression: {reason}")
         if compressed is None:
-            raise ConfigError(
-                f"compression: model '{backbones[0].name}' does not say which of its blocks can be"
-                " removed; use another"
-            )
+            reason = "does not say which of its blocks can be removed; use another"
+            raise ConfigError(f"compression: model '{backbones[0].name}' {reason}")
         backbones = [compressed(num_branches)]
     sizes = (num_classes, num_branches, aux_blocks)
     return assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
@@ -129,10 +125,8 @@ def find_backbone(
         return library_backbone(name, num_classes, at, split)
     backbone = get_backbone(name)
     if at is not None:
-        raise ConfigError(
-            f"at='{at}': {name} is branched as in its paper; at is for networks"
-            " torchvision:NAME and timm:NAME"
-        )
+        reason = f"{name} is branched as in its paper; at is for torchvision:NAME and timm:NAME"
+        raise ConfigError(f"at='{at}': {reason}")
     return backbone
 
 
@@ -153,11 +147,9 @@ def allowed_methods(name: str) -> list[str]:
             peers, count = method.topologies[0] == "peers", method.default_branches
             branches = [Peer(trunk, branch) if peers else branch] * count
             channels = trunk_channels(None if peers else trunk)
+            spec = BranchSpec((branch.channels,) * count, channels, 10, branches)
             try:
-                method.build_companion(
-                    BranchSpec((branch.channels,) * count, channels, 10, branches),
-                    **method.default_model_options(),
-                )
+                method.build_companion(spec, **method.default_model_options())
             except ValueError:
                 return False
             return True
@@ -168,8 +160,7 @@ def allowed_methods(name: str) -> list[str]:
 def create_student(
     name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any
 ) -> nn.Module:
-    """Create the plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B,
-    C].
+    """Create the plain network of that name with fresh weights: images to logits [B, C].
 
     A student's state dict loads into it: ``create_student(model.name,
     C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is the student of a method
@@ -196,8 +187,7 @@ def create_student(
 
 
 def model_name(name: str) -> str:
-    """The registered spelling of a network's name; case and punctuation are ignored: "WRN-16-2" is
-    wrn16_2.
+    """The registered spelling of a network's name, such as wrn16_2 for "WRN-16-2".
 
     Raises:
         ConfigError: the name is unknown; the message suggests the closest one.
@@ -210,10 +200,8 @@ def model_name(name: str) -> str:
         return name
     matches = [known for known in _models if plain(known) == plain(name)]
     if len(matches) != 1:
-        raise ConfigError(
-            f"unknown model '{name}'{did_you_mean(name, _models)}; networks of torchvision and"
-            " timm are torchvision:NAME and timm:NAME"
-        )
+        libraries = "networks of torchvision and timm are torchvision:NAME and timm:NAME"
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _models)}; {libraries}")
     return matches[0]
 
 
@@ -229,6 +217,5 @@ def get_backbone(name: str) -> Backbone:
 
 def _check_num_classes(num_classes: int) -> None:
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise ConfigError(
-            f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2"
-        )
+        fix = "a classifier needs a whole number of at least 2"
+        raise ConfigError(f"num_classes={num_classes!r}; {fix}")

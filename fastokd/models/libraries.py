@@ -28,8 +28,7 @@ def is_library_name(name: str) -> bool:
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """Build "torchvision:NAME" or "timm:NAME" with the library's initialization, without auxiliary
-    classifiers: images [B, 3, H, W] to logits [B, C].
+    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers.
 
     Raises:
         ConfigError: the name is unknown, or the library cannot build the network.
@@ -37,9 +36,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
     """
     library, _, network = name.partition(":")
     if library not in LIBRARIES:
-        raise ConfigError(
-            f"unknown library '{library}' in model '{name}'{did_you_mean(library, LIBRARIES)}"
-        )
+        hint = did_you_mean(library, LIBRARIES)
+        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
     build = _torchvision(network) if library == "torchvision" else _timm(network)
     try:
         try:
@@ -50,9 +48,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
             with torch.device("cpu"):  # the constructor computes with tensor values
                 return build(num_classes=num_classes)
     except Exception as error:  # constructors of libraries raise any exception
-        raise ConfigError(
-            f"{name} cannot be built for {num_classes} classes ({first_line(error)})"
-        ) from error
+        reason = f"cannot be built for {num_classes} classes ({first_line(error)})"
+        raise ConfigError(f"{name} {reason}") from error
 
 
 def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
@@ -104,9 +101,8 @@ def _torchvision(network: str) -> Callable[..., nn.Module]:
 
     names = torchvision.models.list_models(module=torchvision.models)
     if network not in names:
-        raise ConfigError(
-            f"torchvision has no classifier '{network}'{did_you_mean(network, names)}"
-        )
+        hint = did_you_mean(network, names)
+        raise ConfigError(f"torchvision has no classifier '{network}'{hint}")
     extra = {"aux_logits": False, "init_weights": True} if network in _AUXILIARY else {}
     return functools.partial(torchvision.models.get_model, network, weights=None, **extra)
 
@@ -115,14 +111,12 @@ def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        raise MissingExtra(
-            f"timm:{network} needs timm, which is not installed: pip install 'fastokd[timm]'"
-        ) from None
+        fix = "which is not installed: pip install 'fastokd[timm]'"
+        raise MissingExtra(f"timm:{network} needs timm, {fix}") from None
     if not timm.is_model(network):
         names = timm.list_models()
         close = difflib.get_close_matches(network, names, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ";"
-        raise ConfigError(
-            f"timm has no network '{network}'{hint} timm.list_models() lists all {len(names)}"
-        )
+        hint += f" timm.list_models() lists all {len(names)}"
+        raise ConfigError(f"timm has no network '{network}'{hint}")
     return functools.partial(timm.create_model, network, pretrained=False)

@@ -46,8 +46,7 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
         counts = " and ".join(map(str, num_blocks))
         raise ConfigError(
             f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have"
-            f" {counts} blocks, too few to take {steps} x {aux_blocks}; use fewer branches or smaller"
-            " aux_blocks"
+            f" {counts} blocks, too few to take {steps} x {aux_blocks}; use fewer of them"
         )
     return tuple(blocks)
 

@@ -53,8 +53,7 @@ class Cost:
 
 
 def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
-    """The costs of a branched model: the ``student``, everything in ``training``, and ``branch1``,
-    ... as plain networks.
+    """The costs of the ``student``, of all in ``training``, and of ``branch1``, ... on their own.
 
     Args:
         model: on any device; the meta device is fastest.
@@ -93,8 +92,7 @@ def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -
     try:
         forward_flops(model, (3, height, width))
     except Exception as error:  # operators of a network raise any exception
-        raise ConfigError(
-            f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); it"
-            f" is made for {made_for} x {made_for}: pass --image-size {made_for}, or another"
-            " --model"
-        ) from error
+        reason = f"cannot take images of {height} x {width} pixels ({first_line(error)})"
+        fix = f"pass --image-size {made_for}, or another --model"
+        made = f"it is made for {made_for} x {made_for}"
+        raise ConfigError(f"the network {reason}; {made}: {fix}") from error
