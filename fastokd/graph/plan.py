@@ -6,8 +6,10 @@ nodes in topological order. Term weights are not part of a plan: they are run-ti
 changing one recompiles nothing.
 """
 
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import (
@@ -20,6 +22,7 @@ from fastokd.graph.nodes import (
     ProbabilityMixture,
 )
 
+T = TypeVar("T")
 PLAN_VERSION = 1
 
 MIXTURE, PROBABILITY_MIXTURE, MINIMUM, SELECTION = 0, 1, 2, 3
@@ -50,19 +53,19 @@ class PlanNode(NamedTuple):
 
 
 class PlanTerm(NamedTuple):
-    """A term. For a cross-entropy only ``kind`` and ``student`` mean anything; ``teacher`` is -1.
+    """A term. Only ``kind`` and ``student`` matter for a cross-entropy.
 
     ``scale`` is T^2, or 1 where the graph switches that off."""
 
     kind: int
     student: int
-    teacher: int
-    temperature: float
-    scale: float
-    detach: int
-    direction: int
-    eps_mode: int
-    eps: float
+    teacher: int = -1
+    temperature: float = 1.0
+    scale: float = 1.0
+    detach: int = 0
+    direction: int = TEACHER_FIRST
+    eps_mode: int = EPS_NONE
+    eps: float = 0.0
 
 
 class Plan(NamedTuple):
@@ -139,39 +142,35 @@ def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
         ValueError: the arrays were made by another version of this encoding, or are cut short.
     """
     if not ints or ints[0] != PLAN_VERSION:
-        raise ValueError(
-            f"plan version {ints[0] if ints else None} is not {PLAN_VERSION}: lower the graph again"
-            " with this fastokd"
-        )
+        version = ints[0] if ints else None
+        raise ValueError(f"plan version {version} is not {PLAN_VERSION}: lower the graph again")
     int_at, float_at = iter(ints[1:]), iter(floats)
-    try:
-        num_logits, num_externals = next(int_at), next(int_at)
-        widths = tuple(next(int_at) for _ in range(next(int_at)))
-        label_smoothing = next(float_at)
-        nodes = []
-        for _ in range(next(int_at)):
-            kind, source, count = next(int_at), next(int_at), next(int_at)
-            inputs = tuple([next(int_at) for _ in range(count)])
-            temperature = next(float_at)
-            weighted = source < 0 and kind in (MIXTURE, PROBABILITY_MIXTURE)
-            constants = tuple([next(float_at) for _ in range(count)]) if weighted else ()
-            nodes.append(PlanNode(kind, inputs, source, constants, temperature))
-        terms = []
-        for _ in range(next(int_at)):
-            kind, student, teacher, detach, direction, eps_mode = [next(int_at) for _ in range(6)]
-            temperature, scale, eps = [next(float_at) for _ in range(3)]
-            terms.append(
-                PlanTerm(
-                    kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps
-                )
-            )
-    except (StopIteration, RuntimeError) as error:
-        raise ValueError(
-            "the encoded plan is cut short: pass both arrays of Plan.encode() whole"
-        ) from error
+    num_logits, num_externals, num_sources = _take(int_at, 3)
+    widths = _take(int_at, num_sources)
+    (label_smoothing,), (num_nodes,) = _take(float_at, 1), _take(int_at, 1)
+    nodes, terms = [], []
+    for _ in range(num_nodes):
+        kind, source, count = _take(int_at, 3)
+        inputs, (temperature,) = _take(int_at, count), _take(float_at, 1)
+        weighted = source < 0 and kind in (MIXTURE, PROBABILITY_MIXTURE)
+        constants = _take(float_at, count if weighted else 0)
+        nodes.append(PlanNode(kind, inputs, source, constants, temperature))
+    for _ in range(*_take(int_at, 1)):
+        kind, student, teacher, detach, direction, eps_mode = _take(int_at, 6)
+        temperature, scale, eps = _take(float_at, 3)
+        numbers = (temperature, scale, detach, direction, eps_mode, eps)
+        terms.append(PlanTerm(kind, student, teacher, *numbers))
     if next(int_at, None) is not None or next(float_at, None) is not None:
         raise ValueError("the encoded plan is too long: pass both arrays of one Plan.encode()")
     return Plan(num_logits, num_externals, widths, tuple(nodes), tuple(terms), label_smoothing)
+
+
+def _take(values: Iterator[T], count: int) -> tuple[T, ...]:
+    taken = tuple(itertools.islice(values, count))
+    if len(taken) < count:
+        fix = "pass both arrays of Plan.encode() whole"
+        raise ValueError(f"the encoded plan is cut short: {fix}")
+    return taken
 
 
 def lower(graph: Graph) -> Plan:
@@ -200,10 +199,7 @@ def lower(graph: Graph) -> Plan:
     terms = []
     for term in graph.terms:
         if not isinstance(term, KL):
-            student = ids[term.node]
-            terms.append(
-                PlanTerm(CROSS_ENTROPY, student, -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0)
-            )
+            terms.append(PlanTerm(CROSS_ENTROPY, ids[term.node]))
             continue
         eps_mode = EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
         terms.append(

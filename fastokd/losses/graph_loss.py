@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from fastokd._moved import warn_renamed
 from fastokd.graph import Graph, Plan, draw_text, lower
-from fastokd.losses.checks import (
-    as_rows,
-    check_external,
-    check_kd_weight,
-    check_rows,
-    check_target,
-    check_weight,
-    mean_prediction,
-)
+from fastokd.losses import checks
 from fastokd.losses.options import Impl, Reduction
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
 from fastokd.ops.inputs import compute_dtype
@@ -184,7 +176,7 @@ class GraphLoss(nn.Module):
 
     def _rows(self, branch_logits: Rows) -> list[Tensor]:
         """The first argument of ``graph_inputs`` as a list with the right number of tensors."""
-        return as_rows(branch_logits, self.plan.num_logits, "logits")
+        return checks.as_rows(branch_logits, self.plan.num_logits, "logits")
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
         """Update the loss's state with a training batch; called first in training mode.
@@ -326,11 +318,12 @@ class GraphLoss(nn.Module):
             raise TypeError("target must be a tensor, got NoneType")
         given = self._inputs(branch_logits, target, inputs)
         graph, plan, row_labels, _ = given.lowered or self.lowered
-        first = check_rows(given.logits, row_labels)
+        first = checks.check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
-        externals = [check_external(name, given.externals, first) for name in graph.externals]
-        check_target(target, first)
-        check_kd_weight(kd_weight, first.device)
+        rows = given.externals
+        externals = [checks.check_external(name, rows, first) for name in graph.externals]
+        checks.check_target(target, first)
+        checks.check_kd_weight(kd_weight, first.device)
         device = first.device
         if self.term_weights.device != device and not torch.compiler.is_compiling():
             self._place_term_weights(device)
@@ -342,7 +335,7 @@ class GraphLoss(nn.Module):
     def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
         graph, _, _, labels = given.lowered or self.lowered
         return [
-            check_weight(name, width, given.weights, first, labels[name])
+            checks.check_weight(name, width, given.weights, first, labels[name])
             for name, width in graph.weight_sources.items()
         ]
 
@@ -383,7 +376,7 @@ class GraphLoss(nn.Module):
         named = dict(zip(graph.logits, given.logits, strict=False))
         named.update(given.externals)
         if self.num_branches > 1 and self.ensemble_of == "predictions":
-            named["ensemble"] = mean_prediction(given.logits[: self.num_branches])
+            named["ensemble"] = checks.mean_prediction(given.logits[: self.num_branches])
         if graph.weight_sources.keys() <= given.weights.keys():
             named.update(self._mixtures(given))
         if self.num_branches > 1 and "ensemble" not in named:
@@ -404,7 +397,7 @@ class GraphLoss(nn.Module):
         graph, plan, row_labels, _ = given.lowered or self.lowered
         if not graph.mixtures:
             return {}
-        first = check_rows(given.logits, row_labels)
+        first = checks.check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
         # Mixtures depend on neither target nor external rows, which are replaced by placeholders.
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)

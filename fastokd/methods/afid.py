@@ -40,9 +40,7 @@ class AFIDLoss(MethodLoss):
     # "paper" omits the authors' 1e-7; the paper's text was not available.
     presets: ClassVar[Presets] = {"paper": {}, "code": {"teacher_eps": 1e-7}}
 
-    num_branches: int = options.num_branches(
-        2, 2, "must be 2, the sub-networks that exchange attention.", high=2
-    )
+    num_branches: int = options.num_branches(2, 2, "must be 2, the sub-networks.", high=2)
     temperature: float = options.temperature()
     lambda_kd: float = options.weight(1.0, "weight of every KL term.")
     teacher_eps: float = options.teacher_eps()

@@ -50,22 +50,12 @@ class AHBFLoss(MethodLoss):
 
     presets: ClassVar[Presets] = PRESETS
 
-    num_branches: int = options.num_branches(
-        4, 2, "M, at least 2. Branch 1 (index 0) is the student."
-    )
-    temperature: float = options.temperature(
-        3.0, "T, for the KL terms; cross-entropies are at temperature 1."
-    )
+    num_branches: int = options.num_branches(4, 2, "M, at least 2. Branch 1 is the student.")
+    temperature: float = options.temperature(3.0, "T of the KL terms; T = 1 elsewhere.")
     lambda_ta: float = options.weight(4.0, "weight of TA(m) -> TA(m-1) (the paper's lambda_1).")
-    lambda_branch: float = options.weight(
-        2.0, "weight of branch m -> TA(m-1) (the paper's lambda_2)."
-    )
-    lambda_self: float = options.weight(
-        0.0, "weight of TA(m) -> branch m, an edge that only the published code has."
-    )
-    detach_teacher: bool = options.detach_teacher(
-        False, "stop the gradient into the teacher of every KL edge."
-    )
+    lambda_branch: float = options.weight(2.0, "weight of branch m -> TA(m-1) (lambda_2).")
+    lambda_self: float = options.weight(0.0, "weight of TA(m) -> branch m, in the code only.")
+    detach_teacher: bool = options.detach_teacher(False, "teachers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
 
     def __post_init__(self) -> None:

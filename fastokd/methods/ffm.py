@@ -45,15 +45,9 @@ class FFMLoss(MethodLoss):
 
     num_branches: int = options.num_branches(4, 3, "M, the leader included, at least 3.")
     temperature: float = options.temperature()
-    lambda_peer: float = options.weight(
-        1.0, "weight of fusion -> auxiliary branch (the paper's alpha)."
-    )
-    lambda_leader: float = options.weight(
-        2.0, "weight of the auxiliaries' mean -> leader (the paper's beta)."
-    )
-    lambda_cd: float = options.weight(
-        5e-8, "weight of ``classifier_diversity`` (the paper's gamma); 0 omits the term."
-    )
+    lambda_peer: float = options.weight(1.0, "weight of fusion -> auxiliary branch (alpha).")
+    lambda_leader: float = options.weight(2.0, "weight of auxiliaries' mean -> leader (beta).")
+    lambda_cd: float = options.weight(5e-8, "weight of ``classifier_diversity`` (gamma); 0: none.")
     detach_teacher: bool = options.detach_teacher(
         False, "teachers are constants in the KL terms. The fusion module then learns nothing."
     )

@@ -122,9 +122,7 @@ class FFSDLoss(MethodLoss):
     # Both are the official code's values; the paper's text was not available.
     presets: ClassVar[Presets] = {"paper": {}, "code": {}}
 
-    num_branches: int = options.num_branches(
-        3, 3, "K + 1, at least 3: the students, then the leader."
-    )
+    num_branches: int = options.num_branches(3, 3, "K + 1: two or more students, the leader.")
     temperature: float = options.temperature(2.0)
     lambda_kd: float = options.weight(1.0, "weight of every KL term.")
     lambda_diversity: float = options.weight(1e-5, "weight of ``diversity``, which ramps up.")

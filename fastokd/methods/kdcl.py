@@ -57,20 +57,15 @@ class KDCLLoss(MethodLoss):
     that of the other methods here, the teacher a constant, T^2 is on.
     """
 
-    num_branches: int = options.num_branches(
-        2, 2, "M networks, at least 2; ``linear`` takes at most 6."
-    )
+    num_branches: int = options.num_branches(2, 2, "M networks; ``linear`` takes at most 6.")
     variant: Variant = options.choice(
         "minlogit", VARIANTS, '"naive", "linear", "minlogit" or "general".'
     )
-    temperature: float = options.temperature(
-        3.0, "T of the KL terms; the teacher is chosen at temperature 1."
-    )
+    temperature: float = options.temperature(3.0, "T of the KL terms; the teacher is at T = 1.")
     lambda_kd: float = options.weight(1.0, "weight of teacher -> network.")
     held_out: float = options.number(
         0.1,
-        "for ``general``, the fraction of every class's training images that is held out, in"
-        " (0, 1).",
+        "for ``general``, the held-out fraction of the training images, in (0, 1).",
         0,
         1,
         open_low=True,

@@ -36,9 +36,7 @@ class OKDDipLoss(MethodLoss):
         "code": {"mix": "logits", "teacher_eps": 1e-7},
     }
 
-    num_branches: int = options.num_branches(
-        4, 3, "M, at least 3: two peers and the leader, which is the last."
-    )
+    num_branches: int = options.num_branches(4, 3, "M: two or more peers, then the leader.")
     temperature: float = options.temperature()
     lambda_peer: float = options.weight(1.0, "weight of group -> peer, the first level.")
     lambda_leader: float = options.weight(1.0, "weight of ensemble -> leader, the second level.")

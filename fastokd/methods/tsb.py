@@ -198,26 +198,17 @@ class TSBLoss(MethodLoss):
     """
 
     num_branches: int = options.num_branches(2, 2, "M networks, at least 2.")
-    temperature: float = options.temperature(
-        4.0, "T (the paper's tau), of the KL terms and of the memory."
-    )
-    lambda_ta: float = options.weight(0.5, "weight of every other network's temporal accumulator.")
-    lambda_si: float = options.weight(
-        0.5, "weight of the spatial integrator, the mean of all networks' predictions."
-    )
-    beta: float = options.number(
-        0.8, "in [0, 1): the share of the past in the temporal accumulator.", 0, 1, open_high=True
-    )
-    student_first: bool = options.switch(
-        False,
-        "``KL(student || teacher)`` as the paper prints it, instead of ``KL(teacher || student)``.",
-    )
+    temperature: float = options.temperature(4.0, "T (tau) of the KL terms and of the memory.")
+    lambda_ta: float = options.weight(0.5, "weight of every other network's memory.")
+    lambda_si: float = options.weight(0.5, "weight of the mean of all networks' predictions.")
+    beta: float = options.number(0.8, "share of the past in a memory.", 0, 1, open_high=True)
+    student_first: bool = options.switch(False, "``KL(student || teacher)``, as printed.")
     t2_scaling: bool = options.switch(False, "multiply the KL terms by T^2; the paper does not.")
     memory: Placement = options.choice(
         "auto",
         ("auto", "device", "host"),
-        'the place of the accumulator: "device", "host" (pinned memory), or "auto", which is the'
-        " device if it takes no more than a quarter of the free memory there.",
+        'the place of the memory: "device", "host" (pinned memory), or "auto", the device if a'
+        " quarter of its free memory is enough.",
     )
 
     ensemble_of = "predictions"

@@ -12,30 +12,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
+from fastokd.models import tracing
 from fastokd.models.assembly import assemble, check_layout
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.layers import conv
-from fastokd.models.tracing import (
-    NOT_COMPUTED,
-    Shapes,
-    default_input_size,
-    feature_node,
-    get,
-    is_nhwc,
-    list_split_points,
-    maps_view,
-    meta_copy,
-    named,
-    part,
-    put,
-    record_shapes,
-    repeats,
-    tail_from,
-    target,
-    tensors,
-    trace,
-    uses,
-)
+from fastokd.models.tracing import Shapes, get, list_split_points, put, target
 
 Init = Literal["auto", "copy", "fresh"]
 NOISE = 0.1
@@ -138,8 +119,8 @@ class Split:
     ) -> None:
         self.kind = type(module).__name__
         self.at = at
-        self.size = tuple(input_size or default_input_size(module))
-        network = meta_copy(module)
+        self.size = tuple(input_size or tracing.default_input_size(module))
+        network = tracing.meta_copy(module)
         try:
             network.get_submodule(at)
         except AttributeError:
@@ -147,8 +128,8 @@ class Split:
             raise ConfigError(f"at='{at}': {self.kind} has no module of that name{hint}") from None
         steps = at.split(".")
         self.opened = [".".join(steps[:count]) for count in range(1, len(steps))]
-        graph = trace(network, self.opened)
-        shapes = record_shapes(network, graph, self.size)
+        graph = tracing.trace(network, self.opened)
+        shapes = tracing.record_shapes(network, graph, self.size)
         self.num_classes, self.replaced = self._classifier(module, graph, shapes, num_classes)
         self._cut(network, graph, shapes)
         self._check_sharing(network)
@@ -180,7 +161,7 @@ class Split:
         if wanted is None or wanted == logits[1]:
             return logits[1], None
         self._replace_classifier(module, last, wanted)
-        again = record_shapes(meta_copy(module), graph, self.size).nodes[output]
+        again = tracing.record_shapes(tracing.meta_copy(module), graph, self.size).nodes[output]
         if again[1] != wanted:
             reason = f"replacing the last layer '{last}' gives logits {list(again)}"
             raise ConfigError(f"num_classes={wanted}: {reason}; {_REPLACE}")
@@ -208,13 +189,13 @@ class Split:
             setattr(module, "num_classes", wanted)  # noqa: B010  # not declared by nn.Module
 
     def _cut(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
-        calls = [node for node in graph.nodes if node.op not in NOT_COMPUTED]
+        calls = [node for node in graph.nodes if node.op not in tracing.NOT_COMPUTED]
         modules = (node for node in calls if node.op == "call_module")
         owned = [node for node in modules if f"{target(node)}.".startswith(f"{self.at}.")]
         if not owned:
             raise self._error(network, "its forward does not call it")
-        tail = [node for node in tail_from(graph, owned[0]) if node.op != "output"]
-        entering = uses(tail)
+        tail = [node for node in tracing.tail_from(graph, owned[0]) if node.op != "output"]
+        entering = tracing.uses(tail)
         if len(entering) != 1:
             crossing = f"{len(entering)} tensors cross this point ({_titles(entering)})"
             fix = "as inside a residual or dense block; a split needs exactly one"
@@ -222,10 +203,9 @@ class Split:
         self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
-        weights = (w for name in named(self.trunk_nodes) for w in tensors(network, name))
-        if not any(weight.numel() for weight in weights):
+        if not any(weight.numel() for weight in tracing.weights(network, self.trunk_nodes)):
             raise self._error(network, "no parameters before this point, so the trunk is empty")
-        end = feature_node(network, [self.cut, *tail], shapes)
+        end = tracing.feature_node(network, [self.cut, *tail], shapes)
         if not end:
             raise self._error(network, "it comes after the last feature maps")
         if self.cut in shapes.written:
@@ -234,8 +214,9 @@ class Split:
         self.body_nodes, self.head_nodes = tail[:end], tail[end:]
         self.features, self.logits = tail[end - 1], tail[-1]
         shape = shapes.nodes[self.cut]
-        self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
-        self.view, self.channels = maps_view(network, shapes.nodes[self.features])
+        channels_first = len(shape) == 4 and not tracing.is_nhwc(network)
+        self.trunk_channels = shape[1 if channels_first else -1]
+        self.view, self.channels = tracing.maps_view(network, shapes.nodes[self.features])
 
     @property
     def _parts(self) -> dict[str, list[fx.Node]]:
@@ -245,8 +226,8 @@ class Split:
         """Refuse weights that several parts use: copying the parts would separate them."""
         owner: dict[int, str] = {}
         for title, nodes in self._parts.items():
-            for name in named(nodes):
-                for tensor in tensors(network, name):
+            for name in tracing.named(nodes):
+                for tensor in tracing.tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
                         raise self._error(network, f"'{name}' is used on both sides")
 
@@ -259,7 +240,7 @@ class Split:
             keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
             if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
                 siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
-                if repeats(network.get_submodule(call.name), siblings):
+                if tracing.repeats(network.get_submodule(call.name), siblings):
                     return call.name, call.name
         shape = shapes.nodes[self.features]
         ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
@@ -283,8 +264,8 @@ class Split:
                 for _ in range(num_blocks)
             ]
             put(source, end, Blocks(last, *blocks) if block else nn.Sequential(last, *blocks))
-        body = part(source, self.body_nodes, self.cut, self.features)
-        head = part(source, self.head_nodes, self.features, self.logits)
+        body = tracing.part(source, self.body_nodes, self.cut, self.features)
+        head = tracing.part(source, self.head_nodes, self.features, self.logits)
         return PartBranch(body, head, self.channels, copy.deepcopy(self.view))
 
     def backbone(self, name: str, sources: Iterator[Source]) -> Backbone:
@@ -303,7 +284,7 @@ class Split:
             unfinished[:] = [next(sources)]
             source = unfinished[0][0]
             shell = self._shell(source)
-            trunk: Any = part(source, self.trunk_nodes, self.input, self.cut)
+            trunk: Any = tracing.part(source, self.trunk_nodes, self.input, self.cut)
             trunk.channels = self.trunk_channels
             return trunk
 
@@ -315,7 +296,7 @@ class Split:
             network = copy.deepcopy(shell)
             owners = (trunk, branch.body, branch.head)
             for nodes, owner in zip(self._parts.values(), owners, strict=True):
-                for path in named(nodes):
+                for path in tracing.named(nodes):
                     put(network, path, get(owner, path))
             for path in self.opened:
                 network.get_submodule(path).training = trunk.training
@@ -326,7 +307,7 @@ class Split:
     def _shell(self, source: nn.Module) -> nn.Module:
         """The network without the modules and tensors of trunk and branches."""
         memo: dict[int, object] = {}
-        for path in named(itertools.chain(*self._parts.values())):
+        for path in tracing.named(itertools.chain(*self._parts.values())):
             value = get(source, path)
             is_module = isinstance(value, nn.Module)
             memo[id(value)] = nn.Identity() if is_module else type(value)(torch.empty(0))

@@ -154,8 +154,13 @@ def tensors(network: nn.Module, path: str) -> list[Tensor]:
     return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
 
 
+def weights(network: nn.Module, nodes: Iterable[fx.Node]) -> list[Tensor]:
+    """The parameters and buffers that a part of a graph uses."""
+    return [tensor for name in named(nodes) for tensor in tensors(network, name)]
+
+
 def _tensor_ids(network: nn.Module, nodes: Iterable[fx.Node]) -> frozenset[int]:
-    return frozenset(id(tensor) for name in named(nodes) for tensor in tensors(network, name))
+    return frozenset(map(id, weights(network, nodes)))
 
 
 def get(root: nn.Module, path: str) -> nn.Module | Tensor:
