@@ -52,9 +52,7 @@ class KDLoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, teacher: Tensor | None = None
     ) -> GraphInputs:
-        """``teacher``: [B, C], logits or stored probabilities, see ``teacher_rows``; a constant.
-        Stored rows exist only for training images, so ``named_logits`` does without them.
-        """
+        """``teacher``: [B, C], see ``teacher_rows``; a constant, not needed by ``named_logits``."""
         (student,) = branch_logits
         if teacher is None:
             if target is None:
@@ -76,11 +74,7 @@ class FrozenTeacher(MethodModules):
     """A trained network that always runs in evaluation mode on the student's images.
 
     It is an input of the run, like the images: it is in no checkpoint, and its parameters are not
-    the model's.
-
-    Args:
-        network: images [B, 3, H, W] to logits [B, C]; None where the teacher's rows are stored, or
-            nothing is trained.
+    the model's. None if the teacher's rows are stored.
     """
 
     def __init__(self, network: nn.Module | None) -> None:
@@ -106,7 +100,7 @@ class FrozenTeacher(MethodModules):
 def _build_teacher(
     spec: BranchSpec, teacher: str = "", teacher_normalization: str = "data"
 ) -> FrozenTeacher:
-    """The frozen teacher, which the trainer has opened as the options say."""
+    """The frozen teacher, which the trainer opens by these options."""
     return FrozenTeacher(spec.teacher)
 
 
@@ -127,8 +121,7 @@ METHOD = Method(
         "teacher_normalization": options.choice(
             "data",
             ("data", "imagenet"),
-            'the normalization of the images for a torchvision or timm teacher: that of the "data",'
-            ' or the means and deviations of "imagenet".',
+            'the normalization of images for a library\'s teacher: of the "data", or "imagenet".',
         ),
     },
     needs_teacher=True,

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 class ChannelAttention(nn.Module):
     """A weight in (0, 1) for every channel (CBAM, Woo et al., ECCV 2018, eq. 2): one small network
-    on the channels' means and maxima, added, and a sigmoid.
-
-    Args:
-        channels: of the maps.
-        ratio: the hidden layer has ``channels / ratio`` units, at least one.
+    of ``channels / ratio`` hidden units on the channels' means and maxima, added, and a sigmoid.
     """
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
@@ -47,13 +43,8 @@ class SpatialAttention(nn.Module):
 class FusionHead(nn.Module):
     """A classifier on the feature maps of several networks (FFSD and AFID, published code).
 
-    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution, each with batch norm
-    and ReLU, give the fused map; pooling and a linear layer its logits.
-
-    Args:
-        in_channels: of the concatenated maps.
-        channels: of the fused map.
-        num_classes: C.
+    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution to ``channels``, each
+    with batch norm and ReLU, give the fused map; pooling and a linear layer its logits.
     """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
@@ -95,8 +86,7 @@ def children(peer: nn.Module) -> list[nn.Module]:
     """The modules that a peer runs up to its feature maps, in order.
 
     Raises:
-        ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step
-            by step.
+        ValueError: its trunk or its branch's body is no ``nn.Sequential``.
     """
     parts = (getattr(peer, "trunk", None), getattr(getattr(peer, "branch", None), "body", None))
     modules: list[nn.Module] = []
@@ -116,12 +106,7 @@ def run_head(peer: nn.Module, features: Tensor) -> Tensor:
 
 
 def stages(peer: nn.Module) -> list[Stage]:
-    """The stages of a peer, one for each spatial size that its maps go through. Only shapes are
-    propagated.
-
-    Raises:
-        ValueError: see ``children``.
-    """
+    """The stages of a peer, one for each spatial size of its maps; errors as ``children``."""
     result: list[Stage] = []
     x = torch.empty(1, 3, 64, 64, device="meta")
     with torch.no_grad():

@@ -17,10 +17,8 @@ Topology = Literal["branches", "peers"]
 
 
 def ramp_up(epoch: int, length: int) -> float:
-    """The weight of the distillation terms in a 0-based epoch: ``exp(-5 (1 - min(e, E) / E)^2)``
-    (AHBF eq. 13).
-
-    1 if ``length`` (E) is 0.
+    """``kd_weight`` in a 0-based epoch e, ``exp(-5 (1 - min(e, E) / E)^2)`` with ``length`` E (AHBF
+    eq. 13); 1 if E is 0.
     """
     if length < 0 or epoch < 0:
         raise ValueError(f"ramp_up(epoch={epoch}, length={length}): both must be at least 0")

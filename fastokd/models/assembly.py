@@ -103,3 +103,10 @@ def check_layout(
         reason = f"names {len(names)} networks for {num_branches} branches"
         raise ConfigError(f"{model} {reason}; name one, or as many as there are branches")
     return chosen
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Raise a ConfigError unless the number of classes is an integer of at least 2."""
+    if not isinstance(num_classes, int) or num_classes < 2:
+        fix = "a classifier needs a whole number of at least 2"
+        raise ConfigError(f"num_classes={num_classes!r}; {fix}")

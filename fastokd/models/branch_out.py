@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
 from fastokd.models import tracing
-from fastokd.models.assembly import assemble, check_layout
+from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.layers import conv
 from fastokd.models.tracing import Shapes, get, list_split_points, put, target
@@ -37,8 +37,7 @@ def branch_out(
     init: Init = "auto",
     input_size: Sequence[int] | None = None,
 ) -> BranchedModel:
-    """Branch a classifier: everything before ``at`` becomes the trunk, ``at`` and everything after
-    it exists M times.
+    """Branch a classifier: all before ``at`` becomes the trunk, ``at`` and the rest exist M times.
 
     The branch that the method keeps is the module's own: ``student()`` returns a module of the
     original class with the original state dict. The module itself is not changed. For hierarchical
@@ -71,12 +70,11 @@ def branch_out(
         num_classes: C; None for the module's. Another number replaces the last layer by a fresh one
             in every branch, with a warning that names it.
         init: see above.
-        input_size: channels, height and width of an image, for finding shapes; None for the size
-            that the network declares, else (3, 224, 224).
+        input_size: channels, height and width of an image; None for the size that the network
+            declares, else (3, 224, 224).
 
     Raises:
-        ConfigError: the module cannot be split there or is not a classifier, or a number is out of
-            range.
+        ConfigError: the module cannot be split there or is no classifier, or a number is wrong.
     """
     if init not in get_args(Init):
         raise ConfigError(f"unknown init '{init}'{did_you_mean(init, get_args(Init))}")
@@ -171,9 +169,7 @@ class Split:
 
     def _replace_classifier(self, module: nn.Module, name: str, wanted: int) -> None:
         """Put a fresh last layer with ``wanted`` outputs into the module."""
-        if not isinstance(wanted, int) or wanted < 2:
-            fix = "a classifier needs a whole number of at least 2"
-            raise ConfigError(f"num_classes={wanted!r}; {fix}")
+        check_num_classes(wanted)
         before: Any = module.get_submodule(name)
         kind, bias = type(before), before.bias is not None
         if kind is nn.Linear:
@@ -271,10 +267,8 @@ class Split:
     def backbone(self, name: str, sources: Iterator[Source]) -> Backbone:
         """The backbone that ``BranchedModel`` is built from.
 
-        Args:
-            name: of the network.
-            sources: networks of this structure. A trunk and the first branch built after it share
-                one; each further branch takes another.
+        A trunk and the first branch built after it share one of ``sources``, which are networks of
+        this structure; each further branch takes another.
         """
         shell = nn.Module()
         unfinished: list[Source] = []  # of a trunk, for the next branch
@@ -315,12 +309,7 @@ class Split:
 
 
 class PartBranch(Branch):
-    """A branch whose features may be tokens; gates see them as feature maps.
-
-    Args:
-        body, head, channels: see ``Branch``.
-        view: maps the body's output to feature maps [B, channels, H, W].
-    """
+    """A branch whose features may be tokens; ``view`` turns them into maps for gates."""
 
     def __init__(self, body: nn.Module, head: nn.Module, channels: int, view: nn.Module) -> None:
         super().__init__(body, head, channels)

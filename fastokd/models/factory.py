@@ -11,15 +11,15 @@ from fastokd.losses.options import OptionValue
 from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec
-from fastokd.models.assembly import assemble, check_layout
+from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.registry import Registry
 
 _FAMILIES = {
-    "resnet_cifar": "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 wrn20_8",
+    "resnet_cifar": "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110"
+    " wrn16_2 wrn16_4 wrn28_2 wrn20_8",
     "resnet": "resnet18_imagenet resnet34_imagenet resnet50_imagenet resnext50_32x4d",
-    "wide_resnet": "wrn16_2 wrn16_4 wrn28_2",
     "vgg": "vgg13 vgg16",
     "densenet": "densenet40_12",
     "mobilenet_v2": "mobilenetv2_x0_5 mobilenetv2_x1_0"
@@ -87,7 +87,7 @@ def create_model(
         MissingExtra: timm is needed and not installed.
     """
     chosen, names = get_method(method), [part.strip() for part in name.split(",")]
-    _check_num_classes(num_classes)
+    check_num_classes(num_classes)
     if num_branches is None:
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
@@ -112,14 +112,9 @@ def create_model(
 def find_backbone(
     name: str, at: str | None = None, num_classes: int = 10, split: bool = False
 ) -> Backbone:
-    """The backbone of that name; no network is built.
+    """The backbone of one name, without building it; arguments and errors as ``create_model``.
 
-    Args:
-        name, at, num_classes: as in ``create_model``, for one network.
-        split: whether several branches will share its trunk.
-
-    Raises:
-        ConfigError, MissingExtra: as ``create_model``.
+    ``split`` is whether several branches will share its trunk.
     """
     if is_library_name(name):
         return library_backbone(name, num_classes, at, split)
@@ -179,7 +174,7 @@ def create_student(
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()
-    _check_num_classes(num_classes)
+    check_num_classes(num_classes)
     if is_library_name(name):
         return library_network(name, num_classes)
     backbone = get_backbone(name)
@@ -213,9 +208,3 @@ def get_backbone(name: str) -> Backbone:
     """
     name = model_name(name)
     return _models.get(name)[name]
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 2:
-        fix = "a classifier needs a whole number of at least 2"
-        raise ConfigError(f"num_classes={num_classes!r}; {fix}")

@@ -61,12 +61,8 @@ def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
 def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
     """A library's network split at ``at``; each branch gets the library's initialization.
 
-    Args:
-        name: as in ``library_network``.
-        num_classes: C.
-        at: the first module that each branch owns. None is allowed without ``split``, where every
-            split point gives the same student.
-        split: whether several branches share the trunk.
+    ``at`` may be None without ``split`` (several branches share the trunk), where every split point
+    gives the same student.
 
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``. If ``at`` is missing,

@@ -76,8 +76,6 @@ def backbone(
     """The network with all channels but the last 1,280 times ``width``.
 
     Args:
-        name: in the registry.
-        width: the multiplier.
         divisor: channels are rounded to a multiple of it, to at least 90 % of the exact value.
         activation: ReLU6 in the ImageNet form; the CIFAR codes use ReLU.
         dropout: probability of zeroing a feature before the classifier.

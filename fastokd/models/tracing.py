@@ -228,12 +228,9 @@ class _Recorder(fx.Interpreter):
 
 
 def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> Shapes:
-    """The shapes of a forward pass of one image.
+    """The shapes of a forward pass of one image of ``input_size`` (channels, height, width).
 
-    Args:
-        network: on the meta device, so that nothing is computed.
-        graph: its forward.
-        input_size: channels, height and width of the image.
+    The network is on the meta device, so that nothing is computed.
 
     Raises:
         ConfigError: the network cannot take such an image, or cannot be run call by call.
