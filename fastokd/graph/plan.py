@@ -115,14 +115,8 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    ints = [
-        PLAN_VERSION,
-        plan.num_logits,
-        plan.num_externals,
-        len(plan.weight_widths),
-        *plan.weight_widths,
-        len(plan.nodes),
-    ]
+    ints = [PLAN_VERSION, plan.num_logits, plan.num_externals]
+    ints += [len(plan.weight_widths), *plan.weight_widths, len(plan.nodes)]
     floats = [plan.label_smoothing]
     for node in plan.nodes:
         ints += [node.kind, node.source, len(node.inputs), *node.inputs]
@@ -175,51 +169,40 @@ def _take(values: Iterator[T], count: int) -> tuple[T, ...]:
 
 def lower(graph: Graph) -> Plan:
     """Lower a graph to its plan."""
-    ids: dict[str, int] = {}
-    for name in (*graph.logits, *graph.externals):
-        ids[name] = len(ids)
     derived = [node for node in graph.ordered if not isinstance(node, (Logits, External))]
-    for node in derived:
-        ids[node.name] = len(ids)
+    names = (*graph.logits, *graph.externals, *(node.name for node in derived))
+    ids = {name: index for index, name in enumerate(names)}
     sources = list(graph.weight_sources)
 
-    nodes = []
+    nodes, terms = [], []
     for node in derived:
         weights = getattr(node, "weights", ())
         source = sources.index(weights) if isinstance(weights, str) else -1
-        nodes.append(
-            PlanNode(
-                kind=_KINDS[type(node)],
-                inputs=tuple(ids[name] for name in node.inputs),
-                source=source,
-                constants=() if source >= 0 else tuple(float(value) for value in weights),
-                temperature=float(getattr(node, "temperature", 1.0)),
-            )
-        )
-    terms = []
+        constants = () if source >= 0 else tuple(map(float, weights))
+        inputs = tuple(ids[name] for name in node.inputs)
+        temperature = float(getattr(node, "temperature", 1.0))
+        nodes.append(PlanNode(_KINDS[type(node)], inputs, source, constants, temperature))
     for term in graph.terms:
         if not isinstance(term, KL):
             terms.append(PlanTerm(CROSS_ENTROPY, ids[term.node]))
             continue
+        temperature = float(term.temperature)
+        scale = temperature**2 if term.t2_scaling else 1.0
+        direction = STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST
         eps_mode = EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
         terms.append(
             PlanTerm(
                 KL_TERM,
                 ids[term.student],
                 ids[term.teacher],
-                float(term.temperature),
-                float(term.temperature) ** 2 if term.t2_scaling else 1.0,
+                temperature,
+                scale,
                 int(term.detach),
-                STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
+                direction,
                 eps_mode if term.eps else EPS_NONE,
                 float(term.eps),
             )
         )
-    return Plan(
-        num_logits=len(graph.logits),
-        num_externals=len(graph.externals),
-        weight_widths=tuple(graph.weight_sources.values()),
-        nodes=tuple(nodes),
-        terms=tuple(terms),
-        label_smoothing=float(graph.label_smoothing),
-    )
+    widths, smoothing = tuple(graph.weight_sources.values()), float(graph.label_smoothing)
+    counts = len(graph.logits), len(graph.externals)
+    return Plan(*counts, widths, tuple(nodes), tuple(terms), smoothing)

@@ -73,10 +73,9 @@ class GraphLoss(nn.Module):
     Args:
         graph: the distillation graph.
         reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
-        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot
-            run raises.
-        labels: the names of logits rows and weight sources in error messages, by their names in the
-            graph.
+        impl: the executor: "auto", "reference", "triton" or "cpu"; an explicit one must be able to
+            run.
+        labels: names of logits rows and weight sources in messages, by their names in the graph.
         num_branches: M, how many of the first rows of logits are branches; None for all.
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
     """
@@ -143,12 +142,9 @@ class GraphLoss(nn.Module):
     def draw(self) -> str:
         """The graph and the extra terms as lines of text, every coefficient multiplied out."""
         lines = [draw_text(self.graph)]
-        if self.extra_terms:
-            lines.append("terms that are not in the graph")
-        lines += [
-            f"  {term.coefficient:>16.6g}{' * kd_weight' if term.scheduled else ''}  {name}"
-            for name, term in self.extra_terms.items()
-        ]
+        lines += ["terms that are not in the graph"] if self.extra_terms else []
+        for name, (coefficient, scheduled) in self.extra_terms.items():
+            lines.append(f"  {coefficient:>16.6g}{' * kd_weight' if scheduled else ''}  {name}")
         return "\n".join(lines)
 
     # --- the hook, and state
@@ -179,13 +175,9 @@ class GraphLoss(nn.Module):
         return checks.as_rows(branch_logits, self.plan.num_logits, "logits")
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
-        """Update the loss's state with a training batch; called first in training mode.
+        """Update the loss's state with a training batch, before ``graph_inputs``.
 
-        Args:
-            arguments, inputs: those of ``graph_inputs``.
-
-        Returns:
-            Further keywords for ``graph_inputs``.
+        It takes the arguments of ``graph_inputs`` and returns further keywords for it.
         """
         return {}
 
@@ -198,10 +190,8 @@ class GraphLoss(nn.Module):
         """Fit the loss to the logits and targets of held-out images; called before every epoch."""
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Allocate the state per training sample. Called once, before the first step.
-
-        Returns:
-            A line that states the memory it takes; empty if none.
+        """Allocate the state per training sample, once, before the first step; returns a line that
+        states the memory it takes, or "".
         """
         return ""
 
@@ -350,10 +340,8 @@ class GraphLoss(nn.Module):
         """The mean of each term [T, B] over the rows, and the extra terms, by name."""
         means = terms.detach().sum(1) / max(terms.shape[1], 1)
         names = [term.name for term in self.graph.terms]
-        return {
-            **dict(zip(names, means.unbind(), strict=True)),
-            **{name: value.detach() for name, value in extras.items()},
-        }
+        extra_means = {name: value.detach() for name, value in extras.items()}
+        return {**dict(zip(names, means.unbind(), strict=True)), **extra_means}
 
     # --- rows and weights by name
 

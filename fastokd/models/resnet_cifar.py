@@ -26,10 +26,10 @@ class WideResNet(PlainNetwork):
     """conv1, layer1 .. layer3, bn, relu, avgpool, flatten, fc: [B, 3, 32, 32] to logits [B, C]."""
 
 
-def three_stages(block: Block, widen: int, num_blocks: int, **options: int) -> list[Stage]:
-    """Stages of 16, 32 and 64 channels times ``widen``; the second and third halve the maps."""
+def three_stages(block: Block, factor: int, num_blocks: int, **options: int) -> list[Stage]:
+    """Stages of 16, 32 and 64 channels times ``factor``; the second and third halve the maps."""
     return [
-        residual_stage(f"layer{i}", block, widen * width, num_blocks, stride, **options)
+        residual_stage(f"layer{i}", block, factor * width, num_blocks, stride, **options)
         for i, (width, stride) in enumerate([(16, 1), (32, 2), (64, 2)], start=1)
     ]
 

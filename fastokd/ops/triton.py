@@ -79,7 +79,7 @@ class TritonExecutor:
             if tile.splits > 1:
                 _forward_split(spec, tile, inputs, rows, terms, stats)
             else:
-                _launch("forward", spec, tile, inputs, outputs=(rows, terms, stats))
+                _launch("forward", spec, tile, inputs, (), (rows, terms, stats))
         return rows, terms, stats
 
     def backward(
@@ -195,14 +195,7 @@ def _run(
     kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
 
 
-def _launch(
-    which: str,
-    spec: Spec,
-    tile: Tile,
-    inputs: Inputs,
-    sources: tuple[Any, ...] = (),
-    outputs: tuple[Tensor, ...] = (),
-) -> None:
+def _launch(which: str, spec: Spec, tile: Tile, inputs: Inputs, sources: Any, outputs: Any) -> None:
     first = inputs.logits[0]
     batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
     arguments = *sources, *_arguments(inputs), inputs.term_weights, *outputs, batch, 0
