@@ -151,15 +151,7 @@ class AFIDNetwork(nn.Module):
 
 
 class AFIDModules(MethodModules):
-    """The attention exchange and the fusion head.
-
-    Args:
-        spec: two peers.
-        fusion_weight_decay: of the fusion head.
-
-    Raises:
-        ValueError: see ``Pair``.
-    """
+    """The attention exchange of two peers and the fusion head; errors as ``Pair``."""
 
     def __init__(self, spec: BranchSpec, fusion_weight_decay: float = 1e-5) -> None:
         super().__init__()
@@ -188,8 +180,6 @@ METHOD = Method(
     summary="two sub-networks exchange attention and learn from a head on both; the student needs"
     " both of them",
     loss_class=AFIDLoss,
-    branch_range=(2, 2),
-    default_branches=2,
     build_companion=AFIDModules,
     model_options={"fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head.")},
     topologies=("peers",),

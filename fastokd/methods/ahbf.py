@@ -26,12 +26,7 @@ PRESETS: Presets = {
     # The published code with its readme's command: lambda_1 = 2, lambda_2 = 4 and an edge TA(m) ->
     # branch m that the paper does not have, all times its hidden factor 0.5 * 1.5. The factor is
     # multiplied out here, so that for both presets kd_weight is the ramp-up value alone.
-    "code": {
-        "lambda_ta": 0.75 * 2,
-        "lambda_branch": 0.75 * 4,
-        "lambda_self": 0.75 * 2,
-        "teacher_eps": 1e-7,
-    },
+    "code": {"lambda_ta": 1.5, "lambda_branch": 3.0, "lambda_self": 1.5, "teacher_eps": 1e-7},
 }
 
 
@@ -129,9 +124,8 @@ class AHBFGate(nn.Module):
     Args:
         channels: c, channels of branch m's features.
         fused_channels: c', channels of F~^{m-1} (F~^1 is branch 1's features).
-        attention: the attention on F~^m before it is pooled and passed on: "none", "se", "cbam" or
-            "nonlocal". The paper uses none; the published code has the others as options, for 64
-            channels only.
+        attention: on F~^m before it is pooled and passed on: "none" (the paper), or options of the
+            published code for 64 channels: "se", "cbam", "nonlocal".
     """
 
     def __init__(self, channels: int, fused_channels: int, attention: str = "none") -> None:
@@ -178,8 +172,6 @@ METHOD = Method(
     summary="Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed"
     " teacher assistants",
     loss_class=AHBFLoss,
-    branch_range=(2, 8),
-    default_branches=4,
     build_companion=AHBFGates,
     model_options={
         "gate_attention": options.choice(

@@ -26,6 +26,4 @@ METHOD = Method(
     name="baseline",
     summary="the student alone, trained with cross-entropy",
     loss_class=BaselineLoss,
-    branch_range=(1, 1),
-    default_branches=1,
 )

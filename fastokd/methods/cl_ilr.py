@@ -87,8 +87,6 @@ METHOD = Method(
     summary="Collaborative Learning: heads taught by the mean of the others, the trunk's gradient"
     " divided among them",
     loss_class=CLILRLoss,
-    branch_range=(2, 8),
-    default_branches=4,
     build_companion=GradientRescaling,
     reports_mean=True,
     # The repository's; nothing is known of a ramp in the original.

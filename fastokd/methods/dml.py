@@ -66,8 +66,6 @@ METHOD = Method(
     name="dml",
     summary="Deep Mutual Learning: whole networks, equal or not, that teach each other",
     loss_class=DMLLoss,
-    branch_range=(2, 8),
-    default_branches=2,
     topologies=("peers",),
     reports_mean=True,
 )

@@ -166,8 +166,6 @@ METHOD = Method(
     summary="Feature Fusion Module with Classifier Diversity: fused features teach the auxiliary"
     " branches, their mean the leader",
     loss_class=FFMLoss,
-    branch_range=(3, 8),
-    default_branches=4,
     build_companion=_build_fusion,
     model_options={
         "fusion_channels": options.integer(

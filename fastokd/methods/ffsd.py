@@ -82,10 +82,8 @@ def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     length = rows.norm(dim=1, keepdim=True)
     unit = _unit(attention)
     threshold = unit.sort(dim=1).values[:, max(unit.shape[1] // 3, 1) - 1, None]
-    target = torch.where(
-        unit < threshold, unit, torch.where(unit > threshold, length - unit, length / 2)
-    )
-    return unit, target, length
+    upper = torch.where(unit > threshold, length - unit, length / 2)
+    return unit, torch.where(unit < threshold, unit, upper), length
 
 
 def shifted_map(features: Tensor) -> Tensor:
@@ -236,17 +234,11 @@ class Decoder(nn.Module):
 
 
 class FFSDModules(MethodModules):
-    """The fusion head, the leader's transformation, and the decoders of students 2 .. K and of the
-    leader.
-
-    Args:
-        spec: K students and the leader, all of one architecture.
-        fusion_weight_decay: of the fusion head.
-        decoder_lr: the decoders are trained with Adam at this constant learning rate.
+    """The fusion head, the leader's transformation, the decoders of students 2 .. K and the leader.
 
     Raises:
-        ValueError: the networks differ, cannot be run stage by stage, or have stages that do not
-            halve the maps.
+        ValueError: the K students and the leader differ, cannot be run stage by stage, or have
+            stages that do not halve the maps.
     """
 
     def __init__(
@@ -291,15 +283,11 @@ class FFSDModules(MethodModules):
             return {"fusion_logits": logits}
         sizes = [own.shape[2:] for own in leader[:-1]]
         with torch.no_grad():
-            shifted = [
-                decoder(shifted_map(before[-1]), sizes)
-                for decoder, before in zip(self.decoders, students[:-1], strict=False)
-            ]
+            pairs = zip(self.decoders, students[:-1], strict=False)
+            shifted = [decoder(shifted_map(before[-1]), sizes) for decoder, before in pairs]
             from_fused = self.decoders[-1](fused.detach(), sizes)
-        decoded = [
-            decoder(own[-1].detach(), sizes)
-            for decoder, own in zip(self.decoders, (*students[1:], leader), strict=True)
-        ]
+        pairs = zip(self.decoders, (*students[1:], leader), strict=True)
+        decoded = [decoder(own[-1].detach(), sizes) for decoder, own in pairs]
         transformed = self.transform(leader[-1])
         maps = FFSDMaps(students, leader, fused, transformed, shifted, from_fused, decoded)
         return {"fusion_logits": logits, "maps": maps}
@@ -315,8 +303,6 @@ METHOD = Method(
     summary="Feature Fusion and Self-Distillation: students fused into a teacher for a leader,"
     " which is kept",
     loss_class=FFSDLoss,
-    branch_range=(3, 8),
-    default_branches=3,
     build_companion=FFSDModules,
     model_options={
         "fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head."),

@@ -23,8 +23,6 @@ METHOD = Method(
     summary="Ind: branches or networks next to each other, without distillation; the lower bound"
     " for every method",
     loss_class=IndependentLoss,
-    branch_range=(2, 8),
-    default_branches=4,
     topologies=("branches", "peers"),
     reports_mean=True,
 )

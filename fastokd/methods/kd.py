@@ -108,8 +108,6 @@ METHOD = Method(
     name="kd",
     summary="Hinton's distillation: a frozen, trained teacher and one student",
     loss_class=KDLoss,
-    branch_range=(1, 1),
-    default_branches=1,
     build_companion=_build_teacher,
     model_options={
         "teacher": options.text(

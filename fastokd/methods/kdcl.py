@@ -142,8 +142,6 @@ METHOD = Method(
     summary="Collaborative Learning: all networks learn from one teacher, the best that their"
     " logits can make",
     loss_class=KDCLLoss,
-    branch_range=(2, 8),
-    default_branches=2,
     model_options={
         "icl": options.switch(
             True, "invariant collaborative learning: each network has its own view of an image."

@@ -69,10 +69,9 @@ class ParameterGroup(NamedTuple):
 
 
 class MethodModules(nn.Module):
-    """Modules that a method trains in addition to trunk and branches: gates, fusion heads,
-    decoders, or a frozen teacher.
+    """Gates, fusion heads, decoders or a frozen teacher, which are not part of the student.
 
-    They are not part of the student. The default does nothing.
+    The default does nothing.
     """
 
     def at_split(self, shared: Tensor) -> Tensor:

@@ -121,8 +121,6 @@ METHOD = Method(
     summary="Diverse peers: each learns from its own attention-weighted group, and a leader from"
     " all of them",
     loss_class=OKDDipLoss,
-    branch_range=(3, 8),
-    default_branches=4,
     build_companion=OKDDipAttention,
     topologies=("branches", "peers"),
     kept=-1,

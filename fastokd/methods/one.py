@@ -82,8 +82,6 @@ METHOD = Method(
     name="one",
     summary="On-the-fly Native Ensemble: a gated mixture of all branches teaches each of them",
     loss_class=ONELoss,
-    branch_range=(2, 8),
-    default_branches=3,
     build_companion=ONEGate,
     schedule=Schedule((80, 300)),  # the published codes
 )

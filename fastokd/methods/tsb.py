@@ -311,8 +311,6 @@ METHOD = Method(
     summary="Temporal-Spatial Boosting: networks learn from the others' predictions over time and"
     " from all predictions' mean",
     loss_class=TSBLoss,
-    branch_range=(2, 8),
-    default_branches=2,
     topologies=("peers",),
     needs_index=True,
     schedule=Schedule((20, 240), warm_up),  # the paper's epochs on CIFAR

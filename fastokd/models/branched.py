@@ -178,9 +178,7 @@ class BranchedModel(nn.Module):
         return BranchOutput(logits, features, extras)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules separately at their first calls, so that
-        branches may still run concurrently.
-        """
+        """Compile trunk, branches and the method's modules separately, at their first calls."""
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
                 part.compile()

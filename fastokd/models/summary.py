@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,14 +34,10 @@ def _count(module: nn.Module, input_size: Sequence[int]) -> FlopCounterMode:
     shapes = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
     for norm in shapes.modules():
         if isinstance(norm, _BatchNorm):
-            setattr(norm, "forward", _unchanged)  # noqa: B010  # same shapes, and faster
+            setattr(norm, "forward", nn.Identity().forward)  # noqa: B010  # same shapes, faster
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(torch.empty(1, *input_size, device="meta"))
     return counter
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 @dataclass(frozen=True)

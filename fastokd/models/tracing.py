@@ -381,8 +381,8 @@ def _points(
     earlier: frozenset[int] = frozenset(),
     later: frozenset[int] = frozenset(),
 ) -> Iterable[tuple[str, int]]:
-    """Split points with the number of parameters before each, also in containers of blocks, which
-    use the tensors ``earlier`` before and ``later`` after them.
+    """Split points with the number of parameters before each; tensors ``earlier`` and ``later`` are
+    used before and after the module.
     """
     graph = nodes[0].graph
     for node in nodes:

@@ -54,11 +54,7 @@ class Executor(Protocol):
 _executors: Registry[Executor] = Registry(
     "impl",
     "EXECUTOR",
-    {
-        "reference": "fastokd.ops.reference",
-        "cpu": "fastokd.ops.cpu",
-        "triton": "fastokd.ops.triton",
-    },
+    {name: f"fastokd.ops.{name}" for name in ("reference", "cpu", "triton")},
     reserved=["auto"],
 )
 _preferred = {"cuda": ("triton",), "cpu": ("cpu",)}
