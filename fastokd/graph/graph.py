@@ -167,10 +167,8 @@ class Graph:
         where, names = f"graph '{self.name}'", [term.name for term in self.terms]
         _require(self.logits, f"{where} has no logits node")
         _require(self.terms, f"{where} has no terms: there is nothing to learn from")
-        smoothing = self.label_smoothing
-        _require(
-            0 <= smoothing < 1, f"{where} has label_smoothing={smoothing}; it must be in [0, 1)"
-        )
+        smoothing = f"label_smoothing={self.label_smoothing}"
+        _require(0 <= self.label_smoothing < 1, f"{where} has {smoothing}; it must be in [0, 1)")
         for name in names:
             _require(
                 names.count(name) == 1,

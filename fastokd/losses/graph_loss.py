@@ -297,11 +297,7 @@ class GraphLoss(nn.Module):
         return loss, self._term_means(terms, given.extras)
 
     def _prepared(
-        self,
-        branch_logits: Rows,
-        target: Tensor,
-        kd_weight: float | Tensor,
-        inputs: Mapping[str, Any],
+        self, branch_logits: Rows, target: Tensor, kd_weight: float | Tensor, inputs: dict[str, Any]
     ) -> tuple[GraphInputs, Plan, Inputs]:
         """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
         if target is None:  # None is valid only for methods such as ``named_logits``

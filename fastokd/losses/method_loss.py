@@ -55,29 +55,28 @@ class MethodLoss(GraphLoss):
         labels: Mapping[str, str] | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
     ) -> None:
-        branches = graph.logits[:num_branches]
+        branches, others = graph.logits[:num_branches], graph.logits[num_branches:]
         names = {name: f"branch_logits[{index}]" for index, name in enumerate(branches)}
+        names.update({name: f"{name}_logits" for name in others})
+        names.update({name: name for name in graph.weight_sources})
         names.update(labels or {})
-        super().__init__(
-            graph, reduction, impl, names, num_branches=num_branches, extra_terms=extra_terms
-        )
+        sizes: dict[str, Any] = {"num_branches": num_branches, "extra_terms": extra_terms}
+        super().__init__(graph, reduction, impl, names, **sizes)
 
     def __post_init__(self) -> None:
         """The constructor of classes under ``loss_options``, after their options are set."""
         for name, option in options_of(type(self)).items():
             option.check(name, getattr(self, name))
         common = {name: getattr(self, name) for name in COMMON}
-        labels, extra_terms = self.labels(), self.build_extra_terms()
-        MethodLoss.__init__(
-            self, self.build_graph(), **common, labels=labels, extra_terms=extra_terms
-        )
+        names, extra = self.labels(), self.build_extra_terms()
+        MethodLoss.__init__(self, self.build_graph(), **common, labels=names, extra_terms=extra)
 
     def build_graph(self) -> Graph:
         """The graph of these options."""
         raise NotImplementedError(f"{type(self).__name__} does not build a graph")
 
     def labels(self) -> Mapping[str, str]:
-        """The names of rows and weights in error messages, by their names in the graph."""
+        """Names of rows and weights in messages that are not ``NAME_logits`` and ``NAME``."""
         return {}
 
     def build_extra_terms(self) -> Mapping[str, ExtraTerm]:

@@ -158,12 +158,8 @@ def loss_options(cls: type[T]) -> type[T]:
             facts: Any = {"default": option.default, "metadata": {"option": option}}
             setattr(cls, name, dataclasses.field(**facts, kw_only=name in KEYWORDS))
     made = dataclass(eq=False, repr=False)(cls)
-    lines = [
-        textwrap.fill(
-            f"{name}: {option.help}", 100, initial_indent=" " * 8, subsequent_indent=" " * 12
-        )
-        for name, option in options_of(made).items()
-    ]
+    wrap = textwrap.TextWrapper(100, initial_indent=" " * 8, subsequent_indent=" " * 12).fill
+    lines = [wrap(f"{name}: {option.help}") for name, option in options_of(made).items()]
     made.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *lines, ""])
     return made
 

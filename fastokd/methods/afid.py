@@ -53,9 +53,6 @@ class AFIDLoss(MethodLoss):
         terms += [self.teach(*edge, self.lambda_kd) for edge in edges]
         return Graph("afid", nodes, terms, self.label_smoothing)
 
-    def labels(self) -> dict[str, str]:
-        return {"fusion": "fusion_logits"}
-
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, fusion_logits: Tensor
     ) -> GraphInputs:
@@ -76,10 +73,8 @@ class Exchange(nn.Module):
 
     def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Maps [B, c, H, W] to ``one * S(C(other) * other)``, ``other * S(C(one) * one)``."""
-        seen_by_other, seen_by_one = (
-            self.spatial(self.channel(maps) * maps) for maps in (other, one)
-        )
-        return one * seen_by_other, other * seen_by_one
+        of_other, of_one = (self.spatial(self.channel(maps) * maps) for maps in (other, one))
+        return one * of_other, other * of_one
 
 
 class Pair(nn.Module):

@@ -18,16 +18,14 @@ from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
 def classifier_diversity(weights: Sequence[Tensor]) -> Tensor:
-    """L_cd: over all pairs of classifiers the sum of the absolute entries of ``W_i W_j^T`` (eq. 5),
-    0-d.
+    """L_cd: the sum of the absolute entries of ``W_i W_j^T`` over all pairs of classifiers (eq. 5).
 
     The paper writes W as features x classes, and ``W_i^T W_j``; here, as layers keep it, W is [C,
     d], without the bias. The norm is not stated: the sum of all C x C absolute entries is what fits
     the tiny weight of 5e-8.
     """
-    return torch.stack(
-        [(one @ other.T).abs().sum() for one, other in itertools.combinations(weights, 2)]
-    ).sum()
+    pairs = itertools.combinations(weights, 2)
+    return torch.stack([(one @ other.T).abs().sum() for one, other in pairs]).sum()
 
 
 @options.loss_options
@@ -66,9 +64,6 @@ class FFMLoss(MethodLoss):
         terms.append(self.teach("ensemble", "leader", self.lambda_leader))
         return Graph("ffm", nodes, terms, self.label_smoothing)
 
-    def labels(self) -> dict[str, str]:
-        return {"fusion_weights": "fusion_weights"}
-
     def build_extra_terms(self) -> dict[str, ExtraTerm]:
         return {"classifier_diversity": ExtraTerm(self.lambda_cd)} if self.lambda_cd else {}
 
@@ -97,16 +92,11 @@ ffm_graph = FFMLoss.make_graph
 
 
 class FeatureFusion(MethodModules):
-    """The feature-fusion module: the auxiliaries' feature maps to each one's share of the fusion.
+    """The feature-fusion module: the M-1 auxiliaries' feature maps to their shares of the fusion.
 
-    A 3x3 convolution of the concatenated maps with batch norm and ReLU, pooling, a linear layer and
-    softmax. The paper draws convolutions, batch norm and ReLU and gives no sizes.
-
-    Args:
-        num_auxiliaries: M-1.
-        channels: c, of each branch's feature maps.
-        num_classes: C.
-        fusion_channels: the convolution's output channels.
+    A 3x3 convolution of the concatenated maps to ``fusion_channels`` with batch norm and ReLU,
+    pooling, a linear layer and softmax. The paper draws convolutions, batch norm and ReLU and gives
+    no sizes.
     """
 
     def __init__(

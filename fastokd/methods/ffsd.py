@@ -141,9 +141,6 @@ class FFSDLoss(MethodLoss):
         terms += [self.teach(*edge, scheduled=False) for edge in edges]
         return Graph("ffsd", [*map(Logits, heads), ensemble], terms, self.label_smoothing)
 
-    def labels(self) -> dict[str, str]:
-        return {"fusion": "fusion_logits"}
-
     def build_extra_terms(self) -> dict[str, ExtraTerm]:
         weights = {
             "diversity": self.lambda_diversity,

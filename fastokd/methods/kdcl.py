@@ -112,11 +112,8 @@ class KDCLLoss(MethodLoss):
 
     @torch.no_grad()
     def fit_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
-        """Set the teacher's weights from the correlation of the networks' errors, ``C_ij = mean of
-        <p_1(z_i) - y, p_1(z_j) - y>``.
-
-        Logits and targets are as in ``forward``. With torch.distributed the sums run over the
-        batches of all processes.
+        """Set the teacher's weights from ``C_ij = mean of <p_1(z_i) - y, p_1(z_j) - y>``, the
+        correlation of the networks' errors, over the batches of all processes.
         """
         weights = self.get_buffer("teacher_weights")
         correlation = weights.new_zeros(self.num_branches, self.num_branches)

@@ -54,14 +54,9 @@ class TemporalAccumulator(nn.Module):
         device: torch.device,
         placement: Placement,
     ) -> str:
-        """Allocate an empty memory.
+        """Allocate an empty memory; returns a line that states the memory it takes.
 
-        Args:
-            placement: "device", "host", or "auto": the device if the memory takes no more than a
-                quarter of the free memory there, else the host.
-
-        Returns:
-            A line that states the memory it takes.
+        ``placement`` "auto" is the device if a quarter of its free memory is enough, else the host.
 
         Raises:
             ConfigError: it does not fit; the message states how much it needs.
@@ -92,7 +87,8 @@ class TemporalAccumulator(nn.Module):
         return f"temporal accumulator: {description}, {location}"
 
     def update(self, index: Tensor, predictions: Tensor, keep: bool = True) -> Tensor:
-        """Make one step of each sample of the batch and return its corrected value.
+        """Make one step of each sample of the batch, stored with ``keep``; returns the corrected
+        values [B, M, C] in float32.
 
         With torch.distributed the batches of all processes are one batch, which every process adds
         to its memory, so all must call this together. Without ``keep`` they are independent.
@@ -100,10 +96,6 @@ class TemporalAccumulator(nn.Module):
         Args:
             index: int64 [B], positions among the N samples.
             predictions: probabilities [B, M, C].
-            keep: whether to store the step.
-
-        Returns:
-            Probabilities [B, M, C] in float32.
         """
         assert self.steps is not None
         batch = len(index)
@@ -152,11 +144,7 @@ class _Pointer:
 
 
 def _mapped(pinned: Tensor, device: torch.device) -> Tensor:
-    """The same memory as a tensor on the device. It lives as long as either tensor.
-
-    Raises:
-        ConfigError: this platform copies instead.
-    """
+    """The same memory as a tensor on the device; a ConfigError where the platform copies it."""
     view = torch.as_tensor(_Pointer(pinned), device=device)
     if view.data_ptr() != pinned.data_ptr():
         reason = f"{device} cannot access pinned host memory in place"

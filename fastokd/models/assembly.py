@@ -60,10 +60,8 @@ def assemble(
 def companion_builder(
     method: Method, options: Mapping[str, OptionValue] | None
 ) -> Callable[[BranchSpec], MethodModules] | None:
-    """The constructor of the method's own modules with these options; None without modules.
-
-    Raises:
-        ConfigError: there is no such option or choice.
+    """The constructor of the method's own modules with these options, which it checks; None without
+    modules.
     """
     for name, value in (options or {}).items():
         if name not in method.model_options:
@@ -82,11 +80,7 @@ def companion_builder(
 def check_layout(
     method: Method, names: Sequence[str], topology: str | None, num_branches: int
 ) -> Topology:
-    """The topology of a method for these networks; None for the method's default.
-
-    Raises:
-        ConfigError: the method does not support it; the message has what it supports.
-    """
+    """The topology (None: the default), or a ConfigError that states what the method supports."""
     chosen = method.topologies[0] if topology is None else topology
     title, model = f"method '{method.name}'", f"model={','.join(names)!r}"
     if chosen not in method.topologies:

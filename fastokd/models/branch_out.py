@@ -98,14 +98,9 @@ Source = tuple[nn.Module, Callable[[nn.Module], nn.Module]]
 
 
 class Split:
-    """A classifier cut into trunk, body and head.
+    """A classifier cut into trunk, body and head; arguments and errors as in ``branch_out``.
 
-    Args:
-        module: the classifier; its last layer is replaced if ``num_classes`` differs from its own.
-        at, input_size, num_classes: see ``branch_out``.
-
-    Raises:
-        ConfigError: see ``branch_out``.
+    Its last layer is replaced if ``num_classes`` differs from the module's.
     """
 
     def __init__(

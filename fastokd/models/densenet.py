@@ -42,9 +42,8 @@ def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) ->
         return (in_channels + count * growth) // (2 if transition else 1)
 
     def build(in_channels: int, count: int) -> nn.Sequential:
-        layers: list[nn.Module] = [
-            DenseLayer(in_channels + i * growth, growth) for i in range(count)
-        ]
+        inputs = (in_channels + i * growth for i in range(count))
+        layers: list[nn.Module] = [DenseLayer(channels, growth) for channels in inputs]
         if transition:
             channels = in_channels + count * growth
             halve = conv(channels, out_channels(in_channels, count), 1, fan="fan_in")

@@ -126,11 +126,7 @@ def find_backbone(
 
 
 def allowed_methods(name: str) -> list[str]:
-    """The names of the methods that can train the network of that name, with itself or as peers.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+    """The methods that can train the network of that name; a ConfigError for an unknown name."""
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
@@ -182,10 +178,8 @@ def create_student(
 
 
 def model_name(name: str) -> str:
-    """The registered spelling of a network's name, such as wrn16_2 for "WRN-16-2".
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
+    """The registered spelling of a network's name, such as wrn16_2 for "WRN-16-2"; a ConfigError
+    suggests the closest one for an unknown name.
     """
 
     def plain(text: str) -> str:
@@ -201,10 +195,6 @@ def model_name(name: str) -> str:
 
 
 def get_backbone(name: str) -> Backbone:
-    """The backbone of a registered network.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The backbone of a registered network; errors as ``model_name``."""
     name = model_name(name)
     return _models.get(name)[name]

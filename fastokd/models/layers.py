@@ -19,9 +19,8 @@ def conv(
     fan: Literal["fan_in", "fan_out"] = "fan_out",
 ) -> nn.Conv2d:
     """A padded convolution without bias, Kaiming-normal."""
-    layer = nn.Conv2d(
-        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
-    )
+    sizes = in_channels, out_channels, kernel, stride, kernel // 2
+    layer = nn.Conv2d(*sizes, groups=groups, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
     return layer
 

@@ -51,9 +51,7 @@ class Cost:
 def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
     """The costs of the ``student``, of all in ``training``, and of ``branch1``, ... on their own.
 
-    Args:
-        model: on any device; the meta device is fastest.
-        image_size: height and width of an image.
+    The model may be on any device; the meta device is fastest.
     """
     size = (3, image_size, image_size)
     by_kind = _count(model, size).get_flop_counts()

@@ -38,12 +38,8 @@ def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
 
 
 def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Backbone:
-    """The network with these numbers of convolutions in its five stages.
-
-    Args:
-        name: in the registry.
-        num_blocks: five numbers.
-        dropout: probability of zeroing an activation between the classifier's linear layers.
+    """The network with these numbers of convolutions in its five stages, and ``dropout`` between
+    the classifier's linear layers.
     """
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
@@ -54,9 +50,8 @@ def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Back
         # Images of 32x32 leave one pixel, so pooling changes nothing; larger images fit too.
         return pooled(classifier=nn.Sequential(*layers))
 
-    stages = [
-        vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in enumerate(num_blocks)
-    ]
+    counts = enumerate(num_blocks)
+    stages = [vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in counts]
     return staged_network(name, VGG, OrderedDict, 3, stages, head, split=4)
 
 

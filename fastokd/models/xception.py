@@ -30,9 +30,8 @@ def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """Separable convolutions of these widths, ReLU before each, around a shortcut.
-
-    [B, widths[0], H, W] to [B, widths[-1], H, W], or half of height and width with ``down``.
+    """Separable convolutions of these widths, ReLU before each, around a shortcut; ``down`` halves
+    height and width.
     """
 
     def __init__(self, *widths: int, down: bool = False, first_relu: bool = True) -> None:

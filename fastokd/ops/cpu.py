@@ -50,11 +50,7 @@ def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
 
 
 def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
-    """The library in ``folder``, with its functions' types declared.
-
-    Raises:
-        LibraryUnusable: see the class.
-    """
+    """The library in ``folder``, with its functions' types declared, or a LibraryUnusable."""
     path = next((folder / name for name in _LIBRARIES if (folder / name).is_file()), None)
     if path is None:
         info = build_info(folder)
@@ -239,8 +235,8 @@ def _outputs(plan: Plan, first: Tensor) -> Outputs:
 def _gradients(inputs: Inputs, needs: Needs) -> tuple[Gradients, ctypes.Array[ctypes.c_void_p]]:
     """Empty tensors for the gradients that are needed, and the addresses of all.
 
-    The logits' gradients share one block: the C library returns several large blocks to the system
-    when they are freed, and allocating their pages again costs a third of the next step.
+    The logits' gradients share one block: the C library would return several large blocks to the
+    system, and allocating their pages again costs a third of the next step.
     """
     logits, weights = inputs.logits, inputs.weights
     first = logits[0]

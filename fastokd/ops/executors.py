@@ -75,12 +75,7 @@ def check_impl(impl: str) -> None:
 
 
 def load(name: str) -> Executor:
-    """The executor of that name.
-
-    Raises:
-        ConfigError: the name is unknown.
-        ExecutorUnavailable: its module cannot be imported here.
-    """
+    """The executor of that name; an ExecutorUnavailable if its module cannot be imported here."""
     check_impl(name)
     try:
         return _executors.get(name)

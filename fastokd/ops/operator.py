@@ -192,9 +192,8 @@ def evaluate(
     if executor == "reference":  # called directly: differentiable twice, nothing is recomputed
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
-    rows, terms, _ = _GraphFunction.apply(
-        plan, executor, target, term_weights, *logits, *weights, *externals
-    )
+    tensors = (*logits, *weights, *externals)
+    rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *tensors)
     return rows, terms
 
 

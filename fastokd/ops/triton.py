@@ -210,11 +210,8 @@ def _forward_split(
     """A launch per pass over the columns, then the merge."""
     batch, weights, soft = rows.shape[0], inputs.term_weights, tile.soft_target
     partials = weights.new_empty((batch, spec.num_partials(soft), tile.splits))
-    passes = [
-        *([FIRST_PASS] if spec.needs_first_pass(soft) else []),
-        MAIN_PASS,
-        *([NORMALIZED_PASS] if spec.normalized_edges else []),
-    ]
+    passes = [FIRST_PASS, MAIN_PASS] if spec.needs_first_pass(soft) else [MAIN_PASS]
+    passes += [NORMALIZED_PASS] if spec.normalized_edges else []
     arguments = _arguments(inputs)
     with _device_of(rows):
         for number in passes:
