@@ -46,10 +46,8 @@ class Mixture(_Derived):
 
 @dataclass(frozen=True)
 class ProbabilityMixture(_Derived):
-    """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input
-    enters unchanged.
-
-    Weights must not be negative, and should add up to 1.
+    """``h = sum_k w_k * p_T(input_k)``, an ``External`` input unchanged; the weights must not be
+    negative, and should add up to 1.
     """
 
     name: str
@@ -73,10 +71,8 @@ class External:
 
 @dataclass(frozen=True)
 class MinLogit(_Derived):
-    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no
-    gradient.
-
-    For soft targets y, ``input_k[label]`` is ``<y, input_k>``.
+    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant. For soft
+    targets y, ``input_k[label]`` is ``<y, input_k>``.
     """
 
     name: str

@@ -40,9 +40,7 @@ _KINDS = {
 
 class PlanNode(NamedTuple):
     """A derived node. ``source`` is the index of the run-time weight tensor, or -1 if ``constants``
-    hold the weights.
-
-    ``temperature`` is that of a probability mixture (1.0 for the other kinds).
+    hold the weights; ``temperature`` is that of a probability mixture.
     """
 
     kind: int
@@ -130,11 +128,7 @@ def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 @lru_cache(maxsize=512)
 def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
-    """The inverse of ``Plan.encode``.
-
-    Raises:
-        ValueError: the arrays were made by another version of this encoding, or are cut short.
-    """
+    """The inverse of ``Plan.encode``; a ValueError for arrays of another version or length."""
     if not ints or ints[0] != PLAN_VERSION:
         version = ints[0] if ints else None
         raise ValueError(f"plan version {version} is not {PLAN_VERSION}: lower the graph again")

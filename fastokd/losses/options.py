@@ -40,12 +40,7 @@ class Option(Limits):
     kind: Literal["number", "integer", "switch", "choice", "any"] = "any"
 
     def check(self, name: str, value: object) -> None:
-        """Check a value of the option.
-
-        Raises:
-            TypeError: its type is wrong.
-            ValueError: it is out of bounds, or not one of the choices.
-        """
+        """Raise a TypeError for a value of another type, a ValueError for one out of its limits."""
         if self.kind == "switch" and not isinstance(value, bool):
             raise TypeError(f"{name}={value!r}; it must be True or False")
         if self.kind == "choice" and value not in self.words():
@@ -105,6 +100,9 @@ def switch(default: bool, help: str) -> Any:
     return Option(default, help, "switch")
 
 
+detach_teacher = switch
+
+
 def choice(default: str, choices: Iterable[str], help: str) -> Any:
     """One of several words."""
     return Option(default, help, "choice", choices=tuple(choices))
@@ -117,10 +115,6 @@ def text(default: str, help: str) -> Any:
 
 def temperature(default: float = 3.0, help: str = "T of the KL terms.") -> Any:
     return number(default, help, open_low=True)
-
-
-def detach_teacher(default: bool, help: str) -> Any:
-    return switch(default, help)
 
 
 def teacher_eps() -> Any:

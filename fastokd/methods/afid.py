@@ -116,9 +116,8 @@ def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _stem(peer: nn.Module) -> tuple[int, int]:
-    """The end of a peer's stem, as an index into its children, and the stem's channels.
-
-    The stem consists of the leading plain layers, or else of the first module.
+    """The end of a peer's stem (the leading plain layers, or else the first module), as an index
+    into its children, and the stem's channels.
     """
     modules = children(peer)
     blocks = (index for index, child in enumerate(modules) if any(True for _ in child.children()))
@@ -128,9 +127,8 @@ def _stem(peer: nn.Module) -> tuple[int, int]:
 
 
 class AFIDNetwork(nn.Module):
-    """The student of AFID: both sub-networks, because each needs the other's attention.
-
-    Images [B, 3, H, W] to logits [B, C], at about twice the cost of the plain network.
+    """The student of AFID, at about twice the cost of the plain network: both sub-networks, because
+    each needs the other's attention.
     """
 
     def __init__(self, pair: Pair, peers: Sequence[nn.Module], kept: int) -> None:

@@ -145,11 +145,7 @@ class AHBFGate(nn.Module):
 
 
 class AHBFGates(MethodModules):
-    """The chain of the M-1 gates: each receives the fused map of the one before.
-
-    Args:
-        gate_attention: see ``AHBFGate``.
-    """
+    """The chain of the M-1 gates: each receives the fused map of the one before."""
 
     def __init__(self, spec: BranchSpec, gate_attention: str = "none") -> None:
         super().__init__()

@@ -38,10 +38,8 @@ class CBAM(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Adds to every position a weighted sum over all positions: the embedded Gaussian block (Wang
-    et al., CVPR 2018, eq. 6).
-
-    The batch norm at its end starts at 0, so that the block starts as the identity.
+    """Add to every position a weighted sum over all: the embedded Gaussian block (Wang et al., CVPR
+    2018, eq. 6). It starts as the identity: the batch norm at its end starts at 0.
     """
 
     def __init__(self, channels: int) -> None:

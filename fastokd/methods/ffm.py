@@ -118,10 +118,8 @@ class FeatureFusion(MethodModules):
 
 
 def classifier_weight(branch: nn.Module, num_classes: int) -> Tensor:
-    """The weight [C, d] of a branch's classifier: its last linear layer or 1x1 convolution.
-
-    Raises:
-        ValueError: the layer does not have one output for each class.
+    """The weight [C, d] of a branch's last linear layer or 1x1 convolution; a ValueError if that
+    does not have one output for each class.
     """
     layers = [
         module

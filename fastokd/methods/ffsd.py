@@ -1,7 +1,5 @@
-"""FFSD: Distilling a Powerful Student Model via Online Knowledge Distillation (Li et al.): feature
-fusion and self-distillation.
-
-The forms are those of the official code.
+"""FFSD: Feature Fusion and Self-Distillation (Li et al., "Distilling a Powerful Student Model via
+Online Knowledge Distillation"), in the forms of the official code.
 """
 
 import itertools
@@ -207,11 +205,8 @@ def _decoder(maps: FFSDMaps) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Bring a network's last map back to the sizes of its earlier stages: for each a transposed
-    3x3 convolution, batch norm and ReLU.
-
-    Args:
-        channels: of the S stages, the earliest first.
+    """Bring a network's last map back to the sizes of its earlier stages, whose ``channels`` are
+    given: for each a transposed 3x3 convolution, batch norm and ReLU.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:

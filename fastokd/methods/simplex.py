@@ -71,7 +71,7 @@ def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tens
     count = a.shape[1]
     trace = hessian.diagonal(dim1=1, dim2=2).sum(1)
     scale = torch.maximum(trace, 1e-12 * (1 + gradient.abs().amax(1)))
-    # The ridge decides where the model is flat, as it is for equal rows.
+    # The ridge decides where the model is flat, for example for equal rows.
     h = hessian / scale.view(-1, 1, 1) + _RIDGE * torch.eye(count, dtype=a.dtype, device=a.device)
     right = (h @ a.unsqueeze(2)).squeeze(2) - gradient / scale.unsqueeze(1)
     system = torch.zeros(len(a), len(faces), count + 1, count + 1, dtype=a.dtype, device=a.device)

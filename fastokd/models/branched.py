@@ -37,7 +37,6 @@ class Branch(nn.Module):
 class PlainNetwork(nn.Sequential):
     """A network for deployment: named children run in order, images to logits [B, C].
 
-    It has no other forward, so trunk and branch together equal the plain network by construction.
     Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``) working.
     """
 
@@ -152,11 +151,8 @@ class BranchedModel(nn.Module):
         return modules is not None and type(modules).student is not MethodModules.student
 
     def forward(self, x: Tensor) -> BranchOutput:
-        """Every branch's logits, features and what the method's modules add.
-
-        Args:
-            x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H,
-                W].
+        """Every branch's logits, features and what the method's modules add, for images [B, 3, H,
+        W] in any memory format; peers also take one view each, [M, B, 3, H, W].
         """
         modules, branches = self.companion, tuple(self.branches)
         if self.trunk is None:

@@ -1,7 +1,5 @@
-"""DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block.
-
-The distillation papers' "DenseNet-40-12" is the BC form: bottlenecks, and transitions that halve
-the channels.
+"""DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block. The
+distillation papers' "DenseNet-40-12" is this form, with bottlenecks and compressing transitions.
 """
 
 from collections import OrderedDict

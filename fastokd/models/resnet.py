@@ -1,7 +1,5 @@
-"""ResNets of four stages (He et al., CVPR 2016): the ImageNet form, and ResNeXt (Xie et al., CVPR
-2017) for 32x32 images.
-
-State dicts are torchvision's.
+"""ResNets of four stages (He et al., CVPR 2016) for ImageNet, and ResNeXt (Xie et al., CVPR 2017)
+for 32x32 images. State dicts are torchvision's.
 """
 
 from collections import OrderedDict

@@ -21,10 +21,8 @@ class ShuffleNetV2(PlainNetwork):
 
 
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, c, H, W] to the halves of their interleaved channels a0, b0, a1, b1, ...
-
-    Each half is made in its own memory, in the memory format of ``b``. This saves a concatenation,
-    and a copy in the convolution that follows.
+    """Two maps [B, c, H, W] to the halves of their interleaved channels a0, b0, a1, b1, ..., each
+    in its own memory: this saves a concatenation, and a copy in the next convolution.
     """
     # The dimension of the channels in memory
     at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1

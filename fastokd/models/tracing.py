@@ -329,10 +329,8 @@ class ChannelsFirst(nn.Module):
 
 
 def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
-    """A module from a network's features of that shape to feature maps [B, c, H, W], and c.
-
-    Raises:
-        ConfigError: tokens that do not form a grid.
+    """A module from features of that shape to maps [B, c, H, W], and c; a ConfigError for tokens
+    that do not form a grid.
     """
     if len(shape) == 4:
         return (ChannelsFirst(), shape[3]) if is_nhwc(network) else (nn.Identity(), shape[1])

@@ -35,10 +35,8 @@ class LibraryUnusable(Exception):
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """The record of the build (status, reason, compiler, flags, ...); empty without a build.
-
-    Raises:
-        LibraryUnusable: the file is damaged.
+    """The record of the build (status, reason, compiler, flags, ...); empty without a build. A
+    damaged file is a LibraryUnusable.
     """
     path = folder / "build_info.json"
     try:
@@ -106,14 +104,7 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 class CompiledPlan:
-    """A plan as the library decoded it.
-
-    Args:
-        isa: an instruction set of ``available_isas``, by default the best.
-
-    Raises:
-        ValueError: the library refuses the plan.
-    """
+    """A plan as the library decoded it, or a ValueError; ``isa`` is one of ``available_isas``."""
 
     def __init__(
         self,

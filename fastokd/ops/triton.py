@@ -1,7 +1,5 @@
-"""The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs.
-
-With ``TRITON_INTERPRET=1`` set before Triton is first imported it runs on CPU tensors through
-Triton's interpreter, slowly, for tests.
+"""The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs; with
+``TRITON_INTERPRET=1`` before the first import of Triton also on CPU tensors, slowly, for tests.
 """
 
 import os
