@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastokd"
 PUBLIC_LOSSES = "fastokd.losses"
 ORDER = [
     {"version", "errors", "_moved"},
-    {"registry", "ranks", "storage"},
+    {"limits", "registry", "ranks", "storage"},
     {"graph"},
     {"kernels", "_native"},
     {"ops"},
@@ -122,8 +122,8 @@ def _components(edges: dict[str, set[str]]) -> list[list[str]]:
     return components
 
 
-# The goal is 27,000 lines for the package and 8,000 for the library; lower these as they shrink.
-MOST_LINES = {"file": 600, "function body": 60, "fastokd": 30_450, "library": 9_130}
+# The goal is 27,000 lines for the package; lower this as it shrinks.
+MOST_LINES = {"file": 600, "function body": 60, "fastokd": 29_400, "library": 8_000}
 LIBRARY = ("graph", "ops", "losses", "methods", "models")
 MOST_PARAMETERS = 15
 

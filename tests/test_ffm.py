@@ -159,7 +159,7 @@ def test_the_classifier_is_found(head, shape):
     ("head", "message"),
     [
         (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7)), "to 5 classes, and the last is Linear"),
-        (nn.Sequential(nn.Conv2d(6, 5, 3), nn.Flatten()), "to 5 classes, and there is none"),
+        (nn.Sequential(nn.Conv2d(6, 5, 3), nn.Flatten()), "5 classes, and the network has no such"),
     ],
 )
 def test_a_network_without_one_is_refused(head, message):

@@ -16,12 +16,11 @@ def definition(node: Node, externals: tuple[str, ...]) -> str:
         return "given"
     weights = getattr(node, "weights", None)
     if weights is None:
-        function = (
-            "min over inputs shifted by their label's logit"
-            if node.kind == "minimum"
-            else "the input with the lowest cross-entropy"
-        )
-        return f"{function}: {', '.join(node.inputs)}"
+        functions = {
+            "minimum": "min over inputs shifted by their label's logit",
+            "selection": "the input with the lowest cross-entropy",
+        }
+        return f"{functions[node.kind]}: {', '.join(node.inputs)}"
     parts = []
     for column, name in enumerate(node.inputs):
         factor = f"{weights}[{column}]" if isinstance(weights, str) else _number(weights[column])
@@ -51,9 +50,7 @@ def notes(term: KL) -> str:
 
 
 def draw_text(graph: Graph) -> str:
-    """The graph as lines of text: nodes with their definitions, terms with their effective
-    coefficients.
-    """
+    """The graph as lines of text: definitions of the nodes, effective coefficients of the terms."""
     lines = [f"graph {graph.name}: {len(graph.nodes)} nodes, {len(graph.terms)} terms"]
     width = max(len(node.name) for node in graph.nodes)
     kind_width = max(len(node.kind) for node in graph.nodes)
@@ -67,13 +64,10 @@ def draw_text(graph: Graph) -> str:
         if isinstance(term, CrossEntropy):
             lines.append(f"  {coefficient(term):>16}  CE({term.node}, target)")
         else:
-            first, second = term.teacher, term.student
-            if term.direction == "student_first":
-                first, second = second, first
-            lines.append(
-                f"  {coefficient(term):>16}  KL({first} || {second})  teaches {term.student};"
-                f" {notes(term)}"
-            )
+            pair = [term.teacher, term.student]
+            rows = " || ".join(reversed(pair) if term.direction == "student_first" else pair)
+            kl = f"KL({rows})  teaches {term.student}; {notes(term)}"
+            lines.append(f"  {coefficient(term):>16}  {kl}")
     if graph.label_smoothing:
         lines.append(f"label smoothing {_number(graph.label_smoothing)} in every cross-entropy")
     return "\n".join(lines)
@@ -85,11 +79,8 @@ def _quotable(text: str) -> str:
 
 
 def draw_mermaid(graph: Graph) -> str:
-    """The graph as a Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are
-    cross-entropies.
-    """
-    # Numbered, so that names that differ in punctuation only, "label" and Mermaid's own words keep
-    # apart.
+    """A Mermaid flowchart: solid lines mix, thick lines teach, dotted lines are cross-entropies."""
+    # Numbered: names may differ in punctuation only, or be "label" or one of Mermaid's words.
     ids = {
         node.name: f"n{index}_{re.sub(r'[^A-Za-z0-9]', '_', node.name)}"
         for index, node in enumerate(graph.ordered)
@@ -111,8 +102,6 @@ def draw_mermaid(graph: Graph) -> str:
         if isinstance(term, CrossEntropy):
             lines.append(f'  label -. "{coefficient(term)}" .-> {ids[term.node]}')
         else:
-            lines.append(
-                f'  {ids[term.teacher]} == "KL {coefficient(term)}, {notes(term)}" ==>'
-                f" {ids[term.student]}"
-            )
+            kl = f'"KL {coefficient(term)}, {notes(term)}"'
+            lines.append(f"  {ids[term.teacher]} == {kl} ==> {ids[term.student]}")
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """The graph itself: nodes, terms, and every rule a graph must keep, checked when it is made."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from fastokd._moved import warn_renamed
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.nodes import (
+    KL,
     CrossEntropy,
     External,
     Logits,
@@ -36,15 +38,14 @@ class Graph:
     """
 
     name: str
-    nodes: tuple[Node, ...]
-    terms: tuple[Term, ...]
+    nodes: Sequence[Node]
+    terms: Sequence[Term]
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "terms", tuple(self.terms))
         self._check_nodes()
-        self._check_acyclic()
         for term in self.terms:
             self._check_term(term)
         self._check_whole()
@@ -68,9 +69,7 @@ class Graph:
 
     @cached_property
     def weight_sources(self) -> dict[str, int]:
-        """Name and number of columns of each weight tensor given at run time, in order of first
-        use.
-        """
+        """Name and number of columns of each run-time weight tensor, in order of first use."""
         sources: dict[str, int] = {}
         for node in self.dynamic_mixtures:
             sources.setdefault(str(node.weights), len(node.inputs))
@@ -95,187 +94,87 @@ class Graph:
     def ordered(self) -> tuple[Node, ...]:
         """Nodes with every input before its user; otherwise in the order given."""
         done: dict[str, Node] = {}
+        path: list[str] = []
 
-        def place(node: Node) -> None:
-            if node.name in done:
+        def place(name: str) -> None:
+            if name in path:
+                cycle = [*path[path.index(name) :], name]
+                raise GraphError(f"graph '{self.name}' has a cycle: {' <- '.join(cycle)}")
+            if name in done:
                 return
-            for name in node.inputs:
-                place(self.by_name[name])
-            done[node.name] = node
+            path.append(name)
+            for source in self.by_name[name].inputs:
+                place(source)
+            done[path.pop()] = self.by_name[name]
 
         for node in self.nodes:
-            place(node)
+            place(node.name)
         return tuple(done.values())
 
     def _check_nodes(self) -> None:
-        seen: set[str] = set()
+        where, names = f"graph '{self.name}'", [node.name for node in self.nodes]
         for node in self.nodes:
-            if not isinstance(node.name, str) or not node.name:
-                raise GraphError(
-                    f"graph '{self.name}': a {node.kind} node has no name (got {node.name!r})"
-                )
-            if node.name in seen:
-                raise GraphError(
-                    f"graph '{self.name}': two nodes are named '{node.name}'; names must differ"
-                )
-            seen.add(node.name)
+            has_name = isinstance(node.name, str) and node.name
+            _require(has_name, f"{where}: a {node.kind} node has no name (got {node.name!r})")
+            unique = names.count(node.name) == 1
+            _require(unique, f"{where}: two nodes are named '{node.name}'; names must differ")
         widths: dict[str, tuple[str, int]] = {}
         for node in self.nodes:
-            allowed = _ALLOWED_INPUTS.get(type(node))
-            if allowed is None:
-                continue
-            if not node.inputs:
-                raise GraphError(f"{node.kind} node '{node.name}' has no inputs")
-            if isinstance(node.inputs, str):
-                raise GraphError(
-                    f"{node.kind} node '{node.name}' has inputs={node.inputs!r}; pass a tuple of"
-                    " names"
-                )
-            for name in node.inputs:
-                if name not in seen:
-                    raise GraphError(
-                        f"node '{node.name}' takes unknown input '{name}'{did_you_mean(name, seen)}"
-                    )
-                source = self.by_name[name]
-                if not isinstance(source, allowed):
-                    kinds = " or ".join(cls.kind for cls in allowed)
-                    raise GraphError(
-                        f"{node.kind} node '{node.name}' cannot take the {source.kind} node"
-                        f" '{name}'; it takes {kinds}"
-                    )
+            if type(node) in _ALLOWED_INPUTS:
+                self._check_inputs(node)
             if isinstance(node, (Mixture, ProbabilityMixture)):
-                self._check_weights(node, widths)
+                _check_weights(node, widths)
             if isinstance(node, ProbabilityMixture):
                 _check_temperature(node.temperature, f"node '{node.name}'")
+        _ = self.ordered  # raises for a cycle
 
-    def _check_weights(
-        self, node: Mixture | ProbabilityMixture, widths: dict[str, tuple[str, int]]
-    ) -> None:
-        count = len(node.inputs)
-        if isinstance(node.weights, str):
-            other, width = widths.setdefault(node.weights, (node.name, count))
-            if width != count:
-                raise GraphError(
-                    f"nodes '{other}' and '{node.name}' share the weights '{node.weights}' but have"
-                    f" {width} and {count} inputs"
-                )
-            return
-        if len(node.weights) != count:
-            raise GraphError(
-                f"node '{node.name}' has {count} inputs but {len(node.weights)} weights"
+    def _check_inputs(self, node: Node) -> None:
+        where, allowed = f"{node.kind} node '{node.name}'", _ALLOWED_INPUTS[type(node)]
+        _require(node.inputs, f"{where} has no inputs")
+        as_tuple = not isinstance(node.inputs, str)
+        _require(as_tuple, f"{where} has inputs={node.inputs!r}; pass a tuple of names")
+        for name in node.inputs:
+            source = self._find(name, f"node '{node.name}' takes unknown input")
+            kinds = " or ".join(cls.kind for cls in allowed)
+            _require(
+                isinstance(source, allowed),
+                f"{where} cannot take the {source.kind} node '{name}'; it takes {kinds}",
             )
-        for value in node.weights:
-            if not math.isfinite(value):
-                raise GraphError(
-                    f"node '{node.name}' has the weight {value}; weights must be finite"
-                )
-            if value < 0 and isinstance(node, ProbabilityMixture):
-                raise GraphError(
-                    f"node '{node.name}' has the weight {value}; weights of probabilities must not"
-                    " be negative"
-                )
 
-    def _check_acyclic(self) -> None:
-        state: dict[str, int] = {}
-        path: list[str] = []
-
-        def visit(name: str) -> None:
-            if state.get(name) == 2:
-                return
-            if state.get(name) == 1:
-                cycle = [*path[path.index(name) :], name]
-                raise GraphError(f"graph '{self.name}' has a cycle: {' <- '.join(cycle)}")
-            state[name] = 1
-            path.append(name)
-            for source in self.by_name[name].inputs:
-                visit(source)
-            path.pop()
-            state[name] = 2
-
-        for node in self.nodes:
-            visit(node.name)
-
-    def _node(self, name: str, term: Term) -> Node:
+    def _find(self, name: str, problem: str) -> Node:
         if name not in self.by_name:
-            raise GraphError(
-                f"term '{term.name}' names the unknown node"
-                f" '{name}'{did_you_mean(name, self.by_name)}"
-            )
+            raise GraphError(f"{problem} '{name}'{did_you_mean(name, self.by_name)}")
         return self.by_name[name]
 
     def _check_term(self, term: Term) -> None:
         where = f"term '{term.name}'"
-        if not (math.isfinite(term.weight) and term.weight >= 0):
-            raise GraphError(
-                f"{where} has the weight {term.weight}; weights must be finite and not negative"
-            )
+        unknown = f"{where} names the unknown node"
+        _require(
+            math.isfinite(term.weight) and term.weight >= 0,
+            f"{where} has the weight {term.weight}; weights must be finite and not negative",
+        )
         if isinstance(term, CrossEntropy):
-            node = self._node(term.node, term)
-            if not isinstance(node, (Logits, Mixture)):
-                raise GraphError(
-                    f"{where}: a cross-entropy needs logits, but '{node.name}' is a"
-                    f" {node.kind} node"
-                )
-            return
-        teacher, student = self._node(term.teacher, term), self._node(term.student, term)
-        _check_temperature(term.temperature, where)
-        if not isinstance(student, (Logits, Mixture)):
-            raise GraphError(
-                f"{where}: the student must be logits or a mixture, but '{student.name}'"
-                f" is a {student.kind} node"
+            node = self._find(term.node, unknown)
+            _require(
+                isinstance(node, (Logits, Mixture)),
+                f"{where}: a cross-entropy needs logits, but '{node.name}' is of kind {node.kind}",
             )
-        if teacher is student:
-            raise GraphError(f"{where}: '{student.name}' cannot teach itself")
-        if isinstance(teacher, CONSTANTS) and not term.detach:
-            raise GraphError(
-                f"{where}: the {teacher.kind} node '{teacher.name}' is a constant; set detach=True"
-            )
-        if not isinstance(term.detach, bool) or not isinstance(term.t2_scaling, bool):
-            raise GraphError(
-                f"{where} has detach={term.detach!r}, t2_scaling={term.t2_scaling!r};"
-                " both must be True or False"
-            )
-        if not (math.isfinite(term.eps) and 0 <= term.eps < 1):
-            raise GraphError(f"{where} has eps={term.eps}; it must be in [0, 1)")
-        if term.eps_mode not in ("exact", "first_order"):
-            raise GraphError(
-                f"{where} has eps_mode={term.eps_mode!r}; use 'exact' or 'first_order'"
-            )
-        if term.direction not in ("teacher_first", "student_first"):
-            raise GraphError(
-                f"{where} has direction={term.direction!r}; use 'teacher_first' or 'student_first'"
-            )
-        if term.eps and term.direction == "student_first":
-            raise GraphError(
-                f"{where}: eps is defined for the teacher-first direction only; set eps=0"
-            )
-        if (
-            term.eps
-            and term.eps_mode == "first_order"
-            and isinstance(teacher, (External, ProbabilityMixture))
-        ):
-            raise GraphError(
-                f"{where}: eps_mode='first_order' needs a teacher of logits, but"
-                f" '{teacher.name}' is a {teacher.kind} node; use 'exact'"
-            )
+        else:
+            teacher, student = self._find(term.teacher, unknown), self._find(term.student, unknown)
+            _check_kl(term, teacher, student, where)
 
     def _check_whole(self) -> None:
-        where = f"graph '{self.name}'"
-        if not self.logits:
-            raise GraphError(f"{where} has no logits node")
-        if not self.terms:
-            raise GraphError(f"{where} has no terms: there is nothing to learn from")
-        if not 0 <= self.label_smoothing < 1:
-            raise GraphError(
-                f"{where} has label_smoothing={self.label_smoothing}; it must be in [0, 1)"
-            )
-        names = [term.name for term in self.terms]
+        where, names = f"graph '{self.name}'", [term.name for term in self.terms]
+        _require(self.logits, f"{where} has no logits node")
+        _require(self.terms, f"{where} has no terms: there is nothing to learn from")
+        smoothing = f"label_smoothing={self.label_smoothing}"
+        _require(0 <= self.label_smoothing < 1, f"{where} has {smoothing}; it must be in [0, 1)")
         for name in names:
-            if names.count(name) > 1:
-                raise GraphError(
-                    f"{where} has two terms '{name}'; a node has one cross-entropy and"
-                    " a pair of nodes one KL edge"
-                )
+            _require(
+                names.count(name) == 1,
+                f"{where} has two terms '{name}'; a node has one cross-entropy and a pair of nodes"
+                " one KL edge",
+            )
         used: set[str] = set()
         for term in self.terms:
             used |= {term.node} if isinstance(term, CrossEntropy) else {term.teacher, term.student}
@@ -283,13 +182,76 @@ class Graph:
             if node.name in used:
                 used.update(node.inputs)
         for node in self.nodes:
-            if node.name not in used:
-                raise GraphError(
-                    f"{node.kind} node '{node.name}' reaches no term, so it can neither learn nor"
-                    " teach; remove it or add a term"
-                )
+            _require(
+                node.name in used,
+                f"{node.kind} node '{node.name}' reaches no term, so it can neither learn nor"
+                " teach; remove it or add a term",
+            )
+
+
+def _require(valid: object, message: str) -> None:
+    if not valid:
+        raise GraphError(message)
+
+
+def _check_weights(node: Mixture | ProbabilityMixture, widths: dict[str, tuple[str, int]]) -> None:
+    where, count = f"node '{node.name}'", len(node.inputs)
+    if isinstance(node.weights, str):
+        other, width = widths.setdefault(node.weights, (node.name, count))
+        _require(
+            width == count,
+            f"nodes '{other}' and '{node.name}' share the weights '{node.weights}' but have"
+            f" {width} and {count} inputs",
+        )
+        return
+    number = len(node.weights)
+    _require(number == count, f"{where} has {count} inputs but {number} weights")
+    for value in node.weights:
+        _require(math.isfinite(value), f"{where} has the weight {value}; weights must be finite")
+        _require(
+            value >= 0 or isinstance(node, Mixture),
+            f"{where} has the weight {value}; weights of probabilities must not be negative",
+        )
+
+
+def _check_kl(term: KL, teacher: Node, student: Node, where: str) -> None:
+    _check_temperature(term.temperature, where)
+    _require(
+        isinstance(student, (Logits, Mixture)),
+        f"{where}: the student must be logits or a mixture, but '{student.name}' is of kind"
+        f" {student.kind}",
+    )
+    _require(teacher is not student, f"{where}: '{student.name}' cannot teach itself")
+    _require(
+        term.detach or not isinstance(teacher, CONSTANTS),
+        f"{where}: the {teacher.kind} node '{teacher.name}' is a constant; set detach=True",
+    )
+    _require(
+        isinstance(term.detach, bool) and isinstance(term.t2_scaling, bool),
+        f"{where} has detach={term.detach!r}, t2_scaling={term.t2_scaling!r}; both must be True"
+        " or False",
+    )
+    has_eps = math.isfinite(term.eps) and 0 <= term.eps < 1
+    _require(has_eps, f"{where} has eps={term.eps}; it must be in [0, 1)")
+    for field, choices in (
+        ("eps_mode", ("exact", "first_order")),
+        ("direction", ("teacher_first", "student_first")),
+    ):
+        value = getattr(term, field)
+        words = " or ".join(map(repr, choices))
+        _require(value in choices, f"{where} has {field}={value!r}; use {words}")
+    _require(
+        not term.eps or term.direction == "teacher_first",
+        f"{where}: eps is defined for the teacher-first direction only; set eps=0",
+    )
+    is_probability = isinstance(teacher, (External, ProbabilityMixture))
+    _require(
+        not (term.eps and term.eps_mode == "first_order" and is_probability),
+        f"{where}: eps_mode='first_order' needs a teacher of logits, but '{teacher.name}' is of"
+        f" kind {teacher.kind}; use 'exact'",
+    )
 
 
 def _check_temperature(value: float, where: str) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise GraphError(f"{where} has temperature={value}; it must be a positive number")
+    is_positive = math.isfinite(value) and value > 0
+    _require(is_positive, f"{where} has temperature={value}; it must be a positive number")

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 Weights: TypeAlias = str | tuple[float, ...]
-"""Mixing weights: constants, or the name of a tensor given at run time, [B, K] or [K] for K
-inputs.
-"""
+"""Mixing weights: constants, or the name of a run-time tensor, [B, K] or [K] for K inputs."""
 
 
 class _Derived:
-    """A node made of other nodes. Lists given as inputs or weights become tuples, so that graphs
-    are hashable.
-    """
+    """A node made of others. Lists of inputs or weights become tuples, to be hashable."""
 
     def __post_init__(self) -> None:
         for field in ("inputs", "weights"):
@@ -40,9 +36,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Mixture(_Derived):
-    """A weighted sum of logits, ``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs:
-    logits or mixtures.
-    """
+    """``u = sum_k w_k * input_k`` (AHBF eq. 8, ONE, OKDDip). Inputs: logits or mixtures."""
 
     name: str
     inputs: tuple[str, ...]
@@ -52,10 +46,8 @@ class Mixture(_Derived):
 
 @dataclass(frozen=True)
 class ProbabilityMixture(_Derived):
-    """A weighted sum of probabilities, ``h = sum_k w_k * p_T(input_k)``; an ``External`` input
-    enters unchanged.
-
-    Weights must not be negative, and should add up to 1.
+    """``h = sum_k w_k * p_T(input_k)``, an ``External`` input unchanged; the weights must not be
+    negative, and should add up to 1.
     """
 
     name: str
@@ -67,9 +59,7 @@ class ProbabilityMixture(_Derived):
 
 @dataclass(frozen=True)
 class External:
-    """A row of probabilities [B, C] from outside: a memory, a stored teacher. A constant: it gets
-    no gradient.
-    """
+    """Probabilities [B, C] from outside, such as a memory or a stored teacher. A constant."""
 
     name: str
     kind: ClassVar[str] = "external"
@@ -81,10 +71,8 @@ class External:
 
 @dataclass(frozen=True)
 class MinLogit(_Derived):
-    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant: it gets no
-    gradient.
-
-    For soft targets y, ``input_k[label]`` is ``<y, input_k>``.
+    """``min_k (input_k - input_k[label])`` for each class (KDCL-MinLogit). A constant. For soft
+    targets y, ``input_k[label]`` is ``<y, input_k>``.
     """
 
     name: str
@@ -94,9 +82,7 @@ class MinLogit(_Derived):
 
 @dataclass(frozen=True)
 class LowestCrossEntropy(_Derived):
-    """For each sample the input with the lowest cross-entropy, the first if equal (KDCL-Naive). A
-    constant.
-    """
+    """For each sample the first input with the lowest cross-entropy (KDCL-Naive). A constant."""
 
     name: str
     inputs: tuple[str, ...]
@@ -108,9 +94,7 @@ Node: TypeAlias = Logits | Mixture | ProbabilityMixture | External | MinLogit | 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """``weight * CE(node, target)`` at temperature 1. ``scheduled`` terms are multiplied by
-    ``kd_weight`` as well.
-    """
+    """``weight * CE(node, target)`` at temperature 1, times ``kd_weight`` if ``scheduled``."""
 
     node: str
     weight: float = 1.0
@@ -155,9 +139,7 @@ class KL:
 
     @property
     def coefficient(self) -> float:
-        """The factor of the plain KL divergence, T^2 and weight multiplied out, before
-        ``kd_weight``.
-        """
+        """The factor of the KL divergence: weight times T^2, before ``kd_weight``."""
         return self.weight * (self.temperature**2 if self.t2_scaling else 1.0)
 
 

@@ -6,8 +6,10 @@ nodes in topological order. Term weights are not part of a plan: they are run-ti
 changing one recompiles nothing.
 """
 
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastokd.graph.graph import Graph
 from fastokd.graph.nodes import (
@@ -20,6 +22,7 @@ from fastokd.graph.nodes import (
     ProbabilityMixture,
 )
 
+T = TypeVar("T")
 PLAN_VERSION = 1
 
 MIXTURE, PROBABILITY_MIXTURE, MINIMUM, SELECTION = 0, 1, 2, 3
@@ -37,9 +40,7 @@ _KINDS = {
 
 class PlanNode(NamedTuple):
     """A derived node. ``source`` is the index of the run-time weight tensor, or -1 if ``constants``
-    hold the weights.
-
-    ``temperature`` is that of a probability mixture (1.0 for the other kinds).
+    hold the weights; ``temperature`` is that of a probability mixture.
     """
 
     kind: int
@@ -50,19 +51,19 @@ class PlanNode(NamedTuple):
 
 
 class PlanTerm(NamedTuple):
-    """A term. For a cross-entropy only ``kind`` and ``student`` mean anything; ``teacher`` is -1.
+    """A term. Only ``kind`` and ``student`` matter for a cross-entropy.
 
     ``scale`` is T^2, or 1 where the graph switches that off."""
 
     kind: int
     student: int
-    teacher: int
-    temperature: float
-    scale: float
-    detach: int
-    direction: int
-    eps_mode: int
-    eps: float
+    teacher: int = -1
+    temperature: float = 1.0
+    scale: float = 1.0
+    detach: int = 0
+    direction: int = TEACHER_FIRST
+    eps_mode: int = EPS_NONE
+    eps: float = 0.0
 
 
 class Plan(NamedTuple):
@@ -112,14 +113,8 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    ints = [
-        PLAN_VERSION,
-        plan.num_logits,
-        plan.num_externals,
-        len(plan.weight_widths),
-        *plan.weight_widths,
-        len(plan.nodes),
-    ]
+    ints = [PLAN_VERSION, plan.num_logits, plan.num_externals]
+    ints += [len(plan.weight_widths), *plan.weight_widths, len(plan.nodes)]
     floats = [plan.label_smoothing]
     for node in plan.nodes:
         ints += [node.kind, node.source, len(node.inputs), *node.inputs]
@@ -133,97 +128,75 @@ def _encode(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 @lru_cache(maxsize=512)
 def decode_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
-    """The inverse of ``Plan.encode``.
-
-    Raises:
-        ValueError: the arrays were made by another version of this encoding, or are cut short.
-    """
+    """The inverse of ``Plan.encode``; a ValueError for arrays of another version or length."""
     if not ints or ints[0] != PLAN_VERSION:
-        raise ValueError(
-            f"plan version {ints[0] if ints else None} is not {PLAN_VERSION}: lower the graph again"
-            " with this fastokd"
-        )
+        version = ints[0] if ints else None
+        raise ValueError(f"plan version {version} is not {PLAN_VERSION}: lower the graph again")
     int_at, float_at = iter(ints[1:]), iter(floats)
-    try:
-        num_logits, num_externals = next(int_at), next(int_at)
-        widths = tuple(next(int_at) for _ in range(next(int_at)))
-        label_smoothing = next(float_at)
-        nodes = []
-        for _ in range(next(int_at)):
-            kind, source, count = next(int_at), next(int_at), next(int_at)
-            inputs = tuple([next(int_at) for _ in range(count)])
-            temperature = next(float_at)
-            weighted = source < 0 and kind in (MIXTURE, PROBABILITY_MIXTURE)
-            constants = tuple([next(float_at) for _ in range(count)]) if weighted else ()
-            nodes.append(PlanNode(kind, inputs, source, constants, temperature))
-        terms = []
-        for _ in range(next(int_at)):
-            kind, student, teacher, detach, direction, eps_mode = [next(int_at) for _ in range(6)]
-            temperature, scale, eps = [next(float_at) for _ in range(3)]
-            terms.append(
-                PlanTerm(
-                    kind, student, teacher, temperature, scale, detach, direction, eps_mode, eps
-                )
-            )
-    except (StopIteration, RuntimeError) as error:
-        raise ValueError(
-            "the encoded plan is cut short: pass both arrays of Plan.encode() whole"
-        ) from error
+    num_logits, num_externals, num_sources = _take(int_at, 3)
+    widths = _take(int_at, num_sources)
+    (label_smoothing,), (num_nodes,) = _take(float_at, 1), _take(int_at, 1)
+    nodes, terms = [], []
+    for _ in range(num_nodes):
+        kind, source, count = _take(int_at, 3)
+        inputs, (temperature,) = _take(int_at, count), _take(float_at, 1)
+        weighted = source < 0 and kind in (MIXTURE, PROBABILITY_MIXTURE)
+        constants = _take(float_at, count if weighted else 0)
+        nodes.append(PlanNode(kind, inputs, source, constants, temperature))
+    for _ in range(*_take(int_at, 1)):
+        kind, student, teacher, detach, direction, eps_mode = _take(int_at, 6)
+        temperature, scale, eps = _take(float_at, 3)
+        numbers = (temperature, scale, detach, direction, eps_mode, eps)
+        terms.append(PlanTerm(kind, student, teacher, *numbers))
     if next(int_at, None) is not None or next(float_at, None) is not None:
         raise ValueError("the encoded plan is too long: pass both arrays of one Plan.encode()")
     return Plan(num_logits, num_externals, widths, tuple(nodes), tuple(terms), label_smoothing)
 
 
+def _take(values: Iterator[T], count: int) -> tuple[T, ...]:
+    taken = tuple(itertools.islice(values, count))
+    if len(taken) < count:
+        fix = "pass both arrays of Plan.encode() whole"
+        raise ValueError(f"the encoded plan is cut short: {fix}")
+    return taken
+
+
 def lower(graph: Graph) -> Plan:
     """Lower a graph to its plan."""
-    ids: dict[str, int] = {}
-    for name in (*graph.logits, *graph.externals):
-        ids[name] = len(ids)
     derived = [node for node in graph.ordered if not isinstance(node, (Logits, External))]
-    for node in derived:
-        ids[node.name] = len(ids)
+    names = (*graph.logits, *graph.externals, *(node.name for node in derived))
+    ids = {name: index for index, name in enumerate(names)}
     sources = list(graph.weight_sources)
 
-    nodes = []
+    nodes, terms = [], []
     for node in derived:
         weights = getattr(node, "weights", ())
         source = sources.index(weights) if isinstance(weights, str) else -1
-        nodes.append(
-            PlanNode(
-                kind=_KINDS[type(node)],
-                inputs=tuple(ids[name] for name in node.inputs),
-                source=source,
-                constants=() if source >= 0 else tuple(float(value) for value in weights),
-                temperature=float(getattr(node, "temperature", 1.0)),
-            )
-        )
-    terms = []
+        constants = () if source >= 0 else tuple(map(float, weights))
+        inputs = tuple(ids[name] for name in node.inputs)
+        temperature = float(getattr(node, "temperature", 1.0))
+        nodes.append(PlanNode(_KINDS[type(node)], inputs, source, constants, temperature))
     for term in graph.terms:
         if not isinstance(term, KL):
-            student = ids[term.node]
-            terms.append(
-                PlanTerm(CROSS_ENTROPY, student, -1, 1.0, 1.0, 0, TEACHER_FIRST, EPS_NONE, 0.0)
-            )
+            terms.append(PlanTerm(CROSS_ENTROPY, ids[term.node]))
             continue
+        temperature = float(term.temperature)
+        scale = temperature**2 if term.t2_scaling else 1.0
+        direction = STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST
         eps_mode = EPS_EXACT if term.eps_mode == "exact" else EPS_FIRST_ORDER
         terms.append(
             PlanTerm(
                 KL_TERM,
                 ids[term.student],
                 ids[term.teacher],
-                float(term.temperature),
-                float(term.temperature) ** 2 if term.t2_scaling else 1.0,
+                temperature,
+                scale,
                 int(term.detach),
-                STUDENT_FIRST if term.direction == "student_first" else TEACHER_FIRST,
+                direction,
                 eps_mode if term.eps else EPS_NONE,
                 float(term.eps),
             )
         )
-    return Plan(
-        num_logits=len(graph.logits),
-        num_externals=len(graph.externals),
-        weight_widths=tuple(graph.weight_sources.values()),
-        nodes=tuple(nodes),
-        terms=tuple(terms),
-        label_smoothing=float(graph.label_smoothing),
-    )
+    widths, smoothing = tuple(graph.weight_sources.values()), float(graph.label_smoothing)
+    counts = len(graph.logits), len(graph.externals)
+    return Plan(*counts, widths, tuple(nodes), tuple(terms), smoothing)

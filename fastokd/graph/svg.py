@@ -19,16 +19,11 @@ class _Box:
     """The box of a node."""
 
     def __init__(self, graph: Graph, node: Node) -> None:
-        parts = definition(node, graph.externals).split(" + ") if node.inputs else []
-        self.lines = [
-            node.name,
-            *(f"{'+ ' if index else ''}{part}" for index, part in enumerate(parts)),
-        ]
-        self.lines += [
-            f"CE {coefficient(term)}"
-            for term in graph.terms
-            if isinstance(term, CrossEntropy) and term.node == node.name
-        ]
+        self.lines = [node.name]
+        if node.inputs:
+            self.lines += definition(node, graph.externals).replace(" + ", "\n+ ").split("\n")
+        losses = (term for term in graph.terms if isinstance(term, CrossEntropy))
+        self.lines += [f"CE {coefficient(term)}" for term in losses if term.node == node.name]
         self.width = _CHARACTER * max(map(len, self.lines)) + 2 * _PAD
         self.height = _LINE * len(self.lines) + _PAD
         self.x = self.y = 0.0  # of the upper left corner
@@ -49,42 +44,24 @@ def draw_svg(graph: Graph) -> str:
     edges = [term for term in graph.terms if isinstance(term, KL)]
     kinds = list(dict.fromkeys(_kind(term) for term in edges))
     colors = {kind: _COLORS[index % len(_COLORS)] for index, kind in enumerate(kinds)}
-    left = 30 + 22 * max(
-        (
-            abs(_rows(boxes, term))
-            for term in edges
-            if boxes[term.teacher].column == boxes[term.student].column
-        ),
-        default=0,
-    )
+    left = 30 + 22 * max((abs(_rows(boxes, term)) for term in edges), default=0)
     mark = re.sub(r"\W", "_", graph.name)  # unique within a page
-    width = (
-        left
-        + max(
-            max(box.x + box.width for box in boxes.values()),
-            30 + _CHARACTER * max(map(len, kinds), default=0),
-        )
-        + 10
-    )
+    legend = 30 + _CHARACTER * max(map(len, kinds), default=0)
+    width = left + max(legend, *(box.x + box.width for box in boxes.values())) + 10
     bottom = max(box.y + box.height for box in boxes.values()) + 20
     height = bottom + _LINE * len(kinds) + 10
     parts = [
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-left:.0f} -10 {width:.0f}'
-            f' {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img"'
-            ' font-family="monospace" font-size="11" fill="none"'
-            f' stroke="currentColor"><title>{escape(graph.name)}</title>'
-        ),
-        _marker(f"{mark}-mix", "currentColor"),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-left:.0f} -10 {width:.0f}'
+        f' {height:.0f}" width="{width:.0f}" height="{height:.0f}" role="img"'
+        ' font-family="monospace" font-size="11" fill="none"'
+        f' stroke="currentColor"><title>{escape(graph.name)}</title>'
     ]
+    parts.append(_marker(f"{mark}-mix", "currentColor"))
     parts += [_marker(f"{mark}-{index}", colors[kind]) for index, kind in enumerate(kinds)]
     parts += _mixing(graph, boxes, f'stroke-opacity="0.55" marker-end="url(#{mark}-mix)"')
     for term in edges:
-        kind = _kind(term)
-        style = (
-            f'stroke="{colors[kind]}" stroke-width="2"'
-            f' marker-end="url(#{mark}-{kinds.index(kind)})"'
-        )
+        color, marker = colors[_kind(term)], f"{mark}-{kinds.index(_kind(term))}"
+        style = f'stroke="{color}" stroke-width="2" marker-end="url(#{marker})"'
         parts.append(_teaching(boxes, term, style))
     for name, box in boxes.items():
         parts += _rectangle(box, rounded=bool(graph.by_name[name].inputs))
@@ -124,12 +101,13 @@ def _kind(term: KL) -> str:
 
 
 def _rows(boxes: dict[str, _Box], term: KL) -> int:
-    """The number of boxes that a student is above its teacher, in one column."""
-    column = sorted(
-        (box for box in boxes.values() if box.column == boxes[term.student].column),
-        key=lambda box: box.y,
-    )
-    return column.index(boxes[term.teacher]) - column.index(boxes[term.student])
+    """The number of boxes that a student is above its teacher; 0 in different columns."""
+    teacher, student = boxes[term.teacher], boxes[term.student]
+    if teacher.column != student.column:
+        return 0
+    column = [box for box in boxes.values() if box.column == student.column]
+    column.sort(key=lambda box: box.y)
+    return column.index(teacher) - column.index(student)
 
 
 def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
@@ -139,17 +117,14 @@ def _place(graph: Graph, boxes: dict[str, _Box]) -> None:
     x = 0.0
     for column in range(1 + max(box.column for box in boxes.values())):
         nodes = [node for node in graph.ordered if boxes[node.name].column == column]
-        here, inputs = (
-            [boxes[node.name] for node in nodes],
-            [boxes[name].middle for node in nodes for name in node.inputs],
-        )
-        y = (sum(inputs) / len(inputs) if inputs else 0.0) - (
-            sum(box.height + _DOWN for box in here) - _DOWN
-        ) / 2
-        for box in here:
+        stack = [boxes[node.name] for node in nodes]
+        inputs = [boxes[name].middle for node in nodes for name in node.inputs]
+        height = sum(box.height + _DOWN for box in stack) - _DOWN
+        y = (sum(inputs) / len(inputs) if inputs else 0.0) - height / 2
+        for box in stack:
             box.x, box.y = x, y
             y += box.height + _DOWN
-        x += max(box.width for box in here) + _ACROSS
+        x += max(box.width for box in stack) + _ACROSS
     top = min(box.y for box in boxes.values())
     for box in boxes.values():
         box.y -= top
@@ -165,13 +140,10 @@ def _teaching(boxes: dict[str, _Box], term: KL, style: str) -> str:
             f" {teacher.middle:.0f} {student.x + away:.0f} {student.middle + 4:.0f}"
             f' {student.x - 7:.0f} {student.middle + 4:.0f}" {style}/>'
         )
+    start, end = teacher.x + teacher.width, student.x - 7
     if teacher.column > student.column:
-        return _curve(
-            teacher.x, teacher.middle + 5, student.x + student.width + 7, student.middle + 5, style
-        )
-    return _curve(
-        teacher.x + teacher.width, teacher.middle + 5, student.x - 7, student.middle + 5, style
-    )
+        start, end = teacher.x, student.x + student.width + 7
+    return _curve(start, teacher.middle + 5, end, student.middle + 5, style)
 
 
 def _curve(x: float, y: float, to_x: float, to_y: float, style: str) -> str:

@@ -26,53 +26,34 @@ if TYPE_CHECKING:
     from fastokd.methods.tsb import TSBLoss as TSBLoss
 
 _MODULES = {
-    "AFIDLoss": "fastokd.methods.afid",
-    "AHBFLoss": "fastokd.methods.ahbf",
-    "BaselineLoss": "fastokd.methods.baseline",
-    "CLILRLoss": "fastokd.methods.cl_ilr",
-    "DMLLoss": "fastokd.methods.dml",
-    "FFMLoss": "fastokd.methods.ffm",
-    "FFSDLoss": "fastokd.methods.ffsd",
-    "FFSDMaps": "fastokd.methods.ffsd",
-    "GraphLoss": "fastokd.losses.graph_loss",
-    "IndependentLoss": "fastokd.methods.independent",
-    "KDCLLoss": "fastokd.methods.kdcl",
-    "KDLoss": "fastokd.methods.kd",
-    "MethodLoss": "fastokd.losses.method_loss",
-    "OKDDipLoss": "fastokd.methods.okddip",
-    "ONELoss": "fastokd.methods.one",
-    "TSBLoss": "fastokd.methods.tsb",
-    "ramp_up": "fastokd.methods.method",
+    "fastokd.losses.graph_loss": ["GraphLoss"],
+    "fastokd.losses.method_loss": ["MethodLoss"],
+    "fastokd.methods.afid": ["AFIDLoss"],
+    "fastokd.methods.ahbf": ["AHBFLoss"],
+    "fastokd.methods.baseline": ["BaselineLoss"],
+    "fastokd.methods.cl_ilr": ["CLILRLoss"],
+    "fastokd.methods.dml": ["DMLLoss"],
+    "fastokd.methods.ffm": ["FFMLoss"],
+    "fastokd.methods.ffsd": ["FFSDLoss", "FFSDMaps"],
+    "fastokd.methods.independent": ["IndependentLoss"],
+    "fastokd.methods.kd": ["KDLoss"],
+    "fastokd.methods.kdcl": ["KDCLLoss"],
+    "fastokd.methods.method": ["ramp_up"],
+    "fastokd.methods.okddip": ["OKDDipLoss"],
+    "fastokd.methods.one": ["ONELoss"],
+    "fastokd.methods.tsb": ["TSBLoss"],
 }
-
-__all__ = [
-    "AFIDLoss",
-    "AHBFLoss",
-    "BaselineLoss",
-    "CLILRLoss",
-    "DMLLoss",
-    "FFMLoss",
-    "FFSDLoss",
-    "FFSDMaps",
-    "GraphLoss",
-    "IndependentLoss",
-    "KDCLLoss",
-    "KDLoss",
-    "MethodLoss",
-    "OKDDipLoss",
-    "ONELoss",
-    "TSBLoss",
-    "ramp_up",
-]
+_module_of = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = list(_module_of)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _module_of:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    value = getattr(importlib.import_module(_module_of[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})

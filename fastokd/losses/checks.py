@@ -22,20 +22,16 @@ def as_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Ten
     Raises:
         TypeError, ValueError: the value is neither, or has another number of tensors.
     """
-    if isinstance(value, Tensor):
-        if value.dim() != 3:
-            raise ValueError(
-                f"{name} is one tensor of the shape {tuple(value.shape)}; stacked rows have three"
-                f" dimensions, the first is {count}"
-            )
-        value = list(value.unbind(0))
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(
-            f"{name} must be a tensor or a sequence of {count} tensors, got {type(value).__name__}"
-        )
-    if len(value) != count:
-        raise ValueError(f"{name} holds {len(value)} tensors; this loss needs {count}")
-    return list(value)
+    if isinstance(value, Tensor) and value.dim() != 3:
+        shape = f"one tensor of the shape {tuple(value.shape)}"
+        raise ValueError(f"{name} is {shape}; stacked rows have three dimensions, [{count}, B, C]")
+    if not isinstance(value, (Tensor, tuple, list)):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a tensor or a sequence of {count} tensors, got {kind}")
+    rows = list(value)
+    if len(rows) != count:
+        raise ValueError(f"{name} holds {len(rows)} tensors; this loss needs {count}")
+    return rows
 
 
 def checked_rows(value: Sequence[Tensor] | Tensor, count: int, name: str) -> list[Tensor]:
@@ -56,29 +52,26 @@ def check_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
     for label, row in zip(labels, rows, strict=True):
         if not isinstance(row, Tensor):
             raise TypeError(f"{label} must be a tensor, got {type(row).__name__}")
-    first, first_label = rows[0], labels[0]
+    first, name = rows[0], labels[0]
     if first.dim() != 2:
-        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}; it must be [B, C]")
+        raise ValueError(f"{name} has the shape {tuple(first.shape)}; it must be [B, C]")
     if first.shape[1] < 1:
-        raise ValueError(f"{first_label} has the shape {tuple(first.shape)}: there are no classes")
+        raise ValueError(f"{name} has the shape {tuple(first.shape)}: there are no classes")
     if first.dtype not in _FLOATS:
-        raise TypeError(
-            f"{first_label} is {first.dtype}; logits must be float16, bfloat16, float32 or float64"
-        )
+        allowed = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name} is {first.dtype}; logits must be {allowed}")
     for label, row in zip(labels, rows, strict=True):
         for attribute in ("shape", "dtype", "device"):
             value, expected = getattr(row, attribute), getattr(first, attribute)
             if value != expected:
+                if attribute == "shape":
+                    value, expected = tuple(value), tuple(expected)
                 error = TypeError if attribute == "dtype" else ValueError
                 raise error(
-                    f"{label} has the {attribute} {_plain(value)}, {first_label} has"
-                    f" {_plain(expected)}; they must be equal"
+                    f"{label} has the {attribute} {value}, {name} has {expected}; they must be"
+                    " equal"
                 )
     return first
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, torch.Size) else value
 
 
 def check_weight(
@@ -86,16 +79,13 @@ def check_weight(
 ) -> Tensor:
     """The mixing weights of that name as [B, width], checked against the first row."""
     if weights is None or name not in weights:
-        raise ValueError(
-            f"{label} is missing: this graph mixes with it; pass a tensor [B, {width}]"
-        )
+        fix = f"this graph mixes with it; pass a tensor [B, {width}]"
+        raise ValueError(f"{label} is missing: {fix}")
     value, batch = weights[name], first.shape[0]
     _check_floating(value, label)
     if value.shape not in ((width,), (batch, width)):
-        raise ValueError(
-            f"{label} has the shape {tuple(value.shape)}; it must be [{batch}, {width}] or"
-            f" [{width}]"
-        )
+        allowed = f"[{batch}, {width}] or [{width}]"
+        raise ValueError(f"{label} has the shape {tuple(value.shape)}; it must be {allowed}")
     if value.device != first.device:
         raise ValueError(f"{label} is on {value.device}, the logits are on {first.device}")
     return value if value.dim() == 2 else value.expand(batch, width)
@@ -109,29 +99,23 @@ def check_external(name: str, externals: Mapping[str, Tensor] | None, first: Ten
     value = externals[name]
     _check_floating(value, label)
     if value.shape != first.shape or value.device != first.device:
-        raise ValueError(
-            f"{label} is {tuple(value.shape)} on {value.device}; the logits are"
-            f" {tuple(first.shape)} on {first.device}"
-        )
+        logits = f"the logits are {tuple(first.shape)} on {first.device}"
+        raise ValueError(f"{label} is {tuple(value.shape)} on {value.device}; {logits}")
     return value
 
 
 def _check_floating(value: object, label: str) -> None:
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
-        raise TypeError(
-            f"{label} must be a floating tensor, got"
-            f" {getattr(value, 'dtype', type(value).__name__)}"
-        )
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{label} must be a floating tensor, got {kind}")
 
 
 def check_kd_weight(kd_weight: float | Tensor, device: torch.device) -> None:
     """Check that ``kd_weight`` is a finite number, or a 0-d tensor on the logits' device."""
     if isinstance(kd_weight, Tensor):
         if kd_weight.dim() != 0 or kd_weight.device != device:
-            raise ValueError(
-                f"kd_weight must be a float or a 0-d tensor on {device}, got shape"
-                f" {tuple(kd_weight.shape)} on {kd_weight.device}"
-            )
+            value = f"shape {tuple(kd_weight.shape)} on {kd_weight.device}"
+            raise ValueError(f"kd_weight must be a float or a 0-d tensor on {device}, got {value}")
         return
     if torch.compiler.is_compiling():
         return  # A number that changes is a symbol there, without a value to check.
@@ -154,35 +138,23 @@ def check_target(target: object, first: Tensor) -> Tensor:
         raise ValueError(f"target is on {target.device}, the logits are on {first.device}")
     if target.dtype in _FLOATS:
         if target.shape != first.shape:
-            raise ValueError(
-                f"a floating target holds class probabilities and must have the shape [{batch},"
-                f" {num_classes}], got {tuple(target.shape)}"
-            )
+            shape = f"target is floating with the shape {tuple(target.shape)}"
+            raise ValueError(f"{shape}; class probabilities must be [{batch}, {num_classes}]")
         if target.requires_grad:
-            raise ValueError(
-                "target requires a gradient, but targets are constants here; pass target.detach()"
-            )
+            raise ValueError("target requires a gradient, but is a constant; pass target.detach()")
         return target
     if target.dtype != torch.int64:
-        raise TypeError(
-            f"target is {target.dtype}; class labels must be int64 (use target.long()),"
-            " probabilities floating"
-        )
+        fix = "labels must be int64 (use target.long()), class probabilities floating"
+        raise TypeError(f"target is {target.dtype}; {fix}")
     if target.shape != (batch,):
         raise ValueError(f"target has the shape {tuple(target.shape)}; labels must be [{batch}]")
     if torch.compiler.is_compiling() or not batch:
         return target
     if target.device.type == "cpu" or os.environ.get("FASTOKD_CHECK_LABELS") == "1":
-        _check_label_range(target, num_classes)
+        low, high = (int(value) for value in target.aminmax())
+        if low < 0 or high >= num_classes:
+            label = low if low < 0 else high
+            position = int((target == label).nonzero()[0])
+            classes = f"{num_classes} classes (labels 0 to {num_classes - 1})"
+            raise ValueError(f"target[{position}] is {label}, but the logits have {classes}")
     return target
-
-
-def _check_label_range(target: Tensor, num_classes: int) -> None:
-    low, high = (int(value) for value in target.aminmax())
-    if low < 0 or high >= num_classes:
-        worst = low if low < 0 else high
-        position = int((target == worst).nonzero()[0])
-        raise ValueError(
-            f"target[{position}] is {worst}, but the logits have {num_classes} classes (labels 0 to"
-            f" {num_classes - 1})"
-        )

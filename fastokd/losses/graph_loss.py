@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from fastokd._moved import warn_renamed
 from fastokd.graph import Graph, Plan, draw_text, lower
-from fastokd.losses.checks import (
-    as_rows,
-    check_external,
-    check_kd_weight,
-    check_rows,
-    check_target,
-    check_weight,
-    mean_prediction,
-)
+from fastokd.losses import checks
 from fastokd.losses.options import Impl, Reduction
 from fastokd.ops import Inputs, check_impl, evaluate, forward_backward
 from fastokd.ops.inputs import compute_dtype
@@ -47,9 +39,7 @@ class LoweredGraph(NamedTuple):
     @classmethod
     def of(cls, graph: Graph, labels: Mapping[str, str]) -> "LoweredGraph":
         """Lower a graph; ``labels`` replace the default names of logits rows and weights."""
-        rows = tuple(
-            labels.get(name, f"logits[{index}]") for index, name in enumerate(graph.logits)
-        )
+        rows = tuple(labels.get(name, f"logits[{i}]") for i, name in enumerate(graph.logits))
         weights = {name: labels.get(name, f"weights['{name}']") for name in graph.weight_sources}
         return cls(graph, lower(graph), rows, weights)
 
@@ -83,19 +73,16 @@ class GraphLoss(nn.Module):
     Args:
         graph: the distillation graph.
         reduction: "mean" over the B rows, "sum", or "none" for the loss of each row [B].
-        impl: the executor: "auto", "reference", "triton" or "cpu". An explicit choice that cannot
-            run raises.
-        labels: the names of logits rows and weight sources in error messages, by their names in the
-            graph.
+        impl: the executor: "auto", "reference", "triton" or "cpu"; an explicit one must be able to
+            run.
+        labels: names of logits rows and weight sources in messages, by their names in the graph.
         num_branches: M, how many of the first rows of logits are branches; None for all.
         extra_terms: terms that are not in the graph, by name; they need ``reduction="mean"``.
     """
 
-    fixed_weights: Tensor
-    scheduled_weights: Tensor
-    ensemble_of: str = "logits"
-    """Values averaged to form the ensemble if the graph has no node ``ensemble``: "logits" or
-    "predictions"."""
+    term_weights: Tensor
+    ensemble_of = "logits"
+    """Values whose mean is the ensemble, without a node ``ensemble``: "logits" or "predictions"."""
 
     def __init__(
         self,
@@ -111,10 +98,8 @@ class GraphLoss(nn.Module):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r}; use 'mean', 'sum' or 'none'")
         if extra_terms and reduction != "mean":
-            raise ValueError(
-                f"reduction={reduction!r}: the terms {', '.join(extra_terms)} are means over the"
-                " batch; use reduction='mean'"
-            )
+            terms = f"the terms {', '.join(extra_terms)} are means over the batch"
+            raise ValueError(f"reduction={reduction!r}: {terms}; use reduction='mean'")
         check_impl(impl)
         self.lowered = LoweredGraph.of(graph, labels or {})
         self.num_branches = len(graph.logits) if num_branches is None else num_branches
@@ -137,32 +122,29 @@ class GraphLoss(nn.Module):
         scheduled = [term.weight if term.scheduled else 0.0 for term in self.graph.terms]
         # Tensors made under inference_mode could not be used by a later backward pass.
         with torch.inference_mode(False):
-            for name, values in (("fixed_weights", fixed), ("scheduled_weights", scheduled)):
-                tensor = torch.tensor(values, dtype=torch.float64, device=device)
-                self.register_buffer(name, tensor, persistent=False)
+            weights = torch.tensor([fixed, scheduled], dtype=torch.float64, device=device)
+        self.register_buffer("term_weights", weights, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move to another device, but keep the weights in float64."""
+        """Follow a move to another device, but keep buffers of float64 in float64."""
+        buffers = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        if self.fixed_weights.dtype != torch.float64:
-            self._place_term_weights(self.fixed_weights.device)
+        for name, before in buffers.items():
+            after = self.get_buffer(name)
+            if before.dtype == torch.float64 != after.dtype:
+                self._buffers[name] = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.graph.name}: {len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms,"
-            f" reduction={self.reduction}, impl={self.impl}"
-        )
+        size = f"{len(self.graph.nodes)} nodes, {len(self.graph.terms)} terms"
+        return f"{self.graph.name}: {size}, reduction={self.reduction}, impl={self.impl}"
 
     def draw(self) -> str:
         """The graph and the extra terms as lines of text, every coefficient multiplied out."""
         lines = [draw_text(self.graph)]
-        if self.extra_terms:
-            lines.append("terms that are not in the graph")
-        lines += [
-            f"  {term.coefficient:>16.6g}{' * kd_weight' if term.scheduled else ''}  {name}"
-            for name, term in self.extra_terms.items()
-        ]
+        lines += ["terms that are not in the graph"] if self.extra_terms else []
+        for name, (coefficient, scheduled) in self.extra_terms.items():
+            lines.append(f"  {coefficient:>16.6g}{' * kd_weight' if scheduled else ''}  {name}")
         return "\n".join(lines)
 
     # --- the hook, and state
@@ -179,24 +161,23 @@ class GraphLoss(nn.Module):
         """The graph's inputs for a batch. Overrides must be pure functions of their arguments.
 
         Args:
-            logits: the graph's M rows: M tensors [B, C], or one [M, B, C].
+            logits: the graph's M rows [B, C].
             target: as in ``forward``; None where only logits and mixtures are needed
                 (``named_logits``).
             weights: for each of ``graph.weight_sources`` a tensor [B, K], or [K] for the same
                 weights in every row.
             externals: for each of ``graph.externals`` probabilities [B, C].
         """
-        rows = as_rows(logits, self.plan.num_logits, "logits")
-        return GraphInputs(rows, weights or {}, externals or {})
+        return GraphInputs([*logits], weights or {}, externals or {})
+
+    def _rows(self, branch_logits: Rows) -> list[Tensor]:
+        """The first argument of ``graph_inputs`` as a list with the right number of tensors."""
+        return checks.as_rows(branch_logits, self.plan.num_logits, "logits")
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
-        """Update the loss's state with a training batch; called first in training mode.
+        """Update the loss's state with a training batch, before ``graph_inputs``.
 
-        Args:
-            arguments, inputs: those of ``graph_inputs``.
-
-        Returns:
-            Further keywords for ``graph_inputs``.
+        It takes the arguments of ``graph_inputs`` and returns further keywords for it.
         """
         return {}
 
@@ -209,10 +190,8 @@ class GraphLoss(nn.Module):
         """Fit the loss to the logits and targets of held-out images; called before every epoch."""
 
     def prepare(self, num_samples: int, num_classes: int, device: torch.device) -> str:
-        """Allocate the state per training sample. Called once, before the first step.
-
-        Returns:
-            A line that states the memory it takes; empty if none.
+        """Allocate the state per training sample, once, before the first step; returns a line that
+        states the memory it takes, or "".
         """
         return ""
 
@@ -220,6 +199,7 @@ class GraphLoss(nn.Module):
         self, branch_logits: Rows, target: Tensor | None, inputs: Mapping[str, Any]
     ) -> GraphInputs:
         """``graph_inputs``, after ``update_state`` in training; wrong keywords name the loss."""
+        branch_logits = self._rows(branch_logits)
         try:
             if target is not None and self.training:
                 inputs = {**inputs, **self.update_state(branch_logits, target, **inputs)}
@@ -229,10 +209,9 @@ class GraphLoss(nn.Module):
             try:
                 signature.bind(branch_logits, target, **inputs)
             except TypeError as error:
-                raise TypeError(
-                    f"{type(self).__name__}: {error}; this loss takes"
-                    f" {', '.join(signature.parameters)}"
-                ) from None
+                takes = ", ".join(signature.parameters)
+                message = f"{type(self).__name__}: {error}; this loss takes {takes}"
+                raise TypeError(message) from None
             raise
 
     # --- the loss
@@ -251,8 +230,7 @@ class GraphLoss(nn.Module):
         Args:
             branch_logits: M tensors [B, C], or one [M, B, C].
             target: int64 [B], or floating [B, C] class probabilities. Treated as a constant.
-            kd_weight: the factor of the scheduled terms: a float, or a 0-d tensor on the logits'
-                device.
+            kd_weight: the factor of the scheduled terms: a float, or a 0-d tensor on the device.
             return_terms: also return each term's mean over the rows before its weight, by name, as
                 detached 0-d tensors.
             inputs: the keywords of ``graph_inputs``.
@@ -288,28 +266,22 @@ class GraphLoss(nn.Module):
         Args:
             branch_logits, target, kd_weight, inputs: as in ``forward``.
             extra: a 0-d tensor that is added to the loss and differentiated with it.
-            scale: a 0-d tensor on the logits' device that multiplies every gradient, but not the
-                returned loss.
+            scale: a 0-d tensor on the device that multiplies every gradient, but not the loss.
 
         Returns:
-            The loss and each term's mean, detached. The gradients are accumulated in the
-            leaf tensors' ``.grad``, as by ``loss.backward()``.
+            The loss and each term's mean, detached. Gradients are accumulated in the leaf tensors'
+            ``.grad``, as by ``loss.backward()``.
 
         Raises:
             ValueError: ``reduction`` is not "mean"; else as ``forward``.
         """
         if self.reduction != "mean":
-            raise ValueError(
-                "forward_backward needs reduction='mean', but this loss has"
-                f" reduction='{self.reduction}'; use forward and loss.backward()"
-            )
+            fix = "forward_backward needs reduction='mean'; use forward and loss.backward()"
+            raise ValueError(f"reduction={self.reduction!r}: {fix}")
         given, plan, tensors = self._prepared(branch_logits, target, kd_weight, inputs)
         rows, terms, grads = forward_backward(plan, *tensors, self.impl)
-        roots = [
-            (tensor, grad)
-            for tensor, grad in zip((*tensors.logits, *tensors.weights), grads, strict=True)
-            if grad is not None
-        ]
+        gradients = zip(tensors.differentiable, grads, strict=True)
+        roots = [(tensor, grad) for tensor, grad in gradients if grad is not None]
         loss = rows.sum() / max(target.shape[0], 1)
         if given.extras:
             own = self._extra_loss(given.extras, kd_weight)
@@ -325,34 +297,31 @@ class GraphLoss(nn.Module):
         return loss, self._term_means(terms, given.extras)
 
     def _prepared(
-        self,
-        branch_logits: Rows,
-        target: Tensor,
-        kd_weight: float | Tensor,
-        inputs: Mapping[str, Any],
+        self, branch_logits: Rows, target: Tensor, kd_weight: float | Tensor, inputs: dict[str, Any]
     ) -> tuple[GraphInputs, Plan, Inputs]:
         """The graph's inputs, the plan and the operator's inputs, with every tensor checked."""
         if target is None:  # None is valid only for methods such as ``named_logits``
             raise TypeError("target must be a tensor, got NoneType")
         given = self._inputs(branch_logits, target, inputs)
         graph, plan, row_labels, _ = given.lowered or self.lowered
-        first = check_rows(given.logits, row_labels)
+        first = checks.check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
-        externals = [check_external(name, given.externals, first) for name in graph.externals]
-        check_target(target, first)
-        check_kd_weight(kd_weight, first.device)
+        rows = given.externals
+        externals = [checks.check_external(name, rows, first) for name in graph.externals]
+        checks.check_target(target, first)
+        checks.check_kd_weight(kd_weight, first.device)
         device = first.device
-        if self.fixed_weights.device != device and not torch.compiler.is_compiling():
+        if self.term_weights.device != device and not torch.compiler.is_compiling():
             self._place_term_weights(device)
         # ``to`` copies only if the first call is traced: a traced module cannot move its buffers.
-        fixed, scheduled = self.fixed_weights.to(device), self.scheduled_weights.to(device)
+        fixed, scheduled = self.term_weights.to(device)
         term_weights = (fixed + scheduled * kd_weight).to(compute_dtype(first))
         return given, plan, Inputs(given.logits, weights, externals, target, term_weights)
 
     def _check_weights(self, given: GraphInputs, first: Tensor) -> list[Tensor]:
         graph, _, _, labels = given.lowered or self.lowered
         return [
-            check_weight(name, width, given.weights, first, labels[name])
+            checks.check_weight(name, width, given.weights, first, labels[name])
             for name, width in graph.weight_sources.items()
         ]
 
@@ -367,10 +336,8 @@ class GraphLoss(nn.Module):
         """The mean of each term [T, B] over the rows, and the extra terms, by name."""
         means = terms.detach().sum(1) / max(terms.shape[1], 1)
         names = [term.name for term in self.graph.terms]
-        return {
-            **dict(zip(names, means.unbind(), strict=True)),
-            **{name: value.detach() for name, value in extras.items()},
-        }
+        extra_means = {name: value.detach() for name, value in extras.items()}
+        return {**dict(zip(names, means.unbind(), strict=True)), **extra_means}
 
     # --- rows and weights by name
 
@@ -382,22 +349,18 @@ class GraphLoss(nn.Module):
 
     @torch.no_grad()
     def named_logits(self, branch_logits: Rows, **inputs: Any) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch, head and mixture, and the external rows, by name, for
-        measuring their accuracy.
+        """The logits [B, C] of every branch, head and mixture, and the external rows, by name.
 
         With two or more branches there is the row ``ensemble``: the graph's mixture of that name,
         else the mean of ``ensemble_members`` (see ``ensemble_of``). Mixtures that need a target are
-        omitted.
-
-        Args:
-            branch_logits, inputs: as in ``forward``.
+        omitted. Arguments as in ``forward``.
         """
         given = self._inputs(branch_logits, None, inputs)
         graph = (given.lowered or self.lowered).graph
         named = dict(zip(graph.logits, given.logits, strict=False))
         named.update(given.externals)
         if self.num_branches > 1 and self.ensemble_of == "predictions":
-            named["ensemble"] = mean_prediction(given.logits[: self.num_branches])
+            named["ensemble"] = checks.mean_prediction(given.logits[: self.num_branches])
         if graph.weight_sources.keys() <= given.weights.keys():
             named.update(self._mixtures(given))
         if self.num_branches > 1 and "ensemble" not in named:
@@ -418,7 +381,7 @@ class GraphLoss(nn.Module):
         graph, plan, row_labels, _ = given.lowered or self.lowered
         if not graph.mixtures:
             return {}
-        first = check_rows(given.logits, row_labels)
+        first = checks.check_rows(given.logits, row_labels)
         weights = self._check_weights(given, first)
         # Mixtures depend on neither target nor external rows, which are replaced by placeholders.
         target = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
@@ -433,19 +396,14 @@ class GraphLoss(nn.Module):
         self, branch_logits: Rows, target: Tensor | None, **inputs: Any
     ) -> dict[str, dict[str, Tensor]]:
         """For each mixture with run-time weights, the weight [B] of each input, by name:
-        ``{"ta2": {"branch2": ..., "branch1": ...}}``.
-
-        Args:
-            branch_logits, target, inputs: as in ``forward``.
+        ``{"ta2": {"branch2": ..., "branch1": ...}}``. Arguments as in ``forward``.
         """
         mixtures = self.graph.dynamic_mixtures
         if not mixtures:
             return {}
-        given = self.graph_inputs(branch_logits, target, **inputs)
+        given = self.graph_inputs(self._rows(branch_logits), target, **inputs)
         batch = given.logits[0].shape[0]
-        columns = {
-            name: weights.expand(batch, -1).unbind(1) for name, weights in given.weights.items()
-        }
+        columns = {name: rows.expand(batch, -1).unbind(1) for name, rows in given.weights.items()}
         return {
             node.name: dict(zip(node.inputs, columns[str(node.weights)], strict=True))
             for node in mixtures

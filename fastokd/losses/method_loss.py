@@ -8,34 +8,43 @@ from torch import Tensor
 
 from fastokd.errors import did_you_mean
 from fastokd.graph import KL, Graph
+from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, GraphLoss, Rows, overridable
-from fastokd.losses.options import COMMON, Impl, Option, Reduction, options_of
+from fastokd.losses.options import (
+    COMMON,
+    Impl,
+    Option,
+    Reduction,
+    keyword,
+    loss_options,
+    options_of,
+)
 
 Presets = Mapping[str, Mapping[str, Any]]
 """Values of a loss's options by the name of the preset."""
 
 
+@loss_options
 class MethodLoss(GraphLoss):
     """The loss of a method. It adds only the construction to ``GraphLoss``.
 
-    There are two ways to write one. A class with its own constructor passes a graph to this
-    constructor. A class under ``loss_options`` declares its options as attributes and overrides
-    ``build_graph``, and ``labels`` and ``build_extra_terms`` where it needs to.
-
-    Args:
-        graph: the distillation graph.
-        num_branches: M, the number of rows in ``branch_logits``; they are the graph's first M rows
-            of logits.
-        reduction, impl, labels, extra_terms: as in ``GraphLoss``.
+    There are two ways to write one. A class under ``loss_options`` declares its options as
+    attributes and overrides ``build_graph``, and ``labels`` and ``build_extra_terms`` where it
+    needs to. A class with its own constructor passes a graph to this constructor, whose arguments
+    are those of ``GraphLoss``; the first ``num_branches`` rows of logits are ``branch_logits``.
     """
 
     presets: ClassVar[Presets] = {"paper": {}}
 
     # What ``teach`` uses for losses that do not declare these options.
-    temperature: float = 1.0
-    detach_teacher: bool = True
-    teacher_eps: float = 0.0
+    temperature = 1.0
+    detach_teacher = True
+    teacher_eps = 0.0
+
+    label_smoothing: float = keyword(default=options.label_smoothing(), kw_only=True)
+    reduction: Reduction = keyword(default=options.reduction(), kw_only=True)
+    impl: Impl = keyword(default=options.impl(), kw_only=True)
 
     def __init__(
         self,
@@ -46,33 +55,28 @@ class MethodLoss(GraphLoss):
         labels: Mapping[str, str] | None = None,
         extra_terms: Mapping[str, ExtraTerm] | None = None,
     ) -> None:
-        branches = graph.logits[:num_branches]
+        branches, others = graph.logits[:num_branches], graph.logits[num_branches:]
         names = {name: f"branch_logits[{index}]" for index, name in enumerate(branches)}
+        names.update({name: f"{name}_logits" for name in others})
+        names.update({name: name for name in graph.weight_sources})
         names.update(labels or {})
-        super().__init__(
-            graph, reduction, impl, names, num_branches=num_branches, extra_terms=extra_terms
-        )
+        sizes: dict[str, Any] = {"num_branches": num_branches, "extra_terms": extra_terms}
+        super().__init__(graph, reduction, impl, names, **sizes)
 
     def __post_init__(self) -> None:
         """The constructor of classes under ``loss_options``, after their options are set."""
-        options = options_of(type(self))
-        for name, option in options.items():
+        for name, option in options_of(type(self)).items():
             option.check(name, getattr(self, name))
-        values = {name: getattr(self, name) for name in COMMON}
-        MethodLoss.__init__(
-            self,
-            self.build_graph(),
-            **values,
-            labels=self.labels(),
-            extra_terms=self.build_extra_terms(),
-        )
+        common = {name: getattr(self, name) for name in COMMON}
+        names, extra = self.labels(), self.build_extra_terms()
+        MethodLoss.__init__(self, self.build_graph(), **common, labels=names, extra_terms=extra)
 
     def build_graph(self) -> Graph:
         """The graph of these options."""
         raise NotImplementedError(f"{type(self).__name__} does not build a graph")
 
     def labels(self) -> Mapping[str, str]:
-        """The names of rows and weights in error messages, by their names in the graph."""
+        """Names of rows and weights in messages that are not ``NAME_logits`` and ``NAME``."""
         return {}
 
     def build_extra_terms(self) -> Mapping[str, ExtraTerm]:
@@ -95,11 +99,12 @@ class MethodLoss(GraphLoss):
     @classmethod
     def options(cls) -> dict[str, Option]:
         """The loss's options by name, without those that every loss has."""
-        parameters = inspect.signature(cls).parameters
-        declared = options_of(cls) or {
-            name: Option(parameter.default, "") for name, parameter in parameters.items()
+        declared = options_of(cls)
+        return {
+            name: declared.get(name) or Option(parameter.default, "")
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if name not in COMMON
         }
-        return {name: option for name, option in declared.items() if name not in COMMON}
 
     @classmethod
     def make_graph(cls, *arguments: Any, **options: Any) -> Graph:
@@ -117,4 +122,8 @@ class MethodLoss(GraphLoss):
 
     @overridable
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
-        return GraphInputs(as_rows(branch_logits, self.num_branches, "branch_logits"))
+        """The graph's inputs for a batch, see ``GraphLoss``; ``branch_logits`` are the M rows."""
+        return GraphInputs([*branch_logits])
+
+    def _rows(self, branch_logits: Rows) -> list[Tensor]:
+        return as_rows(branch_logits, self.num_branches, "branch_logits")

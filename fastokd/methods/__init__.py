@@ -3,24 +3,9 @@
 from fastokd.methods.method import Method
 from fastokd.registry import Registry
 
+_NAMES = "baseline independent kd dml cl_ilr one okddip kdcl ffm tsb ahbf ffsd afid"
 _methods: Registry[Method] = Registry(
-    "method",
-    "METHOD",
-    {
-        "baseline": "fastokd.methods.baseline",
-        "independent": "fastokd.methods.independent",
-        "kd": "fastokd.methods.kd",
-        "dml": "fastokd.methods.dml",
-        "cl_ilr": "fastokd.methods.cl_ilr",
-        "one": "fastokd.methods.one",
-        "okddip": "fastokd.methods.okddip",
-        "kdcl": "fastokd.methods.kdcl",
-        "ffm": "fastokd.methods.ffm",
-        "tsb": "fastokd.methods.tsb",
-        "ahbf": "fastokd.methods.ahbf",
-        "ffsd": "fastokd.methods.ffsd",
-        "afid": "fastokd.methods.afid",
-    },
+    "method", "METHOD", {name: f"fastokd.methods.{name}" for name in _NAMES.split()}
 )
 
 
@@ -35,11 +20,7 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The method of that name; a ``ConfigError`` suggests the closest one for an unknown name."""
     return _methods.get(name)
 
 

@@ -5,7 +5,6 @@ Branch 1 is the student; deeper branches teach it through recursively mixed teac
 """
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,6 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, LoweredGraph, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, choice, loss_options
 from fastokd.methods.attention import ATTENTIONS
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
@@ -28,19 +26,13 @@ PRESETS: Presets = {
     # The published code with its readme's command: lambda_1 = 2, lambda_2 = 4 and an edge TA(m) ->
     # branch m that the paper does not have, all times its hidden factor 0.5 * 1.5. The factor is
     # multiplied out here, so that for both presets kd_weight is the ramp-up value alone.
-    "code": {
-        "lambda_ta": 0.75 * 2,
-        "lambda_branch": 0.75 * 4,
-        "lambda_self": 0.75 * 2,
-        "teacher_eps": 1e-7,
-    },
+    "code": {"lambda_ta": 1.5, "lambda_branch": 3.0, "lambda_self": 1.5, "teacher_eps": 1e-7},
 }
 
 
-@loss_options
+@options.loss_options
 class AHBFLoss(MethodLoss):
-    """The AHBF loss (eq. 14): cross-entropies of all branches and TAs, and the cascade of KL edges
-    between them.
+    """The AHBF loss (eq. 14): cross-entropies of branches and TAs, and a cascade of KL edges.
 
     ``L = sum_m CE(z^m) + sum_{m>=2} CE(ta^m) + kd_weight * sum_{m>=2} T^2 [ lambda_ta KL(ta^m ||
     ta^{m-1}) + lambda_branch KL(z^m || ta^{m-1}) + lambda_self KL(ta^m || z^m) ]`` with ``ta^1 =
@@ -53,26 +45,13 @@ class AHBFLoss(MethodLoss):
 
     presets: ClassVar[Presets] = PRESETS
 
-    num_branches: int = options.num_branches(
-        4, 2, "M, at least 2. Branch 1 (index 0) is the student."
-    )
-    temperature: float = options.temperature(
-        3.0, "T, for the KL terms; cross-entropies are at temperature 1."
-    )
+    num_branches: int = options.num_branches(4, 2, "M, at least 2. Branch 1 is the student.")
+    temperature: float = options.temperature(3.0, "T of the KL terms; T = 1 elsewhere.")
     lambda_ta: float = options.weight(4.0, "weight of TA(m) -> TA(m-1) (the paper's lambda_1).")
-    lambda_branch: float = options.weight(
-        2.0, "weight of branch m -> TA(m-1) (the paper's lambda_2)."
-    )
-    lambda_self: float = options.weight(
-        0.0, "weight of TA(m) -> branch m, an edge that only the published code has."
-    )
-    detach_teacher: bool = options.detach_teacher(
-        False, "stop the gradient into the teacher of every KL edge."
-    )
+    lambda_branch: float = options.weight(2.0, "weight of branch m -> TA(m-1) (lambda_2).")
+    lambda_self: float = options.weight(0.0, "weight of TA(m) -> branch m, in the code only.")
+    detach_teacher: bool = options.detach_teacher(False, "teachers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,10 +60,8 @@ class AHBFLoss(MethodLoss):
         self.premixed = LoweredGraph.of(self.build_graph(mix=False), labels)
 
     def build_graph(self, mix: bool = True) -> Graph:
-        """M branches, M-1 TAs, their cross-entropies and the cascade of KL edges.
-
-        With ``mix`` the TAs are mixed from the branches with the weights ``scores2`` .. ``scoresM``
-        (eq. 8); without it they are rows of logits after the branches.
+        """The graph; its TAs are mixtures with the weights ``scores2`` .. ``scoresM`` (eq. 8), or
+        without ``mix`` rows of logits after the branches.
         """
         branches = self.branch_names()
         tas = ["branch1"] + [f"ta{m}" for m in range(2, self.num_branches + 1)]
@@ -100,7 +77,7 @@ class AHBFLoss(MethodLoss):
             ):
                 if weight:
                     terms.append(self.teach(teacher, student, weight))
-        return Graph("ahbf", tuple(nodes), tuple(terms), self.label_smoothing)
+        return Graph("ahbf", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
         return {f"scores{m}": f"scores[{m - 2}]" for m in range(2, self.num_branches + 1)}
@@ -123,17 +100,14 @@ class AHBFLoss(MethodLoss):
             ta_logits: M-1 tensors [B, C], or one [M-1, B, C], for models that mix their TAs.
         """
         if (scores is None) == (ta_logits is None):
-            raise ValueError(
-                "give exactly one of scores (the loss mixes the TAs) and ta_logits (the model has"
-                " mixed them)"
-            )
-        rows = as_rows(branch_logits, self.num_branches, "branch_logits")
+            choices = "scores (the loss mixes the TAs) and ta_logits (the model has mixed them)"
+            raise ValueError(f"give exactly one of {choices}")
         if ta_logits is not None:
-            rows += as_rows(ta_logits, self.num_branches - 1, "ta_logits")
-            return GraphInputs(rows, lowered=self.premixed)
+            tas = as_rows(ta_logits, self.num_branches - 1, "ta_logits")
+            return GraphInputs([*branch_logits, *tas], lowered=self.premixed)
         assert scores is not None
-        weights = as_rows(scores, self.num_branches - 1, "scores")
-        return GraphInputs(rows, {f"scores{m}": row for m, row in enumerate(weights, start=2)})
+        weights = enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=2)
+        return GraphInputs([*branch_logits], {f"scores{m}": row for m, row in weights})
 
 
 def ahbf_graph(*arguments: Any, mix: bool = True, **options: Any) -> Graph:
@@ -142,8 +116,7 @@ def ahbf_graph(*arguments: Any, mix: bool = True, **options: Any) -> Graph:
 
 
 class AHBFGate(nn.Module):
-    """The gate A^m: the shares of branch m and of the previous TA in ta^m (eq. 9-12, published
-    code).
+    """The gate A^m: the shares of branch m and the previous TA in ta^m (eq. 9-12, published code).
 
     A 1x1 convolution of the concatenated feature maps with batch norm gives the fused map F~^m;
     pooled, a linear layer to two values with batch norm, ReLU and softmax gives the scores.
@@ -151,9 +124,8 @@ class AHBFGate(nn.Module):
     Args:
         channels: c, channels of branch m's features.
         fused_channels: c', channels of F~^{m-1} (F~^1 is branch 1's features).
-        attention: the attention on F~^m before it is pooled and passed on: "none", "se", "cbam" or
-            "nonlocal". The paper uses none; the published code has the others as options, for 64
-            channels only.
+        attention: on F~^m before it is pooled and passed on: "none" (the paper), or options of the
+            published code for 64 channels: "se", "cbam", "nonlocal".
     """
 
     def __init__(self, channels: int, fused_channels: int, attention: str = "none") -> None:
@@ -166,9 +138,7 @@ class AHBFGate(nn.Module):
         self.attention = ATTENTIONS[attention](channels)
 
     def forward(self, features: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of branch m [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m [B, c, H, W] and
-        scores [B, 2].
-        """
+        """Features [B, c, H, W] and F~^{m-1} [B, c', H, W] to F~^m and scores [B, 2]."""
         fused = self.attention(self.bn(self.conv(torch.cat((features, fused), 1))))
         pooled = F.adaptive_avg_pool2d(fused, 1).flatten(1)
         return fused, torch.softmax(F.relu(self.score_bn(self.fc(pooled))), 1)
@@ -177,10 +147,11 @@ class AHBFGate(nn.Module):
 class AHBFGates(MethodModules):
     """The chain of the M-1 gates: each receives the fused map of the one before."""
 
-    def __init__(self, channels: Sequence[int], attention: str = "none") -> None:
+    def __init__(self, spec: BranchSpec, gate_attention: str = "none") -> None:
         super().__init__()
         self.gates = nn.ModuleList(
-            AHBFGate(width, before, attention) for before, width in itertools.pairwise(channels)
+            AHBFGate(width, before, gate_attention)
+            for before, width in itertools.pairwise(spec.channels)
         )
 
     def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor, ...]]:
@@ -192,22 +163,14 @@ class AHBFGates(MethodModules):
         return {"scores": tuple(scores)}
 
 
-def _build_gates(spec: BranchSpec, gate_attention: str = "none") -> AHBFGates:
-    return AHBFGates(spec.channels, gate_attention)
-
-
 METHOD = Method(
     name="ahbf",
-    summary=(
-        "Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed teacher"
-        " assistants"
-    ),
+    summary="Adaptive Hierarchy-Branch Fusion: deeper branches teach through recursively mixed"
+    " teacher assistants",
     loss_class=AHBFLoss,
-    branch_range=(2, 8),
-    default_branches=4,
-    build_companion=_build_gates,
+    build_companion=AHBFGates,
     model_options={
-        "gate_attention": choice(
+        "gate_attention": options.choice(
             "none",
             ATTENTIONS,
             'the attention on the gates\' fused maps: "none", or as options of the published code'

@@ -7,9 +7,7 @@ from fastokd.methods.layers import ChannelAttention, SpatialAttention
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels weighed by a sigmoid of their means, through c / 16 hidden units (Hu et al., CVPR
-    2018).
-    """
+    """Channels weighed by a sigmoid of their means, c / 16 hidden units (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,10 +38,8 @@ class CBAM(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Adds to every position a weighted sum over all positions: the embedded Gaussian block (Wang
-    et al., CVPR 2018, eq. 6).
-
-    The batch norm at its end starts at 0, so that the block starts as the identity.
+    """Add to every position a weighted sum over all: the embedded Gaussian block (Wang et al., CVPR
+    2018, eq. 6). It starts as the identity: the batch norm at its end starts at 0.
     """
 
     def __init__(self, channels: int) -> None:

@@ -1,21 +1,18 @@
-"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on one trunk, whose gradient
-is rescaled.
-"""
+"""CL-ILR: Collaborative Learning (Song and Chai, NeurIPS 2018): heads on a shared trunk."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class CLILRLoss(MethodLoss):
     """``L = sum_m [ lambda_ce CE(z^m) + kd_weight * lambda_kd * T^2 KL(others_m || z^m) ]``, with
     ``others_m`` the mean of the other heads.
@@ -42,25 +39,17 @@ class CLILRLoss(MethodLoss):
         False, "the mean of the other heads is a constant in the KL terms."
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
         share = (1.0 / (self.num_branches - 1),) * (self.num_branches - 1)
-        others = [
-            Mixture(f"others{m}", tuple(name for name in branches if name != student), share)
-            for m, student in enumerate(branches, start=1)
-        ]
-        terms: tuple[Term, ...] = (
-            *(CrossEntropy(name, self.lambda_ce) for name in branches),
-            *(
-                self.teach(node.name, student, self.lambda_kd)
-                for node, student in zip(others, branches, strict=True)
-            ),
-        )
-        return Graph("cl_ilr", (*map(Logits, branches), *others), terms, self.label_smoothing)
+        nodes: list[Node] = [*map(Logits, branches)]
+        terms: list[Term] = [CrossEntropy(name, self.lambda_ce) for name in branches]
+        for m, student in enumerate(branches, start=1):
+            others = tuple(name for name in branches if name != student)
+            nodes.append(Mixture(f"others{m}", others, share))
+            terms.append(self.teach(f"others{m}", student, self.lambda_kd))
+        return Graph("cl_ilr", nodes, terms, self.label_smoothing)
 
 
 cl_ilr_graph = CLILRLoss.make_graph
@@ -81,16 +70,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class GradientRescaling(MethodModules):
-    """Divides the gradient that enters the shared trunk by M, so that M heads affect it as strongly
-    as one.
+    """Divide the gradient that enters the shared trunk by M: M heads affect it as one would."""
 
-    Args:
-        num_branches: M.
-    """
-
-    def __init__(self, num_branches: int) -> None:
+    def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
-        self.factor = 1.0 / num_branches
+        self.factor = 1.0 / len(spec.channels)
 
     def at_split(self, shared: Tensor) -> Tensor:
         """The trunk's output [B, c, H, W], unchanged; its gradient is divided by M."""
@@ -98,20 +82,12 @@ class GradientRescaling(MethodModules):
         return scaled
 
 
-def _build_rescaling(spec: BranchSpec) -> GradientRescaling:
-    return GradientRescaling(len(spec.channels))
-
-
 METHOD = Method(
     name="cl_ilr",
-    summary=(
-        "Collaborative Learning: heads taught by the mean of the others, the trunk's gradient"
-        " divided among them"
-    ),
+    summary="Collaborative Learning: heads taught by the mean of the others, the trunk's gradient"
+    " divided among them",
     loss_class=CLILRLoss,
-    branch_range=(2, 8),
-    default_branches=4,
-    build_companion=_build_rescaling,
+    build_companion=GradientRescaling,
     reports_mean=True,
     # The repository's; nothing is known of a ramp in the original.
     schedule=Schedule({"code": (80, 300)}),

@@ -5,11 +5,10 @@ from typing import ClassVar, Literal
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, Term
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 
 
-@loss_options
+@options.loss_options
 class DMLLoss(MethodLoss):
     """M networks that teach each other.
 
@@ -41,14 +40,10 @@ class DMLLoss(MethodLoss):
     teacher: Literal["pairwise", "mean"] = options.choice(
         "pairwise",
         ("pairwise", "mean"),
-        '"pairwise", one KL from every peer, or "mean", one KL from the mean of the logits of the'
-        " peers.",
+        '"pairwise", one KL from every peer, or "mean", one from the mean of the peers\' logits.',
     )
     detach_teacher: bool = options.detach_teacher(True, "peers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
@@ -62,7 +57,7 @@ class DMLLoss(MethodLoss):
             teachers = others if self.teacher == "pairwise" else (f"others{k}",)
             weight = self.lambda_kd / len(teachers)
             terms += [self.teach(name, student, weight) for name in teachers]
-        return Graph("dml", tuple(nodes), tuple(terms), self.label_smoothing)
+        return Graph("dml", nodes, terms, self.label_smoothing)
 
 
 dml_graph = DMLLoss.make_graph
@@ -71,8 +66,6 @@ METHOD = Method(
     name="dml",
     summary="Deep Mutual Learning: whole networks, equal or not, that teach each other",
     loss_class=DMLLoss,
-    branch_range=(2, 8),
-    default_branches=2,
     topologies=("peers",),
     reports_mean=True,
 )

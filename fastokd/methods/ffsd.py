@@ -1,7 +1,5 @@
-"""FFSD: Distilling a Powerful Student Model via Online Knowledge Distillation (Li et al.): feature
-fusion and self-distillation.
-
-The forms are those of the official code.
+"""FFSD: Feature Fusion and Self-Distillation (Li et al., "Distilling a Powerful Student Model via
+Online Knowledge Distillation"), in the forms of the official code.
 """
 
 import itertools
@@ -14,10 +12,9 @@ from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Term
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import ExtraTerm, GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, integer, loss_options
+from fastokd.losses.options import Reduction, integer, keyword
 from fastokd.methods.layers import FusionHead, depthwise_pointwise, run_head, run_stages, stages
 from fastokd.methods.method import Method, Schedule, ramp_up
 from fastokd.methods.modules import (
@@ -31,9 +28,7 @@ from fastokd.ops.inputs import compute_dtype
 
 
 class FFSDMaps(NamedTuple):
-    """The feature maps that the FFSD loss compares; each list goes from the earliest stage to the
-    last.
-    """
+    """The feature maps that the FFSD loss compares; each list starts at the earliest stage."""
 
     students: Sequence[Sequence[Tensor]]
     """K lists of S maps [B, c_s, H_s, W_s]."""
@@ -42,9 +37,7 @@ class FFSDMaps(NamedTuple):
     fused: Tensor
     """The fusion head's map [B, c_S, H_S, W_S]."""
     transformed: Tensor
-    """The leader's last map, brought to the channels of the students' concatenation [B, K c_S, H_S,
-    W_S].
-    """
+    """The leader's last map, with the channels of all students' maps [B, K c_S, H_S, W_S]."""
     decoded_shifted: Sequence[Sequence[Tensor]]
     """For students 2 .. K, the shifted map of the student before, decoded: S-1 maps each."""
     decoded_fused: Sequence[Tensor]
@@ -54,9 +47,7 @@ class FFSDMaps(NamedTuple):
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """The mean over the channels of the squares, in float32 (float64 for float64 maps): [B, c, H,
-    W] to [B, H, W].
-    """
+    """Maps [B, c, H, W] to the mean of their channels' squares [B, H, W], in the compute dtype."""
     return features.to(compute_dtype(features)).square().mean(1)
 
 
@@ -69,9 +60,7 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 
 def map_distance(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over batch and entries of the squared difference of the flattened rows, each of length
-    1; 0 for an empty batch.
-    """
+    """Mean squared difference of the flattened rows, each of length 1; 0 for an empty batch."""
     return _mean_square(_unit(one) - _unit(other))
 
 
@@ -91,10 +80,8 @@ def shifted_attention(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     length = rows.norm(dim=1, keepdim=True)
     unit = _unit(attention)
     threshold = unit.sort(dim=1).values[:, max(unit.shape[1] // 3, 1) - 1, None]
-    target = torch.where(
-        unit < threshold, unit, torch.where(unit > threshold, length - unit, length / 2)
-    )
-    return unit, target, length
+    upper = torch.where(unit > threshold, length - unit, length / 2)
+    return unit, torch.where(unit < threshold, unit, upper), length
 
 
 def shifted_map(features: Tensor) -> Tensor:
@@ -105,7 +92,7 @@ def shifted_map(features: Tensor) -> Tensor:
     return features + change.reshape(batch, 1, height, width).to(features.dtype)
 
 
-@loss_options
+@options.loss_options
 class FFSDLoss(MethodLoss):
     """K students ``branch1`` .., then the ``leader`` (kept) and the ``fusion`` head: K + 2 rows of
     logits, and three terms on feature maps.
@@ -131,39 +118,26 @@ class FFSDLoss(MethodLoss):
     # Both are the official code's values; the paper's text was not available.
     presets: ClassVar[Presets] = {"paper": {}, "code": {}}
 
-    num_branches: int = options.num_branches(
-        3, 3, "K + 1, at least 3: the students, then the leader."
-    )
+    num_branches: int = options.num_branches(3, 3, "K + 1: two or more students, the leader.")
     temperature: float = options.temperature(2.0)
     lambda_kd: float = options.weight(1.0, "weight of every KL term.")
     lambda_diversity: float = options.weight(1e-5, "weight of ``diversity``, which ramps up.")
     lambda_fusion: float = options.weight(10.0, "weight of ``fusion``, which ramps up.")
     lambda_decoder: float = options.weight(1000.0, "weight of ``decoder``, which ramps up.")
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction('"mean".')
-    impl: Impl = options.impl()
+    reduction: Reduction = keyword(default=options.reduction('"mean".'), kw_only=True)
 
     def build_graph(self) -> Graph:
         students = self.branch_names()[:-1]
         heads = (*students, "leader", "fusion")
         weight, share = self.lambda_kd, 1.0 / (len(students) - 1)
-        terms: tuple[Term, ...] = (
-            *map(CrossEntropy, heads),
-            *(
-                self.teach(other, student, weight * share, scheduled=False)
-                for student in students
-                for other in students
-                if other != student
-            ),
-            self.teach("ensemble", "fusion", weight, scheduled=False),
-            self.teach("fusion", "leader", weight, scheduled=False),
-        )
+        pairs = [(other, student) for student in students for other in students if other != student]
+        edges = [(*pair, weight * share) for pair in pairs]
+        edges += [("ensemble", "fusion", weight), ("fusion", "leader", weight)]
         ensemble = Mixture("ensemble", students, (1.0 / len(students),) * len(students))
-        return Graph("ffsd", (*map(Logits, heads), ensemble), terms, self.label_smoothing)
-
-    def labels(self) -> dict[str, str]:
-        return {"fusion": "fusion_logits"}
+        terms: list[Term] = [*map(CrossEntropy, heads)]
+        terms += [self.teach(*edge, scheduled=False) for edge in edges]
+        return Graph("ffsd", [*map(Logits, heads), ensemble], terms, self.label_smoothing)
 
     def build_extra_terms(self) -> dict[str, ExtraTerm]:
         weights = {
@@ -181,16 +155,12 @@ class FFSDLoss(MethodLoss):
         fusion_logits: Tensor,
         maps: FFSDMaps | None = None,
     ) -> GraphInputs:
-        """``fusion_logits``: [B, C]. ``maps``: what the terms on feature maps compare;
-        ``named_logits`` does without them.
-        """
-        rows = [*as_rows(branch_logits, self.num_branches, "branch_logits"), fusion_logits]
+        """``fusion_logits``: [B, C]. ``maps``: not needed by ``named_logits``."""
+        rows = [*branch_logits, fusion_logits]
         if target is None:
             return GraphInputs(rows)
         if maps is None:
-            raise ValueError(
-                "maps are missing: three of the FFSD loss's terms compare feature maps"
-            )
+            raise ValueError("maps are missing: three of the loss's terms compare feature maps")
         extras = {"diversity": _diversity(maps), "fusion": _fusion(maps), "decoder": _decoder(maps)}
         return GraphInputs(rows, extras=extras)
 
@@ -211,23 +181,18 @@ def _attention_distance(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
 
 def _diversity(maps: FFSDMaps) -> Tensor:
     total = maps.fused.new_zeros((), dtype=compute_dtype(maps.fused))
-    for before, own, decoded in zip(
-        maps.students, maps.students[1:], maps.decoded_shifted, strict=False
-    ):
+    pairs = itertools.pairwise(maps.students)
+    for (before, own), decoded in zip(pairs, maps.decoded_shifted, strict=True):
         _, target, _ = shifted_attention(attention_map(before[-1].detach()))
-        total = (
-            total
-            + _mean_square(_unit(attention_map(own[-1])) - target)
-            + _attention_distance(own[:-1], decoded)
-        )
+        total = total + _mean_square(_unit(attention_map(own[-1])) - target)
+        total = total + _attention_distance(own[:-1], decoded)
     return total
 
 
 def _fusion(maps: FFSDMaps) -> Tensor:
     together = torch.cat([student[-1].detach() for student in maps.students], 1)
-    return _attention_distance(
-        [maps.leader[-1], maps.transformed], [maps.fused, together]
-    ) + _attention_distance(maps.leader[:-1], maps.decoded_fused)
+    last = _attention_distance([maps.leader[-1], maps.transformed], [maps.fused, together])
+    return last + _attention_distance(maps.leader[:-1], maps.decoded_fused)
 
 
 def _decoder(maps: FFSDMaps) -> Tensor:
@@ -240,30 +205,19 @@ def _decoder(maps: FFSDMaps) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Brings a network's last map back to the sizes of its earlier stages: for each a transposed
-    3x3 convolution, batch norm and ReLU.
-
-    Args:
-        channels: of the S stages, the earliest first.
+    """Bring a network's last map back to the sizes of its earlier stages, whose ``channels`` are
+    given: for each a transposed 3x3 convolution, batch norm and ReLU.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        backwards = list(channels)[::-1]
-        self.steps: Any = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(before),
-                )
-            )
-            for own, before in itertools.pairwise(backwards)
-        )
+        self.steps: Any = nn.ModuleList()
+        for own, before in itertools.pairwise(list(channels)[::-1]):
+            up = nn.ConvTranspose2d(own, before, 3, stride=2, padding=1, bias=False)
+            self.steps.append(nn.ModuleList((up, nn.BatchNorm2d(before))))
 
     def forward(self, features: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
-        """The last map [B, c_S, H, W] to S-1 maps of ``sizes`` (height and width), the earliest
-        first.
-        """
+        """The last map [B, c_S, H, W] to S-1 maps of ``sizes`` (H, W), the earliest first."""
         made = []
         for (up, bn), size in zip(self.steps, list(sizes)[::-1], strict=True):
             features = F.relu(bn(up(features, output_size=size)))
@@ -272,17 +226,11 @@ class Decoder(nn.Module):
 
 
 class FFSDModules(MethodModules):
-    """The fusion head, the leader's transformation, and the decoders of students 2 .. K and of the
-    leader.
-
-    Args:
-        spec: K students and the leader, all of one architecture.
-        fusion_weight_decay: of the fusion head.
-        decoder_lr: the decoders are trained with Adam at this constant learning rate.
+    """The fusion head, the leader's transformation, the decoders of students 2 .. K and the leader.
 
     Raises:
-        ValueError: the networks differ, cannot be run stage by stage, or have stages that do not
-            halve the maps.
+        ValueError: the K students and the leader differ, cannot be run stage by stage, or have
+            stages that do not halve the maps.
     """
 
     def __init__(
@@ -291,17 +239,13 @@ class FFSDModules(MethodModules):
         super().__init__()
         peers = [stages(peer) for peer in spec.branches]
         if any(other != peers[0] for other in peers):
-            raise ValueError(
-                "students and leader compare their feature maps stage by stage, so they must be one"
-                " network; name one"
-            )
+            reason = "students and leader compare their feature maps stage by stage"
+            raise ValueError(f"{reason}, so they must be one network; name one")
         sizes = [stage.size for stage in peers[0]]
         for before, after in itertools.pairwise(sizes):
             if any((big + 1) // 2 != small for big, small in zip(before, after, strict=True)):
-                raise ValueError(
-                    "its decoders double the maps from stage to stage, and here they go from"
-                    f" {before} to {after} (for 64 x 64 images)"
-                )
+                maps = f"from {before} to {after} (for 64 x 64 images)"
+                raise ValueError(f"decoders double the maps from stage to stage; these go {maps}")
         channels = [stage.channels for stage in peers[0]]
         num_students = len(spec.branches) - 1
         self.ends = tuple(stage.end for stage in peers[0])
@@ -331,21 +275,14 @@ class FFSDModules(MethodModules):
             return {"fusion_logits": logits}
         sizes = [own.shape[2:] for own in leader[:-1]]
         with torch.no_grad():
-            shifted = [
-                decoder(shifted_map(before[-1]), sizes)
-                for decoder, before in zip(self.decoders, students[:-1], strict=False)
-            ]
+            pairs = zip(self.decoders, students[:-1], strict=False)
+            shifted = [decoder(shifted_map(before[-1]), sizes) for decoder, before in pairs]
             from_fused = self.decoders[-1](fused.detach(), sizes)
-        decoded = [
-            decoder(own[-1].detach(), sizes)
-            for decoder, own in zip(self.decoders, (*students[1:], leader), strict=True)
-        ]
-        return {
-            "fusion_logits": logits,
-            "maps": FFSDMaps(
-                students, leader, fused, self.transform(leader[-1]), shifted, from_fused, decoded
-            ),
-        }
+        pairs = zip(self.decoders, (*students[1:], leader), strict=True)
+        decoded = [decoder(own[-1].detach(), sizes) for decoder, own in pairs]
+        transformed = self.transform(leader[-1])
+        maps = FFSDMaps(students, leader, fused, transformed, shifted, from_fused, decoded)
+        return {"fusion_logits": logits, "maps": maps}
 
 
 def _ramp_up_from_1(epoch: int, length: int) -> float:
@@ -355,13 +292,9 @@ def _ramp_up_from_1(epoch: int, length: int) -> float:
 
 METHOD = Method(
     name="ffsd",
-    summary=(
-        "Feature Fusion and Self-Distillation: students fused into a teacher for a leader, which is"
-        " kept"
-    ),
+    summary="Feature Fusion and Self-Distillation: students fused into a teacher for a leader,"
+    " which is kept",
     loss_class=FFSDLoss,
-    branch_range=(3, 8),
-    default_branches=3,
     build_companion=FFSDModules,
     model_options={
         "fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head."),

@@ -3,34 +3,26 @@
 from fastokd.graph import CrossEntropy, Graph, Logits
 from fastokd.losses import options
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 
 
-@loss_options
+@options.loss_options
 class IndependentLoss(MethodLoss):
     """``L = sum_m CE(z^m)``: the "individual branches" that the papers compare with."""
 
     num_branches: int = options.num_branches(4, 2, "M, at least 2.")
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
-        terms = tuple(map(CrossEntropy, branches))
-        return Graph("independent", tuple(map(Logits, branches)), terms, self.label_smoothing)
+        nodes, terms = [*map(Logits, branches)], [*map(CrossEntropy, branches)]
+        return Graph("independent", nodes, terms, self.label_smoothing)
 
 
 METHOD = Method(
     name="independent",
-    summary=(
-        "Ind: branches or networks next to each other, without distillation; the lower bound for"
-        " every method"
-    ),
+    summary="Ind: branches or networks next to each other, without distillation; the lower bound"
+    " for every method",
     loss_class=IndependentLoss,
-    branch_range=(2, 8),
-    default_branches=4,
     topologies=("branches", "peers"),
     reports_mean=True,
 )

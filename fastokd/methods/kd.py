@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from fastokd.graph import CrossEntropy, External, Graph, Logits
 from fastokd.losses import options
-from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class KDLoss(MethodLoss):
     """``L = CE(z) + kd_weight * lambda_kd * T^2 KL(teacher || z)`` (AHBF eq. 3-5) for the student
     ``branch1``.
@@ -42,9 +40,6 @@ class KDLoss(MethodLoss):
         'the teacher\'s rows: "logits", or "probabilities" that are softened at ``temperature``.',
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         source = Logits("teacher") if self.teacher_rows == "logits" else External("teacher")
@@ -57,10 +52,8 @@ class KDLoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, teacher: Tensor | None = None
     ) -> GraphInputs:
-        """``teacher``: [B, C], logits or stored probabilities, see ``teacher_rows``; a constant.
-        Stored rows exist only for training images, so ``named_logits`` does without them.
-        """
-        (student,) = as_rows(branch_logits, 1, "branch_logits")
+        """``teacher``: [B, C], see ``teacher_rows``; a constant, not needed by ``named_logits``."""
+        (student,) = branch_logits
         if teacher is None:
             if target is None:
                 return GraphInputs([student])
@@ -81,11 +74,7 @@ class FrozenTeacher(MethodModules):
     """A trained network that always runs in evaluation mode on the student's images.
 
     It is an input of the run, like the images: it is in no checkpoint, and its parameters are not
-    the model's.
-
-    Args:
-        network: images [B, 3, H, W] to logits [B, C]; None where the teacher's rows are stored, or
-            nothing is trained.
+    the model's. None if the teacher's rows are stored.
     """
 
     def __init__(self, network: nn.Module | None) -> None:
@@ -111,7 +100,7 @@ class FrozenTeacher(MethodModules):
 def _build_teacher(
     spec: BranchSpec, teacher: str = "", teacher_normalization: str = "data"
 ) -> FrozenTeacher:
-    """The frozen teacher, which the trainer has opened as the options say."""
+    """The frozen teacher, which the trainer opens by these options."""
     return FrozenTeacher(spec.teacher)
 
 
@@ -119,8 +108,6 @@ METHOD = Method(
     name="kd",
     summary="Hinton's distillation: a frozen, trained teacher and one student",
     loss_class=KDLoss,
-    branch_range=(1, 1),
-    default_branches=1,
     build_companion=_build_teacher,
     model_options={
         "teacher": options.text(
@@ -132,8 +119,7 @@ METHOD = Method(
         "teacher_normalization": options.choice(
             "data",
             ("data", "imagenet"),
-            'the normalization of the images for a torchvision or timm teacher: that of the "data",'
-            ' or the means and deviations of "imagenet".',
+            'the normalization of images for a library\'s teacher: of the "data", or "imagenet".',
         ),
     },
     needs_teacher=True,

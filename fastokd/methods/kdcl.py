@@ -1,7 +1,7 @@
 """KDCL: Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020)."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from fastokd.graph import (
 from fastokd.losses import options
 from fastokd.losses.checks import check_target, checked_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
-from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
+from fastokd.losses.method_loss import MethodLoss
 from fastokd.methods.method import Method
 from fastokd.methods.simplex import MAX_ROWS, lowest_cross_entropy_weights
 from fastokd.ranks import sum_over_ranks
@@ -31,8 +30,7 @@ VARIANTS = ("naive", "linear", "minlogit", "general")
 
 
 def error_correlation_weights(correlation: Tensor) -> Tensor:
-    """KDCL-General's weights [M] from the error correlation C [M, M]: ``w = C^-1 1``, scaled to add
-    up to 1.
+    """KDCL-General's weights [M] from the error correlation C [M, M]: ``w = C^-1 1``, with sum 1.
 
     The scale of C does not matter. The closed form does not keep the weights in [0, 1] as the paper
     requires: negative ones become 0, and the rest is scaled again. C is singular for networks with
@@ -44,7 +42,7 @@ def error_correlation_weights(correlation: Tensor) -> Tensor:
     return torch.where(total > 0, weights / total, 1 / len(correlation))
 
 
-@loss_options
+@options.loss_options
 class KDCLLoss(MethodLoss):
     """``L = sum_i CE(z_i) + kd_weight * lambda_kd * sum_i T^2 KL(teacher || z_i)``, all from one
     constant ``teacher`` that is made of the networks' logits.
@@ -59,41 +57,29 @@ class KDCLLoss(MethodLoss):
     that of the other methods here, the teacher a constant, T^2 is on.
     """
 
-    presets: ClassVar[Presets] = {"paper": {}}
-
-    num_branches: int = options.num_branches(
-        2, 2, "M networks, at least 2; ``linear`` takes at most 6."
-    )
+    num_branches: int = options.num_branches(2, 2, "M networks; ``linear`` takes at most 6.")
     variant: Variant = options.choice(
         "minlogit", VARIANTS, '"naive", "linear", "minlogit" or "general".'
     )
-    temperature: float = options.temperature(
-        3.0, "T of the KL terms; the teacher is chosen at temperature 1."
-    )
+    temperature: float = options.temperature(3.0, "T of the KL terms; the teacher is at T = 1.")
     lambda_kd: float = options.weight(1.0, "weight of teacher -> network.")
     held_out: float = options.number(
         0.1,
-        "for ``general``, the fraction of every class's training images that is held out, in"
-        " (0, 1).",
+        "for ``general``, the held-out fraction of the training images, in (0, 1).",
         0,
         1,
         open_low=True,
         open_high=True,
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     ensemble_of = "predictions"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "linear" and self.num_branches > MAX_ROWS:
-            raise ValueError(
-                f"num_branches={self.num_branches}; variant 'linear' solves for the weights of at"
-                f" most {MAX_ROWS} networks; use fewer, or variant minlogit"
-            )
+            fix = f"'linear' solves for the weights of at most {MAX_ROWS} networks; use minlogit"
+            raise ValueError(f"num_branches={self.num_branches}; {fix}")
         if self.variant == "general":
             equal = torch.full((self.num_branches,), 1 / self.num_branches, dtype=torch.float64)
             self.register_buffer("teacher_weights", equal)
@@ -105,26 +91,13 @@ class KDCLLoss(MethodLoss):
             teacher = LowestCrossEntropy("teacher", branches)
         elif self.variant == "minlogit":
             teacher = MinLogit("teacher", branches)
-        terms: tuple[Term, ...] = (
-            *map(CrossEntropy, branches),
-            *(self.teach("teacher", name, self.lambda_kd) for name in branches),
-        )
-        nodes = (*map(Logits, branches), teacher)
+        nodes: list[Node] = [*map(Logits, branches), teacher]
+        terms: list[Term] = [*map(CrossEntropy, branches)]
+        terms += [self.teach("teacher", name, self.lambda_kd) for name in branches]
         return Graph(f"kdcl_{self.variant}", nodes, terms, self.label_smoothing)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow a move to another device, but keep the teacher's weights in float64."""
-        before = self._buffers.get("teacher_weights")
-        super()._apply(fn, recurse)
-        after = self._buffers.get("teacher_weights")
-        if before is not None and after is not None and after.dtype != before.dtype:
-            self._buffers["teacher_weights"] = before.to(after.device)
-        return self
-
     def graph_inputs(self, branch_logits: Rows, target: Tensor | None = None) -> GraphInputs:
-        """The weights of ``linear`` are those that fit the target best; without a target there are
-        none.
-        """
+        """The weights of ``linear`` fit the target best; without a target they are missing."""
         rows = checked_rows(branch_logits, self.num_branches, "branch_logits")
         if self.variant == "linear" and target is not None:
             weights = lowest_cross_entropy_weights(rows, check_target(target, rows[0]))
@@ -139,11 +112,8 @@ class KDCLLoss(MethodLoss):
 
     @torch.no_grad()
     def fit_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
-        """Set the teacher's weights from the correlation of the networks' errors, ``C_ij = mean of
-        <p_1(z_i) - y, p_1(z_j) - y>``.
-
-        Logits and targets are as in ``forward``. With torch.distributed the sums run over the
-        batches of all processes.
+        """Set the teacher's weights from ``C_ij = mean of <p_1(z_i) - y, p_1(z_j) - y>``, the
+        correlation of the networks' errors, over the batches of all processes.
         """
         weights = self.get_buffer("teacher_weights")
         correlation = weights.new_zeros(self.num_branches, self.num_branches)
@@ -166,18 +136,12 @@ def kdcl_graph(
 
 METHOD = Method(
     name="kdcl",
-    summary=(
-        "Collaborative Learning: all networks learn from one teacher, the best that their logits"
-        " can make"
-    ),
+    summary="Collaborative Learning: all networks learn from one teacher, the best that their"
+    " logits can make",
     loss_class=KDCLLoss,
-    branch_range=(2, 8),
-    default_branches=2,
     model_options={
         "icl": options.switch(
-            True,
-            "invariant collaborative learning: every network sees its own augmentation of each"
-            " image.",
+            True, "invariant collaborative learning: each network has its own view of an image."
         )
     },
     topologies=("peers",),

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 class ChannelAttention(nn.Module):
     """A weight in (0, 1) for every channel (CBAM, Woo et al., ECCV 2018, eq. 2): one small network
-    on the channels' means and maxima, added, and a sigmoid.
-
-    Args:
-        channels: of the maps.
-        ratio: the hidden layer has ``channels / ratio`` units, at least one.
+    of ``channels / ratio`` hidden units on the channels' means and maxima, added, and a sigmoid.
     """
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
@@ -32,9 +28,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """A weight in (0, 1) for every position (CBAM eq. 3): a 7x7 convolution of the mean and the
-    maximum over the channels.
-    """
+    """A weight in (0, 1) per position: 7x7 convolution of channel mean and maximum (CBAM eq. 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,21 +36,15 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, c, H, W] to weights [B, 1, H, W]."""
-        return torch.sigmoid(
-            self.conv(torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1))
-        )
+        pooled = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+        return torch.sigmoid(self.conv(torch.cat(pooled, 1)))
 
 
 class FusionHead(nn.Module):
     """A classifier on the feature maps of several networks (FFSD and AFID, published code).
 
-    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution, each with batch norm
-    and ReLU, give the fused map; pooling and a linear layer its logits.
-
-    Args:
-        in_channels: of the concatenated maps.
-        channels: of the fused map.
-        num_classes: C.
+    A depth-wise 3x3 convolution of their concatenation and a 1x1 convolution to ``channels``, each
+    with batch norm and ReLU, give the fused map; pooling and a linear layer its logits.
     """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
@@ -72,9 +60,7 @@ class FusionHead(nn.Module):
 
 
 def depthwise_pointwise(in_channels: int, channels: int) -> nn.Sequential:
-    """A depth-wise 3x3 and a 1x1 convolution, each with batch norm and ReLU: [B, in_channels, H, W]
-    to [B, channels, H, W].
-    """
+    """A depth-wise 3x3 and a 1x1 convolution to ``channels``, each with batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         nn.BatchNorm2d(in_channels),
@@ -100,17 +86,14 @@ def children(peer: nn.Module) -> list[nn.Module]:
     """The modules that a peer runs up to its feature maps, in order.
 
     Raises:
-        ValueError: its trunk or its branch's body is no ``nn.Sequential``, so it cannot be run step
-            by step.
+        ValueError: its trunk or its branch's body is no ``nn.Sequential``.
     """
     parts = (getattr(peer, "trunk", None), getattr(getattr(peer, "branch", None), "body", None))
     modules: list[nn.Module] = []
     for part in parts:
         if not isinstance(part, nn.Sequential):
-            raise ValueError(
-                "it needs the maps between the stages, and this network does not run as a sequence"
-                " of modules"
-            )
+            reason = "this network does not run as a sequence of modules"
+            raise ValueError(f"it needs the maps between the stages, and {reason}")
         modules += part
     return modules
 
@@ -123,12 +106,7 @@ def run_head(peer: nn.Module, features: Tensor) -> Tensor:
 
 
 def stages(peer: nn.Module) -> list[Stage]:
-    """The stages of a peer, one for each spatial size that its maps go through. Only shapes are
-    propagated.
-
-    Raises:
-        ValueError: see ``children``.
-    """
+    """The stages of a peer, one for each spatial size of its maps; errors as ``children``."""
     result: list[Stage] = []
     x = torch.empty(1, 3, 64, 64, device="meta")
     with torch.no_grad():
@@ -142,9 +120,7 @@ def stages(peer: nn.Module) -> list[Stage]:
 
 
 def run_stages(peer: nn.Module, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-    """The maps after each of ``ends`` (indices into ``children``, ascending), from images [B, 3, H,
-    W].
-    """
+    """Images to the maps after each of ``ends``, ascending indices into ``children``."""
     maps = []
     for index, child in enumerate(children(peer), start=1):
         x = child(x)

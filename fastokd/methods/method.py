@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fastokd._moved import moved_names
 from fastokd.losses.method_loss import MethodLoss
-from fastokd.losses.options import Option, OptionValue
+from fastokd.losses.options import Option, OptionValue, options_of
 from fastokd.methods.modules import BranchOutput, MethodModules
 
 Topology = Literal["branches", "peers"]
 """``branches`` share a trunk; ``peers`` are whole networks that share nothing."""
+MAX_BRANCHES = 8
+"""The most branches of methods whose loss has no own limit."""
 
 
 def ramp_up(epoch: int, length: int) -> float:
-    """The weight of the distillation terms in a 0-based epoch: ``exp(-5 (1 - min(e, E) / E)^2)``
-    (AHBF eq. 13).
-
-    1 if ``length`` (E) is 0.
+    """``kd_weight`` in a 0-based epoch e, ``exp(-5 (1 - min(e, E) / E)^2)`` with ``length`` E (AHBF
+    eq. 13); 1 if E is 0.
     """
     if length < 0 or epoch < 0:
         raise ValueError(f"ramp_up(epoch={epoch}, length={length}): both must be at least 0")
@@ -38,9 +38,8 @@ class Schedule:
     """The factor ``kd_weight`` of the distillation terms over a run.
 
     Attributes:
-        ramp: the published length of the ramp, which is scaled to the run; a mapping where it
-            depends on the preset, without the presets that have no ramp; or a function of the
-            number of epochs and the preset.
+        ramp: the published length of the ramp, which is scaled to the run; a mapping from presets
+            that have one; or a function of the number of epochs and the preset.
         kd_weight: ``kd_weight`` in a 0-based epoch, from the epoch and the ramp's length.
         min_epochs: the shortest ramp.
     """
@@ -77,7 +76,8 @@ class Method:
         name, summary: for the command line.
         loss_class: ``loss_class(num_branches=..., **options)`` builds the loss, whose ``presets``
             name bundles of options.
-        branch_range, default_branches: the numbers of branches M that it supports.
+        branch_range, default_branches: the numbers of branches M that it supports; by default those
+            of the loss's option ``num_branches``, at most 8.
         build_companion: ``build_companion(spec, **options)`` builds the method's modules; None for
             none. It raises a ValueError with the reason for networks that the method cannot train.
         model_options: the options of ``build_companion`` and ``views``, by name.
@@ -98,8 +98,8 @@ class Method:
     name: str
     summary: str
     loss_class: type[MethodLoss]
-    branch_range: tuple[int, int]
-    default_branches: int
+    branch_range: tuple[int, int] = (0, 0)
+    default_branches: int = 0
     build_companion: Callable[..., MethodModules] | None = None
     model_options: Mapping[str, Option] = field(default_factory=dict)
     topologies: tuple[Topology, ...] = ("branches",)
@@ -110,6 +110,13 @@ class Method:
     needs_teacher: bool = False
     views: str = ""
     schedule: Schedule = Schedule()
+
+    def __post_init__(self) -> None:
+        if not self.default_branches:
+            option = options_of(self.loss_class)["num_branches"]
+            limits = int(option.ge or 1), int(option.le or MAX_BRANCHES)
+            object.__setattr__(self, "branch_range", limits)
+            object.__setattr__(self, "default_branches", option.default)
 
     def default_model_options(self) -> dict[str, OptionValue]:
         """The default values of ``model_options``."""

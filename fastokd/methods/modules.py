@@ -1,6 +1,4 @@
-"""The modules that a method trains in addition to trunk and branches, and what they exchange with
-the model.
-"""
+"""The modules that a method trains in addition to trunk and branches, and their interface."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -71,10 +69,9 @@ class ParameterGroup(NamedTuple):
 
 
 class MethodModules(nn.Module):
-    """Modules that a method trains in addition to trunk and branches: gates, fusion heads,
-    decoders, or a frozen teacher.
+    """Gates, fusion heads, decoders or a frozen teacher, which are not part of the student.
 
-    They are not part of the student. The default does nothing.
+    The default does nothing.
     """
 
     def at_split(self, shared: Tensor) -> Tensor:
@@ -82,16 +79,12 @@ class MethodModules(nn.Module):
         return shared
 
     def run(self, inputs: Sequence[Tensor], branches: Sequence[nn.Module]) -> BranchOutput:
-        """Run the M branches on their M inputs. Overridden where branches exchange features, and
-        called only then.
-        """
+        """Run M branches on M inputs; called only if overridden, to exchange features."""
         pairs = [branch(x) for branch, x in zip(branches, inputs, strict=True)]
         return BranchOutput(tuple(row for _, row in pairs), tuple(maps for maps, _ in pairs))
 
     def forward(self, seen: BranchPass) -> dict[str, Any]:
-        """The loss's inputs in addition to logits and target, by the keywords of its
-        ``graph_inputs``.
-        """
+        """The loss's further inputs, by the keywords of its ``graph_inputs``."""
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -99,7 +92,5 @@ class MethodModules(nn.Module):
         return []
 
     def student(self, branches: Sequence[nn.Module], kept: int) -> nn.Module | None:
-        """The network to export where it is not the plain one of the kept branch: images to logits
-        [B, C], made of the model's own modules.
-        """
+        """The network to export, images to logits [B, C]; None for the plain kept branch."""
         return None

@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, ProbabilityMixture, Term
+from fastokd.graph import CrossEntropy, Graph, Logits, Mixture, Node, ProbabilityMixture, Term
 from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class OKDDipLoss(MethodLoss):
     """M-1 peers ``branch1`` .. and the ``leader`` (the last row of logits, which is kept).
 
@@ -37,9 +36,7 @@ class OKDDipLoss(MethodLoss):
         "code": {"mix": "logits", "teacher_eps": 1e-7},
     }
 
-    num_branches: int = options.num_branches(
-        4, 3, "M, at least 3: two peers and the leader, which is the last."
-    )
+    num_branches: int = options.num_branches(4, 3, "M: two or more peers, then the leader.")
     temperature: float = options.temperature()
     lambda_peer: float = options.weight(1.0, "weight of group -> peer, the first level.")
     lambda_leader: float = options.weight(1.0, "weight of ensemble -> leader, the second level.")
@@ -50,14 +47,9 @@ class OKDDipLoss(MethodLoss):
         ' "probabilities" (the slides).',
     )
     detach_teacher: bool = options.detach_teacher(
-        False,
-        "groups and ensemble are constants in the KL terms. The attention then learns nothing,"
-        " because no other term reaches it.",
+        False, "groups and ensemble are constants in the KL terms; the attention learns nothing."
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         peers = self.branch_names()[:-1]
@@ -67,17 +59,13 @@ class OKDDipLoss(MethodLoss):
                 return Mixture(name, peers, weights)
             return ProbabilityMixture(name, peers, weights, self.temperature)
 
-        groups = [mixture(f"group{a}", f"attention{a}") for a in range(1, self.num_branches)]
-        ensemble = mixture("ensemble", (1.0 / len(peers),) * len(peers))
-        terms: tuple[Term, ...] = (
-            *(CrossEntropy(name) for name in (*peers, "leader")),
-            *(
-                self.teach(group.name, peer, self.lambda_peer)
-                for group, peer in zip(groups, peers, strict=True)
-            ),
-            self.teach("ensemble", "leader", self.lambda_leader),
-        )
-        nodes = (*map(Logits, (*peers, "leader")), *groups, ensemble)
+        nodes: list[Node] = [*map(Logits, (*peers, "leader"))]
+        terms: list[Term] = [*map(CrossEntropy, (*peers, "leader"))]
+        for a, peer in enumerate(peers, start=1):
+            nodes.append(mixture(f"group{a}", f"attention{a}"))
+            terms.append(self.teach(f"group{a}", peer, self.lambda_peer))
+        nodes.append(mixture("ensemble", (1.0 / len(peers),) * len(peers)))
+        terms.append(self.teach("ensemble", "leader", self.lambda_leader))
         return Graph("okddip", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
@@ -86,14 +74,9 @@ class OKDDipLoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, scores: Rows
     ) -> GraphInputs:
-        """``scores``: M-1 tensors [B, M-1], or one [M-1, B, M-1]: for each peer its attention to
-        all peers, itself included.
-        """
-        rows = as_rows(scores, self.num_branches - 1, "scores")
-        return GraphInputs(
-            as_rows(branch_logits, self.num_branches, "branch_logits"),
-            {f"attention{a}": row for a, row in enumerate(rows, start=1)},
-        )
+        """``scores``: M-1 tensors [B, M-1], or one [M-1, B, M-1]: each peer's attention to all."""
+        weights = enumerate(as_rows(scores, self.num_branches - 1, "scores"), start=1)
+        return GraphInputs([*branch_logits], {f"attention{a}": row for a, row in weights})
 
 
 okddip_graph = OKDDipLoss.make_graph
@@ -106,14 +89,20 @@ class OKDDipAttention(MethodModules):
     Both projections go from c to c / 8 channels without bias and are shared by all peers; there is
     no scaling by the square root of the width.
 
-    Args:
-        channels: c, of every peer's feature maps.
-        num_peers: M-1.
+    Raises:
+        ValueError: the M-1 peers' features differ in their channels c.
     """
 
-    def __init__(self, channels: int, num_peers: int) -> None:
+    def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
-        self.num_peers = num_peers
+        peers = spec.channels[:-1]
+        if len(set(peers)) > 1:
+            widths = " and ".join(map(str, sorted(set(peers))))
+            raise ValueError(
+                f"the attention compares the peers' features, which have {widths} channels; give"
+                " peers of one width (the leader, which is the last, may differ)"
+            )
+        self.num_peers, channels = len(peers), peers[0]
         self.query = nn.Linear(channels, max(channels // 8, 1), bias=False)
         self.key = nn.Linear(channels, max(channels // 8, 1), bias=False)
 
@@ -127,27 +116,12 @@ class OKDDipAttention(MethodModules):
         return {"scores": attention.unbind(1)}
 
 
-def _build_attention(spec: BranchSpec) -> OKDDipAttention:
-    peers = spec.channels[:-1]
-    if len(set(peers)) > 1:
-        raise ValueError(
-            "the attention compares the peers' features, which have"
-            f" {' and '.join(map(str, sorted(set(peers))))} channels; give peers of one width (the"
-            " leader, which is the last, may differ)"
-        )
-    return OKDDipAttention(peers[0], len(peers))
-
-
 METHOD = Method(
     name="okddip",
-    summary=(
-        "Diverse peers: each learns from its own attention-weighted group, and a leader from all of"
-        " them"
-    ),
+    summary="Diverse peers: each learns from its own attention-weighted group, and a leader from"
+    " all of them",
     loss_class=OKDDipLoss,
-    branch_range=(3, 8),
-    default_branches=4,
-    build_companion=_build_attention,
+    build_companion=OKDDipAttention,
     topologies=("branches", "peers"),
     kept=-1,
     schedule=Schedule({"code": (80, 300)}),  # the slides have no ramp

@@ -11,12 +11,11 @@ from fastokd.losses import options
 from fastokd.losses.checks import as_rows
 from fastokd.losses.graph_loss import GraphInputs, Rows
 from fastokd.losses.method_loss import MethodLoss, Presets
-from fastokd.losses.options import Impl, Reduction, loss_options
 from fastokd.methods.method import Method, Schedule
 from fastokd.methods.modules import BranchPass, BranchSpec, MethodModules
 
 
-@loss_options
+@options.loss_options
 class ONELoss(MethodLoss):
     """``L = sum_m CE(z^m) + CE(e) + kd_weight * lambda_kd * sum_m T^2 KL(e || z^m)`` with ``e =
     sum_m gate_m z^m``.
@@ -38,21 +37,16 @@ class ONELoss(MethodLoss):
     temperature: float = options.temperature()
     lambda_kd: float = options.weight(1.0, "weight of ensemble -> branch.")
     detach_teacher: bool = options.detach_teacher(
-        True,
-        "the ensemble is a constant in the KL terms, so that the gate learns from its cross-entropy"
-        " alone.",
+        True, "the ensemble is a constant in the KL terms; the gate learns from its cross-entropy."
     )
     teacher_eps: float = options.teacher_eps()
-    label_smoothing: float = options.label_smoothing()
-    reduction: Reduction = options.reduction()
-    impl: Impl = options.impl()
 
     def build_graph(self) -> Graph:
         branches = self.branch_names()
-        nodes: tuple[Node, ...] = (*map(Logits, branches), Mixture("ensemble", branches, "gate"))
-        terms: list[Term] = [CrossEntropy(name) for name in (*branches, "ensemble")]
+        nodes: list[Node] = [*map(Logits, branches), Mixture("ensemble", branches, "gate")]
+        terms: list[Term] = [*map(CrossEntropy, (*branches, "ensemble"))]
         terms += [self.teach("ensemble", name, self.lambda_kd) for name in branches]
-        return Graph("one", nodes, tuple(terms), self.label_smoothing)
+        return Graph("one", nodes, terms, self.label_smoothing)
 
     def labels(self) -> dict[str, str]:
         return {"gate": "scores[0]"}
@@ -60,13 +54,8 @@ class ONELoss(MethodLoss):
     def graph_inputs(
         self, branch_logits: Rows, target: Tensor | None = None, *, scores: Rows
     ) -> GraphInputs:
-        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: each branch's share of the
-        ensemble.
-        """
-        return GraphInputs(
-            as_rows(branch_logits, self.num_branches, "branch_logits"),
-            {"gate": as_rows(scores, 1, "scores")[0]},
-        )
+        """``scores``: one tensor [B, M] in a sequence, or [1, B, M]: shares of the branches."""
+        return GraphInputs([*branch_logits], {"gate": as_rows(scores, 1, "scores")[0]})
 
 
 one_graph = ONELoss.make_graph
@@ -75,15 +64,12 @@ one_graph = ONELoss.make_graph
 class ONEGate(MethodModules):
     """The gate on the shared trunk: pooling, a linear layer to M values with batch norm, ReLU and
     softmax (official code).
-
-    Args:
-        channels: of the trunk's output.
-        num_branches: M.
     """
 
-    def __init__(self, channels: int, num_branches: int) -> None:
+    def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
-        self.fc = nn.Linear(channels, num_branches)
+        num_branches = len(spec.channels)
+        self.fc = nn.Linear(spec.trunk_channels, num_branches)
         self.bn = nn.BatchNorm1d(num_branches)
 
     def forward(self, seen: BranchPass) -> dict[str, tuple[Tensor]]:
@@ -92,16 +78,10 @@ class ONEGate(MethodModules):
         return {"scores": (torch.softmax(F.relu(self.bn(self.fc(pooled))), 1),)}
 
 
-def _build_gate(spec: BranchSpec) -> ONEGate:
-    return ONEGate(spec.trunk_channels, len(spec.channels))
-
-
 METHOD = Method(
     name="one",
     summary="On-the-fly Native Ensemble: a gated mixture of all branches teaches each of them",
     loss_class=ONELoss,
-    branch_range=(2, 8),
-    default_branches=3,
-    build_companion=_build_gate,
+    build_companion=ONEGate,
     schedule=Schedule((80, 300)),  # the published codes
 )

@@ -1,6 +1,4 @@
-"""The mixture of rows of logits with the lowest cross-entropy: a convex problem per sample, solved
-for a whole batch.
-"""
+"""The mixture of logits with the lowest cross-entropy: a convex problem for each sample."""
 
 from collections.abc import Sequence
 
@@ -42,11 +40,8 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
         expected = z.gather(2, target.clamp(0, num_classes - 1).view(-1, 1, 1).expand(-1, count, 1))
     z = z - expected
     # Made on the device: a tensor of Python numbers would be copied there, and wait for it.
-    faces = (
-        torch.arange(1, 2**count, device=z.device).unsqueeze(1)
-        >> torch.arange(count, device=z.device)
-        & 1
-    ).to(z.dtype)
+    numbers = torch.arange(1, 2**count, device=z.device).unsqueeze(1)
+    faces = (numbers >> torch.arange(count, device=z.device) & 1).to(z.dtype)
     lengths = 0.5 ** torch.arange(_STEP_LENGTHS, dtype=z.dtype, device=z.device)
     lengths = torch.cat((torch.zeros_like(lengths[:1]), lengths))
     a = torch.full(z.shape[:2], 1 / count, dtype=z.dtype, device=z.device)
@@ -62,34 +57,30 @@ def lowest_cross_entropy_weights(rows: Sequence[Tensor], target: Tensor) -> Tens
         values = (mixed.unsqueeze(1) + lengths.view(-1, 1) * along.unsqueeze(1)).logsumexp(2)
         # The longest of the best: near the minimum they differ by rounding alone, and Newton's own
         # step is the better.
-        good = values <= values.amin(1, keepdim=True) + 1e-14 * (
-            1 + mixed.abs().amax(1, keepdim=True)
-        )
+        tolerance = 1e-14 * (1 + mixed.abs().amax(1, keepdim=True))
+        good = values <= values.amin(1, keepdim=True) + tolerance
         a = a + torch.where(good, lengths, 0).amax(1, keepdim=True) * (goal - a)
     return a
 
 
 def _quadratic_minimum(a: Tensor, gradient: Tensor, hessian: Tensor, faces: Tensor) -> Tensor:
-    """The point x [B, M] of the simplex where ``gradient (x - a) + (x - a) hessian (x - a) / 2`` is
-    lowest.
+    """The point x [B, M] of the simplex with the lowest ``g (x - a) + (x - a) H (x - a) / 2``.
 
     On the face of the rows F it solves ``H_FF x_F + nu = (H a - g)_F`` with ``sum x_F = 1``.
     """
     count = a.shape[1]
     trace = hessian.diagonal(dim1=1, dim2=2).sum(1)
     scale = torch.maximum(trace, 1e-12 * (1 + gradient.abs().amax(1)))
-    # The ridge decides where the model is flat, as it is for equal rows.
+    # The ridge decides where the model is flat, for example for equal rows.
     h = hessian / scale.view(-1, 1, 1) + _RIDGE * torch.eye(count, dtype=a.dtype, device=a.device)
     right = (h @ a.unsqueeze(2)).squeeze(2) - gradient / scale.unsqueeze(1)
     system = torch.zeros(len(a), len(faces), count + 1, count + 1, dtype=a.dtype, device=a.device)
-    system[..., :count, :count] = h.unsqueeze(1) * (
-        faces.unsqueeze(2) * faces.unsqueeze(1)
-    ) + torch.diag_embed(1 - faces)
+    pairs = faces.unsqueeze(2) * faces.unsqueeze(1)
+    system[..., :count, :count] = h.unsqueeze(1) * pairs + torch.diag_embed(1 - faces)
     system[..., :count, count] = faces
     system[..., count, :count] = faces
-    sides = torch.cat(
-        (right.unsqueeze(1) * faces, torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)), 2
-    )
+    ones = torch.ones_like(faces[:, :1]).expand(len(a), -1, -1)
+    sides = torch.cat((right.unsqueeze(1) * faces, ones), 2)
     x: Tensor = torch.linalg.solve_ex(system, sides.unsqueeze(3))[0].squeeze(3)[..., :count]
     # A minimum outside of its face becomes a point of the simplex that is worse than the best.
     x = x.clamp_min(0)

@@ -1,6 +1,4 @@
-"""The networks, one file per family. A family's file is imported when one of its networks is
-requested.
-"""
+"""The networks, one file per family, which is imported when one of them is requested."""
 
 from fastokd.models.assembly import assemble, check_layout, companion_builder
 from fastokd.models.branch_out import branch_out

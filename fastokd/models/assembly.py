@@ -28,10 +28,8 @@ def assemble(
     ``create_model``. ``kept`` is the index of the student's branch, by default the method's.
     """
     if not isinstance(aux_blocks, int) or aux_blocks < 0:
-        raise ConfigError(
-            f"aux_blocks={aux_blocks!r}; it must be a whole number of at least 0 (the paper uses 4"
-            " on CIFAR)"
-        )
+        fix = "it must be a whole number of at least 0 (the paper uses 4 on CIFAR)"
+        raise ConfigError(f"aux_blocks={aux_blocks!r}; {fix}")
     if len(backbones) == 1:
         backbones = [*backbones] * num_branches
     names = [backbone.name for backbone in backbones]
@@ -49,73 +47,60 @@ def assemble(
             branches[index] = backbone.build_branch(num_classes, level, aux_blocks)
     ordered = [branches[index] for index in range(num_branches)]
     joins = [backbone.join for backbone in backbones]
-    builder = companion_builder(method, options)
+    modules = (companion_builder(method, options), teacher, method.name)
     try:
-        return BranchedModel(
-            names, num_classes, trunk, ordered, joins, kept, builder, teacher, method.name
-        )
+        return BranchedModel(names, num_classes, trunk, ordered, joins, kept, *modules)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(
-            f"method '{method.name}' with model '{','.join(dict.fromkeys(names))}': {error}"
-        ) from error
+        model = ",".join(dict.fromkeys(names))
+        raise ConfigError(f"method '{method.name}' with model '{model}': {error}") from error
 
 
 def companion_builder(
     method: Method, options: Mapping[str, OptionValue] | None
 ) -> Callable[[BranchSpec], MethodModules] | None:
-    """A function that builds the method's own modules with these options, on top of their defaults;
-    None if it has none.
-
-    Raises:
-        ConfigError: there is no such option or choice.
+    """The constructor of the method's own modules with these options, which it checks; None without
+    modules.
     """
     for name, value in (options or {}).items():
         if name not in method.model_options:
-            raise ConfigError(
-                f"unknown option '{name}' of method"
-                f" '{method.name}'{did_you_mean(name, method.model_options)}"
-            )
+            hint = did_you_mean(name, method.model_options)
+            raise ConfigError(f"unknown option '{name}' of method '{method.name}'{hint}")
         try:
             method.model_options[name].check(name, value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"method '{method.name}': {error}") from error
     if method.build_companion is None:
         return None
-    return functools.partial(
-        method.build_companion, **{**method.default_model_options(), **(options or {})}
-    )
+    values = {**method.default_model_options(), **(options or {})}
+    return functools.partial(method.build_companion, **values)
 
 
 def check_layout(
     method: Method, names: Sequence[str], topology: str | None, num_branches: int
 ) -> Topology:
-    """The topology of a method for these networks; None for the method's default.
-
-    Raises:
-        ConfigError: the method does not support it; the message has what it supports.
-    """
+    """The topology (None: the default), or a ConfigError that states what the method supports."""
     chosen = method.topologies[0] if topology is None else topology
+    title, model = f"method '{method.name}'", f"model={','.join(names)!r}"
     if chosen not in method.topologies:
-        raise ConfigError(
-            f"topology='{topology}': method '{method.name}' takes {' or '.join(method.topologies)}"
-        )
+        raise ConfigError(f"topology='{topology}': {title} takes {' or '.join(method.topologies)}")
     low, high = method.branch_range
     if not isinstance(num_branches, int) or not low <= num_branches <= high:
         allowed = f"{low} to {high}" if low < high else f"{low} only"
-        raise ConfigError(
-            f"{num_branches!r} branches: method '{method.name}' takes {allowed} (its default is"
-            f" {method.default_branches})"
-        )
+        allowed += f" (its default is {method.default_branches})"
+        raise ConfigError(f"{num_branches!r} branches: {title} takes {allowed}")
     if len(names) > 1 and chosen != "peers":
-        raise ConfigError(
-            f"model={','.join(names)!r}: several networks can only be peers, and method"
-            f" '{method.name}' branches one network; name one"
-        )
+        reason = f"several networks can only be peers, and {title} branches one network"
+        raise ConfigError(f"{model}: {reason}; name one")
     if len(names) not in (1, num_branches):
-        raise ConfigError(
-            f"model={','.join(names)!r} names {len(names)} networks for {num_branches} branches;"
-            " name one, or as many as there are branches"
-        )
+        reason = f"names {len(names)} networks for {num_branches} branches"
+        raise ConfigError(f"{model} {reason}; name one, or as many as there are branches")
     return chosen
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Raise a ConfigError unless the number of classes is an integer of at least 2."""
+    if not isinstance(num_classes, int) or num_classes < 2:
+        fix = "a classifier needs a whole number of at least 2"
+        raise ConfigError(f"num_classes={num_classes!r}; {fix}")

@@ -1,8 +1,7 @@
-"""Branch a classifier of torchvision, timm or the user at a named stage; its student is a module of
-the original class.
-"""
+"""Branch a classifier of torchvision, timm or the user; its student keeps the original class."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -13,36 +12,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastokd.errors import ConfigError, did_you_mean
 from fastokd.methods import get_method
-from fastokd.models.assembly import assemble, check_layout
+from fastokd.models import tracing
+from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, Branch, BranchedModel
 from fastokd.models.layers import conv
-from fastokd.models.tracing import (
-    NOT_COMPUTED,
-    Shapes,
-    default_input_size,
-    feature_node,
-    get,
-    is_nhwc,
-    list_split_points,
-    maps_view,
-    meta_copy,
-    named,
-    part,
-    put,
-    record_shapes,
-    repeats,
-    tail_from,
-    target,
-    tensors,
-    trace,
-    uses,
-)
+from fastokd.models.tracing import Shapes, get, list_split_points, put, target
 
 Init = Literal["auto", "copy", "fresh"]
 NOISE = 0.1
 """Noise on the weights of an equal copy, as a fraction of each tensor's standard deviation."""
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_REPLACE = "replace it yourself, then branch out"
 
 
 def branch_out(
@@ -56,8 +37,7 @@ def branch_out(
     init: Init = "auto",
     input_size: Sequence[int] | None = None,
 ) -> BranchedModel:
-    """Branch a classifier: everything before ``at`` becomes the trunk, ``at`` and everything after
-    it exists M times.
+    """Branch a classifier: all before ``at`` becomes the trunk, ``at`` and the rest exist M times.
 
     The branch that the method keeps is the module's own: ``student()`` returns a module of the
     original class with the original state dict. The module itself is not changed. For hierarchical
@@ -90,20 +70,17 @@ def branch_out(
         num_classes: C; None for the module's. Another number replaces the last layer by a fresh one
             in every branch, with a warning that names it.
         init: see above.
-        input_size: channels, height and width of an image, for finding shapes; None for the size
-            that the network declares, else (3, 224, 224).
+        input_size: channels, height and width of an image; None for the size that the network
+            declares, else (3, 224, 224).
 
     Raises:
-        ConfigError: the module cannot be split there or is not a classifier, or a number is out of
-            range.
+        ConfigError: the module cannot be split there or is no classifier, or a number is wrong.
     """
     if init not in get_args(Init):
         raise ConfigError(f"unknown init '{init}'{did_you_mean(init, get_args(Init))}")
     if not isinstance(deepen, int) or deepen < 0:
-        raise ConfigError(
-            f"deepen={deepen!r}; it must be a whole number of at least 0 (the paper uses 2 on"
-            " ImageNet)"
-        )
+        fix = "it must be a whole number of at least 0 (the paper uses 2 on ImageNet)"
+        raise ConfigError(f"deepen={deepen!r}; {fix}")
     chosen = get_method(method)
     num_branches = chosen.default_branches if num_branches is None else num_branches
     module = copy.deepcopy(module)
@@ -117,20 +94,13 @@ def branch_out(
 
 
 Source = tuple[nn.Module, Callable[[nn.Module], nn.Module]]
-"""A network that provides the modules of a trunk or a branch, and a function that makes a further
-block from one of its blocks.
-"""
+"""A network that provides modules, and a function that makes a new block from one of its blocks."""
 
 
 class Split:
-    """A classifier cut into trunk, body and head.
+    """A classifier cut into trunk, body and head; arguments and errors as in ``branch_out``.
 
-    Args:
-        module: the classifier; its last layer is replaced if ``num_classes`` differs from its own.
-        at, input_size, num_classes: see ``branch_out``.
-
-    Raises:
-        ConfigError: see ``branch_out``.
+    Its last layer is replaced if ``num_classes`` differs from the module's.
     """
 
     def __init__(
@@ -142,30 +112,26 @@ class Split:
     ) -> None:
         self.kind = type(module).__name__
         self.at = at
-        self.size = tuple(input_size or default_input_size(module))
-        network = meta_copy(module)
+        self.size = tuple(input_size or tracing.default_input_size(module))
+        network = tracing.meta_copy(module)
         try:
             network.get_submodule(at)
         except AttributeError:
-            points = list_split_points(network, self.size)
-            raise ConfigError(
-                f"at='{at}': {self.kind} has no module of that name{did_you_mean(at, points)}"
-            ) from None
+            hint = did_you_mean(at, list_split_points(network, self.size))
+            raise ConfigError(f"at='{at}': {self.kind} has no module of that name{hint}") from None
         steps = at.split(".")
         self.opened = [".".join(steps[:count]) for count in range(1, len(steps))]
-        graph = trace(network, self.opened)
-        shapes = record_shapes(network, graph, self.size)
+        graph = tracing.trace(network, self.opened)
+        shapes = tracing.record_shapes(network, graph, self.size)
         self.num_classes, self.replaced = self._classifier(module, graph, shapes, num_classes)
         self._cut(network, graph, shapes)
         self._check_sharing(network)
         self.grown = self._grown(network, shapes)
 
     def _error(self, network: nn.Module, reason: str) -> ConfigError:
-        points = ", ".join(list_split_points(network, self.size))
-        return ConfigError(
-            f"at='{self.at}': {self.kind} cannot be split there: {reason}; split points:"
-            f" {points or 'none'}"
-        )
+        points = ", ".join(list_split_points(network, self.size)) or "none"
+        where = f"at='{self.at}': {self.kind} cannot be split there"
+        return ConfigError(f"{where}: {reason}; split points: {points}")
 
     def _classifier(
         self, module: nn.Module, graph: fx.Graph, shapes: Shapes, wanted: int | None
@@ -183,31 +149,22 @@ class Split:
             result = "several values" if logits is None else list(logits)
             raise ConfigError(
                 f"{self.kind} is no classifier: for one image it returns {result}, and its last"
-                f" layer is {last}; a classifier ends in a linear layer (or 1x1 convolution) to"
-                " logits [B, C]"
+                f" layer is {last}; it must be a linear layer or 1x1 convolution to logits [B, C]"
             )
         if wanted is None or wanted == logits[1]:
             return logits[1], None
         self._replace_classifier(module, last, wanted)
-        again = record_shapes(meta_copy(module), graph, self.size).nodes[output]
+        again = tracing.record_shapes(tracing.meta_copy(module), graph, self.size).nodes[output]
         if again[1] != wanted:
-            raise ConfigError(
-                f"num_classes={wanted}: replacing the last layer '{last}' gives logits"
-                f" {list(again)}; replace the classifier yourself, then branch out"
-            )
-        warnings.warn(
-            f"{self.kind} has {logits[1]} classes: its last layer '{last}' is replaced by a fresh"
-            f" one for {wanted}",
-            stacklevel=4,
-        )
+            reason = f"replacing the last layer '{last}' gives logits {list(again)}"
+            raise ConfigError(f"num_classes={wanted}: {reason}; {_REPLACE}")
+        change = f"its last layer '{last}' is replaced by a fresh one for {wanted}"
+        warnings.warn(f"{self.kind} has {logits[1]} classes: {change}", stacklevel=4)
         return wanted, last
 
     def _replace_classifier(self, module: nn.Module, name: str, wanted: int) -> None:
         """Put a fresh last layer with ``wanted`` outputs into the module."""
-        if not isinstance(wanted, int) or wanted < 2:
-            raise ConfigError(
-                f"num_classes={wanted!r}; a classifier needs a whole number of at least 2"
-            )
+        check_num_classes(wanted)
         before: Any = module.get_submodule(name)
         kind, bias = type(before), before.bias is not None
         if kind is nn.Linear:
@@ -216,67 +173,57 @@ class Split:
             geometry = (before.kernel_size, before.stride, before.padding)
             after = nn.Conv2d(before.in_channels, wanted, *geometry, bias=bias)
         else:
-            raise ConfigError(
-                f"num_classes={wanted}: the last layer '{name}' is a {kind.__name__};"
-                " replace it yourself, then branch out"
-            )
+            reason = f"the last layer '{name}' is a {kind.__name__}"
+            raise ConfigError(f"num_classes={wanted}: {reason}; {_REPLACE}")
         put(module, name, after.to(before.weight.device, before.weight.dtype))
         if hasattr(module, "num_classes"):
             setattr(module, "num_classes", wanted)  # noqa: B010  # not declared by nn.Module
 
     def _cut(self, network: nn.Module, graph: fx.Graph, shapes: Shapes) -> None:
-        calls = [node for node in graph.nodes if node.op not in NOT_COMPUTED]
-        first = next(
-            (
-                node
-                for node in calls
-                if node.op == "call_module" and f"{target(node)}.".startswith(f"{self.at}.")
-            ),
-            None,
-        )
-        if first is None:
+        calls = [node for node in graph.nodes if node.op not in tracing.NOT_COMPUTED]
+        modules = (node for node in calls if node.op == "call_module")
+        owned = [node for node in modules if f"{target(node)}.".startswith(f"{self.at}.")]
+        if not owned:
             raise self._error(network, "its forward does not call it")
-        tail = [node for node in tail_from(graph, first) if node.op != "output"]
-        entering = uses(tail)
+        tail = [node for node in tracing.tail_from(graph, owned[0]) if node.op != "output"]
+        entering = tracing.uses(tail)
         if len(entering) != 1:
-            raise self._error(
-                network,
-                f"{len(entering)} tensors cross this point ({', '.join(map(_title, entering))}), as"
-                " inside a residual or dense block; a split needs exactly one",
-            )
+            crossing = f"{len(entering)} tensors cross this point ({_titles(entering)})"
+            fix = "as inside a residual or dense block; a split needs exactly one"
+            raise self._error(network, f"{crossing}, {fix}")
         self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.cut = entering[0]
         self.trunk_nodes = [node for node in calls if node not in set(tail)]
-        weights = (w for name in named(self.trunk_nodes) for w in tensors(network, name))
-        if not any(weight.numel() for weight in weights):
+        if not any(weight.numel() for weight in tracing.weights(network, self.trunk_nodes)):
             raise self._error(network, "no parameters before this point, so the trunk is empty")
-        end = feature_node(network, [self.cut, *tail], shapes)
+        end = tracing.feature_node(network, [self.cut, *tail], shapes)
         if not end:
             raise self._error(network, "it comes after the last feature maps")
         if self.cut in shapes.written:
-            raise self._error(
-                network, "the first operation there overwrites its input, which branches share"
-            )
+            reason = "the first operation there overwrites its input, which branches share"
+            raise self._error(network, reason)
         self.body_nodes, self.head_nodes = tail[:end], tail[end:]
         self.features, self.logits = tail[end - 1], tail[-1]
         shape = shapes.nodes[self.cut]
-        self.trunk_channels = shape[1] if len(shape) == 4 and not is_nhwc(network) else shape[-1]
-        self.view, self.channels = maps_view(network, shapes.nodes[self.features])
+        channels_first = len(shape) == 4 and not tracing.is_nhwc(network)
+        self.trunk_channels = shape[1 if channels_first else -1]
+        self.view, self.channels = tracing.maps_view(network, shapes.nodes[self.features])
+
+    @property
+    def _parts(self) -> dict[str, list[fx.Node]]:
+        return {"trunk": self.trunk_nodes, "body": self.body_nodes, "head": self.head_nodes}
 
     def _check_sharing(self, network: nn.Module) -> None:
         """Refuse weights that several parts use: copying the parts would separate them."""
         owner: dict[int, str] = {}
-        parts = {"trunk": self.trunk_nodes, "body": self.body_nodes, "head": self.head_nodes}
-        for title, nodes in parts.items():
-            for name in named(nodes):
-                for tensor in tensors(network, name):
+        for title, nodes in self._parts.items():
+            for name in tracing.named(nodes):
+                for tensor in tracing.tensors(network, name):
                     if owner.setdefault(id(tensor), title) != title:
                         raise self._error(network, f"'{name}' is used on both sides")
 
     def _grown(self, network: nn.Module, shapes: Shapes) -> tuple[str, str | None]:
-        """The module after which blocks are added, and the block to copy; None for residual blocks
-        of this package.
-        """
+        """The module after which blocks are added; the block to copy, None for ``AddedBlock``."""
         calls = [node for node in self.body_nodes if node.op == "call_module"]
         targets = tuple(f"{target(node)}." for node in calls)
         # A block finishes after the blocks inside it.
@@ -284,7 +231,7 @@ class Split:
             keeps_shape = call.shape_in is not None and call.shape_in == call.shape_out
             if call.calls == 1 and keeps_shape and f"{call.name}.".startswith(targets):
                 siblings = network.get_submodule(call.name.rpartition(".")[0]).children()
-                if repeats(network.get_submodule(call.name), siblings):
+                if tracing.repeats(network.get_submodule(call.name), siblings):
                     return call.name, call.name
         shape = shapes.nodes[self.features]
         ends = [target(node) for node in calls if shapes.nodes.get(node) == shape]
@@ -295,34 +242,28 @@ class Split:
     def branch(
         self, source: nn.Module, num_blocks: int, new_block: Callable[[nn.Module], nn.Module]
     ) -> "PartBranch":
-        """The branch, made of the modules of a source, with ``num_blocks`` additional blocks;
-        ``new_block`` makes one from the block to copy.
-        """
+        """A branch of a source's modules and ``num_blocks`` more, which ``new_block`` makes."""
         if num_blocks:
             end, block = self.grown
             if not end:
-                raise ConfigError(
-                    f"{self.kind} from '{self.at}' on has no block that could be repeated; deepen=0"
-                    " (--aux-blocks 0) makes branches of equal depth"
-                )
-            last = source.get_submodule(end)
-            like = next(source.parameters())
+                reason = f"{self.kind} from '{self.at}' on has no block that could be repeated"
+                fix = "deepen=0 (--aux-blocks 0) makes branches of equal depth"
+                raise ConfigError(f"{reason}; {fix}")
+            last, like = source.get_submodule(end), next(source.parameters())
             blocks = [
                 new_block(last) if block else AddedBlock(self.channels).to(like.device, like.dtype)
                 for _ in range(num_blocks)
             ]
             put(source, end, Blocks(last, *blocks) if block else nn.Sequential(last, *blocks))
-        body = part(source, self.body_nodes, self.cut, self.features)
-        head = part(source, self.head_nodes, self.features, self.logits)
+        body = tracing.part(source, self.body_nodes, self.cut, self.features)
+        head = tracing.part(source, self.head_nodes, self.features, self.logits)
         return PartBranch(body, head, self.channels, copy.deepcopy(self.view))
 
     def backbone(self, name: str, sources: Iterator[Source]) -> Backbone:
         """The backbone that ``BranchedModel`` is built from.
 
-        Args:
-            name: of the network.
-            sources: networks of this structure. A trunk and the first branch built after it share
-                one; each further branch takes another.
+        A trunk and the first branch built after it share one of ``sources``, which are networks of
+        this structure; each further branch takes another.
         """
         shell = nn.Module()
         unfinished: list[Source] = []  # of a trunk, for the next branch
@@ -332,7 +273,7 @@ class Split:
             unfinished[:] = [next(sources)]
             source = unfinished[0][0]
             shell = self._shell(source)
-            trunk: Any = part(source, self.trunk_nodes, self.input, self.cut)
+            trunk: Any = tracing.part(source, self.trunk_nodes, self.input, self.cut)
             trunk.channels = self.trunk_channels
             return trunk
 
@@ -342,12 +283,9 @@ class Split:
 
         def join(trunk: nn.Module, branch: Branch) -> nn.Module:
             network = copy.deepcopy(shell)
-            for nodes, owner in (
-                (self.trunk_nodes, trunk),
-                (self.body_nodes, branch.body),
-                (self.head_nodes, branch.head),
-            ):
-                for path in named(nodes):
+            owners = (trunk, branch.body, branch.head)
+            for nodes, owner in zip(self._parts.values(), owners, strict=True):
+                for path in tracing.named(nodes):
                     put(network, path, get(owner, path))
             for path in self.opened:
                 network.get_submodule(path).training = trunk.training
@@ -358,7 +296,7 @@ class Split:
     def _shell(self, source: nn.Module) -> nn.Module:
         """The network without the modules and tensors of trunk and branches."""
         memo: dict[int, object] = {}
-        for path in named([*self.trunk_nodes, *self.body_nodes, *self.head_nodes]):
+        for path in tracing.named(itertools.chain(*self._parts.values())):
             value = get(source, path)
             is_module = isinstance(value, nn.Module)
             memo[id(value)] = nn.Identity() if is_module else type(value)(torch.empty(0))
@@ -366,12 +304,7 @@ class Split:
 
 
 class PartBranch(Branch):
-    """A branch whose features may be tokens; gates see them as feature maps.
-
-    Args:
-        body, head, channels: see ``Branch``.
-        view: maps the body's output to feature maps [B, channels, H, W].
-    """
+    """A branch whose features may be tokens; ``view`` turns them into maps for gates."""
 
     def __init__(self, body: nn.Module, head: nn.Module, channels: int, view: nn.Module) -> None:
         super().__init__(body, head, channels)
@@ -404,21 +337,18 @@ class GrowingBlock(nn.Module):
 
 
 class AddedBlock(nn.Module):
-    """A residual block on feature maps [B, channels, H, W] of any sign, in pre-activation order (He
-    et al., ECCV 2016).
+    """A residual block on feature maps [B, channels, H, W] of any sign (He et al., ECCV 2016).
 
-    Three convolutions through a quarter of the channels. It starts as the identity: the last
-    convolution is 0.
+    Three convolutions through a quarter of the channels, in pre-activation order. It starts as the
+    identity: the last convolution is 0.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         width = max(channels // 4, 1)
         self.residual = nn.Sequential()
-        for outputs, inputs, kernel in (
-            (width, channels, 1),
-            (width, width, 3),
-            (channels, width, 1),
+        for inputs, outputs, kernel in zip(
+            (channels, width, width), (width, width, channels), (1, 3, 1), strict=True
         ):
             last = conv(inputs, outputs, kernel)
             self.residual.extend((nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), last))
@@ -434,28 +364,23 @@ def fresh_block(block: nn.Module) -> nn.Module:
 
 
 def _copies(module: nn.Module, replaced: str | None, init: Init, equal: bool) -> Iterator[Source]:
-    """The module, then copies of it with weights by ``init``, see ``branch_out``; ``equal`` if they
-    have equal depth.
-    """
+    """The module, then copies with weights by ``init``; ``equal`` if all have the same depth."""
     new_block = fresh_block if init == "fresh" else lambda block: GrowingBlock(copy.deepcopy(block))
     yield copy.deepcopy(module), new_block
     while True:
         source = copy.deepcopy(module)
         if init == "fresh":
             _redraw(source)
-        else:
-            if replaced is not None:
-                _redraw(source.get_submodule(replaced))
-            if equal:
-                _add_noise(source)
+        elif replaced is not None:
+            _redraw(source.get_submodule(replaced))
+        if init != "fresh" and equal:
+            _add_noise(source)
         yield source, new_block
 
 
 @torch.no_grad()
 def _redraw(module: nn.Module) -> nn.Module:
-    """Draw every parameter again with its mean and standard deviation; constants stay, trained
-    normalization layers are reset.
-    """
+    """Draw every parameter again with its mean and deviation; constants stay, norms are reset."""
     for norm in module.modules():
         if isinstance(norm, _NORMS) and not all(map(_is_constant, norm.parameters())):
             norm.reset_parameters()
@@ -486,7 +411,11 @@ def _is_constant(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.numel() == 0 or bool((tensor == tensor.flatten()[0]).all())
 
 
-def _title(node: fx.Node) -> str:
-    """The name of a value in messages."""
-    is_named = node.op in ("call_module", "placeholder")
-    return f"'{node.target}'" if is_named else node.name.removeprefix("network_")
+def _titles(nodes: Sequence[fx.Node]) -> str:
+    """The names of values in messages."""
+    return ", ".join(
+        f"'{node.target}'"
+        if node.op in ("call_module", "placeholder")
+        else node.name.removeprefix("network_")
+        for node in nodes
+    )

@@ -1,6 +1,4 @@
-"""The branched network: one trunk, M branches that share it, the method's own modules, and the
-student it yields.
-"""
+"""The branched network: a trunk, M branches, the method's modules, and the exported student."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -25,9 +23,7 @@ class Branch(nn.Module):
 
     def __init__(self, body: nn.Module, head: nn.Module, channels: int) -> None:
         super().__init__()
-        self.body = body
-        self.head = head
-        self.channels = channels
+        self.body, self.head, self.channels = body, head, channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Trunk maps [B, c, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
@@ -41,7 +37,6 @@ class Branch(nn.Module):
 class PlainNetwork(nn.Sequential):
     """A network for deployment: named children run in order, images to logits [B, C].
 
-    It has no other forward, so trunk and branch together equal the plain network by construction.
     Subclasses add a name and no constructor, which keeps slicing (``net[:-1]``) working.
     """
 
@@ -62,11 +57,9 @@ class Backbone:
     ``build_branch(num_classes, level, aux_blocks)`` builds the branch of hierarchy level 1, 2, ...:
     level 1 is the plain network's, each further level has ``aux_blocks`` more auxiliary blocks.
     ``join`` makes the plain network of a trunk and a branch. ``image_size`` is the height and width
-    of the images that the network is designed for.
-
-    ``compressed(num_branches)``, if supported, is the network split for compression (AHBF Table 5):
-    level M of M is the plain network's branch, and each lower level has ``aux_blocks`` fewer
-    blocks.
+    of the images that the network is designed for. ``compressed(num_branches)``, if supported, is
+    the network split for compression (AHBF Table 5): level M of M is the plain network's branch,
+    and each lower level has ``aux_blocks`` fewer blocks.
     """
 
     name: str
@@ -82,9 +75,7 @@ class Peer(nn.Module):
 
     def __init__(self, trunk: nn.Module, branch: Branch) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.branch = branch
-        self.channels = branch.channels
+        self.trunk, self.branch, self.channels = trunk, branch, branch.channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] to feature maps [B, channels, H', W'] and logits [B, C]."""
@@ -99,8 +90,7 @@ def one_by_one(
 
 
 class BranchedModel(nn.Module):
-    """A network whose last stage exists M times on one shared trunk, or M whole networks side by
-    side (peers).
+    """A network whose last stages exist M times on a shared trunk, or M whole networks (peers).
 
     Built by ``fastokd.models.create_model``.
 
@@ -129,8 +119,7 @@ class BranchedModel(nn.Module):
         method: str = "baseline",
     ) -> None:
         super().__init__()
-        self.names = tuple(names)
-        self.num_classes = num_classes
+        self.names, self.num_classes, self.method = tuple(names), num_classes, method
         self.kept = range(len(branches))[kept]
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
@@ -139,7 +128,6 @@ class BranchedModel(nn.Module):
             channels = tuple(branch.channels for branch in branches)
             spec = BranchSpec(channels, trunk_channels(trunk), num_classes, branches, teacher)
             self.companion = build_companion(spec)
-        self.method = method
         self._joins = tuple(joins)
         self.run_branches = one_by_one
         """Runs branches that do not depend on each other; replaceable, e.g. by CUDA streams."""
@@ -163,11 +151,8 @@ class BranchedModel(nn.Module):
         return modules is not None and type(modules).student is not MethodModules.student
 
     def forward(self, x: Tensor) -> BranchOutput:
-        """Every branch's logits, features and what the method's modules add.
-
-        Args:
-            x: images [B, 3, H, W] in any memory format; peers also take one view each, [M, B, 3, H,
-                W].
+        """Every branch's logits, features and what the method's modules add, for images [B, 3, H,
+        W] in any memory format; peers also take one view each, [M, B, 3, H, W].
         """
         modules, branches = self.companion, tuple(self.branches)
         if self.trunk is None:
@@ -189,9 +174,7 @@ class BranchedModel(nn.Module):
         return BranchOutput(logits, features, extras)
 
     def compile_parts(self) -> None:
-        """Compile trunk, branches and the method's modules separately, when they are first called,
-        so that branches may still run concurrently. Names of weights and the student do not change.
-        """
+        """Compile trunk, branches and the method's modules separately, at their first calls."""
         for part in (self.trunk, self.companion, *self.branches):
             if part is not None:
                 part.compile()
@@ -208,8 +191,7 @@ class BranchedModel(nn.Module):
         plain network's.
 
         Args:
-            branch: index of the branch; None is what the method keeps, which may be more than a
-                branch where branches cannot do without each other (AFID).
+            branch: index of the branch; None for what the method keeps, with AFID more than one.
 
         Raises:
             ConfigError: there is no such branch.
@@ -217,14 +199,11 @@ class BranchedModel(nn.Module):
         return copy.deepcopy(self.live_student(branch))
 
     def live_student(self, branch: int | None = None) -> nn.Module:
-        """As ``student``, but made of the model's own modules: its weights change as the model is
-        trained.
-        """
+        """``student``, made of the model's own modules: its weights change with training."""
         index = self.kept if branch is None else branch
         if index not in range(self.num_branches):
-            raise ConfigError(
-                f"branch {index}: this model has the branches 0 to {self.num_branches - 1}"
-            )
+            last = self.num_branches - 1
+            raise ConfigError(f"branch {index}: this model has the branches 0 to {last}")
         own: Any = self.branches[index]
         student = None
         if branch is None and self.companion is not None:

@@ -1,7 +1,5 @@
-"""DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block.
-
-The distillation papers' "DenseNet-40-12" is the BC form: bottlenecks, and transitions that halve
-the channels.
+"""DenseNet-BC for 32x32 images (Huang et al., CVPR 2017), branched at the last dense block. The
+distillation papers' "DenseNet-40-12" is this form, with bottlenecks and compressing transitions.
 """
 
 from collections import OrderedDict
@@ -16,15 +14,11 @@ from fastokd.models.staged import Stage, staged_network
 
 
 class DenseNet(PlainNetwork):
-    """conv1, dense1, dense2, dense3, norm, relu, avgpool, flatten, fc: images [B, 3, 32, 32] to
-    logits [B, C].
-    """
+    """conv1, dense1 .. dense3, norm, relu, avgpool, flatten, fc: [B, 3, H, W] to logits [B, C]."""
 
 
 class DenseLayer(nn.Module):
-    """1x1 and 3x3 convolutions, batch norm and ReLU before each: appends ``growth`` channels to its
-    input.
-    """
+    """Batch norm, ReLU and convolution, 1x1 then 3x3: appends ``growth`` channels to its input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -40,17 +34,14 @@ class DenseLayer(nn.Module):
 
 
 def dense_stage(name: str, num_blocks: int, growth: int, *, transition: bool) -> Stage:
-    """Dense layers, and the transition that halves channels, height and width unless it is the last
-    stage.
-    """
+    """Dense layers, and a transition that halves channels, height and width, if any."""
 
     def out_channels(in_channels: int, count: int) -> int:
         return (in_channels + count * growth) // (2 if transition else 1)
 
     def build(in_channels: int, count: int) -> nn.Sequential:
-        layers: list[nn.Module] = [
-            DenseLayer(in_channels + i * growth, growth) for i in range(count)
-        ]
+        inputs = (in_channels + i * growth for i in range(count))
+        layers: list[nn.Module] = [DenseLayer(channels, growth) for channels in inputs]
         if transition:
             channels = in_channels + count * growth
             halve = conv(channels, out_channels(in_channels, count), 1, fan="fan_in")

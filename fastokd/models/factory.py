@@ -11,20 +11,19 @@ from fastokd.losses.options import OptionValue
 from fastokd.methods import Method, get_method, list_methods
 from fastokd.methods.method import Topology
 from fastokd.methods.modules import BranchSpec
-from fastokd.models.assembly import assemble, check_layout
+from fastokd.models.assembly import assemble, check_layout, check_num_classes
 from fastokd.models.branched import Backbone, BranchedModel, Peer, trunk_channels
 from fastokd.models.libraries import is_library_name, library_backbone, library_network
 from fastokd.registry import Registry
 
 _FAMILIES = {
-    "resnet_cifar": "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 wrn20_8",
+    "resnet_cifar": "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110"
+    " wrn16_2 wrn16_4 wrn28_2 wrn20_8",
     "resnet": "resnet18_imagenet resnet34_imagenet resnet50_imagenet resnext50_32x4d",
-    "wide_resnet": "wrn16_2 wrn16_4 wrn28_2",
     "vgg": "vgg13 vgg16",
     "densenet": "densenet40_12",
-    "mobilenet_v2": (
-        "mobilenetv2_x0_5 mobilenetv2_x1_0 mobilenetv2_x0_5_imagenet mobilenetv2_x1_0_imagenet"
-    ),
+    "mobilenet_v2": "mobilenetv2_x0_5 mobilenetv2_x1_0"
+    " mobilenetv2_x0_5_imagenet mobilenetv2_x1_0_imagenet",
     "shufflenet_v2": "shufflenetv2_x1_0",
     "xception": "xception",
 }
@@ -88,7 +87,7 @@ def create_model(
         MissingExtra: timm is needed and not installed.
     """
     chosen, names = get_method(method), [part.strip() for part in name.split(",")]
-    _check_num_classes(num_classes)
+    check_num_classes(num_classes)
     if num_branches is None:
         num_branches = chosen.default_branches if len(names) == 1 else len(names)
     topology = check_layout(chosen, names, topology, num_branches)
@@ -100,14 +99,11 @@ def create_model(
     if compression:
         compressed, kept = backbones[0].compressed, -1
         if not chosen.hierarchical:
-            raise ConfigError(
-                f"compression: method '{method}' has branches of equal depth; use method 'ahbf'"
-            )
+            reason = f"method '{method}' has branches of equal depth; use method 'ahbf'"
+            raise ConfigError(f"compression: {reason}")
         if compressed is None:
-            raise ConfigError(
-                f"compression: model '{backbones[0].name}' does not say which of its blocks can be"
-                " removed; use another"
-            )
+            reason = "does not say which of its blocks can be removed; use another"
+            raise ConfigError(f"compression: model '{backbones[0].name}' {reason}")
         backbones = [compressed(num_branches)]
     sizes = (num_classes, num_branches, aux_blocks)
     return assemble(backbones, chosen, *sizes, topology, options, teacher, kept)
@@ -116,32 +112,21 @@ def create_model(
 def find_backbone(
     name: str, at: str | None = None, num_classes: int = 10, split: bool = False
 ) -> Backbone:
-    """The backbone of that name; no network is built.
+    """The backbone of one name, without building it; arguments and errors as ``create_model``.
 
-    Args:
-        name, at, num_classes: as in ``create_model``, for one network.
-        split: whether several branches will share its trunk.
-
-    Raises:
-        ConfigError, MissingExtra: as ``create_model``.
+    ``split`` is whether several branches will share its trunk.
     """
     if is_library_name(name):
         return library_backbone(name, num_classes, at, split)
     backbone = get_backbone(name)
     if at is not None:
-        raise ConfigError(
-            f"at='{at}': {name} is branched as in its paper; at is for networks"
-            " torchvision:NAME and timm:NAME"
-        )
+        reason = f"{name} is branched as in its paper; at is for torchvision:NAME and timm:NAME"
+        raise ConfigError(f"at='{at}': {reason}")
     return backbone
 
 
 def allowed_methods(name: str) -> list[str]:
-    """The names of the methods that can train the network of that name, with itself or as peers.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
+    """The methods that can train the network of that name; a ConfigError for an unknown name."""
     with torch.device("meta"):
         backbone = find_backbone(name)
         trunk, branch = backbone.build_trunk(), backbone.build_branch(10, 1, 0)
@@ -153,11 +138,9 @@ def allowed_methods(name: str) -> list[str]:
             peers, count = method.topologies[0] == "peers", method.default_branches
             branches = [Peer(trunk, branch) if peers else branch] * count
             channels = trunk_channels(None if peers else trunk)
+            spec = BranchSpec((branch.channels,) * count, channels, 10, branches)
             try:
-                method.build_companion(
-                    BranchSpec((branch.channels,) * count, channels, 10, branches),
-                    **method.default_model_options(),
-                )
+                method.build_companion(spec, **method.default_model_options())
             except ValueError:
                 return False
             return True
@@ -168,8 +151,7 @@ def allowed_methods(name: str) -> list[str]:
 def create_student(
     name: str, num_classes: int = 10, *, branch: int | None = None, **layout: Any
 ) -> nn.Module:
-    """Create the plain network of that name, with fresh weights: images [B, 3, H, W] to logits [B,
-    C].
+    """Create the plain network of that name with fresh weights: images to logits [B, C].
 
     A student's state dict loads into it: ``create_student(model.name,
     C).load_state_dict(model.student().state_dict())``. "NETWORKS@METHOD" is the student of a method
@@ -188,7 +170,7 @@ def create_student(
     networks, mark, method = name.partition("@")
     if mark:
         return create_model(networks, method, num_classes).student()
-    _check_num_classes(num_classes)
+    check_num_classes(num_classes)
     if is_library_name(name):
         return library_network(name, num_classes)
     backbone = get_backbone(name)
@@ -196,11 +178,8 @@ def create_student(
 
 
 def model_name(name: str) -> str:
-    """The registered spelling of a network's name; case and punctuation are ignored: "WRN-16-2" is
-    wrn16_2.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
+    """The registered spelling of a network's name, such as wrn16_2 for "WRN-16-2"; a ConfigError
+    suggests the closest one for an unknown name.
     """
 
     def plain(text: str) -> str:
@@ -210,25 +189,12 @@ def model_name(name: str) -> str:
         return name
     matches = [known for known in _models if plain(known) == plain(name)]
     if len(matches) != 1:
-        raise ConfigError(
-            f"unknown model '{name}'{did_you_mean(name, _models)}; networks of torchvision and"
-            " timm are torchvision:NAME and timm:NAME"
-        )
+        libraries = "networks of torchvision and timm are torchvision:NAME and timm:NAME"
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, _models)}; {libraries}")
     return matches[0]
 
 
 def get_backbone(name: str) -> Backbone:
-    """The backbone of a registered network.
-
-    Raises:
-        ConfigError: the name is unknown; the message suggests the closest one.
-    """
+    """The backbone of a registered network; errors as ``model_name``."""
     name = model_name(name)
     return _models.get(name)[name]
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ConfigError(
-            f"num_classes={num_classes!r}; a classifier needs a whole number of at least 2"
-        )

@@ -18,12 +18,9 @@ def conv(
     *,
     fan: Literal["fan_in", "fan_out"] = "fan_out",
 ) -> nn.Conv2d:
-    """A padded convolution without bias, Kaiming-normal: std sqrt(2 / (kernel^2 out_channels)) by
-    fan-out.
-    """
-    layer = nn.Conv2d(
-        in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
-    )
+    """A padded convolution without bias, Kaiming-normal."""
+    sizes = in_channels, out_channels, kernel, stride, kernel // 2
+    layer = nn.Conv2d(*sizes, groups=groups, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
     return layer
 
@@ -36,10 +33,10 @@ def conv_norm(
     groups: int = 1,
     *,
     activation: type[nn.Module] | None = nn.ReLU,
-) -> list[nn.Module]:
-    """A convolution, its batch norm and its activation, if any, as a list of layers."""
+) -> nn.Sequential:
+    """A convolution, its batch norm and its activation, if any."""
     layers = [conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)]
-    return layers if activation is None else [*layers, activation()]
+    return nn.Sequential(*layers, *([] if activation is None else [activation()]))
 
 
 def linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:
@@ -64,9 +61,8 @@ def classifier(channels: int, num_classes: int) -> nn.Sequential:
 
 @contextlib.contextmanager
 def uncounted_batches(module: nn.Module) -> Iterator[None]:
-    """Context in which batch norms with a momentum do not count batches, which saves one small
-    kernel each per step: only norms without a momentum read the count. The counters stay in the
-    state dict, with their values.
+    """Context in which batch norms with a momentum, which do not read their count of batches, do
+    not count: one small kernel less per norm. The counters stay in the state dict.
     """
     counters = [
         (norm._buffers, norm.num_batches_tracked)

@@ -1,6 +1,4 @@
-"""Networks of torchvision and timm by name: "torchvision:resnet18", "timm:convnext_tiny". Nothing
-is downloaded.
-"""
+"""Networks of torchvision and timm by name, such as "timm:convnext_tiny"; no downloads."""
 
 import difflib
 import functools
@@ -21,9 +19,7 @@ T = TypeVar("T")
 LIBRARIES = ("torchvision", "timm")
 
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
-"""The weights of torchvision's auxiliary classifiers by network. Networks are built without them:
-they return several outputs while training.
-"""
+"""Weights of torchvision's auxiliary classifiers, which networks are built without."""
 
 
 def is_library_name(name: str) -> bool:
@@ -32,8 +28,7 @@ def is_library_name(name: str) -> bool:
 
 
 def library_network(name: str, num_classes: int) -> nn.Module:
-    """Build "torchvision:NAME" or "timm:NAME" with the library's initialization, without auxiliary
-    classifiers: images [B, 3, H, W] to logits [B, C].
+    """Build "torchvision:NAME" or "timm:NAME" with fresh weights, without auxiliary classifiers.
 
     Raises:
         ConfigError: the name is unknown, or the library cannot build the network.
@@ -41,9 +36,8 @@ def library_network(name: str, num_classes: int) -> nn.Module:
     """
     library, _, network = name.partition(":")
     if library not in LIBRARIES:
-        raise ConfigError(
-            f"unknown library '{library}' in model '{name}'{did_you_mean(library, LIBRARIES)}"
-        )
+        hint = did_you_mean(library, LIBRARIES)
+        raise ConfigError(f"unknown library '{library}' in model '{name}'{hint}")
     build = _torchvision(network) if library == "torchvision" else _timm(network)
     try:
         try:
@@ -54,15 +48,12 @@ def library_network(name: str, num_classes: int) -> nn.Module:
             with torch.device("cpu"):  # the constructor computes with tensor values
                 return build(num_classes=num_classes)
     except Exception as error:  # constructors of libraries raise any exception
-        raise ConfigError(
-            f"{name} cannot be built for {num_classes} classes ({first_line(error)})"
-        ) from error
+        reason = f"cannot be built for {num_classes} classes ({first_line(error)})"
+        raise ConfigError(f"{name} {reason}") from error
 
 
 def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
-    """The weights of a library's network without those of auxiliary classifiers, which
-    ``library_network`` does not build.
-    """
+    """The weights of a library's network without those of auxiliary classifiers."""
     prefixes = _AUXILIARY.get(name.removeprefix("torchvision:"), ())
     return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
 
@@ -70,12 +61,8 @@ def without_auxiliary(name: str, weights: Mapping[str, T]) -> dict[str, T]:
 def library_backbone(name: str, num_classes: int, at: str | None, split: bool = True) -> Backbone:
     """A library's network split at ``at``; each branch gets the library's initialization.
 
-    Args:
-        name: as in ``library_network``.
-        num_classes: C.
-        at: the first module that each branch owns. None is allowed without ``split``, where every
-            split point gives the same student.
-        split: whether several branches share the trunk.
+    ``at`` may be None without ``split`` (several branches share the trunk), where every split point
+    gives the same student.
 
     Raises:
         ConfigError, MissingExtra: as ``library_network`` and ``branch_out``. If ``at`` is missing,
@@ -95,9 +82,7 @@ def library_backbone(name: str, num_classes: int, at: str | None, split: bool = 
 
 
 def library_split_points(name: str) -> list[str]:
-    """The split points of a library's network, see ``list_split_points``; errors as
-    ``library_network``.
-    """
+    """The split points of a library's network, see ``list_split_points``."""
     return list_split_points(_template(name, 10))
 
 
@@ -112,9 +97,8 @@ def _torchvision(network: str) -> Callable[..., nn.Module]:
 
     names = torchvision.models.list_models(module=torchvision.models)
     if network not in names:
-        raise ConfigError(
-            f"torchvision has no classifier '{network}'{did_you_mean(network, names)}"
-        )
+        hint = did_you_mean(network, names)
+        raise ConfigError(f"torchvision has no classifier '{network}'{hint}")
     extra = {"aux_logits": False, "init_weights": True} if network in _AUXILIARY else {}
     return functools.partial(torchvision.models.get_model, network, weights=None, **extra)
 
@@ -123,14 +107,12 @@ def _timm(network: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError:
-        raise MissingExtra(
-            f"timm:{network} needs timm, which is not installed: pip install 'fastokd[timm]'"
-        ) from None
+        fix = "which is not installed: pip install 'fastokd[timm]'"
+        raise MissingExtra(f"timm:{network} needs timm, {fix}") from None
     if not timm.is_model(network):
         names = timm.list_models()
         close = difflib.get_close_matches(network, names, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ";"
-        raise ConfigError(
-            f"timm has no network '{network}'{hint} timm.list_models() lists all {len(names)}"
-        )
+        hint += f" timm.list_models() lists all {len(names)}"
+        raise ConfigError(f"timm has no network '{network}'{hint}")
     return functools.partial(timm.create_model, network, pretrained=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, Branch, PlainNetwork
 from fastokd.models.layers import conv_norm, linear, pooled
-from fastokd.models.staged import Stage, staged_network
+from fastokd.models.staged import Stage, block_stage, staged_network
 
 # Channels, blocks, stride on ImageNet and stride on 32x32 images of each row.
 ROWS = (
@@ -32,9 +32,7 @@ class MobileNetV2(PlainNetwork):
 
     @classmethod
     def join(cls, trunk: nn.Module, branch: Branch) -> "MobileNetV2":
-        """As ``PlainNetwork.join``; stem, the blocks of all rows and the last convolution are one
-        numbered sequence.
-        """
+        """As ``PlainNetwork.join``; all blocks from stem to last are one numbered sequence."""
         blocks: list[nn.Module] = []
         for name, part in (*trunk.named_children(), *branch.body.named_children()):
             blocks += part.children() if name.startswith("row") else [part]
@@ -44,9 +42,8 @@ class MobileNetV2(PlainNetwork):
 
 
 class InvertedResidual(nn.Module):
-    """A widening 1x1 convolution, a depthwise 3x3 and a narrowing 1x1, with a shortcut if the
-    shapes agree: [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]. Without an
-    ``expansion``, the first convolution is omitted.
+    """A widening 1x1 convolution (if there is an ``expansion``), a depthwise 3x3 and a narrowing
+    1x1, with a shortcut if the shapes agree.
     """
 
     def __init__(
@@ -59,36 +56,13 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         inner = (expansion or 1) * in_channels
-        layers: list[nn.Module] = []
-        if expansion:
-            layers.append(nn.Sequential(*conv_norm(in_channels, inner, 1, activation=activation)))
-        depthwise = conv_norm(inner, inner, 3, stride, groups=inner, activation=activation)
-        layers.append(nn.Sequential(*depthwise))
+        layers = [conv_norm(in_channels, inner, 1, activation=activation)] if expansion else []
+        layers.append(conv_norm(inner, inner, 3, stride, groups=inner, activation=activation))
         self.conv = nn.Sequential(*layers, *conv_norm(inner, out_channels, 1, activation=None))
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.has_shortcut else self.conv(x)
-
-
-def row(
-    name: str,
-    width: int,
-    num_blocks: int,
-    stride: int,
-    expansion: int | None,
-    activation: type[nn.Module],
-) -> Stage:
-    """Blocks of ``width`` channels; the first has the stride."""
-
-    def build(in_channels: int, count: int) -> nn.Sequential:
-        first = InvertedResidual(in_channels, width, stride, expansion, activation)
-        others = (
-            InvertedResidual(width, width, 1, expansion, activation) for _ in range(count - 1)
-        )
-        return nn.Sequential(first, *others)
-
-    return Stage(name, num_blocks, build, lambda *_: width)
 
 
 def backbone(
@@ -102,8 +76,6 @@ def backbone(
     """The network with all channels but the last 1,280 times ``width``.
 
     Args:
-        name: in the registry.
-        width: the multiplier.
         divisor: channels are rounded to a multiple of it, to at least 90 % of the exact value.
         activation: ReLU6 in the ImageNet form; the CIFAR codes use ReLU.
         dropout: probability of zeroing a feature before the classifier.
@@ -115,10 +87,12 @@ def backbone(
         rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * exact else rounded
 
-    def layers(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-        return nn.Sequential(
-            *conv_norm(in_channels, out_channels, kernel, stride, activation=activation)
-        )
+    def row(name: str, width: int, num_blocks: int, stride: int, expansion: int | None) -> Stage:
+        def build(in_channels: int, is_first: bool) -> nn.Module:
+            step = stride if is_first else 1
+            return InvertedResidual(in_channels, width, step, expansion, activation)
+
+        return block_stage(name, num_blocks, width, build)
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
         last = linear(channels, num_classes, std=0.01)
@@ -130,14 +104,16 @@ def backbone(
         # The first row is not widened, but the CIFAR code has the convolution there too.
         expansion = 6 if channels > ROWS[0][0] else 1 if cifar else None
         stride = cifar_stride if cifar else stride
-        rows.append(row(f"row{channels}", scaled(channels), count, stride, expansion, activation))
+        rows.append(row(f"row{channels}", scaled(channels), count, stride, expansion))
     return staged_network(
         name,
         MobileNetV2,
-        stem=lambda: OrderedDict(stem=layers(3, scaled(32), 3, 2)),
+        stem=lambda: OrderedDict(stem=conv_norm(3, scaled(32), 3, 2, activation=activation)),
         stem_channels=scaled(32),
         stages=rows,
-        tail=lambda channels: OrderedDict(last=layers(channels, FEATURES, 1)),
+        tail=lambda channels: OrderedDict(
+            last=conv_norm(channels, FEATURES, 1, activation=activation)
+        ),
         tail_channels=FEATURES,
         head=head,
         split=4,

@@ -4,22 +4,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastokd.models.layers import conv, conv_norm
-from fastokd.models.staged import Stage
+from fastokd.models.staged import Stage, block_stage
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The shortcut: a 1x1 convolution with batch norm where stride or width changes, else none (the
-    identity).
-    """
+    """A 1x1 convolution with batch norm where stride or width changes, else None (the identity)."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(*conv_norm(in_channels, out_channels, 1, stride, activation=None))
+    return conv_norm(in_channels, out_channels, 1, stride, activation=None)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, width, H / stride, W /
-    stride].
-    """
+    """Two 3x3 convolutions around a shortcut, to [B, width, H / stride, W / stride]."""
 
     expansion = 1
 
@@ -38,8 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut: [B, in_channels, H, W] to [B, 4 width, H /
-    stride, W / stride].
+    """1x1, 3x3 and 1x1 convolutions around a shortcut, to [B, 4 width, H / stride, W / stride].
 
     The stride is on the 3x3 convolution, which has ``widen * width`` channels in ``groups`` groups:
     ``widen`` makes a wide ResNet of it, and with groups a ResNeXt.
@@ -68,8 +63,7 @@ class Bottleneck(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, batch norm and ReLU before each: [B, in_channels, H, W] to [B, width, H
-    / stride, W / stride].
+    """Two 3x3 convolutions, batch norm and ReLU before each, to [B, width, H / stride, W / stride].
 
     Where the width changes, the shortcut is a 1x1 convolution of the first ReLU's output (Zagoruyko
     & Komodakis, BMVC 2016, after He et al., ECCV 2016).
@@ -100,11 +94,8 @@ def residual_stage(
     name: str, block: Block, width: int, num_blocks: int, stride: int, **options: int
 ) -> Stage:
     """Blocks of one width; the first has the stride. ``options`` are the block's."""
-    out_channels = width * block.expansion
 
-    def build(in_channels: int, count: int) -> nn.Sequential:
-        first = block(in_channels, width, stride, **options)
-        others = (block(out_channels, width, **options) for _ in range(count - 1))
-        return nn.Sequential(first, *others)
+    def build(in_channels: int, is_first: bool) -> nn.Module:
+        return block(in_channels, width, stride if is_first else 1, **options)
 
-    return Stage(name, num_blocks, build, lambda *_: out_channels)
+    return block_stage(name, num_blocks, width * block.expansion, build)

@@ -1,7 +1,5 @@
-"""ResNets of four stages (He et al., CVPR 2016): the ImageNet form, and ResNeXt (Xie et al., CVPR
-2017) for 32x32 images.
-
-State dicts are torchvision's.
+"""ResNets of four stages (He et al., CVPR 2016) for ImageNet, and ResNeXt (Xie et al., CVPR 2017)
+for 32x32 images. State dicts are torchvision's.
 """
 
 from collections import OrderedDict
@@ -16,9 +14,7 @@ from fastokd.models.staged import Parts, staged_network
 
 
 class ResNet(PlainNetwork):
-    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images [B, 3, H, W] to
-    logits [B, C].
-    """
+    """conv1, bn1, relu, (maxpool,) layer1 .. layer4, avgpool, flatten, fc: images to logits."""
 
 
 def imagenet_stem() -> Parts:

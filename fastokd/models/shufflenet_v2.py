@@ -17,17 +17,12 @@ STEM, FEATURES = 24, 1024
 
 
 class ShuffleNetV2(PlainNetwork):
-    """conv1, stage2, stage3, stage4, conv5, avgpool, flatten, fc: images [B, 3, 32, 32] to logits
-    [B, C].
-    """
+    """conv1, stage2 .. stage4, conv5, avgpool, flatten, fc: [B, 3, 32, 32] to logits [B, C]."""
 
 
 def shuffled_halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate two maps [B, c, H, W], shuffle their channels in two groups (a0, b0, a1, b1,
-    ...), and split in half.
-
-    Each half is made in its own memory, in the memory format of ``b``. This saves a concatenation,
-    and a copy in the convolution that follows.
+    """Two maps [B, c, H, W] to the halves of their interleaved channels a0, b0, a1, b1, ..., each
+    in its own memory: this saves a concatenation, and a copy in the next convolution.
     """
     # The dimension of the channels in memory
     at = 3 if b.is_contiguous(memory_format=torch.channels_last) else 1
@@ -49,9 +44,7 @@ def separable(in_channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 class DownUnit(nn.Module):
-    """Halve height and width: [B, in_channels, H, W] to two halves [B, width, H / 2, W / 2] of the
-    output.
-    """
+    """Halve height and width: [B, c, H, W] to two halves [B, width, H / 2, W / 2]."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -95,14 +88,10 @@ def backbone(name: str) -> Backbone:
     return staged_network(
         name,
         ShuffleNetV2,
-        stem=lambda: OrderedDict(conv1=nn.Sequential(*conv_norm(3, STEM, 3))),
+        stem=lambda: OrderedDict(conv1=conv_norm(3, STEM, 3)),
         stem_channels=STEM,
-        stages=[
-            shuffle_stage("stage2", 116, 4),
-            shuffle_stage("stage3", 232, 8),
-            shuffle_stage("stage4", 464, 4),
-        ],
-        tail=lambda channels: OrderedDict(conv5=nn.Sequential(*conv_norm(channels, FEATURES, 1))),
+        stages=[shuffle_stage(f"stage{i}", 29 * 2**i, 8 if i == 3 else 4) for i in (2, 3, 4)],
+        tail=lambda channels: OrderedDict(conv5=conv_norm(channels, FEATURES, 1)),
         tail_channels=FEATURES,
         head=classifier,
         split=2,

@@ -27,14 +27,13 @@ def level_blocks(num_blocks: Sequence[int], level: int, aux_blocks: int) -> tupl
 
 
 def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) -> tuple[int, ...]:
-    """Blocks in each branched stage of the branch that is ``steps`` below the deepest, in
-    compression mode.
+    """Blocks in each branched stage of the branch ``steps`` below the deepest, for compression.
 
     The deepest has the plain network's. Each further one has ``aux_blocks`` fewer than the
     previous, in one stage: the last, then the one before, and so on; a stage of one block keeps it.
     For four branches, this matches AHBF's published code ("reduced" in its Table 5). For other
-    numbers of branches of a ResNet, that code reduces both stages in the smallest branch, and has
-    two equal branches among five.
+    numbers of branches, that code reduces both stages of a ResNet's smallest branch, and has two
+    equal branches among five.
 
     Raises:
         ConfigError: too few blocks.
@@ -47,22 +46,31 @@ def compressed_blocks(num_blocks: Sequence[int], steps: int, aux_blocks: int) ->
         counts = " and ".join(map(str, num_blocks))
         raise ConfigError(
             f"compression to {steps + 1} branches with aux_blocks={aux_blocks}: the stages have"
-            f" {counts} blocks, too few to take {steps} x {aux_blocks} in turn and leave one in"
-            " each; use fewer branches or smaller aux_blocks"
+            f" {counts} blocks, too few to take {steps} x {aux_blocks}; use fewer of them"
         )
     return tuple(blocks)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one width. ``build`` and ``out_channels`` take the input channels and the number of
-    blocks.
-    """
+    """Blocks of one width; the functions take input channels and the number of blocks."""
 
     name: str
     num_blocks: int
     build: Callable[[int, int], nn.Module]
     out_channels: Callable[[int, int], int]
+
+
+def block_stage(
+    name: str, num_blocks: int, width: int, block: Callable[[int, bool], nn.Module]
+) -> Stage:
+    """Blocks with ``width`` output channels, from ``block(in_channels, is_first)``."""
+
+    def build(in_channels: int, count: int) -> nn.Sequential:
+        others = (block(width, False) for _ in range(count - 1))
+        return nn.Sequential(block(in_channels, True), *others)
+
+    return Stage(name, num_blocks, build, lambda *_: width)
 
 
 def staged_network(
@@ -78,8 +86,7 @@ def staged_network(
     tail_channels: int | None = None,
     image_size: int = 32,
 ) -> Backbone:
-    """A network of a stem, stages, a tail and a head, branched at a stage, each hierarchy level
-    deeper than the previous.
+    """A network of a stem, stages, a tail and a head, branched at a stage.
 
     Args:
         name: in the registry.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,14 +34,10 @@ def _count(module: nn.Module, input_size: Sequence[int]) -> FlopCounterMode:
     shapes = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
     for norm in shapes.modules():
         if isinstance(norm, _BatchNorm):
-            setattr(norm, "forward", _unchanged)  # noqa: B010  # same shapes, and faster
+            setattr(norm, "forward", nn.Identity().forward)  # noqa: B010  # same shapes, faster
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shapes(torch.empty(1, *input_size, device="meta"))
     return counter
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,9 @@ class Cost:
 
 
 def model_costs(model: BranchedModel, image_size: int) -> dict[str, Cost]:
-    """The costs of a branched model: the ``student``, everything in ``training``, and ``branch1``,
-    ... as plain networks.
+    """The costs of the ``student``, of all in ``training``, and of ``branch1``, ... on their own.
 
-    Args:
-        model: on any device; the meta device is fastest.
-        image_size: height and width of an image.
+    The model may be on any device; the meta device is fastest.
     """
     size = (3, image_size, image_size)
     by_kind = _count(model, size).get_flop_counts()
@@ -93,8 +86,7 @@ def check_images(model: nn.Module, image_size: tuple[int, int], made_for: int) -
     try:
         forward_flops(model, (3, height, width))
     except Exception as error:  # operators of a network raise any exception
-        raise ConfigError(
-            f"the network cannot take images of {height} x {width} pixels ({first_line(error)}); it"
-            f" is made for {made_for} x {made_for}: pass --image-size {made_for}, or another"
-            " --model"
-        ) from error
+        reason = f"cannot take images of {height} x {width} pixels ({first_line(error)})"
+        fix = f"pass --image-size {made_for}, or another --model"
+        made = f"it is made for {made_for} x {made_for}"
+        raise ConfigError(f"the network {reason}; {made}: {fix}") from error

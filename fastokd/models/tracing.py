@@ -20,7 +20,6 @@ DROPOUTS: dict[object, Callable[..., nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
 }
 NOT_COMPUTED = ("placeholder", "get_attr", "output")
-_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 class _ImagesOnly(nn.Module):
@@ -46,10 +45,10 @@ class _Tracer(fx.Tracer):
 
 
 def _untraceable(network: nn.Module, error: Exception) -> ConfigError:
+    name, reason = type(network).__name__, first_line(error)
     return ConfigError(
-        f"the forward of {type(network).__name__} cannot be followed by torch.fx"
-        f" ({first_line(error)}); a network can be branched if its forward is a fixed sequence of"
-        " calls"
+        f"the forward of {name} cannot be followed by torch.fx ({reason}); a network can be"
+        " branched if its forward is a fixed sequence of calls"
     )
 
 
@@ -71,13 +70,14 @@ def trace(network: nn.Module, opened: Collection[str] = ()) -> fx.Graph:
             if node.op in ("call_module", "get_attr"):
                 node.target = target(node).removeprefix("network.")
             elif node.op == "call_function" and node.target in DROPOUTS:
-                # The flag at trace time. ``_dropout`` makes a module, which has its own flag.
+                # The flag at trace time; ``_dropout`` makes a module with its own flag.
                 node.kwargs = {key: v for key, v in node.kwargs.items() if key != "training"}
         graphs.append(graph)
     if str(graphs[0]) != str(graphs[1]):
+        name = type(network).__name__
         raise ConfigError(
-            f"the forward of {type(network).__name__} differs between training and evaluation"
-            " (auxiliary classifiers?), so it cannot be branched; build it without them"
+            f"the forward of {name} differs between training and evaluation (auxiliary"
+            " classifiers?), so it cannot be branched; build it without them"
         )
     return graphs[0]
 
@@ -106,9 +106,7 @@ def tail_from(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
 def part(
     source: nn.Module, nodes: Sequence[fx.Node], start: fx.Node, end: fx.Node
 ) -> fx.GraphModule:
-    """A module that computes ``end`` from ``start``, made of the source's modules under their
-    names.
-    """
+    """A module that computes ``end`` from ``start`` with the source's modules."""
     graph = fx.Graph()
     copies = {start: graph.placeholder("x")}
     holder = nn.Module()
@@ -143,12 +141,10 @@ def _dropout(
 
 def named(nodes: Iterable[fx.Node]) -> list[str]:
     """The names of the modules and tensors that a part of a graph uses."""
-    used = [
-        value
-        for node in nodes
-        for value in (*node.all_input_nodes, node)
-        if value.op == "get_attr" or (value is node and node.op == "call_module")
-    ]
+    used: list[fx.Node] = []
+    for node in nodes:
+        used += [value for value in (*node.all_input_nodes, node) if value.op == "get_attr"]
+        used += [node] if node.op == "call_module" else []
     return list(dict.fromkeys(map(target, used)))
 
 
@@ -158,8 +154,13 @@ def tensors(network: nn.Module, path: str) -> list[Tensor]:
     return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
 
 
+def weights(network: nn.Module, nodes: Iterable[fx.Node]) -> list[Tensor]:
+    """The parameters and buffers that a part of a graph uses."""
+    return [tensor for name in named(nodes) for tensor in tensors(network, name)]
+
+
 def _tensor_ids(network: nn.Module, nodes: Iterable[fx.Node]) -> frozenset[int]:
-    return frozenset(id(tensor) for name in named(nodes) for tensor in tensors(network, name))
+    return frozenset(map(id, weights(network, nodes)))
 
 
 def get(root: nn.Module, path: str) -> nn.Module | Tensor:
@@ -186,9 +187,7 @@ def put(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
 
 
 class Call(NamedTuple):
-    """A call of a module: the shapes of its first argument and its output (None for values that are
-    not tensors), and the number of calls.
-    """
+    """A called module, the shapes of first argument and output (None: no tensor), and its calls."""
 
     name: str
     shape_in: torch.Size | None
@@ -220,9 +219,8 @@ class _Recorder(fx.Interpreter):
         if n.op == "output":
             return value
         # An in-place operation returns the tensor that it overwrote.
-        self.shapes.written.update(
-            node for node, tensor, version in self.versions if tensor._version != version
-        )
+        written = (node for node, tensor, version in self.versions if tensor._version != version)
+        self.shapes.written.update(written)
         if isinstance(value, Tensor):
             self.shapes.nodes[n] = value.shape
             self.versions.append((n, value, value._version))
@@ -230,12 +228,9 @@ class _Recorder(fx.Interpreter):
 
 
 def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> Shapes:
-    """The shapes of a forward pass of one image.
+    """The shapes of a forward pass of one image of ``input_size`` (channels, height, width).
 
-    Args:
-        network: on the meta device, so that nothing is computed.
-        graph: its forward.
-        input_size: channels, height and width of the image.
+    The network is on the meta device, so that nothing is computed.
 
     Raises:
         ConfigError: the network cannot take such an image, or cannot be run call by call.
@@ -261,11 +256,9 @@ def record_shapes(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]
         try:
             network(image)
         except Exception as error:  # operators of a network raise any exception
-            size = " x ".join(map(str, input_size))
-            raise ConfigError(
-                f"{type(network).__name__} cannot take an image of {size} ({first_line(error)});"
-                " pass input_size=(channels, height, width)"
-            ) from error
+            name, size = type(network).__name__, " x ".join(map(str, input_size))
+            reason = f"{name} cannot take an image of {size} ({first_line(error)})"
+            raise ConfigError(f"{reason}; pass input_size=(channels, height, width)") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -297,9 +290,7 @@ def default_input_size(network: nn.Module) -> tuple[int, int, int]:
 
 
 def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -> int | None:
-    """The index of the last feature maps [B, c, H, W] (or tokens [B, N, D]) before pooling, on
-    which all later nodes depend.
-    """
+    """The index of the last maps [B, c, H, W] or tokens [B, N, D] that all later nodes need."""
     for index in reversed(range(len(nodes) - 1)):
         node = nodes[index]
         shape = shapes.nodes.get(node, ())
@@ -307,9 +298,8 @@ def feature_node(network: nn.Module, nodes: Sequence[fx.Node], shapes: Shapes) -
             continue
         first = 1 if len(shape) == 3 or is_nhwc(network) else 2
         is_spatial = any(side > 1 for side in shape[first : first + len(shape) - 2])
-        pooled = node.op == "call_module" and isinstance(
-            network.get_submodule(target(node)), nn.AdaptiveAvgPool2d
-        )
+        module = network.get_submodule(target(node)) if node.op == "call_module" else None
+        pooled = isinstance(module, nn.AdaptiveAvgPool2d)
         if is_spatial and not pooled and uses(nodes[index + 1 :]) == [node]:
             return index
     return None
@@ -321,14 +311,11 @@ def is_nhwc(network: nn.Module) -> bool:
 
 
 class TokensToMaps(nn.Module):
-    """Tokens [B, prefix + H * W, D] to feature maps [B, D, H, W], without the prefix (class and
-    register tokens).
-    """
+    """Tokens [B, prefix + H * W, D], without class and register tokens, to maps [B, D, H, W]."""
 
     def __init__(self, prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.prefix = prefix
-        self.grid = grid
+        self.prefix, self.grid = prefix, grid
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
@@ -342,24 +329,18 @@ class ChannelsFirst(nn.Module):
 
 
 def maps_view(network: nn.Module, shape: torch.Size) -> tuple[nn.Module, int]:
-    """A module from a network's features of that shape to feature maps [B, c, H, W], and c.
-
-    Raises:
-        ConfigError: tokens that do not form a grid.
+    """A module from features of that shape to maps [B, c, H, W], and c; a ConfigError for tokens
+    that do not form a grid.
     """
     if len(shape) == 4:
         return (ChannelsFirst(), shape[3]) if is_nhwc(network) else (nn.Identity(), shape[1])
     count = shape[1]
-    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
-    if grid is None:
-        side = int(count**0.5)
-        grid = (side, side)
+    declared = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    grid = declared or (int(count**0.5), int(count**0.5))
     prefix = count - grid[0] * grid[1]
     if not 0 <= prefix <= 8 or grid[0] < 1:
-        raise ConfigError(
-            f"{type(network).__name__} ends in {count} tokens, which are not a grid of patches and"
-            " a few tokens before it"
-        )
+        reason = f"ends in {count} tokens, which are not a few tokens and a grid of patches"
+        raise ConfigError(f"{type(network).__name__} {reason}")
     return TokensToMaps(prefix, tuple(grid)), shape[2]
 
 
@@ -377,7 +358,7 @@ def list_split_points(module: nn.Module, input_size: Sequence[int] | None = None
     network = meta_copy(module)
     graph = trace(network)
     shapes = record_shapes(network, graph, input_size or default_input_size(module))
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
+    nodes = _computed(graph)
     end = feature_node(network, nodes, shapes)
     if end is None:
         return []
@@ -398,9 +379,8 @@ def _points(
     earlier: frozenset[int] = frozenset(),
     later: frozenset[int] = frozenset(),
 ) -> Iterable[tuple[str, int]]:
-    """Split points with the number of parameters before each; descends into containers of blocks.
-
-    ``earlier`` and ``later`` are the tensors used before and after the container.
+    """Split points with the number of parameters before each; tensors ``earlier`` and ``later`` are
+    used before and after the module.
     """
     graph = nodes[0].graph
     for node in nodes:
@@ -408,8 +388,7 @@ def _points(
             continue
         child = module.get_submodule(target(node))
         tail = tail_from(graph, node)
-        inside = {*tail, *(each for each in graph.nodes if each.op in ("placeholder", "get_attr"))}
-        trunk = [each for each in graph.nodes if each not in inside]
+        trunk = [each for each in _computed(graph) if each not in set(tail)]
         used, needed = earlier | _tensor_ids(module, trunk), later | _tensor_ids(module, tail)
         has_weights = any(parameter.dim() > 1 for parameter in child.parameters())
         if has_weights and len(uses(tail)) == 1 and not used & needed:
@@ -424,24 +403,27 @@ def _points(
 def _calls(module: nn.Module) -> list[fx.Node]:
     """The computations of a module's forward; empty if it cannot be followed."""
     try:
-        nodes = trace(module).nodes
+        return _computed(trace(module))
     except ConfigError:
         return []
-    return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+
+
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of a graph without inputs and parameters."""
+    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
 
 
 def _holds_blocks(module: nn.Module) -> bool:
     """True for a container of blocks or layers, as opposed to a block."""
-    if type(module) is nn.Sequential:
-        return True
     containers = (nn.Sequential, nn.ModuleList)
     groups = [module, *(child for child in module.children() if isinstance(child, containers))]
-    return any(repeats(child, group.children()) for group in groups for child in group.children())
+    return type(module) is nn.Sequential or any(
+        repeats(child, group.children()) for group in groups for child in group.children()
+    )
 
 
 def repeats(block: nn.Module, siblings: Iterable[nn.Module]) -> bool:
     """True for one of several sibling blocks of one class, with two layers or more."""
-    layers = sum(isinstance(layer, _LAYERS) for layer in block.modules())
-    if isinstance(block, nn.Sequential) or layers < 2:
-        return False
-    return sum(type(sibling) is type(block) for sibling in siblings) > 1
+    layers = sum(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in block.modules())
+    is_block = layers > 1 and not isinstance(block, nn.Sequential)
+    return is_block and sum(type(sibling) is type(block) for sibling in siblings) > 1

@@ -22,9 +22,7 @@ class VGG(PlainNetwork):
 
 
 def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
-    """3x3 convolutions with bias, each with batch norm and ReLU, then a max-pool that halves height
-    and width.
-    """
+    """3x3 convolutions with bias, batch norm and ReLU, then a max-pool that halves the maps."""
 
     def build(in_channels: int, count: int) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -40,12 +38,8 @@ def vgg_stage(name: str, width: int, num_blocks: int) -> Stage:
 
 
 def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Backbone:
-    """The network with these numbers of convolutions in its five stages.
-
-    Args:
-        name: in the registry.
-        num_blocks: five numbers.
-        dropout: probability of zeroing an activation between the classifier's linear layers.
+    """The network with these numbers of convolutions in its five stages, and ``dropout`` between
+    the classifier's linear layers.
     """
 
     def head(channels: int, num_classes: int) -> nn.Sequential:
@@ -56,9 +50,8 @@ def backbone(name: str, num_blocks: Sequence[int], dropout: float = 0.5) -> Back
         # Images of 32x32 leave one pixel, so pooling changes nothing; larger images fit too.
         return pooled(classifier=nn.Sequential(*layers))
 
-    stages = [
-        vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in enumerate(num_blocks)
-    ]
+    counts = enumerate(num_blocks)
+    stages = [vgg_stage(f"stage{i + 1}", min(64 * 2**i, 512), count) for i, count in counts]
     return staged_network(name, VGG, OrderedDict, 3, stages, head, split=4)
 
 

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from fastokd.models.branched import Backbone, PlainNetwork
 from fastokd.models.layers import classifier, conv, conv_norm
-from fastokd.models.staged import Parts, Stage, staged_network
+from fastokd.models.staged import Parts, Stage, block_stage, staged_network
 
 MIDDLE, FEATURES = 728, 2048
 
 
 class Xception(PlainNetwork):
-    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc: images [B,
-    3, 32, 32] to logits [B, C].
-    """
+    """conv1, conv2, entry1 .. entry3, middle, middle_last, exit, avgpool, flatten, fc."""
 
 
 def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
@@ -32,23 +30,17 @@ def separable(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 
 class Block(nn.Module):
-    """Separable convolutions of these widths, ReLU before each, around a shortcut.
-
-    [B, widths[0], H, W] to [B, widths[-1], H, W], or half of height and width with ``down``.
+    """Separable convolutions of these widths, ReLU before each, around a shortcut; ``down`` halves
+    height and width.
     """
 
     def __init__(self, *widths: int, down: bool = False, first_relu: bool = True) -> None:
         super().__init__()
-        self.shortcut = (
-            nn.Sequential(*conv_norm(widths[0], widths[-1], 1, 2, activation=None))
-            if down
-            else None
-        )
-        layers = [
-            layer
-            for i, pair in enumerate(itertools.pairwise(widths))
-            for layer in ([nn.ReLU()] if first_relu or i else []) + separable(*pair)
-        ]
+        shortcut = conv_norm(widths[0], widths[-1], 1, 2, activation=None) if down else None
+        self.shortcut = shortcut
+        layers: list[nn.Module] = []
+        for i, pair in enumerate(itertools.pairwise(widths)):
+            layers += ([nn.ReLU()] if first_relu or i else []) + separable(*pair)
         self.body = nn.Sequential(*layers, *([nn.MaxPool2d(3, 2, 1)] if down else []))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,16 +48,13 @@ class Block(nn.Module):
 
 
 def middle_stage(name: str, num_blocks: int) -> Stage:
-    def build(in_channels: int, count: int) -> nn.Sequential:
-        return nn.Sequential(*(Block(*(MIDDLE,) * 4) for _ in range(count)))
-
-    return Stage(name, num_blocks, build, lambda *_: MIDDLE)
+    return block_stage(name, num_blocks, MIDDLE, lambda *_: Block(*(MIDDLE,) * 4))
 
 
 def stem() -> Parts:
     return OrderedDict(
-        conv1=nn.Sequential(*conv_norm(3, 32, 3)),
-        conv2=nn.Sequential(*conv_norm(32, 64, 3)),
+        conv1=conv_norm(3, 32, 3),
+        conv2=conv_norm(32, 64, 3),
         entry1=Block(64, 128, 128, down=True, first_relu=False),
         entry2=Block(128, 256, 256, down=True),
         entry3=Block(256, MIDDLE, MIDDLE, down=True),

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan
 from fastokd.ops.executors import Case
-from fastokd.ops.inputs import Inputs, compute_dtype
+from fastokd.ops.inputs import Gradients, Inputs, Needs, Outputs, compute_dtype
 
 ABI_VERSION = 1
 """FASTOKD_ABI_VERSION of kernels/cpu/fastokd.h."""
 
-_NATIVE = Path(
-    os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native"
-)
+_NATIVE = Path(os.environ.get("FASTOKD_NATIVE_DIR") or Path(__file__).parents[1] / "_native")
 """The folder of the library. The variable is for custom builds, such as one with sanitizers."""
 _LIBRARIES = ("libfastokd_cpu.so", "libfastokd_cpu.dylib")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
@@ -37,52 +35,36 @@ class LibraryUnusable(Exception):
 
 
 def build_info(folder: Path = _NATIVE) -> dict[str, Any]:
-    """The record of the build: status, reason, compiler, flags, ABI number, end of the log; empty
-    if nothing was built.
-
-    Raises:
-        LibraryUnusable: the file is damaged.
+    """The record of the build (status, reason, compiler, flags, ...); empty without a build. A
+    damaged file is a LibraryUnusable.
     """
+    path = folder / "build_info.json"
     try:
-        return dict(json.loads((folder / "build_info.json").read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise LibraryUnusable(
-            f"{folder / 'build_info.json'} cannot be read ({error}); install fastokd again"
-        ) from error
+        raise LibraryUnusable(f"{path} cannot be read ({error}); install fastokd again") from error
 
 
 def open_library(folder: Path = _NATIVE) -> ctypes.CDLL:
-    """The library in ``folder``, with its functions' types declared.
-
-    Raises:
-        LibraryUnusable: see the class.
-    """
+    """The library in ``folder``, with its functions' types declared, or a LibraryUnusable."""
     path = next((folder / name for name in _LIBRARIES if (folder / name).is_file()), None)
     if path is None:
         info = build_info(folder)
-        if not info:
-            raise LibraryUnusable(
-                "the native library is not built here; run `pip install -e .` (it needs cmake and a"
-                " C++17 compiler)"
-            )
-        raise LibraryUnusable(
-            f"the native library was not built ({info.get('status')}): {info.get('reason')}"
-        )
+        reason = f"was not built ({info.get('status')}): {info.get('reason')}"
+        fix = "is not built; run `pip install -e .` (it needs cmake and a C++17 compiler)"
+        raise LibraryUnusable(f"the native library {reason if info else fix}")
     try:
         library = ctypes.CDLL(str(path))
         library.fastokd_abi_version.restype = ctypes.c_int32
         version = library.fastokd_abi_version()
     except (OSError, AttributeError) as error:
-        raise LibraryUnusable(
-            f"{path} cannot be loaded ({error}); install fastokd again"
-        ) from error
+        reason = f"cannot be loaded ({error}); install fastokd again"
+        raise LibraryUnusable(f"{path} {reason}") from error
     if version != ABI_VERSION:
-        raise LibraryUnusable(
-            f"{path} has ABI version {version}, this fastokd needs {ABI_VERSION}; install fastokd"
-            " again"
-        )
+        reason = f"has ABI version {version}, this fastokd needs {ABI_VERSION}; install it again"
+        raise LibraryUnusable(f"{path} {reason}")
     pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name, result, arguments in (
         ("fastokd_status_message", ctypes.c_char_p, [count]),
@@ -108,11 +90,8 @@ def _library() -> ctypes.CDLL | str:
     except LibraryUnusable as error:
         return str(error)
     isa = os.environ.get(_ISA_VARIABLE)
-    if isa and isa not in available_isas(library):
-        return (
-            f"{_ISA_VARIABLE}={isa} is not one of this build and machine"
-            f" ({', '.join(available_isas(library))})"
-        )
+    if isa and isa not in (names := available_isas(library)):
+        return f"{_ISA_VARIABLE}={isa} is not one of this build and machine ({', '.join(names)})"
     return library
 
 
@@ -125,12 +104,7 @@ def available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 class CompiledPlan:
-    """A plan as the library decoded it. ``isa`` is an instruction set of ``available_isas``, by
-    default the best.
-
-    Raises:
-        ValueError: the library refuses the plan.
-    """
+    """A plan as the library decoded it, or a ValueError; ``isa`` is one of ``available_isas``."""
 
     def __init__(
         self,
@@ -149,12 +123,9 @@ class CompiledPlan:
             ctypes.byref(handle),
         )
         if status:
-            raise ValueError(
-                "the native library refuses the plan:"
-                f" {library.fastokd_status_message(status).decode()}"
-            )
-        self.library = library
-        self.handle = handle
+            message = library.fastokd_status_message(status).decode()
+            raise ValueError(f"the native library refuses the plan: {message}")
+        self.library, self.handle = library, handle
         self.num_stats = int(library.fastokd_plan_num_stats(handle))
         weakref.finalize(self, library.fastokd_plan_destroy, handle)
 
@@ -164,11 +135,10 @@ class CompiledPlan:
         Raises:
             MemoryError, ValueError: the library refuses the call.
         """
-        tensors = (*inputs.logits, *inputs.weights, *inputs.externals)
         status = getattr(self.library, f"fastokd_{name}")(
             self.handle,
             *inputs.logits[0].shape,
-            _describe(tensors, inputs.target),
+            _describe((*inputs.differentiable, *inputs.externals), inputs.target),
             *(each.data_ptr() if isinstance(each, Tensor) else each for each in arrays),
             torch.get_num_threads(),
         )
@@ -189,25 +159,17 @@ def _compiled(plan: Plan) -> CompiledPlan:
 def _describe(tensors: Sequence[Tensor], last: Tensor) -> ctypes.Array[ctypes.c_int64]:
     """The array of ``fastokd_tensor`` for matrices and, last, a matrix or vector.
 
-    Each is four words on little-endian machines, which are the only ones built for.
+    Each is four words: address, two strides (0 for a missing dimension), dtype.
     """
-
     words: list[int] = []
-    for tensor in tensors:
-        words += (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
-    words += (
-        last.data_ptr(),
-        last.stride(0),
-        last.stride(1) if last.dim() == 2 else 0,
-        _DTYPES[last.dtype],
-    )
+    for tensor in (*tensors, last):
+        strides = (*tensor.stride(), 0)[:2]
+        words += (tensor.data_ptr(), *strides, _DTYPES[tensor.dtype])
     return (ctypes.c_int64 * len(words))(*words)
 
 
 class CPUExecutor:
-    """Float16, bfloat16, float32 and float64 logits on the CPU; arithmetic in float32, for float64
-    in float64.
-    """
+    """Float16, bfloat16, float32 and float64 logits on the CPU."""
 
     name = "cpu"
 
@@ -220,55 +182,52 @@ class CPUExecutor:
     def num_stats(self, plan: Plan) -> int:
         return _compiled(plan).num_stats
 
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        compiled = _compiled(plan)
-        outputs = _outputs(compiled, plan, inputs.logits[0])
-        term_weights = inputs.term_weights.to(outputs[0].dtype).contiguous()
-        compiled.call("forward", inputs, term_weights, *outputs)
+    def forward(self, plan: Plan, inputs: Inputs) -> Outputs:
+        term_weights, outputs = _term_weights(inputs), _outputs(plan, inputs.logits[0])
+        _compiled(plan).call("forward", inputs, term_weights, *outputs)
         return outputs
 
     def backward(
-        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        dtype = compute_dtype(inputs.logits[0])
-        term_weights = inputs.term_weights.to(dtype).contiguous()
-        grad_rows, stats = grad_rows.to(dtype), stats.contiguous()
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Needs
+    ) -> Gradients:
+        term_weights, stats = _term_weights(inputs), stats.contiguous()
+        grad_rows = grad_rows.to(term_weights.dtype)
         grads, addresses = _gradients(inputs, needs)
         upstream = _describe((), grad_rows)
         _compiled(plan).call("backward", inputs, term_weights, stats, upstream, addresses)
         return grads
 
     def forward_backward(
-        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        compiled = _compiled(plan)
-        rows, terms, _ = outputs = _outputs(compiled, plan, inputs.logits[0])
-        term_weights = inputs.term_weights.to(rows.dtype).contiguous()
-        batch = len(rows)
-        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=rows.dtype).expand(batch)
+        self, plan: Plan, inputs: Inputs, needs: Needs
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        term_weights, outputs = _term_weights(inputs), _outputs(plan, inputs.logits[0])
+        batch = len(inputs.logits[0])
+        grad_rows = torch.full((1,), 1 / max(batch, 1), dtype=term_weights.dtype).expand(batch)
         grads, addresses = _gradients(inputs, needs)
-        upstream = _describe((), grad_rows)
-        compiled.call("forward_backward", inputs, term_weights, *outputs, upstream, addresses)
-        return rows, terms, grads
+        arrays = term_weights, *outputs, _describe((), grad_rows), addresses
+        _compiled(plan).call("forward_backward", inputs, *arrays)
+        return *outputs[:2], grads
 
 
-def _outputs(compiled: CompiledPlan, plan: Plan, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _term_weights(inputs: Inputs) -> Tensor:
+    return inputs.term_weights.to(compute_dtype(inputs.logits[0])).contiguous()
+
+
+def _outputs(plan: Plan, first: Tensor) -> Outputs:
     """Empty tensors for rows [B], terms [T, B] and statistics [num_stats, B]."""
     batch, dtype = first.shape[0], compute_dtype(first)
     return (
         torch.empty(batch, dtype=dtype),
         torch.empty((plan.num_terms, batch), dtype=dtype),
-        torch.empty((compiled.num_stats, batch), dtype=dtype),
+        torch.empty((_compiled(plan).num_stats, batch), dtype=dtype),
     )
 
 
-def _gradients(
-    inputs: Inputs, needs: Sequence[bool]
-) -> tuple[list[Tensor | None], ctypes.Array[ctypes.c_void_p]]:
+def _gradients(inputs: Inputs, needs: Needs) -> tuple[Gradients, ctypes.Array[ctypes.c_void_p]]:
     """Empty tensors for the gradients that are needed, and the addresses of all.
 
-    The logits' gradients share one block: the C library returns several large blocks to the system
-    when they are freed, and allocating their pages again costs a third of the next step.
+    The logits' gradients share one block: the C library would return several large blocks to the
+    system, and allocating their pages again costs a third of the next step.
     """
     logits, weights = inputs.logits, inputs.weights
     first = logits[0]
@@ -278,9 +237,8 @@ def _gradients(
         torch.empty(tensor.shape, dtype=tensor.dtype) if need else None
         for tensor, need in zip(weights, needs[len(logits) :], strict=True)
     ]
-    return grads, (ctypes.c_void_p * len(grads))(
-        *[None if grad is None else grad.data_ptr() for grad in grads]
-    )
+    addresses = (None if grad is None else grad.data_ptr() for grad in grads)
+    return grads, (ctypes.c_void_p * len(grads))(*addresses)
 
 
 EXECUTOR = CPUExecutor()

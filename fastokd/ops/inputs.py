@@ -21,6 +21,19 @@ class Inputs(NamedTuple):
     term_weights: Tensor
     """[T], in the compute dtype."""
 
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that can have a gradient: logits, then weights."""
+        return [*self.logits, *self.weights]
+
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+"""Rows [B], unweighted terms [T, B], statistics for the backward pass [num_stats, B]."""
+Needs = Sequence[bool]
+"""For each differentiable tensor, whether its gradient is needed."""
+Gradients = list[Tensor | None]
+"""For each differentiable tensor, its gradient; None where it is not needed."""
+
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 logits, else float32."""

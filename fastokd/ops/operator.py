@@ -7,6 +7,7 @@ formula with the operator. The reference executor and ``forward_backward`` are c
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastokd.graph.plan import Plan, decode_plan
 from fastokd.ops.executors import Case, load, resolve
-from fastokd.ops.inputs import Inputs, compute_dtype
+from fastokd.ops.inputs import Gradients, Inputs, Outputs, compute_dtype
 from fastokd.ops.reference import term_values, weighted_rows
 
 # Any, because torch does not annotate the methods of Library.
@@ -34,13 +35,13 @@ _library.define(
 
 
 # torch passes the operator's arguments by position, in the order of its definition.
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> Outputs:
     *tensors, ints, floats, executor = arguments
     plan = decode_plan(tuple(ints), tuple(floats))
     return load(executor).forward(plan, Inputs(*tensors))
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> Outputs:
     logits, *_, ints, floats, executor = arguments
     plan = decode_plan(tuple(ints), tuple(floats))
     batch, dtype = logits[0].shape[0], compute_dtype(logits[0])
@@ -53,8 +54,8 @@ def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, stats, ints, floats, executor, needs = arguments
     plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
-    # An operator's list result cannot hold None, so a gradient that is not needed is an empty
-    # tensor. Gradients are contiguous, as in ``_backward_fake``.
+    # A list of tensors cannot hold None: an empty tensor stands for a gradient without need.
+    # Gradients are contiguous, as in ``_backward_fake``.
     first = inputs.logits[0]
     return [first.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
@@ -78,16 +79,13 @@ torch.library.register_fake("fastokd::graph_backward", _backward_fake, lib=_libr
 
 
 def _constant_when_traced(function: Any) -> Any:
-    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes as long
-    as torch itself.
-    """
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which is slow."""
     function._dynamo_marked_constant = True
     return function
 
 
-# While torch.compile traces, these run as plain Python and their results are constants of the
-# compiled program. Arguments and results have types that tracing supports: strings,
-# numbers, tuples and dtypes (not ``Case``, which tracing would pass incompletely constructed).
+# While torch.compile traces, these run as plain Python and return constants of the compiled
+# program. Arguments and results have types that tracing supports (not ``Case``).
 @_constant_when_traced
 def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return plan.encode()
@@ -104,18 +102,13 @@ class _GraphFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         plan: Plan, executor: str, target: Tensor, term_weights: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, externals = _split(plan, tensors)
-        ints, floats = _encoded(plan)
-        rows, terms, stats = torch.ops.fastokd.graph_forward(
-            logits, weights, externals, target, term_weights, ints, floats, executor
-        )
-        return rows, terms, stats
+    ) -> Outputs:
+        inputs = *_split(plan, tensors), target, term_weights
+        outputs: Outputs = torch.ops.fastokd.graph_forward(*inputs, *_encoded(plan), executor)
+        return outputs
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         plan, executor, target, term_weights, *tensors = inputs
         _, terms, stats = output
         ctx.plan, ctx.executor = plan, executor
@@ -129,41 +122,25 @@ class _GraphFunction(torch.autograd.Function):
         if grad_rows is None:
             return (None,) * (4 + len(tensors))
         logits, weights, externals = _split(ctx.plan, tensors)
-        ints, floats = _encoded(ctx.plan)
-        count = len(logits) + len(weights)
-        needs = list(ctx.needs_input_grad[4 : 4 + count])
+        needs = list(ctx.needs_input_grad[4 : 4 + len(logits) + len(weights)])
+        inputs = logits, weights, externals, target, term_weights
         with torch.no_grad():
             grads = torch.ops.fastokd.graph_backward(
-                grad_rows,
-                logits,
-                weights,
-                externals,
-                target,
-                term_weights,
-                stats,
-                ints,
-                floats,
-                ctx.executor,
-                needs,
+                grad_rows, *inputs, stats, *_encoded(ctx.plan), ctx.executor, needs
             )
             grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
-        kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
-            kept = [
-                grad
-                if grad is None
-                else _NoSecondDerivative.apply(ctx.executor, grad, grad_rows, *tensors)
-                for grad in kept
-            ]
-        return (None, None, None, grad_term_weights, *kept, *(None,) * len(externals))
+            once = partial(_NoSecondDerivative.apply, ctx.executor)
+            needed = [None if grad is None else once(grad, grad_rows, *tensors) for grad in needed]
+        return (None, None, None, grad_term_weights, *needed, *(None,) * len(externals))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> None:
         raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call. Caching the signature here
-# saves 10 of 130 microseconds per call.
+# torch binds the arguments to the signature in every call: caching it saves 10 of 130 us.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
@@ -184,10 +161,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _unsupported(executor: str, what: str) -> str:
-    return (
-        f"the loss cannot {what} with impl='{executor}'; use impl='reference', which is plain"
-        " PyTorch"
-    )
+    return f"the loss cannot {what} with impl='{executor}'; use impl='reference' (plain PyTorch)"
 
 
 def _split(
@@ -214,16 +188,12 @@ def evaluate(
     Raises:
         ConfigError, ExecutorUnavailable: see ``resolve``.
     """
-    first = logits[0]
-    executor = _executor_for(impl, plan, first.device.type, first.dtype)
-    if executor == "reference":
-        # Its own autograd graph: nothing is recomputed, and second derivatives and torch.compile
-        # work through it.
+    executor = _executor_for(impl, plan, logits[0].device.type, logits[0].dtype)
+    if executor == "reference":  # called directly: differentiable twice, nothing is recomputed
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
-    rows, terms, _ = _GraphFunction.apply(
-        plan, executor, target, term_weights, *logits, *weights, *externals
-    )
+    tensors = (*logits, *weights, *externals)
+    rows, terms, _ = _GraphFunction.apply(plan, executor, target, term_weights, *tensors)
     return rows, terms
 
 
@@ -236,18 +206,17 @@ def forward_backward(
     target: Tensor,
     term_weights: Tensor,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, Gradients]:
     """Execute a plan and differentiate the mean of its rows, in one pass over the logits.
 
     Returns:
-        Rows [B], terms [T, B], and the gradients for the logits, then the weights; None for tensors
-        that do not require one. Nothing is recorded for autograd.
+        Rows [B], terms [T, B], and the gradients of logits and weights, None for tensors that do
+        not require one. Nothing is recorded for autograd.
 
     Raises:
         ConfigError, ExecutorUnavailable: see ``resolve``.
     """
-    first = logits[0]
-    executor = load(resolve(impl, plan, Case(first.device.type, first.dtype)))
-    needs = [tensor.requires_grad for tensor in (*logits, *weights)]
+    executor = load(resolve(impl, plan, Case(logits[0].device.type, logits[0].dtype)))
     inputs = Inputs(logits, weights, externals, target, term_weights)
+    needs = [tensor.requires_grad for tensor in inputs.differentiable]
     return executor.forward_backward(plan, inputs, needs)

@@ -1,5 +1,4 @@
-"""The reference executor: plain PyTorch, any floating dtype, autograd for the backward. The
-definition of the truth.
+"""The reference executor: plain PyTorch and autograd, the definition of the results.
 
 Everything is computed in log-space from log-softmax, so that both sides of every KL edge have
 finite gradients wherever the logits are finite.
@@ -24,12 +23,10 @@ from fastokd.graph.plan import (
     PlanNode,
     PlanTerm,
 )
-from fastokd.ops.inputs import Inputs, compute_dtype
+from fastokd.ops.inputs import Gradients, Inputs, Needs, Outputs, compute_dtype
 
 PROBABILITY_FLOOR = 1e-30
-"""Entries of an external row below this are read as this inside logarithms, in every dtype and
-executor.
-"""
+"""Lowest probability of an external row inside logarithms, in every dtype and executor."""
 
 
 def _label_logit(row: Tensor, target: Tensor) -> Tensor:
@@ -43,9 +40,7 @@ def _label_logit(row: Tensor, target: Tensor) -> Tensor:
 
 
 def _cross_entropy(row: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """``-sum_c y_c log p_1(row)_c`` [B] with ``y = (1 - a) * target + a / C`` for the label
-    smoothing a.
-    """
+    """``-sum_c y_c log p_1(row)_c`` [B], ``y = (1 - a) * target + a / C``, label smoothing a."""
     log_p = F.log_softmax(row, 1)
     loss = -_label_logit(log_p, target)
     if label_smoothing:
@@ -72,19 +67,16 @@ def _derived(
         return total
     if node.kind == PROBABILITY_MIXTURE:
         factors = _node_weights(node, weights, inputs[0])
-        logs = []
-        for factor, k, row in zip(factors, node.inputs, inputs, strict=True):
-            log_p = (
-                row.clamp_min(PROBABILITY_FLOOR).log()
-                if plan.is_external(k)
-                else F.log_softmax(row / node.temperature, 1)
-            )
-            logs.append((factor, log_p))
-        # log sum_k w_k p_k relative to the largest log p_k, so that it stays finite where every p_k
-        # underflows.
-        peak = torch.stack([log_p.detach() for _, log_p in logs]).amax(0)
+        logs = [
+            row.clamp_min(PROBABILITY_FLOOR).log()
+            if plan.is_external(k)
+            else F.log_softmax(row / node.temperature, 1)
+            for k, row in zip(node.inputs, inputs, strict=True)
+        ]
+        # Relative to the largest log p_k, the sum stays finite where every p_k underflows.
+        peak = torch.stack([log_p.detach() for log_p in logs]).amax(0)
         total = torch.zeros_like(peak)
-        for factor, log_p in logs:
+        for factor, log_p in zip(factors, logs, strict=True):
             total = total + factor * (log_p - peak).exp()
         return peak + total.clamp_min(PROBABILITY_FLOOR).log()
     with torch.no_grad():
@@ -132,17 +124,13 @@ def _kl(plan: Plan, term: PlanTerm, rows: list[Tensor]) -> Tensor:
 
 
 def term_values(plan: Plan, inputs: Inputs) -> Tensor:
-    """The unweighted value of every term for every row, [T, B], differentiable in logits and
-    weights.
-    """
+    """The unweighted terms [T, B], differentiable in logits and weights."""
     with torch.autocast(inputs.logits[0].device.type, enabled=False):
         rows = node_rows(plan, inputs)
         values = [
-            (
-                _cross_entropy(rows[term.student], inputs.target, plan.label_smoothing)
-                if term.kind == CROSS_ENTROPY
-                else _kl(plan, term, rows)
-            )
+            _cross_entropy(rows[term.student], inputs.target, plan.label_smoothing)
+            if term.kind == CROSS_ENTROPY
+            else _kl(plan, term, rows)
             for term in plan.terms
         ]
         return torch.stack(values)
@@ -155,9 +143,7 @@ def weighted_rows(term_weights: Tensor, terms: Tensor) -> Tensor:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd on, also inside an operator that was called below autograd (as dispatch modes and
-    ``opcheck`` call it).
-    """
+    """Autograd on, also in an operator called below autograd, as by dispatch modes."""
     keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
     excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
     for key in keys:
@@ -171,9 +157,7 @@ def _recording() -> Iterator[None]:
 
 
 class ReferenceExecutor:
-    """Runs on every device. Called through the registered operator, it recomputes the forward pass
-    in the backward pass.
-    """
+    """Runs on every device. Its backward pass recomputes the forward pass."""
 
     name = "reference"
 
@@ -183,54 +167,42 @@ class ReferenceExecutor:
     def num_stats(self, plan: Plan) -> int:
         return 0
 
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> Outputs:
         with torch.no_grad():
             terms = term_values(plan, inputs)
             rows = weighted_rows(inputs.term_weights, terms)
         return rows, terms, terms.new_empty((0, terms.shape[1]))
 
     def backward(
-        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Needs
+    ) -> Gradients:
         return self._differentiate(plan, grad_rows, inputs, needs)[2]
 
     def forward_backward(
-        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        self, plan: Plan, inputs: Inputs, needs: Needs
+    ) -> tuple[Tensor, Tensor, Gradients]:
         batch = inputs.target.shape[0]
         grad_rows = inputs.term_weights.new_full((batch,), 1 / max(batch, 1))
         return self._differentiate(plan, grad_rows, inputs, needs)
 
     def _differentiate(
-        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, from a separate autograd
-        graph.
-        """
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, needs: Needs
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """Rows, terms, and the gradients of ``sum(grad_rows * rows)``, from a separate graph."""
         leaves = [
             tensor.detach().requires_grad_(need)
-            for tensor, need in zip((*inputs.logits, *inputs.weights), needs, strict=True)
+            for tensor, need in zip(inputs.differentiable, needs, strict=True)
         ]
-        count = len(inputs.logits)
-        trainable = [leaf for leaf in leaves if leaf.requires_grad]
+        count, trainable = len(inputs.logits), [leaf for leaf in leaves if leaf.requires_grad]
         with _recording():
-            terms = term_values(
-                plan, inputs._replace(logits=leaves[:count], weights=leaves[count:])
-            )
+            inputs = inputs._replace(logits=leaves[:count], weights=leaves[count:])
+            terms = term_values(plan, inputs)
             rows = weighted_rows(inputs.term_weights, terms)
-            gradients = (
-                torch.autograd.grad(
-                    rows, trainable, grad_rows, allow_unused=True, materialize_grads=True
-                )
-                if trainable
-                else ()
-            )
-        grads = iter(gradients)
-        return (
-            rows.detach(),
-            terms.detach(),
-            [next(grads) if leaf.requires_grad else None for leaf in leaves],
-        )
+            options = {"allow_unused": True, "materialize_grads": True}
+            grads = torch.autograd.grad(rows, trainable, grad_rows, **options) if trainable else ()
+        remaining = iter(grads)
+        gradients = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
+        return rows.detach(), terms.detach(), gradients
 
 
 EXECUTOR = ReferenceExecutor()

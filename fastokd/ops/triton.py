@@ -1,11 +1,8 @@
-"""The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs.
-
-With ``TRITON_INTERPRET=1`` set before Triton is first imported it runs on CPU tensors through
-Triton's interpreter, slowly, for tests.
+"""The Triton executor: one forward and one backward kernel for any graph, on NVIDIA GPUs; with
+``TRITON_INTERPRET=1`` before the first import of Triton also on CPU tensors, slowly, for tests.
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,20 +22,17 @@ from fastokd.kernels.triton.tile import (
     register_limit,
 )
 from fastokd.ops.executors import Case
-from fastokd.ops.inputs import Inputs
+from fastokd.ops.inputs import Gradients, Inputs, Needs, Outputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_INPUTS = 16
 """Rows of logits and external rows."""
 MAX_SUMS = 72
-"""Running sums per thread; compiled kernels hold 66 (eight branches, 21 edges) without spilling,
-and not 80.
-"""
+"""Running sums per thread: 66 (eight branches, 21 edges) do not spill, 80 do."""
 MANY_INPUTS = 8
 MAX_SUMS_OF_MANY = 60
-"""The same for graphs of more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59
-(eight branches and seven separate teachers, 14 edges) do not spill.
-"""
+"""The same for more than ``MANY_INPUTS`` input rows, whose columns fill registers too: 59 (eight
+branches and seven separate teachers, 14 edges) do not spill."""
 _Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 """Logits, weights, externals and target, as kernels take them."""
 _device_of: Any = torch.cuda.device_of  # torch does not annotate it
@@ -46,9 +40,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class TritonExecutor:
-    """One kernel per direction for every graph, or a few for few long rows; see
-    ``fastokd.kernels.triton``.
-    """
+    """One kernel per direction for every graph, or a few for few long rows."""
 
     name = "triton"
 
@@ -68,16 +60,14 @@ class TritonExecutor:
         count = max(spec.num_running_sums, spec.num_normalized)
         most = MAX_SUMS if inputs <= MANY_INPUTS else MAX_SUMS_OF_MANY
         if count > most:
-            return (
-                f"the graph needs {count} running sums; a kernel's registers hold {most} next to"
-                f" {inputs} rows of inputs"
-            )
+            rows = f"next to {inputs} rows of inputs"
+            return f"the graph needs {count} running sums; a kernel's registers hold {most} {rows}"
         return None
 
     def num_stats(self, plan: Plan) -> int:
         return int(specialize(plan).num_stats)
 
-    def forward(self, plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, plan: Plan, inputs: Inputs) -> Outputs:
         spec, batch = specialize(plan), inputs.logits[0].shape[0]
         rows, terms = _outputs(spec, inputs)
         # [num_stats, B] by contract; the kernels write it row after row, and only they read it.
@@ -87,12 +77,12 @@ class TritonExecutor:
             if tile.splits > 1:
                 _forward_split(spec, tile, inputs, rows, terms, stats)
             else:
-                _launch("forward", spec, tile, inputs, outputs=(rows, terms, stats))
+                _launch("forward", spec, tile, inputs, (), (rows, terms, stats))
         return rows, terms, stats
 
     def backward(
-        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
+        self, plan: Plan, grad_rows: Tensor, inputs: Inputs, stats: Tensor, needs: Needs
+    ) -> Gradients:
         spec = specialize(plan)
         grads = _gradients(inputs, needs)
         if inputs.logits[0].shape[0] and any(needs):
@@ -105,12 +95,9 @@ class TritonExecutor:
         return grads
 
     def forward_backward(
-        self, plan: Plan, inputs: Inputs, needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Rows [B], terms [T, B] and the gradients of the mean of the rows, in one kernel.
-
-        Split rows run the kernels of both passes, because no program sees a whole row.
-        """
+        self, plan: Plan, inputs: Inputs, needs: Needs
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """One kernel; split rows run those of both passes, as no program sees a whole row."""
         spec, batch = specialize(plan), inputs.logits[0].shape[0]
         grads = _gradients(inputs, needs)
         rows, terms = _outputs(spec, inputs)
@@ -139,24 +126,21 @@ def _arguments(inputs: Inputs) -> _Arguments:
     return tuple(inputs.logits), tuple(inputs.weights), tuple(inputs.externals), inputs.target
 
 
-def _gradients(inputs: Inputs, needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(inputs: Inputs, needs: Needs) -> Gradients:
     return [
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
-        for tensor, need in zip((*inputs.logits, *inputs.weights), needs, strict=True)
+        for tensor, need in zip(inputs.differentiable, needs, strict=True)
     ]
 
 
 def _destinations(
-    grads: Sequence[Tensor | None], inputs: Inputs
+    grads: Gradients, inputs: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors that the kernel writes gradients to.
-
-    Gradients that are not needed are never written; the input itself provides a pointer of the
-    right dtype.
-    """
+    """The tensors that the kernel writes gradients to: for a gradient without need, which is never
+    written, the input provides a pointer of the right dtype."""
     tensors = [
         tensor if grad is None else grad
-        for grad, tensor in zip(grads, (*inputs.logits, *inputs.weights), strict=True)
+        for grad, tensor in zip(grads, inputs.differentiable, strict=True)
     ]
     count = len(inputs.logits)
     return tuple(tensors[:count]), tuple(tensors[count:])
@@ -165,14 +149,12 @@ def _destinations(
 def _tile(
     spec: Spec,
     inputs: Inputs,
-    needs: Sequence[bool] = (),
+    needs: Needs = (),
     grad_stride: int = 0,
     forward_backward: bool = False,
 ) -> Tile:
-    logits = inputs.logits
-    first = logits[0]
-    batch, num_classes = first.shape
-    size = first.element_size()
+    logits, first = inputs.logits, inputs.logits[0]
+    (batch, num_classes), size = first.shape, first.element_size()
     aligned = all(
         row.stride(1) == 1
         and row.stride(0) * size % VECTOR_BYTES == 0
@@ -211,14 +193,7 @@ def _run(
     kernel[(grid,)](*args, spec, tile, num_warps=num_warps, enable_fp_fusion=True, **options)
 
 
-def _launch(
-    which: str,
-    spec: Spec,
-    tile: Tile,
-    inputs: Inputs,
-    sources: tuple[Any, ...] = (),
-    outputs: tuple[Tensor, ...] = (),
-) -> None:
+def _launch(which: str, spec: Spec, tile: Tile, inputs: Inputs, sources: Any, outputs: Any) -> None:
     first = inputs.logits[0]
     batch, limit = first.shape[0], register_limit(which, spec.num_nodes)
     arguments = *sources, *_arguments(inputs), inputs.term_weights, *outputs, batch, 0
@@ -233,11 +208,8 @@ def _forward_split(
     """A launch per pass over the columns, then the merge."""
     batch, weights, soft = rows.shape[0], inputs.term_weights, tile.soft_target
     partials = weights.new_empty((batch, spec.num_partials(soft), tile.splits))
-    passes = [
-        *([FIRST_PASS] if spec.needs_first_pass(soft) else []),
-        MAIN_PASS,
-        *([NORMALIZED_PASS] if spec.normalized_edges else []),
-    ]
+    passes = [FIRST_PASS, MAIN_PASS] if spec.needs_first_pass(soft) else [MAIN_PASS]
+    passes += [NORMALIZED_PASS] if spec.normalized_edges else []
     arguments = _arguments(inputs)
     with _device_of(rows):
         for number in passes:
@@ -248,12 +220,7 @@ def _forward_split(
 
 
 def _backward_split(
-    spec: Spec,
-    tile: Tile,
-    inputs: Inputs,
-    grads: Sequence[Tensor | None],
-    grad_rows: Tensor,
-    stats: Tensor,
+    spec: Spec, tile: Tile, inputs: Inputs, grads: Gradients, grad_rows: Tensor, stats: Tensor
 ) -> None:
     batch, arguments = inputs.logits[0].shape[0], _arguments(inputs)
     grad_logits, grad_weights = _destinations(grads, inputs)
