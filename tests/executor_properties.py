@@ -8,6 +8,7 @@ for Triton's interpreter, which must be chosen before Triton is first imported.
 import warnings
 
 import torch
+import triton_state
 from graph_catalog import Inputs, catalog, make_inputs
 from graph_strategy import random_graphs
 from hypothesis import HealthCheck, given, seed, settings
@@ -166,8 +167,9 @@ def check_random(executor: str, wanted: int, device: str = "cpu", begin: int = 0
     return len(seen)
 
 
-def main(executor: str, wanted: int) -> None:
-    """Both, printed as two counts."""
+def main(wanted: int) -> None:
+    """Both of Triton's interpreter, printed as two counts."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(check_catalog(executor), check_random(executor, wanted))
+    triton_state.patch_language_once()
+    print(check_catalog("triton"), check_random("triton", wanted))

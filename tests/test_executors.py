@@ -41,7 +41,7 @@ def test_triton_interpreter():
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
     }
-    code = f"import executor_properties; executor_properties.main('triton', {WANTED})"
+    code = f"import executor_properties; executor_properties.main({WANTED})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )

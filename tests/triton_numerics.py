@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton_state
 
 from fastokd.kernels.triton.columns import FLOOR
 from fastokd.kernels.triton.tile import choose_splits
@@ -21,6 +22,7 @@ from tests.triton_graphs import GRAPHS
 
 torch.set_num_threads(1)
 assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
+triton_state.patch_language_once()
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
