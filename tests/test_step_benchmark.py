@@ -3,6 +3,7 @@ files that are written.
 """
 
 import dataclasses
+import gc
 import json
 import re
 import socket
@@ -66,6 +67,14 @@ def main(arguments):
     from fastokd.cli import main as command_line
 
     return command_line(arguments)
+
+
+@pytest.fixture(autouse=True)
+def _frozen_objects():
+    """Before every row garbage is collected, which must not look at all that other tests left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
