@@ -107,7 +107,7 @@ def replayed(logits: list[torch.Tensor], scores: list[torch.Tensor], target: tor
             assert torch.equal(mine, tensor.grad)
 
 
-def test_a_captured_graph_reads_its_inputs_and_the_weights_of_its_terms_anew() -> None:
+def test_captured_graph_reads_inputs_and_term_weights_again() -> None:
     replayed(*loss_inputs(128, 1300))
 
 
