@@ -586,7 +586,8 @@ def outlying_maxima(on: Subject, graph: str) -> None:
         [(1300, torch.float32)],
         [(1000, torch.bfloat16), (1300, torch.float32), (100003, torch.float32)],
     )
-    for height in (15.0, 60.0, 90.0, 1e4):
+    heights = (15.0, 60.0, 90.0, 1e4)
+    for height in heights if graph == "cascade" or on.kind != "interpreter" else (90.0,):
         for classes, dtype in shapes:
             inputs = on.make(graph, (3, classes), dtype=dtype)
             with torch.no_grad():

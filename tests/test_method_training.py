@@ -102,7 +102,10 @@ def test_cl_ilr_divides_trunk_gradient():
         torch.testing.assert_close(rescaled[name], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["cl_ilr", "one", "okddip", "kd"])
+@pytest.mark.parametrize(
+    "method",
+    ["cl_ilr", "okddip", *(pytest.param(name, marks=pytest.mark.grid) for name in ("one", "kd"))],
+)
 def test_network_compiles_as_one_graph(method):
     torch._dynamo.reset()
     teacher = create_student("resnet8", 5) if method == "kd" else None

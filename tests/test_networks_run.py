@@ -217,7 +217,8 @@ def test_trunk_and_branch_compile_as_one_graph_each(network: Network, fresh_comp
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("resnet8", "student"), ("shufflenetv2_x1_0", "branch")]
+    ("name", "part"),
+    [pytest.param("resnet8", "student", marks=pytest.mark.grid), ("shufflenetv2_x1_0", "branch")],
 )
 def test_inductor_computes_what_eager_does(name: str, part: str, fresh_compiler: None) -> None:
     """A whole network, and the branch whose layers look at the memory format."""

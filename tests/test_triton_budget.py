@@ -92,8 +92,6 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
         ("backward", 4, 128, 100, "fp32", 80),  # a warp holds the row
         ("forward", 2, 96, 1000, "fp32", 100),  # four warps hold the row
         ("backward", 8, 1024, 1000, "bf16", 90),  # the most branches: the most registers
-        ("forward", 8, 1024, 1001, "bf16", 90),
-        ("backward", 2, 256, 21841, "fp32", 90),
         ("forward_backward", 4, 128, 100, "bf16", 90),
         ("backward", 8, 128, 32, "fp32", 90),  # the most columns of few classes
     ],
@@ -125,7 +123,9 @@ def test_kernel_stays_within_instruction_budget(which: str, aligned: bool) -> No
     assert cost.registers <= MOST_REGISTERS[which], cost
 
 
-@pytest.mark.parametrize(("branches", "most"), [(2, 25), (8, 136)])
+@pytest.mark.parametrize(
+    ("branches", "most"), [(2, 25), pytest.param(8, 136, marks=pytest.mark.grid)]
+)
 def test_forward_of_two_and_eight_branches_stays_in_budget(branches: int, most: float) -> None:
     cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 24.4 and 132.3
     assert cost.per_column <= most, cost
