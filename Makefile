@@ -5,7 +5,7 @@ SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 MEASURED = build/bench
 
-.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx bench docs lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx grid bench docs lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -23,12 +23,13 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/fastokd demo
 
-# One thread each: with more threads than cores, torch's threads spend their time waiting for each other.
+# One thread each: with more threads than cores, torch's threads spend their time waiting for each other. A file's tests
+# run in one process, which shares what its fixtures compute.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -q
 	@if command -v cmake >/dev/null && command -v cc >/dev/null && command -v c++ >/dev/null; \
 	 then $(MAKE) sanitize; else echo "the native library's sanitizer run is skipped: it needs cmake, cc and c++"; fi
 
@@ -38,7 +39,7 @@ sanitize: $(VENV)/.installed-dev
 	cmake --build $(SANITIZED) --parallel 2 >> $(VENV)/sanitize.log
 	cd $(SANITIZED) && ctest --output-on-failure
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  FASTOKD_NATIVE_DIR=$(SANITIZED) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cpu_executor.py tests/test_forward_backward.py
+	  FASTOKD_NATIVE_DIR=$(SANITIZED) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cpu_executor.py tests/test_executor_contract.py -k "not reference and not opaque"
 
 # The machine code of every kernel of the grid (hundreds of compilations); `make test` holds a part of it to budgets.
 budgets: $(VENV)/.installed-dev
@@ -53,6 +54,10 @@ budgets-triton-3.6:
 # The compiled kernels of every catalog graph for three GPU generations, executed (hours); `make test` executes some.
 ptx: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
+
+# The combinations that `make test` leaves out outside of the kernels, such as every method on every network.
+grid: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests --ignore=tests/test_ptx.py --ignore=tests/test_triton_budget.py
 
 # Into build/ first: a result file that changes would make the commit of the next one a changed one.
 bench: $(VENV)/.installed-dev

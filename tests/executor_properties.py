@@ -8,6 +8,7 @@ for Triton's interpreter, which must be chosen before Triton is first imported.
 import warnings
 
 import torch
+import triton_state
 from graph_catalog import Inputs, catalog, make_inputs
 from graph_strategy import random_graphs
 from hypothesis import HealthCheck, given, seed, settings
@@ -25,6 +26,7 @@ CATALOG_SHAPES = ((3, 10), (2, 100), (2, 1001))
 # several threads, the smallest and the largest published numbers of classes.
 MORE_SHAPES = ((0, 10), (1, 2), (128, 10), (3, 1000), (1, 21841))
 RANDOM_SHAPES = ((1, 2), (3, 10), (2, 37), (0, 5))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = 8
 
 
@@ -114,20 +116,19 @@ def check_catalog(
     shapes: tuple[tuple[int, int], ...] = CATALOG_SHAPES,
     part: int = 0,
     parts: int = 1,
+    every_dtype: bool = True,
 ) -> int:
     """Every graph of the published methods and every kind of node, at one shape per regime; returns
     the number of cases.
 
-    Of ``parts`` this is the one with every ``parts``-th graph from the ``part``-th on.
+    Of ``parts`` this is the one with every ``parts``-th graph from the ``part``-th on. With 100
+    classes the graphs take each dtype, or without ``every_dtype`` one in turn.
     """
     count = 0
-    for case in catalog()[part::parts]:
+    for number, case in enumerate(catalog()[part::parts]):
         for batch, num_classes in shapes:
-            for dtype in (
-                (torch.float32, torch.bfloat16, torch.float16)
-                if num_classes == 100
-                else (torch.float32,)
-            ):
+            dtypes = DTYPES if num_classes == 100 else DTYPES[:1]
+            for dtype in dtypes if every_dtype else [dtypes[number % len(dtypes)]]:
                 check(
                     case.graph, executor, batch, num_classes, dtype, count, count % 2 == 1, device
                 )
@@ -166,8 +167,9 @@ def check_random(executor: str, wanted: int, device: str = "cpu", begin: int = 0
     return len(seen)
 
 
-def main(executor: str, wanted: int) -> None:
-    """Both, printed as two counts."""
+def main(wanted: int) -> None:
+    """Both of Triton's interpreter, printed as two counts."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(check_catalog(executor), check_random(executor, wanted))
+    triton_state.patch_language_once()
+    print(check_catalog("triton", every_dtype=False), check_random("triton", wanted))

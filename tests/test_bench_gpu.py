@@ -90,7 +90,7 @@ def test_a_dry_run_measures_every_row_of_every_part(everything):
     assert 0 <= named(read(out, "data"))["waiting"]["waiting_share"] < 1
 
 
-def test_kernel_rows_cover_every_method_and_say_what_is_not_there(everything):
+def test_kernel_rows_cover_every_method_and_name_missing_peers(everything):
     rows = read(everything[0], "kernels")["rows"]
     assert {row["loss"] for row in rows} == {*list_methods(), *SINGLES}
     assert {(row["loss"], row["preset"]) for row in rows if row["loss"] == "ahbf"} == {
@@ -298,7 +298,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     )
 
 
-def test_the_first_signal_after_the_minutes_were_spent_is_not_taken_for_the_second(monkeypatch):
+def test_first_signal_after_deadline_does_not_end_process(monkeypatch):
     signals = accuracy.Deadline(lambda: True)
     monkeypatch.setattr("os._exit", lambda code: pytest.fail("it ended at once"))
     assert signals.received == signal.SIGUSR1
@@ -437,9 +437,7 @@ def test_a_ladder_goes_on_within_itself(tmp_path, monkeypatch, capsys):
     assert "partial" not in ladder
 
 
-def test_a_run_is_stopped_at_the_deadline_and_goes_on_in_the_next_call(
-    tmp_path, monkeypatch, capsys
-):
+def test_run_stopped_at_deadline_resumes_in_next_call(tmp_path, monkeypatch, capsys):
     runs = accuracy.FIRST[:1]
     monkeypatch.setattr(accuracy, "FIRST", runs)
     arguments = [
@@ -788,7 +786,7 @@ def test_the_providers_of_a_row_compute_the_same(name, tmp_path):
         )
 
 
-def test_the_step_that_waits_for_large_pictures_is_of_a_network_made_for_them():
+def test_waiting_step_of_large_images_has_network_for_them():
     assert find_backbone(LARGE_MODEL).image_size == 224
     assert create_model(LARGE_MODEL, "ahbf", 10, NUM_BRANCHES, 1).num_branches == NUM_BRANCHES
 
@@ -846,7 +844,7 @@ def test_without_a_gpu_it_says_what_can_run(monkeypatch, capsys):
     assert "--dry-run" in capsys.readouterr().err
 
 
-def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, capsys):
+def test_unwritable_folder_is_refused_before_measuring(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert (
         main(["--dry-run", "--out", str(tmp_path / "file"), "--runs", str(tmp_path / "runs")]) == 5

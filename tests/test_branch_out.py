@@ -240,7 +240,7 @@ def test_branches_of_an_untrained_module_are_drawn_anew():
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
 
 
-def test_fresh_branches_of_a_trained_module_forget_its_statistics():
+def test_fresh_branches_of_trained_module_reset_statistics():
     model = branch_out(small(trained=True), at="stage2", num_branches=2, deepen=0, init="fresh")
     for norm in model.branches[1].modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -264,7 +264,7 @@ def test_dropout_functions_follow_the_training_flag():
     assert not torch.equal(model(X).logits[0], model(X).logits[0])
 
 
-def test_another_number_of_classes_replaces_the_last_layer_and_says_so():
+def test_other_number_of_classes_replaces_last_layer():
     network = small()
     with pytest.warns(
         UserWarning,
@@ -526,7 +526,7 @@ class Joint(nn.Module):
         return self.fc(self.c(self.b(x) * self.scale).mul(self.scale).mean((2, 3)))
 
 
-def test_points_that_would_tear_a_shared_tensor_apart_are_not_listed():
+def test_points_inside_a_shared_tensor_are_not_listed():
     points = list_split_points(Joint(), (3, 16, 16))
     assert points == ["a", "b"]
     for at in points:
@@ -561,7 +561,7 @@ class WritesToItsList(nn.Module):
         return self.fc(self.fuse([self.stem(x), self.other(x)]).mean((2, 3)))
 
 
-def test_a_network_that_cannot_be_run_call_by_call_is_not_told_to_change_its_images():
+def test_network_that_cannot_be_traced_gets_no_hint_on_images():
     assert WritesToItsList()(torch.randn(1, 3, 8, 8)).shape == (1, 5)
     with pytest.raises(
         ConfigError,

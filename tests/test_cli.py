@@ -422,9 +422,7 @@ class TestMistakes:
             )
             assert (folder / name).read_text() == "mine"
 
-    def test_out_holds_a_run_that_was_killed_before_its_first_checkpoint(
-        self, run, trained, tmp_path
-    ):
+    def test_train_into_folder_of_run_without_checkpoint_starts_anew(self, run, trained, tmp_path):
         import shutil
 
         shutil.copytree(trained, tmp_path / "dead")
@@ -588,7 +586,7 @@ def test_a_moved_dataset_and_a_changed_one(run, tmp_path):
     )
 
 
-def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing(run, tmp_path):
+def test_run_ended_before_first_checkpoint_leaves_nothing(run, tmp_path):
     got, out, err = run(*TRAIN, "--epochs", "1", "--lr", "1e30", "--quiet", "--out", tmp_path / "r")
     mistake(
         (got, out, err),
@@ -718,7 +716,7 @@ def test_sigkill_leaves_a_loadable_checkpoint(tmp_path, run):
     assert run("train", "--resume", tmp_path / "run", "--epochs", epoch + 1, "--quiet")[0] == 0
 
 
-def test_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
+def test_full_disk_stops_run_and_keeps_checkpoint(tmp_path):
     # A limit on file size stands in for a full disk: a write past it fails with an OSError, as one
     # past the disk's end does.
     folder = tmp_path / "run"
@@ -743,7 +741,7 @@ def test_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path):
     ] == []
 
 
-def test_resume_auto_begins_a_run_continues_it_and_is_content_when_it_is_done(run, tmp_path):
+def test_resume_auto_starts_resumes_and_accepts_finished_run(run, tmp_path):
     command = [*TRAIN, "--quiet", "--resume", "auto", "--out", tmp_path / "r"]
     assert run(*command, "--epochs", "1")[0] == 0
     code, out, _ = run(*command, "--epochs", "2")

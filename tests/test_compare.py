@@ -98,7 +98,7 @@ def test_errors_are_those_of_the_runs(sample_runs, capsys):
     assert rows["resnet8 baseline"]["ensemble_last_error_mean"] == ""
 
 
-def test_last_and_best_differ_where_the_best_epoch_is_not_the_last(runs, capsys):
+def test_last_and_best_differ_if_best_epoch_is_not_last(runs, capsys):
     change_records(
         runs / "ahbf-seed0",
         lambda record: record["eval"].update(branch1=0.75 - 0.25 * record["epoch"], ensemble=0.625),
@@ -301,7 +301,7 @@ def test_costs_are_those_of_the_networks(sample_runs, capsys):
     )
 
 
-def test_training_time_is_a_multiple_of_the_student_alone_on_the_same_machine(runs, capsys):
+def test_training_time_is_a_multiple_of_baseline_on_same_machine(runs, capsys):
     for name in RUNS:
         # The median: the first epoch may compile.
         change_records(
@@ -339,7 +339,7 @@ def test_training_time_is_a_multiple_of_the_student_alone_on_the_same_machine(ru
         {"device_batch": 32},
     ],
 )
-def test_training_time_is_a_multiple_only_of_what_was_configured_alike(runs, capsys, lever):
+def test_training_time_of_other_configuration_is_no_multiple(runs, capsys, lever):
     def times_alone():
         return as_csv(capsys, *runs_in(runs))["resnet8 ahbf"]["training_time_times_alone"]
 
@@ -385,9 +385,7 @@ def test_groups_differ_in_what_their_labels_say(runs, capsys):
     assert rows["resnet8 ahbf, method_options none, lr 0.05"]["seeds"] == "0 5"
 
 
-def test_the_student_is_the_average_of_its_weights_or_the_deepest_branch_where_the_run_says_so(
-    runs,
-):
+def test_student_of_run_is_ema_or_deepest_branch(runs):
     change_config(runs / "ahbf-seed0", ema=0.99)
     change_records(runs / "ahbf-seed0", lambda record: record["eval"].update(ema=0.5))
     assert read_run(runs / "ahbf-seed0").student == "ema"
@@ -415,7 +413,7 @@ def test_the_student_is_the_average_of_its_weights_or_the_deepest_branch_where_t
         ),
     ],
 )
-def test_runs_that_were_evaluated_on_different_images_are_refused(runs, capsys, file, change, what):
+def test_runs_evaluated_on_different_images_are_refused(runs, capsys, file, change, what):
     fingerprint = json.loads((runs / "ahbf-seed0" / "environment.json").read_text())["data"][
         "fingerprint"
     ]
@@ -433,7 +431,7 @@ def test_held_out_images_must_be_of_the_same_share(runs, capsys):
     assert "(val_split: 0.0, 0.1)" in mistake(capsys, 2, *runs_in(runs))
 
 
-def test_lost_records_are_said_and_the_checkpoint_still_knows_its_data(runs, capsys):
+def test_run_without_records_reports_data_of_its_checkpoint(runs, capsys):
     (runs / "ahbf-seed1" / "environment.json").write_text("{")
     (runs / "ahbf-seed1" / "student.json").unlink()
     text = said(capsys, *runs_in(runs))

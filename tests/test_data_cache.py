@@ -282,9 +282,7 @@ class TestBadImages:
             assert opened.fingerprint != good.fingerprint
         assert len(decodings) == 3
 
-    def test_not_more_than_one_in_a_hundred_not_in_evaluation_and_not_without_another(
-        self, kept, tree
-    ):
+    def test_replacement_of_corrupt_images_is_limited(self, kept, tree):
         for name in ("0.png", "1.png"):
             (tree / "train" / "cat" / name).write_bytes(b"")
         with pytest.raises(

@@ -258,9 +258,7 @@ def crash(item):
     os._exit(11)
 
 
-def test_a_large_picture_is_a_remark_and_one_that_pillow_refuses_a_problem(
-    tree, monkeypatch, capsys
-):
+def test_large_image_is_a_remark_and_refused_one_a_problem(tree, monkeypatch, capsys):
     put(tree / "train" / "cat" / "wide.jpg", encoded(picture((50, 60))))
     monkeypatch.setattr(check, "HUGE_PIXELS", 2500)
     assert cli.main(["data", "check", str(tree)]) == 0

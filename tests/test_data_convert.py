@@ -66,7 +66,7 @@ def test_a_tree_is_scaled_to_its_shorter_side(tree, tmp_path):
         assert np.abs(got - want).max() <= (0 if file.endswith(".png") else 8), file
 
 
-def test_what_is_small_enough_is_copied_and_what_is_not_upright_is_turned(tmp_path):
+def test_convert_copies_small_images_and_turns_rotated_ones(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "in" / name).mkdir(parents=True)
         smooth().save(tmp_path / "in" / name / "0.jpg", quality=50)

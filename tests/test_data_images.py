@@ -100,9 +100,7 @@ def test_other_modes_become_rgb(picture, tmp_path, mode):
     assert np.array_equal(pixels(decode(tmp_path / "a.png")), pixels(image.convert("RGB")))
 
 
-def test_the_content_decides_not_the_extension_and_animations_give_their_first_frame(
-    picture, tmp_path
-):
+def test_image_format_is_of_content_and_animation_is_first_frame(picture, tmp_path):
     picture.save(tmp_path / "png.jpg", format="PNG")
     assert np.array_equal(pixels(decode(tmp_path / "png.jpg")), pixels(picture))
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
@@ -211,7 +209,7 @@ def test_an_absurdly_large_image_is_refused(tmp_path, picture, monkeypatch):
         decode_all(tmp_path, ["a.png"])
 
 
-def test_differing_sizes_are_named_with_a_fix_and_fitted_when_told(tmp_path):
+def test_images_of_different_sizes_are_refused_or_fitted(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     Image.new("RGB", (5, 9)).save(tmp_path / "b.png")
     with pytest.raises(

@@ -185,7 +185,7 @@ class TestFlatValidation:
         (tmp_path / "LOC_val_solution.csv").write_text("\n".join(kaggle))
         self.check(tmp_path)
 
-    def test_labels_of_the_validation_images_are_not_those_of_a_flat_test_folder(self, tmp_path):
+    def test_validation_labels_do_not_apply_to_flat_test_folder(self, tmp_path):
         self.tree(tmp_path)
         for i in range(4):
             put(tmp_path / "test" / f"ILSVRC2012_test_{i:08}.JPEG")

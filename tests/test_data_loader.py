@@ -167,7 +167,7 @@ def test_evaluation_visits_every_image_once_over_all_ranks(count, world_size, ba
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(("count", "batch_size"), [(48, 4), (49, 4), (12, 3), (37, 9)])
-def test_training_drops_the_last_partial_batch_on_every_rank_alike(count, batch_size, world_size):
+def test_training_drops_last_partial_batch_on_every_rank(count, batch_size, world_size):
     seen = []
     for rank in range(world_size):
         loader = make(count, batch_size, rank=rank, world_size=world_size)
@@ -255,7 +255,7 @@ def test_an_abandoned_iteration_starts_over():
     assert equal(list(loader), first)
 
 
-def test_resume_with_another_number_of_ranks_keeps_the_global_batches():
+def test_resume_with_other_number_of_ranks_keeps_batches():
     alone = make(50, 8)
     batches = list(alone)
     iterator = iter(alone)
@@ -485,7 +485,7 @@ def test_mixing_weights_have_their_distribution():
 @pytest.mark.parametrize(
     "settings", [{"views": 2}, {"mixup": 0.4, "cutmix": 1.0, "num_classes": 7}]
 )
-def test_views_and_mixing_depend_on_neither_ranks_nor_interruption(settings):
+def test_views_and_mixing_ignore_ranks_and_interruption(settings):
     alone = make(50, 8, **settings)
     alone.set_epoch(3)
     batches = list(alone)
@@ -505,7 +505,7 @@ def test_views_and_mixing_depend_on_neither_ranks_nor_interruption(settings):
     assert not equal(list(alone), batches)
 
 
-def test_gather_makes_the_batches_of_the_epoch_from_a_step_on_the_device():
+def test_gather_from_a_step_on_makes_batches_of_the_epoch():
     loader = make(mixup=0.4, num_classes=7)
     loader.set_epoch(2)
     batches = list(loader)
@@ -538,7 +538,7 @@ def test_gather_is_tensor_operations_alone():
 
 
 @pytest.mark.parametrize("size", [3, 5])
-def test_resized_training_images_are_antialiased_after_augmentation(size):
+def test_resized_training_images_are_antialiased(size):
     loader = make(augment=Augment(pad=2, flip=True), memory_format=torch.contiguous_format)
     whole = list(loader)
     loader.set_size(size)

@@ -111,9 +111,7 @@ def tree(tmp_path_factory):
         ("torchvision", {"options": {"workers": 0}}),
     ],
 )
-def test_every_loader_gives_each_image_once_an_epoch_with_its_folders_class(
-    tree, name, options, world_size
-):
+def test_every_loader_yields_each_image_once_with_its_class(tree, name, options, world_size):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install 'fastokd[dali]'")
     dataset = (open_dataset if name == "resident" else list_files)(tree, image_size=16)
@@ -174,7 +172,7 @@ def test_dali_and_torchvision_train_on_the_same_windows(tmp_path, make):
             assert difference.mean() <= 0.5
 
 
-def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(golden, monkeypatch):
+def test_pillow_without_torchvision_decoder_gives_same_pixels(golden, monkeypatch):
     want = evaluated(torchvision, golden)
     real = builtins.__import__
 

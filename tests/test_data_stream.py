@@ -56,7 +56,7 @@ def test_evaluation_visits_every_image_once_over_all_ranks(split, make, world_si
 
 @each_loader
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_training_shares_each_epoch_among_the_ranks_and_drops_the_rest(split, make, world_size):
+def test_training_divides_epoch_among_ranks_and_drops_rest(split, make, world_size):
     batch_size, seen = 3, []
     for rank in range(world_size):
         loader = make(split, batch_size, True, rank=rank, world_size=world_size)
@@ -88,7 +88,7 @@ def test_both_loaders_visit_the_same_images_in_the_same_order(split):
 
 
 @each_loader
-def test_a_seed_decides_everything_and_another_seed_or_epoch_changes_it(split, make):
+def test_batches_depend_on_seed_and_epoch_alone(split, make):
     first, second, other = (make(split, 7, True, seed=seed) for seed in (1, 1, 2))
     assert equal(list(first), list(second))
     assert indices(first) != indices(other)
@@ -134,7 +134,7 @@ def test_threads_and_prefetching_of_dali_change_no_pixel(split):
     )
 
 
-def test_worker_processes_change_no_pixel_and_survive_epochs_and_breaks(split):
+def test_worker_processes_change_no_pixel_and_outlive_epochs(split):
     want = torchvision(split, 4, True)
     loader = torchvision(split, 4, True, options=TorchvisionOptions(workers=2))
     for epoch in range(2):
@@ -152,7 +152,7 @@ def test_worker_processes_change_no_pixel_and_survive_epochs_and_breaks(split):
 
 @each_loader
 @pytest.mark.parametrize("train", [True, False])
-def test_a_resumed_epoch_continues_with_the_images_that_were_left(split, make, train):
+def test_resumed_epoch_continues_with_remaining_images(split, make, train):
     loader = make(split, 4, train, seed=5)
     loader.set_epoch(2)
     batches = list(loader)
@@ -273,7 +273,7 @@ def test_the_size_of_training_images_changes_between_epochs(split, make):
 
 
 @each_loader
-def test_the_size_there_is_already_changes_nothing_and_another_one_asks_for_the_buffer(split, make):
+def test_set_size_other_than_size_of_buffer_is_refused(split, make):
     loader, out = (
         make(split, 4, True),
         torch.empty((4, 3, 32, 32)).to(memory_format=torch.channels_last),

@@ -67,7 +67,7 @@ def test_a_bad_picture_stops_the_run_with_its_name(tmp_path, make, damage, reaso
 
 
 @each_loader
-def test_bad_pictures_are_replaced_by_the_next_of_their_class_and_counted(tmp_path, make):
+def test_corrupt_image_is_replaced_by_next_of_its_class(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     good = list(make(split, 6, True))
     truncate(tmp_path / split.files[9])
@@ -179,7 +179,7 @@ def test_archives_give_the_same_batches_as_files(tmp_path, make):
 
 
 @each_loader
-def test_a_bad_picture_in_an_archive_is_named_and_so_is_a_lost_archive(tmp_path, make):
+def test_corrupt_image_and_missing_archive_are_named(tmp_path, make):
     split = write_split(tmp_path, COUNT)
     truncate(tmp_path / split.files[9])
     packed = archived(tmp_path, split)
@@ -199,7 +199,7 @@ def test_a_missing_dali_names_the_install(tmp_path, monkeypatch):
         DaliLoader(split, 2, True, size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def test_a_format_that_dali_lacks_is_named_before_anything_is_decoded(tmp_path):
+def test_format_unknown_to_dali_is_refused_before_decoding(tmp_path):
     split = write_split(tmp_path, 4)
     picture(20, 20).save(tmp_path / "moving.gif")
     split = FileSplit("train", tmp_path, (*split.files[:3], "moving.gif"), split.targets)

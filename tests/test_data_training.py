@@ -180,7 +180,7 @@ class TestChoice:
             "val/dog",
         ]
 
-    def test_better_loaders_that_cannot_run_are_named_with_the_reason(self, tmp_path, monkeypatch):
+    def test_faster_loaders_that_cannot_run_are_named(self, tmp_path, monkeypatch):
         there = loader._loaders.targets
         monkeypatch.setattr(
             loader._loaders,

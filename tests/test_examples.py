@@ -2,12 +2,15 @@
 show.
 """
 
+import contextlib
+import io
 import json
 import re
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,10 +28,22 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(name: str, *arguments: object) -> str:
-    """What an example prints."""
+    """The output of an example in a separate process."""
     code, output, errors = finish(start([ROOT / "examples" / name, *arguments]))
     assert code == 0, f"{output}\n{errors}"
     return output
+
+
+def run_here(name: str, *arguments: object) -> str:
+    """The output of an example that leaves nothing behind in this process."""
+    path = str(ROOT / "examples" / name)
+    output = io.StringIO()
+    with (
+        patch.object(sys, "argv", [path, *map(str, arguments)]),
+        contextlib.redirect_stdout(output),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return output.getvalue()
 
 
 def last_percentage(output: str) -> float:
@@ -53,7 +68,7 @@ def pictures(tmp_path_factory):
 
 
 def test_own_loop():
-    assert last_percentage(run("own_loop.py", "--epochs", 5)) > 85  # ten classes
+    assert last_percentage(run_here("own_loop.py", "--epochs", 5)) > 85  # ten classes
 
 
 def test_own_method(tmp_path):
@@ -85,7 +100,7 @@ def test_own_method(tmp_path):
 
 def test_branch_torchvision(tmp_path):
     out = tmp_path / "student.safetensors"
-    output = run(
+    output = run_here(
         "branch_torchvision.py",
         "--model",
         "resnet18",
@@ -106,7 +121,7 @@ def test_branch_torchvision(tmp_path):
 
 def test_branch_timm():
     timm = pytest.importorskip("timm", reason="needs pip install 'fastokd[timm]'")
-    output = run(
+    output = run_here(
         "branch_timm.py", "--model", "resnet10t", "--at", "layer3", "--branches", 2, "--epochs", 2
     )
     assert float(re.findall(r"branch1 ([\d.]+)", output)[-1]) > 50
@@ -225,7 +240,7 @@ def test_export_onnx(pictures, tmp_path):
         == 0
     )
     shown = [pictures / "val" / name / "3.jpg" for name in ("dark", "bright")]
-    lines = run("export_onnx.py", folder, *shown).splitlines()[-2:]
+    lines = run_here("export_onnx.py", folder, *shown).splitlines()[-2:]
     assert [re.match(r".*: (\w+) \(", line)[1] for line in lines] == ["dark", "bright"]
 
 
@@ -251,5 +266,7 @@ def test_export_onnx_of_a_record_of_an_early_version(shorter, pictures):
 def test_every_example_says_what_it_shows_and_is_run_here(path):
     text = path.read_text(encoding="utf-8")
     assert f"python examples/{path.name}" in text or f"examples/{path.name} --" in text
-    assert re.search(rf'(?:run\(\s*|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8"))
+    assert re.search(
+        rf'(?:run(?:_here)?\(\s*|/ )"{path.name}"', Path(__file__).read_text(encoding="utf-8")
+    )
     assert f"`{path.name}`" in (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8")

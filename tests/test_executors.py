@@ -1,4 +1,4 @@
-"""Every executor on every published graph, and on 300 random graphs."""
+"""Every executor on every published graph, and on random graphs."""
 
 import os
 import subprocess
@@ -16,6 +16,8 @@ HERE = Path(__file__).resolve().parent
 STATE = executor_states()["cpu"]
 INTERPRETER = triton_state.interpreter_unavailable()
 WANTED = 300
+INTERPRETED = 100
+"""Random graphs for Triton's interpreter, which takes a second for four; all are in the grid."""
 
 
 @pytest.mark.skipif(STATE is not None, reason=f"the cpu executor cannot run: {STATE}")
@@ -34,18 +36,19 @@ def test_the_operator_on_random_graphs():
 
 
 @pytest.mark.skipif(INTERPRETER is not None, reason=str(INTERPRETER))
-def test_triton_interpreter():
+@pytest.mark.parametrize("wanted", [INTERPRETED, pytest.param(WANTED, marks=pytest.mark.grid)])
+def test_triton_interpreter(wanted):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
     }
-    code = f"import executor_properties; executor_properties.main('triton', {WANTED})"
+    code = f"import executor_properties; executor_properties.main({wanted})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     catalog, random = map(int, done.stdout.split())
-    assert catalog >= 48 * 5
-    assert random == WANTED
+    assert catalog >= 48 * 3
+    assert random == wanted

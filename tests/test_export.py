@@ -386,7 +386,7 @@ def test_what_is_in_the_way_is_left_alone(run, tmp_path, capsys):
     assert (tmp_path / "student.safetensors").stat().st_ino != before
 
 
-def test_a_run_that_differs_in_the_learning_rate_alone_is_another(run, tmp_path, capsys):
+def test_run_with_other_learning_rate_is_another_run(run, tmp_path, capsys):
     other = tmp_path / "other"
     assert (
         main(
@@ -490,7 +490,7 @@ def test_a_peer_is_found_by_its_own_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_torchvisions_networks_without_their_auxiliary_classifiers(run, tmp_path, name):
+def test_torchvision_export_omits_auxiliary_classifiers(run, tmp_path, name):
     import torchvision
 
     torch.manual_seed(0)

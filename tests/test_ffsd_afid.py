@@ -84,7 +84,7 @@ def at(value, path):
 
 @pytest.mark.parametrize("num_students", [2, 3])
 @pytest.mark.parametrize("name", sorted(oracle.TERMS))
-def test_ffsd_terms_and_every_gradient_against_finite_differences(name, num_students):
+def test_ffsd_terms_and_gradients_match_finite_differences(name, num_students):
     values = random_maps(num_students)
     tensors = as_tensors(values)
     criterion = FFSDLoss(num_students + 1)
@@ -303,7 +303,7 @@ def test_ffsd_trains_its_parts_as_the_official_code_does():
             assert id(parameter) not in rates
 
 
-def test_ffsd_ramps_the_map_terms_up_over_five_epochs_counted_from_one():
+def test_ffsd_map_terms_ramp_up_over_five_epochs():
     config = TrainConfig(method="ffsd", epochs=300)
     assert [config.kd_weight_at(epoch) for epoch in (0, 3, 4, 100)] == pytest.approx(
         [np.exp(-5 * 0.8**2), np.exp(-5 * 0.2**2), 1.0, 1.0]

@@ -189,7 +189,7 @@ def test_graph_errors_are_value_errors() -> None:
     assert issubclass(GraphError, ValueError)
 
 
-def test_ordered_places_inputs_first_and_else_keeps_the_given_order() -> None:
+def test_ordered_puts_inputs_first_and_keeps_other_order() -> None:
     v, u = Mixture("v", ("u", "b"), "w2"), Mixture("u", ("a", "c"), "w1")
     graph = Graph("g", (v, u, Logits("c"), B, A), (CrossEntropy("v"), CrossEntropy("u")))
     assert [node.name for node in graph.ordered] == ["a", "c", "u", "b", "v"]
@@ -312,7 +312,7 @@ def test_damaged_encodings_are_refused() -> None:
         decode_plan(ints, (*floats, 0.0))
 
 
-def test_drawing_as_text_shows_definitions_and_effective_coefficients() -> None:
+def test_text_drawing_shows_definitions_and_coefficients() -> None:
     # lambda * T^2 multiplied out: 4 * 9 and 2 * 9.
     assert draw_text(ahbf_graph(2, label_smoothing=0.1)).splitlines() == [
         "graph ahbf: 3 nodes, 5 terms",
@@ -401,7 +401,7 @@ def test_svg_drawing_has_every_node_and_edge_in_sight(graph: Graph) -> None:
     assert all(node.name in words for node in graph.nodes)
 
 
-def test_svg_drawing_goes_from_what_is_given_to_what_is_made_of_it() -> None:
+def test_svg_drawing_goes_from_inputs_to_derived_nodes() -> None:
     picture = ElementTree.fromstring(draw_svg(ahbf_graph(3)))
     titles = [text.text for text in picture.iter(f"{SVG}text") if text.get("font-weight")]
     column = dict(zip(titles, (x for x, *_ in boxes_of(picture)), strict=True))

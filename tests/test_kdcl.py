@@ -305,7 +305,7 @@ def test_every_network_sees_a_view_of_its_own(tmp_path):
         trainer.run_folder.unlock()
 
 
-def test_a_run_of_general_resumes_exactly_and_never_trains_on_what_is_held_out(tmp_path):
+def test_kdcl_general_resumes_exactly_without_held_out_images(tmp_path):
     few = few_digits()
     config = dataclasses.replace(CONFIG, method_options={"variant": "general", "held_out": 0.25})
     trainer = check_resume(config, tmp_path, few)

@@ -46,7 +46,7 @@ def test_latency_is_the_median_of_passes_without_gradients():
 
 
 @pytest.mark.parametrize("before", [[True, True], [False, True], [False, False]])
-def test_float32_is_not_tf32_and_what_was_allowed_before_is_so_again(tf32_settings, before):
+def test_latency_of_float32_disables_tf32_and_restores_it(tf32_settings, before):
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     seen = []
     measure_latency(Probe(lambda x: seen.append(tf32_settings())), (1, 1), 1, torch.device("cpu"))

@@ -5,6 +5,7 @@ it, and what is said when it does not fit.
 import dataclasses
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +286,11 @@ def test_fit_batch_size_returns_the_largest(device, large, monkeypatch):
         for count in batch_sizes(1024)
     }
     assert list(takes.values()) == sorted(takes.values())
+    monkeypatch.setattr(
+        fastokd.train.memory,
+        "estimate_memory",
+        lambda config, *_: SimpleNamespace(total=takes[config.batch_size]),
+    )
     for count in (8, 48, 512):
         has_free(monkeypatch, int(takes[count] / FILL) + 1)
         found, reason = fit_batch_size(SMALL, large, device)

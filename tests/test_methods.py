@@ -65,7 +65,7 @@ def images(batch: int = 4, size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_terms_outside_the_graph_go_through_the_same_backward_pass(impl):
+def test_extra_terms_use_the_same_backward_pass(impl):
     criterion = PullLoss(impl=impl)
     rows = [torch.randn(3, 5, requires_grad=True) for _ in range(2)]
     target, pull = torch.tensor([0, 1, 2]), torch.tensor([1.0, -2.0], requires_grad=True)
@@ -214,7 +214,7 @@ def test_a_companion_sees_the_pass_and_can_change_it(monkeypatch):
     assert not torch.equal(model(images()).logits[1], result.logits[1])
 
 
-def test_a_network_that_a_method_cannot_train_is_refused_with_the_reason(monkeypatch):
+def test_network_that_method_cannot_train_is_refused(monkeypatch):
     def refuse(layout, **options):
         raise ValueError("its features have no height and width")
 

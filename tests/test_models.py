@@ -129,7 +129,7 @@ def test_initial_weights():
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_one_seed_gives_the_student_the_same_start_with_and_without_teachers(name, layout):
+def test_student_of_one_seed_starts_alike_with_any_teachers(name, layout):
     def start(build):
         torch.manual_seed(3)
         return build().state_dict()

@@ -4,6 +4,7 @@ its student.
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -33,6 +34,18 @@ def images(name: str, batch: int = BATCH, seed: int = 1) -> Tensor:
 NAMES = [
     name for name in list_models() if name not in ("resnet14", "resnet32", "resnet44", "resnet56")
 ]
+# Networks of the same layers as another one: only their widths or numbers of blocks differ.
+SAME_LAYERS = {
+    "mobilenetv2_x1_0",
+    "mobilenetv2_x1_0_imagenet",
+    "resnet20",
+    "resnet34_imagenet",
+    "resnet110",
+    "vgg16",
+    "wrn16_4",
+    "wrn20_8",
+    "wrn28_2",
+}
 
 
 class Network(NamedTuple):
@@ -181,6 +194,9 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    "network", [name for name in NAMES if name not in SAME_LAYERS], indirect=True
+)
 def test_trunk_and_branch_compile_as_one_graph_each(network: Network, fresh_compiler: None) -> None:
     graphs = []
 
@@ -201,7 +217,8 @@ def test_trunk_and_branch_compile_as_one_graph_each(network: Network, fresh_comp
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("resnet8", "student"), ("shufflenetv2_x1_0", "branch")]
+    ("name", "part"),
+    [pytest.param("resnet8", "student", marks=pytest.mark.grid), ("shufflenetv2_x1_0", "branch")],
 )
 def test_inductor_computes_what_eager_does(name: str, part: str, fresh_compiler: None) -> None:
     """A whole network, and the branch whose layers look at the memory format."""
@@ -220,8 +237,21 @@ def test_inductor_computes_what_eager_does(name: str, part: str, fresh_compiler:
 # ---- gradients
 
 
-@pytest.mark.parametrize("method", list_methods())
-@pytest.mark.parametrize("name", NAMES)
+# Every method on networks of three kinds, every network with the method of most modules and with a
+# method of feature maps; the other pairs are in the grid.
+CHOSEN = {
+    *itertools.product(("resnet8", "vgg13", "mobilenetv2_x0_5_imagenet"), list_methods()),
+    *itertools.product(NAMES, ("ahbf", "ffsd")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(*pair, marks=[] if pair in CHOSEN else pytest.mark.grid)
+        for pair in itertools.product(NAMES, list_methods())
+    ],
+)
 def test_every_trainable_parameter_gets_a_finite_gradient(name: str, method: str) -> None:
     torch.manual_seed(0)
     chosen = get_method(method)

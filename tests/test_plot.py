@@ -127,9 +127,7 @@ def test_what_only_some_seeds_have_is_dotted_and_said(sample_runs, tmp_path, dra
     )
 
 
-def test_records_of_an_earlier_version_are_drawn_without_what_they_lack(
-    sample_runs, tmp_path, drawn
-):
+def test_plot_of_old_records_omits_missing_values(sample_runs, tmp_path, drawn):
     run = copied(sample_runs / "ahbf-seed0", tmp_path / "run")
     change_records(run, lambda record: [record.pop(name) for name in ("train", "waiting_share")])
     assert plot([run], tmp_path / "plots") == 0

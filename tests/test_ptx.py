@@ -1,13 +1,14 @@
 """The PTX of compiled kernels, executed by an interpreter (``ptx.py``) on CPU tensors.
 
 Results are compared with float64 by the bounds of ``executor_properties.py`` and
-``triton_cases.py``. The interpreter also reports races, misaligned accesses and accesses outside of
-tensors.
+``executor_contract.py``. The interpreter also reports races, misaligned accesses and accesses
+outside of tensors.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -23,13 +24,15 @@ import executor_properties
 import graph_catalog
 import ptx
 import ptx_executor
-from ptx_executor import EXECUTOR, PtxExecutor
+from executor_contract import LAYOUTS, Subject, with_logits
+from graph_catalog import Inputs
+from ptx_executor import EXECUTOR
 
 from fastokd.kernels.triton.specialize import specialize
+from fastokd.ops import forward_backward
 from fastokd.ops import triton as triton_executor
-from tests.triton_cases import Batch, check, fused, make, run
-from tests.triton_graphs import GRAPHS
 
+PTX = Subject(ptx_executor.register(), "cpu")
 CATALOG = {case.name: case.graph for case in graph_catalog.catalog()}
 MUTATIONS = 24
 CHANGE = 2.0**-16
@@ -40,10 +43,9 @@ HUGE = ("cascade", "mixed probabilities", "minimum", "cascade, exact eps")
 def check_catalog_case(
     name: str, batch: int, num_classes: int, dtype: torch.dtype, soft: bool, capability: int = 90
 ) -> None:
-    executor = ptx_executor.register()
     with patch.object(EXECUTOR, "capability", capability):
         executor_properties.check(
-            CATALOG[name], executor, batch, num_classes, dtype, 0, soft, device="cpu"
+            CATALOG[name], PTX.executor, batch, num_classes, dtype, 0, soft, device="cpu"
         )
 
 
@@ -88,27 +90,34 @@ def test_every_catalog_graph_is_as_accurate_as_torch(
 def test_every_shape_is_as_accurate_as_torch(
     batch: int, num_classes: int, dtype: torch.dtype, capability: int
 ) -> None:
-    executor = PtxExecutor(capability)
-    check(make(GRAPHS["cascade"](), batch, num_classes, dtype), executor=executor)
+    with patch.object(EXECUTOR, "capability", capability):
+        PTX.compare(PTX.make("cascade", (batch, num_classes), dtype=dtype))
 
 
-def programs(executor: PtxExecutor) -> list[ptx.Program]:
-    return [program for program, _shared in executor.programs.values()]
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[ptx.Program]]:
+    """The programs that a test compiles."""
+    compiled: dict[Any, tuple[ptx.Program, int]] = {}
+    monkeypatch.setattr(EXECUTOR, "programs", compiled)
+    return lambda: [program for program, _shared in compiled.values()]
 
 
-@pytest.mark.parametrize("name", HUGE)
-def test_huge_logits_are_scaled_alike_in_every_pass(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [HUGE[0], *(pytest.param(name, marks=pytest.mark.grid) for name in HUGE[1:])]
+)
+def test_huge_logits_are_scaled_alike_in_every_pass(
+    name: str, programs: Callable[[], list[ptx.Program]]
+) -> None:
     """A logit near 1e4 must be rounded alike in every pass over its row: in one fused multiply-add.
 
     The factor of a scaled node is multiplied separately only for maxima and the label's logit.
     """
-    executor = PtxExecutor()
-    inputs = make(GRAPHS[name](), 33, 1000, scale=1e4)
-    check(inputs, huge=True, executor=executor)
+    inputs = PTX.make(name, (33, 1000), scale=1e4)
+    PTX.compare(inputs, huge=True)
     spec = specialize(inputs.plan)
     scales = [node.scale for node in spec.first.scaled_nodes + spec.main.scaled_nodes]
     literals = {f"0f{np.float32(scale).view(np.uint32):08X}" for scale in scales}
-    for program in programs(executor):
+    for program in programs():
         products = {
             op.operands[0]
             for op in program.code
@@ -116,38 +125,35 @@ def test_huge_logits_are_scaled_alike_in_every_pass(name: str) -> None:
         }
         readers = {op.name for op in program.code if products & {*op.operands[1:]}}
         assert readers <= {"max", "neg"}, f"{program.name}: products are read by {readers}"
-    assert any(literals & {*op.operands} for op in programs(executor)[0].code)
+    assert any(literals & {*op.operands} for op in programs()[0].code)
 
 
 def test_a_logit_far_above_the_estimated_maximum_is_found() -> None:
-    inputs = make(GRAPHS["mutual, temperature 1"](), 3, 1300)
-    for row in inputs.logits:
-        row[torch.arange(3), torch.tensor([1, 700, 1299])] += 90.0
-    check(inputs, huge=True, executor=EXECUTOR)
+    inputs = PTX.make("mutual, temperature 1", (3, 1300))
+    with torch.no_grad():
+        for row in inputs.logits:
+            row[torch.arange(3), torch.tensor([1, 700, 1299])] += 90.0
+    PTX.compare(inputs, huge=True)
 
 
 def test_split_rows_are_as_accurate_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_executor, "choose_splits", lambda batch, num_classes: 2)
-    check(make(GRAPHS["cascade, detached"](), 2, 1200), executor=EXECUTOR)
+    PTX.compare(PTX.make("cascade, detached", (2, 1200)))
 
 
 def test_forward_backward_kernel_equals_the_two() -> None:
-    inputs = make(GRAPHS["cascade, detached"](), 5, 10)
-    inputs.grad_rows = torch.full((5,), 1 / 5)
-    rows, terms, grads = fused(inputs, EXECUTOR)
-    for mine, theirs in zip([rows, *terms, *grads], run(EXECUTOR, inputs), strict=True):
+    inputs = PTX.make("cascade, detached", (5, 10))
+    expected = PTX.run(inputs, torch.full((5,), 1 / 5))
+    rows, terms, grads = forward_backward(inputs.plan, *inputs.arguments(), impl=PTX.executor)
+    for mine, theirs in zip((rows, terms, *grads), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_strided_rows_are_as_accurate_as_torch() -> None:
-    inputs = make(GRAPHS["mutual"](), 5, 101, torch.bfloat16)
-    first, second, third = inputs.logits
-    inputs.logits = [
-        torch.nn.functional.pad(first, (0, 7))[:, :101],
-        second.t().contiguous().t(),
-        torch.stack([third, third], 2)[:, :, 1],
-    ]
-    check(inputs, executor=EXECUTOR)
+    inputs = PTX.make("mutual", (5, 101), dtype=torch.bfloat16)
+    layouts = (LAYOUTS[3], LAYOUTS[0], LAYOUTS[1])
+    rows = zip(layouts, inputs.logits, strict=True)
+    PTX.compare(with_logits(inputs, [layout(row) for layout, row in rows]))
 
 
 def kernel(body: str) -> ptx.Program:
@@ -266,27 +272,27 @@ def difference(found: Sequence[Tensor], original: Sequence[Tensor]) -> float:
     "name", ["mutual, temperature 1", "cascade, detached", "mixed probabilities"]
 )
 def test_every_mutation_that_changes_a_result_is_caught(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, programs: Callable[[], list[ptx.Program]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random changes of one executed instruction each.
 
-    A change by more than ``CHANGE`` of a result's size must make ``check`` fail or the interpreter
-    report a violation. Smaller ones, such as another estimate of a maximum, only round differently.
+    A change by more than ``CHANGE`` of a result's size must make ``compare`` fail or the
+    interpreter report a violation. Smaller ones, such as another estimate of a maximum, only round
+    differently.
     """
-    executor = PtxExecutor()
-    inputs = make(GRAPHS[name](), 5, 10)
-    original = results(executor, inputs)
+    inputs = PTX.make(name, (5, 10))
+    original = results(inputs)
     random = np.random.default_rng(0)
     counts = dict.fromkeys(("no change", "rounding", "violation", "inaccurate", "missed"), 0)
     while sum(counts.values()) < MUTATIONS:
-        program = programs(executor)[random.integers(len(executor.programs))]
+        program = programs()[random.integers(len(programs()))]
         position = int(random.integers(len(program.code)))
         changed = mutated(program.code[position], random)
         if changed is None:
             continue
         code = [*program.code[:position], changed, *program.code[position + 1 :]]
         with patch.object(program, "code", code):
-            outcome = outcome_of_mutation(executor, inputs, original)
+            outcome = outcome_of_mutation(inputs, original)
         counts[outcome] += 1
         if outcome == "missed":
             pytest.fail(f"{program.code[position].text} -> {changed.text}: {program.name}")
@@ -295,20 +301,21 @@ def test_every_mutation_that_changes_a_result_is_caught(
     assert counts["violation"] + counts["inaccurate"] >= MUTATIONS // 2
 
 
-def results(executor: PtxExecutor, inputs: Batch) -> list[Tensor]:
-    return [result for result in run(executor, inputs) if result is not None]
+def results(inputs: Inputs) -> list[Tensor]:
+    rows, terms, *grads = PTX.run(inputs)
+    return [result for result in (rows, *terms, *grads) if result is not None]
 
 
-def outcome_of_mutation(executor: PtxExecutor, inputs: Batch, original: Sequence[Tensor]) -> str:
-    """What a mutated kernel's results are: see the keys of ``counts``."""
+def outcome_of_mutation(inputs: Inputs, original: Sequence[Tensor]) -> str:
+    """The kind of a mutated kernel's results, a key of ``counts``."""
     try:
-        found = results(executor, inputs)
+        found = results(inputs)
     except ptx.Error:
         return "violation"
     if all(map(torch.equal, found, original)):
         return "no change"
     try:
-        check(inputs, executor=executor)
+        PTX.compare(inputs)
     except AssertionError:
         return "inaccurate"
     return "rounding" if difference(found, original) <= CHANGE else "missed"

@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -444,11 +445,21 @@ def test_large_scale_settings_are_alike_for_both_methods():
 # ---- networks
 
 
+NO_INITIALIZATION = patch.multiple(
+    torch.nn.init,
+    **dict.fromkeys(
+        ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "ones_", "zeros_"),
+        lambda tensor, *_, **__: tensor,
+    ),
+)
+"""On the meta device, random numbers without values take most of the time."""
+
+
 @functools.cache
 def _network(model: str, num_classes: int, layout: tuple[tuple[str, Any], ...]) -> BranchedModel:
     values = {name: dict(value) if name == "options" else value for name, value in layout}
     teacher = torch.nn.Identity() if values["method"] == "kd" else None
-    with torch.device("meta"):
+    with torch.device("meta"), NO_INITIALIZATION:
         return create_model(model, num_classes=num_classes, teacher=teacher, **values)
 
 

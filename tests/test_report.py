@@ -72,9 +72,7 @@ def test_a_stale_page_is_noticed(page, parts, changes):
         current(text.replace(mark, ""), made, page)
 
 
-def test_figures_are_stale_when_their_data_change_and_not_when_matplotlib_does(
-    tmp_path, monkeypatch, capsys
-):
+def test_figures_are_stale_if_data_change_not_matplotlib(tmp_path, monkeypatch, capsys):
     """Of another version the bytes differ and the digest does not."""
     path, (data, draw) = (
         tmp_path / "x.svg",
@@ -251,7 +249,7 @@ def test_machine_code_is_one_number_where_generations_agree(tmp_path, monkeypatc
     ]
 
 
-def test_predictions_are_called_that_and_stand_beside_measurements(tmp_path, monkeypatch):
+def test_predictions_are_labeled_next_to_measurements(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "RESULTS", tmp_path)
     lines = roofline_table(bench.report.machine_code.PATH)
     assert lines[0].startswith("**Predictions of a model, not measurements**")
@@ -355,7 +353,7 @@ def test_data_tables_compare_within_the_run_and_keep_losing_rows(result):
     assert "2 s decoded, 0.1 s from the cache" in lines[-2]
 
 
-def test_step_benchmarks_keep_rows_that_lose_and_that_were_not_measured(tmp_path, monkeypatch):
+def test_step_table_keeps_slower_and_unmeasured_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
     row = {
         "name": "first",

@@ -143,7 +143,7 @@ def test_the_page_is_read_out_well(page):
     assert "@media print" in text
 
 
-def test_the_page_has_the_comparison_the_differences_and_the_last_values(page, sample_runs):
+def test_page_shows_comparison_differences_and_last_values(page, sample_runs):
     found, _ = page
     for method in ("ahbf", "baseline"):
         errors = [
@@ -278,7 +278,7 @@ def test_a_damaged_analysis_is_said(analysed, damage):
     assert "run 'fastokd analyze' again" in page.text
 
 
-def test_unfinished_runs_are_said_on_the_page_and_in_the_comparison_page(sample_runs, tmp_path):
+def test_unfinished_runs_are_reported_on_both_pages(sample_runs, tmp_path):
     run = copied(sample_runs / "ahbf-seed0", tmp_path / "run & more")
     change_config(run, epochs=5)
     assert report([run], tmp_path / "report.html") == 0

@@ -3,6 +3,7 @@ files that are written.
 """
 
 import dataclasses
+import gc
 import json
 import re
 import socket
@@ -66,6 +67,14 @@ def main(arguments):
     from fastokd.cli import main as command_line
 
     return command_line(arguments)
+
+
+@pytest.fixture(autouse=True)
+def _frozen_objects():
+    """Before every row garbage is collected, which must not look at all that other tests left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +173,7 @@ def test_all_optimizations_are_kept_on_a_gpu():
     )  # what PyTorch does with float32 convolutions there
 
 
-def test_research_style_reads_every_number_in_every_step_and_trains_alike(images, monkeypatch):
+def test_research_step_reads_every_number_and_trains_alike(images, monkeypatch):
     research = ResearchStep(first_row(CONFIG, CPU), images, CPU)
     engine = EngineStep(
         dataclasses.replace(first_row(CONFIG, CPU), impl="auto"), images, CPU, False

@@ -245,7 +245,7 @@ def published(name: str, *settings: str) -> list[float | None]:
     ]
 
 
-def test_recipes_that_a_setting_makes_the_same_are_not_mistaken_for_each_other():
+def test_recipes_made_equal_by_a_setting_stay_apart():
     # With another ramp-up for all, Figure 3's ramp-ups of 80, 150 and 225 are the recipe itself,
     # whose number is 25.19.
     assert published("cifar100-resnet32-ahbf", "ramp_epochs=100", "lr=0.1,0.2") == [25.19, None]
@@ -257,7 +257,7 @@ def test_recipes_that_a_setting_makes_the_same_are_not_mistaken_for_each_other()
     ]
 
 
-def test_a_point_of_other_recipes_that_a_setting_makes_the_same_has_no_number():
+def test_point_of_recipes_made_equal_has_no_published_number():
     # lambda_ta=4, lambda_branch=2 is the paper's own setting; with one ramp-up for all it is also
     # every row of Figure 3 that has another.
     grid = ("method_options.lambda_ta=2,4", "method_options.lambda_branch=2,3")
@@ -763,7 +763,7 @@ def test_results_are_written_after_every_run_and_after_an_error(fake, tmp_path, 
     assert len(written) == 3
 
 
-def test_another_ctrl_c_while_runs_save_after_an_error_stops_them(fake, listening, tmp_path):
+def test_second_ctrl_c_while_runs_save_stops_them(fake, listening, tmp_path):
     order(tmp_path, {"run0": "stubborn"})
 
     def say(text: str) -> None:
@@ -1048,7 +1048,7 @@ def test_devices():
     assert parse_per_device("12") == 12
 
 
-def test_data_that_cannot_be_trained_on_is_said_before_the_first_run(fake, tmp_path, capsys):
+def test_sweep_on_unusable_data_is_refused_before_first_run(fake, tmp_path, capsys):
     assert cli.main(
         [
             "sweep",
@@ -1078,7 +1078,7 @@ def test_a_folder_that_is_not_the_sweeps(fake, tmp_path, capsys):
     assert "Not a directory" in capsys.readouterr().err
 
 
-def test_another_grid_in_the_folder_is_refused_with_the_difference(fake, tmp_path, capsys):
+def test_sweep_into_folder_of_other_grid_is_refused(fake, tmp_path, capsys):
     out = tmp_path / "out"
     base = [*TINY, "--devices", "cpu", "--per-device", "4", "--set", "epochs=1"]
     assert sweep(out, *base, "--set", "aux_blocks=0,1", "--seeds", "2") == 0

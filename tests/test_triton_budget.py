@@ -92,8 +92,6 @@ def check(which: str, branches: int, batch: int, classes: int, dtype: str, capab
         ("backward", 4, 128, 100, "fp32", 80),  # a warp holds the row
         ("forward", 2, 96, 1000, "fp32", 100),  # four warps hold the row
         ("backward", 8, 1024, 1000, "bf16", 90),  # the most branches: the most registers
-        ("forward", 8, 1024, 1001, "bf16", 90),
-        ("backward", 2, 256, 21841, "fp32", 90),
         ("forward_backward", 4, 128, 100, "bf16", 90),
         ("backward", 8, 128, 32, "fp32", 90),  # the most columns of few classes
     ],
@@ -125,7 +123,9 @@ def test_kernel_stays_within_instruction_budget(which: str, aligned: bool) -> No
     assert cost.registers <= MOST_REGISTERS[which], cost
 
 
-@pytest.mark.parametrize(("branches", "most"), [(2, 25), (8, 136)])
+@pytest.mark.parametrize(
+    ("branches", "most"), [(2, 25), pytest.param(8, 136, marks=pytest.mark.grid)]
+)
 def test_forward_of_two_and_eight_branches_stays_in_budget(branches: int, most: float) -> None:
     cost = cost_of("forward", branches, 1024, 1000, "bf16")  # 24.4 and 132.3
     assert cost.per_column <= most, cost
@@ -156,7 +156,7 @@ def test_choose_splits_splits_few_long_rows() -> None:
     ("branches", "classes", "dtype"),
     [
         (4, 131072, "bf16"),
-        (8, 100001, "bf16"),
+        pytest.param(8, 100001, "bf16", marks=pytest.mark.grid),
         pytest.param(2, 100000, "fp32", marks=pytest.mark.grid),
         pytest.param(4, 100001, "fp32", marks=pytest.mark.grid),
         pytest.param(8, 100000, "fp32", marks=pytest.mark.grid),
@@ -188,11 +188,8 @@ def split_graph(name: str, soft_target: bool) -> None:
         assert (cost.stack, cost.spills) == (0, 0), (which, cost)
 
 
-@pytest.mark.parametrize(
-    ("name", "soft_target"), [("selection", True), ("mixed probabilities", False)]
-)
-def test_split_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
-    split_graph(name, soft_target)
+def test_split_graph_compiles_without_spills() -> None:
+    split_graph("mixed probabilities", soft_target=False)
 
 
 @pytest.mark.grid
@@ -212,14 +209,7 @@ def compile_graph(name: str, classes: int, dtype: str, soft_target: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "soft_target"),
-    [
-        ("memory", False),
-        ("mixed probabilities", True),
-        ("selection", True),
-        ("first-order eps", False),
-        ("shared weights", False),
-    ],
+    ("name", "soft_target"), [("mixed probabilities", True), ("first-order eps", False)]
 )
 def test_graph_compiles_without_spills(name: str, soft_target: bool) -> None:
     compile_graph(name, 10, "fp32", soft_target)

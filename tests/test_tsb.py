@@ -224,7 +224,7 @@ def test_how_much_it_takes_is_said_before_it_is_taken(monkeypatch):
         ({"target": None}, "target must be a tensor, got NoneType"),
     ],
 )
-def test_wrong_arguments_are_named_and_their_batch_is_not_remembered(change, message):
+def test_tsb_with_wrong_arguments_is_refused_and_not_stored(change, message):
     arguments = {
         "branch_logits": torch.randn(2, 3, 6),
         "target": torch.tensor([0, 1, 2]),
@@ -310,7 +310,7 @@ def test_a_resume_without_the_memory_would_differ(tmp_path):
 
 
 @pytest.mark.gpu
-def test_pinned_host_memory_equals_the_device_s_and_waits_for_nothing():
+def test_tsb_memory_on_pinned_host_equals_memory_on_device():
     device = torch.device("cuda", 0)
     ends = []
     for where in ("device", "host"):
