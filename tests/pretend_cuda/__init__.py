@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pretend_cuda import stubs
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 CACHE = ROOT / "build" / "pretend_cuda"
@@ -75,41 +77,49 @@ def build() -> Path:
     """
     if missing := [tool for tool in ("g++", "nm") if shutil.which(tool) is None]:
         raise Unavailable(f"the pretend CUDA device is built with {' and '.join(missing)}")
-    includes, libraries = _headers(), _torch_libraries()
+    torch, triton, nvidia = _package("torch"), _package("triton"), _package("nvidia")
+    libraries = sorted((torch / "lib").glob("*.so"))
+    if not (torch / "lib" / "libtorch_cuda.so").is_file():
+        raise Unavailable("PyTorch is built without CUDA")
+    backend = triton / "backends" / "nvidia"
+    # The runtime's headers include one of the compiler's, which only Triton's package has.
+    includes = [path for path in (nvidia / "cu13" / "include", backend / "include") if path.is_dir()]
+    if not any((path / "cuda_runtime_api.h").is_file() for path in includes):
+        raise Unavailable("nvidia-cuda-runtime and triton contain no cuda_runtime_api.h")
     sources = sorted([*FOLDER.glob("*.[ch]pp"), FOLDER / "stubs.py"])
-    state = hashlib.sha256(repr(includes).encode())
+    state = hashlib.sha256()
     for path in sources:
         state.update(path.read_bytes())
-    for library in libraries:
-        state.update(f"{library} {library.stat().st_size} {library.stat().st_mtime}".encode())
+    for path in (*libraries, backend / "driver.c"):
+        state.update(f"{path} {path.stat().st_size} {path.stat().st_mtime}".encode())
     folder = CACHE / state.hexdigest()[:16]
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may come here at once
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
-                _compile(Path(unfinished), sources, includes, libraries)
+                _compile(Path(unfinished), sources, includes)
+                names = _call("nm", "--defined-only", "-g", *map(str, Path(unfinished).glob("*.o")))
+                text = stubs.source(libraries, [backend / "driver.c"], names.split())
+                _link(Path(unfinished), text)
                 shutil.copytree(unfinished, folder, symlinks=True)
     return folder
 
 
-def _compile(
-    folder: Path, sources: Iterable[Path], includes: list[Path], libraries: list[Path]
-) -> None:
-    from pretend_cuda import stubs
-
-    objects = []
-    flags = ["-O1", "-fPIC", "-Wall", "-Wextra", *(f"-I{path}" for path in includes)]
+def _compile(folder: Path, sources: Iterable[Path], includes: Iterable[Path]) -> None:
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", *(f"-I{path}" for path in includes)]
     for path in sources:
         if path.suffix == ".cpp":
-            objects.append(folder / f"{path.stem}.o")
-            _call("g++", "-std=c++17", *flags, "-c", str(path), "-o", str(objects[-1]))
-    names = _call("nm", "--defined-only", "--extern-only", *map(str, objects)).split()
-    (folder / "stubs.c").write_text(stubs.source(libraries, names), encoding="utf-8")
-    stub = folder / "stubs.o"
-    _call("g++", "-x", "c", "-O1", "-fPIC", "-c", str(folder / "stubs.c"), "-o", str(stub))
+            _call("g++", *flags, "-c", str(path), "-o", str(folder / f"{path.stem}.o"))
+
+
+def _link(folder: Path, stubs_source: str) -> None:
+    stub = folder / "stubs.c"
+    stub.write_text(stubs_source, encoding="utf-8")
+    _call("g++", "-x", "c", "-fPIC", "-c", str(stub), "-o", str(stub.with_suffix(".o")))
     library = folder / "libpretend.so"
-    _call("g++", "-shared", *map(str, [*objects, stub]), "-o", str(library), "-ldl", "-lpthread")
+    objects = map(str, sorted(folder.glob("*.o")))
+    _call("g++", "-shared", *objects, "-o", str(library), "-ldl", "-lpthread")
     (folder / "libcuda.so.1").symlink_to(library.name)  # the driver, which programs load by name
 
 
@@ -120,26 +130,9 @@ def _call(*command: str) -> str:
     return done.stdout
 
 
-def _headers() -> list[Path]:
-    """The folders of the CUDA headers that PyTorch's and Triton's packages contain."""
-    packages = {name: importlib.util.find_spec(name) for name in ("nvidia", "triton")}
-    if missing := [name for name, found in packages.items() if found is None]:
-        raise Unavailable(f"the CUDA headers are in {' and '.join(missing)}, which are missing")
-    folders = [
-        Path(location) / "cu13" / "include"
-        for location in packages["nvidia"].submodule_search_locations
-    ]
-    # The runtime's headers include one of the compiler's, which only Triton's package has.
-    triton = Path(packages["triton"].origin).parent / "backends" / "nvidia" / "include"
-    folders = [path for path in (*folders, triton) if path.is_dir()]
-    if not any((path / "cuda_runtime_api.h").is_file() for path in folders):
-        raise Unavailable("nvidia-cuda-runtime and triton contain no cuda_runtime_api.h")
-    return folders
-
-
-def _torch_libraries() -> list[Path]:
-    """The libraries of PyTorch that call CUDA."""
-    folder = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    if not (folder / "libtorch_cuda.so").is_file():
-        raise Unavailable("PyTorch is built without CUDA")
-    return sorted(folder.glob("*.so"))
+def _package(name: str) -> Path:
+    """The folder of an installed package, which is not imported: that would take seconds."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise Unavailable(f"{name} is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -69,6 +69,8 @@ EXPORT const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
+EXPORT const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+
 // --- memory
 
 using Ranges = std::map<const char*, size_t>;  // bytes by first address

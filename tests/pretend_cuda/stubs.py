@@ -77,12 +77,17 @@ static int refuse(const char* name) {
 """
 
 
-def source(libraries: Iterable[Path], defined: Iterable[str]) -> str:
-    """C source of the functions that the libraries need, without those that are ``defined``."""
-    needed = {"cuInit", *ANSWERS}  # Triton looks the driver's up by name
+def source(libraries: Iterable[Path], callers: Iterable[Path], defined: Iterable[str]) -> str:
+    """C source of the functions that libraries and C source files need, without those that are
+    ``defined``.
+    """
+    needed = {"cuInit", *ANSWERS}
     for library in libraries:
-        needed |= {name for name in undefined_symbols(library) if NAMES.fullmatch(name)}
-    return HEADER + "\n".join(map(_function, sorted(needed - set(defined)))) + "\n"
+        needed |= undefined_symbols(library)
+    for caller in callers:
+        needed |= set(re.findall(r"\bcu[A-Z]\w+(?=\()", caller.read_text(encoding="utf-8")))
+    functions = [name for name in sorted(needed - set(defined)) if NAMES.fullmatch(name)]
+    return HEADER + "\n".join(map(_function, functions)) + "\n"
 
 
 def undefined_symbols(library: Path) -> set[str]:
