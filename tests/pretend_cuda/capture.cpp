@@ -1,11 +1,11 @@
 // Stream capture: each function states a rule of CUDA's programming guide, and records where it is broken.
-#include "pretend.hpp"
-
 #include <cxxabi.h>
 
 #include <cstdlib>
 #include <tuple>
 #include <vector>
+
+#include "pretend.hpp"
 
 namespace pretend {
 
@@ -60,7 +60,7 @@ cudaError_t failed(cudaError_t error) {
   return error;
 }
 
-void launch(Stream* stream, const std::string& name) {
+cudaError_t launch(Stream* stream, const std::string& name) {
   Lock lock(mutex);
   ++work[{phase, stream->capture != nullptr, name}];
   if (stream->capture != nullptr) {
@@ -70,6 +70,7 @@ void launch(Stream* stream, const std::string& name) {
     // CUDA permits this, but the work is not in the graph, so a replay would not repeat it.
     violation(nullptr, cudaSuccess, "escaped", demangled(name) + " on " + title(stream));
   }
+  return cudaSuccess;
 }
 
 void synchronization(const std::string& call) {
@@ -90,8 +91,7 @@ bool unsafe(const std::string& call) {
   for (Capture* capture : under_way) {
     if (thread_mode == cudaStreamCaptureModeRelaxed || capture->mode == cudaStreamCaptureModeRelaxed) continue;
     bool same_thread = capture->thread == std::this_thread::get_id();
-    bool both_global =
-        thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
+    bool both_global = thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
     if (!same_thread && !both_global) continue;
     violation(capture, cudaErrorStreamCaptureUnsupported, "unsafe call", call);
     found = true;
@@ -101,11 +101,12 @@ bool unsafe(const std::string& call) {
 
 bool captured(const Event* event) { return event->capture != nullptr && under_way.count(event->capture) > 0; }
 
-void record(Event* event, Stream* stream) {
+cudaError_t record(Event* event, Stream* stream) {
   Lock lock(mutex);
   event->recorded = true;
   event->capture = stream->capture;
   event->preceding = stream->capture == nullptr ? Preceding() : stream->preceding;
+  return cudaSuccess;
 }
 
 cudaError_t wait(Stream* stream, Event* event) {
@@ -114,7 +115,8 @@ cudaError_t wait(Stream* stream, Event* event) {
   if (stream->capture == nullptr) {
     if (!captured(event)) return cudaSuccess;
     if (stream == &legacy_stream) {
-      return violation(event->capture, cudaErrorStreamCaptureImplicit, "legacy stream", "it waits for a captured event");
+      return violation(event->capture, cudaErrorStreamCaptureImplicit, "legacy stream",
+                       "it waits for a captured event");
     }
     // The wait makes the stream a part of the capture.
     stream->capture = event->capture;
@@ -138,13 +140,14 @@ cudaError_t wait(Stream* stream, Event* event) {
   return cudaSuccess;
 }
 
-void begin_capture(Stream* stream, cudaStreamCaptureMode mode) {
+cudaError_t begin_capture(Stream* stream, cudaStreamCaptureMode mode) {
   Lock lock(mutex);
   stream->capture = new Capture{stream, mode, std::this_thread::get_id(), ++captures_made};
   stream->capture->members.insert(stream);
   stream->nodes = 0;
   stream->preceding.clear();
   under_way.insert(stream->capture);
+  return cudaSuccess;
 }
 
 cudaError_t end_capture(Stream* stream, Capture** graph) {

@@ -44,20 +44,20 @@ class Record(NamedTuple):
         return counts
 
 
-_library = ctypes.CDLL(os.environ["LD_PRELOAD"])
-_library.pretend_report.restype = ctypes.c_char_p
+LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
+LIBRARY.pretend_report.restype = ctypes.c_char_p
 _phases = [""]
 
 
 def reset() -> None:
     """Forget the record."""
-    _library.pretend_reset()
+    LIBRARY.pretend_reset()
 
 
 def record() -> Record:
     """The record since the last ``reset``."""
     result = Record([], [], [], {})
-    for line in _library.pretend_report().decode().splitlines():
+    for line in LIBRARY.pretend_report().decode().splitlines():
         kind, *fields = line.split("\t")
         if kind == "work":
             phase, captured, count, name = fields
@@ -76,12 +76,12 @@ def record() -> Record:
 def phase(name: str) -> Iterator[None]:
     """Name the kernels that are launched meanwhile, those of autograd's threads too."""
     _phases.append(name)
-    _library.pretend_set_phase(name.encode())
+    LIBRARY.pretend_set_phase(name.encode())
     try:
         yield
     finally:
         _phases.pop()
-        _library.pretend_set_phase(_phases[-1].encode())
+        LIBRARY.pretend_set_phase(_phases[-1].encode())
 
 
 def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

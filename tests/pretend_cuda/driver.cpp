@@ -26,9 +26,6 @@ int pretend::attribute(int which) {
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, 232448},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 233472},
       {cudaDevAttrL2CacheSize, 60 << 20},
-      {cudaDevAttrGlobalMemoryBusWidth, 5120},
-      {cudaDevAttrClockRate, 1980000},
-      {cudaDevAttrMemoryClockRate, 3201000},
   };
   auto found = values.find(which);
   return found == values.end() ? 1 : found->second;  // others are features, which the device has
@@ -54,9 +51,7 @@ EXPORT CUresult cuModuleLoadData(CUmodule* module, const void*) {
   return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned, CUjit_option*, void**) {
-  return cuModuleLoadData(module, image);
-}
+EXPORT CUresult cuModuleLoad(CUmodule* module, const char*) { return cuModuleLoadData(module, nullptr); }
 
 EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
   *function = reinterpret_cast<CUfunction>(new std::string(std::string("triton ") + name));
@@ -64,29 +59,25 @@ EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* 
 }
 
 EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
-  *value = which == CU_FUNC_ATTRIBUTE_NUM_REGS                ? 64
-           : which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024
-                                                              : 0;
+  *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
 
-static void launch_function(CUfunction function, CUstream stream) {
+static CUresult launch_function(CUfunction function, CUstream stream) {
   launch(stream_of(stream), *reinterpret_cast<std::string*>(function));
+  return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                                unsigned, CUstream stream, void**, void**) {
-  launch_function(function, stream);
-  return CUDA_SUCCESS;
+  return launch_function(function, stream);
 }
 
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void**, void**) {
-  launch_function(function, config->hStream);
-  return CUDA_SUCCESS;
+  return launch_function(function, config->hStream);
 }
 
 EXPORT CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned, unsigned, unsigned, unsigned, unsigned,
                                           unsigned, unsigned, CUstream stream, void**) {
-  launch_function(function, stream);
-  return CUDA_SUCCESS;
+  return launch_function(function, stream);
 }

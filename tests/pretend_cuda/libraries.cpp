@@ -28,11 +28,6 @@ EXPORT Status cublasSetStream_v2(Handle* handle, cudaStream_t stream) {
 EXPORT Status cudnnCreate(Handle** handle) { return cublasCreate_v2(handle); }
 EXPORT Status cudnnSetStream(Handle* handle, cudaStream_t stream) { return cublasSetStream_v2(handle, stream); }
 
-EXPORT Status cudnnGetStream(Handle* handle, cudaStream_t* stream) {
-  *stream = handle->stream;
-  return 0;
-}
-
 EXPORT Status cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* results,
                                              int* count) {
   memset(results, 0, 96);  // sizeof(cublasLtMatmulHeuristicResult_t): success, without a workspace

@@ -56,8 +56,14 @@ extern thread_local cudaError_t last_error;
 extern thread_local cudaStreamCaptureMode thread_mode;
 cudaError_t failed(cudaError_t error);
 
+template <class Value>
+cudaError_t answer(Value* place, Value value) {
+  *place = value;
+  return cudaSuccess;
+}
+
 // Record work in a stream: a kernel, a copy or the launch of a graph. In a captured stream it becomes a node.
-void launch(Stream* stream, const std::string& name);
+cudaError_t launch(Stream* stream, const std::string& name);
 
 // Record that the host waits for the device.
 void synchronization(const std::string& call);
@@ -68,11 +74,11 @@ cudaError_t violation(Capture* capture, cudaError_t error, const std::string& ru
 // True if a call such as cudaMalloc breaks a capture that is under way; see cudaThreadExchangeStreamCaptureMode.
 bool unsafe(const std::string& call);
 
-void record(Event* event, Stream* stream);
+cudaError_t record(Event* event, Stream* stream);
 cudaError_t wait(Stream* stream, Event* event);
 bool captured(const Event* event);
 
-void begin_capture(Stream* stream, cudaStreamCaptureMode mode);
+cudaError_t begin_capture(Stream* stream, cudaStreamCaptureMode mode);
 cudaError_t end_capture(Stream* stream, Capture** graph);
 
 // An attribute of the device, which is an H200; runtime and driver number them alike (driver.cpp).

@@ -21,7 +21,6 @@ EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->sharedMemPerBlock = attribute(cudaDevAttrMaxSharedMemoryPerBlock);
   properties->sharedMemPerBlockOptin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   properties->sharedMemPerMultiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  properties->regsPerBlock = attribute(cudaDevAttrMaxRegistersPerBlock);
   properties->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerBlock);
   properties->warpSize = attribute(cudaDevAttrWarpSize);
   properties->maxThreadsPerBlock = attribute(cudaDevAttrMaxThreadsPerBlock);
@@ -34,15 +33,11 @@ EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->minor = attribute(cudaDevAttrComputeCapabilityMinor);
   properties->multiProcessorCount = attribute(cudaDevAttrMultiProcessorCount);
   properties->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
-  properties->memoryBusWidth = attribute(cudaDevAttrGlobalMemoryBusWidth);
-  properties->textureAlignment = 512;
-  properties->unifiedAddressing = 1;
   return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = attribute(which);
-  return cudaSuccess;
+  return answer(value, attribute(which));
 }
 
 EXPORT cudaError_t cudaDeviceSynchronize() {
@@ -129,18 +124,6 @@ EXPORT cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned) {
 
 EXPORT cudaError_t cudaFreeHost(void* address) { return release(pinned_ranges, address); }
 
-EXPORT cudaError_t cudaHostRegister(void* address, size_t bytes, unsigned) {
-  Lock lock(mutex);
-  pinned_ranges[static_cast<char*>(address)] = bytes;
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaHostUnregister(void* address) {
-  Lock lock(mutex);
-  pinned_ranges.erase(static_cast<char*>(address));
-  return cudaSuccess;
-}
-
 EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   memset(attributes, 0, sizeof *attributes);
   bool pinned = is_pinned(address);
@@ -157,42 +140,20 @@ EXPORT cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   return cudaSuccess;
 }
 
-static void copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, Stream* stream) {
+EXPORT cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle) {
   static const char* const names[] = {"HtoH", "HtoD", "DtoH", "DtoD", "default"};
   std::string name = std::string("memcpy ") + names[kind];
-  bool pageable = (kind == cudaMemcpyHostToDevice && !is_pinned(from)) ||
-                  (kind == cudaMemcpyDeviceToHost && !is_pinned(to));
+  Stream* stream = stream_of(handle);
+  bool pageable =
+      (kind == cudaMemcpyHostToDevice && !is_pinned(from)) || (kind == cudaMemcpyDeviceToHost && !is_pinned(to));
   if (pageable) {
     name += " pageable";
-    if (stream->capture == nullptr) {
-      synchronization(name);
-    } else {
-      // A replay would read or write host memory that may be gone.
-      violation(nullptr, cudaSuccess, "pageable copy", name + ", " + std::to_string(bytes) + " bytes");
-    }
+    // A replay would use host memory that may be gone.
+    if (stream->capture != nullptr) violation(nullptr, cudaSuccess, "pageable copy", name);
+    if (stream->capture == nullptr) synchronization(name);
   }
   launch(stream, name);
-  if (bytes > 0) memmove(to, from, bytes);
-}
-
-EXPORT cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  copy(to, from, bytes, kind, stream_of(stream));
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  synchronization("cudaMemcpy");
-  if (unsafe("cudaMemcpy")) return cudaErrorStreamCaptureUnsupported;
-  copy(to, from, bytes, kind, stream_of(nullptr));
-  return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                                     size_t height, cudaMemcpyKind, cudaStream_t stream) {
-  launch(stream_of(stream), "memcpy 2D");
-  for (size_t row = 0; row < height; ++row) {
-    memmove(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
-  }
+  memmove(to, from, bytes);
   return cudaSuccess;
 }
 
@@ -206,8 +167,7 @@ EXPORT cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
 // --- streams and events
 
 EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  *stream = reinterpret_cast<cudaStream_t>(new_stream());
-  return cudaSuccess;
+  return answer(stream, reinterpret_cast<cudaStream_t>(new_stream()));
 }
 
 // A call that asks for the state of a stream, which a captured one does not have.
@@ -231,15 +191,13 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 }
 
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(new Event);
-  return cudaSuccess;
+  return answer(event, reinterpret_cast<cudaEvent_t>(new Event));
 }
 
 EXPORT cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-  record(event_of(event), stream_of(stream));
-  return cudaSuccess;
+  return record(event_of(event), stream_of(stream));
 }
 
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -259,18 +217,10 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return ask(event, "cudaEventSynchronize");
 }
 
-EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
-  Stream* stream = stream_of(handle);
-  launch(stream, "host function");
-  if (stream->capture == nullptr) function(data);
-  return cudaSuccess;
-}
-
 // --- capture and graphs
 
 EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
-  begin_capture(stream_of(stream), mode);
-  return cudaSuccess;
+  return begin_capture(stream_of(stream), mode);
 }
 
 EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
@@ -279,9 +229,9 @@ EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph)
 
 EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   Capture* capture = stream_of(handle)->capture;
-  *status = capture == nullptr  ? cudaStreamCaptureStatusNone
-            : capture->valid ? cudaStreamCaptureStatusActive
-                             : cudaStreamCaptureStatusInvalidated;
+  *status = capture == nullptr ? cudaStreamCaptureStatusNone
+            : capture->valid   ? cudaStreamCaptureStatusActive
+                               : cudaStreamCaptureStatusInvalidated;
   return cudaSuccess;
 }
 
@@ -304,18 +254,15 @@ EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
 }
 
 EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
-  *count = reinterpret_cast<Capture*>(graph)->nodes;
-  return cudaSuccess;
+  return answer(count, reinterpret_cast<Capture*>(graph)->nodes);
 }
 
 EXPORT cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  *executable = reinterpret_cast<cudaGraphExec_t>(graph);
-  return cudaSuccess;
+  return answer(executable, reinterpret_cast<cudaGraphExec_t>(graph));
 }
 
 EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t stream) {
-  launch(stream_of(stream), "graph launch");
-  return cudaSuccess;
+  return launch(stream_of(stream), "graph launch");
 }
 
 // --- kernels: nvcc's code registers each with its name and launches it by the address of a host function
@@ -351,20 +298,13 @@ EXPORT cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* s
 }
 
 EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-  *kernel = static_cast<cudaKernel_t>(const_cast<void*>(function));
-  return cudaSuccess;
+  return answer(kernel, static_cast<cudaKernel_t>(const_cast<void*>(function)));
 }
 
-EXPORT cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, size_t, cudaStream_t stream) {
+EXPORT cudaError_t cudaLaunchKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t stream) {
   Lock lock(mutex);
   auto found = kernel_names.find(function);
-  std::string name = found == kernel_names.end() ? "unknown kernel" : found->second;
-  size_t threads = size_t(block.x) * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024) {
-    return violation(nullptr, cudaErrorInvalidConfiguration, "launch configuration", name);
-  }
-  launch(stream_of(stream), name);
-  return cudaSuccess;
+  return launch(stream_of(stream), found == kernel_names.end() ? "unknown kernel" : found->second);
 }
 
 EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
