@@ -25,6 +25,17 @@ def sample_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_runs(tmp_path_factory.mktemp("sample") / "runs")
 
 
+@pytest.fixture(scope="session")
+def pretend_device() -> Path:
+    """The folder of the pretend CUDA device, built once; skips where it cannot be built."""
+    import pretend_cuda
+
+    try:
+        return pretend_cuda.build()
+    except pretend_cuda.Unavailable as error:
+        pytest.skip(str(error))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         import torch

@@ -36,10 +36,13 @@ def run(program: Path, *arguments: str, timeout: float = 600) -> Any:
     """Run a Python program on the pretend device.
 
     Args:
-        program: a script, whose imports find the modules in ``tests/``. It prints JSON as its last
-            line.
+        program: a script, whose imports find the modules in ``tests/`` and which ends with
+            ``device.finish(result)``.
         arguments: its command line.
         timeout: in seconds.
+
+    Returns:
+        The result of the program.
 
     Raises:
         Unavailable: the library cannot be built here.
@@ -83,7 +86,7 @@ def build() -> Path:
         raise Unavailable("PyTorch is built without CUDA")
     backend = triton / "backends" / "nvidia"
     # The runtime's headers include one of the compiler's, which only Triton's package has.
-    includes = [path for path in (nvidia / "cu13" / "include", backend / "include") if path.is_dir()]
+    includes = [nvidia / "cu13" / "include", backend / "include"]
     if not any((path / "cuda_runtime_api.h").is_file() for path in includes):
         raise Unavailable("nvidia-cuda-runtime and triton contain no cuda_runtime_api.h")
     sources = sorted([*FOLDER.glob("*.[ch]pp"), FOLDER / "stubs.py"])

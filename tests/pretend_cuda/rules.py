@@ -1,10 +1,9 @@
-"""Captures that break a rule, one for each that the pretend device checks: prints by the name of
-the function below its violations and the error that ends the capture.
+"""Captures that break a rule, one for each that the pretend device checks: gives by the name of the
+function below its violations and the error that ends the capture.
 """
 
 import contextlib
 import ctypes
-import json
 import threading
 from collections.abc import Callable, Iterator
 
@@ -135,7 +134,7 @@ def main() -> None:
     results = {each.__name__: result(each, THREAD_LOCAL) for each in cases}
     results["allocation of another thread, global"] = result(allocation_of_another_thread, GLOBAL)
     results["allocation, relaxed"] = result(allocation, RELAXED)
-    print(json.dumps(results))
+    device.finish(results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Training steps on the pretend device: ``python steps.py JSON`` with a list of cases, each the name
-of a function below and the fields of a configuration, prints a list of results.
+"""Training steps on the pretend device: ``steps.py JSON`` with a list of cases, each the name of a
+function below and the fields of a configuration, gives a list of results.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+
 import fastokd.train.step
 from fastokd.data import Loader
 from fastokd.data.resident import ResidentLoader
@@ -141,5 +142,5 @@ def _step_and_loader(fields: dict[str, Any]) -> tuple[TrainStep, Any]:
 FUNCTIONS = {each.__name__: each for each in (capture, fail_to_capture, count)}
 
 if __name__ == "__main__":
-    results = [FUNCTIONS[name](**fields) for name, fields in json.loads(sys.argv[1])]
-    print(json.dumps(results))
+    cases = json.loads(sys.argv[1])
+    device.finish([FUNCTIONS[name](**fields) for name, fields in cases])

@@ -100,8 +100,8 @@ def undefined_symbols(library: Path) -> set[str]:
 def _function(name: str) -> str:
     if name in ANSWERS:
         position, kind, value = ANSWERS[name]
-        arguments = ", ".join([f"void* a{index}" for index in range(position)] + [f"{kind}* answer"])
-        return f"int {name}({arguments}) {{ if (answer) *answer = {value}; return 0; }}"
+        before = "".join(f"void* a{index}, " for index in range(position))
+        return f"int {name}({before}{kind}* answer) {{ if (answer) *answer = {value}; return 0; }}"
     if IGNORED.fullmatch(name):
         return f"int {name}(void) {{ return 0; }}"
     if COUNTED.fullmatch(name):
