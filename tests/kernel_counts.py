@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 AHBF = {"method": "ahbf", "branches": 4, "aux_blocks": 4}
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet32, ahbf": {**AHBF, "model": "resnet32", "batch_size": 128, "image_size": 32},
-    "resnet18, ahbf": {**AHBF, "model": "resnet18", "batch_size": 64, "image_size": 224},
+    "resnet18, ahbf": {**AHBF, "model": "resnet18_imagenet", "batch_size": 64, "image_size": 224},
     **{f"resnet8, {name}": fields for name, fields in METHODS.items()},
 }
 CASES = {

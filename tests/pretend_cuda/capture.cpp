@@ -184,6 +184,16 @@ EXPORT void pretend_set_phase(const char* name) {
   pretend::phase = name;
 }
 
+// The number of nodes of a stream's capture that need not precede the next node of that stream.
+EXPORT size_t pretend_unordered_nodes(cudaStream_t handle) {
+  pretend::Lock lock(pretend::mutex);
+  pretend::Stream* stream = pretend::stream_of(handle);
+  size_t count = 0;
+  if (stream->capture == nullptr) return count;
+  for (pretend::Stream* member : stream->capture->members) count += member->nodes - stream->preceding[member];
+  return count;
+}
+
 EXPORT void pretend_reset() {
   pretend::Lock lock(pretend::mutex);
   pretend::work.clear();

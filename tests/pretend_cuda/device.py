@@ -47,6 +47,7 @@ class Record(NamedTuple):
 
 LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
 LIBRARY.pretend_report.restype = ctypes.c_char_p
+LIBRARY.pretend_unordered_nodes.restype = ctypes.c_size_t
 _phases = [""]
 
 
@@ -83,6 +84,14 @@ def phase(name: str) -> Iterator[None]:
     finally:
         _phases.pop()
         LIBRARY.pretend_set_phase(_phases[-1].encode())
+
+
+def unordered_kernels() -> int:
+    """While a capture is under way the number of its kernels that may run after or alongside the
+    next kernel of the current stream.
+    """
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    return LIBRARY.pretend_unordered_nodes(stream)
 
 
 def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def count(**config: Any) -> dict[str, int]:
 
 def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
     runner = StepRunner(step)
+    unordered: list[int] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def note_and_call(*arguments: Any, **keywords: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing():
+                unordered.append(device.unordered_kernels())
+            return function(*arguments, **keywords)
+
+        return note_and_call
+
+    # Both read what other streams have computed.
+    step.criterion.forward_backward = noting(step.criterion.forward_backward)
+    step.optimizers.step = noting(step.optimizers.step)
     steps = iter(runner.epoch(loader))
     waits: dict[str, int] = {}
     violations: list[str] = []
@@ -112,6 +126,7 @@ def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
         "reason": runner.reason_against_capture,
         "violations": violations,
         "captures": captures,
+        "unordered": unordered,
         "waits": waits,
         "growth": _active_bytes() - before,
     }
