@@ -5,7 +5,7 @@ SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 MEASURED = build/bench
 
-.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx bench docs lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx cuda-path kernel-counts bench docs lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -53,6 +53,15 @@ budgets-triton-3.6:
 # The compiled kernels of every catalog graph for three GPU generations, executed (hours); `make test` executes some.
 ptx: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
+
+# The compiled step of every method on the pretend CUDA device; `make test` runs the eager ones.
+cuda-path: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_capture_rules.py tests/test_kernel_counts.py
+
+# New budgets of the kernels per step, and their table.
+kernel-counts: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernel_counts --write
+	$(BIN)/python -m bench.report
 
 # Into build/ first: a result file that changes would make the commit of the next one a changed one.
 bench: $(VENV)/.installed-dev

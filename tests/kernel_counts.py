@@ -42,10 +42,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Fields of a configuration, for the small network of ``pretend_cuda/steps.py``."""
 
-AHBF = {"method": "ahbf", "branches": 4, "aux_blocks": 4}
+# As their recipes.
+CIFAR = {"model": "resnet32", "batch_size": 128, "image_size": 32, "aux_blocks": 4}
+IMAGENET = {"model": "resnet18_imagenet", "batch_size": 64, "image_size": 224, "aux_blocks": 2}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "resnet32, ahbf": {**AHBF, "model": "resnet32", "batch_size": 128, "image_size": 32},
-    "resnet18, ahbf": {**AHBF, "model": "resnet18_imagenet", "batch_size": 64, "image_size": 224},
+    "resnet32, ahbf": {"method": "ahbf", "branches": 4, **CIFAR},
+    "resnet18, ahbf": {"method": "ahbf", "branches": 4, **IMAGENET},
     **{f"resnet8, {name}": fields for name, fields in METHODS.items()},
 }
 CASES = {
