@@ -61,7 +61,8 @@ def run(program: Path, *arguments: str, timeout: float = 600) -> Any:
         "TRITON_CACHE_DIR": str(CACHE / "triton"),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment.pop(name, None)
     command = [sys.executable, str(program), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=timeout, check=False
@@ -87,25 +88,28 @@ def build() -> Path:
     backend = triton / "backends" / "nvidia"
     # The runtime's headers include one of the compiler's, which only Triton's package has.
     includes = [nvidia / "cu13" / "include", backend / "include"]
-    if not any((path / "cuda_runtime_api.h").is_file() for path in includes):
-        raise Unavailable("nvidia-cuda-runtime and triton contain no cuda_runtime_api.h")
+    for path in (includes[0] / "cuda_runtime_api.h", includes[1] / "crt" / "host_defines.h"):
+        if not path.is_file():
+            raise Unavailable(f"{path} is missing: it needs PyTorch and Triton for CUDA 13")
+    callers = sorted(backend.glob("*.c"))
     sources = sorted([*FOLDER.glob("*.[ch]pp"), FOLDER / "stubs.py"])
     state = hashlib.sha256()
     for path in sources:
         state.update(path.read_bytes())
-    for path in (*libraries, backend / "driver.c"):
+    for path in (*libraries, *callers):
         state.update(f"{path} {path.stat().st_size} {path.stat().st_mtime}".encode())
     folder = CACHE / state.hexdigest()[:16]
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may come here at once
         if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
-                _compile(Path(unfinished), sources, includes)
-                names = _call("nm", "--defined-only", "-g", *map(str, Path(unfinished).glob("*.o")))
-                text = stubs.source(libraries, [backend / "driver.c"], names.split())
-                _link(Path(unfinished), text)
-                shutil.copytree(unfinished, folder, symlinks=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                unfinished = Path(temporary) / "library"
+                unfinished.mkdir()
+                _compile(unfinished, sources, includes)
+                names = _call("nm", "--defined-only", "-g", *map(str, unfinished.glob("*.o")))
+                _link(unfinished, stubs.source(libraries, callers, names.split()))
+                unfinished.rename(folder)
     return folder
 
 
