@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import kernel_counts
+import pretend_cuda
 import pytest
 from kernel_counts import CASES, COMMAND, PATH, QUICK, measure, versions
 
@@ -13,11 +14,6 @@ pytestmark = pytest.mark.usefixtures("pretend_device")
 RECORD = json.loads(PATH.read_text(encoding="utf-8"))
 OTHER_VERSIONS = 1.05
 """Of a budget: what other releases of PyTorch and Triton may launch."""
-
-
-@pytest.fixture(scope="module")
-def counts() -> dict[str, dict[str, int]]:
-    return measure(QUICK)
 
 
 def check(name: str, counts: dict[str, int]) -> None:
@@ -43,15 +39,24 @@ def test_every_case_has_a_budget() -> None:
     assert list(RECORD["cases"]) == list(CASES)
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_eager_step_stays_within_budget(counts: dict[str, dict[str, int]], name: str) -> None:
-    check(name, counts[name])
+def test_eager_steps_stay_within_budgets() -> None:
+    for name, counts in measure(QUICK).items():
+        check(name, counts)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
 def test_step_stays_within_budget(name: str) -> None:
     check(name, measure([name])[name])
+
+
+def test_counts_are_the_nodes_of_the_graph() -> None:
+    fields = {"method": "one", "compile": False, "streams": False}
+    captured, counts = pretend_cuda.run(
+        pretend_cuda.FOLDER / "steps.py", json.dumps([("capture", fields), ("count", fields)])
+    )
+    ((nodes,),) = captured["captures"]
+    assert nodes == sum(counts.values()) + 1  # the runner counts its steps
 
 
 def test_excess_and_savings_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

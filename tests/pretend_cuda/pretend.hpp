@@ -14,7 +14,7 @@
 
 namespace pretend {
 
-// One lock for all state: autograd launches kernels from threads of its own.
+// One lock for all state: autograd launches kernels from its threads.
 using Lock = std::lock_guard<std::recursive_mutex>;
 extern std::recursive_mutex mutex;
 

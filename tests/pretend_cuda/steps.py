@@ -2,12 +2,14 @@
 function below and the fields of a configuration, gives a list of results.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -42,8 +44,8 @@ PHASES = (
     (fastokd.train.step, "correct_counts", "metrics"),
     (Optimizers, "step", "optimizer"),
 )
-"""Functions of a step and the phase of their kernels, without those of functions that they call
-and that have another phase.
+"""Functions of a step and the phase of their kernels. Kernels of a function that another one calls
+are in the phase of the inner one.
 """
 REST = "bookkeeping"
 """The phase of all other kernels: sums of metrics, and the guard against non-finite values."""
@@ -59,7 +61,7 @@ def fail_to_capture(**config: Any) -> dict[str, Any]:
     step, loader = _step_and_loader(config)
     update = step.optimizers.step
     step.optimizers.step = lambda *given: (float(step.number), update(*given))[1]
-    # An option that nobody has asked for: the run continues without it.
+    # The configuration does not require a graph, so the run continues without it.
     step.options = dataclasses.replace(step.options, cuda_graph=True)
     return _watch(step, loader)
 
@@ -68,18 +70,15 @@ def count(**config: Any) -> dict[str, int]:
     """The kernels of a step by phase, which are those of its graph."""
     step, loader = _step_and_loader({**config, "cuda_graph": False, "streams": False})
     position = torch.zeros((), dtype=torch.int64, device=GPU)
-    for _ in range(3):  # what is made once
+    for _ in range(3):  # state is created, kernels are compiled
         step(loader.gather(position))
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in PHASES]
-    for owner, name, phase in PHASES:
-        setattr(owner, name, device.in_phase(phase, getattr(owner, name)))
-    device.reset()
-    try:
+    with contextlib.ExitStack() as patches:
+        for owner, name, phase in PHASES:
+            inside = device.in_phase(phase, getattr(owner, name))
+            patches.enter_context(patch.object(owner, name, inside))
+        device.reset()
         with device.phase(REST):
             step(loader.gather(position))
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
     counts = device.record().phases()
     order = dict.fromkeys([phase for _, _, phase in PHASES] + [REST])
     return {phase: counts.get(phase, 0) for phase in order}
@@ -87,20 +86,11 @@ def count(**config: Any) -> dict[str, int]:
 
 def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
     runner = StepRunner(step)
-    unordered: list[int] = []
-
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def note_and_call(*arguments: Any, **keywords: Any) -> Any:
-            if torch.cuda.is_current_stream_capturing():
-                unordered.append(device.unordered_kernels())
-            return function(*arguments, **keywords)
-
-        return note_and_call
-
-    # Both read what other streams have computed.
-    step.criterion.forward_backward = noting(step.criterion.forward_backward)
-    step.optimizers.step = noting(step.optimizers.step)
     steps = iter(runner.epoch(loader))
+    unordered: list[int] = []
+    # Both read results of all streams.
+    step.criterion.forward_backward = _noting(step.criterion.forward_backward, unordered)
+    step.optimizers.step = _noting(step.optimizers.step, unordered)
     waits: dict[str, int] = {}
     violations: list[str] = []
     captures: list[list[int]] = []
@@ -116,7 +106,7 @@ def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
             for call, number in record.synchronizations.items():
                 waits[call] = waits.get(call, 0) + number
 
-    advance(4, may_wait=True)  # what is made once
+    advance(4, may_wait=True)  # state is created, kernels are compiled
     advance(WARM_UP_STEPS - 4, may_wait=False)
     advance(2, may_wait=True)  # the capture
     before = _active_bytes()
@@ -130,6 +120,17 @@ def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
         "waits": waits,
         "growth": _active_bytes() - before,
     }
+
+
+def _noting(function: Callable[..., Any], unordered: list[int]) -> Callable[..., Any]:
+    """The function, which when captured first notes the kernels that need not precede its own."""
+
+    def note_and_call(*arguments: Any, **keywords: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            unordered.append(device.unordered_kernels())
+        return function(*arguments, **keywords)
+
+    return note_and_call
 
 
 def _active_bytes() -> int:
