@@ -5,7 +5,7 @@ SANITIZED = build/sanitized
 TRITON_36 = build/triton-3.6
 MEASURED = build/bench
 
-.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx grid bench docs lint clean
+.PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx grid kernel-counts bench docs lint clean
 
 # The stamp is newer than what was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
@@ -55,9 +55,15 @@ budgets-triton-3.6:
 ptx: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
 
-# The combinations that `make test` leaves out outside of the kernels, such as every method on every network.
+# The combinations that `make test` leaves out outside of the kernels, such as every method on every network and every
+# method's compiled step on the pretend CUDA device.
 grid: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests --ignore=tests/test_ptx.py --ignore=tests/test_triton_budget.py
+
+# New budgets of the kernels per step, and their table.
+kernel-counts: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernel_counts --write
+	$(BIN)/python -m bench.report
 
 # Into build/ first: a result file that changes would make the commit of the next one a changed one.
 bench: $(VENV)/.installed-dev

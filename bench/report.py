@@ -20,6 +20,7 @@ from bench.suite_tables import (
     NOT_MEASURED,
     data_tables,
     gate_table,
+    kernel_count_table,
     loss_table,
     method_table,
     read,
@@ -40,6 +41,7 @@ ACCURACIES = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 FIGURE_FOLDER = PAGE.parent / "figures"
 RESULTS = ROOT / "bench" / "results"
+KERNEL_COUNTS = ROOT / "tests" / "kernel_counts.json"
 END = "<!-- end -->"
 
 
@@ -257,6 +259,7 @@ def blocks() -> dict[str, list[str]]:
     return {
         "step": _of_each(step_benchmark_tables, "step-*.json"),
         "quick steps": _if_measured(step_table, "quickstep-cpu.json"),
+        "kernels per step": kernel_count_table(KERNEL_COUNTS),
         "loss": _of_each(
             lambda path: [
                 *loss_table(path),

@@ -22,6 +22,23 @@ STEP_OF = "cifar"
 Benchmark = dict[str, Any]
 
 
+def kernel_count_table(path: Path) -> list[str]:
+    """The kernels of a step, counted on the pretend CUDA device, by case and phase."""
+    found = read(path)
+    (phases,) = {tuple(counts) for counts in found["cases"].values()}
+    head = ("network", "method", "networks", "all", *phases)
+    rows = [
+        (*name.split(", "), *map(str, (sum(counts.values()), *counts.values())))
+        for name, counts in found["cases"].items()
+    ]
+    versions = "; ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"{versions}; `{path.relative_to(ROOT)}`, made by `{found['command']}`.",
+        "",
+        *markdown_table([head, *rows]),
+    ]
+
+
 PROVIDERS = ("eager", "compiled", "fused")
 _PROVIDER_HEAD = ("eager", "torch.compile", "fused", "p25-p75", "eager / fused", "compile / fused")
 

@@ -34,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.fixture(scope="session")
+def pretend_device() -> Path:
+    """The folder of the pretend CUDA device, built once; skips where it cannot be built."""
+    import pretend_cuda
+
+    try:
+        return pretend_cuda.build()
+    except pretend_cuda.Unavailable as error:
+        pytest.skip(str(error))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         import torch

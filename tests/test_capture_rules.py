@@ -1,0 +1,112 @@
+"""The captured training step on the pretend CUDA device: no method breaks a rule of stream capture,
+waits for the device, or takes more memory from step to step.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pretend_cuda
+import pytest
+from kernel_counts import METHODS
+
+from fastokd.methods import get_method, list_methods
+
+pytestmark = pytest.mark.usefixtures("pretend_device")
+
+OWN_FORWARD = ("ffsd", "afid")
+"""Methods that run their networks themselves, on one stream."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw, fp16, everything": {
+        "method": "ahbf",
+        "optimizer": "adamw",
+        "precision": "fp16",
+        "ema": 0.9,
+        "clip_grad": 1.0,
+        "on_nonfinite": "skip",
+        "device_batch": 16,
+    },
+    "parameters apart, fp32, mixup": {
+        "method": "ahbf",
+        "flat": False,
+        "precision": "fp32",
+        "channels_last": False,
+        "mixup": 0.2,
+    },
+    "views": {"method": "kdcl", "method_options": {"icl": True}},
+}
+CASES = {**METHODS, **OPTIONS}
+STREAMS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "one stream"])
+
+
+def run(function: str, cases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results of a function of ``pretend_cuda/steps.py``."""
+    calls = [(function, fields) for fields in cases]
+    return pretend_cuda.run(pretend_cuda.FOLDER / "steps.py", json.dumps(calls), timeout=850)
+
+
+def faults(result: Mapping[str, Any], num_streams: int) -> dict[str, Any]:
+    """The results that differ from those of a legal capture with work on each of the streams, whose
+    loss and optimizer wait for all of it, and of steps that neither wait nor grow.
+    """
+    expected = {"reason": "", "violations": [], "waits": {}, "growth": 0}
+    found = {name: result[name] for name, value in expected.items() if result[name] != value}
+    if any(result["unordered"]):
+        found["unordered"] = result["unordered"]
+    if [len(nodes) for nodes in result["captures"]] != [num_streams] or not all(
+        result["captures"][0]
+    ):
+        found["captures"] = result["captures"]
+    return found
+
+
+def num_streams(name: str, streams: bool) -> int:
+    """The streams that the branches of a method run on."""
+    method = get_method(CASES[name]["method"])
+    return method.default_branches if streams and method.name not in OWN_FORWARD else 1
+
+
+def settings(name: str, streams: bool, **more: Any) -> dict[str, Any]:
+    fields = {**CASES[name], **more}
+    return fields if streams else {**fields, "streams": False}
+
+
+def test_every_method_is_captured() -> None:
+    assert {fields["method"] for fields in METHODS.values()} == set(list_methods())
+
+
+@STREAMS
+def test_every_eager_step_is_captured(streams: bool) -> None:
+    results = run("capture", [settings(name, streams, compile=False) for name in CASES])
+    found = {
+        name: faults(result, num_streams(name, streams))
+        for name, result in zip(CASES, results, strict=True)
+    }
+    assert {name: each for name, each in found.items() if each} == {}
+
+
+def test_compiled_step_is_captured() -> None:
+    fields = {"method": "ahbf", "branches": 2, "aux_blocks": 1, "compile": True}
+    (result,) = run("capture", [fields])
+    assert "compiled" in result["options"]
+    assert faults(result, 2) == {}
+
+
+@pytest.mark.grid
+@STREAMS
+@pytest.mark.parametrize("name", CASES)
+def test_every_compiled_step_is_captured(name: str, streams: bool) -> None:
+    (result,) = run("capture", [settings(name, streams, compile=True)])
+    assert faults(result, num_streams(name, streams)) == {}
+
+
+@STREAMS
+def test_failed_capture_leaves_no_memory_behind(streams: bool) -> None:
+    fields = {"method": "ahbf", "streams": streams, "compile": False}
+    (result,) = run("fail_to_capture", [fields])
+    assert result["violations"] == ["captured stream: cudaStreamSynchronize"]
+    assert result["reason"]
+    assert "one CUDA graph" not in result["options"]
+    assert result["growth"] == 0
+    # The value that this step reads: seven times before the capture, and in the steps after it.
+    assert result["waits"] == {"cudaStreamSynchronize": 27}
