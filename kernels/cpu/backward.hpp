@@ -60,9 +60,11 @@ struct Backward : Rows<Real> {
   Vec* weight_products;  // per weight
   Real* weight_grads;    // per weight
   Real* source_grads;
+  Real* e;  // [S, chunk]: the exponentials
   bool has_soft_row;
 
-  Backward(const Call& c, Arena& arena) : Base(c, arena) {
+  // With `other`, the values of all nodes are in its memory.
+  Backward(const Call& c, Arena& arena, const Base* other = nullptr) : Base(c, arena, other) {
     softmaxes = arena.take<SoftmaxState>(program.num_softmaxes);
     nodes = arena.take<NodeState>(program.num_nodes);
     terms = arena.take<TermState>(program.num_terms);
@@ -72,11 +74,11 @@ struct Backward : Rows<Real> {
     weight_products = arena.take<Vec>(program.num_weights);
     weight_grads = arena.take<Real>(program.num_weights);
     source_grads = arena.take<Real>(program.num_weights);
-    Real* exponentials = arena.take<Real>(program.num_softmaxes * chunk);
+    e = arena.take<Real>(program.num_softmaxes * chunk);
     Real* gradients = arena.take<Real>(program.num_nodes * chunk);
     slopes = arena.take<Real>(program.num_nodes * chunk);
     if (!arena.base) return;
-    for (int s = 0; s < program.num_softmaxes; ++s) softmaxes[s] = {false, 0, 0, 0, exponentials + s * chunk};
+    for (int s = 0; s < program.num_softmaxes; ++s) softmaxes[s] = {false, 0, 0, 0, e + s * chunk};
     for (int n = 0; n < program.num_nodes; ++n) nodes[n] = {false, false, false, 0, 0, 0, 0, gradients + n * chunk};
     find_learners();
     connect();
@@ -170,16 +172,19 @@ struct Backward : Rows<Real> {
     weight_of[at] = weight;
   }
 
-  void run(int64_t b) {
+  // `evaluated`: the forward pass left the row's values and exponentials in this pass's memory.
+  void run(int64_t b, bool evaluated = false) {
     Base::begin_row(b);
     restore();
     set_coefficients();
     for (int64_t t = 0; t < num_chunks; ++t) {
       Base::begin_chunk(t);
-      if (has_soft_row) Base::load_target();
-      Base::evaluate(~0u, 0);
-      for (int s = 0; s < program.num_softmaxes; ++s)
-        if (softmaxes[s].used && program.softmaxes[s].base < 0) exponentials(s);
+      if (!evaluated) {
+        if (has_soft_row) Base::load_target();
+        Base::evaluate(~0u, 0);
+        for (int s = 0; s < program.num_softmaxes; ++s)
+          if (softmaxes[s].used && program.softmaxes[s].base < 0) exponentials(s);
+      }
       push_normalized();
       for (int n = program.num_nodes - 1; n >= 0; --n)
         if (nodes[n].visited && program.nodes[n].kind <= kMixture && program.nodes[n].kind != kExternal) gradient(n);

@@ -39,6 +39,7 @@ struct Forward : Rows<Real> {
   Real* values_of_terms;
   Real* inner;         // per term
   Edge* edges;
+  Real* exponentials = nullptr;  // [S, chunk], of the current chunk, where the backward pass uses them; or null
 
   Forward(const Call& c, Arena& arena) : Base(c, arena) {
     sum_lanes = arena.take<Vec>(program.num_softmaxes);
@@ -72,7 +73,7 @@ struct Forward : Rows<Real> {
         raise_maxima(pass, t == 0);
         if (pass == 0) multiply_target();
         for (int s = 0; s < program.num_softmaxes; ++s)
-          if (summed_in(program.softmaxes[s], pass)) exponentials(s, pass);
+          if (summed_in(program.softmaxes[s], pass)) sum_softmax(s, pass);
         for (int i = 0; i < program.num_terms; ++i) {
           const Term& term = program.terms[i];
           if (term.kind == kKL && !term.moment && term.pass == pass) normalized_edge(i);
@@ -163,7 +164,7 @@ struct Forward : Rows<Real> {
     }
   }
 
-  void exponentials(int s, int pass) {
+  void sum_softmax(int s, int pass) {
     const Softmax& softmax = program.softmaxes[s];
     int num_edges = 0;
     for (int i = 0; i < program.num_terms; ++i) {
@@ -181,6 +182,7 @@ struct Forward : Rows<Real> {
     const Softmax& softmax = program.softmaxes[s];
     const Real* v = value(softmax.node);
     const Real largest = maxima[softmax.node], scale = real(Base::kLog2E / softmax.temperature);
+    Real* to = exponentials ? exponentials + s * Base::chunk : nullptr;
     Vec total{}, derived_total{};
     for_vectors<Real>(padded, [&](auto k, int64_t i) __attribute__((always_inline)) {
       constexpr int unroll = decltype(k)::value;
@@ -190,6 +192,7 @@ struct Forward : Rows<Real> {
         e[u] = vexp_scaled(x[u] - largest, scale);
         total += e[u];
         if constexpr (derived_power > 0) derived_total += power<derived_power>(e[u]);
+        if (to) store(to + i + u * width, e[u]);
       }
       for (int j = 0; j < num_edges; ++j) {
         const Real* second = edge[j].second + i;

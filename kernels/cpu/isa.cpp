@@ -5,15 +5,18 @@
 namespace fastokd {
 namespace FASTOKD_ISA {
 
-// Forward and backward pass of a row while it is in the cache.
+// Forward and backward pass of a row while it is in the cache. A row of one chunk is evaluated once for both.
 template <class Real>
 struct ForwardBackward {
   Forward<Real> forward;
   Backward<Real> backward;
-  ForwardBackward(const Call& call, Arena& arena) : forward(call, arena), backward(call, arena) {}
+  ForwardBackward(const Call& call, Arena& arena)
+      : forward(call, arena), backward(call, arena, forward.num_chunks == 1 ? &forward : nullptr) {
+    if (forward.num_chunks == 1) forward.exponentials = backward.e;
+  }
   void run(int64_t row) {
     forward.run(row);
-    backward.run(row);
+    backward.run(row, forward.num_chunks == 1);
   }
 };
 

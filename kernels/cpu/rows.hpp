@@ -67,7 +67,8 @@ struct Rows {
   int64_t count = 0;
   int64_t padded = 0;
 
-  Rows(const Call& c, Arena& arena)
+  // With `other`, the chunk's values are in its memory.
+  Rows(const Call& c, Arena& arena, const Rows* other = nullptr)
       : call(c),
         program(*c.program),
         target(c.tensors[program.num_logits + program.num_sources + program.num_externals]),
@@ -75,16 +76,16 @@ struct Rows {
     const int64_t whole = round_up(call.classes);
     chunk = whole < kChunk ? whole : kChunk;
     num_chunks = (call.classes + chunk - 1) / chunk;
-    values = arena.take<Real>(program.num_nodes * chunk);
-    soft_target = arena.take<Real>(chunk);
+    values = other ? other->values : arena.take<Real>(program.num_nodes * chunk);
+    soft_target = other ? other->soft_target : arena.take<Real>(chunk);
     weights = arena.take<Real>(program.num_weights);
     maxima = arena.take<Real>(program.num_nodes);
     label_logit = arena.take<Real>(program.num_nodes);
     chosen = arena.take<int>(program.num_nodes);
     sums = arena.take<Real>(round_up(program.num_softmaxes));
     logs = arena.take<Real>(round_up(program.num_softmaxes));
-    probs = arena.take<Real>(program.num_nodes * chunk);
-    alive = arena.take<Real>(program.num_nodes * chunk);
+    probs = other ? other->probs : arena.take<Real>(program.num_nodes * chunk);
+    alive = other ? other->alive : arena.take<Real>(program.num_nodes * chunk);
     if (arena.base)
       for (int s = 0; s < round_up(program.num_softmaxes); ++s) sums[s] = 1;  // the unused lanes of take_logs
   }
