@@ -242,6 +242,8 @@ def check_names(page: str, names: dict[str, object]) -> None:
             torch.testing.assert_close(
                 model.eval()(images).logits[0], names["stock"].eval()(images), rtol=1e-4, atol=1e-5
             )
+    if page == "docs/fine-tuning.md":
+        assert all(parameter.grad is not None for parameter in names["model"].parameters())
     if page == "docs/own-loop.md":
         assert all(row.grad is not None for row in names["branch_logits"])
 
