@@ -225,7 +225,6 @@ def test_importing_the_package_is_cheap():
         "matplotlib",
         "sklearn",
         "rich",
-        "tyro",
         "yaml",
     )
     code = f"import sys, fastokd; print([m for m in {heavy} if m in sys.modules])"
@@ -240,7 +239,6 @@ def test_importing_the_losses_leaves_optional_packages_alone():
         "matplotlib",
         "sklearn",
         "rich",
-        "tyro",
         "fastokd.ops.triton",
         "fastokd.train",
     )

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 import yaml
 from cifar_files import write_cifar
 from PIL import Image
 
 from fastokd import cli
-from fastokd.cli.commands import COMMANDS, Command, find_command, option_names
+from fastokd.cli.commands import COMMANDS, Command, find_command
+from fastokd.cli.options import with_hyphens
 from fastokd.data.dali import missing_dali
 from fastokd.experiments.recipes import list_recipes
 from fastokd.models import create_model
@@ -272,7 +272,7 @@ def test_what_is_not_run_is_sound(block, monkeypatch):
                 assert cli.main(words) == 0
         else:
             command, depth = find_command(words)
-            tyro.cli(command.load(words[depth:]), args=words[depth:])
+            command.parser(arguments=words[depth:]).parse_args(with_hyphens(words[depth:]))
     files = re.findall(
         r"^(?:pytest|python) (?:-m )?(bench[/.]\w+(?:\.py)?)", block.text, flags=re.MULTILINE
     )
@@ -307,6 +307,7 @@ OTHERS_OPTIONS = {
     "--check",
     "--dry-run",
     "--again",
+    "--runs",
     "--minutes",
     "--shm-size",
     "--help",
@@ -320,7 +321,7 @@ OTHERS_OPTIONS = {
 def test_options_and_names_in_the_text_exist():
     groups = [{"": item} if isinstance(item, Command) else item for item in COMMANDS.values()]
     commands = [command for group in groups for command in group.values()]
-    options = {name[2:] for command in commands for name in option_names(command.load([]))}
+    options = {name[2:] for command in commands for name in command.parser().names()}
     known = (
         {f"--{name}" for name in options} | {f"--no-{name}" for name in options} | OTHERS_OPTIONS
     )

@@ -19,7 +19,7 @@ import torch
 
 from bench import recipe_page
 from fastokd import cli
-from fastokd.cli.commands import COMMANDS, option_names
+from fastokd.cli.commands import COMMANDS
 from fastokd.errors import ConfigError
 from fastokd.experiments import recipes
 from fastokd.experiments.recipes import DATASETS, Recipe, get_recipe, list_recipes, recipe_groups
@@ -571,7 +571,7 @@ def test_an_unknown_recipe_is_told_the_closest_name():
 
 def test_every_field_can_be_overridden():
     names = {f"--{name.replace('_', '-')}" for name in DEFAULTS}
-    assert names <= set(option_names(COMMANDS["train"].load([])))
+    assert names <= set(COMMANDS["train"].parser().names())
 
 
 def test_an_overridden_option_leaves_the_recipe_its_others(

@@ -1,19 +1,13 @@
 """The command line: ``fastokd COMMAND``. Commands are listed in ``fastokd.cli.commands``."""
 
-import contextlib
-import difflib
-import io
 import os
 import select
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
-import tyro
-
-from fastokd.cli.commands import GROUPS, Command, find_command, option_names, options_of, overview
-from fastokd.cli.options import BadValue
+from fastokd.cli.commands import GROUPS, Command, find_command
+from fastokd.cli.options import describe_unknown, print_table
 from fastokd.errors import (
     EXIT_CODES,
     EXIT_INTERRUPTED,
@@ -23,7 +17,6 @@ from fastokd.errors import (
     ConfigError,
     FastOKDError,
 )
-from fastokd.train.config import RETIRED
 from fastokd.version import __version__
 
 DESCRIPTION = f"""Online knowledge distillation: train a small classifier with deeper branches that
@@ -34,27 +27,25 @@ Exit codes: {"; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = lambda message, *_: f"{message}\n"
     try:
-        code = _run(arguments)
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except FastOKDError as error:
-        if not error.repeated:
-            print(f"fastokd: {error}", file=sys.stderr)
-        return error.exit_code
+        message, code, is_repeated = str(error), error.exit_code, error.repeated
     except KeyboardInterrupt as error:
-        if not getattr(error, "repeated", False):
-            print(f"fastokd: {error}" if str(error) else "fastokd: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        message, code = str(error) or "interrupted", EXIT_INTERRUPTED
+        is_repeated = getattr(error, "repeated", False)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_stdout_closed():
             return EXIT_PIPE
         # Refused outside the files that fastokd writes itself, e.g. a name that is too long.
         name = f": {error.filename}" if error.filename else ""
-        print(f"fastokd: {error.strerror or error}{name}"[:500], file=sys.stderr)
-        return EXIT_IO
+        message, code, is_repeated = f"{error.strerror or error}{name}"[:500], EXIT_IO, False
+    if not is_repeated:
+        print(f"fastokd: {message}", file=sys.stderr)
+    return code
 
 
 def _is_stdout_closed() -> bool:
@@ -72,56 +63,16 @@ def _run(arguments: list[str]) -> int:
         print(f"fastokd {__version__}")
         return EXIT_OK
     command, depth = find_command(arguments)
-    words, arguments = arguments[:depth], arguments[depth:]
+    words, rest = arguments[:depth], arguments[depth:]
     name = " ".join(["fastokd", *words])
     if isinstance(command, Command):
-        target, description = command.load(arguments), None
-    else:
-        target, description = overview(command), GROUPS[words[0]] if words else DESCRIPTION
-        if arguments and arguments[0] not in ("-h", "--help"):
-            raise ConfigError(_unknown(arguments[0], [], name))
-        arguments = ["--help"]
-    try:
-        # Messages of the parser are replaced by one line below.
-        with contextlib.redirect_stderr(io.StringIO()):
-            call, unknown = tyro.cli(
-                target, args=arguments, prog=name, description=description, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            return EXIT_OK
-        problem = _incomplete(target, arguments)
-        raise ConfigError(f"{problem}; '{name} --help' lists the options") from None
-    except BadValue as error:
-        raise ConfigError(f"{error}; '{name} --help' lists the options") from None
-    if unknown:
-        raise ConfigError(_unknown(unknown[0], option_names(target), name))
-    return call() or EXIT_OK
-
-
-def _incomplete(target: Any, arguments: Sequence[str]) -> str:
-    """The reason why the parser refused arguments that are all known."""
-    options = list(options_of(target))
-    flags = {f"--{name.replace('_', '-')}" for name, kind, _ in options if kind is bool}
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
-        takes_value = "=" not in word and word not in flags and f"--{word[5:]}" not in flags
-        if word.startswith("--") and takes_value and following.startswith("--"):
-            return f"{word}: its value is missing"
-    needed = [
-        name.upper().replace("_", "-") if "Positional" in repr(kind) else f"--{name}"
-        for name, kind, required in options
-        if required
+        return command.parser(name, rest).run(rest)
+    if rest and rest[0] not in ("-h", "--help"):
+        raise ConfigError(f"{describe_unknown(rest[0], [])}; '{name} --help' lists the commands")
+    print(f"usage: {name} COMMAND [OPTIONS]\n\n{GROUPS[words[0]] if words else DESCRIPTION}\n")
+    summaries = [
+        (key, each.summary if isinstance(each, Command) else GROUPS[key])
+        for key, each in command.items()
     ]
-    return f"missing argument: {', '.join(needed).replace('_', '-')}"
-
-
-def _unknown(word: str, names: Sequence[str], name: str) -> str:
-    more = f"'{name} --help' lists the options"
-    if not word.startswith("-"):
-        return f"unknown argument '{word}'; {more}"
-    option = word.partition("=")[0]
-    if retired := RETIRED.get(option.lstrip("-").replace("-", "_")):
-        return f"option '{option}': {retired.reason}"
-    close = difflib.get_close_matches(option, names, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ";"
-    return f"unknown option '{option}'{hint} {more}"
+    print_table(("", ""), summaries, texts=(1,))
+    return EXIT_OK

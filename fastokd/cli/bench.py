@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastokd.cli.options import Runs, console, make_table, progress_bar, say
+from fastokd.cli.options import Runs, print_table, progress_bar, say
 from fastokd.data import absolute_spec
 from fastokd.errors import ConfigError, MissingExtra
 from fastokd.experiments.analysis.step_figure import draw_step_benchmark
@@ -53,13 +53,9 @@ def step(
             chrome://tracing, and print its most expensive operations
     """
     synthetic = data == "synthetic"
-    if not synthetic and num_classes is not None:
-        raise ConfigError(
-            f"--num-classes {num_classes}: it is for synthetic images, {data} has its own classes;"
-            " omit it"
-        )
-    if num_classes is not None and num_classes < 2:
-        raise ConfigError(f"--num-classes {num_classes}: it must be at least 2")
+    if num_classes is not None and (not synthetic or num_classes < 2):
+        reason = "it must be at least 2" if synthetic else f"{data} has its own classes; omit it"
+        raise ConfigError(f"--num-classes {num_classes}: {reason}")
     config = TrainConfig(
         data="" if synthetic else absolute_spec(data),
         model=model,
@@ -104,44 +100,36 @@ def step(
 
 def _print_rows(record: Mapping[str, Any]) -> None:
     on_gpu = any(row["peak_bytes"] is not None for row in record["rows"])
-    memory = ["GPU memory"] if on_gpu else []
-    table = make_table(
-        *("row", "images/s", "slowest-fastest", "ms/step", "x first", "loss"), *memory, "start, s"
-    )
-    for column in table.columns:
-        column.no_wrap = True
+    marks, rows = {"lever": "+ ", "alternative": "or ", "student": "= "}, []
     for row in record["rows"]:
-        mark = {"lever": "+ ", "alternative": "or ", "student": "= "}.get(row["kind"], "")
+        name = f"{marks.get(row['kind'], '')}{row['name']}"
         if row["reason"]:
-            table.add_row(f"{mark}{row['name']}: {row['reason']}".replace("[", "\\["))
+            rows.append([f"{name}: {row['reason']}"])
             continue
         median, low, high = row["images_per_second"]
-        table.add_row(
-            f"{mark}{row['name']}",
-            f"{median:,.0f}",
-            f"{low:,.0f}-{high:,.0f}",
-            f"{row['milliseconds']:.2f}",
-            f"{row['times_first'][0]:.2f}",
-            "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}",
-            *([f"{row['peak_bytes'] / 2**30:.2f} GiB"] if on_gpu else []),
-            f"{row['start_seconds']:.1f}",
+        rows.append(
+            [
+                name,
+                f"{median:,.0f}",
+                f"{low:,.0f}-{high:,.0f}",
+                f"{row['milliseconds']:.2f}",
+                f"{row['times_first'][0]:.2f}",
+                "-" if row["loss_share"] is None else f"{row['loss_share']:.1%}",
+                *([f"{row['peak_bytes'] / 2**30:.2f} GiB"] if on_gpu else []),
+                f"{row['start_seconds']:.1f}",
+            ]
         )
-    wide = console()
-    wide.width = max(wide.width, 120)  # wrapped lines are better than truncated numbers
-    wide.print("")
-    wide.print(table)
-    print(
+    headings = ["row", "images/s", "slowest-fastest", "ms/step", "x first", "loss"]
+    say("")
+    print_table([*headings, *(["GPU memory"] if on_gpu else []), "start, s"], rows, wide=True)
+    say(
         "\n+ one more optimization than the + rows above; or: alternative, not kept below; =: the"
         f" student without teaching. Images/s: median of {record['windows']} windows; x first:"
-        " relative to the"
-        " window of the first row right before;\nloss: share of a step, timed separately; start:"
-        " the first steps, with compilation"
+        " relative to the window of the first row right before;\nloss: share of a step, timed"
+        " separately; start: the first steps, with compilation"
     )
-    if record["teaching_costs"]:
-        print(
-            "teaching costs: a step with all optimizations takes"
-            f" {record['teaching_costs']:.2f} times that of the student alone"
-        )
+    if cost := record["teaching_costs"]:
+        say(f"teaching costs: a full step takes {cost:.2f} times that of the student alone")
 
 
 def _write(record: dict[str, Any], out: Path) -> None:
@@ -155,7 +143,9 @@ def _write(record: dict[str, Any], out: Path) -> None:
 
 
 def compare(files: Runs = ()) -> None:
-    """Removed: compare result files of 'make bench' with 'pytest-benchmark compare'."""
-    raise ConfigError(
-        "bench compare was removed; compare result files with 'pytest-benchmark compare'"
-    )
+    """Removed: compare result files of 'make bench' with 'pytest-benchmark compare'.
+
+    Args:
+        files: Ignored
+    """
+    raise ConfigError("bench compare was removed; use 'pytest-benchmark compare'")

@@ -4,20 +4,19 @@ import dataclasses
 import json as json_format
 from typing import Literal
 
-import tyro
-from rich.table import Column, Table
+from rich.text import Text
 
-from fastokd.cli.options import print_table
+from fastokd.cli.options import Positional, print_table
 from fastokd.doctor import examine
-from fastokd.train.config import OptionValue, TrainConfig, check_method
+from fastokd.train.config import OptionValue, TrainConfig, build_loss, check_method
 
 
 def show(
-    method: tyro.conf.Positional[str],
+    method: Positional[str],
     branches: int | None = None,
     preset: str = "paper",
     format: Literal["text", "mermaid", "svg"] = "text",
-    method_options: dict[str, OptionValue] = {},  # noqa: B006 - never changed
+    method_options: dict[str, OptionValue] | None = None,
 ) -> None:
     """Draw the distillation graph of a method with its effective coefficients.
 
@@ -26,15 +25,12 @@ def show(
         format: Text, a Mermaid flowchart, or an SVG drawing
     """
     from fastokd.graph import draw_mermaid, draw_svg
-    from fastokd.methods import get_method
 
     config = TrainConfig(
-        method=method, preset=preset, branches=branches, method_options=method_options
+        method=method, preset=preset, branches=branches, method_options=method_options or {}
     )
     check_method(config)
-    loss = get_method(method).loss_class(
-        num_branches=config.num_branches(), **config.loss_options()
-    )
+    loss = build_loss(config)
     if format == "text":
         print(loss.draw())
     else:
@@ -45,19 +41,19 @@ def methods() -> None:
     """List the methods and their numbers of branches."""
     from fastokd.methods import get_method, list_methods
 
-    first = Column("method", no_wrap=True)
-    table = Table(first, "branches", "networks", "presets", "summary", box=None, pad_edge=False)
+    rows = []
     for name in list_methods():
         method = get_method(name)
         low, high = method.branch_range
         count = f"{low} to {high} ({method.default_branches})" if high > low else f"{low}"
         networks, presets = " or ".join(method.topologies), ", ".join(method.loss_class.presets)
-        table.add_row(name, count, networks, presets, method.summary)
-    print_table(table)
+        rows.append((name, count, networks, presets, method.summary))
+    headings = ("method", "branches", "networks", "presets", "summary")
+    print_table(headings, rows, texts=range(5))
     print("train with one: fastokd train --method NAME; see its graph: fastokd show NAME")
 
 
-def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
+def recipes(name: Positional[str | None] = None) -> None:
     """List the published configurations with the errors that the papers report in %, or print one.
 
     Args:
@@ -70,15 +66,12 @@ def recipes(name: tyro.conf.Positional[str | None] = None) -> None:
     if part in list_recipes() or not any(part in key for key in list_recipes()):
         print(get_recipe(part).to_yaml(), end="")
         return
-    for heading, _, group in recipe_groups():
-        selected = {key: recipe for key, recipe in group.items() if part in key}
-        if selected:
-            first = Column("recipe", no_wrap=True)
-            table = Table(first, "error, %, published", box=None, pad_edge=False)
-            for key, recipe in selected.items():
-                table.add_row(key, recipe.reported())
-            print(heading)
-            print_table(table)
+    headings = ("recipe", "error, %, published")
+    for title, _, group in recipe_groups():
+        rows = [(key, recipe.reported()) for key, recipe in group.items() if part in key]
+        if rows:
+            print(title)
+            print_table(headings, rows, texts=(1,))
             print()
     print("print one: fastokd recipes NAME; run it: fastokd train --recipe NAME --data FOLDER")
 
@@ -93,10 +86,8 @@ def doctor(json: bool = False) -> None:
     if json:
         print(json_format.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
         return
-    marks = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "problem": "[red]!![/]"}
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in findings:
-        table.add_row(marks[finding.state], finding.name, finding.text.replace("[", "\\["))
-    print_table(table)
+    marks = {"ok": ("ok", "green"), "absent": ("--", "yellow"), "problem": ("!!", "red")}
+    rows = [(Text(*marks[each.state]), each.name, each.text) for each in findings]
+    print_table(("", "", ""), rows, texts=(1, 2))
     problems = sum(finding.state == "problem" for finding in findings)
     print(f"{problems} problems, marked !!" if problems else "no problems found")

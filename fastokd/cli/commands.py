@@ -1,47 +1,31 @@
 """The list of commands. A command's module is imported when it is chosen."""
 
-import dataclasses
-import functools
 import importlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import tyro
-
-from fastokd.cli.options import with_options
+from fastokd.cli.options import Parser
 from fastokd.errors import ConfigError, did_you_mean
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A command.
 
     Attributes:
         target: module and name of its function.
         summary: for the list of commands.
-        generated: the target is called with the arguments, and returns the type to parse.
+        makes_parser: the target makes the parser, from the command's name and the arguments.
     """
 
     target: str
     summary: str
-    generated: bool = False
+    makes_parser: bool = False
 
-    def load(self, arguments: Sequence[str]) -> Any:
-        """A type for tyro, or the function with its call deferred until the end of parsing."""
-        module, _, name = self.target.partition(":")
-        function = getattr(importlib.import_module(f"fastokd.cli.{module}"), name)
-        if self.generated:
-            return function(arguments)
-
-        def defer(*args: Any, **options: Any) -> Callable[[], int | None]:
-            return functools.partial(function, *args, **options)
-
-        deferred: Any = functools.update_wrapper(defer, function)
-        deferred.__signature__ = inspect.signature(function)
-        del deferred.__wrapped__  # tyro would read the options' types from it
-        return with_options(deferred)
+    def parser(self, name: str = "fastokd", arguments: Sequence[str] = ()) -> Parser:
+        """The parser of these arguments."""
+        module, _, function = self.target.partition(":")
+        target: Any = getattr(importlib.import_module(f"fastokd.cli.{module}"), function)
+        return target(name, arguments) if self.makes_parser else Parser(name, target)
 
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
@@ -86,36 +70,3 @@ def find_command(arguments: Sequence[str]) -> tuple[Command | Mapping[str, Any],
             raise ConfigError(f"unknown command '{word}'{did_you_mean(word, level)}")
         level = level[word]
     return level, len(arguments)
-
-
-def overview(commands: Mapping[str, Any]) -> Any:
-    """A type whose ``--help`` lists commands."""
-    branches = []
-    for name, command in commands.items():
-        summary = command.summary if isinstance(command, Command) else GROUPS[name]
-        branch = tyro.conf.subcommand(name, constructor=_not_loaded, description=summary)
-        branches.append(Annotated[Any, branch])
-    return Union[tuple(branches)]  # noqa: UP007 - the members are computed
-
-
-def options_of(target: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Name, type and necessity of every option of a loaded command."""
-    if dataclasses.is_dataclass(target):
-        for field in dataclasses.fields(target):
-            nested = getattr(field.type, "__origin__", field.type)
-            if dataclasses.is_dataclass(nested):
-                yield from options_of(nested)
-            else:
-                yield field.name, field.type, False
-    else:
-        for name, parameter in inspect.signature(target).parameters.items():
-            yield name, parameter.annotation, parameter.default is parameter.empty
-
-
-def option_names(target: Any) -> list[str]:
-    """The options of a loaded command, e.g. "--batch-size", with its positional arguments."""
-    return [f"--{name.replace('_', '-')}" for name, *_ in options_of(target)]
-
-
-def _not_loaded() -> None:
-    """The parser of a command that was not chosen."""

@@ -4,16 +4,14 @@ import json as json_format
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from fastokd.cli.options import make_table, print_table, progress_bar, say
+from fastokd.cli.options import Positional, print_table, progress_bar, say
 from fastokd.data.check import PROBLEMS, REMARKS, check_dataset
 from fastokd.data.convert import convert_dataset
 from fastokd.errors import ConfigError, DataError, summarize
 
 
 def check(
-    data: tyro.conf.Positional[str],
+    data: Positional[str],
     write_list: Path | None = None,
     json: bool = False,
     workers: int | None = None,
@@ -28,7 +26,7 @@ def check(
         workers: Number of processes that decode (default: one per CPU core)
     """
     if write_list is not None and write_list.suffix.lower() != ".csv":
-        raise ConfigError(f"--write-list {write_list}: the name must end in .csv, as --data needs")
+        raise ConfigError(f"--write-list {write_list}: the name must end in .csv")
     with progress_bar("checking images") as progress:
         report = check_dataset(data, workers, progress)
     if write_list is not None:
@@ -38,15 +36,12 @@ def check(
     else:
         _print_report(report)
         if write_list is not None:
-            say(
-                f"wrote {write_list}: {len(report.clean)} images without problems; train with"
-                f" --data {write_list}"
-            )
+            count = len(report.clean)
+            say(f"wrote {write_list}: {count} images without problems, for --data {write_list}")
     if report.problems:
-        raise DataError(
-            f"{sum(map(len, report.problems.values()))} problems; --json names every file,"
-            " --write-list FILE.csv writes a list without them"
-        )
+        count = sum(map(len, report.problems.values()))
+        hint = "--json names every file, --write-list FILE.csv writes a list without them"
+        raise DataError(f"{count} problems; {hint}")
 
 
 def _print_report(report: Any) -> None:
@@ -59,25 +54,21 @@ def _print_report(report: Any) -> None:
         small, large = report.sizes
         formats = ", ".join(f"{count} {name}" for name, count in report.formats.items())
         colors = ", ".join(f"{count} {name}" for name, count in report.modes.items())
-        say(
-            f"sizes {small[0]} x {small[1]} to {large[0]} x {large[1]}; {formats}; colors: {colors}"
-        )
+        sizes = f"{small[0]} x {small[1]} to {large[0]} x {large[1]}"
+        say(f"sizes {sizes}; {formats}; colors: {colors}")
     for title, findings, meaning in (
         ("problem", report.problems, PROBLEMS),
         ("remark", report.remarks, REMARKS),
     ):
         if findings:
-            table = make_table(title, "number")
-            table.add_column("meaning")
-            for name, files in findings.items():
-                table.add_row(name, str(len(files)), meaning[name])
-            print_table(table)
+            rows = [(name, str(len(files)), meaning[name]) for name, files in findings.items()]
+            print_table((title, "number", "meaning"), rows, texts=(2,))
             for name, files in findings.items():
                 say(f"  {name}: {summarize(files, 3)}")
 
 
 def convert(
-    data: tyro.conf.Positional[str], out: Path, shorter_side: int, workers: int | None = None
+    data: Positional[str], out: Path, shorter_side: int, workers: int | None = None
 ) -> None:
     """Write a dataset again, scaled down, as a tree of class folders. After an interruption, the
     same command continues.
@@ -91,7 +82,4 @@ def convert(
     with progress_bar("converting") as progress:
         outcome = convert_dataset(data, out, shorter_side, workers, progress)
     existing = f"; {outcome.kept} were there already" if outcome.kept else ""
-    say(
-        f"wrote {outcome.written} images to {outcome.out}{existing}; train with --data"
-        f" {outcome.out}"
-    )
+    say(f"wrote {outcome.written} images to {outcome.out}{existing}, for --data {outcome.out}")

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import tyro
 
-from fastokd.cli.options import console, make_table
+from fastokd.cli.options import Positional, print_table, say
 from fastokd.errors import ConfigError
 from fastokd.methods import get_method, list_methods
 from fastokd.models import (
@@ -21,7 +20,7 @@ from fastokd.models.summary import check_images, model_costs
 
 
 def models(
-    name: tyro.conf.Positional[str | None] = None,
+    name: Positional[str | None] = None,
     method: str = "ahbf",
     branches: int | None = None,
     aux_blocks: int = 4,
@@ -87,28 +86,25 @@ def _costs(
 def _print_networks(
     names: Sequence[str], layout: Mapping[str, Any], image_size: int | None
 ) -> None:
-    costs_of = ("million\nparams", "\nMFLOPs", f"{layout['method']}:\nparams", "\nMFLOPs")
-    table = make_table("network", "pixels", *costs_of)
-    table.add_column("methods")
-    for column in table.columns:
-        column.no_wrap, column.vertical = True, "bottom"
+    rows = []
     for name in names:
         costs, size = _costs(name, layout, image_size)
         cells = [
             text
-            for part in ("student", "training")
-            for text in (f"{costs[part].parameters / 1e6:.2f}", f"{costs[part].flops / 1e6:.0f}")
+            for part in (costs["student"], costs["training"])
+            for text in (f"{part.parameters / 1e6:.2f}", f"{part.flops / 1e6:.0f}")
         ]
         allowed = allowed_methods(name)
         methods = "all" if allowed == list_methods() else ", ".join(allowed)
-        table.add_row(name, str(size), *cells, methods)
-    console().print(table)
-    print(
+        rows.append((name, str(size), *cells, methods))
+    costs_of = ("million\nparams", "\nMFLOPs", f"{layout['method']}:\nparams", "\nMFLOPs")
+    print_table(("network", "pixels", *costs_of, "methods"), rows, texts=(6,), wide=True)
+    say(
         f"student and training network for {layout['num_classes']} classes; FLOPs of one image"
         " forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods:"
         f" {', '.join(list_methods())}"
     )
-    print(
+    say(
         "any classifier of torchvision or timm: torchvision:NAME or timm:NAME with --at PLACE;"
         " fastokd models torchvision:resnet18 lists the places"
     )
@@ -117,17 +113,18 @@ def _print_networks(
 def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None) -> None:
     costs, size = _costs(name, layout, image_size)
     peers = (layout["topology"] or get_method(layout["method"]).topologies[0]) == "peers"
-    table = make_table(f"{name}, {layout['method']}", "parameters", "MFLOPs")
     titles = {"student": "student, alone", "training": "training network"}
-    for part, cost in costs.items():
-        title = titles.get(part, f"{part}, a peer" if peers else f"{part}, with the trunk")
-        table.add_row(title, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.2f}")
-    console().print(table)
-    allowed = [
-        method
-        for method in list_methods()
-        if all(method in allowed_methods(part.strip()) for part in name.split(","))
+    rows = [
+        (
+            titles.get(part, f"{part}, a peer" if peers else f"{part}, with the trunk"),
+            f"{cost.parameters:,}",
+            f"{cost.flops / 1e6:,.2f}",
+        )
+        for part, cost in costs.items()
     ]
-    print(
+    print_table((f"{name}, {layout['method']}", "parameters", "MFLOPs"), rows, wide=True)
+    networks = [part.strip() for part in name.split(",")]
+    allowed = [each for each in list_methods() if all(each in allowed_methods(n) for n in networks)]
+    say(
         f"{layout['num_classes']} classes, images of {size} x {size}; methods: {', '.join(allowed)}"
     )

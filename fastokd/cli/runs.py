@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
-from fastokd.cli.options import Which, make_table, print_table, progress_bar, say
+from fastokd.cli.options import Positional, Which, print_table, progress_bar, row_title, say
 from fastokd.errors import escape
 from fastokd.experiments.analysis.study import analyze_run
 from fastokd.export import list_formats
@@ -17,7 +15,7 @@ from fastokd.train.runs import load_run
 
 
 def evaluate(
-    path: tyro.conf.Positional[Path],
+    path: Positional[Path],
     data: str | None = None,
     which: Which = "last",
     split: str | None = None,
@@ -42,11 +40,12 @@ def evaluate(
         f"{path}: {which} checkpoint, {run.state['epoch']} epochs; {run.dataset.name},"
         f" {len(images)} {images.name} images"
     )
-    table = make_table("row", "accuracy %")
-    for name, value in run.evaluator.evaluate(run.loader).items():
-        student = name == run.evaluator.reported
-        table.add_row(f"{name} (student)" if student else name, f"{100 * value:.2f}")
-    print_table(table)
+    accuracies = run.evaluator.evaluate(run.loader)
+    rows = [
+        (row_title(name, run.evaluator.reported), f"{100 * value:.2f}")
+        for name, value in accuracies.items()
+    ]
+    print_table(("row", "accuracy %"), rows)
 
 
 def _evaluate_export(path: Path, data: str | None, split: str | None, device: str) -> None:
@@ -64,7 +63,7 @@ def _evaluate_export(path: Path, data: str | None, split: str | None, device: st
 
 
 def analyze(
-    run: tyro.conf.Positional[Path],
+    run: Positional[Path],
     data: str | None = None,
     which: Which = "last",
     split: str | None = None,
@@ -109,7 +108,7 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
         f" {record['data']}, {record['images']} {record['split']} images, of which {student} gets"
         f" {record['student_errors']} wrong"
     )
-    table = make_table("row", *(heading for heading, *_ in _COLUMNS))
+    rows = []
     for name in record["rows"]:
         cells = []
         for _, key, factor, form in _COLUMNS:
@@ -119,12 +118,9 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
             else:
                 value = values[name]
             cells.append("" if value is None else f"{factor * value:{form}}")
-        table.add_row(f"{name} (student)" if name == student else name, *cells)
-    print_table(table)
-    say(
-        f"agreement and distances are with {student}, those of logits over the images that it gets"
-        " wrong"
-    )
+        rows.append((row_title(name, student), *cells))
+    print_table(("row", *(heading for heading, *_ in _COLUMNS)), rows)
+    say(f"agreement and distances are with {student}, of logits over the images it gets wrong")
     for measure in measures.values():
         if not measure["axes"] and measure["values"] is not None:
             say(f"{measure['title']}: {measure['values']:.4f}")
@@ -136,7 +132,7 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
 
 
 def export(
-    run: tyro.conf.Positional[Path],
+    run: Positional[Path],
     to: Annotated[str, tuple(list_formats())] = "safetensors",
     out: Path | None = None,
     which: Which = "last",

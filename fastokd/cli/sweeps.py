@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-import tyro
-
-from fastokd.cli.options import Settings, say
+from fastokd.cli.options import Positional, Settings, say
 from fastokd.cli.train import start_from
 from fastokd.data import absolute_spec
 from fastokd.errors import EXIT_OK
@@ -69,7 +67,7 @@ def sweep(
 
 
 def reproduce(
-    table: tyro.conf.Positional[str | None] = None,
+    table: Positional[str | None] = None,
     data: str | None = None,
     rows: tuple[str, ...] = (),
     seeds: int | None = None,

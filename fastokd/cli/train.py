@@ -1,123 +1,67 @@
-"""``fastokd train``, generated from ``TrainConfig``."""
+"""``fastokd train``: the options of a run, and one for each field of ``TrainConfig``."""
 
+import argparse
 import dataclasses
 import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
-import tyro
-
-from fastokd.cli.options import (
-    BadValue,
-    make_table,
-    option_spec,
-    print_table,
-    say,
-    spec,
-    with_options,
-)
+from fastokd.cli.options import Parser, add_option, print_table, row_title, say, with_hyphens
 from fastokd.errors import EXIT_OK, ConfigError
 from fastokd.train.config import TrainConfig, override, read_config
-from fastokd.train.fields import GROUPS, Info, infos
+from fastokd.train.fields import GROUPS, infos
 from fastokd.train.launch import check_launched, launch, launched
 from fastokd.train.signals import StopSignals
 
 
-@with_options
-@dataclass(frozen=True)
-class RunOptions:
-    """Options that are not part of the configuration.
-
-    Attributes:
-        recipe: Start from this published configuration (see 'fastokd recipes')
-        config: Start from this YAML file, e.g. the config.yaml of a run
-        out: Run folder (default: runs/MODEL-METHOD-seedN)
-        resume: Continue the run in this folder. Only options that do not influence the results may
-            be changed. auto: start the run in --out, or continue it if it exists
-        allow_config_change: Let --resume continue with any changed option; changes are listed
-        gpus: Train in this many processes on this machine, one per GPU, as torchrun does
-        quiet: Print only the result
-    """
-
-    recipe: str | None = None
-    config: Path | None = None
-    out: Path | None = None
-    resume: str | None = None
-    allow_config_change: bool = False
-    gpus: int | None = None
-    quiet: bool = False
-
-
-def parser(arguments: Sequence[str]) -> type:
-    """The type that tyro parses, with the defaults of the recipe, file or run in the arguments."""
-    words: dict[str, str] = {}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        name, mark, text = word.partition("=")
-        words[name.replace("-", "_")] = text if mark else following
-    base = _base(words)
-    groups: dict[str, list[Any]] = {group: [] for group in GROUPS}
-    for name, info in infos(TrainConfig).items():
-        default = functools.partial(getattr, base, name)
-        field = dataclasses.field(default_factory=default)
-        groups[info.group].append((name, _option(name, info, default()), field))
-    fields: list[Any] = [("run", Annotated[RunOptions, tyro.conf.OmitArgPrefixes], RunOptions())]
-    for group, options in groups.items():
-        made = dataclasses.make_dataclass(group, options, namespace={"__doc__": ""})
-        fields.append((group, made, dataclasses.field(default_factory=made)))
-
-    def call(parsed: Any) -> int:
-        changed = [name for name in infos(TrainConfig) if f"__{name}" in words]
-        values = {
-            name: value for group in groups for name, value in vars(getattr(parsed, group)).items()
-        }
-        return _train(parsed.run, base, {name: values[name] for name in changed}, arguments)
-
-    namespace = {"__doc__": "Train a student with its branches, or alone.", "__call__": call}
-    return dataclasses.make_dataclass("train", fields, namespace=namespace, frozen=True)
+def parser(name: str, arguments: Sequence[str]) -> Parser:
+    """The parser; its help shows the values of the recipe, file or run in the arguments."""
+    first = Parser(name, train)
+    first.add_argument("--batch-size", dest="batch_size")
+    base = _base(vars(first.parse_known_args(with_hyphens(arguments))[0]))
+    made, hints = Parser(name, train), get_type_hints(TrainConfig)
+    sections = {group: made.add_argument_group(group) for group in GROUPS}
+    special: dict[str, dict[str, Any]] = {
+        "batch_size": {"metavar": "{N,auto,auto:N}", "type": str},
+        "resize_schedule": {"metavar": "EPOCH:SIZE", "type": _epoch_and_size},
+    }
+    for field, info in infos(TrainConfig).items():
+        settings = special.get(field, {})
+        words = () if callable(info.choices) else info.choices
+        if hints[field] in (bool, bool | None):
+            words = ("True", "False")
+        if words:
+            settings["metavar"] = "{" + ",".join(words) + "}"
+        default = getattr(base, field)
+        shown = info.unset if default is None else default
+        add_option(sections[info.group], field, hints[field], info.help, shown, **settings)
+    made.function = functools.partial(train, base, arguments)
+    return made
 
 
-def _option(name: str, info: Info, default: Any) -> Any:
-    """The type of a field's option, for tyro."""
-    hint = get_type_hints(TrainConfig)[name]
-    if name == "batch_size":
-        parse = spec(lambda texts: texts[0], "{N,auto,auto:N}")
-    elif name == "resize_schedule":
-        parse = spec(_parse_sizes, "[EPOCH:SIZE ...]", "*")
-    else:
-        parse = option_spec(name, hint, () if callable(info.choices) else info.choices)
-    shown = default
-    if isinstance(default, Mapping):
-        shown = " ".join(f"{key}={value}" for key, value in default.items())
-    elif isinstance(default, tuple):
-        shown = " ".join(map(str, default))
-    shown = info.unset if default is None else shown
-    text = "" if shown == "" else f"(default: {shown})"
-    argument = tyro.conf.arg(prefix_name=False, help=info.help, help_behavior_hint=text)
-    annotated: Any = Annotated
-    return annotated[hint, parse, tyro.conf.FlagConversionOff, argument]
+def _epoch_and_size(text: str) -> tuple[int, int]:
+    if (match := re.fullmatch(r"(\d+):(\d+)", text)) is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form EPOCH:SIZE, such as 0:128")
+    return int(match[1]), int(match[2])
 
 
-def _base(words: Mapping[str, str]) -> TrainConfig:
+def _base(options: Mapping[str, Any]) -> TrainConfig:
     """The configuration that the options change: of a recipe, a file or a run, or the defaults."""
-    resume = words.get("__resume", "auto")
+    resume = options.get("resume", "auto")
     if resume == "auto":
-        config = words.get("__config")
-        return start_from(words.get("__recipe"), Path(config) if config else None)
-    if others := [name for name in ("recipe", "config", "out") if f"__{name}" in words]:
-        raise ConfigError(
-            "--resume continues with the configuration of the run; omit"
-            f" {', '.join('--' + name for name in others)}"
-        )
-    if words.get("__batch_size", "").startswith("auto"):
-        raise ConfigError(
-            "--resume continues with the batch size of the run; omit --batch-size auto"
-        )
+        return start_from(options.get("recipe"), options.get("config"))
     from fastokd.train.run_folder import RunFolder
 
+    others = [f"--{name}" for name in ("recipe", "config", "out") if name in options]
+    if options.get("batch_size", "").startswith("auto"):
+        others.append("--batch-size auto")
+    if others:
+        raise ConfigError(
+            f"--resume continues with the configuration of the run; omit {', '.join(others)}"
+        )
     return RunFolder.open(Path(resume)).load_config()
 
 
@@ -132,70 +76,86 @@ def start_from(recipe: str | None, config: Path | None) -> TrainConfig:
     return read_config(config) if config else TrainConfig()
 
 
-def _train(
-    run: RunOptions, base: TrainConfig, given: dict[str, Any], arguments: Sequence[str]
+def train(
+    base: TrainConfig,
+    arguments: Sequence[str],
+    /,
+    recipe: str | None = None,
+    config: Path | None = None,
+    out: Path | None = None,
+    resume: str | None = None,
+    allow_config_change: bool = False,
+    gpus: int | None = None,
+    quiet: bool = False,
+    **fields: Any,
 ) -> int:
-    """Run the command in each process of the run."""
-    if run.gpus is not None:
+    """Train a student with its branches, or alone.
+
+    Args:
+        recipe: Start from this published configuration (see 'fastokd recipes')
+        config: Start from this YAML file, e.g. the config.yaml of a run
+        out: Run folder (default: runs/MODEL-METHOD-seedN)
+        resume: Continue the run in this folder. Only options that do not influence the results may
+            be changed. auto: start the run in --out, or continue it if it exists
+        allow_config_change: Let --resume continue with any changed option; changes are listed
+        gpus: Train in this many processes on this machine, one per GPU, as torchrun does
+        quiet: Print only the result
+    """
+    if gpus is not None:
         if not launched():
-            return launch(run.gpus, ["train", *arguments])
-        check_launched(run.gpus)
-        given.setdefault("device", "cuda")  # "auto" would fall back to the CPU
+            return launch(gpus, ["train", *arguments])
+        check_launched(gpus)
+        fields.setdefault("device", "cuda")  # "auto" would fall back to the CPU
     with StopSignals() as signals:  # before torch is imported, which takes seconds
-        return _train_here(run, base, given, signals)
+        from fastokd.data import absolute_spec
+        from fastokd.train.distributed import process_group
+        from fastokd.train.progress import Reporter
+        from fastokd.train.session import begin_run, resume_run
+        from fastokd.train.trainer import RunIsFinished
 
-
-def _train_here(
-    run: RunOptions, base: TrainConfig, given: dict[str, Any], signals: StopSignals
-) -> int:
-    from fastokd.data import absolute_spec
-    from fastokd.train.distributed import process_group
-    from fastokd.train.progress import Reporter
-    from fastokd.train.session import begin_run, resume_run
-    from fastokd.train.trainer import RunIsFinished
-
-    if "data" in given:  # the run can then be resumed and evaluated from any folder
-        given["data"] = absolute_spec(given["data"])
-    largest = _parse_batch_size(given) if "batch_size" in given else None
-    resumed = Path(run.resume) if run.resume not in (None, "auto") else None
-    settings = dataclasses.replace(base, **given) if resumed else override(base, given)
-    with process_group(settings.device) as ranks:
-        reporter = Reporter(quiet=run.quiet, silent=not ranks.is_main)
-        if not ranks.is_main:
-            warnings.simplefilter("ignore")  # the main process prints the same warnings
-        try:
-            if resumed:
-                trainer = resume_run(resumed, reporter, run.allow_config_change, signals, **given)
-            else:
-                name = run.recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
-                trainer = begin_run(
-                    settings,
-                    run.out,
-                    f"{name}-seed{settings.seed}",
-                    reporter,
-                    run.resume == "auto",
-                    run.allow_config_change,
-                    signals,
-                    largest,
-                )
-        except RunIsFinished as error:
-            if run.resume != "auto":
-                raise
-            reporter.print(str(error))
-            return EXIT_OK
-        try:
-            summary = trainer.run()
-        finally:
+        if "data" in fields:  # the run can then be resumed and evaluated from any folder
+            fields["data"] = absolute_spec(fields["data"])
+        largest = _largest_batch(fields)
+        run = None if resume in (None, "auto") else Path(resume)
+        settings = dataclasses.replace(base, **fields) if run else override(base, fields)
+        name = recipe or f"{settings.model.replace(':', '-')}-{settings.method}"
+        with process_group(settings.device) as ranks:
+            reporter = Reporter(quiet=quiet, silent=not ranks.is_main)
+            if not ranks.is_main:
+                warnings.simplefilter("ignore")  # the main process prints the same warnings
+            try:
+                if run:
+                    trainer = resume_run(run, reporter, allow_config_change, signals, **fields)
+                else:
+                    trainer = begin_run(
+                        settings,
+                        out,
+                        f"{name}-seed{settings.seed}",
+                        reporter,
+                        resume == "auto",
+                        allow_config_change,
+                        signals,
+                        largest,
+                    )
+            except RunIsFinished as error:
+                if run:
+                    raise
+                reporter.print(str(error))
+                return EXIT_OK
+            try:
+                summary = trainer.run()
+            finally:
+                if ranks.is_main:
+                    trainer.run_folder.discard_without_checkpoint()
             if ranks.is_main:
-                trainer.run_folder.discard_without_checkpoint()
-        if ranks.is_main:
-            _print_summary(summary, trainer.kept, trainer.run_folder.path)
+                _print_summary(summary, trainer.kept, trainer.run_folder.path)
     return EXIT_OK
 
 
-def _parse_batch_size(given: dict[str, Any]) -> int | None:
-    """Convert the text of ``--batch-size``, or remove it and return the largest allowed size."""
-    text = given.pop("batch_size")
+def _largest_batch(fields: dict[str, Any]) -> int | None:
+    """Convert the text of ``--batch-size``. For "auto", remove it and return the largest size."""
+    if (text := fields.pop("batch_size", None)) is None:
+        return None
     match = re.fullmatch(r"(auto)(?::(\d+))?|(\d+)", text, re.ASCII)
     if match is None or (match[2] is not None and int(match[2]) < 8):
         raise ConfigError(
@@ -206,34 +166,17 @@ def _parse_batch_size(given: dict[str, Any]) -> int | None:
         from fastokd.train.memory import LARGEST_BATCH
 
         return int(match[2] or LARGEST_BATCH)
-    given["batch_size"] = int(text)
+    fields["batch_size"] = int(text)
     return None
 
 
-def _parse_sizes(items: Sequence[str]) -> dict[int, int]:
-    """``EPOCH:SIZE`` pairs."""
-    sizes = {}
-    for item in items:
-        match = re.fullmatch(r"(\d+):(\d+)", item)
-        if match is None:
-            raise BadValue(
-                f"--resize-schedule: '{item}' is not of the form EPOCH:SIZE, such as 0:128"
-            )
-        sizes[int(match[1])] = int(match[2])
-    return sizes
-
-
 def _print_summary(summary: Any, kept: str, path: Path) -> None:
-    table = make_table(
-        "row", f"last epoch ({summary.epochs})", f"best epoch ({summary.best_epoch + 1})"
-    )
-    for name in summary.last:
-        table.add_row(
-            f"{name} (student)" if name == kept else name,
-            f"{100 * summary.last[name]:.2f} %",
-            f"{100 * summary.best[name]:.2f} %",
-        )
-    print_table(table)
+    headings = ("row", f"last epoch ({summary.epochs})", f"best epoch ({summary.best_epoch + 1})")
+    rows = [
+        (row_title(name, kept), f"{100 * value:.2f} %", f"{100 * summary.best[name]:.2f} %")
+        for name, value in summary.last.items()
+    ]
+    print_table(headings, rows)
     say(
         f"{summary.images_per_second:.0f} img/s, {summary.seconds:.1f} s of training; best = the"
         " student's best epoch on the evaluation split"

@@ -372,35 +372,35 @@ def check_method(config: TrainConfig) -> None:
     companion_builder(method, config.model_options())
 
 
-def reference_loss(config: TrainConfig) -> "MethodLoss":
-    """The loss of a configuration's method with its preset and options, on the executor
-    "reference".
+def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
+    """The loss of a configuration: that of its method, with its preset and options.
+
+    Args:
+        impl: another executor than the configuration's.
 
     Raises:
         ConfigError: the preset or an option is unknown, or a value is out of range.
     """
     method = _method(config)
-    presets = method.loss_class.presets
+    presets, given = method.loss_class.presets, f"method '{config.method}'"
     if config.preset not in presets:
-        raise ConfigError(
-            f"unknown preset '{config.preset}' of method"
-            f" '{config.method}'{did_you_mean(config.preset, presets)}"
-        )
+        hint = did_you_mean(config.preset, presets)
+        raise ConfigError(f"unknown preset '{config.preset}' of {given}{hint}")
     arguments = set(inspect.signature(method.loss_class).parameters)
     allowed = (arguments - {"num_branches", "impl", "reduction"}) | set(method.model_options)
     for name in config.method_options:
         if name not in allowed:
-            raise ConfigError(
-                f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}"
-            )
+            raise ConfigError(f"unknown option '{name}' of {given}{did_you_mean(name, allowed)}")
+    options = config.loss_options() | ({"impl": impl} if impl else {})
     try:
-        loss = method.loss_class(
-            num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"}
-        )
-        config.views()
+        return method.loss_class(num_branches=config.num_branches(), **options)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"method '{config.method}': {error}") from error
-    return loss
+        raise ConfigError(f"{given}: {error}") from error
+
+
+def reference_loss(config: TrainConfig) -> "MethodLoss":
+    """``build_loss`` on the executor "reference", which runs everywhere."""
+    return build_loss(config, "reference")
 
 
 def check_config(config: TrainConfig) -> None:
