@@ -116,7 +116,7 @@ def add_option(
     Args:
         hint: the type of its value: a scalar, which may be optional, a tuple or a dictionary. It
             may be annotated with ``POSITIONAL``, a tuple of the words that the option takes, or a
-            placeholder for the help.
+            placeholder for one value of an option that may be repeated.
         default: shown in the help, if there is one.
         settings: further arguments of ``add_argument``.
     """
@@ -144,7 +144,7 @@ def add_option(
             values["nargs"] = "?"
     else:
         if isinstance(mark, str):
-            values["metavar"] = mark
+            values |= {"metavar": mark, "nargs": 1}
         flag = f"--{name.replace('_', '-')}"
         values |= {"dest": name, "required": required}
     shown = default
