@@ -18,33 +18,24 @@ from fastokd.train.distributed import choose_device
 
 
 def step(
-    model: str = "resnet32",
-    method: str = "ahbf",
-    branches: int | None = None,
-    aux_blocks: int = 4,
-    at: str | None = None,
-    batch_size: int = 128,
     data: str = "synthetic",
-    image_size: int | None = None,
     num_classes: int | None = None,
-    device: str = "auto",
     seconds: float = 10.0,
     steps: int | None = None,
     out: Path = Path("bench-out"),
     profile: bool = False,
+    **fields: Any,
 ) -> None:
     """Train in the style of research code, then with one more optimization in each row: images per
-    second, memory, and the loss's share of the step.
+    second, memory, and the loss's share of the step. Methods with a trained teacher are not
+    supported.
 
     Writes step-ladder.json and, if matplotlib is installed, step-ladder.svg. The rows train the
     same network on the same images.
 
     Args:
-        model: Network, as for 'fastokd train'
-        method: Method; methods that need a trained teacher are not supported
-        data: synthetic (random images), or a dataset as for 'fastokd train --data', of which a part
-            is decoded
-        image_size: Height and width in pixels (default: 32, or the data's)
+        data: synthetic (random images of 32 pixels), or a dataset as for 'fastokd train --data', of
+            which a part is decoded
         num_classes: Classes of synthetic images (default: 10)
         seconds: Duration of each row; the first row is measured as long next to each
         steps: Steps of each of the five windows of a row, instead of --seconds
@@ -56,19 +47,8 @@ def step(
     if num_classes is not None and (not synthetic or num_classes < 2):
         reason = "it must be at least 2" if synthetic else f"{data} has its own classes; omit it"
         raise ConfigError(f"--num-classes {num_classes}: {reason}")
-    config = TrainConfig(
-        data="" if synthetic else absolute_spec(data),
-        model=model,
-        method=method,
-        branches=branches,
-        aux_blocks=aux_blocks,
-        at=at,
-        batch_size=batch_size,
-        image_size=image_size,
-        lr=0.01,
-        device=device,
-    )
-    where = choose_device(device)
+    config = TrainConfig(data="" if synthetic else absolute_spec(data), lr=0.01, **fields)
+    where = choose_device(config.device)
     check_config(config)
     if synthetic:
         images = synthetic_images(config, 10 if num_classes is None else num_classes)
@@ -79,8 +59,9 @@ def step(
     benchmark = StepBenchmark(config, images, where, seconds=seconds, steps=steps)
     height, width = images.image_size
     say(
-        f"{model}, method {method}, {config.num_branches()} branches, batch {batch_size}, {height}"
-        f" x {width}, {images.num_classes} classes ({images.name}), on {where}"
+        f"{config.model}, method {config.method}, {config.num_branches()} branches, batch"
+        f" {config.batch_size}, {height} x {width}, {images.num_classes} classes ({images.name}),"
+        f" on {where}"
     )
     rows: list[StepRow] = []
     for row in benchmark.rows():
@@ -129,7 +110,8 @@ def _print_rows(record: Mapping[str, Any]) -> None:
         " separately; start: the first steps, with compilation"
     )
     if cost := record["teaching_costs"]:
-        say(f"teaching costs: a full step takes {cost:.2f} times that of the student alone")
+        whole = f"a step with all optimizations takes {cost:.2f} times"
+        say(f"teaching costs: {whole} that of the student alone")
 
 
 def _write(record: dict[str, Any], out: Path) -> None:

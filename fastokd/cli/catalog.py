@@ -2,21 +2,17 @@
 
 import dataclasses
 import json as json_format
-from typing import Literal
+from typing import Any, Literal
 
 from rich.text import Text
 
 from fastokd.cli.options import Positional, print_table
 from fastokd.doctor import examine
-from fastokd.train.config import OptionValue, TrainConfig, build_loss, check_method
+from fastokd.train.config import TrainConfig, build_loss, check_method
 
 
 def show(
-    method: Positional[str],
-    branches: int | None = None,
-    preset: str = "paper",
-    format: Literal["text", "mermaid", "svg"] = "text",
-    method_options: dict[str, OptionValue] | None = None,
+    method: Positional[str], format: Literal["text", "mermaid", "svg"] = "text", **fields: Any
 ) -> None:
     """Draw the distillation graph of a method with its effective coefficients.
 
@@ -26,9 +22,7 @@ def show(
     """
     from fastokd.graph import draw_mermaid, draw_svg
 
-    config = TrainConfig(
-        method=method, preset=preset, branches=branches, method_options=method_options or {}
-    )
+    config = TrainConfig(method=method, **fields)
     check_method(config)
     loss = build_loss(config)
     if format == "text":

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastokd.cli.options import Parser
+from fastokd.cli.options import Parser, add_field
 from fastokd.errors import ConfigError, did_you_mean
 
 
@@ -12,25 +12,30 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        target: module and name of its function.
+        target: module and name of its function, or of its ``Parser``.
         summary: for the list of commands.
-        makes_parser: the target makes the parser, from the command's name and the arguments.
+        fields: the fields of ``TrainConfig`` that are options too.
     """
 
     target: str
     summary: str
-    makes_parser: bool = False
+    fields: str = ""
 
     def parser(self, name: str = "fastokd", arguments: Sequence[str] = ()) -> Parser:
         """The parser of these arguments."""
-        module, _, function = self.target.partition(":")
-        target: Any = getattr(importlib.import_module(f"fastokd.cli.{module}"), function)
-        return target(name, arguments) if self.makes_parser else Parser(name, target)
+        module, _, attribute = self.target.partition(":")
+        target: Any = getattr(importlib.import_module(f"fastokd.cli.{module}"), attribute)
+        if isinstance(target, type):
+            return target(name, arguments)
+        parser = Parser(name, target)
+        for field in self.fields.split():
+            add_field(parser, field)
+        return parser
 
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "demo": Command("sweeps:demo", "Compare a student trained alone and with AHBF"),
-    "train": Command("train:parser", "Train a student with its branches, or alone", True),
+    "train": Command("train:TrainParser", "Train a student with its branches, or alone"),
     "eval": Command("runs:evaluate", "Measure the accuracy of a run or an exported student"),
     "analyze": Command("runs:analyze", "Measure how branches and teacher assistants differ"),
     "export": Command("runs:export", "Write the plain student of a run"),
@@ -39,8 +44,14 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "report": Command("reports:report", "Write an HTML page about runs"),
     "sweep": Command("sweeps:sweep", "Train a grid of configurations with several seeds"),
     "reproduce": Command("sweeps:reproduce", "Run the recipes of a published table"),
-    "show": Command("catalog:show", "Draw the distillation graph of a method"),
-    "models": Command("models:models", "List the networks and their costs"),
+    "show": Command(
+        "catalog:show", "Draw the distillation graph of a method", "branches preset method_options"
+    ),
+    "models": Command(
+        "models:models",
+        "List the networks and their costs",
+        "method branches aux_blocks at topology compression image_size",
+    ),
     "methods": Command("catalog:methods", "List the methods"),
     "recipes": Command("catalog:recipes", "List or print the published configurations"),
     "data": {
@@ -48,7 +59,11 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
         "convert": Command("data:convert", "Scale the images of a dataset down"),
     },
     "bench": {
-        "step": Command("bench:step", "Measure a training step, one optimization at a time"),
+        "step": Command(
+            "bench:step",
+            "Measure a training step, one optimization at a time",
+            "model method branches aux_blocks at batch_size image_size device",
+        ),
         "compare": Command("bench:compare", "Removed; use pytest-benchmark compare"),
     },
     "doctor": Command("catalog:doctor", "Report the environment with a fix for each problem"),

@@ -1,6 +1,7 @@
 """``fastokd models``."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,78 +18,54 @@ from fastokd.models import (
 )
 from fastokd.models.libraries import library_split_points
 from fastokd.models.summary import check_images, model_costs
+from fastokd.train.build import model_layout
+from fastokd.train.config import TrainConfig
 
 
-def models(
-    name: Positional[str | None] = None,
-    method: str = "ahbf",
-    branches: int | None = None,
-    aux_blocks: int = 4,
-    at: str | None = None,
-    topology: str | None = None,
-    compression: bool = False,
-    num_classes: int = 10,
-    image_size: int | None = None,
-) -> None:
+def models(name: Positional[str | None] = None, num_classes: int = 10, **fields: Any) -> None:
     """List the networks with their costs, or print one in detail, branch by branch.
 
     Args:
         name: Network to print in detail: a listed one, torchvision:NAME or timm:NAME; peers may
             differ: resnet20,resnet32
-        method: Method whose training network is counted
-        at: First module that each branch has separately in a torchvision or timm network; without
-            it the possible split points are listed
-        compression: Make the deepest branch the student; each branch before it has --aux-blocks
-            fewer blocks
         num_classes: Number of classes
-        image_size: Height and width in pixels (default: those that the network is made for)
     """
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"image_size={image_size}: it must be at least 1")
-    layout = {
-        "method": method,
-        "num_classes": num_classes,
-        "num_branches": branches,
-        "aux_blocks": aux_blocks,
-        "topology": topology,
-        "compression": compression,
-    }
+    config = TrainConfig(**fields)
+    if config.image_size is not None and config.image_size < 1:
+        raise ConfigError(f"image_size={config.image_size}: it must be at least 1")
     if name is None:
-        _print_networks(list_models(), layout, image_size)
+        _print_networks(list_models(), config, num_classes)
         return
-    peers = "peers" in (topology, get_method(method).topologies[0])
-    if is_library_name(name) and "," not in name and at is None and not peers:
+    peers = (config.topology or get_method(config.method).topologies[0]) == "peers"
+    if is_library_name(name) and "," not in name and config.at is None and not peers:
         points = ", ".join(library_split_points(name)) or "no place"
-        print(f"{name} can be split at: {points}")
-        print(
+        say(f"{name} can be split at: {points}")
+        say(
             f"its costs: fastokd models {name} --at PLACE; train it: fastokd train --model"
             f" {name} --at PLACE --data FOLDER"
         )
         return
-    _print_network(name, {**layout, "at": at}, image_size)
+    _print_network(name, config, num_classes, peers)
 
 
-def _costs(
-    name: str, layout: Mapping[str, Any], image_size: int | None
-) -> tuple[dict[str, Any], int]:
-    """The costs of networks with these keywords of ``create_model``, and their image size. No
-    weights are allocated.
+def _costs(name: str, config: TrainConfig, num_classes: int) -> tuple[dict[str, Any], int]:
+    """The costs of a training network and its parts, without allocating weights, and the image
+    size.
     """
+    config = dataclasses.replace(config, model=name)
     with torch.device("meta"):
-        model = create_model(name, **layout)
-    made_for = max(find_backbone(part, layout.get("at")).image_size for part in model.names)
-    if image_size is not None:
-        check_images(model, (image_size, image_size), made_for)
-    size = image_size or made_for
+        model = create_model(name, num_classes=num_classes, **model_layout(config))
+    made_for = max(find_backbone(part, config.at).image_size for part in model.names)
+    if config.image_size is not None:
+        check_images(model, (config.image_size, config.image_size), made_for)
+    size = config.image_size or made_for
     return model_costs(model, size), size
 
 
-def _print_networks(
-    names: Sequence[str], layout: Mapping[str, Any], image_size: int | None
-) -> None:
+def _print_networks(names: Sequence[str], config: TrainConfig, num_classes: int) -> None:
     rows = []
     for name in names:
-        costs, size = _costs(name, layout, image_size)
+        costs, size = _costs(name, config, num_classes)
         cells = [
             text
             for part in (costs["student"], costs["training"])
@@ -97,11 +74,11 @@ def _print_networks(
         allowed = allowed_methods(name)
         methods = "all" if allowed == list_methods() else ", ".join(allowed)
         rows.append((name, str(size), *cells, methods))
-    costs_of = ("million\nparams", "\nMFLOPs", f"{layout['method']}:\nparams", "\nMFLOPs")
+    costs_of = ("million\nparams", "\nMFLOPs", f"{config.method}:\nparams", "\nMFLOPs")
     print_table(("network", "pixels", *costs_of, "methods"), rows, texts=(6,), wide=True)
     say(
-        f"student and training network for {layout['num_classes']} classes; FLOPs of one image"
-        " forward, 2 per multiply-add; one in detail: fastokd models NAME; all methods:"
+        f"student and training network for {num_classes} classes; FLOPs of one image forward, 2 per"
+        " multiply-add; one in detail: fastokd models NAME; all methods:"
         f" {', '.join(list_methods())}"
     )
     say(
@@ -110,9 +87,8 @@ def _print_networks(
     )
 
 
-def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None) -> None:
-    costs, size = _costs(name, layout, image_size)
-    peers = (layout["topology"] or get_method(layout["method"]).topologies[0]) == "peers"
+def _print_network(name: str, config: TrainConfig, num_classes: int, peers: bool) -> None:
+    costs, size = _costs(name, config, num_classes)
     titles = {"student": "student, alone", "training": "training network"}
     rows = [
         (
@@ -122,9 +98,7 @@ def _print_network(name: str, layout: Mapping[str, Any], image_size: int | None)
         )
         for part, cost in costs.items()
     ]
-    print_table((f"{name}, {layout['method']}", "parameters", "MFLOPs"), rows, wide=True)
+    print_table((f"{name}, {config.method}", "parameters", "MFLOPs"), rows, wide=True)
     networks = [part.strip() for part in name.split(",")]
     allowed = [each for each in list_methods() if all(each in allowed_methods(n) for n in networks)]
-    say(
-        f"{layout['num_classes']} classes, images of {size} x {size}; methods: {', '.join(allowed)}"
-    )
+    say(f"{num_classes} classes, images of {size} x {size}; methods: {', '.join(allowed)}")

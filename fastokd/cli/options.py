@@ -37,11 +37,24 @@ KINDS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
 """For each type of a value its parser, its placeholder in ``--help`` and its name in an error."""
 
 
+SHARED = {
+    "data": "Dataset, as for 'fastokd train --data'",
+    "which": "Checkpoint of the last or the best epoch",
+    "split": "train, val or test (default: the split that the run is evaluated on)",
+    "device": "Device: auto, cpu, cuda or cuda:N",
+    "workers": "Number of processes (default: one per CPU core)",
+    "latency": "Measure the latencies of the students on this machine",
+    "devices": "cpu, or GPUs as cuda:0,cuda:1; auto: all GPUs, or the CPU",
+    "per_device": "Number of simultaneous runs on each device; auto chooses",
+    "dry_run": "Print the runs and the results so far; train nothing",
+}
+"""The help of options that several commands have."""
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of a command: a function with annotations and a docstring with "Args:".
 
-    Its keyword arguments become options. An option that the docstring does not describe is
-    described like the configuration's field.
+    Its keyword arguments become options, described in the docstring or in ``SHARED``.
     """
 
     def __init__(self, name: str, function: Callable[..., int | None]) -> None:
@@ -56,16 +69,13 @@ class Parser(argparse.ArgumentParser):
         )
         self.function = function
         self.add_argument("-h", "--help", action="store_true", help="show this message")
-        helps = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
-        hints, fields = get_type_hints(function, include_extras=True), infos(TrainConfig)
+        helps = SHARED | dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+        hints = get_type_hints(function, include_extras=True)
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
                 continue
             default, required = parameter.default, parameter.default is parameter.empty
-            if name in helps:
-                help = " ".join(helps[name].split())
-            else:
-                help, default = fields[name].help, default or fields[name].unset
+            help = " ".join(helps[name].split())
             add_option(self, name, hints[name], help, None if required else default, required)
         positional = [str(each.metavar) for each in self._actions if not each.option_strings]
         self.usage = " ".join([self.prog, "[OPTIONS]", *positional])
@@ -155,6 +165,13 @@ def add_option(
     if shown not in ("", None) and values.get("action") is not argparse.BooleanOptionalAction:
         help += f" (default: {shown})"
     section.add_argument(flag, help=help.replace("%", "%%"), **{**values, **settings})
+
+
+def add_field(section: Any, name: str, base: TrainConfig | None = None, **settings: Any) -> None:
+    """Add an option for a field of the configuration; the help shows its value in ``base``."""
+    info, default = infos(TrainConfig)[name], getattr(base or TrainConfig(), name)
+    shown = info.unset if default is None else default
+    add_option(section, name, get_type_hints(TrainConfig)[name], info.help, shown, **settings)
 
 
 class _Collect(argparse.Action):

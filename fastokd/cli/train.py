@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fastokd.cli.options import Parser, add_option, print_table, row_title, say, with_hyphens
+from fastokd.cli.options import Parser, add_field, print_table, row_title, say, with_hyphens
 from fastokd.errors import EXIT_OK, ConfigError
 from fastokd.train.config import TrainConfig, override, read_config
 from fastokd.train.fields import GROUPS, infos
@@ -17,29 +17,29 @@ from fastokd.train.launch import check_launched, launch, launched
 from fastokd.train.signals import StopSignals
 
 
-def parser(name: str, arguments: Sequence[str]) -> Parser:
+class TrainParser(Parser):
     """The parser; its help shows the values of the recipe, file or run in the arguments."""
-    first = Parser(name, train)
-    first.add_argument("--batch-size", dest="batch_size")
-    base = _base(vars(first.parse_known_args(with_hyphens(arguments))[0]))
-    made, hints = Parser(name, train), get_type_hints(TrainConfig)
-    sections = {group: made.add_argument_group(group) for group in GROUPS}
-    special: dict[str, dict[str, Any]] = {
-        "batch_size": {"metavar": "{N,auto,auto:N}", "type": str},
-        "resize_schedule": {"metavar": "EPOCH:SIZE", "type": _epoch_and_size},
-    }
-    for field, info in infos(TrainConfig).items():
-        settings = special.get(field, {})
-        words = () if callable(info.choices) else info.choices
-        if hints[field] in (bool, bool | None):
-            words = ("True", "False")
-        if words:
-            settings["metavar"] = "{" + ",".join(words) + "}"
-        default = getattr(base, field)
-        shown = info.unset if default is None else default
-        add_option(sections[info.group], field, hints[field], info.help, shown, **settings)
-    made.function = functools.partial(train, base, arguments)
-    return made
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        super().__init__(name, train)
+        first = Parser(name, train)
+        first.add_argument("--batch-size", dest="batch_size")
+        base = _base(vars(first.parse_known_args(with_hyphens(arguments))[0]))
+        self.function = functools.partial(train, base, arguments)
+        special: dict[str, dict[str, Any]] = {
+            "batch_size": {"metavar": "{N,auto,auto:N}", "type": str},
+            "resize_schedule": {"metavar": "EPOCH:SIZE", "type": _epoch_and_size},
+        }
+        sections = {group: self.add_argument_group(group) for group in GROUPS}
+        hints = get_type_hints(TrainConfig)
+        for field, info in infos(TrainConfig).items():
+            settings = special.get(field, {})
+            words = () if callable(info.choices) else info.choices
+            if hints[field] in (bool, bool | None):
+                words = ("True", "False")
+            if words:
+                settings["metavar"] = "{" + ",".join(words) + "}"
+            add_field(sections[info.group], field, base, **settings)
 
 
 def _epoch_and_size(text: str) -> tuple[int, int]:

@@ -289,7 +289,7 @@ class Retired:
     reason: str
 
 
-RETIRED = {"merge_first_conv": Retired(False, "method_options", "merged convolutions were removed")}
+RETIRED = {"merge_first_conv": Retired(False, "method_options", "merged first convs were removed")}
 
 
 def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:

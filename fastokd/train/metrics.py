@@ -17,7 +17,7 @@ class MetricSums:
         self._sums: Tensor | None = None  # the last is the number of samples
 
     def add(self, values: Mapping[str, Tensor], count: int, skip: Tensor | None = None) -> None:
-        """Add sums over ``count`` samples, with equal names in every call, unless ``skip`` (0-d)."""
+        """Add sums over ``count`` samples, of equal names in every call, unless ``skip`` (0-d)."""
         row = torch.stack([value.detach().to(torch.float64) for value in values.values()])
         row = torch.cat([row, row.new_full((1,), count)])
         if self._sums is None:

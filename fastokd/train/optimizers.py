@@ -125,7 +125,7 @@ class Optimizers:
         for name, (optimizer, current) in own.items():
             loaded = state[name]
             if current.keys() != loaded.keys():
-                have, want = (", ".join(each) or "nothing" for each in (loaded, current))
+                have, want = (", ".join(each) or "empty" for each in (loaded, current))
                 raise ValueError(f"the state of {name} is {have}; {optimizer} has {want}")
             for key, value in current.items():
                 if (shape := list(loaded[key].shape)) != list(value.shape):

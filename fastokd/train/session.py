@@ -14,7 +14,7 @@ from fastokd.train.randomness import be_deterministic
 from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runs import newest_checkpoint
 from fastokd.train.signals import StopSignals
-from fastokd.train.teacher import check_teacher, open_teacher
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 from fastokd.train.trainer import Trainer
 
 
@@ -57,6 +57,7 @@ def begin_run(
         reason = ""
         if largest_batch is not None:
             check_teacher(config)
+            config = with_absolute_teacher(config)
             device = choose_device(config.device)
             be_deterministic(config.deterministic)
             dataset = open_run_data(config, device, reporter)
