@@ -427,7 +427,7 @@ def test_metric_sums_skip_steps():
 def test_step_gives_its_device_an_index(monkeypatch):
     """So that "cuda" equals the device of tensors on the current GPU."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments: module)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments, **options: module)
     config = TrainConfig(model="resnet8", method="baseline", branches=1)
     model = build_model(config, 10, torch.device("cuda"))
     assert BranchEvaluator(config, model, torch.device("cuda")).device == torch.device("cuda", 1)

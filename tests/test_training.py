@@ -356,7 +356,7 @@ class TestCheckpoints:
         ):
             (tmp_path / "last.pt").write_bytes(serialize(wrong))
             with pytest.raises(
-                CheckpointError, match=f"its entry '{entry}' is missing or of the wrong type"
+                CheckpointError, match=f"'{entry}' is missing or of the wrong type"
             ):
                 load_checkpoint(tmp_path / "last.pt")
 

@@ -77,8 +77,9 @@ class Parser(argparse.ArgumentParser):
             default, required = parameter.default, parameter.default is parameter.empty
             help = " ".join(helps[name].split())
             add_option(self, name, hints[name], help, None if required else default, required)
-        positional = [str(each.metavar) for each in self._actions if not each.option_strings]
-        self.usage = " ".join([self.prog, "[OPTIONS]", *positional])
+        positional = [each for each in self._actions if not each.option_strings]
+        names = [f"[{each.metavar}]" if each.nargs else str(each.metavar) for each in positional]
+        self.usage = " ".join([self.prog, "[OPTIONS]", *names])
 
     def run(self, arguments: Sequence[str]) -> int:
         """Print the help, or call the function with the options that are given; returns the exit
