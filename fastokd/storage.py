@@ -7,18 +7,11 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from fastokd.errors import StorageError, first_line
-
-T = TypeVar("T")
-
-# Errors that may pass, e.g. when a file server restarts, and the seconds before each new attempt.
-TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})
-PAUSES = (0.1, 0.5, 2.0)
 
 
 def write_atomically(
@@ -31,7 +24,7 @@ def write_atomically(
 
     Args:
         path: the file.
-        write: writes its content; called again after a transient error.
+        write: writes its content.
         durable: wait for the disk; otherwise a crash of the machine may lose the file.
         before_rename: called when the temporary file is complete.
 
@@ -39,29 +32,25 @@ def write_atomically(
         StorageError: the file cannot be written; an old file is untouched.
     """
 
-    def attempt() -> None:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            if before_rename is not None:
-                before_rename()
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        retried(attempt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename()
+        os.replace(temporary, path)
         if durable:
-            retried(lambda: _sync_folder(path.parent))
-    except OSError as error:
-        raise storage_error(path, error) from error
+            _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise storage_error(path, error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append one line and flush it to the disk; a ``StorageError`` leaves nothing of the line."""
 
-    def attempt() -> None:
+    try:
         # Unbuffered: nothing is left in a buffer that closing the file would write after all.
         with open(path, "ab", buffering=0) as file:
             end, rest = file.tell(), memoryview(f"{line}\n".encode())
@@ -89,38 +78,15 @@ def append_line(path: Path, line: str) -> None:
                 with contextlib.suppress(OSError):
                     file.truncate(end)
                 raise
-
-    try:
-        retried(attempt)
     except OSError as error:
         raise storage_error(path, error) from error
 
 
-def retried(action: Callable[[], T]) -> T:
-    """The result of an action, repeated after growing pauses when it fails with a transient error;
-    the last error has a note with the number of attempts.
-    """
-    pauses = iter(PAUSES)
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in TRANSIENT:
-                raise
-            pause = next(pauses, None)
-            if pause is None:
-                error.add_note(f"tried {len(PAUSES) + 1} times")
-                raise
-        time.sleep(pause)
-
-
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The one-line error for a write that failed."""
-    tried = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    fix = "Check that disk" if tried else "Free some space"
     return StorageError(
-        f"cannot write {path}: {error.strerror or first_line(error)}{tried}. {fix} or use another"
-        " folder; files written before are intact"
+        f"cannot write {path}: {error.strerror or first_line(error)}. Free some space or use"
+        " another folder; files written before are intact"
     )
 
 

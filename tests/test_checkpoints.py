@@ -34,8 +34,7 @@ from fastokd.train.checkpoint import (
 from fastokd.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-FINAL = [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT]
-PASSING = [errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT]
+REFUSALS = [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO, errno.ESTALE]
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +107,15 @@ class TestKilled:
         assert (found["newest"], found["kept"], found["temporaries"]) == (2, [2, 1], [])
 
 
-def fail_from(monkeypatch, number, place, times=10**9):
-    """Make the system refuse with an error: its call at a place in a save, and every one after
-    that, as often as ``times``.
-    """
+def fail_from(monkeypatch, number, place):
+    """Make the system refuse with an error: its call at a place in a save, and all after it."""
     count = itertools.count()
-    left = [times]
 
     def hook(call, file):
-        if next(count) >= place and left[0]:
-            left[0] -= 1
+        if next(count) >= place:
             raise OSError(number, os.strerror(number))
 
     tap(hook, lambda where, name, value: monkeypatch.setattr(where, name, value, raising=False))
-    return left
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +130,6 @@ def calls(tmp_path_factory):
             lambda where, name, value: patch.setattr(where, name, value, raising=False),
         )
         store.save(make_state(6), is_best=True)
-    return found
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """The pauses between attempts, which take no time."""
-    found = []
-    monkeypatch.setattr(storage.time, "sleep", found.append)
     return found
 
 
@@ -171,10 +157,8 @@ class TestRefused:
             assert calls[renamed + 1][0] == "fsync folder"
         assert calls.index(("replace", "best.pt")) < calls.index(("replace", "last.pt"))
 
-    @pytest.mark.parametrize("number", [*FINAL, errno.EIO], ids=errno.errorcode.get)
-    def test_save_failing_at_any_call_keeps_checkpoints(
-        self, tmp_path, monkeypatch, calls, pauses, number
-    ):
+    @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+    def test_save_failing_at_any_call_keeps_checkpoints(self, tmp_path, monkeypatch, calls, number):
         store = save_up_to(tmp_path / "start", 5)
         for place, _ in places(calls):
             folder = tmp_path / str(place)
@@ -184,10 +168,8 @@ class TestRefused:
             store = CheckpointStore(folder, KEEP)
             with monkeypatch.context() as patch:
                 fail_from(patch, number, place)
-                tried = r" \(tried 4 times\)" if number == errno.EIO else ""
                 with pytest.raises(
-                    StorageError,
-                    match=(rf"cannot write .*\.pt: {os.strerror(number)}{tried}\. (Free|Check)"),
+                    StorageError, match=rf"cannot write .*\.pt: {os.strerror(number)}\. Free"
                 ) as raised:
                     store.save(make_state(6), is_best=True)
             assert "\n" not in str(raised.value)
@@ -201,28 +183,6 @@ class TestRefused:
             assert number_of(load_checkpoint(folder / "best.pt")) in (3, 6)
             store.save(make_state(7))  # the disk is well again
             assert numbers_in(folder)[:2] == [7, number_of(state)]
-        assert bool(pauses) == (number == errno.EIO)
-
-    @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
-    def test_save_retries_transient_errors(self, tmp_path, monkeypatch, calls, pauses, number):
-        store = save_up_to(tmp_path, 3)
-        last = 3
-        for times, wanted in ((1, [0.1]), (3, [0.1, 0.5, 2.0])):
-            for place, call in places(calls):
-                if call[0] in ("open", "replace", "fsync", "fsync folder") or number == errno.EIO:
-                    last += 1
-                    pauses.clear()
-                    with monkeypatch.context() as patch:
-                        left = fail_from(patch, number, place, times)
-                        store.save(make_state(last), is_best=True)
-                    # torch.save writes again after a refusal, to close the archive: two of the
-                    # errors are then of one attempt.
-                    assert pauses == (
-                        wanted if call[0] != "write" else wanted[: len(pauses) or 1]
-                    ), call
-                    assert left == [0]
-                    assert numbers_in(tmp_path) == [last, last - 1, last - 2], call
-                    assert temporaries(tmp_path) == []
 
 
 class TestSave:
@@ -375,20 +335,13 @@ class TestDamaged:
             places
         )  # much of so small a file is padding, and names written twice
 
-    def test_load_retries_transient_errors(self, tmp_path, monkeypatch, pauses):
+    def test_unreadable_checkpoint_is_reported(self, tmp_path, monkeypatch):
         save_up_to(tmp_path, 1)
-        load, left = torch.load, [2]
 
-        def flaky(*arguments, **options):
-            if left[0]:
-                left[0] -= 1
-                raise OSError(errno.EIO, "Input/output error")
-            return load(*arguments, **options)
+        def refuse(*arguments, **options):
+            raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(torch, "load", flaky)
-        assert number_of(load_checkpoint(tmp_path / "last.pt")) == 1
-        assert pauses == [0.1, 0.5]
-        left[0] = 99
+        monkeypatch.setattr(torch, "load", refuse)
         with pytest.raises(CheckpointError, match=r"cannot read .*last\.pt: Input/output error"):
             load_checkpoint(tmp_path / "last.pt")
 

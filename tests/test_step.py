@@ -18,7 +18,7 @@ from fastokd.train.guard import FiniteGuard
 from fastokd.train.metrics import MetricSums
 from fastokd.train.precision import LossScale
 from fastokd.train.runner import StepRunner
-from fastokd.train.step import TrainStep
+from fastokd.train.step import BranchEvaluator, TrainStep
 from fastokd.train.step_options import choose_step_options
 
 CPU = torch.device("cpu")
@@ -422,3 +422,14 @@ def test_metric_sums_skip_steps():
     assert (other.means(), sums.means()) == ({"loss": 2.4}, {"loss": 2.0})
     sums.clear()
     assert sums.means() == {}
+
+
+def test_step_gives_its_device_an_index(monkeypatch):
+    """So that "cuda" equals the device of tensors on the current GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments, **options: module)
+    config = TrainConfig(model="resnet8", method="baseline", branches=1)
+    model = build_model(config, 10, torch.device("cuda"))
+    assert BranchEvaluator(config, model, torch.device("cuda")).device == torch.device("cuda", 1)
+    assert BranchEvaluator(config, model, torch.device("cuda", 0)).device.index == 0
+    assert BranchEvaluator(config, model, torch.device("cpu")).device == torch.device("cpu")

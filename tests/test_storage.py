@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fastokd import storage
 from fastokd.errors import StorageError
 from fastokd.storage import (
     append_line,
@@ -43,6 +42,7 @@ def _umask():
         (errno.ENOSPC, "No space left on device"),
         (errno.EROFS, "Read-only file system"),
         (errno.EACCES, "Permission denied"),
+        (errno.EIO, "Input/output error"),
     ],
 )
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
@@ -79,38 +79,6 @@ def test_append_and_json_report_failures(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*x\.json: "):
         write_json(tmp_path / "file" / "x.json", {})
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_transient_error_is_retried(tmp_path, monkeypatch, number):
-    pauses, flush, left = [], os.fsync, [3]
-
-    def flaky(descriptor):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(number, os.strerror(number))
-        flush(descriptor)
-
-    monkeypatch.setattr(storage.time, "sleep", pauses.append)
-    monkeypatch.setattr(os, "fsync", flaky)
-    write_atomically(tmp_path / "file", lambda file: file.write(b"one"))
-    assert ((tmp_path / "file").read_bytes(), pauses) == (b"one", [0.1, 0.5, 2.0])
-    for line in ("first", "second"):
-        left[0], _ = 2, pauses.clear()
-        append_line(tmp_path / "lines", line)
-        assert pauses == [0.1, 0.5]
-    assert (tmp_path / "lines").read_text() == "first\nsecond\n"  # each once
-    left[0] = 99
-    with pytest.raises(
-        StorageError,
-        match=(rf"cannot write .*file: {os.strerror(number)} \(tried 4 times\)\. Check that disk"),
-    ):
-        write_atomically(tmp_path / "file", lambda file: file.write(b"two"))
-    with pytest.raises(StorageError, match=r"lines: .* \(tried 4 times\)"):
-        append_line(tmp_path / "lines", "third")
-    assert (tmp_path / "file").read_bytes() == b"one"
-    assert (tmp_path / "lines").read_text() == "first\nsecond\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lines"]
 
 
 def test_partial_line_is_removed(tmp_path):

@@ -77,11 +77,11 @@ class TemporalAccumulator(nn.Module):
             fix = "memory=host, " * (place.type == "cuda") + "fewer networks or fewer images"
             fix = f"{_size(free)} are free on {place}; use {fix}"
             raise ConfigError(f"the temporal accumulator does not fit: {description}, and {fix}")
-        self.device = device
         with torch.cuda.device(device) if mapped else contextlib.nullcontext():
             self.memory = torch.zeros(shape, device=place, pin_memory=mapped)
         self._rows = _mapped(self.memory, device) if mapped else self.memory
         self.steps = torch.zeros(num_samples, dtype=torch.int32, device=device)
+        self.device = self.steps.device  # "cuda" with its index
         self._owner = torch.zeros(num_samples, dtype=torch.int64, device=device)
         location = "in pinned host memory" if mapped else f"on {place}"
         return f"temporal accumulator: {description}, {location}"

@@ -10,9 +10,7 @@ from fastokd.train.config import TrainConfig
 
 
 def model_layout(config: TrainConfig) -> dict[str, Any]:
-    """How a configuration lays its networks out: the keywords of ``create_model`` besides names,
-    classes and teacher.
-    """
+    """The keywords of ``create_model`` for a configuration, except classes and teacher."""
     return {
         "method": config.method,
         "num_branches": config.num_branches(),

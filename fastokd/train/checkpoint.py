@@ -8,49 +8,43 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastokd.errors import CheckpointError, first_line
-from fastokd.storage import check_space, remove_temporaries, retried, write_atomically
+from fastokd.storage import check_space, remove_temporaries, write_atomically
 
 FORMAT = 3
 ENTRIES: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "optimizer": dict,
-    "criterion": dict,
-    "epoch": int,
-    "last": dict,
+    "criterion": dict,  # the state of the loss
+    "epoch": int,  # finished epochs
+    "last": dict,  # accuracies of the last epoch
     "best": dict,
     "best_epoch": int,
-    "seconds": (int, float),
+    "seconds": (int, float),  # of training
     "classes": list,
-    "data": dict,
-    "config": str,
+    "data": dict,  # ``data_record``
+    "config": str,  # YAML
 }
-"""The entries of every checkpoint and their types: weights, optimizer state, state of the loss,
-finished epochs, accuracies of the last and the best epoch, the best epoch, seconds of training,
-class names, ``data_record`` of the data, and the configuration as YAML.
-"""
+"""The entries of every checkpoint and their types."""
 
 ADDED: dict[str, Any] = {
-    "step": 0,
-    "loader": {},
-    "sums": {},
+    "step": 0,  # of the optimizer
+    "loader": {},  # its ``state_dict`` within an epoch
+    "sums": {},  # the seconds of an unfinished epoch
     "ema": {},
     "scaler": {},
-    "ranks": [],
+    "ranks": [],  # for each process its random state and, within an epoch, sums and statistics
     "config_hash": "",
 }
-"""The entries that format 3 added, with their defaults for older files: optimizer steps; the
-loader's position (its ``state_dict``) and the seconds of an unfinished epoch; the student's moving
-average; the loss scale; for each process its generators' states ("rng") and, within an epoch, its
-metric sums and running statistics; and the hash of the configuration.
-"""
+"""The entries that format 3 added, with their defaults for older files."""
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -67,37 +61,29 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """
     if not os.path.lexists(path):
         raise CheckpointError(
-            f"there is no checkpoint at {path}: the run has not finished its first epoch, or this"
-            " is not a run folder"
+            f"there is no checkpoint at {path}: no epoch was finished, or this is no run folder"
         )
     state = _read(path, device)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise DamagedCheckpoint(f"{path} is not a fastokd checkpoint")
     if state["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {state['format']}, this fastokd reads up to {FORMAT}: install a"
-            " newer fastokd"
-        )
+        version = f"format {state['format']}, this fastokd reads up to {FORMAT}"
+        raise CheckpointError(f"{path} has {version}: install a newer fastokd")
     if state["format"] == 1:
         # Losses had no state then, and there was one optimizer.
         state["criterion"], state["optimizer"] = {}, {"sgd": state.get("optimizer")}
     state = {**copy.deepcopy(ADDED), **state}
     if wrong := _wrong_entry(state):
-        raise DamagedCheckpoint(
-            f"{path} is damaged: its entry '{wrong}' is missing or of the wrong type"
-        )
+        raise DamagedCheckpoint(f"{path} is damaged: '{wrong}' is missing or of the wrong type")
     return state
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest complete checkpoint in the folder of ``last.pt``, ``last-1.pt`` and so on.
-
-    Returns:
-        Its content, its path, and an error message for each newer checkpoint that is damaged.
+    """The newest complete checkpoint of a folder: its content, its path, and an error message for
+    each newer checkpoint that is damaged.
 
     Raises:
-        CheckpointError: there is none, all are damaged, or the newest has a newer format (resuming
-            from an older one would lose the epochs that a newer fastokd has trained).
+        CheckpointError: no checkpoint exists, all are damaged, or the newest has a newer format.
     """
     complaints: list[str] = []
     for path in checkpoint_files(folder):
@@ -121,22 +107,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def check_resumable(state: Mapping[str, Any], where: str) -> None:
-    """Raise a CheckpointError for a checkpoint older than format 3, which lacks optimizer state by
-    parameter and the states of generators.
-    """
+    """Raise a ``CheckpointError`` for a format that lacks optimizer state or random states."""
     if state["format"] < 3:
         raise CheckpointError(
             f"{where} has format {state['format']}, of an earlier fastokd: it can be evaluated and"
-            " exported, but not resumed; start a new run, or resume it with that version"
+            " exported, but not resumed; start a new run"
         )
 
 
 class CheckpointStore:
-    """The checkpoints of a run: ``last.pt``, those before it (``last-1.pt``, ...), and ``best.pt``.
+    """The ``keep`` newest checkpoints of a run (``last.pt``, ``last-1.pt``, ...) and ``best.pt``.
 
     At every moment the newest checkpoint that was saved, or a newer one, is complete on the disk.
-    The process that holds the run folder's lock has one store; others have none. ``keep`` of the
-    newest are kept, including ``last.pt``.
+    Only the process that holds the run folder's lock may have a store.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -149,12 +132,7 @@ class CheckpointStore:
             remove_temporaries(path)
 
     def check_space(self, size: int) -> None:
-        """Refuse to start a run whose checkpoints of ``size`` bytes each will not fit.
-
-        Raises:
-            StorageError: too few bytes are free for all checkpoints that are kept and the next one
-                while it is written.
-        """
+        """Raise a ``StorageError`` if the disk cannot hold checkpoints of ``size`` bytes each."""
         count, paths = self.keep + 2, (*checkpoint_files(self.last.parent), self.best)
         existing = sum(path.stat().st_size for path in paths if path.is_file())
         titles = f"({self.keep} of the newest, the best, and one while it is written)"
@@ -199,10 +177,7 @@ class CheckpointStore:
 
     def restore_best(self, epoch: int) -> bool:
         """Make ``best.pt`` the checkpoint of the best epoch (from 0, -1 for none) again, if a run
-        was killed between writing ``best.pt`` and ``last.pt``.
-
-        Returns:
-            Whether ``best.pt`` is of that epoch now; if not, no checkpoint is.
+        was killed between writing ``best.pt`` and ``last.pt``; False if no checkpoint is of it.
         """
         if epoch < 0:
             return True
@@ -216,10 +191,8 @@ class CheckpointStore:
         return False
 
     def _rotate(self) -> None:
-        """Rename ``last.pt`` to ``last-1.pt`` and so on, up to the first name that is free.
-
-        No checkpoint is lost but the oldest, however often this is interrupted. Between this and
-        the renaming of the new file, ``last-1.pt`` is the newest.
+        """Rename ``last.pt`` to ``last-1.pt`` and so on, up to the first name that is free. Only
+        the oldest checkpoint is lost, however often this is interrupted.
         """
         paths = self._kept
         free = next((i for i, path in enumerate(paths) if not path.exists()), len(paths) - 1)
@@ -229,34 +202,25 @@ class CheckpointStore:
 
 def _is_whole(path: Path) -> bool:
     with contextlib.suppress(CheckpointError):
-        load_checkpoint(path, "meta")
-        return True
+        return bool(load_checkpoint(path, "meta"))
     return False
 
 
 def _write(
-    path: Path, data: bytes | memoryview, before_rename: Callable[[], object] | None = None
+    path: Path, data: bytes | memoryview, before: Callable[[], object] | None = None
 ) -> None:
-    write_atomically(path, lambda file: file.write(data), before_rename=before_rename)
+    write_atomically(path, lambda file: file.write(data), before_rename=before)
 
 
 def serialize(state: Mapping[str, Any]) -> memoryview:
-    """The bytes of a checkpoint.
-
-    Raises:
-        TypeError: the state holds something other than tensors and plain values.
-    """
+    """The bytes of a checkpoint; raises as ``snapshot``."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **snapshot(dict(state))}, buffer)
     return buffer.getbuffer()
 
 
 def snapshot(value: Any, where: str = "the checkpoint") -> Any:
-    """A copy of tensors and plain values in dictionaries, lists and tuples, in host memory.
-
-    Raises:
-        TypeError: it holds something else, which could not be loaded without running code.
-    """
+    """A copy in host memory of tensors and plain values; a ``TypeError`` for anything else."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -269,24 +233,14 @@ def snapshot(value: Any, where: str = "the checkpoint") -> Any:
     if type(value) in (list, tuple):
         return type(value)(snapshot(item, f"{where}[{i}]") for i, item in enumerate(value))
     if type(value) not in _PLAIN:
-        raise TypeError(
-            f"{where} is of type {type(value).__name__}; a checkpoint holds tensors and plain"
-            " values only"
-        )
+        raise TypeError(f"{where} is of type {type(value).__name__}, which is not a plain value")
     return value
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:
     """The approximate size of a state's checkpoint in bytes."""
-    return 2**16 + sum(tensor.numel() * tensor.element_size() + 512 for tensor in _tensors(state))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+    tensors = [value for value in tree_leaves(state) if isinstance(value, Tensor)]
+    return 2**16 + sum(tensor.numel() * tensor.element_size() + 512 for tensor in tensors)
 
 
 def _wrong_entry(state: Mapping[str, Any]) -> str | None:
@@ -298,26 +252,17 @@ def _wrong_entry(state: Mapping[str, Any]) -> str | None:
 
 
 def _read(path: Path, device: torch.device | str) -> Any:
-    """The content of a file of ``torch.save``, verified with the checksums in the file, which
-    ``torch.load`` does not do.
-    """
-
-    def read() -> Any:
+    """The content of a file, verified by its checksums, which ``torch.load`` does not do."""
+    try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} in it has another checksum")
         return torch.load(path, map_location=device, weights_only=True)
-
-    try:
-        return retried(read)
-    except OSError as error:
-        raise DamagedCheckpoint(
-            f"cannot read {path}: {error.strerror or first_line(error)}"
-        ) from error
     except MemoryError:
         raise
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror or first_line(error)}"
+        raise DamagedCheckpoint(reason) from error
     except Exception as error:  # zipfile and torch.load raise many kinds for damaged bytes
-        raise DamagedCheckpoint(
-            f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it or start the"
-            " run again"
-        ) from error
+        reason = f"{path} is damaged or not a checkpoint ({first_line(error)}); restore it"
+        raise DamagedCheckpoint(reason) from error

@@ -32,6 +32,7 @@ def _list_loaders() -> Sequence[str]:
 
 DATA, MODEL, METHOD, OPTIMIZATION, PERFORMANCE, CHECKPOINTS, LOGGING = map(Group, GROUPS)
 SPEED, SWITCH, TRAINED, OF_METHOD = Role.SPEED, Role.SWITCH, Role.TRAINED, Role.OF_METHOD
+OPTIONAL = EXECUTION | SPEED | SWITCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +76,10 @@ class TrainConfig:
         4, "Auxiliary blocks that each hierarchy level adds to its branch", ge=0, role=TRAINED
     )
     compression: bool = MODEL(
-        False,
-        "Make the deepest branch the student; each branch before it has --aux-blocks fewer blocks",
-        role=TRAINED,
+        False, "The deepest branch is the student; others have --aux-blocks fewer", role=TRAINED
     )
     method_options: Mapping[str, OptionValue] = METHOD(
-        {},
-        "Options of the method that override the preset, e.g. temperature=4 lambda_ta=2",
-        role=TRAINED | OF_METHOD,
+        {}, "Options of the method, e.g. temperature=4 lambda_ta=2", role=TRAINED | OF_METHOD
     )
     epochs: int = OPTIMIZATION(300, "Passes over the training images", ge=1, role=Role.RESUME)
     batch_size: int = OPTIMIZATION(128, "Images per step over all processes", ge=2, role=SPEED)
@@ -92,17 +89,11 @@ class TrainConfig:
         unset="the process's share of the batch",
         role=SPEED,
     )
-    optimizer: str = OPTIMIZATION(
-        "sgd",
-        "Optimizer",
-        choices=("sgd", "adamw"),
-        retired={"lamb": "LAMB was removed; use adamw"},
-        role=SPEED,
-    )
+    optimizer: str = OPTIMIZATION("sgd", "Optimizer", choices=("sgd", "adamw"), role=SPEED)
     lr: float = OPTIMIZATION(0.1, "Learning rate after the warm-up", gt=0)
     lr_scaling: str = OPTIMIZATION(
         "none",
-        "Scaling of the learning rate with batch_size / lr_batch_size",
+        "Scaling of --lr with batch_size / lr_batch_size",
         choices=("none", "linear", "sqrt"),
     )
     lr_batch_size: int = OPTIMIZATION(256, "Batch size that --lr is meant for", ge=1)
@@ -110,16 +101,11 @@ class TrainConfig:
         "step", "Learning-rate schedule", choices=("step", "cosine", "onecycle")
     )
     lr_decay_at: tuple[float, ...] = OPTIMIZATION(
-        (0.5, 0.75),
-        "Schedule step: fractions of the epochs after which the rate decays",
-        gt=0,
-        lt=1,
+        (0.5, 0.75), "Schedule step: fractions of the epochs at which the rate decays", gt=0, lt=1
     )
-    lr_gamma: float = OPTIMIZATION(
-        0.1, "Schedule step: decay factor of the learning rate", gt=0, le=1
-    )
+    lr_gamma: float = OPTIMIZATION(0.1, "Schedule step: decay factor of the rate", gt=0, le=1)
     lr_final: float = OPTIMIZATION(
-        0.0, "Schedules cosine and onecycle: final learning rate as a fraction of --lr", ge=0, le=1
+        0.0, "Schedules cosine and onecycle: final rate as a fraction of --lr", ge=0, le=1
     )
     warmup_epochs: float | None = OPTIMIZATION(
         None, "Epochs of linear warm-up", unset="0; onecycle: 0.3 of the epochs", ge=0
@@ -160,10 +146,7 @@ class TrainConfig:
     )
     mixup: float = DATA(0.0, "Alpha of mixup; 0: no mixup", ge=0, role=SPEED)
     cutmix: float = DATA(
-        0.0,
-        "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses one of them",
-        ge=0,
-        role=SPEED,
+        0.0, "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses one", ge=0, role=SPEED
     )
     resize_schedule: Mapping[int, int] = DATA(
         {}, "Progressive resizing: sides in pixels from 0-based epochs: 0:128 60:192", role=SPEED
@@ -197,16 +180,10 @@ class TrainConfig:
         "auto", "Executor of the loss: auto, reference, triton or cpu", role=EXECUTION | SPEED
     )
     compile: bool | None = PERFORMANCE(
-        None,
-        "Compile trunk, branches and the method's modules with torch.compile",
-        unset="on a GPU",
-        role=EXECUTION | SPEED | SWITCH,
+        None, "Compile the networks with torch.compile", unset="on a GPU", role=OPTIONAL
     )
     cuda_graph: bool | None = PERFORMANCE(
-        None,
-        "Run the whole step as one CUDA graph",
-        unset="on one GPU, if possible",
-        role=EXECUTION | SPEED | SWITCH,
+        None, "Run the step as one CUDA graph", unset="on one GPU, if possible", role=OPTIONAL
     )
     streams: bool | None = PERFORMANCE(
         None,
@@ -218,7 +195,7 @@ class TrainConfig:
         None,
         "Keep the parameters in one tensor, so that the optimizer is one operation",
         unset="on a GPU, if possible",
-        role=EXECUTION | SPEED | SWITCH,
+        role=OPTIONAL,
     )
     sync_bn: bool = PERFORMANCE(False, "Batch norm over the images of all processes", role=SPEED)
     deterministic: bool = PERFORMANCE(False, "Use only repeatable operations", role=SPEED)
@@ -231,14 +208,11 @@ class TrainConfig:
         2, "Number of latest checkpoints to keep, in addition to the best", ge=1, role=EXECUTION
     )
     save_minutes: float = CHECKPOINTS(
-        15.0,
-        "Minutes between checkpoints within an epoch; 0: only after each epoch",
-        ge=0,
-        role=EXECUTION,
+        15.0, "Minutes between checkpoints within an epoch; 0: only after it", ge=0, role=EXECUTION
     )
     log_to: tuple[str, ...] = LOGGING(
         (),
-        "Metric loggers, in addition to the run folder",
+        "Metric loggers in addition to the run folder",
         choices=("tensorboard", "wandb"),
         role=EXECUTION,
     )
@@ -283,12 +257,8 @@ class TrainConfig:
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of the method's loss: the preset's, then the overrides."""
-        method = _method(self)
-        overrides = {
-            name: value
-            for name, value in self.method_options.items()
-            if name not in method.model_options
-        }
+        method, options = _method(self), self.method_options
+        overrides = {name: options[name] for name in options if name not in method.model_options}
         return {**method.loss_class.presets[self.preset], **overrides, "impl": self.impl}
 
     def model_options(self) -> dict[str, OptionValue]:
@@ -303,10 +273,8 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every field."""
-        plain = {
-            name: dict(value) if isinstance(value, Mapping) else value
-            for name, value in vars(self).items()
-        }
+        fields = vars(self).items()
+        plain = {name: dict(each) if isinstance(each, Mapping) else each for name, each in fields}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -322,15 +290,13 @@ class Retired:
 
 
 RETIRED = {
-    "merge_first_conv": Retired(
-        False, "method_options", "merged first convolutions were removed; training does without"
-    )
+    "merge_first_conv": Retired(False, "method_options", "merged first convolutions were removed")
 }
 
 
 def identity_fields(config: TrainConfig) -> list[tuple[str, Any]]:
-    """Names and values of the fields that may not change when a run is resumed. Retired fields are
-    included, so that hashes are the same in all versions.
+    """Names and values of the fields that may not change when a run is resumed; with retired
+    fields, so that hashes are the same in all versions.
     """
     retired = {field.before: (name, field.off) for name, field in RETIRED.items()}
     pairs = []
@@ -372,35 +338,35 @@ def check_method(config: TrainConfig) -> None:
     companion_builder(method, config.model_options())
 
 
-def reference_loss(config: TrainConfig) -> "MethodLoss":
-    """The loss of a configuration's method with its preset and options, on the executor
-    "reference".
+def build_loss(config: TrainConfig, impl: str | None = None) -> "MethodLoss":
+    """The loss of a configuration: that of its method, with its preset and options.
+
+    Args:
+        impl: another executor than the configuration's.
 
     Raises:
         ConfigError: the preset or an option is unknown, or a value is out of range.
     """
     method = _method(config)
-    presets = method.loss_class.presets
+    presets, given = method.loss_class.presets, f"method '{config.method}'"
     if config.preset not in presets:
-        raise ConfigError(
-            f"unknown preset '{config.preset}' of method"
-            f" '{config.method}'{did_you_mean(config.preset, presets)}"
-        )
+        hint = did_you_mean(config.preset, presets)
+        raise ConfigError(f"unknown preset '{config.preset}' of {given}{hint}")
     arguments = set(inspect.signature(method.loss_class).parameters)
     allowed = (arguments - {"num_branches", "impl", "reduction"}) | set(method.model_options)
     for name in config.method_options:
         if name not in allowed:
-            raise ConfigError(
-                f"unknown option '{name}' of method '{config.method}'{did_you_mean(name, allowed)}"
-            )
+            raise ConfigError(f"unknown option '{name}' of {given}{did_you_mean(name, allowed)}")
+    options = config.loss_options() | ({"impl": impl} if impl else {})
     try:
-        loss = method.loss_class(
-            num_branches=config.num_branches(), **{**config.loss_options(), "impl": "reference"}
-        )
-        config.views()
+        return method.loss_class(num_branches=config.num_branches(), **options)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"method '{config.method}': {error}") from error
-    return loss
+        raise ConfigError(f"{given}: {error}") from error
+
+
+def reference_loss(config: TrainConfig) -> "MethodLoss":
+    """``build_loss`` on the executor "reference", which runs everywhere."""
+    return build_loss(config, "reference")
 
 
 def check_config(config: TrainConfig) -> None:
@@ -430,41 +396,33 @@ def _rules(config: TrainConfig) -> Iterator[tuple[object, str]]:
         " teacher=timm:NAME:WEIGHTS.safetensors, or teacher=ROWS.npy",
     )
     part, least = config.device_batch, 1 if config.sync_bn else 2
+    divisor = f"a divisor of batch_size={config.batch_size}"
     yield (
         part is not None and (part < least or config.batch_size % part),
-        f"device_batch={part}: it must be at least {least} and a divisor of"
-        f" batch_size={config.batch_size}",
+        f"device_batch={part}: it must be at least {least} and {divisor}",
     )
+    warmup, epochs = config.warmup_epochs, config.epochs
     yield (
-        config.warmup_epochs is not None and config.warmup_epochs >= config.epochs,
-        f"warmup_epochs={config.warmup_epochs}: it must be below epochs={config.epochs}",
+        warmup is not None and warmup >= epochs,
+        f"warmup_epochs={warmup}: it must be below epochs={epochs}",
     )
     yield (
         config.optimizer == "sgd" and config.nesterov and config.momentum == 0,
         "nesterov=True: it must be false when momentum is 0",
     )
     yield len(config.betas) != 2, f"betas={config.betas!r}: it must be two numbers"
-    # A method with a memory of each image must see each image once and unmixed.
     yield (
         method.needs_index and config.on_nonfinite == "skip",
-        f"on_nonfinite=skip and {name}: it stores the predictions of the skipped step; use stop or"
-        " rollback",
+        f"on_nonfinite=skip and {name}: it stores predictions; use stop or rollback",
     )
     for field, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
-        yield (
-            method.needs_index and alpha,
-            f"{field}={alpha:g} and {name}: it stores predictions of each image, and a mixed image"
-            " is two; use 0",
-        )
-    sizes = f"resize_schedule={config.resize_schedule!r}: it must be"
-    yield (
-        not all(0 <= epoch < config.epochs for epoch in config.resize_schedule),
-        f"{sizes} of epochs from 0 to {config.epochs - 1}",
-    )
-    yield (
-        not all(size >= 4 for size in config.resize_schedule.values()),
-        f"{sizes} of sizes of at least 4 pixels",
-    )
+        reason = "it stores predictions of each image, and a mixed image is two"
+        yield method.needs_index and alpha, f"{field}={alpha:g} and {name}: {reason}; use 0"
+    schedule = config.resize_schedule
+    sizes = f"resize_schedule={schedule!r}: it must be of"
+    yield not all(0 <= each < epochs for each in schedule), f"{sizes} epochs from 0 to {epochs - 1}"
+    small = not all(size >= 4 for size in schedule.values())
+    yield small, f"{sizes} sizes of at least 4 pixels"
     yield (
         any("\ud800" <= letter <= "\udfff" for letter in config.data),
         f"data={config.data!r}: the name is not valid UTF-8; rename the folder",
@@ -494,19 +452,15 @@ def config_from_mapping(values: Mapping[str, Any], where: str) -> TrainConfig:
         try:
             converted[name] = _convert(value, hints[name])
         except (TypeError, ValueError):
+            problem = f"{name}={value!r} has the wrong type"
             expected = inspect.formatannotation(hints[name])
-            raise ConfigError(
-                f"{where}: {name}={value!r} has the wrong type; expected {expected}"
-            ) from None
+            raise ConfigError(f"{where}: {problem}; expected {expected}") from None
     return TrainConfig(**converted)
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """A value in the type of its field. Integers are allowed as floats, and YAML's 5e-4, a string,
-    as the number it means.
-
-    Raises:
-        TypeError, ValueError: it has another type.
+    """A value in the type of its field; a ``TypeError`` or ``ValueError`` if it has another type.
+    Integers are allowed as floats, and YAML's 5e-4, a string, as the number it means.
     """
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -524,14 +478,11 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def override(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with fields changed: options are added to the existing ones, and another
-    method starts with its own defaults.
-    """
+    """The configuration with changes. Options are added; another method has its own defaults."""
     if changes.get("method", base.method) != base.method:
-        defaults = TrainConfig()
-        base = dataclasses.replace(
-            base, **{name: getattr(defaults, name) for name in fields_with_role(Role.OF_METHOD)}
-        )
+        defaults: dict[str, Any] = vars(TrainConfig())
+        changed = {name: defaults[name] for name in fields_with_role(Role.OF_METHOD)}
+        base = dataclasses.replace(base, **changed)
     options = {
         name: {**getattr(base, name), **changes[name]}
         for name in ("method_options", "loader_options")
@@ -553,17 +504,12 @@ def option_value(text: str) -> OptionValue:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A configuration from a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or a field is wrong.
-    """
+    """A configuration from a YAML file; raises as ``load_config``."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {path}: {reason}") from None
     return load_config(text, str(path))
 
 

@@ -48,42 +48,32 @@ def open_data(
         progress: called with (files done, files in all) while files are decoded.
 
     Raises:
-        ConfigError: no dataset is named, or its loader does not fit.
-        DataError: it cannot be trained on.
+        ConfigError, DataError: no dataset is named, or it cannot be trained on.
     """
     if not config.data:
         raise ConfigError(
             "no dataset: pass --data FOLDER (with train/ and val/ or test/), --data cifar10:FOLDER"
             " or --data digits"
         )
-    options: dict[str, Any] = {
-        "image_size": config.image_size,
-        "val_split": config.val_split,
-        "seed": config.seed,
-    }
+    options: dict[str, Any]
+    options = {name: getattr(config, name) for name in ("image_size", "val_split", "seed")}
     if seen is not None:
+        options |= {"mean": seen["mean"], "std": seen["std"]}
         height, width = seen["image_size"]
-        options |= {
-            "image_size": height if height == width else config.image_size,
-            "mean": seen["mean"],
-            "std": seen["std"],
-        }
+        if height == width:
+            options["image_size"] = height
     spec: Any = config.data
-    if config.loader != "auto":
-        decoded = get_loader_kind(config.loader).decoded
-    elif not made_of_files(config.data):
-        decoded = True
-    elif seen is not None:
-        decoded = get_loader_kind(_loader_of_record(seen)).decoded
-    else:
+    loader = config.loader
+    if loader == "auto" and (seen is not None or not made_of_files(config.data)):
+        loader = _loader_of_record(seen or {}) if made_of_files(config.data) else "resident"
+    if loader == "auto":
         spec = list_source(config.data)
         listed = list_files(spec, **options)
         if not _is_small(listed, config.image_size, device):
             return listed
-        decoded = True
-    if decoded:
-        return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
-    return list_files(spec, **options)
+    elif not get_loader_kind(loader).decoded:
+        return list_files(spec, **options)
+    return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
 
 
 def open_run_data(
@@ -107,10 +97,9 @@ def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
     changes: dict[str, Any] = {name: each for name, each in chosen.items() if each is not None}
     if config.pad is not None:
         if config.pad > min(dataset.image_size):
-            raise ConfigError(
-                f"pad={config.pad}: it must not exceed the images, which are"
-                f" {dataset.image_size[0]} x {dataset.image_size[1]}"
-            )
+            height, width = dataset.image_size
+            images = f"the images, which are {height} x {width}"
+            raise ConfigError(f"pad={config.pad}: it must not exceed {images}")
         changes["crop_scale"] = None
     return dataclasses.replace(dataset, augment=dataclasses.replace(dataset.augment, **changes))
 
@@ -132,9 +121,7 @@ def loader_name(
     device: torch.device,
     seen: Mapping[str, Any] | None = None,
 ) -> str:
-    """The loader of a configuration for a dataset; "auto" continues with that of ``seen`` if it can
-    run here, see ``open_data``.
-    """
+    """The loader for a dataset; "auto" is that of ``seen`` if it can run, see ``open_data``."""
     if config.loader != "auto":
         return config.loader
     if isinstance(dataset, Dataset):
@@ -160,10 +147,8 @@ def explain_loader(
         small = "the images are small and fit"
         reason = small if dataset.train.files else "the dataset comes decoded"
         return f"loader resident: {reason}, so they are kept on {device}"
-    line = (
-        f"loader {name}: the images are large or too many for memory, so they are decoded while"
-        " training"
-    )
+    reason = "the images are large or too many for memory"
+    line = f"loader {name}: {reason}, so they are decoded while training"
     for other in itertools.takewhile(lambda other: other != name, file_loaders()):
         if reason_against := get_loader_kind(other).reason_against(device, dataset.splits):
             line += f"; {other} cannot run ({reason_against})"
@@ -192,10 +177,8 @@ def loader_for(
     if not isinstance(dataset, Dataset):
         settings |= {"bad_images": config.bad_images, "options": config.loader_options}
     elif config.loader_options:
-        raise ConfigError(
-            f"loader_options={dict(config.loader_options)}: the resident loader has none; omit"
-            " them, or use another --loader"
-        )
+        given = f"loader_options={dict(config.loader_options)}"
+        raise ConfigError(f"{given}: loader resident takes no options; omit them")
     loader = make_loader(
         dataset,
         split,

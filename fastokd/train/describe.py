@@ -22,9 +22,7 @@ def describe_run(
     seen: Mapping[str, Any] | None,
     with_memory: bool,
 ) -> Iterator[str]:
-    """Lines about data, loader (see ``loader_name``), step, teacher and loss; ``with_memory`` also
-    about memory, which takes a second.
-    """
+    """Lines about data, loader, step, teacher and loss; and about memory, which takes a second."""
     yield (
         f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
         f" {len(data.evaluation)} {data.evaluation.name} images"

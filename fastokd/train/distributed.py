@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -60,8 +61,7 @@ def process_group(device_name: str) -> Iterator[Ranks]:
     Of an error that all processes raise, one reports it: the others' are marked as ``repeated``.
 
     Raises:
-        ConfigError: the environment is inconsistent, the port is taken, or there are fewer GPUs
-            than processes on this machine.
+        ConfigError: the environment is inconsistent, the port is taken, or GPUs are missing.
         PeerLost: another process exited, or did not start.
     """
     if not launched():
@@ -96,18 +96,14 @@ def _ranks_of_environment() -> Ranks:
                 " MASTER_ADDR and MASTER_PORT: start with torchrun or --gpus N, or unset them"
             )
         values[name] = int(text)
-    ranks = Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
-    if ranks.rank >= ranks.size:
-        raise ConfigError(
-            f"RANK={ranks.rank} with WORLD_SIZE={ranks.size} in the environment; ranks are 0 to"
-            " WORLD_SIZE - 1"
-        )
+    rank, size = values["RANK"], values["WORLD_SIZE"]
+    if rank >= size:
+        text = f"RANK={rank} with WORLD_SIZE={size} in the environment"
+        raise ConfigError(f"{text}; ranks are 0 to WORLD_SIZE - 1")
     if not os.environ.get("MASTER_ADDR"):
-        raise ConfigError(
-            "MASTER_ADDR, the address of rank 0, is not in the environment; start with torchrun or"
-            " --gpus N"
-        )
-    return ranks
+        text = "MASTER_ADDR, the address of rank 0, is not in the environment"
+        raise ConfigError(f"{text}; start with torchrun or --gpus N")
+    return Ranks(rank, size, values["LOCAL_RANK"])
 
 
 def _meet(ranks: Ranks) -> dist.Store:
@@ -117,20 +113,16 @@ def _meet(ranks: Ranks) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.size, timeout=timeout))
         return _store_of_this_start(store, ranks)
-    except dist.DistNetworkError as error:
+    except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
                 f"the port of {where} is taken; choose another with torchrun's --master-port or"
                 " --rdzv-endpoint, or let --gpus N find one"
             ) from None
         raise PeerLost(
-            f"rank {ranks.rank} cannot reach rank 0 at {where} ({first_line(error)}); check the"
-            " address and port, and that rank 0 is running"
-        ) from None
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise PeerLost(
-            f"rank {ranks.rank} of {ranks.size} found no others at {where} within {MEET_MINUTES}"
-            f" minutes ({first_line(error)}); check that all were started"
+            f"rank {ranks.rank} of {ranks.size} did not meet the others at {where} within"
+            f" {MEET_MINUTES} minutes ({first_line(error)}); check that rank 0 runs there, and that"
+            " all were started"
         ) from None
 
 
@@ -142,28 +134,24 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
         ranks: of this process; None for those of the process group.
 
     Raises:
-        ConfigError: there is no such device, or there are too few for the processes.
+        ConfigError: the device does not exist, or there are too few for the processes.
     """
     ranks = ranks or Ranks.current()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if (device.index or 0) >= count:
-        raise ConfigError(
-            f"device '{name}' does not exist: torch sees {count} GPUs; use --device cpu or see"
-            " 'fastokd doctor'"
-        )
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name, re.ASCII)
+    if match is None:
+        raise ConfigError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(match[1] or 0)
+    if index >= count:
+        problem = f"device '{name}' does not exist: torch sees {count} GPUs"
+        raise ConfigError(f"{problem}; use --device cpu or see 'fastokd doctor'")
     if ranks.size == 1:
-        return torch.device("cuda", device.index or 0)
-    if device.index is not None:
+        return torch.device("cuda", index)
+    if match[1]:
         raise ConfigError(
             f"device '{name}' with {ranks.size} processes: each takes the GPU of its local rank;"
             " use --device auto, cuda or cpu"
@@ -179,10 +167,9 @@ def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
 def _store_of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
     """A part of the store that no earlier start of the run has written to.
 
-    torchrun keeps one store over its restarts, in which workers find the addresses of dead ones and
-    fail to reach them (PyTorch 2.15 with gloo: about every second restart). The environment does
-    not tell starts apart on all machines, so rank 0 names this one, and every other rank accepts a
-    name only when rank 0 has answered it.
+    torchrun keeps one store over its restarts, in which workers find the addresses of dead ones.
+    The environment does not tell starts apart on all machines, so rank 0 names this one, and every
+    other rank accepts a name only when rank 0 has answered it.
     """
     token = uuid.uuid4().hex
     if ranks.rank == 0:
@@ -201,7 +188,7 @@ def _store_of_this_start(store: dist.Store, ranks: Ranks) -> dist.Store:
     raise RuntimeError("rank 0 does not answer")
 
 
-_LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_LOST = re.compile("gloo|NCCL|Connection (closed|reset) by peer", re.IGNORECASE)
 """Words of the backends' errors about a broken connection."""
 
 
@@ -213,7 +200,7 @@ def _peers_may_be_lost() -> Iterator[None]:
     except FastOKDError:
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
         raise PeerLost(
             "a peer process exited, so distributed training cannot continue; see its error above;"
@@ -222,9 +209,7 @@ def _peers_may_be_lost() -> Iterator[None]:
 
 
 def _reports_first(store: dist.Store, error: BaseException) -> bool:
-    """True if no other process has reported this error; for ``PeerLost``, whether none has reported
-    any.
-    """
+    """True if no other process has reported this error; for ``PeerLost``, any error."""
     is_lost = isinstance(error, PeerLost)
     key = "lost" if is_lost else hashlib.sha256(str(error).encode()).hexdigest()
     try:
@@ -287,12 +272,8 @@ def parallel(
     """Wrap a model so that its gradients are means over all processes after a backward pass.
 
     Every process keeps its own running statistics; ``mean_buffers`` averages them. Only the last of
-    ``accumulate`` backward passes exchanges gradients; run the others in ``no_sync()``.
-
-    Args:
-        accumulate: backward passes per step.
-        bucket_views: make the gradients views of the buckets that are sent; not possible if they
-            are views of another tensor.
+    ``accumulate`` backward passes of a step exchanges gradients; run the others in ``no_sync()``.
+    With ``bucket_views`` gradients are views of the buckets that are sent.
     """
     # All processes create the model from one seed, so buffers are equal at the start. Newer
     # versions of torch renamed the switch.
@@ -353,9 +334,7 @@ class Agreement:
         self._work: Any = None
 
     def exchange(self, raised: int) -> int:
-        """Raise a number, 0 for nothing; returns the largest that any process raised at the call
-        before.
-        """
+        """Raise a number, 0 for nothing; returns the largest of all at the call before."""
         if self._group is None:
             return raised
         agreed = self.settle()
@@ -373,9 +352,7 @@ class Agreement:
         return agreed
 
     def settle(self) -> int:
-        """The largest number raised at the last call, 0 if there was no call since; waits for all
-        processes to make that call.
-        """
+        """The largest number raised at the last call, 0 if there was none; waits for all."""
         if self._work is None:
             return 0
         self._work.wait()
@@ -384,9 +361,7 @@ class Agreement:
 
 
 def sum_counts(right: Mapping[str, Tensor], count: int) -> tuple[dict[str, int], int]:
-    """Sum correct answers by name, and the number of images, over all processes; a process without
-    images has no names.
-    """
+    """Sum correct answers by name (none without images), and images, over all processes."""
     own = {name: int(value) for name, value in right.items()}
     rights, counts = zip(*gather_states((own, count)), strict=True)
     names = max(rights, key=len)

@@ -95,9 +95,7 @@ def _network_name(config: TrainConfig, index: int | None) -> str:
 
 
 def _architecture(run: LoadedRun, index: int, network: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The name of a branch's network and, unless it is the plain network of that name, the layout
-    of its model.
-    """
+    """The name of a branch's network, and its model's layout unless it is a plain network."""
 
     def shapes(module: nn.Module) -> dict[str, Any]:
         return {name: value.shape for name, value in module.state_dict().items()}

@@ -50,7 +50,6 @@ class Info:
         unset: meaning of None, for optional fields.
         ge, gt, le, lt: bounds of the value, or of each value of a tuple.
         choices: allowed words, or a function that returns them.
-        retired: words of earlier versions, each with the reason that an error message states.
         role: see ``Role``.
     """
 
@@ -62,7 +61,6 @@ class Info:
     le: float | None = None
     lt: float | None = None
     choices: Choices = ()
-    retired: Mapping[str, str] = dataclasses.field(default_factory=dict)
     role: Role = Role.NONE
 
     def words(self) -> Sequence[str]:
@@ -127,7 +125,5 @@ def check_value(name: str, value: Any, info: Info) -> None:
         raise ConfigError(f"{name}={value!r}: {each} must be {bounds}")
     if words := info.words():
         for item in values:
-            if item in info.retired:
-                raise ConfigError(f"{name}={item}: {info.retired[item]}")
             if item not in words:
                 raise ConfigError(f"unknown {name} '{item}'{did_you_mean(item, words)}")

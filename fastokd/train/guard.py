@@ -1,6 +1,4 @@
-"""Non-finite losses and gradients: detected on the device in every step, read by the host on
-request.
-"""
+"""Non-finite losses and gradients: detected on the device, read by the host on request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Non-finite steps.
-
-    Attributes:
-        count: the number of steps with a non-finite loss or gradient.
-        step: the first of them, counted from the start of the run, from 0.
-        terms: the non-finite terms of its loss; their names contain the branches.
-        parameters: its parameters with non-finite gradients.
-    """
+    """Steps with a non-finite loss or gradient."""
 
     count: int
     step: int
+    """The first of them, counted from the start of the run, from 0."""
     terms: tuple[str, ...]
+    """The non-finite terms of its loss; their names contain the branches."""
     parameters: tuple[str, ...]
+    """Its parameters with non-finite gradients."""
 
     def describe(self) -> str:
         """One line with step, terms and branches."""

@@ -1,6 +1,4 @@
-"""Starting the processes of a run on this machine. Imports no torch: the launcher computes
-nothing.
-"""
+"""Starting the processes of a run on this machine, without importing torch."""
 
 import contextlib
 import os
@@ -19,36 +17,24 @@ LEAVE_SECONDS = 30.0
 
 
 def launched() -> bool:
-    """True if torchrun or ``launch`` started this process. Other programs set RANK and WORLD_SIZE,
-    but not LOCAL_RANK.
-    """
+    """True if torchrun or ``launch`` started this process; others do not set LOCAL_RANK."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def check_launched(processes: int) -> None:
-    """Refuse a number of processes other than the launcher started on this machine.
-
-    Raises:
-        ConfigError: it differs.
-    """
-    started = os.environ.get("LOCAL_WORLD_SIZE")
+    """Raise a ``ConfigError`` if the launcher started another number of processes here."""
+    started = os.environ.get("LOCAL_WORLD_SIZE", "another number of")
     if started != str(processes):
-        raise ConfigError(
-            f"--gpus {processes} conflicts with a launcher that started"
-            f" {started or 'another number of'} local processes; drop --gpus"
-        )
+        conflict = f"a launcher that started {started} local processes"
+        raise ConfigError(f"--gpus {processes} conflicts with {conflict}; drop --gpus")
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``fastokd ARGUMENTS`` in several processes on this machine that train together, until all
-    have exited.
+    """Run ``fastokd ARGUMENTS`` in several processes on this machine that train together.
 
-    Like torchrun on one machine without restarts, but signals are forwarded without a deadline and
-    the exit code is that of the processes.
-
-    Returns:
-        0 if all returned 0, else the exit code of one that failed first; 128 + N if signal N killed
-        it.
+    Like torchrun on one machine without restarts, but signals are forwarded without a deadline.
+    Returns 0 if all processes return 0, else the exit code of one that failed first, or 128 + N if
+    signal N killed it.
     """
     if processes < 1:
         raise ConfigError(f"gpus={processes}: the number of processes must be at least 1")
@@ -84,9 +70,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 def handling(
     numbers: Collection[int], handler: Callable[[int, Any], object], ignored_too: bool = False
 ) -> Iterator[None]:
-    """Install a handler for signals, except those that this process was started to ignore, as by
-    nohup, unless ``ignored_too``.
-    """
+    """Handle signals, but not those that this process was started to ignore, as by nohup."""
     before = {
         number: signal.signal(number, handler)
         for number in numbers
@@ -101,9 +85,7 @@ def handling(
 
 @contextlib.contextmanager
 def _passed_on(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
-    """Forward signals of this process to its children; yields those forwarded. For SIGINT see
-    ``_wait``.
-    """
+    """Forward signals to children, SIGINT by ``_wait``; yields those that were forwarded."""
     passed: set[int] = set()
 
     def pass_on(number: int, _: object) -> None:
@@ -142,9 +124,6 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], passed: Collection[int]
     if -code in passed:  # before the process had installed its handlers
         print(f"fastokd: stopped by {name} before the run began", file=sys.stderr)
         return EXIT_PREEMPTED
-    print(
-        f"fastokd: rank {rank} of {len(children)} was killed by {name}; the last checkpoint is"
-        " intact",
-        file=sys.stderr,
-    )
+    text = f"rank {rank} of {len(children)} was killed by {name}; the last checkpoint is intact"
+    print(f"fastokd: {text}", file=sys.stderr)
     return 128 - code

@@ -47,11 +47,7 @@ def csv_text(records: Sequence[Record]) -> str:
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Import the packages of these sinks before a run starts.
-
-    Raises:
-        MissingExtra: a package is not installed.
-    """
+    """Import the packages of these sinks; a ``MissingExtra`` if one is not installed."""
     for name in names:
         _SINKS[name].require()
 
@@ -63,7 +59,7 @@ def open_sinks(
     records: Sequence[Record],
     report: Callable[[str], object],
 ) -> list["MetricSink"]:
-    """The sinks of a run, for its main process.
+    """The sinks of a run, for its main process; raises as ``check_sinks``.
 
     Args:
         names: "tensorboard", "wandb".
@@ -71,42 +67,32 @@ def open_sinks(
         config: the run's configuration as plain values.
         records: of the epochs so far, when a run is resumed.
         report: called once if a sink fails; the run continues without it.
-
-    Raises:
-        MissingExtra: a package is not installed.
     """
     check_sinks(names)
-    return [MetricSink(name, run_path, config, records, report) for name in names]
+    return [MetricSink(name, report, run_path, config, records) for name in names]
 
 
 class MetricSink:
     """A receiver of the records, which never raises: it is dropped at its first failure, because a
-    full disk or a lost network must not end a run.
+    full disk or a lost network must not end a run. ``settings`` are those of the sink.
     """
 
-    def __init__(
-        self,
-        name: str,
-        run_path: Path,
-        config: Mapping[str, Any],
-        records: Sequence[Record],
-        report: Callable[[str], object],
-    ) -> None:
+    def __init__(self, name: str, report: Callable[[str], object], *settings: Any) -> None:
         self._name, self._report = name, report
         self._sink: Any = None
         with self._dropped_on_error():
-            self._sink = _SINKS[name](run_path, config, records)
+            self._sink = _SINKS[name](*settings)
 
     def write(self, record: Record) -> None:
         """Take the record of the next epoch."""
-        if self._sink is not None:
-            with self._dropped_on_error():
+        with self._dropped_on_error():
+            if self._sink is not None:
                 self._sink.write(record)
 
     def close(self) -> None:
         """Flush."""
-        if self._sink is not None:
-            with self._dropped_on_error():
+        with self._dropped_on_error():
+            if self._sink is not None:
                 self._sink.close()
         self._sink = None
 
@@ -122,18 +108,20 @@ class MetricSink:
             )
 
 
+def _missing(name: str) -> MissingExtra:
+    return MissingExtra(f"--log-to {name} needs {name}: pip install 'fastokd[{name}]'")
+
+
 class _TensorBoard:
     """Event files in ``tensorboard/``; steps are epochs from 0."""
 
     hint = ""
 
-    def __init__(
-        self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
-    ) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
         # A new file that purges the steps of the files before it, and all records again, so that
         # TensorBoard shows metrics.jsonl. The first session purges too: TensorBoard's Python
         # reader takes the first purge for the run's start and ignores it.
-        self._writer = self.require()(str(run_path / "tensorboard"), purge_step=0)
+        self._writer = self.require()(str(path / "tensorboard"), purge_step=0)
         lines = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
         markdown = "".join(f"    {line}\n" for line in lines)  # indented: code
         self._writer.add_text("config", markdown, 0)
@@ -146,9 +134,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         # AttributeError: a folder with the package's name shadows it.
         except (ImportError, AttributeError):
-            raise MissingExtra(
-                "--log-to tensorboard needs TensorBoard: pip install 'fastokd[tensorboard]'"
-            ) from None
+            raise _missing("tensorboard") from None
         return SummaryWriter
 
     def write(self, record: Record) -> None:
@@ -171,11 +157,9 @@ class _WeightsAndBiases:
 
     hint = " ('wandb login' or WANDB_MODE=offline, then --resume, restores it)"
 
-    def __init__(
-        self, run_path: Path, config: Mapping[str, Any], records: Sequence[Record]
-    ) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
         wandb = self.require()
-        id_path = run_path / "wandb" / "fastokd-run.txt"
+        id_path = path / "wandb" / "fastokd-run.txt"
         # Do not upload the terminal's output or the user's code.
         settings: dict[str, Any] = {"console": "off", "save_code": False, "quiet": True}
         if "finish_timeout" in getattr(wandb.Settings, "model_fields", {}):
@@ -184,8 +168,8 @@ class _WeightsAndBiases:
         run_id = id_path.read_text(encoding="utf-8").strip() if id_path.exists() else None
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "fastokd",
-            name=os.environ.get("WANDB_NAME") or run_path.name,
-            dir=str(run_path),
+            name=os.environ.get("WANDB_NAME") or path.name,
+            dir=str(path),
             config=dict(config),
             id=run_id,
             resume="allow" if run_id else None,
@@ -203,9 +187,7 @@ class _WeightsAndBiases:
             wandb = None
         # A folder named wandb, as W&B itself creates, is importable as an empty package.
         if not hasattr(wandb, "init"):
-            raise MissingExtra(
-                "--log-to wandb needs Weights & Biases: pip install 'fastokd[wandb]'"
-            ) from None
+            raise _missing("wandb") from None
         return wandb
 
     def write(self, record: Record) -> None:

@@ -25,15 +25,13 @@ from fastokd.train.build import build_model, model_layout
 from fastokd.train.config import TrainConfig
 from fastokd.train.data import AnyDataset
 from fastokd.train.distributed import BatchShare, Ranks, gather_states, share_of_batch
-from fastokd.train.precision import autocast, choose_precision, image_dtype
+from fastokd.train.precision import autocast, image_dtype
 from fastokd.train.step import TrainStep
 from fastokd.train.step_options import choose_step_options
 from fastokd.train.teacher import Teacher
 
 FILL = 0.85
-"""Fraction of the free memory that ``fit_batch_size`` fills; the rest is for the workspaces of
-libraries and for fragmentation.
-"""
+"""Fraction of the free memory to fill; the rest is for workspaces and fragmentation."""
 LARGEST_BATCH = 1024
 """Default limit of ``fit_batch_size``: larger batches need another recipe."""
 STEPS_PER_EPOCH = 20
@@ -44,23 +42,18 @@ __getattr__ = moved_names(__name__, {"fastokd.storage": ("size=format_bytes",)})
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a process of a run takes on its device.
-
-    Attributes:
-        weights: parameters and buffers.
-        optimizer: optimizer state, and the tensor of all gradients if parameters are flat.
-        average: the moving average of the student.
-        images: the dataset's, if they are kept on a GPU.
-        batches: images of the batches that are on the device at once.
-        passes: the peak between the start of a forward pass and the end of its backward pass.
-    """
+    """Bytes that a process of a run takes on its device."""
 
     weights: int
     optimizer: int
+    """Optimizer state, and the tensor of all gradients if parameters are flat."""
     average: int
     images: int
+    """The dataset's, if they are kept on a GPU."""
     batches: int
+    """Images of the batches that are on the device at once."""
     passes: int
+    """The peak between the start of a forward pass and the end of its backward pass."""
 
     @property
     def total(self) -> int:
@@ -96,10 +89,8 @@ def estimate_memory(
     Runs a forward and a backward pass on fake tensors and counts the storages that are alive. Not
     counted are workspaces of cuDNN and cuBLAS, fragmentation, tensors that a ``reference`` loss
     keeps, and a loss's state per image; tensors that a compiled network recomputes count as kept.
-    ``teacher`` is the frozen teacher network of methods that have one.
-
-    Raises:
-        ConfigError: the network's control flow depends on values.
+    ``teacher`` is the frozen teacher network. Raises a ``ConfigError`` if the network's control
+    flow depends on values.
     """
     share = share_of_batch(config, Ranks.current())
     with torch.device("meta"):
@@ -166,17 +157,13 @@ def _passes(model: BranchedModel, images: tuple[int, ...], precision: str) -> in
                 ]
                 torch.autograd.backward(ends, [torch.ones_like(value) for value in ends])
         except Exception as error:  # a network's operators may raise anything
-            raise ConfigError(
-                f"the memory of a step cannot be estimated ({first_line(error)}); pass a number as"
-                " --batch-size"
-            ) from error
+            message = f"the memory of a step cannot be estimated ({first_line(error)})"
+            raise ConfigError(f"{message}; pass a number as --batch-size") from error
     return live.peak
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that operations created and that are still alive; ``peak`` is
-    their maximum.
-    """
+    """Counts the bytes of living storages that operations created; ``peak`` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,9 +193,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on a device; None where unknown. Processes on one
-    machine's CPU share its memory.
-    """
+    """Bytes that this process can still take on a device, if known; a CPU's share of them."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -221,8 +206,8 @@ def free_memory(device: torch.device) -> int | None:
 def describe_memory(
     config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: nn.Module | None = None
 ) -> list[str]:
-    """Lines for the start of a run, when its model, optimizer and loaders exist: the estimate, and
-    a warning if the first step will probably not fit.
+    """Lines for the start of a run, when its model exists: the estimate, and a warning if the first
+    step will probably not fit.
     """
     try:
         estimate, free = estimate_memory(config, dataset, device, teacher), free_memory(device)
@@ -230,10 +215,10 @@ def describe_memory(
         return [f"memory: {first_line(error)}"]
     lines = [estimate.describe(free)]
     if free is not None and estimate.ahead > free:
+        share = share_of_batch(config, Ranks.current())
         lines.append(
             f"memory: the first step takes {format_bytes(estimate.ahead)} more, and"
-            f" {format_bytes(free)} are free: it will probably not fit;"
-            f" {_advice(share_of_batch(config, Ranks.current()))}"
+            f" {format_bytes(free)} are free: it will probably not fit; {_advice(share)}"
         )
     return lines
 
@@ -257,7 +242,7 @@ def fit_batch_size(
     largest: int = LARGEST_BATCH,
 ) -> tuple[int, str]:
     """The largest batch of ``batch_sizes`` per process whose estimate fills at most ``FILL`` of the
-    free memory.
+    free memory, and one line with the reason.
 
     On a GPU it also runs a step on random images, with smaller batches as long as that runs out of
     memory. All processes must call it, before the run creates its model, and get the same result.
@@ -266,17 +251,12 @@ def fit_batch_size(
         config: of the run; its ``batch_size`` is ignored.
         largest: limit of the batch over all processes. Another limit leaves ``STEPS_PER_EPOCH``.
 
-    Returns:
-        The batch size over all processes, and one line with the reason.
-
     Raises:
         ConfigError: ``device_batch`` is given too, or even the smallest does not fit.
     """
     if config.device_batch is not None:
-        raise ConfigError(
-            f"batch_size auto and device_batch={config.device_batch}: auto finds what a device can"
-            " take at once; give one of them"
-        )
+        given = f"batch_size auto and device_batch={config.device_batch}"
+        raise ConfigError(f"{given}: auto finds what a device takes at once; give one of them")
     processes = Ranks.current().size
     network = None if teacher is None else teacher.network
     limits = {
@@ -303,7 +283,7 @@ def fit_batch_size(
     available = format_bytes(free or 0)
     if not count:
         raise ConfigError(
-            f"batch_size auto: not even {sizes[0]} images fit into the {available} that are free on"
+            f"batch_size auto: not even {sizes[0]} images fit into the {available} free on"
             f" {device}; use a smaller --model, fewer --branches or a smaller --image-size"
         )
     chosen = dataclasses.replace(config, batch_size=sizes[count - 1] * processes)
@@ -313,18 +293,15 @@ def fit_batch_size(
     scaling = f"lr is scaled by --lr-scaling {config.lr_scaling}"
     if config.lr_scaling == "none":
         scaling = "lr is unchanged (--lr-scaling linear or sqrt scales it)"
-    return chosen.batch_size, (
-        f"{share_of_batch(chosen, Ranks.current()).describe()}, chosen by"
-        f" memory{' and tried with one step' * tried}: {reason}; {scaling}"
-    )
+    how = f"chosen by memory{' and tried with one step' * tried}"
+    share = share_of_batch(chosen, Ranks.current())
+    return chosen.batch_size, f"{share.describe()}, {how}: {reason}; {scaling}"
 
 
 def _one_step_fits(
     config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None
 ) -> bool:
-    """True if a step of this process alone, on random images, fits next to the dataset. It is not
-    compiled, which takes minutes and only saves memory.
-    """
+    """True if a step of this process alone fits next to the dataset, without compiling it."""
     config = dataclasses.replace(config, compile=False, cuda_graph=False, streams=False)
     try:
         with alone():
@@ -349,7 +326,7 @@ def _try_step(
     step.criterion.prepare(len(dataset.train), len(dataset.classes), device)
     batch, views = config.batch_size, config.views()
     shape = (*([views] if views > 1 else []), batch, 3, *dataset.image_size)
-    images = torch.randn(shape, device=device).to(image_dtype(choose_precision(config, device)))
+    images = torch.randn(shape, device=device).to(image_dtype(step.precision))
     if config.channels_last and views == 1:
         images = images.contiguous(memory_format=torch.channels_last)
     index = torch.arange(batch, device=device)
@@ -370,9 +347,8 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> OutOfMemory:
     peak = ""
     if device.type == "cuda":
         peak = f" with a peak of {format_bytes(torch.cuda.max_memory_allocated(device))}"
-    return OutOfMemory(
-        f"out of memory on {device}{peak}: {share.describe()} does not fit; {_advice(share)}"
-    )
+    problem = f"out of memory on {device}{peak}: {share.describe()} does not fit"
+    return OutOfMemory(f"{problem}; {_advice(share)}")
 
 
 def _advice(share: BatchShare) -> str:

@@ -17,9 +17,7 @@ class MetricSums:
         self._sums: Tensor | None = None  # the last is the number of samples
 
     def add(self, values: Mapping[str, Tensor], count: int, skip: Tensor | None = None) -> None:
-        """Add sums over ``count`` samples, with the same names in every call; nothing if the 0-d
-        bool ``skip`` is true.
-        """
+        """Add sums over ``count`` samples, of equal names in every call, unless ``skip`` (0-d)."""
         row = torch.stack([value.detach().to(torch.float64) for value in values.values()])
         row = torch.cat([row, row.new_full((1,), count)])
         if self._sums is None:
@@ -63,8 +61,8 @@ class MetricSums:
 
 @torch.no_grad()
 def correct_counts(rows: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-    """The number of the B samples that each named row of logits [B, C] classifies correctly, as 0-d
-    tensors. The class of a mixed image is that with the larger share.
+    """For each row of logits [B, C] the number of correct answers, 0-d. A mixed image has the class
+    with the larger share.
     """
     if target.is_floating_point():
         target = target.argmax(1)

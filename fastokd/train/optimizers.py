@@ -1,11 +1,9 @@
-"""From gradients to new weights without a host synchronization: division, clipping, skipping of
-non-finite steps, and the update.
-"""
+"""Division, clipping, skipping of non-finite steps and updates, without waiting for the device."""
 
 import bisect
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +17,11 @@ from fastokd.train.config import TrainConfig
 class Optimizers:
     """Everything between a backward pass and the next forward pass.
 
-    The run's optimizer has the parameters of the networks and of the method's modules; what a
-    method trains with Adam has its own. They are PyTorch's fused kernels, which divide gradients
-    and skip a step where the device says so, so clipping and skipping need no extra pass over the
-    gradients. A parameter that the loss does not reach has a zero gradient: weight decay and
-    momentum still apply to it.
-
-    The model must stay on its device and in its memory format.
+    The run's optimizer has the parameters of the networks and of the method's modules; parameters
+    that a method trains with Adam have their own. Both are PyTorch's fused kernels, which divide
+    gradients and skip a step by values on the device, so that clipping and skipping read no
+    gradient again. A parameter that the loss does not reach has a zero gradient: weight decay and
+    momentum still apply to it. The model must stay on its device and in its memory format.
 
     Args:
         flat: keep the parameters of a kind in one tensor of which the model's are views, and gather
@@ -46,11 +42,10 @@ class Optimizers:
         self._clip = config.clip_grad
         self._optimizers: dict[str, tuple[Optimizer, list[_Group]]] = {}
         for name, settings in _settings(config, model).items():
-            groups = [(_Flat if flat else _Group)(each.parameters) for each in settings]
-            options: list[dict[str, Any]] = [
-                {"params": group.tensors, **each.options}
-                for group, each in zip(groups, settings, strict=True)
-            ]
+            groups, options = [], []
+            for parameters, different in settings:
+                groups.append((_Flat if flat else _Group)(parameters))
+                options.append({"params": groups[-1].tensors, **different})
             self._optimizers[name] = _build(name, config, options, self.lr), groups
         self._groups = [group for _, groups in self._optimizers.values() for group in groups]
         self.parts = tuple(part for group in self._groups for part in group.parts)
@@ -100,9 +95,7 @@ class Optimizers:
         return norm, skipped
 
     def _scale(self, norm: Tensor, divisor: Tensor | float) -> Tensor | None:
-        """The divisor of the gradients with clipping; None for 1, which saves the kernels from
-        writing the gradients back.
-        """
+        """The divisor with clipping; None for 1, so that gradients are not written back."""
         if self._clip:  # as torch.nn.utils.clip_grad_norm_
             return (((norm + 1e-6) / self._clip).clamp(min=1.0) * divisor).float()
         if isinstance(divisor, Tensor):
@@ -110,9 +103,7 @@ class Optimizers:
         return None if divisor == 1 else torch.full_like(norm, divisor)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer state of every parameter, by its name in the model, for a run with any
-        step options.
-
+        """The optimizer state of every parameter, by its name in the model, for any step options.
         Moments have the parameter's shape and are contiguous; they may share memory with tensors
         that the next step changes.
         """
@@ -122,39 +113,27 @@ class Optimizers:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load a ``state_dict`` in place.
-
-        Raises:
-            ValueError: it has other parameters, another optimizer or another shape; the message
-                names the first.
+        """Load a ``state_dict`` in place; a ``ValueError`` names the first difference if it has
+        other parameters, another optimizer or another shape.
         """
         own = self._states()
         if missing := [name for name in own if name not in state]:
             raise ValueError(f"no state for {len(missing)} parameters, e.g. {missing[0]}")
         if extra := [name for name in state if name not in own]:
-            raise ValueError(
-                f"{len(extra)} states are of parameters that this run does not train, e.g."
-                f" {extra[0]}"
-            )
+            raise ValueError(f"{len(extra)} states are of other parameters, e.g. {extra[0]}")
         steps: dict[int, float] = {}
         for name, (optimizer, current) in own.items():
             loaded = state[name]
             if current.keys() != loaded.keys():
-                raise ValueError(
-                    f"the state of {name} is {', '.join(loaded) or 'empty'}; {optimizer} has"
-                    f" {', '.join(current) or 'none'}"
-                )
+                have, want = (", ".join(each) or "empty" for each in (loaded, current))
+                raise ValueError(f"the state of {name} is {have}; {optimizer} has {want}")
             for key, value in current.items():
-                if (shape := loaded[key].shape) != value.shape:
-                    raise ValueError(
-                        f"{key} of {name} is {list(shape)}, here it is {list(value.shape)}"
-                    )
+                if (shape := list(loaded[key].shape)) != list(value.shape):
+                    raise ValueError(f"{key} of {name} is {shape}, here it is {list(value.shape)}")
             step = float(loaded.get("step", 0))
             if steps.setdefault(id(current.get("step")), step) != step:
-                raise ValueError(
-                    f"parameters have different step counts ({name}: {step:g}); flat=True"
-                    " requires equal ones; use flat=False"
-                )
+                problem = f"parameters have different step counts ({name}: {step:g})"
+                raise ValueError(f"{problem}; flat=True requires equal ones; use flat=False")
         for name, (_, current) in own.items():
             for key, value in current.items():
                 value.copy_(state[name][key])
@@ -173,41 +152,33 @@ class Optimizers:
 
 
 Named = list[tuple[str, nn.Parameter]]
+_Settings = list[tuple[Named, dict[str, Any]]]
+"""Groups of parameters, each with the options that differ from its optimizer's."""
 
 
-class _Settings(NamedTuple):
-    """Parameters that are trained alike, and the options that differ from their optimizer's."""
-
-    parameters: Named
-    options: dict[str, Any]
-
-
-def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, list[_Settings]]:
+def _settings(config: TrainConfig, model: BranchedModel) -> dict[str, _Settings]:
     """The groups of parameters by optimizer: the run's, and Adam if a method trains with it."""
     names = {each: name for name, each in model.named_parameters() if each.requires_grad}
-    run: list[_Settings] = []
-    adam: list[_Settings] = []
+    run: _Settings = []
+    adam: _Settings = []
     for group in model.companion.parameter_groups() if model.companion is not None else []:
         parameters = [(names.pop(each), each) for each in group.parameters if each.requires_grad]
         if not parameters:
             continue
         if group.optimizer == "adam":
-            adam.append(_Settings(parameters, {"lr": group.lr}))
+            adam.append((parameters, {"lr": group.lr}))
         else:
             decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-            run.append(_Settings(parameters, decay))
+            run.append((parameters, decay))
     if names:
-        run.insert(0, _Settings([(name, each) for each, name in names.items()], {}))
+        run.insert(0, ([(name, each) for each, name in names.items()], {}))
     settings = {config.optimizer: run, "adam": adam}
     return {name: groups for name, groups in settings.items() if groups}
 
 
 def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Tensor) -> Optimizer:
     """An optimizer with its state, which PyTorch would create in the first step: too late for one
-    that is captured or skipped.
-
-    SGD's first step writes the momentum without reading it, so if that step is skipped, the next
-    would read uninitialized memory.
+    that is captured, or skipped (the next would read uninitialized memory).
     """
     common: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer: Optimizer
@@ -224,9 +195,8 @@ def _build(name: str, config: TrainConfig, groups: list[dict[str, Any]], lr: Ten
         raise ConfigError(f"unknown optimizer '{name}'; use sgd or adamw")
     for tensor in (tensor for group in groups for tensor in group["params"]):
         if name != "sgd":
-            optimizer.state[tensor]["step"] = torch.zeros(
-                (), dtype=torch.float32, device=tensor.device
-            )
+            step = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            optimizer.state[tensor]["step"] = step
         for key in moments:
             optimizer.state[tensor][key] = torch.zeros_like(tensor, requires_grad=False)
     return optimizer
@@ -263,12 +233,8 @@ def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-_ALIGNED = 4
-"""Elements of 16 bytes, the alignment of every view: kernels load as much at once."""
-_ROW = 1024
-"""Elements of a row; norms are taken over rows first, because on a CPU the sum of millions of
-elements would lose three digits.
-"""
+_ALIGNED = 4  # elements of 16 bytes, which kernels load at once
+_ROW = 1024  # norms are taken over rows first: a CPU's sum of millions of elements loses digits
 
 
 class _Flat(_Group):
@@ -285,8 +251,8 @@ class _Flat(_Group):
         for parameter in self.parameters:
             self._views_of.append((parameter.shape, torch.empty_like(parameter).stride(), total))
             total += -(-parameter.numel() // _ALIGNED) * _ALIGNED
-        flat = torch.zeros(-(-total // _ROW) * _ROW, device=self.parameters[0].device)
         starts = [start for _, _, start in self._views_of]
+        flat = torch.zeros(-(-total // _ROW) * _ROW, device=self.parameters[0].device)
         self.parts = []
         for begin in range(0, len(flat), _ROW):
             first = bisect.bisect_right(starts, begin) - 1
@@ -311,8 +277,7 @@ class _Flat(_Group):
     def collect(self) -> None:
         if self.parameters[0].data_ptr() != self._views[0].data_ptr():
             raise RuntimeError(
-                "the model's weights were moved after its Optimizers were made and would not be"
-                " trained; make new Optimizers, or move the model before"
+                "the weights were moved after the Optimizers were made; move the model before"
             )
         super().collect()
         torch._foreach_copy_(self._gradients, [_gradient(each) for each in self.parameters])
@@ -334,18 +299,15 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
             continue
         if parameter.dtype != torch.float32:
             raise ConfigError(
-                f"parameter {name} is {parameter.dtype}; weights are trained in float32,"
-                " --precision is that of the forward pass"
+                f"parameter {name} is {parameter.dtype}; weights are trained in float32"
             )
         if parameter.device != with_index(device):
-            raise ConfigError(
-                f"parameter {name} is on {parameter.device} and the run on {device}; move the model"
-                " before"
-            )
+            places = f"on {parameter.device} and the run on {device}"
+            raise ConfigError(f"parameter {name} is {places}; move the model before")
     if flat and (names := tied_parameters(model)):
         raise ConfigError(
             f"parameters {names[0]} and {names[1]} are tied by shared storage, which flat=True"
-            " would break; give both modules one Parameter, or use flat=False"
+            " would break; use flat=False"
         )
 
 

@@ -99,9 +99,7 @@ class LossScale:
 
 
 def in_float32(value: Any) -> Any:
-    """Convert the float16 tensors of a loss's inputs to float32, so that scaled gradients do not
-    overflow in the loss.
-    """
+    """A loss's inputs with float32 for float16, in which scaled gradients would overflow."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype == torch.float16 else value
     if isinstance(value, Mapping):

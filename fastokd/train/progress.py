@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fastokd._moved import moved_names
@@ -44,20 +44,13 @@ class Counter:
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
         self._console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
-        )
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
         self._task = self._progress.add_task(title)
         self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if not self._progress.disable:
+        if self._console.is_terminal:
             self._progress.start()
             self._progress.update(self._task, completed=done, total=total)
         elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
@@ -71,27 +64,29 @@ class Counter:
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """Numbers of an epoch so far.
-
-    Attributes:
-        means: means over the samples: "loss", each term by its name, and "accuracy/NAME" in [0, 1].
-        images_per_second: recent throughput over all processes.
-        waiting_share: the fraction of that time in which the host waited for a batch, in [0, 1]. A
-            GPU still has queued work then, so it waits less.
-        seconds_left_epoch: until the last step of the epoch.
-        seconds_left_run: until the end of the run, including evaluations and checkpoints.
-        lr, kd_weight: of the step.
-        memory: peak bytes of GPU memory; None on a CPU.
-    """
+    """Numbers of an epoch so far."""
 
     means: Mapping[str, float]
+    """Means over the samples: "loss", each term by its name, and "accuracy/NAME" in [0, 1]."""
     images_per_second: float
+    """Recent throughput over all processes."""
     waiting_share: float
+    """The fraction of that time, in [0, 1], in which the host waited for a batch. A GPU still has
+    queued work then, so it waits less.
+    """
     seconds_left_epoch: float
     seconds_left_run: float
+    """Including evaluations and checkpoints."""
     lr: float
     kd_weight: float
     memory: int | None = None
+    """Peak bytes of GPU memory; None on a CPU."""
+
+    def describe(self, *further: str) -> str:
+        """Throughput, waiting, ``further`` numbers and memory as one line."""
+        memory = [] if self.memory is None else [f"GPU {format_bytes(self.memory)}"]
+        waiting = f"waiting for data {100 * self.waiting_share:.0f} %"
+        return "  ".join([f"{self.images_per_second:.0f} img/s", waiting, *further, *memory])
 
 
 class Throughput:
@@ -165,8 +160,8 @@ class Throughput:
 
 
 class Reporter:
-    """Shows the progress of a run: a live table on a terminal, plain lines elsewhere, and plain
-    lines in ``log.txt``.
+    """Shows the progress of a run: a live table on a terminal, plain lines elsewhere and in
+    ``log.txt``.
 
     Args:
         label: a prefix of every epoch, where there are several runs.
@@ -185,10 +180,8 @@ class Reporter:
         silent: bool = False,
         console: Console | None = None,
     ) -> None:
-        if silent:
-            self.console = Console(quiet=True)
-        else:
-            self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        stdout = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = Console(quiet=True) if silent else console or stdout
         self._label = f"{label}: " if label else ""
         self._silent = silent
         shows = not (quiet or silent)
@@ -219,11 +212,10 @@ class Reporter:
 
     def attach_log(self, path: Path) -> None:
         """Append every line to this file too from now on, with the time."""
-        if self._silent:
-            return
-        self._log = path
-        if path.exists():
-            self.log("--- resumed ---")
+        if not self._silent:
+            self._log = path
+            if path.exists():
+                self.log("--- resumed ---")
 
     def log(self, text: str) -> None:
         """Log a line. A log that cannot be written is reported once and does not stop the run."""
@@ -234,9 +226,8 @@ class Reporter:
             with open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(f"{now} {line}\n" for line in text.splitlines()))
         except OSError as error:
-            message = f"cannot write {self._log}: {error.strerror}; continuing without it"
-            self._log = None
-            self.console.print(message, markup=False)
+            path, self._log = self._log, None
+            self.print(f"cannot write {path}: {error.strerror}; continuing without it")
 
     def decoding(self, done: int, total: int) -> None:
         """Show the progress of reading image files."""
@@ -258,11 +249,9 @@ class Reporter:
         self._printed = time.monotonic()
         self._table.start(f"{self._label}epoch {epoch + 1}/{epochs}", steps, done)
         if self._live and self._display is None:
+            render, rate = self._table.render, 2
             self._display = Live(
-                console=self.console,
-                get_renderable=self._table.render,
-                refresh_per_second=2,
-                transient=True,
+                console=self.console, get_renderable=render, refresh_per_second=rate, transient=True
             )
             self._display.start()
 
@@ -279,12 +268,11 @@ class Reporter:
         table.done = done
         if progress is None:
             return
-        now = time.monotonic()
-        self._noted = now
+        self._noted = now = time.monotonic()
         table.progress, table.is_current = progress, True
         if now - self._printed > PLAIN_INTERVAL:
             self._printed = now
-            line = f"{table.title}  step {done}/{table.steps}  {_plain(progress, table.student)}"
+            line = f"{table.title}  step {done}/{table.steps}  {table.describe_step(progress)}"
             # On a terminal the table shows the numbers already.
             self.log(line) if self._live else self.info(line)
 
@@ -300,15 +288,16 @@ class Reporter:
             table.progress = replace(
                 table.progress, means=record["train"], seconds_left_run=seconds_left
             )
-        accuracy = "  ".join(f"{name} {100 * value:.2f}" for name, value in record["eval"].items())
-        waiting = ""
+        parts = [
+            f"{table.title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g}",
+            f"{record['images_per_second']:.0f} img/s",
+        ]
         if "waiting_share" in record:
-            waiting = f"  waiting for data {100 * record['waiting_share']:.0f} %"
-        left = f"  run {duration(seconds_left)} left" if seconds_left else ""
-        self.info(
-            f"{table.title}  loss {record['train']['loss']:.4f}  lr {record['lr']:g} "
-            f" {record['images_per_second']:.0f} img/s{waiting}{left}  accuracy %: {accuracy}"
-        )
+            parts.append(f"waiting for data {100 * record['waiting_share']:.0f} %")
+        if seconds_left:
+            parts.append(f"run {duration(seconds_left)} left")
+        accuracies = [f"{name} {100 * value:.2f}" for name, value in record["eval"].items()]
+        self.info("  ".join([*parts, f"accuracy %: {accuracies[0]}", *accuracies[1:]]))
 
     def close(self) -> None:
         """Remove the live table, which hides the cursor; call it however a run ends."""
@@ -353,14 +342,13 @@ class _EpochTable:
 
     def render(self) -> RenderableType:
         """The table, most important lines first: a short terminal cuts off the rest."""
-        progress = self.progress
-        means = progress.means if progress else {}
+        means = self.progress.means if self.progress else {}
         losses = [f"{name} {means[name]:.4f}" for name in means if not name.startswith(_ACCURACY)]
         accuracies = self._accuracies(means)
         parts: list[RenderableType] = [self._bar()]
-        if progress:
-            rates = (f"lr {progress.lr:.4g}", f"kd_weight {progress.kd_weight:.3g}")
-            parts.append(Text(_line(progress, *rates), no_wrap=True, overflow="ellipsis"))
+        if now := self.progress:
+            line = now.describe(f"lr {now.lr:.4g}", f"kd_weight {now.kd_weight:.3g}")
+            parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
         if accuracies.row_count:
             parts.append(accuracies)
         if losses:
@@ -375,10 +363,12 @@ class _EpochTable:
             text += f"  {duration(self.progress.seconds_left_epoch)} left"
         if self.progress:
             text += f"  run {duration(self.progress.seconds_left_run)} left"
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True, style="bold")
-        grid.add_column(width=20)
-        grid.add_column(no_wrap=True)
+        grid = Table.grid(
+            Column(no_wrap=True, style="bold"),
+            Column(width=20),
+            Column(no_wrap=True),
+            padding=(0, 1),
+        )
         grid.add_row(self.title, ProgressBar(max(self.steps, 1), self.done), text)
         return grid
 
@@ -388,11 +378,12 @@ class _EpochTable:
             for name, value in means.items()
             if name.startswith(_ACCURACY)
         }
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("accuracy %", no_wrap=True)
         best = f"best (epoch {self.best_epoch + 1})" if self.best else "best"
-        for title in ("train", "eval", best):
-            table.add_column(title, justify="right", no_wrap=True)
+        numbers = (
+            Column(title, justify="right", no_wrap=True) for title in ("train", "eval", best)
+        )
+        first = Column("accuracy %", no_wrap=True)
+        table = Table(first, *numbers, box=None, pad_edge=False, header_style="dim")
         for name in dict.fromkeys([*train, *self.last]):
             columns = (train, self.last, self.best)
             cells = [f"{100 * each[name]:.2f}" if name in each else "-" for each in columns]
@@ -402,28 +393,15 @@ class _EpochTable:
                 table.add_row(name, *cells)
         return table
 
-
-def _line(progress: EpochProgress, *further: str) -> str:
-    """Throughput, waiting, ``further`` numbers and memory as one line."""
-    parts = [
-        f"{progress.images_per_second:.0f} img/s",
-        f"waiting for data {100 * progress.waiting_share:.0f} %",
-        *further,
-    ]
-    if progress.memory is not None:
-        parts.append(f"GPU {format_bytes(progress.memory)}")
-    return "  ".join(parts)
-
-
-def _plain(progress: EpochProgress, student: str) -> str:
-    """The numbers of a plain line."""
-    loss, accuracy = progress.means["loss"], progress.means.get(f"{_ACCURACY}{student}")
-    right = "" if accuracy is None else f"  {student} {100 * accuracy:.1f} %"
-    return (
-        f"loss {loss:.4f}{right}  {_line(progress)}  epoch"
-        f" {duration(progress.seconds_left_epoch)} left, run"
-        f" {duration(progress.seconds_left_run)} left"
-    )
+    def describe_step(self, now: EpochProgress) -> str:
+        """The numbers of a plain line."""
+        accuracy = now.means.get(f"{_ACCURACY}{self.student}")
+        right = "" if accuracy is None else f"  {self.student} {100 * accuracy:.1f} %"
+        left = f"epoch {duration(now.seconds_left_epoch)} left, run"
+        return (
+            f"loss {now.means['loss']:.4f}{right}  {now.describe()}  {left}"
+            f" {duration(now.seconds_left_run)} left"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,7 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the generators that layers use: the CPU's, and on a GPU that of the run's device,
-    which need not be the current one.
-    """
+    """States of the generators that layers use: the CPU's, and that of the run's GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda" and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -50,10 +50,14 @@ class RunFolder:
         self.log_path = path / "log.txt"
         self.environment_path = path / "environment.json"
         self.summary_path = path / "summary.json"
+        self.student = path / "student.safetensors"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
-        self.student = path / "student.safetensors"
+        others = [self.student.with_suffix(".json"), path / "tensorboard", path / "wandb"]
+        files = [value for value in vars(self).values() if value not in (path, self.checkpoints)]
+        self._records = [*files, *others]
+        """Everything that a run writes, except older checkpoints."""
         self._descriptor = -1
         self._lock: weakref.finalize[..., Any] | None = None
 
@@ -63,16 +67,13 @@ class RunFolder:
         checkpoint are replaced.
 
         Raises:
-            ConfigError: it holds a run with a checkpoint or other files, or another process is
-                training there.
+            ConfigError: it holds a run with a checkpoint or other files, or is locked.
             StorageError: the folder cannot be created or written.
         """
         run = cls(path)
         if checkpoint_files(run.checkpoints):
-            raise ConfigError(
-                f"{path} holds a run already: continue it with 'fastokd train --resume {path}', or"
-                " choose another --out"
-            )
+            resume = f"continue it with 'fastokd train --resume {path}'"
+            raise ConfigError(f"{path} holds a run already: {resume}, or choose another --out")
         try:
             run._check_replaceable()
             run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -86,12 +87,10 @@ class RunFolder:
         return run
 
     def _check_replaceable(self) -> None:
-        """Refuse a folder with files that are not of a run that died before its first checkpoint;
-        such a run always has ``checkpoints/``.
-        """
+        """Refuse a folder with other files than those of a run that ended before a checkpoint."""
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         known = {"checkpoints"} | {
-            file.name for record in self._records() for file in (record, *temporaries_of(record))
+            file.name for record in self._records for file in (record, *temporaries_of(record))
         }
         if entries - known or (entries and "checkpoints" not in entries):
             names = ", ".join(sorted(entries - known or entries)[:3])
@@ -99,27 +98,19 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """An existing run.
-
-        Raises:
-            CheckpointError: this is not a run folder.
-        """
+        """An existing run; a ``CheckpointError`` if this is no run folder."""
         run = cls(path)
         if not run.config_path.is_file():
-            missing = "does not exist"
-            if path.exists():
-                missing = "is not a run folder (it has no config.yaml)"
+            exists = path.exists()
+            missing = "is not a run folder (it has no config.yaml)" if exists else "does not exist"
             raise CheckpointError(f"{path} {missing}; give a folder that 'fastokd train' has made")
         return run
 
     def lock(self) -> int:
         """Claim the folder for this process until ``unlock`` or its end; again has no effect.
 
-        Returns the descriptor that holds the lock. Processes that inherit it hold the lock too,
-        even after this one has ended.
-
-        Raises:
-            ConfigError: another process is training there.
+        Returns the descriptor that holds the lock, also for processes that inherit it. Raises a
+        ``ConfigError`` if another process is training there.
         """
         if self._lock is not None and self._lock.alive:
             return self._descriptor
@@ -150,29 +141,12 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not empty, or missing
                 folder.rmdir()
 
-    def _records(self) -> tuple[Path, ...]:
-        """Everything a run writes except its last checkpoints."""
-        return (
-            self.config_path,
-            self.metrics_path,
-            self.csv_path,
-            self.log_path,
-            self.environment_path,
-            self.summary_path,
-            self.best,
-            self.student,
-            self.student.with_suffix(".json"),
-            self.path / "tensorboard",
-            self.path / "wandb",
-        )
-
     def _remove_records(self) -> None:
-        for path in self._records():
+        for path in self._records:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        for path in (*self._records(), self.last):
             remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:
@@ -189,7 +163,7 @@ class RunFolder:
         write_json(self.environment_path, {**now, "data": data, "sessions": [_session(now)]})
 
     def read_environment(self) -> dict[str, Any]:
-        """The content of ``environment.json``; empty where it is missing or damaged."""
+        """The content of ``environment.json``, see ``read_json_object``."""
         return read_json_object(self.environment_path)
 
     def add_session(self, device: torch.device) -> None:
@@ -214,16 +188,8 @@ class RunFolder:
         """The records of the epochs, up to the first damaged line, which a crash may leave."""
         if not self.metrics_path.is_file():
             return []
-        records: list[dict[str, Any]] = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None
-            if not _is_record(record):
-                break
-            records.append(record)
-        return records
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(itertools.takewhile(_is_record, map(_parse_object, lines)))
 
     def keep_metrics_before(self, epoch: int) -> None:
         """Drop the records of epochs that a resumed run trains again."""
@@ -237,22 +203,30 @@ class RunFolder:
         write_atomically(self.csv_path, lambda file: file.write(data), durable=False)
 
 
-def _is_record(record: object) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-        return False
+def _is_record(record: dict[str, Any]) -> bool:
     accuracies = record.get("eval")
-    return isinstance(accuracies, dict) and all(
-        isinstance(value, int | float) for value in accuracies.values()
+    return (
+        isinstance(record.get("epoch"), int)
+        and isinstance(accuracies, dict)
+        and all(isinstance(value, int | float) for value in accuracies.values())
     )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where it is missing or damaged."""
+def _parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text; empty if it is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where it is missing or damaged."""
+    try:
+        return _parse_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def default_run_path(name: str) -> Path:
@@ -262,9 +236,7 @@ def default_run_path(name: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit and command, which are needed to repeat a run; nothing that names
-    the machine.
-    """
+    """Versions, device, commit and command, to repeat a run; nothing that names the machine."""
     on_gpu = device.type == "cuda"
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -30,9 +30,7 @@ from fastokd.train.step import BranchEvaluator
 from fastokd.train.teacher import Teacher
 
 MAY_CHANGE = fields_with_role(Role.RESUME)
-"""Fields that may change when a run is resumed: where it runs, how long and how fast. The fields
-that determine its results may not.
-"""
+"""Fields that may change when a run is resumed; those that determine its results may not."""
 
 
 def run_identity(config: TrainConfig, fingerprint: str | None) -> str:
@@ -57,10 +55,8 @@ def provenance(config: TrainConfig, run: RunFolder, fingerprint: str | None) -> 
 def check_classes(where: str, state: Mapping[str, Any], dataset: AnyDataset) -> None:
     """Raise a CheckpointError if a dataset has other classes than a checkpoint."""
     if list(state["classes"]) != list(dataset.classes):
-        raise CheckpointError(
-            f"{where} was trained on the classes {summarize(state['classes'], 4)}, the data has"
-            f" {summarize(dataset.classes, 4)}"
-        )
+        theirs, ours = summarize(state["classes"], 4), summarize(dataset.classes, 4)
+        raise CheckpointError(f"{where} was trained on the classes {theirs}, the data has {ours}")
 
 
 def check_same_run(
@@ -84,10 +80,8 @@ def check_same_run(
     """
     check_classes(where, state, dataset)
     if state["data"].get("fingerprint") != dataset.fingerprint:
-        raise CheckpointError(
-            f"{where} was trained on other images than {config.data} holds now; restore them, or"
-            " start a new run"
-        )
+        problem = f"{where} was trained on other images than {config.data} holds now"
+        raise CheckpointError(f"{problem}; restore them, or start a new run")
     adjusted = {name: getattr(config, name) for name in MAY_CHANGE}
     changed = differences(dataclasses.replace(before, **adjusted), config)
     if changed and not allow_config_change:
@@ -96,10 +90,8 @@ def check_same_run(
             " undo the change, pass --allow-config-change, or start a new run"
         )
     if teacher and state.get("teacher") != teacher.fingerprint:
-        raise CheckpointError(
-            f"{where} was distilled from another teacher than {teacher.description}; restore that"
-            " teacher, or start a new run"
-        )
+        problem = f"{where} was distilled from another teacher than {teacher.description}"
+        raise CheckpointError(f"{problem}; restore that teacher, or start a new run")
     return changed
 
 
@@ -135,9 +127,7 @@ def load_run(
     split: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedRun:
-    """Load a run, finished or not, with the weights of its last or best epoch.
-
-    A damaged last checkpoint is skipped with a warning.
+    """Load a run, finished or not; a damaged last checkpoint is skipped with a warning.
 
     Args:
         which: "last" or "best".
@@ -162,8 +152,7 @@ def load_run(
         for complaint in complaints:
             warnings.warn(complaint, stacklevel=2)
     else:
-        file = run.best
-        state = load_checkpoint(file)
+        state, file = load_checkpoint(run.best), run.best
     dataset = with_augmentation(config, open_data(config, where, state["data"], progress))
     check_classes(str(path), state, dataset)
     model = build_model(config, len(dataset.classes), where)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.data import AnyDataset, open_run_data
+from fastokd.train.data import open_run_data
 from fastokd.train.distributed import Ranks, choose_device, from_main
 from fastokd.train.memory import fit_batch_size
 from fastokd.train.progress import Reporter
@@ -14,7 +14,7 @@ from fastokd.train.randomness import be_deterministic
 from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runs import newest_checkpoint
 from fastokd.train.signals import StopSignals
-from fastokd.train.teacher import check_teacher, open_teacher
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 from fastokd.train.trainer import Trainer
 
 
@@ -34,8 +34,7 @@ def begin_run(
         out: the run folder; None for a new folder by ``name`` in ``runs/``.
         resume: if the folder holds a run already, resume it with this configuration.
         allow_config_change: see ``Trainer.resume``.
-        signals: the process's signal handlers, if it has installed some; the run obeys them from
-            its first step.
+        signals: the process's signal handlers, if it has installed some.
         largest_batch: choose the batch size by memory, up to this (see ``fit_batch_size``); None
             for that of the configuration. A resumed run keeps its own.
 
@@ -54,10 +53,19 @@ def begin_run(
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:
-        dataset, reason = None, ""
+        parts: dict[str, Any] = {}
+        reason = ""
         if largest_batch is not None:
-            config, dataset, reason = _with_fitting_batch(config, reporter, largest_batch)
-        trainer = Trainer(config, run, reporter, dataset, signals=signals)
+            check_teacher(config)
+            config = with_absolute_teacher(config)
+            device = choose_device(config.device)
+            be_deterministic(config.deterministic)
+            dataset = open_run_data(config, device, reporter)
+            teacher = open_teacher(config, dataset, device)
+            size, reason = fit_batch_size(config, dataset, device, teacher, largest_batch)
+            config = dataclasses.replace(config, batch_size=size)
+            parts = {"dataset": dataset, "teacher": teacher}
+        trainer = Trainer(config, run, reporter, signals=signals, **parts)
         if reason:
             reporter.info(reason)
         trainer.start()
@@ -68,19 +76,6 @@ def begin_run(
     return trainer
 
 
-def _with_fitting_batch(
-    config: TrainConfig, reporter: Reporter, largest: int
-) -> tuple[TrainConfig, AnyDataset, str]:
-    """The configuration with a batch size chosen by memory, its dataset, and the reason."""
-    check_teacher(config)
-    device = choose_device(config.device)
-    be_deterministic(config.deterministic)
-    dataset = open_run_data(config, device, reporter)
-    teacher = open_teacher(config, dataset, device)
-    batch_size, reason = fit_batch_size(config, dataset, device, teacher, largest)
-    return dataclasses.replace(config, batch_size=batch_size), dataset, reason
-
-
 def resume_run(
     path: Path,
     reporter: Reporter,
@@ -88,14 +83,12 @@ def resume_run(
     signals: StopSignals | None = None,
     **changes: Any,
 ) -> Trainer:
-    """A trainer that resumes the run in a folder, with ``changes`` to its configuration.
-
-    See ``Trainer.resume`` and ``begin_run``.
+    """A trainer that resumes the run in a folder, with ``changes`` to its configuration; see
+    ``Trainer.resume`` and ``begin_run``.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or does not fit.
-        ConfigError: another process trains there, the run is finished, or its configuration
-            changed.
+        ConfigError: another process trains there, or as ``Trainer.resume``.
     """
     run = RunFolder.open(path)
     if Ranks.current().is_main:

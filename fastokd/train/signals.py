@@ -13,31 +13,23 @@ from fastokd.train.launch import handling, launched
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """The signals that schedulers send before they take a machine away."""
 LAUNCHER_PATIENCE = 10.0
-"""Seconds in which a launcher's further signals count as the first: a scheduler signals every
-process of a job, and the launcher forwards its own.
-"""
+"""Seconds in which further signals count as the first: scheduler and launcher both send them."""
 PATIENCE_VARIABLE = "FASTOKD_SIGNAL_PATIENCE"
-"""The environment variable with these seconds, for a run that another program starts and
-signals.
-"""
+"""The environment variable with these seconds, for a run that another program starts."""
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGUSR1 only set ``received``; a second one ends the process.
+    """A context in which SIGTERM and SIGUSR1 only set ``received``; a second one ends the process,
+    unless it comes within ``patience`` seconds: by default ``LAUNCHER_PATIENCE`` under a launcher,
+    else the value of ``PATIENCE_VARIABLE``, or 0.
 
     It may be nested. Outside the main thread, where Python has no signal handlers, it has no
     effect.
-
-    Args:
-        patience: seconds after the first signal in which others count as the same; None for
-            ``LAUNCHER_PATIENCE`` under a launcher, else the value of ``PATIENCE_VARIABLE``, or 0.
     """
 
     def __init__(self, patience: float | None = None) -> None:
-        if patience is None:
-            variable = float(os.environ.get(PATIENCE_VARIABLE, "0"))
-            patience = LAUNCHER_PATIENCE if launched() else variable
-        self._patience = patience
+        default = LAUNCHER_PATIENCE if launched() else float(os.environ.get(PATIENCE_VARIABLE, "0"))
+        self._patience = default if patience is None else patience
         self._label = f"rank {os.environ['RANK']}: " if launched() else ""
         self._depth = 0
         self.heard = 0
@@ -66,9 +58,8 @@ class StopSignals:
         name = signal.Signals(number).name
         if not self.heard:
             self.heard, self._at = number, time.monotonic()
-            self._print(
-                f"{name}: saving after this step, then stopping; another signal stops at once"
-            )
+            plan = "saving after this step, then stopping; another signal stops at once"
+            self._print(f"{name}: {plan}")
         elif time.monotonic() - self._at >= self._patience:
             self._print(f"{name}: stopping at once; the last checkpoint is intact")
             os._exit(128 + number)

@@ -16,12 +16,12 @@ from fastokd.methods.method import MethodBatch
 from fastokd.models import BranchedModel, BranchOutput
 from fastokd.models.layers import uncounted_batches
 from fastokd.ranks import sum_over_ranks
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, build_loss
 from fastokd.train.distributed import Ranks, mean_buffers, parallel, share_of_batch, sum_counts
 from fastokd.train.ema import StudentAverage
 from fastokd.train.guard import FiniteGuard
 from fastokd.train.metrics import MetricSums, correct_counts
-from fastokd.train.optimizers import Optimizers
+from fastokd.train.optimizers import Optimizers, with_index
 from fastokd.train.precision import LossScale, allow_tf32, autocast, choose_precision, in_float32
 from fastokd.train.statistics import RunningStatistics
 from fastokd.train.step_options import choose_step_options
@@ -36,26 +36,24 @@ _STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
 
 
 class Evaluation(NamedTuple):
-    """The metrics of one pass over a split."""
+    """The metrics of a split: the accuracies in [0, 1] of every branch and mixture, and
+    ``branch_mean`` for methods whose published number that is; and the mean weights of the inputs
+    of each mixture whose weights are computed at run time.
+    """
 
     accuracies: dict[str, float]
-    """In [0, 1], of every branch and mixture. ``branch_mean`` is the mean over the branches, for
-    methods whose published number that is.
-    """
     mixing: dict[str, dict[str, float]]
-    """The mean weight of each input of a mixture whose weights are computed at run time."""
 
 
 class BranchEvaluator:
     """A branched model with the loss of its method, for evaluating every branch and mixture."""
 
     def __init__(self, config: TrainConfig, model: BranchedModel, device: torch.device) -> None:
+        self.config = config
         self.method = get_method(config.method)
         self.model = model
-        self.device = device
-        self.criterion = self.method.loss_class(
-            num_branches=config.num_branches(), **config.loss_options()
-        ).to(device)
+        self.device = device = with_index(device)
+        self.criterion = build_loss(config).to(device)
         self.kept = self.criterion.graph.logits[model.kept]
         self.average: StudentAverage | None = None
         self.precision = choose_precision(config, device)
@@ -71,9 +69,7 @@ class BranchEvaluator:
         return self.model.student() if self.average is None else copy.deepcopy(self.average.module)
 
     def named_logits(self, result: BranchOutput) -> dict[str, Tensor]:
-        """The logits [B, C] of every branch, head and mixture (such as a teacher assistant) by
-        name.
-        """
+        """The logits [B, C] of every branch, head and mixture by name."""
         return self.method.named_logits(self.criterion, result)
 
     def results(self, batches: Iterable[Batch]) -> Iterator[tuple[BranchOutput, Tensor]]:
@@ -97,8 +93,8 @@ class BranchEvaluator:
     def measured(
         self, batches: Iterable[Batch]
     ) -> Iterator[tuple[BranchOutput, dict[str, Tensor], Tensor]]:
-        """For each batch the output, the named logits [B, C] of everything that is measured (those
-        of ``named_logits`` and of the averaged student), and the targets.
+        """For each batch the output, the logits of ``named_logits`` and of the average, and the
+        targets.
         """
         for batch, result in self._evaluated(batches):
             rows = self.named_logits(result)
@@ -146,12 +142,8 @@ class TrainStep(BranchEvaluator):
 
     Everything a step reads except its batch is on the device and never moves: the learning rate,
     ``kd_weight``, the step's number, the metric sums. So a step waits for nothing and can be
-    captured (``runner.py``).
-
-    The model must be on the device, in its memory format; ``stored`` are a frozen teacher's rows.
-
-    Raises:
-        ConfigError: an option is not available here, or two exclude each other.
+    captured (``runner.py``). The model must be on the device, in its memory format; ``stored`` are
+    a frozen teacher's rows. Raises a ``ConfigError`` if an option is not available here.
     """
 
     def __init__(
@@ -162,8 +154,7 @@ class TrainStep(BranchEvaluator):
         stored: StoredRows | None = None,
     ) -> None:
         super().__init__(config, model, device)
-        self.config = config
-        self.stored = stored
+        self.stored, device = stored, self.device
         ranks = Ranks.current()
         self.share = share_of_batch(config, ranks)
         host_rows = stored is not None and stored.table.device != device
@@ -176,9 +167,9 @@ class TrainStep(BranchEvaluator):
             if warn := getattr(torch.autograd.graph, _STREAM_WARNING, None):
                 warn(False)
         self.optimizers = Optimizers(config, model, device, flat=self.options.flat)
-        self._parallel = (
-            parallel(model, device, accumulate=self.share.accumulate) if ranks.size > 1 else None
-        )
+        self._parallel = None
+        if ranks.size > 1:
+            self._parallel = parallel(model, device, accumulate=self.share.accumulate)
         if config.ema:
             self.average = StudentAverage(model, config.ema)
         self.scale = LossScale(device) if self.precision == "fp16" else None
@@ -234,9 +225,7 @@ class TrainStep(BranchEvaluator):
             mean_buffers(self.model, None if self.average is None else self.average.module)
 
     def rank_statistics(self) -> dict[str, Tensor]:
-        """The running statistics, which differ between processes within an epoch; empty for one
-        process.
-        """
+        """The running statistics that differ between processes within an epoch."""
         if self.share.processes == 1 or self.config.sync_bn:
             return {}
         parts: dict[str, nn.Module] = {"model": self.model}
@@ -263,9 +252,7 @@ class TrainStep(BranchEvaluator):
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
         """Load a ``state_dict`` in place, but not the step's number; it may have further entries.
-
-        Raises:
-            CheckpointError: it is of another architecture or another optimizer.
+        Raises a ``CheckpointError`` if it is of another architecture or another optimizer.
         """
         load_weights(self.model, state["model"], where)
         load_weights(self.criterion, state["criterion"], where)
@@ -276,9 +263,8 @@ class TrainStep(BranchEvaluator):
             if self.scale is not None and state["scaler"]:
                 self.scale.load_state_dict(state["scaler"])
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{where} has an optimizer state that does not fit ({first_line(error)})"
-            ) from error
+            message = f"{where} has an optimizer state that does not fit ({first_line(error)})"
+            raise CheckpointError(message) from error
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The parts of a batch that go through the network at once."""
@@ -291,10 +277,8 @@ class TrainStep(BranchEvaluator):
 
     def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
         """Accumulate the gradients of a part of the batch, and its metrics in ``results``."""
-        synchronized = (
-            synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
-        )
-        with autocast(self.precision, self.device), uncounted_batches(self.model), synchronized:
+        norms = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
+        with autocast(self.precision, self.device), uncounted_batches(self.model), norms:
             result = (self._parallel or self.model)(batch.images)
         output, scale = result, None
         if self.scale is not None:

@@ -13,9 +13,7 @@ from fastokd.train.precision import choose_precision
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The optimizations of a step, with the names of ``TrainConfig``; the precision is "fp32",
-    "tf32", "bf16" or "fp16".
-    """
+    """The optimizations of a step, by the names of ``TrainConfig``; none is "auto" or open."""
 
     precision: str
     channels_last: bool

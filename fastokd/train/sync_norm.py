@@ -1,8 +1,6 @@
-"""Batch norm over the images of all processes.
+"""Batch norm over the images of all processes, for any class of norm and on any device.
 
-It is a property of the step, not of the network: modules do not change, so it works for any class
-of norm, and a student has plain batch norms. ``torch.nn.SyncBatchNorm`` needs other modules, runs
-only on GPUs, and waits for the device in every layer.
+``torch.nn.SyncBatchNorm`` needs other modules, runs only on GPUs, and waits in every layer.
 """
 
 import contextlib
@@ -19,11 +17,8 @@ from fastokd.ranks import gather_rows, rank_and_size, sum_over_ranks
 
 def synchronized_batch_norm() -> contextlib.AbstractContextManager[Any]:
     """A context in which ``F.batch_norm`` in training uses mean and variance over the batches of
-    all processes, which must have one size. All processes must run the same layers in the same
-    order.
-
-    Gradients are those of the sum of the processes' losses, which ``DistributedDataParallel``
-    averages.
+    all processes, which must have one size and run the same layers in the same order. Gradients are
+    those of the sum of the processes' losses.
     """
     return _Synchronized() if rank_and_size()[1] > 1 else contextlib.nullcontext()
 
@@ -74,9 +69,7 @@ def _at_least_float32(value: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """``weight * (input - mean) / sqrt(var + eps) + bias`` with the mean and variance of ``count``
-    values over all processes.
-    """
+    """``F.batch_norm`` with the mean and variance of ``count`` values over all processes."""
 
     @staticmethod
     def forward(

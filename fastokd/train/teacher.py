@@ -21,17 +21,13 @@ from fastokd.train.config import TrainConfig, load_config
 from fastokd.train.data import AnyDataset
 
 RESIDENT_BYTES = 2**30
-"""Stored rows up to this size are kept on the device; larger ones stay on the disk, and a batch's
-rows are fetched from there.
-"""
+"""Stored rows up to this size are kept on the device; of larger ones each batch reads its own."""
 LOOKED_AT = 1024
 """The number of stored rows that are checked and hashed for the fingerprint."""
 
 
 class StoredRows:
-    """A teacher's rows for every training image: floating [N, C], in the order of the training
-    split.
-    """
+    """A teacher's rows, floating [N, C], in the order of the training split."""
 
     def __init__(self, table: Tensor, device: torch.device) -> None:
         self.table = table.to(device) if table.nbytes <= RESIDENT_BYTES else table
@@ -55,10 +51,8 @@ class Teacher:
 
 
 class Renormalized(nn.Module):
-    """A network with its own normalization of images, applied to images normalized otherwise.
-
-    ``given`` and ``wanted`` are mean and standard deviation by channel of the images'
-    normalization, and of the network's training images.
+    """A network, applied to images that are normalized by mean and standard deviation ``given``,
+    where it needs ``wanted``.
     """
 
     scale: Tensor
@@ -67,9 +61,7 @@ class Renormalized(nn.Module):
     def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
         super().__init__()
         self.network = network
-        (mean, std), (own_mean, own_std) = (
-            tuple(torch.tensor(values).view(3, 1, 1) for values in pair) for pair in (given, wanted)
-        )
+        mean, std, own_mean, own_std = torch.tensor([*given, *wanted]).view(4, 3, 1, 1)
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 
@@ -104,7 +96,7 @@ def check_teacher(config: TrainConfig) -> None:
         raise CheckpointError(f"there is no teacher at {path} (teacher={spec})")
     if path.is_dir():
         find_export(path, (".safetensors",))
-    if not library and not path.is_dir() and path.suffix not in (".pt", ".npy", ".safetensors"):
+    elif not library and path.suffix not in (".pt", ".npy", ".safetensors"):
         raise ConfigError(
             f"teacher={spec}: {path.name} is not a run folder, a checkpoint (.pt), an exported"
             " student (.safetensors) or stored rows (.npy, .safetensors); for weights of a"
@@ -114,19 +106,17 @@ def check_teacher(config: TrainConfig) -> None:
     for name in ("mixup", "cutmix"):
         if stored and (alpha := getattr(config, name)):
             raise ConfigError(
-                f"{name}={alpha:g} with stored rows of a teacher, which are of unmixed images; use"
-                " 0, or the teacher's weights"
+                f"{name}={alpha:g}: stored rows are of unmixed images; use 0, or a network"
             )
     if not stored and _kind_of_rows(config) != "logits":
         raise ConfigError(
-            f"teacher_rows={_kind_of_rows(config)!r}: teacher={spec} is a network and returns"
-            " logits; only stored rows can be probabilities"
+            f"teacher_rows={_kind_of_rows(config)!r}: teacher={spec} is a network; use logits"
         )
     normalization = config.model_options()["teacher_normalization"]
     if not library and normalization != "data":
         raise ConfigError(
-            f"teacher_normalization={normalization!r} is for networks of torchvision and timm;"
-            f" teacher={spec} " + ("needs no images" if stored else "records its own normalization")
+            f"teacher_normalization={normalization!r} is for networks of torchvision and timm, not"
+            f" for teacher={spec}; omit it"
         )
 
 
@@ -171,9 +161,7 @@ def _parse(spec: str) -> tuple[str, str, Path]:
         return "", "", Path(spec)
     name, _, file = rest.partition(":")
     if not name or not file:
-        raise ConfigError(
-            f"teacher={spec}: give the network and the file of its weights, {head}:NAME:FILE"
-        )
+        raise ConfigError(f"teacher={spec}: name the network and its weights, {head}:NAME:FILE")
     return head, name, Path(file)
 
 
@@ -187,9 +175,8 @@ def _holds_rows(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return "fastokd" not in (file.metadata() or {}) and len(file.keys()) == 1
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({first_line(error)})"
-        ) from error
+        message = f"{path} is damaged or not a safetensors file ({first_line(error)})"
+        raise CheckpointError(message) from error
 
 
 def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device) -> Teacher:
@@ -198,9 +185,8 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
             # Copy on write still reads rows on demand, and torch takes no read-only arrays.
             table = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or not numeric ({first_line(error)})"
-            ) from error
+            message = f"{path} is damaged or not numeric ({first_line(error)})"
+            raise CheckpointError(message) from error
     else:
         from safetensors.torch import load_file
 
@@ -219,14 +205,14 @@ def _open_rows(path: Path, kind: str, dataset: AnyDataset, device: torch.device)
     sums_to_one = bool((sample >= 0).all()) and bool(((sample.sum(1) - 1).abs() < 1e-2).all())
     if sums_to_one != (kind == "probabilities"):
         other = "logits" if kind == "probabilities" else "probabilities"
+        rows = "probabilities" if sums_to_one else "rows that are not probabilities"
         raise CheckpointError(
-            f"{path} holds {'probabilities' if sums_to_one else 'rows that are not probabilities'},"
-            f" and teacher_rows={kind}; pass teacher_rows={other}, or another file"
+            f"{path} holds {rows}, and teacher_rows={kind}; pass teacher_rows={other}"
         )
     header, content = repr((wanted, str(table.dtype))), checked.view(torch.uint8).numpy().tobytes()
     fingerprint = hashlib.sha256(header.encode() + content).hexdigest()
-    rows = StoredRows(table, device)
-    return Teacher(f"{path}, {kind} of {wanted[0]} images", fingerprint, rows=rows)
+    description = f"{path}, {kind} of {wanted[0]} images"
+    return Teacher(description, fingerprint, rows=StoredRows(table, device))
 
 
 def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any, Any]]:
@@ -245,14 +231,14 @@ def _own_network(path: Path, dataset: AnyDataset) -> tuple[nn.Module, tuple[Any,
     if list(classes) != list(dataset.classes):
         raise CheckpointError(
             f"the teacher {path} has the classes {summarize(classes, 4)}, the data has"
-            f" {summarize(dataset.classes, 4)}; use a teacher with the same classes in the same"
-            " order"
+            f" {summarize(dataset.classes, 4)}; use a teacher with the same classes and order"
         )
     if list(size := data["image_size"]) != list(dataset.image_size):
+        own, (height, width) = dataset.image_size, size
         raise CheckpointError(
-            f"the teacher {path} was trained on images of {size[0]} x {size[1]}, the run's are"
-            f" {dataset.image_size[0]} x {dataset.image_size[1]}; use another teacher"
-            + (f", or --image-size {size[0]}" if size[0] == size[1] else "")
+            f"the teacher {path} was trained on images of {height} x {width}, the run's are"
+            f" {own[0]} x {own[1]}; use another teacher"
+            + (f", or --image-size {height}" if height == width else "")
         )
     return network, (data["mean"], data["std"])
 
@@ -265,16 +251,13 @@ def _library_network(library: str, name: str, path: Path, num_classes: int) -> n
     try:
         load_weights(network, weights, str(path))
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error} ({library}'s {name} with the data's {num_classes} classes)"
-        ) from error
+        setting = f"{library}'s {name} with the data's {num_classes} classes"
+        raise CheckpointError(f"{error} ({setting})") from error
     return network
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors or ``torch.save``, there also in an entry "state_dict" or
-    "model".
-    """
+    """A state dict in a file, possibly in an entry "state_dict" or "model"."""
     from safetensors.torch import load_file
 
     try:
@@ -283,18 +266,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for damaged bytes
-        raise CheckpointError(
-            f"{path} is damaged or has no weights ({first_line(error)})"
-        ) from error
+        message = f"{path} is damaged or has no weights ({first_line(error)})"
+        raise CheckpointError(message) from error
     for entry in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(entry), dict):
             weights = weights[entry]
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise CheckpointError(
-            f"{path} has no weights: it must hold a dictionary of tensors, like model.state_dict()"
-        )
+    values = list(weights.values()) if isinstance(weights, dict) else []
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise CheckpointError(f"{path} has no weights: it must hold a dictionary of tensors")
     return weights

@@ -14,7 +14,7 @@ from fastokd.data import Batch, Loader
 from fastokd.data.dataset import split_off
 from fastokd.errors import ConfigError, FastOKDError, Preempted, first_line, summarize
 from fastokd.export import student_record, write_student
-from fastokd.models import BranchedModel, find_backbone
+from fastokd.models import find_backbone
 from fastokd.models.summary import check_images
 from fastokd.storage import write_json
 from fastokd.train.build import build_model
@@ -48,7 +48,7 @@ from fastokd.train.runner import StepRunner
 from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity
 from fastokd.train.signals import StopSignals
 from fastokd.train.step import TrainStep
-from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
+from fastokd.train.teacher import Teacher, check_teacher, open_teacher, with_absolute_teacher
 
 MAX_SKIPPED = 20
 """Non-finite steps between two checks that ``on_nonfinite="skip"`` tolerates."""
@@ -70,11 +70,8 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run: accuracies in [0, 1] per branch and mixture, of the last and the best
-    epoch.
-
-    ``best_epoch`` has the highest accuracy of the student on the evaluation split. Choosing it
-    there is optimistic if that split is the test set, which is why ``last`` comes first.
+    """The result of a run: accuracies in [0, 1] per branch and mixture, of the last epoch and of
+    that with the highest accuracy of the student. The latter is optimistic on a test set.
     """
 
     epochs: int
@@ -94,17 +91,15 @@ class Trainer:
 
     Args:
         run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
-        dataset: the run's dataset if it is open already.
+        dataset, teacher: those of the run if they are open already.
         seen: ``data_record`` from the checkpoint of a resumed run; None for a new run.
         signals: the process's signal handlers, if it has installed some.
 
     Attributes:
-        epoch: finished epochs.
-        done: finished steps of the current epoch.
-        last, best: accuracies of the last and the best epoch.
+        epoch, done: finished epochs, and finished steps of the current epoch.
+        last, best: accuracies of the last and the best epoch; ``kept`` is the student's key.
         best_epoch: the best epoch, from 0; -1 before the first.
         seconds: training time of the finished epochs.
-        kept: the key of the student's accuracy in ``last`` and ``best``.
     """
 
     def __init__(
@@ -115,6 +110,7 @@ class Trainer:
         dataset: AnyDataset | None = None,
         seen: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         check_config(config)
         check_sinks(config.log_to)
@@ -127,14 +123,15 @@ class Trainer:
             reporter.attach_log(run.log_path)
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
-        self.dataset = (
-            open_run_data(config, self.device, reporter, seen)
-            if dataset is None
-            else with_augmentation(config, dataset)
-        )
-        self.teacher = open_teacher(config, self.dataset, self.device)
-        self.model = self._build_model()
-        rows = self.teacher.rows if self.teacher else None
+        if dataset is None:
+            self.dataset = open_run_data(config, self.device, reporter, seen)
+        else:
+            self.dataset = with_augmentation(config, dataset)
+        self.teacher = teacher or open_teacher(config, self.dataset, self.device)
+        network, rows = (self.teacher.network, self.teacher.rows) if self.teacher else (None, None)
+        self.model = build_model(config, len(self.dataset.classes), self.device, network)
+        smallest = max(find_backbone(name).image_size for name in config.model_names())
+        check_images(self.model, self.dataset.image_size, smallest)
         self.step = TrainStep(config, self.model, self.device, rows)
         self.runner = StepRunner(self.step, reporter.print)
         self._open_loaders()
@@ -153,13 +150,6 @@ class Trainer:
         self.seconds = 0.0
         self._trained = 0.0  # seconds of training in this epoch
         self._rollbacks = self._replaced = 0
-
-    def _build_model(self) -> BranchedModel:
-        teacher = self.teacher.network if self.teacher else None
-        model = build_model(self.config, len(self.dataset.classes), self.device, teacher)
-        smallest = max(find_backbone(name).image_size for name in self.config.model_names())
-        check_images(model, self.dataset.image_size, smallest)
-        return model
 
     def _open_loaders(self) -> None:
         def loader(split: Any, train: bool = False) -> Loader:
@@ -196,18 +186,17 @@ class Trainer:
             where, state, before, self.config, self.dataset, self.teacher, allow_config_change
         )
         if changed:
-            self.reporter.print(
-                f"resuming with a changed configuration (old -> new: {'; '.join(changed)})"
-            )
+            text = "; ".join(changed)
+            self.reporter.print(f"resuming with a changed configuration (old -> new: {text})")
         check_resumable(state, where)
         self.step.load_state_dict(state, where)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
         if self.epoch >= self.config.epochs:
             self.finish()  # the process may have been killed before it wrote the summary
+            count = f"{self.epoch} of {self.config.epochs} epochs"
             raise RunIsFinished(
-                f"the run already finished {self.epoch} of {self.config.epochs} epochs; pass a"
-                " larger --epochs to continue"
+                f"the run already finished {count}; pass a larger --epochs to continue"
             )
         self._restore_best()
         self._restore_position(state, exactly=not changed)
@@ -230,10 +219,8 @@ class Trainer:
             self.best, self.best_epoch = {}, -1
 
     def _restore_position(self, state: dict[str, Any], exactly: bool) -> None:
-        """Continue within an epoch, if the checkpoint was written within one.
-
-        ``exactly`` is False if the configuration changed: the loss may have other terms, so the
-        sums of the epoch are dropped unless all its steps are done.
+        """Continue within an epoch, if the checkpoint was written within one. Not ``exactly`` if
+        the configuration changed: the loss may have other terms, so the epoch's sums are dropped.
         """
         self.step.number.fill_(state["step"])
         if not state["loader"]:
@@ -259,11 +246,7 @@ class Trainer:
         self._seed()
 
     def run(self, until: int | None = None) -> Summary:
-        """Train the remaining epochs.
-
-        Args:
-            until: stop when this many epochs are finished. The run can then be resumed, or
-                continued by another call.
+        """Train the remaining epochs, or until ``until`` are finished; another call continues.
 
         Raises:
             Interrupted: Ctrl-C; the last checkpoint is intact.
@@ -303,11 +286,11 @@ class Trainer:
         if self.epoch < self.config.epochs:
             return self.summary()
         summary = self.finish()
+        last, best = 100 * summary.last[self.kept], 100 * summary.best[self.kept]
         self.reporter.log(
             f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training,"
-            f" {summary.images_per_second:.0f} img/s; student {100 * summary.last[self.kept]:.2f}"
-            f" %, in its best epoch ({summary.best_epoch + 1})"
-            f" {100 * summary.best[self.kept]:.2f} %"
+            f" {summary.images_per_second:.0f} img/s; student {last:.2f} %, in its best epoch"
+            f" ({summary.best_epoch + 1}) {best:.2f} %"
         )
         return summary
 
@@ -404,9 +387,7 @@ class Trainer:
         return self.config.lr_at(self.epoch + done / len(self.train_loader))
 
     def _seed(self) -> None:
-        """Seed the layers' generators by seed, epoch and process, so that an epoch can be
-        repeated.
-        """
+        """Seed the layers' generators by seed, epoch and process."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.epoch + 1 + self.ranks.rank * 10**16)
 
     def _progress(self, kd_weight: float) -> EpochProgress:
@@ -436,12 +417,10 @@ class Trainer:
                 "skip": f"; more than {MAX_SKIPPED} steps were skipped",
                 "rollback": f"; {MAX_ROLLBACKS} rollbacks in this epoch did not help",
             }.get(policy, "")
-            low = self.step.precision in ("bf16", "fp16")
-            raise NonFiniteLoss(
-                f"epoch {self.epoch + 1}, {bad.describe()}{limit};"
-                f" {from_main(self._resume_hint() if self.ranks.is_main else None)}. Try a lower"
-                f" --lr{', or --precision fp32' if low else ''}"
-            )
+            low = ", or --precision fp32" if self.step.precision in ("bf16", "fp16") else ""
+            hint = from_main(self._resume_hint() if self.ranks.is_main else None)
+            problem = f"epoch {self.epoch + 1}, {bad.describe()}{limit}"
+            raise NonFiniteLoss(f"{problem}; {hint}. Try a lower --lr{low}")
         self.step.guard.clear()
 
     def _roll_back(self, bad: NonFinite) -> None:
@@ -468,14 +447,12 @@ class Trainer:
         if not checkpoint_files(self.run_folder.checkpoints):
             return "no epoch was saved, so there is no checkpoint"
         state = load_newest(self.run_folder.checkpoints)[0]
-        within = ""
+        done = f"{state['epoch']} finished epochs"
         if state["loader"]:
             steps = state["loader"]["position"] // self.config.batch_size
-            within = f" and {steps} steps of the next"
-        return (
-            f"the last checkpoint has {state['epoch']} finished epochs{within}; continue with"
-            f" 'fastokd train --resume {self.run_folder.path}'"
-        )
+            done += f" and {steps} steps of the next"
+        command = f"fastokd train --resume {self.run_folder.path}"
+        return f"the last checkpoint has {done}; continue with '{command}'"
 
     def _save(self, record: dict[str, Any] | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of a finished epoch with its record, or of a step within an epoch."""
@@ -533,10 +510,8 @@ class Trainer:
         if len(replaced) > self._replaced:
             files = self.dataset.train.files or ()
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
-            self.reporter.print(
-                f"corrupt images that were replaced, so far {len(replaced)}:"
-                f" {summarize(names[self._replaced :])}"
-            )
+            text = f"corrupt images that were replaced, so far {len(replaced)}"
+            self.reporter.print(f"{text}: {summarize(names[self._replaced :])}")
             self._replaced = len(replaced)
 
     def summary(self) -> Summary:
@@ -566,15 +541,11 @@ class Trainer:
             f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
             f" {config.num_branches()} branches, on {self.device}"
         )
-        with_memory = self.reporter.shows_info
-        for line in describe_run(
-            config, self.dataset, self.device, self.step, self.teacher, self._seen, with_memory
-        ):
+        seen, with_memory = self._seen, self.reporter.shows_info
+        parts = (config, self.dataset, self.device, self.step, self.teacher, seen, with_memory)
+        for line in describe_run(*parts):
             info(line)
-        if self.num_held_out:
-            info(
-                f"{self.num_held_out} training images are held out for the loss (evaluated before"
-                " each epoch, never trained on)"
-            )
+        if count := self.num_held_out:
+            info(f"{count} training images are held out for the loss and never trained on")
         if self._memory_note:
             info(self._memory_note)
