@@ -22,10 +22,8 @@ def check(
     if there are problems.
 
     Args:
-        data: Dataset, as for 'fastokd train --data'
         write_list: Write the images without problems to this .csv file, for --data
         json: Print JSON, with every file that has a problem
-        workers: Number of processes that decode (default: one per CPU core)
     """
     if write_list is not None and write_list.suffix.lower() != ".csv":
         raise ConfigError(f"--write-list {write_list}: the name must end in .csv, as --data needs")
@@ -83,10 +81,8 @@ def convert(
     same command continues.
 
     Args:
-        data: Dataset, as for 'fastokd train --data'
         out: New folder
         shorter_side: Scale images down to this shorter side in pixels
-        workers: Number of processes (default: one per CPU core)
     """
     with progress_bar("converting") as progress:
         outcome = convert_dataset(data, out, shorter_side, workers, progress)

@@ -44,6 +44,18 @@ KINDS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
 }
 """For each type of a value its parser, its placeholder in ``--help`` and its name in an error."""
 
+SHARED = {
+    "data": "Dataset, as for 'fastokd train --data'",
+    "which": "Checkpoint of the last or the best epoch",
+    "split": "train, val or test (default: the split that the run is evaluated on)",
+    "workers": "Number of processes (default: one per CPU core)",
+    "latency": "Measure the latencies of the students on this machine",
+    "devices": "cpu, or GPUs as cuda:0,cuda:1; auto: all GPUs, or the CPU",
+    "per_device": "Number of simultaneous runs on each device; auto chooses",
+    "dry_run": "Print the runs and the results so far; train nothing",
+}
+"""The help of options that several commands have."""
+
 
 def parse(name: str, kind: Any, text: str) -> Any:
     """The value of an option from its text."""
@@ -112,7 +124,8 @@ def option_spec(field: str, hint: Any, words: Sequence[str] = ()) -> PrimitiveCo
 def with_options(target: T) -> T:
     """Give a command's function or a class of options types for tyro, with errors in one line.
 
-    Options that are not in the docstring are described like the configuration's field.
+    Options that are not in the docstring are described in ``SHARED``, or like the configuration's
+    field.
     """
     hints: Any = get_type_hints(target, include_extras=True)
     one_of: Any = Literal
@@ -120,14 +133,21 @@ def with_options(target: T) -> T:
         base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if marks and isinstance(marks[0], tuple):  # words that are known when the program runs
             base, marks = one_of[marks[0]], marks[1:]
-        if base is bool or name == "return" or hint is Settings:
+        if name == "return" or hint is Settings:
+            continue
+        described = f" {name}: " in (target.__doc__ or "")
+        if base is bool:
+            if not described and name in SHARED:
+                hints[name] = Annotated[bool, tyro.conf.arg(help=SHARED[name])]
             continue
         text = shown = None
         if isinstance(base, types.UnionType) or get_origin(base) in (dict, tuple):
             shown = ""  # no "(default: None)"
-        info = infos(TrainConfig).get(name)
-        if info and f" {name}: " not in (target.__doc__ or ""):
-            text, shown = info.help, f"(default: {info.unset})" if info.unset else shown
+        if not described:
+            info = infos(TrainConfig).get(name)
+            text = SHARED.get(name) or (info.help if info else None)
+            if info and info.unset and name not in SHARED:
+                shown = f"(default: {info.unset})"
         argument = tyro.conf.arg(help=text, help_behavior_hint=shown)
         hints[name] = Annotated[(base, *marks, option_spec(name, base), argument)]
     target.__annotations__ = hints

@@ -27,7 +27,6 @@ def compare(
         runs: Run folders. Runs that differ only in the seed are averaged
         out: Write to this file (default: print)
         format: auto: by the ending of --out (.md, .csv or .html), otherwise terminal
-        latency: Measure the latencies of the students on this machine
     """
     table = compare_groups(read_runs(runs), latency)
     by_name = FORMATS.get(out.suffix.lower() if out else "", "terminal")
@@ -72,7 +71,6 @@ def report(runs: Runs = (), out: Path = Path("report.html"), latency: bool = Tru
     Args:
         runs: Run folders. Runs that differ only in the seed are averaged
         out: The page
-        latency: Measure the latencies of the students on this machine
     """
     groups = read_runs(runs)
     require_matplotlib()  # before latencies are measured

@@ -30,7 +30,6 @@ def evaluate(
         data: Dataset (default: that of the run). For an exported student a folder needs no train/,
             and may consist of class folders
         which: Checkpoint of the last or the best epoch; for runs only
-        split: train, val or test (default: the split that the run is evaluated on)
         device: auto, cpu, cuda or cuda:N; ONNX always runs on the CPU
     """
     if not (path / "config.yaml").is_file():
@@ -78,8 +77,6 @@ def analyze(
     Args:
         run: Run folder
         data: Dataset with the same classes (default: that of the run)
-        which: Checkpoint of the last or the best epoch
-        split: train, val or test (default: the split that the run is evaluated on)
         out: Folder for analysis.json and the plots (default: RUN/analysis)
         max_images: Largest number of misclassified images in the t-SNE plot; 0: no plot
     """
@@ -152,7 +149,6 @@ def export(
         to: Format. safetensors: weights for load_student. torchvision, timm: weights for a network
             of that library. onnx: for onnxruntime and others. torch-export: a .pt2 program
         out: Folder to write to (default: RUN/export)
-        which: Checkpoint of the last or the best epoch
         branch: Another branch than the student, by number or name: 2 or branch2
         data: Real images for the verification (default: the dataset of the run)
     """

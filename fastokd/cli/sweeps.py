@@ -51,16 +51,12 @@ def sweep(
     Args:
         recipe: Start from this published configuration (see 'fastokd recipes')
         config: Start from this YAML file, e.g. the config.yaml of a run
-        data: Dataset, as for 'fastokd train --data'
         set: Field of the configuration, or method_options.NAME, with one value, or several for the
             grid: branches=2,3,4. Values are written as in YAML: null for the default, brackets
             around a list, quotes around a comma
         seeds: Number of runs of each point, with seeds from 0
         out: Folder (default: sweeps/RECIPE, or sweeps/MODEL-METHOD). A larger grid may use the
             folder of a smaller one
-        devices: cpu, or GPUs as cuda:0,cuda:1; auto: all GPUs, or the CPU
-        per_device: Number of simultaneous runs on each device; auto chooses
-        dry_run: Print the runs and the results so far; train nothing
     """
     changes = {} if data is None else {"data": absolute_spec(data)}
     base = override(start_from(recipe, config), changes)
@@ -85,15 +81,11 @@ def reproduce(
 
     Args:
         table: Table, e.g. ahbf-table1; without it the tables are listed
-        data: Dataset, as for 'fastokd train --data'
         rows: Only recipes with such names, e.g. '*-resnet32-*' (default: all)
         seeds: Number of runs of each recipe, with seeds from 0 (default: as in the paper)
         epochs: Scale all schedules to this number of epochs (default: as in the recipes)
         set: Another value for a field of every recipe, as for 'fastokd sweep --set': precision=fp32
         out: Folder (default: reproduce/TABLE)
-        devices: cpu, or GPUs as cuda:0,cuda:1; auto: all GPUs, or the CPU
-        per_device: Number of simultaneous runs on each device; auto chooses
-        dry_run: Print the runs and the results so far; train nothing
     """
     if table is None:
         print(table_of_tables().as_text())
