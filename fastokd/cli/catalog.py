@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from fastokd.cli.options import print_table
 from fastokd.doctor import examine
-from fastokd.train.config import OptionValue, TrainConfig, check_method
+from fastokd.train.config import OptionValue, TrainConfig, build_loss, check_method
 
 
 def show(
@@ -26,15 +26,12 @@ def show(
         format: Text, a Mermaid flowchart, or an SVG drawing
     """
     from fastokd.graph import draw_mermaid, draw_svg
-    from fastokd.methods import get_method
 
     config = TrainConfig(
         method=method, preset=preset, branches=branches, method_options=method_options
     )
     check_method(config)
-    loss = get_method(method).loss_class(
-        num_branches=config.num_branches(), **config.loss_options()
-    )
+    loss = build_loss(config)
     if format == "text":
         print(loss.draw())
     else:

@@ -12,7 +12,7 @@ from fastokd.experiments.step_timer import TimedStep
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
 from fastokd.methods.modules import BranchOutput
-from fastokd.train.config import TrainConfig
+from fastokd.train.config import TrainConfig, build_loss
 
 
 class ResearchStep(TimedStep):
@@ -24,8 +24,7 @@ class ResearchStep(TimedStep):
     def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
         super().__init__(config, dataset, device)
         self.method = get_method(config.method)
-        loss = self.method.loss_class(num_branches=config.num_branches(), **config.loss_options())
-        self.criterion = loss.to(device)
+        self.criterion = build_loss(config).to(device)
         self.criterion.prepare(len(dataset.train), len(dataset.classes), device)
         self._optimizer = torch.optim.SGD(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
