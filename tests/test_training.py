@@ -355,9 +355,7 @@ class TestCheckpoints:
             {**state, entry: None},
         ):
             (tmp_path / "last.pt").write_bytes(serialize(wrong))
-            with pytest.raises(
-                CheckpointError, match=f"'{entry}' is missing or of the wrong type"
-            ):
+            with pytest.raises(CheckpointError, match=f"'{entry}' is missing or of the wrong type"):
                 load_checkpoint(tmp_path / "last.pt")
 
     def test_checkpoint_of_other_optimizer_is_refused(self, finished, tmp_path, digits):

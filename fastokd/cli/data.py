@@ -35,7 +35,8 @@ def check(
         _print_report(report)
         if write_list is not None:
             count = len(report.clean)
-            say(f"wrote {write_list}: {count} images without problems, for --data {write_list}")
+            text = f"wrote {write_list}: {count} images without problems"
+            say(f"{text}; train with --data {write_list}")
     if report.problems:
         count = sum(map(len, report.problems.values()))
         hint = "--json names every file, --write-list FILE.csv writes a list without them"
@@ -78,4 +79,5 @@ def convert(
     with progress_bar("converting") as progress:
         outcome = convert_dataset(data, out, shorter_side, workers, progress)
     existing = f"; {outcome.kept} were there already" if outcome.kept else ""
-    say(f"wrote {outcome.written} images to {outcome.out}{existing}, for --data {outcome.out}")
+    text = f"wrote {outcome.written} images to {outcome.out}{existing}"
+    say(f"{text}; train with --data {outcome.out}")
