@@ -459,9 +459,7 @@ def test_stored_rows_with_mixed_images_are_refused(tmp_path, suffix, mixing):
     np.save(path, ROWS.numpy()) if suffix == "npy" else save_file({"rows": ROWS}, path)
     config = settings("kd", path)
     teachers.check_teacher(config)
-    with pytest.raises(
-        ConfigError, match=f"{mixing}=0.4 with stored rows of a teacher, which are of unmixed"
-    ):
+    with pytest.raises(ConfigError, match=f"{mixing}=0.4: stored rows are of unmixed images"):
         teachers.check_teacher(dataclasses.replace(config, **{mixing: 0.4}))
 
 
@@ -554,7 +552,7 @@ def test_teacher_of_other_classes_is_refused(digits, teacher_run):
         (
             "torchvision:resnet18",
             ConfigError,
-            "give the network and the file of its weights, torchvision:NAME:FILE",
+            "name the network and its weights, torchvision:NAME:FILE",
         ),
         (
             "torchvision:resnet1o1:{tmp}/weights.pth",
@@ -595,15 +593,14 @@ def test_wrong_teachers_are_refused(tmp_path, digits, spec, error, message):
 
 def test_wrong_teacher_options_are_refused(tmp_path, digits, teacher_run):
     with pytest.raises(
-        ConfigError,
-        match=r"teacher_rows='probabilities': teacher=.* is a network and returns logits",
+        ConfigError, match=r"teacher_rows='probabilities': teacher=.* is a network; use logits"
     ):
         opened(teacher_run, digits, teacher_rows="probabilities")
     with pytest.raises(
         ConfigError,
         match=(
-            r"teacher_normalization='imagenet' is for networks of torchvision and timm; .* records"
-            r" its own normalization"
+            r"teacher_normalization='imagenet' is for networks of torchvision and timm, not for"
+            r" teacher="
         ),
     ):
         opened(teacher_run, digits, teacher_normalization="imagenet")

@@ -259,7 +259,7 @@ def test_image_dtypes_of_training_and_evaluation(tree, precision):
         ),
         (
             ["--loader", "resident", "--image-size", "24", "--loader-options", "workers=2"],
-            "the resident loader has none",
+            "loader resident takes no options",
         ),
         (["--loader", "torchvision", "--pad", "300"], "pad=300"),
     ],
