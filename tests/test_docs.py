@@ -305,6 +305,7 @@ OTHERS_OPTIONS = {
     "--signals-to-handle",
     "--shutdown-timeout",
     "--check",
+    "--write",
     "--dry-run",
     "--again",
     "--minutes",
