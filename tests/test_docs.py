@@ -307,6 +307,7 @@ OTHERS_OPTIONS = {
     "--signals-to-handle",
     "--shutdown-timeout",
     "--check",
+    "--write",
     "--dry-run",
     "--again",
     "--minutes",
