@@ -7,7 +7,7 @@ MEASURED = build/bench
 
 .PHONY: install demo test sanitize budgets budgets-triton-3.6 ptx grid kernel-counts bench docs lint clean
 
-# The stamp is newer than what was installed from, so a second `make` installs nothing.
+# After an installation the stamp file is newer than its prerequisites, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -23,17 +23,17 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/fastokd demo
 
-# One thread each: with more threads than cores, torch's threads spend their time waiting for each other. A file's tests
-# run in one process, which shares what its fixtures compute.
+# One thread per process: with more threads than cores, torch's threads mostly wait for each other. The tests of a file run
+# in one process, so fixtures are computed once.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -q
 	@if command -v cmake >/dev/null && command -v cc >/dev/null && command -v c++ >/dev/null; \
-	 then $(MAKE) sanitize; else echo "the native library's sanitizer run is skipped: it needs cmake, cc and c++"; fi
+	 then $(MAKE) sanitize; else echo "sanitizer tests of the native library: skipped; install cmake, cc and c++ to run them"; fi
 
-# The C test and the Python tests of the CPU executor, under the address and undefined-behaviour sanitizers.
+# Run the C test and the Python tests of the CPU executor under the address and undefined-behavior sanitizers.
 sanitize: $(VENV)/.installed-dev
 	cmake -S . -B $(SANITIZED) -DFASTOKD_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Release > $(VENV)/sanitize.log
 	cmake --build $(SANITIZED) --parallel 2 >> $(VENV)/sanitize.log
@@ -41,31 +41,31 @@ sanitize: $(VENV)/.installed-dev
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  FASTOKD_NATIVE_DIR=$(SANITIZED) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cpu_executor.py tests/test_executor_contract.py -k "not reference and not opaque"
 
-# The machine code of every kernel of the grid (hundreds of compilations); `make test` holds a part of it to budgets.
+# Check the machine code of every kernel of the grid against budgets (hundreds of compilations); `make test` checks a subset.
 budgets: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m grid tests/test_triton_budget.py
 
-# The kernels' machine code under the oldest Triton that is supported, in an environment of its own without torch.
+# Check the kernels' machine code under the oldest supported Triton, in a separate environment without torch.
 budgets-triton-3.6:
 	test -d $(TRITON_36) || $(PYTHON) -m venv $(TRITON_36)
 	$(TRITON_36)/bin/pip install --quiet 'triton==3.6.*' numpy pytest
 	$(TRITON_36)/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_budget.py
 
-# The compiled kernels of every catalog graph for three GPU generations, executed (hours); `make test` executes some.
+# Execute the compiled kernels of every catalog graph for three GPU generations (hours); `make test` executes a subset.
 ptx: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests/test_ptx.py
 
-# The combinations that `make test` leaves out outside of the kernels, such as every method on every network and every
-# method's compiled step on the pretend CUDA device.
+# Run the combinations that `make test` omits, apart from the kernels: every method on every network, and every method's
+# compiled step on the pretend CUDA device.
 grid: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m grid tests --ignore=tests/test_ptx.py --ignore=tests/test_triton_budget.py
 
-# New budgets of the kernels per step, and their table.
+# Measure the kernels per step again: the budgets and their table.
 kernel-counts: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernel_counts --write
 	$(BIN)/python -m bench.report
 
-# Into build/ first: a result file that changes would make the commit of the next one a changed one.
+# Write results to build/ first: a changed file in bench/results/ would mark the commit of the following results as modified.
 bench: $(VENV)/.installed-dev
 	mkdir -p $(MEASURED)
 	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-json=$(MEASURED)/loss-cpu.json
@@ -83,9 +83,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.option_page
 	$(BIN)/python -m bench.report
 
-# The site, into site/. What is wrong with a page ends the build.
+# Build the site in site/. Warnings fail the build.
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: warnings that are not shown are not counted
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # not --quiet: --strict counts only printed warnings
 	@echo "open site/index.html"
 
 lint: $(VENV)/.installed-dev

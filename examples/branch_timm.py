@@ -1,16 +1,17 @@
 r"""Branch a timm network and fine-tune it with ONE.
 
-From trained weights, on your own images::
+With trained weights, on your images::
 
     python examples/branch_timm.py --data path/to/images --model mobilenetv3_small_050 \
         --at blocks.4 --image-size 224 --weights weights.safetensors
 
-From random weights, on the digits that come with fastokd::
+With random weights, on the digits that come with fastokd::
 
     python examples/branch_timm.py
 
-Needs ``pip install 'fastokd[timm]'``. Nothing is downloaded: ``--weights`` is a timm weight file of
-that network. Images are normalized as the network was trained; set ``--image-size`` to its size.
+Needs ``pip install 'fastokd[timm]'``. ``--weights`` is a safetensors file with timm's weights for
+the network; nothing is downloaded. With ``--weights``, images are normalized as in the network's
+training; set ``--image-size`` to the size used there.
 """
 
 import argparse
@@ -34,12 +35,12 @@ def main() -> None:
         "--at",
         default="blocks.4",
         help=(
-            "the first module that every branch has for itself (fastokd models timm:NAME lists"
-            " them)"
+            "first module that each branch has separately; list the choices with: fastokd models"
+            " timm:NAME"
         ),
     )
     parser.add_argument(
-        "--weights", help="a safetensors file of the network's weights; it is then tuned"
+        "--weights", help="a safetensors file of the network's weights; default: random weights"
     )
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--branches", type=int, default=3)
@@ -54,7 +55,7 @@ def main() -> None:
     expected = timm.data.resolve_model_data_config(network)
     normalization = (
         {"mean": expected["mean"], "std": expected["std"]} if args.weights else {}
-    )  # else the data's own
+    )  # {}: the normalization of the dataset
     dataset = open_dataset(args.data, image_size=args.image_size, **normalization)
     train = make_loader(dataset, dataset.train, args.batch_size, device=device)
     evaluation = make_loader(dataset, dataset.evaluation, 256, device=device)
@@ -91,7 +92,7 @@ def main() -> None:
             )
         )
     print(
-        f"the student is timm's {args.model} again: {type(model.student()).__name__},"
+        f"student: timm's {args.model} ({type(model.student()).__name__}),"
         f" {sum(p.numel() for p in model.student().parameters()):,} parameters"
     )
 

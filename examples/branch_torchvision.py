@@ -1,12 +1,12 @@
 """Branch a torchvision network, train it with AHBF, and export the plain torchvision network.
 
-On your own images, then on the digits that come with fastokd::
+On your images, or on the digits that come with fastokd::
 
     python examples/branch_torchvision.py --data path/to/images --model resnet18 --at layer3
     python examples/branch_torchvision.py
 
-The file it writes loads into ``torchvision.models.MODEL(num_classes=C)`` with ``strict=True``; no
-fastokd is needed there.
+The written file loads into ``torchvision.models.MODEL(num_classes=C)`` with ``strict=True``,
+without fastokd.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
         "--at",
         default="layer3",
         help=(
-            "the first module that every branch has for itself (fastokd models torchvision:NAME"
-            " lists them)"
+            "first module that each branch has separately; list the choices with: fastokd models"
+            " torchvision:NAME"
         ),
     )
     parser.add_argument("--image-size", type=int, default=32)

@@ -3,8 +3,8 @@
     fastokd train --data path/to/images --model resnet20 --epochs 10 --out runs/pets
     python examples/export_onnx.py runs/pets image.jpg another.jpg
 
-Needs ``pip install 'fastokd[export]'``. ``classify`` is the deployed part: it needs onnxruntime,
-NumPy and Pillow, and no PyTorch.
+Needs ``pip install 'fastokd[export]'``. In deployment, only ``classify`` is needed, with
+onnxruntime, NumPy and Pillow.
 """
 
 import argparse
@@ -21,8 +21,12 @@ from PIL import Image
 def classify(
     session: onnxruntime.InferenceSession, record: dict, files: list[Path]
 ) -> list[tuple[str, float]]:
-    """The class of each image and its probability; ``record`` is the JSON in the file's
-    metadata.
+    """Return the predicted class of each image and its probability.
+
+    Args:
+        session: the exported network.
+        record: the JSON record in the file's metadata.
+        files: image files in any format of Pillow.
     """
     settings = record["preprocessing"]
     height, width = settings["image_size"]
@@ -53,7 +57,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     args = parser.parse_args()
 
-    # The export is verified on the run's own images before it is written.
+    # fastokd verifies the export on the run's images before writing the file.
     subprocess.run(
         [sys.executable, "-m", "fastokd", "export", args.run, "--to", "onnx"], check=True
     )

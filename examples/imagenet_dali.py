@@ -1,14 +1,14 @@
 r"""Train a branched ResNet-18 on ImageNet images decoded by NVIDIA DALI, in your own loop.
 
-The second command also runs without a GPU::
+The second command is small enough for a CPU::
 
     python examples/imagenet_dali.py --data path/to/imagenet
     python examples/imagenet_dali.py --data path/to/images --model resnet8 --image-size 32 \
         --batch-size 8 --steps 3
 
-Needs ``pip install 'fastokd[dali]'``. The folder holds ``train/SYNSET/`` and ``val/``, the latter
-with its label file or in class folders. ``fastokd train --loader dali`` is the complete trainer;
-this example shows the loader.
+Needs ``pip install 'fastokd[dali]'``. The folder has ``train/SYNSET/`` and ``val/``;
+``val/`` has a label file or class folders. For complete training runs use ``fastokd train --loader
+dali``.
 """
 
 import argparse
@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=90)
-    parser.add_argument("--steps", type=int, help="of each epoch; all by default")
+    parser.add_argument("--steps", type=int, help="steps per epoch; default: all")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = list_files(
         args.data, image_size=args.image_size
-    )  # lists and checks the files, and decodes none
+    )  # lists and checks the files without decoding
     train = make_loader(dataset, dataset.train, args.batch_size, loader="dali", device=device)
     evaluation = make_loader(
         dataset, dataset.evaluation, args.batch_size, loader="dali", device=device
@@ -59,7 +59,7 @@ def main() -> None:
         start, seen = time.perf_counter(), 0
         for images, target, _ in islice(
             train, args.steps
-        ):  # normalised, on the device, channels-last
+        ):  # normalized, on the device, channels-last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 result = model(images)
             loss = criterion(
@@ -70,7 +70,7 @@ def main() -> None:
             optimizer.step()
             seen += len(target)
         schedule.step()
-        last = loss.item()  # waits for the device, so the time is that of the steps
+        last = loss.item()  # waits for the device, so the time includes all steps
         speed = seen / (time.perf_counter() - start)
         model.eval()
         with torch.no_grad():

@@ -1,13 +1,13 @@
 r"""Train on several GPUs without a framework: torchrun, DistributedDataParallel, a loader per rank.
 
-On eight GPUs, then without a GPU (two processes over gloo, on the digits)::
+On eight GPUs, or on a CPU (two processes over gloo, on the digits)::
 
     torchrun --standalone --nproc-per-node=8 examples/multi_gpu.py --data path/to/images \
         --model resnet20 --batch-size 1024
     torchrun --standalone --nproc-per-node=2 examples/multi_gpu.py
 
-``fastokd train --gpus N`` also handles stopping, resuming and exact running statistics; this
-example is for custom training loops.
+This example is for custom training loops. ``fastokd train --gpus N`` also handles stopping,
+resuming and exact running statistics.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images of a step, over all processes"
+        "--batch-size", type=int, default=64, help="images per step over all processes"
     )
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=Path("student.safetensors"))
@@ -42,8 +42,8 @@ def main() -> None:
 
     if "RANK" not in os.environ:
         sys.exit(
-            "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone"
-            " --nproc-per-node=2 examples/multi_gpu.py"
+            "multi_gpu.py: not started by torchrun; run: torchrun --standalone --nproc-per-node=2"
+            " examples/multi_gpu.py"
         )
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -52,7 +52,7 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
 
-    # The same seed everywhere: every process shuffles alike and takes its own part of each batch.
+    # With the same seed, all processes have the same order, and each takes its part of a batch.
     torch.manual_seed(0)
     dataset = open_dataset(args.data)
     share = {"device": device, "rank": rank, "world_size": processes}
@@ -79,7 +79,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
 
-        # Every image is looked at once: right answers are added up, and nothing is padded.
+        # Every image is evaluated once, without padding; correct predictions are summed over ranks.
         model.eval()
         right = torch.zeros((), dtype=torch.int64, device=device)
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""AHBF's loss in a loop and on a network of your own: python examples/own_loop.py --epochs 5"""
+"""Train a custom network with AHBF's loss in a custom loop.
+
+python examples/own_loop.py --epochs 5
+"""
 
 import argparse
 
@@ -31,7 +34,7 @@ class Branched(nn.Module):
         return (
             logits,
             scores,
-        )  # 3 x [B, C]; 2 x [B, 2], the shares of branch m and the mixture below
+        )  # 3 x [B, C]; 2 x [B, 2], the weights of branch m and of the mixture below
 
 
 def layer(inputs: int, outputs: int) -> nn.Module:

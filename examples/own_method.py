@@ -1,4 +1,4 @@
-"""A custom method in the complete trainer: every branch learns from the mean of all logits.
+"""Add a custom method to the trainer: every branch learns from the mean of all logits.
 
 python examples/own_method.py train --data path/to/images --method consensus --epochs 10
 python examples/own_method.py show consensus
@@ -32,7 +32,7 @@ class ConsensusLoss(MethodLoss):
 
 METHOD = Method(
     name="consensus",
-    summary="every branch learns from the mean of all",
+    summary="every branch learns from the mean of all branches",
     loss_class=ConsensusLoss,
     branch_range=(2, 8),
     default_branches=3,

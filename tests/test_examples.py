@@ -170,8 +170,8 @@ def test_multi_gpu_without_torchrun(monkeypatch):
     assert (code, output) == (1, "")
     assert (
         errors
-        == "multi_gpu.py is started by torchrun, once for each process: torchrun --standalone"
-        " --nproc-per-node=2 examples/multi_gpu.py\n"
+        == "multi_gpu.py: not started by torchrun; run: torchrun --standalone --nproc-per-node=2"
+        " examples/multi_gpu.py\n"
     )
 
 

@@ -42,7 +42,7 @@ def test_a_page_shows_what_the_command_line_shows(name, capsys):
     for preset in get_method(name).loss_class.presets:
         assert fastokd(["show", name, "--preset", preset]) == 0
         assert capsys.readouterr().out.strip() in text
-    for heading in ("## Recipe", "## What the paper", "## Where "):
+    for heading in ("## Recipe", "## Published results", "## Differences "):
         assert heading in text
 
 
