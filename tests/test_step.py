@@ -268,7 +268,7 @@ class HostReads(TorchDispatchMode):
 )
 def test_loop_has_no_host_reads(monkeypatch, changes):
     # On a CPU labels are looked at in every step, because that is free there.
-    monkeypatch.setattr(checks, "_check_label_range", lambda target, classes: None)
+    monkeypatch.setattr(checks, "check_target", lambda target, first: target)
     dataset = open_dataset("digits")
     step = step_of(**changes)
     loader = make_loader(
@@ -356,16 +356,13 @@ class TestNotFinite:
 
     def test_first_nonfinite_step_is_described(self):
         guard = FiniteGuard(CPU, [("a",), ("b",)], sticky=True)
+        guard.prepare(("loss", "ce/branch1"))
         for number, value in enumerate([1.0, math.nan, math.inf]):
             assert float(guard.withheld()) == (number > 1)
-            terms = {
-                "loss": torch.tensor(value),
-                "ce/branch1": torch.tensor(1.0 if number == 1 else value),
-            }
             guard.note(
                 torch.tensor(not math.isfinite(value)),
                 torch.tensor(number),
-                terms,
+                torch.tensor([value, 1.0 if number == 1 else value]),
                 torch.tensor([1.0, value]),
             )
         found = guard.read()
@@ -413,12 +410,13 @@ class TestLossScale:
 def test_metric_sums_skip_steps():
     sums = MetricSums()
     assert sums.means() == {}
-    sums.add({"loss": torch.tensor(8.0)}, 4)
-    sums.add({"loss": torch.tensor(math.nan)}, 4, torch.tensor(True))
+    sums.prepare(["loss"], CPU)
+    sums.add([torch.tensor([8.0])], 4, torch.tensor(False))
+    sums.add([torch.tensor([math.nan])], 4, torch.tensor(True))
     assert sums.means() == {"loss": 2.0}
     other = MetricSums()
     other.load_state_dict(sums.state_dict(), CPU)
-    other.add({"loss": torch.tensor(4.0)}, 1)
+    other.add([torch.tensor([4.0])], 1, torch.tensor(False))
     assert (other.means(), sums.means()) == ({"loss": 2.4}, {"loss": 2.0})
     sums.clear()
     assert sums.means() == {}

@@ -53,6 +53,7 @@ class ResidentLoader(LoaderBase):
         self._scale, self._shift = self._normalization(self._height, self._width)
         self._resized: int | None = None
         self._drawn: int | None = None  # the epoch of the choices below
+        self._make_batch = self._batch
         if train:
             device, count, views = self.device, len(split), self.views
             self._steps = torch.arange(len(self), device=device)
@@ -103,6 +104,13 @@ class ResidentLoader(LoaderBase):
         """
         if self._drawn is None:
             self._draw()
+        return self._make_batch(step)
+
+    def compile(self) -> None:
+        """Make batches in ``gather`` by few kernels, with ``torch.compile``."""
+        self._make_batch = torch.compile(self._batch)
+
+    def _batch(self, step: Tensor) -> Batch:
         start = step * self._step
         positions = start + self._positions
         index = self._order.index_select(0, positions)

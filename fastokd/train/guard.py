@@ -60,19 +60,22 @@ class FiniteGuard:
             return (self._count > 0).float()
         return torch.zeros_like(self._count, dtype=torch.float32)
 
-    def note(self, bad: Tensor, step: Tensor, terms: dict[str, Tensor], norms: Tensor) -> None:
+    def prepare(self, terms: Sequence[str]) -> None:
+        """Set the names of the terms, the same in every call."""
+        if not self._terms:
+            self._terms = tuple(terms)
+            self._bad_terms = torch.zeros(len(terms), dtype=torch.bool, device=self._count.device)
+        assert self._terms == tuple(terms)
+
+    def note(self, bad: Tensor, step: Tensor, values: Tensor, norms: Tensor) -> None:
         """Record a step.
 
         Args:
             bad: 0-d bool, whether the step was non-finite.
             step: 0-d int64, its number.
-            terms: 0-d values by name; the same names in every call.
+            values: the terms, float [T].
             norms: the norm of every part of the gradient, float [P].
         """
-        values = torch.stack([value.detach().to(torch.float32) for value in terms.values()])
-        if not self._terms:
-            self._terms = tuple(terms)
-            self._bad_terms = torch.zeros(len(terms), dtype=torch.bool, device=values.device)
         first = bad & (self._count == 0)
         self._bad_terms.copy_(torch.where(first, ~values.isfinite(), self._bad_terms))
         self._bad_parts.copy_(torch.where(first, ~norms.isfinite(), self._bad_parts))

@@ -1,12 +1,15 @@
 """Sums on the device that are read once on request, so that no step waits for the host."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastokd.ranks import sum_over_ranks
+
+MAX_STACKED = 2**24
+"""Logits that are copied into one tensor, so that few kernels count all correct answers."""
 
 
 class MetricSums:
@@ -16,14 +19,23 @@ class MetricSums:
         self._names: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # the last is the number of samples
 
-    def add(self, values: Mapping[str, Tensor], count: int, skip: Tensor | None = None) -> None:
-        """Add sums over ``count`` samples, of equal names in every call, unless ``skip`` (0-d)."""
-        row = torch.stack([value.detach().to(torch.float64) for value in values.values()])
-        row = torch.cat([row, row.new_full((1,), count)])
+    def prepare(self, names: Sequence[str], device: torch.device) -> None:
+        """Allocate the sums, if there are none yet."""
         if self._sums is None:
-            self._names, self._sums = tuple(values), torch.zeros_like(row)
-        assert self._names == tuple(values)
-        self._sums.add_(row if skip is None else torch.where(skip, 0.0, row))
+            self._names = tuple(names)
+            self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        assert self._names == tuple(names)
+
+    def add(self, values: Sequence[Tensor], count: int, skip: Tensor) -> None:
+        """Add sums over ``count`` samples, in the order of the names, unless ``skip`` (0-d bool).
+
+        Args:
+            values: tensors [K] of any dtype, which are concatenated.
+        """
+        assert self._sums is not None
+        row = torch.cat([value.to(torch.float64) for value in values])
+        row = torch.cat([row, row.new_full((1,), count)])
+        self._sums.add_(torch.where(skip, 0.0, row))
 
     def clear(self) -> None:
         """Set all sums to zero."""
@@ -60,10 +72,12 @@ class MetricSums:
 
 
 @torch.no_grad()
-def correct_counts(rows: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-    """For each row of logits [B, C] the number of correct answers, 0-d. A mixed image has the class
-    with the larger share.
+def correct_counts(rows: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The number of correct answers of each row of logits [B, C], int64 [R]. A mixed image has the
+    class with the larger share.
     """
     if target.is_floating_point():
         target = target.argmax(1)
-    return {name: (row.argmax(1) == target).sum() for name, row in rows.items()}
+    if sum(row.numel() for row in rows) <= MAX_STACKED:
+        return (torch.stack(list(rows)).argmax(2) == target).sum(1)
+    return torch.stack([(row.argmax(1) == target).sum() for row in rows])

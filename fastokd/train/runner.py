@@ -47,6 +47,8 @@ class StepRunner:
         """
         if self.captures and hasattr(loader, "gather"):
             gathering: Any = loader
+            if self.step.options.compile:
+                gathering.compile()
             self._position.fill_(begin)
             for done in watch(range(begin + 1, len(loader) + 1)):
                 self._run(("gather", gathering.side), partial(self._gather_and_step, gathering))

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ from fastokd.train.teacher import StoredRows
 
 AVERAGE = "ema"
 """The name of the averaged student among the evaluated rows."""
+FEW_KERNELS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "max_pointwise_cat_inputs": 64,
+    "combo_kernels": True,
+}
+"""Options of ``torch.compile`` for the bookkeeping of a step: it has little data."""
 _STREAM_WARNING = "set_warn_on_accumulate_grad_stream_mismatch"
 """Of ``torch.autograd.graph``, since PyTorch 2.11."""
 
@@ -119,8 +125,8 @@ class BranchEvaluator:
         mixed = [(node.name, name) for node in nodes for name in node.inputs]
         weights = torch.zeros(len(mixed), dtype=torch.float64, device=self.device)
         for result, rows, target in self.measured(batches):
-            counts = correct_counts(rows, target)
-            right = {name: right.get(name, 0) + value for name, value in counts.items()}
+            counts = zip(rows, correct_counts(tuple(rows.values()), target), strict=True)
+            right = {name: right.get(name, 0) + value for name, value in counts}
             if mixed:
                 gates = self.mixing_weights(result, target)
                 values = torch.stack([gates[mixture][name] for mixture, name in mixed])
@@ -180,6 +186,14 @@ class TrainStep(BranchEvaluator):
         self.kd_weight = torch.ones((), device=device)
         self._schedule: tuple[float, float] | None = None  # the values on the device
         self.number = torch.zeros((), dtype=torch.int64, device=device)
+        self._names: tuple[str, ...] = ()  # of the metrics
+        self.sum_metrics, self.check_loss = self._sum_metrics, self._check_loss
+        self.record = self._record
+        if self.options.compile and device.type == "cuda":
+            # Together dozens of small kernels, and compiled a few.
+            self.sum_metrics = torch.compile(self.sum_metrics, options=FEW_KERNELS)
+            self.check_loss = torch.compile(self.check_loss, options=FEW_KERNELS)
+            self.record = torch.compile(self.record, options=FEW_KERNELS)
 
     def set_schedule(self, lr: float, kd_weight: float) -> None:
         """Set the learning rate and the factor of the scheduled terms for the next steps."""
@@ -194,30 +208,23 @@ class TrainStep(BranchEvaluator):
         self.optimizers.zero_grad()
         if self._statistics is not None:
             self._statistics.keep()
-        results: dict[str, Tensor] = {}
         *others, last = self._parts(batch)
         with contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync():
-            for part in others:
-                self._forward_backward(part, results)
-        self._forward_backward(last, results)
-        lost = sum_over_ranks((~results["loss"].isfinite()).float()) > 0
+            parts = [self._forward_backward(part) for part in others]
+        parts.append(self._forward_backward(last))
+        values, right = (functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
+        lost, withheld = self.check_loss(values)
         divisor: Tensor | int = self.share.accumulate
         if self.scale is not None:
             divisor = self.scale.value * divisor
-        norm, _ = self.optimizers.step(divisor, torch.maximum(lost.float(), self.guard.withheld()))
-        overflowed = ~norm.isfinite()
+        norm, _ = self.optimizers.step(divisor, withheld)
         if self._statistics is not None:
-            self._statistics.put_back(lost | overflowed)
+            self._statistics.put_back(lost | ~norm.isfinite())
         if self.average is not None:
             self.average.update()
         if self.scale is not None:
-            self.scale.update(overflowed)
-            # The scale handles gradients that overflow, until it cannot fall further.
-            overflowed = overflowed & (self.scale.value <= 1.0)
-        terms = {name: value for name, value in results.items() if not name.startswith("accuracy/")}
-        self.guard.note(lost | overflowed, self.number, terms, self.optimizers.norms)
-        self.sums.add(results, batch.index.shape[0], lost)
-        self.number.add_(1)
+            self.scale.update(~norm.isfinite())
+        self.record(values, right, batch.index.shape[0], lost, norm)
 
     def mean_statistics(self) -> None:
         """Average the running statistics of all processes, before they are read."""
@@ -275,8 +282,8 @@ class TrainStep(BranchEvaluator):
         pieces = zip(images, batch.target.chunk(count), batch.index.chunk(count), strict=True)
         return [Batch(*piece) for piece in pieces]
 
-    def _forward_backward(self, batch: Batch, results: dict[str, Tensor]) -> None:
-        """Accumulate the gradients of a part of the batch, and its metrics in ``results``."""
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradients of a part of the batch; returns its ``_sum_metrics``."""
         norms = synchronized_batch_norm() if self.config.sync_bn else contextlib.nullcontext()
         with autocast(self.precision, self.device), uncounted_batches(self.model), norms:
             result = (self._parallel or self.model)(batch.images)
@@ -292,9 +299,38 @@ class TrainStep(BranchEvaluator):
             kd_weight=self.kd_weight,
             scale=scale,
         )
-        count = batch.target.shape[0]
-        sums = {name: value * count for name, value in {"loss": loss, **terms}.items()}
-        for name, right in correct_counts(self.named_logits(result), batch.target).items():
-            sums[f"accuracy/{name}"] = right
-        for name, value in sums.items():
-            results[name] = results[name] + value if name in results else value
+        values = {"loss": loss, **terms}
+        if not self._names:
+            rows = self.named_logits(result)
+            self._names = (*values, *(f"accuracy/{name}" for name in rows))
+            self.guard.prepare(tuple(values))
+        self.sums.prepare(self._names, self.device)
+        return self.sum_metrics(tuple(values.values()), result, batch.target)
+
+    def _sum_metrics(
+        self, values: Sequence[Tensor], result: BranchOutput, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over the samples of the loss and its terms [1 + T], and the number of correct
+        answers of each row of ``named_logits``, int64 [R].
+        """
+        rows = tuple(self.named_logits(result).values())
+        return torch.stack(list(values)) * target.shape[0], correct_counts(rows, target)
+
+    def _check_loss(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the loss of any process is non-finite, 0-d bool, and whether the update is
+        skipped, 0.0 or 1.0.
+        """
+        lost = sum_over_ranks((~values[0].isfinite()).float()) > 0
+        return lost, torch.maximum(lost.float(), self.guard.withheld())
+
+    def _record(
+        self, values: Tensor, right: Tensor, count: int, lost: Tensor, norm: Tensor
+    ) -> None:
+        """Add the metrics of ``count`` samples to ``sums``, and note a non-finite loss or norm."""
+        overflowed = ~norm.isfinite()
+        if self.scale is not None:
+            # The scale handles gradients that overflow, until it cannot fall further.
+            overflowed = overflowed & (self.scale.value <= 1.0)
+        self.guard.note(lost | overflowed, self.number, values, self.optimizers.norms)
+        self.sums.add((values, right), count, lost)
+        self.number.add_(1)

@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 
-import fastokd.train.step
 from fastokd.data import Loader
 from fastokd.data.resident import ResidentLoader
 from fastokd.experiments.step_images import synthetic_images
@@ -26,7 +25,7 @@ from fastokd.train.config import TrainConfig
 from fastokd.train.data import loader_for
 from fastokd.train.optimizers import Optimizers
 from fastokd.train.runner import StepRunner
-from fastokd.train.step import BranchEvaluator, TrainStep
+from fastokd.train.step import TrainStep
 from pretend_cuda import device
 
 GPU = torch.device("cuda", 0)
@@ -40,8 +39,6 @@ PHASES = (
     (BranchedModel, "forward", "forward"),
     (Method, "forward_backward", "loss"),
     (torch.autograd, "backward", "backward"),
-    (BranchEvaluator, "named_logits", "metrics"),
-    (fastokd.train.step, "correct_counts", "metrics"),
     (Optimizers, "step", "optimizer"),
 )
 """Functions of a step and the phase of their kernels. Kernels of a function that another one calls
@@ -70,17 +67,20 @@ def count(**config: Any) -> dict[str, int]:
     """The kernels of a step by phase, which are those of its graph."""
     step, loader = _step_and_loader({**config, "cuda_graph": False, "streams": False})
     position = torch.zeros((), dtype=torch.int64, device=GPU)
+    if step.options.compile:
+        loader.compile()
     for _ in range(3):  # state is created, kernels are compiled
         step(loader.gather(position))
     with contextlib.ExitStack() as patches:
         for owner, name, phase in PHASES:
             inside = device.in_phase(phase, getattr(owner, name))
             patches.enter_context(patch.object(owner, name, inside))
+        step.sum_metrics = device.in_phase("metrics", step.sum_metrics)
         device.reset()
         with device.phase(REST):
             step(loader.gather(position))
     counts = device.record().phases()
-    order = dict.fromkeys([phase for _, _, phase in PHASES] + [REST])
+    order = dict.fromkeys([phase for _, _, phase in PHASES] + ["metrics", REST])
     return {phase: counts.get(phase, 0) for phase in order}
 
 
