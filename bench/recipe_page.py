@@ -41,7 +41,7 @@ def generated() -> str:
     for group in recipe_groups():
         about = group.about.replace("``", "`")
         rows = [
-            ("recipe", "what it is", "published error, %"),
+            ("recipe", "description", "published error, %"),
             *(
                 (f"`{name}`", recipe.title, recipe.reported())
                 for name, recipe in group.recipes.items()

@@ -175,7 +175,7 @@ def readme_table(path: Path) -> list[str]:
     return [
         (
             f"The AHBF loss of four branches on a CPU ({machine(found)}; commit"
-            f" {found['machine_info']['commit']}); where a ratio is below 1, fastokd is slower:"
+            f" {found['machine_info']['commit']}). Ratios below 1 mean that fastokd is slower:"
         ),
         "",
         *markdown_table(

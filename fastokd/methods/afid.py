@@ -170,8 +170,8 @@ class AFIDModules(MethodModules):
 
 METHOD = Method(
     name="afid",
-    summary="two sub-networks exchange attention and learn from a head on both; the student needs"
-    " both of them",
+    summary="two sub-networks exchange attention and learn from a shared fusion head; the student"
+    " consists of both",
     loss_class=AFIDLoss,
     build_companion=AFIDModules,
     model_options={"fusion_weight_decay": options.number(1e-5, "weight decay of the fusion head.")},

@@ -84,8 +84,8 @@ class GradientRescaling(MethodModules):
 
 METHOD = Method(
     name="cl_ilr",
-    summary="Collaborative Learning: heads taught by the mean of the others, the trunk's gradient"
-    " divided among them",
+    summary="Collaborative Learning: each head learns from the mean of the other heads; the trunk's"
+    " gradient is divided by their number",
     loss_class=CLILRLoss,
     build_companion=GradientRescaling,
     reports_mean=True,

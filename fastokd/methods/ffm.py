@@ -47,7 +47,7 @@ class FFMLoss(MethodLoss):
     lambda_leader: float = options.weight(2.0, "weight of auxiliaries' mean -> leader (beta).")
     lambda_cd: float = options.weight(5e-8, "weight of ``classifier_diversity`` (gamma); 0: none.")
     detach_teacher: bool = options.detach_teacher(
-        False, "teachers are constants in the KL terms. The fusion module then learns nothing."
+        False, "teachers are constants in the KL terms. The fusion module is then not trained."
     )
     teacher_eps: float = options.teacher_eps()
     reduction: Reduction = keyword(
@@ -152,7 +152,7 @@ def _build_fusion(spec: BranchSpec, fusion_channels: int = 0) -> FeatureFusion:
 METHOD = Method(
     name="ffm",
     summary="Feature Fusion Module with Classifier Diversity: fused features teach the auxiliary"
-    " branches, their mean the leader",
+    " branches, whose mean teaches the leader",
     loss_class=FFMLoss,
     build_companion=_build_fusion,
     model_options={

@@ -292,8 +292,8 @@ def _ramp_up_from_1(epoch: int, length: int) -> float:
 
 METHOD = Method(
     name="ffsd",
-    summary="Feature Fusion and Self-Distillation: students fused into a teacher for a leader,"
-    " which is kept",
+    summary="Feature Fusion and Self-Distillation: a head on fused features of the students teaches"
+    " the leader, the exported network",
     loss_class=FFSDLoss,
     build_companion=FFSDModules,
     model_options={

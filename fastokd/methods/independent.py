@@ -20,8 +20,7 @@ class IndependentLoss(MethodLoss):
 
 METHOD = Method(
     name="independent",
-    summary="Ind: branches or networks next to each other, without distillation; the lower bound"
-    " for every method",
+    summary="Ind: branches or networks trained without distillation, for comparison",
     loss_class=IndependentLoss,
     topologies=("branches", "peers"),
     reports_mean=True,

@@ -136,8 +136,8 @@ def kdcl_graph(
 
 METHOD = Method(
     name="kdcl",
-    summary="Collaborative Learning: all networks learn from one teacher, the best that their"
-    " logits can make",
+    summary="Collaborative Learning: all networks learn from one teacher, computed from their"
+    " logits",
     loss_class=KDCLLoss,
     model_options={
         "icl": options.switch(

@@ -47,7 +47,8 @@ class OKDDipLoss(MethodLoss):
         ' "probabilities" (the slides).',
     )
     detach_teacher: bool = options.detach_teacher(
-        False, "groups and ensemble are constants in the KL terms; the attention learns nothing."
+        False,
+        "groups and ensemble are constants in the KL terms; the attention is then not trained.",
     )
     teacher_eps: float = options.teacher_eps()
 
@@ -118,8 +119,8 @@ class OKDDipAttention(MethodModules):
 
 METHOD = Method(
     name="okddip",
-    summary="Diverse peers: each learns from its own attention-weighted group, and a leader from"
-    " all of them",
+    summary="Diverse peers: each peer learns from an attention-weighted mixture of the peers, the"
+    " leader from their mean",
     loss_class=OKDDipLoss,
     build_companion=OKDDipAttention,
     topologies=("branches", "peers"),

@@ -296,8 +296,8 @@ def warm_up(epoch: int, length: int) -> float:
 
 METHOD = Method(
     name="tsb",
-    summary="Temporal-Spatial Boosting: networks learn from the others' predictions over time and"
-    " from all predictions' mean",
+    summary="Temporal-Spatial Boosting: networks learn from the accumulated predictions of the"
+    " other networks and from the mean of all predictions",
     loss_class=TSBLoss,
     topologies=("peers",),
     needs_index=True,

@@ -1,12 +1,11 @@
 """AHBF's ablations and compressed networks on CIFAR-100 (Tables 4 and 5, Figure 3).
 
-All vary the recipe of ResNet-32 on CIFAR-100 (section 4.1) in one thing, and the two of Table 5
-train networks of which the largest is the plain one. Of Figure 3 only the values that the text
-states are known; what it plots besides (M from 2 to 6, a from 0 to 5) are recipes without a number.
-The ablations of its components are rows of Table 4, ``lambda-2-0`` with the teacher assistants'
-term alone, ``lambda-0-3`` with the branches' alone and ``lambda-0-0`` with neither, and ``a-0``
-with equal branches. The study of ramp-ups between E = 80 and 300 is this one with another
-``--ramp-epochs``.
+Each recipe changes one setting of ResNet-32 on CIFAR-100 (section 4.1); the two of Table 5 train
+networks of which the largest is the plain one. Of Figure 3 only the values in the text are known;
+the other points (M from 2 to 6, a from 0 to 5) are recipes without a number. The ablations of the
+components are rows of Table 4: ``lambda-2-0`` has only the teacher assistants' term, ``lambda-0-3``
+only the branches' term, ``lambda-0-0`` neither, and ``a-0`` has equal branches. To reproduce the
+study of ramp-ups between E = 80 and 300, change ``--ramp-epochs``.
 """
 
 from collections.abc import Iterator
@@ -83,8 +82,8 @@ def _recipes() -> Iterator[Recipe]:
                 for row, error in zip(rows, errors, strict=True)
             ),
             notes=(
-                "The table's FLOPs and parameters fit neither the published code's networks nor any"
-                " other reading; the networks here are the code's.",
+                "The table's FLOPs and parameters match no network that we could derive from paper"
+                " or code; the networks follow the code.",
             ),
         )
 

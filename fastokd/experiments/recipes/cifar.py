@@ -1,11 +1,11 @@
 """CIFAR-10, CIFAR-100 and CINIC-10 in the settings that AHBF, OKDDip and FFM + CD share.
 
-The three papers train alike, so one recipe can have rows of all three: AHBF (Gong et al., AAAI
-2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM + CD (Li et
-al., ACCV 2020). The methods that AHBF and FFM + CD compare with are in the form of the OKDDip
-repository, which has them all; neither paper says which code it ran. AHBF itself has the paper's
-loss; its published code has another (``--preset code``), and which of them gave the numbers is not
-known. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
+The three papers use the same setting, so one recipe lists the numbers of all three: AHBF (Gong et
+al., AAAI 2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM +
+CD (Li et al., ACCV 2020). The methods that AHBF and FFM + CD compare with are in the form of the
+OKDDip repository, which has all of them; neither paper names the code that it ran. AHBF has the
+paper's loss; its published code has another (``--preset code``). It is not known which of the two losses
+produced the numbers. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
 """
 
 from collections.abc import Iterator
@@ -168,27 +168,27 @@ def _read() -> Iterator[tuple[tuple[str, str, str], Published]]:
 
 _NOTES = """
 [*/kd]
-Name the trained teacher: --method-options teacher=RUN. No table here has it in these settings.
+Name the trained teacher: --method-options teacher=RUN. No paper reports this recipe.
 [cifar100/resnet32/one cifar100/resnet110/one cifar100/vgg16/one cifar100/densenet40_12/one]
-AHBF Table 2 has for ONE, digit for digit, what OKDDip has for CL-ILR.
+AHBF Table 2 lists OKDDip's CL-ILR numbers in the column ONE.
 [*/afid]
-AHBF says nothing of how it ran AFID; these are its own loss and two sub-networks, in AHBF's
-settings.
+AHBF does not state its AFID settings; this recipe uses AFID's loss and two sub-networks in AHBF's
+setting.
 [*/ffsd]
-AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with
-the loss of FFSD's code.
+AHBF does not define its FFSD-C; this recipe trains three students and a leader (exported) with the
+loss of FFSD's code.
 [*/resnet32/baseline]
-AHBF's published code builds the network alone with 5, 4 and 5 blocks; here it has the student's 5,
-5 and 5.
+AHBF's published code builds the baseline with 5, 4 and 5 blocks; fastokd uses the student's 5, 5
+and 5.
 [*/mobilenetv2_x0_5/ahbf]
-In AHBF's published code the branches share blocks that the paper has separate, so that only the
-last is deeper; here all are.
+In AHBF's published code the branches share blocks that are separate in the paper, so only the last
+is deeper; in fastokd all are.
 [*/vgg16/*]
-Dropout is 0.5 in every network here, as in the published multi-branch ones; the published network
-alone and its peers have none.
+Dropout is 0.5 in every network, as in the published multi-branch networks; the published baseline
+and peers have no dropout.
 [*/densenet40_12/independent */densenet40_12/cl-ilr */densenet40_12/one */densenet40_12/okddip]
-In the OKDDip repository all branches share one third dense block, which is probably what its
-numbers are of; here each has its own.
+In the OKDDip repository all branches share one third dense block, and its numbers are probably from
+this network; in fastokd each branch has a separate block.
 """
 
 

@@ -2,7 +2,7 @@
 
 The paper trains 90 epochs in batches of 96 (section 4.1). The recipes that end in ``-large`` are
 not published: they are for 8 GPUs with 128 images each (``torchrun --nproc-per-node=8 -m fastokd
-train --recipe ... --data FOLDER``), for AHBF and for the network alone, to measure what AHBF adds.
+train --recipe ... --data FOLDER``), for AHBF and for the baseline, to measure AHBF's gain.
 """
 
 from collections.abc import Iterator
@@ -58,24 +58,24 @@ resnet34_imagenet  26.76  25.90  25.60  25.80  25.47
 """
 _NOTES = """
 [one]
-The paper does not say how long ONE's loss ramps up here: the same part of the epochs as on CIFAR.
+The paper does not state how long ONE's loss ramps up: the fraction of the epochs is that of CIFAR.
 [okddip]
-The paper does not say how long OKDDip's loss ramps up here: the same part of the epochs as on
+The paper does not state how long OKDDip's loss ramps up: the fraction of the epochs is that of
 CIFAR.
 [okddip]
 OKDDip's code has no branches for ImageNet; they split where AHBF's do.
 [ffsd]
-AHBF calls it FFSD-C and does not say what that is: three students and a leader, which is kept, with
-the loss of FFSD's code.
+AHBF does not define its FFSD-C; this recipe trains three students and a leader (exported) with the
+loss of FFSD's code.
 [ffsd]
 FFSD's own readme reports less error, in other settings: the recipes that end in -ffsd-official.
 [resnet50]
-The published code has this network, the paper has no number for it.
+Network of the published code; no number in the paper.
 [ahbf resnet50]
 In the branches the last two stages are separate, and deeper levels extend them in turn, as in the
 published code.
 [large]
-Settings of ours, not published: nothing to compare with but each other.
+Our settings, not published; comparable only with each other.
 [large]
 torchrun --nproc-per-node=8 -m fastokd train --recipe NAME --data FOLDER gives each of 8 GPUs 128
 images; --device-batch 64 takes them in two passes.

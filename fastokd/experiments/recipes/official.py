@@ -1,7 +1,5 @@
-"""ONE, FFSD and AFID as their own published code trains them, which differs from the papers that
-compare with them.
-
-Their names end in ``-official``.
+"""ONE, FFSD and AFID in the settings of their own published code, which differ from those of the
+papers that compare with them. The suffix ``-official`` marks these recipes.
 """
 
 from collections.abc import Iterator
@@ -55,7 +53,7 @@ _AFID_IMAGENET = (
 )
 
 _README = "FFSD's readme"
-_UNKNOWN = ("The number in the method's own paper is not at hand.",)
+_UNKNOWN = ("We do not have the number of the method's paper.",)
 # Dataset, network, its source, settings, the published number (that of ResNet-32 is of 74.92, 74.82
 # and 74.82 % accuracy).
 _ROWS: tuple[tuple[str, str, str, Settings, Published | None], ...] = (

@@ -2,11 +2,11 @@
 settings.
 
 CIFAR: SGD with momentum 0.9, learning rate 0.05 (0.01 for MobileNetV2) multiplied by 0.1 after
-epochs 150, 180 and 210 of 240, batches of 64, weight decay 5e-4. ImageNet, which TSB says are
-KDCL's: 0.1 multiplied by 0.1 after 60, 120 and 180 of 200 epochs, for MobileNetV2 after 90, 180 and
-270 of 300, batches of 256, weight decay 1e-4. Nesterov momentum is not mentioned. The papers give
-accuracies, of how many runs they do not say. A name that ends in ``-tsb`` says that these are not
-the method's own settings.
+epochs 150, 180 and 210 of 240, batches of 64, weight decay 5e-4. ImageNet (according to TSB, these
+are KDCL's settings): 0.1 multiplied by 0.1 after 60, 120 and 180 of 200 epochs, for MobileNetV2
+after 90, 180 and 270 of 300, batches of 256, weight decay 1e-4. Nesterov momentum is not mentioned.
+The papers give accuracies and do not state the number of runs. The suffix ``-tsb`` marks methods in
+TSB's instead of their original settings.
 """
 
 import dataclasses
@@ -158,14 +158,13 @@ _NOTES = """
 The teacher comes first in the KL terms here, and is a constant; the paper prints the student first
 (student_first=true).
 [*/kdcl]
-Which variant, T and weight TSB used is not said: MinLogit, T = 3 and weight 1 are ours.
+TSB does not state variant, T and weight; we use MinLogit, 3 and 1.
 [*/dml */one]
-TSB does not say how it ran this; T and weights are the method's own.
+TSB does not state T and weights; we use the method's defaults.
 [*/*mobilenetv2_x0_5*/*]
-The width of MobileNetV2 is not given; 0.5 is ours, the one that others train in these settings.
+TSB does not state the width of MobileNetV2; we use 0.5, as other papers do in this setting.
 [*/*mobilenetv2_x0_5*,*/* */*,*mobilenetv2_x0_5*/*]
-Both networks have the learning rate of MobileNetV2 here; the paper does not say what such pairs
-have.
+The paper does not state the learning rate of such pairs; we use that of MobileNetV2 for both.
 [*/*vgg13*/*]
 Dropout, 0.5 here, is not mentioned.
 [cifar10/vgg13/baseline]
@@ -227,8 +226,7 @@ def _kdcl(
         published=_errors(_SLIDES, accuracies),
         notes=(
             f"The slides do not give T and the weight (here 3 and 1){held_out}.",
-            "The optimizer's settings are TSB's; it says of those for ImageNet that they are"
-            " KDCL's.",
+            "The optimizer's settings are TSB's, which attributes those for ImageNet to KDCL.",
         ),
         variant=variant + "-no-icl" * no_icl + "-100-epochs" * short,
         meaning=f"{variant}, {views}" + ", 100 epochs" * short,
