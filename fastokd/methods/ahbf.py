@@ -173,8 +173,8 @@ METHOD = Method(
         "gate_attention": options.choice(
             "none",
             ATTENTIONS,
-            'the attention on the gates\' fused maps: "none", or an option of the published code: "se",'
-            ' "cbam" or "nonlocal".',
+            'the attention on the gates\' fused maps: "none", or an option of the published code:'
+            ' "se", "cbam" or "nonlocal".',
         )
     },
     hierarchical=True,

@@ -4,8 +4,8 @@ The three papers use the same setting, so one recipe lists the numbers of all th
 al., AAAI 2023) Tables 1 and 2, OKDDip (Chen et al., AAAI 2020; the tables of its slides) and FFM +
 CD (Li et al., ACCV 2020). The methods that AHBF and FFM + CD compare with are in the form of the
 OKDDip repository, which has all of them; neither paper names the code that it ran. AHBF has the
-paper's loss; its published code has another (``--preset code``). It is not known which of the two losses
-produced the numbers. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
+paper's loss; its published code has another (``--preset code``). It is not known which of the two
+losses produced the numbers. The seeds of the three runs are not given: train with seeds 0, 1 and 2.
 """
 
 from collections.abc import Iterator
