@@ -233,13 +233,13 @@ class DaliLoader(StreamLoader):
         return self._inputs(request)
 
     def _inputs(self, request: Request) -> tuple[Any, ...]:
-        split, encoded = self.split, []
+        encoded = []
         for i in request.indices.tolist():
-            if split.members is None:
-                encoded.append(np.frombuffer(os.fsencode(split.path(i)), np.uint8))
+            path, start, size = self.split.location(i)
+            if size < 0:
+                encoded.append(np.frombuffer(os.fsencode(path), np.uint8))
             else:
-                start, size = int(split.members.offset[i]), int(split.members.size[i])
-                encoded.append(self._archive(split.path(i))[start : start + size])
+                encoded.append(self._archive(path)[start : start + size])
         return (encoded,) if request.candidates is None else (encoded, request.candidates)
 
     def _archive(self, path: str) -> NDArray[np.uint8]:
