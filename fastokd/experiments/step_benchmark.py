@@ -96,15 +96,9 @@ class EngineStep(TimedStep):
         self.captured = self.step.options.cuda_graph
         if self.captured:
             self.warm_up = WARM_UP_STEPS + 2
-        self._runner = StepRunner(self.step)
-        self._steps = self._endless(gathers)
-
-    def _endless(self, gathers: bool) -> Iterator[int]:
-        for epoch in itertools.count():
-            self.loader.set_epoch(epoch)
-            # An iterator hides from the runner that the loader's batches can be gathered.
-            batches: Any = self.loader if gathers else iter(self.loader)
-            yield from self._runner.epoch(batches)
+        # An iterator hides from the runner that the loader's batches can be gathered.
+        epochs: Any = self.epochs() if gathers else map(iter, self.epochs())
+        self._steps = itertools.chain.from_iterable(map(StepRunner(self.step).epoch, epochs))
 
     def advance(self, steps: int) -> None:
         allow_tf32(self.precision == "tf32")
