@@ -33,7 +33,6 @@ from bench.suite_tables import (
 from fastokd.experiments.analysis.figures import shows
 from fastokd.experiments.analysis.step_figure import draw_step_benchmark
 from fastokd.experiments.analysis.tables import markdown_table
-from fastokd.experiments.step_benchmark import current_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -158,7 +157,7 @@ def step_figures(path: Path) -> dict[Path, dict[str, Any]]:
     of their figures.
     """
     result = read(path)
-    found = [current_rows(each) for each in result.get("ladders", [result]) if "rows" in each]
+    found = [each for each in result.get("ladders", [result]) if "rows" in each]
     if len(found) == 1:
         return {FIGURE_FOLDER / f"{path.stem}.svg": found[0]}
     return {

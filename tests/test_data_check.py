@@ -115,19 +115,19 @@ def test_every_kind_of_damage_is_found_and_left_out(tree, monkeypatch, tmp_path)
 
 
 def test_files_and_folders_without_permission(tree, monkeypatch):
-    real_read, real_scan = check.read_image, os.scandir
+    real_read, real_scan = check.read_bytes, os.scandir
 
-    def read(image):
-        if image.name.endswith("dog/3.jpg"):
+    def read(path, *position):
+        if path.endswith("dog/3.jpg"):
             raise PermissionError(13, "Permission denied")
-        return real_read(image)
+        return real_read(path, *position)
 
     def scan(path):
         if str(path).endswith("val/cat"):
             raise PermissionError(13, "Permission denied", str(path))
         return real_scan(path)
 
-    monkeypatch.setattr(check, "read_image", read)
+    monkeypatch.setattr(check, "read_bytes", read)
     monkeypatch.setattr(os, "scandir", scan)
     report = check.check_dataset(tree, workers=1)
     assert len(report.problems["permission"]) == 3

@@ -16,7 +16,9 @@ from fastokd.errors import DataError, escape
 
 def decode_all(root, files, *args, **options) -> torch.Tensor:
     """The decoded images; raises the error for corrupt files."""
-    decoded, corrupt = try_decode_all(root, files, *args, **options)
+    decoded, corrupt = try_decode_all(
+        root, files, lambda i: (root / files[i]).read_bytes(), *args, **options
+    )
     if corrupt:
         raise corrupt_files_error(root, files, corrupt)
     return decoded

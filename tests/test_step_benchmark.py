@@ -19,7 +19,6 @@ from fastokd.experiments.research_step import ResearchStep
 from fastokd.experiments.step_benchmark import (
     EngineStep,
     StepBenchmark,
-    current_rows,
     first_row,
     optimizations,
     report,
@@ -269,17 +268,6 @@ def test_a_lever_that_fails_is_said_and_not_kept(images, made, monkeypatch, not_
     )
     assert rows["parameters in one tensor"].images_per_second
     assert not any(config.compile or config.channels_last for config in made)
-
-
-def test_removed_rows_of_earlier_results_are_omitted():
-    def row(name, kind, ratio):
-        return {"name": name, "kind": kind, "reason": "", "times_first": [ratio, ratio, ratio]}
-
-    rows = [row("first", "first", 1.0), row("flat", "lever", 2.0)]
-    old = [*rows, row("merged first convolutions", "lever", 1.5), row("alone", "student", 3.0)]
-    found = current_rows({"rows": old, "all_levers": "merged first convolutions"})
-    assert [row["name"] for row in found["rows"]] == ["first", "flat", "alone"]
-    assert (found["all_levers"], found["teaching_costs"]) == ("flat", 1.5)
 
 
 def test_a_first_row_that_cannot_run_ends_it(images, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from fastokd.data.dataset import DataSource, invalid
-from fastokd.data.files import FileSplit
+from fastokd.data.files import FileSplit, read_bytes
 from fastokd.data.folder import LAYOUT, walk_tree
 from fastokd.data.images import Progress, decode, default_workers, reason_of
 from fastokd.data.registry import resolve
@@ -216,25 +216,10 @@ def images_of(source: DataSource[FileSplit]) -> list[Image]:
     """The images of a listed dataset."""
     images = []
     for split in source.splits:
-        count = len(split)
-        offsets, sizes = [0] * count, [-1] * count
-        if split.members is not None:
-            offsets, sizes = split.members.offset.tolist(), split.members.size.tolist()
         for i, target in enumerate(split.targets.tolist()):
-            where = (split.files[i], split.path(i), offsets[i], sizes[i])
-            images.append(Image(split.name, source.classes[target], *where))
+            label = source.classes[target]
+            images.append(Image(split.name, label, split.files[i], *split.location(i)))
     return images
-
-
-def read_image(image: Image) -> bytes:
-    """The encoded bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with open(image.path, "rb") as file:
-        file.seek(image.offset)
-        return file.read(image.size)
 
 
 def look_at(image: Image) -> Look:
@@ -242,7 +227,7 @@ def look_at(image: Image) -> Look:
     from PIL import Image as PIL
 
     try:
-        content = read_image(image)
+        content = read_bytes(image.path, image.offset, image.size)
     except PermissionError:
         return Look((("permission", ""),))
     except OSError as error:

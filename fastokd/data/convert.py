@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastokd.data.check import Image, images_of, read_image, run_in_processes
+from fastokd.data.check import Image, images_of, run_in_processes
 from fastokd.data.dataset import invalid
-from fastokd.data.files import CONVERSION_FILE
+from fastokd.data.files import CONVERSION_FILE, read_bytes
 from fastokd.data.images import Progress, decode, reason_of
 from fastokd.data.registry import list_source
 from fastokd.errors import ConfigError, DataError, StorageError, escape, summarize
@@ -190,7 +190,7 @@ def _converted(image: Image, file_format: str, shorter_side: int) -> bytes:
     """The bytes to write: the image's own where possible."""
     from PIL import Image as PIL
 
-    content = read_image(image)
+    content = read_bytes(image.path, image.offset, image.size)
     with PIL.open(io.BytesIO(content)) as original:
         is_small = min(original.size) <= shorter_side
         upright = original.getexif().get(0x0112, 1) == 1

@@ -192,6 +192,7 @@ class DaliLoader(StreamLoader):
             self._pool = ThreadPoolExecutor(
                 self._threads, "fastokd-resize", torch.set_num_threads, (1,)
             )
+
         count = len(request.indices)
         out = torch.empty((count, *request.framing.size, 3), dtype=torch.uint8)
 
@@ -201,29 +202,25 @@ class DaliLoader(StreamLoader):
                 out[row] = stream.scaled(image, request.framing)
 
         chunk = -(-count // (2 * self._threads))
-        tasks = [
-            self._pool.submit(scale, range(start, min(start + chunk, count)))
-            for start in range(0, count, chunk)
-        ]
+        starts = range(0, count, chunk)
+        tasks = self._pool.map(scale, (range(i, min(i + chunk, count)) for i in starts))
 
         def wait() -> Decoded:
-            for task in tasks:
-                task.result()
+            list(tasks)  # raises their errors
             return Decoded(out, request.indices)
 
         return wait
 
     def _drain(self) -> None:
         """Discard the batches read ahead, so that the pipeline can start again."""
-        pipeline = self._pipeline
-        try:
-            while pipeline is not None:
-                pipeline.run()
-        except StopIteration:
-            if pipeline is not None:
-                pipeline.reset()
-        except Exception:  # a corrupt image in a discarded batch
-            self._pipeline = None
+        if self._pipeline is not None:
+            try:
+                while True:
+                    self._pipeline.run()
+            except StopIteration:
+                self._pipeline.reset()
+            except Exception:  # a corrupt image in a discarded batch
+                self._pipeline = None
         self._in_flight.clear()
 
     def _feed(self) -> tuple[Any, ...]:
@@ -233,13 +230,13 @@ class DaliLoader(StreamLoader):
         return self._inputs(request)
 
     def _inputs(self, request: Request) -> tuple[Any, ...]:
-        split, encoded = self.split, []
+        encoded = []
         for i in request.indices.tolist():
-            if split.members is None:
-                encoded.append(np.frombuffer(os.fsencode(split.path(i)), np.uint8))
+            path, start, size = self.split.location(i)
+            if size < 0:
+                encoded.append(np.frombuffer(os.fsencode(path), np.uint8))
             else:
-                start, size = int(split.members.offset[i]), int(split.members.size[i])
-                encoded.append(self._archive(split.path(i))[start : start + size])
+                encoded.append(self._archive(path)[start : start + size])
         return (encoded,) if request.candidates is None else (encoded, request.candidates)
 
     def _archive(self, path: str) -> NDArray[np.uint8]:

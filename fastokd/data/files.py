@@ -23,7 +23,7 @@ from fastokd.data import dataset
 from fastokd.data.augment import Augment
 from fastokd.data.cache import Cache, Entry
 from fastokd.data.dataset import DataSource, Split, SplitSet, invalid
-from fastokd.data.images import Progress, check_image_size, corrupt_files_error, try_decode_all
+from fastokd.data.images import Progress, corrupt_files_error, try_decode_all
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape, summarize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -88,20 +88,24 @@ class FileSplit:
         """The split and its folder, for messages."""
         return f"split '{self.name}' of {escape(self.root)}"
 
+    def location(self, index: int) -> tuple[str, int, int]:
+        """The file of an image, its first byte there and its size; 0 and -1 for a whole file."""
+        members = self.members
+        if members is None:
+            return os.path.join(self.root, self.files[index]), 0, -1
+        path = os.path.join(self.root, members.shards[int(members.shard[index])])
+        return path, int(members.offset[index]), int(members.size[index])
+
     def path(self, index: int) -> str:
         """The image's file, or the archive that contains it."""
-        members = self.members
-        name = self.files[index] if members is None else members.shards[int(members.shard[index])]
-        return os.path.join(self.root, name)
+        return self.location(index)[0]
 
     def num_bytes(self, index: int) -> int:
         """The size of an image's encoding; -1 if its file is missing, which ``read`` reports."""
-        if self.members is not None:
-            return int(self.members.size[index])
-        try:
-            return os.path.getsize(self.path(index))
-        except OSError:
-            return -1
+        path, _, size = self.location(index)
+        with contextlib.suppress(OSError):
+            return os.path.getsize(path) if size < 0 else size
+        return -1
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of an image.
@@ -109,11 +113,7 @@ class FileSplit:
         Raises:
             OSError: the file cannot be read.
         """
-        with open(self.path(index), "rb") as file:
-            if self.members is None:
-                return file.read()
-            file.seek(int(self.members.offset[index]))
-            return file.read(int(self.members.size[index]))
+        return read_bytes(*self.location(index))
 
     def select(self, index: Tensor, name: str | None = None) -> "FileSplit":
         """The files of ``index``, int64 [K], optionally under another name."""
@@ -124,6 +124,13 @@ class FileSplit:
         files = tuple(self.files[i] for i in index.tolist())
         targets = self.targets.index_select(0, index)
         return FileSplit(name or self.name, self.root, files, targets, members)
+
+
+def read_bytes(path: str, offset: int, size: int) -> bytes:
+    """The bytes at a ``FileSplit.location``; an ``OSError`` if the file cannot be read."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -207,47 +214,6 @@ def check_bad_images(policy: str) -> None:
         raise ConfigError(f"unknown bad_images '{policy}'{did_you_mean(policy, BAD_IMAGES)}")
 
 
-def prepare_files(
-    source: DataSource[FileSplit],
-    image_size: int | None = None,
-    val_split: float = 0.0,
-    seed: int = 0,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    augment: Augment | None = None,
-) -> FileDataset:
-    """Split the validation images off the training split and decide size and normalization, without
-    decoding.
-
-    Args:
-        image_size: side of the square that loaders return. Default: the images' size if a sample of
-            them has one size of at most ``SMALL``, else 224.
-        val_split, seed, mean, std, augment: as for ``list_files``.
-
-    Raises:
-        ConfigError: a fraction, mean, std or size out of range.
-        DataError: a class too small to be split, or a dataset that already has a validation split.
-    """
-    check_image_size(image_size)
-    source = dataset.normalized_by(source, mean, std)
-    train, test, val = source.hold_out(val_split, seed)
-    size = (image_size, image_size) if image_size else _guess_size(train)
-    return FileDataset(
-        name=source.name,
-        classes=source.classes,
-        train=train,
-        test=test,
-        val=val,
-        mean=source.mean or IMAGENET_MEAN,
-        std=source.std or IMAGENET_STD,
-        augment=augment or source.augment or _customary_augment(size),
-        image_size=size,
-        root=source.root,
-        ignored_files=source.ignored_files,
-    )
-
-
 def decode_files(
     source: DataSource[FileSplit],
     image_size: int | None = None,
@@ -289,7 +255,7 @@ def decode_files(
         return split.read(i)
 
     started = time.monotonic()
-    images, corrupt = try_decode_all(source.train.root, names, image_size, workers, progress, read)
+    images, corrupt = try_decode_all(source.train.root, names, read, image_size, workers, progress)
     if corrupt:
         _replace_corrupt(source, images, corrupt, names, bad_images)
     sums = dataset.image_sums(images)
@@ -366,14 +332,14 @@ def peek_sizes(split: FileSplit) -> set[tuple[int, int]]:
     return sizes
 
 
-def _guess_size(split: FileSplit) -> tuple[int, int]:
-    """The common size of a few images if it is small, else the customary size."""
+def default_size(split: FileSplit) -> tuple[int, int]:
+    """The common size of a few images if it is at most ``SMALL``, else ``DEFAULT_SIZE``."""
     sizes = peek_sizes(split)
     size = sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
     return size if max(size) <= SMALL else (DEFAULT_SIZE, DEFAULT_SIZE)
 
 
-def _customary_augment(size: tuple[int, int]) -> Augment:
+def customary_augment(size: tuple[int, int]) -> Augment:
     """Horizontal flips and the crop that suits the size: padded for small images, else resized."""
     if max(size) <= SMALL:
         return Augment(pad=min(size) // 8, flip=True)

@@ -129,20 +129,21 @@ def corrupt_files_error(
 def try_decode_all(
     root: Path,
     files: Sequence[str],
+    read: Callable[[int], bytes],
     image_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-    read: Callable[[int], bytes] | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode files in a thread pool into one tensor, skipping files that cannot be decoded.
 
     Args:
-        root: the folder that ``files`` are relative to.
+        root: the folder of the dataset, for messages.
+        files: the names of the files, for messages.
+        read: returns the bytes of the i-th file.
         image_size: side of the square that every image is fitted to; None keeps the size that all
             of them must share.
         workers: decoding threads; one per usable core by default.
         progress: called in this thread with (files done, files in all).
-        read: returns the bytes of the i-th file; by default the file of that name is read.
 
     Returns:
         The images uint8 [N, 3, H, W], channels last in memory, with undefined pixels for corrupt
@@ -151,15 +152,11 @@ def try_decode_all(
     Raises:
         DataError: sizes that differ without an ``image_size``, or more images than fit in memory.
     """
-
-    def source(i: int) -> str | BytesIO:
-        return os.path.join(root, files[i]) if read is None else BytesIO(read(i))
-
     height = width = image_size or 1
     model = ""
     for i in () if image_size else range(len(files)):
         with contextlib.suppress(Exception):  # reported when all files are decoded
-            first = decode(source(i))
+            first = decode(BytesIO(read(i)))
             height, width, model = first.height, first.width, files[i]
             break
     check_memory(len(files), height, width, root)
@@ -170,7 +167,7 @@ def try_decode_all(
         unreadable = {}
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
-                image = decode(source(i))
+                image = decode(BytesIO(read(i)))
             except Exception as error:  # a decoder may raise any exception for damaged bytes
                 unreadable[i] = reason_of(error)
                 continue

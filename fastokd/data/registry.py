@@ -1,14 +1,14 @@
 """The dataset kinds, one file each, and the choice of a kind by name or by a folder's content."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fastokd.data import files
 from fastokd.data.augment import Augment
-from fastokd.data.dataset import Dataset, DataSource, Split, invalid, prepare
-from fastokd.data.files import FileDataset, FileSplit, decode_files, prepare_files
+from fastokd.data.dataset import Dataset, DataSource, Split, invalid, normalized_by, prepare
+from fastokd.data.files import FileDataset, FileSplit, decode_files
 from fastokd.data.images import Progress, check_image_size
 from fastokd.data.kinds import DatasetKind, ReadOptions
 from fastokd.errors import ConfigError, DataError, did_you_mean, escape
@@ -126,7 +126,8 @@ def list_files(
     Args:
         spec, val_split, seed, augment: as for ``open_dataset``, with the same labels and held-out
             images.
-        image_size: side of the square that loaders return; see ``prepare_files`` for the default.
+        image_size: side of the square that loaders return. Default: the images' size if a sample of
+            them has one size of at most 128, else 224.
         mean, std: normalization per channel, as fractions of 255; the default is the dataset's
             customary one, or ImageNet's.
 
@@ -135,7 +136,23 @@ def list_files(
         DataError: invalid data, or data that is not made of image files.
     """
     source = spec if isinstance(spec, DataSource) else list_source(spec)
-    return prepare_files(source, image_size, val_split, seed, mean=mean, std=std, augment=augment)
+    check_image_size(image_size)
+    source = normalized_by(source, mean, std)
+    train, test, val = source.hold_out(val_split, seed)
+    size = (image_size, image_size) if image_size else files.default_size(train)
+    return FileDataset(
+        name=source.name,
+        classes=source.classes,
+        train=train,
+        test=test,
+        val=val,
+        mean=source.mean or files.IMAGENET_MEAN,
+        std=source.std or files.IMAGENET_STD,
+        augment=augment or source.augment or files.customary_augment(size),
+        image_size=size,
+        root=source.root,
+        ignored_files=source.ignored_files,
+    )
 
 
 class EvaluationSet(NamedTuple):
@@ -174,10 +191,7 @@ def open_evaluation(
         source = kind.list_split(path, split)
         images: Split | FileSplit = source.train
         if decoded:
-            renamed = dataclasses.replace(source.train, name="train")
-            source = dataclasses.replace(source, train=renamed)
-            whole = decode_files(source, image_size, None, progress)
-            images = dataclasses.replace(whole.train, name=images.name)
+            images = decode_files(source, image_size, None, progress).train
         return EvaluationSet(source.name, source.classes, images)
     dataset: Dataset | FileDataset
     if decoded:

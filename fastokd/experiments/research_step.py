@@ -2,12 +2,11 @@
 
 import itertools
 import statistics
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fastokd.data import Batch, Dataset
+from fastokd.data import Dataset
 from fastokd.experiments.step_timer import TimedStep
 from fastokd.methods import get_method
 from fastokd.methods.method import MethodBatch
@@ -33,14 +32,9 @@ class ResearchStep(TimedStep):
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-        self._batches = self._endless()
+        self._batches = itertools.chain.from_iterable(self.epochs())
         self._losses: list[float] = []
         self._accuracies: dict[str, float] = {}
-
-    def _endless(self) -> Iterator[Batch]:
-        for epoch in itertools.count():
-            self.loader.set_epoch(epoch)
-            yield from self.loader
 
     def advance(self, steps: int) -> None:
         # PyTorch's defaults.

@@ -4,6 +4,7 @@ The first row is the step of published research code; each following row adds on
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -38,8 +39,6 @@ SPENT = "the time was spent"
 NEVER = ("needs a GPU", "there is no captured step to put it into")
 """The reasons of rows that cannot be measured on the device."""
 _ALONE = "the student alone, with all optimizations"
-_REMOVED, _ALONE_BEFORE = "merged first convolutions", "the student alone, with every lever"
-"""Rows of earlier versions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +96,9 @@ class EngineStep(TimedStep):
         self.captured = self.step.options.cuda_graph
         if self.captured:
             self.warm_up = WARM_UP_STEPS + 2
-        self._runner = StepRunner(self.step)
-        self._steps = self._endless(gathers)
-
-    def _endless(self, gathers: bool) -> Iterator[int]:
-        for epoch in itertools.count():
-            self.loader.set_epoch(epoch)
-            # An iterator hides from the runner that the loader's batches can be gathered.
-            batches: Any = self.loader if gathers else iter(self.loader)
-            yield from self._runner.epoch(batches)
+        # An iterator hides from the runner that the loader's batches can be gathered.
+        epochs: Any = self.epochs() if gathers else map(iter, self.epochs())
+        self._steps = itertools.chain.from_iterable(map(StepRunner(self.step).epoch, epochs))
 
     def advance(self, steps: int) -> None:
         allow_tf32(self.precision == "tf32")
@@ -185,35 +178,32 @@ class StepBenchmark:
             problem = f"the first row of the step benchmark cannot run: {row.reason}"
             raise ConfigError(f"{problem}; use a smaller --batch-size")
         yield row
+
+        def measure(
+            name: str, kind: str, config: TrainConfig, gathers: bool, reason: str = ""
+        ) -> StepRow:
+            if name in known:
+                return known[name]
+            if reason := SPENT if stop() else reason:
+                return StepRow(name, kind, reason)
+            make = functools.partial(EngineStep, config, self.dataset, self.device, gathers)
+            return self._timer.measure(name, kind, make)
+
         for optimization in optimizations(self.device):
             name, kind = optimization.name, "lever" if optimization.carried else "alternative"
             candidate = dataclasses.replace(config, **optimization.changes)
-            gathering = gathers or optimization.gathers
-            if name not in known and stop():
-                row = StepRow(name, kind, SPENT)
-            elif optimization.needs_gpu and self.device.type != "cuda":
-                row = StepRow(name, kind, NEVER[0])
+            gathering, reason = gathers or optimization.gathers, ""
+            if optimization.needs_gpu and self.device.type != "cuda":
+                reason = NEVER[0]
             elif optimization.gathers and not config.cuda_graph:
-                row = StepRow(name, kind, NEVER[1])
-            else:
-                row = known.get(name) or self._measure(name, kind, candidate, gathering)
+                reason = NEVER[1]
+            row = measure(name, kind, candidate, gathering, reason)
             if optimization.carried and not row.reason:
                 config, gathers = candidate, gathering
             yield row
         self._best = config, gathers
-        if config.num_branches() == 1:
-            return
-        if _ALONE not in known and stop():
-            yield StepRow(_ALONE, "student", SPENT)
-        else:
-            alone = _student_alone(config)
-            yield known.get(_ALONE) or self._measure(_ALONE, "student", alone, gathers)
-
-    def _measure(self, name: str, kind: str, config: TrainConfig, gathers: bool) -> StepRow:
-        def make() -> EngineStep:
-            return EngineStep(config, self.dataset, self.device, gathers)
-
-        return self._timer.measure(name, kind, make)
+        if config.num_branches() > 1:
+            yield measure(_ALONE, "student", _student_alone(config), gathers)
 
     def profile(self, folder: Path) -> tuple[Path, str]:
         """Trace some steps with all optimizations, after ``rows`` has ended. Returns the file, for
@@ -251,7 +241,11 @@ def _student_alone(config: TrainConfig) -> TrainConfig:
 def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
     """The content of ``step-ladder.json``: the setting, the rows and the environment."""
     config, dataset = benchmark.config, benchmark.dataset
-    measured = [dataclasses.asdict(row) for row in rows]
+    best = [row for row in rows if row.kind in ("first", "lever") and not row.reason][-1]
+    alone = next((row for row in rows if row.kind == "student"), None)
+    costs = None  # the time per step relative to the student alone
+    if alone and alone.times_first and best.times_first:
+        costs = alone.times_first[0] / best.times_first[0]
     return {
         "model": config.model,
         "method": config.method,
@@ -262,25 +256,9 @@ def report(benchmark: StepBenchmark, rows: Sequence[StepRow]) -> dict[str, Any]:
         "num_classes": len(dataset.classes),
         "data": dataset.name,
         "windows": WINDOWS,
-        "rows": measured,
-        **_summary(measured),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "all_levers": best.name,
+        "teaching_costs": costs,
         "processor": processor(),
         "environment": benchmark.environment,
     }
-
-
-def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The row with all optimizations, and its time per step relative to the student alone."""
-    best = [row for row in rows if row["kind"] in ("first", "lever") and not row["reason"]][-1]
-    alone = next((row for row in rows if row["kind"] == "student"), None)
-    costs = None
-    if alone and alone["times_first"] and best["times_first"]:
-        costs = alone["times_first"][0] / best["times_first"][0]
-    return {"all_levers": best["name"], "teaching_costs": costs}
-
-
-def current_rows(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A result of ``report``, also of an earlier version: without its rows that no longer exist."""
-    rows = [row for row in found["rows"] if not row["name"].startswith(_REMOVED)]
-    rows = [{**row, "name": _ALONE} if row["name"] == _ALONE_BEFORE else row for row in rows]
-    return {**found, "rows": rows, **_summary(rows)}

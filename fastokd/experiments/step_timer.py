@@ -2,16 +2,17 @@
 
 import dataclasses
 import gc
+import itertools
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastokd.data import Dataset
+from fastokd.data import Dataset, Loader
 from fastokd.errors import first_line
 from fastokd.experiments.timing import median_and_range, sample_seconds
 from fastokd.losses.method_loss import MethodLoss
@@ -45,6 +46,12 @@ class TimedStep(ABC):
         self.config = config
         self.model = build_model(config, len(dataset.classes), device)
         self.loader = loader_for(config, dataset, dataset.train, True, device)
+
+    def epochs(self) -> Iterator[Loader]:
+        """The loader at the start of every epoch, without end."""
+        for epoch in itertools.count():
+            self.loader.set_epoch(epoch)
+            yield self.loader
 
     @abstractmethod
     def advance(self, steps: int) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastokd.errors import EXIT_OK, EXIT_PREEMPTED, ConfigError
-from fastokd.storage import storage_error, write_atomically
+from fastokd.storage import storage_error, write_text
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig
 from fastokd.train.distributed import choose_device
@@ -25,8 +25,6 @@ from fastokd.train.run_folder import RunFolder, read_json_object
 from fastokd.train.signals import LAUNCHER_PATIENCE, PATIENCE_VARIABLE, STOP_SIGNALS
 
 _POLL_SECONDS = 0.2
-_REPORT_SECONDS = 60.0
-"""The interval of the lines about running epochs."""
 
 Write = Callable[[Mapping[str, str]], object]
 
@@ -186,7 +184,7 @@ class Queue:
             running.process.send_signal(number)
 
     def _train(self, write: Write) -> None:
-        reported, stopping = time.monotonic(), False
+        stopping = False
         while self._running or (self._waiting and not self._signal):
             ended = [running for running in self._running if running.process.poll() is not None]
             for running in ended:
@@ -204,17 +202,12 @@ class Queue:
                 self._send(signal.SIGKILL)
             while self._waiting and self._free and not self._signal:
                 self._start(self._waiting.pop(0), self._free.pop(0))
-            if time.monotonic() - reported > _REPORT_SECONDS:
-                reported = time.monotonic()
-                jobs = ", ".join(f"{each.job.name} {each.job.state()}" for each in self._running)
-                self.say(f"{self._progress()} runs finished; running: {jobs}")
             time.sleep(_POLL_SECONDS)
 
     def _start(self, job: Job, device: torch.device) -> None:
         config = self.folder / "configs" / f"{job.name}.yaml"
         log = self.folder / "logs" / f"{job.name}.txt"
-        content = job.config.to_yaml().encode()
-        write_atomically(config, lambda file: file.write(content), durable=False)
+        write_text(config, job.config.to_yaml())
         defaults = {
             "OMP_NUM_THREADS": self._threads,
             "TORCHINDUCTOR_COMPILE_THREADS": self._threads,
