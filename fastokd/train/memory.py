@@ -225,13 +225,9 @@ def describe_memory(
 
 def batch_sizes(largest: int) -> list[int]:
     """8, 12, 16, 24, 32, 48, ... up to ``largest``; at least the first."""
-    sizes = [8]
-    while True:
-        last = sizes[-1]
-        following = last * 3 // 2 if last.bit_count() == 1 else last * 4 // 3
-        if following > largest:
-            return sizes
-        sizes.append(following)
+    doublings = range(max(largest, 1).bit_length())
+    sizes = sorted(base << count for base in (8, 12) for count in doublings)
+    return [size for size in sizes if size <= largest] or [8]
 
 
 def fit_batch_size(
