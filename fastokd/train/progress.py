@@ -61,7 +61,8 @@ class Counter:
 
     def close(self) -> None:
         """Remove the bar."""
-        self._progress.stop()
+        if self._progress.live.is_started:  # otherwise it prints an empty line into a pipe
+            self._progress.stop()
 
 
 @dataclass(frozen=True)
