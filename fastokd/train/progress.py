@@ -58,6 +58,7 @@ class Counter:
             self._console.print(f"{self._title}: {done} of {total}", markup=False)
         if done >= total:
             self.close()
+            self._progress.reset(self._task)  # for the images of the next split
 
     def close(self) -> None:
         """Remove the bar."""
