@@ -263,13 +263,13 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
 
 
 def parallel(
-    model: nn.Module, device: torch.device, *, accumulate: int = 1, bucket_views: bool = True
+    model: nn.Module, device: torch.device, *, accumulate: int = 1
 ) -> DistributedDataParallel:
     """Wrap a model so that its gradients are means over all processes after a backward pass.
 
     Every process keeps its own running statistics; ``mean_buffers`` averages them. Only the last of
     ``accumulate`` backward passes of a step exchanges gradients; run the others in ``no_sync()``.
-    With ``bucket_views`` gradients are views of the buckets that are sent.
+    Gradients are views of the buckets that are sent.
     """
     # All processes create the model from one seed, so buffers are equal at the start. Newer
     # versions of torch renamed the switch.
@@ -281,7 +281,7 @@ def parallel(
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if on_gpu else None,
-            gradient_as_bucket_view=bucket_views,
+            gradient_as_bucket_view=True,
             # A static graph whose first backward pass is in no_sync() fails an internal assertion
             # (PyTorch issue 143580).
             static_graph=accumulate == 1,

@@ -565,8 +565,7 @@ class Trainer:
         info(explain_loader(config, data, self.device, self._seen))
         info(f"step: {step.options.describe()}; {step.share.describe()}")
         if self.reporter.shows_info:  # the estimate takes a second
-            network = self.teacher.network if self.teacher else None
-            for line in describe_memory(config, data, self.device, network):
+            for line in describe_memory(config, data, self.device, self.teacher):
                 info(line)
         if self.teacher:
             info(f"teacher {self.teacher.description}")
