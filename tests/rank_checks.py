@@ -97,14 +97,11 @@ def run(rank: int, size: int) -> dict[str, object]:
     own = images().chunk(size, 1)[rank]
     found: dict[str, object] = {}
     for accumulate in (1, 2):
-        for views in (True, False):
-            model = make_model(norms=False)
-            wrapped = parallel(
-                model, torch.device("cpu"), accumulate=accumulate, bucket_views=views
-            )
-            found[f"weights{accumulate}{views}"] = train(
-                model, wrapped, [list(step.chunk(accumulate)) for step in own]
-            )
+        model = make_model(norms=False)
+        wrapped = parallel(model, torch.device("cpu"), accumulate=accumulate)
+        found[f"weights{accumulate}"] = train(
+            model, wrapped, [list(step.chunk(accumulate)) for step in own]
+        )
     model = make_model(norms=True)
     wrapped = parallel(model, torch.device("cpu"))
     with synchronized_batch_norm():

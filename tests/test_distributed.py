@@ -54,8 +54,8 @@ def test_gradients_equal_whole_batch(ranks):
     model = rank_checks.make_model(norms=False)
     alone = rank_checks.train(model, model, [[step] for step in rank_checks.images()])
     for found in ranks:
-        for way in ("1True", "1False", "2True", "2False"):
-            assert_same(found[f"weights{way}"], alone)
+        for accumulate in (1, 2):
+            assert_same(found[f"weights{accumulate}"], alone)
 
 
 def test_synchronized_norms_equal_whole_batch(ranks):
@@ -81,7 +81,7 @@ def test_running_statistics_are_averaged(ranks):
 
 def test_agreement_is_seen_one_call_later(ranks):
     for found in ranks:
-        assert found["agreed"] == [0, 0, 3, 0, 2, 1]
+        assert found["agreed"] == [0, 0, 3, 0, 2, 0]  # what is raised with 2 is dropped
         assert found["settled"] == [1, 0]
     alone = Agreement()
     assert [alone.exchange(raised) for raised in (0, 2, 0)] == [0, 2, 0]
@@ -212,7 +212,7 @@ def test_process_group_without_launcher(environment):
             {"RANK": "2"},
             "RANK=2 with WORLD_SIZE=2 in the environment; ranks are 0 to WORLD_SIZE - 1",
         ),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR, the address of rank 0, is not in the environment"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR='' in the environment"),
     ],
 )
 def test_inconsistent_environment_is_refused(environment, given, message):

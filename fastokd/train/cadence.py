@@ -45,7 +45,7 @@ class Cadence:
             wanted = Due.SAVE
         elif report or now - self._checked > CHECK_SECONDS:
             wanted = Due.CHECK
-        due = Due(self._agreement.agree(wanted))
+        due = Due(self._agreement.exchange(wanted))
         if due:
             self._checked = now
         if due == Due.SAVE:
@@ -54,7 +54,7 @@ class Cadence:
 
     def must_stop(self) -> bool:
         """True if a signal stops the run here, outside of the training steps."""
-        return bool(self._agreement.agree(Due.STOP if self._signals.received else Due.NOTHING))
+        return bool(self._agreement.exchange(Due.STOP if self._signals.received else Due.NOTHING))
 
     def settle(self) -> None:
         """Complete the last exchange between processes, after the last step of a loop."""

@@ -1,6 +1,5 @@
 """The dataset and the loaders of a configuration."""
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -26,9 +25,8 @@ from fastokd.data.loader import best_file_loader, file_loaders, get_loader_kind
 from fastokd.errors import ConfigError
 from fastokd.storage import available_memory
 from fastokd.train.config import TrainConfig
-from fastokd.train.distributed import Ranks, local_main_first
+from fastokd.train.distributed import Ranks
 from fastokd.train.precision import choose_precision, image_dtype
-from fastokd.train.progress import Reporter
 
 AnyDataset = Dataset | FileDataset
 
@@ -64,8 +62,10 @@ def open_data(
             options["image_size"] = height
     spec: Any = config.data
     loader = config.loader
-    if loader == "auto" and (seen is not None or not made_of_files(config.data)):
-        loader = _loader_of_record(seen or {}) if made_of_files(config.data) else "resident"
+    if loader == "auto" and not made_of_files(config.data):
+        loader = "resident"
+    elif loader == "auto" and seen is not None:
+        loader = seen.get("loader", "resident")
     if loader == "auto":
         spec = list_source(config.data)
         listed = list_files(spec, **options)
@@ -74,17 +74,6 @@ def open_data(
     elif not get_loader_kind(loader).decoded:
         return list_files(spec, **options)
     return open_dataset(spec, **options, progress=progress, bad_images=config.bad_images)
-
-
-def open_run_data(
-    config: TrainConfig,
-    device: torch.device,
-    reporter: Reporter,
-    seen: Mapping[str, Any] | None = None,
-) -> AnyDataset:
-    """The dataset of a run, with its augmentation; see ``open_data`` for ``seen``."""
-    with contextlib.closing(reporter), local_main_first():
-        return with_augmentation(config, open_data(config, device, seen, reporter.decoding))
 
 
 def with_augmentation(config: TrainConfig, dataset: AnyDataset) -> AnyDataset:
@@ -127,7 +116,7 @@ def loader_name(
     if isinstance(dataset, Dataset):
         return "resident"
     if seen is not None:
-        kind = get_loader_kind(before := _loader_of_record(seen))
+        kind = get_loader_kind(before := seen.get("loader", "resident"))
         if not kind.decoded and kind.reason_against(device, dataset.splits) is None:
             return before
     return best_file_loader(device, dataset.splits)
@@ -198,10 +187,6 @@ def loader_for(
             loader.set_size(size)
         loader.set_size(config.size_at(0))
     return loader
-
-
-def _loader_of_record(seen: Mapping[str, Any]) -> str:
-    return seen.get("loader", "resident")
 
 
 def _is_small(dataset: FileDataset, image_size: int | None, device: torch.device) -> bool:

@@ -88,22 +88,18 @@ def process_group(device_name: str) -> Iterator[Ranks]:
 
 def _ranks_of_environment() -> Ranks:
     values = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        text = os.environ.get(name, "")
-        if not text.isdecimal():
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        values[name] = text = os.environ.get(name, "")
+        if not text or (name != "MASTER_ADDR" and not text.isdecimal()):
             raise ConfigError(
                 f"{name}={text!r} in the environment; torchrun sets RANK, WORLD_SIZE, LOCAL_RANK,"
                 " MASTER_ADDR and MASTER_PORT: start with torchrun or --gpus N, or unset them"
             )
-        values[name] = int(text)
-    rank, size = values["RANK"], values["WORLD_SIZE"]
+    rank, size, local_rank = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= size:
         text = f"RANK={rank} with WORLD_SIZE={size} in the environment"
         raise ConfigError(f"{text}; ranks are 0 to WORLD_SIZE - 1")
-    if not os.environ.get("MASTER_ADDR"):
-        text = "MASTER_ADDR, the address of rank 0, is not in the environment"
-        raise ConfigError(f"{text}; start with torchrun or --gpus N")
-    return Ranks(rank, size, values["LOCAL_RANK"])
+    return Ranks(rank, size, local_rank)
 
 
 def _meet(ranks: Ranks) -> dist.Store:
@@ -267,13 +263,13 @@ def share_of_batch(config: TrainConfig, ranks: Ranks) -> BatchShare:
 
 
 def parallel(
-    model: nn.Module, device: torch.device, *, accumulate: int = 1, bucket_views: bool = True
+    model: nn.Module, device: torch.device, *, accumulate: int = 1
 ) -> DistributedDataParallel:
     """Wrap a model so that its gradients are means over all processes after a backward pass.
 
     Every process keeps its own running statistics; ``mean_buffers`` averages them. Only the last of
     ``accumulate`` backward passes of a step exchanges gradients; run the others in ``no_sync()``.
-    With ``bucket_views`` gradients are views of the buckets that are sent.
+    Gradients are views of the buckets that are sent.
     """
     # All processes create the model from one seed, so buffers are equal at the start. Newer
     # versions of torch renamed the switch.
@@ -285,7 +281,7 @@ def parallel(
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if on_gpu else None,
-            gradient_as_bucket_view=bucket_views,
+            gradient_as_bucket_view=True,
             # A static graph whose first backward pass is in no_sync() fails an internal assertion
             # (PyTorch issue 143580).
             static_graph=accumulate == 1,
@@ -334,19 +330,14 @@ class Agreement:
         self._work: Any = None
 
     def exchange(self, raised: int) -> int:
-        """Raise a number, 0 for nothing; returns the largest of all at the call before."""
+        """Raise a number, 0 for nothing; returns the largest of all at the call before. If that is
+        not 0, the number of this call is dropped: it is handled too, or raised again.
+        """
         if self._group is None:
             return raised
         agreed = self.settle()
         self._value.fill_(raised)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, self._group, async_op=True)
-        return agreed
-
-    def agree(self, raised: int) -> int:
-        """As ``exchange``, and complete the exchange if anything was raised: a number raised now
-        is handled with it, or raised again.
-        """
-        agreed = self.exchange(raised)
         if agreed:
             self.settle()
         return agreed

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import io
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,25 +70,33 @@ def open_sinks(
         report: called once if a sink fails; the run continues without it.
     """
     check_sinks(names)
-    return [MetricSink(name, report, run_path, config, records) for name in names]
+    sinks = [MetricSink(name, run_path, config, report) for name in names]
+    for sink in sinks:
+        for record in records:
+            sink.write(record)
+    return sinks
 
 
 class MetricSink:
     """A receiver of the records, which never raises: it is dropped at its first failure, because a
-    full disk or a lost network must not end a run. ``settings`` are those of the sink.
+    full disk or a lost network must not end a run.
     """
 
-    def __init__(self, name: str, report: Callable[[str], object], *settings: Any) -> None:
+    def __init__(
+        self, name: str, path: Path, config: Mapping[str, Any], report: Callable[[str], object]
+    ) -> None:
         self._name, self._report = name, report
         self._sink: Any = None
         with self._dropped_on_error():
-            self._sink = _SINKS[name](*settings)
+            self._sink = _SINKS[name](path, dict(config))
 
     def write(self, record: Record) -> None:
         """Take the record of the next epoch."""
+        values = flatten(record)
+        epoch = values.pop("epoch")
         with self._dropped_on_error():
             if self._sink is not None:
-                self._sink.write(record)
+                self._sink.write(epoch, values)
 
     def close(self) -> None:
         """Flush."""
@@ -117,16 +126,13 @@ class _TensorBoard:
 
     hint = ""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
         # A new file that purges the steps of the files before it, and all records again, so that
         # TensorBoard shows metrics.jsonl. The first session purges too: TensorBoard's Python
         # reader takes the first purge for the run's start and ignores it.
         self._writer = self.require()(str(path / "tensorboard"), purge_step=0)
-        lines = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
-        markdown = "".join(f"    {line}\n" for line in lines)  # indented: code
-        self._writer.add_text("config", markdown, 0)
-        for record in records:
-            self.write(record)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self._writer.add_text("config", textwrap.indent(text, "    "), 0)  # indented: code
 
     @staticmethod
     def require() -> Any:
@@ -137,10 +143,9 @@ class _TensorBoard:
             raise _missing("tensorboard") from None
         return SummaryWriter
 
-    def write(self, record: Record) -> None:
-        for name, value in flatten(record).items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, record["epoch"])
+    def write(self, epoch: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
         self._writer.flush()  # raises errors of the writer's thread
 
     def close(self) -> None:
@@ -157,7 +162,7 @@ class _WeightsAndBiases:
 
     hint = " ('wandb login' or WANDB_MODE=offline, then --resume, restores it)"
 
-    def __init__(self, path: Path, config: Mapping[str, Any], records: Sequence[Record]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
         wandb = self.require()
         id_path = path / "wandb" / "fastokd-run.txt"
         # Do not upload the terminal's output or the user's code.
@@ -170,14 +175,12 @@ class _WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT") or "fastokd",
             name=os.environ.get("WANDB_NAME") or path.name,
             dir=str(path),
-            config=dict(config),
+            config=config,
             id=run_id,
             resume="allow" if run_id else None,
             settings=wandb.Settings(**settings),
         )
         write_text(id_path, self._run.id)
-        for record in records:
-            self.write(record)
 
     @staticmethod
     def require() -> Any:
@@ -190,11 +193,10 @@ class _WeightsAndBiases:
             raise _missing("wandb") from None
         return wandb
 
-    def write(self, record: Record) -> None:
+    def write(self, epoch: int, values: dict[str, Any]) -> None:
         # W&B keeps the steps it has and takes no earlier ones.
-        if record["epoch"] >= self._run.step:
-            values = {name: value for name, value in flatten(record).items() if name != "epoch"}
-            self._run.log(values, step=record["epoch"], commit=True)
+        if epoch >= self._run.step:
+            self._run.log(values, step=epoch, commit=True)
 
     def close(self) -> None:
         self._run.finish()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -82,22 +82,22 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: nn.Module | None = None
+    config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None = None
 ) -> MemoryEstimate:
     """Estimate a run's memory from shapes alone; nothing is allocated and nothing computed.
 
     Runs a forward and a backward pass on fake tensors and counts the storages that are alive. Not
     counted are workspaces of cuDNN and cuBLAS, fragmentation, tensors that a ``reference`` loss
     keeps, and a loss's state per image; tensors that a compiled network recomputes count as kept.
-    ``teacher`` is the frozen teacher network. Raises a ``ConfigError`` if the network's control
-    flow depends on values.
+    Raises a ``ConfigError`` if the network's control flow depends on values.
     """
     share = share_of_batch(config, Ranks.current())
+    network = teacher.network if teacher else None
     with torch.device("meta"):
         model = create_model(
             config.model,
             num_classes=len(dataset.classes),
-            teacher=None if teacher is None else copy.deepcopy(teacher).to("meta"),
+            teacher=None if network is None else copy.deepcopy(network).to("meta"),
             **model_layout(config),
         )
     options = choose_step_options(config, model, device)
@@ -204,7 +204,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def describe_memory(
-    config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: nn.Module | None = None
+    config: TrainConfig, dataset: AnyDataset, device: torch.device, teacher: Teacher | None = None
 ) -> list[str]:
     """Lines for the start of a run, when its model exists: the estimate, and a warning if the first
     step will probably not fit.
@@ -225,13 +225,9 @@ def describe_memory(
 
 def batch_sizes(largest: int) -> list[int]:
     """8, 12, 16, 24, 32, 48, ... up to ``largest``; at least the first."""
-    sizes = [8]
-    while True:
-        last = sizes[-1]
-        following = last * 3 // 2 if last.bit_count() == 1 else last * 4 // 3
-        if following > largest:
-            return sizes
-        sizes.append(following)
+    doublings = range(max(largest, 1).bit_length())
+    sizes = sorted(base << count for base in (8, 12) for count in doublings)
+    return [size for size in sizes if size <= largest] or [8]
 
 
 def fit_batch_size(
@@ -258,7 +254,6 @@ def fit_batch_size(
         given = f"batch_size auto and device_batch={config.device_batch}"
         raise ConfigError(f"{given}: auto finds what a device takes at once; give one of them")
     processes = Ranks.current().size
-    network = None if teacher is None else teacher.network
     limits = {
         f"larger than {largest} only on request, as auto:N": largest,
         f"an epoch keeps {STEPS_PER_EPOCH} steps": len(dataset.train) // STEPS_PER_EPOCH,
@@ -269,7 +264,7 @@ def fit_batch_size(
 
     def needed(each: int) -> int:
         of_size = dataclasses.replace(config, batch_size=each * processes)
-        return estimate_memory(of_size, dataset, device, network).total
+        return estimate_memory(of_size, dataset, device, teacher).total
 
     count = bisect.bisect_left(
         sizes, True, key=lambda each: free is not None and needed(each) > FILL * free

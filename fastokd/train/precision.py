@@ -1,11 +1,12 @@
 """Number formats of the forward and backward pass: autocast, TF32 and loss scaling."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastokd.errors import ConfigError
 from fastokd.train.config import TrainConfig
@@ -100,10 +101,8 @@ class LossScale:
 
 def in_float32(value: Any) -> Any:
     """A loss's inputs with float32 for float16, in which scaled gradients would overflow."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype == torch.float16 else value
-    if isinstance(value, Mapping):
-        return {name: in_float32(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(in_float32(item) for item in value)
-    return value
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    return tree_map_only(Tensor, convert, value)

@@ -39,7 +39,7 @@ __getattr__ = moved_names(__name__, {__name__: ("Pace=Throughput",)})
 
 
 class Counter:
-    """Progress of a number of items: a bar on a terminal, plain lines elsewhere."""
+    """Progress over items: a bar on a terminal until all are done, plain lines elsewhere."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
@@ -56,10 +56,14 @@ class Counter:
         elif time.monotonic() - self._printed > PLAIN_INTERVAL / 3:
             self._printed = time.monotonic()
             self._console.print(f"{self._title}: {done} of {total}", markup=False)
+        if done >= total:
+            self.close()
+            self._progress.reset(self._task)  # for the images of the next split
 
     def close(self) -> None:
         """Remove the bar."""
-        self._progress.stop()
+        if self._progress.live.is_started:  # otherwise it prints an empty line into a pipe
+            self._progress.stop()
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class Reporter:
         self._live = shows and self.console.is_interactive and self.console.file.isatty()
         self._display: Live | None = None
         self._table = _EpochTable()
-        self._decoded: Counter | None = None
+        self._decoded = Counter("reading images", self.console)
         self._log: Path | None = None
         self._noted = self._printed = time.monotonic()
 
@@ -231,12 +235,8 @@ class Reporter:
 
     def decoding(self, done: int, total: int) -> None:
         """Show the progress of reading image files."""
-        if not (self._lines or self._live):
-            return
-        self._decoded = self._decoded or Counter("reading images", self.console)
-        self._decoded(done, total)
-        if done >= total:
-            self._end_decoding()
+        if self._lines or self._live:
+            self._decoded(done, total)
 
     def start_run(self, student: str, records: Iterable[Mapping[str, Any]] = ()) -> None:
         """Start a run: the name of the student's row, and the records of earlier epochs."""
@@ -301,15 +301,10 @@ class Reporter:
 
     def close(self) -> None:
         """Remove the live table, which hides the cursor; call it however a run ends."""
-        self._end_decoding()
+        self._decoded.close()
         if self._display is not None:
             self._display.stop()
             self._display = None
-
-    def _end_decoding(self) -> None:
-        if self._decoded is not None:
-            self._decoded.close()
-            self._decoded = None
 
 
 class _EpochTable:

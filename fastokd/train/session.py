@@ -6,15 +6,11 @@ from typing import Any
 
 from fastokd.train.checkpoint import checkpoint_files
 from fastokd.train.config import TrainConfig, check_config
-from fastokd.train.data import open_run_data
-from fastokd.train.distributed import Ranks, choose_device, from_main
-from fastokd.train.memory import fit_batch_size
+from fastokd.train.distributed import Ranks, from_main
 from fastokd.train.progress import Reporter
-from fastokd.train.randomness import be_deterministic
 from fastokd.train.run_folder import RunFolder, default_run_path
 from fastokd.train.runs import newest_checkpoint
 from fastokd.train.signals import StopSignals
-from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 from fastokd.train.trainer import Trainer
 
 
@@ -35,8 +31,7 @@ def begin_run(
         resume: if the folder holds a run already, resume it with this configuration.
         allow_config_change: see ``Trainer.resume``.
         signals: the process's signal handlers, if it has installed some.
-        largest_batch: choose the batch size by memory, up to this (see ``fit_batch_size``); None
-            for that of the configuration. A resumed run keeps its own.
+        largest_batch: see ``Trainer``. A resumed run keeps its batch size.
 
     Raises:
         ConfigError: a setting is wrong, or the folder is not empty.
@@ -53,21 +48,7 @@ def begin_run(
     is_main = Ranks.current().is_main
     run = RunFolder.create(folder) if is_main else RunFolder(folder)
     try:
-        parts: dict[str, Any] = {}
-        reason = ""
-        if largest_batch is not None:
-            check_teacher(config)
-            config = with_absolute_teacher(config)
-            device = choose_device(config.device)
-            be_deterministic(config.deterministic)
-            dataset = open_run_data(config, device, reporter)
-            teacher = open_teacher(config, dataset, device)
-            size, reason = fit_batch_size(config, dataset, device, teacher, largest_batch)
-            config = dataclasses.replace(config, batch_size=size)
-            parts = {"dataset": dataset, "teacher": teacher}
-        trainer = Trainer(config, run, reporter, signals=signals, **parts)
-        if reason:
-            reporter.info(reason)
+        trainer = Trainer(config, run, reporter, signals=signals, largest_batch=largest_batch)
         trainer.start()
     except BaseException:
         if is_main:

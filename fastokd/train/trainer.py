@@ -1,5 +1,6 @@
 """Training one run: epochs, evaluation, checkpoints and stops."""
 
+import contextlib
 import dataclasses
 import itertools
 import signal
@@ -31,16 +32,24 @@ from fastokd.train.config import TrainConfig, check_config, load_config
 from fastokd.train.data import (
     AnyDataset,
     data_record,
+    explain_loader,
     loader_for,
     loader_name,
-    open_run_data,
+    open_data,
     with_augmentation,
 )
-from fastokd.train.describe import describe_extension, describe_run
-from fastokd.train.distributed import Ranks, choose_device, from_main, gather_states, share_of_batch
+from fastokd.train.describe import describe_extension, describe_loss
+from fastokd.train.distributed import (
+    Ranks,
+    choose_device,
+    from_main,
+    gather_states,
+    local_main_first,
+    share_of_batch,
+)
 from fastokd.train.guard import NonFinite
 from fastokd.train.logs import MetricSink, check_sinks, open_sinks
-from fastokd.train.memory import is_out_of_memory, out_of_memory
+from fastokd.train.memory import describe_memory, fit_batch_size, is_out_of_memory, out_of_memory
 from fastokd.train.progress import EpochProgress, Reporter, Throughput
 from fastokd.train.randomness import be_deterministic, random_state, set_random_state
 from fastokd.train.run_folder import RunFolder
@@ -48,7 +57,7 @@ from fastokd.train.runner import StepRunner
 from fastokd.train.runs import check_same_run, newest_checkpoint, provenance, run_identity
 from fastokd.train.signals import StopSignals
 from fastokd.train.step import TrainStep
-from fastokd.train.teacher import Teacher, check_teacher, open_teacher, with_absolute_teacher
+from fastokd.train.teacher import check_teacher, open_teacher, with_absolute_teacher
 
 MAX_SKIPPED = 20
 """Non-finite steps between two checks that ``on_nonfinite="skip"`` tolerates."""
@@ -91,9 +100,11 @@ class Trainer:
 
     Args:
         run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
-        dataset, teacher: those of the run if they are open already.
+        dataset: that of the run if it is open already.
         seen: ``data_record`` from the checkpoint of a resumed run; None for a new run.
         signals: the process's signal handlers, if it has installed some.
+        largest_batch: choose the batch size by memory, up to this (see ``fit_batch_size``); None
+            for that of the configuration.
 
     Attributes:
         epoch, done: finished epochs, and finished steps of the current epoch.
@@ -110,25 +121,31 @@ class Trainer:
         dataset: AnyDataset | None = None,
         seen: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
-        teacher: Teacher | None = None,
+        largest_batch: int | None = None,
     ) -> None:
         check_config(config)
         check_sinks(config.log_to)
         check_teacher(config)
-        self.config = config = with_absolute_teacher(config)
+        config = with_absolute_teacher(config)
         self.run_folder, self.reporter, self._seen = run, reporter, seen
         self.ranks = Ranks.current()
-        share_of_batch(config, self.ranks)  # before any image is read
+        if largest_batch is None:
+            share_of_batch(config, self.ranks)  # before any image is read
         if self.ranks.is_main:
             reporter.attach_log(run.log_path)
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
         if dataset is None:
-            self.dataset = open_run_data(config, self.device, reporter, seen)
-        else:
-            self.dataset = with_augmentation(config, dataset)
-        self.teacher = teacher or open_teacher(config, self.dataset, self.device)
-        network, rows = (self.teacher.network, self.teacher.rows) if self.teacher else (None, None)
+            with contextlib.closing(reporter), local_main_first():
+                dataset = open_data(config, self.device, seen, reporter.decoding)
+        self.dataset = with_augmentation(config, dataset)
+        self.teacher = teacher = open_teacher(config, self.dataset, self.device)
+        if largest_batch is not None:
+            size, reason = fit_batch_size(config, self.dataset, self.device, teacher, largest_batch)
+            config = dataclasses.replace(config, batch_size=size)
+            reporter.info(reason)
+        self.config = config
+        network, rows = (teacher.network, teacher.rows) if teacher else (None, None)
         self.model = build_model(config, len(self.dataset.classes), self.device, network)
         smallest = max(find_backbone(name).image_size for name in config.model_names())
         check_images(self.model, self.dataset.image_size, smallest)
@@ -535,16 +552,24 @@ class Trainer:
         return summary
 
     def _introduce(self) -> None:
-        """Print the lines about the run."""
-        info, config = self.reporter.info, self.config
+        """Print the lines about the run, its data, step, memory, teacher and loss."""
+        info, config, data, step = self.reporter.info, self.config, self.dataset, self.step
         info(
             f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
             f" {config.num_branches()} branches, on {self.device}"
         )
-        seen, with_memory = self._seen, self.reporter.shows_info
-        parts = (config, self.dataset, self.device, self.step, self.teacher, seen, with_memory)
-        for line in describe_run(*parts):
-            info(line)
+        info(
+            f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
+            f" {len(data.evaluation)} {data.evaluation.name} images"
+        )
+        info(explain_loader(config, data, self.device, self._seen))
+        info(f"step: {step.options.describe()}; {step.share.describe()}")
+        if self.reporter.shows_info:  # the estimate takes a second
+            for line in describe_memory(config, data, self.device, self.teacher):
+                info(line)
+        if self.teacher:
+            info(f"teacher {self.teacher.description}")
+        info(describe_loss(step.criterion, config))
         if count := self.num_held_out:
             info(f"{count} training images are held out for the loss and never trained on")
         if self._memory_note:
