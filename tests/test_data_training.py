@@ -120,10 +120,7 @@ def test_the_loader_says_why(tmp_path, capsys):
         ]
     )
     assert code == 0
-    assert (
-        "loader resident: the dataset comes decoded, so they are kept on cpu"
-        in capsys.readouterr().out
-    )
+    assert "loader resident: the dataset is already decoded; kept on cpu" in capsys.readouterr().out
     assert load_config(
         (tmp_path / "run" / "config.yaml").read_text(), "config"
     ).resize_schedule == {0: 6}
@@ -153,7 +150,7 @@ class TestChoice:
     def test_small_images_that_fit_are_resident(self, tmp_path):
         name, dataset, line = self.choose(make_tree(tmp_path))
         assert (name, dataset.image_size) == ("resident", (8, 8))
-        assert line == "loader resident: the images are small and fit, so they are kept on cpu"
+        assert line == "loader resident: the images are small and fit in memory; kept on cpu"
 
     @pytest.mark.parametrize(("size", "free"), [((8, 8), 3000), ((200, 300), 2**40)])
     def test_others_are_read_while_training(self, tmp_path, monkeypatch, size, free):

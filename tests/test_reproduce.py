@@ -179,7 +179,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
     assert "cifar10-resnet32-ahbf-seed1: not run\n" in said
     assert "4 runs in " in said
     assert said.count("  not run\n") == 35
-    assert "0 of 35 numbers have a finished run here" in said
+    assert "0 of 35 published numbers have a finished run" in said
     assert reproduce(out, *given) == 0
     said = capsys.readouterr().out
     # fake_training: 30 % and 30.5 %, in the best epoch 1 less. AHBF Table 1, ResNet-32: 5.32 +-
@@ -193,7 +193,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
         r"\ncifar10-resnet32-baseline +6\.31 \+- 0\.07 \(3\) +- +- +- +not run\n", said
     )
     for note in (
-        "2 of 35 numbers have a finished run here; the others say nothing about the paper.",
+        "2 of 35 published numbers have a finished run.",
         "Not as published: epochs: 300, 2 (published, here).",
         "Not as published: 2 of 3 runs.",
         "Not as published: trained on 1,442 images, published on 50,000.",

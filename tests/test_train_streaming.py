@@ -83,7 +83,7 @@ def test_train_evaluate_export(tree, tmp_path, capsys, loader):
         train(tree, out, loader, "--epochs", "1", size=136) == 0
     )  # large enough for random resized crops
     said = capsys.readouterr().out
-    assert f"loader {loader}, as chosen" in said
+    assert f"loader {loader} (requested)" in said
     assert "24 training and 9 val images" in said
     accuracy = json.loads((out / "summary.json").read_text())["last"]["branch1"]
     assert round(accuracy * 9, 6) == round(accuracy * 9)
@@ -149,12 +149,12 @@ def test_auto_loader_reports_its_reason(tree, monkeypatch):
     small = TrainConfig(data=str(tree), image_size=24)
     assert (
         explain_loader(small, open_data(small, cpu), cpu)
-        == "loader resident: the images are small and fit, so they are kept on cpu"
+        == "loader resident: the images are small and fit in memory; kept on cpu"
     )
     digits = TrainConfig(data="digits")
     assert (
         explain_loader(digits, open_data(digits, cpu), cpu)
-        == "loader resident: the dataset comes decoded, so they are kept on cpu"
+        == "loader resident: the dataset is already decoded; kept on cpu"
     )
     monkeypatch.setattr("fastokd.train.data.available_memory", lambda: 1000)
     assert loader_name(small, open_data(small, cpu), cpu) == "torchvision"

@@ -119,8 +119,8 @@ def _print_analysis(record: Mapping[str, Any]) -> None:
         table.add_row(f"{name} (student)" if name == student else name, *cells)
     print_table(table)
     say(
-        f"agreement and distances are with {student}, those of logits over the images that it gets"
-        " wrong"
+        f"Agreement and distances are relative to {student}; logit distances are over the images"
+        f" that {student} misclassifies."
     )
     for measure in measures.values():
         if not measure["axes"] and measure["values"] is not None:

@@ -92,7 +92,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
         except DamagedCheckpoint as error:
             complaints.append(str(error))
     if not complaints:
-        load_checkpoint(folder / "last.pt")  # raises: there is none
+        load_checkpoint(folder / "last.pt")  # raises an error: it is missing
     best, hint = folder / "best.pt", ""
     if best.is_file():
         hint = f"; to resume from the best epoch instead, copy {best} to {folder / 'last.pt'}"

@@ -131,11 +131,11 @@ def explain_loader(
     """One line with the loader and the reason for it."""
     name = loader_name(config, dataset, device, seen)
     if config.loader != "auto":
-        return f"loader {name}, as chosen"
+        return f"loader {name} (requested)"
     if isinstance(dataset, Dataset):
-        small = "the images are small and fit"
-        reason = small if dataset.train.files else "the dataset comes decoded"
-        return f"loader resident: {reason}, so they are kept on {device}"
+        small = "the images are small and fit in memory"
+        reason = small if dataset.train.files else "the dataset is already decoded"
+        return f"loader resident: {reason}; kept on {device}"
     reason = "the images are large or too many for memory"
     line = f"loader {name}: {reason}, so they are decoded while training"
     for other in itertools.takewhile(lambda other: other != name, file_loaders()):

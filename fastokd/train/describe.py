@@ -13,10 +13,10 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
         for name, coefficient, scheduled in terms
     )
     if length := config.ramp_length():
-        line += (
-            f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1,"
-            f" {config.kd_weight_at(length - 1):.3g} in epoch {length} and 1 after it"
-        )
+        line += f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1"
+        if length > 1:
+            line += f", {config.kd_weight_at(length - 1):.3g} in epoch {length}"
+        line += " and 1 after it"
     return line
 
 

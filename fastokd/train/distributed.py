@@ -307,7 +307,7 @@ def mean_buffers(*modules: nn.Module | None) -> None:
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     first = flat.clone()
     dist.broadcast(first, 0)
-    # Rank 0's plus the mean difference: exact if there is none, and the same everywhere.
+    # Rank 0's plus the mean difference: exact for equal buffers, and the same everywhere.
     flat -= first
     dist.all_reduce(flat)
     first += flat.div_(size)

@@ -20,7 +20,7 @@ class MetricSums:
         self._sums: Tensor | None = None  # the last is the number of samples
 
     def prepare(self, names: Sequence[str], device: torch.device) -> None:
-        """Allocate the sums, if there are none yet."""
+        """Allocate the sums in the first call; later ones must have the same names."""
         if self._sums is None:
             self._names = tuple(names)
             self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)

@@ -312,7 +312,7 @@ def _check_parameters(model: nn.Module, device: torch.device, flat: bool) -> Non
 
 
 def tied_parameters(model: nn.Module) -> tuple[str, str] | None:
-    """The names of two different parameters that share memory; None if there are none."""
+    """The names of two different parameters that share memory, or None."""
     extents = []
     for name, parameter in model.named_parameters():
         if parameter.numel() and (start := parameter.data_ptr()):  # fake tensors have no address

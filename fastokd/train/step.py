@@ -317,8 +317,8 @@ class TrainStep(BranchEvaluator):
         return torch.stack(list(values)) * target.shape[0], correct_counts(rows, target)
 
     def _check_loss(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the loss of any process is non-finite, 0-d bool, and whether the update is
-        skipped, 0.0 or 1.0.
+        """True (0-d bool) if the loss of any process is non-finite, and 1.0 (else 0.0) if the
+        update is skipped.
         """
         lost = sum_over_ranks((~values[0].isfinite()).float()) > 0
         return lost, torch.maximum(lost.float(), self.guard.withheld())

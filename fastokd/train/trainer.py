@@ -556,7 +556,7 @@ class Trainer:
         info, config, data, step = self.reporter.info, self.config, self.dataset, self.step
         info(
             f"run {self.run_folder.path}: {config.model}, method {config.method} ({config.preset}),"
-            f" {config.num_branches()} branches, on {self.device}"
+            f" {config.num_branches()} branch{'es' * (config.num_branches() > 1)}, on {self.device}"
         )
         info(
             f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"

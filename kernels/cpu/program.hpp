@@ -47,7 +47,7 @@ struct Node {
   int extra_stat;              // and the inputs' label logits (minimum) or the chosen input (selection)
 };
 
-// A base computes the exponentials of at most one derived softmax as powers of its own.
+// A base computes the exponentials of at most one derived softmax as powers of its exponentials.
 struct Softmax {
   int node;
   double temperature;

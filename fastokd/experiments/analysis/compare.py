@@ -11,7 +11,13 @@ from fastokd.errors import CheckpointError
 from fastokd.experiments.analysis.latency import Latencies, machine, measure_latencies
 from fastokd.experiments.analysis.page import page, remarks_section
 from fastokd.experiments.analysis.runs import Group, Run, remarks_of
-from fastokd.experiments.analysis.tables import Table, csv_text, plain_markdown, spread
+from fastokd.experiments.analysis.tables import (
+    BEST_EPOCH_NOTE,
+    Table,
+    csv_text,
+    plain_markdown,
+    spread,
+)
 from fastokd.export import load_student
 from fastokd.models import create_model
 from fastokd.models.summary import Cost, count_parameters, forward_flops
@@ -253,10 +259,9 @@ def _error_table(comparison: Comparison) -> Table:
         for run in row.group.left_out
     ]
     notes = [
-        "The best epoch is chosen on the images it is measured on, and so it is optimistic if these"
-        " are the test images; the last is not chosen.",
-        "Difference: percentage points, less is better, seed by seed against the reference, over"
-        " the n seeds that both have. p: two-sided paired t-test of these differences.",
+        BEST_EPOCH_NOTE,
+        "Difference: percentage points relative to the reference, per seed, over the n seeds that"
+        " both have; negative is better. p: two-sided paired t-test of these differences.",
         *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
         *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
     ]
@@ -293,18 +298,18 @@ def _cost_table(comparison: Comparison) -> Table:
     counts = [each.repeats for row in comparison.rows for each in row.latencies.values() if each]
     repeats = sorted({min(counts, default=0), max(counts, default=0)})
     notes = [
-        "FLOPs of one image forward, 2 for a multiply-add; training FLOPs are those of all that is"
-        " trained, a frozen teacher not among them.",
+        "FLOPs of the forward pass of one image, 2 for a multiply-add; training FLOPs are those of"
+        " all trained networks, without a frozen teacher.",
         f"Latency: median of {'-'.join(map(str, repeats))} forward passes of the student in"
         f" milliseconds, eager, float32, on {comparison.measured_on}.",
-        "Training time: of an image, by the median images/s of the epochs, as a multiple of the"
-        " same student trained alone; only where such runs are among these, on the same device with"
-        " as many threads and processes, configured alike in what speed depends on. What else the"
-        " machine did meanwhile is in it.",
+        "Training time: time per image, from the median images/s of the epochs, as a multiple of"
+        " the same student trained alone; only if such runs are among these, on the same device"
+        " with equal numbers of threads and processes and equal settings that affect speed. It"
+        " includes other load on the machine.",
     ]
     if not kinds:
         del notes[1]
-    return Table.of("What students and training cost", rows, notes)
+    return Table.of("Cost of students and training", rows, notes)
 
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}

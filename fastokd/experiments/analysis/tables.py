@@ -12,6 +12,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+BEST_EPOCH_NOTE = (
+    "The best epoch is selected on the evaluation images, and is optimistic if these are the test"
+    " images."
+)
+
 
 class Table(NamedTuple):
     """A table of text: its title, the names of its columns, its rows, and notes on how to read it.

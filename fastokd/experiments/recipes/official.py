@@ -1,4 +1,4 @@
-"""ONE, FFSD and AFID in the settings of their own published code, which differ from those of the
+"""ONE, FFSD and AFID in the settings of the methods' published code, which differ from those of the
 papers that compare with them. The suffix ``-official`` marks these recipes.
 """
 

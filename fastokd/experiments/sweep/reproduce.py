@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fastokd.errors import ConfigError, did_you_mean, summarize
-from fastokd.experiments.analysis.tables import Table, plain_markdown, spread
+from fastokd.experiments.analysis.tables import BEST_EPOCH_NOTE, Table, plain_markdown, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe, list_recipes
 from fastokd.experiments.sweep import results
 from fastokd.experiments.sweep.grid import Values, fields_of, shared_values
@@ -261,18 +261,17 @@ def _notes(plan: Reproduction, measured: Mapping[str, Measured]) -> list[str]:
 
     different = group_by_item((name, _differences(plan, name, measured[name])) for name in rows)
     remarks = group_by_item((name, recipes[name].notes) for name in rows)
-    nothing = "Nothing is known to differ from what is published"
+    nothing = "No known differences from the published setting"
     nothing += "." if runs else " in the planned runs; nothing has been run."
     return [
-        f"{done} of {sum(counts.values())} numbers have a finished run here; the others say nothing"
-        " about the paper.",
-        "Difference: the last epoch minus the published number, in percentage points; above 0 is"
-        " worse here. The paper does not say whether its numbers are of the last epoch or of the"
-        " best, and the best is chosen on the images that it is measured on.",
+        f"{done} of {sum(counts.values())} published numbers have a finished run.",
+        "Difference: the last epoch minus the published number, in percentage points; positive is"
+        " a larger error than published. The paper does not state whether its numbers are from the"
+        f" last or the best epoch. {BEST_EPOCH_NOTE}",
         *(f"Not as published{which(names)}: {item}." for item, names in different.items()),
         *([] if different else [nothing]),
-        "The notes of each recipe ('fastokd recipes NAME') say what the paper leaves open. No paper"
-        " gives its precision, which is bf16 on a GPU here unless --set precision=fp32.",
+        "The notes of each recipe ('fastokd recipes NAME') list settings that the paper does not"
+        " state. No paper states its precision; on a GPU it is bf16 unless --set precision=fp32.",
         *(f"{note}{which(names)}" for note, names in remarks.items()),
         *results.comparison_remarks(runs),
     ]

@@ -14,7 +14,7 @@ import yaml
 from fastokd.errors import MissingExtra
 from fastokd.experiments.analysis import figures
 from fastokd.experiments.analysis.runs import SAME_RUN, Run, value_in_words
-from fastokd.experiments.analysis.tables import Table, csv_text, spread
+from fastokd.experiments.analysis.tables import BEST_EPOCH_NOTE, Table, csv_text, spread
 from fastokd.experiments.recipes import DATASETS, Published, Recipe
 from fastokd.experiments.sweep import grid, results
 from fastokd.experiments.sweep.grid import Point, Values, short
@@ -186,11 +186,7 @@ class SweepResults(Results):
                 row["difference, last epoch"] = results.difference(errors, number)
             rows.append(row)
         title = "Errors of the student in %, mean +- sample standard deviation over seeds"
-        note = (
-            "The best epoch is chosen on the images it is measured on, and so it is optimistic if"
-            " these are the test images; the last is not chosen."
-        )
-        return Table.of(title, rows, [note, *self.notes])
+        return Table.of(title, rows, [BEST_EPOCH_NOTE, *self.notes])
 
     def _points(self) -> list[tuple[Point, results.Measured, Published | None]]:
         return list(zip(self.sweep.points, self.measured.values(), self.published, strict=True))
