@@ -17,6 +17,26 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     )
 
 
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """The method ``new`` of a class under its former name."""
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        warn_renamed(old, new)
+        return getattr(self, new)(*arguments, **options)
+
+    return call
+
+
+def renamed_property(old: str, new: str) -> Any:
+    """The property ``new`` of a class under its former name."""
+
+    def get(self: Any) -> Any:
+        warn_renamed(old, new)
+        return getattr(self, new)
+
+    return property(get)
+
+
 def alias(old: str, new: str) -> None:
     """Make ``old`` and its submodules other names of the modules of ``new``."""
     warn_renamed(old, new, stacklevel=4)

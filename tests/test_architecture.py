@@ -124,7 +124,7 @@ def _components(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 # The goal is 27,000 lines for the package; lower this as it shrinks.
-MOST_LINES = {"file": 600, "function body": 60, "fastokd": 29_400, "library": 8_000}
+MOST_LINES = {"file": 600, "function body": 60, "fastokd": 28_050, "library": 8_000}
 LIBRARY = ("graph", "ops", "losses", "methods", "models")
 MOST_PARAMETERS = 15
 

@@ -10,6 +10,7 @@ import pytest
 from fastokd.cli import main
 
 pytest.importorskip("matplotlib", reason="pip install 'fastokd[plots]'")
+stats = pytest.importorskip("scipy.stats", reason="pip install 'fastokd[plots]'")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,9 @@ def test_table_is_the_mean_and_deviation_of_the_last_epochs(demo, capsys):
         assert f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}" in row
     differences = [one - other for one, other in zip(*errors.values(), strict=True)]
     assert f"{-statistics.mean(differences):+.2f} +- {statistics.stdev(differences):.2f}" in said
+    p = stats.ttest_rel(*errors.values()).pvalue
+    size = "larger than" if p < 0.05 else "within"
+    assert f"The difference is {size} what chance gives over 3 seeds" in said
     assert "not whether the method helps" in said
     again = json.loads((demo / "ahbf-seed0" / "summary.json").read_text())["last"]["branch1"]
     assert re.search(

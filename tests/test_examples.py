@@ -129,7 +129,7 @@ def test_branch_timm():
         parameter.numel()
         for parameter in timm.create_model("resnet10t", num_classes=10).parameters()
     )
-    assert output.strip().endswith(f"ResNet, {count:,} parameters")
+    assert output.strip().endswith(f"(ResNet), {count:,} parameters")
 
 
 @pytest.mark.parametrize("weights", [False, True])

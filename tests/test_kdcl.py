@@ -196,7 +196,7 @@ def test_soft_targets_and_half_precision(variant):
         (torch.tensor([0, 1, 2]), r"target has the shape \(3,\); labels must be \[4\]"),
         (torch.tensor([0, 1, 2, 3, 4]), r"target has the shape \(5,\); labels must be \[4\]"),
         (torch.tensor([0, 1, 2, 6]), r"target\[3\] is 6, but the logits have 6 classes"),
-        (torch.full((4, 5), 0.2), r"must have the shape \[4, 6\], got \(4, 5\)"),
+        (torch.full((4, 5), 0.2), r"class probabilities must be \[4, 6\]"),
         (None, "target must be a tensor, got NoneType"),
         ([0, 1, 2, 3], "target must be a tensor, got list"),
     ],

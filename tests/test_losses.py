@@ -344,7 +344,9 @@ def test_scores_of_one_row_equal_expanded_scores() -> None:
 
 def test_forward_backward_with_sum_is_refused() -> None:
     batch = Batch(3)
-    with pytest.raises(ValueError, match="this loss has reduction='sum'"):
+    with pytest.raises(
+        ValueError, match="reduction='sum': forward_backward needs reduction='mean'"
+    ):
         AHBFLoss(3, reduction="sum").forward_backward(
             batch.logits, batch.labels, scores=batch.scores
         )

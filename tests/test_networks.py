@@ -641,7 +641,7 @@ def test_every_network_can_be_compressed(name: str) -> None:
             lambda: create_model("resnet32", num_branches=4, aux_blocks=4, compression=True),
             (
                 r"compression to 4 branches with aux_blocks=4: the stages have 5 and 5 blocks, too"
-                r" few to take 3 x 4 in turn"
+                r" few to take 3 x 4"
             ),
         ),
         (

@@ -199,7 +199,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
         "Not as published: trained on 1,442 images, published on 50,000.",
         "an epoch omits the 34 images that do not fill a batch",
         "the images come from digits, not from the published arrays of CIFAR-10",
-        "AHBF says nothing of how it ran AFID",
+        "AHBF does not state its AFID settings",
         "which is bf16 on a GPU here",
     ):
         assert note in said, note
@@ -400,7 +400,7 @@ def test_notes_are_of_all_rows_that_have_runs(fake, tmp_path, capsys):
     capsys.readouterr()
     assert reproduce(out, "ahbf-table1", "--rows", "cifar10-resnet32-baseline", *given) == 0
     said = capsys.readouterr().out
-    assert "AHBF says nothing of how it ran AFID" in said
+    assert "AHBF does not state its AFID settings" in said
     assert re.search(r"Not as published: 1 of 3 runs\.", said)
     # And a run of another call that is counted was configured as this one has it.
     config = out / "runs" / "cifar10-resnet32-afid-seed0" / "config.yaml"

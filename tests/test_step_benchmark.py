@@ -363,7 +363,7 @@ def test_without_matplotlib_there_is_the_table_alone(tmp_path, capsys, monkeypat
         (["--method", "tskd"], "unknown method"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--seconds", "0"], "seconds=0: must be positive"),
-        (["--data", "digits", "--num-classes", "5"], "--num-classes 5: digits has its own classes"),
+        (["--data", "digits", "--num-classes", "5"], "--num-classes 5: it is for synthetic images"),
         (["--num-classes", "1"], "--num-classes 1: it must be at least 2"),
         (["--device", "tpu"], "unknown device"),
     ],

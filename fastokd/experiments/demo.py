@@ -79,8 +79,12 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
             paths[method].append(path)
             say(_train(path, demo_config(method, seed, epochs, branches), dataset))
     groups = read_runs([*paths["baseline"], *paths["ahbf"]])
-    errors, costs, _ = compare(groups, latency=False).tables()
+    comparison = compare(groups, latency=False)
+    errors, costs, _ = comparison.tables()
     say(f"\n{errors.as_text()}\n\n{costs.as_text()}\n")
+    p = next(row.test.p for row in comparison.rows if row.test)
+    size = "larger than" if p is not None and p < 0.05 else "within"
+    say(f"The difference is {size} what chance gives over {seeds} seeds (5 % level).")
     say(
         f"One {dataset.evaluation.name} image is {100 / len(dataset.evaluation):.2f} points. On a"
         " set this small the demo shows that everything runs, not whether the method helps; for"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastokd._moved import warn_renamed
+from fastokd._moved import renamed_property
 from fastokd.errors import GraphError, did_you_mean
 from fastokd.graph.nodes import (
     KL,
@@ -84,11 +84,7 @@ class Graph:
             if isinstance(node, (Mixture, ProbabilityMixture)) and isinstance(node.weights, str)
         )
 
-    @property
-    def mixed_at_run_time(self) -> tuple[Mixture | ProbabilityMixture, ...]:
-        """The former name of ``dynamic_mixtures``."""
-        warn_renamed("Graph.mixed_at_run_time", "dynamic_mixtures")
-        return self.dynamic_mixtures
+    mixed_at_run_time = renamed_property("Graph.mixed_at_run_time", "dynamic_mixtures")
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:

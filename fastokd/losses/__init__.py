@@ -44,7 +44,9 @@ _MODULES = {
     "fastokd.methods.tsb": ["TSBLoss"],
 }
 _module_of = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = list(_module_of)
+__all__ = ["AFIDLoss", "AHBFLoss", "BaselineLoss", "CLILRLoss", "DMLLoss", "FFMLoss", "FFSDLoss"]
+__all__ += ["FFSDMaps", "GraphLoss", "IndependentLoss", "KDCLLoss", "KDLoss", "MethodLoss"]
+__all__ += ["OKDDipLoss", "ONELoss", "TSBLoss", "ramp_up"]
 
 
 def __getattr__(name: str) -> Any:

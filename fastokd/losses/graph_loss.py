@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from fastokd._moved import warn_renamed
+from fastokd._moved import renamed_method
 from fastokd.graph import Graph, Plan, draw_text, lower
 from fastokd.losses import checks
 from fastokd.losses.options import Impl, Reduction
@@ -411,12 +411,5 @@ class GraphLoss(nn.Module):
 
     # --- former names
 
-    def named_rows(self, branch_logits: Rows, **inputs: Any) -> dict[str, Tensor]:
-        """The former name of ``named_logits``."""
-        warn_renamed("named_rows", "named_logits")
-        return self.named_logits(branch_logits, **inputs)
-
-    def see_held_out(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
-        """The former name of ``fit_held_out``."""
-        warn_renamed("see_held_out", "fit_held_out")
-        self.fit_held_out(batches)
+    named_rows = renamed_method("named_rows", "named_logits")
+    see_held_out = renamed_method("see_held_out", "fit_held_out")

@@ -5,6 +5,7 @@ its constructor. Checks, help texts and the tables of the documentation read the
 """
 
 import dataclasses
+import inspect
 import numbers
 import textwrap
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from fastokd.limits import Limits
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["auto", "reference", "triton", "cpu"]
 KEYWORDS = ("label_smoothing", "reduction", "impl")
-"""Options of every loss that its constructor takes by keyword only."""
+"""Options of every loss, the last arguments of its constructor."""
 OptionValue = float | int | bool | str
 T = TypeVar("T")
 
@@ -151,11 +152,24 @@ def loss_options(cls: type[T]) -> type[T]:
         if isinstance(option, Option):
             facts: Any = {"default": option.default, "metadata": {"option": option}}
             setattr(cls, name, dataclasses.field(**facts, kw_only=name in KEYWORDS))
-    made = dataclass(eq=False, repr=False)(cls)
+    made: Any = dataclass(eq=False, repr=False)(cls)
+    _accept_positions(made)
     wrap = textwrap.TextWrapper(100, initial_indent=" " * 8, subsequent_indent=" " * 12).fill
     lines = [wrap(f"{name}: {option.help}") for name, option in options_of(made).items()]
     made.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *lines, ""])
-    return made
+    return cast(type[T], made)
+
+
+def _accept_positions(loss: Any) -> None:
+    """Let the constructor take ``KEYWORDS`` as its last positional arguments too."""
+    construct = loss.__init__
+    _, *given = inspect.signature(construct).parameters.values()
+    signature = inspect.Signature([each.replace(kind=each.POSITIONAL_OR_KEYWORD) for each in given])
+
+    def __init__(self: Any, *values: Any, **options: Any) -> None:
+        construct(self, **signature.bind(*values, **options).arguments)
+
+    loss.__init__, loss.__signature__ = __init__, signature
 
 
 def options_of(cls: type) -> dict[str, Option]:

@@ -1,8 +1,6 @@
 """Execution of plans: the registered operator, its executors, and the choice among them."""
 
-from typing import Any
-
-from fastokd._moved import warn_renamed
+from fastokd._moved import moved_names
 from fastokd.ops.executors import (
     Case,
     Executor,
@@ -27,8 +25,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "loss_and_grad":
-        warn_renamed("fastokd.ops.loss_and_grad", "fastokd.ops.forward_backward")
-        return forward_backward
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved_names(__name__, {"fastokd.ops": ("loss_and_grad=forward_backward",)})
