@@ -128,7 +128,7 @@ def _arguments(inputs: Inputs) -> _Arguments:
 
 def _gradients(inputs: Inputs, needs: Needs) -> Gradients:
     return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else None
         for tensor, need in zip(inputs.differentiable, needs, strict=True)
     ]
 
