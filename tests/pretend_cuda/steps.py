@@ -44,8 +44,11 @@ PHASES = (
 """Functions of a step and the phase of their kernels. Kernels of a function that another one calls
 are in the phase of the inner one.
 """
+METRICS = "metrics"
+"""The phase of ``TrainStep.sum_metrics``."""
 REST = "bookkeeping"
 """The phase of all other kernels: sums of metrics, and the guard against non-finite values."""
+ORDER = ("batch", "forward", "loss", "backward", METRICS, "optimizer", REST)
 
 
 def capture(**config: Any) -> dict[str, Any]:
@@ -75,13 +78,12 @@ def count(**config: Any) -> dict[str, int]:
         for owner, name, phase in PHASES:
             inside = device.in_phase(phase, getattr(owner, name))
             patches.enter_context(patch.object(owner, name, inside))
-        step.sum_metrics = device.in_phase("metrics", step.sum_metrics)
+        step.sum_metrics = device.in_phase(METRICS, step.sum_metrics)
         device.reset()
         with device.phase(REST):
             step(loader.gather(position))
     counts = device.record().phases()
-    order = dict.fromkeys([phase for _, _, phase in PHASES] + ["metrics", REST])
-    return {phase: counts.get(phase, 0) for phase in order}
+    return {phase: counts.get(phase, 0) for phase in ORDER}
 
 
 def _watch(step: TrainStep, loader: Loader) -> dict[str, Any]:
