@@ -322,7 +322,7 @@ def test_corrupt_image_stops_or_is_replaced(tree, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    assert said.count("corrupt images that were replaced, so far 1: train/maple/3.jpg (") == 1
+    assert said.count("corrupt training images replaced so far: 1; new: train/maple/3.jpg (") == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)
