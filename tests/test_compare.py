@@ -536,7 +536,7 @@ def test_a_damaged_line_ends_what_is_used_of_a_run(runs, capsys, line):
 def test_what_is_no_run_is_refused_in_one_line(runs, capsys):
     assert "no runs: give run folders" in mistake(capsys, 2)
     assert "does not exist" in mistake(capsys, 4, runs / "nothing")
-    assert "is not a run folder (it has no config.yaml); give a folder" in mistake(capsys, 4, runs)
+    assert "is not a run folder (it has no config.yaml); pass a folder" in mistake(capsys, 4, runs)
     text = mistake(capsys, 2, *runs_in(runs), runs / "ahbf-seed1")
     assert "same configuration with the same seed 1" in text
     (runs / "ahbf-seed0" / "metrics.jsonl").unlink()

@@ -260,8 +260,8 @@ def _error_table(comparison: Comparison) -> Table:
     ]
     notes = [
         BEST_EPOCH_NOTE,
-        "Difference: percentage points relative to the reference, per seed, over the n seeds that"
-        " both have; negative is better. p: two-sided paired t-test of these differences.",
+        "Difference: error minus that of the reference in percentage points, mean over the n seeds"
+        " that both have; negative is better. p: two-sided paired t-test of these differences.",
         *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
         *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
     ]

@@ -154,7 +154,7 @@ def read_run(path: Path) -> Run:
         remarks.append(f"metrics.jsonl is damaged in line {line}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
         progress = f"{done} of {config.epochs} epochs"
-        remarks.append(f"unfinished, {progress}: its last epoch here is epoch {done}")
+        remarks.append(f"unfinished, {progress}: its last epoch is epoch {done}")
     environment = folder.read_environment()
     if not environment:
         remarks.append("environment.json is missing or damaged: versions and machine are not known")
