@@ -357,7 +357,7 @@ def test_missing_file_is_a_corrupt_image(tree, tmp_path, capsys, loader):
         )
         == 0
     )
-    assert "were replaced, so far 1: " in capsys.readouterr().out
+    assert "images replaced so far: 1; new: " in capsys.readouterr().out
 
 
 def test_unknown_classes_are_refused(tree, tmp_path, capsys):

@@ -52,7 +52,7 @@ class TrainConfig:
     )
     at: str | None = MODEL(
         None,
-        "First module that is separate for each branch (torchvision and timm networks), e.g. layer3",
+        "First module that is separate for each branch (torchvision, timm networks), e.g. layer3",
         unset="for other networks, as in the paper",
         role=TRAINED,
     )

@@ -206,7 +206,7 @@ class Trainer:
         )
         if changed:
             text = "; ".join(changed)
-            self.reporter.print(f"resuming with a changed configuration (old -> new: {text})")
+            self.reporter.print(f"resuming with a changed configuration (old, new: {text})")
         check_resumable(state, path)
         self.step.load_state_dict(state, path)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]

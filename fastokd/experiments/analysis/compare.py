@@ -266,7 +266,9 @@ def _error_table(comparison: Comparison) -> Table:
         *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
     ]
     if left_out:
-        fewer = "Not in means, differences and p, having fewer finished epochs than others of"
+        fewer = (
+            "Excluded from means, differences and p, with fewer finished epochs than other runs of"
+        )
         notes.insert(0, f"{fewer} the row: {'; '.join(left_out)}.")
     return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 

@@ -146,7 +146,7 @@ def read_run(path: Path) -> Run:
     if not records or student not in records[-1]["eval"]:
         missing = f"its last epoch has no accuracy of {student}"
         missing = missing if records else "it has no finished epoch"
-        fix = f"train it with 'fastokd train --resume {path}', or leave it out"
+        fix = f"train it with 'fastokd train --resume {path}', or omit it"
         raise CheckpointError(f"{path}: {missing} in metrics.jsonl; {fix}")
     remarks = []
     if len(folder.metrics_path.read_bytes().splitlines()) > len(records):
