@@ -826,7 +826,7 @@ def test_spent_minutes_skip_every_part(tmp_path, capsys):
         (["--minutes", "0", "--dry-run"], 2, "--minutes 0.0: it must be positive"),
         (["--epochs", "0", "--dry-run"], 2, "--epochs 0: it must be positive"),
         (["--pictures", "nowhere", "--dry-run"], 2, "--pictures nowhere: no such folder"),
-        (["--data", "nowhere", "--dry-run"], 3, "nowhere: no folder that can be read"),
+        (["--data", "nowhere", "--dry-run"], 3, "nowhere: no readable folder"),
     ],
 )
 def test_bad_arguments(arguments, code, said, capsys, tmp_path):

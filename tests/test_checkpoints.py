@@ -463,7 +463,7 @@ class TestRunFolder:
         run.unlock()
         save_up_to(run.checkpoints, 2)
         run.last.unlink()
-        with pytest.raises(ConfigError, match="holds a run already: continue it with"):
+        with pytest.raises(ConfigError, match="already holds a run: continue it with"):
             RunFolder.create(tmp_path / "run")
         run.discard_without_checkpoint()
         assert numbers_in(run.checkpoints) == [1]

@@ -286,7 +286,7 @@ class TestMistakes:
             2,
             r"--which: invalid choice 'lst' \(choices: last, best\)",
         )
-        mistake(run("train", "--epochs"), 2, "--epochs: its value is missing")
+        mistake(run("train", "--epochs"), 2, "--epochs: the value is missing")
         mistake(run("eval"), 2, "missing argument: PATH")
         mistake(
             run("train", "--data", "digits", "--method-options", "temperature=[1"),
@@ -388,7 +388,7 @@ class TestMistakes:
         else:
             broken.write_bytes(b"")
         pattern = {
-            "missing": r"nowhere: no folder that can be read",
+            "missing": r"nowhere: no readable folder",
             "empty": r"void.*train/",
             "one-sided": r"horse",
             "truncated": r"train/cat/1\.jpg",
@@ -409,7 +409,7 @@ class TestMistakes:
         mistake(
             run(*TRAIN, "--epochs", "1", "--out", trained),
             2,
-            r"holds a run already: continue it with 'fastokd train --resume",
+            r"already holds a run: continue it with 'fastokd train --resume",
         )
 
     def test_out_holds_something_else(self, run, tmp_path):

@@ -488,15 +488,15 @@ def test_runs_of_different_numbers_of_epochs_share_no_mean(runs, capsys, planned
     text = said(capsys, *paths)
     assert f"{runs / 'ahbf-seed1'}: unfinished, 1 of {planned} epochs" in text
     assert (
-        "\n\nNot in means, differences and p, having fewer finished epochs than others of the row:"
-        f" seed 1 of resnet8 ahbf (1 of {planned} epochs).\n" in text
+        "\n\nExcluded from means, differences and p, with fewer finished epochs than other runs of"
+        f" the row: seed 1 of resnet8 ahbf (1 of {planned} epochs).\n" in text
     )
     assert re.search(
         rf"^resnet8 ahbf +2 +2{'' if planned == 2 else ' of 9'} +5\.50 \+- 0\.71 ",
         text,
         re.MULTILINE,
     )
-    assert "Not in means" not in said(capsys, paths[0], *paths[2:])
+    assert "Excluded from means" not in said(capsys, paths[0], *paths[2:])
 
 
 def test_a_best_epoch_that_is_not_that_of_the_summary_is_said(runs, capsys):
@@ -536,7 +536,7 @@ def test_a_damaged_line_ends_what_is_used_of_a_run(runs, capsys, line):
 def test_what_is_no_run_is_refused_in_one_line(runs, capsys):
     assert "no runs: give run folders" in mistake(capsys, 2)
     assert "does not exist" in mistake(capsys, 4, runs / "nothing")
-    assert "is not a run folder (it has no config.yaml); give a folder" in mistake(capsys, 4, runs)
+    assert "is not a run folder (it has no config.yaml); pass a folder" in mistake(capsys, 4, runs)
     text = mistake(capsys, 2, *runs_in(runs), runs / "ahbf-seed1")
     assert "same configuration with the same seed 1" in text
     (runs / "ahbf-seed0" / "metrics.jsonl").unlink()

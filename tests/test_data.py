@@ -143,9 +143,9 @@ class TestFolder:
         assert len(open_dataset(tmp_path).train) == 6
 
     def test_missing_folder(self, tmp_path):
-        refused(tmp_path / "nowhere", "nowhere: no folder that can be read")
+        refused(tmp_path / "nowhere", "nowhere: no readable folder")
         refused("diggits", "did you mean 'digits'")
-        refused("folder:nowhere", "no folder that can be read")
+        refused("folder:nowhere", "no readable folder")
         refused("folder", "folder:PATH")
 
     def test_a_file(self, tmp_path):

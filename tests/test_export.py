@@ -623,7 +623,7 @@ def test_evaluation_images_that_do_not_do(run, tree, tmp_path, capsys):
     mistake(
         call(capsys, "eval", path, "--data", f"folder:{tmp_path / 'nowhere'}"),
         3,
-        r"nowhere: no folder that can be read",
+        r"nowhere: no readable folder",
     )
 
 

@@ -249,7 +249,7 @@ def test_resume_with_changed_config_needs_the_flag(tmp_path, digits):
     assert trainer.done == 3  # seen after the step that follows the signal's
     trainer.run()
     assert (tmp_path / "run" / "log.txt").read_text().count(
-        "resuming with a changed configuration (old -> new: lr: 0.01, 0.02; ema: 0.9, 0.5)"
+        "resuming with a changed configuration (old, new: lr: 0.01, 0.02; ema: 0.9, 0.5)"
     ) == 1
 
 

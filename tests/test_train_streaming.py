@@ -322,7 +322,7 @@ def test_corrupt_image_stops_or_is_replaced(tree, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    assert said.count("corrupt images that were replaced, so far 1: train/maple/3.jpg (") == 1
+    assert said.count("corrupt training images replaced so far: 1; new: train/maple/3.jpg (") == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -357,7 +357,7 @@ def test_missing_file_is_a_corrupt_image(tree, tmp_path, capsys, loader):
         )
         == 0
     )
-    assert "were replaced, so far 1: " in capsys.readouterr().out
+    assert "images replaced so far: 1; new: " in capsys.readouterr().out
 
 
 def test_unknown_classes_are_refused(tree, tmp_path, capsys):

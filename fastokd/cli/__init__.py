@@ -106,7 +106,7 @@ def _incomplete(target: Any, arguments: Sequence[str]) -> str:
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         takes_value = "=" not in word and word not in flags and f"--{word[5:]}" not in flags
         if word.startswith("--") and takes_value and following.startswith("--"):
-            return f"{word}: its value is missing"
+            return f"{word}: the value is missing"
     needed = [
         name.upper().replace("_", "-") if "Positional" in repr(kind) else f"--{name}"
         for name, kind, required in options

@@ -37,7 +37,7 @@ def models(
         name: Network to print in detail: a listed one, torchvision:NAME or timm:NAME; peers may
             differ: resnet20,resnet32
         method: Method whose training network is counted
-        at: First module that each branch has separately in a torchvision or timm network; without
+        at: First module that is separate for each branch (torchvision, timm networks); without
             it the possible split points are listed
         compression: Make the deepest branch the student; each branch before it has --aux-blocks
             fewer blocks

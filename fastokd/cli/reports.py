@@ -26,7 +26,7 @@ def compare(
     Args:
         runs: Run folders. Runs that differ only in the seed are averaged
         out: Write to this file (default: print)
-        format: auto: by the ending of --out (.md, .csv or .html), otherwise terminal
+        format: auto: by the extension of --out (.md, .csv or .html), otherwise terminal
     """
     table = compare_groups(read_runs(runs), latency)
     by_name = FORMATS.get(out.suffix.lower() if out else "", "terminal")

@@ -165,6 +165,6 @@ def export(
         f" {result.num_parameters:,} parameters"
     )
     say(
-        f"run from that file without the branches: {same} on {compared.num_images} images, accuracy"
+        f"verified by running the file: {same} on {compared.num_images} images, accuracy"
         f" {100 * compared.accuracy:.2f} %"
     )

@@ -189,7 +189,7 @@ def _train_here(
             if ranks.is_main:
                 trainer.run_folder.discard_without_checkpoint()
         if ranks.is_main:
-            _print_summary(summary, trainer.kept, trainer.run_folder.path)
+            _print_summary(summary, trainer.student_name, trainer.run_folder.path)
     return EXIT_OK
 
 

@@ -150,7 +150,7 @@ def _readable_splits(root: Path) -> dict[str, str]:
     """``split_folders`` of a folder that exists."""
     # os.path's tests, unlike pathlib's, return False where permission is missing.
     if not os.path.isdir(root):
-        raise invalid(root, f"no folder that can be read; pass one with {LAYOUT}")
+        raise invalid(root, f"no readable folder; pass one with {LAYOUT}")
     return split_folders(root)
 
 

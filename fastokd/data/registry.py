@@ -246,4 +246,4 @@ def resolve(spec: str | Path) -> tuple[DatasetKind, Path | None]:
     if colon and not Path(name).is_absolute():
         get_dataset_kind(name)
     hint = did_you_mean(str(spec), _datasets)
-    raise invalid(path.absolute(), f"no folder that can be read, and no dataset of that name{hint}")
+    raise invalid(path.absolute(), f"no readable folder, and no dataset of that name{hint}")

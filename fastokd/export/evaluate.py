@@ -41,12 +41,12 @@ def evaluate_export(
         DataError: the images do not have the size that the student takes.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run folder or an exported student")
+        raise CheckpointError(f"{path} does not exist; pass a run folder or an exported student")
     file, record, runtime = open_export(path, device)
     preprocessing, classes = record["preprocessing"], record["classes"]
     if data is None:
-        measured = f"{file} was measured on {escape(record['accuracy']['data'])}"
-        raise ConfigError(f"an exported student needs --data; {measured}")
+        hint = f"its recorded accuracy is on {escape(record['accuracy']['data'])}"
+        raise ConfigError(f"{file}: an exported student needs --data; {hint}")
     height, width = preprocessing["image_size"]
     side = min(height, width)
     # The student was trained on random resized crops: evaluate center crops of larger images.

@@ -1,8 +1,8 @@
 """The operators ``graph_forward`` and ``graph_backward``, and the functions that execute a plan.
 
-The operator is defined with ``torch.library`` primitives and stays opaque to tracing; autograd is a
-``torch.autograd.Function`` around it, which costs a third less per call than registering the
-formula with the operator. The reference executor and ``forward_backward`` are called directly.
+The operators are defined with ``torch.library`` primitives and are opaque to tracing. Autograd is a
+``torch.autograd.Function`` around them, which costs a third less per call than
+``torch.library.register_autograd``. The reference executor and ``forward_backward`` bypass them.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def _backward(grad_rows: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, stats, ints, floats, executor, needs = arguments
     plan, inputs = decode_plan(tuple(ints), tuple(floats)), Inputs(*tensors)
     grads = load(executor).backward(plan, grad_rows, inputs, stats, needs)
-    # A list of tensors cannot hold None: an empty tensor stands for a gradient without need.
+    # A list of tensors cannot hold None: an empty tensor replaces a gradient that is not needed.
     # Gradients are contiguous, as in ``_backward_fake``.
     first = inputs.logits[0]
     return [first.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
@@ -84,8 +84,8 @@ def _constant_when_traced(function: Any) -> Any:
     return function
 
 
-# While torch.compile traces, these run as plain Python and return constants of the compiled
-# program. Arguments and results have types that tracing supports (not ``Case``).
+# While torch.compile traces, these two functions run as plain Python, and their results become
+# constants. Their arguments and results have types that tracing supports (not ``Case``).
 @_constant_when_traced
 def _encoded(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return plan.encode()
@@ -129,23 +129,23 @@ class _GraphFunction(torch.autograd.Function):
                 grad_rows, *inputs, stats, *_encoded(ctx.plan), ctx.executor, needs
             )
             grad_term_weights = (terms * grad_rows).sum(1) if ctx.needs_input_grad[3] else None
-        needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
             once = partial(_NoSecondDerivative.apply, ctx.executor)
-            needed = [None if grad is None else once(grad, grad_rows, *tensors) for grad in needed]
-        return (None, None, None, grad_term_weights, *needed, *(None,) * len(externals))
+            grads = [None if grad is None else once(grad, grad_rows, *tensors) for grad in grads]
+        return (None, None, None, grad_term_weights, *grads, *(None,) * len(externals))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> None:
-        raise NotImplementedError(_unsupported(arguments[1], "be mapped with torch.vmap"))
+        raise NotImplementedError(_unsupported(arguments[1], "torch.vmap"))
 
 
-# torch binds the arguments to the signature in every call: caching it saves 10 of 130 us.
+# torch binds the arguments to the signature in every call; caching it saves 10 of 130 us.
 setattr(_GraphFunction.forward, "__signature__", inspect.signature(_GraphFunction.forward))  # noqa: B010
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Return a gradient unchanged; its own backward pass raises an error."""
+    """Return a gradient unchanged; differentiating it again raises an error."""
 
     @staticmethod
     def forward(executor: str, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -157,18 +157,18 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(_unsupported(ctx.executor, "be differentiated twice"))
+        raise NotImplementedError(_unsupported(ctx.executor, "second derivatives"))
 
 
-def _unsupported(executor: str, what: str) -> str:
-    return f"the loss cannot {what} with impl='{executor}'; use impl='reference' (plain PyTorch)"
+def _unsupported(executor: str, feature: str) -> str:
+    return f"impl='{executor}' does not support {feature}; use impl='reference' (plain PyTorch)"
 
 
 def _split(
     plan: Plan, tensors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    first, second = plan.num_logits, plan.num_logits + len(plan.weight_widths)
-    return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
+    start, end = plan.num_logits, plan.num_logits + len(plan.weight_widths)  # of the weights
+    return list(tensors[:start]), list(tensors[start:end]), list(tensors[end:])
 
 
 def evaluate(
@@ -183,13 +183,13 @@ def evaluate(
     """Execute a plan on the tensors of ``Inputs``; no gradient flows into target and externals.
 
     Returns:
-        The loss of each row [B], and the unweighted value of each term [T, B], detached.
+        The loss of each sample [B], and the unweighted value of each term [T, B], detached.
 
     Raises:
         ConfigError, ExecutorUnavailable: see ``resolve``.
     """
     executor = _executor_for(impl, plan, logits[0].device.type, logits[0].dtype)
-    if executor == "reference":  # called directly: differentiable twice, nothing is recomputed
+    if executor == "reference":  # bypasses the operator: supports second derivatives
         terms = term_values(plan, Inputs(logits, weights, externals, target, term_weights))
         return weighted_rows(term_weights, terms), terms.detach()
     tensors = (*logits, *weights, *externals)
@@ -207,11 +207,11 @@ def forward_backward(
     term_weights: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Execute a plan and differentiate the mean of its rows, in one pass over the logits.
+    """Execute a plan and differentiate the mean loss, in one pass over the logits.
 
     Returns:
-        Rows [B], terms [T, B], and the gradients of logits and weights, None for tensors that do
-        not require one. Nothing is recorded for autograd.
+        As ``evaluate``, and the gradients of logits and weights, None for tensors that do not
+        require one. Nothing is recorded for autograd.
 
     Raises:
         ConfigError, ExecutorUnavailable: see ``resolve``.

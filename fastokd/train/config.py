@@ -52,7 +52,7 @@ class TrainConfig:
     )
     at: str | None = MODEL(
         None,
-        "First module that each branch has separately in a torchvision or timm network: layer3",
+        "First module that is separate for each branch (torchvision, timm networks), e.g. layer3",
         unset="for other networks, as in the paper",
         role=TRAINED,
     )
@@ -76,7 +76,9 @@ class TrainConfig:
         4, "Auxiliary blocks that each hierarchy level adds to its branch", ge=0, role=TRAINED
     )
     compression: bool = MODEL(
-        False, "The deepest branch is the student; others have --aux-blocks fewer", role=TRAINED
+        False,
+        "Make the deepest branch the student; each earlier one has --aux-blocks fewer blocks",
+        role=TRAINED,
     )
     method_options: Mapping[str, OptionValue] = METHOD(
         {}, "Options of the method, e.g. temperature=4 lambda_ta=2", role=TRAINED | OF_METHOD
@@ -114,10 +116,10 @@ class TrainConfig:
     nesterov: bool = OPTIMIZATION(True, "Nesterov momentum of SGD")
     betas: tuple[float, ...] = OPTIMIZATION((0.9, 0.999), "Betas of AdamW", ge=0, lt=1)
     weight_decay: float = OPTIMIZATION(5e-4, "Weight decay of all parameters", ge=0)
-    clip_grad: float = OPTIMIZATION(0.0, "Largest norm of the whole gradient; 0: no limit", ge=0)
+    clip_grad: float = OPTIMIZATION(0.0, "Maximum norm of the total gradient; 0: no limit", ge=0)
     ema: float = OPTIMIZATION(
         0.0,
-        "Decay per step of the student's weight average, which is then evaluated and exported;"
+        "Decay per step of the average of the student's weights, which is evaluated and exported;"
         " 0: no average",
         ge=0,
         lt=1,
@@ -137,7 +139,7 @@ class TrainConfig:
         None, "Height and width of the images in pixels", unset="the data's", ge=4, role=SPEED
     )
     val_split: float = DATA(
-        0.0, "Fraction of the training images to evaluate on, not on the test split", ge=0, lt=1
+        0.0, "Fraction of the training images to evaluate on, instead of the test split", ge=0, lt=1
     )
     pad: int | None = DATA(None, "Padding of random crops in pixels", unset="the data's", ge=0)
     flip: bool | None = DATA(None, "Random horizontal flips", unset="the data's")
@@ -146,10 +148,12 @@ class TrainConfig:
     )
     mixup: float = DATA(0.0, "Alpha of mixup; 0: no mixup", ge=0, role=SPEED)
     cutmix: float = DATA(
-        0.0, "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses one", ge=0, role=SPEED
+        0.0, "Alpha of CutMix; 0: no CutMix. With mixup, each batch uses either", ge=0, role=SPEED
     )
     resize_schedule: Mapping[int, int] = DATA(
-        {}, "Progressive resizing: sides in pixels from 0-based epochs: 0:128 60:192", role=SPEED
+        {},
+        "Progressive resizing: image size from a 0-based epoch on, e.g. 0:128 60:192",
+        role=SPEED,
     )
     loader: str = DATA(
         "auto",
@@ -163,7 +167,7 @@ class TrainConfig:
     )
     bad_images: str = DATA(
         "fail",
-        "Training images that cannot be decoded; at most 1 % are replaced by others",
+        "Reaction to training images that cannot be decoded; replace: at most 1 %, by other images",
         choices=("fail", "replace"),
     )
     device: str = PERFORMANCE("auto", "Device: auto, cpu, cuda or cuda:N", role=EXECUTION)
@@ -198,7 +202,7 @@ class TrainConfig:
         role=OPTIONAL,
     )
     sync_bn: bool = PERFORMANCE(False, "Batch norm over the images of all processes", role=SPEED)
-    deterministic: bool = PERFORMANCE(False, "Use only repeatable operations", role=SPEED)
+    deterministic: bool = PERFORMANCE(False, "Use only deterministic operations", role=SPEED)
     on_nonfinite: str = OPTIMIZATION(
         "stop",
         "Reaction to a non-finite loss or gradient; rollback: to the last checkpoint",
@@ -208,7 +212,7 @@ class TrainConfig:
         2, "Number of latest checkpoints to keep, in addition to the best", ge=1, role=EXECUTION
     )
     save_minutes: float = CHECKPOINTS(
-        15.0, "Minutes between checkpoints within an epoch; 0: only after it", ge=0, role=EXECUTION
+        15.0, "Minutes between checkpoints in an epoch; 0: only at its end", ge=0, role=EXECUTION
     )
     log_to: tuple[str, ...] = LOGGING(
         (),

@@ -16,7 +16,7 @@ def describe_loss(criterion: MethodLoss, config: TrainConfig) -> str:
         line += f"; kd_weight is {config.kd_weight_at(0):.3g} in epoch 1"
         if length > 1:
             line += f", {config.kd_weight_at(length - 1):.3g} in epoch {length}"
-        line += " and 1 after it"
+        line += " and 1 afterwards"
     return line
 
 

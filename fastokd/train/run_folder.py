@@ -73,7 +73,7 @@ class RunFolder:
         run = cls(path)
         if checkpoint_files(run.checkpoints):
             resume = f"continue it with 'fastokd train --resume {path}'"
-            raise ConfigError(f"{path} holds a run already: {resume}, or choose another --out")
+            raise ConfigError(f"{path} already holds a run: {resume}, or choose another --out")
         try:
             run._check_replaceable()
             run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class RunFolder:
         if not run.config_path.is_file():
             exists = path.exists()
             missing = "is not a run folder (it has no config.yaml)" if exists else "does not exist"
-            raise CheckpointError(f"{path} {missing}; give a folder that 'fastokd train' has made")
+            raise CheckpointError(f"{path} {missing}; pass a folder created by 'fastokd train'")
         return run
 
     def lock(self) -> int:

@@ -28,7 +28,7 @@ def begin_run(
 
     Args:
         out: the run folder; None for a new folder by ``name`` in ``runs/``.
-        resume: if the folder holds a run already, resume it with this configuration.
+        resume: if the folder already holds a run, resume it with this configuration.
         allow_config_change: see ``Trainer.resume``.
         signals: the process's signal handlers, if it has installed some.
         largest_batch: see ``Trainer``. A resumed run keeps its batch size.
@@ -77,6 +77,6 @@ def resume_run(
     config = dataclasses.replace(run.load_config(), **changes)
     check_config(config)  # before a large checkpoint is read
     state, _ = newest_checkpoint(run, reporter.print)
-    trainer = Trainer(config, run, reporter, seen=state["data"], signals=signals)
+    trainer = Trainer(config, run, reporter, saved_data=state["data"], signals=signals)
     trainer.resume(state, allow_config_change)
     return trainer

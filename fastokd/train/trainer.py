@@ -66,11 +66,11 @@ MAX_ROLLBACKS = 3
 
 
 class NonFiniteLoss(FastOKDError, ArithmeticError):
-    """The loss became NaN or infinite; the last checkpoint is older than that."""
+    """The loss became NaN or infinite; the last checkpoint was written before."""
 
 
 class RunIsFinished(ConfigError):
-    """The run has all its epochs; the message says how to extend it."""
+    """The run already finished all its epochs; the message says how to extend it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +80,7 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class Summary:
     """The result of a run: accuracies in [0, 1] per branch and mixture, of the last epoch and of
-    that with the highest accuracy of the student. The latter is optimistic on a test set.
+    the student's best epoch. The best epoch is optimistic if it is selected on a test set.
     """
 
     epochs: int
@@ -96,19 +96,19 @@ class Trainer:
     """One training run. Call ``start`` (a new run) or ``resume`` (from a checkpoint), then ``run``.
 
     In a distributed run every process has a trainer, and all make the same calls. Only the main
-    process writes files and prints; what it decides by its clock or its disk is sent to the others.
+    process writes files and prints. It sends the others decisions that depend on its clock or disk.
 
     Args:
         run: the run folder, see ``RunFolder.create`` and ``RunFolder.open``.
-        dataset: that of the run if it is open already.
-        seen: ``data_record`` from the checkpoint of a resumed run; None for a new run.
-        signals: the process's signal handlers, if it has installed some.
-        largest_batch: choose the batch size by memory, up to this (see ``fit_batch_size``); None
-            for that of the configuration.
+        dataset: the run's dataset; None to open it.
+        saved_data: ``data_record`` from the checkpoint of a resumed run; None for a new run.
+        signals: signal handlers that are already installed; None to install new ones in ``run``.
+        largest_batch: choose the largest batch size that fits the memory, up to this (see
+            ``fit_batch_size``); None for the batch size of the configuration.
 
     Attributes:
         epoch, done: finished epochs, and finished steps of the current epoch.
-        last, best: accuracies of the last and the best epoch; ``kept`` is the student's key.
+        last, best: accuracies of the last and the best epoch, the student's at ``student_name``.
         best_epoch: the best epoch, from 0; -1 before the first.
         seconds: training time of the finished epochs.
     """
@@ -119,7 +119,7 @@ class Trainer:
         run: RunFolder,
         reporter: Reporter,
         dataset: AnyDataset | None = None,
-        seen: Mapping[str, Any] | None = None,
+        saved_data: Mapping[str, Any] | None = None,
         signals: StopSignals | None = None,
         largest_batch: int | None = None,
     ) -> None:
@@ -127,17 +127,17 @@ class Trainer:
         check_sinks(config.log_to)
         check_teacher(config)
         config = with_absolute_teacher(config)
-        self.run_folder, self.reporter, self._seen = run, reporter, seen
+        self.run_folder, self.reporter, self._saved_data = run, reporter, saved_data
         self.ranks = Ranks.current()
         if largest_batch is None:
-            share_of_batch(config, self.ranks)  # before any image is read
+            share_of_batch(config, self.ranks)  # raises errors before images are read
         if self.ranks.is_main:
             reporter.attach_log(run.log_path)
         self.device = choose_device(config.device)
         be_deterministic(config.deterministic)
         if dataset is None:
             with contextlib.closing(reporter), local_main_first():
-                dataset = open_data(config, self.device, seen, reporter.decoding)
+                dataset = open_data(config, self.device, saved_data, reporter.decoding)
         self.dataset = with_augmentation(config, dataset)
         self.teacher = teacher = open_teacher(config, self.dataset, self.device)
         if largest_batch is not None:
@@ -159,7 +159,7 @@ class Trainer:
         self.cadence = Cadence(config.save_minutes, self.signals)
         self.throughput = Throughput(config.epochs, config.batch_size)
         self.sinks: list[MetricSink] = []
-        self.kept = self.step.reported
+        self.student_name = self.step.reported
         self.epoch = self.done = 0
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -170,7 +170,9 @@ class Trainer:
 
     def _open_loaders(self) -> None:
         def loader(split: Any, train: bool = False) -> Loader:
-            return loader_for(self.config, self.dataset, split, train, self.device, self._seen)
+            return loader_for(
+                self.config, self.dataset, split, train, self.device, self._saved_data
+            )
 
         images: Any = self.dataset.train
         classes, criterion = self.dataset.classes, self.step.criterion
@@ -193,20 +195,20 @@ class Trainer:
         """Continue from a checkpoint of this run.
 
         Raises:
-            CheckpointError: it has another architecture, other data or another teacher.
-            RunIsFinished: the run has all its epochs; its summary is written again.
-            ConfigError: its configuration changed and ``allow_config_change`` is False.
+            CheckpointError: the checkpoint has another architecture, other data or another teacher.
+            RunIsFinished: the run already finished; its summary is written again.
+            ConfigError: the configuration changed and ``allow_config_change`` is False.
         """
-        where = str(self.run_folder.last)
-        before = load_config(state["config"], f"the configuration in {where}")
+        path = str(self.run_folder.last)
+        before = load_config(state["config"], f"the configuration in {path}")
         changed = check_same_run(
-            where, state, before, self.config, self.dataset, self.teacher, allow_config_change
+            path, state, before, self.config, self.dataset, self.teacher, allow_config_change
         )
         if changed:
             text = "; ".join(changed)
-            self.reporter.print(f"resuming with a changed configuration (old -> new: {text})")
-        check_resumable(state, where)
-        self.step.load_state_dict(state, where)
+            self.reporter.print(f"resuming with a changed configuration (old, new: {text})")
+        check_resumable(state, path)
+        self.step.load_state_dict(state, path)
         self.epoch, self.done, self.seconds = state["epoch"], 0, state["seconds"]
         self.last, self.best, self.best_epoch = state["last"], state["best"], state["best_epoch"]
         if self.epoch >= self.config.epochs:
@@ -226,7 +228,7 @@ class Trainer:
 
     def _restore_best(self) -> None:
         """Make ``best.pt`` match the best epoch, or start tracking a new best."""
-        if self.kept not in self.best:  # it was the best of another student
+        if self.student_name not in self.best:  # the best epoch of another student
             self.best, self.best_epoch = {}, -1
         if not from_main(self.store is None or self.store.restore_best(self.best_epoch)):
             self.reporter.print(
@@ -236,8 +238,8 @@ class Trainer:
             self.best, self.best_epoch = {}, -1
 
     def _restore_position(self, state: dict[str, Any], exactly: bool) -> None:
-        """Continue within an epoch, if the checkpoint was written within one. Not ``exactly`` if
-        the configuration changed: the loss may have other terms, so the epoch's sums are dropped.
+        """Restore the position within an epoch, if the checkpoint was written within one. If not
+        ``exactly``, the configuration changed: the loss may have other terms, so sums are dropped.
         """
         self.step.number.fill_(state["step"])
         if not state["loader"]:
@@ -263,7 +265,7 @@ class Trainer:
         self._seed()
 
     def run(self, until: int | None = None) -> Summary:
-        """Train the remaining epochs, or until ``until`` are finished; another call continues.
+        """Train until ``until`` epochs are finished (None: all). Another call continues.
 
         Raises:
             Interrupted: Ctrl-C; the last checkpoint is intact.
@@ -275,7 +277,7 @@ class Trainer:
             self.run_folder.lock()
         self._introduce()
         records = self.run_folder.read_metrics()
-        self.reporter.start_run(self.kept, records)
+        self.reporter.start_run(self.student_name, records)
         try:
             with self.signals:
                 self.sinks = open_sinks(
@@ -303,7 +305,7 @@ class Trainer:
         if self.epoch < self.config.epochs:
             return self.summary()
         summary = self.finish()
-        last, best = 100 * summary.last[self.kept], 100 * summary.best[self.kept]
+        last, best = 100 * summary.last[self.student_name], 100 * summary.best[self.student_name]
         self.reporter.log(
             f"finished: {summary.epochs} epochs, {summary.seconds:.1f} s of training,"
             f" {summary.images_per_second:.0f} img/s; student {last:.2f} %, in its best epoch"
@@ -343,11 +345,12 @@ class Trainer:
                 )
         self.model.train()
         self.cadence.start()
-        counted = time.monotonic()
+        counted_until = time.monotonic()
         step.set_schedule(self._lr(self.done), kd_weight)
         for done in self.runner.epoch(self.train_loader, self.done, self.throughput.waiting):
             now = time.monotonic()
-            self.done, self._trained, counted = done, self._trained + now - counted, now
+            self._trained += now - counted_until
+            self.done, counted_until = done, now
             report = self.reporter.should_report()
             due = self.cadence.due(now, report)
             if due:
@@ -360,7 +363,7 @@ class Trainer:
             step.set_schedule(self._lr(done), kd_weight)
         self.cadence.settle()
         self._check_finite()  # waits for the device: a captured step returns long before it is done
-        self._trained += time.monotonic() - counted
+        self._trained += time.monotonic() - counted_until
         self.throughput.device_is_done()
 
     def _evaluation_batches(self) -> Iterator[Batch]:
@@ -390,7 +393,7 @@ class Trainer:
         }
         self.seconds += self._trained
         self.epoch, self.done, self._trained, self.last = self.epoch + 1, 0, 0.0, accuracies
-        is_best = not self.best or accuracies[self.kept] > self.best[self.kept]
+        is_best = not self.best or accuracies[self.student_name] > self.best[self.student_name]
         if is_best:
             self.best, self.best_epoch = dict(accuracies), self.epoch - 1
         self._save(record, is_best)
@@ -416,19 +419,19 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Apply the ``on_nonfinite`` policy to non-finite steps since the last check."""
-        if (bad := self.step.guard.read()) is None:
+        if (problem := self.step.guard.read()) is None:
             return
         # All processes skipped the same steps, but only some may have seen non-finite values.
         terms, parameters = (
-            tuple(dict.fromkeys(name for names in gather_states(list(own)) for name in names))
-            for own in (bad.terms, bad.parameters)
+            tuple(dict.fromkeys(name for names in gather_states(list(local)) for name in names))
+            for local in (problem.terms, problem.parameters)
         )
-        bad = dataclasses.replace(bad, terms=terms, parameters=parameters)
+        problem = dataclasses.replace(problem, terms=terms, parameters=parameters)
         policy = self.config.on_nonfinite
-        if policy == "skip" and bad.count <= MAX_SKIPPED:
-            self.reporter.print(f"skipped in epoch {self.epoch + 1}: {bad.describe()}")
+        if policy == "skip" and problem.count <= MAX_SKIPPED:
+            self.reporter.print(f"skipped in epoch {self.epoch + 1}: {problem.describe()}")
         elif policy == "rollback" and self._rollbacks < MAX_ROLLBACKS:
-            self._roll_back(bad)
+            self._roll_back(problem)
         else:
             limit = {
                 "skip": f"; more than {MAX_SKIPPED} steps were skipped",
@@ -436,18 +439,18 @@ class Trainer:
             }.get(policy, "")
             low = ", or --precision fp32" if self.step.precision in ("bf16", "fp16") else ""
             hint = from_main(self._resume_hint() if self.ranks.is_main else None)
-            problem = f"epoch {self.epoch + 1}, {bad.describe()}{limit}"
-            raise NonFiniteLoss(f"{problem}; {hint}. Try a lower --lr{low}")
+            text = f"epoch {self.epoch + 1}, {problem.describe()}{limit}"
+            raise NonFiniteLoss(f"{text}; {hint}. Try a lower --lr{low}")
         self.step.guard.clear()
 
-    def _roll_back(self, bad: NonFinite) -> None:
-        """Load the last checkpoint's weights and continue with the batches that come next."""
+    def _roll_back(self, problem: NonFinite) -> None:
+        """Load the last checkpoint's weights and continue with the next batch."""
         self._rollbacks += 1
-        state, where = newest_checkpoint(self.run_folder, self.reporter.print)
-        self.step.load_state_dict(state, where)
+        state, path = newest_checkpoint(self.run_folder, self.reporter.print)
+        self.step.load_state_dict(state, path)
         self.reporter.print(
             f"rolled back in epoch {self.epoch + 1} to the weights of step {state['step']}:"
-            f" {bad.describe()}"
+            f" {problem.describe()}"
         )
 
     def _stop(self) -> None:
@@ -455,7 +458,8 @@ class Trainer:
         self._check_finite()
         self._save()
         received = max(gather_states(self.signals.received))
-        # These exchanges wait until the checkpoint is written: a launcher kills all once one exits.
+        # The exchanges wait until the checkpoint is written: if one process exits, a launcher kills
+        # the others.
         message = f"stopped by {signal.Signals(received).name}; " if self.ranks.is_main else ""
         raise Preempted(from_main(message and message + self._resume_hint()))
 
@@ -486,9 +490,9 @@ class Trainer:
             )
 
     def _state(self, within: bool, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-        """The content of a checkpoint, of a step within an epoch or of an epoch's end."""
+        """The content of a checkpoint, written ``within`` an epoch or at its end."""
         step = self.step
-        loader = loader_name(self.config, self.dataset, self.device, self._seen)
+        loader = loader_name(self.config, self.dataset, self.device, self._saved_data)
         state = {
             **step.state_dict(),
             "epoch": self.epoch,
@@ -510,25 +514,25 @@ class Trainer:
 
     def _write_records(self, record: dict[str, Any]) -> None:
         """Write the student and the record of the epoch."""
-        about = student_record(
+        description = student_record(
             self.model.name,
             self.dataset,
-            accuracy=self.last[self.kept],
+            accuracy=self.last[self.student_name],
             epoch=self.epoch,
             provenance=provenance(self.config, self.run_folder, self.dataset.fingerprint),
         )
-        write_student(self.run_folder.student, self.step.student().cpu(), about)
+        write_student(self.run_folder.student, self.step.student().cpu(), description)
         self.run_folder.append_metrics(record)
 
     def _report_replaced(self) -> None:
         """Report training images that were replaced because they are corrupt."""
-        each = gather_states(dict(getattr(self.train_loader, "replaced", {})))
-        replaced = dict(itertools.chain(*(reasons.items() for reasons in each)))
+        by_rank = gather_states(dict(getattr(self.train_loader, "replaced", {})))
+        replaced = dict(itertools.chain(*(reasons.items() for reasons in by_rank)))
         if len(replaced) > self._replaced:
             files = self.dataset.train.files or ()
             names = [f"{files[index]} ({reason})" for index, reason in replaced.items()]
-            text = f"corrupt images that were replaced, so far {len(replaced)}"
-            self.reporter.print(f"{text}: {summarize(names[self._replaced :])}")
+            text = f"corrupt training images replaced so far: {len(replaced)}"
+            self.reporter.print(f"{text}; new: {summarize(names[self._replaced :])}")
             self._replaced = len(replaced)
 
     def summary(self) -> Summary:
@@ -562,7 +566,7 @@ class Trainer:
             f"data {data.name}: {len(data.classes)} classes, {len(data.train)} training and"
             f" {len(data.evaluation)} {data.evaluation.name} images"
         )
-        info(explain_loader(config, data, self.device, self._seen))
+        info(explain_loader(config, data, self.device, self._saved_data))
         info(f"step: {step.options.describe()}; {step.share.describe()}")
         if self.reporter.shows_info:  # the estimate takes a second
             for line in describe_memory(config, data, self.device, self.teacher):

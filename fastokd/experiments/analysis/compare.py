@@ -260,13 +260,15 @@ def _error_table(comparison: Comparison) -> Table:
     ]
     notes = [
         BEST_EPOCH_NOTE,
-        "Difference: percentage points relative to the reference, per seed, over the n seeds that"
-        " both have; negative is better. p: two-sided paired t-test of these differences.",
+        "Difference: error minus that of the reference in percentage points, mean over the n seeds"
+        " that both have; negative is better. p: two-sided paired t-test of these differences.",
         *(f"The reference of {'; '.join(each)} is {name}." for name, each in references.items()),
         *(f"No {what} for {'; '.join(each)}: {why}." for (what, why), each in missing.items()),
     ]
     if left_out:
-        fewer = "Not in means, differences and p, having fewer finished epochs than others of"
+        fewer = (
+            "Excluded from means, differences and p, with fewer finished epochs than other runs of"
+        )
         notes.insert(0, f"{fewer} the row: {'; '.join(left_out)}.")
     return Table.of("Error in %, mean +- sample standard deviation over seeds", rows, notes)
 

@@ -146,7 +146,7 @@ def read_run(path: Path) -> Run:
     if not records or student not in records[-1]["eval"]:
         missing = f"its last epoch has no accuracy of {student}"
         missing = missing if records else "it has no finished epoch"
-        fix = f"train it with 'fastokd train --resume {path}', or leave it out"
+        fix = f"train it with 'fastokd train --resume {path}', or omit it"
         raise CheckpointError(f"{path}: {missing} in metrics.jsonl; {fix}")
     remarks = []
     if len(folder.metrics_path.read_bytes().splitlines()) > len(records):
@@ -154,7 +154,7 @@ def read_run(path: Path) -> Run:
         remarks.append(f"metrics.jsonl is damaged in line {line}: only what is before it is used")
     if (done := records[-1]["epoch"] + 1) < config.epochs:
         progress = f"{done} of {config.epochs} epochs"
-        remarks.append(f"unfinished, {progress}: its last epoch here is epoch {done}")
+        remarks.append(f"unfinished, {progress}: its last epoch is epoch {done}")
     environment = folder.read_environment()
     if not environment:
         remarks.append("environment.json is missing or damaged: versions and machine are not known")
