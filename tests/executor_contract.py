@@ -932,8 +932,16 @@ def bits_repeat(on: Subject) -> None:
 
 @check_each(GRAPHS)
 def forward_backward_in_one_pass(on: Subject, graph: str) -> None:
-    """Equal to forward and backward after each other, with the C++ executor in every bit."""
-    inputs = on.make(graph, on.pick((4, 6), (4, 1100), (3, 40), (48, 1000)))
+    """Equal to forward and backward after each other, with the C++ executor in every bit: for rows
+    of one chunk, which it evaluates once, and of two.
+    """
+    for shape in on.pick([(4, 6)], [(4, 100), (4, 1100)], [(3, 40)], [(48, 1000)]):
+        for soft_target in on.pick([False], [False, True], [False], [False]):
+            _check_one_pass(on, graph, shape, soft_target)
+
+
+def _check_one_pass(on: Subject, graph: str, shape: tuple[int, int], soft_target: bool) -> None:
+    inputs = on.make(graph, shape, soft_target=soft_target)
     upstream = torch.full_like(inputs.logits[0][:, 0], 1 / len(inputs.target)).detach()
     expected = on.run(inputs, upstream)
     rows, terms, grads = forward_backward(inputs.plan, *inputs.arguments(), impl=on.executor)

@@ -51,7 +51,8 @@ def faults(result: Mapping[str, Any], num_streams: int) -> dict[str, Any]:
     """
     expected = {"reason": "", "violations": [], "waits": {}, "growth": 0}
     found = {name: result[name] for name, value in expected.items() if result[name] != value}
-    if any(result["unordered"]):
+    # At least one number for the loss and one for the optimizer.
+    if len(result["unordered"]) < 2 or any(result["unordered"]):
         found["unordered"] = result["unordered"]
     if [len(nodes) for nodes in result["captures"]] != [num_streams] or not all(
         result["captures"][0]

@@ -1,6 +1,7 @@
 """AHBFLoss and BaselineLoss as a user meets them, with the executor that ``auto`` chooses."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from oracles.ahbf import Result, ahbf
 from torch import Tensor
 
-from fastokd.losses import AHBFLoss, BaselineLoss, GraphLoss, ramp_up
+from fastokd.losses import AHBFLoss, BaselineLoss, DMLLoss, GraphLoss, MethodLoss, ramp_up
+from fastokd.losses.graph_loss import GraphInputs, overridable
 from fastokd.methods.ahbf import PRESETS
+from fastokd.methods.dml import dml_graph
 from fastokd.methods.kdcl import kdcl_graph
 
 ORACLE_PRESETS = {
@@ -441,3 +444,42 @@ def test_graph_loss_with_named_weights_matches_formula() -> None:
     )
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=1e-12)
     assert list(criterion.mixtures(batch.logits, {"teacher_weights": weights})) == ["teacher"]
+
+
+def test_loss_with_own_constructor_keeps_its_signature():
+    class Own(MethodLoss):
+        def __init__(self, num_branches=2, alpha=1.5, reduction="mean", impl="auto"):
+            self.alpha = alpha
+            super().__init__(dml_graph(num_branches), num_branches, reduction, impl)
+
+    assert list(inspect.signature(Own).parameters) == ["num_branches", "alpha", "reduction", "impl"]
+    assert {name: option.default for name, option in Own.options().items()} == {"alpha": 1.5}
+    assert Own(3, 2.0).alpha == 2.0
+
+
+def test_common_options_are_the_last_positional_arguments():
+    loss = DMLLoss(3, 2.0, 0.5, "mean", False, 1e-7, 0.1, "sum", "reference")
+    values = (loss.label_smoothing, loss.reduction, loss.impl)
+    assert values == (0.1, "sum", "reference")
+    assert list(inspect.signature(DMLLoss).parameters)[-3:] == [
+        "label_smoothing",
+        "reduction",
+        "impl",
+    ]
+    with pytest.raises(TypeError, match="multiple values"):
+        DMLLoss(3, num_branches=2)
+    with pytest.raises(TypeError, match="too many positional"):
+        DMLLoss(*range(20))
+
+
+def test_graph_inputs_may_make_further_rows():
+    class WithHead(GraphLoss):
+        @overridable
+        def graph_inputs(self, logits, target=None, *, head):
+            return GraphInputs([*logits, head])
+
+    rows = list(torch.randn(3, 4, 5))
+    target = torch.tensor([0, 1, 2, 3])
+    graph = dml_graph(3)
+    expected = GraphLoss(graph)(rows, target)
+    torch.testing.assert_close(WithHead(graph)(rows[:2], target, head=rows[2]), expected)

@@ -82,9 +82,12 @@ def run_demo(out: Path, seeds: int, epochs: int, branches: int) -> None:
     comparison = compare(groups, latency=False)
     errors, costs, _ = comparison.tables()
     say(f"\n{errors.as_text()}\n\n{costs.as_text()}\n")
-    p = next(row.test.p for row in comparison.rows if row.test)
-    size = "larger than" if p is not None and p < 0.05 else "within"
-    say(f"The difference is {size} what chance gives over {seeds} seeds (5 % level).")
+    test = next(row.test for row in comparison.rows if row.test)
+    if test.p is None:
+        say(f"No test of the difference: {test.reason}.")
+    else:
+        size = "larger than" if test.p < 0.05 else "within"
+        say(f"The difference is {size} what chance gives over {seeds} seeds (5 % level).")
     say(
         f"One {dataset.evaluation.name} image is {100 / len(dataset.evaluation):.2f} points. On a"
         " set this small the demo shows that everything runs, not whether the method helps; for"

@@ -168,11 +168,12 @@ class GraphLoss(nn.Module):
                 weights in every row.
             externals: for each of ``graph.externals`` probabilities [B, C].
         """
-        return GraphInputs([*logits], weights or {}, externals or {})
+        rows = checks.as_rows(logits, self.plan.num_logits, "logits")
+        return GraphInputs(rows, weights or {}, externals or {})
 
-    def _rows(self, branch_logits: Rows) -> list[Tensor]:
-        """The first argument of ``graph_inputs`` as a list with the right number of tensors."""
-        return checks.as_rows(branch_logits, self.plan.num_logits, "logits")
+    def _rows(self, branch_logits: Rows) -> Rows:
+        """The first argument of ``graph_inputs``."""
+        return branch_logits
 
     def update_state(self, *arguments: Any, **inputs: Any) -> Mapping[str, Any]:
         """Update the loss's state with a training batch, before ``graph_inputs``.

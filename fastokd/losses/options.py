@@ -101,17 +101,9 @@ def switch(default: bool, help: str) -> Any:
     return Option(default, help, "switch")
 
 
-detach_teacher = switch
-
-
 def choice(default: str, choices: Iterable[str], help: str) -> Any:
     """One of several words."""
     return Option(default, help, "choice", choices=tuple(choices))
-
-
-def text(default: str, help: str) -> Any:
-    """Any text; the code that uses it checks it."""
-    return Option(default, help)
 
 
 def temperature(default: float = 3.0, help: str = "T of the KL terms.") -> Any:
@@ -152,24 +144,29 @@ def loss_options(cls: type[T]) -> type[T]:
         if isinstance(option, Option):
             facts: Any = {"default": option.default, "metadata": {"option": option}}
             setattr(cls, name, dataclasses.field(**facts, kw_only=name in KEYWORDS))
-    made: Any = dataclass(eq=False, repr=False)(cls)
+    has_constructor = "__init__" in vars(cls)
+    made = dataclass(eq=False, repr=False)(cls)
+    if has_constructor:
+        return made
     _accept_positions(made)
     wrap = textwrap.TextWrapper(100, initial_indent=" " * 8, subsequent_indent=" " * 12).fill
     lines = [wrap(f"{name}: {option.help}") for name, option in options_of(made).items()]
     made.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *lines, ""])
-    return cast(type[T], made)
+    return made
 
 
 def _accept_positions(loss: Any) -> None:
     """Let the constructor take ``KEYWORDS`` as its last positional arguments too."""
     construct = loss.__init__
-    _, *given = inspect.signature(construct).parameters.values()
-    signature = inspect.Signature([each.replace(kind=each.POSITIONAL_OR_KEYWORD) for each in given])
+    this, *given = inspect.signature(construct).parameters.values()
+    given = [each.replace(kind=each.POSITIONAL_OR_KEYWORD) for each in given]
+    signature = inspect.Signature(given)
 
     def __init__(self: Any, *values: Any, **options: Any) -> None:
         construct(self, **signature.bind(*values, **options).arguments)
 
-    loss.__init__, loss.__signature__ = __init__, signature
+    loss.__init__ = __init__
+    loss.__init__.__signature__ = inspect.Signature([this, *given])
 
 
 def options_of(cls: type) -> dict[str, Option]:

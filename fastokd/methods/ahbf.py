@@ -50,7 +50,7 @@ class AHBFLoss(MethodLoss):
     lambda_ta: float = options.weight(4.0, "weight of TA(m) -> TA(m-1) (the paper's lambda_1).")
     lambda_branch: float = options.weight(2.0, "weight of branch m -> TA(m-1) (lambda_2).")
     lambda_self: float = options.weight(0.0, "weight of TA(m) -> branch m, in the code only.")
-    detach_teacher: bool = options.detach_teacher(False, "teachers are constants in the KL terms.")
+    detach_teacher: bool = options.switch(False, "teachers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
 
     def __post_init__(self) -> None:

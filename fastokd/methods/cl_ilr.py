@@ -35,7 +35,7 @@ class CLILRLoss(MethodLoss):
     temperature: float = options.temperature()
     lambda_ce: float = options.weight(1.0, "weight of every cross-entropy.")
     lambda_kd: float = options.weight(1.0, "weight of every KL term.")
-    detach_teacher: bool = options.detach_teacher(
+    detach_teacher: bool = options.switch(
         False, "the mean of the other heads is a constant in the KL terms."
     )
     teacher_eps: float = options.teacher_eps()

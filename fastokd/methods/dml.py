@@ -42,7 +42,7 @@ class DMLLoss(MethodLoss):
         ("pairwise", "mean"),
         '"pairwise", one KL from every peer, or "mean", one from the mean of the peers\' logits.',
     )
-    detach_teacher: bool = options.detach_teacher(True, "peers are constants in the KL terms.")
+    detach_teacher: bool = options.switch(True, "peers are constants in the KL terms.")
     teacher_eps: float = options.teacher_eps()
 
     def build_graph(self) -> Graph:

@@ -46,7 +46,7 @@ class FFMLoss(MethodLoss):
     lambda_peer: float = options.weight(1.0, "weight of fusion -> auxiliary branch (alpha).")
     lambda_leader: float = options.weight(2.0, "weight of auxiliaries' mean -> leader (beta).")
     lambda_cd: float = options.weight(5e-8, "weight of ``classifier_diversity`` (gamma); 0: none.")
-    detach_teacher: bool = options.detach_teacher(
+    detach_teacher: bool = options.switch(
         False, "teachers are constants in the KL terms. The fusion module is then not trained."
     )
     teacher_eps: float = options.teacher_eps()

@@ -110,7 +110,7 @@ METHOD = Method(
     loss_class=KDLoss,
     build_companion=_build_teacher,
     model_options={
-        "teacher": options.text(
+        "teacher": options.Option(
             "",
             "the teacher's source: a run folder, a checkpoint or an exported student of fastokd;"
             ' "torchvision:NAME:FILE" or "timm:NAME:FILE", that network with the weights in that'

@@ -46,7 +46,7 @@ class OKDDipLoss(MethodLoss):
         'the rows that the attention mixes: "logits" (the published code) or softened'
         ' "probabilities" (the slides).',
     )
-    detach_teacher: bool = options.detach_teacher(
+    detach_teacher: bool = options.switch(
         False,
         "groups and ensemble are constants in the KL terms; the attention is then not trained.",
     )

@@ -36,7 +36,7 @@ class ONELoss(MethodLoss):
     num_branches: int = options.num_branches(3, 2, "M, at least 2.")
     temperature: float = options.temperature()
     lambda_kd: float = options.weight(1.0, "weight of ensemble -> branch.")
-    detach_teacher: bool = options.detach_teacher(
+    detach_teacher: bool = options.switch(
         True, "the ensemble is a constant in the KL terms; the gate learns from its cross-entropy."
     )
     teacher_eps: float = options.teacher_eps()

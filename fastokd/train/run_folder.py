@@ -54,10 +54,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
         self.best = self.checkpoints / "best.pt"
-        others = [self.student.with_suffix(".json"), path / "tensorboard", path / "wandb"]
-        files = [value for value in vars(self).values() if value not in (path, self.checkpoints)]
-        self._records = [*files, *others]
-        """Everything that a run writes, except older checkpoints."""
         self._descriptor = -1
         self._lock: weakref.finalize[..., Any] | None = None
 
@@ -90,7 +86,7 @@ class RunFolder:
         """Refuse a folder with other files than those of a run that ended before a checkpoint."""
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         known = {"checkpoints"} | {
-            file.name for record in self._records for file in (record, *temporaries_of(record))
+            file.name for record in self._records() for file in (record, *temporaries_of(record))
         }
         if entries - known or (entries and "checkpoints" not in entries):
             names = ", ".join(sorted(entries - known or entries)[:3])
@@ -141,12 +137,29 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not empty, or missing
                 folder.rmdir()
 
+    def _records(self) -> tuple[Path, ...]:
+        """Everything a run writes except its last checkpoints."""
+        return (
+            self.config_path,
+            self.metrics_path,
+            self.csv_path,
+            self.log_path,
+            self.environment_path,
+            self.summary_path,
+            self.best,
+            self.student,
+            self.student.with_suffix(".json"),
+            self.path / "tensorboard",
+            self.path / "wandb",
+        )
+
     def _remove_records(self) -> None:
-        for path in self._records:
+        for path in self._records():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        for path in (*self._records(), self.last):
             remove_temporaries(path)
 
     def load_config(self) -> TrainConfig:

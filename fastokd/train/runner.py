@@ -47,7 +47,7 @@ class StepRunner:
         """
         if self.captures and hasattr(loader, "gather"):
             gathering: Any = loader
-            if self.step.options.compile:
+            if self.step.options.compile and hasattr(loader, "compile"):
                 gathering.compile()
             self._position.fill_(begin)
             for done in watch(range(begin + 1, len(loader) + 1)):

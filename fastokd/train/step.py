@@ -304,6 +304,7 @@ class TrainStep(BranchEvaluator):
             rows = self.named_logits(result)
             self._names = (*values, *(f"accuracy/{name}" for name in rows))
             self.guard.prepare(tuple(values))
+        assert self._names[: len(values)] == tuple(values)  # the same terms in every step
         self.sums.prepare(self._names, self.device)
         return self.sum_metrics(tuple(values.values()), result, batch.target)
 
