@@ -92,11 +92,11 @@ def measure(
         "preset": preset,
         "branches": first.config.num_branches(),
         "networks": first.config.topology or get_method(method).topologies[0],
-        "kept": first.kept,
+        "kept": first.student_name,
         "student_parameters": count_parameters(first.model.student()),
         "parameters": count_parameters(first.model),
         "seconds": [round(trainer.seconds, 1) for trainer in found],
-        "student": [trainer.last[first.kept] for trainer in found],
+        "student": [trainer.last[first.student_name] for trainer in found],
         **{
             name: [trainer.last[name] for trainer in found]
             for name in MEASURED

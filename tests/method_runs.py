@@ -114,7 +114,7 @@ def check_resume(config: TrainConfig, folder: Path, dataset: Dataset) -> Trainer
 def check_student(trainer: Trainer, network: str, row: str) -> None:
     """The exported student is the plain network, and gives the kept row's logits."""
     student, record = load_student(trainer.run_folder.path)
-    assert trainer.kept == row
+    assert trainer.student_name == row
     assert record["architecture"] == {"name": network, "num_classes": 10}
     assert record["accuracy"]["top1"] == trainer.last[row]
     assert set(load_file(trainer.run_folder.student)) == set(

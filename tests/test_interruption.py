@@ -303,7 +303,7 @@ class TestAveragedStudent:
     def test_ema_is_evaluated_and_exported(self, tmp_path, digits):
         trainer = make(dataclasses.replace(CONFIG, epochs=1), tmp_path / "run", digits)
         summary = trainer.run()
-        assert trainer.kept == "ema"
+        assert trainer.student_name == "ema"
         assert summary.last["ema"] != summary.last["branch1"]
         student, record = load_student(tmp_path / "run")
         assert (

@@ -255,7 +255,7 @@ def test_run_resume_and_student_of_each_method(name, tmp_path, digits, teacher_r
     straight = check_resume(config, tmp_path, digits)
     measured = straight.last
     assert list(measured) == rows
-    assert straight.kept == kept
+    assert straight.student_name == kept
     if "branch_mean" in rows:
         branches = [
             value

@@ -200,7 +200,7 @@ def test_a_table_beside_what_was_measured(fake, tmp_path, capsys):
         "an epoch omits the 34 images that do not fill a batch",
         "the images come from digits, not from the published arrays of CIFAR-10",
         "AHBF does not state its AFID settings",
-        "which is bf16 on a GPU here",
+        "on a GPU it is bf16",
     ):
         assert note in said, note
     assert "seed" not in next(line for line in said.splitlines() if "epochs: 300, 2" in line)

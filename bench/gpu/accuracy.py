@@ -186,7 +186,7 @@ def _train(
         )
         _note_data(context, results, trainer.dataset.describe())
         trainer.run()
-        student = trainer.kept
+        student = trainer.student_name
     except RunIsFinished:  # and its row was lost
         student = load_run(folder).evaluator.reported
     except Preempted:
